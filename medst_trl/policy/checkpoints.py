@@ -1,0 +1,146 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Brings base model, adapter, `<vusr>` token and chat template together, from folders or from the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .vusr import add_vusr, stop_token_ids
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def load_policy(
+    model_name_or_path: str,
+    *,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    dtype: "str | torch.dtype" = "auto",
+    is_trainable: bool = False,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """
+    Loads a policy and its processor, ready to be asked, to ask (`<vusr>`) and to be trained.
+
+    The processor gets the `<vusr>` token and the template that leaves a bare `<vusr>` turn open; the model gets a row for
+    the token where its vocabulary has none to spare, and stops at the template's turn terminators.
+
+    Args:
+        model_name_or_path (`str`):
+            Folder or Hub id of a vision-language model, or of an adapter of one.
+        base_model_name_or_path (`str`, *optional*):
+            Base of an adapter, where it has moved from the place the adapter names.
+        revision (`str`, *optional*):
+            Hub revision of `model_name_or_path`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Weights' type; `"auto"` takes that of the checkpoint.
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether an adapter is loaded for further training.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
+        **model_kwargs:
+            Further arguments of `from_pretrained`, such as `attn_implementation`, `device_map`, `quantization_config`.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model (a [`~peft.PeftModel`] for an adapter), in evaluation mode,
+        and its processor.
+
+    Raises:
+        UserError: if nothing can be loaded from there, or the processor cannot be used (see [`add_vusr`]).
+
+    Example:
+    ```python
+    >>> model, processor = load_policy("runs/demo/sft")
+    ```
+    """
+    common = {"trust_remote_code": trust_remote_code}
+    source = {"revision": revision, **common}
+    if _has_file(model_name_or_path, "adapter_config.json", revision):
+        from peft import PeftConfig, PeftModel
+
+        from .adapters import mend_tied_head
+
+        base = base_model_name_or_path or PeftConfig.from_pretrained(model_name_or_path, revision=revision).base_model_name_or_path
+        has_processor = _has_file(model_name_or_path, "tokenizer_config.json", revision)
+        processor = _load_processor(model_name_or_path if has_processor else base, source if has_processor else common)
+        model = prepare_policy(_load_base(base, dtype, model_kwargs | common, adapter=model_name_or_path), processor)
+        model = PeftModel.from_pretrained(model, model_name_or_path, revision=revision, is_trainable=is_trainable)
+        mend_tied_head(model)
+        return model.eval(), processor
+    processor = _load_processor(model_name_or_path, source)
+    model = _load_base(model_name_or_path, dtype, model_kwargs | source)
+    return prepare_policy(model, processor).eval(), processor
+
+
+def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "PreTrainedModel":
+    """
+    Gives a loaded model and its processor the `<vusr>` token, in place; [`load_policy`] calls it, as do the trainers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Vision-language model.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The same model.
+    """
+    vusr_token_id = add_vusr(processor)
+    _make_room_for(model, vusr_token_id)
+    config = model.generation_config
+    known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    config.eos_token_id = list(dict.fromkeys([*known, *stop_token_ids(processor)]))
+    config.pad_token_id = processor.tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
+    return model
+
+
+def _make_room_for(model: "PreTrainedModel", token_id: int) -> None:
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token_id < rows:
+        return
+    model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    # The same row wherever the model is loaded again: an adapter stores its own row, but the output row counts in every
+    # softmax. `mean_resizing` would draw it at random.
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+
+
+def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixin":
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No processor could be loaded from {name_or_path!r}: {error}") from error
+
+
+def _load_base(name_or_path: str, dtype: "str | torch.dtype", kwargs: dict[str, Any], adapter: str | None = None) -> "PreTrainedModel":
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, **kwargs)
+    except (OSError, ValueError) as error:
+        of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)" if adapter else ""
+        raise UserError(f"No vision-language model could be loaded from {name_or_path!r}{of}: {error}") from error
+
+
+def _has_file(name_or_path: str, name: str, revision: str | None) -> bool:
+    if Path(name_or_path).is_dir():
+        return (Path(name_or_path) / name).is_file()
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None

@@ -1,0 +1,106 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a vision-language model, by name: language model, vision tower, projector, token embedding.
+
+transformers exposes them through `get_decoder()`, `get_encoder("image")` and `get_input_embeddings()`; only the projector
+has no accessor. It is what stands beside the two towers (`multi_modal_projector`, `connector`), or the merger at the end of
+the vision tower (Qwen).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_MERGERS = ("merger", "deepstack_merger_list", "connector")
+# What PEFT puts into the names of the parameters it wraps.
+_PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(?:original_module|modules_to_save\.[^.]+|base_layer|token_adapter)(?=\.)")
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """
+    Qualified module names of the parts of a vision-language model.
+
+    Args:
+        language_model (`str`): The decoder, for example `"model.language_model"`.
+        vision_tower (`str`): The image encoder, for example `"model.vision_tower"`.
+        projectors (`tuple[str, ...]`): What maps image features into the decoder's space.
+        embedding (`str`): The token embedding.
+        unused_vision_layers (`tuple[int, ...]`):
+            Indices of vision layers behind the one whose features are read: they receive no gradient (trl#1936).
+    """
+
+    language_model: str
+    vision_tower: str
+    projectors: tuple[str, ...]
+    embedding: str
+    unused_vision_layers: tuple[int, ...]
+
+    def part_of(self, parameter: str) -> str:
+        """Part a parameter belongs to: `"vision"`, `"projector"` or `"language"` (all else). PEFT names are understood."""
+        name = _PEFT_NAMES.sub("", parameter)
+        if any(name.startswith(f"{projector}.") for projector in self.projectors):
+            return "projector"
+        return "vision" if name.startswith(f"{self.vision_tower}.") else "language"
+
+
+def model_parts(model: "PreTrainedModel") -> ModelParts:
+    """
+    Finds the parts of a vision-language model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Vision-language model of any family, not wrapped by PEFT (`peft_model.get_base_model()` otherwise).
+
+    Returns:
+        [`ModelParts`]
+
+    Raises:
+        UserError: if the model exposes no vision tower or no projector.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    vision, language = model.get_encoder("image"), model.get_decoder()
+    if vision is model or id(vision) not in names:
+        raise UserError(f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model?")
+    vision_name = names[id(vision)]
+    return ModelParts(
+        language_model=names[id(language)],
+        vision_tower=vision_name,
+        projectors=_projectors(model, vision_name, names[id(language)]),
+        embedding=names[id(model.get_input_embeddings())],
+        unused_vision_layers=_unused_vision_layers(model, vision),
+    )
+
+
+def _projectors(model: "PreTrainedModel", vision: str, language: str) -> tuple[str, ...]:
+    parent = vision.rpartition(".")[0]
+    siblings = model.get_submodule(parent).named_children()
+    named = [(f"{parent}.{name}" if parent else name, module) for name, module in siblings]
+    output = model.get_output_embeddings()
+    beside = [
+        name
+        for name, module in named
+        if not (f"{language}.".startswith(f"{name}.") or name == vision or module is output)
+        and any(True for _ in module.parameters())
+    ]
+    inside = [f"{vision}.{name}" for name, _ in model.get_submodule(vision).named_children() if name in _MERGERS]
+    if not (beside or inside):
+        raise UserError(f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`.")
+    return tuple(beside or inside)
+
+
+def _unused_vision_layers(model: "PreTrainedModel", vision: "nn.Module") -> tuple[int, ...]:
+    read = getattr(model.config, "vision_feature_layer", None)
+    count = getattr(vision.config, "num_hidden_layers", None)
+    if read is None or count is None:
+        return ()
+    # hidden_states[0] is the embedding, hidden_states[i] the output of layer i - 1
+    outputs = [layer if layer >= 0 else count + 1 + layer for layer in ([read] if isinstance(read, int) else read)]
+    return tuple(range(max(outputs), count))

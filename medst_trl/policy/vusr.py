@@ -1,0 +1,163 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The `<vusr>` token: given to a processor, kept out of data.
+
+A user turn opened by `<vusr>` is one the model writes (STLLaVA-Med, https://huggingface.co/papers/2406.19973). The token
+is a special token whose input embedding is trained; it is read by the model and never predicted. Only the collator and the
+chat template write it: data says `vusr: true` on a message, and data text that spells a control token is neutralised.
+"""
+
+import re
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .chat_template import VUSR, is_wrapped, wrap_chat_template
+from .turn_format import LEFT, RIGHT, TurnFormat, probe_turn_format
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+# Put behind the first character of a control token in data: invisible to a reader, and no token any more.
+ZERO_WIDTH_NON_JOINER = "\u200c"
+
+
+def tokenizer_of(processor: "ProcessorMixin | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def add_vusr(processor: "ProcessorMixin") -> int:
+    """
+    Adds the `<vusr>` token to a processor's tokenizer and wraps its chat template, in place. A second call changes nothing.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor of a vision-language model, with a fast tokenizer, a pad token and a chat template.
+
+    Returns:
+        `int`: Token id of `<vusr>`. The model may have to be enlarged for it: [`load_policy`] does both.
+
+    Raises:
+        UserError: if the tokenizer is slow, or the pad token, end-of-sequence token or chat template is missing.
+    """
+    tokenizer = tokenizer_of(processor)
+    _check_processor(processor, tokenizer)
+    if VUSR not in tokenizer.get_vocab():
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(VUSR, special=True, normalized=False)], special_tokens=True)
+    template = processor.chat_template or tokenizer.chat_template
+    if not is_wrapped(template):
+        processor.chat_template = template
+        turns = turn_format(processor)
+        template = wrap_chat_template(
+            template,
+            content_form=turns.content_form,
+            image_token=getattr(processor, "image_token", None) or "",
+            answer_end="" if turns.answer_end else tokenizer.eos_token,
+        )
+    processor.chat_template = template
+    if tokenizer.chat_template is not None:
+        tokenizer.chat_template = template
+    return tokenizer.convert_tokens_to_ids(VUSR)
+
+
+def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenizerBase") -> None:
+    name = type(processor).__name__
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which cannot say where in the text a token comes "
+            "from, so questions and answers could not be located. Load the fast one (`use_fast=True`, `pip install tokenizers`)."
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"The tokenizer of {name} has no pad token, so batches cannot be padded. Set one and save the processor, for "
+            "example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"The tokenizer of {name} has no end-of-sequence token, so a turn could not end. Set "
+            "`processor.tokenizer.eos_token` and save the processor."
+        )
+    if not (processor.chat_template or tokenizer.chat_template):
+        raise UserError(
+            f"{name} has no chat template. Set `processor.chat_template` to that of an instruction-tuned model of the same "
+            "family and save the processor."
+        )
+
+
+def turn_format(processor: "ProcessorMixin") -> TurnFormat:
+    """How the processor's chat template writes turns, see [`TurnFormat`]. Found out once per template."""
+    return _once_per_template(processor, "turn_format", _turn_format)
+
+
+def _turn_format(processor: "ProcessorMixin") -> TurnFormat:
+    tokens = tokenizer_of(processor).added_tokens_decoder.values()
+    return probe_turn_format(processor.apply_chat_template, [t.content for t in tokens if t.special and t.content != VUSR])
+
+
+def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
+    """Ids of the tokens that end a question or an answer: the template's terminators and the end-of-sequence token."""
+    turns, tokenizer = turn_format(processor), tokenizer_of(processor)
+    stops = {turns.question_end, turns.answer_end, tokenizer.eos_token} - {"", None}
+    return sorted(tokenizer.convert_tokens_to_ids(stop) for stop in stops)
+
+
+def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
+    """
+    Whether the tokenizer has to add its special tokens to a rendered conversation, as transformers decides at inference.
+
+    LLaVA-1.5's template writes no beginning-of-sequence token, so `apply_chat_template(tokenize=True)` lets the tokenizer
+    add it. Training without it, as TRL's collator does, would show the model prompts it never meets again.
+    """
+    bos = tokenizer_of(processor).bos_token
+    return bos is None or not rendered.startswith(bos)
+
+
+def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
+    """
+    Keeps data text from becoming control tokens: a zero-width non-joiner goes behind the first character of each.
+
+    Args:
+        text (`str`):
+            Text from data: a question, an answer, a system prompt.
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor whose special tokens, image placeholders and template markers must not appear.
+
+    Returns:
+        `tuple[str, int]`: The text and the number of places changed.
+    """
+    bare = text.replace(LEFT, "").replace(RIGHT, "")
+    pattern = _once_per_template(processor, "control_pattern", _control_pattern)
+    safe, changed = pattern.subn(lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare)
+    return safe, changed + len(text) - len(bare)
+
+
+def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
+    tokenizer = tokenizer_of(processor)
+    template = processor.chat_template or ""
+    template = "".join(template.values()) if isinstance(template, dict) else template
+    tokens = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or token.content in template  # Qwen's `</think>` is no special token, but its template acts on it
+    }
+    placeholders = (value for name, value in vars(processor).items() if name.endswith("_token"))
+    tokens |= {value for value in map(str, placeholders) if value != "None"}
+    spellings = sorted((token for token in tokens | {VUSR} if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spellings)))
+
+
+# Beside the processor, not in it: `save_pretrained` writes a processor's attributes.
+_FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDictionary()
+
+
+def _once_per_template(processor: "ProcessorMixin", name: str, compute: Callable[["ProcessorMixin"], Any]) -> Any:
+    facts = _FACTS.setdefault(processor, {})
+    key = (name, str(processor.chat_template), len(tokenizer_of(processor)))
+    if key not in facts:
+        facts[key] = compute(processor)
+    return facts[key]

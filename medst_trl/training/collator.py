@@ -1,0 +1,253 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's vision collator, plus the questions: labels on answers and, in `<vusr>` turns, on the questions too."""
+
+import bisect
+import random
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..errors import UserError
+from ..policy.spans import Span, can_be_asked, render_conversation, text_of, typed_parts
+from ..policy.vusr import add_vusr, adds_special_tokens
+
+
+IGNORED = -100
+# Inputs with one entry a token, cut together when a row is cut behind its last target.
+_TOKEN_INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels", "question_mask",
+)  # fmt: skip
+
+
+@dataclass
+class _Conversation:
+    """One example on its way into a batch."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Any]
+    asked: frozenset[int]
+
+    def until(self, end: int) -> "_Conversation":
+        """The first `end` messages, with the images that stand in them."""
+        kept = self.messages[:end]
+        images = sum(part["type"] == "image" for message in kept for part in message["content"])
+        return replace(self, messages=kept, images=self.images[:images])
+
+    @property
+    def targets(self) -> list[int]:
+        """Indices of the messages that are training targets, in order."""
+        return [i for i, message in enumerate(self.messages) if i in self.asked or message["role"] == "assistant"]
+
+
+@dataclass
+class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
+    """
+    Data collator of self-questioning (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
+
+    In every conversation some user turns become `<vusr>` turns, in which the question is a training target. Which ones is
+    drawn anew in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
+    terminator and, in a `<vusr>` turn, the question with its terminator; never the token itself, role tags, the system
+    prompt, image positions or padding. Text from data that spells a control token is neutralised.
+
+    A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer that
+    fits; one whose first answer does not fit is left out of its batch.
+
+    Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked), `images`
+    (a list, may be empty) and `id` (drawn from the text where it is missing). Prompt-completion examples go to TRL's
+    collator.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor; it gets the `<vusr>` token if it has none yet, see [`add_vusr`].
+        max_length (`int`, *optional*):
+            Longest sequence in tokens, image tokens included. `None` for no limit.
+        sq_ratio (`float`, *optional*, defaults to `0.5`):
+            Share of the eligible user turns that become `<vusr>` turns. `1.0` is the paper's setting.
+        sq_first_turn (`bool`, *optional*, defaults to `True`):
+            Whether the first user turn takes part, which is what a bare `<vusr>` after the image asks for. The paper: no.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+        pad_to_multiple_of (`int`, *optional*):
+            If set, sequences are padded to a multiple of it.
+
+    Returns of a call:
+        `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else the
+        processor gives, and `question_mask` of the same shape: `True` where a label belongs to a question. Where there are
+        any, `set_aside` lists the ids of examples that do not fit and `neutralised` counts control tokens found in data.
+
+    Raises:
+        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
+
+    Example:
+    ```python
+    >>> collator = DataCollatorForSelfQuestioning(processor, sq_ratio=1.0)
+    >>> batch = collator([{"id": "1", "images": [image], "messages": messages}])
+    >>> question_mask = batch.pop("question_mask")
+    ```
+    """
+
+    sq_ratio: float = field(default=0.5, kw_only=True)
+    sq_first_turn: bool = field(default=True, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self):
+        if not 0 <= self.sq_ratio <= 1:
+            raise UserError(f"sq_ratio is a share of turns, between 0 and 1, not {self.sq_ratio}.")
+        add_vusr(self.processor)
+        # In shared memory, so that the workers of a data loader that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the `<vusr>` turns of another epoch from now on, in data loader workers too."""
+        self._epoch.fill_(epoch)
+
+    def for_evaluation(self) -> "DataCollatorForSelfQuestioning":
+        """A collator with the same settings whose draws stay those of epoch 0."""
+        return replace(self)
+
+    def asked_turns(self, example_id: str, messages: list[dict[str, Any]]) -> frozenset[int]:
+        """
+        The user messages that are `<vusr>` turns in this epoch.
+
+        Args:
+            example_id (`str`):
+                Id of the example.
+            messages (`list[dict[str, Any]]`):
+                Its messages.
+
+        Returns:
+            `frozenset[int]`: Their indices.
+        """
+        asked, epoch = set(), int(self._epoch)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        for turn, index in enumerate(turns):
+            if not can_be_asked(messages[index]):
+                continue
+            drawn = random.Random(f"{self.seed}/{epoch}/{example_id}/{turn}").random() < self.sq_ratio
+            if messages[index].get("vusr") or (drawn and (turn > 0 or self.sq_first_turn)):
+                asked.add(index)
+        return frozenset(asked)
+
+    def _collate_prompt_completion(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._collate_prompt_completion(examples)
+        batch["question_mask"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        return batch
+
+    def _collate_language_modeling(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        conversations, set_aside = [self._conversation(example) for example in examples], []
+        while conversations:
+            batch, target_ends, neutralised = self._encode(conversations)
+            fitting = [self._fit(*row) for row in zip(conversations, target_ends, strict=True)]
+            if fitting == conversations:
+                break
+            set_aside += [old.id for old, new in zip(conversations, fitting, strict=True) if new is None]
+            conversations = [conversation for conversation in fitting if conversation is not None]
+        else:
+            batch, neutralised = self._empty_batch(), 0
+        if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
+            for name in _TOKEN_INPUTS:  # only the template's closing text stands behind the last target
+                if name in batch:
+                    batch[name] = batch[name][:, : self.max_length]
+        if set_aside:
+            batch["set_aside"] = set_aside
+        if neutralised:
+            batch["neutralised"] = neutralised
+        return batch
+
+    def _conversation(self, example: dict[str, Any]) -> _Conversation:
+        images = [example["image"]] if "image" in example else list(example.get("images") or [])
+        images = [image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images]
+        messages = example["messages"]
+        example_id = example.get("id") or sha256(repr([text_of(m["content"]) for m in messages]).encode()).hexdigest()
+        try:
+            prepared = prepare_multimodal_messages(
+                [{**message, "content": _plain(message["content"])} for message in messages], images=images
+            )
+        except ValueError as error:
+            raise UserError(f"Record {example_id!r} cannot be collated: {error}") from error
+        # The images travel beside the messages: the template needs to know only where they stand.
+        messages = [
+            {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
+            for message in prepared
+        ]
+        asked = self.asked_turns(example_id, messages)
+        conversation = _Conversation(str(example_id), messages, images, asked)
+        return conversation.until(max(conversation.targets, default=-1) + 1)  # a last unanswered question trains nothing
+
+    def _encode(self, conversations: list[_Conversation]) -> tuple[dict[str, Any], list[list[int]], int]:
+        """The batch, the token at which each target of each conversation ends, and the number of places neutralised."""
+        rendered = [render_conversation(self.processor, c.messages, c.asked) for c in conversations]
+        images = [conversation.images for conversation in conversations]
+        batch = self.processor(
+            text=[conversation.text for conversation in rendered],
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            add_special_tokens=adds_special_tokens(self.processor, rendered[0].text),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_tensors="pt",
+        )
+        offsets = batch.pop("offset_mapping")
+        replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(rendered)
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        batch["question_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        target_ends = []
+        for row, conversation in enumerate(rendered):
+            spans = _behind_expanded_images(conversation.spans, replaced[row])
+            target_ends.append(self._label(batch, row, offsets[row], spans))
+        return batch, target_ends, sum(conversation.neutralised for conversation in rendered)
+
+    @staticmethod
+    def _label(batch: dict[str, Any], row: int, offsets: torch.Tensor, spans: list[Span]) -> list[int]:
+        starts, ends = offsets.unbind(-1)
+        last_tokens = []
+        for span in spans:
+            tokens = (starts < span.end) & (ends > span.start)  # padding has width zero and matches nothing
+            batch["labels"][row][tokens] = batch["input_ids"][row][tokens]
+            if span.is_question:
+                batch["question_mask"][row] |= tokens
+            last_tokens.append(int(tokens.nonzero()[-1]) + 1)
+        return last_tokens
+
+    def _fit(self, conversation: _Conversation, target_ends: list[int]) -> _Conversation | None:
+        """The conversation up to the last answer that ends within `max_length`; `None` if not even one does."""
+        if self.max_length is None or not target_ends or target_ends[-1] <= self.max_length:
+            return conversation
+        fitting = [
+            index
+            for index, end in zip(conversation.targets, target_ends, strict=True)
+            if end <= self.max_length and conversation.messages[index]["role"] == "assistant"
+        ]
+        return conversation.until(fitting[-1] + 1) if fitting else None
+
+    def _empty_batch(self) -> dict[str, Any]:
+        """One token without a label: a rank whose whole batch was set aside still takes part in the step."""
+        token = torch.tensor([[self.processor.tokenizer.eos_token_id]])
+        return {
+            "input_ids": token,
+            "attention_mask": torch.ones_like(token),
+            "labels": torch.full_like(token, IGNORED),
+            "question_mask": torch.zeros_like(token, dtype=torch.bool),
+        }
+
+
+def _plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    return content if isinstance(content, str) else typed_parts(content)
+
+
+def _behind_expanded_images(spans: list[Span], replaced: list[dict[str, Any]]) -> list[Span]:
+    """Moves spans of the rendered text to where they stand once image placeholders are written out."""
+    placeholder_ends = [item["span"][1] for item in replaced]
+    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
+    return [
+        Span(*(char + gained[bisect.bisect_right(placeholder_ends, char)] for char in span[:2]), span.is_question)
+        for span in spans
+    ]

@@ -1,0 +1,211 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny processors of the families medst_trl is proven on, built in code: real templates, real special tokens, no weights.
+
+Templates come from the installed TRL, which ships those of many families; LLaVA-1.5's and Llama 3.2-Vision's, which it
+does not, are written here after their published behaviour.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.resources import files
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+)
+
+
+# llava-hf/llava-1.5: images first, then texts, a blank behind each; no turn ends with the end-of-sequence token
+LLAVA_15_HF = """\
+{%- for message in messages -%}
+{%- if message['role'] != 'system' -%}{{ message['role'].upper() + ': ' }}{%- endif -%}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') -%}{{ '<image>\n' }}{%- endfor -%}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}
+{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ part['text'] + ' ' }}{%- endgeneration -%}
+{%- else -%}{{ part['text'] + ' ' }}{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
+
+# meta-llama/Llama-3.2-11B-Vision: string or list content, trimmed, `<|image|>` in front
+LLAMA_32_VISION = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] | trim }}
+    {%- else %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'image' %}
+                {{- '<|image|>' }}
+            {%- elif part['type'] == 'text' %}
+                {{- part['text'] | trim }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+
+_CORPUS = [
+    "What is in the image? The heart is enlarged. USER: ASSISTANT: user assistant system model\n",
+    "Is there a pleural effusion? No. Yes.\n\n",
+]
+
+
+# Words as Llama 3 and Qwen split them: newlines never lean on what follows, so a prompt and its answer split apart
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _trl(name: str) -> str:
+    return files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _tokenizer(special: list[str], extra: tuple[str, ...] = (), **kwargs) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        _CORPUS * 10, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **kwargs)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in special], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in extra])
+    return tokenizer
+
+
+def _llava(template: str) -> ProcessorMixin:
+    tokenizer = _tokenizer(
+        ["<unk>", "<s>", "</s>", "<image>", "<pad>"],
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+    )  # fmt: skip
+    # Llama's tokenizer adds the beginning of the sequence itself, where the template does not write it
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    side = {"height": 16, "width": 16}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=side),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def _llava_next() -> ProcessorMixin:
+    tokenizer = _llava("").tokenizer
+    side = {"height": 16, "width": 16}
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=side, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]
+    )
+    return LlavaNextProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=_trl("llava_next"),
+    )  # fmt: skip
+
+
+class _Qwen2_5_VLWithoutVideo(Qwen2_5_VLProcessor):
+    """Its video processor needs torchvision, which has no build beside a CPU torch; images work without."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = map(
+            tokenizer.convert_tokens_to_ids, (self.image_token, self.video_token)
+        )
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def _qwen(template: str) -> ProcessorMixin:
+    tokenizer = _tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
+        extra=("<tool_call>", "</tool_call>", "<think>", "</think>"),
+        eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    )  # fmt: skip
+    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    return _Qwen2_5_VLWithoutVideo(images, tokenizer, chat_template=_trl(template))
+
+
+def _gemma3() -> ProcessorMixin:
+    tokenizer = _tokenizer(
+        ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
+        extra=("\n\n", "\n\n\n"),
+        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        extra_special_tokens={
+            "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
+        },
+    )  # fmt: skip
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return Gemma3Processor(images, tokenizer, chat_template=_trl("gemma3"), image_seq_length=4)
+
+
+def _idefics3(template: str) -> ProcessorMixin:
+    grid = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    tokenizer = _tokenizer(
+        ["<|begin_of_text|>", "<|im_start|>", "<|end_of_text|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *grid],
+        bos_token="<|begin_of_text|>", eos_token="<end_of_utterance>", pad_token="<|end_of_text|>",
+    )  # fmt: skip
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=_trl(template))
+
+
+def _llama32_vision() -> ProcessorMixin:
+    tokenizer = _tokenizer(
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|image|>", "<|pad|>"],
+        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>",
+    )  # fmt: skip
+    images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=2)
+    return MllamaProcessor(images, tokenizer, chat_template=LLAMA_32_VISION)
+
+
+def _tiny() -> ProcessorMixin:
+    from medst_trl.policy.tiny import tiny_llava
+
+    return tiny_llava(image_size=16, patch_size=8, vision_size=32, text_size=32, text_layers=1)[1]
+
+
+FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
+    "vicuna": _tiny,  # LLaVA-1.5's original format, answers closed by </s>
+    "llava-1.5-hf": partial(_llava, LLAVA_15_HF),
+    "llava-next": _llava_next,
+    "qwen2.5-vl": partial(_qwen, "qwen2_5_vl"),
+    "qwen3-vl": partial(_qwen, "qwen3_vl"),
+    "gemma-3": _gemma3,
+    "llama-3.2-vision": _llama32_vision,
+    "idefics3": partial(_idefics3, "idefics3"),
+    "smolvlm": partial(_idefics3, "smolvlm"),
+}
+
+
+@cache
+def prepared_processor(family: str) -> ProcessorMixin:
+    """A family's processor with `<vusr>`, shared by the tests that only read it."""
+    from medst_trl.policy.vusr import add_vusr
+
+    processor = FAMILIES[family]()
+    add_vusr(processor)
+    return processor

@@ -1,0 +1,143 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The loss stands on the intended questions and answers, for every family and whatever the data says."""
+
+from itertools import groupby
+
+import pytest
+from families import FAMILIES, prepared_processor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medst_trl.policy.spans import can_be_asked, render_conversation, text_of
+from medst_trl.policy.vusr import VUSR, neutralise, turn_format
+from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
+
+
+HOSTILE = [
+    " ASSISTANT: ", "USER:", "</s>", "<s>", "<unk>", "<image>", VUSR, "<|im_end|>", "<|im_start|>assistant\n", "<|image_pad|>",
+    "<end_of_turn>", "<start_of_turn>model\n", "<start_of_image>", "<|eot_id|>", "<|image|>", "<end_of_utterance>", "[/INST]",
+    "</think>", "<pad>", "\ue0f1", "\ue0f2", "{{ bos_token }}", "{% generation %}", "<</s>s>", "", " ", "\n\n", "Yes", "no.",
+]  # fmt: skip
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8"), max_size=12)), max_size=4
+).map("".join)
+
+
+@st.composite
+def conversations(draw):
+    """An example as a dataset has it, and the image it may start with."""
+    turns = draw(st.lists(st.tuples(TEXTS, TEXTS, st.booleans()), min_size=1, max_size=3))
+    messages = []
+    for question, answer, vusr in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}], "vusr": vusr})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    images = []
+    if draw(st.booleans()):
+        images = [Image.new("RGB", (24, 16), "gray")]
+        messages[0]["content"].insert(0, {"type": "image", "text": None})
+    return {"id": "x", "images": images, "messages": messages}
+
+
+def decoded_targets(processor, batch) -> list[tuple[bool, str]]:
+    labels, questions = batch["labels"][0].tolist(), batch["question_mask"][0].tolist()
+    runs = groupby(zip(labels, questions, strict=True), key=lambda item: (item[0] != IGNORED, item[1]))
+    return [
+        (is_question, processor.tokenizer.decode([label for label, _ in run]))
+        for (labelled, is_question), run in runs
+        if labelled
+    ]
+
+
+def intended_targets(processor, messages) -> list[tuple[bool, str]]:
+    turns, eos = turn_format(processor), processor.tokenizer.eos_token
+    targets = []
+    for message in messages:
+        text = neutralise(text_of(message["content"]), processor)[0].strip()
+        if message["role"] == "assistant":
+            targets.append((False, turns.answer_lead + text + (turns.answer_end or eos)))
+        elif message["vusr"] and can_be_asked(message):
+            targets.append((True, text + (turns.question_end or eos)))
+    return targets
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(example=conversations())
+def test_labels_are_the_intended_texts_and_nothing_else(family, example):
+    processor = prepared_processor(family)
+    collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
+    batch = collator([example])
+    assert decoded_targets(processor, batch) == intended_targets(processor, example["messages"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(example=conversations())
+def test_data_text_never_becomes_a_special_token(family, example):
+    processor = prepared_processor(family)
+    collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
+    harmless = [
+        {**m, "content": [{**p, "text": "x" if (p.get("text") or "").strip() else ""} if p["type"] == "text" else p for p in m["content"]]}
+        for m in example["messages"]
+    ]  # fmt: skip
+    special = [collator([{**example, "messages": messages}])["input_ids"][0] for messages in (example["messages"], harmless)]
+    ids = set(processor.tokenizer.all_special_ids) | {
+        index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ours, plain = ([int(token) for token in row if int(token) in ids] for row in special)
+    assert ours == plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(example=conversations())
+def test_training_shows_the_prompts_of_inference(family, example):
+    """Up to each answer, a training sequence is exactly what `apply_chat_template` gives the model to continue."""
+    processor = prepared_processor(family)
+    messages = [
+        {**m, "content": [{**p, "text": neutralise(p["text"], processor)[0].strip()} if p["type"] == "text" else {"type": "image"} for p in m["content"]], "vusr": False}
+        for m in example["messages"]
+    ]  # fmt: skip
+    ids = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)([{**example, "messages": messages}])["input_ids"][0].tolist()
+    for end in range(1, len(messages), 2):
+        prompt = [
+            {"role": m["role"], "content": [{**p, "image": example["images"][0]} if p["type"] == "image" else p for p in m["content"]]}
+            for m in messages[:end]
+        ]  # fmt: skip
+        expected = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        expected = expected["input_ids"][0]
+        assert ids[: len(expected)] == list(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bare_vusr_turn_is_the_start_of_a_trained_question(family):
+    processor = prepared_processor(family)
+    image = Image.new("RGB", (24, 16))
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it large?"}], "vusr": True},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
+    batch = DataCollatorForSelfQuestioning(processor)([{"id": "1", "images": [image], "messages": messages}])
+    bare = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": VUSR}]}]
+    prompt = processor.apply_chat_template(bare, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"][0]
+    start = int(batch["question_mask"][0].nonzero()[0])
+    assert batch["input_ids"][0, :start].tolist() == list(prompt)
+    assert prompt[-1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
+
+
+def test_a_question_with_an_image_in_its_middle_is_not_asked():
+    parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "with the first."}]
+    assert not can_be_asked({"role": "user", "content": parts})
+    assert can_be_asked({"role": "user", "content": parts[::-1][1:]})
+    assert not can_be_asked({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " \n"}]})
+
+
+def test_a_template_that_drops_a_turn_is_refused():
+    from medst_trl.errors import UserError
+
+    processor = FAMILIES["vicuna"]()
+    processor.chat_template = "{{ messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] }}"
+    with pytest.raises(UserError, match="drops or repeats"):
+        render_conversation(processor, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
