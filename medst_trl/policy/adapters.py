@@ -79,13 +79,18 @@ def adapter_config(
 
 
 def _linear_layers(model: "PreTrainedModel", towers: list[str], projectors: tuple[str, ...]) -> str:
-    """A regular expression over the names of the linear layers in `towers`, layer numbers left open."""
+    """
+    A regular expression over the names of the linear layers in `towers`, layer numbers left open.
+
+    Only layers in a numbered stack count: SigLIP's pooling head stands outside it, and no language model reads its output.
+    """
     from torch import nn
 
     names = {
         re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
+        and re.search(r"\.\d+\.", name)
         and any(name.startswith(f"{tower}.") for tower in towers)
         and not any(f"{name}.".startswith(f"{projector}.") for projector in projectors)
     }

@@ -48,7 +48,8 @@ def add_vusr(processor: "ProcessorMixin") -> int:
     if VUSR not in tokenizer.get_vocab():
         from tokenizers import AddedToken
 
-        tokenizer.add_tokens([AddedToken(VUSR, special=True, normalized=False)], special_tokens=True)
+        token = AddedToken(VUSR, special=True, normalized=False)
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     template = processor.chat_template or tokenizer.chat_template
     if not is_wrapped(template):
         processor.chat_template = template

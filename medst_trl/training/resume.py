@@ -9,6 +9,7 @@ complete or not. A run killed while it wrote would not start again, or start fro
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 
 
@@ -53,16 +54,17 @@ def _incomplete(checkpoint: Path, num_processes: int) -> str | None:
         return f"trainer_state.json is missing or cut short ({error})"
     if checkpoint.name != f"checkpoint-{state.get('global_step')}":
         return f"trainer_state.json is of step {state.get('global_step')}"
-    if not any(checkpoint.glob("global_step*")):  # DeepSpeed keeps weights and optimizer in a folder of its own
-        for name in ("optimizer.pt", "scheduler.pt"):
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-    ranks = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
-    if missing := [name for name in ranks if not (checkpoint / name).is_file()]:
-        return f"{missing[0]} is missing (was it written by another number of processes?)"
+    states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     weights = list(checkpoint.glob("*.safetensors"))
-    if not weights and not any(checkpoint.glob("global_step*")):
-        return "it holds no weights"
+    if not any(checkpoint.glob("global_step*")):  # DeepSpeed keeps weights and optimizer in a folder of its own
+        states += ["optimizer.pt", "scheduler.pt"]
+        if not weights:
+            return "it holds no weights"
+    for name in states:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing" + (" (was it written by another number of processes?)" if "rng" in name else "")
+        if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes; its directory stands at the end
+            return f"{name} is cut short"
     return next((problem for path in weights if (problem := _unreadable(path))), None)
 
 

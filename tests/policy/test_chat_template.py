@@ -1,0 +1,78 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from families import FAMILIES, prepared_processor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medst_trl.policy.chat_template import VUSR, is_wrapped, wrap_chat_template
+from medst_trl.policy.vusr import add_vusr, turn_format
+
+
+def _as_parts(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=5),
+    add_generation_prompt=st.booleans(),
+)
+def test_every_other_conversation_renders_as_before(family, texts, add_generation_prompt):
+    original, wrapped = FAMILIES[family](), prepared_processor(family)
+    messages = [_as_parts("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+    closed = messages
+    if not turn_format(original).answer_end:  # the wrapper closes what the template leaves open
+        eos = original.tokenizer.eos_token
+        closed = [_as_parts(m["role"], m["content"][0]["text"] + eos) if m["role"] == "assistant" else m for m in messages]
+    expected = original.apply_chat_template(closed, add_generation_prompt=add_generation_prompt)
+    assert wrapped.apply_chat_template(messages, add_generation_prompt=add_generation_prompt) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("history", [False, True])
+def test_a_bare_vusr_turn_stays_open(family, history):
+    processor = prepared_processor(family)
+    bare = {"role": "user", "content": [{"type": "text", "text": VUSR}]}
+    before = [_as_parts("user", "Describe it."), _as_parts("assistant", "A chest.")] if history else []
+    plain = processor.apply_chat_template([*before, _as_parts("user", "QQZZ")])
+    expected = plain[: plain.index("QQZZ")] + VUSR
+    for add_generation_prompt in (False, True):
+        assert processor.apply_chat_template([*before, bare], add_generation_prompt=add_generation_prompt) == expected
+
+
+def test_text_that_only_contains_the_token_is_no_bare_turn():
+    processor = prepared_processor("qwen2.5-vl")
+    rendered = processor.apply_chat_template([_as_parts("user", f"{VUSR} and more")], add_generation_prompt=True)
+    assert rendered.endswith("<|im_start|>assistant\n")
+
+
+def test_wrapping_twice_is_wrapping_once():
+    once = wrap_chat_template("{{ messages }}\n")
+    assert is_wrapped(once) and wrap_chat_template(once) == once
+    assert not is_wrapped("{{ messages }}") and not is_wrapped(None) and not is_wrapped({})
+    assert is_wrapped(wrap_chat_template({"default": "{{ messages }}", "rag": "x"}))
+
+
+def test_string_templates_get_strings():
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    processor = FAMILIES["vicuna"]()
+    processor.chat_template = template
+    add_vusr(processor)
+    assert turn_format(processor).content_form == "string"
+    bare = [{"role": "user", "content": f"<image>\n{VUSR}"}]
+    assert processor.apply_chat_template(bare) == f"[user]<image>\n{VUSR}"
+
+
+@pytest.mark.parametrize("family", ["vicuna", "llava-1.5-hf", "gemma-3", "idefics3"])
+def test_token_and_template_survive_saving(family, tmp_path):
+    processor = prepared_processor(family)
+    processor.save_pretrained(tmp_path)
+    again = type(processor).from_pretrained(tmp_path)
+    assert again.chat_template == processor.chat_template
+    bare = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (16, 16))}, {"type": "text", "text": VUSR}]}]
+    ids = [p.apply_chat_template(bare, tokenize=True, return_dict=True)["input_ids"][0] for p in (processor, again)]
+    assert list(ids[0]) == list(ids[1])
+    assert ids[1][-1] == add_vusr(again) == processor.tokenizer.convert_tokens_to_ids(VUSR)

@@ -1,0 +1,130 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A stage-1 run small enough for a test: four-turn conversations about noise, a LLaVA of 60k parameters.
+
+As a script it runs in a process of its own, which a test can kill or start with two ranks:
+`python tests/tiny_run.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N | --kill_while_saving N]`
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import TrainerCallback
+
+from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.tiny import tiny_llava
+from medst_trl.policy.vusr import add_vusr
+from medst_trl.training.resume import newest_complete_checkpoint
+from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer
+
+
+SMALL = {
+    "image_size": 16, "patch_size": 8, "vision_size": 32, "vision_layers": 3, "text_size": 32, "text_layers": 2,
+    "vocab_size": 400,
+}  # fmt: skip
+
+
+def text(content: str) -> list[dict]:
+    return [{"type": "text", "text": content}]
+
+
+def conversation(number: int, turns: int = 2, with_image: bool = True) -> dict:
+    """An example with an image of its own and a few turns of unequal length."""
+    pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    messages = []
+    for turn in range(turns):
+        question, answer = f"What about {number} in turn {turn}?", "It is " + "very " * ((number + turn) % 4) + "dark."
+        image = [{"type": "image", "text": None}] if turn == 0 and with_image else []
+        messages.append({"role": "user", "content": [*image, *text(question)]})
+        messages.append({"role": "assistant", "content": text(answer)})
+    return {"id": f"r{number}", "images": [Image.fromarray(pixels)] * with_image, "messages": messages}
+
+
+def small_policy(**kwargs):
+    model, processor = tiny_llava(**{**SMALL, **kwargs})
+    return prepare_policy(model, processor), processor
+
+
+def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overrides) -> SelfQuestioningTrainer:
+    callbacks = overrides.pop("callbacks", None)
+    eval_dataset = overrides.pop("eval_dataset", None)
+    model_kwargs = overrides.pop("model", {})
+    rows = overrides.pop("rows", None)
+    dropout = overrides.pop("lora_dropout", 0.05)
+    settings = {
+        "output_dir": str(output_dir), "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1,
+        "learning_rate": 1e-3, "report_to": "none", "lr_scheduler_type": "constant", "save_strategy": "no",
+        "gradient_checkpointing": False, "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    model, processor = small_policy(**model_kwargs)
+    config = adapter_config(
+        model, vusr_token_id=add_vusr(processor), r=8, lora_alpha=16, vision_r=4, vision_lora_alpha=8, lora_dropout=dropout
+    )
+    return SelfQuestioningTrainer(
+        model=model,
+        args=SelfQuestioningConfig(**{**settings, **overrides}),
+        train_dataset=Dataset.from_list(rows or [conversation(i, with_image=i % 5 != 1) for i in range(n)]),
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=config if lora else None,
+        callbacks=callbacks,
+    )
+
+
+def train(output_dir: str | Path, **overrides) -> SelfQuestioningTrainer:
+    """Trains, going on from the newest complete checkpoint."""
+    trainer = make_trainer(output_dir, **overrides)
+    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(output_dir, trainer.accelerator.num_processes))
+    return trainer
+
+
+def trained_weights(trainer: SelfQuestioningTrainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class KillAfterStep(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_saving(step: int) -> None:
+    """The process dies half-way through the optimizer's file of checkpoint `step`."""
+    save = torch.save
+
+    def dying_save(obj, file, *args, **kwargs):
+        save(obj, file, *args, **kwargs)
+        if f"checkpoint-{step}" in str(file) and str(file).endswith("optimizer.pt"):
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = dying_save
+
+
+if __name__ == "__main__":
+    output_dir, overrides, *kill = sys.argv[1:]
+    overrides = json.loads(overrides)
+    if kill and kill[0] == "--kill_after_step":
+        overrides["callbacks"] = [KillAfterStep(int(kill[1]))]
+    elif kill:
+        kill_while_saving(int(kill[1]))
+    trainer = train(output_dir, **overrides)
+    weights = trained_weights(trainer)
+    if trainer.accelerator.is_main_process:
+        torch.save(weights, os.path.join(output_dir, "weights.pt"))
+        facts = {"world_size": trainer.accelerator.num_processes, "kind": str(trainer.accelerator.distributed_type)}
+        Path(output_dir, "run.json").write_text(json.dumps(facts | {"log": trainer.state.log_history}))
+    trainer.end()

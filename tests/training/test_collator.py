@@ -1,0 +1,196 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import tiny_run
+import torch
+from families import prepared_processor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from medst_trl.errors import UserError
+from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
+
+
+def _collator(family="vicuna", **kwargs):
+    return DataCollatorForSelfQuestioning(prepared_processor(family), **kwargs)
+
+
+def _long_conversation(turns, images=1):
+    example = tiny_run.conversation(1, turns)
+    example["images"] = example["images"] * images
+    example["messages"][0]["content"][:1] = [{"type": "image", "text": None}] * images
+    return example
+
+
+def test_questions_and_answers_are_told_apart():
+    batch = _collator(sq_ratio=1.0)([tiny_run.conversation(0), tiny_run.conversation(3, turns=3)])
+    labelled = batch["labels"] != IGNORED
+    assert (batch["question_mask"] & ~labelled).sum() == 0
+    assert batch["question_mask"].any() and (labelled & ~batch["question_mask"]).any()
+    assert (batch["labels"] == batch["input_ids"])[labelled].all()
+    assert not labelled[batch["attention_mask"] == 0].any()
+
+
+def test_text_only_and_image_examples_share_a_batch():
+    plain = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}], "images": None}
+    mixed = _collator()([tiny_run.conversation(0), plain])
+    assert len(mixed["pixel_values"]) == 1
+    assert "pixel_values" not in _collator()([plain, plain])
+
+
+def test_string_content_gets_its_images_in_front():
+    parts = tiny_run.conversation(0)
+    strings = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in parts["messages"]]
+    ours, theirs = (_collator(sq_ratio=0.0)([example])["input_ids"] for example in (parts, {**parts, "messages": strings}))
+    assert torch.equal(ours, theirs)
+
+
+def test_grey_and_palette_images_are_read_as_rgb():
+    example = tiny_run.conversation(0)
+    grey = example["images"][0].convert("L")
+    ours, expected = (_collator()([{**example, "images": [i]}])["pixel_values"] for i in (grey, grey.convert("RGB")))
+    assert torch.equal(ours, expected)
+
+
+def test_a_wrong_number_of_images_names_the_record():
+    with pytest.raises(UserError, match="'r0'.*Number of images"):
+        _collator()([{**tiny_run.conversation(0), "images": []}])
+
+
+def test_draws_follow_seed_epoch_id_and_turn_alone():
+    examples = [tiny_run.conversation(i, turns=4) for i in range(60)]
+    draw = lambda collator: [collator.asked_turns(e["id"], e["messages"]) for e in examples]  # noqa: E731
+    first = _collator(seed=1)
+    once = draw(first)
+    assert draw(_collator(seed=1)) == once and draw(first) == once
+    assert draw(_collator(seed=2)) != once
+    first.set_epoch(1)
+    assert draw(first) != once
+    assert draw(first.for_evaluation()) == once
+    assert list(reversed([first.for_evaluation().asked_turns(e["id"], e["messages"]) for e in reversed(examples)])) == once
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_the_ratio_is_the_share_of_questions(ratio):
+    collator = _collator(sq_ratio=ratio)
+    asked = [len(collator.asked_turns(str(i), tiny_run.conversation(i, turns=4)["messages"])) for i in range(500)]
+    assert abs(sum(asked) / 2000 - ratio) < 0.04  # four standard errors at 0.5
+
+
+def test_the_first_turn_can_be_left_out():
+    examples = [tiny_run.conversation(i, turns=3)["messages"] for i in range(20)]
+    assert all(_collator(sq_ratio=1.0, sq_first_turn=False).asked_turns("x", e) == {2, 4} for e in examples)
+    assert all(_collator(sq_ratio=1.0).asked_turns("x", e) == {0, 2, 4} for e in examples)
+
+
+def test_a_turn_marked_on_disk_is_always_asked():
+    messages = tiny_run.conversation(0, turns=2)["messages"]
+    messages[0]["vusr"] = True
+    assert _collator(sq_ratio=0.0, sq_first_turn=False).asked_turns("x", messages) == {0}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_that_outlive_an_epoch_see_the_next_one(workers):
+    collator = _collator()
+    loader = DataLoader(
+        [tiny_run.conversation(i, turns=3) for i in range(8)], collate_fn=collator, batch_size=8, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    masks = []
+    for epoch in range(2):
+        collator.set_epoch(epoch)
+        masks.append(next(iter(loader))["question_mask"])
+    expected = []
+    for epoch in range(2):
+        collator.set_epoch(epoch)
+        expected.append(collator([tiny_run.conversation(i, turns=3) for i in range(8)])["question_mask"])
+    assert all(map(torch.equal, masks, expected))
+    assert not torch.equal(*(mask[:, : min(m.shape[1] for m in masks)] for mask in masks))
+
+
+@pytest.mark.parametrize("family", ["vicuna", "llava-1.5-hf", "qwen2.5-vl", "gemma-3", "idefics3", "llama-3.2-vision"])
+@settings(max_examples=40, deadline=None)
+@given(turns=st.integers(1, 6), images=st.integers(0, 2), max_length=st.integers(1, 400), asked=st.booleans())
+def test_truncation_ends_behind_an_answer_and_never_in_an_image(family, turns, images, max_length, asked):
+    example, ratio = _long_conversation(turns, images), float(asked)
+    whole = _collator(family, sq_ratio=ratio)([example])
+    batch = _collator(family, sq_ratio=ratio, max_length=max_length)([example])
+    if "set_aside" in batch:
+        assert batch["set_aside"] == ["r1"] and (batch["labels"] == IGNORED).all()
+        one_turn = {**example, "messages": example["messages"][:2]}
+        first_answer_ends = int((_collator(family, sq_ratio=ratio)([one_turn])["labels"][0] != IGNORED).nonzero()[-1])
+        assert first_answer_ends >= max_length
+        return
+    length = batch["input_ids"].shape[1]
+    assert length <= max_length or length == whole["input_ids"].shape[1] <= max_length
+    labels = batch["labels"][0]
+    end = int((labels != IGNORED).nonzero()[-1]) + 1  # behind it stands only the template's closing text
+    assert batch["input_ids"][0, :end].tolist() == whole["input_ids"][0, :end].tolist()
+    assert labels.tolist() == whole["labels"][0, :length].tolist()
+    last = labels[labels != IGNORED][-1]
+    assert last == whole["labels"][0][whole["labels"][0] != IGNORED][-1]  # a terminator
+    assert not batch["question_mask"][0][labels != IGNORED][-1]
+    if images:
+        assert batch["pixel_values"].shape == whole["pixel_values"].shape
+
+
+def test_the_longest_fitting_part_is_kept():
+    example = _long_conversation(4)
+    lengths = [_collator(sq_ratio=0.0)([{**example, "messages": example["messages"][: 2 * n]}])["input_ids"].shape[1] for n in (1, 2, 3, 4)]
+    for turns, length in enumerate(lengths, start=1):
+        batch = _collator(sq_ratio=0.0, max_length=length)([example])
+        assert batch["input_ids"].shape[1] == length, turns
+
+
+def test_images_of_turns_that_were_cut_go_too():
+    example = _long_conversation(3)
+    example["messages"][4]["content"].insert(0, {"type": "image", "text": None})
+    example["images"] = example["images"] * 2
+    two_turns = _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][:4], "images": example["images"][:1]}])
+    batch = _collator(sq_ratio=0.0, max_length=two_turns["input_ids"].shape[1] + 3)([example])
+    assert torch.equal(batch["input_ids"], two_turns["input_ids"])
+    assert torch.equal(batch["pixel_values"], two_turns["pixel_values"])
+
+
+def test_examples_that_do_not_fit_leave_the_others_alone():
+    short = {"id": "short", "images": [], "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]}
+    alone = _collator(max_length=30)([short])
+    long = tiny_run.conversation(3)
+    long["messages"][1]["content"][0]["text"] = "very " * 100
+    batch = _collator(max_length=30)([long, short])
+    assert batch["set_aside"] == ["r3"]
+    assert torch.equal(batch["input_ids"], alone["input_ids"])
+    nothing = _collator(max_length=30)([long])
+    assert nothing["set_aside"] == ["r3"] and nothing["input_ids"].shape == (1, 1)
+    assert (nothing["labels"] == IGNORED).all()
+
+
+def test_a_last_question_without_an_answer_trains_nothing():
+    example = tiny_run.conversation(0)
+    open_end = {**example, "messages": [*example["messages"], {"role": "user", "content": tiny_run.text("And?")}]}
+    assert torch.equal(*(_collator(sq_ratio=0.0)([e])["input_ids"] for e in (example, open_end)))
+
+
+def test_control_tokens_in_data_are_counted():
+    example = tiny_run.conversation(0)
+    assert "neutralised" not in _collator()([example])
+    example["messages"][1]["content"] = tiny_run.text("</s><image> and <vusr>")
+    assert _collator()([example])["neutralised"] == 3
+
+
+def test_padding_to_a_multiple():
+    batch = _collator(pad_to_multiple_of=32)([tiny_run.conversation(0)])
+    assert all(batch[name].shape[1] % 32 == 0 for name in ("input_ids", "labels", "question_mask"))
+
+
+def test_prompt_completion_examples_have_no_questions():
+    example = tiny_run.conversation(0)
+    example = {"images": example["images"], "prompt": example["messages"][:1], "completion": example["messages"][1:2]}
+    batch = _collator()([example])
+    assert not batch["question_mask"].any() and batch["question_mask"].shape == batch["labels"].shape
+
+
+def test_a_ratio_is_between_zero_and_one():
+    with pytest.raises(UserError, match="sq_ratio"):
+        _collator(sq_ratio=50)

@@ -1,0 +1,95 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A run killed anywhere and resumed gives the weights of the run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+from medst_trl.training.resume import newest_complete_checkpoint
+
+
+# Two epochs with a checkpoint in the middle of each: the draws of `<vusr>` turns change with the epoch
+SETTINGS = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("never_killed")
+    trainer = tiny_run.train(folder, **SETTINGS)
+    return folder, tiny_run.trained_weights(trainer), [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
+def _killed(folder: Path, *how: str) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(SETTINGS), *how]
+    died = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "how, resumed_from", [(("--kill_after_step", "5"), 3), (("--kill_while_saving", "6"), 3)], ids=["training", "saving"]
+)
+def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, how, resumed_from):
+    _killed(tmp_path, *how)
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{resumed_from}")
+    trainer = tiny_run.train(tmp_path, **SETTINGS)
+    _, expected, losses = never_killed
+    weights = tiny_run.trained_weights(trainer)
+    assert weights.keys() == expected.keys()
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) == 0
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
+
+
+@pytest.fixture
+def checkpoints(never_killed, tmp_path):
+    for name in ("checkpoint-3", "checkpoint-6"):
+        shutil.copytree(never_killed[0] / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_newest_is_taken(checkpoints):
+    assert newest_complete_checkpoint(checkpoints) == str(checkpoints / "checkpoint-6")
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_broken_checkpoint_is_set_aside(checkpoints, name, damage):
+    path = checkpoints / "checkpoint-6" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    assert newest_complete_checkpoint(checkpoints) == str(checkpoints / "checkpoint-3")
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-6.broken"]
+
+
+def test_a_second_broken_checkpoint_of_the_same_step_keeps_the_first(checkpoints):
+    (checkpoints / "checkpoint-6.broken").mkdir()
+    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    newest_complete_checkpoint(checkpoints)
+    assert (checkpoints / "checkpoint-6.broken-2" / "optimizer.pt").exists()
+
+
+def test_a_checkpoint_of_other_ranks_is_not_resumed(checkpoints):
+    assert newest_complete_checkpoint(checkpoints, num_processes=2) is None
+
+
+def test_nothing_to_resume(tmp_path):
+    assert newest_complete_checkpoint(tmp_path) is None
+    assert newest_complete_checkpoint(tmp_path / "missing") is None
+
+
+def test_checkpoints_hold_no_pickle_of_the_arguments(never_killed):
+    folder, _, _ = never_killed
+    assert not list(folder.rglob("training_args.bin"))
+    assert torch.load(folder / "checkpoint-3" / "optimizer.pt", weights_only=True)["state"]

@@ -1,0 +1,210 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback
+
+from medst_trl.policy.checkpoints import load_policy
+from medst_trl.training.collator import IGNORED
+
+
+RATES = {"learning_rate": 1e-2, "vision_learning_rate": 1e-3, "projector_learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_every_group_trains_at_its_own_rate_and_nothing_else_moves(tmp_path, lora, tied):
+    gradients = {}
+
+    def note(name, parameter):  # LoRA's A gets its first gradient in the second step, when B is no longer zero
+        gradients[name] = max(gradients.get(name, 0), parameter.grad.abs().max().item())
+
+    trainer = tiny_run.make_trainer(
+        tmp_path, lora=lora, max_steps=2, weight_decay=0.0, max_grad_norm=0.0, model={"tie_word_embeddings": tied}, **RATES
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(partial(note, name))
+    trainer.train()
+
+    parts, moved = trainer.model_parts(), {}
+    for name, parameter in trainer.model.named_parameters():
+        moved[name] = (parameter - before[name]).abs().max().item()
+        if not parameter.requires_grad:
+            assert moved[name] == 0, f"{name} is frozen but moved"
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    # Trained in full, the vision tower's last layer and output norm are read by nothing.
+    unread = {n for n in trained if "vision_tower.encoder.layers.2." in n or "post_layernorm" in n or "post_norm" in n}
+    assert not (lora and unread)
+    for name in trained - unread:
+        assert gradients.get(name, 0) > 0, f"{name} has no gradient"
+        assert moved[name] > 0, f"{name} did not move"
+    if lora:
+        kinds = {"lora_A": 0, "lora_B": 0, "modules_to_save": 0, "trainable_tokens_delta": 0}
+        for name in trained:
+            kinds[next(kind for kind in kinds if kind in name)] += 1
+        assert all(kinds.values()) and kinds["trainable_tokens_delta"] == 1
+    # Adam's first steps move a weight by its learning rate, whatever the gradient's size
+    for part, rate in {"language": 1e-2, "vision": 1e-3, "projector": 1e-4}.items():
+        largest = max(moved[name] for name in trained if parts.part_of(name) == part)
+        assert 1.0 * rate < largest < 2.1 * rate, part
+
+
+def test_the_log_names_each_part_and_kind(tmp_path):
+    trainer = tiny_run.make_trainer(tmp_path, max_steps=2, **RATES)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert (entry["learning_rate"], entry["learning_rate_vision"], entry["learning_rate_projector"]) == (1e-2, 1e-3, 1e-4)
+    tokens = {kind: entry[f"{kind}_tokens"] for kind in ("question", "answer")}
+    mean = sum(entry[f"loss_{kind}"] * n for kind, n in tokens.items()) / sum(tokens.values())
+    assert entry["loss"] == pytest.approx(mean, abs=1e-5)
+    for kind in tokens:
+        assert 0 <= entry[f"{kind}_accuracy"] <= 1
+
+
+def test_the_kinds_of_tokens_are_those_of_the_batch(tmp_path):
+    trainer = tiny_run.make_trainer(tmp_path, n=4, max_steps=1, sq_ratio=1.0)
+    batch = trainer.data_collator([tiny_run.conversation(i) for i in range(4)])
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    questions = batch["question_mask"]
+    assert entry["question_tokens"] == questions.sum()
+    assert entry["answer_tokens"] == ((batch["labels"] != IGNORED) & ~questions).sum()
+
+
+def test_the_question_weight_scales_the_question_loss_alone(tmp_path):
+    losses, entries = {}, {}
+    for weight in (1.0, 0.0, 3.0):
+        trainer = tiny_run.make_trainer(tmp_path, max_steps=1, question_loss_weight=weight)
+        trainer.train()
+        entries[weight] = trainer.state.log_history[0]
+        losses[weight] = entries[weight]["loss"]
+    plain = entries[1.0]
+    tokens = plain["question_tokens"] + plain["answer_tokens"]
+    question, answer = (plain[f"loss_{kind}"] * plain[f"{kind}_tokens"] / tokens for kind in ("question", "answer"))
+    assert losses[0.0] == pytest.approx(answer, abs=1e-5)
+    assert losses[3.0] == pytest.approx(3 * question + answer, abs=1e-5)
+
+
+def test_weight_decay_leaves_the_token_row_alone(tmp_path):
+    trainer = tiny_run.make_trainer(tmp_path, max_steps=1, weight_decay=0.1)
+    trainer.create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            no_decay = "trainable_tokens" in name or name.endswith("bias")
+            assert decay[id(parameter)] == (0.0 if no_decay else 0.1), name
+
+
+def test_evaluation_asks_the_same_questions_in_every_epoch(tmp_path):
+    rows = [tiny_run.conversation(i, turns=3) for i in range(8)]
+    trainer = tiny_run.make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows))
+    first = trainer.evaluate()
+    trainer.data_collator.set_epoch(5)
+    second = trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"] and first["eval_question_tokens"] == second["eval_question_tokens"] > 0
+    trainer.data_collator.seed += 1
+    assert trainer.evaluate()["eval_question_tokens"] != first["eval_question_tokens"]
+
+
+def test_the_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
+    rows = [tiny_run.conversation(i) for i in range(8)]
+    for message in rows[0]["messages"][1::2]:  # what no training answer says: its loss rises as those are learned
+        message["content"] = tiny_run.text("zq xv wj zq")
+    trainer = tiny_run.make_trainer(
+        tmp_path, rows=rows[1:], eval_dataset=Dataset.from_list(rows[:1]), max_steps=40, learning_rate=0.01, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, save_total_limit=2,
+        callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.global_step < 40
+    assert min(losses) == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
+    assert losses[-1] > min(losses)
+
+
+def test_what_does_not_fit_is_written_down_once(tmp_path):
+    rows = [tiny_run.conversation(i) for i in range(8)]
+    rows[5]["messages"][1]["content"][0]["text"] = "very " * 200
+    trainer = tiny_run.make_trainer(tmp_path, rows=rows, max_length=100, num_train_epochs=2, max_steps=-1)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert lines == [{"id": "r5", "reason": "too_long", "value": "max_length=100"}]
+
+
+def test_a_saved_adapter_loads_as_the_policy_it_was(tmp_path):
+    model, processor = tiny_run.small_policy()
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+    from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer, adapter_config
+    from medst_trl.policy.vusr import add_vusr
+
+    model, processor = load_policy(str(base))
+    trainer = SelfQuestioningTrainer(
+        model=model,
+        args=SelfQuestioningConfig(
+            str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([tiny_run.conversation(i) for i in range(8)]),
+        processing_class=processor,
+        peft_config=adapter_config(model, vusr_token_id=add_vusr(processor), r=8, vision_r=4),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(tmp_path / "sft"))
+    names = {path.name for path in (tmp_path / "sft").iterdir() if path.is_file()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt"))}
+
+    loaded, _ = load_policy(str(tmp_path / "sft"))
+    batch = trainer.data_collator([tiny_run.conversation(i) for i in range(3)])
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "question_mask")}
+    with torch.no_grad():
+        expected, logits = trainer.model.eval()(**inputs).logits, loaded(**inputs).logits
+        merged = loaded.merge_and_unload()(**inputs).logits
+    assert torch.equal(expected, logits)
+    assert (expected - merged).abs().max() < 1e-5
+
+
+def _two_ranks(folder: Path, overrides: dict) -> dict:
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
+        str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides),
+    ]  # fmt: skip
+    run = subprocess.run(command, env=environment, capture_output=True, timeout=240)
+    assert run.returncode == 0, run.stderr.decode()
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_ranks_give_the_losses_of_one(tmp_path, lora):
+    # Text-only rows among the others: a rank whose batch has no image must not hang, nor count differently. No dropout:
+    # its masks are drawn for a rank's rows.
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    settings = {"max_steps": 4, "lora": lora, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1e-2}
+    trainer = tiny_run.make_trainer(one, per_device_train_batch_size=4, **settings)
+    trainer.train()
+    facts = _two_ranks(two, {"per_device_train_batch_size": 2, **settings})
+    assert facts["world_size"] == 2 and "MULTI_CPU" in facts["kind"]
+    names = ("loss", "loss_question", "loss_answer", "question_tokens", "answer_tokens", "question_accuracy", "grad_norm")
+    for ours, theirs in zip(trainer.state.log_history[:4], facts["log"][:4], strict=True):
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, abs=2e-5)
+    weights = torch.load(two / "weights.pt", weights_only=True)
+    for name, weight in tiny_run.trained_weights(trainer).items():
+        assert torch.allclose(weight, weights[name], atol=1e-5), name
