@@ -1,0 +1,39 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Score a model's answers, whoever produced them: no model, no torch.
+
+```bash
+python examples/score_predictions.py
+python examples/score_predictions.py runs/vqa_rad/evaluate/predictions.jsonl
+```
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from medst_trl import score_vqa
+from medst_trl.evaluation.tables import format_scores
+
+
+EXAMPLES = [
+    {"id": "1", "answer": "yes", "answer_type": "closed", "prediction": "Yes, there is a small effusion."},
+    {"id": "2", "answer": "no", "answer_type": "closed", "prediction": "The lungs are normal."},  # right to llava_med!
+    {"id": "3", "answer": "left lower lobe", "answer_type": "open", "prediction": "In the lower lobe of the left lung."},
+    {"id": "4", "answer": "CT", "answer_type": "open", "prediction": "CT CT CT CT"},  # repetition raises no recall
+]
+
+
+def main(predictions: str | None = None) -> dict[str, dict]:
+    records = EXAMPLES
+    if predictions:
+        records = [json.loads(line) for line in Path(predictions).read_text(encoding="utf-8").splitlines()]
+    scores = {variant: score_vqa(records, variant=variant) for variant in ("strict", "llava_med")}
+    for variant, score in scores.items():
+        print(f"\n{format_scores(score)}")
+    return scores
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,44 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Self-questioning and preference training for medical vision-language models, on top of TRL.
+
+The public names are imported when they are first used, so that `import medst_trl` and `medst --help` cost nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "DataCollatorForSelfQuestioning": "medst_trl.training.collator",
+    "SelfQuestioningConfig": "medst_trl.training.sft",
+    "SelfQuestioningTrainer": "medst_trl.training.sft",
+    "adapter_config": "medst_trl.policy.adapters",
+    "load_policy": "medst_trl.policy.checkpoints",
+    "score_vqa": "medst_trl.evaluation.metrics",
+}
+
+__all__ = [*_MODULE_OF, "__version__"]
+
+if TYPE_CHECKING:
+    from medst_trl.evaluation.metrics import score_vqa as score_vqa
+    from medst_trl.policy.adapters import adapter_config as adapter_config
+    from medst_trl.policy.checkpoints import load_policy as load_policy
+    from medst_trl.training.collator import DataCollatorForSelfQuestioning as DataCollatorForSelfQuestioning
+    from medst_trl.training.sft import SelfQuestioningConfig as SelfQuestioningConfig
+    from medst_trl.training.sft import SelfQuestioningTrainer as SelfQuestioningTrainer
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,72 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Recipes under a launcher already chosen:
+
+```bash
+accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
+accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is itself executable
+python -m medst_trl recipes/demo.yaml                           # without one: all stages, in this process
+```
+
+Options are those of `medst run`. Stages that run in a single process run on rank 0, while the others wait.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+from medst_trl.arguments import parse
+from medst_trl.cli import RUN_HELP, guarded
+from medst_trl.errors import UserError
+from medst_trl.launch import check_launched, use_one_gpu, without_launcher, world_size
+from medst_trl.options import Option, read_options, take
+from medst_trl.recipe import Step, read_recipe
+
+
+def main(argv: list[str]) -> None:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__.strip(), RUN_HELP.partition("\n")[2], sep="\n", end="")
+        return
+    paths, options = read_options(argv)
+    which, options = take(options, "stage")
+    if not paths:
+        raise UserError("which recipe? accelerate launch -m medst_trl recipes/demo.yaml")
+    for path in paths:
+        recipe = read_recipe(path, options)
+        for number, step in enumerate(recipe.steps(which)):
+            if step.stage.distributed or world_size() == 1:
+                _run(step)
+            else:
+                _run_on_rank_0(step, ["medst_trl", path, "--stage", step.label], options, number)
+
+
+def _run(step: Step) -> None:
+    check_launched(step.accelerate_config, step.num_processes, step.where)
+    use_one_gpu()
+    parser = step.stage.make_parser(f"medst {step.stage.name}")
+    step.stage.main(*parse(parser, step.settings, step.where))
+
+
+def _run_on_rank_0(step: Step, program: list[str], options: list[Option], number: int) -> None:
+    """In a process outside the launcher: within it, libraries would wait for the other ranks to take part."""
+    import torch.distributed
+
+    # The store the launcher keeps, rather than a barrier: nothing times out, and no process group is made too early.
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(days=30)
+    )
+    done = f"medst_trl/{program[1]}/{number}"
+    if os.environ["RANK"] != "0":
+        store.wait([done])
+        return
+    words = [word for option in options for word in option.as_words()]
+    code = subprocess.call([sys.executable, "-m", *program, *words], env=without_launcher(os.environ))
+    if code != 0:
+        sys.exit(code)
+    store.set(done, "done")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -1,0 +1,245 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command `medst`. Nothing heavy is imported before a stage needs it."""
+
+import errno
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from medst_trl.errors import UserError
+from medst_trl.stages import STAGES, Stage
+
+
+HELP = """\
+usage: medst COMMAND [options]
+
+Self-questioning and preference training for medical vision-language models.
+
+A whole run, stage by stage, as a recipe describes it:
+  run RECIPE            run every stage of a recipe, skipping what is done (medst run --help)
+  recipes ls            list the recipes that come with the package; also: show NAME, cp NAME
+
+One stage (medst STAGE --help lists its settings):
+{stages}
+Examples:
+  medst run demo                                     the whole way on drawn images: minutes, no GPU
+  medst recipes cp demo && medst run demo.yaml       a copy of your own to change
+  medst run demo.yaml --stage sft --sft.learning_rate 1e-4 --overwrite
+  medst sft --config demo.yaml --learning_rate 1e-4  one stage in this process
+  medst sft --config demo.yaml --accelerate_config multi_gpu --num_processes 4
+"""
+
+RUN_HELP = """\
+usage: medst run RECIPE [--stage STAGE] [--overwrite] [--accelerate_config CONFIG] [--key value ...]
+
+Runs the stages of a recipe one after another, each in a process of its own. A stage that is finished is skipped, one
+that was cut short continues, one whose settings have changed is refused.
+
+  RECIPE                     a YAML file, or the name of a packaged recipe (medst recipes ls)
+  --stage STAGE              only this stage, or one item of it: sft, prepare/slake
+  --overwrite                delete the results of the stages that run, and make them anew
+  --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: what the machine has)
+  --num_processes N          processes of the stages that can use several
+  --key value                a setting for every stage that knows it; --output_dir is the folder of the whole run
+  --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
+
+Examples:
+  medst run demo
+  medst run recipes/vqa_rad_tiny.yaml --output_dir /scratch/vqa_rad --seed 1
+  medst run my.yaml --stage sft --accelerate_config zero2 --sft.num_train_epochs 1 --overwrite
+"""
+
+RECIPES_HELP = """\
+usage: medst recipes ls | show NAME | cp NAME [FILE]
+
+The recipes that come with the package: list them, print one, or copy one to change it (by default into this folder).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `medst`; returns the exit code."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    return guarded(_dispatch, command, rest)
+
+
+def guarded(function: Callable[..., int | None], *arguments) -> int:
+    """Run a command; what the user can put right ends in one message instead of a traceback."""
+    try:
+        return function(*arguments) or 0
+    except UserError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain("the disk is full. What was finished is kept: make room and run the same command again.", 2)
+
+
+def _complain(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    sys.stdout.flush()
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _dispatch(command: str, argv: list[str]) -> int | None:
+    commands = {"run": _run, "recipes": _recipes} | {
+        name: lambda argv, stage=stage: _stage(stage, argv) for name, stage in STAGES.items()
+    }
+    if command in ("-h", "--help", "help"):
+        width = max(map(len, STAGES)) + 2
+        print(HELP.format(stages="".join(f"  {s.name:<{width}}{s.summary}\n" for s in STAGES.values())), end="")
+    elif command in ("-V", "--version"):
+        from medst_trl import __version__
+
+        print(f"medst {__version__}")
+    elif command in commands:
+        return commands[command](argv)
+    else:
+        from medst_trl.arguments import closest
+
+        raise UserError(f"unknown command {command!r}.{closest(command, commands)} `medst --help` lists them.")
+
+
+def _run(argv: list[str]) -> int | None:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(RUN_HELP, end="")
+        return 0
+    from medst_trl.launch import is_launched, launch_command, run
+    from medst_trl.options import read_options, take
+    from medst_trl.recipe import read_recipe
+
+    words, options = read_options(argv)
+    which, options = take(options, "stage")
+    if len(words) != 1:
+        raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
+    if is_launched():
+        raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
+
+    begun = time.monotonic()
+    recipe = read_recipe(words[0], options)
+    steps = recipe.steps(which)
+    settings = [word for option in options for word in option.as_words()]
+    commands = []  # all of them before the first runs: a machine without GPUs shows itself here
+    for step in steps:
+        program = ["medst_trl", recipe.path, "--stage", step.label, *settings]
+        if step.stage.distributed:
+            commands.append(launch_command(program, step.accelerate_config, step.num_processes))
+        else:
+            commands.append(([sys.executable, "-m", *program], dict(os.environ)))
+    for number, (step, (command, environment)) in enumerate(zip(steps, commands), 1):
+        print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
+        code = run(command, environment | {"PYTHONUNBUFFERED": "1"})
+        if code != 0:
+            again = shlex.join(["medst", "run", *(word for word in argv if word != "--overwrite")])
+            print(f"\nStopped in {step.label}. What is done is kept; continue with:\n  {again}", file=sys.stderr)
+            return code if code > 0 else 128 - code
+    print(f"\nDone in {_duration(time.monotonic() - begun)}. Everything is in {recipe.output_dir}:")
+    for step in steps:
+        print(f"  {step.label:<24}{step.settings['output_dir']}")
+
+
+def _stage(stage: Stage, argv: list[str]) -> int | None:
+    from medst_trl.arguments import parse
+    from medst_trl.launch import check_launched, is_launched, launch_command, run, use_one_gpu
+    from medst_trl.options import refuse_secrets, take_word
+    from medst_trl.recipe import as_count, step_of_file
+
+    options = [word for word in argv if word.startswith("--")]
+    refuse_secrets(option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options)
+    parser = stage.make_parser(f"medst {stage.name}")
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return 0
+    file, given = take_word(argv, "--config")
+    config, given = take_word(given, "--accelerate_config")
+    num_processes, given = take_word(given, "--num_processes")
+    num_processes = as_count(num_processes, f"medst {stage.name}")
+    if file is not None:
+        step = step_of_file(stage, file)
+        config, num_processes = config or step.accelerate_config, num_processes or step.num_processes
+        parser.set_defaults_with_config(**step.settings)
+    given, launch_options = _divide(stage, parser, given)
+    if (config or num_processes or launch_options) and not stage.distributed:
+        raise UserError(f"medst {stage.name} runs in a single process and takes no options of accelerate launch.")
+
+    if is_launched():
+        check_launched(config, num_processes, f"medst {stage.name}")
+    elif config or num_processes or launch_options:
+        return run(*launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes, launch_options))
+    use_one_gpu()
+    stage.main(*parse(parser, {}, f"medst {stage.name}", given))
+    return 0
+
+
+def _divide(stage: Stage, parser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """What is the stage's, and what it does not know and `accelerate launch` does."""
+    required = [action for action in parser._actions if action.required]
+    for action in required:  # a misspelt option first, then what is missing for want of it
+        action.required = False
+    rest = parser.parse_known_args(argv)[1]
+    for action in required:
+        action.required = True
+    if not rest:
+        return argv, []
+    from medst_trl.arguments import closest, keys_of
+
+    known = {f"--{key}" for key in keys_of(parser)}
+    if stage.distributed:
+        from accelerate.commands.launch import launch_command_parser
+
+        options = launch_command_parser()._option_string_actions
+        known |= set(options)
+    else:
+        options = ()
+    for word in rest:
+        name = word.partition("=")[0]
+        if (word.startswith("-") and name not in options) or (word is rest[0] and not word.startswith("-")):
+            raise UserError(f"medst {stage.name}: unknown option {name!r}.{closest(name, known)}")
+    left = iter(rest)
+    waiting = next(left, None)
+    own = []
+    for word in argv:
+        if word == waiting:
+            waiting = next(left, None)
+        else:
+            own.append(word)
+    return own, rest
+
+
+def _recipes(argv: list[str]) -> int | None:
+    from medst_trl.recipe_files import find_recipe, packaged_recipes, summary
+
+    match argv:
+        case ["ls"]:
+            for name, path in packaged_recipes().items():
+                print(f"{name:<24}{summary(path)}")
+        case ["show", name]:
+            print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        case ["cp", name, *target] if len(target) < 2:
+            source = find_recipe(name)
+            copy = Path(target[0] if target else source.name)
+            copy = copy / source.name if copy.is_dir() else copy
+            if copy.exists():
+                raise UserError(f"{copy} exists already: medst recipes cp {name} ANOTHER_FILE")
+            shutil.copy(source, copy)  # with its run bit
+            print(f"{copy}: change it, then `medst run {copy}`.")
+        case [] | ["-h" | "--help"]:
+            print(RECIPES_HELP, end="")
+        case _:
+            raise UserError(f"medst recipes does not know {' '.join(argv)!r}. See `medst recipes --help`.")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

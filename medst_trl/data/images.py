@@ -1,0 +1,218 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading an image file from outside: what we store of it, what it is called, or why it cannot be used.
+
+Images are kept pixel for pixel and lose everything else. An 8-bit grey or RGB JPEG or PNG keeps its own compressed
+bytes without metadata (`image_bytes.py`); any other picture becomes an 8-bit PNG (`pixels.py`, `dicom.py`).
+"""
+
+import hashlib
+import io
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from medst_trl.data.image_bytes import strip_jpeg, strip_png
+from medst_trl.data.pixels import to_8_bit
+
+
+MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
+MAX_BYTES_PER_PIXEL = 16  # no honest file is larger, so none larger is read into memory
+BAND_BYTES = 1 << 20  # pixels are hashed in bands that stay in the processor's cache
+
+# Formats that PIL reads by starting another program (EPS) or only names (the stubs and vector formats).
+_NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX"}
+_DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
+
+
+class ImageProblem(Exception):
+    """
+    An image that cannot be used.
+
+    Attributes:
+        reason (`str`):
+            One word for counting: `outside_image_folder`, `missing`, `not_a_file`, `unreadable`, `empty`, `too_large`,
+            `not_an_image`, `truncated`, `several_frames`, `unsupported`, `bad_window`.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """
+    An image as it goes into a dataset.
+
+    Attributes:
+        bytes (`bytes`): An 8-bit JPEG or PNG file without metadata.
+        image_id (`str`): See [`image_id`].
+        width, height (`int`): In pixels, upright.
+    """
+
+    bytes: bytes
+    image_id: str
+    width: int
+    height: int
+
+
+def image_id(image: Image.Image) -> str:
+    """
+    Name an 8-bit picture by its pixels: the same picture as L or RGB, JPEG or PNG, has the same id.
+
+    It is the SHA-256, in hexadecimal, of width and height (two big-endian 32-bit numbers) followed by the pixels of
+    `image.convert("RGB")`, three bytes each, row by row from the top left.
+    """
+    width, height = image.size
+    digest = hashlib.sha256(struct.pack(">II", width, height))
+    rows = max(1, BAND_BYTES // (3 * max(1, width)))
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        digest.update((band if band.mode == "RGB" else band.convert("RGB")).tobytes())
+    return digest.hexdigest()
+
+
+def store_image(image: Image.Image) -> StoredImage:
+    """What we store of a picture in memory: its pixels as an 8-bit PNG. See `pixels.py` for other modes."""
+    image = to_8_bit(image)
+    return StoredImage(_png(image), image_id(image), *image.size)
+
+
+def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> StoredImage:
+    """
+    Read one image file of any format that PIL reads by itself, or DICOM.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file. Paths from data files go through [`resolve_inside`] first.
+        max_pixels (`int`, *optional*, defaults to 100 million):
+            More than this is set aside, by the header, before anything is decoded. PIL's own limit
+            (`Image.MAX_IMAGE_PIXELS`) applies as well.
+
+    Raises:
+        ImageProblem: with a reason word, whatever is wrong with the file.
+        UserError: for a DICOM file without pydicom (extra `dicom`).
+    """
+    return _read(Path(path), max_pixels, identify=True)
+
+
+def stored_bytes(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The `bytes` of [`load_image`], without decoding a file that keeps its own. Only for files it has accepted."""
+    return _read(Path(path), max_pixels, identify=False).bytes
+
+
+def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
+    """
+    The file that `name` (from a data file) stands for, which has to lie in `folder` after all `..` and symbolic links.
+
+    Raises:
+        ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
+    """
+    root = os.path.realpath(folder)
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+    except (OSError, ValueError):  # too long, a zero byte
+        raise ImageProblem("missing", "no such file name") from None
+    if not path.startswith(os.path.join(root, "")):
+        raise ImageProblem("outside_image_folder")
+    return Path(path)
+
+
+def _read(path: Path, max_pixels: int, identify: bool) -> StoredImage:
+    data = _bytes_of(path, max_pixels)
+    if data[128:132] == b"DICM" or path.suffix.lower() in _DICOM_SUFFIXES:
+        from medst_trl.data.dicom import read_dicom
+
+        image, own_bytes = read_dicom(data, max_pixels), None
+    else:
+        image, own_bytes = _decode(data, max_pixels, identify)
+    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "", *image.size)
+
+
+def _bytes_of(path: Path, max_pixels: int) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # before opening: a named pipe would wait forever
+            raise ImageProblem("not_a_file")
+        if status.st_size == 0:
+            raise ImageProblem("empty", "zero bytes")
+        if status.st_size > max_pixels * MAX_BYTES_PER_PIXEL:
+            raise ImageProblem("too_large", f"{status.st_size} bytes")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageProblem("missing") from None
+    except (OSError, ValueError) as error:
+        raise ImageProblem("unreadable", str(getattr(error, "strerror", "") or error)) from None
+
+
+def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, bytes | None]:
+    """The upright 8-bit picture, and the file's own bytes without metadata where they can stay."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
+        raise ImageProblem("not_an_image") from None
+    except Image.DecompressionBombError as error:
+        raise ImageProblem("too_large", str(error)) from None
+    except Exception as error:  # PIL's parsers raise almost anything on a damaged header
+        raise ImageProblem("not_an_image", str(error)) from None
+    check_pixels(*image.size, max_pixels)
+    try:
+        # The further pictures of an MPO file are a phone's previews of the first one.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ImageProblem("several_frames")
+        own_bytes = _without_metadata(image, data) if _is_upright(image, data) else None
+        if own_bytes is None:
+            return to_8_bit(ImageOps.exif_transpose(image)), None
+        if identify:
+            image.load()
+        return image, own_bytes
+    except ImageProblem:
+        raise
+    except Image.DecompressionBombError as error:  # ICO and its like know the size of a picture only now
+        raise ImageProblem("too_large", str(error)) from None
+    except (OSError, EOFError, SyntaxError, struct.error, IndexError) as error:
+        raise ImageProblem("truncated", str(error)) from None
+    except Exception as error:  # a mode or compression that PIL does not turn into pixels
+        raise ImageProblem("unsupported", str(error)) from None
+
+
+def _is_upright(image: Image.Image, data: bytes) -> bool:
+    # PIL decodes all of a PNG in search of EXIF behind the picture. Where no such chunk can be, that is for nothing.
+    if image.format == "PNG" and not any(kind in data for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")):
+        return True
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
+
+
+def _without_metadata(image: Image.Image, data: bytes) -> bytes | None:
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        return None
+    if image.format in ("JPEG", "MPO"):
+        return strip_jpeg(data)
+    return strip_png(data) if image.format == "PNG" else None
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    clean = Image.new(image.mode, image.size)  # `info` may hold text, EXIF or a colour profile, which PIL would write
+    clean.paste(image)
+    clean.save(file, "PNG")
+    return file.getvalue()
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise `ImageProblem("too_large")` for a picture of more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise ImageProblem("too_large", f"{width} x {height} pixels, the limit (max_pixels) is {max_pixels}")
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    frequent = ["JPEG", "PNG"]  # PIL tries them in this order
+    return frequent + [name for name in Image.ID if name not in _NOT_READ and name not in frequent]

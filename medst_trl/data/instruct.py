@@ -1,0 +1,118 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations in LLaVA's JSON form (`id`, `image`, `conversations` of `from` and `value`)."""
+
+import re
+from pathlib import Path
+
+from medst_trl.data.json_records import read_json_records
+from medst_trl.data.records import BadRecord, Conversation, Rejected, Source, text_value
+from medst_trl.data.schema import image_part, message, text_part
+
+
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+# LLaVA puts its placeholder on a line of its own; that line break is no part of the text.
+_PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*<image>[\r\n]*")
+
+
+def read_llava(path: Path, image_folder: Path) -> Source:
+    """
+    Read a `.json` or `.jsonl` file of conversations.
+
+    `image` is a file name, a list of them or missing. Each `<image>` in a human text becomes an image part in its
+    place; without any, the images open the first turn. In an answer `<image>` is plain text. Turns may also be `role`
+    and `content`. A record without `id` is named after its position.
+
+    Set aside, by reason: `malformed_json`, `not_an_object`, `no_conversation`, `bad_image_field`, `unknown_role`,
+    `starts_with_answer`, `same_role_twice`, `ends_with_question`, `empty_turn`, `placeholder_mismatch`, `not_text`,
+    `bad_unicode`, `duplicate_id`.
+
+    Raises:
+        UserError: if the file holds no records at all.
+    """
+    source, ids = Source("llava", image_folder), set()
+    for position, record in read_json_records(path, known_by="conversations"):
+        if isinstance(record, Rejected):
+            source.rejected.append(record)
+            continue
+        name = f"record-{position:06d}"
+        try:
+            name = text_value(record.get("id"), missing="") if record.get("id") not in (None, "") else name
+            if name in ids:
+                raise BadRecord("duplicate_id", name)
+            images = _image_names(record.get("image"))
+            messages = _messages(record, len(images))
+        except BadRecord as bad:
+            source.rejected.append(Rejected(name, bad.reason, bad.value))
+        else:
+            ids.add(name)
+            source.conversations.append(Conversation(name, images, messages))
+    return source
+
+
+def split_at_images(text: str) -> list[dict]:
+    """
+    The typed parts of a human text: an image part for each `<image>`, text parts for what stands between.
+
+    Line breaks around a placeholder and blanks around the whole are dropped, as are parts of blanks alone.
+
+    Example:
+
+    ```python
+    >>> split_at_images("<image>\\nWhat is shown?")
+    [{'type': 'image', 'text': None}, {'type': 'text', 'text': 'What is shown?'}]
+    ```
+    """
+    parts = []
+    for index, piece in enumerate(_PLACEHOLDER_AND_BREAKS.split(text.strip())):
+        if index > 0:
+            parts.append(image_part())
+        if piece.strip():
+            parts.append(text_part(piece))
+    return parts
+
+
+def _image_names(value) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else [value] if value not in (None, "") else []
+    if not all(isinstance(name, str) and name for name in names):
+        raise BadRecord("bad_image_field", value)
+    return tuple(names)
+
+
+def _messages(record: dict, num_images: int) -> list[dict]:
+    turns = record.get("conversations", record.get("conversatons"))  # LLaVA-Med's own files misspell the key
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord("no_conversation", turns)
+    messages = []
+    for turn in turns:
+        messages.append(_message(turn, previous=messages[-1]["role"] if messages else None))
+    if messages[-1]["role"] == "user":
+        raise BadRecord("ends_with_question", messages[-1]["content"][-1]["text"])
+    placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    if placeholders == 0:
+        messages[0]["content"] = [image_part() for _ in range(num_images)] + messages[0]["content"]
+    elif placeholders != num_images:
+        raise BadRecord("placeholder_mismatch", f"{placeholders} {PLACEHOLDER}, {num_images} images")
+    return messages
+
+
+def _message(turn, previous: str | None) -> dict:
+    if not isinstance(turn, dict):
+        raise BadRecord("no_conversation", turn)
+    speaker = turn.get("from", turn.get("role"))
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise BadRecord("unknown_role", speaker)
+    if role == previous:
+        raise BadRecord("same_role_twice", speaker)
+    text = text_value(turn.get("value", turn.get("content")), missing="empty_turn")
+    if role == "assistant":
+        if previous is None:
+            raise BadRecord("starts_with_answer", text)
+        return message(role, [text_part(text)])
+    content = split_at_images(text)
+    if all(part["type"] == "image" for part in content):
+        raise BadRecord("empty_turn", text)
+    return message(role, content)

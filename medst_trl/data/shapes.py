@@ -1,0 +1,122 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Plain shapes in everyday words: the pictures of the tiny general-purpose model, and nothing medical among them.
+
+A picture is 64 x 64, grey, and shows one shape, or none, on a plain, striped, shaded or grainy background.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from medst_trl.data.images import image_id
+
+
+SIZE = 64  # pixels
+BACKGROUNDS = ("plain", "striped", "shaded", "grainy")
+SHAPES = ("square", "circle", "triangle")  # drawn, but all called "shape": at this size they are hard to tell apart
+CORNERS = ("upper left", "upper right", "lower left", "lower right")
+SIZES = ("small", "large")
+BRIGHTNESSES = ("dark", "bright")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture (mode "L", 64 x 64) and what it shows. Without a shape, `corner`, `size` and `brightness` are `None`."""
+
+    image: Image.Image
+    background: str
+    corner: str | None = None
+    size: str | None = None
+    brightness: str | None = None
+
+
+def make_shapes(n: int, seed: int) -> list[Picture]:
+    """Draws `n` pictures, four in five of them with a shape.
+
+    Args:
+        n (`int`): How many. The first pictures of a longer list are those of a shorter one.
+        seed (`int`): Not negative. Other seeds give other pictures.
+    """
+    return [_picture(np.random.default_rng((seed, position))) for position in range(n)]
+
+
+def questions(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions that the picture answers, with their answers, in random order and wording."""
+    view, guess = rng.choice(("picture", "image")), rng.choice(BRIGHTNESSES)
+    asked = [
+        (f"What is the background of the {view}?", f"The background is {picture.background}."),
+        (f"Is there a shape in the {view}?", "Yes" if picture.corner else "No"),
+    ]
+    if picture.corner is None:
+        asked.append((f"Please describe the {view}.", f"A {picture.background} {view} with no shape."))
+    else:
+        where, look = f"the {picture.corner} corner", f"{picture.size} {picture.brightness} shape"
+        asked += [
+            (str(rng.choice(("Where is the shape?", "In which corner is the shape?"))), f"In {where}."),
+            ("What does the shape look like?", f"It is {picture.size} and {picture.brightness}."),
+            (f"Is the shape {guess}?", "Yes" if guess == picture.brightness else "No"),
+            (f"Please describe the {view}.", f"A {picture.background} {view} with a {look} in {where}."),
+        ]
+    return [asked[index] for index in rng.permutation(len(asked))]
+
+
+def conversations(pictures: list[Picture], seed: int, turns: int | None = None) -> Iterator[dict]:
+    """One conversation a picture in the instruct columns: `id`, `images`, `image_ids`, `messages`.
+
+    Args:
+        pictures (`list[Picture]`): The pictures.
+        seed (`int`): Draws order and wording of the questions.
+        turns (`int`, *optional*): Keep only so many questions. All by default.
+    """
+    for position, picture in enumerate(pictures):
+        messages = []
+        for question, answer in questions(picture, np.random.default_rng((seed, position, 1)))[:turns]:
+            content = [] if messages else [{"type": "image", "text": None}]
+            content.append({"type": "text", "text": question})
+            messages.append({"role": "user", "content": content, "vusr": False})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}], "vusr": False})
+        yield {
+            "id": f"shape-{seed}-{position}",
+            "images": [picture.image],
+            "image_ids": [image_id(picture.image)],
+            "messages": messages,
+        }
+
+
+def _picture(rng: np.random.Generator) -> Picture:
+    background = str(rng.choice(BACKGROUNDS))
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float64)
+    pixels = np.full((SIZE, SIZE), 110 + rng.uniform(-20, 20))
+    if background == "striped":
+        pixels += 35 * np.sin(0.8 * (x if rng.random() < 0.5 else y))
+    elif background == "shaded":
+        pixels += 1.2 * rng.choice((-1, 1)) * ((x if rng.random() < 0.5 else y) - SIZE / 2)
+    elif background == "grainy":
+        pixels *= rng.rayleigh(0.75, size=pixels.shape)
+    facts = {}
+    if rng.random() < 0.8:
+        facts = {
+            "corner": str(rng.choice(CORNERS)),
+            "size": str(rng.choice(SIZES)),
+            "brightness": str(rng.choice(BRIGHTNESSES)),
+        }
+        radius = SIZE * (rng.uniform(0.1, 0.13) if facts["size"] == "large" else rng.uniform(0.05, 0.08))
+        centre_x, centre_y = SIZE / 2 + SIZE * 0.19 * np.array(
+            (1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1)
+        ) + rng.uniform(-6, 6, size=2)
+        inside = _inside(str(rng.choice(SHAPES)), (x - centre_x) / radius, (y - centre_y) / radius)
+        pixels[inside] = 245 if facts["brightness"] == "bright" else 8
+    pixels += rng.normal(0, 8, size=pixels.shape)
+    return Picture(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), background, **facts)
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which pixels a shape of radius 1 around the origin covers."""
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) <= 0.9
+    if shape == "circle":
+        return np.hypot(x, y) <= 1
+    return (y <= 0.9) & (np.abs(x) <= (y + 1.1) / 2 * 1.1)  # triangle

@@ -1,0 +1,202 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A policy's answers to a benchmark: greedy, in batches of like length, resumable, on one process or several."""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.errors import UserError
+from medst_trl.evaluation.controls import CONTROLS, blank_image, shuffled_rows
+from medst_trl.evaluation.greedy import greedy_answers, prompts
+from medst_trl.evaluation.predictions import PredictionLog
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def answer_benchmark(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    benchmark: "Dataset",
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    control: str | None = None,
+    seed: int = 0,
+    max_records: int | None = None,
+    done: Collection[str] = frozenset(),
+    model_name: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """
+    Ask every question of a benchmark, each on its own, and decode the answer greedily.
+
+    Questions of like length (image tokens included) share a batch, the longest first, so rows do not come in the
+    benchmark's order. Under a distributed launch each process yields the answers to its share of the batches.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Policy, as [`load_policy`] gives it, on the device it shall run on.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+        benchmark ([`~datasets.Dataset`]):
+            One row an image: `image_id`, `image`, `questions` (id, question, answer, answer_type, question_type).
+        batch_size (`int`, *optional*, defaults to `16`):
+            Questions a batch.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Where an answer that does not end is cut off.
+        control (`str`, *optional*):
+            `"blank"` or `"shuffled"`: ask about another image, see [`medst_trl.evaluation.controls`].
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the control `"shuffled"`.
+        max_records (`int`, *optional*):
+            Ask the first so many questions only.
+        done (collection of `str`, *optional*):
+            Ids that are answered already. Batches are made as if they were not, so that a continued run computes the
+            same numbers as one that was never cut.
+        model_name (`str`, *optional*):
+            How to name the model in `generation`.
+
+    Yields:
+        `dict`: a row of the predictions file: id, image_id, question, answer, answer_type, question_type,
+        `prediction`, `generation` (model, max_new_tokens, control, the image shown, and whether the answer ended by
+        itself).
+
+    Raises:
+        UserError: for an unknown control, ids that repeat, a benchmark whose images cannot be shuffled, or too little
+            memory for the batch size.
+
+    Example:
+
+    ```python
+    >>> model, processor = load_policy("runs/demo/sft")
+    >>> rows = list(answer_benchmark(model, processor, load_dataset("runs/demo/prepare/benchmark", split="test")))
+    >>> score_vqa(rows)["exact_match"]
+    ```
+    """
+    from tqdm import tqdm
+
+    state = process_state()
+    questions = questions_of(benchmark, max_records)
+    shown = _shown_rows(benchmark, control, seed)
+
+    def image(question: dict[str, Any]) -> "Image.Image":
+        found = benchmark[shown[question["row"]]]["image"]
+        return blank_image(found) if control == "blank" else found
+
+    batches = _batches(processor, questions, image, batch_size)[state.process_index :: state.num_processes]
+    name = model_name or getattr(model.config, "name_or_path", None) or None
+    settings = {"model": name, "decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
+    image_ids = list(benchmark["image_id"])
+    total, title = sum(map(len, batches)), control or "answers"
+    with tqdm(total=total, desc=title, unit="question", disable=not state.is_main_process) as bar:
+        for batch in batches:
+            if any(question["id"] not in done for question in batch):
+                texts = [question["question"] for question in batch]
+                answers = greedy_answers(model, processor, texts, list(map(image, batch)), max_new_tokens)
+                for question, (prediction, ended) in zip(batch, answers):
+                    if question["id"] in done:
+                        continue
+                    row = {key: value for key, value in question.items() if key not in ("row", "link")}
+                    shown_id = image_ids[shown[question["row"]]] if control != "blank" else None
+                    yield row | {
+                        "prediction": prediction,
+                        "generation": settings | {"image_shown": shown_id, "ended": ended},
+                    }
+            bar.update(len(batch))
+
+
+def write_predictions(
+    path: str | Path, model: "PreTrainedModel", processor: "ProcessorMixin", benchmark: "Dataset", **kwargs: Any
+) -> None:
+    """
+    Write the answers of [`answer_benchmark`] to `path` in the benchmark's order; a killed run goes on where it was.
+
+    Args:
+        path (`str` or `pathlib.Path`):
+            Predictions file. It has its name once it is complete; `<path>.incomplete` grows until then. Nothing is
+            done where it is complete.
+        model, processor, benchmark, **kwargs:
+            As in [`answer_benchmark`].
+    """
+    state = process_state()
+    log = PredictionLog(Path(path), state.process_index)
+    ids = [question["id"] for question in questions_of(benchmark, kwargs.get("max_records"))]
+    complete, done = log.path.exists(), {row["id"] for row in log.rows()}
+    state.wait_for_everyone()  # all have seen the same before one of them writes
+    if complete:
+        return
+    if not done.issuperset(ids):
+        log.append(answer_benchmark(model, processor, benchmark, done=done, **kwargs))
+        state.wait_for_everyone()
+    if state.is_main_process:
+        log.finish(ids)
+    state.wait_for_everyone()
+
+
+def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:
+    """
+    All questions in the benchmark's order, each with its `image_id` and the `row` its image stands in.
+
+    Raises:
+        UserError: if two have one id, or there are none.
+    """
+    questions, seen = [], set()
+    for row, record in enumerate(benchmark.remove_columns("image")):
+        for question in record["questions"]:
+            if question["id"] in seen:
+                raise UserError(
+                    f"Two questions of the benchmark have the id {question['id']!r}. Give each its own and prepare it "
+                    "again."
+                )
+            seen.add(question["id"])
+            questions.append({"id": question["id"], "image_id": record["image_id"], **question, "row": row})
+    if not questions:
+        raise UserError("The benchmark holds no questions. Look at its rejected.jsonl, or choose another split.")
+    return questions[:max_records]
+
+
+def process_state() -> "PartialState":
+    """This process among those of a launch. Without the flag, accelerate would overlook a launch on CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def check_control(benchmark: "Dataset", control: str | None, seed: int = 0) -> None:
+    """Raise the `UserError` that a control would meet, before anything is computed."""
+    _shown_rows(benchmark, control, seed)
+
+
+def _shown_rows(benchmark: "Dataset", control: str | None, seed: int) -> list[int]:
+    """For each row the row whose image is shown instead."""
+    if control is not None and control not in CONTROLS:
+        raise UserError(f"There is no control {control!r}; choose from {', '.join(CONTROLS)}.")
+    if control == "shuffled":
+        return shuffled_rows(list(benchmark["image_id"]), seed)
+    return list(range(len(benchmark)))
+
+
+def _batches(
+    processor: "ProcessorMixin", questions: list[dict], image: Callable[[dict], "Image.Image"], batch_size: int
+) -> list[list[dict]]:
+    """Questions of like length together, the longest first: too large a batch fails at once, not after hours."""
+    asked = [question["question"] for question in questions]
+    texts = processor.tokenizer(asked, add_special_tokens=False)["input_ids"]
+    # What an image (and the template) adds depends on its size alone, so one question a size tells it for all.
+    sizes, added, lengths = {}, {}, []
+    for question, text in zip(questions, texts):
+        if question["row"] not in sizes:
+            sizes[question["row"]] = image(question).size
+        size = sizes[question["row"]]
+        if size not in added:
+            prompt = prompts(processor, [question["question"]], [image(question)])["input_ids"]
+            added[size] = prompt.shape[1] - len(text)
+        lengths.append(added[size] + len(text))
+    order = sorted(range(len(questions)), key=lambda place: (-lengths[place], place))
+    return [[questions[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]

@@ -1,0 +1,30 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps secrets out of everything that is written down."""
+
+import re
+from typing import Any
+
+
+HIDDEN = "<hidden>"
+
+_SECRET_KEY = re.compile(r"token$|api_?key|secret|password|passwd|credential|private_key|authorization", re.IGNORECASE)
+_NOT_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|vusr)_token$", re.IGNORECASE)
+# Hub and OpenAI style keys, and the user:password of a URL, wherever they stand
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a setting of this name holds a secret (`hub_token`, `api_key`; not `eos_token` or `max_new_tokens`)."""
+    return bool(_SECRET_KEY.search(key)) and not _NOT_SECRET.search(key)
+
+
+def hide_secrets(value: Any, key: str = "") -> Any:
+    """A copy of `value` (dicts, lists, scalars) with every secret text replaced by `"<hidden>"`."""
+    if isinstance(value, dict):
+        return {name: hide_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_secrets(item, key) for item in value]
+    if isinstance(value, str):
+        return HIDDEN if value and is_secret_key(key) else _SECRET_VALUE.sub(HIDDEN, value)
+    return value

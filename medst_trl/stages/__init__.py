@@ -1,0 +1,82 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One file a stage, each a script of its own: `make_parser()` and `main(...)`. This is the list of them."""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from medst_trl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    What the command line and recipes have to know of a stage without importing it.
+
+    Args:
+        name (`str`):
+            Its command, its section in a recipe, and its file here.
+        summary (`str`):
+            One line for `medst --help`.
+        reads (`tuple` of `(key, stage, folder)`):
+            Inputs that a recipe takes from another of its sections when none is given: `key` becomes `folder` inside
+            that stage's output. Of several with one key, the first whose section is there.
+        unless (`str`, *optional*):
+            A setting that stands in the place of `reads`: with it in the recipe, nothing is taken from other sections.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether it can use several processes. The others run in one.
+    """
+
+    name: str
+    summary: str
+    reads: tuple[tuple[str, str, str], ...] = ()
+    unless: str | None = None
+    distributed: bool = False
+
+    def make_parser(self, prog: str | None = None):
+        """The stage's own parser, made to raise a `UserError` where argparse would print all its options and exit."""
+        parser = import_module(f"medst_trl.stages.{self.name}").make_parser(prog)
+        parser.allow_abbrev = False  # an abbreviation could be meant for the launcher
+        parser.error = self._refuse
+        if self.distributed:
+            parser.epilog = (
+                "--config FILE reads settings from a recipe or a flat YAML file. --accelerate_config (cpu, "
+                "single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes and other options of "
+                "`accelerate launch` start the stage under that launcher; without any it runs in this process."
+            )
+        else:
+            parser.epilog = "--config FILE reads settings from a recipe or a flat YAML file."
+        return parser
+
+    def _refuse(self, message: str) -> None:
+        raise UserError(f"medst {self.name}: {message}. See `medst {self.name} --help`.")
+
+    def main(self, *arguments) -> None:
+        import_module(f"medst_trl.stages.{self.name}").main(*arguments)
+
+
+# In the order of the data's way.
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("base", "build a tiny vision-language model to start from"),
+        Stage("prepare", "turn medical images, questions and conversations into datasets"),
+        Stage(
+            "sft",
+            "stage 1: train a model to answer and to ask",
+            reads=(("model_name_or_path", "base", ""), ("dataset", "prepare", "instruct")),
+            distributed=True,
+        ),
+        Stage(
+            "evaluate",
+            "answer a benchmark and score the answers",
+            reads=(
+                ("model_name_or_path", "sft", ""),
+                ("model_name_or_path", "base", ""),
+                ("benchmark", "prepare", "benchmark"),
+            ),
+            unless="predictions",
+            distributed=True,
+        ),
+    )
+}

@@ -1,0 +1,136 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+medst base --output_dir runs/demo/base
+
+Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download. It stands
+for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright and dark, and
+the words of medicine, but has seen no scan and no medical label.
+
+Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. Cut short, it
+continues from its newest checkpoint.
+"""
+
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class BaseArguments:
+    """Arguments of `medst base`."""
+
+    output_dir: str = field(metadata={"help": "Folder for the model and its processor."})
+    num_pictures: int = field(default=3000, metadata={"help": "Pictures of plain shapes to draw."})
+    num_texts: int = field(default=1000, metadata={"help": "Conversations without a picture: definitions, repeated words."})
+    turns: int = field(default=4, metadata={"help": "Questions about each picture."})
+    max_steps: int = field(default=400, metadata={"help": "Training steps."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Conversations per step."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    warmup_steps: int = field(default=30, metadata={"help": "Steps until the peak."})
+    save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints, from which a cut run continues."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps between log lines."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights, the pictures and their order."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
+
+
+def make_parser(prog: str | None = None):
+    from trl.scripts.utils import TrlParser
+
+    return TrlParser((BaseArguments,), prog=prog, description=__doc__.strip().partition("\n")[2])
+
+
+def main(args: BaseArguments) -> None:
+    from medst_trl.stage_record import StageRecord
+
+    record = StageRecord.open(
+        args.output_dir,
+        stage="base",
+        settings=asdict(args),
+        operational={"save_steps", "logging_steps"},
+        overwrite=args.overwrite,
+    )
+    if record.status == "finished":
+        return
+    print(
+        f"base: training a tiny general-purpose model on {args.num_pictures} pictures of plain shapes and {args.num_texts} "
+        "plain texts. It sees no scan and none of the labels."
+    )
+
+    from medst_trl.policy.tiny import tiny_llava
+    from medst_trl.training.resume import newest_complete_checkpoint
+
+    model, processor = tiny_llava(seed=args.seed)
+    trainer = _trainer(args, model, processor)
+    result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_folder(args)))
+    if trainer.accelerator.is_main_process:
+        _save(model, processor, Path(args.output_dir))
+        shutil.rmtree(_run_folder(args))
+    record.finish(
+        counts={"parameters": model.num_parameters(), "steps": trainer.state.global_step},
+        training_loss=result.training_loss,
+    )
+    print(f"base: {model.num_parameters():,} parameters, training loss {result.training_loss:.3f}, in {args.output_dir}")
+
+
+def _run_folder(args: BaseArguments) -> Path:
+    """The Trainer's folder; hidden, so that it is not taken for part of the result."""
+    return Path(args.output_dir) / ".run"
+
+
+def _trainer(args: BaseArguments, model, processor):
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from medst_trl.data import plain_text, shapes
+    from medst_trl.training.collator import DataCollatorForSelfQuestioning
+
+    # Stage 1's collator with no question to learn; on a copy of the processor, to which alone it adds `<vusr>`.
+    collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
+
+    def collate(rows: list[dict]) -> dict:
+        batch = collator(rows)
+        batch.pop("question_mask")
+        return batch
+
+    # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(_run_folder(args)),
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=args.warmup_steps,
+            adam_beta2=0.95,
+            weight_decay=0.01,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            save_steps=args.save_steps,
+            save_total_limit=1,
+            logging_steps=args.logging_steps,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=[
+            *shapes.conversations(shapes.make_shapes(args.num_pictures, args.seed), args.seed, args.turns),
+            *plain_text.conversations(args.num_texts, args.seed, args.turns),
+        ],
+        data_collator=collate,
+        processing_class=processor,
+    )
+
+
+def _save(model, processor, output_dir: Path) -> None:
+    """Each file appears whole, config.json last: a folder that has it is complete."""
+    staging = output_dir / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    processor.save_pretrained(staging)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output_dir / path.name)
+    staging.rmdir()

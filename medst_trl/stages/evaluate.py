@@ -1,0 +1,211 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Answers a benchmark's questions and scores the answers, beside what the same model scores without the right images.
+
+```bash
+medst evaluate \
+    --model_name_or_path runs/vqa_rad/sft \
+    --benchmark runs/vqa_rad/prepare/benchmark \
+    --output_dir runs/vqa_rad/evaluate
+```
+
+Input: a benchmark, one row an image with columns `image_id`, `image`, `questions` (`medst prepare` writes one), and a
+model or an adapter. Output in `output_dir`: `predictions.jsonl` (id, image_id, question, answer, answer_type,
+question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` of the two controls,
+`scores.json`, and a table on the terminal. With several benchmarks, each in a folder of its own. Run again after a
+crash, it goes on where it was.
+
+Scoring a predictions file alone needs no model (controls are compared where their files lie beside it):
+
+```bash
+medst evaluate --predictions runs/vqa_rad/evaluate/predictions.jsonl --output_dir runs/vqa_rad/rescored
+```
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from trl.scripts.utils import TrlParser
+
+    from medst_trl.stage_record import StageRecord
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `medst evaluate`."""
+
+    output_dir: str = field(metadata={"help": "Folder for predictions and scores."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a vision-language model, or of an adapter."}
+    )
+    benchmark: list[str] = field(
+        default_factory=list, metadata={"help": "Folders or Hub ids of benchmarks (`medst prepare` writes them)."}
+    )
+    split: str = field(default="test", metadata={"help": "Split of the benchmarks."})
+    predictions: str | None = field(
+        default=None, metadata={"help": "Score this predictions file instead of running a model."}
+    )
+    controls: list[str] = field(
+        default_factory=lambda: ["blank", "shuffled"],
+        metadata={"help": "Runs with images that do not help, beside the real one: blank, shuffled, or none."},
+    )
+    variants: list[str] = field(
+        default_factory=lambda: ["strict", "llava_med"], metadata={"help": "Rules to score by: strict, llava_med."}
+    )
+    closed_rule: str = field(
+        default="gated",
+        metadata={"help": "When llava_med takes a closed answer as right: gated, substring, drop_misses."},
+    )
+    batch_size: int = field(default=16, metadata={"help": "Questions answered at a time on each process."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens after which an answer is cut off."})
+    max_records: int | None = field(
+        default=None, metadata={"help": "Ask the first so many questions of each benchmark only."}
+    )
+    bootstrap_samples: int = field(
+        default=1000, metadata={"help": "Resamples behind each confidence interval; 0 for none."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the shuffled images and of the resamples."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto (the checkpoint's), float32, bfloat16."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code from the model's repository run."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
+    )
+
+    def __post_init__(self):
+        for name in ("benchmark", "controls", "variants"):  # a recipe may give a single one without a list
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        if self.controls == ["none"]:
+            self.controls = []
+
+
+def make_parser(prog: str | None = None) -> "TrlParser":
+    from trl.scripts.utils import TrlParser
+
+    return TrlParser((EvaluateArguments,), prog=prog, description=__doc__)
+
+
+def main(args: EvaluateArguments) -> None:
+    from medst_trl.evaluation.tables import format_file
+    from medst_trl.stage_record import StageRecord
+
+    _check(args)
+    record = StageRecord.open(
+        args.output_dir,
+        stage="evaluate",
+        settings=asdict(args),
+        inputs={name: getattr(args, name) for name in ("model_name_or_path", "benchmark", "predictions")},
+        operational={"batch_size"},
+        overwrite=args.overwrite,
+    )
+    folders = _folders(args)
+    if record.status != "finished":
+        counts = _score_file(args) if args.predictions else _run(args, record, folders)
+        record.finish(counts=counts)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for folder in folders:
+            print(format_file(json.loads((folder / "scores.json").read_text(encoding="utf-8"))))
+        print(f"Scores are in {', '.join(str(folder / 'scores.json') for folder in folders)}.")
+
+
+def _check(args: EvaluateArguments) -> None:
+    from medst_trl.errors import UserError
+    from medst_trl.evaluation.controls import CONTROLS
+    from medst_trl.evaluation.llava_med import CLOSED_RULES
+    from medst_trl.evaluation.metrics import VARIANTS
+
+    if args.predictions and (args.model_name_or_path or args.benchmark):
+        raise UserError(
+            "Give either predictions (to score a file) or model_name_or_path and benchmark (to run a model)."
+        )
+    if not args.predictions and not (args.model_name_or_path and args.benchmark):
+        raise UserError("Nothing to evaluate: give model_name_or_path and benchmark, or predictions to score a file.")
+    known = {"controls": CONTROLS, "variants": VARIANTS, "closed_rule": CLOSED_RULES}
+    for name, choices in known.items():
+        value = getattr(args, name)
+        if wrong := [item for item in ([value] if isinstance(value, str) else value) if item not in choices]:
+            raise UserError(f"There is no {wrong[0]!r} for {name}; choose from {', '.join(choices)}.")
+    for name, least in {"batch_size": 1, "max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; it has to be at least {least}.")
+
+
+def _folders(args: EvaluateArguments) -> list[Path]:
+    """Where each benchmark's files go: several benchmarks get a folder each, by their names."""
+    from medst_trl.errors import UserError
+
+    output_dir = Path(args.output_dir)
+    if len(args.benchmark) < 2:
+        return [output_dir]
+    paths = [Path(name) for name in args.benchmark]
+    names = [path.parent.name if path.name == "benchmark" else path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"Benchmarks would share a folder of output_dir: {', '.join(names)}. Evaluate them one by one."
+        )
+    return [output_dir / name for name in names]
+
+
+def _run(args: EvaluateArguments, record: "StageRecord", folders: list[Path]) -> dict[str, Any]:
+    from medst_trl import load_policy
+    from medst_trl.data.schema import check_columns, load_records
+    from medst_trl.evaluation.score_files import control_path, score_files, write_scores
+    from medst_trl.evaluation.vqa import check_control, process_state, write_predictions
+
+    benchmarks = [load_records(name, args.split) for name in args.benchmark]
+    for benchmark in benchmarks:
+        check_columns(benchmark, "benchmark")
+        for control in args.controls:
+            check_control(benchmark, control, args.seed)
+    state = process_state()
+    model, processor = load_policy(args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model.to(state.device)
+    counts, sources = {}, record.content["inputs"]["benchmark"]
+    for name, data, benchmark, folder in zip(args.benchmark, sources, benchmarks, folders):
+        path = folder / "predictions.jsonl"
+        for control in [None, *args.controls]:
+            write_predictions(
+                control_path(path, control),
+                model,
+                processor,
+                benchmark,
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                control=control,
+                seed=args.seed,
+                max_records=args.max_records,
+                model_name=args.model_name_or_path,
+            )
+        if state.is_main_process:
+            about = {"benchmark": name, "data": data, "split": args.split, "model": args.model_name_or_path}
+            scores, _ = score_files(path, controls=args.controls, **_scoring(args))
+            write_scores(folder / "scores.json", about | scores)
+            counts[name] = scores["counts"]
+        state.wait_for_everyone()
+    return counts
+
+
+def _score_file(args: EvaluateArguments) -> dict[str, Any]:
+    from medst_trl.data.schema import write_jsonl
+    from medst_trl.evaluation.score_files import control_path, score_files, write_scores
+
+    folder = Path(args.output_dir)
+    controls = [control for control in args.controls if control_path(args.predictions, control).is_file()]
+    scores, rejected = score_files(args.predictions, controls=controls, **_scoring(args))
+    write_scores(folder / "scores.json", {"predictions": args.predictions} | scores)
+    if rejected:
+        write_jsonl(folder / "rejected.jsonl", rejected)
+        reasons = ", ".join(f"{number} {reason}" for reason, number in scores["counts"]["rejected"].items())
+        print(f"evaluate: {len(rejected)} lines were set aside ({reasons}), see {folder / 'rejected.jsonl'}.")
+    return scores["counts"]
+
+
+def _scoring(args: EvaluateArguments) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("variants", "closed_rule", "bootstrap_samples", "seed")}

@@ -1,0 +1,48 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from medst_trl.data.image_index import index_images
+from medst_trl.data.images import ImageProblem
+
+
+@dataclass
+class Images:
+    """Names that begin with "bad" cannot be used; reading `stops_at` ends the run."""
+
+    stops_at: str | None = None
+    read: list[str] = field(default_factory=list)
+
+    def image_id(self, name: str) -> str:
+        if name == self.stops_at:
+            raise KeyboardInterrupt
+        self.read.append(name)
+        if name.startswith("bad"):
+            raise ImageProblem("truncated", "cut")
+        return "id of " + name
+
+
+def test_each_name_once_in_a_file_that_is_complete_or_not_there(tmp_path):
+    images = Images()
+    good, bad = index_images(["a", "bad", "a", "b\udc80"], images, tmp_path / "index.jsonl", num_workers=2)
+    assert good == {"a": "id of a", "b\udc80": "id of b\udc80"}
+    assert bad["bad"].reason == "truncated" and set(images.read) == {"a", "b\udc80", "bad"} and len(images.read) == 3
+    entries = map(json.loads, (tmp_path / "index.jsonl").read_text().splitlines())
+    assert [entry["image"] for entry in entries] == ["a", "bad", "b\udc80"]
+
+
+def test_a_cut_run_goes_on_where_it_was(tmp_path):
+    names, path = [f"image {n}" for n in range(50)], tmp_path / "index.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        index_images(names, Images(stops_at="image 30"), path, num_workers=2)
+    assert not path.exists()
+    with open(tmp_path / ".index.jsonl.tmp", "a") as file:
+        file.write('{"image": "image 29", "ima')  # as a killed process leaves it
+    again = Images()
+    good, _ = index_images(names, again, path, num_workers=2)
+    assert list(good) == names and 0 < len(again.read) < 45
+    third = Images()
+    assert index_images(names, third, path, num_workers=1) == (good, {}) and third.read == []

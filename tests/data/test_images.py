@@ -1,0 +1,302 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels stay, metadata goes, and nothing from outside does harm."""
+
+import hashlib
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from medst_trl.data.images import ImageProblem, image_id, load_image, resolve_inside, store_image, stored_bytes
+
+
+MARKER = b"PATIENT-DOE-1970"
+
+
+def picture(mode: str = "RGB", size=(37, 23), seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    width, height = size
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    if mode == "I":
+        return Image.fromarray(rng.integers(-(2**31), 2**31, (height, width), dtype=np.int32))
+    if mode == "F":
+        return Image.fromarray(rng.normal(0, 1e6, (height, width)).astype(np.float32))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def reason(path, **options) -> str:
+    with pytest.raises(ImageProblem) as caught:
+        load_image(path, **options)
+    return caught.value.reason
+
+
+def exif(orientation: int = 1) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x010E], tags[0x0112] = MARKER.decode(), orientation
+    return tags
+
+
+SAVED = {
+    "grey.jpg": ("L", {}), "rgb.jpg": ("RGB", {}), "progressive.jpg": ("RGB", {"progressive": True}),
+    "subsampled.jpg": ("RGB", {"subsampling": 2}), "restarts.jpg": ("RGB", {"restart_marker_rows": 1}),
+    "grey.png": ("L", {}), "rgb.png": ("RGB", {}), "palette.png": ("P", {}), "bit.png": ("1", {}),
+    "rgb.bmp": ("RGB", {}), "grey.bmp": ("L", {}), "still.gif": ("P", {}),
+    "rgb.tif": ("RGB", {"compression": "tiff_lzw"}), "bit.tif": ("1", {}),
+    "rgb.webp": ("RGB", {"lossless": True}), "lossy.webp": ("RGB", {}), "rgb.ppm": ("RGB", {}),
+    "rgb.tga": ("RGB", {}), "cmyk.jpg": ("CMYK", {}), "cmyk.tif": ("CMYK", {}), "rgb.jp2": ("RGB", {}),
+    "ycbcr.tif": ("YCbCr", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_8_bit_pictures_keep_their_pixels(tmp_path, name):
+    mode, options = SAVED[name]
+    path = tmp_path / name
+    picture(mode).save(path, **options)
+    stored = load_image(path)
+    expected = Image.open(path).convert("RGB")
+    assert np.array_equal(pixels(stored.bytes), np.asarray(expected))
+    assert (stored.width, stored.height) == expected.size
+    assert stored.image_id == image_id(expected)
+    assert stored_bytes(path) == stored.bytes
+    kept = Image.open(io.BytesIO(stored.bytes))
+    assert kept.mode in ("L", "RGB") and kept.format in ("JPEG", "PNG")
+    if name in ("grey.jpg", "rgb.jpg", "progressive.jpg", "subsampled.jpg", "restarts.jpg"):
+        assert kept.format == "JPEG", "not encoded again"
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("I;16", "a.tif"), ("I", "a.tif"), ("F", "a.tif")])
+def test_deep_grey_is_rescaled_in_order_to_the_whole_range(tmp_path, mode, name):
+    source = picture(mode)
+    source.save(tmp_path / name)
+    stored = np.asarray(Image.open(io.BytesIO(load_image(tmp_path / name).bytes)))
+    order = np.argsort(np.asarray(source).ravel(), kind="stable")
+    assert stored.dtype == np.uint8 and (stored.min(), stored.max()) == (0, 255)
+    assert (np.diff(stored.ravel()[order].astype(int)) >= 0).all()
+
+
+def test_deep_grey_that_is_even_or_not_finite(tmp_path):
+    assert np.asarray(Image.open(io.BytesIO(store_image(Image.new("I;16", (4, 4), 900)).bytes))).max() == 0
+    odd = Image.fromarray(np.array([[np.nan, 0, 1, np.inf, -np.inf]], np.float32))
+    assert pixels(store_image(odd).bytes)[0, :, 0].tolist() == [0, 0, 255, 255, 0]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("RGBA", "a.png"), ("LA", "a.png"), ("RGBA", "a.tif"), ("RGBA", "a.webp")])
+def test_transparency_is_laid_on_black(tmp_path, mode, name):
+    source = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
+    source.putpixel((1, 0), (90, 90, 90, 0))
+    source.convert(mode).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    assert pixels(load_image(tmp_path / name).bytes)[0].tolist() == [[200] * 3, [0] * 3]
+
+
+def test_a_transparent_colour_is_laid_on_black(tmp_path):
+    source = Image.new("RGB", (2, 1), (1, 2, 3))
+    source.putpixel((0, 0), (9, 9, 9))
+    source.save(tmp_path / "key.png", transparency=(1, 2, 3))
+    assert pixels(load_image(tmp_path / "key.png").bytes)[0].tolist() == [[9, 9, 9], [0, 0, 0]]
+
+
+def test_one_picture_has_one_id_whatever_holds_it(tmp_path):
+    grey = picture("L")
+    ids = {image_id(grey), image_id(grey.convert("RGB")), store_image(grey).image_id}
+    for name in ("a.png", "a.bmp", "a.tif", "a.gif"):
+        grey.convert("RGB" if name == "a.bmp" else "L").save(tmp_path / name)
+        ids.add(load_image(tmp_path / name).image_id)
+    assert len(ids) == 1
+    rgb = grey.convert("RGB")
+    assert ids == {hashlib.sha256(struct.pack(">II", *rgb.size) + rgb.tobytes()).hexdigest()}
+
+
+def test_id_tells_pixels_and_shape():
+    flat = np.zeros(24, np.uint8)
+    shapes = [(4, 6), (6, 4), (2, 12), (24, 1)]
+    assert len({image_id(Image.fromarray(flat.reshape(shape))) for shape in shapes}) == len(shapes)
+    wide = picture("L", (3000, 400))  # more than one band
+    assert image_id(wide) == hashlib.sha256(struct.pack(">II", 3000, 400) + wide.convert("RGB").tobytes()).hexdigest()
+
+
+def test_no_metadata_of_a_jpeg_survives(tmp_path):
+    path, source = tmp_path / "a.jpg", picture()
+    source.save(path, exif=exif(), comment=MARKER, icc_profile=MARKER * 50, xmp=MARKER, quality=95)
+    data = path.read_bytes()
+    jfif_with_thumbnail = b"\xff\xe0" + struct.pack(">H", 16 + 48) + b"JFIF\0\1\1\0\0\1\0\1\4\4" + MARKER * 3
+    jfxx = b"\xff\xe0" + struct.pack(">H", 2 + 6 + 16) + b"JFXX\0\x13" + MARKER
+    path.write_bytes(data[:2] + jfif_with_thumbnail + jfxx + data[20:] + MARKER + data)
+    assert path.read_bytes().count(MARKER) > 50
+    stored = load_image(path).bytes
+    assert MARKER not in stored and b"Exif" not in stored
+    assert np.array_equal(pixels(stored), pixels(data))
+
+
+def test_no_metadata_of_a_png_survives(tmp_path):
+    path, source, text = tmp_path / "a.png", picture(), PngImagePlugin.PngInfo()
+    text.add_text("Comment", MARKER.decode())
+    text.add_text("Compressed", MARKER.decode() * 20, zip=True)
+    text.add_itxt("XML:com.adobe.xmp", MARKER.decode())
+    text.add(b"prIv", MARKER)
+    source.save(path, pnginfo=text, exif=exif(), icc_profile=MARKER * 9, dpi=(300, 300))
+    path.write_bytes(path.read_bytes() + MARKER)
+    stored = load_image(path).bytes
+    kinds = [stored[at + 4 : at + 8] for at in _chunks(stored)]
+    assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"} and MARKER not in stored
+    assert np.array_equal(pixels(stored), np.asarray(source))
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.webp", "a.gif", "a.jp2"])
+def test_no_metadata_of_other_formats_survives(tmp_path, name):
+    options = {"a.tif": {"description": MARKER.decode()}, "a.webp": {"exif": exif(), "xmp": MARKER}}
+    comment = {"comment": MARKER} if name in ("a.gif", "a.jp2") else {}
+    picture("P" if name == "a.gif" else "RGB").save(tmp_path / name, **options.get(name, {}), **comment)
+    assert MARKER in (tmp_path / name).read_bytes()
+    assert MARKER not in load_image(tmp_path / name).bytes
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_orientation_is_applied(tmp_path, name, orientation):
+    from PIL import ImageOps
+
+    picture().save(tmp_path / name, exif=exif(orientation))
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    stored = load_image(tmp_path / name)
+    assert np.array_equal(pixels(stored.bytes), np.asarray(upright))
+    assert (stored.width, stored.height) == upright.size == Image.open(io.BytesIO(stored.bytes)).size
+    assert MARKER not in stored.bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_segment_anywhere_in_a_jpeg_goes(data):
+    file = io.BytesIO()
+    picture(data.draw(st.sampled_from(["L", "RGB"]))).save(file, "JPEG", progressive=data.draw(st.booleans()))
+    clean = file.getvalue()
+    starts = _segments(clean)
+    dirty = bytearray(clean)
+    for at in sorted(data.draw(st.lists(st.sampled_from(starts), max_size=4)), reverse=True):
+        kind = data.draw(st.sampled_from([*range(0xE1, 0xEE), 0xEF, 0xFE]))
+        body = MARKER + data.draw(st.binary(max_size=30))
+        dirty[at:at] = b"\xff" * data.draw(st.integers(1, 3)) + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+    from medst_trl.data.image_bytes import strip_jpeg
+
+    stored = strip_jpeg(bytes(dirty) + MARKER)
+    assert MARKER not in stored
+    assert np.array_equal(pixels(stored), pixels(clean))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 2**16), st.sampled_from(["JPEG", "PNG"]))
+def test_stripping_never_fails_on_damage(noise, at, kind):
+    from medst_trl.data.image_bytes import strip_jpeg, strip_png
+
+    file = io.BytesIO()
+    picture().save(file, kind)
+    data = bytearray(file.getvalue())
+    at %= len(data)
+    data[at : at + len(noise)] = noise
+    assert isinstance((strip_jpeg if kind == "JPEG" else strip_png)(bytes(data)), bytes | None)
+
+
+def test_unusable_files_have_a_reason(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    frames = [picture("L", seed=seed) for seed in range(3)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "film.png", save_all=True, append_images=frames[1:])
+    (tmp_path / "script.eps").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    )
+    expected = {
+        "none.png": "missing", "empty.png": "empty", "text.png": "not_an_image", "folder.png": "not_a_file",
+        "pipe.png": "not_a_file", "film.gif": "several_frames", "pages.tif": "several_frames",
+        "film.png": "several_frames", "script.eps": "not_an_image", "text.png/x.png": "missing",
+    }  # fmt: skip
+    assert {name: reason(tmp_path / name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.tif", "a.webp", "a.gif", "progressive.jpg"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_truncated_files_are_set_aside(tmp_path, name, part):
+    picture("RGB", (200, 150)).save(tmp_path / name, **({"progressive": True} if name[0] == "p" else {}))
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(len(data) * part)])
+    assert reason(tmp_path / name) in ("truncated", "not_an_image")
+
+
+def test_bombs_are_refused_by_their_header(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 10**6))
+        + chunk(b"IEND", b"")
+    )
+    assert reason(tmp_path / "bomb.png") == "too_large"
+    picture("L", (101, 100)).save(tmp_path / "large.png")
+    assert reason(tmp_path / "large.png", max_pixels=10_000) == "too_large"
+    assert load_image(tmp_path / "large.png", max_pixels=10_100).width == 101
+    with open(tmp_path / "padded.png", "wb") as file:  # a small picture before a mountain of nothing
+        file.truncate(2_000_000_000)
+    assert reason(tmp_path / "padded.png") == "too_large"
+
+
+def test_names_stay_in_their_folder(tmp_path):
+    folder, outside = tmp_path / "images", tmp_path / "secret.png"
+    (folder / "sub").mkdir(parents=True)
+    picture().save(outside)
+    picture().save(folder / "sub" / "a.png")
+    (folder / "link.png").symlink_to(outside)
+    (folder / "inner.png").symlink_to(folder / "sub" / "a.png")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "circle").symlink_to(folder / "circle")
+    (tmp_path / "images_too").mkdir()
+    for name in (
+        "../secret.png",
+        "sub/../../secret.png",
+        str(outside),
+        "link.png",
+        "up/secret.png",
+        "../images_too/a",
+        "/",
+    ):
+        with pytest.raises(ImageProblem, match="outside_image_folder"):
+            resolve_inside(folder, name)
+    for name in ("a\0b.png", "x" * 5000 + ".png", "circle/a.png"):
+        with pytest.raises(ImageProblem):
+            load_image(resolve_inside(folder, name))
+    for name in ("sub/a.png", "sub/../sub/a.png", "inner.png", str(folder / "sub" / "a.png"), "./sub//a.png"):
+        assert load_image(resolve_inside(folder, name)).width == 37
+
+
+def _segments(data: bytes) -> list[int]:
+    """Where the segments before the first scan start."""
+    starts, at = [], 2
+    while data[at + 1] != 0xDA:
+        starts.append(at)
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return [*starts, at]
+
+
+def _chunks(data: bytes) -> list[int]:
+    starts, at = [], 8
+    while at < len(data):
+        starts.append(at)
+        at += 12 + struct.unpack_from(">I", data, at)[0]
+    return starts

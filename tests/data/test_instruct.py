@@ -1,0 +1,153 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medst_trl.data.instruct import read_llava, split_at_images
+from medst_trl.data.records import published_id
+from medst_trl.data.schema import text_of
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def read(tmp_path, *records, name="a.json"):
+    (tmp_path / name).write_text(json.dumps(records))
+    return read_llava(tmp_path / name, tmp_path)
+
+
+def reasons(tmp_path, *records):
+    return [rejected.reason for rejected in read(tmp_path, *records).rejected]
+
+
+def kinds(message):
+    return [part["text"] if part["type"] == "text" else 0 for part in message["content"]]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=5))
+def test_parts_joined_give_back_the_text(pieces):
+    text = "<image>".join(pieces)
+    parts = split_at_images(text)
+    joined = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+    # Apart from what the docstring says is dropped: breaks around placeholders, blanks around all, parts of blanks.
+    tidy = re.sub(r"[\r\n]*<image>[\r\n]*", "<image>", text.strip())
+    tidy = "<image>".join(piece if piece.strip() else "" for piece in tidy.split("<image>"))
+    assert joined == tidy
+    assert sum(part["type"] == "image" for part in parts) == text.count("<image>")
+    assert all(part["text"].strip() for part in parts if part["type"] == "text")
+
+
+def test_turns_and_images_keep_their_places(tmp_path):
+    source = read(
+        tmp_path,
+        {
+            "id": 7,
+            "image": ["a.png", "b.png", "c.png"],
+            "conversations": [
+                human("Compare <image> with\n<image>\nplease."),
+                gpt(" Both <image> are alike. "),
+                {"role": "user", "content": "And this?\n<image>"},
+                {"role": "assistant", "content": "No."},
+            ],
+        },
+    )
+    (talk,) = source.conversations
+    assert (talk.id, talk.images) == ("7", ("a.png", "b.png", "c.png"))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert kinds(talk.messages[0]) == ["Compare ", 0, " with", 0, "please."]
+    assert kinds(talk.messages[1]) == ["Both <image> are alike."], "plain text in an answer"
+    assert kinds(talk.messages[2]) == ["And this?", 0]
+    assert text_of(talk.messages[3]["content"]) == "No."
+
+
+def test_without_placeholder_the_images_come_first(tmp_path):
+    source = read(
+        tmp_path,
+        {"image": "a.png", "conversations": [human("What?"), gpt("That."), human("More?"), gpt("No.")]},
+        {"image": ["a.png", "b.png"], "conversations": [human("What?"), gpt("That.")]},
+        {"conversations": [human("No image?"), gpt("None.")]},
+        {"conversatons": [human("LLaVA-Med's spelling?"), gpt("Yes.")]},
+    )
+    assert [kinds(talk.messages[0])[:-1] for talk in source.conversations] == [[0], [0, 0], [], []]
+    assert [talk.id for talk in source.conversations] == [f"record-00000{n}" for n in range(4)]
+
+
+def test_numbers_are_text(tmp_path):
+    (talk,) = read(tmp_path, {"conversations": [human("How many?"), gpt(4)]}).conversations
+    assert text_of(talk.messages[1]["content"]) == "4"
+
+
+BAD = {
+    "placeholder_mismatch": {"image": "a.png", "conversations": [human("<image> <image> What?"), gpt("x")]},
+    "starts_with_answer": {"conversations": [gpt("x"), human("y")]},
+    "same_role_twice": {"conversations": [human("x"), human("y"), gpt("z")]},
+    "empty_turn": {"conversations": [human("x"), gpt(" \n ")]},
+    "ends_with_question": {"conversations": [human("x"), gpt("y"), human("z")]},
+    "unknown_role": {"conversations": [{"from": "system", "value": "x"}, human("x"), gpt("y")]},
+    "no_conversation": {"image": "a.png"},
+    "bad_image_field": {"image": {"file": "a.png"}, "conversations": [human("x"), gpt("y")]},
+    "not_text": {"conversations": [human(["x"]), gpt("y")]},
+    "bad_unicode": {"conversations": [human("x"), gpt("\ud800")]},
+}
+
+
+@pytest.mark.parametrize("expected", BAD)
+def test_bad_records_are_set_aside_with_their_reason(tmp_path, expected):
+    good = {"id": "good", "conversations": [human("x"), gpt("y")]}
+    source = read(tmp_path, BAD[expected] | {"id": "bad"}, good)
+    assert [(item.id, item.reason) for item in source.rejected] == [("bad", expected)]
+    assert [talk.id for talk in source.conversations] == ["good"]
+    json.dumps(source.rejected[0].as_row()).encode()
+
+
+def test_more_bad_records(tmp_path):
+    only_image = {"image": "a.png", "conversations": [human("<image>\n"), gpt("y")]}
+    no_image = {"conversations": [human("<image> what?"), gpt("y")]}
+    turn = {"conversations": ["x"]}
+    null = {"conversations": [human(None), gpt("y")]}
+    assert reasons(tmp_path, only_image, no_image, turn, null) == [
+        "empty_turn", "placeholder_mismatch", "no_conversation", "empty_turn",
+    ]  # fmt: skip
+
+
+def test_of_two_records_with_one_id_the_first_stays(tmp_path):
+    good = {"conversations": [human("x"), gpt("y")]}
+    source = read(tmp_path, good | {"id": 1}, good | {"id": "1"}, good | {"id": ""}, good | {"id": None})
+    assert [item.reason for item in source.rejected] == ["duplicate_id"]
+    assert [talk.id for talk in source.conversations] == ["1", "record-000002", "record-000003"]
+
+
+def test_real_conversations(shared_data, tmp_path):
+    path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
+    source = read_llava(path, shared_data / "vqa_rad" / "images")
+    assert len(source.conversations) + len(source.rejected) == 1797
+    assert {item.reason for item in source.rejected} <= {"duplicate_id"}
+    few_shot = read_llava(shared_data / "llava_med" / "llava_med_instruct_few_shot_examples.json", tmp_path)
+    assert len(few_shot.conversations) + len(few_shot.rejected) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "stays"),
+    [
+        ("case-7", ("a.png",), True),
+        ("7", ("17.png",), True),
+        ("Doe_Jane", ("Doe_Jane.jpg",), False),
+        ("study-Doe_Jane-3", ("x/Doe_Jane.ct.dcm",), False),
+        ("scans/7", (), False),
+        ("C:\\scans\\7", (), False),
+        ("scan.PNG", (), False),
+    ],
+)
+def test_ids_that_tell_a_file_name_are_hashed(name, images, stays):
+    published = published_id(name, images)
+    assert (published == name) == stays
+    assert stays or re.fullmatch(r"id-[0-9a-f]{16}", published)

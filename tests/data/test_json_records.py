@@ -1,0 +1,96 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medst_trl.data.json_records import read_json_records
+from medst_trl.data.records import Rejected
+from medst_trl.errors import UserError
+
+
+GOOD = [
+    {"question": f'{n}: a "quoted" {{brace}} ], comma,', "turns": [{"from": "x", "question_": n}]} for n in range(5)
+]
+
+
+def read(tmp_path, text: str | bytes, name: str = "a.json"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    items = [item for _, item in read_json_records(path, known_by="question")]
+    good = [item for item in items if isinstance(item, dict)]
+    return good, [item for item in items if isinstance(item, Rejected)]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_array(tmp_path, indent):
+    assert read(tmp_path, json.dumps(GOOD, indent=indent)) == (GOOD, [])
+
+
+def test_lines_whatever_the_suffix(tmp_path):
+    text = "\ufeff" + "\r\n".join(map(json.dumps, GOOD)) + "\n\n"
+    assert read(tmp_path, text) == read(tmp_path, text, "a.jsonl") == (GOOD, [])
+
+
+BROKEN = [
+    '{"question": "no end',
+    '{"question": 1, "turns": [{"from": "x", "question_": 3}, {"from": }], "more": [{"a": 1}]}',
+    '{"question": unquoted}',
+    '{question: 1}',
+    "nonsense",
+    '{"question": 1 "turns": []}',
+    '{"question": "a", "turns": [}',
+    "[" * 3000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("form", ["array", "indented", "lines"])
+def test_a_broken_record_anywhere_costs_only_itself(tmp_path, broken, place, form):
+    texts = [json.dumps(record, indent=2 if form == "indented" else None) for record in GOOD]
+    texts.insert(place, broken)
+    if form == "lines":
+        text, name = "\n".join(texts), "a.jsonl"
+        if text.startswith("["):
+            return  # reads as an array
+    else:
+        text, name = "[" + ",\n".join(texts) + "]", "a.json"
+    good, bad = read(tmp_path, text, name)
+    assert good == GOOD
+    assert [item.reason for item in bad] == ["malformed_json"]
+    assert bad[0].id == f"{name}#{place}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(1, 10**6), indent=st.sampled_from([None, 1]))
+def test_a_cut_file_gives_its_complete_records(tmp_path_factory, cut, indent):
+    texts = [json.dumps(record, indent=indent) for record in GOOD]
+    text = "[" + ", ".join(texts) + "]"
+    cut = 1 + cut % (len(text) - 1)
+    good, bad = read(tmp_path_factory.mktemp("cut"), text[:cut])
+    whole = sum(len("[" + ", ".join(texts[: n + 1])) <= cut for n in range(len(texts)))
+    assert good == GOOD[:whole] and len(bad) <= 1
+
+
+def test_what_is_no_object_is_set_aside(tmp_path):
+    good, bad = read(tmp_path, '[1, {"question": 1}, null, "x"]')
+    assert good == [{"question": 1}] and [item.reason for item in bad] == ["not_an_object"] * 3
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "question,answer\n1,2\n", "\x89PNG"])
+def test_a_file_without_records_is_the_users_mistake(tmp_path, text):
+    with pytest.raises(UserError, match=r"a\.json"):
+        read(tmp_path, text)
+
+
+def test_a_missing_file_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json"):
+        list(read_json_records(tmp_path / "none.json", known_by="question"))
+
+
+def test_bytes_that_are_no_utf8_spoil_only_their_text(tmp_path):
+    good, bad = read(tmp_path, b'[{"question": "caf\xe9"}, {"question": "ok"}]')
+    assert good[1] == {"question": "ok"} and len(good) == 2 and not bad

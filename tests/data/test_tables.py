@@ -1,0 +1,64 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from medst_trl.data.tables import read_folder, read_table
+from medst_trl.errors import UserError
+
+
+def test_a_folder_gives_every_visible_file_in_order(tmp_path):
+    for name in ("b.png", "a/c.dcm", "a/IM0001", ".hidden.png", ".git/x.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    names = [talk.images[0] for talk in read_folder(tmp_path).conversations]
+    assert names == ["b.png", "notes.txt", "a/IM0001", "a/c.dcm"]
+    assert not any(talk.messages for talk in read_folder(tmp_path).conversations)
+    with pytest.raises(UserError, match="holds no files"):
+        read_folder(tmp_path / ".git" / "none")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_questions_and_plain_images(tmp_path, suffix):
+    rows = [
+        {"image": "a.png", "question": 'What, "exactly"?', "answer": "a\nliver", "split": "test"},
+        {"image": "a.png", "question": "Normal?", "answer": "Yes", "split": ""},
+        {"image": "b.png", "question": "", "answer": "", "split": ""},
+    ]
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        import csv
+
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    source = read_table(path, tmp_path)
+    assert [(q.split, q.question, q.answer, q.answer_type) for q in source.questions] == [
+        ("test", 'What, "exactly"?', "a\nliver", "open"),
+        ("train", "Normal?", "Yes", "closed"),
+    ]
+    assert [talk.images for talk in source.conversations] == [("b.png",)] and not source.rejected
+
+
+def test_bad_rows_are_set_aside(tmp_path):
+    lines = [
+        "id,image,question,answer,split,answer_type", "1,a.png,q,a,,", "1,a.png,q2,a,,", "2,,q,a,,", "3,a.png,q,,,",
+        "4,a.png,,a,,", "5,a.png,q,a,dev,", "6,a.png,q,a,,maybe", "7,a.png", "", "8,b.png,,,,",
+    ]  # fmt: skip
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    source = read_table(tmp_path / "a.csv", tmp_path)
+    assert [item.reason for item in source.rejected] == [
+        "duplicate_id", "no_image", "no_answer", "no_question", "bad_split", "bad_answer_type", "malformed_row",
+    ]  # fmt: skip
+    assert len(source.questions) == 1 and len(source.conversations) == 1
+
+
+@pytest.mark.parametrize("text", ["", "file,question\na.png,x\n"])
+def test_a_table_without_images_is_the_users_mistake(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=r"a\.csv"):
+        read_table(tmp_path / "a.csv", tmp_path)

@@ -1,0 +1,157 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The counts that the benchmarks' authors and users report, and the quirks on the way there."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from medst_trl.data.conversations import conversations_about_image, linked_groups
+from medst_trl.data.schema import text_of
+from medst_trl.data.splits import by_image, hold_out
+from medst_trl.data.vqa import read_pathvqa, read_slake, read_vqa_rad, read_vqa_rad_mevf
+from medst_trl.errors import UserError
+
+
+def test_counts(source, expected):
+    test = [question for question in source.questions if question.split == "test"]
+    kinds = Counter(question.answer_type for question in test)
+    assert (len({question.image for question in test}), len(test), kinds["open"], kinds["closed"]) == expected
+    assert len({question.id for question in source.questions}) == len(source.questions)
+    assert all(isinstance(question.answer, str) and question.answer.strip() for question in source.questions)
+
+
+# As in LLaVA-Med: images, records, open, closed.
+VQA_RAD, SLAKE, PATHVQA = (203, 451, 179, 272), (96, 1061, 645, 416), (858, 6761, 3370, 3391)
+
+
+@pytest.fixture(params=["vqa_rad", "vqa_rad_mevf", "slake", "pathvqa"])
+def source(request, shared_data):
+    folder = shared_data / request.param.removesuffix("_mevf")
+    readers = {
+        "vqa_rad": read_vqa_rad,
+        "vqa_rad_mevf": read_vqa_rad_mevf,
+        "slake": read_slake,
+        "pathvqa": read_pathvqa,
+    }
+    return readers[request.param](folder, folder / "images")
+
+
+@pytest.fixture
+def expected(source):
+    return {"vqa_rad": VQA_RAD, "vqa_rad_mevf": VQA_RAD, "slake": SLAKE, "pathvqa": PATHVQA}[source.name]
+
+
+def test_every_record_is_accounted_for(shared_data):
+    rad = read_vqa_rad(shared_data / "vqa_rad", shared_data)
+    assert len(rad.questions) == 2248 and not rad.rejected
+    assert sum(question.answer in ("2", "4", "12") for question in rad.questions) >= 5, "numbers became text"
+    slake = read_slake(shared_data / "slake", shared_data)
+    assert [(item.reason, item.value) for item in slake.rejected] == [("no_answer", "")]
+    assert len(slake.questions) + 1 + slake.counts["questions_in_other_languages"] == 9835 + 2099 + 2094
+    path = read_pathvqa(shared_data / "pathvqa", shared_data, "{split}/{img_id}.png")
+    assert path.counts["images_without_questions"] == 422 + 160 + 133
+    assert {question.image.partition("/")[0] for question in path.questions} == {"train", "val", "test"}
+
+
+def test_mevf_takes_what_stands_in_both_splits_from_train(shared_data):
+    source = read_vqa_rad_mevf(shared_data / "vqa_rad", shared_data)
+    names = {question.image: question.image for question in source.questions}
+    splits = hold_out(source.questions, names)
+    assert splits.counts["pairs_in_train_and_test"] == 14
+    assert splits.counts["images_in_train_and_test"] == 203
+    assert len(splits.questions["train"]) == 3064 - 22 and len(splits.questions["test"]) == 451
+    disjoint = hold_out(source.questions, names, image_disjoint=True)
+    test_images = {question.image for question in disjoint.questions["test"]}
+    assert len(test_images) == 203
+    assert test_images.isdisjoint(question.image for question in disjoint.questions["train"])
+
+
+def test_mevf_links_come_from_the_release(shared_data, tmp_path):
+    source = read_vqa_rad_mevf(shared_data / "vqa_rad", shared_data)
+    assert source.counts["questions_without_link"] == 0
+    for name in ("mevf_trainset.json", "mevf_testset.json"):
+        (tmp_path / name).symlink_to(shared_data / "vqa_rad" / name)
+    release = shared_data / "vqa_rad" / "VQA_RAD Dataset Public.json"
+    given = read_vqa_rad_mevf(tmp_path, shared_data, release)
+    assert given.questions == source.questions
+    alone = read_vqa_rad_mevf(tmp_path, shared_data)
+    assert alone.counts["questions_without_link"] == 0
+    # Without the release: nothing that the release links and answers alike stands apart.
+    by_id = {question.id: question for question in alone.questions}
+    apart = 0
+    for group in _groups(question for question in source.questions if question.split == "train"):
+        kinds = Counter((q.question_type, q.answer.lower()) for q in group)
+        apart += len({by_id[q.id].link for q in group}) - len(kinds)
+    assert apart == 0
+
+
+def test_no_answer_is_given_away(source):
+    """In a conversation no two turns are wordings of one question; all data is used, once."""
+    train = [question for question in source.questions if question.split == "train"]
+    for questions in by_image(train, {question.image: question.image for question in train}).values():
+        talks = conversations_about_image("x", questions)
+        asked = Counter(text_of(m["content"]) for talk in talks for m in talk.messages if m["role"] == "user")
+        assert asked == Counter(question.question for question in questions)
+        group_of = {q.question: n for n, group in enumerate(linked_groups(questions)) for q in group}
+        for talk in talks:
+            groups = [group_of[text_of(m["content"])] for m in talk.messages if m["role"] == "user"]
+            assert len(groups) == len(set(groups))
+            images = [n for n, m in enumerate(talk.messages) for part in m["content"] if part["type"] == "image"]
+            assert images == [0] and talk.messages[0]["content"][0]["type"] == "image"
+
+
+def _groups(questions):
+    links = {}
+    for question in questions:
+        links.setdefault((question.image, question.link), []).append(question)
+    return links.values()
+
+
+def record(qid, **changes):
+    return {
+        "qid": qid, "image_name": "a.jpg", "question": f"Question {qid}?", "answer": "Yes", "answer_type": "CLOSED ",
+        "phrase_type": "freeform", "qid_linked_id": str(qid), "question_type": "PRES",
+    } | changes  # fmt: skip
+
+
+def test_quirks_and_bad_records(tmp_path):
+    records = [
+        record(1, answer=4), record("2", phrase_type="test_para"), record(3, answer=" "), record(1),
+        record(5, answer_type="MAYBE"), record(6, image_name=None), record(7, question=["x"]), {"question": "bare"},
+    ]  # fmt: skip
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
+    source = read_vqa_rad(tmp_path, tmp_path)
+    assert [(q.id, q.split, q.answer, q.answer_type) for q in source.questions] == [
+        ("vqa_rad-1", "train", "4", "closed"),
+        ("vqa_rad-2", "test", "Yes", "closed"),
+    ]
+    assert [item.reason for item in source.rejected] == [
+        "no_answer", "duplicate_id", "bad_answer_type", "no_image", "not_text", "no_id",
+    ]  # fmt: skip
+
+
+def test_pathvqa_entries_that_do_not_fit(tmp_path):
+    def entry(questions, labels):
+        return {"img_id": "test_1", "sentf": {"pvqa": questions}, "labelf": {"pvqa": labels}}
+
+    entries = [
+        entry(["q?", " "], [{"no": 0.3, "yes": 1}, {"x": 1}]),
+        entry(["q?"], []),
+        {"img_id": "b"},
+        entry(["q"], [{}]),
+    ]
+    for name in ("pvqa_train.json", "pvqa_val.json", "pvqa_test.json"):
+        (tmp_path / name).write_text(json.dumps(entries))
+    source = read_pathvqa(tmp_path, tmp_path)
+    assert [(q.answer, q.answer_type, q.image) for q in source.questions] == [("yes", "closed", "test_1.jpg")] * 3
+    assert Counter(item.reason for item in source.rejected) == {
+        "no_question": 3, "questions_and_answers_differ_in_number": 3, "malformed_entry": 6,
+    }  # fmt: skip
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for reader in (read_vqa_rad, read_vqa_rad_mevf, read_slake, read_pathvqa):
+        with pytest.raises(UserError, match="has to hold one file"):
+            reader(tmp_path, tmp_path)

@@ -1,0 +1,322 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from medst_trl.errors import UserError
+from medst_trl.evaluation import llava_med, strict
+from medst_trl.evaluation.metrics import figures, score_vqa
+from medst_trl.evaluation.tables import format_scores
+
+
+def record(answer, prediction, answer_type="open", **more):
+    return {"answer": answer, "prediction": prediction, "answer_type": answer_type, **more}
+
+
+def value(scores, *path):
+    for key in path:
+        scores = scores[key]
+    return scores["value"]
+
+
+# One that could be any file, with the traps: case, blanks, numbers, empty predictions.
+WORDS = ("yes", "no", "left", "lung", "the", "two", "no fracture", "x-ray", "", "3.5 cm")
+RECORDS = st.lists(
+    st.builds(
+        record,
+        answer=st.sampled_from([word for word in WORDS if word]) | st.integers(0, 12),
+        prediction=st.lists(st.sampled_from(WORDS), max_size=5).map(" ".join) | st.integers(0, 12),
+        answer_type=st.sampled_from(["OPEN", "closed", "CLOSED ", " Open"]),
+        question_type=st.sampled_from(["PRES", "POS", None]),
+        image_id=st.sampled_from("abcd"),
+    ),
+    min_size=1,
+    max_size=30,
+)
+VARIANTS = st.sampled_from(["strict", "llava_med"])
+
+
+class TestStrict:
+    def test_open_by_hand(self):
+        # 2 of 5 words said are among the 3 right ones ("the" does not count): P 2/5, R 2/3, F1 = 4/8
+        scores = score_vqa([record("the right lower lobe", "It is a right middle lobe.")])
+        assert value(scores, "open", "precision") == pytest.approx(40.0)
+        assert value(scores, "open", "recall") == pytest.approx(200 / 3)
+        assert value(scores, "open", "f1") == pytest.approx(50.0)
+        assert value(scores, "open", "exact_match") == 0
+
+    def test_closed_by_hand(self):
+        scores = score_vqa(
+            [
+                record("Yes", "Yes, there is no doubt.", "CLOSED"),
+                record("No", "No fracture is seen; yes, I am sure.", "CLOSED "),
+                record("no", "normal lungs", "closed"),  # holds "no" inside a word only
+                record("no", "", "closed"),
+                record("yes", "It is not.", "closed"),
+                record("Right", "right.", "closed"),
+                record("Right", "It is right, not left.", "closed"),
+            ]
+        )
+        assert value(scores, "closed", "accuracy") == pytest.approx(300 / 7)
+        assert value(scores, "closed", "yes_no") == pytest.approx(40.0)
+        assert scores["closed"]["yes_no"]["n"] == 5
+        assert value(scores, "closed", "no_verdict") == pytest.approx(60.0)
+        assert value(scores, "closed", "other") == pytest.approx(50.0)
+        assert value(scores, "exact_match") == pytest.approx(100 / 7)
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("The Left lung.", "left lung"),
+            ("x-ray", "X Ray"),
+            ("two", 2),
+            ("1,000 cells", "1000 cells"),
+            ("can't", "cant"),
+            ("doesn\u2019t", "doesn't"),
+            ("ﬁbrosis", "fibrosis"),
+            ("**Yes**", "yes"),
+            ("A", "a"),
+            ("<5 mm", "< 5 mm"),
+            (".5 cm.", "0.5 cm"),
+        ],
+    )
+    def test_same_answer(self, one, other):
+        assert value(score_vqa([record(one, other)]), "exact_match") == 100
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("3.5 cm", "35 cm"),
+            (".5 cm", "5 cm"),
+            ("-50", "50"),
+            ("> 5", "< 5"),
+            ("+", "-"),
+            ("A", "an"),
+            ("no", "none"),
+            ("कि", "की"),
+            ("left", "left lung"),
+            ("left left", "left"),
+        ],
+    )
+    def test_other_answer(self, one, other):
+        assert value(score_vqa([record(one, other)]), "exact_match") == 0
+
+    @given(st.text(max_size=30), st.text(max_size=30))
+    def test_f1_is_symmetric_and_swaps_precision_with_recall(self, one, other):
+        assume(one.strip() and other.strip())
+        ahead, back = score_vqa([record(one, other)])["open"], score_vqa([record(other, one)])["open"]
+        assert ahead["f1"]["value"] == pytest.approx(back["f1"]["value"])
+        assert ahead["precision"]["value"] == pytest.approx(back["recall"]["value"])
+
+    @given(st.text(min_size=1, max_size=40))
+    def test_an_answer_matches_itself(self, text):
+        assume(text.strip())
+        scores = score_vqa([record(text, f" {text} ")])
+        assert value(scores, "exact_match") == value(scores, "open", "f1") == 100
+
+    def test_repetition_does_not_help(self):
+        once, often = (score_vqa([record("left lower lobe", text)]) for text in ("left", "left left left left"))
+        assert value(often, "open", "recall") == value(once, "open", "recall")
+        assert value(often, "open", "precision") < value(once, "open", "precision")
+
+    def test_recall_is_not_precision(self):
+        # MedEvalKit (issue 30) reports precision as recall, and recall as F1.
+        scores = score_vqa([record("left lower lobe pneumonia", "pneumonia")])["open"]
+        assert [scores[name]["value"] for name in ("precision", "recall", "f1")] == pytest.approx([100, 25, 40])
+
+    def test_majority(self):
+        rows = [record(answer, "x", "closed", question_type=kind) for answer, kind in zip("yyynny", "aaabbb")]
+        rows += [record("lung", "x", question_type="c"), record("Lung.", "x", question_type="c")]
+        scores = score_vqa(rows)
+        assert scores["closed"]["accuracy"]["majority"] == pytest.approx(500 / 6)
+        assert scores["exact_match"]["majority"] == pytest.approx(700 / 8)
+        assert scores["question_types"]["b"]["exact_match"]["majority"] == pytest.approx(200 / 3)
+
+
+class TestLlavaMed:
+    def test_repetition_inflates_recall(self):
+        # tp counts the prediction's words: 3 / (3 + 2 missed)
+        assert value(score_vqa([record("left lower lobe", "left")], "llava_med"), "open", "recall") == pytest.approx(
+            100 / 3
+        )
+        scores = score_vqa([record("left lower lobe", "left left left")], "llava_med")
+        assert value(scores, "open", "recall") == pytest.approx(60)
+        assert value(scores, "open", "exact") == pytest.approx(100 / 3)
+
+    def test_bleu_takes_one_order(self):
+        # 3 of 4 words, 1 of 3 pairs, no triple; not shorter than the answer
+        scores = score_vqa([record("left lower lobe", "left lower right lobe")], "llava_med")["open"]
+        assert [scores[f"bleu_{n}"]["value"] for n in (1, 2, 3)] == pytest.approx([75, 100 / 3, 0])
+        short = score_vqa([record("left lower lobe", "lobe")], "llava_med")
+        assert value(short, "open", "bleu_1") == pytest.approx(100 * 2.718281828 ** (1 - 3))
+
+    def test_closed_rules(self):
+        rows = [
+            record("no", "normal lungs", "closed"),  # right in all three
+            record("right", "the right side", "closed"),  # neither yes nor no
+            record("yes", "there is nothing", "closed"),  # a wrong one with a "no" in it
+            record("yes", "yes", "closed"),
+        ]
+        closed = {rule: score_vqa(rows, "llava_med", closed_rule=rule)["closed"] for rule in llava_med.CLOSED_RULES}
+        assert closed["gated"]["accuracy"]["value"] == 50
+        assert closed["substring"]["accuracy"]["value"] == 75
+        assert closed["drop_misses"]["accuracy"] | {"interval": None} == {"value": 200 / 3, "n": 3, "interval": None}
+
+    def test_later_full_stops_stay(self):
+        assert llava_med.normalize_word("." * 33) == "."
+
+    def test_golden_normalisation(self, shared_data):
+        golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["normalize_word"]
+        assert {text: llava_med.normalize_word(text.lower()) for text in golden} == golden
+
+    @pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
+    def test_golden_scores(self, shared_data, name):
+        file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
+        golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["files"][file]
+        release = json.loads((shared_data / "vqa_rad" / "VQA_RAD Dataset Public.json").read_text())
+        by_id = {str(row["qid"]): row for row in release}
+        lines = (shared_data / "predictions" / file).read_text().splitlines()
+        rows = [
+            record(row["answer"], said["text"], row["answer_type"])
+            for said in map(json.loads, lines)
+            for row in [by_id[str(said["question_id"])]]
+        ]
+        gated, loose = (
+            score_vqa(rows, "llava_med", closed_rule=rule, bootstrap_samples=0) for rule in ("gated", "substring")
+        )
+        for figure in ("f1", "precision", "recall", "exact"):
+            assert gated["open"][figure]["n"] == golden["n_open"]
+            assert value(gated, "open", figure) == pytest.approx(golden[figure], abs=1e-6)
+        assert gated["closed"]["accuracy"]["n"] == golden["n_closed"]
+        assert value(gated, "closed", "accuracy") == pytest.approx(golden["closed_gated"], abs=1e-6)
+        assert value(loose, "closed", "accuracy") == pytest.approx(golden["closed_substring"], abs=1e-6)
+
+
+def test_scores_published_by_others(shared_data):
+    """MUMC's answers on VQA-RAD with its own exact-match scores."""
+    folder = shared_data / "predictions"
+    own = json.loads((folder / "mumc_vqarad_test_acc.json").read_text())
+    questions = json.loads((shared_data / "vqa_rad" / "mevf_testset.json").read_text())
+    kinds = {str(row["qid"]): row["question_type"] for row in questions}
+    rows = [
+        record(
+            row["gt"], row["pred"], {"close": "closed"}.get(row["type"], row["type"]), id=key, question_type=kinds[key]
+        )
+        for key, row in json.loads((folder / "mumc_vqarad_test_compare.json").read_text()).items()
+    ]
+    scores = score_vqa(rows, bootstrap_samples=0)
+    assert round(value(scores, "closed", "accuracy"), 2) == own["perAnswerType"]["CLOSED"] == 84.56
+    assert round(value(scores, "open", "exact_match"), 2) == own["perAnswerType"]["OPEN"] == 58.10
+    assert round(value(scores, "exact_match"), 2) == own["overall"]
+    by_type = {kind: round(value(part, "exact_match"), 2) for kind, part in scores["question_types"].items()}
+    assert by_type == own["perQuestionType"]
+
+
+class TestAnyRecords:
+    @settings(deadline=None, max_examples=50)
+    @given(RECORDS, VARIANTS, st.randoms(use_true_random=False))
+    def test_order_does_not_matter(self, rows, variant, rng):
+        shuffled = list(rows)
+        rng.shuffle(shuffled)
+        assert score_vqa(shuffled, variant, bootstrap_samples=50) == score_vqa(rows, variant, bootstrap_samples=50)
+
+    @settings(deadline=None, max_examples=50)
+    @given(RECORDS, VARIANTS, st.booleans())
+    def test_figures_add_up(self, rows, variant, by_image):
+        rows = rows if by_image else [{key: row[key] for key in row if key != "image_id"} for row in rows]
+        scores = score_vqa(rows, variant, bootstrap_samples=300)
+        assert scores["bootstrap"]["unit"] == ("image" if by_image else "record")
+        for path, leaf in figures(scores):
+            assert (leaf["value"] is None) == (leaf["n"] == 0), path
+            if leaf["n"]:
+                assert 0 <= leaf["value"] <= 100
+            if leaf["interval"]:
+                assert leaf["interval"][0] - 1e-9 <= leaf["value"] <= leaf["interval"][1] + 1e-9, path
+        json.dumps(scores, allow_nan=False)
+        assert format_scores(scores)
+
+    def test_more_images_make_the_interval_smaller(self):
+        rng = random.Random(0)
+        rows = [record("yes", rng.choice(["yes", "no"]), "closed", image_id=i) for i in range(1000)]
+        few, many = (score_vqa(rows[:n])["closed"]["accuracy"]["interval"] for n in (100, 1000))
+        # 1.96 standard errors of a share of a half: 9.8 and 3.1 points to either side
+        assert (few[1] - few[0]) == pytest.approx(19.6, abs=3)
+        assert (many[1] - many[0]) == pytest.approx(6.2, abs=1)
+
+    def test_questions_about_one_image_are_not_independent(self):
+        rows = [record("yes", "yes" if i % 2 else "no", "closed", image_id=i) for i in range(50) for _ in range(10)]
+        by_image = score_vqa(rows)["closed"]["accuracy"]["interval"]
+        by_record = score_vqa([row | {"image_id": None} for row in rows])["closed"]["accuracy"]["interval"]
+        assert by_image[1] - by_image[0] > 2 * (by_record[1] - by_record[0])
+
+    def test_seed(self):
+        said = ["left", "right", "lobe x", "left lobe", "left x y", "lobe", "left lobe z"]
+        rows = [record("left lobe", text, image_id=i) for i, text in enumerate(said)]
+        assert score_vqa(rows, seed=1) == score_vqa(rows, seed=1)
+        assert score_vqa(rows, seed=1)["open"]["f1"] != score_vqa(rows, seed=2)["open"]["f1"]
+
+
+class TestBadRecords:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"answer": None}, "no answer"),
+            ({"prediction": None}, "no prediction"),
+            ({"answer_type": float("nan")}, "no answer_type"),
+            ({"answer_type": "yes/no"}, "unknown answer_type"),
+            ({"answer": "  "}, "empty answer"),
+            ({"prediction": ["yes"]}, "prediction is not a text"),
+        ],
+    )
+    @pytest.mark.parametrize("variant", ["strict", "llava_med"])
+    def test_named(self, change, message, variant):
+        with pytest.raises(UserError, match=f"'q7': {message}"):
+            score_vqa([record("yes", "yes", "closed", id="q7") | change], variant)
+
+    def test_without_id(self):
+        with pytest.raises(UserError, match="number 2"):
+            score_vqa([record("yes", "yes"), {"answer": "yes", "answer_type": "open"}])
+
+    def test_settings(self):
+        for kwargs in ({"variant": "loose"}, {"closed_rule": "gated"}, {"variant": "llava_med", "closed_rule": "x"}):
+            with pytest.raises(UserError):
+                score_vqa([record("yes", "yes")], **kwargs)
+
+    def test_no_records(self):
+        for variant in ("strict", "llava_med"):
+            scores = score_vqa([], variant)
+            assert all(leaf["value"] is None and leaf["n"] == 0 for _, leaf in figures(scores))
+
+    def test_empty_subset(self):
+        assert score_vqa([record("lung", "lung")])["closed"]["accuracy"] == {
+            "value": None,
+            "n": 0,
+            "interval": None,
+            "majority": None,
+        }
+
+
+def test_pure_python():
+    code = (
+        "import sys; from medst_trl import score_vqa; score_vqa([]);"
+        "print([name for name in ('torch', 'numpy', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_contraction_table_mends_one_missing_apostrophe():
+    assert llava_med.normalize_word("couldnt've shouldn'tve yall'll") == "couldn't've shouldn't've y'all'll"
+    assert llava_med.normalize_word("its well were hell") == "its well were hell"
+
+
+def test_verdict_is_a_whole_word():
+    assert strict.verdict(strict.tokens("Normal, nodular, yesterday")) is None
+    assert strict.verdict(strict.tokens("Well: NO!")) == "no"

@@ -1,0 +1,59 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The `evaluate` modules load from a local path without a network and give what `score_vqa` gives."""
+
+from pathlib import Path
+
+import pytest
+
+import medst_trl
+from medst_trl.evaluation.metrics import score_vqa
+
+
+evaluate = pytest.importorskip("evaluate")
+MODULES = Path(medst_trl.__file__).parent / "evaluation" / "modules"
+ROWS = [
+    ("yes", "Yes, a nodule.", "CLOSED ", "PRES", "a"),
+    ("no", "normal lungs", "closed", "PRES", "a"),
+    ("left lower lobe", "left left lobe", "OPEN", "POS", "b"),
+    ("2", "two", "open", "COUNT", "c"),
+]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    # One folder for all: Python imports the modules as a package from wherever it met that package first.
+    cache = str(tmp_path_factory.mktemp("evaluate"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache)
+        yield lambda name: evaluate.load(str(MODULES / name), cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kwargs"),
+    [("strict", {}), ("llava_med", {}), ("llava_med", {"closed_rule": "substring"})],
+)
+def test_equals_score_vqa(load, variant, kwargs):
+    answers, predictions, answer_types, question_types, image_ids = map(list, zip(*ROWS))
+    found = load(f"vqa_{variant}").compute(
+        predictions=predictions,
+        references=answers,
+        answer_types=answer_types,
+        question_types=question_types,
+        image_ids=image_ids,
+        bootstrap_samples=20,
+        seed=3,
+        **kwargs,
+    )
+    keys = ("answer", "prediction", "answer_type", "question_type", "image_id")
+    records = [dict(zip(keys, row)) for row in ROWS]
+    assert found == score_vqa(records, variant, bootstrap_samples=20, seed=3, **kwargs)
+
+
+def test_batches(load):
+    metric = load("vqa_strict")
+    for answer, prediction, answer_type, *_ in ROWS:
+        metric.add_batch(predictions=[prediction], references=[answer], answer_types=[answer_type])
+    found = metric.compute(bootstrap_samples=0)
+    assert found["n"] == 4
+    assert found["open"]["exact_match"]["value"] == 50

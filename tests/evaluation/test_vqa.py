@@ -1,0 +1,300 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import resource
+from itertools import islice
+
+import pytest
+from datasets import Dataset
+
+from medst_trl.data.phantoms import benchmark_rows, make_phantoms
+from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
+from medst_trl.errors import UserError
+from medst_trl.evaluation import greedy, vqa
+from medst_trl.evaluation.greedy import greedy_answers, prompts
+from medst_trl.evaluation.metrics import score_vqa
+from medst_trl.evaluation.predictions import PredictionLog, read_predictions
+from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
+from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.tiny import tiny_llava
+
+
+SMALL = {"vision_size": 32, "vision_layers": 2, "text_size": 32, "text_layers": 1, "vocab_size": 400}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    model, processor = tiny_llava(**SMALL)
+    return prepare_policy(model, processor), processor
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return Dataset.from_list(
+        list(benchmark_rows(make_phantoms(6, seed=0, split="test"))), features=benchmark_features()
+    )
+
+
+def without_settings(rows):
+    return {row["id"]: (row["prediction"], row["generation"]["ended"]) for row in rows}
+
+
+def test_rows(policy, benchmark):
+    rows = list(answer_benchmark(*policy, benchmark, batch_size=4, max_new_tokens=6, model_name="tiny"))
+    asked = {question["id"]: (row["image_id"], question) for row in benchmark for question in row["questions"]}
+    assert {row["id"] for row in rows} == asked.keys()
+    for row in rows:
+        image_id, question = asked[row["id"]]
+        assert tuple(row) == PREDICTION_COLUMNS
+        assert (row["image_id"], row["answer"]) == (image_id, question["answer"])
+        assert row["generation"]["image_shown"] == image_id
+        assert row["generation"]["model"] == "tiny"
+    assert score_vqa(rows, bootstrap_samples=0)["n"] == len(asked)
+
+
+def test_batch_size_changes_nothing(policy, benchmark):
+    one, some, all_ = (
+        without_settings(answer_benchmark(*policy, benchmark, batch_size=size, max_new_tokens=8))
+        for size in (1, 5, 100)
+    )
+    assert one == some == all_
+    assert len({prediction for prediction, _ in one.values()}) > 1, "the model says the same to everything: no test"
+
+
+def test_little_padding(policy, benchmark, monkeypatch):
+    batches = []
+    answer = lambda model, processor, questions, images, n: batches.append(questions) or [("", True)] * len(images)  # noqa: E731
+    monkeypatch.setattr(vqa, "greedy_answers", answer)
+    list(answer_benchmark(*policy, benchmark, batch_size=4))
+    lengths = [[len(policy[1].tokenizer(question)["input_ids"]) for question in batch] for batch in batches]
+    assert [len(batch) for batch in lengths[:-1]] == [4] * (len(lengths) - 1)
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_same_prompt_as_in_training(policy, benchmark):
+    """The collator's tokens up to the answer are the prompt: no blank, no start token more or less."""
+    from medst_trl.training.collator import DataCollatorForSelfQuestioning
+
+    _, processor = policy
+    image, question = benchmark[0]["image"], "Where is it? </s> ASSISTANT: <vusr>"
+    prompt = prompts(processor, [question], [image])
+    content = [{"type": "image", "text": None}, {"type": "text", "text": question}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Left."}]}
+    collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
+    batch = collator([{"id": "1", "images": [image], "messages": [{"role": "user", "content": content}, answer]}])
+    start = int((batch["labels"][0] != -100).nonzero()[0])
+    assert batch["input_ids"][0, :start].tolist() == prompt["input_ids"][0].tolist()
+    assert (batch["pixel_values"] == prompt["pixel_values"]).all()
+
+
+def test_padding_stands_on_the_left(policy, benchmark):
+    _, processor = policy
+    inputs = prompts(processor, ["Short?", "A much longer question than the other?"], [benchmark[0]["image"]] * 2)
+    assert inputs["attention_mask"][0, 0] == 0
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+def test_vusr_is_never_written(policy, benchmark):
+    """Even by a model that wants nothing else, and whose generation config knows nothing of it."""
+    import torch
+
+    model, processor = tiny_llava(**SMALL)
+    prepare_policy(model, processor)
+    model.generation_config.suppress_tokens = None
+    vusr = processor.tokenizer.convert_tokens_to_ids("<vusr>")
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: torch.nn.functional.pad(logits[..., :vusr], (0, 1), value=1e4)
+    )
+    seen = []
+    decode = processor.batch_decode
+    processor.batch_decode = lambda tokens, **kwargs: seen.append(tokens) or decode(tokens, **kwargs)
+    greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 5)
+    hook.remove()
+    assert (seen[0] != vusr).all()
+
+
+def test_greedy_whatever_the_model_prefers(policy, benchmark):
+    model, processor = policy
+    before = without_settings(answer_benchmark(model, processor, benchmark, max_records=5, max_new_tokens=5))
+    saved = model.generation_config.to_dict()
+    model.generation_config.update(do_sample=True, temperature=1.2, top_k=7, repetition_penalty=3.0)
+    try:
+        after = without_settings(answer_benchmark(model, processor, benchmark, max_records=5, max_new_tokens=5))
+    finally:
+        model.generation_config.update(**saved)
+    assert before == after
+
+
+def test_ended_or_cut_off(policy, benchmark):
+    model, processor = policy
+    stop = model.generation_config.eos_token_id
+    (text, ended), *_ = greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 4)
+    assert not ended
+    first = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        model.generation_config.eos_token_id = [*stop, *first]  # now its own first words end it
+        assert greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 4)[0][1]
+    finally:
+        model.generation_config.eos_token_id = stop
+
+
+def test_controls_show_other_images(policy, benchmark, monkeypatch):
+    shown = {}
+
+    def answer(model, processor, questions, images, max_new_tokens):
+        shown.update(zip(questions, images))
+        return [(image.tobytes().hex(), True) for image in images]
+
+    monkeypatch.setattr(vqa, "greedy_answers", answer)
+    real, blank, shuffled = (
+        {row["id"]: row for row in answer_benchmark(*policy, benchmark, control=control)}
+        for control in (None, "blank", "shuffled")
+    )
+    assert real.keys() == blank.keys() == shuffled.keys()
+    for key, row in real.items():
+        assert shuffled[key]["prediction"] not in (row["prediction"], blank[key]["prediction"])
+        assert set(blank[key]["prediction"]) == {"8", "0"}  # mid-grey, 0x80
+        assert row["image_id"] == shuffled[key]["image_id"] != shuffled[key]["generation"]["image_shown"]
+    by_image = {(row["image_id"], row["generation"]["image_shown"]) for row in shuffled.values()}
+    assert len(by_image) == len(benchmark), "all questions of an image are asked about the same other one"
+
+
+def test_bad_benchmarks(policy, benchmark):
+    with pytest.raises(UserError, match="cannot be shuffled"):
+        next(answer_benchmark(*policy, benchmark.select([0]), control="shuffled"))
+    with pytest.raises(UserError, match="no control 'noise'"):
+        next(answer_benchmark(*policy, benchmark, control="noise"))
+    with pytest.raises(UserError, match="have the id"):
+        questions_of(benchmark.select([0, 0]))
+    with pytest.raises(UserError, match="no questions"):
+        questions_of(benchmark.select([]))
+
+
+class Killed(BaseException):
+    """No error: nothing gets a chance to tidy up."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 10])
+@pytest.mark.parametrize("cut", [0, 9])
+def test_killed_and_resumed(policy, benchmark, tmp_path, monkeypatch, after, cut):
+    settings = {"batch_size": 4, "max_new_tokens": 4}
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    write_predictions(whole, *policy, benchmark, **settings)
+
+    def killed(*args, **kwargs):
+        yield from islice(answer_benchmark(*args, **kwargs), after)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(vqa, "answer_benchmark", killed)
+        write_predictions(path, *policy, benchmark, **settings)
+    part = tmp_path / "killed.jsonl.incomplete"
+    if cut and after:
+        part.write_bytes(part.read_bytes()[:-cut])  # the last line was on its way
+    assert not path.exists()
+
+    asked = []
+    answers = greedy.greedy_answers
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            vqa, "greedy_answers", lambda m, p, texts, *rest: asked.append(len(texts)) or answers(m, p, texts, *rest)
+        )
+        write_predictions(path, *policy, benchmark, **settings)
+    assert path.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+    kept = max(0, after - bool(cut))
+    assert sum(asked) == len(questions_of(benchmark)) - kept // 4 * 4, "complete batches are not computed again"
+
+
+def test_a_finished_file_is_left_alone(policy, benchmark, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("mine")
+    write_predictions(path, None, None, benchmark)
+    assert path.read_text() == "mine"
+
+
+def test_parts_of_several_ranks_make_one_file(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    rows = [{"id": str(number), "prediction": "Straße"} for number in range(7)]
+    for rank in range(3):
+        PredictionLog(path, rank).append(rows[rank::3])
+    assert len(list(PredictionLog(path).rows())) == 7
+    with pytest.raises(UserError, match="1 of 8 predictions are missing"):
+        PredictionLog(path).finish([str(number) for number in range(8)])
+    PredictionLog(path).finish([row["id"] for row in rows])
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
+    assert [child.name for child in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+def test_ranks_share_the_batches(policy, benchmark, monkeypatch):
+    monkeypatch.setattr(
+        vqa, "greedy_answers", lambda model, processor, questions, *rest: [("", True)] * len(questions)
+    )
+    shares = []
+    for rank in range(2):
+        state = type("State", (), {"process_index": rank, "num_processes": 2, "is_main_process": not rank})
+        monkeypatch.setattr(vqa, "process_state", state)
+        shares.append({row["id"] for row in answer_benchmark(*policy, benchmark, batch_size=4)})
+    assert not shares[0] & shares[1]
+    assert shares[0] | shares[1] == {question["id"] for question in questions_of(benchmark)}
+
+
+def test_first_records_only(policy, benchmark):
+    rows = list(answer_benchmark(*policy, benchmark, max_records=4, max_new_tokens=2))
+    assert {row["id"] for row in rows} == {question["id"] for question in questions_of(benchmark)[:4]}
+
+
+def test_malformed_lines_are_set_aside(tmp_path):
+    good = {"id": "a", "answer": "yes", "answer_type": "closed", "prediction": "yes"}
+    lines = [
+        json.dumps(good),
+        '{"id": "b", "answer": "ye',
+        "",
+        "[1, 2]",
+        json.dumps(good | {"id": "c", "prediction": None}),
+        json.dumps(good | {"id": "d", "answer_type": "both"}),
+        json.dumps(good),
+        json.dumps(good | {"id": "e", "answer": "\ud800"}),
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\n\xff\xfe\n")
+    records, rejected = read_predictions(path)
+    assert [row["id"] for row in records] == ["a", "e"]
+    assert [(row["id"], row["reason"]) for row in rejected] == [
+        ("line 2", "not JSON"),
+        ("line 4", "not a JSON object"),
+        ("c", "no prediction"),
+        ("d", "unknown answer_type"),
+        ("a", "repeated id"),
+        ("line 9", "not JSON"),
+    ]
+    json.dumps(rejected).encode()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"no json", None])
+def test_files_without_a_prediction(tmp_path, content):
+    path = tmp_path / "p.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"p\.jsonl"):
+        read_predictions(path)
+
+
+def test_full_disk(policy, benchmark, tmp_path):
+    """What was written before it was full stays and is used; the half line is not."""
+    settings = {"batch_size": 4, "max_new_tokens": 2}
+    rows = list(answer_benchmark(*policy, benchmark, **settings))
+    whole, path, part = (tmp_path / name for name in ("whole.jsonl", "full.jsonl", "full.jsonl.incomplete"))
+    write_predictions(whole, *policy, benchmark, **settings)
+    limit = sum(len(json.dumps(row)) + 1 for row in rows[:5]) + 20
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError):
+            PredictionLog(path).append(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert part.stat().st_size == limit
+    write_predictions(path, *policy, benchmark, **settings)
+    assert path.read_bytes() == whole.read_bytes()
