@@ -1,14 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The self-questioning collator by itself: which tokens of a conversation are trained, and which of them are a question's.
+The self-questioning collator by itself: which tokens of a conversation are trained, and which of them are a
+question's.
 
 ```bash
 python examples/collate_questions.py
 ```
 
-The collator fits any trainer that takes TRL's vision collator; only `question_mask` has to be taken out of the batch before
-it goes into the model.
+The collator fits any trainer that takes TRL's vision collator; only `question_mask` has to be taken out of the batch
+before it goes into the model.
 """
 
 from medst_trl import DataCollatorForSelfQuestioning

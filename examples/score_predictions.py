@@ -20,7 +20,12 @@ from medst_trl.evaluation.tables import format_scores
 EXAMPLES = [
     {"id": "1", "answer": "yes", "answer_type": "closed", "prediction": "Yes, there is a small effusion."},
     {"id": "2", "answer": "no", "answer_type": "closed", "prediction": "The lungs are normal."},  # right to llava_med!
-    {"id": "3", "answer": "left lower lobe", "answer_type": "open", "prediction": "In the lower lobe of the left lung."},
+    {
+        "id": "3",
+        "answer": "left lower lobe",
+        "answer_type": "open",
+        "prediction": "In the lower lobe of the left lung.",
+    },
     {"id": "4", "answer": "CT", "answer_type": "open", "prediction": "CT CT CT CT"},  # repetition raises no recall
 ]
 
@@ -30,7 +35,7 @@ def main(predictions: str | None = None) -> dict[str, dict]:
     if predictions:
         records = [json.loads(line) for line in Path(predictions).read_text(encoding="utf-8").splitlines()]
     scores = {variant: score_vqa(records, variant=variant) for variant in ("strict", "llava_med")}
-    for variant, score in scores.items():
+    for score in scores.values():
         print(f"\n{format_scores(score)}")
     return scores
 

@@ -8,7 +8,8 @@ python examples/train_self_questioning.py
 python examples/train_self_questioning.py --model llava-hf/llava-1.5-7b-hf --dataset runs/vqa_rad/prepare/instruct
 ```
 
-Without arguments it trains a tiny model on drawn scans for a few steps: it shows the calls, and learns next to nothing.
+Without arguments it trains a tiny model on drawn scans for a few steps: it shows the calls, and learns next to
+nothing.
 """
 
 import argparse

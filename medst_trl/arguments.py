@@ -83,8 +83,12 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
     if value is None or isinstance(value, dict):
         return value
-    if isinstance(value, list):
-        return [_convert_one(action, item, where) for item in value] if action.nargs == "+" else value
+    if action.nargs == "+":
+        return [_convert_text(action, item, where) for item in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, list) else _convert_text(action, value, where)
+
+
+def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
     try:
         converted = _typed(action.type, value)
     except (ValueError, TypeError, argparse.ArgumentTypeError):

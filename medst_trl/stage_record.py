@@ -172,11 +172,18 @@ class StageRecord:
     @classmethod
     def _decide_for_all_ranks(cls, folder, *arguments) -> "StageRecord":
         """Rank 0 alone looks at the folder: what it writes there would mislead a rank that comes a moment later."""
+        import torch.distributed
         from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
+        from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        if not torch.distributed.is_initialized():  # each would take itself for the only one
+            raise UserError(
+                f"{os.environ['WORLD_SIZE']} processes were started, but there are no GPUs for them. To use CPUs: "
+                "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
+            )
         record, news = None, [None]
-        if PartialState().is_main_process:
+        if state.is_main_process:
             try:
                 record = cls._decide(folder, *arguments)
                 news = [(record.status, record.content)]

@@ -16,7 +16,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real data files (VQA-RAD, SLAKE, PathVQA, GPT-4 reviews); tests that need it are skipped without it."""
+    """
+    Folder of real data files (VQA-RAD, SLAKE, PathVQA, GPT-4 reviews); tests that need it are skipped without it.
+    """
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("MEDST_SHARED_DATA", default))
     if not folder.is_dir():

@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny processors of the families medst_trl is proven on, built in code: real templates, real special tokens, no weights.
+"""Tiny processors of the families medst_trl is proven on, built in code: real templates, real special tokens, no
+weights.
 
 Templates come from the installed TRL, which ships those of many families; LLaVA-1.5's and Llama 3.2-Vision's, which it
 does not, are written here after their published behaviour.
@@ -142,9 +143,9 @@ class _Qwen2_5_VLWithoutVideo(Qwen2_5_VLProcessor):
 
 def _qwen(template: str) -> ProcessorMixin:
     tokenizer = _tokenizer(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
-        extra=("<tool_call>", "</tool_call>", "<think>", "</think>"),
-        eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+        "<|video_pad|>"], extra=("<tool_call>", "</tool_call>", "<think>", "</think>"), eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )  # fmt: skip
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
     return _Qwen2_5_VLWithoutVideo(images, tokenizer, chat_template=_trl(template))
@@ -152,9 +153,8 @@ def _qwen(template: str) -> ProcessorMixin:
 
 def _gemma3() -> ProcessorMixin:
     tokenizer = _tokenizer(
-        ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
-        extra=("\n\n", "\n\n\n"),
-        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>",
+        "<image_soft_token>"], extra=("\n\n", "\n\n\n"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
         extra_special_tokens={
             "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
         },
@@ -166,8 +166,9 @@ def _gemma3() -> ProcessorMixin:
 def _idefics3(template: str) -> ProcessorMixin:
     grid = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
     tokenizer = _tokenizer(
-        ["<|begin_of_text|>", "<|im_start|>", "<|end_of_text|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *grid],
-        bos_token="<|begin_of_text|>", eos_token="<end_of_utterance>", pad_token="<|end_of_text|>",
+        ["<|begin_of_text|>", "<|im_start|>", "<|end_of_text|>", "<end_of_utterance>", "<fake_token_around_image>",
+        "<image>", "<global-img>", *grid], bos_token="<|begin_of_text|>", eos_token="<end_of_utterance>",
+        pad_token="<|end_of_text|>",
     )  # fmt: skip
     images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=_trl(template))
@@ -175,8 +176,8 @@ def _idefics3(template: str) -> ProcessorMixin:
 
 def _llama32_vision() -> ProcessorMixin:
     tokenizer = _tokenizer(
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|image|>", "<|pad|>"],
-        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>",
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|image|>",
+        "<|pad|>"], bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>",
     )  # fmt: skip
     images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=2)
     return MllamaProcessor(images, tokenizer, chat_template=LLAMA_32_VISION)

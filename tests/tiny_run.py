@@ -67,7 +67,13 @@ def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overr
     }  # fmt: skip
     model, processor = small_policy(**model_kwargs)
     config = adapter_config(
-        model, vusr_token_id=add_vusr(processor), r=8, lora_alpha=16, vision_r=4, vision_lora_alpha=8, lora_dropout=dropout
+        model,
+        vusr_token_id=add_vusr(processor),
+        r=8,
+        lora_alpha=16,
+        vision_r=4,
+        vision_lora_alpha=8,
+        lora_dropout=dropout,
     )
     return SelfQuestioningTrainer(
         model=model,

@@ -27,17 +27,32 @@ class ImageReader(Protocol):
     def stored_bytes(self, name: str) -> bytes: ...
 
 
-@dataclass(frozen=True)
 class FolderImages:
-    """Image files under one folder, which no name may leave. Raises [`ImageProblem`] for what cannot be used."""
+    """
+    Image files under one folder, which no name may leave. Raises [`ImageProblem`] for what cannot be used.
 
-    folder: Path
-    max_pixels: int
+    What was read for its id is kept for writing as long as there is room, so that a benchmark is read once.
+
+    Args:
+        folder (`Path`): Where all names start.
+        max_pixels (`int`): See [`load_image`].
+        room (`int`, *optional*, defaults to 256 MiB): Bytes of images to keep.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int, room: int = 1 << 28):
+        self.folder, self.max_pixels, self._room = folder, max_pixels, room
+        self._kept: dict[str, bytes] = {}
 
     def image_id(self, name: str) -> str:
-        return load_image(resolve_inside(self.folder, name), self.max_pixels).image_id
+        image = load_image(resolve_inside(self.folder, name), self.max_pixels)
+        if len(image.bytes) <= self._room:
+            self._room -= len(image.bytes)
+            self._kept[name] = image.bytes
+        return image.image_id
 
     def stored_bytes(self, name: str) -> bytes:
+        if name in self._kept:
+            return self._kept[name]
         return stored_bytes(resolve_inside(self.folder, name), self.max_pixels)
 
 

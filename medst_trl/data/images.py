@@ -23,7 +23,7 @@ from medst_trl.data.pixels import to_8_bit
 
 MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
 MAX_BYTES_PER_PIXEL = 16  # no honest file is larger, so none larger is read into memory
-BAND_BYTES = 1 << 20  # pixels are hashed in bands that stay in the processor's cache
+BAND_BYTES = 1 << 22  # a large picture is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only names (the stubs and vector formats).
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX"}
@@ -73,7 +73,7 @@ def image_id(image: Image.Image) -> str:
     digest = hashlib.sha256(struct.pack(">II", width, height))
     rows = max(1, BAND_BYTES // (3 * max(1, width)))
     for top in range(0, height, rows):
-        band = image.crop((0, top, width, min(top + rows, height)))
+        band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
         digest.update((band if band.mode == "RGB" else band.convert("RGB")).tobytes())
     return digest.hexdigest()
 

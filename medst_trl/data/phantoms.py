@@ -57,8 +57,8 @@ class Phantom:
     questions: list[dict]
 
 
-# Every wording of every kind of question; {view} stands for any word of VIEWS. The kinds "bright" and "dark" are the two
-# ways round of one closed question, so that neither "Yes" nor "No" is the safer guess.
+# Every wording of every kind of question; {view} stands for any word of VIEWS. The kinds "bright" and "dark" are the
+# two ways round of one closed question, so that neither "Yes" nor "No" is the safer guess.
 VIEWS = ("image", "scan")
 QUESTIONS = {
     "presence": (
@@ -106,7 +106,9 @@ _KINDS = {
 
 
 def question_kind(question: str) -> str | None:
-    """The kind of a question (a key of `QUESTIONS`), whatever its wording; `None` for text that is no such question."""
+    """
+    The kind of a question (a key of `QUESTIONS`), whatever its wording; `None` for text that is no such question.
+    """
     return _KINDS.get(_normalise(question))
 
 

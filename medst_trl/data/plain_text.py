@@ -39,19 +39,19 @@ DEFINITIONS = {
 # Every word of the phantoms, of the shapes and of everyday talk that should be one token.
 WORDS = tuple(
     """
-    Yes No yes no A An The It In On This There Is Are Does Do What Which Where How Who Why When Can Please Describe Repeat
-    a an the it its in on at of to is are was were be been do does did has have had can could will would should may might
-    and or not but if then than as by for from with without into over under around between near about after before this
-    that these those there here what which where how who why when one two three four five six all any some both each more
-    most less other same such only very also like used shown shows show see seen look looks describe please kind type part
-    parts place side sides half full left right upper lower top bottom middle corner corners centre center front back
-    quadrant background plain striped shaded grainy square circle triangle shape shapes picture pictures image images
-    small large big little tiny bright dark brighter darker light white black grey red green blue round visible present
-    absent normal abnormal medical imaging modality modalities scan scans CT MRI ultrasound x-ray chest abdomen head brain
-    lung lungs heart liver kidney bone skull tissue lesion lesions tumor mass nodule fracture fluid finding findings
-    appearance location size patient doctor body disease diagnosis contrast organ
-    man woman child people person dog cat house tree car street water day night year time world work life hand eye food
-    good new old first last long great own high different next early young important few public able
+    Yes No yes no A An The It In On This There Is Are Does Do What Which Where How Who Why When Can Please Describe
+    Repeat a an the it its in on at of to is are was were be been do does did has have had can could will would should
+    may might and or not but if then than as by for from with without into over under around between near about after
+    before this that these those there here what which where how who why when one two three four five six all any some
+    both each more most less other same such only very also like used shown shows show see seen look looks describe
+    please kind type part parts place side sides half full left right upper lower top bottom middle corner corners
+    centre center front back quadrant background plain striped shaded grainy square circle triangle shape shapes
+    picture pictures image images small large big little tiny bright dark brighter darker light white black grey red
+    green blue round visible present absent normal abnormal medical imaging modality modalities scan scans CT MRI
+    ultrasound x-ray chest abdomen head brain lung lungs heart liver kidney bone skull tissue lesion lesions tumor mass
+    nodule fracture fluid finding findings appearance location size patient doctor body disease diagnosis contrast
+    organ man woman child people person dog cat house tree car street water day night year time world work life hand
+    eye food good new old first last long great own high different next early young important few public able
     """.split()
 )
 

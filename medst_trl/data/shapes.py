@@ -24,7 +24,10 @@ BRIGHTNESSES = ("dark", "bright")
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture (mode "L", 64 x 64) and what it shows. Without a shape, `corner`, `size` and `brightness` are `None`."""
+    """
+    A drawn picture (mode "L", 64 x 64) and what it shows. Without a shape, `corner`, `size` and `brightness` are
+    `None`.
+    """
 
     image: Image.Image
     background: str

@@ -32,8 +32,8 @@ def hold_out(questions: Iterable[Question], image_ids: Mapping[str, str], image_
         image_disjoint (`bool`): See above.
 
     Returns:
-        [`Splits`]; its counts are, for each two splits that share something, `images_in_train_and_test` (before removal;
-        always told), `pairs_in_...`, `questions_removed_for_pairs_in_...` and
+        [`Splits`]; its counts are, for each two splits that share something, `images_in_train_and_test` (before
+        removal; always told), `pairs_in_...`, `questions_removed_for_pairs_in_...` and
         `questions_removed_for_images_in_...`.
     """
     by_split: dict[str, list[Question]] = {"test": [], "validation": [], "train": []}

@@ -1,6 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One LoRA adapter for everything stage 1 trains: language model, vision tower, projector and the `<vusr>` embedding."""
+"""
+One LoRA adapter for everything stage 1 trains: language model, vision tower, projector and the `<vusr>` embedding.
+"""
 
 import re
 from typing import TYPE_CHECKING
@@ -27,8 +29,8 @@ def adapter_config(
     LoRA configuration of STLLaVA-Med (https://huggingface.co/papers/2406.19973) for any vision-language model.
 
     One adapter holds LoRA on every linear layer of the language model and of the vision tower (at its own rank), the
-    projector in full, and the input embedding of `<vusr>`. Vision layers whose output is not read stay untouched: LLaVA
-    reads the last but one, so the last would never receive a gradient (trl#1936).
+    projector in full, and the input embedding of `<vusr>`. Vision layers whose output is not read stay untouched:
+    LLaVA reads the last but one, so the last would never receive a gradient (trl#1936).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -82,7 +84,8 @@ def _linear_layers(model: "PreTrainedModel", towers: list[str], projectors: tupl
     """
     A regular expression over the names of the linear layers in `towers`, layer numbers left open.
 
-    Only layers in a numbered stack count: SigLIP's pooling head stands outside it, and no language model reads its output.
+    Only layers in a numbered stack count: SigLIP's pooling head stands outside it, and no language model reads its
+    output.
     """
     from torch import nn
 
@@ -101,8 +104,8 @@ def mend_tied_head(model: "PeftModel") -> None:
     """
     Lets TRL's fused LM head read the output layer of a model with tied embeddings and a trained token, in place.
 
-    PEFT then wraps the output layer too, and the wrapper passes on `weight` but not `bias`, which the fused head asks for
-    (peft 0.21, `TrainableTokensWrapper`). To be removed once PEFT passes `bias` on.
+    PEFT then wraps the output layer too, and the wrapper passes on `weight` but not `bias`, which the fused head asks
+    for (peft 0.21, `TrainableTokensWrapper`). To be removed once PEFT passes `bias` on.
     """
     from peft.utils.other import TrainableTokensWrapper
 

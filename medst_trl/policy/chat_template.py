@@ -5,15 +5,16 @@
 The model's own template stays inside, verbatim, and renders everything else exactly as before. Two things are added:
 
 - a conversation whose last message is a user message with exactly `<vusr>` ends right after that token;
-- where the template closes an assistant turn with nothing (LLaVA-1.5), the end-of-sequence token closes it, in training
+- where the template closes an assistant turn with nothing (LLaVA-1.5), the end-of-sequence token closes it, in
+  training
   and in the history at inference alike, so that the two agree.
 """
 
 VUSR = "<vusr>"
 MARK = "{#- medst_trl <vusr> template 1 -#}"
 
-# Names carry a prefix because Jinja's top-level variables are shared with the wrapped template. The wrapper never loops
-# over message content: servers such as vLLM guess the content format of a template from such loops.
+# Names carry a prefix because Jinja's top-level variables are shared with the wrapped template. The wrapper never
+# loops over message content: servers such as vLLM guess the content format of a template from such loops.
 _CLOSE_ANSWERS = """\
 {%- set vusr_ns = namespace(messages=[]) -%}
 {%- for vusr_m in messages -%}
@@ -29,19 +30,18 @@ _CLOSE_ANSWERS = """\
 """
 _LAST_USER_TEXT = """\
 {%- set vusr_c = messages[-1]['content'] if messages and messages[-1]['role'] == 'user' else '' -%}
-{%- set vusr_t = vusr_c if vusr_c is string else (vusr_c | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) -%}
+{%- set vusr_t = vusr_c if vusr_c is string else
+    (vusr_c | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) -%}
 """
 # The wrapped template is rendered with the turn in place and cut behind the token. Everything else takes the verbatim
-# copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+` signs
-# keep the newlines that trim_blocks would eat at the seams.
+# copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+`
+# signs keep the newlines that trim_blocks would eat at the seams.
 _OPEN_TURN = """\
 {%- if vusr_t | replace(@IMAGE@, '') | trim == '<vusr>' -%}
 {%- set vusr_images = [] if vusr_c is string else (vusr_c | rejectattr('type', 'equalto', 'text') | list) -%}
 {%- set vusr_c = @CONTENT@ -%}
 {%- set vusr_rendered +%}{% set messages = messages[:-1] + [{'role': 'user', 'content': vusr_c}] +%}"""
-_ELSE = (
-    "{% endset %}{{- (vusr_rendered.split('<vusr>')[:-1] | join('<vusr>')) + '<vusr>' -}}\n{%- else +%}"
-)
+_ELSE = "{% endset %}{{- (vusr_rendered.split('<vusr>')[:-1] | join('<vusr>')) + '<vusr>' -}}\n{%- else +%}"
 # What reaches the wrapped template as the content of the open turn: the caller's form where the template takes any.
 _CONTENT = {
     "any": "vusr_c if vusr_c is string else vusr_images + [{'type': 'text', 'text': '<vusr>'}]",

@@ -27,8 +27,8 @@ def load_policy(
     """
     Loads a policy and its processor, ready to be asked, to ask (`<vusr>`) and to be trained.
 
-    The processor gets the `<vusr>` token and the template that leaves a bare `<vusr>` turn open; the model gets a row for
-    the token where its vocabulary has none to spare, and stops at the template's turn terminators.
+    The processor gets the `<vusr>` token and the template that leaves a bare `<vusr>` turn open; the model gets a row
+    for the token where its vocabulary has none to spare, and stops at the template's turn terminators.
 
     Args:
         model_name_or_path (`str`):
@@ -65,7 +65,10 @@ def load_policy(
 
         from .adapters import mend_tied_head
 
-        base = base_model_name_or_path or PeftConfig.from_pretrained(model_name_or_path, revision=revision).base_model_name_or_path
+        base = (
+            base_model_name_or_path
+            or PeftConfig.from_pretrained(model_name_or_path, revision=revision).base_model_name_or_path
+        )
         has_processor = _has_file(model_name_or_path, "tokenizer_config.json", revision)
         processor = _load_processor(model_name_or_path if has_processor else base, source if has_processor else common)
         model = prepare_policy(_load_base(base, dtype, model_kwargs | common, adapter=model_name_or_path), processor)
@@ -107,8 +110,8 @@ def _make_room_for(model: "PreTrainedModel", token_id: int) -> None:
     if token_id < rows:
         return
     model.resize_token_embeddings(token_id + 1, mean_resizing=False)
-    # The same row wherever the model is loaded again: an adapter stores its own row, but the output row counts in every
-    # softmax. `mean_resizing` would draw it at random.
+    # The same row wherever the model is loaded again: an adapter stores its own row, but the output row counts in
+    # every softmax. `mean_resizing` would draw it at random.
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
@@ -124,13 +127,19 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixi
         raise UserError(f"No processor could be loaded from {name_or_path!r}: {error}") from error
 
 
-def _load_base(name_or_path: str, dtype: "str | torch.dtype", kwargs: dict[str, Any], adapter: str | None = None) -> "PreTrainedModel":
+def _load_base(
+    name_or_path: str, dtype: "str | torch.dtype", kwargs: dict[str, Any], adapter: str | None = None
+) -> "PreTrainedModel":
     from transformers import AutoModelForImageTextToText
 
     try:
         return AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
-        of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)" if adapter else ""
+        of = (
+            f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
+            if adapter
+            else ""
+        )
         raise UserError(f"No vision-language model could be loaded from {name_or_path!r}{of}: {error}") from error
 
 
@@ -140,7 +149,11 @@ def _has_file(name_or_path: str, name: str, revision: str | None) -> bool:
     from transformers.utils import cached_file
 
     found = cached_file(
-        name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+        name_or_path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
     return found is not None

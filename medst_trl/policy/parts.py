@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a vision-language model, by name: language model, vision tower, projector, token embedding.
 
-transformers exposes them through `get_decoder()`, `get_encoder("image")` and `get_input_embeddings()`; only the projector
-has no accessor. It is what stands beside the two towers (`multi_modal_projector`, `connector`), or the merger at the end of
-the vision tower (Qwen).
+transformers exposes them through `get_decoder()`, `get_encoder("image")` and `get_input_embeddings()`; only the
+projector has no accessor. It is what stands beside the two towers (`multi_modal_projector`, `connector`), or the
+merger at the end of the vision tower (Qwen).
 """
 
 import re
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _MERGERS = ("merger", "deepstack_merger_list", "connector")
 # What PEFT puts into the names of the parameters it wraps.
-_PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(?:original_module|modules_to_save\.[^.]+|base_layer|token_adapter)(?=\.)")
+_PEFT_NAMES = re.compile(
+    r"^base_model\.model\.|\.(?:original_module|modules_to_save\.[^.]+|base_layer|token_adapter)(?=\.)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class ModelParts:
     unused_vision_layers: tuple[int, ...]
 
     def part_of(self, parameter: str) -> str:
-        """Part a parameter belongs to: `"vision"`, `"projector"` or `"language"` (all else). PEFT names are understood."""
+        """
+        Part a parameter belongs to: `"vision"`, `"projector"` or `"language"` (all else). PEFT names are understood.
+        """
         name = _PEFT_NAMES.sub("", parameter)
         if any(name.startswith(f"{projector}.") for projector in self.projectors):
             return "projector"
@@ -68,7 +72,9 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
     names = {id(module): name for name, module in model.named_modules()}
     vision, language = model.get_encoder("image"), model.get_decoder()
     if vision is model or id(vision) not in names:
-        raise UserError(f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model?")
+        raise UserError(
+            f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model?"
+        )
     vision_name = names[id(vision)]
     return ModelParts(
         language_model=names[id(language)],
@@ -92,7 +98,9 @@ def _projectors(model: "PreTrainedModel", vision: str, language: str) -> tuple[s
     ]
     inside = [f"{vision}.{name}" for name, _ in model.get_submodule(vision).named_children() if name in _MERGERS]
     if not (beside or inside):
-        raise UserError(f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`.")
+        raise UserError(
+            f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`."
+        )
     return tuple(beside or inside)
 
 

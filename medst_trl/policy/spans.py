@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the questions and answers of a conversation stand in its rendered text.
 
-The first implementation split the rendered text and tokenised the pieces again, so text such as ` ASSISTANT: ` inside an
-answer moved the loss onto the user's words. Here each question and answer is rendered between two private-use characters,
-which are then taken out: the template alone decides what stands around them, and the text is tokenised once.
+The first implementation split the rendered text and tokenised the pieces again, so text such as ` ASSISTANT: ` inside
+an answer moved the loss onto the user's words. Here each question and answer is rendered between two private-use
+characters, which are then taken out: the template alone decides what stands around them, and the text is tokenised
+once.
 """
 
 import re
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class Span(NamedTuple):
-    """Characters `start` to `end` (exclusive) of a rendered text that are a question or an answer with its terminator."""
+    """
+    Characters `start` to `end` (exclusive) of a rendered text that are a question or an answer with its terminator.
+    """
 
     start: int
     end: int
@@ -62,7 +65,9 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
 
 
 def can_be_asked(message: dict[str, Any]) -> bool:
-    """Whether a message is a user turn with a question the model can write: some text, no image in the middle of it."""
+    """
+    Whether a message is a user turn with a question the model can write: some text, no image in the middle of it.
+    """
     if message["role"] != "user" or not text_of(message["content"]).strip():
         return False
     kinds = [part["type"] for part in typed_parts(message["content"])]
@@ -107,7 +112,10 @@ def render_conversation(
             targets.append(is_question)
         else:
             safe = [neutralise(part["text"], processor) if part["type"] == "text" else (None, 0) for part in parts]
-            parts = [{**part, "text": text} if text is not None else part for part, (text, _) in zip(parts, safe, strict=True)]
+            parts = [
+                {**part, "text": text} if text is not None else part
+                for part, (text, _) in zip(parts, safe, strict=True)
+            ]
             changed = sum(count for _, count in safe)
         neutralised += changed
         marked.append({"role": message["role"], "content": _in_form(parts, turns.content_form, processor)})
@@ -129,7 +137,9 @@ def render_conversation(
     return RenderedConversation(text, spans, neutralised)
 
 
-def _in_form(parts: list[dict[str, Any]], content_form: str, processor: "ProcessorMixin") -> str | list[dict[str, Any]]:
+def _in_form(
+    parts: list[dict[str, Any]], content_form: str, processor: "ProcessorMixin"
+) -> str | list[dict[str, Any]]:
     if content_form != "string":
         return parts
     image = f"{getattr(processor, 'image_token', '')}\n"

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LLaVA small enough to be built and trained anywhere, with everything a real one has.
 
-CLIP vision tower, two-layer projector, Llama, byte-level BPE tokenizer, Vicuna's chat template. The weights are random:
-`medst base` trains them on plain shapes; tests take them as they are.
+CLIP vision tower, two-layer projector, Llama, byte-level BPE tokenizer, Vicuna's chat template. The weights are
+random: `medst base` trains them on plain shapes; tests take them as they are.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,8 @@ from medst_trl.data import plain_text
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-# Vicuna v1 as LLaVA-1.5 speaks it, each answer closed by the end-of-sequence token. `generation` marks what is trained.
+# Vicuna v1 as LLaVA-1.5 speaks it, each answer closed by the end-of-sequence token. `generation` marks what is
+# trained.
 CHAT_TEMPLATE = """\
 {%- macro text_of(content) -%}
 {%- if content is string -%}{{- content -}}
@@ -88,7 +89,8 @@ def tiny_llava(
     Example:
     ```python
     >>> model, processor = tiny_llava()  # 1.0M parameters
-    >>> model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=300)  # 50k
+    >>> model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=300)  #
+    50k
     ```
     """
     import torch
@@ -135,8 +137,8 @@ def tiny_llava(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
-        # CLIP draws position embeddings 25 times smaller than patch embeddings turn out. A large tower learns to read them
-        # over millions of images; a tiny one never learns where anything is.
+        # CLIP draws position embeddings 25 times smaller than patch embeddings turn out. A large tower learns to read
+        # them over millions of images; a tiny one never learns where anything is.
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(25)
     return model.eval(), processor
 

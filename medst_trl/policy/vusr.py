@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `<vusr>` token: given to a processor, kept out of data.
 
-A user turn opened by `<vusr>` is one the model writes (STLLaVA-Med, https://huggingface.co/papers/2406.19973). The token
-is a special token whose input embedding is trained; it is read by the model and never predicted. Only the collator and the
-chat template write it: data says `vusr: true` on a message, and data text that spells a control token is neutralised.
+A user turn opened by `<vusr>` is one the model writes (STLLaVA-Med, https://huggingface.co/papers/2406.19973). The
+token is a special token whose input embedding is trained; it is read by the model and never predicted. Only the
+collator and the chat template write it: data says `vusr: true` on a message, and data text that spells a control token
+is neutralised.
 """
 
 import re
@@ -31,7 +32,8 @@ def tokenizer_of(processor: "ProcessorMixin | PreTrainedTokenizerBase") -> "PreT
 
 def add_vusr(processor: "ProcessorMixin") -> int:
     """
-    Adds the `<vusr>` token to a processor's tokenizer and wraps its chat template, in place. A second call changes nothing.
+    Adds the `<vusr>` token to a processor's tokenizer and wraps its chat template, in place. A second call changes
+    nothing.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -70,13 +72,14 @@ def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenize
     name = type(processor).__name__
     if not tokenizer.is_fast:
         raise UserError(
-            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which cannot say where in the text a token comes "
-            "from, so questions and answers could not be located. Load the fast one (`use_fast=True`, `pip install tokenizers`)."
+            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which cannot say where in the text a token "
+            "comes from, so questions and answers could not be located. Load the fast one "
+            "(`use_fast=True`, `pip install tokenizers`)."
         )
     if tokenizer.pad_token is None:
         raise UserError(
-            f"The tokenizer of {name} has no pad token, so batches cannot be padded. Set one and save the processor, for "
-            "example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
+            f"The tokenizer of {name} has no pad token, so batches cannot be padded. Set one and save the processor, "
+            "for example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
         )
     if tokenizer.eos_token is None:
         raise UserError(
@@ -85,8 +88,8 @@ def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenize
         )
     if not (processor.chat_template or tokenizer.chat_template):
         raise UserError(
-            f"{name} has no chat template. Set `processor.chat_template` to that of an instruction-tuned model of the same "
-            "family and save the processor."
+            f"{name} has no chat template. Set `processor.chat_template` to that of an instruction-tuned model of the "
+            "same family and save the processor."
         )
 
 
@@ -97,7 +100,9 @@ def turn_format(processor: "ProcessorMixin") -> TurnFormat:
 
 def _turn_format(processor: "ProcessorMixin") -> TurnFormat:
     tokens = tokenizer_of(processor).added_tokens_decoder.values()
-    return probe_turn_format(processor.apply_chat_template, [t.content for t in tokens if t.special and t.content != VUSR])
+    return probe_turn_format(
+        processor.apply_chat_template, [t.content for t in tokens if t.special and t.content != VUSR]
+    )
 
 
 def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
@@ -109,10 +114,11 @@ def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
 
 def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
     """
-    Whether the tokenizer has to add its special tokens to a rendered conversation, as transformers decides at inference.
+    Whether the tokenizer has to add its special tokens to a rendered conversation, as transformers decides at
+    inference.
 
-    LLaVA-1.5's template writes no beginning-of-sequence token, so `apply_chat_template(tokenize=True)` lets the tokenizer
-    add it. Training without it, as TRL's collator does, would show the model prompts it never meets again.
+    LLaVA-1.5's template writes no beginning-of-sequence token, so `apply_chat_template(tokenize=True)` lets the
+    tokenizer add it. Training without it, as TRL's collator does, would show the model prompts it never meets again.
     """
     bos = tokenizer_of(processor).bos_token
     return bos is None or not rendered.startswith(bos)
@@ -144,7 +150,8 @@ def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
     tokens = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.special or token.content in template  # Qwen's `</think>` is no special token, but its template acts on it
+        if token.special
+        or token.content in template  # Qwen's `</think>` is no special token, but its template acts on it
     }
     placeholders = (value for name, value in vars(processor).items() if name.endswith("_token"))
     tokens |= {value for value in map(str, placeholders) if value != "None"}

@@ -3,9 +3,9 @@
 """
 medst base --output_dir runs/demo/base
 
-Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download. It stands
-for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright and dark, and
-the words of medicine, but has seen no scan and no medical label.
+Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download. It
+stands for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright and
+dark, and the words of medicine, but has seen no scan and no medical label.
 
 Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. Cut short, it
 continues from its newest checkpoint.

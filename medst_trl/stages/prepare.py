@@ -114,7 +114,7 @@ def main(args: PrepareArguments) -> None:
         args.output_dir,
         stage="prepare",
         settings=asdict(args),
-        inputs={"data_path": data_path, "image_folder": image_folder, "release_path": args.release_path},
+        inputs=_inputs(args, data_path, image_folder),
         operational={"num_workers"},
         overwrite=args.overwrite,
     )
@@ -171,6 +171,13 @@ def _check(args: PrepareArguments) -> tuple[str | None, str | None]:
     if args.source == "images" and data_path.is_dir():
         image_folder = data_path
     return str(data_path), str(image_folder)
+
+
+def _inputs(args: PrepareArguments, data_path: str | None, image_folder: str | None) -> dict[str, str | None]:
+    """What the result hangs on; a folder of images inside the data is looked at once."""
+    if data_path and Path(image_folder).resolve().is_relative_to(Path(data_path).resolve()):
+        image_folder = None
+    return {"data_path": data_path, "image_folder": image_folder, "release_path": args.release_path}
 
 
 def _read(args: PrepareArguments, data_path: str | None, image_folder: str | None) -> tuple["Source", "ImageReader"]:

@@ -14,10 +14,10 @@ medst sft \
     --output_dir runs/vqa_rad/sft
 ```
 
-Input: a dataset with columns `id`, `images`, `messages` (see `medst prepare`), and a vision-language model or an adapter.
-Output: an adapter (`adapter_model.safetensors`: LoRA of language model and vision tower, projector, `<vusr>` row) with its
-processor and template in `output_dir`, for [`load_policy`]; checkpoints beside it; `rejected.jsonl` if records did not fit.
-Run again after a crash, it goes on from the newest complete checkpoint.
+Input: a dataset with columns `id`, `images`, `messages` (see `medst prepare`), and a vision-language model or an
+adapter. Output: an adapter (`adapter_model.safetensors`: LoRA of language model and vision tower, projector, `<vusr>`
+row) with its processor and template in `output_dir`, for [`load_policy`]; checkpoints beside it; `rejected.jsonl` if
+records did not fit. Run again after a crash, it goes on from the newest complete checkpoint.
 """
 
 import os
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 # Arguments of the Trainer that change nothing in what is learned, so a resumed run may change them.
 OPERATIONAL_PREFIXES = (
-    "logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "dataloader_", "save_", "hub_",
-    "push_to_hub", "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_", "debug", "skip_memory_metrics",
-    "use_cpu", "local_rank", "deepspeed", "fsdp", "accelerator_config", "parallelism_config", "torch_empty_cache_steps",
+    "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "dataloader_", "save_", "hub_",
+    "push_to_hub", "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
+    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "accelerator_config", "parallelism_config",
+    "torch_empty_cache_steps",
 )  # fmt: skip
 
 
@@ -57,13 +58,16 @@ class SftArguments:
     vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale in the vision tower."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto (the checkpoint's), float32, bfloat16."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."}
+        default=None,
+        metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."},
     )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better eval_loss, and keep the best checkpoint."},
     )
-    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
+    )
 
 
 def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
@@ -98,7 +102,11 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
     record.finish(
-        counts={"records": len(train_dataset), "set_aside": {"too_long": too_long}, "steps": trainer.state.global_step},
+        counts={
+            "records": len(train_dataset),
+            "set_aside": {"too_long": too_long},
+            "steps": trainer.state.global_step,
+        },
         metrics={name: last[name] for name in figures if name in last},
     )
     trainer.accelerator.print(
@@ -174,8 +182,8 @@ def _check_early_stopping(args: SftArguments, training_args: "SelfQuestioningCon
         return
     if training_args.eval_strategy == "no" or not training_args.load_best_model_at_end:
         raise UserError(
-            "early_stopping_patience compares evaluations and keeps the best: set eval_strategy (steps or epoch), the same "
-            "save_strategy, and load_best_model_at_end: true."
+            "early_stopping_patience compares evaluations and keeps the best: set eval_strategy (steps or epoch), the "
+            "same save_strategy, and load_best_model_at_end: true."
         )
 
 

@@ -20,7 +20,8 @@ from ..policy.vusr import add_vusr, adds_special_tokens
 IGNORED = -100
 # Inputs with one entry a token, cut together when a row is cut behind its last target.
 _TOKEN_INPUTS = (
-    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels", "question_mask",
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels",
+    "question_mask",
 )  # fmt: skip
 
 
@@ -50,17 +51,17 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
     """
     Data collator of self-questioning (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 
-    In every conversation some user turns become `<vusr>` turns, in which the question is a training target. Which ones is
-    drawn anew in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
+    In every conversation some user turns become `<vusr>` turns, in which the question is a training target. Which ones
+    is drawn anew in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
     terminator and, in a `<vusr>` turn, the question with its terminator; never the token itself, role tags, the system
     prompt, image positions or padding. Text from data that spells a control token is neutralised.
 
-    A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer that
-    fits; one whose first answer does not fit is left out of its batch.
+    A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer
+    that fits; one whose first answer does not fit is left out of its batch.
 
-    Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked), `images`
-    (a list, may be empty) and `id` (drawn from the text where it is missing). Prompt-completion examples go to TRL's
-    collator.
+    Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
+    `images` (a list, may be empty) and `id` (drawn from the text where it is missing). Prompt-completion examples go
+    to TRL's collator.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -70,16 +71,18 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
         sq_ratio (`float`, *optional*, defaults to `0.5`):
             Share of the eligible user turns that become `<vusr>` turns. `1.0` is the paper's setting.
         sq_first_turn (`bool`, *optional*, defaults to `True`):
-            Whether the first user turn takes part, which is what a bare `<vusr>` after the image asks for. The paper: no.
+            Whether the first user turn takes part, which is what a bare `<vusr>` after the image asks for. The paper:
+            no.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
         pad_to_multiple_of (`int`, *optional*):
             If set, sequences are padded to a multiple of it.
 
     Returns of a call:
-        `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else the
-        processor gives, and `question_mask` of the same shape: `True` where a label belongs to a question. Where there are
-        any, `set_aside` lists the ids of examples that do not fit and `neutralised` counts control tokens found in data.
+        `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else
+        the processor gives, and `question_mask` of the same shape: `True` where a label belongs to a question. Where
+        there are any, `set_aside` lists the ids of examples that do not fit and `neutralised` counts control tokens
+        found in data.
 
     Raises:
         UserError: if an example's images and placeholders differ in number, or the template cannot render it.
@@ -178,10 +181,14 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
         ]
         asked = self.asked_turns(example_id, messages)
         conversation = _Conversation(str(example_id), messages, images, asked)
-        return conversation.until(max(conversation.targets, default=-1) + 1)  # a last unanswered question trains nothing
+        return conversation.until(
+            max(conversation.targets, default=-1) + 1
+        )  # a last unanswered question trains nothing
 
     def _encode(self, conversations: list[_Conversation]) -> tuple[dict[str, Any], list[list[int]], int]:
-        """The batch, the token at which each target of each conversation ends, and the number of places neutralised."""
+        """
+        The batch, the token at which each target of each conversation ends, and the number of places neutralised.
+        """
         rendered = [render_conversation(self.processor, c.messages, c.asked) for c in conversations]
         images = [conversation.images for conversation in conversations]
         batch = self.processor(

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Separate learning rates for language model, vision tower and projector.
 
-One `create_optimizer` for both trainers, because TRL's DPOTrainer takes no `optimizer_cls_and_kwargs`. Schedulers scale
-each group's own rate, and the groups pass through DDP and DeepSpeed like any others.
+One `create_optimizer` for both trainers, because TRL's DPOTrainer takes no `optimizer_cls_and_kwargs`. Schedulers
+scale each group's own rate, and the groups pass through DDP and DeepSpeed like any others.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class LearningRatesByPart:
-    """Mixin for a [`~transformers.Trainer`] whose arguments have `vision_learning_rate` and `projector_learning_rate`."""
+    """
+    Mixin for a [`~transformers.Trainer`] whose arguments have `vision_learning_rate` and `projector_learning_rate`.
+    """
 
     def model_parts(self) -> ModelParts:
         """The parts of the model under PEFT and distributed wrappers."""

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The newest complete checkpoint of a run.
 
-The Trainer writes `checkpoint-N` in place, `trainer_state.json` last, and its own look-up takes the largest number whether
-complete or not. A run killed while it wrote would not start again, or start from half a state.
+The Trainer writes `checkpoint-N` in place, `trainer_state.json` last, and its own look-up takes the largest number
+whether complete or not. A run killed while it wrote would not start again, or start from half a state.
 """
 
 import json
@@ -31,7 +31,9 @@ def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -
     Returns:
         `str` or `None`: The newest complete checkpoint, `None` if there is none.
     """
-    found = [(match, path) for path in Path(output_dir).glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [
+        (match, path) for path in Path(output_dir).glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     for _, path in sorted(found, key=lambda item: int(item[0][1]), reverse=True):
         problem = _incomplete(path, num_processes)
         if problem is None:
@@ -62,7 +64,9 @@ def _incomplete(checkpoint: Path, num_processes: int) -> str | None:
             return "it holds no weights"
     for name in states:
         if not (checkpoint / name).is_file():
-            return f"{name} is missing" + (" (was it written by another number of processes?)" if "rng" in name else "")
+            return f"{name} is missing" + (
+                " (was it written by another number of processes?)" if "rng" in name else ""
+            )
         if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes; its directory stands at the end
             return f"{name} is cut short"
     return next((problem for path in weights if (problem := _unreadable(path))), None)

@@ -53,7 +53,9 @@ class SetAsideExamples(TrainerCallback):
         self.write(Path(args.output_dir))
 
     def write(self, folder: Path) -> int:
-        """Writes `rejected.jsonl`, adding to what an earlier part of the run left. Returns the number of examples in it."""
+        """
+        Writes `rejected.jsonl`, adding to what an earlier part of the run left. Returns the number of examples in it.
+        """
         ids = set(gather_object(sorted(self.ids)))
         path = folder / "rejected.jsonl"
         if path.exists():

@@ -38,13 +38,15 @@ class SelfQuestioningConfig(SFTConfig):
             Learning rate of the projector. Defaults to `learning_rate`.
 
     > [!NOTE]
-    > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's), and `bf16` to `False` where there is
-    > no accelerator.
+    > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's), and `bf16` to `False` where there
+    is > no accelerator.
     """
 
     max_length: int | None = field(
         default=2048,
-        metadata={"help": "Longest sequence in tokens, image tokens included. Longer conversations end after an answer."},
+        metadata={
+            "help": "Longest sequence in tokens, image tokens included. Longer conversations end after an answer."
+        },
     )
     sq_ratio: float = field(
         default=0.5,
@@ -71,8 +73,8 @@ class SelfQuestioningConfig(SFTConfig):
 
 class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
     """
-    Trainer of STLLaVA-Med's first stage (https://huggingface.co/papers/2406.19973): the policy learns to answer questions
-    about an image and, in `<vusr>` turns, to ask them.
+    Trainer of STLLaVA-Med's first stage (https://huggingface.co/papers/2406.19973): the policy learns to answer
+    questions about an image and, in `<vusr>` turns, to ask them.
 
     Everything is TRL's [`~trl.SFTTrainer`] but the collator, the learning rates of vision tower and projector, and the
     metrics `loss_question`, `loss_answer`, `question_tokens`, `answer_tokens`, `question_accuracy`, `answer_accuracy`.
@@ -104,7 +106,7 @@ class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
     ```
     """
 
-    _tag_names = ["trl", "sft", "medst_trl", "self-questioning"]
+    _tag_names = ["trl", "sft", "medst_trl", "self-questioning"]  # noqa: RUF012 (as TRL has it)
     _name = "Self-questioning SFT"
 
     def __init__(self, model, args: SelfQuestioningConfig, *, train_dataset, processing_class=None, **kwargs):
@@ -212,7 +214,9 @@ class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
             if neutralised:
                 logs[f"{prefix}neutralised_tokens"] = int(neutralised)
         if "learning_rate" in logs:
-            logs |= {f"learning_rate_{part}": rate for part, rate in self.learning_rates().items() if part != "language"}
+            logs |= {
+                f"learning_rate_{part}": rate for part, rate in self.learning_rates().items() if part != "language"
+            }
         super().log(logs, start_time)
 
 

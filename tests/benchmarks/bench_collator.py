@@ -7,8 +7,9 @@ What the self-questioning collator costs over TRL's stock vision collator, as a 
 python tests/benchmarks/bench_collator.py --images ../shared/data/vqa_rad/images
 ```
 
-The same batches go through TRL's collator (assistant-only loss, which needs `{% generation %}` markers), through ours, and
-through forward, backward and optimizer step of a tiny LLaVA. Medians of `--repeats` rounds over all batches, one process.
+The same batches go through TRL's collator (assistant-only loss, which needs `{% generation %}` markers), through ours,
+and through forward, backward and optimizer step of a tiny LLaVA. Medians of `--repeats` rounds over all batches, one
+process.
 """
 
 import argparse
@@ -38,8 +39,12 @@ def examples(folder: Path | None, count: int, turns: int) -> list[dict]:
         messages = []
         for turn in range(turns):
             first = [{"type": "image"}] if turn == 0 else []
-            messages.append({"role": "user", "content": [*first, *part(f"Is there a pleural effusion on side {turn}?")]})
-            messages.append({"role": "assistant", "content": part("No, the costophrenic angles are sharp." * (1 + turn % 2))})
+            messages.append(
+                {"role": "user", "content": [*first, *part(f"Is there a pleural effusion on side {turn}?")]}
+            )
+            messages.append(
+                {"role": "assistant", "content": part("No, the costophrenic angles are sharp." * (1 + turn % 2))}
+            )
         rows.append({"id": str(number), "images": [image], "messages": messages})
     return rows
 

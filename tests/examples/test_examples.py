@@ -31,7 +31,10 @@ def test_collating(capsys):
 
 def test_scoring(tmp_path, capsys):
     scores = _main("score_predictions")()
-    assert scores["strict"]["closed"]["accuracy"]["value"] == 50 and scores["llava_med"]["closed"]["accuracy"]["value"] == 100
+    assert (
+        scores["strict"]["closed"]["accuracy"]["value"] == 50
+        and scores["llava_med"]["closed"]["accuracy"]["value"] == 100
+    )
     row = {"id": "1", "answer": "yes", "answer_type": "closed", "prediction": "no"}
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(row) + "\n")

@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
     CONFIG_MAPPING,
+    AutoModelForImageTextToText,
 )
 
 from medst_trl.errors import UserError
@@ -42,8 +41,8 @@ CONFIGS = {
     "qwen2_5_vl": {
         "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
         "vision_config": {
-            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8,
+            "out_hidden_size": 32, "fullatt_block_indexes": [1],
         },
     },
 }  # fmt: skip

@@ -23,7 +23,11 @@ def _save_base(folder, **kwargs):
 def _prompt(processor, question):
     content = [{"type": "image", "image": Image.new("RGB", (16, 16), "gray")}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
 
 

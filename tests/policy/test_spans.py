@@ -9,6 +9,7 @@ from families import FAMILIES, prepared_processor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 
 from medst_trl.policy.spans import can_be_asked, render_conversation, text_of
 from medst_trl.policy.vusr import VUSR, neutralise, turn_format
@@ -16,9 +17,12 @@ from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
 
 
 HOSTILE = [
-    " ASSISTANT: ", "USER:", "</s>", "<s>", "<unk>", "<image>", VUSR, "<|im_end|>", "<|im_start|>assistant\n", "<|image_pad|>",
-    "<end_of_turn>", "<start_of_turn>model\n", "<start_of_image>", "<|eot_id|>", "<|image|>", "<end_of_utterance>", "[/INST]",
-    "</think>", "<pad>", "\ue0f1", "\ue0f2", "{{ bos_token }}", "{% generation %}", "<</s>s>", "", " ", "\n\n", "Yes", "no.",
+    " ASSISTANT: ", "USER:", "</s>", "<s>", "<unk>", "<image>", VUSR, "<|im_end|>", "<|im_start|>assistant\n",
+    "<|image_pad|>",
+    "<end_of_turn>", "<start_of_turn>model\n", "<start_of_image>", "<|eot_id|>", "<|image|>", "<end_of_utterance>",
+    "[/INST]",
+    "</think>", "<pad>", "\ue0f1", "\ue0f2", "{{ bos_token }}", "{% generation %}", "<</s>s>", "", " ", "\n\n", "Yes",
+    "no.",
 ]  # fmt: skip
 TEXTS = st.lists(
     st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8"), max_size=12)), max_size=4
@@ -38,6 +42,15 @@ def conversations(draw):
         images = [Image.new("RGB", (24, 16), "gray")]
         messages[0]["content"].insert(0, {"type": "image", "text": None})
     return {"id": "x", "images": images, "messages": messages}
+
+
+def with_texts(messages, change, **keys) -> list[dict]:
+    """The messages with every text part changed, as a template takes them."""
+
+    def part(part):
+        return {"type": "text", "text": change(part["text"])} if part["type"] == "text" else {"type": "image"}
+
+    return [{**message, "content": [part(p) for p in message["content"]], **keys} for message in messages]
 
 
 def decoded_targets(processor, batch) -> list[tuple[bool, str]]:
@@ -78,11 +91,10 @@ def test_labels_are_the_intended_texts_and_nothing_else(family, example):
 def test_data_text_never_becomes_a_special_token(family, example):
     processor = prepared_processor(family)
     collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
-    harmless = [
-        {**m, "content": [{**p, "text": "x" if (p.get("text") or "").strip() else ""} if p["type"] == "text" else p for p in m["content"]]}
-        for m in example["messages"]
-    ]  # fmt: skip
-    special = [collator([{**example, "messages": messages}])["input_ids"][0] for messages in (example["messages"], harmless)]
+    harmless = with_texts(example["messages"], lambda text: "x" if text.strip() else "")
+    special = [
+        collator([{**example, "messages": messages}])["input_ids"][0] for messages in (example["messages"], harmless)
+    ]
     ids = set(processor.tokenizer.all_special_ids) | {
         index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -96,16 +108,12 @@ def test_data_text_never_becomes_a_special_token(family, example):
 def test_training_shows_the_prompts_of_inference(family, example):
     """Up to each answer, a training sequence is exactly what `apply_chat_template` gives the model to continue."""
     processor = prepared_processor(family)
-    messages = [
-        {**m, "content": [{**p, "text": neutralise(p["text"], processor)[0].strip()} if p["type"] == "text" else {"type": "image"} for p in m["content"]], "vusr": False}
-        for m in example["messages"]
-    ]  # fmt: skip
-    ids = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)([{**example, "messages": messages}])["input_ids"][0].tolist()
+    messages = with_texts(example["messages"], lambda text: neutralise(text, processor)[0].strip(), vusr=False)
+    ids = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)([{**example, "messages": messages}])["input_ids"][
+        0
+    ].tolist()
     for end in range(1, len(messages), 2):
-        prompt = [
-            {"role": m["role"], "content": [{**p, "image": example["images"][0]} if p["type"] == "image" else p for p in m["content"]]}
-            for m in messages[:end]
-        ]  # fmt: skip
+        prompt = prepare_multimodal_messages(messages[:end], example["images"])
         expected = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
         expected = expected["input_ids"][0]
         assert ids[: len(expected)] == list(expected)
@@ -121,7 +129,9 @@ def test_a_bare_vusr_turn_is_the_start_of_a_trained_question(family):
     ]
     batch = DataCollatorForSelfQuestioning(processor)([{"id": "1", "images": [image], "messages": messages}])
     bare = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": VUSR}]}]
-    prompt = processor.apply_chat_template(bare, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"][0]
+    prompt = processor.apply_chat_template(bare, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ][0]
     start = int(batch["question_mask"][0].nonzero()[0])
     assert batch["input_ids"][0, :start].tolist() == list(prompt)
     assert prompt[-1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
@@ -138,6 +148,8 @@ def test_a_template_that_drops_a_turn_is_refused():
     from medst_trl.errors import UserError
 
     processor = FAMILIES["vicuna"]()
-    processor.chat_template = "{{ messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] }}"
+    processor.chat_template = (
+        "{{ messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] }}"
+    )
     with pytest.raises(UserError, match="drops or repeats"):
         render_conversation(processor, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])

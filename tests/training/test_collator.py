@@ -33,7 +33,10 @@ def test_questions_and_answers_are_told_apart():
 
 
 def test_text_only_and_image_examples_share_a_batch():
-    plain = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}], "images": None}
+    plain = {
+        "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}],
+        "images": None,
+    }
     mixed = _collator()([tiny_run.conversation(0), plain])
     assert len(mixed["pixel_values"]) == 1
     assert "pixel_values" not in _collator()([plain, plain])
@@ -42,7 +45,9 @@ def test_text_only_and_image_examples_share_a_batch():
 def test_string_content_gets_its_images_in_front():
     parts = tiny_run.conversation(0)
     strings = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in parts["messages"]]
-    ours, theirs = (_collator(sq_ratio=0.0)([example])["input_ids"] for example in (parts, {**parts, "messages": strings}))
+    ours, theirs = (
+        _collator(sq_ratio=0.0)([example])["input_ids"] for example in (parts, {**parts, "messages": strings})
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -68,7 +73,10 @@ def test_draws_follow_seed_epoch_id_and_turn_alone():
     first.set_epoch(1)
     assert draw(first) != once
     assert draw(first.for_evaluation()) == once
-    assert list(reversed([first.for_evaluation().asked_turns(e["id"], e["messages"]) for e in reversed(examples)])) == once
+    assert (
+        list(reversed([first.for_evaluation().asked_turns(e["id"], e["messages"]) for e in reversed(examples)]))
+        == once
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
@@ -137,7 +145,10 @@ def test_truncation_ends_behind_an_answer_and_never_in_an_image(family, turns, i
 
 def test_the_longest_fitting_part_is_kept():
     example = _long_conversation(4)
-    lengths = [_collator(sq_ratio=0.0)([{**example, "messages": example["messages"][: 2 * n]}])["input_ids"].shape[1] for n in (1, 2, 3, 4)]
+    lengths = [
+        _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][: 2 * n]}])["input_ids"].shape[1]
+        for n in (1, 2, 3, 4)
+    ]
     for turns, length in enumerate(lengths, start=1):
         batch = _collator(sq_ratio=0.0, max_length=length)([example])
         assert batch["input_ids"].shape[1] == length, turns
@@ -147,14 +158,20 @@ def test_images_of_turns_that_were_cut_go_too():
     example = _long_conversation(3)
     example["messages"][4]["content"].insert(0, {"type": "image", "text": None})
     example["images"] = example["images"] * 2
-    two_turns = _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][:4], "images": example["images"][:1]}])
+    two_turns = _collator(sq_ratio=0.0)(
+        [{**example, "messages": example["messages"][:4], "images": example["images"][:1]}]
+    )
     batch = _collator(sq_ratio=0.0, max_length=two_turns["input_ids"].shape[1] + 3)([example])
     assert torch.equal(batch["input_ids"], two_turns["input_ids"])
     assert torch.equal(batch["pixel_values"], two_turns["pixel_values"])
 
 
 def test_examples_that_do_not_fit_leave_the_others_alone():
-    short = {"id": "short", "images": [], "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]}
+    short = {
+        "id": "short",
+        "images": [],
+        "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}],
+    }
     alone = _collator(max_length=30)([short])
     long = tiny_run.conversation(3)
     long["messages"][1]["content"][0]["text"] = "very " * 100

@@ -37,7 +37,9 @@ def _killed(folder: Path, *how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how, resumed_from", [(("--kill_after_step", "5"), 3), (("--kill_while_saving", "6"), 3)], ids=["training", "saving"]
+    "how, resumed_from",
+    [(("--kill_after_step", "5"), 3), (("--kill_while_saving", "6"), 3)],
+    ids=["training", "saving"],
 )
 def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, how, resumed_from):
     _killed(tmp_path, *how)
@@ -61,7 +63,9 @@ def test_the_newest_is_taken(checkpoints):
     assert newest_complete_checkpoint(checkpoints) == str(checkpoints / "checkpoint-6")
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
 def test_a_broken_checkpoint_is_set_aside(checkpoints, name, damage):
     path = checkpoints / "checkpoint-6" / name

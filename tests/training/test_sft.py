@@ -29,7 +29,13 @@ def test_every_group_trains_at_its_own_rate_and_nothing_else_moves(tmp_path, lor
         gradients[name] = max(gradients.get(name, 0), parameter.grad.abs().max().item())
 
     trainer = tiny_run.make_trainer(
-        tmp_path, lora=lora, max_steps=2, weight_decay=0.0, max_grad_norm=0.0, model={"tie_word_embeddings": tied}, **RATES
+        tmp_path,
+        lora=lora,
+        max_steps=2,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        model={"tie_word_embeddings": tied},
+        **RATES,
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
@@ -64,7 +70,11 @@ def test_the_log_names_each_part_and_kind(tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, max_steps=2, **RATES)
     trainer.train()
     entry = trainer.state.log_history[0]
-    assert (entry["learning_rate"], entry["learning_rate_vision"], entry["learning_rate_projector"]) == (1e-2, 1e-3, 1e-4)
+    assert (entry["learning_rate"], entry["learning_rate_vision"], entry["learning_rate_projector"]) == (
+        1e-2,
+        1e-3,
+        1e-4,
+    )
     tokens = {kind: entry[f"{kind}_tokens"] for kind in ("question", "answer")}
     mean = sum(entry[f"loss_{kind}"] * n for kind, n in tokens.items()) / sum(tokens.values())
     assert entry["loss"] == pytest.approx(mean, abs=1e-5)
@@ -112,7 +122,10 @@ def test_evaluation_asks_the_same_questions_in_every_epoch(tmp_path):
     first = trainer.evaluate()
     trainer.data_collator.set_epoch(5)
     second = trainer.evaluate()
-    assert first["eval_loss"] == second["eval_loss"] and first["eval_question_tokens"] == second["eval_question_tokens"] > 0
+    assert (
+        first["eval_loss"] == second["eval_loss"]
+        and first["eval_question_tokens"] == second["eval_question_tokens"] > 0
+    )
     trainer.data_collator.seed += 1
     assert trainer.evaluate()["eval_question_tokens"] != first["eval_question_tokens"]
 
@@ -122,9 +135,9 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     for message in rows[0]["messages"][1::2]:  # what no training answer says: its loss rises as those are learned
         message["content"] = tiny_run.text("zq xv wj zq")
     trainer = tiny_run.make_trainer(
-        tmp_path, rows=rows[1:], eval_dataset=Dataset.from_list(rows[:1]), max_steps=40, learning_rate=0.01, eval_strategy="steps",
-        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, save_total_limit=2,
-        callbacks=[EarlyStoppingCallback(2)],
+        tmp_path, rows=rows[1:], eval_dataset=Dataset.from_list(rows[:1]), max_steps=40, learning_rate=0.01,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        save_total_limit=2, callbacks=[EarlyStoppingCallback(2)],
     )  # fmt: skip
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -183,8 +196,8 @@ def _two_ranks(folder: Path, overrides: dict) -> dict:
         **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
-        str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides),
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--main_process_port", "0", str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides),
     ]  # fmt: skip
     run = subprocess.run(command, env=environment, capture_output=True, timeout=240)
     assert run.returncode == 0, run.stderr.decode()
@@ -193,8 +206,8 @@ def _two_ranks(folder: Path, overrides: dict) -> dict:
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_ranks_give_the_losses_of_one(tmp_path, lora):
-    # Text-only rows among the others: a rank whose batch has no image must not hang, nor count differently. No dropout:
-    # its masks are drawn for a rank's rows.
+    # Text-only rows among the others: a rank whose batch has no image must not hang, nor count differently. No
+    # dropout: its masks are drawn for a rank's rows.
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
     settings = {"max_steps": 4, "lora": lora, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1e-2}
@@ -202,7 +215,15 @@ def test_two_ranks_give_the_losses_of_one(tmp_path, lora):
     trainer.train()
     facts = _two_ranks(two, {"per_device_train_batch_size": 2, **settings})
     assert facts["world_size"] == 2 and "MULTI_CPU" in facts["kind"]
-    names = ("loss", "loss_question", "loss_answer", "question_tokens", "answer_tokens", "question_accuracy", "grad_norm")
+    names = (
+        "loss",
+        "loss_question",
+        "loss_answer",
+        "question_tokens",
+        "answer_tokens",
+        "question_accuracy",
+        "grad_norm",
+    )
     for ours, theirs in zip(trainer.state.log_history[:4], facts["log"][:4], strict=True):
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, abs=2e-5)
     weights = torch.load(two / "weights.pt", weights_only=True)

@@ -1,0 +1,287 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medst_trl.arguments import keys_of
+from medst_trl.errors import UserError
+from medst_trl.options import Option, read_options
+from medst_trl.recipe import read_recipe, step_of_file
+from medst_trl.recipe_files import _Loader, find_recipe, packaged_recipes, read_yaml
+from medst_trl.stages import STAGES
+
+
+def write(folder, text, name="mine.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def steps(folder, text, *words, which=None):
+    """Label to step of a recipe with this text and these words after it on the command line."""
+    _, options = read_options(["recipe", *words])
+    return {step.label: step for step in read_recipe(write(folder, text), options).steps(which)}
+
+
+FULL = """
+output_dir: out
+base:
+prepare: {source: phantoms}
+sft: {learning_rate: 1e-3}
+evaluate:
+"""
+
+
+# Reading YAML
+
+
+@given(st.floats(allow_nan=False))
+def test_every_float_python_writes_is_read_as_that_float(value):
+    text = repr(value).replace("inf", ".inf")
+    assert yaml.load(f"x: {text}", Loader=_Loader) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("no", "no"), ("on", "on"), ("true", True), ("False", False), ("1:30", "1:30"),
+     ("2026-01-02", "2026-01-02"), ("12", 12), ("-.5", -0.5), ("~", None), ("'7'", "7"), ("1.16.0", "1.16.0"), ("e5", "e5")],
+)  # fmt: skip
+def test_yaml_reads_as_it_is_meant(tmp_path, text, value):
+    assert read_yaml(write(tmp_path, f"x: {text}")) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n- b", "just words", "a: [1", "a: 1\na: 2", "\t- x: 1", "sft: {seed: 1, seed: 2}"]
+)
+def test_what_is_no_mapping_is_an_error_that_names_the_file(tmp_path, text):
+    with pytest.raises(UserError, match="mine.yaml"):
+        read_recipe(write(tmp_path, text))
+
+
+# What stages are told
+
+
+def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path):
+    found = steps(tmp_path, FULL)
+    assert list(found) == ["base", "prepare", "sft", "evaluate"]
+    assert [step.settings["output_dir"] for step in found.values()] == [f"out/{label}" for label in found]
+    assert found["sft"].settings["model_name_or_path"] == "out/base"
+    assert found["sft"].settings["dataset"] == "out/prepare/instruct"
+    assert found["evaluate"].settings["model_name_or_path"] == "out/sft"
+    assert found["evaluate"].settings["benchmark"] == ["out/prepare/benchmark"]
+
+
+def test_inputs_follow_a_section_that_writes_elsewhere(tmp_path):
+    text = (
+        "output_dir: out\nprepare: {source: phantoms, output_dir: /data/p}\nevaluate: {model_name_or_path: org/model}"
+    )
+    found = steps(tmp_path, text)
+    assert found["evaluate"].settings["benchmark"] == ["/data/p/benchmark"]
+    assert found["evaluate"].settings["model_name_or_path"] == "org/model"
+
+
+def test_scoring_a_file_takes_nothing_from_other_sections(tmp_path):
+    found = steps(tmp_path, FULL.replace("evaluate:", "evaluate: {predictions: p.jsonl}"))
+    assert not {"model_name_or_path", "benchmark"} & found["evaluate"].settings.keys()
+
+
+def test_base_is_evaluated_where_nothing_is_trained(tmp_path):
+    assert (
+        steps(tmp_path, "base:\nevaluate: {benchmark: org/b}")["evaluate"].settings["model_name_or_path"]
+        == "runs/mine/base"
+    )
+
+
+def test_what_a_stage_reads_are_settings_it_has():
+    for stage in STAGES.values():
+        keys = keys_of(stage.make_parser())
+        assert {key for key, _, _ in stage.reads} | {"output_dir", "overwrite"} | {stage.unless or "overwrite"} <= keys
+
+
+def test_section_that_is_a_list_runs_once_an_item(tmp_path):
+    text = (
+        "output_dir: out\nseed: 5\nprepare:\n  - {name: a, source: phantoms}\n  - {name: b, source: phantoms, seed: 6}"
+    )
+    found = steps(tmp_path, text)
+    assert {label: (step.settings["output_dir"], step.settings["seed"]) for label, step in found.items()} == {
+        "prepare/a": ("out/prepare/a", 5),
+        "prepare/b": ("out/prepare/b", 6),
+    }
+    assert list(steps(tmp_path, text, which="prepare/b")) == ["prepare/b"]
+    assert list(steps(tmp_path, text, which="prepare")) == ["prepare/a", "prepare/b"]
+    with pytest.raises(UserError, match="section sft: .*dataset must be set"):  # which of the two is not guessed
+        steps(tmp_path, text + "\nsft: {model_name_or_path: org/model}")
+
+
+@pytest.mark.parametrize(
+    "items", ["[]", "[{source: phantoms}]", "[{name: a}, {name: a}]", "[{name: a/b}]", "[{name: ..}]", "[1]", "text"]
+)
+def test_items_need_names_of_their_own(tmp_path, items):
+    with pytest.raises(UserError, match="section prepare"):
+        read_recipe(write(tmp_path, f"prepare: {items}"))
+
+
+def test_nearer_settings_win(tmp_path):
+    text = "seed: 1\nbase:\nprepare: {source: phantoms, seed: 2}"
+    seeds = lambda *words: [step.settings["seed"] for step in steps(tmp_path, text, *words).values()]  # noqa: E731
+    assert seeds() == [1, 2]
+    assert seeds("--seed", "3") == [3, 3]
+    assert seeds("--prepare.seed=4") == [1, 4]
+    assert seeds("--seed", "3", "prepare.seed=4") == [3, 4]
+
+
+def test_shared_settings_go_to_the_stages_that_know_them(tmp_path):
+    found = steps(tmp_path, "max_steps: 7\n" + FULL)
+    assert found["base"].settings["max_steps"] == found["sft"].settings["max_steps"] == 7
+    assert "max_steps" not in found["prepare"].settings
+
+
+def test_output_dir_on_the_command_line_moves_the_whole_run(tmp_path):
+    found = steps(tmp_path, FULL, "--output_dir", "/scratch")
+    assert [step.settings["output_dir"] for step in found.values()] == [f"/scratch/{label}" for label in found]
+    assert found["sft"].settings["dataset"] == "/scratch/prepare/instruct"
+
+
+def test_run_is_named_after_the_recipe_where_it_says_nothing(tmp_path):
+    assert steps(tmp_path, "base:")["base"].settings["output_dir"] == "runs/mine/base"
+
+
+def test_values_have_the_types_of_the_command_line(tmp_path):
+    text = "base: {max_steps: 1e3, learning_rate: 1, seed: '4', overwrite: no}"
+    settings = steps(tmp_path, text)["base"].settings
+    assert [(settings[key], type(settings[key])) for key in ("max_steps", "learning_rate", "seed", "overwrite")] == [
+        (1000, int), (1.0, float), (4, int), (False, bool),
+    ]  # fmt: skip
+
+
+def test_launch_settings_are_kept_from_the_stage(tmp_path):
+    found = steps(
+        tmp_path,
+        "accelerate_config: zero2\n" + FULL,
+        "--sft.num_processes",
+        "4",
+        "--evaluate.accelerate_config",
+        "cpu",
+    )
+    assert (found["sft"].accelerate_config, found["sft"].num_processes) == ("zero2", 4)
+    assert (found["evaluate"].accelerate_config, found["evaluate"].num_processes) == ("cpu", None)
+    assert found["base"].accelerate_config is None  # shared, and it runs in a single process
+    assert not any("accelerate_config" in step.settings for step in found.values())
+
+
+def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDST_TEST_VARIABLE", "before")
+    steps(tmp_path, "env: {MEDST_TEST_VARIABLE: 3}\nbase:")
+    assert os.environ["MEDST_TEST_VARIABLE"] == "3"
+
+
+# What cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("base: {max_stepz: 3}", [], r"section base: unknown key 'max_stepz'. Did you mean 'max_steps'\?"),
+        ("max_stepz: 3\nbase:", [], r"'max_stepz' is neither .* Did you mean 'max_steps'\?"),
+        ("evaluat: {x: 1}\nbase:", [], r"Did you mean 'evaluate'\?"),
+        ("zzz: 1\nbase:", [], "'zzz' is neither a section nor a setting"),
+        ("base: {max_steps: many}", [], "max_steps: 'many' is not a valid int"),
+        ("base: {overwrite: perhaps}", [], "overwrite: 'perhaps' is not a valid bool"),
+        ("prepare: {source: phantom}", [], "'phantom' is not one of .*phantoms"),
+        ("prepare: {seed: 1}", [], "section prepare: source must be set"),
+        ("prepare: {source: phantoms, accelerate_config: zero2}", [], "single process"),
+        ("sft: {num_processes: some}", [], "not a number of processes"),
+        ("seed: 1", [], "needs a section"),
+        ("base:", ["--base.max_stepz", "3"], r"Did you mean 'max_steps'\?"),
+        ("base:", ["--bse.max_steps", "3"], r"no section 'bse', it has base. Did you mean 'base'\?"),
+        ("base:", ["--max_stepz", "3"], r"Did you mean 'max_steps'\?"),
+        ("base:\nenv: [A]", [], "env has to map"),
+        ("base: {hub_token: x}", [], "secrets do not belong"),
+        ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
+    ],
+)
+def test_mistakes_are_told_with_their_place(tmp_path, text, words, message):
+    with pytest.raises(UserError, match=message):
+        steps(tmp_path, text, *words)
+
+
+def test_stage_that_the_recipe_lacks(tmp_path):
+    with pytest.raises(UserError, match="has no section 'sft', it has base"):
+        steps(tmp_path, "base:", which="sft")
+
+
+@pytest.mark.parametrize("word", ["--hub_token=x", "--sft.api-key", "judge.password=x"])
+def test_secrets_are_refused_on_the_command_line(word):
+    with pytest.raises(UserError, match="secrets do not belong"):
+        read_options(["recipe", word])
+
+
+# One stage's settings from a file
+
+
+def test_flat_file_of_one_stage(tmp_path):
+    path = write(tmp_path, "output_dir: x\nmax_steps: 3\nlearning_rate: 1e-3")
+    assert step_of_file(STAGES["base"], path).settings == {"output_dir": "x", "max_steps": 3, "learning_rate": 1e-3}
+    with pytest.raises(UserError, match="unknown key 'max_steps'"):
+        step_of_file(STAGES["prepare"], path)
+
+
+def test_section_of_a_recipe_may_leave_the_rest_to_the_command_line(tmp_path):
+    path = write(tmp_path, "prepare: {seed: 3}\nbase:")
+    assert step_of_file(STAGES["prepare"], path).settings["seed"] == 3
+    with pytest.raises(UserError, match="no section 'evaluate'"):
+        step_of_file(STAGES["evaluate"], path)
+
+
+def test_section_that_is_a_list_is_no_single_stage(tmp_path):
+    path = write(tmp_path, "prepare: [{name: a, source: phantoms}, {name: b, source: phantoms}]")
+    with pytest.raises(UserError, match="several times:[\\s\\S]*--stage prepare/a"):
+        step_of_file(STAGES["prepare"], path)
+
+
+# Options
+
+
+names = st.from_regex(r"[a-z]+(_[a-z]+)?", fullmatch=True).filter(
+    lambda name: "token" not in name and "secret" not in name
+)
+values = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
+options = st.builds(
+    Option,
+    st.none() | st.sampled_from(["sft", "prepare/vqa-rad"]),
+    names,
+    st.just(True) | values | st.lists(st.from_regex(r"\w+", fullmatch=True), min_size=2, max_size=4),
+)
+
+
+@given(st.lists(options))
+def test_options_survive_the_way_through_a_command_line(given_options):
+    words = [word for option in given_options for word in option.as_words()]
+    assert read_options(["recipe.yaml", *words]) == (["recipe.yaml"], given_options)
+
+
+def test_leading_words_are_recipes():
+    assert read_options(["a.yaml", "b.yaml", "--learning-rate", "-1e-4", "sft.x=1 = 2"]) == (
+        ["a.yaml", "b.yaml"],
+        [Option(None, "learning_rate", "-1e-4"), Option("sft", "x", "1 = 2")],
+    )
+
+
+# The recipes that come with the package
+
+
+def test_packaged_recipe_is_found_by_name_and_a_file_before_it(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="medst recipes ls"):
+        find_recipe("there_is_no_such_recipe")
+    path = write(tmp_path, "base:", "demo")
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("demo").resolve() == path
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_can_be_run(name):
+    assert read_recipe(name).steps()
