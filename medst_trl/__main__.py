@@ -20,7 +20,7 @@ from datetime import timedelta
 from medst_trl.arguments import parse
 from medst_trl.cli import RUN_HELP, guarded
 from medst_trl.errors import UserError
-from medst_trl.launch import check_launched, use_one_gpu, without_launcher, world_size
+from medst_trl.launch import check_launched, leave_peers, use_one_gpu, without_launcher, world_size
 from medst_trl.options import Option, read_options, take
 from medst_trl.recipe import Step, read_recipe
 
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
                 _run(step)
             else:
                 _run_on_rank_0(step, ["medst_trl", path, "--stage", step.label], options, number)
+    leave_peers()
 
 
 def _run(step: Step) -> None:

@@ -147,7 +147,7 @@ def _run(argv: list[str]) -> int | None:
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:
     from medst_trl.arguments import parse
-    from medst_trl.launch import check_launched, is_launched, launch_command, run, use_one_gpu
+    from medst_trl.launch import check_launched, is_launched, launch_command, leave_peers, run, use_one_gpu
     from medst_trl.options import refuse_secrets, take_word
     from medst_trl.recipe import as_count, step_of_file
 
@@ -175,6 +175,7 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
         return run(*launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes, launch_options))
     use_one_gpu()
     stage.main(*parse(parser, {}, f"medst {stage.name}", given))
+    leave_peers()
     return 0
 
 

@@ -147,6 +147,15 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
         raise UserError(f"{where}: {num_processes} processes are asked for, but this runs as {running}. {hint}")
 
 
+def leave_peers() -> None:
+    """Part from the other ranks before the process ends: gloo's threads now and then abort it otherwise."""
+    if world_size() > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process of its own, started from within a launched one."""
     return {

@@ -190,7 +190,8 @@ class StageRecord:
             except Exception as error:  # the other ranks would wait for ever
                 news = [error]
         broadcast_object_list(news)
-        if isinstance(news[0], Exception):
+        if isinstance(news[0], Exception):  # on all ranks alike, so the group can be left in order
+            torch.distributed.destroy_process_group()
             raise news[0]
         return record or cls(folder, *news[0], writes=False)
 

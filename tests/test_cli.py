@@ -306,7 +306,7 @@ def main(seed):
     record = StageRecord.open("out", stage="x", settings={"seed": seed})
     open(f"{record.status}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}", "w")
     record.finish()
-sys.exit(guarded(main, 0) or guarded(main, 1))
+guarded(main, 0) or sys.exit(guarded(main, 1))
 """)
     command, environment = launch_command(["stage"], "cpu", 2)
     result = run(*command, env=ONE_CPU | environment | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)

@@ -37,7 +37,7 @@ class Picture:
 
 
 def make_shapes(n: int, seed: int) -> list[Picture]:
-    """Draws `n` pictures, four in five of them with a shape.
+    """Draws `n` pictures, seven in ten of them with a shape.
 
     Args:
         n (`int`): How many. The first pictures of a longer list are those of a shorter one.
@@ -100,7 +100,7 @@ def _picture(rng: np.random.Generator) -> Picture:
     elif background == "grainy":
         pixels *= rng.rayleigh(0.75, size=pixels.shape)
     facts = {}
-    if rng.random() < 0.8:
+    if rng.random() < 0.7:
         facts = {
             "corner": str(rng.choice(CORNERS)),
             "size": str(rng.choice(SIZES)),

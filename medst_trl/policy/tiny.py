@@ -44,9 +44,9 @@ def tiny_llava(
     image_size: int = 64,
     patch_size: int = 16,
     vision_size: int = 128,
-    vision_layers: int = 4,
+    vision_layers: int = 3,
     text_size: int = 128,
-    text_layers: int = 3,
+    text_layers: int = 2,
     head_size: int = 32,
     vocab_size: int = 1024,
     spare_rows: int = 0,
@@ -64,11 +64,11 @@ def tiny_llava(
             Side of a patch, in pixels. An image takes `(image_size / patch_size) ** 2` tokens.
         vision_size (`int`, *optional*, defaults to `128`):
             Hidden size of the vision tower, a multiple of `head_size`.
-        vision_layers (`int`, *optional*, defaults to `4`):
+        vision_layers (`int`, *optional*, defaults to `3`):
             Layers of the vision tower. As in LLaVA-1.5 the features are those before the last one, which is not used.
         text_size (`int`, *optional*, defaults to `128`):
             Hidden size of the language model, a multiple of `head_size`.
-        text_layers (`int`, *optional*, defaults to `3`):
+        text_layers (`int`, *optional*, defaults to `2`):
             Layers of the language model.
         head_size (`int`, *optional*, defaults to `32`):
             Size of one attention head.

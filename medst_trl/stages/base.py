@@ -12,6 +12,7 @@ continues from its newest checkpoint.
 """
 
 import os
+import random
 import shutil
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -23,12 +24,11 @@ class BaseArguments:
     """Arguments of `medst base`."""
 
     output_dir: str = field(metadata={"help": "Folder for the model and its processor."})
-    num_pictures: int = field(default=3000, metadata={"help": "Pictures of plain shapes to draw."})
-    num_texts: int = field(default=1000, metadata={"help": "Conversations without a picture: definitions, repeated words."})
-    turns: int = field(default=4, metadata={"help": "Questions about each picture."})
-    max_steps: int = field(default=400, metadata={"help": "Training steps."})
+    num_texts: int = field(default=4000, metadata={"help": "Conversations without a picture, read first."})
+    num_pictures: int = field(default=12000, metadata={"help": "Pictures of plain shapes, each with its questions, seen next."})
+    turns: int = field(default=1, metadata={"help": "Questions about each picture."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Conversations per step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: int = field(default=30, metadata={"help": "Steps until the peak."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints, from which a cut run continues."})
     logging_steps: int = field(default=50, metadata={"help": "Steps between log lines."})
@@ -84,7 +84,6 @@ def _trainer(args: BaseArguments, model, processor):
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from medst_trl.data import plain_text, shapes
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
     # Stage 1's collator with no question to learn; on a copy of the processor, to which alone it adds `<vusr>`.
@@ -100,7 +99,8 @@ def _trainer(args: BaseArguments, model, processor):
         model=model,
         args=TrainingArguments(
             output_dir=str(_run_folder(args)),
-            max_steps=args.max_steps,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
             per_device_train_batch_size=args.per_device_train_batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
@@ -116,13 +116,22 @@ def _trainer(args: BaseArguments, model, processor):
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=[
-            *shapes.conversations(shapes.make_shapes(args.num_pictures, args.seed), args.seed, args.turns),
-            *plain_text.conversations(args.num_texts, args.seed, args.turns),
-        ],
+        train_dataset=_conversations(args),
         data_collator=collate,
         processing_class=processor,
     )
+
+
+def _conversations(args: BaseArguments) -> list[dict]:
+    """What the model meets, in order: language first, then pictures with a little language between them."""
+    from medst_trl.data import plain_text, shapes
+
+    texts = list(plain_text.conversations(args.num_texts, args.seed))
+    pictures = shapes.make_shapes(args.num_pictures, args.seed)
+    between = len(pictures) // 20
+    later = [*shapes.conversations(pictures, args.seed, args.turns), *texts[:between]]
+    random.Random(args.seed).shuffle(later)
+    return texts + later
 
 
 def _save(model, processor, output_dir: Path) -> None:

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
+from PIL import Image
 
-from medst_trl.data.image_index import index_images
+from medst_trl.data.image_index import FolderImages, MemoryImages, index_images
 from medst_trl.data.images import ImageProblem
 
 
@@ -46,3 +47,17 @@ def test_a_cut_run_goes_on_where_it_was(tmp_path):
     assert list(good) == names and 0 < len(again.read) < 45
     third = Images()
     assert index_images(names, third, path, num_workers=1) == (good, {}) and third.read == []
+
+
+def test_with_or_without_room_the_same_bytes(tmp_path):
+    pictures = {f"{n}.jpg": Image.new("RGB", (9, 9), (n, n, n)) for n in range(4)}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name, comment=b"SECRET")
+    readers = [FolderImages(tmp_path, 100, room) for room in (0, 700, 10**6)]
+    for name in pictures:
+        assert len({reader.image_id(name) for reader in readers}) == 1
+        (stored,) = {reader.stored_bytes(name) for reader in readers}
+        assert b"SECRET" not in stored
+    in_memory = MemoryImages(pictures)
+    assert in_memory.image_id("0.jpg") == readers[0].image_id("0.jpg")
+    assert in_memory.stored_bytes("0.jpg").startswith(b"\x89PNG")

@@ -1,0 +1,69 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Let a trained policy ask: a bare `<vusr>` behind the image, and the model writes the question.
+
+```bash
+python examples/ask_questions.py runs/demo/sft
+```
+
+It asks about drawn scans that no stage has seen, and counts the questions that such a scan can answer.
+"""
+
+import argparse
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from medst_trl import load_policy
+from medst_trl.data.phantoms import is_well_formed, make_phantoms
+from medst_trl.policy.vusr import VUSR
+
+
+def ask(
+    model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], batch_size: int = 50, **sampling
+) -> list[str]:
+    """One question for each image."""
+    questions = []
+    for start in range(0, len(images), batch_size):
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": VUSR}]}]
+            for image in images[start : start + batch_size]
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(model.device)
+        tokens = model.generate(**inputs, max_new_tokens=32, do_sample=True, **sampling)
+        questions += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [question.strip() for question in questions]
+
+
+def main(model_name_or_path: str, count: int, seed: int) -> float:
+    model, processor = load_policy(model_name_or_path)
+    phantoms = make_phantoms(count, seed, split="unlabelled")
+    torch.manual_seed(seed)
+    # The paper's sampling for its candidates
+    images = [phantom.image.convert("RGB") for phantom in phantoms]
+    questions = ask(model, processor, images, temperature=1.2, top_k=100, top_p=0.95)
+    answerable = [is_well_formed(question, p.truth) for question, p in zip(questions, phantoms, strict=True)]
+    for question in dict.fromkeys(questions[:8]):
+        print(f"  {question}")
+    print(
+        f"{sum(map(is_well_formed, questions))} of {count} sampled questions are well-formed, "
+        f"{sum(answerable)} of them questions that their scan answers."
+    )
+    return sum(answerable) / count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_name_or_path", help="folder or Hub id of a policy or its adapter")
+    parser.add_argument("--count", type=int, default=200, help="number of drawn scans")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    main(args.model_name_or_path, args.count, args.seed)
