@@ -2,7 +2,7 @@
 #
 #   make demo                    prepare, train and evaluate a tiny model on drawn images (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
-#   make test-slow               all the others too: trainings, the demo, two processes
+#   make test-slow               the long ones, marked `slow`
 #   make bench                   speed (tests/benchmarks), printed
 #   make lint                    ruff
 #

@@ -99,8 +99,8 @@ for stage in ("base", "prepare", "evaluate"):
         (["sfft"], "unknown command 'sfft'. Did you mean 'sft'?"),
         (["base", "--output_dri", "x"], "unknown option '--output_dri'. Did you mean '--output_dir'?"),
         (["base"], "required: --output_dir"),
-        (["base", "--output_dir", "x", "--max_steps", "many"], "invalid int value: 'many'"),
-        (["base", "--output_dir", "x", "--max_step", "3"], "Did you mean '--max_steps'?"),  # no abbreviations
+        (["base", "--output_dir", "x", "--warmup_steps", "many"], "invalid int value: 'many'"),
+        (["base", "--output_dir", "x", "--warmup_step", "3"], "Did you mean '--warmup_steps'?"),  # no abbreviations
         (["base", "stray"], "unknown option 'stray'"),
         (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
         (["base", "--config"], "--config takes a value"),

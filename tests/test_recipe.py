@@ -48,7 +48,8 @@ def test_every_float_python_writes_is_read_as_that_float(value):
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-3", 1e-3), ("no", "no"), ("on", "on"), ("true", True), ("False", False), ("1:30", "1:30"),
-     ("2026-01-02", "2026-01-02"), ("12", 12), ("-.5", -0.5), ("~", None), ("'7'", "7"), ("1.16.0", "1.16.0"), ("e5", "e5")],
+     ("2026-01-02", "2026-01-02"), ("12", 12), ("-.5", -0.5), ("~", None), ("'7'", "7"), ("1.16.0", "1.16.0"),
+     ("e5", "e5")],
 )  # fmt: skip
 def test_yaml_reads_as_it_is_meant(tmp_path, text, value):
     assert read_yaml(write(tmp_path, f"x: {text}")) == {"x": value}
@@ -135,9 +136,9 @@ def test_nearer_settings_win(tmp_path):
 
 
 def test_shared_settings_go_to_the_stages_that_know_them(tmp_path):
-    found = steps(tmp_path, "max_steps: 7\n" + FULL)
-    assert found["base"].settings["max_steps"] == found["sft"].settings["max_steps"] == 7
-    assert "max_steps" not in found["prepare"].settings
+    found = steps(tmp_path, "warmup_steps: 7\n" + FULL)
+    assert found["base"].settings["warmup_steps"] == found["sft"].settings["warmup_steps"] == 7
+    assert "warmup_steps" not in found["prepare"].settings
 
 
 def test_output_dir_on_the_command_line_moves_the_whole_run(tmp_path):
@@ -151,11 +152,15 @@ def test_run_is_named_after_the_recipe_where_it_says_nothing(tmp_path):
 
 
 def test_values_have_the_types_of_the_command_line(tmp_path):
-    text = "base: {max_steps: 1e3, learning_rate: 1, seed: '4', overwrite: no}"
+    text = "base: {warmup_steps: 1e3, learning_rate: 1, seed: '4', overwrite: no}"
     settings = steps(tmp_path, text)["base"].settings
-    assert [(settings[key], type(settings[key])) for key in ("max_steps", "learning_rate", "seed", "overwrite")] == [
-        (1000, int), (1.0, float), (4, int), (False, bool),
-    ]  # fmt: skip
+    keys = ("warmup_steps", "learning_rate", "seed", "overwrite")
+    assert [(settings[key], type(settings[key])) for key in keys] == [
+        (1000, int),
+        (1.0, float),
+        (4, int),
+        (False, bool),
+    ]
 
 
 def test_launch_settings_are_kept_from_the_stage(tmp_path):
@@ -185,20 +190,20 @@ def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        ("base: {max_stepz: 3}", [], r"section base: unknown key 'max_stepz'. Did you mean 'max_steps'\?"),
-        ("max_stepz: 3\nbase:", [], r"'max_stepz' is neither .* Did you mean 'max_steps'\?"),
+        ("base: {warmup_stepz: 3}", [], r"section base: unknown key 'warmup_stepz'. Did you mean 'warmup_steps'\?"),
+        ("warmup_stepz: 3\nbase:", [], r"'warmup_stepz' is neither .* Did you mean 'warmup_steps'\?"),
         ("evaluat: {x: 1}\nbase:", [], r"Did you mean 'evaluate'\?"),
         ("zzz: 1\nbase:", [], "'zzz' is neither a section nor a setting"),
-        ("base: {max_steps: many}", [], "max_steps: 'many' is not a valid int"),
+        ("base: {warmup_steps: many}", [], "warmup_steps: 'many' is not a valid int"),
         ("base: {overwrite: perhaps}", [], "overwrite: 'perhaps' is not a valid bool"),
         ("prepare: {source: phantom}", [], "'phantom' is not one of .*phantoms"),
         ("prepare: {seed: 1}", [], "section prepare: source must be set"),
         ("prepare: {source: phantoms, accelerate_config: zero2}", [], "single process"),
         ("sft: {num_processes: some}", [], "not a number of processes"),
         ("seed: 1", [], "needs a section"),
-        ("base:", ["--base.max_stepz", "3"], r"Did you mean 'max_steps'\?"),
-        ("base:", ["--bse.max_steps", "3"], r"no section 'bse', it has base. Did you mean 'base'\?"),
-        ("base:", ["--max_stepz", "3"], r"Did you mean 'max_steps'\?"),
+        ("base:", ["--base.warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
+        ("base:", ["--bse.warmup_steps", "3"], r"no section 'bse', it has base. Did you mean 'base'\?"),
+        ("base:", ["--warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
         ("base:\nenv: [A]", [], "env has to map"),
         ("base: {hub_token: x}", [], "secrets do not belong"),
         ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
@@ -224,9 +229,9 @@ def test_secrets_are_refused_on_the_command_line(word):
 
 
 def test_flat_file_of_one_stage(tmp_path):
-    path = write(tmp_path, "output_dir: x\nmax_steps: 3\nlearning_rate: 1e-3")
-    assert step_of_file(STAGES["base"], path).settings == {"output_dir": "x", "max_steps": 3, "learning_rate": 1e-3}
-    with pytest.raises(UserError, match="unknown key 'max_steps'"):
+    path = write(tmp_path, "output_dir: x\nwarmup_steps: 3\nlearning_rate: 1e-3")
+    assert step_of_file(STAGES["base"], path).settings == {"output_dir": "x", "warmup_steps": 3, "learning_rate": 1e-3}
+    with pytest.raises(UserError, match="unknown key 'warmup_steps'"):
         step_of_file(STAGES["prepare"], path)
 
 

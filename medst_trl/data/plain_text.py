@@ -3,12 +3,11 @@
 """Plain text without pictures: what the tiny general-purpose model has read before it meets a patient.
 
 A real base model knows the language of medicine long before it has seen a labelled scan. The tiny one gets that from
-here: definitions and repeated words, everyday and medical. Nothing in it says what any picture shows.
+here: a few words explained, everyday and medical. Nothing in it says what any picture shows.
 """
 
+import random
 from collections.abc import Iterator
-
-import numpy as np
 
 
 DEFINITIONS = {
@@ -31,9 +30,16 @@ DEFINITIONS = {
     "What does bright mean?": "Bright means full of light.",
     "What does dark mean?": "Dark means without light.",
     "What does brighter mean?": "Brighter means with more light, darker means with less.",
-    "What does visible mean?": "Visible means that it can be seen.",
-    "What does it mean to describe?": "To describe is to say what something looks like.",
+    "What does visible mean?": "Visible means that a person can see it.",
+    "What does describe mean?": "Describe means to say what something looks like.",
     "What does appearance mean?": "The appearance is how something looks.",
+    "What is a question?": "A question begins with What, Which, Where, How, Is or Does and ends with ?",
+    "What is an answer?": "An answer begins with Yes, No, It or In.",
+    "What is a location?": "The location is where something is, upper or lower, left or right.",
+    "What is a size?": "The size is how large or small something is.",
+    "Which kinds of scan are there?": "There is CT, there is MRI and there is ultrasound.",
+    "What do doctors say?": "Please describe what this scan shows, which modality was used and what kind of lesion it has.",
+    "What lies around a lesion?": "The tissue around it.",
 }
 
 # Every word of the phantoms, of the shapes and of everyday talk that should be one token.
@@ -65,28 +71,24 @@ def everything() -> Iterator[str]:
     yield "USER: x ASSISTANT: x USER: x ASSISTANT: x"
 
 
-def conversations(n: int, seed: int, turns: int = 4) -> Iterator[dict]:
-    """Conversations without a picture in the instruct columns: words are explained, or repeated.
+def conversations(n: int, seed: int) -> Iterator[dict]:
+    """Conversations without a picture in the instruct columns: one word explained in each.
 
     Args:
         n (`int`): How many.
-        seed (`int`): Not negative.
-        turns (`int`, *optional*, defaults to `4`): Questions in each.
+        seed (`int`): Draws the order.
     """
+    rng, questions = random.Random(seed), list(DEFINITIONS)
     for index in range(n):
-        rng = np.random.default_rng((seed, index))
-        messages = [message for _ in range(turns) for message in _exchange(rng)]
-        yield {"id": f"text-{seed}-{index}", "images": [], "image_ids": [], "messages": messages}
-
-
-def _exchange(rng: np.random.Generator) -> list[dict]:
-    if rng.random() < 0.3:
-        question = str(rng.choice(tuple(DEFINITIONS)))
-        answer = DEFINITIONS[question]
-    else:
-        answer = " ".join(rng.choice(WORDS, size=rng.integers(1, 6)))
-        question = f"Please repeat: {answer}"
-    return [
-        {"role": role, "content": [{"type": "text", "text": text}], "vusr": False}
-        for role, text in (("user", question), ("assistant", answer))
-    ]
+        if index % len(questions) == 0:
+            rng.shuffle(questions)
+        question = questions[index % len(questions)]
+        messages = [("user", question), ("assistant", DEFINITIONS[question])]
+        yield {
+            "id": f"text-{seed}-{index}",
+            "images": [],
+            "image_ids": [],
+            "messages": [
+                {"role": role, "content": [{"type": "text", "text": text}], "vusr": False} for role, text in messages
+            ],
+        }

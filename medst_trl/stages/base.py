@@ -128,7 +128,7 @@ def _conversations(args: BaseArguments) -> list[dict]:
 
     texts = list(plain_text.conversations(args.num_texts, args.seed))
     pictures = shapes.make_shapes(args.num_pictures, args.seed)
-    between = len(pictures) // 20
+    between = len(pictures) // 30
     later = [*shapes.conversations(pictures, args.seed, args.turns), *texts[:between]]
     random.Random(args.seed).shuffle(later)
     return texts + later
