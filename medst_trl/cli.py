@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `medst`. Nothing heavy is imported before a stage needs it."""
 
-import errno
 import os
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medst_trl.errors import UserError
+from medst_trl.full_disk import is_full_disk
 from medst_trl.stages import STAGES, Stage
 
 
@@ -75,8 +75,8 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not is_full_disk(error):
             raise
         return _complain("the disk is full. What was finished is kept: make room and run the same command again.", 2)
 

@@ -2,16 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing datasets as Parquet files that are complete or not there, and that a second run does not write again."""
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.data.parallel import ordered_map
-from medst_trl.errors import UserError
+from medst_trl.full_disk import explain_full_disk
 
 
 if TYPE_CHECKING:
@@ -70,17 +68,3 @@ def _write_shard(path: Path, rows: Iterator[dict], features: "Features") -> None
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
-
-
-@contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into a [`UserError`]."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"The disk that holds {folder} is full. What is finished is kept: make room and run the same command "
-            "again, it continues there."
-        ) from None

@@ -106,7 +106,7 @@ def main(args: PrepareArguments) -> None:
     from medst_trl.data.assemble import assemble
     from medst_trl.data.image_index import index_images
     from medst_trl.data.schema import write_jsonl
-    from medst_trl.data.shards import explain_full_disk
+    from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
 
     data_path, image_folder = _check(args)

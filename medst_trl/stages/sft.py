@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 OPERATIONAL_PREFIXES = (
     "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "dataloader_", "save_", "hub_",
     "push_to_hub", "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
-    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "accelerator_config", "parallelism_config",
-    "torch_empty_cache_steps",
+    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "accelerator_config",
+    "parallelism_config", "torch_empty_cache_steps",
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ class SftArguments:
 
 def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.data.schema import check_columns, load_records
+    from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
     from medst_trl.training.resume import newest_complete_checkpoint
 
@@ -95,10 +96,11 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
 
     trainer = _make_trainer(args, training_args, train_dataset, eval_dataset)
     checkpoint = newest_complete_checkpoint(training_args.output_dir, trainer.accelerator.num_processes)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    too_long = trainer.set_aside.write(record.output_dir)
-    _save(trainer)
+    with explain_full_disk(training_args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.accelerator.wait_for_everyone()
+        too_long = trainer.set_aside.write(record.output_dir)
+        _save(trainer)
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
     record.finish(

@@ -34,8 +34,8 @@ def inputs(tmp_path_factory):
 def _run(inputs, output_dir, **options):
     options = {
         "model_name_or_path": inputs / "base", "dataset": inputs / "instruct", "output_dir": output_dir,
-        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora_r": 4, "vision_lora_r": 2, "report_to": "none",
-        "disable_tqdm": True, **options,
+        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora_r": 4, "vision_lora_r": 2,
+        "report_to": "none", "disable_tqdm": True, **options,
     }  # fmt: skip
     arguments = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
     sft.main(*sft.make_parser().parse_args_and_config(arguments))
