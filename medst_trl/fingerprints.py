@@ -41,6 +41,14 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
     return {"hub_id": str(source), "revision": _cached_revision(str(source))}
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """A Hub id and the revision it carries (`"org/name@main"`); a path is itself, whatever it is called."""
+    if os.path.exists(source) or not _HUB_ID.fullmatch(source):
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
 def same_source(old: dict, new: dict) -> bool:
     """Whether two fingerprints can stand for the same content; a revision not known yet agrees with any other."""
     if "hub_id" in old and "hub_id" in new:

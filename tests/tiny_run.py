@@ -23,7 +23,7 @@ from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.checkpoints import prepare_policy
 from medst_trl.policy.tiny import tiny_llava
 from medst_trl.policy.vusr import add_vusr
-from medst_trl.training.resume import newest_complete_checkpoint
+from medst_trl.training.resume import resume_checkpoint
 from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
@@ -89,7 +89,7 @@ def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overr
 def train(output_dir: str | Path, **overrides) -> SelfQuestioningTrainer:
     """Trains, going on from the newest complete checkpoint."""
     trainer = make_trainer(output_dir, **overrides)
-    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(output_dir, trainer.accelerator.num_processes))
+    trainer.train(resume_from_checkpoint=resume_checkpoint(output_dir, trainer.accelerator))
     return trainer
 
 

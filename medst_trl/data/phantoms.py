@@ -142,7 +142,9 @@ def answer(question: str, truth: Truth) -> str:
         return f"It is {truth.size} and {truth.brightness}."
     if not truth.lesion:
         return f"The {truth.modality} scan shows no lesion."
-    return f"The {truth.modality} scan shows a {truth.size} {truth.brightness} lesion in the {truth.quadrant} quadrant."
+    return (
+        f"The {truth.modality} scan shows a {truth.size} {truth.brightness} lesion in the {truth.quadrant} quadrant."
+    )
 
 
 def make_phantoms(n: int, seed: int, split: str = "train") -> list[Phantom]:
@@ -249,6 +251,6 @@ def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
         reach = SIZE * 0.19
         lesion_x = centre_x + (reach if "right" in truth.quadrant else -reach) + rng.uniform(-3, 3)
         lesion_y = centre_y + (reach if "lower" in truth.quadrant else -reach) + rng.uniform(-3, 3)
-        radius = SIZE * (rng.uniform(0.105, 0.13) if truth.size == "large" else rng.uniform(0.055, 0.08))
+        radius = SIZE * (rng.uniform(0.115, 0.145) if truth.size == "large" else rng.uniform(0.055, 0.08))
         pixels[np.hypot(x - lesion_x, y - lesion_y) <= radius] = 245 if truth.brightness == "bright" else 8
     return np.clip(pixels + rng.normal(0, 8, size=(SIZE, SIZE)), 0, 255).astype(np.uint8)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medst_trl.errors import UserError
+from medst_trl.fingerprints import split_revision
 
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def load_records(path_or_hub_id: str | os.PathLike, split: str) -> "Dataset":
         shards = [str(path) for path in _complete_shards(folder, split)]
         return load_dataset("parquet", data_files={split: shards}, split=split)
     try:
-        return load_dataset(str(path_or_hub_id), split=split)
+        hub_id, revision = split_revision(str(path_or_hub_id))
+        return load_dataset(hub_id, split=split, revision=revision)
     except (DatasetNotFoundError, FileNotFoundError):
         raise UserError(
             f"{path_or_hub_id} is neither a folder nor a dataset on the Hub (or not one you may read). "

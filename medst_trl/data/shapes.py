@@ -106,10 +106,14 @@ def _picture(rng: np.random.Generator) -> Picture:
             "size": str(rng.choice(SIZES)),
             "brightness": str(rng.choice(BRIGHTNESSES)),
         }
-        radius = SIZE * (rng.uniform(0.1, 0.13) if facts["size"] == "large" else rng.uniform(0.05, 0.08))
-        centre_x, centre_y = SIZE / 2 + SIZE * 0.19 * np.array(
-            (1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1)
-        ) + rng.uniform(-6, 6, size=2)
+        radius = SIZE * (rng.uniform(0.11, 0.14) if facts["size"] == "large" else rng.uniform(0.05, 0.075))
+        centre_x, centre_y = (
+            SIZE / 2
+            + SIZE
+            * 0.19
+            * np.array((1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1))
+            + rng.uniform(-6, 6, size=2)
+        )
         inside = _inside(str(rng.choice(SHAPES)), (x - centre_x) / radius, (y - centre_y) / radius)
         pixels[inside] = 245 if facts["brightness"] == "bright" else 8
     pixels += rng.normal(0, 8, size=pixels.shape)
@@ -122,4 +126,4 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.maximum(np.abs(x), np.abs(y)) <= 0.9
     if shape == "circle":
         return np.hypot(x, y) <= 1
-    return (y <= 0.9) & (np.abs(x) <= (y + 1.1) / 2 * 1.1)  # triangle
+    return (y <= 1) & (np.abs(x) <= 0.65 * (y + 1.2))  # triangle, of nearly the same area

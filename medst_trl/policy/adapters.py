@@ -100,6 +100,35 @@ def _linear_layers(model: "PreTrainedModel", towers: list[str], projectors: tupl
     return "|".join(sorted(names))
 
 
+def train_in_full_precision(model: "PeftModel") -> None:
+    """
+    Keeps every trained weight of an adapter in float32, in place, whatever the type of the base model.
+
+    PEFT does so for LoRA weights and token rows but not for modules trained in full: a projector in bfloat16 hardly
+    moves at a learning rate of 2e-5, since most steps are smaller than the distance to the next bfloat16 number. Its
+    inputs are cast, so that it also runs outside of autocast.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model to train.
+    """
+    import torch
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+    def as_weights(module, args):
+        dtype = next(module.parameters()).dtype
+        return tuple(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for module in wrapper.modules_to_save.values():
+                module.register_forward_pre_hook(as_weights)
+
+
 def mend_tied_head(model: "PeftModel") -> None:
     """
     Lets TRL's fused LM head read the output layer of a model with tied embeddings and a trained token, in place.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..fingerprints import split_revision
 from .vusr import add_vusr, stop_token_ids
 
 
@@ -32,7 +33,7 @@ def load_policy(
 
     Args:
         model_name_or_path (`str`):
-            Folder or Hub id of a vision-language model, or of an adapter of one.
+            Folder or Hub id (`org/name`, `org/name@revision`) of a vision-language model, or of an adapter of one.
         base_model_name_or_path (`str`, *optional*):
             Base of an adapter, where it has moved from the place the adapter names.
         revision (`str`, *optional*):
@@ -58,6 +59,8 @@ def load_policy(
     >>> model, processor = load_policy("runs/demo/sft")
     ```
     """
+    model_name_or_path, named_revision = split_revision(model_name_or_path)
+    revision = revision or named_revision
     common = {"trust_remote_code": trust_remote_code}
     source = {"revision": revision, **common}
     if _has_file(model_name_or_path, "adapter_config.json", revision):
@@ -65,10 +68,9 @@ def load_policy(
 
         from .adapters import mend_tied_head
 
-        base = (
-            base_model_name_or_path
-            or PeftConfig.from_pretrained(model_name_or_path, revision=revision).base_model_name_or_path
-        )
+        config = PeftConfig.from_pretrained(model_name_or_path, revision=revision)
+        base, base_revision = split_revision(base_model_name_or_path or config.base_model_name_or_path)
+        common["revision"] = base_revision or (None if base_model_name_or_path else config.revision)
         has_processor = _has_file(model_name_or_path, "tokenizer_config.json", revision)
         processor = _load_processor(model_name_or_path if has_processor else base, source if has_processor else common)
         model = prepare_policy(_load_base(base, dtype, model_kwargs | common, adapter=model_name_or_path), processor)
@@ -106,7 +108,7 @@ def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "Pr
 def _make_room_for(model: "PreTrainedModel", token_id: int) -> None:
     import torch
 
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself has no rows
     if token_id < rows:
         return
     model.resize_token_embeddings(token_id + 1, mean_resizing=False)
@@ -148,12 +150,14 @@ def _has_file(name_or_path: str, name: str, revision: str | None) -> bool:
         return (Path(name_or_path) / name).is_file()
     from transformers.utils import cached_file
 
-    found = cached_file(
-        name_or_path,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            name_or_path,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise UserError(f"{name_or_path!r} is neither a folder nor a model on the Hub: {error}") from error
     return found is not None

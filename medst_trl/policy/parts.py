@@ -86,6 +86,8 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
 
 
 def _projectors(model: "PreTrainedModel", vision: str, language: str) -> tuple[str, ...]:
+    from torch import nn
+
     parent = vision.rpartition(".")[0]
     siblings = model.get_submodule(parent).named_children()
     named = [(f"{parent}.{name}" if parent else name, module) for name, module in siblings]
@@ -96,7 +98,11 @@ def _projectors(model: "PreTrainedModel", vision: str, language: str) -> tuple[s
         if not (f"{language}.".startswith(f"{name}.") or name == vision or module is output)
         and any(True for _ in module.parameters())
     ]
-    inside = [f"{vision}.{name}" for name, _ in model.get_submodule(vision).named_children() if name in _MERGERS]
+    mergers = {name: module for name, module in model.get_submodule(vision).named_children() if name in _MERGERS}
+    inside = []
+    for name, module in mergers.items():  # PEFT takes no list of modules, only its members (Qwen3-VL's deepstack)
+        members = [f"{name}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+        inside += [f"{vision}.{member}" for member in members]
     if not (beside or inside):
         raise UserError(
             f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`."

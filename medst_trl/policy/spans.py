@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UserError
 from .chat_template import VUSR
 from .turn_format import LEFT, RIGHT
-from .vusr import neutralise, tokenizer_of, turn_format
+from .vusr import neutralise, neutralise_parts, tokenizer_of, turn_format
 
 
 if TYPE_CHECKING:
@@ -111,12 +111,9 @@ def render_conversation(
             parts = [*images, {"type": "text", "text": opening + LEFT + body.strip() + RIGHT + end}]
             targets.append(is_question)
         else:
-            safe = [neutralise(part["text"], processor) if part["type"] == "text" else (None, 0) for part in parts]
-            parts = [
-                {**part, "text": text} if text is not None else part
-                for part, (text, _) in zip(parts, safe, strict=True)
-            ]
-            changed = sum(count for _, count in safe)
+            safe, changed = neutralise_parts([part["text"] for part in parts if part["type"] == "text"], processor)
+            texts = iter(safe)
+            parts = [{**part, "text": next(texts)} if part["type"] == "text" else part for part in parts]
         neutralised += changed
         marked.append({"role": message["role"], "content": _in_form(parts, turns.content_form, processor)})
 

@@ -137,9 +137,13 @@ def tiny_llava(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
-        # CLIP draws position embeddings 25 times smaller than patch embeddings turn out. A large tower learns to read
-        # them over millions of images; a tiny one never learns where anything is.
+        # CLIP draws position embeddings 25 times smaller than patch embeddings turn out. A large tower learns to read them
+        # over millions of images; a tiny one never learns where anything is.
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(25)
+        if not tie_word_embeddings:
+            # Adapters leave the output layer alone. Drawn as small as the others, it would let no token have a probability
+            # near one, and sampling would pick junk.
+            model.lm_head.weight.mul_(4)
     return model.eval(), processor
 
 

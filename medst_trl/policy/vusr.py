@@ -143,6 +143,18 @@ def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
     return safe, changed + len(text) - len(bare)
 
 
+def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> tuple[list[str], int]:
+    """[`neutralise`] for the text parts of one message, which a template may join: no token stands across two."""
+    safe, total = [], 0
+    for text in texts:
+        text, changed = neutralise(text, processor)
+        if safe and neutralise("".join(safe) + text, processor)[1]:
+            text, changed = ZERO_WIDTH_NON_JOINER + text, changed + 1
+        safe.append(text)
+        total += changed
+    return safe, total
+
+
 def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
     tokenizer = tokenizer_of(processor)
     template = processor.chat_template or ""

@@ -24,13 +24,17 @@ class BaseArguments:
     """Arguments of `medst base`."""
 
     output_dir: str = field(metadata={"help": "Folder for the model and its processor."})
-    num_texts: int = field(default=4000, metadata={"help": "Conversations without a picture, read first."})
-    num_pictures: int = field(default=12000, metadata={"help": "Pictures of plain shapes, each with its questions, seen next."})
+    num_texts: int = field(default=2000, metadata={"help": "Conversations without a picture, read first."})
+    num_pictures: int = field(
+        default=16000, metadata={"help": "Pictures of plain shapes, each with its questions, seen next."}
+    )
     turns: int = field(default=1, metadata={"help": "Questions about each picture."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Conversations per step."})
     learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: int = field(default=30, metadata={"help": "Steps until the peak."})
-    save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints, from which a cut run continues."})
+    save_steps: int = field(
+        default=200, metadata={"help": "Steps between checkpoints, from which a cut run continues."}
+    )
     logging_steps: int = field(default=50, metadata={"help": "Steps between log lines."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights, the pictures and their order."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
@@ -72,7 +76,9 @@ def main(args: BaseArguments) -> None:
         counts={"parameters": model.num_parameters(), "steps": trainer.state.global_step},
         training_loss=result.training_loss,
     )
-    print(f"base: {model.num_parameters():,} parameters, training loss {result.training_loss:.3f}, in {args.output_dir}")
+    print(
+        f"base: {model.num_parameters():,} parameters, training loss {result.training_loss:.3f}, in {args.output_dir}"
+    )
 
 
 def _run_folder(args: BaseArguments) -> Path:
@@ -86,12 +92,16 @@ def _trainer(args: BaseArguments, model, processor):
 
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
-    # Stage 1's collator with no question to learn; on a copy of the processor, to which alone it adds `<vusr>`.
+    # Stage 1's collator for its rendering, on a copy of the processor, to which alone it adds `<vusr>`.
     collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
 
     def collate(rows: list[dict]) -> dict:
         batch = collator(rows)
         batch.pop("question_mask")
+        # As in pre-training every word is a target. Stage 1 trains no output layer, so a word that was never to be
+        # predicted here, such as those that only questions have, could hardly be asked with later.
+        text = (batch["attention_mask"] == 1) & (batch["input_ids"] != processor.image_token_id)
+        batch["labels"] = batch["input_ids"].masked_fill(~text, -100)
         return batch
 
     # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.

@@ -44,6 +44,9 @@ class EvaluateArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a vision-language model, or of an adapter."}
     )
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base of an adapter, where it has moved from the place the adapter names."}
+    )
     benchmark: list[str] = field(
         default_factory=list, metadata={"help": "Folders or Hub ids of benchmarks (`medst prepare` writes them)."}
     )
@@ -165,7 +168,12 @@ def _run(args: EvaluateArguments, record: "StageRecord", folders: list[Path]) ->
         for control in args.controls:
             check_control(benchmark, control, args.seed)
     state = process_state()
-    model, processor = load_policy(args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model, processor = load_policy(
+        args.model_name_or_path,
+        base_model_name_or_path=args.base_model_name_or_path,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
     model.to(state.device)
     counts, sources = {}, record.content["inputs"]["benchmark"]
     for name, data, benchmark, folder in zip(args.benchmark, sources, benchmarks, folders):

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 # Arguments of the Trainer that change nothing in what is learned, so a resumed run may change them.
 OPERATIONAL_PREFIXES = (
-    "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "dataloader_", "save_", "hub_",
-    "push_to_hub", "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
-    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "accelerator_config",
-    "parallelism_config", "torch_empty_cache_steps",
+    "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "save_", "hub_", "push_to_hub",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
+    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config",
+    "torch_empty_cache_steps",
 )  # fmt: skip
 
 
@@ -56,7 +57,16 @@ class SftArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before every LoRA layer."})
     vision_lora_r: int = field(default=32, metadata={"help": "LoRA rank in the vision tower; 0 leaves it frozen."})
     vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale in the vision tower."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto (the checkpoint's), float32, bfloat16."})
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base of an adapter, where it has moved from the place the adapter names."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the frozen weights: float32, bfloat16. Default: that of the training arguments bf16 and "
+            "fp16, and float32 where every weight trains. What an adapter trains is kept in float32."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."},
@@ -74,9 +84,16 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.data.schema import check_columns, load_records
     from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
-    from medst_trl.training.resume import newest_complete_checkpoint
+    from medst_trl.training.resume import resume_checkpoint
 
-    _check_early_stopping(args, training_args)
+    _check(args, training_args)
+    datasets = {"train": load_records(args.dataset, args.train_split)}
+    if training_args.eval_strategy != "no":
+        datasets["eval"] = load_records(args.dataset, args.validation_split)
+    for dataset in datasets.values():
+        check_columns(dataset, "instruct")
+    if args.max_records is not None:
+        datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
     record = StageRecord.open(
         training_args.output_dir,
         stage="sft",
@@ -88,32 +105,28 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     if record.status == "finished":
         return
 
-    train_dataset = load_records(args.dataset, args.train_split)
-    check_columns(train_dataset, "instruct")
-    if args.max_records is not None:
-        train_dataset = train_dataset.select(range(min(args.max_records, len(train_dataset))))
-    eval_dataset = load_records(args.dataset, args.validation_split) if training_args.eval_strategy != "no" else None
-
-    trainer = _make_trainer(args, training_args, train_dataset, eval_dataset)
-    checkpoint = newest_complete_checkpoint(training_args.output_dir, trainer.accelerator.num_processes)
+    trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
+    checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
     with explain_full_disk(training_args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
-        too_long = trainer.set_aside.write(record.output_dir)
+        set_aside, truncated = trainer.set_aside.write(record.output_dir), trainer.set_aside.count_truncated()
         _save(trainer)
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
     record.finish(
         counts={
-            "records": len(train_dataset),
-            "set_aside": {"too_long": too_long},
+            "records": len(datasets["train"]),
+            "set_aside": set_aside,
+            "truncated": truncated,
             "steps": trainer.state.global_step,
         },
         metrics={name: last[name] for name in figures if name in last},
     )
     trainer.accelerator.print(
-        f"Stage 1 is done: {trainer.state.global_step} steps on {len(train_dataset)} conversations"
-        + (f", {too_long} of which did not fit (rejected.jsonl)" if too_long else "")
+        f"Stage 1 is done: {trainer.state.global_step} steps on {len(datasets['train'])} conversations"
+        + "".join(f", {count} of them set aside as {reason} (rejected.jsonl)" for reason, count in set_aside.items())
+        + (f", {truncated} of them cut behind an answer at max_length" if truncated else "")
         + f". Adapter and processor are in {training_args.output_dir}."
     )
     trainer.end()
@@ -125,9 +138,13 @@ def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "SelfQues
     from medst_trl import SelfQuestioningTrainer, adapter_config, load_policy
     from medst_trl.policy.vusr import add_vusr
 
+    frozen = "float32"
+    if args.use_lora and (training_args.bf16 or training_args.fp16):
+        frozen = "bfloat16" if training_args.bf16 else "float16"
     model, processor = load_policy(
         args.model_name_or_path,
-        dtype=args.dtype,
+        base_model_name_or_path=args.base_model_name_or_path,
+        dtype=args.dtype or frozen,
         is_trainable=True,
         trust_remote_code=training_args.trust_remote_code,
         attn_implementation=args.attn_implementation,
@@ -177,9 +194,14 @@ def _settings_of(training_args: "SelfQuestioningConfig") -> dict:
     return {item.name: getattr(training_args, item.name) for item in fields(training_args) if item.init}
 
 
-def _check_early_stopping(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
+def _check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.errors import UserError
 
+    if training_args.push_to_hub:
+        raise UserError(
+            "push_to_hub would upload the run's folder with its records and local paths. Train without it and upload "
+            "the adapter's files from output_dir."
+        )
     if args.early_stopping_patience is None:
         return
     if training_args.eval_strategy == "no" or not training_args.load_best_model_at_end:

@@ -57,7 +57,7 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
     prompt, image positions or padding. Text from data that spells a control token is neutralised.
 
     A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer
-    that fits; one whose first answer does not fit is left out of its batch.
+    that fits; one whose first answer does not fit is left out of its batch, as is one without anything to train.
 
     Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
     `images` (a list, may be empty) and `id` (drawn from the text where it is missing). Prompt-completion examples go
@@ -81,8 +81,8 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
     Returns of a call:
         `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else
         the processor gives, and `question_mask` of the same shape: `True` where a label belongs to a question. Where
-        there are any, `set_aside` lists the ids of examples that do not fit and `neutralised` counts control tokens
-        found in data.
+        there are any, `set_aside` maps the ids of examples left out to the reason (`too_long`, `nothing_to_train`),
+        `truncated` lists those that end early, and `neutralised` counts control tokens found in data.
 
     Raises:
         UserError: if an example's images and placeholders differ in number, or the template cannot render it.
@@ -143,13 +143,17 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
         return batch
 
     def _collate_language_modeling(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        conversations, set_aside = [self._conversation(example) for example in examples], []
+        all_conversations = [self._conversation(example) for example in examples]
+        conversations = [conversation for conversation in all_conversations if conversation.targets]
+        set_aside = {c.id: "nothing_to_train" for c in all_conversations if not c.targets}
+        truncated = set()
         while conversations:
             batch, target_ends, neutralised = self._encode(conversations)
             fitting = [self._fit(*row) for row in zip(conversations, target_ends, strict=True)]
             if fitting == conversations:
                 break
-            set_aside += [old.id for old, new in zip(conversations, fitting, strict=True) if new is None]
+            set_aside |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
+            truncated |= {new.id for old, new in zip(conversations, fitting, strict=True) if new not in (None, old)}
             conversations = [conversation for conversation in fitting if conversation is not None]
         else:
             batch, neutralised = self._empty_batch(), 0
@@ -159,6 +163,8 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
                     batch[name] = batch[name][:, : self.max_length]
         if set_aside:
             batch["set_aside"] = set_aside
+        if truncated := truncated - set_aside.keys():
+            batch["truncated"] = sorted(truncated)
         if neutralised:
             batch["neutralised"] = neutralised
         return batch
@@ -200,17 +206,29 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
             add_special_tokens=adds_special_tokens(self.processor, rendered[0].text),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
-            return_tensors="pt",
         )
-        offsets = batch.pop("offset_mapping")
+        offsets = [torch.tensor(row) for row in batch.pop("offset_mapping")]
         replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(rendered)
+        # Converted only now: Idefics3 would try to make a tensor of the replacement offsets too.
+        batch.convert_to_tensors("pt")
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["question_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         target_ends = []
         for row, conversation in enumerate(rendered):
+            self._check_offsets(conversation.text, offsets[row], replaced[row], len(batch["input_ids"][row]))
             spans = _behind_expanded_images(conversation.spans, replaced[row])
             target_ends.append(self._label(batch, row, offsets[row], spans))
         return batch, target_ends, sum(conversation.neutralised for conversation in rendered)
+
+    def _check_offsets(self, text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int) -> None:
+        """Refuses a processor that makes the text longer without saying where: labels would land on other tokens."""
+        gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
+        if len(offsets) != length or int(offsets.max()) > len(text) + gained:
+            raise UserError(
+                f"{type(self.processor).__name__} writes out image placeholders without telling where "
+                "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
+                "family cannot be trained here with the installed transformers."
+            )
 
     @staticmethod
     def _label(batch: dict[str, Any], row: int, offsets: torch.Tensor, spans: list[Span]) -> list[int]:

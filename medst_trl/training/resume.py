@@ -11,44 +11,69 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from accelerate.utils import broadcast_object_list
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+def resume_checkpoint(output_dir: str | Path, accelerator: "Accelerator") -> str | None:
+    """[`newest_complete_checkpoint`] for every rank: the main process looks and sets aside, the others are told."""
+    found = [None]
+    if accelerator.is_main_process:
+        found = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
+    return broadcast_object_list(found)[0]
+
+
 def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> str | None:
     """
     Finds the checkpoint to resume from and sets broken ones aside, as `checkpoint-N.broken`.
+
+    A checkpoint that another number of processes wrote is complete: the run goes on from it, but each process has
+    drawn other random numbers, so the result is no longer exactly that of the run that was not interrupted. A warning
+    says so.
 
     Args:
         output_dir (`str` or `Path`):
             The run's folder.
         num_processes (`int`, *optional*, defaults to `1`):
-            Number of ranks, each of which writes its own random state.
+            Number of ranks that will resume.
 
     Returns:
         `str` or `None`: The newest complete checkpoint, `None` if there is none.
     """
-    found = [
-        (match, path) for path in Path(output_dir).glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    for _, path in sorted(found, key=lambda item: int(item[0][1]), reverse=True):
-        problem = _incomplete(path, num_processes)
+    numbered = [(_CHECKPOINT.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    found = [(int(match[1]), path) for match, path in numbered if match]
+    for _, path in sorted(found, reverse=True):
+        problem = _incomplete(path)
         if problem is None:
+            writers = len(list(path.glob("rng_state*.pth")))
+            if writers != num_processes:
+                logger.warning(
+                    "%s was written by %d processes and is resumed by %d: random draws will differ from those of an "
+                    "uninterrupted run.",
+                    path,
+                    writers,
+                    num_processes,
+                )
             return str(path)
         broken = path.with_name(f"{path.name}.broken")
-        for number in range(2, 1000):
-            if not broken.exists():
-                break
-            broken = path.with_name(f"{path.name}.broken-{number}")
+        number = 2
+        while broken.exists():
+            broken, number = path.with_name(f"{path.name}.broken-{number}"), number + 1
         path.rename(broken)
         logger.warning("Set the checkpoint %s aside as %s: %s.", path, broken.name, problem)
     return None
 
 
-def _incomplete(checkpoint: Path, num_processes: int) -> str | None:
+def _incomplete(checkpoint: Path) -> str | None:
     """What keeps a checkpoint from being resumed, in words; `None` if nothing does."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -56,20 +81,27 @@ def _incomplete(checkpoint: Path, num_processes: int) -> str | None:
         return f"trainer_state.json is missing or cut short ({error})"
     if checkpoint.name != f"checkpoint-{state.get('global_step')}":
         return f"trainer_state.json is of step {state.get('global_step')}"
-    states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
+    # One process writes rng_state.pth, several rng_state_0.pth and so on, each its own.
+    if not random_states or random_states == ["rng_state_0.pth"]:
+        return "the random state of a process is missing"
+    states = [checkpoint / name for name in random_states]
     weights = list(checkpoint.glob("*.safetensors"))
-    if not any(checkpoint.glob("global_step*")):  # DeepSpeed keeps weights and optimizer in a folder of its own
-        states += ["optimizer.pt", "scheduler.pt"]
+    if not _sharded(checkpoint):
         if not weights:
             return "it holds no weights"
-    for name in states:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing" + (
-                " (was it written by another number of processes?)" if "rng" in name else ""
-            )
-        if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes; its directory stands at the end
-            return f"{name} is cut short"
+        states += [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    for path in states:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not zipfile.is_zipfile(path):  # what torch.save writes; its directory stands at the end
+            return f"{path.name} is cut short"
     return next((problem for path in weights if (problem := _unreadable(path))), None)
+
+
+def _sharded(checkpoint: Path) -> bool:
+    """Whether DeepSpeed or FSDP wrote weights and optimizer, each in files of its own."""
+    return any(any(checkpoint.glob(pattern)) for pattern in ("global_step*", "optimizer_*", "optimizer.bin"))
 
 
 def _unreadable(weights: Path) -> str | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoProcessor, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..policy.adapters import mend_tied_head
+from ..errors import UserError
+from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .collator import DataCollatorForSelfQuestioning
 from .learning_rates import LearningRatesByPart
@@ -38,10 +39,15 @@ class SelfQuestioningConfig(SFTConfig):
             Learning rate of the projector. Defaults to `learning_rate`.
 
     > [!NOTE]
-    > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's), and `bf16` to `False` where there
+    > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's),
+    > `restore_callback_states_from_checkpoint` to `True`, and `bf16` to `False` where there
     is > no accelerator.
     """
 
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Whether a resumed run goes on counting the patience of early stopping."},
+    )
     max_length: int | None = field(
         default=2048,
         metadata={
@@ -110,10 +116,20 @@ class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
     _name = "Self-questioning SFT"
 
     def __init__(self, model, args: SelfQuestioningConfig, *, train_dataset, processing_class=None, **kwargs):
+        if args.chat_template_path is not None:
+            raise UserError(
+                "chat_template_path would replace the template that opens `<vusr>` turns. Set "
+                "`processor.chat_template` before the processor is given to the trainer instead."
+            )
         if isinstance(model, str):
-            model, loaded = load_policy(model, **(args.model_init_kwargs or {}))
+            kwargs_of_model = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            model, loaded = load_policy(model, is_trainable=True, **kwargs_of_model)
             processing_class = processing_class or loaded
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                base.config._name_or_path, trust_remote_code=args.trust_remote_code
+            )
         prepare_policy(base, processing_class)
         collator = kwargs.pop("data_collator", None) or DataCollatorForSelfQuestioning(
             processing_class,
@@ -133,6 +149,9 @@ class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
         )
         if hasattr(self.model, "peft_config"):
             mend_tied_head(self.model)
+            zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
+                train_in_full_precision(self.model)
             # PEFT would store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
         self.set_aside = SetAsideExamples(self.accelerator, args.max_length)
@@ -161,7 +180,9 @@ class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         question_mask = inputs.pop("question_mask", None)
-        self.set_aside.add(inputs.pop("set_aside", []))
+        set_aside, truncated = inputs.pop("set_aside", {}), inputs.pop("truncated", ())
+        if self.model.training:
+            self.set_aside.add(set_aside, truncated)
         neutralised = inputs.pop("neutralised", 0)
         # TRL keeps the per-token log-probabilities of its fused LM head to itself
         outputs = []
@@ -213,6 +234,11 @@ class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
                     logs[f"{prefix}{kind}_accuracy"] = correct / tokens
             if neutralised:
                 logs[f"{prefix}neutralised_tokens"] = int(neutralised)
+            name = next((name for name in logs if name.startswith("eval") and name.endswith("_loss")), None)
+            if mode == "eval" and name is not None:
+                # The Trainer's own mean over batches counts one whose rows were all set aside as a loss of zero.
+                weight, tokens = self.args.question_loss_weight, sums[2] + sums[5]
+                logs[name] = (weight * sums[0] + sums[3]) / max(tokens, 1)
         if "learning_rate" in logs:
             logs |= {
                 f"learning_rate_{part}": rate for part, rate in self.learning_rates().items() if part != "language"

@@ -30,12 +30,20 @@ TEXTS = st.lists(
 
 
 @st.composite
+def pieces(draw, text):
+    """A text in one part or two, cut anywhere."""
+    cut = draw(st.integers(0, len(text)))
+    return [text[:cut], text[cut:]] if draw(st.booleans()) else [text]
+
+
+@st.composite
 def conversations(draw):
     """An example as a dataset has it, and the image it may start with."""
     turns = draw(st.lists(st.tuples(TEXTS, TEXTS, st.booleans()), min_size=1, max_size=3))
     messages = []
     for question, answer, vusr in turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": question}], "vusr": vusr})
+        parts = [{"type": "text", "text": piece} for piece in draw(pieces(question))]
+        messages.append({"role": "user", "content": parts, "vusr": vusr})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     images = []
     if draw(st.booleans()):
@@ -45,12 +53,13 @@ def conversations(draw):
 
 
 def with_texts(messages, change, **keys) -> list[dict]:
-    """The messages with every text part changed, as a template takes them."""
+    """The messages with the text of each in one part, and changed."""
 
-    def part(part):
-        return {"type": "text", "text": change(part["text"])} if part["type"] == "text" else {"type": "image"}
+    def content(message):
+        images = [{"type": "image"} for part in message["content"] if part["type"] == "image"]
+        return [*images, {"type": "text", "text": change(text_of(message["content"]))}]
 
-    return [{**message, "content": [part(p) for p in message["content"]], **keys} for message in messages]
+    return [{**message, "content": content(message), **keys} for message in messages]
 
 
 def decoded_targets(processor, batch) -> list[tuple[bool, str]]:

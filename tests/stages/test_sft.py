@@ -45,7 +45,7 @@ def _run(inputs, output_dir, **options):
 def test_an_adapter_with_its_record(inputs, tmp_path, capsys):
     weights, record = _run(inputs, tmp_path / "sft")
     assert record["status"] == "complete"
-    assert record["counts"] == {"records": 12, "set_aside": {"too_long": 0}, "steps": 3}
+    assert record["counts"] == {"records": 12, "set_aside": {}, "truncated": 0, "steps": 3}
     assert record["metrics"]["loss_question"] > 0 and record["metrics"]["loss_answer"] > 0
     kinds = ("language_model", "vision_tower", "multi_modal_projector", "trainable_tokens")
     assert all(any(kind in name for name in weights) for kind in kinds)
@@ -110,3 +110,4 @@ def test_early_stopping_says_what_it_needs(inputs, tmp_path):
 def test_a_split_that_is_not_there_is_named(inputs, tmp_path):
     with pytest.raises(UserError, match="dev"):
         _run(inputs, tmp_path / "sft", train_split="dev")
+    _run(inputs, tmp_path / "sft")  # nothing stands in the way of the corrected command

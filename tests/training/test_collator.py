@@ -3,7 +3,7 @@
 import pytest
 import tiny_run
 import torch
-from families import prepared_processor
+from families import FAMILIES, prepared_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -125,7 +125,7 @@ def test_truncation_ends_behind_an_answer_and_never_in_an_image(family, turns, i
     whole = _collator(family, sq_ratio=ratio)([example])
     batch = _collator(family, sq_ratio=ratio, max_length=max_length)([example])
     if "set_aside" in batch:
-        assert batch["set_aside"] == ["r1"] and (batch["labels"] == IGNORED).all()
+        assert batch["set_aside"] == {"r1": "too_long"} and (batch["labels"] == IGNORED).all()
         one_turn = {**example, "messages": example["messages"][:2]}
         first_answer_ends = int((_collator(family, sq_ratio=ratio)([one_turn])["labels"][0] != IGNORED).nonzero()[-1])
         assert first_answer_ends >= max_length
@@ -176,11 +176,53 @@ def test_examples_that_do_not_fit_leave_the_others_alone():
     long = tiny_run.conversation(3)
     long["messages"][1]["content"][0]["text"] = "very " * 100
     batch = _collator(max_length=30)([long, short])
-    assert batch["set_aside"] == ["r3"]
+    assert batch["set_aside"] == {"r3": "too_long"}
     assert torch.equal(batch["input_ids"], alone["input_ids"])
     nothing = _collator(max_length=30)([long])
-    assert nothing["set_aside"] == ["r3"] and nothing["input_ids"].shape == (1, 1)
+    assert nothing["set_aside"] == {"r3": "too_long"} and nothing["input_ids"].shape == (1, 1)
     assert (nothing["labels"] == IGNORED).all()
+
+
+def test_what_is_cut_is_named():
+    example = _long_conversation(4)
+    length = _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][:4]}])["input_ids"].shape[1]
+    assert _collator(sq_ratio=0.0, max_length=length)([example])["truncated"] == ["r1"]
+    assert "truncated" not in _collator(sq_ratio=0.0)([example])
+
+
+def test_an_example_without_a_target_is_set_aside():
+    example = tiny_run.conversation(0)
+    question = {**example, "messages": example["messages"][:1]}
+    batch = _collator(sq_ratio=0.0)([question, tiny_run.conversation(1)])
+    assert batch["set_aside"] == {"r0": "nothing_to_train"} and len(batch["input_ids"]) == 1
+    assert "set_aside" not in _collator(sq_ratio=1.0)([question])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_mixture_of_rows_with_and_without_images(family):
+    rows = [
+        tiny_run.conversation(0, with_image=False),
+        tiny_run.conversation(1),
+        tiny_run.conversation(2, with_image=False),
+    ]
+    together = _collator(family, sq_ratio=0.0)(rows)
+    for index, row in enumerate(rows):
+        alone = _collator(family, sq_ratio=0.0)([row])["labels"][0]
+        assert together["labels"][index][: len(alone)].tolist() == alone.tolist()
+
+
+def test_a_processor_that_does_not_say_where_images_stand_is_refused(monkeypatch):
+    processor = prepared_processor("vicuna")
+    call = type(processor).__call__
+
+    def silent(self, *args, **kwargs):
+        batch = call(self, *args, **kwargs)
+        batch.pop("text_replacement_offsets")
+        return batch
+
+    monkeypatch.setattr(type(processor), "__call__", silent)
+    with pytest.raises(UserError, match="without telling where"):
+        DataCollatorForSelfQuestioning(processor)([tiny_run.conversation(0)])
 
 
 def test_a_last_question_without_an_answer_trains_nothing():

@@ -84,8 +84,15 @@ def test_a_second_broken_checkpoint_of_the_same_step_keeps_the_first(checkpoints
     assert (checkpoints / "checkpoint-6.broken-2" / "optimizer.pt").exists()
 
 
-def test_a_checkpoint_of_other_ranks_is_not_resumed(checkpoints):
-    assert newest_complete_checkpoint(checkpoints, num_processes=2) is None
+def test_a_run_may_go_on_with_another_number_of_processes(checkpoints, caplog):
+    assert newest_complete_checkpoint(checkpoints, num_processes=2) == str(checkpoints / "checkpoint-6")
+    assert "written by 1 processes and is resumed by 2" in caplog.text
+
+
+def test_a_rank_that_had_not_written_yet_is_missed(checkpoints):
+    folder = checkpoints / "checkpoint-6"
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")  # the first of several
+    assert newest_complete_checkpoint(checkpoints, num_processes=2) == str(checkpoints / "checkpoint-3")
 
 
 def test_nothing_to_resume(tmp_path):
