@@ -3,7 +3,7 @@
 #   make demo                    prepare, train and evaluate a tiny model on drawn images (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
 #   make test-slow               the long ones, marked `slow`
-#   make bench                   speed (tests/benchmarks), printed
+#   make bench DATA=vqa_rad      speed (tests/benchmarks) on the folder of VQA-RAD, printed
 #   make lint                    ruff
 #
 # Settings, on the command line or in the environment:
@@ -24,6 +24,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 demo: .venv/.ready
 	$(BIN)/medst run recipes/demo.yaml
+	@echo && $(BIN)/python examples/ask_questions.py runs/demo/sft
+	@echo "All of it is in runs/demo: sft/ has the adapter, evaluate/ the predictions and scores.json."
 
 test: .venv/.ready
 	$(PYTEST) -n $(JOBS)
@@ -32,7 +34,9 @@ test-slow: .venv/.ready
 	$(PYTEST) -m slow --durations 10
 
 bench: .venv/.ready
-	$(PYTEST) -m benchmark -s tests/benchmarks
+	@test -n "$(DATA)" || { echo "make bench DATA=path/to/vqa_rad (its JSON file, and images/)"; exit 1; }
+	$(BIN)/python tests/benchmarks/bench_prepare.py $(DATA)
+	$(BIN)/python tests/benchmarks/bench_collator.py --images $(DATA)/images
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

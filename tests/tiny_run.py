@@ -60,21 +60,18 @@ def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overr
     model_kwargs = overrides.pop("model", {})
     rows = overrides.pop("rows", None)
     dropout = overrides.pop("lora_dropout", 0.05)
+    policy = overrides.pop("policy", None)  # model, processor, adapter configuration
     settings = {
         "output_dir": str(output_dir), "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1,
         "learning_rate": 1e-3, "report_to": "none", "lr_scheduler_type": "constant", "save_strategy": "no",
         "gradient_checkpointing": False, "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
-    model, processor = small_policy(**model_kwargs)
-    config = adapter_config(
-        model,
-        vusr_token_id=add_vusr(processor),
-        r=8,
-        lora_alpha=16,
-        vision_r=4,
-        vision_lora_alpha=8,
-        lora_dropout=dropout,
-    )
+    if policy is None:
+        model, processor = small_policy(**model_kwargs)
+        ranks = {"r": 8, "lora_alpha": 16, "vision_r": 4, "vision_lora_alpha": 8}
+        config = adapter_config(model, vusr_token_id=add_vusr(processor), lora_dropout=dropout, **ranks)
+    else:
+        model, processor, config = policy
     return SelfQuestioningTrainer(
         model=model,
         args=SelfQuestioningConfig(**{**settings, **overrides}),

@@ -192,7 +192,7 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
         for index in rng.permutation(len(phantom.questions))[:turns]:
             question, reply = phantom.questions[index]["question"], phantom.questions[index]["answer"]
             content = [] if messages else [{"type": "image", "text": None}]
-            messages.append({"role": "user", "content": content + [_text(question)], "vusr": False})
+            messages.append({"role": "user", "content": [*content, _text(question)], "vusr": False})
             messages.append({"role": "assistant", "content": [_text(reply)], "vusr": False})
         yield {
             "id": phantom.id,

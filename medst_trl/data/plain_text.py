@@ -38,7 +38,9 @@ DEFINITIONS = {
     "What is a location?": "The location is where something is, upper or lower, left or right.",
     "What is a size?": "The size is how large or small something is.",
     "Which kinds of scan are there?": "There is CT, there is MRI and there is ultrasound.",
-    "What do doctors say?": "Please describe what this scan shows, which modality was used and what kind of lesion it has.",
+    "What do doctors say?": (
+        "Please describe what this scan shows, which modality was used and what kind of lesion it has."
+    ),
     "What lies around a lesion?": "The tissue around it.",
 }
 
@@ -58,7 +60,7 @@ WORDS = tuple(
     nodule fracture fluid finding findings appearance location size patient doctor body disease diagnosis contrast
     organ man woman child people person dog cat house tree car street water day night year time world work life hand
     eye food good new old first last long great own high different next early young important few public able
-    """.split()
+    """.split()  # noqa: SIM905 (a list of so many strings could not be read)
 )
 
 

@@ -125,7 +125,7 @@ def tiny_llava(
             "num_hidden_layers": text_layers,
             "num_attention_heads": text_size // head_size,
             "max_position_embeddings": 2048,
-            "initializer_range": 0.06,  # the usual 0.02 suits sizes in the thousands; at 128 hardly anything gets through
+            "initializer_range": 0.06,  # the usual 0.02 suits sizes in the thousands; at 128 hardly anything would pass
             "tie_word_embeddings": tie_word_embeddings,
             **special,
         },
@@ -137,12 +137,12 @@ def tiny_llava(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
-        # CLIP draws position embeddings 25 times smaller than patch embeddings turn out. A large tower learns to read them
-        # over millions of images; a tiny one never learns where anything is.
+        # CLIP draws position embeddings 25 times smaller than patch embeddings turn out. A large tower learns to read
+        # them over millions of images; a tiny one never learns where anything is.
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(25)
         if not tie_word_embeddings:
-            # Adapters leave the output layer alone. Drawn as small as the others, it would let no token have a probability
-            # near one, and sampling would pick junk.
+            # Adapters leave the output layer alone. Drawn as small as the others, it would let no token have a
+            # probability near one, and sampling would pick junk.
             model.lm_head.weight.mul_(4)
     return model.eval(), processor
 

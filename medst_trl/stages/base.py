@@ -59,8 +59,8 @@ def main(args: BaseArguments) -> None:
     if record.status == "finished":
         return
     print(
-        f"base: training a tiny general-purpose model on {args.num_pictures} pictures of plain shapes and {args.num_texts} "
-        "plain texts. It sees no scan and none of the labels."
+        f"base: training a tiny general-purpose model on {args.num_pictures} pictures of plain shapes and "
+        f"{args.num_texts} plain texts. It sees no scan and none of the labels."
     )
 
     from medst_trl.policy.tiny import tiny_llava

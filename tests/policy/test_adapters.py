@@ -45,12 +45,20 @@ CONFIGS = {
             "out_hidden_size": 32, "fullatt_block_indexes": [1],
         },
     },
+    "qwen3_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        "vision_config": {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8,
+            "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
+        },
+    },
 }  # fmt: skip
 EXPECTED = {  # projector, vision layers that train
     "llava": ("model.multi_modal_projector", {0, 1}),
     "gemma3": ("model.multi_modal_projector", {0, 1, 2}),
     "idefics3": ("model.connector", {0, 1, 2}),
     "qwen2_5_vl": ("model.visual.merger", {0, 1, 2}),
+    "qwen3_vl": ("model.visual.merger", {0, 1, 2}),
 }
 
 
@@ -64,7 +72,7 @@ def test_modules_and_ranks(family):
     model = tiny(family)
     parts = model_parts(model)
     projector, vision_layers = EXPECTED[family]
-    assert parts.projectors == (projector,)
+    assert parts.projectors[0] == projector
     peft_model = get_peft_model(model, adapter_config(model, vusr_token_id=5, r=8, vision_r=4))
     ranks = {"language": set(), "vision": set()}
     layers = {"language": set(), "vision": set()}

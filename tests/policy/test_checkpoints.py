@@ -5,6 +5,7 @@ import tiny_run
 import torch
 from peft import get_peft_model
 from PIL import Image
+from transformers import pipeline
 
 from medst_trl.errors import UserError
 from medst_trl.policy.adapters import adapter_config, mend_tied_head
@@ -121,3 +122,15 @@ def test_a_base_that_has_moved_is_named_and_can_be_given(tmp_path):
 def test_nothing_there_is_a_clear_error(where):
     with pytest.raises(UserError, match=where):
         load_policy(where)
+
+
+def test_the_pipeline_leaves_a_bare_turn_to_the_model(tmp_path, monkeypatch):
+    _save_base(tmp_path)
+    model, processor = load_policy(str(tmp_path))
+    prompts, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: prompts.append(kwargs["input_ids"]) or generate(**kwargs))
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    content = [{"type": "image", "image": Image.new("RGB", (16, 16), "gray")}, {"type": "text", "text": VUSR}]
+    written = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4)
+    assert prompts[0][0, -1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
+    assert written[0]["generated_text"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from medst_trl.training.resume import newest_complete_checkpoint
 
@@ -104,3 +106,32 @@ def test_checkpoints_hold_no_pickle_of_the_arguments(never_killed):
     folder, _, _ = never_killed
     assert not list(folder.rglob("training_args.bin"))
     assert torch.load(folder / "checkpoint-3" / "optimizer.pt", weights_only=True)["state"]
+
+
+class _Interrupt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_early_stopping_goes_on_counting(tmp_path):
+    rows = [tiny_run.conversation(i) for i in range(8)]
+    for message in rows[0]["messages"][1::2]:  # what no training answer says: its loss rises as those are learned
+        message["content"] = tiny_run.text("zq xv wj zq")
+    settings = {
+        "rows": rows[1:], "max_steps": 60, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True,
+    }  # fmt: skip
+
+    def run(folder, *callbacks):
+        data = Dataset.from_list(rows[:1])
+        return tiny_run.train(folder, eval_dataset=data, callbacks=[EarlyStoppingCallback(4), *callbacks], **settings)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", _Interrupt(whole.state.best_global_step + 2))  # its patience is half used up
+    resumed = run(tmp_path / "cut")
+    assert resumed.state.global_step == whole.state.global_step < 60

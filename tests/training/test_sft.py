@@ -13,7 +13,10 @@ import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
 
+from medst_trl.errors import UserError
+from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.collator import IGNORED
 
 
@@ -64,6 +67,63 @@ def test_every_group_trains_at_its_own_rate_and_nothing_else_moves(tmp_path, lor
     for part, rate in {"language": 1e-2, "vision": 1e-3, "projector": 1e-4}.items():
         largest = max(moved[name] for name in trained if parts.part_of(name) == part)
         assert 1.0 * rate < largest < 2.1 * rate, part
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_trains_is_kept_in_full_precision(tmp_path, dtype):
+    """At the paper's rate for the projector most steps are smaller than the distance between two 16-bit numbers."""
+    model, processor = tiny_run.small_policy()
+    model.to(dtype)
+    config = adapter_config(model, vusr_token_id=add_vusr(processor), r=4, vision_r=2)
+    settings = {"bf16": True, "use_cpu": True} if dtype == torch.bfloat16 else {}
+    policy = (model, processor, config)
+    trainer = tiny_run.make_trainer(tmp_path, max_steps=3, learning_rate=2e-5, policy=policy, **settings)
+    before = tiny_run.trained_weights(trainer)
+    assert all(weight.dtype == torch.float32 for weight in before.values())
+    if dtype == torch.float16:  # outside of autocast too: inputs are cast to the projector's type
+        batch = trainer.data_collator([tiny_run.conversation(0)])
+        batch.pop("question_mask")
+        assert trainer.model(**batch).loss.isfinite()
+        return
+    trainer.train()
+    after = tiny_run.trained_weights(trainer)
+    moved = {n: (after[n] != before[n]).float().mean() for n in before if "projector" in n and n.endswith("weight")}
+    assert moved and min(moved.values()) > 0.9
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, use_reentrant):
+    settings = {"max_steps": 2, "lora_dropout": 0.0}
+    plain = tiny_run.make_trainer(tmp_path / "plain", **settings)
+    plain.train()
+    trainer = tiny_run.make_trainer(
+        tmp_path / "checkpointed",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        **settings,
+    )
+    trainer.train()
+    expected = tiny_run.trained_weights(plain)
+    for name, weight in tiny_run.trained_weights(trainer).items():
+        assert torch.allclose(weight, expected[name], atol=1e-6), name
+
+
+def test_the_evaluation_loss_leaves_out_what_was_set_aside(tmp_path):
+    rows = [tiny_run.conversation(i) for i in range(4)]
+    rows[2]["messages"][1]["content"][0]["text"] = "very " * 200
+    settings = {"max_length": 100, "per_device_eval_batch_size": 1}
+    with_long = tiny_run.make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows), **settings).evaluate()
+    del rows[2]
+    without = tiny_run.make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows), **settings).evaluate()
+    assert with_long["eval_loss"] == pytest.approx(without["eval_loss"], abs=1e-6)
+    tokens = {kind: without[f"eval_{kind}_tokens"] for kind in ("question", "answer")}
+    mean = sum(without[f"eval_loss_{kind}"] * n for kind, n in tokens.items()) / sum(tokens.values())
+    assert without["eval_loss"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_a_replaced_chat_template_is_refused(tmp_path):
+    with pytest.raises(UserError, match="chat_template"):
+        tiny_run.make_trainer(tmp_path, chat_template_path="other.jinja")
 
 
 def test_the_log_names_each_part_and_kind(tmp_path):
@@ -160,8 +220,7 @@ def test_a_saved_adapter_loads_as_the_policy_it_was(tmp_path):
     base = tmp_path / "base"
     model.save_pretrained(base)
     processor.save_pretrained(base)
-    from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer, adapter_config
-    from medst_trl.policy.vusr import add_vusr
+    from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 
     model, processor = load_policy(str(base))
     trainer = SelfQuestioningTrainer(
@@ -190,16 +249,19 @@ def test_a_saved_adapter_loads_as_the_policy_it_was(tmp_path):
     assert (expected - merged).abs().max() < 1e-5
 
 
-def _two_ranks(folder: Path, overrides: dict) -> dict:
+def _two_ranks(folder: Path, overrides: dict, *kill: str) -> dict | None:
     root = Path(__file__).parents[2]
     environment = {
         **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--main_process_port", "0", str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides),
+        "--main_process_port", "0", str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides), *kill,
     ]  # fmt: skip
     run = subprocess.run(command, env=environment, capture_output=True, timeout=240)
+    if kill:
+        assert run.returncode != 0
+        return None
     assert run.returncode == 0, run.stderr.decode()
     return json.loads((folder / "run.json").read_text())
 
@@ -229,3 +291,18 @@ def test_two_ranks_give_the_losses_of_one(tmp_path, lora):
     weights = torch.load(two / "weights.pt", weights_only=True)
     for name, weight in tiny_run.trained_weights(trainer).items():
         assert torch.allclose(weight, weights[name], atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_killed_while_saving_resume_exactly(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    _two_ranks(whole, settings)
+    _two_ranks(cut, settings, "--kill_while_saving", "4")
+    assert not (cut / "weights.pt").exists() and (cut / "checkpoint-4").exists()
+    facts = _two_ranks(cut, settings)
+    assert facts["world_size"] == 2 and (cut / "checkpoint-4.broken").exists()
+    weights, expected = (torch.load(folder / "weights.pt", weights_only=True) for folder in (cut, whole))
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) == 0
