@@ -47,9 +47,8 @@ def main(model_name_or_path: str, count: int, seed: int) -> float:
     model, processor = load_policy(model_name_or_path)
     phantoms = make_phantoms(count, seed, split="unlabelled")
     torch.manual_seed(seed)
-    # The paper's sampling for its candidates
     images = [phantom.image.convert("RGB") for phantom in phantoms]
-    questions = ask(model, processor, images, temperature=1.2, top_k=100, top_p=0.95)
+    questions = ask(model, processor, images, temperature=1.0, top_p=0.95)
     answerable = [is_well_formed(question, p.truth) for question, p in zip(questions, phantoms, strict=True)]
     for question in dict.fromkeys(questions[:8]):
         print(f"  {question}")

@@ -160,7 +160,12 @@ def make_phantoms(n: int, seed: int, split: str = "train") -> list[Phantom]:
 
     Returns:
         `list[Phantom]`, their ids unique over splits and seeds.
+
+    Raises:
+        ValueError: If there is no such split.
     """
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r} of phantoms: {', '.join(SPLITS)}.")
     phantoms = []
     for position in range(n):
         if position % len(_TRUTHS) == 0:

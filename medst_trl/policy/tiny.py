@@ -125,7 +125,7 @@ def tiny_llava(
             "num_hidden_layers": text_layers,
             "num_attention_heads": text_size // head_size,
             "max_position_embeddings": 2048,
-            "initializer_range": 0.06,  # the usual 0.02 suits sizes in the thousands; at 128 hardly anything would pass
+            "initializer_range": 0.06,  # the usual 0.02 suits sizes in the thousands; at 128 little would pass
             "tie_word_embeddings": tie_word_embeddings,
             **special,
         },

@@ -105,7 +105,14 @@ def _trainer(args: BaseArguments, model, processor):
         return batch
 
     # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
-    return Trainer(
+    class ResumingTrainer(Trainer):
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            # Checkpoints keep LLaVA's weights under their published names. Trainer does not translate them back
+            # (transformers 5.23): it warns of missing keys and goes on from random weights.
+            saved = type(self.model).from_pretrained(resume_from_checkpoint)
+            self.model.load_state_dict(saved.state_dict())
+
+    return ResumingTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(_run_folder(args)),
