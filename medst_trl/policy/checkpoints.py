@@ -108,7 +108,9 @@ def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "Pr
 def _make_room_for(model: "PreTrainedModel", token_id: int) -> None:
     import torch
 
-    rows = model.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself has no rows
+    embedding = model.get_input_embeddings()
+    # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token has wrapped the layer.
+    rows = getattr(embedding, "original_module", embedding).num_embeddings
     if token_id < rows:
         return
     model.resize_token_embeddings(token_id + 1, mean_resizing=False)
