@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl.scripts.utils import TrlParser
 
     from medst_trl.stage_record import StageRecord
@@ -99,6 +100,7 @@ def main(args: EvaluateArguments) -> None:
     from medst_trl.stage_record import StageRecord
 
     _check(args)
+    benchmarks = _open_benchmarks(args)
     record = StageRecord.open(
         args.output_dir,
         stage="evaluate",
@@ -109,7 +111,7 @@ def main(args: EvaluateArguments) -> None:
     )
     folders = _folders(args)
     if record.status != "finished":
-        counts = _score_file(args) if args.predictions else _run(args, record, folders)
+        counts = _score_file(args) if args.predictions else _run(args, record, folders, benchmarks)
         record.finish(counts=counts)
     if int(os.environ.get("RANK", "0")) == 0:
         for folder in folders:
@@ -156,17 +158,28 @@ def _folders(args: EvaluateArguments) -> list[Path]:
     return [output_dir / name for name in names]
 
 
-def _run(args: EvaluateArguments, record: "StageRecord", folders: list[Path]) -> dict[str, Any]:
-    from medst_trl import load_policy
+def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
+    """The benchmarks, checked before the record is written: a mistyped split must not stand in its way."""
+    if args.predictions:
+        return []
     from medst_trl.data.schema import check_columns, load_records
-    from medst_trl.evaluation.score_files import control_path, score_files, write_scores
-    from medst_trl.evaluation.vqa import check_control, process_state, write_predictions
+    from medst_trl.evaluation.vqa import check_control
 
     benchmarks = [load_records(name, args.split) for name in args.benchmark]
     for benchmark in benchmarks:
         check_columns(benchmark, "benchmark")
         for control in args.controls:
             check_control(benchmark, control, args.seed)
+    return benchmarks
+
+
+def _run(
+    args: EvaluateArguments, record: "StageRecord", folders: list[Path], benchmarks: list["Dataset"]
+) -> dict[str, Any]:
+    from medst_trl import load_policy
+    from medst_trl.evaluation.score_files import control_path, score_files, write_scores
+    from medst_trl.evaluation.vqa import process_state, write_predictions
+
     state = process_state()
     model, processor = load_policy(
         args.model_name_or_path,
