@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "CandidateGenerator": "medst_trl.selftrain.generate",
     "DataCollatorForSelfQuestioning": "medst_trl.training.collator",
+    "MultimodalDPOConfig": "medst_trl.training.dpo",
+    "MultimodalDPOTrainer": "medst_trl.training.dpo",
+    "PairwiseJudge": "medst_trl.selftrain.judge",
     "SelfQuestioningConfig": "medst_trl.training.sft",
     "SelfQuestioningTrainer": "medst_trl.training.sft",
     "adapter_config": "medst_trl.policy.adapters",
+    "build_preferences": "medst_trl.selftrain.preferences",
     "load_policy": "medst_trl.policy.checkpoints",
     "score_vqa": "medst_trl.evaluation.metrics",
 }
@@ -27,7 +32,12 @@ if TYPE_CHECKING:
     from medst_trl.evaluation.metrics import score_vqa as score_vqa
     from medst_trl.policy.adapters import adapter_config as adapter_config
     from medst_trl.policy.checkpoints import load_policy as load_policy
+    from medst_trl.selftrain.generate import CandidateGenerator as CandidateGenerator
+    from medst_trl.selftrain.judge import PairwiseJudge as PairwiseJudge
+    from medst_trl.selftrain.preferences import build_preferences as build_preferences
     from medst_trl.training.collator import DataCollatorForSelfQuestioning as DataCollatorForSelfQuestioning
+    from medst_trl.training.dpo import MultimodalDPOConfig as MultimodalDPOConfig
+    from medst_trl.training.dpo import MultimodalDPOTrainer as MultimodalDPOTrainer
     from medst_trl.training.sft import SelfQuestioningConfig as SelfQuestioningConfig
     from medst_trl.training.sft import SelfQuestioningTrainer as SelfQuestioningTrainer
 

@@ -157,6 +157,8 @@ class Recipe:
         """Where the sections before this one leave what it reads. Where that is a list, it has to be said."""
         inputs = {}
         for key, source, folder in stage.reads if settings.get(stage.unless) is None else ():
+            if source == "run":
+                inputs.setdefault(key, self.output_dir)
             items = self.sections.get(source, [])
             if len(items) == 1 and "name" not in items[0]:
                 output_dir = (items[0] | self._given(source)).get("output_dir") or Path(self.output_dir, source)

@@ -6,6 +6,10 @@
   that several images keep their places; the n-th image part stands for the n-th of `images`.
 - benchmark, a row an image: `image_id`, `image`, `questions` (`id`, `question`, `answer`, `answer_type`,
   `question_type`, `link`: the same for all wordings of one question).
+- candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages as sampled, the question last), `answers`,
+  `generation` (JSON: model, seed, sampling).
+- preferences, as TRL reads them: `id`, `images`, `image_ids`, `prompt`, `chosen`, `rejected` (messages),
+  `score_chosen`, `score_rejected`, `judge` (JSON: model, prompt version, both orders).
 - predictions, JSON lines: see `PREDICTION_COLUMNS`.
 """
 
@@ -56,6 +60,47 @@ def benchmark_features() -> "Features":
     return Features({"image_id": Value("string"), "image": Image(), "questions": List(question)})
 
 
+def candidate_features() -> "Features":
+    """Columns of questions with their sampled answers."""
+    from datasets import Features, Image, List, Value
+
+    return Features(
+        {
+            "id": Value("string"),
+            "images": List(Image()),
+            "image_ids": List(Value("string")),
+            "prompt": _messages_without_vusr(),
+            "answers": List(Value("string")),
+            "generation": Value("string"),
+        }
+    )
+
+
+def preference_features() -> "Features":
+    """Columns of preference pairs, as TRL's DPOTrainer reads them."""
+    from datasets import Features, Image, List, Value
+
+    return Features(
+        {
+            "id": Value("string"),
+            "images": List(Image()),
+            "image_ids": List(Value("string")),
+            "prompt": _messages_without_vusr(),
+            "chosen": _messages_without_vusr(),
+            "rejected": _messages_without_vusr(),
+            "score_chosen": Value("float64"),
+            "score_rejected": Value("float64"),
+            "judge": Value("string"),
+        }
+    )
+
+
+def _messages_without_vusr():
+    from datasets import List, Value
+
+    return List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+
+
 def image_part() -> dict:
     """The place of an image in a message's content."""
     return {"type": "image", "text": None}
@@ -82,23 +127,24 @@ def check_columns(dataset: "Dataset", kind: str) -> None:
 
     Args:
         dataset (`datasets.Dataset`): As [`load_records`] gives it.
-        kind (`str`): `"instruct"` or `"benchmark"`.
+        kind (`str`): `"instruct"`, `"benchmark"`, `"candidates"` or `"preferences"`.
 
     Raises:
         UserError: naming the columns that are missing or of another type.
     """
-    expected = {"instruct": instruct_features, "benchmark": benchmark_features}[kind]()
+    features, maker = _KINDS[kind]
+    expected = features()
     missing = [name for name in expected if name not in dataset.features]
     if missing:
         raise UserError(
             f"The dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {kind} data; it "
-            f"has {', '.join(dataset.features)}. `medst prepare` makes such datasets."
+            f"has {', '.join(dataset.features)}. `medst {maker}` makes such datasets."
         )
     for name, feature in expected.items():
         if _shape(dataset.features[name]) != _shape(feature):
             raise UserError(
                 f"The column {name} of {kind} data has another type than expected.\n  is:        "
-                f"{dataset.features[name]}\n  should be: {feature}\n`medst prepare` makes such datasets."
+                f"{dataset.features[name]}\n  should be: {feature}\n`medst {maker}` makes such datasets."
             )
 
 
@@ -142,6 +188,15 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
     os.replace(temporary, path)
 
 
+# What each kind of dataset has to have, and the stage that makes it.
+_KINDS = {
+    "instruct": (instruct_features, "prepare"),
+    "benchmark": (benchmark_features, "prepare"),
+    "candidates": (candidate_features, "generate"),
+    "preferences": (preference_features, "judge"),
+}
+
+
 def _complete_shards(folder: Path, split: str) -> list[Path]:
     shards = [(path, match) for path in sorted(folder.iterdir()) if (match := _SHARD.fullmatch(path.name))]
     wanted = [(path, int(match["total"])) for path, match in shards if match["split"] == split]
@@ -152,7 +207,7 @@ def _complete_shards(folder: Path, split: str) -> list[Path]:
             + (
                 f"it has {', '.join(there)}."
                 if there
-                else "it has no split at all. `medst prepare` makes such folders."
+                else "it has no split at all. `medst prepare`, `generate` and `judge` make such folders."
             )
         )
     if any(total != len(wanted) for _, total in wanted):

@@ -129,6 +129,14 @@ def train_in_full_precision(model: "PeftModel") -> None:
                 module.register_forward_pre_hook(as_weights)
 
 
+def freeze_vision(model: "PreTrainedModel | PeftModel") -> None:
+    """Keeps the vision tower, an adapter's part in it included, from training, in place."""
+    parts = model_parts(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    for name, parameter in model.named_parameters():
+        if parts.part_of(name) == "vision":
+            parameter.requires_grad_(False)
+
+
 def mend_tied_head(model: "PeftModel") -> None:
     """
     Lets TRL's fused LM head read the output layer of a model with tied embeddings and a trained token, in place.

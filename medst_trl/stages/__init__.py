@@ -20,7 +20,8 @@ class Stage:
             One line for `medst --help`.
         reads (`tuple` of `(key, stage, folder)`):
             Inputs that a recipe takes from another of its sections when none is given: `key` becomes `folder` inside
-            that stage's output. Of several with one key, the first whose section is there.
+            that stage's output. Of several with one key, the first whose section is there. The stage `"run"` stands
+            for the folder of the whole run.
         unless (`str`, *optional*):
             A setting that stands in the place of `reads`: with it in the recipe, nothing is taken from other sections.
         distributed (`bool`, *optional*, defaults to `False`):
@@ -68,9 +69,35 @@ STAGES = {
             distributed=True,
         ),
         Stage(
+            "generate",
+            "let the model ask about images and answer its questions, twice each",
+            reads=(
+                ("model_name_or_path", "sft", ""),
+                ("model_name_or_path", "base", ""),
+                ("images", "prepare", "images"),
+            ),
+            distributed=True,
+        ),
+        Stage(
+            "judge",
+            "have a stronger model compare the answers, and build preference pairs",
+            reads=(("candidates", "generate", "candidates"), ("benchmarks", "prepare", "benchmark")),
+        ),
+        Stage(
+            "dpo",
+            "stage 2: train the model to prefer its better answers",
+            reads=(
+                ("model_name_or_path", "sft", ""),
+                ("model_name_or_path", "base", ""),
+                ("dataset", "judge", "preferences"),
+            ),
+            distributed=True,
+        ),
+        Stage(
             "evaluate",
             "answer a benchmark and score the answers",
             reads=(
+                ("model_name_or_path", "dpo", ""),
                 ("model_name_or_path", "sft", ""),
                 ("model_name_or_path", "base", ""),
                 ("benchmark", "prepare", "benchmark"),
@@ -78,5 +105,11 @@ STAGES = {
             unless="predictions",
             distributed=True,
         ),
+        Stage(
+            "report",
+            "one HTML page on a whole run: data, curves, scores, judge, gallery",
+            reads=(("run", "run", ""),),
+        ),
+        Stage("push", "publish a dataset, an adapter or a model on the Hub"),
     )
 }

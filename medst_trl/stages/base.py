@@ -91,6 +91,7 @@ def _trainer(args: BaseArguments, model, processor):
     from transformers import Trainer, TrainingArguments
 
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
+    from medst_trl.training.resume import LoadsPublishedNames
 
     # Stage 1's collator for its rendering, on a copy of the processor, to which alone it adds `<vusr>`.
     collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
@@ -105,12 +106,8 @@ def _trainer(args: BaseArguments, model, processor):
         return batch
 
     # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
-    class ResumingTrainer(Trainer):
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            # Checkpoints keep LLaVA's weights under their published names. Trainer does not translate them back
-            # (transformers 5.23): it warns of missing keys and goes on from random weights.
-            saved = type(self.model).from_pretrained(resume_from_checkpoint)
-            self.model.load_state_dict(saved.state_dict())
+    class ResumingTrainer(LoadsPublishedNames, Trainer):
+        pass
 
     return ResumingTrainer(
         model=model,

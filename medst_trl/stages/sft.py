@@ -20,8 +20,7 @@ row) with its processor and template in `output_dir`, for [`load_policy`]; check
 records did not fit. Run again after a crash, it goes on from the newest complete checkpoint.
 """
 
-import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 
@@ -29,15 +28,6 @@ if TYPE_CHECKING:
     from trl.scripts.utils import TrlParser
 
     from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
-
-# Arguments of the Trainer that change nothing in what is learned, so a resumed run may change them.
-OPERATIONAL_PREFIXES = (
-    "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "save_", "hub_", "push_to_hub",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
-    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config",
-    "torch_empty_cache_steps",
-)  # fmt: skip
 
 
 @dataclass
@@ -85,6 +75,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
     from medst_trl.training.resume import resume_checkpoint
+    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of
 
     _check(args, training_args)
     datasets = {"train": load_records(args.dataset, args.train_split)}
@@ -97,9 +88,9 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     record = StageRecord.open(
         training_args.output_dir,
         stage="sft",
-        settings=asdict(args) | _settings_of(training_args),
+        settings=asdict(args) | settings_of(training_args),
         inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
-        operational={name for name in training_args.to_dict() if name.startswith(OPERATIONAL_PREFIXES)},
+        operational=operational_settings(training_args),
         overwrite=args.overwrite,
     )
     if record.status == "finished":
@@ -111,7 +102,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         set_aside, truncated = trainer.set_aside.write(record.output_dir), trainer.set_aside.count_truncated()
-        _save(trainer)
+        save_adapter(trainer)
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
     record.finish(
@@ -176,22 +167,6 @@ def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "SelfQues
         "Training " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters."
     )
     return trainer
-
-
-def _save(trainer: "SelfQuestioningTrainer") -> None:
-    """The adapter appears in `output_dir` file by file, each complete."""
-    final, temporary = trainer.args.output_dir, os.path.join(trainer.args.output_dir, ".adapter.incomplete")
-    trainer.save_model(temporary)
-    if trainer.args.should_save:
-        trainer.save_state()
-        for name in os.listdir(temporary):
-            os.replace(os.path.join(temporary, name), os.path.join(final, name))
-        os.rmdir(temporary)
-
-
-def _settings_of(training_args: "SelfQuestioningConfig") -> dict:
-    # Fields, not to_dict(): that adds what the machine is, which a run may be continued on another of.
-    return {item.name: getattr(training_args, item.name) for item in fields(training_args) if item.init}
 
 
 def _check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:

@@ -2,48 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's vision collator, plus the questions: labels on answers and, in `<vusr>` turns, on the questions too."""
 
-import bisect
 import random
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any
 
 import torch
-from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..errors import UserError
-from ..policy.spans import Span, can_be_asked, render_conversation, text_of, typed_parts
-from ..policy.vusr import add_vusr, adds_special_tokens
+from ..policy.spans import can_be_asked
+from ..policy.vusr import add_vusr
+from .encoding import TOKEN_INPUTS, Conversation, as_conversation, encode
 
 
 IGNORED = -100
-# Inputs with one entry a token, cut together when a row is cut behind its last target.
-_TOKEN_INPUTS = (
-    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels",
-    "question_mask",
-)  # fmt: skip
-
-
-@dataclass
-class _Conversation:
-    """One example on its way into a batch."""
-
-    id: str
-    messages: list[dict[str, Any]]
-    images: list[Any]
-    asked: frozenset[int]
-
-    def until(self, end: int) -> "_Conversation":
-        """The first `end` messages, with the images that stand in them."""
-        kept = self.messages[:end]
-        images = sum(part["type"] == "image" for message in kept for part in message["content"])
-        return replace(self, messages=kept, images=self.images[:images])
-
-    @property
-    def targets(self) -> list[int]:
-        """Indices of the messages that are training targets, in order."""
-        return [i for i, message in enumerate(self.messages) if i in self.asked or message["role"] == "assistant"]
 
 
 @dataclass
@@ -144,8 +116,8 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
 
     def _collate_language_modeling(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         all_conversations = [self._conversation(example) for example in examples]
-        conversations = [conversation for conversation in all_conversations if conversation.targets]
-        set_aside = {c.id: "nothing_to_train" for c in all_conversations if not c.targets}
+        conversations = [conversation for conversation in all_conversations if _targets(conversation)]
+        set_aside = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
         truncated = set()
         while conversations:
             batch, target_ends, neutralised = self._encode(conversations)
@@ -158,7 +130,7 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
         else:
             batch, neutralised = self._empty_batch(), 0
         if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
-            for name in _TOKEN_INPUTS:  # only the template's closing text stands behind the last target
+            for name in TOKEN_INPUTS:  # only the template's closing text stands behind the last target
                 if name in batch:
                     batch[name] = batch[name][:, : self.max_length]
         if set_aside:
@@ -169,89 +141,37 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
             batch["neutralised"] = neutralised
         return batch
 
-    def _conversation(self, example: dict[str, Any]) -> _Conversation:
-        images = [example["image"]] if "image" in example else list(example.get("images") or [])
-        images = [image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images]
-        messages = example["messages"]
-        example_id = example.get("id") or sha256(repr([text_of(m["content"]) for m in messages]).encode()).hexdigest()
-        try:
-            prepared = prepare_multimodal_messages(
-                [{**message, "content": _plain(message["content"])} for message in messages], images=images
-            )
-        except ValueError as error:
-            raise UserError(f"Record {example_id!r} cannot be collated: {error}") from error
-        # The images travel beside the messages: the template needs to know only where they stand.
-        messages = [
-            {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
-            for message in prepared
-        ]
-        asked = self.asked_turns(example_id, messages)
-        conversation = _Conversation(str(example_id), messages, images, asked)
-        return conversation.until(
-            max(conversation.targets, default=-1) + 1
-        )  # a last unanswered question trains nothing
+    def _conversation(self, example: dict[str, Any]) -> Conversation:
+        conversation = as_conversation(example, example["messages"])
+        asked = self.asked_turns(conversation.id, conversation.messages)
+        conversation = replace(conversation, asked=asked)
+        # a last unanswered question trains nothing
+        return _until(conversation, max(_targets(conversation), default=-1) + 1)
 
-    def _encode(self, conversations: list[_Conversation]) -> tuple[dict[str, Any], list[list[int]], int]:
+    def _encode(self, conversations: list[Conversation]) -> tuple[dict[str, Any], list[list[int]], int]:
         """
         The batch, the token at which each target of each conversation ends, and the number of places neutralised.
         """
-        rendered = [render_conversation(self.processor, c.messages, c.asked) for c in conversations]
-        images = [conversation.images for conversation in conversations]
-        batch = self.processor(
-            text=[conversation.text for conversation in rendered],
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="right",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            add_special_tokens=adds_special_tokens(self.processor, rendered[0].text),
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-        )
-        offsets = [torch.tensor(row) for row in batch.pop("offset_mapping")]
-        replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(rendered)
-        # Converted only now: Idefics3 would try to make a tensor of the replacement offsets too.
-        batch.convert_to_tensors("pt")
+        encoded = encode(self.processor, conversations, self.pad_to_multiple_of)
+        batch = encoded.batch
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["question_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        target_ends = []
-        for row, conversation in enumerate(rendered):
-            self._check_offsets(conversation.text, offsets[row], replaced[row], len(batch["input_ids"][row]))
-            spans = _behind_expanded_images(conversation.spans, replaced[row])
-            target_ends.append(self._label(batch, row, offsets[row], spans))
-        return batch, target_ends, sum(conversation.neutralised for conversation in rendered)
+        for row, spans in enumerate(encoded.spans):
+            for start, end, is_question in spans:
+                batch["labels"][row, start:end] = batch["input_ids"][row, start:end]
+                batch["question_mask"][row, start:end] |= is_question
+        return batch, [[span.end for span in spans] for spans in encoded.spans], encoded.neutralised
 
-    def _check_offsets(self, text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int) -> None:
-        """Refuses a processor that makes the text longer without saying where: labels would land on other tokens."""
-        gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
-        if len(offsets) != length or int(offsets.max()) > len(text) + gained:
-            raise UserError(
-                f"{type(self.processor).__name__} writes out image placeholders without telling where "
-                "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
-                "family cannot be trained here with the installed transformers."
-            )
-
-    @staticmethod
-    def _label(batch: dict[str, Any], row: int, offsets: torch.Tensor, spans: list[Span]) -> list[int]:
-        starts, ends = offsets.unbind(-1)
-        last_tokens = []
-        for span in spans:
-            tokens = (starts < span.end) & (ends > span.start)  # padding has width zero and matches nothing
-            batch["labels"][row][tokens] = batch["input_ids"][row][tokens]
-            if span.is_question:
-                batch["question_mask"][row] |= tokens
-            last_tokens.append(int(tokens.nonzero()[-1]) + 1)
-        return last_tokens
-
-    def _fit(self, conversation: _Conversation, target_ends: list[int]) -> _Conversation | None:
+    def _fit(self, conversation: Conversation, target_ends: list[int]) -> Conversation | None:
         """The conversation up to the last answer that ends within `max_length`; `None` if not even one does."""
         if self.max_length is None or not target_ends or target_ends[-1] <= self.max_length:
             return conversation
         fitting = [
             index
-            for index, end in zip(conversation.targets, target_ends, strict=True)
+            for index, end in zip(_targets(conversation), target_ends, strict=True)
             if end <= self.max_length and conversation.messages[index]["role"] == "assistant"
         ]
-        return conversation.until(fitting[-1] + 1) if fitting else None
+        return _until(conversation, fitting[-1] + 1) if fitting else None
 
     def _empty_batch(self) -> dict[str, Any]:
         """One token without a label: a rank whose whole batch was set aside still takes part in the step."""
@@ -264,15 +184,17 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
         }
 
 
-def _plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    return content if isinstance(content, str) else typed_parts(content)
-
-
-def _behind_expanded_images(spans: list[Span], replaced: list[dict[str, Any]]) -> list[Span]:
-    """Moves spans of the rendered text to where they stand once image placeholders are written out."""
-    placeholder_ends = [item["span"][1] for item in replaced]
-    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
+def _targets(conversation: Conversation) -> list[int]:
+    """Indices of the messages that are training targets, in order."""
     return [
-        Span(*(char + gained[bisect.bisect_right(placeholder_ends, char)] for char in span[:2]), span.is_question)
-        for span in spans
+        index
+        for index, message in enumerate(conversation.messages)
+        if index in conversation.asked or message["role"] == "assistant"
     ]
+
+
+def _until(conversation: Conversation, end: int) -> Conversation:
+    """The first `end` messages, with the images that stand in them."""
+    kept = conversation.messages[:end]
+    images = sum(part["type"] == "image" for message in kept for part in message["content"])
+    return replace(conversation, messages=kept, images=conversation.images[:images])

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The newest complete checkpoint of a run.
+"""Resuming a run: from its newest complete checkpoint, with all its weights.
 
 The Trainer writes `checkpoint-N` in place, `trainer_state.json` last, and its own look-up takes the largest number
 whether complete or not. A run killed while it wrote would not start again, or start from half a state.
@@ -71,6 +71,22 @@ def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -
         path.rename(broken)
         logger.warning("Set the checkpoint %s aside as %s: %s.", path, broken.name, problem)
     return None
+
+
+class LoadsPublishedNames:
+    """
+    Mixin for a [`~transformers.Trainer`] that resumes a model trained in all its weights.
+
+    Checkpoints keep a model's weights under their published names. Trainer does not translate them back (transformers
+    5.23): it warns of missing keys and goes on from the weights the model came with. To be removed once it does.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = model or self.model
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or hasattr(model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
 
 
 def _incomplete(checkpoint: Path) -> str | None:

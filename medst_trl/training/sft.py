@@ -16,6 +16,7 @@ from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .collator import DataCollatorForSelfQuestioning
 from .learning_rates import LearningRatesByPart
+from .resume import LoadsPublishedNames
 from .set_aside import SetAsideExamples
 
 
@@ -77,7 +78,7 @@ class SelfQuestioningConfig(SFTConfig):
         super().__post_init__()
 
 
-class SelfQuestioningTrainer(LearningRatesByPart, SFTTrainer):
+class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, SFTTrainer):
     """
     Trainer of STLLaVA-Med's first stage (https://huggingface.co/papers/2406.19973): the policy learns to answer
     questions about an image and, in `<vusr>` turns, to ask them.

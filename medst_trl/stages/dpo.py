@@ -1,0 +1,195 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Stage 2: the policy learns to prefer the better of its own answers.
+
+```bash
+medst dpo \
+    --model_name_or_path runs/vqa_rad/sft \
+    --dataset runs/vqa_rad/judge/preferences \
+    --learning_rate 5e-6 \
+    --vision_learning_rate 2e-5 \
+    --projector_learning_rate 2e-5 \
+    --output_dir runs/vqa_rad/dpo
+```
+
+Input: preference pairs with columns `id`, `images`, `prompt`, `chosen`, `rejected` (see `medst judge`), and an adapter
+or a model. An adapter is trained further, its frozen copy being the reference; a model gets a new adapter, the model
+without it being the reference. Output: an adapter with its processor and template in `output_dir`, for
+[`load_policy`]; checkpoints beside it; `rejected.jsonl` if pairs could not be used. Run again after a crash, it goes
+on from the newest complete checkpoint.
+"""
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from trl.scripts.utils import TrlParser
+
+    from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
+
+
+@dataclass
+class DpoArguments:
+    """What `medst dpo` needs beside the training arguments of [`MultimodalDPOConfig`]."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of an adapter (or of a model) to align."})
+    dataset: str = field(metadata={"help": "Folder or Hub id of preference pairs (`medst judge` makes them)."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split for eval_strategy steps or epoch."})
+    max_records: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    use_lora: bool = field(
+        default=True, metadata={"help": "Give a model without an adapter a new one; false trains every weight."}
+    )
+    lora_r: int = field(default=128, metadata={"help": "LoRA rank in the language model, for a new adapter."})
+    lora_alpha: int = field(default=256, metadata={"help": "LoRA scale in the language model, for a new adapter."})
+    vision_lora_r: int = field(
+        default=32, metadata={"help": "LoRA rank in the vision tower, for a new adapter; 0 leaves it frozen."}
+    )
+    vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale there, for a new adapter."})
+    train_vision: bool = field(
+        default=True, metadata={"help": "Whether the adapter's part in the vision tower goes on training."}
+    )
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base of an adapter, where it has moved from the place the adapter names."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the frozen weights: float32, bfloat16. Default: that of the training arguments bf16 and "
+            "fp16, and float32 where every weight trains. What an adapter trains is kept in float32."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
+    )
+
+
+def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
+    from medst_trl.data.schema import check_columns, load_records
+    from medst_trl.full_disk import explain_full_disk
+    from medst_trl.stage_record import StageRecord
+    from medst_trl.training.resume import resume_checkpoint
+    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of
+
+    datasets = {"train": load_records(args.dataset, args.train_split)}
+    if training_args.eval_strategy != "no":
+        datasets["eval"] = load_records(args.dataset, args.validation_split)
+    for dataset in datasets.values():
+        check_columns(dataset, "preferences")
+    if args.max_records is not None:
+        datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
+    record = StageRecord.open(
+        training_args.output_dir,
+        stage="dpo",
+        settings=asdict(args) | settings_of(training_args),
+        inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
+        operational=operational_settings(training_args),
+        overwrite=args.overwrite,
+    )
+    if record.status == "finished":
+        return
+
+    trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
+    checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
+    with explain_full_disk(training_args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.accelerator.wait_for_everyone()
+        set_aside = _write_set_aside(trainer)
+        save_adapter(trainer)
+    metrics = _last_metrics(trainer.state.log_history)
+    record.finish(
+        counts={
+            "pairs": len(datasets["train"]),
+            "set_aside": set_aside,
+            "truncated": len(trainer.truncated),
+            "steps": trainer.state.global_step,
+        },
+        metrics=metrics,
+    )
+    ordered, change = metrics.get("rewards/accuracies", 0.0), metrics.get("logratios/chosen", 0.0)
+    trainer.accelerator.print(
+        f"Stage 2 is done: {trainer.state.global_step} steps on {len(trainer.train_dataset)} preference pairs"
+        + "".join(f", {count} set aside as {reason} (rejected.jsonl)" for reason, count in set_aside.items())
+        + f". At the end {ordered:.0%} of the pairs are ordered as the judge has them, and the chosen answers are "
+        f"{'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats). Adapter and "
+        f"processor are in {training_args.output_dir}."
+    )
+    trainer.end()
+
+
+def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "MultimodalDPOTrainer":
+    from medst_trl import MultimodalDPOTrainer, adapter_config, load_policy
+    from medst_trl.policy.adapters import freeze_vision
+    from medst_trl.policy.vusr import add_vusr
+
+    frozen = "float32"
+    if args.use_lora and (training_args.bf16 or training_args.fp16):
+        frozen = "bfloat16" if training_args.bf16 else "float16"
+    model, processor = load_policy(
+        args.model_name_or_path,
+        base_model_name_or_path=args.base_model_name_or_path,
+        dtype=args.dtype or frozen,
+        is_trainable=True,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
+    if not args.train_vision:
+        freeze_vision(model)
+    config = None
+    if args.use_lora and not hasattr(model, "peft_config"):
+        config = adapter_config(
+            model,
+            vusr_token_id=add_vusr(processor),
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=0.0,  # DPO compares log-probabilities with and without the adapter
+            vision_r=args.vision_lora_r if args.train_vision else 0,
+            vision_lora_alpha=args.vision_lora_alpha,
+        )
+    trainer = MultimodalDPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=config,
+    )
+    counts = trainer.trainable_parameters()
+    trainer.accelerator.print(
+        "Training " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters."
+    )
+    return trainer
+
+
+def _write_set_aside(trainer: "MultimodalDPOTrainer") -> dict[str, int]:
+    """Writes `rejected.jsonl` and counts by reason."""
+    from medst_trl.data.schema import write_jsonl
+
+    reasons = trainer.set_aside
+    if reasons and trainer.accelerator.is_main_process:
+        path = os.path.join(trainer.args.output_dir, "rejected.jsonl")
+        write_jsonl(path, ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items()))
+    return {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}
+
+
+def _last_metrics(log_history: list[dict]) -> dict[str, float]:
+    """The last value of each figure that says how training went."""
+    last = {key: value for entry in log_history for key, value in entry.items()}
+    kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_rewards/", "eval_logratios/")
+    names = ("train_loss", "loss", "eval_loss")
+    return {name: value for name, value in last.items() if name in names or name.startswith(kinds)}
+
+
+def make_parser(prog: str | None = None) -> "TrlParser":
+    from trl.scripts.utils import TrlParser
+
+    from medst_trl import MultimodalDPOConfig
+
+    return TrlParser((DpoArguments, MultimodalDPOConfig), prog=prog, description=__doc__)

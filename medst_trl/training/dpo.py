@@ -1,0 +1,195 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: TRL's DPOTrainer on image conversations, its reference a true copy of the policy it starts from."""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from ..errors import UserError
+from ..policy.adapters import mend_tied_head, train_in_full_precision
+from ..policy.checkpoints import load_policy, prepare_policy
+from .displacement import WarnOfDisplacement
+from .learning_rates import LearningRatesByPart
+from .preference_collator import DataCollatorForMultimodalPreference
+from .resume import LoadsPublishedNames
+from .usable_pairs import usable_pairs
+
+
+@dataclass
+class MultimodalDPOConfig(DPOConfig):
+    """
+    Configuration of [`MultimodalDPOTrainer`]: TRL's [`~trl.DPOConfig`] and learning rates by part.
+
+    Args:
+        vision_learning_rate (`float`, *optional*):
+            Learning rate of the vision tower. Defaults to `learning_rate`. The paper's scripts: 2e-5.
+        projector_learning_rate (`float`, *optional*):
+            Learning rate of the projector. Defaults to `learning_rate`. The paper's scripts: 2e-5.
+
+    > [!NOTE]
+    > Differs from [`~trl.DPOConfig`]: `learning_rate` defaults to `5e-6` (the paper's), `max_length` to `2048`, and
+    > `bf16` to `False` where there is no accelerator.
+    """
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate (the paper: 5e-6)."})
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Longest sequence in tokens, image tokens included. Longer answers are cut."},
+    )
+    vision_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the vision tower (the paper: 2e-5). Default: learning_rate."},
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector (the paper: 2e-5). Default: learning_rate."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
+            self.bf16 = False  # TRL's default of True suits accelerators; on a CPU it is slow and less exact
+        super().__post_init__()
+
+
+class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, DPOTrainer):
+    """
+    Trainer of STLLaVA-Med's second stage (https://huggingface.co/papers/2406.19973): the policy learns to prefer the
+    better of its own answers about an image.
+
+    Losses and metrics are those of TRL's [`~trl.DPOTrainer`]. The reference is the policy as it comes in: a frozen
+    copy of a continued adapter in all its parts (LoRA, projector, `<vusr>` row), the bare model under a new adapter,
+    a copy of the whole model without an adapter. Pairs that cannot be trained on are set aside before the first step
+    (`set_aside`). Beside TRL's metrics are logged the mean answer `lengths/chosen` and `lengths/rejected` in tokens,
+    and `logratios/chosen` and `logratios/rejected`, how much likelier than under the reference the answers are, in
+    nats; a warning says when the chosen answers become less likely, too (likelihood displacement).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy to train: a name for [`load_policy`], or a loaded model or adapter (loaded with
+            `is_trainable=True`).
+        args ([`MultimodalDPOConfig`]):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`]):
+            Columns `prompt`, `chosen`, `rejected`, `images` and `id`.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            Processor; needed with a loaded model.
+        **kwargs:
+            Further arguments of [`~trl.DPOTrainer`], such as `ref_model`, `eval_dataset`, `peft_config`, `callbacks`.
+
+    Example:
+    ```python
+    >>> model, processor = load_policy("runs/demo/sft", is_trainable=True)
+    >>> trainer = MultimodalDPOTrainer(
+    ...     model=model,
+    ...     args=MultimodalDPOConfig(output_dir="dpo", vision_learning_rate=2e-5, projector_learning_rate=2e-5),
+    ...     train_dataset=load_dataset("runs/demo/judge/preferences", split="train"),
+    ...     processing_class=processor,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "medst_trl", "self-training"]  # noqa: RUF012 (as TRL has it)
+    _name = "Multimodal DPO"
+
+    def __init__(
+        self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
+    ):
+        if isinstance(model, str):
+            kwargs_of_model = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            model, loaded = load_policy(model, is_trainable=True, **kwargs_of_model)
+            processing_class = processing_class or loaded
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                get_config_model_id(base.config), trust_remote_code=args.trust_remote_code
+            )
+        prepare_policy(base, processing_class)
+        continues_adapter = hasattr(model, "peft_config") and kwargs.get("ref_model") is None
+        if continues_adapter and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
+        if not (continues_adapter or kwargs.get("ref_model") or kwargs.get("peft_config")):
+            # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
+            kwargs["ref_model"] = deepcopy(model).requires_grad_(False).eval()
+        collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
+            processing_class, max_length=args.max_length, pad_to_multiple_of=_multiple(args.pad_to_multiple_of)
+        )
+        train_dataset, self.set_aside = usable_pairs(train_dataset, processing_class, args.max_length)
+        if eval_dataset is not None:
+            eval_dataset, _ = usable_pairs(eval_dataset, processing_class, args.max_length)
+        self.truncated: set[str] = set()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=collator,
+            **kwargs,
+        )
+        if hasattr(self.model, "peft_config"):
+            mend_tied_head(self.model)
+            zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
+                train_in_full_precision(self.model)
+            if continues_adapter:
+                _complete_reference(self.model)
+            # The reference is what training starts from, so it need not be saved with each checkpoint. And PEFT would
+            # store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
+            self.model.save_pretrained = partial(
+                self.model.save_pretrained, save_embedding_layers=False, selected_adapters=["default"]
+            )
+        self.add_callback(WarnOfDisplacement())
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "id"]))
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads again, and that would carry a `hub_token` given as an argument.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        self.truncated.update(inputs.pop("truncated", ()))
+        inputs.pop("neutralised", None)
+        result = super()._compute_loss(model, inputs, return_outputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float().chunk(2))
+        for kind, length in zip(("chosen", "rejected"), lengths, strict=True):
+            metrics[f"lengths/{kind}"].append(length.mean().item())
+            metrics[f"logratios/{kind}"].append(metrics[f"rewards/{kind}"][-1] / self.beta)
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "learning_rate" in logs:
+            logs |= {
+                f"learning_rate_{part}": rate for part, rate in self.learning_rates().items() if part != "language"
+            }
+        super().log(logs, start_time)
+
+
+def _complete_reference(model: torch.nn.Module) -> None:
+    """
+    Makes the adapter `ref` a frozen copy of `default` in all its parts.
+
+    TRL (1.16) copies parameters with `.default.` in their name, which leaves out the trained token row, whose name
+    ends in `.default`: the reference would not be the policy. To be removed once TRL copies those, too.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "default" in parts:
+            reference = parameters[".".join("ref" if part == "default" else part for part in parts)]
+            reference.data = parameter.data.clone()
+            reference.requires_grad_(False)
+
+
+def _multiple(pad_to_multiple_of: int | str | None) -> int | None:
+    return None if pad_to_multiple_of == "auto" else pad_to_multiple_of

@@ -1,0 +1,162 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From conversations to tokens: each rendered once, tokenised once, its questions and answers located by offsets.
+
+Both collators stand on this, so that a prompt reads the same in stage 1 and in stage 2.
+"""
+
+import bisect
+from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from trl.data_utils import prepare_multimodal_messages
+
+from ..errors import UserError
+from ..policy.spans import Span, render_conversation, text_of, typed_parts
+from ..policy.vusr import adds_special_tokens
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import BatchFeature, ProcessorMixin
+
+# Inputs with one entry a token, cut together when a row is cut.
+TOKEN_INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels",
+    "question_mask", "completion_mask",
+)  # fmt: skip
+
+
+class TokenSpan(NamedTuple):
+    """Tokens `start` to `end` (exclusive) of a row that are a question or an answer with its terminator."""
+
+    start: int
+    end: int
+    is_question: bool
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """
+    Messages on their way into a batch.
+
+    Args:
+        id (`str`): Id of the example.
+        messages (`list[dict]`): Messages whose content is a list of typed parts; image parts hold no image.
+        images (`list[PIL.Image.Image]`): The images in the order of the image parts, in mode RGB.
+        asked (`frozenset[int]`): Indices of the user messages that are `<vusr>` turns.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: "list[Image.Image]"
+    asked: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """
+    A batch of conversations as the processor gives it.
+
+    Args:
+        batch ([`~transformers.BatchFeature`]): `input_ids`, `attention_mask` (batch, length), `pixel_values`, ...
+        spans (`list[list[TokenSpan]]`): The questions and answers of each row, in order.
+        neutralised (`int`): Places where data text spelled a control token.
+    """
+
+    batch: "BatchFeature"
+    spans: list[list[TokenSpan]]
+    neutralised: int
+
+
+def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+    """
+    An example's `messages` with its `images` (or `image`) and `id` (drawn from the text where it is missing).
+
+    Raises:
+        UserError: if images and image parts differ in number.
+    """
+    images = [example["image"]] if "image" in example else list(example.get("images") or [])
+    images = [image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images]
+    example_id = example.get("id") or sha256(repr([text_of(m["content"]) for m in messages]).encode()).hexdigest()
+    try:
+        prepared = prepare_multimodal_messages(
+            [{**message, "content": _plain(message["content"])} for message in messages], images=images
+        )
+    except ValueError as error:
+        raise UserError(f"Record {example_id!r} cannot be collated: {error}") from error
+    # The images travel beside the messages: the template needs to know only where they stand.
+    bare = [
+        {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
+        for message in prepared
+    ]
+    return Conversation(str(example_id), bare, images)
+
+
+def encode(
+    processor: "ProcessorMixin", conversations: Collection[Conversation], pad_to_multiple_of: int | None = None
+) -> Encoded:
+    """
+    Renders, tokenises and pads (on the right) a batch of conversations.
+
+    Raises:
+        UserError: if the template cannot render one, or the processor does not tell where it writes out images.
+    """
+    rendered = [render_conversation(processor, c.messages, c.asked) for c in conversations]
+    images = [conversation.images for conversation in conversations]
+    batch = processor(
+        text=[conversation.text for conversation in rendered],
+        images=images if any(images) else None,
+        padding=True,
+        padding_side="right",
+        pad_to_multiple_of=pad_to_multiple_of,
+        add_special_tokens=adds_special_tokens(processor, rendered[0].text),
+        return_offsets_mapping=True,
+        return_text_replacement_offsets=True,
+    )
+    offsets = [torch.tensor(row) for row in batch.pop("offset_mapping")]
+    replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(rendered)
+    # Converted only now: Idefics3 would try to make a tensor of the replacement offsets too.
+    batch.convert_to_tensors("pt")
+    spans = []
+    for row, conversation in enumerate(rendered):
+        _check_offsets(processor, conversation.text, offsets[row], replaced[row], len(batch["input_ids"][row]))
+        expanded = _behind_expanded_images(conversation.spans, replaced[row])
+        spans.append([_in_tokens(span, offsets[row]) for span in expanded])
+    return Encoded(batch, spans, sum(conversation.neutralised for conversation in rendered))
+
+
+def _check_offsets(
+    processor: "ProcessorMixin", text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int
+) -> None:
+    """Refuses a processor that makes the text longer without saying where: labels would land on other tokens."""
+    gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
+    if len(offsets) != length or int(offsets.max()) > len(text) + gained:
+        raise UserError(
+            f"{type(processor).__name__} writes out image placeholders without telling where "
+            "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
+            "family cannot be trained here with the installed transformers."
+        )
+
+
+def _behind_expanded_images(spans: list[Span], replaced: list[dict[str, Any]]) -> list[Span]:
+    """Moves spans of the rendered text to where they stand once image placeholders are written out."""
+    placeholder_ends = [item["span"][1] for item in replaced]
+    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
+    return [
+        Span(*(char + gained[bisect.bisect_right(placeholder_ends, char)] for char in span[:2]), span.is_question)
+        for span in spans
+    ]
+
+
+def _in_tokens(span: Span, offsets: torch.Tensor) -> TokenSpan:
+    starts, ends = offsets.unbind(-1)
+    tokens = ((starts < span.end) & (ends > span.start)).nonzero()  # padding has width zero and matches nothing
+    return TokenSpan(int(tokens[0]), int(tokens[-1]) + 1, span.is_question)
+
+
+def _plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    return content if isinstance(content, str) else typed_parts(content)

@@ -1,0 +1,41 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What both training stages do with their run's folder: name its settings, leave the result in it."""
+
+import os
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+# Arguments of the Trainer that change nothing in what is learned, so a resumed run may change them.
+_OPERATIONAL_PREFIXES = (
+    "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "save_", "hub_", "push_to_hub",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
+    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config",
+    "torch_empty_cache_steps",
+)  # fmt: skip
+
+
+def settings_of(training_args: "TrainingArguments") -> dict:
+    """The arguments as they were given; `to_dict()` adds what the machine is, which may differ when continued."""
+    return {item.name: getattr(training_args, item.name) for item in fields(training_args) if item.init}
+
+
+def operational_settings(training_args: "TrainingArguments") -> set[str]:
+    """Names of the arguments that may change when a run is continued."""
+    return {name for name in training_args.to_dict() if name.startswith(_OPERATIONAL_PREFIXES)}
+
+
+def save_adapter(trainer: "Trainer") -> None:
+    """Adapter (or model), processor and the Trainer's state appear in `output_dir` file by file, each complete."""
+    final, temporary = trainer.args.output_dir, os.path.join(trainer.args.output_dir, ".adapter.incomplete")
+    trainer.save_model(temporary)
+    if trainer.args.should_save:
+        trainer.save_state()
+        for name in os.listdir(temporary):
+            os.replace(os.path.join(temporary, name), os.path.join(final, name))
+        os.rmdir(temporary)

@@ -1,0 +1,200 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: the reference is the policy, all of it, and stays; what should train does; logs tell the truth."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_dpo import adapter_policy, make_trainer, pair, trained_weights
+
+from medst_trl.errors import UserError
+from medst_trl.policy.adapters import freeze_vision
+from medst_trl.training.displacement import WarnOfDisplacement
+
+
+def reference_of(model) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if "ref" in name.split(".")}
+
+
+def as_policy(name: str) -> str:
+    return ".".join("default" if part == "ref" else part for part in name.split("."))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_reference_is_the_whole_policy_and_the_first_loss_is_ln_2(tmp_path, tied):
+    trainer = make_trainer(tmp_path, policy=adapter_policy(tie_word_embeddings=tied), max_steps=1)
+    parameters, reference = dict(trainer.model.named_parameters()), reference_of(trainer.model)
+    kinds = ("lora_A", "lora_B", "multi_modal_projector", "trainable_tokens_delta")
+    assert all(any(kind in name for name in reference) for kind in kinds)
+    for name, parameter in reference.items():
+        assert torch.equal(parameter, parameters[as_policy(name)]), name
+        assert not parameter.requires_grad
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_training_moves_every_part_of_the_policy_and_nothing_of_the_reference(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    reference = set(reference_of(trainer.model))
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert not moved & reference
+    assert moved <= set(trained_weights(trainer))
+    # `<vusr>` stands in no prompt of stage 2, so its row has no gradient
+    for kind in ("language_model", "vision_tower", "multi_modal_projector"):
+        assert any(kind in name for name in moved), kind
+    assert trainer.state.log_history[-2]["rewards/margins"] > 0
+
+
+def test_each_part_trains_at_its_own_rate(tmp_path):
+    rates = {"learning_rate": 1e-3, "vision_learning_rate": 2e-3, "projector_learning_rate": 3e-3}
+    trainer = make_trainer(tmp_path, max_steps=1, **rates)
+    trainer.train()
+    assert trainer.learning_rates() == {"language": 1e-3, "vision": 2e-3, "projector": 3e-3}
+    assert trainer.state.log_history[0]["learning_rate_vision"] == 2e-3
+
+
+def test_a_frozen_vision_tower_stays(tmp_path):
+    model, processor = adapter_policy()
+    freeze_vision(model)
+    trainer = make_trainer(tmp_path, policy=(model, processor), max_steps=2)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and not any("vision_tower" in name for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["new_adapter", "full"])
+def test_without_an_adapter_the_model_itself_is_the_reference(tmp_path, kind):
+    trainer = make_trainer(tmp_path, policy=kind, max_steps=3)
+    reference = trainer.ref_model if kind == "full" else trainer.model.get_base_model()
+    fixed = {name: p.clone() for name, p in reference.named_parameters() if not p.requires_grad}
+    assert fixed
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.state.log_history[1]["loss"] < math.log(2)
+    assert all(torch.equal(p, fixed[name]) for name, p in reference.named_parameters() if name in fixed)
+
+
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
+    model, processor = adapter_policy()
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="is_trainable=True"):
+        make_trainer(tmp_path, policy=(model, processor))
+
+
+def test_pairs_that_cannot_be_trained_on_are_set_aside(tmp_path):
+    rows = [pair(number) for number in range(6)]
+    rows[1]["rejected"] = rows[1]["chosen"]
+    rows[2]["prompt"][0]["content"][1]["text"] = "long " * 400
+    rows[3]["images"] = rows[3]["images"] * 2
+    trainer = make_trainer(tmp_path, rows=rows, max_length=100, max_steps=1, per_device_train_batch_size=3)
+    assert trainer.set_aside == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
+    trainer.train()
+
+    with pytest.raises(UserError, match="1 because both answers say the same"):
+        make_trainer(tmp_path, rows=[rows[1]])
+
+
+def test_answers_that_do_not_fit_are_cut_and_counted(tmp_path):
+    rows = [pair(number) for number in range(4)]
+    rows[2]["chosen"][0]["content"][0]["text"] = "long " * 400
+    trainer = make_trainer(tmp_path, rows=rows, max_length=80, max_steps=1)
+    trainer.train()
+    assert trainer.truncated == {"p2"} and not trainer.set_aside
+
+
+def test_logs_have_lengths_and_log_ratios(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, beta=0.5, eval_rows=[pair(50), pair(51)])
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert first["lengths/chosen"] > first["lengths/rejected"] > 1  # the chosen answers of these pairs are longer
+    assert second["logratios/chosen"] == pytest.approx(second["rewards/chosen"] / 0.5)
+    assert "eval_lengths/chosen" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("loss_type", [["sigmoid", "sft"], ["ipo"], ["hinge"], ["robust"]])
+def test_other_losses_of_trl_and_their_sums_stay_available(tmp_path, loss_type):
+    trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type, label_smoothing=0.1)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_displacement_is_said_once_and_only_when_it_lasts(caplog):
+    class State:
+        global_step, is_world_process_zero = 30, True
+
+    def warnings(changes):
+        caplog.clear()
+        callback = WarnOfDisplacement()
+        for change in changes:
+            callback.on_log(None, State, None, logs={"logratios/chosen": change})
+        return [record.message for record in caplog.records]
+
+    assert warnings([-0.5, 0.1, -0.2, -0.3, 0.2]) == []
+    said = warnings([0.1, -0.5, -0.6, -0.7, -0.8, -0.9])
+    assert len(said) == 1 and "0.70 nats" in said[0] and "sft" in said[0]
+
+
+def test_the_adapter_is_saved_without_its_reference_and_loads_again(tmp_path):
+    from medst_trl import load_policy
+
+    model, processor = adapter_policy(save_to=tmp_path)
+    trainer = make_trainer(tmp_path / "dpo", policy=(model, processor), max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "ref").exists()
+    loaded, _ = load_policy(str(tmp_path / "saved"))
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).logits
+        assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-5)
+
+
+def run_script(folder: Path, *arguments: str, ranks: int = 1, **overrides) -> subprocess.CompletedProcess:
+    script = [str(Path(__file__).parents[1] / "tiny_dpo.py"), str(folder), json.dumps(overrides), *arguments]
+    command = [sys.executable, *script]
+    if ranks > 1:
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
+            "--mixed_precision", "no", "--main_process_port", "0", *script,
+        ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = run_script(tmp_path / "whole", **settings)
+    assert whole.returncode == 0, whole.stderr
+    assert run_script(tmp_path / "cut", "--kill_after_step", "5", **settings).returncode == -9
+    assert run_script(tmp_path / "cut", **settings).returncode == 0
+    ours, theirs = (torch.load(tmp_path / name / "weights.pt") for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["sigmoid", "sft"]])
+def test_two_ranks_equal_one(tmp_path, loss_type):
+    """Per-pair losses do not depend on how pairs are divided; TRL's `sft` term is a mean over a rank's tokens."""
+    runs = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        run = run_script(folder, ranks=ranks, per_device_train_batch_size=4 // ranks, loss_type=loss_type, optim="sgd")
+        assert run.returncode == 0, run.stderr
+        runs[ranks] = json.loads((folder / "run.json").read_text())
+        assert runs[ranks]["world_size"] == ranks
+    losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in runs.values()]
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    assert difference < (1e-5 if loss_type == ["sigmoid"] else 0.05)
