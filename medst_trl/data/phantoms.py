@@ -17,6 +17,7 @@ Example:
 ```
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -169,12 +170,26 @@ def make_phantoms(n: int, seed: int, split: str = "train") -> list[Phantom]:
     phantoms = []
     for position in range(n):
         if position % len(_TRUTHS) == 0:
-            order = np.random.default_rng((SPLITS[split], seed, 1, position)).permutation(len(_TRUTHS))
-        truth = _TRUTHS[order[position % len(_TRUTHS)]]
+            truths = _truths_of_block(split, seed, position)
+        truth = truths[position % len(_TRUTHS)]
         rng = np.random.default_rng((SPLITS[split], seed, 0, position))
         image, name = Image.fromarray(_draw(truth, rng)), f"phantom-{split}-{seed}-{position}"
         phantoms.append(Phantom(name, image, truth, _ask(name, truth, rng)))
     return phantoms
+
+
+def truth_of(phantom_id: str) -> Truth:
+    """The truth of a phantom by its id, without drawing it.
+
+    Raises:
+        ValueError: If no phantom has this id.
+    """
+    match = re.fullmatch(rf"phantom-({'|'.join(SPLITS)})-(\d+)-(\d+)", phantom_id)
+    if match is None:
+        raise ValueError(f"{phantom_id!r} is not the id of a phantom.")
+    split, seed, position = match[1], int(match[2]), int(match[3])
+    place = position % len(_TRUTHS)
+    return _truths_of_block(split, seed, position - place)[place]
 
 
 def benchmark_rows(phantoms: Iterable[Phantom]) -> Iterator[dict]:
@@ -205,6 +220,11 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
             "image_ids": [image_id(phantom.image)],
             "messages": messages,
         }
+
+
+def _truths_of_block(split: str, seed: int, start: int) -> list[Truth]:
+    order = np.random.default_rng((SPLITS[split], seed, 1, start)).permutation(len(_TRUTHS))
+    return [_TRUTHS[index] for index in order]
 
 
 def _text(text: str) -> dict:
