@@ -43,20 +43,25 @@ def ask(
     return [question.strip() for question in questions]
 
 
-def main(model_name_or_path: str, count: int, seed: int) -> float:
+def measure(model_name_or_path: str, count: int, seed: int, **sampling) -> tuple[float, float]:
+    """Shares of sampled questions that are well-formed, and that their scan answers."""
     model, processor = load_policy(model_name_or_path)
     phantoms = make_phantoms(count, seed, split="unlabelled")
     torch.manual_seed(seed)
-    images = [phantom.image.convert("RGB") for phantom in phantoms]
-    questions = ask(model, processor, images, temperature=1.0, top_p=0.95)
-    answerable = [is_well_formed(question, p.truth) for question, p in zip(questions, phantoms, strict=True)]
+    questions = ask(model, processor, [phantom.image.convert("RGB") for phantom in phantoms], **sampling)
     for question in dict.fromkeys(questions[:8]):
         print(f"  {question}")
+    answerable = [is_well_formed(question, p.truth) for question, p in zip(questions, phantoms, strict=True)]
+    return sum(map(is_well_formed, questions)) / count, sum(answerable) / count
+
+
+def main(model_name_or_path: str, count: int, seed: int) -> float:
+    well_formed, answerable = measure(model_name_or_path, count, seed, temperature=1.0, top_p=0.95)
     print(
-        f"{sum(map(is_well_formed, questions))} of {count} sampled questions are well-formed, "
-        f"{sum(answerable)} of them questions that their scan answers."
+        f"{well_formed:.0%} of {count} sampled questions are well-formed, "
+        f"{answerable:.0%} are questions that their scan answers."
     )
-    return sum(answerable) / count
+    return answerable
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ Runs the stages of a recipe one after another, each in a process of its own. A s
 that was cut short continues, one whose settings have changed is refused.
 
   RECIPE                     a YAML file, or the name of a packaged recipe (medst recipes ls)
-  --stage STAGE              only this stage, or one item of it: sft, prepare/slake
+  --stage STAGE              only this stage, or one item of it: sft, prepare/slake, round_2, round_2/dpo
+  --rounds N                 ask, judge and align N times, each round with the policy of the one before
   --overwrite                delete the results of the stages that run, and make them anew
   --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: what the machine has)
   --num_processes N          processes of the stages that can use several

@@ -17,6 +17,11 @@ evaluate:                        # a list runs the stage once an item, into runs
     control: blank
 ```
 
+`{sft}` in a value stands for the folder of that section, `{prepare/slake}` for that of one item, `{run}` for the
+folder of the run. With `rounds: 3` (or `--rounds 3`) the sections generate, judge, dpo, and the evaluations that read
+from them, run three times, into `round_1/`, `round_2/`, `round_3/`: each round's policy asks and answers for the next
+one, about the images that follow those of the round before.
+
 Relative paths are relative to the current folder, as in TRL; neither `~` nor `$VARIABLES` in them are expanded. Of two
 settings the more particular wins (an item or section over a shared one), and the command line over the file.
 """
@@ -24,7 +29,7 @@ settings the more particular wins (an item or section over a shared one), and th
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,8 @@ from medst_trl.stages import STAGES, Stage
 
 
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # shared or of a section; they are for the launcher
-RECIPE_KEYS = ("output_dir", "env", *LAUNCH_KEYS)
+RECIPE_KEYS = ("output_dir", "env", "rounds", *LAUNCH_KEYS)
+ROUND = ("generate", "judge", "dpo")  # what a round repeats; evaluations join in where they read from it
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Step:
         stage ([`~medst_trl.stages.Stage`]):
             The stage.
         label (`str`):
-            `"sft"`, or `"prepare/<name>"` where the section is a list.
+            `"sft"`, `"prepare/<name>"` where the section is a list, or `"round_1/dpo"`.
         settings (`dict`):
             Its arguments, in the types that its parser declares.
         where (`str`):
@@ -98,15 +104,25 @@ class Recipe:
 
     @property
     def labels(self) -> list[str]:
-        """The sections, and their items where they are lists."""
+        """The sections, their items where they are lists, and the rounds."""
         items = [f"{name}/{item['name']}" for name, items in self.sections.items() for item in items if "name" in item]
-        return [*self.sections, *items]
+        names = [name for name in (*self.sections, *items) if name.partition("/")[0] in (*ROUND, "evaluate")]
+        rounds = [f"round_{number}" for number in range(1, (self.rounds or 0) + 1)]
+        return [*self.sections, *items, *rounds, *(f"{number}/{name}" for number in rounds for name in names)]
 
     @cached_property
     def output_dir(self) -> str:
         """The folder of the run: from the command line, the recipe, or after the recipe's name."""
         given = self._given(None).get("output_dir") or self.shared.get("output_dir")
         return str(given or Path("runs", Path(self.path).stem))
+
+    @cached_property
+    def rounds(self) -> int | None:
+        """How often generate, judge, dpo and what evaluates them are repeated; None for once, without rounds."""
+        value = self._given(None).get("rounds", self.shared.get("rounds"))
+        if value is None or (str(value).isdecimal() and int(value) > 0):
+            return None if value is None else int(value)
+        raise UserError(f"{self.path}: rounds: {value!r} is not a number of rounds.")
 
     def steps(self, which: str | None = None, complete: bool = True) -> list[Step]:
         """
@@ -121,49 +137,119 @@ class Recipe:
         Raises:
             UserError: for a key or value in the recipe or on the command line that cannot be meant.
         """
-        chosen = [
-            (STAGES[name], item)
-            for name, items in self.sections.items()
-            for item in items
-            if which in (None, name, _label(name, item))
-        ]
+        chosen = [job for job in self._jobs() if which in (None, *job.names)]
         if not chosen:
             raise UserError(self._no_section(which))
-        self._check_shared_keys(first=[stage.name for stage, _ in chosen])
-        steps = [self._step(stage, item) for stage, item in chosen]
+        self._check_shared_keys(first=[job.stage.name for job in chosen])
+        steps = [self._step(job) for job in chosen]
         for step in steps if complete else ():
             require(self._parser(step.stage), step.settings, step.where)
         return steps
 
-    def _step(self, stage: Stage, item: dict[str, Any]) -> Step:
-        label = _label(stage.name, item)
-        where = f"{self.path}, section {label}"
-        own = {key: value for key, value in item.items() if key != "name"}
-        own_given = self._given(stage.name) | (self._given(label) if label != stage.name else {})
-        for key in LAUNCH_KEYS:
-            if key in own | own_given and not stage.distributed:
-                raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
+    def _jobs(self) -> list["_Job"]:
+        """Every run of a stage, in its order: what is done once, the rounds, what is made of all of them."""
+        once = [_Job(STAGES[name], item) for name, items in self.sections.items() for item in items]
+        once.sort(key=lambda job: list(STAGES).index(job.stage.name))
+        if self.rounds is None:
+            return once
+        repeated = [job for job in once if job.stage.name in ROUND or self._evaluates_a_round(job)]
+        if not repeated:
+            raise UserError(f"{self.path}: rounds repeat {', '.join(ROUND)}, and it has a section for none of them.")
+        jobs = [job for job in once if job not in repeated and job.stage.name not in ("report", "push")]
+        jobs += [replace(job, round=number) for number in range(1, self.rounds + 1) for job in repeated]
+        return jobs + [job for job in once if job.stage.name in ("report", "push")]
 
+    def _evaluates_a_round(self, job: "_Job") -> bool:
+        """Whether an evaluation reads what a round makes. Others need to run only once."""
+        if job.stage.name != "evaluate":
+            return False
+        folder = self._folder_of_round(1)
+        settings = self._settings(replace(job, round=1)) | {"output_dir": None}
+        items = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
+        return any(isinstance(item, str) and Path(item).is_relative_to(folder) for item in items)
+
+    def _step(self, job: "_Job") -> Step:
+        where = f"{self.path}, section {job.label}"
+        settings = self._settings(job)
+        if job.round is not None and "output_dir" in self._own(job):
+            raise UserError(f"{where}: with rounds its output_dir is in that of the round, so leave it out.")
+        for key in LAUNCH_KEYS:
+            if key in self._own(job) and not job.stage.distributed:
+                raise UserError(f"{where}: {job.stage.name} runs in a single process and takes no {key}.")
+        launch = {key: settings.pop(key, None) for key in LAUNCH_KEYS}
+        launch["num_processes"] = as_count(launch["num_processes"], where)
+        return Step(job.stage, job.label, convert(self._parser(job.stage), settings, where), where, **launch)
+
+    def _settings(self, job: "_Job") -> dict[str, Any]:
+        """What a run of a stage is told: defaults of the recipe, shared settings, its own, the command line's."""
+        stage = job.stage
         known = keys_of(self._parser(stage)) - {"output_dir"} | set(LAUNCH_KEYS if stage.distributed else ())
         shared = {key: value for key, value in self.shared.items() if key in known}
         given = {key: value for key, value in self._given(None).items() if key in known}
-        settings = {"output_dir": str(Path(self.output_dir, label))} | shared | own | given | own_given
-        settings = self._inputs(stage, settings) | settings
-        launch = {key: settings.pop(key, None) for key in LAUNCH_KEYS}
-        launch["num_processes"] = as_count(launch["num_processes"], where)
-        return Step(stage, label, convert(self._parser(stage), settings, where), where, **launch)
+        own = {key: value for key, value in job.item.items() if key != "name"}
+        settings = {"output_dir": str(Path(self.output_dir, job.label))} | shared | own | given | self._given_to(job)
+        settings = self._inputs(job, settings) | settings
+        if job.round is not None and stage.name in ROUND:
+            settings |= self._inputs_of_round(job, settings)
+        return {key: self._resolved(value, job) for key, value in settings.items()}
 
-    def _inputs(self, stage: Stage, settings: Mapping[str, Any]) -> dict[str, str]:
+    def _given_to(self, job: "_Job") -> dict[str, Any]:
+        """Settings that the command line has for this section, its item or this round."""
+        given = {}
+        for name in dict.fromkeys([job.stage.name, _label(job.stage.name, job.item), job.label]):
+            given |= self._given(name)
+        return given
+
+    def _own(self, job: "_Job") -> dict[str, Any]:
+        """Settings of the section itself, in the file and on the command line."""
+        return {key: value for key, value in job.item.items() if key != "name"} | self._given_to(job)
+
+    def _inputs(self, job: "_Job", settings: Mapping[str, Any]) -> dict[str, str]:
         """Where the sections before this one leave what it reads. Where that is a list, it has to be said."""
         inputs = {}
-        for key, source, folder in stage.reads if settings.get(stage.unless) is None else ():
-            if source == "run":
-                inputs.setdefault(key, self.output_dir)
+        for key, source, folder in job.stage.reads if settings.get(job.stage.unless) is None else ():
             items = self.sections.get(source, [])
-            if len(items) == 1 and "name" not in items[0]:
-                output_dir = (items[0] | self._given(source)).get("output_dir") or Path(self.output_dir, source)
-                inputs.setdefault(key, str(Path(output_dir, folder)))
+            if source == "run" or (len(items) == 1 and "name" not in items[0]):
+                inputs.setdefault(key, str(Path(self._folder_of(source, job), folder)))
         return inputs
+
+    def _inputs_of_round(self, job: "_Job", settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What a round takes from the one before: its policy, and the place among the images where it stopped."""
+        inputs = {}
+        if job.round > 1 and "dpo" in self.sections and job.stage.name in ("generate", "dpo"):
+            inputs["model_name_or_path"] = str(self._folder_of_round(job.round - 1) / "dpo")
+        if job.stage.name == "generate" and self.rounds > 1:
+            size = settings.get("max_records")
+            if not str(size).isdecimal():
+                raise UserError(
+                    f"{self.path}, section generate: rounds use images not used yet, so say how many a round takes: "
+                    "max_records."
+                )
+            inputs["skip_records"] = int(settings.get("skip_records") or 0) + (job.round - 1) * int(size)
+        return inputs
+
+    def _folder_of(self, label: str, job: "_Job") -> str:
+        """The folder of a section (or of one of its items), seen from a run of a stage."""
+        name, _, item_name = label.partition("/")
+        if label == "run":
+            return self.output_dir
+        item = next((item for item in self.sections.get(name, []) if item.get("name", "") == item_name), None)
+        if item is None:
+            raise UserError(f"{self.path}, section {job.label}: {{{label}}}: {self._no_section(label)}")
+        of_round = self.rounds is not None and name in ROUND
+        number = (job.round or self.rounds) if of_round else None
+        return str(self._own(_Job(STAGES[name], item)).get("output_dir") or Path(self._folder_of_round(number), label))
+
+    def _folder_of_round(self, number: int | None) -> Path:
+        return Path(self.output_dir) if number is None else Path(self.output_dir, f"round_{number}")
+
+    def _resolved(self, value: Any, job: "_Job") -> Any:
+        """A setting whose `{section}` is replaced by that section's folder."""
+        if isinstance(value, list):
+            return [self._resolved(item, job) for item in value]
+        if not isinstance(value, str):
+            return value
+        return _FOLDER.sub(lambda match: self._folder_of(match[1], job), value)
 
     def _given(self, target: str | None) -> dict[str, Any]:
         return {option.key: option.value for option in self.options if option.target == target}
@@ -186,6 +272,29 @@ class Recipe:
 
     def _no_section(self, name: str) -> str:
         return f"{self.path} has no section {name!r}, it has {', '.join(self.labels)}.{closest(name, self.labels)}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of a stage before its settings are known."""
+
+    stage: Stage
+    item: dict[str, Any]
+    round: int | None = None
+
+    @property
+    def label(self) -> str:
+        label = _label(self.stage.name, self.item)
+        return label if self.round is None else f"round_{self.round}/{label}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By what it can be chosen: its stage, its item, its round, or exactly."""
+        label = _label(self.stage.name, self.item)
+        return (self.stage.name, label, self.label, *([] if self.round is None else [f"round_{self.round}"]))
+
+
+_FOLDER = re.compile(rf"\{{((?:{'|'.join(STAGES)})(?:/[\w-]+)?|run)\}}")
 
 
 def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Recipe:

@@ -31,7 +31,7 @@ PACKAGES = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "ac
 ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 
 # May lie in a folder before a stage starts there, and stays when the stage is overwritten (besides *.log).
-NOT_RESULTS = frozenset({".stage.lock", ".stage.json.tmp", ".gitignore", ".gitkeep", ".DS_Store"})
+NOT_RESULTS = frozenset({".stage.lock", ".stage.json.tmp", ".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl"})
 
 
 class StageRecord:

@@ -100,7 +100,8 @@ def test_base_is_evaluated_where_nothing_is_trained(tmp_path):
 def test_what_a_stage_reads_are_settings_it_has():
     for stage in STAGES.values():
         keys = keys_of(stage.make_parser())
-        assert {key for key, _, _ in stage.reads} | {"output_dir", "overwrite"} | {stage.unless or "overwrite"} <= keys
+        records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()  # made anew each time
+        assert {key for key, _, _ in stage.reads} | records | {stage.unless} - {None} <= keys
 
 
 def test_section_that_is_a_list_runs_once_an_item(tmp_path):
@@ -290,3 +291,89 @@ def test_packaged_recipe_is_found_by_name_and_a_file_before_it(tmp_path, monkeyp
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipe_can_be_run(name):
     assert read_recipe(name).steps()
+
+
+# Folders of sections, and rounds
+
+
+LOOP = """
+output_dir: out
+base:
+prepare: {source: phantoms}
+sft: {learning_rate: 1e-3}
+generate: {max_records: 100}
+judge: {oracle_error_rate: 0}
+dpo: {beta: 0.2}
+evaluate:
+  - {name: stage_1, model_name_or_path: "{sft}"}
+  - {name: aligned}
+report:
+push:
+  - {name: data, source: "{judge}/preferences", repo_id: me/data}
+"""
+
+
+def test_a_section_can_be_named_in_a_value(tmp_path):
+    found = steps(tmp_path, LOOP)
+    assert found["evaluate/stage_1"].settings["model_name_or_path"] == "out/sft"
+    assert found["evaluate/aligned"].settings["model_name_or_path"] == "out/dpo"
+    assert found["push/data"].settings["source"] == "out/judge/preferences"
+    assert found["report"].settings["run"] == "out"
+    moved = steps(tmp_path, LOOP, "--judge.output_dir", "elsewhere", "--output_dir", "there")
+    assert moved["push/data"].settings["source"] == "elsewhere/preferences"
+    assert moved["evaluate/stage_1"].settings["model_name_or_path"] == "there/sft"
+    with pytest.raises(UserError, match="no section 'dpo'"):
+        steps(tmp_path, "sft: {model_name_or_path: a, dataset: '{dpo}'}")
+
+
+def test_other_braces_in_values_stay(tmp_path):
+    text = "prepare: {source: pathvqa, data_path: x, image_pattern: '{split}/{image}.jpg'}"
+    assert steps(tmp_path, text)["prepare"].settings["image_pattern"] == "{split}/{image}.jpg"
+
+
+def test_each_round_starts_where_the_one_before_ended(tmp_path):
+    found = steps(tmp_path, LOOP, "--rounds", "3")
+    loop = ["generate", "judge", "dpo", "evaluate/aligned"]
+    assert list(found) == [
+        "base", "prepare", "sft", "evaluate/stage_1",
+        *(f"round_{number}/{name}" for number in (1, 2, 3) for name in loop), "report", "push/data",
+    ]  # fmt: skip
+    for number in (1, 2, 3):
+        policy = "out/sft" if number == 1 else f"out/round_{number - 1}/dpo"
+        generate, judge, dpo, aligned = (found[f"round_{number}/{name}"].settings for name in loop)
+        assert generate["model_name_or_path"] == dpo["model_name_or_path"] == policy
+        assert generate["skip_records"] == 100 * (number - 1) and generate["max_records"] == 100
+        assert judge["candidates"] == f"out/round_{number}/generate/candidates"
+        assert dpo["dataset"] == f"out/round_{number}/judge/preferences" and dpo["beta"] == 0.2
+        assert aligned["model_name_or_path"] == dpo["output_dir"] == f"out/round_{number}/dpo"
+    assert found["push/data"].settings["source"] == "out/round_3/judge/preferences"
+
+
+def test_more_rounds_change_nothing_in_those_before(tmp_path):
+    two, three = (steps(tmp_path, LOOP, "--rounds", n) for n in "23")
+    common = [label for label in two if label.startswith("round_")]
+    assert common and all(two[label].settings == three[label].settings for label in common)
+
+
+def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
+    assert list(steps(tmp_path, LOOP, "--rounds", "2", which="round_2/dpo")) == ["round_2/dpo"]
+    assert list(steps(tmp_path, LOOP, "--rounds", "2", which="dpo")) == ["round_1/dpo", "round_2/dpo"]
+    assert len(steps(tmp_path, LOOP, "--rounds", "2", which="round_1")) == 4
+    found = steps(tmp_path, LOOP, "--rounds", "2", "--round_2/dpo.beta", "0.5", "--dpo.seed", "7")
+    assert [found[f"round_{n}/dpo"].settings["beta"] for n in (1, 2)] == [0.2, 0.5]
+    assert found["round_1/dpo"].settings["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (LOOP.replace("max_records: 100", ""), ["--rounds", "2"], "max_records"),
+        (LOOP, ["--rounds", "two"], "not a number of rounds"),
+        (FULL, ["--rounds", "2"], "none of them"),
+        (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "leave it out"),
+        (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
+    ],
+)
+def test_what_rounds_cannot_be(tmp_path, text, words, message):
+    with pytest.raises(UserError, match=message):
+        steps(tmp_path, text, *words)

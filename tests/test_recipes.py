@@ -16,11 +16,21 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_section_is_complete_and_known(path):
     steps = read_recipe(path).steps()
-    assert [step.stage.name for step in steps] == ["base", "prepare", "sft", "evaluate"]
-    settings = {step.stage.name: step.settings for step in steps}
-    assert settings["sft"]["model_name_or_path"] == settings["base"]["output_dir"]
-    assert settings["evaluate"]["model_name_or_path"] == settings["sft"]["output_dir"]
-    assert settings["evaluate"]["controls"] == ["blank", "shuffled"]
+    made = [Path(step.settings["output_dir"]) for step in steps]
+    assert len(set(made)) == len(made)
+    for number, step in enumerate(steps):  # each reads what a step before it has made, or what lies outside of the run
+        for value in (step.settings.get(key) for key in ("model_name_or_path", "dataset", "images", "candidates")):
+            if value is not None and str(value).startswith("runs/"):
+                assert any(Path(value).is_relative_to(folder) for folder in made[:number]), (step.label, value)
+
+
+def test_the_demo_is_the_whole_loop():
+    steps = {step.label: step.settings for step in read_recipe(RECIPES[0].with_name("demo.yaml")).steps()}
+    loop = ["base", "prepare", "sft", "generate", "judge", "dpo", "evaluate/stage_1", "evaluate/aligned", "report"]
+    assert list(steps) == loop
+    assert steps["dpo"]["model_name_or_path"] == steps["evaluate/stage_1"]["model_name_or_path"] == "runs/demo/sft"
+    assert steps["evaluate/aligned"]["model_name_or_path"] == "runs/demo/dpo"
+    assert steps["prepare"]["num_phantoms"] == 0.09 * 2500
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

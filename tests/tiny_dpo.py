@@ -3,7 +3,8 @@
 """
 A stage-2 run small enough for a test: pairs of answers about noise, an adapter that is not at its starting point.
 
-As a script it runs in a process of its own: `python tests/tiny_dpo.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N]`
+As a script it runs in a process of its own:
+`python tests/tiny_dpo.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N]`
 """
 
 import json

@@ -42,8 +42,9 @@ def read_llava(path: Path, image_folder: Path) -> Source:
             name = text_value(record.get("id"), missing="") if record.get("id") not in (None, "") else name
             if name in ids:
                 raise BadRecord("duplicate_id", name)
-            images = _image_names(record.get("image"))
-            messages = _messages(record, len(images))
+            images = image_names(record.get("image"))
+            # LLaVA-Med's own files misspell the key.
+            messages = llava_messages(record.get("conversations", record.get("conversatons")), len(images))
         except BadRecord as bad:
             source.rejected.append(Rejected(name, bad.reason, bad.value))
         else:
@@ -74,15 +75,16 @@ def split_at_images(text: str) -> list[dict]:
     return parts
 
 
-def _image_names(value) -> tuple[str, ...]:
+def image_names(value) -> tuple[str, ...]:
+    """The file names of a record's field `image`: one, a list of them, or none."""
     names = value if isinstance(value, list) else [value] if value not in (None, "") else []
     if not all(isinstance(name, str) and name for name in names):
         raise BadRecord("bad_image_field", value)
     return tuple(names)
 
 
-def _messages(record: dict, num_images: int) -> list[dict]:
-    turns = record.get("conversations", record.get("conversatons"))  # LLaVA-Med's own files misspell the key
+def llava_messages(turns, num_images: int) -> list[dict]:
+    """The turns of one conversation as messages, see [`read_llava`]; raises [`BadRecord`] with its reasons."""
     if not isinstance(turns, list) or not turns:
         raise BadRecord("no_conversation", turns)
     messages = []

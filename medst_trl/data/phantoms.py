@@ -17,10 +17,9 @@ Example:
 ```
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, islice, product
 
 import numpy as np
 from PIL import Image
@@ -165,31 +164,20 @@ def make_phantoms(n: int, seed: int, split: str = "train") -> list[Phantom]:
     Raises:
         ValueError: If there is no such split.
     """
+    return list(islice(draw_phantoms(seed, split), n))
+
+
+def draw_phantoms(seed: int, split: str = "train") -> Iterator[Phantom]:
+    """The phantoms of [`make_phantoms`] one after another, without end."""
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r} of phantoms: {', '.join(SPLITS)}.")
-    phantoms = []
-    for position in range(n):
+    for position in count():
         if position % len(_TRUTHS) == 0:
-            truths = _truths_of_block(split, seed, position)
-        truth = truths[position % len(_TRUTHS)]
+            order = np.random.default_rng((SPLITS[split], seed, 1, position)).permutation(len(_TRUTHS))
+        truth = _TRUTHS[order[position % len(_TRUTHS)]]
         rng = np.random.default_rng((SPLITS[split], seed, 0, position))
         image, name = Image.fromarray(_draw(truth, rng)), f"phantom-{split}-{seed}-{position}"
-        phantoms.append(Phantom(name, image, truth, _ask(name, truth, rng)))
-    return phantoms
-
-
-def truth_of(phantom_id: str) -> Truth:
-    """The truth of a phantom by its id, without drawing it.
-
-    Raises:
-        ValueError: If no phantom has this id.
-    """
-    match = re.fullmatch(rf"phantom-({'|'.join(SPLITS)})-(\d+)-(\d+)", phantom_id)
-    if match is None:
-        raise ValueError(f"{phantom_id!r} is not the id of a phantom.")
-    split, seed, position = match[1], int(match[2]), int(match[3])
-    place = position % len(_TRUTHS)
-    return _truths_of_block(split, seed, position - place)[place]
+        yield Phantom(name, image, truth, _ask(name, truth, rng))
 
 
 def benchmark_rows(phantoms: Iterable[Phantom]) -> Iterator[dict]:
@@ -220,11 +208,6 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
             "image_ids": [image_id(phantom.image)],
             "messages": messages,
         }
-
-
-def _truths_of_block(split: str, seed: int, start: int) -> list[Truth]:
-    order = np.random.default_rng((SPLITS[split], seed, 1, start)).permutation(len(_TRUTHS))
-    return [_TRUTHS[index] for index in order]
 
 
 def _text(text: str) -> dict:

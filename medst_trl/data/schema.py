@@ -164,7 +164,7 @@ def load_records(path_or_hub_id: str | os.PathLike, split: str) -> "Dataset":
 
     folder = Path(path_or_hub_id)
     if folder.is_dir():
-        shards = [str(path) for path in _complete_shards(folder, split)]
+        shards = [str(path) for path in complete_shards(folder, split)]
         return load_dataset("parquet", data_files={split: shards}, split=split)
     try:
         hub_id, revision = split_revision(str(path_or_hub_id))
@@ -197,7 +197,19 @@ _KINDS = {
 }
 
 
-def _complete_shards(folder: Path, split: str) -> list[Path]:
+def splits_in(folder: str | os.PathLike) -> list[str]:
+    """Names of the splits in a folder of `<split>-*.parquet` files, training first."""
+    splits = {match["split"] for path in Path(folder).iterdir() if (match := _SHARD.fullmatch(path.name))}
+    return sorted(splits, key=lambda split: (split != "train", split))
+
+
+def complete_shards(folder: Path, split: str) -> list[Path]:
+    """
+    The files of a split.
+
+    Raises:
+        UserError: if there is none, or not all of them.
+    """
     shards = [(path, match) for path in sorted(folder.iterdir()) if (match := _SHARD.fullmatch(path.name))]
     wanted = [(path, int(match["total"])) for path, match in shards if match["split"] == split]
     if not wanted:

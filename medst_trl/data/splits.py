@@ -78,7 +78,7 @@ def split_off_validation(
         return together.find(image_ids[conversation.images[0]]) if conversation.images else conversation.id
 
     return [
-        replace(conversation, split="validation") if _draw(key(conversation), seed) < fraction else conversation
+        replace(conversation, split="validation") if draw(key(conversation), seed) < fraction else conversation
         for conversation in conversations
     ]
 
@@ -100,6 +100,6 @@ def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[str, str]:
     return image_ids[question.image], plain_question(question.question)
 
 
-def _draw(key: str, seed: int) -> float:
+def draw(key: str, seed: int) -> float:
     """A number in [0, 1) that follows from the key and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64

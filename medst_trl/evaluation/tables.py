@@ -44,7 +44,7 @@ def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str,
             difference = f"{_number(other.get('difference'), '+')} {_interval(other.get('difference_interval'), '+')}"
             row += [_number(other.get("value")), difference.strip()]
         rows.append(row)
-    return "\n".join([_title(scores), *_align(rows)])
+    return "\n".join([_title(scores), *align(rows)])
 
 
 def format_file(content: Mapping[str, Any]) -> str:
@@ -82,7 +82,8 @@ def _interval(bounds: Sequence[float] | None, sign: str = "") -> str:
     return f"[{_number(bounds[0], sign)}, {_number(bounds[1], sign)}]" if bounds else ""
 
 
-def _align(rows: list[list[str]]) -> list[str]:
+def align(rows: list[list[str]]) -> list[str]:
+    """Lines of a table of cells, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:

@@ -115,7 +115,7 @@ def render_conversation(
             texts = iter(safe)
             parts = [{**part, "text": next(texts)} if part["type"] == "text" else part for part in parts]
         neutralised += changed
-        marked.append({"role": message["role"], "content": _in_form(parts, turns.content_form, processor)})
+        marked.append({"role": message["role"], "content": in_form(parts, turns.content_form, processor)})
 
     pieces = re.split(f"[{LEFT}{RIGHT}]", processor.apply_chat_template(marked, tokenize=False))
     if len(pieces) != 2 * len(targets) + 1:
@@ -134,9 +134,8 @@ def render_conversation(
     return RenderedConversation(text, spans, neutralised)
 
 
-def _in_form(
-    parts: list[dict[str, Any]], content_form: str, processor: "ProcessorMixin"
-) -> str | list[dict[str, Any]]:
+def in_form(parts: list[dict[str, Any]], content_form: str, processor: "ProcessorMixin") -> str | list[dict[str, Any]]:
+    """Typed parts as a template of this [`TurnFormat.content_form`] takes them."""
     if content_form != "string":
         return parts
     image = f"{getattr(processor, 'image_token', '')}\n"

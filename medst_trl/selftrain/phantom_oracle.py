@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -27,9 +28,9 @@ from medst_trl.data.phantoms import (
     SIZES,
     Truth,
     answer,
+    draw_phantoms,
     is_well_formed,
     question_kind,
-    truth_of,
 )
 from medst_trl.errors import UserError
 from medst_trl.selftrain.judge_prompts import shown_texts
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MODEL = "phantom-oracle"
+MOST_PHANTOMS = 100_000  # drawn in search of an image
 
 # The facts that each kind of question asks for.
 _ASKED = {
@@ -83,24 +85,19 @@ def serve_oracle(candidates: "Dataset", error_rate: float = 0.0, seed: int = 0) 
 
     Args:
         candidates (`datasets.Dataset`):
-            Candidates about phantoms: their ids tell the truth, their image ids which image is whose.
+            Candidates about phantoms of the split "unlabelled".
         error_rate (`float`, *optional*, defaults to `0.0`):
             Share of the pairs whose scores are swapped, the same way in both orders.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of which pairs those are.
+            Seed of the phantoms, and of which pairs those are.
 
     Yields:
         `str`: base URL of an OpenAI-compatible server, such as `"http://127.0.0.1:49152/v1"`.
 
     Raises:
-        UserError: if a candidate is not about a phantom.
+        UserError: if a candidate is not about such a phantom.
     """
-    truths = {}
-    for key, image_ids in zip(candidates["id"], candidates["image_ids"], strict=True):
-        try:
-            truths[image_ids[0]] = truth_of(key.rpartition("#")[0])
-        except ValueError as error:
-            raise UserError(f"The oracle judges drawn phantoms only: {error}") from None
+    truths = _truths({image_ids[0] for image_ids in candidates["image_ids"] if image_ids}, seed)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -128,6 +125,21 @@ def serve_oracle(candidates: "Dataset", error_rate: float = 0.0, seed: int = 0) 
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
+    """What is to be seen on each image, found by drawing the phantoms again."""
+    truths = {}
+    for phantom in islice(draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
+        if len(truths) == len(image_ids):
+            return truths
+        if (name := image_id(phantom.image)) in image_ids:
+            truths[name] = phantom.truth
+    raise UserError(
+        f"{len(image_ids) - len(truths)} of {len(image_ids)} images of the candidates are not among the unlabelled "
+        f"phantoms of seed {seed}, and the oracle knows no others. Give the seed of `medst prepare`, or name a judge "
+        "(model) in place of oracle_error_rate."
+    )
 
 
 def _complete(request: dict[str, Any], truths: dict[str, Truth], error_rate: float, seed: int) -> dict[str, Any]:

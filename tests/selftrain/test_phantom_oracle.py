@@ -10,8 +10,9 @@ import pytest
 from datasets import Dataset
 
 from medst_trl.data.images import image_id
-from medst_trl.data.phantoms import Truth, answer, make_phantoms, truth_of
+from medst_trl.data.phantoms import Truth, answer, make_phantoms
 from medst_trl.errors import UserError
+from medst_trl.selftrain import phantom_oracle
 from medst_trl.selftrain.judge_prompts import judge_messages
 from medst_trl.selftrain.judge_replies import read_paper_reply, read_rubric_reply
 from medst_trl.selftrain.phantom_oracle import score, serve_oracle
@@ -19,13 +20,6 @@ from medst_trl.selftrain.phantom_oracle import score, serve_oracle
 
 LESION = Truth("CT", True, "upper left", "small", "bright")
 HEALTHY = Truth("MRI", False)
-
-
-@pytest.mark.parametrize("split, seed", [("train", 0), ("unlabelled", 3)])
-def test_an_id_tells_the_truth(split, seed):
-    assert all(truth_of(phantom.id) == phantom.truth for phantom in make_phantoms(200, seed, split))
-    with pytest.raises(ValueError):
-        truth_of("synpic123")
 
 
 @pytest.mark.parametrize("split", ["train", "unlabelled"])
@@ -74,11 +68,11 @@ def ask(base_url: str, version: str, question: str, answers: list[str], phantom)
 
 def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
     phantoms = make_phantoms(120, 2, "unlabelled")
-    candidates = Dataset.from_list([{"id": f"{p.id}#0", "image_ids": [image_id(p.image)]} for p in phantoms])
+    candidates = Dataset.from_list([{"image_ids": [image_id(phantom.image)]} for phantom in phantoms])
     question, wrong = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
     for rate, low, high in ((0.0, 0, 0), (0.3, 0.15, 0.45)):
         errors = 0
-        with serve_oracle(candidates, error_rate=rate, seed=1) as base_url:
+        with serve_oracle(candidates, error_rate=rate, seed=2) as base_url:
             for number, phantom in enumerate(phantoms):
                 right = answer(question, phantom.truth)
                 version = ("paper", "rubric")[number % 2]
@@ -89,7 +83,9 @@ def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
         assert low <= errors / len(phantoms) <= high
 
 
-def test_other_images_are_refused():
-    candidates = Dataset.from_list([{"id": "synpic123#0", "image_ids": ["a"]}])
-    with pytest.raises(UserError, match="synpic123"), serve_oracle(candidates):
+def test_other_images_are_refused(monkeypatch):
+    monkeypatch.setattr(phantom_oracle, "MOST_PHANTOMS", 50)
+    known = make_phantoms(1, 0, "unlabelled")[0]
+    candidates = Dataset.from_list([{"image_ids": ["a"]}, {"image_ids": [image_id(known.image)]}])
+    with pytest.raises(UserError, match="1 of 2 images"), serve_oracle(candidates):
         pass

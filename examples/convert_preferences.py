@@ -1,0 +1,43 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Preference pairs of other projects' JSON files for `medst dpo`, and back.
+
+```bash
+python examples/convert_preferences.py mmedpo_vqa-rad_dpo_weighted.json vqa_rad/images runs/mmedpo/preferences
+medst dpo --dataset runs/mmedpo/preferences --model_name_or_path runs/vqa_rad/sft --output_dir runs/mmedpo/dpo
+
+python examples/convert_preferences.py --back runs/mmedpo/preferences pairs.json pairs_images
+```
+"""
+
+import sys
+
+from medst_trl.data.schema import load_records
+from medst_trl.selftrain.preference_formats import read_preference_file, write_preference_file, write_preferences
+from medst_trl.selftrain.preferences import select_preferences
+
+
+def main(path: str, image_folder: str, folder: str, benchmark: str | None = None) -> dict:
+    """From a file of either format to a dataset, without what a benchmark asks; 5% of the images for validation."""
+    file = read_preference_file(path, image_folder)
+    benchmarks = [load_records(benchmark, "test")] if benchmark else []
+    preferences = select_preferences(file.pairs, file.rejected, benchmarks=benchmarks, validation_share=0.05)
+    write_preferences(folder, preferences, file)
+    for name, count in preferences.counts.items():
+        print(f"{name}: {count}")
+    return preferences.counts
+
+
+def back(folder: str, path: str, image_folder: str, format: str = "stllava_med") -> None:
+    """From a dataset to a file (`stllava_med` or `mmedpo`) with its images beside it."""
+    dataset = load_records(folder, "train")
+    write_preference_file(dataset, path, image_folder, format)
+    print(f"{path}: {len(dataset)} pairs, their images in {image_folder}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--back":
+        back(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -1,0 +1,80 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Have a vision-language model say which of two answers is better, both ways round.
+
+```bash
+python examples/judge_pairs.py                                     # the judge: an oracle on this machine
+OPENAI_API_KEY=... python examples/judge_pairs.py --model gpt-4o   # a few cents
+```
+
+A local model is a judge, too. Start any OpenAI-compatible server, then name the model as the server does; no key:
+
+```bash
+vllm serve Qwen/Qwen2.5-VL-7B-Instruct                             # or: transformers serve --port 8000
+python examples/judge_pairs.py --model Qwen/Qwen2.5-VL-7B-Instruct --base_url http://localhost:8000/v1
+```
+"""
+
+import argparse
+from contextlib import nullcontext
+from typing import Any
+
+from datasets import Dataset
+
+from medst_trl import PairwiseJudge
+from medst_trl.data.phantoms import benchmark_rows, make_phantoms
+from medst_trl.data.schema import image_part, text_part
+from medst_trl.selftrain.judge_statistics import format_statistics, judge_statistics, warnings_of
+from medst_trl.selftrain.phantom_oracle import serve_oracle
+
+
+def make_candidates(n: int) -> list[dict[str, Any]]:
+    """A question about each of `n` drawn scans, with its true answer and a made-up one."""
+    candidates = []
+    for row in benchmark_rows(make_phantoms(n, seed=0, split="unlabelled")):
+        question = row["questions"][-1]
+        candidates.append(
+            {
+                "id": f"{row['image_id'][:8]}#0",
+                "images": [row["image"]],
+                "image_ids": [row["image_id"]],
+                "prompt": [{"role": "user", "content": [image_part(), text_part(question["question"])]}],
+                "answers": [question["answer"], "It shows a fractured wrist."],
+            }
+        )
+    return candidates
+
+
+def main(model: str | None = None, base_url: str | None = None, pairs: int = 6) -> list[dict[str, Any]]:
+    candidates = make_candidates(pairs)
+    server = nullcontext(base_url) if model else serve_oracle(Dataset.from_list(candidates))
+    with server as base_url:
+        judge = PairwiseJudge(
+            model or "phantom-oracle",
+            base_url=base_url,
+            prompt_version="rubric",  # "paper" for the prompt of STLLaVA-Med
+            order="both",  # a verdict that does not survive the swap is dropped
+            concurrency=4,
+        )
+        print(judge.estimate(candidates))
+        judgements = []
+        for judgement in judge(candidates):
+            judgements.append(judgement)
+            print(f"\n{judgement['question']}")
+            for place, answer in enumerate(judgement["answers"]):
+                score = judgement["scores"][place] if judgement["scores"] else "-"
+                print(f"  {'>' if judgement['verdict'] == place else ' '} {score:>4}  {answer}")
+            if judgement["dropped"]:
+                print(f"  dropped: {judgement['dropped']}")
+    statistics = judge_statistics(judgements, judge.prices)
+    print("\n" + "\n".join([format_statistics(statistics), *warnings_of(statistics)]))
+    return judgements
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--base_url")
+    parser.add_argument("--pairs", type=int, default=6)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,109 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training curves of a stage, from the log that its trainer keeps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from medst_trl.report.charts import Line, line_chart
+from medst_trl.report.run_folder import Run, StageRun
+from medst_trl.report.text import number
+
+
+LAST_PART = 0.2  # of the logged values, averaged for what is said of the end of training
+
+# Title, unit of y, keys of the log, a level to draw and its name. Of two with one title, the first that has values.
+_CHARTS = {
+    "sft": (
+        ("Loss", "nats per token", ("loss", "loss_question", "loss_answer", "eval_loss"), None),
+        ("Next-token accuracy", "share of tokens", ("question_accuracy", "answer_accuracy"), None),
+    ),
+    "dpo": (
+        ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2, a sigmoid loss at its start")),
+        ("Reward margin", "nats × beta", ("rewards/margins", "eval_rewards/margins"), (0.0, "")),
+        (
+            "Pairs ordered as the judge has them",
+            "share",
+            ("rewards/accuracies", "eval_rewards/accuracies"),
+            (0.5, "by chance"),
+        ),
+        ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
+        ("Its change against the reference", "nats", ("logratios/chosen", "logratios/rejected"), (0.0, "")),
+        ("Its change against the reference", "nats × beta", ("rewards/chosen", "rewards/rejected"), (0.0, "")),
+        ("Length of an answer", "tokens", ("lengths/chosen", "lengths/rejected"), None),
+    ),
+}
+
+
+def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
+    """A trainer's log: of the finished run, or of the newest checkpoint of one that is not."""
+    found = [stage.folder / "trainer_state.json"]
+    checkpoints = [path for path in stage.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    found += sorted(
+        (path / "trainer_state.json" for path in checkpoints),
+        key=lambda path: -int(path.parent.name.rpartition("-")[2]),
+    )
+    for path in found:
+        content = run.read_json(path)
+        if content is None:
+            continue
+        if isinstance(content.get("log_history"), list):
+            return [entry for entry in content["log_history"] if isinstance(entry, dict)]
+        run.notes.append(f"{run.name(path)} has no log_history and is left out.")
+    return []
+
+
+def training_charts(stage: str, log: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """The charts of `"sft"` or `"dpo"` for which the log has values."""
+    charts = {}
+    for title, unit, keys, level in _CHARTS[stage]:
+        lines = [Line(key, _points(log, key), dashed=True if key.startswith("eval_") else None) for key in keys]
+        if title not in charts and (
+            chart := line_chart(title, lines, x_label="optimizer step", y_label=unit, level=level)
+        ):
+            charts[title] = chart
+    return list(charts.values())
+
+
+def displacement(log: Sequence[Mapping[str, Any]]) -> str | None:
+    """
+    Whether the chosen answers became less likely than under the reference, told for the page; None where the log says
+    nothing of it.
+    """
+    changes = [y for _, y in _points(log, "logratios/chosen")]
+    rewards = [y for _, y in _points(log, "rewards/chosen")]
+    unit = "nats" if changes else "nats × beta"
+    if not (changes or rewards):
+        return None
+    change = mean_of_end(changes or rewards)
+    if change >= 0:
+        return f"The chosen answers are no less likely than under the reference ({number(change, 2, '+')} {unit})."
+    return (
+        f"Likelihood displacement: at the end the chosen answers are less likely than under the reference, by "
+        f"{number(-change, 2)} {unit} on average. The margin grows because the rejected ones fall further; a margin "
+        "that looks well is then no sign of a better model. What helps: the sft term in the loss (loss_type: "
+        "[sigmoid, sft]), a lower learning rate, a higher beta."
+    )
+
+
+def last_values(log: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
+    """Mean of each figure over the end of training."""
+    found = {key: [y for _, y in _points(log, key)] for key in keys}
+    return {key: mean_of_end(values) for key, values in found.items() if values}
+
+
+def mean_of_end(values: Sequence[float]) -> float:
+    values = values[-max(1, round(LAST_PART * len(values))) :]
+    return math.fsum(values) / len(values)
+
+
+def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    pairs = [(entry.get("step"), entry.get(key)) for entry in log]
+    return [(x, y) for x, y in pairs if _is_number(x) and _is_number(y)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,83 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Text from data and settings as a page may show it: nothing invisible, nothing secret, no path of this machine."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from medst_trl.redaction import hide_secrets
+
+
+# Control characters, and those that turn the direction of writing: what is shown would not be what is there.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
+)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Not the tail of a URL or of a relative path, and not "and/or" or "5/10"
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>:,;]+[/\\])+([^\s/\\'\"<>:,;]*)")
+
+
+def clean(text: Any) -> str:
+    """The text with secrets hidden and invisible characters spelled out (`U+202E`); markup stays for the escaping."""
+    text = _LONE_SURROGATE.sub("\ufffd", hide_secrets(str(text))).replace("\r\n", "\n")
+    return _INVISIBLE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
+
+
+def cut(text: Any, limit: int) -> str:
+    """The first `limit` characters, and how many more there are."""
+    text = str(text)
+    more = len(text) - limit
+    return text if more <= 0 else f"{text[:limit]} … ({more:,} more characters)"
+
+
+def place(value: Any, run: Path) -> str:
+    """
+    A path as the page may name it: relative to the run, by its last part where it lies outside, and a Hub id or any
+    other word as it is.
+    """
+    text = str(value)
+    if not text or "://" in text or not (os.sep in text or text.startswith("~")):
+        return text
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    if path == run or path.is_relative_to(run):
+        return path.relative_to(run).as_posix()
+    if Path(text).is_absolute() or text.startswith((".", "~")) or path.exists():
+        return f"…/{path.name}"
+    return text
+
+
+def without_paths(text: str, run: Path) -> str:
+    """A message with every absolute path in it made relative to the run, or cut to its last part."""
+    return _ABSOLUTE_PATH.sub(lambda match: place(match[0], run), str(text))
+
+
+def words(name: str) -> str:
+    """`no_verdict` as a reader would write it."""
+    return name.replace("_", " ")
+
+
+def number(value: float | None, digits: int | None = None, sign: str = "") -> str:
+    """A number for reading: `12,345`, `0.693`, `1.0e-05`; with so many decimals if asked for; a dash for none."""
+    if value is None or value != value:
+        return "–"
+    if digits is not None:
+        text = f"{value:{sign},.{digits}f}"
+    elif isinstance(value, int):
+        text = f"{value:{sign},}"
+    elif value and not 1e-3 <= abs(value) < 1e6:
+        text = f"{value:{sign}.1e}"
+    else:
+        text = f"{value:{sign}.3g}" if abs(value) < 1000 else f"{value:{sign},.0f}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def duration(seconds: float | None) -> str:
+    """`3 min 12 s`, `2 h 5 min`."""
+    if seconds is None or seconds != seconds:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"

@@ -1,0 +1,162 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which records candidates are made of, and the files they are written to. Image bytes pass through undecoded."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.data.schema import candidate_features, write_jsonl
+from medst_trl.data.shards import write_split
+from medst_trl.errors import UserError
+from medst_trl.selftrain.prompts import bytes_of
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# What to try when one reason takes everything.
+_ADVICE = {
+    "not_a_question": (
+        "Train stage 1 longer, or ask at a lower --question_temperature; for other languages than English set "
+        "--english_questions false; a server has to use the policy's own chat template."
+    ),
+    "unfinished": "Raise --max_question_tokens.",
+    "unfinished_answer": "Raise --max_new_tokens.",
+    "identical_answers": "Raise --temperature or --num_answers.",
+    "nearly_identical_answers": "Raise --temperature, --num_answers or --max_answer_similarity.",
+    "too_short": "Lower --min_question_words.",
+    "too_long": "Raise --max_question_words.",
+    "request_failed": "The server refused every request; its reason is in rejected.jsonl.",
+}
+
+
+def select_records(
+    dataset: "Dataset", skip: int = 0, most: int | None = None
+) -> tuple["Dataset", list[dict[str, str]]]:
+    """
+    The records `skip` to `skip + most` of those that have images of their own.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Columns `id`, `image_ids`.
+        skip (`int`, *optional*, defaults to `0`):
+            Records that earlier rounds have used.
+        most (`int`, *optional*):
+            All that are left by default.
+
+    Returns:
+        `tuple[Dataset, list[dict]]`: the records, and `id`, `reason`, `value` of those whose images an earlier record
+        has shown already.
+
+    Raises:
+        UserError: if none is left.
+    """
+    seen, rows, rejected = set(), [], []
+    for row, (record_id, image_ids) in enumerate(zip(dataset["id"], dataset["image_ids"])):
+        images = frozenset(image_ids)
+        if images and images in seen:
+            rejected.append({"id": record_id, "reason": "repeated_images", "value": ", ".join(image_ids)})
+        else:
+            seen.add(images)
+            rows.append(row)
+    chosen = rows[skip:] if most is None else rows[skip : skip + most]
+    if not chosen:
+        raise UserError(
+            f"No images are left to ask about: {len(dataset)} records hold {len(rows)} different sets of images, and "
+            f"skip_records is {skip}. Prepare more images, or lower skip_records."
+        )
+    return dataset.select(chosen), rejected
+
+
+def write_candidates(
+    output_dir: Path,
+    dataset: "Dataset",
+    outcomes: Sequence[dict[str, Any]],
+    rejected: Sequence[dict[str, str]],
+    generation: str,
+    rows_per_shard: int,
+) -> dict[str, Any]:
+    """
+    Write `candidates/` and `rejected.jsonl`.
+
+    Args:
+        output_dir (`pathlib.Path`):
+            Folder of the stage.
+        dataset ([`~datasets.Dataset`]):
+            The records.
+        outcomes (sequence of `dict`):
+            What became of each, in their order, see [`CandidateGenerator.outcomes`].
+        rejected (sequence of `dict`):
+            What was set aside before.
+        generation (`str`):
+            See [`CandidateGenerator.generation`].
+        rows_per_shard (`int`):
+            Candidates in one Parquet file.
+
+    Returns:
+        `dict`: counts for `stage.json`.
+
+    Raises:
+        UserError: if there is no candidate, saying why.
+    """
+    rows = {outcome["id"]: row for row, outcome in enumerate(outcomes)}
+    candidates = [(outcome["id"], candidate) for outcome in outcomes for candidate in outcome["candidates"]]
+    rejected = [*rejected, *(row for outcome in outcomes for row in outcome["rejected"])]
+    counts = {
+        "images": len({image for image_ids in dataset["image_ids"] for image in image_ids}),
+        "records": len(outcomes),
+        "questions": sum(outcome["drawn"] for outcome in outcomes),
+        "candidates": len(candidates),
+        "answers": sum(len(candidate["answers"]) for _, candidate in candidates),
+        "rejected": dict(Counter(row["reason"] for row in rejected).most_common()),
+    }
+    write_jsonl(output_dir / "rejected.jsonl", rejected)
+    if not candidates:
+        raise UserError(_why_none(counts, output_dir))
+    write_split(
+        output_dir / "candidates",
+        "train",
+        candidates,
+        lambda item: candidate_row(item[1], next(undecoded(dataset, [rows[item[0]]])), generation),
+        candidate_features(),
+        rows_per_shard,
+    )
+    return counts
+
+
+def candidate_row(candidate: dict[str, Any], record: dict[str, Any], generation: str) -> dict[str, Any]:
+    """
+    A row of candidates, its images as the record holds them.
+
+    Args:
+        candidate (`dict`): One of the `candidates` of an outcome.
+        record (`dict`): A row of [`undecoded`].
+        generation (`str`): See [`CandidateGenerator.generation`].
+    """
+    return {
+        "id": candidate["id"],
+        "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
+        "image_ids": record["image_ids"],
+        "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
+        "answers": candidate["answers"],
+        "generation": generation,
+    }
+
+
+def undecoded(dataset: "Dataset", rows: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Rows of a dataset with their images as `{"bytes", "path"}`, without the copy that a cast would write."""
+    stored = dataset.with_format("arrow")
+    for row in rows:
+        yield stored[row].to_pylist()[0]
+
+
+def _why_none(counts: dict[str, Any], output_dir: Path) -> str:
+    reasons = counts["rejected"]
+    advice = _ADVICE.get(next(iter(reasons), ""), "")
+    return (
+        f"No candidate is left of {counts['questions']} questions about {counts['images']} images: "
+        + ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+        + f". They are in {output_dir / 'rejected.jsonl'}. {advice}".rstrip()
+    )

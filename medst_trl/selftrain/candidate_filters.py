@@ -1,0 +1,167 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which sampled questions are worth answering, and which answers are different enough to be compared."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from medst_trl.selftrain.prompts import Reply
+
+
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # also full-width and Arabic
+_SENTENCE_END = re.compile(r"(?<=[.!?:;。])\s+|\n")
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
+_BLANKS_AND_CLOSING = " \t\r\n\"'”’)]}*_.:"
+
+# First words of what asks without a question mark. "When" opens statements as well: "When the lesion is large, ...".
+_QUESTION_WORDS = frozenset("what which where who whom whose why how".split())  # noqa: SIM905
+_AUXILIARIES = frozenset(
+    """is are was were am do does did can could has have had will would shall should may might must isn't aren't wasn't
+    weren't don't doesn't didn't can't couldn't hasn't haven't won't wouldn't shouldn't""".split()  # noqa: SIM905
+)
+_PREPOSITIONS = frozenset("in on at from to with for by of under during through into".split())  # noqa: SIM905
+_REQUESTS = frozenset(
+    """describe explain identify list name tell give compare contrast summarize summarise provide discuss show indicate
+    state specify locate outline interpret analyze analyse elaborate mention determine estimate count point write
+    define detail comment suggest assess evaluate characterize characterise report classify find measure rate
+    recommend highlight mark grade review""".split()  # noqa: SIM905
+)
+_POLITE = frozenset("please kindly now then and so also briefly".split())  # noqa: SIM905
+_MORE_POLITE = re.compile(r"(?:can|could|would|will) you\b|i (?:want|would like) you to\b|let us\b|let's\b")
+
+# Words that turn a finding. Texts that differ in one of them are never nearly identical, however long they are.
+_DECISIVE = frozenset(
+    """no not without none never nor neither yes absent present absence presence left right bilateral unilateral upper
+    lower superior inferior anterior posterior medial lateral central peripheral proximal distal normal abnormal
+    benign malignant acute chronic increased decreased high low large small larger smaller bright dark brighter darker
+    light mild moderate severe positive negative male female""".split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class QuestionFilter:
+    """
+    Tells a question from everything else that a policy may write in its place.
+
+    Args:
+        min_words (`int`, *optional*, defaults to `3`):
+            Shorter questions are set aside.
+        max_words (`int`, *optional*, defaults to `60`):
+            Longer questions are set aside.
+        english (`bool`, *optional*, defaults to `True`):
+            Whether a text also has to read as an English question or request; switch it off for other languages.
+    """
+
+    min_words: int = 3
+    max_words: int = 60
+    english: bool = True
+
+    def problem(self, reply: Reply, earlier: Collection[str] = ()) -> str | None:
+        """
+        Why a question cannot be used, in one word for counting, or None.
+
+        Args:
+            reply ([`Reply`]): The question as it was drawn.
+            earlier (collection of `str`): Questions kept for the same image, each through [`normalised`].
+        """
+        if reply.problem:
+            return reply.problem
+        words = normalised(reply.text).split()
+        if not words:
+            return "empty"
+        if not reply.ended:
+            return "unfinished"
+        if self.english and not is_question(reply.text):
+            return "not_a_question"
+        if len(words) < self.min_words:
+            return "too_short"
+        if len(words) > self.max_words:
+            return "too_long"
+        return "repeated" if " ".join(words) in earlier else None
+
+
+def is_question(text: str) -> bool:
+    """
+    Whether a text reads as a question or a request, by its last sentence.
+
+    A question mark at the end decides; without one the first words do ("Is there a lesion", "Please describe the
+    scan."). A question that is followed by something else, such as its own answer, is none.
+    """
+    bare = text.strip().rstrip(_BLANKS_AND_CLOSING)
+    if bare.endswith(_QUESTION_MARKS):
+        return True
+    last = _SENTENCE_END.split(bare)[-1].lower().replace("’", "'")
+    words = re.findall(r"[\w'-]+", last)
+    while words and words[0] in _POLITE:
+        words = words[1:]
+    if not words:
+        return False
+    if words[0] in _QUESTION_WORDS | _AUXILIARIES | _REQUESTS or _MORE_POLITE.match(" ".join(words)):
+        return True
+    follow = _AUXILIARIES if words[0] == "when" else _QUESTION_WORDS if words[0] in _PREPOSITIONS else ()
+    return len(words) > 1 and words[1] in follow
+
+
+def normalised(text: str) -> str:
+    """The words of a text in lower case, a blank between them, without punctuation; all of it if it has no words."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_WORD.findall(plain)) or plain.strip()
+
+
+def same_answer(first: str, second: str, max_similarity: float = 0.95) -> str | None:
+    """
+    Whether two answers say the same.
+
+    Args:
+        first, second (`str`):
+            Answers.
+        max_similarity (`float`, *optional*, defaults to `0.95`):
+            Answers are nearly identical when more than this share of their words, in order, is the same, and none of
+            the others is a number or one that turns the finding, such as "no" or "left".
+
+    Returns:
+        `str`, *optional*: `"identical_answers"` (up to case, punctuation and blanks), `"nearly_identical_answers"`, or
+        None for answers that differ.
+    """
+    one, two = sorted((normalised(first).split(), normalised(second).split()))  # `ratio` depends on the order
+    if one == two:
+        return "identical_answers"
+    differing = {*(Counter(one) - Counter(two)), *(Counter(two) - Counter(one))}
+    if any(word in _DECISIVE or word[0].isdigit() for word in differing):
+        return None
+    matcher = SequenceMatcher(None, one, two, autojunk=False)
+    # The cheap upper bound first: long answers have a costly ratio.
+    if matcher.quick_ratio() <= max_similarity or matcher.ratio() <= max_similarity:
+        return None
+    return "nearly_identical_answers"
+
+
+def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tuple[list[str], str | None]:
+    """
+    Sort the answers to one question so that the first and second, third and fourth, ... can be compared.
+
+    Args:
+        replies (sequence of [`Reply`]):
+            The answers as they were drawn.
+        max_similarity (`float`, *optional*, defaults to `0.95`):
+            See [`same_answer`].
+
+    Returns:
+        `tuple[list[str], str | None]`: the answers of all pairs that differ, and, where there is none, why.
+    """
+    usable, problems, pairs = [], [], []
+    for reply in replies:
+        problem = reply.problem or (not reply.text and "empty_answer") or (not reply.ended and "unfinished_answer")
+        problems += [problem] if problem else []
+        usable += [] if problem else [reply.text]
+    while usable:
+        first = usable.pop(0)
+        same = [same_answer(first, other, max_similarity) for other in usable]
+        if None in same:
+            pairs += [first, usable.pop(same.index(None))]
+        problems += [reason for reason in same if reason]
+    return pairs, None if pairs else problems[0]

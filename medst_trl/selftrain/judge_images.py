@@ -1,0 +1,114 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""An image on its way to the judge: small enough, under its true type."""
+
+import base64
+import io
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from medst_trl.data.images import ImageProblem, store_image
+from medst_trl.data.pixels import to_8_bit
+
+
+# What every judge reads. Anything else is sent as PNG.
+_SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
+
+
+@dataclass(frozen=True)
+class JudgeImage:
+    """
+    One image of a candidate.
+
+    Args:
+        data (`bytes`):
+            The image file as the dataset has it.
+        image_size (`int`):
+            Longest side in pixels. A larger image is made smaller, a smaller one is sent with its own bytes.
+    """
+
+    data: bytes
+    image_size: int
+
+    @classmethod
+    def read(cls, image: Any, image_size: int) -> "JudgeImage":
+        """From what a dataset gives: a PIL image, `{"bytes", "path"}`, bytes or a path."""
+        if isinstance(image, Image.Image):
+            return cls(store_image(image).bytes, image_size)
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        try:
+            return cls(image if isinstance(image, bytes) else Path(image).read_bytes(), image_size)
+        except (OSError, TypeError, ValueError) as error:
+            raise ImageProblem("unreadable", type(error).__name__) from None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the bytes in the dataset; with `image_size` it says what is sent."""
+        return sha256(self.data).hexdigest()
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height as sent. Only the header is read."""
+        width, height = self._open().size
+        longest = max(width, height)
+        if longest <= self.image_size:
+            return width, height
+        scale = self.image_size / longest
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    @cached_property
+    def data_url(self) -> str:
+        """
+        The image as the request carries it.
+
+        Raises:
+            ImageProblem: if it cannot be decoded.
+        """
+        image = self._open()
+        if image.size == self.size and image.format in _SENT_AS_IS:
+            return _data_url(_SENT_AS_IS[image.format], self.data)
+        try:
+            small = to_8_bit(image)
+            if small.size != self.size:
+                small = small.resize(self.size, Image.Resampling.LANCZOS)
+        except ImageProblem:
+            raise
+        except Exception as error:  # PIL's decoders raise almost anything on a damaged file
+            raise ImageProblem("unreadable", str(error)) from None
+        file = io.BytesIO()
+        if image.format == "JPEG":
+            small.save(file, "JPEG", quality=90)
+            return _data_url("image/jpeg", file.getvalue())
+        small.save(file, "PNG")
+        return _data_url("image/png", file.getvalue())
+
+    def _open(self) -> Image.Image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return Image.open(io.BytesIO(self.data))
+        except Exception as error:
+            raise ImageProblem("not_an_image", str(error)) from None
+
+
+def without_image_bytes(body: Any) -> Any:
+    """A request fit for a terminal: data URLs become their type and length."""
+    if isinstance(body, dict):
+        return {key: without_image_bytes(value) for key, value in body.items()}
+    if isinstance(body, list):
+        return [without_image_bytes(value) for value in body]
+    if isinstance(body, str) and body.startswith("data:image/"):
+        kind, _, data = body.partition(";base64,")
+        return f"<{len(data) * 3 // 4:,} bytes of {kind.removeprefix('data:')}>"
+    return body
+
+
+def _data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

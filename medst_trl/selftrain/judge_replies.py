@@ -1,0 +1,217 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading what a judge wrote: two scores in free text, or the rubric's JSON. What is not certain is None."""
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+LOWEST, HIGHEST = 0, 10  # 1 is the least the prompts allow, yet GPT-4 gives an empty answer 0
+LONGEST = 20_000  # characters looked at, from each end
+CRITERIA = ("accuracy", "relevance", "completeness", "safety")
+VERDICTS = {"answer_1": 0, "answer_2": 1, "tie": "tie"}
+
+_NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
+_OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
+# Nothing but two numbers, perhaps announced ("Final scores: (8, 7)").
+_PAIR = rf"[\[({{\s]*{_NUMBER}{_OUT_OF}[\s,;|&]*(?:and\b)?\s*(?<=[\s,;|&]){_NUMBER}{_OUT_OF}"
+_ANNOUNCED = r"(?:(?:the\s+)?(?:final |overall )?(?:scores?|ratings?|output|result)s?\s*(?:are|is)?\s*[:=]?\s+)?"
+_PAIR_LINE = re.compile(rf"\s*{_ANNOUNCED}{_PAIR}[\])}}\s.;]*", re.IGNORECASE)
+# Two numbers that open a line of prose: "8 9 Both answers are ...". A small letter would make the number a quantity.
+_PAIR_OPENS = re.compile(rf"\s*{_PAIR}[\])}}]?(?:[.,;:]|\s*[-\u2013\u2014])?\s+(?=[A-Z(])")
+_ONE_LINE = re.compile(rf"\s*{_NUMBER}{_OUT_OF}\s*")
+_LOOKS_LIKE_PAIR = re.compile(
+    r"[\s\[({]*[+-]?[0-9.]+(?:\s?/\s?[0-9]+)?[\s,;|&]+[+-]?[0-9.]+(?:\s?/\s?[0-9]+)?[\])}\s.;]*"
+)
+
+_NOUN = r"(?:answer|assistant|response|candidate|model|reply|option)"
+_WHICH = {"1": 0, "one": 0, "a": 0, "first": 0, "2": 1, "two": 1, "b": 1, "second": 1}
+_LABEL = (
+    rf"(?:\b{_NOUN}\s?[#_]?(1|2|one|two|a|b)\b|\b(?:the\s+)(first|second)(?:\s+{_NOUN}|\s+one)?\b)(?:'s\s+{_NOUN})?"
+)
+# Between label and number: a colon, or a verb of scoring. No sentence end, no other number, no line full of prose.
+_TO_NUMBER = (
+    r"\s*(?:[:=(|\u2013\u2014-]\s*|\s(?:(?:would\s|should\s)?(?:gets?|receives?|scores?|earns?|deserves?|is|be|rated"
+    r"|given|with|at|as)\s)*(?:an?\s)?(?:overall\s)?(?:(?:score|rating)\s(?:of\s|is\s)?)?)"
+    r"(?:(?:score|rating)\s?[:=]?\s?(?:of\s)?)?"
+)
+_AFTER = (
+    rf"(?=\s*(?:$|[\n.;)|\]]|,(?!\s*[0-9])|\(|[-\u2013\u2014]\s|points?\b|(?:and|while|but|whereas|to)\b|{_LABEL}))"
+)
+_LABEL_THEN_NUMBER = re.compile(rf"{_LABEL}{_TO_NUMBER}{_NUMBER}({_OUT_OF}){_AFTER}", re.IGNORECASE)
+_NUMBER_THEN_LABEL = re.compile(rf"{_NUMBER}({_OUT_OF})\s+(?:points?\s+)?(?:for|to)\s+{_LABEL}", re.IGNORECASE)
+_FINAL = re.compile(r"\b(?:overall|final|total|in summary|scores|ratings)\b", re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_MARKUP = re.compile(r"[*`_#>]+(?=\S)|(?<=\S)[*`_]+|```\w*")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """
+    A judge's reply, understood. First and second are places in the prompt, not answers.
+
+    Attributes:
+        scores (`tuple[float, float]`): Of the answer shown first and of the one shown second, 0 to 10.
+        verdict (`0`, `1` or `"tie"`): Place of the better answer.
+        criteria (`dict` or `None`): A pair of scores for each criterion of the rubric.
+    """
+
+    scores: tuple[float, float]
+    verdict: Literal[0, 1, "tie"]
+    criteria: dict[str, tuple[float, float]] | None = None
+
+
+def parse_scores(text: str) -> tuple[float, float] | None:
+    """
+    Read the two scores of a judge's reply, as real judges write them.
+
+    Understood are the line asked for (`8 9`, also `8/10 7`, `8, 7`, after blank lines or before prose), scores by name
+    wherever they stand (`Answer 1: 8 ... Answer 2: 7`, `I would give Answer 1 a 9 out of 10`), a last line of two
+    numbers, markdown around any of these, and JSON.
+
+    Args:
+        text (`str`):
+            The reply.
+
+    Returns:
+        `tuple[float, float]` or `None`: the scores of answers 1 and 2, each from 0 to 10. None where they are absent,
+        above 10, on another scale, or contradict each other: a wrong score would be worse than none.
+
+    Example:
+
+    ```python
+    >>> parse_scores("8/10 7\\n\\nBoth answers name the organ.")
+    (8.0, 7.0)
+    ```
+    """
+    if len(text) > 2 * LONGEST:
+        text = text[:LONGEST] + "\n...\n" + text[-LONGEST:]
+    text = _THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
+    found = _json_in(text)
+    if found is not None:
+        return _in_range(_scores_of_json(found))
+    lines = [line for line in _MARKUP.sub("", text).splitlines() if line.strip()]
+    if not lines:
+        return None
+    if pair := _PAIR_LINE.fullmatch(lines[0]) or _PAIR_OPENS.match(lines[0]):
+        return _in_range(pair.groups())
+    if len(lines) > 1 and all(_ONE_LINE.fullmatch(line) for line in lines[:2]):
+        return _in_range(_ONE_LINE.fullmatch(line).group(1) for line in lines[:2])
+    if _LOOKS_LIKE_PAIR.fullmatch(lines[0]):  # scores, but of another scale: nothing below can mend them
+        return None
+    named, last = _named_scores("\n".join(lines)), _PAIR_LINE.fullmatch(lines[-1])
+    last = last and _numbers(last.groups())
+    if named == "unclear" or (named and last and named != last):
+        return None
+    return _in_range(named or last or None)
+
+
+def read_paper_reply(text: str) -> Reading | None:
+    """What a reply to the paper's prompt says; equal scores are a tie."""
+    scores = parse_scores(text)
+    return scores and Reading(scores, _better(scores))
+
+
+def read_rubric_reply(text: str) -> Reading | None:
+    """What a reply to the rubric says. None unless it has every score, and a verdict that its scores do not deny."""
+    found = _json_in(_THOUGHTS.sub("", text))
+    if not isinstance(found, dict):
+        return None
+    answers = [found.get(name) for name in ("answer_1", "answer_2")]
+    if not all(isinstance(answer, dict) for answer in answers):
+        return None
+    pairs = {name: _in_range([answer.get(name) for answer in answers]) for name in (*CRITERIA, "overall")}
+    verdict = VERDICTS.get(found.get("verdict")) if isinstance(found.get("verdict"), str) else None
+    if verdict is None or None in pairs.values():
+        return None
+    scores = pairs.pop("overall")
+    if verdict != "tie" and _better(scores) == 1 - verdict:
+        return None
+    return Reading(scores, verdict, pairs)
+
+
+def _better(scores: tuple[float, float]) -> Literal[0, 1, "tie"]:
+    return "tie" if scores[0] == scores[1] else int(scores[1] > scores[0])
+
+
+def _numbers(pair) -> tuple[float, float] | None:
+    try:
+        first, second = (None if isinstance(value, bool) else float(value) for value in pair)
+    except (TypeError, ValueError):
+        return None
+    return None if first is None or second is None else (first, second)
+
+
+def _in_range(pair) -> tuple[float, float] | None:
+    numbers = _numbers(pair) if pair is not None else None
+    return numbers if numbers and all(LOWEST <= number <= HIGHEST for number in numbers) else None
+
+
+def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
+    """Scores that stand by the name of their answer. Several different ones count only where one is the last word."""
+    found: list[list[tuple[int, float]]] = [[], []]
+    for match in _LABEL_THEN_NUMBER.finditer(text):
+        number, ordinal, score = match.group(1), match.group(2), match.group(3)
+        found[_WHICH[(number or ordinal).lower()]].append((match.start(), float(score)))
+    for match in _NUMBER_THEN_LABEL.finditer(text):
+        score, number, ordinal = match.group(1), match.group(3), match.group(4)
+        found[_WHICH[(number or ordinal).lower()]].append((match.start(), float(score)))
+    if not all(found):
+        return None
+    if any(len({score for _, score in scores}) > 1 for scores in found):
+        announced = [match.end() for match in _FINAL.finditer(text)]
+        found = [[item for item in scores if announced and item[0] >= announced[-1] - 1] for scores in found]
+        if [len({score for _, score in scores}) for scores in found] != [1, 1]:
+            return "unclear"
+    return found[0][-1][1], found[1][-1][1]
+
+
+def _json_in(text: str) -> Any:
+    """The one JSON object in a text (the last, should there be several), or a list that is all of it."""
+    decoder, found, at = json.JSONDecoder(parse_constant=str), None, text.find("{")
+    whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+    if whole.startswith("["):
+        try:
+            return json.loads(whole)
+        except (ValueError, RecursionError):
+            pass
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            found = value if value else found
+        at = text.find("{", end)
+    return found
+
+
+def _scores_of_json(value: Any) -> Any:
+    """Two scores of any sensible JSON: a list, names of the answers, or objects with a score inside."""
+    if isinstance(value, list):
+        return value if len(value) == 2 else None
+    if not isinstance(value, dict):
+        return None
+    plain = {re.sub(r"[^a-z0-9]", "", str(key).lower()): item for key, item in value.items()}
+    for key in ("scores", "score", "ratings"):
+        if isinstance(plain.get(key), list | dict):
+            return _scores_of_json(plain[key])
+    for first, second in (("1", "2"), ("a", "b"), ("one", "two")):
+        for noun in ("answer", "assistant", "response", "score", "answer{}score", "score_answer", "scoreanswer", ""):
+            names = [noun.format(n) if "{}" in noun else noun + n for n in (first, second)]
+            if all(name in plain for name in names):
+                return [_score_inside(plain[name]) for name in names]
+    return None
+
+
+def _score_inside(value: Any) -> Any:
+    if isinstance(value, dict):
+        plain = {str(key).lower(): item for key, item in value.items()}
+        return next((plain[key] for key in ("overall", "score", "rating") if key in plain), None)
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*{_NUMBER}{_OUT_OF}\s*", value)
+        return match and match.group(1)
+    return value

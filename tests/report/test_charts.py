@@ -1,0 +1,126 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import math
+import re
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+
+from medst_trl.report.charts import MOST_POINTS, WIDTH, Bar, Group, Line, bar_chart, line_chart
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def draw_lines(*lines, **kwargs):
+    return ET.fromstring(line_chart("A title", lines, x_label="step", y_label="nats", **kwargs))
+
+
+def draw_bars(*bars, mark=None, **kwargs):
+    return ET.fromstring(bar_chart("A title", [Group("group", bars, mark)], **kwargs))
+
+
+def texts(svg):
+    return [element.text for element in svg.iter(f"{SVG}text")]
+
+
+def polylines(svg):
+    return [
+        [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        for line in svg.iter(f"{SVG}polyline")
+    ]
+
+
+def test_a_falling_line_falls_on_the_page():
+    (points,) = polylines(draw_lines(Line("loss", [(0, 3.0), (50, 2.0), (100, 1.0)])))
+    xs, ys = zip(*points)
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys)  # y grows downwards
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+
+
+def test_a_line_has_its_name_and_last_value_the_axes_their_units():
+    svg = draw_lines(Line("loss", [(0, 3.0), (10, 0.25)]), Line("other", [(0, 1.0), (10, 0.26)]))
+    assert {"A title", "nats", "step", "loss 0.25", "other 0.26"} <= set(texts(svg))
+    assert svg.find(f"{SVG}title").text == "A title"
+    assert "loss from 3 to 0.25" in svg.find(f"{SVG}desc").text
+
+
+def test_names_of_close_lines_do_not_overlap():
+    svg = draw_lines(*(Line(f"line{n}", [(0, 0), (1, 1 + n / 1000)]) for n in range(4)))
+    places = sorted(float(e.get("y")) for e in svg.iter(f"{SVG}text") if (e.text or "").startswith("line"))
+    assert all(after - before >= 13 for before, after in pairwise(places))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1, 2.0)],
+        [(1, 2.0), (2, 2.0)],
+        [(1, 0.0), (2, 0.0)],
+        [(1, 1e-9), (2, 2e-9)],
+        [(1, -1e12), (2, 1e12)],
+        [(5, 1.0), (5, 2.0)],
+        [(1, math.nan), (2, 1.0), (3, math.inf)],
+    ],
+)
+def test_any_points_stay_inside_the_picture(points):
+    svg = draw_lines(Line("x", points))
+    assert all(0 <= x <= WIDTH and 0 <= y <= 240 for line in polylines(svg) for x, y in line)
+    assert "nan" not in ET.tostring(svg, encoding="unicode") and "inf" not in ET.tostring(svg, encoding="unicode")
+
+
+def test_without_points_there_is_no_chart():
+    assert line_chart("t", [Line("x", []), Line("y", [(1, math.nan)])], x_label="", y_label="") == ""
+    assert bar_chart("t", [Group("g", [])]) == ""
+
+
+def test_long_logs_are_averaged():
+    (points,) = polylines(draw_lines(Line("x", [(x, x % 2) for x in range(10_000)])))
+    assert len(points) <= MOST_POINTS
+    assert max(y for _, y in points) - min(y for _, y in points) < 1e-6
+
+
+def test_bars_are_as_long_as_their_values():
+    svg = draw_bars(Bar("a", 20), Bar("b", 40), limits=(0, 100))
+    lengths = [float(rect.get("width")) for rect in svg.iter(f"{SVG}rect")]
+    assert lengths[1] == pytest.approx(2 * lengths[0], abs=0.3)
+
+
+def test_error_bars_and_mark():
+    svg = draw_bars(Bar("a", 50, 25, 75), mark=50, limits=(0, 100), mark_name="baseline")
+    (rect,) = svg.iter(f"{SVG}rect")
+    rules = [tuple(float(line.get(key)) for key in ("x1", "y1", "x2", "y2")) for line in svg.iter(f"{SVG}line")]
+    left, width = float(rect.get("x")), float(rect.get("width"))
+    assert any(
+        x1 == pytest.approx(left + width / 2, abs=0.3) and x2 == pytest.approx(left + 1.5 * width, abs=0.3)
+        for x1, _, x2, _ in rules
+    )
+    assert any(x1 == x2 == pytest.approx(left + width, abs=0.3) for x1, _, x2, _ in rules)
+    assert "baseline" in texts(svg)
+    assert "(25.0 to 75.0)" in svg.find(f"{SVG}desc").text
+
+
+def test_negative_values_lie_on_the_other_side_of_zero():
+    svg = draw_bars(Bar("loss", -10, -12, -8), Bar("gain", 10))
+    loss, gain = svg.iter(f"{SVG}rect")
+    assert float(loss.get("x")) + float(loss.get("width")) == pytest.approx(float(gain.get("x")), abs=0.2)
+
+
+def test_one_name_has_one_colour():
+    groups = [Group("one", [Bar("a", 1), Bar("b", 2)]), Group("two", [Bar("b", 1), Bar("a", 2)])]
+    svg = ET.fromstring(bar_chart("t", groups))
+    colours = [re.search(r"--series-\d", rect.get("style"))[0] for rect in svg.iter(f"{SVG}rect")]
+    assert colours[0] == colours[3] != colours[1] == colours[2]
+
+
+@pytest.mark.parametrize(
+    "evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</svg></style>", "\u202e"]
+)
+def test_names_from_data_are_only_text(evil):
+    lines = line_chart(evil, [Line(evil, [(0, 1), (1, 2)])], x_label=evil, y_label=evil, level=(1.5, evil))
+    bars = bar_chart(evil, [Group(evil, [Bar(evil, 1, 0, 2)], 1)], unit=evil, mark_name=evil)
+    for svg in (lines, bars):
+        tags = {element.tag.removeprefix(SVG) for element in ET.fromstring(svg).iter()}
+        assert tags <= {"svg", "title", "desc", "text", "line", "polyline", "rect", "circle"}
+        assert "\u202e" not in svg

@@ -1,0 +1,379 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import base64
+import io
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made_run
+import pytest
+from PIL import Image
+
+from medst_trl.errors import UserError
+from medst_trl.report.report import make_report, write_report
+
+
+EVIL = (
+    "<script>alert(1)</script>",
+    '"><img src=https://example.com/x onerror=alert(1)>',
+    "</style></svg></title><iframe src=//example.com>",
+    "' onload='alert(1)",
+    "{{ 7 * 7 }}",
+    "\u202eabc\u2066",
+    "\x00\x1b[31m",
+)
+VOID = {"meta", "img"}  # elements without an end
+FAST = {"bootstrap_samples": 10, "gallery": 6}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text without that of the style sheet."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text, self.open, self.unbalanced = [], "", [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    @property
+    def words(self):
+        return " ".join(self.text.split())
+
+
+def report_on(run, **kwargs):
+    report = make_report(run, **FAST | kwargs)
+    return report, Page(report.html)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return made_run.whole_run(tmp_path_factory.mktemp("runs") / "tried", rounds=2)
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def page(original):
+    return report_on(original)[1]
+
+
+def test_the_page_stands_by_itself(page):
+    assert not page.unbalanced and not page.open
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "form", "video", "audio", "base", "use"}
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes), tag
+        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+        assert attributes.get("href", "#").startswith("#")
+        assert "url(" not in attributes.get("style", "") and "srcset" not in attributes
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_what_can_be_seen_can_be_heard(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for tag, a in page.elements if tag == "a"} <= set(ids)
+    for tag, attributes in page.elements:
+        if tag == "img":
+            assert attributes["alt"].startswith("Image asked about: ")
+        if tag == "svg":
+            assert attributes["role"] == "img" and attributes["aria-label"]
+        if tag == "th":
+            assert attributes["scope"] in ("col", "row", "rowgroup")
+
+
+def test_every_room_is_on_the_page(page):
+    for told in (
+        "Made 20", "prepare/benchmark, split test", "majority", "real − blank", "real − shuffled",
+        "turn medical images", "truncated", "not a question", "near duplicate question",
+        "loss_question", "loss_answer", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+        "Likelihood displacement", "no less likely", "dropped: flip", "dropped: tie", "oracle, prompt rubric",
+        "answer shown first wins", "longer answer wins", "tokens in prompts", "$0.0", "Rounds side by side",
+        "Dropped: unparsable", "Kept: answer 1 is preferred", "The first answer is right.",
+        "Wrong before, right after", "learning_rate 0.0007", "seed 0", "torch 2.13.0", "1 min 2 s",
+    ):  # fmt: skip
+        assert told in page.words, told
+
+
+def test_scores_stand_beside_their_differences(original, page):
+    before, after = (
+        json.loads((original / "evaluate" / name / "scores.json").read_text())["scores"]["strict"]
+        for name in ("stage_1", "aligned")
+    )
+    for scores in (before, after):
+        leaf = scores["exact_match"]
+        assert f"{leaf['value']:.1f} [{leaf['interval'][0]:.1f}, {leaf['interval'][1]:.1f}]" in page.words
+    difference = after["exact_match"]["value"] - before["exact_match"]["value"]
+    assert f"{difference:+.1f} [".replace("-", "−") in page.words
+
+
+def test_the_table_of_the_terminal(original):
+    report, _ = report_on(original)
+    header, *lines = report.table.splitlines()[1:]
+    names = ("aligned", "round 1", "round 2")
+    assert " ".join(header.split()) == " ".join(["n stage 1", *names, *(f"{name} - stage 1" for name in names)])
+    assert lines[0].startswith("exact match") and lines[0].count("[") == 3
+    assert not report.notes
+
+
+def test_counts_of_what_became_of_the_answers(original, page):
+    rows = {}
+    for name in ("stage_1", "aligned"):
+        lines = (original / "evaluate" / name / "predictions.jsonl").read_text().splitlines()
+        rows[name] = {row["id"]: row for row in map(json.loads, lines)}
+    last = (original / "round_2" / "evaluate" / "aligned" / "predictions.jsonl").read_text().splitlines()
+    gained = sum(
+        rows["stage_1"][row["id"]]["prediction"] == "Unclear." != row["prediction"] for row in map(json.loads, last)
+    )
+    assert f"{gained} wrong before, right after" in page.words
+
+
+def test_pictures_are_those_of_the_run_and_small(run):
+    _, page = report_on(run, image_size=20)
+    urls = [a["src"] for tag, a in page.elements if tag == "img"]
+    assert len(urls) > 6
+    for url in urls:
+        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert max(picture.size) == 20 and not picture.info.get("exif")
+
+
+def test_gallery_keeps_its_bounds(original):
+    for most in (0, 1, 5):
+        _, page = report_on(original, gallery=most)
+        shown = page.words.count("Dropped: ") + page.words.count("Kept: answer")
+        assert shown == 3 * most  # three rounds: outside, 1, 2
+
+
+def test_nothing_of_the_machine_is_on_the_page(original):
+    report, _ = report_on(original)
+    for hidden in (str(original), str(original.parent), str(Path.home()), "/tmp"):
+        assert hidden not in report.html
+
+
+def test_secrets_stay_out(run):
+    key = "hf_" + "a" * 30
+    path = run / "judge" / "stage.json"
+    record = json.loads(path.read_text())
+    record["settings"] |= {"model": f"judge {key}", "base_url": "https://me:password@example.com", "api_key": "k" * 9}
+    path.write_text(json.dumps(record))
+    lines = (run / "judge" / "judgements.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    row["orders"][0]["reply"] = f"Authorization: {key}"
+    (run / "judge" / "judgements.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    html = report_on(run, gallery=30)[0].html
+    assert "Authorization:" in html
+    assert key not in html and "me:password" not in html and "kkkkkkkkk" not in html
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_data_stays_text(tmp_path, evil, page):
+    """All that data can put on the page, at once; its elements and attributes stay those of an honest run."""
+    run = tmp_path / "run"
+    counts = {"rejected": {evil: 3}, "datasets": {evil: {evil: 2}}}
+    made_run.write_stage(run / "prepare", "prepare", counts=counts, settings={"source": evil})
+    phantoms = made_run.make_phantoms(4, seed=0, split="test")
+    candidates = made_run.generate(run, phantoms)
+    rows = [made_run.judgement(c, dropped=[None, "flip", evil][i % 3]) for i, c in enumerate(candidates)]
+    for row in rows:
+        row |= {"question": evil, "answers": [evil, f"{evil} {evil}"], "model": evil, "prompt_version": evil}
+        for order in row["orders"]:
+            order |= {"reply": evil, "scores": [evil, 3]}
+    made_run.judge(run, candidates, rows=[json.loads(json.dumps(row)) for row in rows])
+    made_run.sft(run)
+    made_run.write_log(
+        run / "sft", [{"step": 1, "loss": 1.0, evil: 3}, {"step": 2, "loss": 0.5}, {"step": evil, "loss": evil}, evil]
+    )
+
+    def spoil(predictions):
+        return [row | {"question": evil, "prediction": evil, "question_type": evil} for row in predictions]
+
+    made_run.evaluate(run, "evaluate/stage_1", phantoms, "sft", 0.5)
+    made_run.evaluate(run, "evaluate/aligned", phantoms, "dpo", 0.5, spoil)
+    report, spoilt = report_on(run, title=evil, gallery=12)
+    write_report(report, tmp_path / "out")
+    assert not spoilt.unbalanced and not spoilt.open
+    assert {tag for tag, _ in spoilt.elements} <= {tag for tag, _ in page.elements}
+    known = {(tag, name) for tag, attributes in page.elements for name in attributes}
+    assert {(tag, name) for tag, attributes in spoilt.elements for name in attributes} <= known
+    for _, attributes in spoilt.elements:
+        assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "#").startswith("#")
+    visible = evil.translate({c: f"⟨U+{c:04X}⟩" for c in (0x202E, 0x2066, 0x00, 0x1B)})
+    assert spoilt.text.count(visible) > 20
+    assert "\u202e" not in spoilt.text and "\x00" not in report.html
+
+
+def test_half_of_a_surrogate_pair(run, tmp_path):
+    path = run / "judge" / "judgements.jsonl"
+    path.write_text(path.read_text().replace("The first answer", "\\ud83d"))
+    report, page = report_on(run)
+    write_report(report, tmp_path / "out")
+    assert "\ufffd is right." in page.text
+
+
+def test_endless_answers_are_cut_with_a_count(run):
+    lines = (run / "judge" / "judgements.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"answers": ["word " * 10_000, "b"], "question": "q" * 50_000} for line in lines]
+    (run / "judge" / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, page = report_on(run)
+    assert "(49,400 more characters)" in page.text and "(49,600 more characters)" in page.text
+    assert len(report.html) < 400_000
+
+
+def test_a_run_that_is_still_going_on(run):
+    """Stages appear one after another: the page says what is missing, and which one is not finished."""
+    for name in ("judge", "dpo", "round_1", "round_2", "evaluate/aligned"):
+        shutil.rmtree(run / name)
+    made_run.write_stage(run / "judge", "judge", status="running")
+    made_run.write_stage(run / "evaluate" / "aligned", "evaluate", status="running")
+    report, page = report_on(run)
+    assert "not finished" in page.words and "judge has no judgements yet" in page.words
+    assert "Not in this run (yet): dpo" in page.words and "No stage dpo here" in page.words
+    assert any("evaluate/aligned has no scores yet" in note for note in report.notes)
+
+
+def test_only_prepared(run):
+    for child in run.iterdir():
+        if child.name != "prepare":
+            shutil.rmtree(child)
+    report, page = report_on(run)
+    assert report.table == ""
+    for told in ("No evaluation has finished yet", "The run has no stage sft", "The run has no stage judge"):
+        assert told in page.words
+
+
+def test_training_that_is_not_finished_shows_its_newest_checkpoint(run):
+    state = json.loads((run / "sft" / "trainer_state.json").read_text())
+    (run / "sft" / "trainer_state.json").unlink()
+    for step in (90, 100):
+        (run / "sft" / f"checkpoint-{step}").mkdir()
+        state["log_history"] = [{"step": 1, "loss": 5.0}, {"step": step, "loss": step / 1000}]
+        made_run.write_log(run / "sft" / f"checkpoint-{step}", state["log_history"])
+    assert "loss 0.1" in report_on(run)[1].text
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "binary": lambda data: bytes(range(256)) * 4,
+    "list": lambda data: b"[1, 2]",
+    "other object": lambda data: b'{"scores": 3, "stage": "sft", "status": [], "log_history": {"a": 1}, "counts": 5}',
+    "deep": lambda data: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sft/stage.json", "judge/stage.json", "evaluate/aligned/stage.json", "sft/trainer_state.json",
+        "dpo/trainer_state.json", "judge/judgements.jsonl", "evaluate/aligned/scores.json",
+        "evaluate/aligned/predictions.jsonl", "generate/candidates/train-00000-of-00001.parquet",
+        "prepare/benchmark/test-00000-of-00001.parquet",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_said_and_the_rest_is_shown(run, name, damage):
+    path = run / name
+    path.write_bytes(damage(path.read_bytes()))
+    report, page = report_on(run)
+    assert "Rounds side by side" in page.words
+    if (name, damage) == ("judge/judgements.jsonl", DAMAGES["empty"]):
+        assert "judge has no judgements yet" in page.words
+    else:
+        assert report.notes
+    assert str(run) not in report.html
+    assert all(str(run) not in note for note in report.notes)
+
+
+def test_lines_that_are_no_judgements_are_counted(run):
+    path = run / "judge" / "judgements.jsonl"
+    lines = path.read_text().splitlines()
+    good = json.loads(lines[0])
+    for key, value in {"verdict": 1.0, "verdict ": 3, "orders": 4, "answers": ["a"], "scores": None}.items():
+        lines.append(json.dumps(good | {key.strip(): value}))
+    for change in ({"shown": [1, 1]}, {"usage": {"prompt_tokens": "many"}}, {"verdict": []}):
+        lines.append(json.dumps(good | {"orders": [good["orders"][0] | change]}))
+    path.write_text("\n".join(lines) + "\n")
+    report, page = report_on(run)
+    assert report.notes == ["judge/judgements.jsonl: 8 lines are no judgements and are left out."]
+    assert "of 16 (" in page.words
+
+
+def test_evaluations_of_other_questions_have_no_difference(run):
+    path = run / "evaluate" / "aligned" / "predictions.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[1:]))
+    report, _ = report_on(run)
+    assert "aligned - stage 1" not in report.table and "round 1 - stage 1" in report.table
+    assert any("did not answer the same questions" in note for note in report.notes)
+
+
+def test_evaluations_of_other_data_stand_apart(run):
+    path = run / "evaluate" / "aligned" / "scores.json"
+    path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
+    report, page = report_on(run)
+    assert len(report.table.split("\n\n")) == 2 and "aligned - stage 1" not in report.table
+    assert page.words.count("(the one to trust)") == 2
+
+
+def test_a_moved_run_gives_the_same_page(run, tmp_path):
+    before, _ = report_on(run, title="same")
+    moved = shutil.move(run, tmp_path / "elsewhere")
+    after, _ = report_on(moved, title="same")
+    assert len(after.html.splitlines()) == len(before.html.splitlines())
+    assert after.html.count("<img") == before.html.count("<img") > 0
+    assert str(tmp_path) not in after.html
+
+
+@pytest.mark.parametrize("kind", ["nothing", "empty", "file", "other files", "a stage"])
+def test_where_there_is_no_run(tmp_path, kind):
+    run = tmp_path / "run"
+    if kind == "file":
+        run.write_text("x")
+    elif kind != "nothing":
+        run.mkdir()
+    if kind == "other files":
+        (run / "notes").mkdir()
+        (run / "notes" / "stage.json").write_text('{"stage": "theatre"}')
+    if kind == "a stage":
+        made_run.write_stage(run, "sft")
+    with pytest.raises(UserError, match="--run|medst run|recipe"):
+        make_report(run)
+
+
+def test_links_in_a_circle(run):
+    (run / "round_1" / "again").symlink_to(run)
+    assert report_on(run)[0].html
+
+
+def test_a_page_of_someone_else_is_not_overwritten(original, tmp_path):
+    report, _ = report_on(original)
+    for _ in range(2):
+        path = write_report(report, tmp_path / "out")
+    assert path.read_text(encoding="utf-8") == report.html and [p.name for p in path.parent.iterdir()] == [
+        "index.html"
+    ]
+    path.write_text("<h1>Mine</h1>")
+    with pytest.raises(UserError, match="not a report"):
+        write_report(report, tmp_path / "out")
+    assert path.read_text() == "<h1>Mine</h1>"

@@ -1,0 +1,80 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import math
+from pathlib import Path
+
+import pytest
+
+from medst_trl.report.text import clean, cut, duration, number, place, without_paths
+
+
+@pytest.mark.parametrize("code", [0x00, 0x07, 0x1B, 0x85, 0x202E, 0x2066, 0x200F, 0xFEFF])
+def test_what_cannot_be_seen_is_spelled_out(code):
+    assert clean(f"a{chr(code)}b") == f"a⟨U+{code:04X}⟩b"
+
+
+def test_ordinary_writing_stays():
+    for text in ("Ödem, µm, ±5 %", "肺结节\n第二行", "نعم", "क्ष", "👩‍⚕️", "a\tb"):
+        assert clean(text) == text
+    assert clean("a\r\nb") == "a\nb"
+
+
+def test_lone_surrogates_can_be_written():
+    clean("\ud83d").encode("utf-8")
+
+
+def test_secrets_are_hidden():
+    assert "abcdefghijklmnop" not in clean("the key hf_abcdefghijklmnop and sk-abcdefghijklmnopq")
+
+
+def test_cut_says_how_much_is_missing():
+    assert cut("short", 600) == "short"
+    shown = cut("x" * 50_000, 600)
+    assert shown.startswith("x" * 600) and "49,400 more characters" in shown and len(shown) < 700
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/data/run/sft", "sft"),
+        ("/data/run", "."),
+        ("/data/run/round_1/dpo", "round_1/dpo"),
+        ("/home/someone/models/secret", "…/secret"),
+        ("~/models/mine", "…/mine"),
+        ("../elsewhere/model", "…/model"),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("phantoms", "phantoms"),
+        (3, "3"),
+        ("", ""),
+    ],
+)
+def test_places_are_named_from_the_run(value, shown):
+    assert place(value, Path("/data/run")) == shown
+
+
+def test_paths_in_messages_are_cut():
+    told = without_paths("cannot read /home/someone/run/x.json, and /data/run/sft/stage.json.", Path("/data/run"))
+    assert "/home" not in told and "/data" not in told and "x.json" in told and "sft/stage.json" in told
+    assert without_paths("5/10 and/or a/b", Path("/data/run")) == "5/10 and/or a/b"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (12345, "12,345"), (0.6931, "0.693"), (-3.0, "−3"), (1e-5, "1.0e-05"), (12345.6, "12,346"), (0.0, "0"),
+        (None, "–"), (math.nan, "–"),
+    ],
+)  # fmt: skip
+def test_numbers(value, shown):
+    assert number(value) == shown
+
+
+def test_numbers_with_decimals():
+    assert number(2.345, 1) == "2.3" and number(-2.345, 1, "+") == "−2.3" and number(2.345, 1, "+") == "+2.3"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(2.34, "2.3 s"), (59, "59 s"), (192, "3 min 12 s"), (7500, "2 h 5 min"), (None, "–")]
+)
+def test_durations(seconds, shown):
+    assert duration(seconds) == shown

@@ -1,0 +1,352 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import ast
+import io
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from families import FAMILIES
+from PIL import Image
+from tiny_run import small_policy
+
+from medst_trl import CandidateGenerator
+from medst_trl.data.images import image_id
+from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
+from medst_trl.errors import UserError
+from medst_trl.evaluation import vqa
+from medst_trl.policy import decoding
+from medst_trl.policy.decoding import chat_inputs
+from medst_trl.policy.vusr import VUSR, add_vusr
+from medst_trl.selftrain import transformers_engine
+from medst_trl.selftrain.candidate_files import select_records, undecoded
+from medst_trl.selftrain.candidate_filters import QuestionFilter
+from medst_trl.selftrain.prompts import DESCRIBE, Prompt, Reply, Sampling, to_answer, to_ask
+
+
+ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights asks nothing better
+SHORT = {"question_sampling": Sampling(max_new_tokens=16), "answer_sampling": Sampling(max_new_tokens=16)}
+
+
+def picture(number, size=(20, 16)):
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def record(number, images=1):
+    pictures = [picture(number * 10 + place, size=(16 + 4 * (number % 3), 16)) for place in range(images)]
+    return {"id": f"r{number}", "images": pictures, "image_ids": list(map(image_id, pictures)), "messages": []}
+
+
+def as_dataset(records):
+    return Dataset.from_list(records, features=instruct_features())
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A model with random weights, for which one token in ten ends a text."""
+    model, processor = small_policy()
+    model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 10)]
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def images():
+    return as_dataset([record(number, images=2 if number == 4 else 1) for number in range(7)])
+
+
+def outcomes(policy, images, done=(), **kwargs):
+    kwargs = {"num_questions": 2, "num_answers": 3, "question_filter": ANY_TEXT, "seed": 5} | SHORT | kwargs
+    return list(CandidateGenerator(*policy, **kwargs).outcomes(images, done))
+
+
+@pytest.fixture(scope="module")
+def expected(policy, images):
+    return outcomes(policy, images, batch_size=16)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_changes_nothing(policy, images, expected, batch_size):
+    assert outcomes(policy, images, batch_size=batch_size) == expected
+    texts = [text for outcome in expected for candidate in outcome["candidates"] for text in candidate["answers"]]
+    assert len(set(texts)) > len(texts) / 2 > 5, "the model says the same to everything: no test"
+
+
+def test_other_seeds_and_settings_draw_otherwise(policy, images, expected):
+    assert outcomes(policy, images, seed=6) != expected
+    assert outcomes(policy, images, question_sampling=Sampling(temperature=0.5, max_new_tokens=16)) != expected
+
+
+def test_a_record_alone_draws_the_same(policy, images, expected):
+    """So images that are added, or a part of them, change nothing for the others."""
+    assert outcomes(policy, images.select([4, 2])) == [expected[4], expected[2]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
+    shares = []
+    for rank in range(ranks):
+        state = type("State", (), {"process_index": rank, "num_processes": ranks, "is_main_process": not rank})
+        monkeypatch.setattr(vqa, "process_state", state)
+        shares.append(outcomes(policy, images, batch_size=1))
+    together = {outcome["id"]: outcome for share in shares for outcome in share}
+    assert sum(map(len, shares)) == len(together) == len(expected)
+    assert [together[outcome["id"]] for outcome in expected] == expected
+    assert all(shares)
+
+
+def test_what_is_done_is_left_out(policy, images, expected):
+    assert outcomes(policy, images, done={"r0", "r1", "r2", "r5"}, batch_size=1) == [expected[n] for n in (3, 4, 6)]
+
+
+def test_rows(policy, images, expected):
+    generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, model_name="tiny", **SHORT)
+    rows = list(generate(images))
+    assert [row["id"] for row in rows] == [item["id"] for outcome in expected for item in outcome["candidates"]]
+    assert generate.rejected == [item for outcome in expected for item in outcome["rejected"]]
+    dataset = Dataset.from_list(rows, features=candidate_features())
+    check_columns(dataset, "candidates")
+    stored = {row["id"]: row for row in undecoded(images, range(len(images)))}
+    for row, raw in zip(rows, undecoded(dataset, range(len(dataset)))):
+        source = stored[row["id"].partition("#")[0]]
+        assert raw["images"] == source["images"], "bytes are passed through"
+        assert row["image_ids"] == source["image_ids"]
+        (question,) = row["prompt"]
+        kinds = [part["type"] for part in question["content"]]
+        assert kinds == ["image"] * len(source["image_ids"]) + ["text"]
+        assert "vusr" not in question and question["role"] == "user"
+        assert len(row["answers"]) == 2
+        assert json.loads(row["generation"]) == {
+            "model": "tiny",
+            "engine": "transformers",
+            "seed": 5,
+            "question_sampling": {"temperature": 1.2, "top_k": 100, "top_p": 0.95, "max_new_tokens": 16},
+            "answer_sampling": {"temperature": 1.2, "top_k": 100, "top_p": 0.95, "max_new_tokens": 16},
+            "describe_first": False,
+        }
+    assert any(row["id"].startswith("r4#") for row in rows), "no record with two images: no test"
+
+
+def test_nothing_is_lost(expected):
+    """Every question drawn is a candidate or set aside with a reason."""
+    for outcome in expected:
+        numbers = [item["id"] for item in outcome["candidates"] + outcome["rejected"]]
+        assert sorted(numbers) == [f"{outcome['id']}#0", f"{outcome['id']}#1"]
+
+
+class Script:
+    """An engine that says what it is told to, and remembers what it was asked."""
+
+    name, batch_size = "script", 2
+
+    def __init__(self, say):
+        self.say, self.asked = say, []
+
+    def write(self, prompts, sampling):
+        self.asked += [(prompt, sampling) for prompt in prompts]
+        return [self.say(prompt) for prompt in prompts]
+
+
+def kind_of(prompt):
+    last = prompt.messages[-1]
+    return "ask" if last.get("vusr") else "describe" if text_of(last["content"]) == DESCRIBE else "answer"
+
+
+def numbers_of(prompt):
+    return ast.literal_eval(prompt.stream)[3:]
+
+
+def test_counts_by_reason():
+    questions = {
+        0: Reply("Where is the lesion?"),
+        1: Reply("where is  the lesion"),
+        2: Reply("The lesion is bright."),
+        3: Reply("Why?"),
+        4: Reply(""),
+        5: Reply("Where is the", ended=False),
+        6: Reply("What does the scan show?"),
+        7: Reply("Is it large?"),
+        8: Reply("Is it a bright lesion?"),
+        9: Reply("What " + "ever " * 99 + "?"),
+    }
+    answers = {0: ["It is small and bright.", "It is large and bright."], 6: ["A scan", "a scan!"], 7: ["", "Yes"],
+               8: ["Yes", "No"]}  # fmt: skip
+    long = "a round lesion of soft tissue with an even border " * 4
+    answers[7] = [long + "near it", long + "by it"]
+
+    def say(prompt):
+        if kind_of(prompt) == "ask":
+            return questions[numbers_of(prompt)[0]]
+        question, answer = numbers_of(prompt)
+        return Reply(answers[question][answer])
+
+    engine = Script(say)
+    (outcome,) = CandidateGenerator(engine, num_questions=10).outcomes(as_dataset([record(0)]))
+    assert outcome["drawn"] == 10
+    assert [(item["id"], item["answers"]) for item in outcome["candidates"]] == [
+        ("r0#0", answers[0]),
+        ("r0#8", answers[8]),
+    ]
+    assert {item["id"]: item["reason"] for item in outcome["rejected"]} == {
+        "r0#1": "repeated",
+        "r0#2": "not_a_question",
+        "r0#3": "too_short",
+        "r0#4": "empty",
+        "r0#5": "unfinished",
+        "r0#6": "identical_answers",
+        "r0#7": "nearly_identical_answers",
+        "r0#9": "too_long",
+    }
+    assert sum(kind_of(prompt) == "answer" for prompt, _ in engine.asked) == 8, "only good questions are answered"
+
+
+def test_describe_first():
+    say = {"describe": Reply("A </s> scan."), "ask": Reply("Where is the lesion?")}
+    engine = Script(lambda prompt: say.get(kind_of(prompt)) or Reply(f"On side {numbers_of(prompt)[-1]}."))
+    generate = CandidateGenerator(engine, describe_first=True)
+    (row,) = generate(as_dataset([record(0, images=2)]))
+    roles = [turn["role"] for turn in row["prompt"]]
+    assert roles == ["user", "assistant", "user"]
+    assert [text_of(turn["content"]) for turn in row["prompt"]] == [DESCRIBE, "A </s> scan.", "Where is the lesion?"]
+    kinds = [[part["type"] for part in turn["content"]] for turn in row["prompt"]]
+    assert kinds == [["image", "image", "text"], ["text"], ["text"]], "the images stand once, in front"
+    assert [(kind_of(p), s.temperature) for p, s in engine.asked] == [
+        ("describe", 0.0), ("ask", 1.2), ("answer", 1.2), ("answer", 1.2)]  # fmt: skip
+    assert engine.asked[1][0].messages[:2] == engine.asked[2][0].messages[:2]
+    assert json.loads(row["generation"])["describe_first"]
+
+
+def test_an_empty_description_is_set_aside():
+    (outcome,) = CandidateGenerator(Script(lambda p: Reply("")), describe_first=True).outcomes(as_dataset([record(0)]))
+    assert (outcome["drawn"], outcome["rejected"][0]["reason"]) == (0, "empty_description")
+
+
+def test_unreadable_images_do_not_stop_the_others(policy, images, expected):
+    def bytes_of(image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return file.getvalue()
+
+    whole = bytes_of(picture(1))
+    broken = [
+        {"bytes": b"no image", "path": None},
+        {"bytes": whole[: len(whole) // 2], "path": None},
+        {"bytes": b"", "path": None},
+        {"bytes": None, "path": "/nowhere/x.png"},
+    ]
+    rows = [
+        {"id": f"b{number}", "images": [item], "image_ids": [str(number)], "messages": []}
+        for number, item in enumerate(broken)
+    ]
+    rows.append({"id": "b4", "images": [], "image_ids": [], "messages": []})
+    result = outcomes(policy, as_dataset([*rows[:2], record(0), *rows[2:], record(1)]), batch_size=8)
+    reasons = {
+        item["id"]: item["reason"] for outcome in result for item in outcome["rejected"] if "#" not in item["id"]
+    }
+    assert reasons == {f"b{number}": "unreadable_image" for number in range(4)} | {"b4": "no_image"}
+    assert [outcome for outcome in result if outcome["id"][0] == "r"] == expected[:2]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_prompts_of_all_families(family):
+    """A `<vusr>` turn is left open; a control token in the history stays text; images are where they belong."""
+    processor = FAMILIES[family]()
+    vusr = add_vusr(processor)
+    history = [*to_answer([], 1, f"What {VUSR} is this? {processor.tokenizer.eos_token}"),
+               {"role": "assistant", "content": [{"type": "text", "text": f"It is {VUSR} dark."}]}]  # fmt: skip
+    conversations = [to_ask([], 1), to_ask(history, 1), to_answer([], 1, f"Which {VUSR} is it?")]
+    inputs = chat_inputs(processor, conversations, [[picture(n, (32, 32))] for n in range(3)])
+    ids = inputs["input_ids"]
+    assert (ids == vusr).sum(1).tolist() == [1, 1, 0]
+    assert ids[:2, -1].tolist() == [vusr, vusr]
+    alone = chat_inputs(processor, conversations[:1], [[picture(0, (32, 32))]])["input_ids"][0]
+    assert ids[0, -len(alone) :].tolist() == alone.tolist()
+
+
+def test_several_images_keep_their_order(policy):
+    _, processor = policy
+    first, second = picture(1), picture(2)
+    both = chat_inputs(processor, [to_ask([], 2), to_ask([], 1)], [[first, second], [second]])["pixel_values"]
+    one, two = (chat_inputs(processor, [to_ask([], 1)], [[image]])["pixel_values"][0] for image in (first, second))
+    assert [torch.equal(*pair) for pair in zip(both, (one, two, two))] == [True] * 3
+
+
+def test_out_of_memory_halves_the_batch(policy, images, expected, monkeypatch, capsys):
+    sizes = []
+
+    def write_texts(model, processor, inputs, *args):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return decoding.write_texts(model, processor, inputs, *args)
+
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
+    assert outcomes(policy, images, batch_size=16) == expected
+    assert sizes[:3] == [14, 7, 3] and max(sizes[3:]) == 3
+    assert "not enough memory for 14 texts at a time, going on with 7" in capsys.readouterr().out
+
+
+def test_not_even_one_fits(policy, images, monkeypatch):
+    def write_texts(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
+    with pytest.raises(UserError, match="Not even one"):
+        outcomes(policy, images)
+
+
+def test_other_errors_are_not_swallowed(policy, images, monkeypatch):
+    monkeypatch.setattr(transformers_engine, "write_texts", lambda *args: (_ for _ in ()).throw(RuntimeError("bug")))
+    with pytest.raises(RuntimeError, match="bug"):
+        outcomes(policy, images)
+
+
+def test_longest_prompts_first(policy, monkeypatch):
+    batches = []
+
+    def write_texts(model, processor, inputs, *args):
+        batches.append(inputs["attention_mask"].sum(1).tolist())
+        return [("x", True)] * len(batches[-1])
+
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
+    say = iter("word " * count + "?" for count in (3, 30, 9, 21))
+    engine = transformers_engine.TransformersEngine(*policy, batch_size=2)
+    opened = [type("Opened", (), {"image": picture(0)})]
+    engine.write([Prompt(to_answer([], 1, text), opened) for text in islice(say, 4)], Sampling(temperature=0.0))
+    flat = [length for batch in batches for length in batch]
+    assert len(batches) == 2 and flat == sorted(flat, reverse=True)
+
+
+def test_selected_records():
+    same = record(1) | {"id": "again"}
+    rows = as_dataset([record(0), record(1), same, record(2), record(3, images=2)])
+    chosen, rejected = select_records(rows)
+    assert list(chosen["id"]) == ["r0", "r1", "r2", "r3"]
+    assert [(row["id"], row["reason"]) for row in rejected] == [("again", "repeated_images")]
+    first, second = (list(select_records(rows, skip, 2)[0]["id"]) for skip in (0, 2))
+    assert first + second == ["r0", "r1", "r2", "r3"], "rounds of two share no image and leave none out"
+    with pytest.raises(UserError, match="4 different sets of images, and skip_records is 4"):
+        select_records(rows, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_answers": 1}, "num_answers is 1"),
+        ({"num_questions": 0}, "num_questions is 0"),
+        ({"answer_sampling": Sampling(temperature=0.0)}, "temperature 0"),
+    ],
+)
+def test_wrong_settings(change, message):
+    with pytest.raises(UserError, match=message):
+        CandidateGenerator(Script(None), **change)
+
+
+def test_bad_records(policy, images):
+    with pytest.raises(UserError, match="2 records have the id 'r0'"):
+        outcomes(policy, images.select([0, 0]))
+    with pytest.raises(UserError, match="lacks the column"):
+        outcomes(policy, images.remove_columns("image_ids"))

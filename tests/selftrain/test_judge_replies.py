@@ -1,0 +1,161 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from medst_trl.selftrain.judge import parse_scores
+from medst_trl.selftrain.judge_replies import CRITERIA, read_paper_reply, read_rubric_reply
+
+
+SCORES = st.sampled_from([score / 2 for score in range(2, 21)])
+FORMS = [
+    "{a:g} {b:g}",
+    "\n\n  {a:g} {b:g}\n\nBoth answers are fine.",
+    "{a:g}/10 {b:g}",
+    "{a:g}/10, {b:g}/10",
+    "{a:g}, {b:g}",
+    "({a:g}, {b:g})",
+    "**{a:g} {b:g}**",
+    "{a:g} {b:g} Answer 1 names the organ, which Answer 2 does not.",
+    "Scores: {a:g} {b:g}\nThe first is better.",
+    "{a:g}\n{b:g}\n\nThe first names the organ.",
+    "Answer 1: {a:g}\nAnswer 2: {b:g}",
+    "**Answer 1:** {a:g}/10\n\n**Answer 2:** {b:g}/10",
+    "Assistant 1: {a:g} (right)\nAssistant 2: {b:g} (too short)",
+    "| Answer 1 | {a:g} |\n| Answer 2 | {b:g} |",
+    "I would give Answer 1 a score of {a:g} out of 10 and Answer 2 {b:g}.",
+    "I would give the first answer {a:g} out of 10, and the second {b:g}.",
+    "Both are good. Answer 2 receives {b:g}/10, while Answer 1 receives {a:g}/10.",
+    "A score of {a:g}/10 for Answer 1 and {b:g}/10 for Answer 2.",
+    "There are 3 nodules of 4 mm, which only one answer sees.\n\nFinal scores: {a:g} {b:g}",
+    "First, the scan: it shows 2 lesions.\n\nScores:\nAnswer 1: {a:g}\nAnswer 2: {b:g}\n\nOutput: ({a:g}, {b:g})",
+    '```json\n{{"answer_1": {a:g}, "answer_2": {b:g}}}\n```',
+    '{{"scores": [{a:g}, {b:g}], "reason": "Answer 2 invents 5 lesions"}}',
+    '{{"answer_1": {{"overall": {a:g}}}, "answer_2": {{"overall": {b:g}}}}}',
+    "[{a:g}, {b:g}]",
+    "<think>Perhaps 3 3? No.</think>\n{a:g} {b:g}",
+]
+
+
+@given(st.sampled_from(FORMS), SCORES, SCORES)
+def test_what_judges_write_is_read(form, a, b):
+    assert parse_scores(form.format(a=a, b=b)) == (a, b)
+
+
+@given(st.sampled_from(FORMS), SCORES, st.sampled_from([11, 15, 85, 100, 999]))
+@example(FORMS[0], 5.0, 11)
+def test_a_score_above_ten_is_none(form, a, b):
+    assert parse_scores(form.format(a=a, b=b)) is None
+    assert parse_scores(form.format(a=b, b=a)) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "   \n\n", "Both answers are good.", "eight nine", "8", "8/9", "8-9", "-8 9", "8 -9", "+8 9", "8 9 7",
+        "8,5 7",
+        "80/100 70/100", "4/5 3/5", "85% 90%", "1e1 5", "8.5.1 3", "0x8 0x9", "NaN NaN", "inf inf",
+        "2 5 mm lesions are visible.", "12/25 Nov", "In 2019 10 patients were seen.", "Both deserve 8.",
+        "Answer 1: 8", "Answer 2: 8", "Answer 1: 8 lesions are visible\nAnswer 2: 7 nodules",
+        "Answer 1: 2, 3 and 5 are affected. Answer 2: 4, 6.", "1. Answer 1 is good.\n2. Answer 2 is bad.",
+        "Answer 1: 8\nAnswer 2: 5\n\nOutput: (5, 8)",  # denies itself
+        "Accuracy: Answer 1: 8, Answer 2: 7\nHelpfulness: Answer 1: 6, Answer 2: 9",  # criteria, no verdict
+        '{"answer_1": 8}', '{"answer_1": "good", "answer_2": "bad"}', '{"scores": [8, 7, 6]}', "[8]", "{}",
+        '{"answer_1": true, "answer_2": false}', '{"answer_1": null, "answer_2": 5}',
+        '{"answer_1": NaN, "answer_2": 5}',
+        "[" * 100_000, "{" * 5_000, "8 " * 50_000,
+    ],
+)  # fmt: skip
+def test_what_is_not_certain_is_none(text):
+    assert parse_scores(text) is None
+
+
+@given(st.text(max_size=400))
+def test_any_text_is_none_or_two_scores(text):
+    scores = parse_scores(text)
+    assert scores is None or (len(scores) == 2 and all(0 <= score <= 10 for score in scores))
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=("Nd", "No", "Nl", "Lo", "So", "Cs")), max_size=300))
+def test_text_without_figures_is_none(text):
+    assert parse_scores(text) is None
+
+
+@given(
+    st.lists(
+        st.sampled_from(["Answer 1", "answer 2", ":", "8", "9.5", "/10", "the ", "\n", "score", ",", "(", ")", " "])
+    )
+)
+def test_crossed_wires_never_leave_the_scale(parts):
+    scores = parse_scores("".join(parts))
+    assert scores is None or all(0 <= score <= 10 for score in scores)
+
+
+def test_scores_in_full_width_figures():
+    assert parse_scores("\uff18 \uff19") == (8, 9)
+
+
+def test_a_zero_is_a_score():
+    assert parse_scores("0 9\n\nAnswer 1 is empty.") == (0, 9)
+
+
+def test_real_replies(shared_data):
+    """All stored scores but one: there the stored one (10, 2) is not what the reply says (10, 4)."""
+    folder, disagree, not_first = shared_data / "gpt4_reviews", [], 0
+    for name in ("review_gpt35_vicuna-13b.jsonl", "review_llama-13b_vicuna-13b.jsonl"):
+        for review in map(json.loads, (folder / name).read_text(encoding="utf-8").splitlines()):
+            stored = review["score"] if isinstance(review["score"], list) else json.loads(review["score"])
+            not_first += not review["text"].lstrip()[0].isdigit()
+            if parse_scores(review["text"]) != tuple(map(float, stored)):
+                disagree.append((review["review_id"], parse_scores(review["text"]), stored))
+    assert disagree == [("ZgNXGB9wziYPnGFjqLzqVH", (10.0, 4.0), [10, 2])]
+    assert not_first == 6  # 3 of each 80 put them at the end
+
+
+def test_real_medical_replies(shared_data):
+    path = shared_data / "gpt4_reviews" / "llava_med_eval_qa50_gpt4_judged.jsonl"
+    replies = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(replies) == 192
+    for reply in replies:
+        assert parse_scores(reply) == tuple(map(float, reply.split("\n")[0].split()))
+
+
+def rubric(first=8, second=5, verdict="answer_1", **changes):
+    reply = {name: dict.fromkeys((*CRITERIA, "overall"), score) for name, score in
+             (("answer_1", first), ("answer_2", second))}  # fmt: skip
+    return reply | {"comparison": "A {brace} and [System] 1 10", "verdict": verdict} | changes
+
+
+def test_rubric():
+    reading = read_rubric_reply("Here you are:\n```json\n" + json.dumps(rubric()) + "\n```")
+    assert reading.scores == (8, 5) and reading.verdict == 0
+    assert reading.criteria == dict.fromkeys(CRITERIA, (8, 5))
+    assert read_rubric_reply(json.dumps(rubric(5, 5, "tie"))).verdict == "tie"
+    assert read_rubric_reply(json.dumps(rubric(5, 5, "answer_2"))).verdict == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        rubric(8, 5, "answer_2"),  # its scores deny the verdict
+        rubric(verdict="both"), rubric(verdict=None), rubric(verdict=["answer_1"]), rubric(first=11),
+        rubric(second="x"),
+        rubric(answer_1={"overall": 8}), rubric(answer_2=7), {}, [], 8,
+    ],
+)  # fmt: skip
+def test_rubric_that_is_not_whole_is_none(reply):
+    assert read_rubric_reply(json.dumps(reply)) is None
+
+
+@pytest.mark.parametrize("cut", [1, 20, 120])
+def test_rubric_cut_short_is_none(cut):
+    assert read_rubric_reply(json.dumps(rubric())[:-cut]) is None
+
+
+def test_paper_reply_with_equal_scores_is_a_tie():
+    assert read_paper_reply("8 8").verdict == "tie"
+    assert read_paper_reply("7 8").verdict == 1
+    assert read_paper_reply("I cannot say.") is None

@@ -1,0 +1,212 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which pairs stay, where they go, and what is said of them."""
+
+import json
+import random
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medst_trl import build_preferences
+from medst_trl.data.schema import image_part, text_of, text_part
+from medst_trl.selftrain.near_duplicates import near_duplicates
+from medst_trl.selftrain.preferences import select_preferences
+
+
+def candidate(number: int, image_ids=None, question=None, answers=("one two", "three")) -> dict:
+    image_ids = [f"image{number}"] if image_ids is None else image_ids
+    content = [*(image_part() for _ in image_ids), text_part(question or f"What is number {number} about?")]
+    return {
+        "id": f"r{number}#0",
+        "image_ids": image_ids,
+        "prompt": [{"role": "user", "content": content}],
+        "answers": list(answers),
+        "generation": "{}",
+    }
+
+
+def judgement(candidate: dict, verdict=0, scores=(8.0, 4.0), dropped=None, pair=None, **more) -> dict:
+    k = 0 if pair is None else pair
+    return {
+        "id": candidate["id"] if pair is None else f"{candidate['id']}/{pair}",
+        "candidate": candidate["id"],
+        "image_ids": candidate["image_ids"],
+        "question": text_of(candidate["prompt"][-1]["content"]),
+        "answers": candidate["answers"][2 * k : 2 * k + 2],
+        "scores": list(scores) if scores else None,
+        "verdict": None if dropped else verdict,
+        "dropped": dropped,
+        "orders": [{"shown": [0, 1], "scores": list(scores or ()), "verdict": verdict, "reply": "8 4"}],
+        "model": "some-judge",
+        "prompt_version": "paper",
+        **more,
+    }
+
+
+def build(candidates, judgements=None, **settings):
+    return build_preferences(Dataset.from_list(candidates), judgements or map(judgement, candidates), **settings)
+
+
+def benchmark(image_id: str, *questions: str) -> Dataset:
+    return Dataset.from_list([{"image_id": image_id, "questions": [{"question": q} for q in questions]}])
+
+
+def reasons(preferences) -> dict:
+    return {row["id"]: row["reason"] for row in preferences.rejected}
+
+
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_the_winner_is_chosen_and_keeps_its_score(verdict):
+    answers, scores = ("left lung", "right lung"), (3.0, 7.5)
+    one = candidate(1, answers=answers)
+    [row] = build([one], [judgement(one, verdict, scores)]).train
+    assert [text_of(row[key][0]["content"]) for key in ("chosen", "rejected")] == [
+        answers[verdict],
+        answers[1 - verdict],
+    ]
+    assert (row["score_chosen"], row["score_rejected"]) == (scores[verdict], scores[1 - verdict])
+    assert row["prompt"] == one["prompt"] and row["row"] == 0
+    judge = json.loads(row["judge"])
+    assert judge["model"] == "some-judge" and judge["orders"][0]["scores"] == [3.0, 7.5]
+
+
+def test_four_answers_make_two_pairs_of_one_question():
+    one = candidate(1, answers=("a", "b", "c", "d"))
+    rows = build([one], [judgement(one, 0, pair=0), judgement(one, 1, pair=1)]).train
+    assert [text_of(row["chosen"][0]["content"]) for row in rows] == ["a", "d"]
+
+
+def test_nothing_vanishes():
+    many = [candidate(number) for number in range(8)]
+    equal = candidate(8, answers=("same  words", "same words"))
+    stranger = candidate(9)
+    judgements = [
+        judgement(many[0]),
+        judgement(many[1], dropped="flip"),
+        judgement(many[2], dropped="tie"),
+        judgement(many[3], verdict=None),
+        judgement(many[4]) | {"answers": ["of another", "run"]},
+        judgement(many[0]),  # twice
+        judgement(equal),
+        judgement(stranger),
+    ]
+    preferences = build([*many, equal], judgements)
+    assert [row["id"] for row in preferences.train] == ["r0#0"]
+    assert [row["reason"] for row in preferences.rejected] == [
+        "flip", "tie", "no_verdict", "other_answers", "unknown_candidate", "duplicate_id", "chosen_equals_rejected",
+    ]  # fmt: skip
+    assert preferences.counts["pairs"] == len(judgements) == 1 + sum(preferences.counts["rejected"].values())
+
+
+def test_all_tied_is_empty_and_says_why():
+    many = [candidate(number) for number in range(3)]
+    preferences = build(many, [judgement(one, dropped="tie") for one in many])
+    assert preferences.train == preferences.validation == []
+    assert preferences.counts["rejected"] == {"tie": 3} and preferences.counts["lengths"] == {}
+    assert build([candidate(0)], [judgement(candidate(1))]).counts["rejected"] == {"unknown_candidate": 1}
+
+
+def test_split_by_image():
+    rng = random.Random(0)
+    # Pairs about two images tie groups of images together.
+    images = [sorted(rng.sample(range(400), k=rng.choice([1, 1, 1, 2]))) for _ in range(900)]
+    many = [candidate(number, [f"image{image}" for image in of_one]) for number, of_one in enumerate(images)]
+    preferences = build(many, validation_share=0.2, seed=1)
+    train, validation = (
+        {image for row in rows for image in row["image_ids"]} for rows in (preferences.train, preferences.validation)
+    )
+    assert not train & validation and len(preferences.train) + len(preferences.validation) == 900
+    assert 0.03 < len(preferences.validation) / 900 < 0.6
+    shuffled = build(many, [judgement(one) for one in rng.sample(many, 900)], validation_share=0.2, seed=1)
+    assert {row["id"] for row in shuffled.validation} == {row["id"] for row in preferences.validation}
+    other_seed = build(many, validation_share=0.2, seed=2)
+    assert {row["id"] for row in other_seed.validation} != {row["id"] for row in preferences.validation}
+
+
+def test_share_of_validation():
+    many = [candidate(number) for number in range(2000)]
+    assert len(build(many, validation_share=0.1).validation) == pytest.approx(200, abs=40)
+    assert build(many).validation == []
+    assert len(build(many[:3], validation_share=0.001).validation) == 1  # asked for some, so not none
+    assert build(many[:1], validation_share=0.5).validation == []  # nor all
+
+
+def test_benchmark_images_are_kept_out():
+    many = [candidate(0, ["seen"]), candidate(1, ["seen"], "Is it DARK ?"), candidate(2, ["new"], "is it dark ?")]
+    many.append(candidate(3, ["new"], "Is it bright?"))
+    benchmarks = [benchmark("seen", "Is it dark ?"), benchmark("other", "What?")]
+    preferences = build(many, benchmarks=benchmarks)
+    assert reasons(preferences) == {"r0#0": "image_in_benchmark", "r1#0": "image_and_question_in_benchmark"}
+    assert preferences.counts["shared_with_benchmarks"] == {"image_and_question": 1, "image": 1, "question": 1}
+    kept = build(many, benchmarks=benchmarks, keep_benchmark_images=True)
+    assert len(kept.train) == 4
+    assert kept.counts["shared_with_benchmarks"] == preferences.counts["shared_with_benchmarks"]
+
+
+def test_near_duplicate_questions_of_one_image():
+    questions = ["Is the lung clear?", "is a lung, clear", "Is the left lung clear?"]
+    many = [candidate(number, ["one"], question) for number, question in enumerate(questions)]
+    many.append(candidate(3, ["another"], questions[0]))
+    margins = [(6.0, 5.0), (9.0, 2.0), (6.0, 5.0), (6.0, 5.0)]
+    judgements = [judgement(one, 0, scores) for one, scores in zip(many, margins, strict=True)]
+    preferences = build(many, judgements)
+    assert reasons(preferences) == {"r0#0": "near_duplicate_question"}  # the smaller margin goes
+    assert preferences.rejected[0]["value"] == questions[1]
+    assert len(build(many, judgements, duplicate_similarity=None).train) == 4
+    assert set(reasons(build(many, judgements, duplicate_similarity=0.5))) == {"r0#0", "r2#0"}
+
+
+def test_pairs_without_scores_have_no_margin():
+    many = [candidate(number, ["one"], "Is it dark?") for number in range(2)]
+    preferences = build(many, [judgement(one, scores=None) for one in many])
+    assert reasons(preferences) == {"r1#0": "near_duplicate_question"}
+    assert preferences.train[0]["score_chosen"] is None
+
+
+WORDS = st.lists(st.sampled_from(["is", "the", "lung", "left", "clear", "dark"]), min_size=1, max_size=5)
+
+
+@given(st.lists(st.tuples(WORDS, st.integers(0, 3)), max_size=8))
+def test_what_goes_has_a_better_one_that_stays(questions):
+    pairs = [
+        {"image_ids": ["one"], "prompt": [{"role": "user", "content": [text_part(f"{' '.join(words)} {number}")]}],
+         "row": number, "score_chosen": float(score), "score_rejected": 0.0}
+        for number, (words, score) in enumerate(questions)
+    ]  # fmt: skip
+    gone = near_duplicates(pairs, similarity=0.4)
+    kept = {text_of(pair["prompt"][0]["content"]): pair for place, pair in enumerate(pairs) if place not in gone}
+    for place, winner in gone.items():
+        assert winner in kept and kept[winner]["score_chosen"] >= pairs[place]["score_chosen"]
+
+
+def test_length_statistics():
+    answers = [("one two three", "one"), ("one", "one two"), ("one two", "three four"), ("1 2 3 4 5", "1 2 3")]
+    many = [candidate(number, answers=texts) for number, texts in enumerate(answers)]
+    assert build(many).counts["lengths"]["train"] == {
+        "chosen_words": 2.75, "rejected_words": 2.0, "words_gap": 0.75,
+        "longer_chosen": 2, "longer_rejected": 1, "same_length": 1, "longer_chosen_share": 0.6667,
+    }  # fmt: skip
+
+
+def test_length_balance_in_each_split():
+    many = [
+        candidate(number, answers=("long answer", "short") if number % 5 else ("no", "long answer"))
+        for number in range(300)
+    ]
+    preferences = build(many, length_balanced=True, validation_share=0.3, seed=3)
+    for split in ("train", "validation"):
+        lengths = preferences.counts["lengths"][split]
+        assert lengths["longer_chosen"] == lengths["longer_rejected"] > 0
+    assert preferences.counts["rejected"]["length_balance"] == 300 - sum(
+        preferences.counts[split]["pairs"] for split in ("train", "validation")
+    )
+    again = build(many, [judgement(one) for one in reversed(many)], length_balanced=True, validation_share=0.3, seed=3)
+    assert {row["id"] for row in again.train} == {row["id"] for row in preferences.train}
+
+
+def test_selecting_needs_no_judge():
+    pairs = build([candidate(number) for number in range(4)]).train
+    assert select_preferences(pairs).train == pairs
