@@ -25,8 +25,8 @@ from datasets import Dataset
 from medst_trl import PairwiseJudge
 from medst_trl.data.phantoms import benchmark_rows, make_phantoms
 from medst_trl.data.schema import image_part, text_part
-from medst_trl.selftrain.judge_statistics import format_statistics, judge_statistics, warnings_of
-from medst_trl.selftrain.phantom_oracle import serve_oracle
+from medst_trl.selftrain.judge.phantom_oracle import serve_oracle
+from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 
 def make_candidates(n: int) -> list[dict[str, Any]]:

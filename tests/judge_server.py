@@ -19,8 +19,8 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge_prompts import shown_texts
-from medst_trl.selftrain.judge_replies import CRITERIA
+from medst_trl.selftrain.judge.prompts import shown_texts
+from medst_trl.selftrain.judge.replies import CRITERIA
 
 
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}

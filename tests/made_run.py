@@ -18,8 +18,8 @@ from medst_trl.data.phantoms import answer, benchmark_rows, make_phantoms
 from medst_trl.data.schema import benchmark_features, candidate_features, message, text_part, write_jsonl
 from medst_trl.evaluation.controls import CONTROLS
 from medst_trl.evaluation.score_files import control_path, score_files, write_scores
-from medst_trl.selftrain.judge_cost import Prices
-from medst_trl.selftrain.judge_statistics import judge_statistics
+from medst_trl.selftrain.judge.cost import Prices
+from medst_trl.selftrain.judge.statistics import judge_statistics
 
 
 VERSIONS = {"python": "3.11.9", "medst_trl": "0.1.0", "torch": "2.13.0", "trl": "1.16.0"}

@@ -6,8 +6,8 @@
   that several images keep their places; the n-th image part stands for the n-th of `images`.
 - benchmark, a row an image: `image_id`, `image`, `questions` (`id`, `question`, `answer`, `answer_type`,
   `question_type`, `link`: the same for all wordings of one question).
-- candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages as sampled, the question last), `answers`,
-  `generation` (JSON: model, seed, sampling).
+- candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages as sampled, the question last),
+  `answers`, `generation` (JSON: model, seed, sampling).
 - preferences, as TRL reads them: `id`, `images`, `image_ids`, `prompt`, `chosen`, `rejected` (messages),
   `score_chosen`, `score_rejected`, `judge` (JSON: model, prompt version, both orders).
 - predictions, JSON lines: see `PREDICTION_COLUMNS`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medst_trl.report.run_folder import Run, StageRun
-from medst_trl.selftrain.judge_statistics import judge_statistics, warnings_of
+from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
 
 KEPT = "kept"
@@ -20,7 +20,7 @@ class Judging:
     What one judge stage did.
 
     Attributes:
-        statistics (`dict`): See [`~medst_trl.selftrain.judge_statistics.judge_statistics`].
+        statistics (`dict`): See [`~medst_trl.selftrain.judge.statistics.judge_statistics`].
         cost (`float`, *optional*): Of all its replies, in dollars, where the stage knew the prices.
         models (`Counter`): Judging model and prompt version.
         offsets (`dict`): `"kept"` or the reason to drop, to where in the file its lines begin.

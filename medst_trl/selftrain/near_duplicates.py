@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from medst_trl.data.schema import text_of
-from medst_trl.selftrain.candidate_filters import normalised
+from medst_trl.selftrain.generate.filters import normalised
 
 
 _DETERMINERS = frozenset({"a", "an", "the", "this", "that", "these", "those"})

@@ -117,7 +117,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
 def main(args: GenerateArguments) -> None:
     from medst_trl.data.schema import check_columns, load_records
     from medst_trl.full_disk import explain_full_disk
-    from medst_trl.selftrain.candidate_files import select_records
+    from medst_trl.selftrain.generate.files import select_records
     from medst_trl.stage_record import StageRecord
 
     settings = _settings(args)
@@ -147,8 +147,8 @@ def main(args: GenerateArguments) -> None:
 def _settings(args: GenerateArguments) -> dict[str, Any]:
     """How [`CandidateGenerator`] is to work, checked."""
     from medst_trl.errors import UserError
-    from medst_trl.selftrain.candidate_filters import QuestionFilter
-    from medst_trl.selftrain.prompts import Sampling
+    from medst_trl.selftrain.generate.filters import QuestionFilter
+    from medst_trl.selftrain.generate.prompts import Sampling
 
     if args.engine not in ENGINES:
         raise UserError(f"There is no engine {args.engine!r}; choose from {', '.join(ENGINES)}.")
@@ -187,7 +187,7 @@ def _server(args: GenerateArguments):
     """The server, if there is to be one. It has to answer, unless there is nothing left to ask."""
     if args.engine != "server":
         return None
-    from medst_trl.selftrain.server import ChatServer
+    from medst_trl.selftrain.generate.server_engine import ChatServer
 
     server = ChatServer(args.base_url, args.model_name_or_path, args.server_kind, args.concurrency)
     if not Path(args.output_dir, "candidates").is_dir():
@@ -223,7 +223,7 @@ def _run(
 
     from medst_trl.evaluation.predictions import PredictionLog
     from medst_trl.evaluation.vqa import process_state
-    from medst_trl.selftrain.candidate_files import write_candidates
+    from medst_trl.selftrain.generate.files import write_candidates
 
     state = process_state()
     log = PredictionLog(path, state.process_index)

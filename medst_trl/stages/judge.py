@@ -219,7 +219,7 @@ def _judge(args: JudgeArguments, candidates: "Dataset"):
     model, prices = args.model, (args.price_per_million_input_tokens, args.price_per_million_output_tokens)
     server = nullcontext(args.base_url)
     if args.oracle_error_rate is not None:
-        from medst_trl.selftrain.phantom_oracle import serve_oracle
+        from medst_trl.selftrain.judge.phantom_oracle import serve_oracle
 
         # Replies are kept by the model's name, so it says all that decides them.
         model, prices = f"phantom-oracle-{args.oracle_error_rate:g}-{args.seed}", (0.0, 0.0)
@@ -270,7 +270,7 @@ def _captions(path: str | None) -> dict[str, str]:
 def _show(judge: "PairwiseJudge", candidates: "Dataset") -> None:
     """The dry run."""
     from medst_trl.data.images import ImageProblem
-    from medst_trl.selftrain.judge_images import without_image_bytes
+    from medst_trl.selftrain.judge.images import without_image_bytes
 
     print(f"judge: {judge.estimate(candidates)}")
     for _, requests in judge.requests(candidates):
@@ -282,7 +282,7 @@ def _show(judge: "PairwiseJudge", candidates: "Dataset") -> None:
 
 
 def _write_batch(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") -> None:
-    from medst_trl.selftrain.judge_batch import write_batch
+    from medst_trl.selftrain.judge.batch import write_batch
 
     print(f"judge: {judge.estimate(candidates)} (at the prices of live calls)")
     files = write_batch(judge, candidates, args.write_batch)
@@ -296,7 +296,7 @@ def _write_batch(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Data
 
 
 def _read_batch(args: JudgeArguments, judge: "PairwiseJudge") -> None:
-    from medst_trl.selftrain.judge_batch import read_batch
+    from medst_trl.selftrain.judge.batch import read_batch
 
     counts = read_batch(judge.cache, args.read_batch)
     print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
@@ -310,7 +310,7 @@ def _judgements(
 
     from medst_trl.data.schema import write_jsonl
     from medst_trl.full_disk import explain_full_disk
-    from medst_trl.selftrain.judge_statistics import judge_statistics
+    from medst_trl.selftrain.judge.statistics import judge_statistics
 
     output_dir = Path(args.output_dir)
     estimate = judge.estimate(candidates)
@@ -408,7 +408,7 @@ def _nothing_left(args: JudgeArguments, preferences: "Preferences", statistics: 
 
 
 def _report(record: "StageRecord") -> None:
-    from medst_trl.selftrain.judge_statistics import format_statistics, warnings_of
+    from medst_trl.selftrain.judge.statistics import format_statistics, warnings_of
 
     counts = record.content["counts"]
     print(f"judge: {record.output_dir}")

@@ -208,8 +208,8 @@ def test_wrong_settings(inputs, change, message, tmp_path):
 
 
 def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
-    from medst_trl.selftrain.prompts import Reply
-    from medst_trl.selftrain.server import ChatServer
+    from medst_trl.selftrain.generate.prompts import Reply
+    from medst_trl.selftrain.generate.server_engine import ChatServer
 
     texts = iter(range(10**6))
     monkeypatch.setattr(ChatServer, "check", lambda self: None)

@@ -22,7 +22,7 @@ from medst_trl.data.schema import (
     text_part,
 )
 from medst_trl.errors import UserError
-from medst_trl.selftrain.judge_cache import FILE_NAME
+from medst_trl.selftrain.judge.cache import FILE_NAME
 from medst_trl.stages.judge import JudgeArguments, main, make_parser
 
 

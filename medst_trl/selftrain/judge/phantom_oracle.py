@@ -33,8 +33,8 @@ from medst_trl.data.phantoms import (
     question_kind,
 )
 from medst_trl.errors import UserError
-from medst_trl.selftrain.judge_prompts import shown_texts
-from medst_trl.selftrain.judge_replies import CRITERIA
+from medst_trl.selftrain.judge.prompts import shown_texts
+from medst_trl.selftrain.judge.replies import CRITERIA
 
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from typing import Any
 
 from medst_trl.data.images import ImageProblem
 from medst_trl.errors import UserError
-from medst_trl.selftrain.judge_cache import ReplyCache
-from medst_trl.selftrain.judge_client import JudgeClient, api_key
-from medst_trl.selftrain.judge_cost import Budget, Prices, RequestSize, image_tokens, prices_of
-from medst_trl.selftrain.judge_images import JudgeImage
-from medst_trl.selftrain.judge_pairs import Pair, pairs_of
-from medst_trl.selftrain.judge_prompts import RUBRIC_SCHEMA, VERSIONS, judge_messages
-from medst_trl.selftrain.judge_replies import parse_scores, read_paper_reply, read_rubric_reply
-from medst_trl.selftrain.judge_requests import Request
-from medst_trl.selftrain.judge_run import JudgeRun, in_order
+from medst_trl.selftrain.judge.cache import ReplyCache
+from medst_trl.selftrain.judge.client import JudgeClient, api_key
+from medst_trl.selftrain.judge.cost import Budget, Prices, RequestSize, image_tokens, prices_of
+from medst_trl.selftrain.judge.images import JudgeImage
+from medst_trl.selftrain.judge.pairs import Pair, pairs_of
+from medst_trl.selftrain.judge.prompts import RUBRIC_SCHEMA, VERSIONS, judge_messages
+from medst_trl.selftrain.judge.replies import parse_scores, read_paper_reply, read_rubric_reply
+from medst_trl.selftrain.judge.requests import Request
+from medst_trl.selftrain.judge.run import JudgeRun, in_order
 
 
 __all__ = ["Estimate", "PairwiseJudge", "parse_scores"]

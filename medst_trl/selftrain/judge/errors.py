@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from medst_trl.redaction import HIDDEN, hide_secrets
-from medst_trl.selftrain.judge_pace import retry_after_of
+from medst_trl.selftrain.judge.pace import retry_after_of
 
 
 SHOWN = 300  # characters of a server's words

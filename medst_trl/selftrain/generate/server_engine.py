@@ -18,7 +18,7 @@ from medst_trl.data.records import printable
 from medst_trl.errors import UserError
 from medst_trl.policy.chat_template import VUSR
 from medst_trl.redaction import hide_secrets
-from medst_trl.selftrain.prompts import OpenedImage, Prompt, Reply, Sampling
+from medst_trl.selftrain.generate.prompts import OpenedImage, Prompt, Reply, Sampling
 
 
 RETRIES = 5  # by the openai client: connection errors, time-outs, 408, 409, 429 and 5xx, heeding Retry-After

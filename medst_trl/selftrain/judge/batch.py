@@ -12,10 +12,10 @@ from typing import Any
 from medst_trl.data.images import ImageProblem
 from medst_trl.errors import UserError
 from medst_trl.full_disk import explain_full_disk
-from medst_trl.selftrain.judge import PairwiseJudge
-from medst_trl.selftrain.judge_cache import ReplyCache
-from medst_trl.selftrain.judge_errors import Trouble, trouble_of_status
-from medst_trl.selftrain.judge_requests import row_of_body
+from medst_trl.selftrain.judge.cache import ReplyCache
+from medst_trl.selftrain.judge.errors import Trouble, trouble_of_status
+from medst_trl.selftrain.judge.pairwise import PairwiseJudge
+from medst_trl.selftrain.judge.requests import row_of_body
 
 
 MAX_REQUESTS = 50_000  # of a file, as OpenAI has it

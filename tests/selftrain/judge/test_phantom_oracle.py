@@ -12,10 +12,10 @@ from datasets import Dataset
 from medst_trl.data.images import image_id
 from medst_trl.data.phantoms import Truth, answer, make_phantoms
 from medst_trl.errors import UserError
-from medst_trl.selftrain import phantom_oracle
-from medst_trl.selftrain.judge_prompts import judge_messages
-from medst_trl.selftrain.judge_replies import read_paper_reply, read_rubric_reply
-from medst_trl.selftrain.phantom_oracle import score, serve_oracle
+from medst_trl.selftrain.judge import phantom_oracle
+from medst_trl.selftrain.judge.phantom_oracle import score, serve_oracle
+from medst_trl.selftrain.judge.prompts import judge_messages
+from medst_trl.selftrain.judge.replies import read_paper_reply, read_rubric_reply
 
 
 LESION = Truth("CT", True, "upper left", "small", "bright")

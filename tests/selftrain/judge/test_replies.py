@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from medst_trl.selftrain.judge import parse_scores
-from medst_trl.selftrain.judge_replies import CRITERIA, read_paper_reply, read_rubric_reply
+from medst_trl.selftrain.judge.replies import CRITERIA, read_paper_reply, read_rubric_reply
 
 
 SCORES = st.sampled_from([score / 2 for score in range(2, 21)])

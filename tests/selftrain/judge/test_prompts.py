@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medst_trl.data.images import ImageProblem
-from medst_trl.selftrain.judge_images import JudgeImage, without_image_bytes
-from medst_trl.selftrain.judge_prompts import (
+from medst_trl.selftrain.judge.images import JudgeImage, without_image_bytes
+from medst_trl.selftrain.judge.prompts import (
     MAX_CHARS,
     RUBRIC_SYSTEM,
     fit,

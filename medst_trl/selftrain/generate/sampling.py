@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from medst_trl.errors import UserError
-from medst_trl.selftrain.prompts import Sampling
+from medst_trl.selftrain.generate.prompts import Sampling
 
 
 class SeededSampler(LogitsProcessor):

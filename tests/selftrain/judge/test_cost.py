@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.errors import UserError
-from medst_trl.selftrain.judge_cache import FILE_NAME, ReplyCache
-from medst_trl.selftrain.judge_cost import Budget, Prices, RequestSize, image_tokens, prices_of
+from medst_trl.selftrain.judge.cache import FILE_NAME, ReplyCache
+from medst_trl.selftrain.judge.cost import Budget, Prices, RequestSize, image_tokens, prices_of
 
 
 def row(key, attempt=0, reply="8 9"):

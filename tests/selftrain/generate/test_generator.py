@@ -21,10 +21,10 @@ from medst_trl.evaluation import vqa
 from medst_trl.policy import decoding
 from medst_trl.policy.decoding import chat_inputs
 from medst_trl.policy.vusr import VUSR, add_vusr
-from medst_trl.selftrain import transformers_engine
-from medst_trl.selftrain.candidate_files import select_records, undecoded
-from medst_trl.selftrain.candidate_filters import QuestionFilter
-from medst_trl.selftrain.prompts import DESCRIBE, Prompt, Reply, Sampling, to_answer, to_ask
+from medst_trl.selftrain.generate import transformers_engine
+from medst_trl.selftrain.generate.files import select_records, undecoded
+from medst_trl.selftrain.generate.filters import QuestionFilter
+from medst_trl.selftrain.generate.prompts import DESCRIBE, Prompt, Reply, Sampling, to_answer, to_ask
 
 
 ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights asks nothing better

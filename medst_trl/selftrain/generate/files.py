@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.data.schema import candidate_features, write_jsonl
 from medst_trl.data.shards import write_split
 from medst_trl.errors import UserError
-from medst_trl.selftrain.prompts import bytes_of
+from medst_trl.selftrain.generate.prompts import bytes_of
 
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.errors import UserError
-from medst_trl.selftrain.judge_cache import ReplyCache
-from medst_trl.selftrain.judge_cost import Budget
-from medst_trl.selftrain.judge_errors import Trouble, clean, trouble_of
-from medst_trl.selftrain.judge_pace import Pace, wait_before
-from medst_trl.selftrain.judge_prompts import REMINDERS
-from medst_trl.selftrain.judge_requests import Answer, Dialect, Request, Stopped, row_of_body
+from medst_trl.selftrain.judge.cache import ReplyCache
+from medst_trl.selftrain.judge.cost import Budget
+from medst_trl.selftrain.judge.errors import Trouble, clean, trouble_of
+from medst_trl.selftrain.judge.pace import Pace, wait_before
+from medst_trl.selftrain.judge.prompts import REMINDERS
+from medst_trl.selftrain.judge.requests import Answer, Dialect, Request, Stopped, row_of_body
 
 
 if TYPE_CHECKING:

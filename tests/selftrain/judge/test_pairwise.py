@@ -14,11 +14,11 @@ from PIL import Image
 from medst_trl.data.schema import candidate_features
 from medst_trl.errors import UserError
 from medst_trl.selftrain.judge import PairwiseJudge
-from medst_trl.selftrain.judge_batch import read_batch, write_batch
-from medst_trl.selftrain.judge_cache import FILE_NAME
-from medst_trl.selftrain.judge_cost import Prices
-from medst_trl.selftrain.judge_prompts import shown_texts
-from medst_trl.selftrain.judge_statistics import format_statistics, judge_statistics, warnings_of
+from medst_trl.selftrain.judge.batch import read_batch, write_batch
+from medst_trl.selftrain.judge.cache import FILE_NAME
+from medst_trl.selftrain.judge.cost import Prices
+from medst_trl.selftrain.judge.prompts import shown_texts
+from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 
 KEYS = {
@@ -31,7 +31,7 @@ KEYS = {
 def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("medst_trl.selftrain.judge_pace.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.selftrain.judge.pace.FIRST_WAIT", 0.001)
 
 
 def png(number, size=16):

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.data.images import ImageProblem
 from medst_trl.errors import UserError
-from medst_trl.selftrain.judge_client import JudgeClient
-from medst_trl.selftrain.judge_decisions import make_judgement
-from medst_trl.selftrain.judge_pairs import Pair, pairs_of
-from medst_trl.selftrain.judge_requests import Stopped
+from medst_trl.selftrain.judge.client import JudgeClient
+from medst_trl.selftrain.judge.decisions import make_judgement
+from medst_trl.selftrain.judge.pairs import Pair, pairs_of
+from medst_trl.selftrain.judge.requests import Stopped
 
 
 if TYPE_CHECKING:
-    from medst_trl.selftrain.judge import PairwiseJudge
+    from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
 PAIRS_PER_SLOT = 3  # pairs begun for each call under way: those that wait to repeat a call leave no slot empty
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from medst_trl.selftrain.judge_cost import RequestSize
-from medst_trl.selftrain.judge_errors import Trouble, clean, trouble_in_body
-from medst_trl.selftrain.judge_replies import Reading
+from medst_trl.selftrain.judge.cost import RequestSize
+from medst_trl.selftrain.judge.errors import Trouble, clean, trouble_in_body
+from medst_trl.selftrain.judge.replies import Reading
 
 
 @dataclass

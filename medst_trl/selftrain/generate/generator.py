@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.data.schema import check_columns, message, text_part
 from medst_trl.errors import UserError
-from medst_trl.selftrain.candidate_files import candidate_row, undecoded
-from medst_trl.selftrain.candidate_filters import QuestionFilter, normalised, pair_answers
-from medst_trl.selftrain.candidate_work import Work
-from medst_trl.selftrain.prompts import (
+from medst_trl.selftrain.generate.files import candidate_row, undecoded
+from medst_trl.selftrain.generate.filters import QuestionFilter, normalised, pair_answers
+from medst_trl.selftrain.generate.prompts import (
     Engine,
     Prompt,
     Reply,
@@ -24,6 +23,7 @@ from medst_trl.selftrain.prompts import (
     to_ask,
     to_describe,
 )
+from medst_trl.selftrain.generate.work import Work
 
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class CandidateGenerator:
         self.model_name = model_name or getattr(getattr(model, "config", None), "name_or_path", None) or None
         self.engine: Engine = model
         if processor is not None:
-            from medst_trl.selftrain.transformers_engine import TransformersEngine
+            from medst_trl.selftrain.generate.transformers_engine import TransformersEngine
 
             self.engine = TransformersEngine(model, processor, batch_size)
         self.rejected: list[dict[str, Any]] = []

@@ -25,11 +25,11 @@ from medst_trl import CandidateGenerator, adapter_config
 from medst_trl.data.schema import instruct_features, message, text_part
 from medst_trl.errors import UserError
 from medst_trl.policy.vusr import VUSR, add_vusr
-from medst_trl.selftrain import server as server_module
-from medst_trl.selftrain.candidate_filters import QuestionFilter
-from medst_trl.selftrain.prompts import Prompt, Sampling, open_images, to_answer, to_ask, to_describe
-from medst_trl.selftrain.server import ChatServer
-from medst_trl.selftrain.transformers_engine import TransformersEngine
+from medst_trl.selftrain.generate import server_engine as server_module
+from medst_trl.selftrain.generate.filters import QuestionFilter
+from medst_trl.selftrain.generate.prompts import Prompt, Sampling, open_images, to_answer, to_ask, to_describe
+from medst_trl.selftrain.generate.server_engine import ChatServer
+from medst_trl.selftrain.generate.transformers_engine import TransformersEngine
 
 
 def stored(number, format="PNG"):

@@ -12,14 +12,14 @@ import httpx2
 import pytest
 
 from medst_trl.errors import UserError
-from medst_trl.selftrain import judge_client
-from medst_trl.selftrain.judge_cache import ReplyCache
-from medst_trl.selftrain.judge_client import JudgeClient, api_key
-from medst_trl.selftrain.judge_cost import Budget, Prices, RequestSize
-from medst_trl.selftrain.judge_errors import trouble_in_body, trouble_of_status
-from medst_trl.selftrain.judge_pace import Pace, retry_after_of, wait_before
-from medst_trl.selftrain.judge_replies import read_paper_reply
-from medst_trl.selftrain.judge_requests import Request, Stopped
+from medst_trl.selftrain.judge import client as judge_client
+from medst_trl.selftrain.judge.cache import ReplyCache
+from medst_trl.selftrain.judge.client import JudgeClient, api_key
+from medst_trl.selftrain.judge.cost import Budget, Prices, RequestSize
+from medst_trl.selftrain.judge.errors import trouble_in_body, trouble_of_status
+from medst_trl.selftrain.judge.pace import Pace, retry_after_of, wait_before
+from medst_trl.selftrain.judge.replies import read_paper_reply
+from medst_trl.selftrain.judge.requests import Request, Stopped
 
 
 KEY = "sk-a-very-secret-key-0123456789"
@@ -40,7 +40,7 @@ def request(key="k", **body):
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("medst_trl.selftrain.judge_pace.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.selftrain.judge.pace.FIRST_WAIT", 0.001)
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):

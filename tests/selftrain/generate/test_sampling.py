@@ -9,8 +9,8 @@ import torch
 from transformers import LogitsProcessorList
 
 from medst_trl.errors import UserError
-from medst_trl.selftrain.prompts import Sampling, random_stream
-from medst_trl.selftrain.sampling import SeededSampler, warpers
+from medst_trl.selftrain.generate.prompts import Sampling, random_stream
+from medst_trl.selftrain.generate.sampling import SeededSampler, warpers
 
 
 PAPER = Sampling()

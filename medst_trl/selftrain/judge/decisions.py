@@ -5,13 +5,13 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.selftrain.judge_pairs import Pair
-from medst_trl.selftrain.judge_prompts import MAX_CHARS, has_marks
-from medst_trl.selftrain.judge_requests import Answer, Request
+from medst_trl.selftrain.judge.pairs import Pair
+from medst_trl.selftrain.judge.prompts import MAX_CHARS, has_marks
+from medst_trl.selftrain.judge.requests import Answer, Request
 
 
 if TYPE_CHECKING:
-    from medst_trl.selftrain.judge import PairwiseJudge
+    from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
 
 def make_judgement(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from medst_trl.data.schema import text_of
 from medst_trl.errors import UserError
 from medst_trl.policy.decoding import chat_inputs, write_texts
-from medst_trl.selftrain.prompts import Prompt, Reply, Sampling, to_ask
+from medst_trl.selftrain.generate.prompts import Prompt, Reply, Sampling, to_ask
 
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class TransformersEngine:
         return [replies[place] for place in range(len(prompts))]
 
     def _write_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, bool]]:
-        from medst_trl.selftrain.sampling import SeededSampler
+        from medst_trl.selftrain.generate.sampling import SeededSampler
 
         conversations = [prompt.messages for prompt in prompts]
         images = [[opened.image for opened in prompt.images] for prompt in prompts]
