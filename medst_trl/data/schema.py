@@ -161,6 +161,7 @@ def load_records(path_or_hub_id: str | os.PathLike, split: str) -> "Dataset":
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(path_or_hub_id)
     if folder.is_dir():
@@ -173,6 +174,11 @@ def load_records(path_or_hub_id: str | os.PathLike, split: str) -> "Dataset":
         raise UserError(
             f"{path_or_hub_id} is neither a folder nor a dataset on the Hub (or not one you may read). "
             "Run the stage that makes it first, or correct the path."
+        ) from None
+    except (ConnectionError, HfHubHTTPError) as error:
+        raise UserError(
+            f"{path_or_hub_id} is no folder, and the Hub cannot be asked for it ({str(error).splitlines()[0]}). Check "
+            "the network, the token (`hf auth login`) and HF_HUB_OFFLINE, or correct the path."
         ) from None
     except ValueError as error:  # an unknown split
         raise UserError(f"{path_or_hub_id}: {error}") from None

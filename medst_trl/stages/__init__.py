@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file a stage, each a script of its own: `make_parser()` and `main(...)`. This is the list of them."""
 
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -26,6 +27,8 @@ class Stage:
             A setting that stands in the place of `reads`: with it in the recipe, nothing is taken from other sections.
         distributed (`bool`, *optional*, defaults to `False`):
             Whether it can use several processes. The others run in one.
+        publishes (`tuple` of `str`, *optional*):
+            Folders inside its output that `push_to_hub` publishes, `""` for the output itself.
     """
 
     name: str
@@ -33,10 +36,12 @@ class Stage:
     reads: tuple[tuple[str, str, str], ...] = ()
     unless: str | None = None
     distributed: bool = False
+    publishes: tuple[str, ...] = ()
 
     def make_parser(self, prog: str | None = None):
         """The stage's own parser, made to raise a `UserError` where argparse would print all its options and exit."""
         parser = import_module(f"medst_trl.stages.{self.name}").make_parser(prog)
+        parser.formatter_class = _Help
         parser.allow_abbrev = False  # an abbreviation could be meant for the launcher
         parser.error = self._refuse
         if self.distributed:
@@ -53,7 +58,17 @@ class Stage:
         raise UserError(f"medst {self.name}: {message}. See `medst {self.name} --help`.")
 
     def main(self, *arguments) -> None:
-        import_module(f"medst_trl.stages.{self.name}").main(*arguments)
+        """Runs the stage, and publishes what it has made, now or in an earlier run, where its settings say so."""
+        from medst_trl.hub.after_stage import HubArguments, PushAfterStage
+
+        push = PushAfterStage(self.publishes, arguments)
+        own = [argument for argument in arguments if not isinstance(argument, HubArguments)]
+        import_module(f"medst_trl.stages.{self.name}").main(*own)
+        push.run()
+
+
+class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The stage's docstring as it is written, and each option's default."""
 
 
 # In the order of the data's way.
@@ -61,12 +76,17 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("base", "build a tiny vision-language model to start from"),
-        Stage("prepare", "turn medical images, questions and conversations into datasets"),
+        Stage(
+            "prepare",
+            "turn medical images, questions and conversations into datasets",
+            publishes=("instruct", "benchmark", "images"),
+        ),
         Stage(
             "sft",
             "stage 1: train a model to answer and to ask",
             reads=(("model_name_or_path", "base", ""), ("dataset", "prepare", "instruct")),
             distributed=True,
+            publishes=("",),
         ),
         Stage(
             "generate",
@@ -77,11 +97,13 @@ STAGES = {
                 ("images", "prepare", "images"),
             ),
             distributed=True,
+            publishes=("candidates",),
         ),
         Stage(
             "judge",
             "have a stronger model compare the answers, and build preference pairs",
             reads=(("candidates", "generate", "candidates"), ("benchmarks", "prepare", "benchmark")),
+            publishes=("preferences",),
         ),
         Stage(
             "dpo",
@@ -92,6 +114,7 @@ STAGES = {
                 ("dataset", "judge", "preferences"),
             ),
             distributed=True,
+            publishes=("",),
         ),
         Stage(
             "evaluate",

@@ -76,7 +76,7 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
     from medst_trl.training.resume import resume_checkpoint
-    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of
+    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of, write_model_card
 
     datasets = {"train": load_records(args.dataset, args.train_split)}
     if training_args.eval_strategy != "no":
@@ -113,6 +113,7 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
         },
         metrics=metrics,
     )
+    write_model_card(trainer)
     ordered, change = metrics.get("rewards/accuracies", 0.0), metrics.get("logratios/chosen", 0.0)
     trainer.accelerator.print(
         f"Stage 2 is done: {trainer.state.global_step} steps on {len(trainer.train_dataset)} preference pairs"

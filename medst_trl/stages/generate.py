@@ -111,7 +111,9 @@ class GenerateArguments:
 def make_parser(prog: str | None = None) -> "TrlParser":
     from trl.scripts.utils import TrlParser
 
-    return TrlParser((GenerateArguments,), prog=prog, description=__doc__)
+    from medst_trl.hub.after_stage import HubArguments
+
+    return TrlParser((GenerateArguments, HubArguments), prog=prog, description=__doc__)
 
 
 def main(args: GenerateArguments) -> None:
@@ -179,8 +181,14 @@ def _settings(args: GenerateArguments) -> dict[str, Any]:
         ),
         "max_answer_similarity": args.max_answer_similarity,
         "seed": args.seed,
-        "model_name": args.model_name_or_path,
+        "model_name": _public_name(args.model_name_or_path),
     }
+
+
+def _public_name(model_name_or_path: str) -> str:
+    """Candidates are made to be shared, and a local path is nobody else's business."""
+    path = Path(model_name_or_path)
+    return path.name if path.exists() else model_name_or_path
 
 
 def _server(args: GenerateArguments):

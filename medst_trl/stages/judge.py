@@ -136,7 +136,9 @@ class JudgeArguments:
 def make_parser(prog: str | None = None) -> "TrlParser":
     from trl.scripts.utils import TrlParser
 
-    return TrlParser((JudgeArguments,), prog=prog, description=__doc__)
+    from medst_trl.hub.after_stage import HubArguments
+
+    return TrlParser((JudgeArguments, HubArguments), prog=prog, description=__doc__)
 
 
 def main(args: JudgeArguments) -> None:

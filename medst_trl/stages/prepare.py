@@ -92,14 +92,12 @@ class PrepareArguments:
 
 
 def make_parser(prog: str | None = None):
-    from argparse import RawDescriptionHelpFormatter
-
     from trl.scripts.utils import TrlParser
 
     description = __doc__.strip().partition("\n")[2]
-    return TrlParser(
-        (PrepareArguments,), prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter
-    )
+    from medst_trl.hub.after_stage import HubArguments
+
+    return TrlParser((PrepareArguments, HubArguments), prog=prog, description=description)
 
 
 def main(args: PrepareArguments) -> None:

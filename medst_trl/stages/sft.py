@@ -75,7 +75,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
     from medst_trl.training.resume import resume_checkpoint
-    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of
+    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of, write_model_card
 
     _check(args, training_args)
     datasets = {"train": load_records(args.dataset, args.train_split)}
@@ -114,6 +114,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
         },
         metrics={name: last[name] for name in figures if name in last},
     )
+    write_model_card(trainer)
     trainer.accelerator.print(
         f"Stage 1 is done: {trainer.state.global_step} steps on {len(datasets['train'])} conversations"
         + "".join(f", {count} of them set aside as {reason} (rejected.jsonl)" for reason, count in set_aside.items())
@@ -172,11 +173,6 @@ def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "SelfQues
 def _check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.errors import UserError
 
-    if training_args.push_to_hub:
-        raise UserError(
-            "push_to_hub would upload the run's folder with its records and local paths. Train without it and upload "
-            "the adapter's files from output_dir."
-        )
     if args.early_stopping_patience is None:
         return
     if training_args.eval_strategy == "no" or not training_args.load_best_model_at_end:

@@ -19,6 +19,7 @@ from .displacement import WarnOfDisplacement
 from .learning_rates import LearningRatesByPart
 from .preference_collator import DataCollatorForMultimodalPreference
 from .resume import LoadsPublishedNames
+from .run_folder import OwnModelCard
 from .usable_pairs import usable_pairs
 
 
@@ -57,7 +58,7 @@ class MultimodalDPOConfig(DPOConfig):
         super().__post_init__()
 
 
-class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, DPOTrainer):
+class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCard, DPOTrainer):
     """
     Trainer of STLLaVA-Med's second stage (https://huggingface.co/papers/2406.19973): the policy learns to prefer the
     better of its own answers about an image.

@@ -39,3 +39,18 @@ def save_adapter(trainer: "Trainer") -> None:
         for name in os.listdir(temporary):
             os.replace(os.path.join(temporary, name), os.path.join(final, name))
         os.rmdir(temporary)
+
+
+class OwnModelCard:
+    """Mixin for TRL's trainers, whose card is for a text model: [`write_model_card`] writes one for an image model."""
+
+    def create_model_card(self, *args, **kwargs):
+        pass
+
+
+def write_model_card(trainer: "Trainer") -> None:
+    """The card of what the run has made, from its `stage.json`, which has to be finished."""
+    if trainer.args.should_save:
+        from medst_trl.hub.cards import write_card
+
+        write_card(trainer.args.output_dir)

@@ -17,6 +17,7 @@ from ..policy.checkpoints import load_policy, prepare_policy
 from .collator import DataCollatorForSelfQuestioning
 from .learning_rates import LearningRatesByPart
 from .resume import LoadsPublishedNames
+from .run_folder import OwnModelCard
 from .set_aside import SetAsideExamples
 
 
@@ -78,7 +79,7 @@ class SelfQuestioningConfig(SFTConfig):
         super().__post_init__()
 
 
-class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, SFTTrainer):
+class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCard, SFTTrainer):
     """
     Trainer of STLLaVA-Med's first stage (https://huggingface.co/papers/2406.19973): the policy learns to answer
     questions about an image and, in `<vusr>` turns, to ask them.

@@ -124,7 +124,7 @@ def test_killed_after_any_file_and_continued_equals_never_killed(tmp_path, monke
 
 def test_a_killed_process_is_continued(tmp_path):
     arguments = ["--source", "phantoms", "--num_phantoms", "400", "--num_test_phantoms", "0", "--rows_per_shard", "10"]
-    code = "from medst_trl.stages.prepare import *; main(*make_parser().parse_args_and_config())"
+    code = "from medst_trl.stages.prepare import *; main(make_parser().parse_args_and_config()[0])"
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", code, *arguments, "--output_dir", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -269,7 +269,7 @@ def test_help_and_files_import_nothing_heavy():
 
 
 def test_parser_reads_what_a_recipe_gives(tmp_path):
-    (args,) = make_parser().parse_args_and_config(
+    args, _ = make_parser().parse_args_and_config(
         ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
     )
     assert (args.source, args.image_disjoint, args.max_records) == ("slake", True, 5)

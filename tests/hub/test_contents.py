@@ -1,0 +1,118 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder is taken for, and what of it is published."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from medst_trl.data.schema import benchmark_features, candidate_features, instruct_features, preference_features
+from medst_trl.data.shards import write_split
+from medst_trl.errors import UserError
+from medst_trl.hub.contents import find_contents
+from medst_trl.hub.staging import public_base, stage_files
+
+
+ROW = {
+    "id": "a",
+    "images": [],
+    "image_ids": [],
+    "messages": [],
+    "prompt": [],
+    "answers": [],
+    "chosen": [],
+    "rejected": [],
+}
+TALK = ROW | {"messages": [{"role": "user", "content": [], "vusr": False}]}
+BENCHMARK = {"image_id": "a", "image": None, "questions": []}
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "row"),
+    [
+        ("preferences", preference_features, ROW),
+        ("candidates", candidate_features, ROW),
+        ("benchmark", benchmark_features, BENCHMARK),
+        ("instruct", instruct_features, TALK),
+        ("images", instruct_features, ROW),
+    ],
+)
+def test_datasets(tmp_path, kind, features, row):
+    for split in ("train", "test"):
+        write_split(tmp_path / "data", split, [row] * 3, dict, features(), 2)
+    contents = find_contents(tmp_path / "data")
+    assert (contents.kind, contents.repo_type, len(contents.files)) == (kind, "dataset", 4)
+
+
+def test_the_only_dataset_of_a_stage_may_lie_inside(tmp_path):
+    write_split(tmp_path / "preferences", "train", [ROW], dict, preference_features(), 2)
+    assert find_contents(tmp_path) == find_contents(tmp_path / "preferences")
+    write_split(tmp_path / "instruct", "train", [TALK], dict, instruct_features(), 2)
+    with pytest.raises(UserError, match="several datasets. Push one of them: .*instruct, .*preferences"):
+        find_contents(tmp_path)
+
+
+@pytest.mark.parametrize("made", ["nothing", "config_alone", "adapter_alone", "shards_missing", "foreign", "running"])
+def test_refused(tmp_path, made):
+    folder, message = tmp_path / "folder", "holds nothing to publish"
+    folder.mkdir()
+    if made == "config_alone":
+        (folder / "config.json").write_text("{}")
+        message = "no weights"
+    elif made == "adapter_alone":
+        (folder / "adapter_config.json").write_text("{}")
+        message = "no weights"
+    elif made == "shards_missing":
+        write_split(folder, "train", [ROW] * 3, dict, preference_features(), 1)
+        (folder / "train-00001-of-00003.parquet").unlink()
+        message = "2 of 3 files"
+    elif made == "foreign":
+        Dataset.from_list([{"text": "a"}]).to_parquet(folder / "train-00000-of-00001.parquet")
+        message = "no stage of medst writes"
+    elif made == "running":
+        write_split(folder, "train", [ROW], dict, preference_features(), 1)
+        (tmp_path / "stage.json").write_text(json.dumps({"status": "running"}))
+        message = "is not finished"
+    with pytest.raises(UserError, match=message):
+        find_contents(folder)
+    with pytest.raises(UserError, match="is no folder"):
+        find_contents(tmp_path / "nowhere")
+
+
+def adapter(folder, base, revision=None):
+    folder.mkdir(exist_ok=True)
+    config = {"base_model_name_or_path": base, "revision": revision, "r": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(folder), "eos_token": "</s>"}))
+    for name in ("README.md", "stage.json", "trainer_state.json", "rejected.jsonl", "optimizer.pt", "run.log"):
+        (folder / name).write_text(str(folder))
+    (folder / "checkpoint-5").mkdir(exist_ok=True)
+    (folder / "checkpoint-5" / "adapter_model.safetensors").write_bytes(b"old")
+    return folder
+
+
+def test_what_is_published_of_an_adapter(tmp_path):
+    folder = adapter(tmp_path / "adapter", "/private/base")
+    target = tmp_path / "staged"
+    stage_files(find_contents(folder), target, "# Card", "org/base@abc")
+    files = {path.name: path.read_text() for path in target.iterdir()}
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"}
+    assert not any(str(tmp_path) in content or "/private" in content for content in files.values())
+    config = json.loads(files["adapter_config.json"])
+    assert config == {"base_model_name_or_path": "org/base", "revision": "abc", "r": 8}
+    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
+    assert str(folder) in (folder / "tokenizer_config.json").read_text()  # here it is as it was
+
+
+def test_the_base_of_an_adapter(tmp_path):
+    folder = adapter(tmp_path / "adapter", "org/base", "c0ffee")
+    assert public_base(folder, None) == "org/base@c0ffee"
+    assert public_base(folder, "org/other") == "org/other"
+    (tmp_path / "base").mkdir()
+    for local in (str(tmp_path / "base"), "runs/demo/base", "base"):
+        with pytest.raises(UserError, match="--base_model_name_or_path ORG/BASE"):
+            public_base(adapter(tmp_path / "adapter", local), None)
+        with pytest.raises(UserError, match="a local model"):
+            public_base(adapter(tmp_path / "adapter", "org/base"), local)

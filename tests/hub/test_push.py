@@ -1,0 +1,364 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pushed to a Hub, deleted here and pulled again, everything is what it was; and what must not be pushed is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_hub import EXPIRED, READER, WRITER, FakeHub, client, serve_hub
+from PIL import Image
+
+from medst_trl.data.images import store_image
+from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part
+from medst_trl.data.shards import write_split
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve_hub() as served:
+        yield served
+
+
+@pytest.fixture
+def fresh_hub():
+    with serve_hub() as served:
+        yield served
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": [image_part(), text_part(text)]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [text_part(text)]}
+
+
+def stored(number: int):
+    return store_image(Image.fromarray(np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)))
+
+
+def pair(number: int, model: str = "judge-1") -> dict:
+    image = stored(number)
+    return {
+        "id": f"p{number}", "images": [{"bytes": image.bytes, "path": None}], "image_ids": [image.image_id],
+        "prompt": [user(f"What is {number}?")],
+        "chosen": [assistant("Yes \U0001fac1 | a")], "rejected": [assistant("no")],
+        "score_chosen": 8.0, "score_rejected": 3.5, "judge": json.dumps({"model": model, "orders": []}),
+    }  # fmt: skip
+
+
+def judge_folder(folder: Path, rows_per_shard: int = 2, **settings) -> Path:
+    """As `medst judge` leaves it, in a run whose other folders are there."""
+    for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
+        rows = [pair(number) for number in numbers]
+        write_split(folder / "preferences", split, rows, dict, preference_features(), rows_per_shard)
+    (folder / "rejected.jsonl").write_text('{"id": "patient-jones", "reason": "flip", "value": ""}\n')
+    (folder / "judgements.jsonl").write_text('{"id": "patient-jones"}\n')
+    generate = folder.parent / "generate"
+    generate.mkdir()
+    record = {"status": "complete", "versions": {"trl": "1.16"}, "counts": {"judge": {"flip_rate": 0.125}}}
+    inputs = {"candidates": [{"path": str(generate / "candidates"), "sha256": "ab" * 32}]}
+    settings = {"model": "judge-1", "output_dir": str(folder), "api_key": "sk-0123456789abcdef0123"} | settings
+    (folder / "stage.json").write_text(json.dumps(record | {"stage": "judge", "inputs": inputs, "settings": settings}))
+    (generate / "candidates").mkdir()
+    model = {"model_name_or_path": [{"hub_id": "org/model", "revision": "c0ffee"}]}
+    asked = {"temperature": 1.2, "images": str(folder.parent / "images")}
+    (generate / "stage.json").write_text(
+        json.dumps(record | {"stage": "generate", "inputs": model, "settings": asked})
+    )
+    return folder
+
+
+def push(hub: FakeHub, home: Path, source: Path, repo_id: str, *more: str, **kwargs):
+    command = ["-m", "medst_trl.cli", "push", "--source", str(source), "--repo_id", repo_id, *more]
+    return client(hub.url, home, *command, **kwargs)
+
+
+PULL = """
+import json, sys
+from datasets import Image, List
+from medst_trl.data.schema import check_columns, load_records
+name, split, kind = sys.argv[1:]
+dataset = load_records(name, split)
+check_columns(dataset, kind)
+rows = []
+for row in dataset.cast_column("images", List(Image(decode=False))):
+    row["images"] = [{"bytes": image["bytes"].hex(), "path": None} for image in row["images"]]
+    rows.append(row)
+print(json.dumps(rows))
+"""
+
+
+def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict]:
+    done = client(hub.url, home, "-c", PULL, name, split, "preferences", **kwargs)
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return [
+        row | {"images": [image | {"bytes": bytes.fromhex(image["bytes"])} for image in row["images"]]} for row in rows
+    ]
+
+
+def test_data_comes_back_as_it_was(hub, tmp_path):
+    folder = judge_folder(tmp_path / "run" / "judge")
+    shards = {path.name: path.read_bytes() for path in (folder / "preferences").iterdir()}
+    done = push(hub, tmp_path / "home", folder, "org/data")  # the stage's folder will do
+    shutil.rmtree(tmp_path / "run")
+    files = hub.files("dataset", "org/data")
+    assert {name: files[name] for name in shards} == shards and set(files) == {*shards, "README.md"}
+    assert hub.repositories["dataset", "org/data"].private
+    first = hub.repositories["dataset", "org/data"].branches["main"]
+    assert first[:12] in done.stdout
+
+    assert pull(hub, tmp_path / "elsewhere", "org/data", "train") == [pair(number) for number in range(5)]
+    assert pull(hub, tmp_path / "elsewhere", "org/data", "validation") == [pair(5), pair(6)]
+
+    # A later push replaces it, with fewer shards; the first is still there by its revision.
+    write_split(tmp_path / "new", "train", [pair(9)], dict, preference_features(), 2)
+    push(hub, tmp_path / "home", tmp_path / "new", "org/data")
+    assert set(hub.files("dataset", "org/data")) == {"README.md", "train-00000-of-00001.parquet"}
+    assert pull(hub, tmp_path / "third", "org/data", "train") == [pair(9)]
+    assert len(pull(hub, tmp_path / "third", f"org/data@{first}", "train")) == 5
+
+
+def test_the_card_tells_how_it_was_made_and_nothing_of_this_machine(hub, tmp_path):
+    folder = judge_folder(tmp_path / "run" / "judge", reference_captions="/data/jones.jsonl")
+    push(hub, tmp_path / "home", folder, "org/card", "--license", "cc-by-4.0")
+    card = hub.files("dataset", "org/card")["README.md"].decode()
+    for text in ("judge-1", "0.125", "org/model at c0ffee", "temperature | 1.2", "cc-by-4.0", "| train | 5 | 5 |"):
+        assert text in card
+    assert card.index("### generate") < card.index("### judge")
+    for content in hub.files("dataset", "org/card").values():
+        for secret in (str(tmp_path), "jones", "sk-0123456789", WRITER):
+            assert secret.encode() not in content
+
+
+def test_names_of_local_models_stay_here(hub, tmp_path):
+    rows = [pair(number, model=f"{tmp_path}/jones/judge" if number == 3 else "org/judge") for number in range(40)]
+    write_split(tmp_path / "data", "train", rows, dict, preference_features(), 40)
+    push(hub, tmp_path / "home", tmp_path / "data", "org/local")
+    back = pull(hub, tmp_path / "home", "org/local", "train")
+    assert json.loads(back[3]["judge"])["model"] == "judge"
+    assert [row for row in back if row["id"] != "p3"] == [row for row in rows if row["id"] != "p3"]
+    assert b"jones" not in hub.files("dataset", "org/local")["train-00000-of-00001.parquet"]
+
+
+def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
+    hub, folder = fresh_hub, judge_folder(tmp_path / "run" / "judge")
+    hub.broken_after = 2
+    # The library would wait and try again for a minute.
+    impatient = (
+        "import sys, huggingface_hub.lfs as lfs\n"
+        "from functools import partial\n"
+        "lfs.http_backoff = partial(lfs.http_backoff, max_retries=0)\n"
+        "from medst_trl.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["-c", impatient, "push", "--source", str(folder), "--repo_id", "org/data"]
+    done = client(hub.url, tmp_path / "home", *command, check=False)
+    assert done.returncode == 2 and "what is uploaded is kept" in done.stderr and "Traceback" not in done.stderr
+    assert len(hub.uploads) == 2 and set(hub.files("dataset", "org/data")) == {"README.md"}
+    hub.broken_after = None
+    push(hub, tmp_path / "home", folder, "org/data")
+    assert len(hub.uploads) == 4  # the four shards, each once
+    assert len(hub.files("dataset", "org/data")) == 5
+    commits = len(hub.repositories["dataset", "org/data"].commits)
+    push(hub, tmp_path / "home", folder, "org/data")  # nothing has changed
+    assert len(hub.repositories["dataset", "org/data"].commits) == commits and len(hub.uploads) == 4
+
+
+def test_other_content_is_not_touched(hub, tmp_path):
+    folder = judge_folder(tmp_path / "run" / "judge") / "preferences"
+    write_split(tmp_path / "benchmark", "test", [benchmark_row()], dict, benchmark_features(), 2)
+    push(hub, tmp_path / "home", tmp_path / "benchmark", "org/benchmark")
+    hub.add("dataset", "org/theirs", {"README.md": b"# Mine", "data.csv": b"1,2"})
+    hub.add("dataset", "org/public", {}, private=False)
+    for repo_id, reason in (
+        ("org/benchmark", "another kind of content (benchmark)"),
+        ("org/theirs", "content of another origin (README.md, data.csv)"),
+        ("org/public", "is public"),
+    ):
+        before = hub.files("dataset", repo_id)
+        done = push(hub, tmp_path / "home", folder, repo_id, check=False)
+        assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
+        assert hub.files("dataset", repo_id) == before
+    push(hub, tmp_path / "home", folder, "org/theirs", "--replace_content", "true")
+    assert "data.csv" not in hub.files("dataset", "org/theirs")
+    push(hub, tmp_path / "home", folder, "org/public", "--private", "false")
+    assert len(hub.files("dataset", "org/public")) == 5
+
+
+def benchmark_row() -> dict:
+    image = stored(1)
+    names = ("id", "question", "answer", "answer_type", "question_type", "link")
+    question = dict(zip(names, ("q", "Is it dark?", "yes", "closed", None, None), strict=True))
+    return {"image_id": image.image_id, "image": {"bytes": image.bytes, "path": None}, "questions": [question]}
+
+
+def test_a_branch(hub, tmp_path):
+    write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
+    push(hub, tmp_path / "home", tmp_path / "data", "org/branches", "--revision", "round_2")
+    assert "train-00000-of-00001.parquet" in hub.files("dataset", "org/branches", "round_2")
+    assert not hub.files("dataset", "org/branches")
+    assert pull(hub, tmp_path / "home", "org/branches@round_2", "train") == [pair(0)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "repo_id", "message"),
+    [
+        ({"token": READER}, "org/new", "write access to org"),
+        ({"token": EXPIRED}, "org/new", "does not accept the token"),
+        ({"token": None}, "org/new", "There is no Hub token"),
+        ({"HF_HUB_OFFLINE": "1"}, "org/new", "HF_HUB_OFFLINE is set"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "org/new", "No connection to the Hub at http://127.0.0.1:9"),
+        ({}, "new", "OWNER/NAME"),
+        ({}, "org/what is this", "OWNER/NAME"),
+        ({}, "org/-x-", "cannot be the name"),
+    ],
+)  # fmt: skip
+def test_refusals(hub, tmp_path, settings, repo_id, message):
+    write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
+    done = push(hub, tmp_path / "home", tmp_path / "data", repo_id, check=False, **settings)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not any(token in done.stderr + done.stdout for token in (READER, WRITER, EXPIRED))
+    assert ("dataset", repo_id) not in hub.repositories
+
+
+@pytest.mark.parametrize("settings", [{"token": EXPIRED}, {"HF_HUB_OFFLINE": "1"}])
+def test_the_hub_cannot_be_read(hub, tmp_path, settings):
+    done = client(hub.url, tmp_path, "-c", PULL, "org/none", "train", "preferences", check=False, **settings)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("medst_trl.errors.UserError")]
+    assert "the Hub cannot be asked for it" in line and "hf auth login" in line
+
+
+def test_a_token_loses_its_rights(hub, tmp_path):
+    write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
+    push(hub, tmp_path / "home", tmp_path / "data", "org/rights")
+    write_split(tmp_path / "more", "train", [pair(1)], dict, preference_features(), 2)
+    done = push(hub, tmp_path / "home", tmp_path / "more", "org/rights", check=False, token=READER)
+    assert done.returncode == 2 and "may not write to org/rights" in done.stderr and "Traceback" not in done.stderr
+
+
+FORWARD = """
+import re, sys, torch
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from medst_trl import load_policy
+logits = {}
+for name in sys.argv[1:]:
+    model, processor = load_policy(name)
+    image = Image.open("scan.png")
+    inputs = processor(images=[image], text=["USER: <image>\\nWhat? ASSISTANT: dark"], return_tensors="pt")
+    with torch.no_grad():
+        logits[name] = model(**inputs).logits
+    card = Path(hf_hub_download(name.partition("@")[0], "README.md")).read_text()
+    [code] = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+    exec(code.replace("max_new_tokens=128", "max_new_tokens=4"))
+    print("QUICK START", isinstance(question, str))
+torch.save(logits, "logits.pt")
+"""
+
+
+def test_policies_come_back_with_the_same_logits(hub, tmp_path):
+    import torch
+    from tiny_dpo import adapter_policy
+
+    local = tmp_path / "local"
+    model, processor = adapter_policy(save_to=local)
+    model.eval().save_pretrained(local / "adapter")
+    processor.save_pretrained(local / "adapter")
+    merged = tmp_path / "merged"
+    (local / "adapter" / "checkpoint-3").mkdir()
+    for name in ("trainer_state.json", "training_args.bin", "optimizer.pt", "checkpoint-3/trainer_state.json"):
+        (local / "adapter" / name).write_text(f'{{"path": "{tmp_path}"}}')
+    scores = tmp_path / "evaluate"
+    scores.mkdir()
+    (scores / "scores.json").write_text(json.dumps(SCORES | {"benchmark": str(tmp_path / "prepare" / "benchmark")}))
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    image.save(tmp_path / "scan.png")
+    inputs = processor(images=[image], text=["USER: <image>\nWhat? ASSISTANT: dark"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        base_model = model.merge_and_unload()
+        expected_merged = base_model(**inputs).logits
+    base_model.save_pretrained(merged)
+    processor.save_pretrained(merged)
+
+    refused = push(hub, tmp_path / "home", local / "adapter", "org/adapter", check=False)
+    assert refused.returncode == 2 and "--base_model_name_or_path" in refused.stderr
+    push(hub, tmp_path / "home", local / "base", "org/base")
+    base = f"org/base@{hub.repositories['model', 'org/base'].branches['main']}"
+    more = ("--base_model_name_or_path", base, "--evaluation", str(scores))
+    push(hub, tmp_path / "home", local / "adapter", "org/adapter", *more)
+    push(hub, tmp_path / "home", merged, "org/merged")
+    shutil.rmtree(local)
+    shutil.rmtree(merged)
+
+    done = client(hub.url, tmp_path / "elsewhere", "-c", FORWARD, "org/adapter", "org/merged@main", cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits.pt")
+    assert torch.equal(logits["org/adapter"], expected) and torch.equal(logits["org/merged@main"], expected_merged)
+    assert done.stdout.count("QUICK START True") == 2
+
+    for kind, files in ((key, hub.files(*key)) for key in hub.repositories if key[0] == "model"):
+        assert not any(str(tmp_path).encode() in content for content in files.values()), kind
+        assert not any("trainer" in name or "training_args" in name or "checkpoint" in name for name in files)
+    metadata = card_metadata(hub.files("model", "org/adapter")["README.md"], tmp_path)
+    assert metadata["base_model"] == "org/base" and metadata["library_name"] == "peft"
+    [index] = metadata["model-index"]
+    figures = {metric["name"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    assert figures == {"strict open f1": 41.25, "strict closed accuracy": 80.0}
+
+
+SCORES = {
+    "split": "test",
+    "scores": {
+        "strict": {
+            "n": 20, "n_images": 7,
+            "open": {"f1": {"value": 41.25, "n": 10, "interval": [30.0, 50.0], "majority": 11.0}},
+            "closed": {"accuracy": {"value": 80.0, "n": 10, "interval": None}, "other": {"value": None, "n": 0}},
+        }
+    },
+    "controls": {"blank": {"strict": {"open": {"f1": {"value": 9.0}}}}},
+}  # fmt: skip
+
+
+def card_metadata(card: bytes, tmp_path: Path) -> dict:
+    from huggingface_hub import metadata_load
+
+    (tmp_path / "card.md").write_bytes(card)
+    return metadata_load(tmp_path / "card.md")
+
+
+@pytest.mark.slow
+def test_a_recipe_reads_from_the_hub(hub, tmp_path):
+    from tiny_run import small_policy
+
+    model, processor = small_policy()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    write_split(tmp_path / "bench", "test", [benchmark_row()], dict, benchmark_features(), 2)
+    push(hub, tmp_path / "home", tmp_path / "model", "org/recipe_model")
+    push(hub, tmp_path / "home", tmp_path / "bench", "org/recipe_benchmark")
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: {tmp_path}/run\n"
+        "evaluate:\n"
+        "  model_name_or_path: org/recipe_model\n"
+        "  benchmark: [org/recipe_benchmark@main]\n"
+        "  controls: []\n"
+        "  max_new_tokens: 2\n"
+        f"push:\n  - name: model\n    source: {tmp_path}/model\n    repo_id: org/from_recipe\n"
+    )
+    client(hub.url, tmp_path / "elsewhere", "-m", "medst_trl.cli", "run", str(tmp_path / "run.yaml"))
+    record = json.loads((tmp_path / "run" / "evaluate" / "stage.json").read_text())
+    revisions = {source["hub_id"]: source["revision"] for sources in record["inputs"].values() for source in sources}
+    assert revisions == {
+        "org/recipe_model": hub.repositories["model", "org/recipe_model"].branches["main"],
+        "org/recipe_benchmark@main": hub.repositories["dataset", "org/recipe_benchmark"].branches["main"],
+    }
+    assert json.loads((tmp_path / "run" / "evaluate" / "scores.json").read_text())["scores"]["strict"]["n"] == 1
+    assert "model.safetensors" in hub.files("model", "org/from_recipe")
+    pushed = json.loads((tmp_path / "run" / "push" / "model" / "stage.json").read_text())
+    assert pushed["status"] == "complete" and pushed["url"].endswith("org/from_recipe")
