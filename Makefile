@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes the .venv it needs.
 #
-#   make demo                    prepare, train and evaluate a tiny model on drawn images (recipes/demo.yaml)
+#   make demo                    the whole loop of a tiny model on drawn images, and its report (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
 #   make test-slow               the long ones, marked `slow`
 #   make bench DATA=vqa_rad      speed (tests/benchmarks) on the folder of VQA-RAD, printed
@@ -24,8 +24,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 demo: .venv/.ready
 	$(BIN)/medst run recipes/demo.yaml
-	@echo && $(BIN)/python examples/ask_questions.py runs/demo/sft
-	@echo "All of it is in runs/demo: sft/ has the adapter, evaluate/ the predictions and scores.json."
+	@echo && $(BIN)/python examples/ask_questions.py runs/demo/dpo
+	@echo "All of it is in runs/demo: dpo/ has the aligned adapter, report/index.html what happened."
 
 test: .venv/.ready
 	$(PYTEST) -n $(JOBS)
@@ -37,6 +37,7 @@ bench: .venv/.ready
 	@test -n "$(DATA)" || { echo "make bench DATA=path/to/vqa_rad (its JSON file, and images/)"; exit 1; }
 	$(BIN)/python tests/benchmarks/bench_prepare.py $(DATA)
 	$(BIN)/python tests/benchmarks/bench_collator.py --images $(DATA)/images
+	$(BIN)/python tests/benchmarks/bench_judge.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

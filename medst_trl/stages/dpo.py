@@ -21,7 +21,7 @@ on from the newest complete checkpoint.
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 
@@ -72,27 +72,12 @@ class DpoArguments:
 
 
 def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
-    from medst_trl.data.schema import check_columns, load_records
     from medst_trl.full_disk import explain_full_disk
-    from medst_trl.stage_record import StageRecord
     from medst_trl.training.resume import resume_checkpoint
-    from medst_trl.training.run_folder import operational_settings, save_adapter, settings_of, write_model_card
+    from medst_trl.training.run_folder import load_splits, open_record, save_adapter, write_model_card
 
-    datasets = {"train": load_records(args.dataset, args.train_split)}
-    if training_args.eval_strategy != "no":
-        datasets["eval"] = load_records(args.dataset, args.validation_split)
-    for dataset in datasets.values():
-        check_columns(dataset, "preferences")
-    if args.max_records is not None:
-        datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
-    record = StageRecord.open(
-        training_args.output_dir,
-        stage="dpo",
-        settings=asdict(args) | settings_of(training_args),
-        inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
-        operational=operational_settings(training_args),
-        overwrite=args.overwrite,
-    )
+    datasets = load_splits(args, training_args, "preferences")
+    record = open_record(args, training_args, "dpo")
     if record.status == "finished":
         return
 

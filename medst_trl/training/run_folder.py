@@ -1,14 +1,17 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What both training stages do with their run's folder: name its settings, leave the result in it."""
+"""What both training stages do with data and folder: open them, name the settings, leave the result."""
 
 import os
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import Trainer, TrainingArguments
+
+    from medst_trl.stage_record import StageRecord
 
 # Arguments of the Trainer that change nothing in what is learned, so a resumed run may change them.
 _OPERATIONAL_PREFIXES = (
@@ -18,6 +21,34 @@ _OPERATIONAL_PREFIXES = (
     "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config",
     "torch_empty_cache_steps",
 )  # fmt: skip
+
+
+def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
+    """The datasets that `args` names, checked: `train`, and `eval` if there is to be an evaluation."""
+    from medst_trl.data.schema import check_columns, load_records
+
+    datasets = {"train": load_records(args.dataset, args.train_split)}
+    if training_args.eval_strategy != "no":
+        datasets["eval"] = load_records(args.dataset, args.validation_split)
+    for dataset in datasets.values():
+        check_columns(dataset, kind)
+    if args.max_records is not None:
+        datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
+    return datasets
+
+
+def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> "StageRecord":
+    """The stage's record in `output_dir`, see [`StageRecord.open`]."""
+    from medst_trl.stage_record import StageRecord
+
+    return StageRecord.open(
+        training_args.output_dir,
+        stage=stage,
+        settings=asdict(args) | settings_of(training_args),
+        inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
+        operational=operational_settings(training_args),
+        overwrite=args.overwrite,
+    )
 
 
 def settings_of(training_args: "TrainingArguments") -> dict:

@@ -1,11 +1,11 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
-from pathlib import Path
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
