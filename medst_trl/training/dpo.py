@@ -157,6 +157,16 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         # A pickle that nothing reads again, and that would carry a `hub_token` given as an argument.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def compute_ref_log_probs(self, model, inputs):
+        # TRL switches to the reference adapter and back, after which PEFT (0.21) lets all of the policy's adapter
+        # train: a frozen vision tower would take part in the gradient norm, and gradient checkpointing would fail.
+        trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            return super().compute_ref_log_probs(model, inputs)
+        finally:
+            for parameter, requires_grad in trains:
+                parameter.requires_grad_(requires_grad)
+
     def _compute_loss(self, model, inputs, return_outputs):
         self.truncated.update(inputs.pop("truncated", ()))
         inputs.pop("neutralised", None)

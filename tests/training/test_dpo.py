@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_dpo import adapter_policy, make_trainer, pair, trained_weights
+from transformers import TrainerCallback
 
 from medst_trl.errors import UserError
 from medst_trl.policy.adapters import freeze_vision
@@ -62,14 +63,23 @@ def test_each_part_trains_at_its_own_rate(tmp_path):
     assert trainer.state.log_history[0]["learning_rate_vision"] == 2e-3
 
 
-def test_a_frozen_vision_tower_stays(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_vision_tower_stays_and_has_no_gradient(tmp_path, checkpointing):
     model, processor = adapter_policy()
     freeze_vision(model)
-    trainer = make_trainer(tmp_path, policy=(model, processor), max_steps=2)
+    trainer = make_trainer(tmp_path, policy=(model, processor), max_steps=2, gradient_checkpointing=checkpointing)
+    with_gradient = set()
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            with_gradient.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
+
+    trainer.add_callback(Gradients())
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved and not any("vision_tower" in name for name in moved)
+    assert moved and not any("vision_tower" in name for name in moved | with_gradient)
+    assert not any("ref" in name.split(".") for name in with_gradient)
 
 
 @pytest.mark.parametrize("kind", ["new_adapter", "full"])
