@@ -113,7 +113,8 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
             )
         prepare_policy(base, processing_class)
         continues_adapter = hasattr(model, "peft_config") and kwargs.get("ref_model") is None
-        if continues_adapter and not any(parameter.requires_grad for parameter in model.parameters()):
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if continues_adapter and not trains:
             raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
         if not (continues_adapter or kwargs.get("ref_model") or kwargs.get("peft_config")):
             # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
@@ -140,7 +141,7 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
             if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)
             if continues_adapter:
-                _complete_reference(self.model)
+                _complete_reference(self.model, trains)
             # The reference is what training starts from, so it need not be saved with each checkpoint. And PEFT would
             # store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
             self.model.save_pretrained = partial(
@@ -157,20 +158,15 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         # A pickle that nothing reads again, and that would carry a `hub_token` given as an argument.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
-    def compute_ref_log_probs(self, model, inputs):
-        # TRL switches to the reference adapter and back, after which PEFT (0.21) lets all of the policy's adapter
-        # train: a frozen vision tower would take part in the gradient norm, and gradient checkpointing would fail.
-        trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        try:
-            return super().compute_ref_log_probs(model, inputs)
-        finally:
-            for parameter, requires_grad in trains:
-                parameter.requires_grad_(requires_grad)
-
     def _compute_loss(self, model, inputs, return_outputs):
         self.truncated.update(inputs.pop("truncated", ()))
         inputs.pop("neutralised", None)
+        # TRL switches to the reference adapter and back, after which PEFT (0.21) lets all of the policy's adapter
+        # train: a frozen vision tower would take part in the gradient norm, and gradient checkpointing would fail.
+        trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         result = super()._compute_loss(model, inputs, return_outputs)
+        for parameter, requires_grad in trains:
+            parameter.requires_grad_(requires_grad)
         metrics = self._metrics["train" if self.model.training else "eval"]
         lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float().chunk(2))
         for kind, length in zip(("chosen", "rejected"), lengths, strict=True):
@@ -186,12 +182,13 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         super().log(logs, start_time)
 
 
-def _complete_reference(model: torch.nn.Module) -> None:
+def _complete_reference(model: torch.nn.Module, trains: set[str]) -> None:
     """
-    Makes the adapter `ref` a frozen copy of `default` in all its parts.
+    Makes the adapter `ref` a frozen copy of `default` in all its parts, and lets only what is in `trains` train.
 
     TRL (1.16) copies parameters with `.default.` in their name, which leaves out the trained token row, whose name
-    ends in `.default`: the reference would not be the policy. To be removed once TRL copies those, too.
+    ends in `.default`: the reference would not be the policy. Adding an adapter also unfreezes all of `default`. To be
+    removed once TRL copies those, too.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -199,7 +196,8 @@ def _complete_reference(model: torch.nn.Module) -> None:
         if "default" in parts:
             reference = parameters[".".join("ref" if part == "default" else part for part in parts)]
             reference.data = parameter.data.clone()
-            reference.requires_grad_(False)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trains)
 
 
 def _multiple(pad_to_multiple_of: int | str | None) -> int | None:
