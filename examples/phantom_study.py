@@ -27,6 +27,7 @@ from jinja2 import Template
 
 from medst_trl.recipe_files import find_recipe
 from medst_trl.report.charts import Bar, Group, bar_chart
+from medst_trl.training.end_of_log import end_of_log
 
 
 PAGE = Template(
@@ -116,11 +117,9 @@ def read_arm(folder: Path, arm: str) -> dict[str, float]:
     }
     questions = json.loads((folder / f"questions_{arm}.json").read_text())
     figures |= {name: 100 * share for name, share in questions.items()}
-    record = json.loads((adapter(folder, arm) / "stage.json").read_text())
-    metrics = record.get("metrics", {})
-    return figures | {
-        kind: metrics[f"logratios/{kind}"] for kind in ("chosen", "rejected") if record["stage"] == "dpo"
-    }
+    state = json.loads((adapter(folder, arm) / "trainer_state.json").read_text())
+    end = end_of_log(state["log_history"])
+    return figures | {kind: end[f"logratios/{kind}"] for kind in ("chosen", "rejected") if f"logratios/{kind}" in end}
 
 
 def summary(values: list[float]) -> dict[str, float]:

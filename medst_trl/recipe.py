@@ -20,7 +20,7 @@ evaluate:                        # a list runs the stage once an item, into runs
 `{sft}` in a value stands for the folder of that section, `{prepare/slake}` for that of one item, `{run}` for the
 folder of the run. With `rounds: 3` (or `--rounds 3`) the sections generate, judge, dpo, and the evaluations that read
 from them, run three times, into `round_1/`, `round_2/`, `round_3/`: each round's policy asks and answers for the next
-one, about the images that follow those of the round before.
+one, about the images that follow those of the round before. What a section says of its model is for the first round.
 
 Relative paths are relative to the current folder, as in TRL; neither `~` nor `$VARIABLES` in them are expanded. Of two
 settings the more particular wins (an item or section over a shared one), and the command line over the file.
@@ -155,6 +155,8 @@ class Recipe:
         repeated = [job for job in once if job.stage.name in ROUND or self._evaluates_a_round(job)]
         if not repeated:
             raise UserError(f"{self.path}: rounds repeat {', '.join(ROUND)}, and it has a section for none of them.")
+        if any("name" in item for name in ROUND for item in self.sections.get(name, [])):
+            raise UserError(f"{self.path}: with rounds, {', '.join(ROUND)} have to be one section each, not lists.")
         jobs = [job for job in once if job not in repeated and job.stage.name not in ("report", "push")]
         jobs += [replace(job, round=number) for number in range(1, self.rounds + 1) for job in repeated]
         return jobs + [job for job in once if job.stage.name in ("report", "push")]
@@ -190,7 +192,7 @@ class Recipe:
         settings = {"output_dir": str(Path(self.output_dir, job.label))} | shared | own | given | self._given_to(job)
         settings = self._inputs(job, settings) | settings
         if job.round is not None and stage.name in ROUND:
-            settings |= self._inputs_of_round(job, settings)
+            settings |= self._inputs_of_round(job, settings) | self._given(job.label)
         return {key: self._resolved(value, job) for key, value in settings.items()}
 
     def _given_to(self, job: "_Job") -> dict[str, Any]:
@@ -218,6 +220,12 @@ class Recipe:
         inputs = {}
         if job.round > 1 and "dpo" in self.sections and job.stage.name in ("generate", "dpo"):
             inputs["model_name_or_path"] = str(self._folder_of_round(job.round - 1) / "dpo")
+            if settings.get("engine") == "server" and "model_name_or_path" not in self._given(job.label):
+                raise UserError(
+                    f"{self.path}, section generate: a server cannot be told to run the policy of the round before. "
+                    "Use engine: transformers, or run the rounds one by one with --round_2/generate.base_url and "
+                    "--round_2/generate.model_name_or_path."
+                )
         if job.stage.name == "generate" and self.rounds > 1:
             size = settings.get("max_records")
             if not str(size).isdecimal():

@@ -138,6 +138,15 @@ class StageRecord:
         if self._lock is not None:
             self._lock.close()
 
+    def forget(self) -> None:
+        """
+        Takes the record back where a new run has failed before it left anything: settings that were the reason of the
+        failure must not stand in the way of better ones.
+        """
+        left = [child for child in self.output_dir.iterdir() if child.name != FILE_NAME and not _is_ignorable(child)]
+        if self._writes and self.status == "new" and not left:
+            (self.output_dir / FILE_NAME).unlink()
+
     @classmethod
     def _decide(cls, folder, stage, settings, inputs, operational, overwrite) -> "StageRecord":
         new = {

@@ -362,6 +362,10 @@ def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
     found = steps(tmp_path, LOOP, "--rounds", "2", "--round_2/dpo.beta", "0.5", "--dpo.seed", "7")
     assert [found[f"round_{n}/dpo"].settings["beta"] for n in (1, 2)] == [0.2, 0.5]
     assert found["round_1/dpo"].settings["seed"] == 7
+    own = LOOP.replace("generate: {", "generate: {model_name_or_path: org/asks, ")
+    found = steps(tmp_path, own, "--rounds", "3", "--round_3/generate.model_name_or_path", "org/better")
+    models = [found[f"round_{n}/generate"].settings["model_name_or_path"] for n in (1, 2, 3)]
+    assert models == ["org/asks", "out/round_1/dpo", "org/better"]
 
 
 @pytest.mark.parametrize(
@@ -369,8 +373,10 @@ def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
     [
         (LOOP.replace("max_records: 100", ""), ["--rounds", "2"], "max_records"),
         (LOOP, ["--rounds", "two"], "not a number of rounds"),
+        (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot be told"),
         (FULL, ["--rounds", "2"], "none of them"),
         (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "leave it out"),
+        (LOOP.replace("dpo: {beta: 0.2}", "dpo: [{name: a}, {name: b}]"), ["--rounds", "2"], "not lists"),
         (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
     ],
 )

@@ -239,3 +239,15 @@ print([name for name in ("torch", "transformers", "datasets", "trl", "peft") if 
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_run_that_failed_before_it_began_is_forgotten(tmp_path):
+    def begin(**settings):
+        return StageRecord.open(tmp_path / "out", stage="sft", settings=settings)
+
+    begin(rate=1).forget()
+    record = begin(rate=2)  # not refused
+    (tmp_path / "out" / "checkpoint").touch()
+    record.forget()
+    with pytest.raises(UserError, match="rate: 2 before, 3 now"):
+        begin(rate=3)

@@ -73,6 +73,7 @@ class DpoArguments:
 
 def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     from medst_trl.full_disk import explain_full_disk
+    from medst_trl.training.end_of_log import end_of_log
     from medst_trl.training.resume import resume_checkpoint
     from medst_trl.training.run_folder import load_splits, open_record, save_adapter, write_model_card
 
@@ -81,31 +82,33 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     if record.status == "finished":
         return
 
-    trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
+    try:
+        trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
+    except Exception:
+        record.forget()
+        raise
     checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
     with explain_full_disk(training_args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         set_aside = _write_set_aside(trainer)
         save_adapter(trainer)
-    metrics = _last_metrics(trainer.state.log_history)
+    metrics = _figures(end_of_log(trainer.state.log_history))
     record.finish(
         counts={
             "pairs": len(datasets["train"]),
             "set_aside": set_aside,
-            "truncated": len(trainer.truncated),
+            "truncated": trainer.pairs.truncated,
             "steps": trainer.state.global_step,
         },
         metrics=metrics,
     )
     write_model_card(trainer)
-    ordered, change = metrics.get("rewards/accuracies", 0.0), metrics.get("logratios/chosen", 0.0)
     trainer.accelerator.print(
         f"Stage 2 is done: {trainer.state.global_step} steps on {len(trainer.train_dataset)} preference pairs"
         + "".join(f", {count} set aside as {reason} (rejected.jsonl)" for reason, count in set_aside.items())
-        + f". At the end {ordered:.0%} of the pairs are ordered as the judge has them, and the chosen answers are "
-        f"{'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats). Adapter and "
-        f"processor are in {training_args.output_dir}."
+        + (f", {trainer.pairs.truncated} with an answer cut at max_length" if trainer.pairs.truncated else "")
+        + f".{_ending(metrics)} Adapter and processor are in {training_args.output_dir}."
     )
     trainer.end()
 
@@ -158,19 +161,27 @@ def _write_set_aside(trainer: "MultimodalDPOTrainer") -> dict[str, int]:
     """Writes `rejected.jsonl` and counts by reason."""
     from medst_trl.data.schema import write_jsonl
 
-    reasons = trainer.set_aside
+    reasons = trainer.pairs.set_aside
     if reasons and trainer.accelerator.is_main_process:
         path = os.path.join(trainer.args.output_dir, "rejected.jsonl")
         write_jsonl(path, ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items()))
     return {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}
 
 
-def _last_metrics(log_history: list[dict]) -> dict[str, float]:
-    """The last value of each figure that says how training went."""
-    last = {key: value for entry in log_history for key, value in entry.items()}
-    kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_rewards/", "eval_logratios/")
-    names = ("train_loss", "loss", "eval_loss")
-    return {name: value for name, value in last.items() if name in names or name.startswith(kinds)}
+def _figures(means: dict[str, float]) -> dict[str, float]:
+    kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
+    return {name: value for name, value in means.items() if name in ("train_loss", "loss") or name.startswith(kinds)}
+
+
+def _ending(metrics: dict[str, float]) -> str:
+    """How training ended, in a sentence; nothing where nothing was logged."""
+    if "logratios/chosen" not in metrics:
+        return ""
+    change = metrics["logratios/chosen"]
+    return (
+        f" At the end {metrics['rewards/accuracies']:.0%} of the pairs are ordered as the judge has them, and the "
+        f"chosen answers are {'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats)."
+    )
 
 
 def make_parser(prog: str | None = None) -> "TrlParser":

@@ -81,7 +81,11 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     if record.status == "finished":
         return
 
-    trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
+    try:
+        trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
+    except Exception:
+        record.forget()
+        raise
     checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
     with explain_full_disk(training_args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -23,6 +23,13 @@ from .run_folder import OwnModelCard
 from .usable_pairs import usable_pairs
 
 
+# TRL finds an unknown one only in the first step, when the model is loaded.
+LOSSES = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+}  # fmt: skip
+
+
 @dataclass
 class MultimodalDPOConfig(DPOConfig):
     """
@@ -53,6 +60,12 @@ class MultimodalDPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        if unknown := sorted(set(self.loss_type) - LOSSES):
+            raise ValueError(f"loss_type {unknown[0]!r} is not one of {', '.join(sorted(LOSSES))}.")
+        if self.beta <= 0:
+            raise ValueError(f"beta is {self.beta}; it has to be above 0.")
+        if self.precompute_ref_log_probs:
+            raise ValueError("precompute_ref_log_probs is not there yet for images: leave it out.")
         if self.bf16 is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.bf16 = False  # TRL's default of True suits accelerators; on a CPU it is slow and less exact
         super().__post_init__()
@@ -66,7 +79,7 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
     Losses and metrics are those of TRL's [`~trl.DPOTrainer`]. The reference is the policy as it comes in: a frozen
     copy of a continued adapter in all its parts (LoRA, projector, `<vusr>` row), the bare model under a new adapter,
     a copy of the whole model without an adapter. Pairs that cannot be trained on are set aside before the first step
-    (`set_aside`). Beside TRL's metrics are logged the mean answer `lengths/chosen` and `lengths/rejected` in tokens,
+    (`pairs`). Beside TRL's metrics are logged the mean answer `lengths/chosen` and `lengths/rejected` in tokens,
     and `logratios/chosen` and `logratios/rejected`, how much likelier than under the reference the answers are, in
     nats; a warning says when the chosen answers become less likely, too (likelihood displacement).
 
@@ -122,14 +135,13 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
             processing_class, max_length=args.max_length, pad_to_multiple_of=_multiple(args.pad_to_multiple_of)
         )
-        train_dataset, self.set_aside = usable_pairs(train_dataset, processing_class, args.max_length)
+        self.pairs = usable_pairs(train_dataset, processing_class, args.max_length)
         if eval_dataset is not None:
-            eval_dataset, _ = usable_pairs(eval_dataset, processing_class, args.max_length)
-        self.truncated: set[str] = set()
+            eval_dataset = usable_pairs(eval_dataset, processing_class, args.max_length).dataset
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=self.pairs.dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=collator,
@@ -159,7 +171,6 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        self.truncated.update(inputs.pop("truncated", ()))
         inputs.pop("neutralised", None)
         # TRL switches to the reference adapter and back, after which PEFT (0.21) lets all of the policy's adapter
         # train: a frozen vision tower would take part in the gradient norm, and gradient checkpointing would fail.
@@ -176,9 +187,7 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs:
-            logs |= {
-                f"learning_rate_{part}": rate for part, rate in self.learning_rates().items() if part != "language"
-            }
+            logs |= self.learning_rates_to_log()
         super().log(logs, start_time)
 
 

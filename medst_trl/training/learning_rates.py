@@ -61,3 +61,12 @@ class LearningRatesByPart:
         """The current learning rate of each part that trains."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         return {group["part"]: group["lr"] for group in groups if "part" in group}
+
+    def _get_learning_rate(self):
+        # The Trainer asks before the scheduler goes on, and logs later: the rates of the other parts belong to it.
+        self._rates_of_step = self.learning_rates()
+        return super()._get_learning_rate()
+
+    def learning_rates_to_log(self) -> dict[str, float]:
+        """Rates of the parts beside the language model, whose rate the Trainer itself logs, in the last step."""
+        return {f"learning_rate_{part}": rate for part, rate in self._rates_of_step.items() if part != "language"}

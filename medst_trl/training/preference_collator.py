@@ -37,8 +37,7 @@ class DataCollatorForMultimodalPreference(DataCollatorForVisionPreference):
     Returns of a call:
         `dict`: `input_ids`, `attention_mask`, `completion_mask` (1 on the answer and its terminator) of shape
         (2 x batch, length), first all chosen, then all rejected; `pixel_values` and what else the processor gives.
-        `truncated` lists the ids of pairs with an answer that was cut, `neutralised` counts control tokens in data;
-        both are left out where there are none.
+        `neutralised` counts control tokens in data, where there are any.
 
     Raises:
         UserError: if a prompt leaves no room for its answer, or images and placeholders differ in number.
@@ -52,22 +51,17 @@ class DataCollatorForMultimodalPreference(DataCollatorForVisionPreference):
         encoded = encode(self.processor, conversations, self.pad_to_multiple_of)
         batch = encoded.batch
         batch["completion_mask"] = torch.zeros_like(batch["input_ids"])
-        truncated = set()
         for row, (conversation, spans) in enumerate(zip(conversations, encoded.spans, strict=True)):
             answer = spans[-1]  # those before it are the prompt's history
             batch["completion_mask"][row, answer.start : answer.end] = 1
-            if self.max_length is not None and answer.end > self.max_length:
-                truncated.add(conversation.id)
-                if answer.start >= self.max_length:
-                    raise UserError(
-                        f"Record {conversation.id!r}: its prompt and image take {answer.start} tokens, so no answer "
-                        f"fits into max_length={self.max_length}. Raise max_length, or leave the record out."
-                    )
+            if self.max_length is not None and answer.start >= self.max_length:
+                raise UserError(
+                    f"Record {conversation.id!r}: its prompt and image take {answer.start} tokens, so no answer fits "
+                    f"into max_length={self.max_length}. Raise max_length, or leave the record out."
+                )
         for name in TOKEN_INPUTS if self.max_length is not None else ():
             if name in batch:
                 batch[name] = batch[name][:, : self.max_length]
-        if truncated:
-            batch["truncated"] = sorted(truncated)
         if encoded.neutralised:
             batch["neutralised"] = encoded.neutralised
         return batch

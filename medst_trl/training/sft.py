@@ -242,9 +242,7 @@ class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelC
                 weight, tokens = self.args.question_loss_weight, sums[2] + sums[5]
                 logs[name] = (weight * sums[0] + sums[3]) / max(tokens, 1)
         if "learning_rate" in logs:
-            logs |= {
-                f"learning_rate_{part}": rate for part, rate in self.learning_rates().items() if part != "language"
-            }
+            logs |= self.learning_rates_to_log()
         super().log(logs, start_time)
 
 

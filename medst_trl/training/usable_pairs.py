@@ -6,6 +6,7 @@ A pair left out inside a batch would leave ranks with batches of different size,
 equal. So all are looked at once, at the price of one tokenisation.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -26,9 +27,23 @@ REASONS = {
 }
 
 
-def usable_pairs(
-    dataset: "Dataset", processor: "ProcessorMixin", max_length: int | None
-) -> tuple["Dataset", dict[str, str]]:
+@dataclass(frozen=True)
+class UsablePairs:
+    """
+    What became of preference pairs before training.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Those that can be trained on.
+        set_aside (`dict[str, str]`): The reason (a key of `REASONS`) of each other, by id (or place).
+        truncated (`int`): How many of the dataset have an answer that is cut at `max_length`.
+    """
+
+    dataset: "Dataset"
+    set_aside: dict[str, str]
+    truncated: int
+
+
+def usable_pairs(dataset: "Dataset", processor: "ProcessorMixin", max_length: int | None) -> UsablePairs:
     """
     Sets aside the pairs that cannot be trained on.
 
@@ -41,54 +56,63 @@ def usable_pairs(
             Longest sequence in tokens, image tokens included.
 
     Returns:
-        `tuple[Dataset, dict[str, str]]`: The others, and the reason (a key of `REASONS`) by id (or place).
+        [`UsablePairs`]
 
     Raises:
         UserError: if none is left.
     """
     from tqdm.auto import tqdm
 
-    kept, reasons, image_tokens = [], {}, {}
+    kept, reasons, truncated, image_tokens = [], {}, 0, {}
     for place, example in enumerate(tqdm(dataset, "checking pairs", unit="pair", disable=None)):
-        reason = _problem(example, processor, max_length, image_tokens)
+        reason, is_cut = _look_at(example, processor, max_length, image_tokens)
         if reason is None:
             kept.append(place)
+            truncated += is_cut
         else:
             reasons[str(example.get("id") or place)] = reason
     if not kept:
         counts = {reason: list(reasons.values()).count(reason) for reason in REASONS}
         found = "; ".join(f"{n} because {REASONS[r].format(max_length=max_length)}" for r, n in counts.items() if n)
         raise UserError(f"No preference pair can be trained on: {found or 'the dataset is empty'}.")
-    return dataset.select(kept) if reasons else dataset, reasons
+    return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated)
 
 
-def _problem(
+def _look_at(
     example: dict[str, Any], processor: "ProcessorMixin", max_length: int | None, image_tokens: dict[tuple, int]
-) -> str | None:
+) -> tuple[str | None, bool]:
+    """What keeps a pair from being trained on, and whether one of its answers is cut."""
     try:
-        chosen, rejected = (pair_as_conversation(example, key) for key in ("chosen", "rejected"))
+        pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
     except (UserError, KeyError, TypeError):
-        return "malformed"
-    if text_of(chosen.messages[-1]["content"]).strip() == text_of(rejected.messages[-1]["content"]).strip():
-        return "chosen_equals_rejected"
-    if max_length is not None and _prompt_length(chosen, processor, image_tokens) >= max_length:
-        return "too_long"
-    return None
+        return "malformed", False
+    if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
+        return "chosen_equals_rejected", False
+    if max_length is None:
+        return None, False
+    spans = [_answer_span(conversation, processor, image_tokens) for conversation in pair]
+    if any(start >= max_length for start, _ in spans):
+        return "too_long", False
+    return None, any(end > max_length for _, end in spans)
 
 
-def _prompt_length(conversation: Conversation, processor: "ProcessorMixin", image_tokens: dict[tuple, int]) -> int:
+def _answer_span(
+    conversation: Conversation, processor: "ProcessorMixin", image_tokens: dict[tuple, int]
+) -> tuple[int, int]:
     """
-    Tokens in front of the last answer. What images add depends on their sizes alone, so one pair tells it for all.
+    The tokens of the last answer. What images add before it depends on their sizes alone, so one pair tells it for
+    all.
     """
     rendered = render_conversation(processor, conversation.messages)
-    tokens = tokenizer_of(processor)(
+    offsets = tokenizer_of(processor)(
         rendered.text,
         add_special_tokens=adds_special_tokens(processor, rendered.text),
         return_offsets_mapping=True,
-    )
-    answer = rendered.spans[-1].start
-    length = sum(end <= answer for _, end in tokens["offset_mapping"])
+    )["offset_mapping"]
+    answer = rendered.spans[-1]
+    start = sum(token_end <= answer.start for _, token_end in offsets)
+    end = sum(token_start < answer.end for token_start, _ in offsets)
     sizes = tuple(image.size for image in conversation.images)
     if sizes not in image_tokens:
-        image_tokens[sizes] = encode(processor, [conversation]).spans[0][-1].start - length
-    return length + image_tokens[sizes]
+        image_tokens[sizes] = encode(processor, [conversation]).spans[0][-1].start - start
+    return start + image_tokens[sizes], end + image_tokens[sizes]

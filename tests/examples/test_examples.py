@@ -66,8 +66,8 @@ def test_the_study_sums_up_its_seeds(tmp_path, monkeypatch):
             scores = {"exact_match": value, "open": {"f1": value, "recall": value}, "closed": {"accuracy": value}}
             _write(folders[seed] / "evaluate" / arm / "scores.json", {"scores": {"strict": scores}})
             _write(folders[seed] / f"questions_{arm}.json", {"asked_well": 0.9, "asked_answerable": 0.8})
-            record = {"stage": "dpo" if gain else "sft", "metrics": {"logratios/chosen": 1, "logratios/rejected": -1}}
-            _write(study["adapter"](folders[seed], arm) / "stage.json", record)
+            log = [{"loss": 1.0} | ({"logratios/chosen": 1, "logratios/rejected": -1} if gain else {})]
+            _write(study["adapter"](folders[seed], arm) / "trainer_state.json", {"log_history": log})
     results = study["collect"](folders)
     change = results["arms"]["with_sft"]["against_stage_1"]["exact_match"]
     assert change == {"mean": 7, "standard_error": pytest.approx(2 / 3**0.5), "seeds": 3}  # paired: 5, 7 and 9

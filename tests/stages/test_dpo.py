@@ -100,6 +100,7 @@ def test_pairs_that_say_the_same_are_set_aside_and_a_file_of_only_such_is_refuse
     pairs = write_pairs(tmp_path / "same", [rows[3]])
     with pytest.raises(UserError, match="1 because both answers say the same"):
         run(inputs, tmp_path / "none", dataset=pairs)
+    run(inputs, tmp_path / "none")  # what has failed before it began does not stand in the way
 
 
 def test_other_data_is_refused_before_a_folder_is_made(inputs, tmp_path):

@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from medst_trl.errors import UserError
 from medst_trl.policy.adapters import freeze_vision
 from medst_trl.training.displacement import WarnOfDisplacement
+from medst_trl.training.dpo import MultimodalDPOConfig
+from medst_trl.training.end_of_log import end_of_log
 
 
 def reference_of(model) -> dict[str, torch.Tensor]:
@@ -57,10 +59,13 @@ def test_training_moves_every_part_of_the_policy_and_nothing_of_the_reference(tm
 
 def test_each_part_trains_at_its_own_rate(tmp_path):
     rates = {"learning_rate": 1e-3, "vision_learning_rate": 2e-3, "projector_learning_rate": 3e-3}
-    trainer = make_trainer(tmp_path, max_steps=1, **rates)
+    trainer = make_trainer(tmp_path, max_steps=4, lr_scheduler_type="linear", **rates)
     trainer.train()
-    assert trainer.learning_rates() == {"language": 1e-3, "vision": 2e-3, "projector": 3e-3}
-    assert trainer.state.log_history[0]["learning_rate_vision"] == 2e-3
+    logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry["learning_rate"] for entry in logged] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    for entry in logged:  # all of the same step
+        assert entry["learning_rate_vision"] == pytest.approx(2 * entry["learning_rate"])
+        assert entry["learning_rate_projector"] == pytest.approx(3 * entry["learning_rate"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -107,7 +112,7 @@ def test_pairs_that_cannot_be_trained_on_are_set_aside(tmp_path):
     rows[2]["prompt"][0]["content"][1]["text"] = "long " * 400
     rows[3]["images"] = rows[3]["images"] * 2
     trainer = make_trainer(tmp_path, rows=rows, max_length=100, max_steps=1, per_device_train_batch_size=3)
-    assert trainer.set_aside == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
+    assert trainer.pairs.set_aside == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
     trainer.train()
 
     with pytest.raises(UserError, match="1 because both answers say the same"):
@@ -119,7 +124,7 @@ def test_answers_that_do_not_fit_are_cut_and_counted(tmp_path):
     rows[2]["chosen"][0]["content"][0]["text"] = "long " * 400
     trainer = make_trainer(tmp_path, rows=rows, max_length=80, max_steps=1)
     trainer.train()
-    assert trainer.truncated == {"p2"} and not trainer.set_aside
+    assert trainer.pairs.truncated == 1 and not trainer.pairs.set_aside
 
 
 def test_logs_have_lengths_and_log_ratios(tmp_path):
@@ -136,6 +141,19 @@ def test_other_losses_of_trl_and_their_sums_stay_available(tmp_path, loss_type):
     trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type, label_smoothing=0.1)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"loss_type": ["nonsense"]}, "nonsense"),
+        ({"precompute_ref_log_probs": True}, "images"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MultimodalDPOConfig(output_dir=str(tmp_path), **settings)
 
 
 def test_displacement_is_said_once_and_only_when_it_lasts(caplog):
@@ -208,3 +226,11 @@ def test_two_ranks_equal_one(tmp_path, loss_type):
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in runs.values()]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     assert difference < (1e-5 if loss_type == ["sigmoid"] else 0.05)
+
+
+def test_the_end_of_a_log_is_a_mean_and_the_last_evaluation():
+    log = [{"loss": float(number), "rewards/margins": 2.0 * number, "step": number} for number in range(10)]
+    log[4:4] = [{"eval_loss": 7.0}]
+    end = end_of_log([*log, {"eval_loss": 3.0}, {"train_loss": 4.5}])
+    assert (end["loss"], end["rewards/margins"], end["eval_loss"], end["train_loss"]) == (8.5, 17.0, 3.0, 4.5)
+    assert end_of_log([]) == {}
