@@ -12,6 +12,12 @@ _SECRET_KEY = re.compile(r"token$|api_?key|secret|password|passwd|credential|pri
 _NOT_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|vusr)_token$", re.IGNORECASE)
 # Hub and OpenAI style keys, and the user:password of a URL, wherever they stand
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+# ... and the values of such parameters in the query of a URL
+_SECRET_PARAMETER = re.compile(
+    r"(?<=[?&;])((?:[\w.-]{0,60}[_.-])?(?:api-?key|key|(?:access|auth)?token|sig|signature|(?:client)?secret|password"
+    r"|passwd|pwd|auth|authorization|credentials?)=)[^&;#\s\"'<>]+",
+    re.IGNORECASE,
+)
 
 
 def is_secret_key(key: str) -> bool:
@@ -26,5 +32,7 @@ def hide_secrets(value: Any, key: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [hide_secrets(item, key) for item in value]
     if isinstance(value, str):
-        return HIDDEN if value and is_secret_key(key) else _SECRET_VALUE.sub(HIDDEN, value)
+        if value and is_secret_key(key):
+            return HIDDEN
+        return _SECRET_PARAMETER.sub(rf"\g<1>{HIDDEN}", _SECRET_VALUE.sub(HIDDEN, value))
     return value

@@ -146,6 +146,7 @@ def main(args: JudgeArguments) -> None:
     from medst_trl.stage_record import FILE_NAME, StageRecord
 
     _check(args)
+    args.benchmarks = _made(args.benchmarks)
     candidates, benchmarks = _open(args)
     with _judge(args, candidates) as judge:
         if args.dry_run:
@@ -177,12 +178,23 @@ def main(args: JudgeArguments) -> None:
 
 
 def _check(args: JudgeArguments) -> None:
+    from medst_trl.data.phantoms import SIZE
     from medst_trl.errors import UserError
 
     if args.model is None and args.oracle_error_rate is None:
         raise UserError("No judge is named: give --model, as its server calls it (such as gpt-4o).")
     if args.oracle_error_rate is not None and not 0 <= args.oracle_error_rate <= 1:
         raise UserError(f"oracle_error_rate is {args.oracle_error_rate}; it has to be from 0 to 1.")
+    if args.oracle_error_rate is not None and args.image_size < SIZE:
+        raise UserError(
+            f"image_size is {args.image_size}; with oracle_error_rate it has to be at least {SIZE}: the oracle knows "
+            "the phantoms by their pixels, so they have to be sent as they are."
+        )
+    if not 0 < args.duplicate_similarity <= 1:
+        raise UserError(
+            f"duplicate_similarity is {args.duplicate_similarity}; it has to be more than 0 and at most 1, which "
+            "drops questions of the same words only."
+        )
     if not 0 <= args.validation_share < 1:
         raise UserError(f"validation_share is {args.validation_share}; it has to be at least 0 and less than 1.")
     for name in ("rows_per_shard", "num_workers"):
@@ -190,6 +202,28 @@ def _check(args: JudgeArguments) -> None:
             raise UserError(f"{name} is {getattr(args, name)}; it has to be at least 1.")
     if args.write_batch and args.read_batch:
         raise UserError("write_batch and read_batch are two steps: write, have the files processed, then read.")
+
+
+def _made(benchmarks: list[str]) -> list[str]:
+    """The benchmarks less those that a finished prepare had nothing to make of: recipes name them in any case."""
+    from medst_trl.stage_record import FILE_NAME
+
+    made = []
+    for name in benchmarks:
+        path, record = Path(name), Path(name).parent / FILE_NAME
+        if path.name == "benchmark" and not path.exists() and _is_finished_prepare(record):
+            print(f"judge: {path.parent} was prepared without a benchmark, so no images are kept out for it.")
+        else:
+            made.append(name)
+    return made
+
+
+def _is_finished_prepare(path: Path) -> bool:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["stage"] == "prepare" and record["status"] == "complete"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _open(args: JudgeArguments) -> tuple["Dataset", list["Dataset"]]:
@@ -207,10 +241,25 @@ def _open(args: JudgeArguments) -> tuple["Dataset", list["Dataset"]]:
         )
     candidates = load_records(folder if folder.is_dir() else args.candidates, args.split)
     check_columns(candidates, "candidates")
-    benchmarks = [load_records(name, "test") for name in args.benchmarks]
-    for benchmark in benchmarks:
-        check_columns(benchmark, "benchmark")
+    benchmarks = [_benchmark(name) for name in args.benchmarks]
     return candidates.cast_column("images", List(Image(decode=False))), benchmarks
+
+
+def _benchmark(name: str) -> "Dataset":
+    from medst_trl.data.schema import check_columns, load_records
+    from medst_trl.errors import UserError
+
+    try:
+        benchmark = load_records(name, "test")
+    except UserError as error:
+        if Path(name).exists():
+            raise
+        raise UserError(
+            f"benchmarks: {error} Where there is no benchmark whose images have to be kept out: `benchmarks: []` in "
+            "the recipe, or no --benchmarks."
+        ) from None
+    check_columns(benchmark, "benchmark")
+    return benchmark
 
 
 @contextmanager
@@ -404,8 +453,9 @@ def _nothing_left(args: JudgeArguments, preferences: "Preferences", statistics: 
     counted = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items()) or "no candidate has two answers"
     return UserError(
         f"Of {statistics['pairs']:,} pairs none is left to train on ({counted}). "
-        f"{advice.get(most, 'Generate from more images.')} The judgements are kept in "
-        f"{Path(args.output_dir) / 'judgements.jsonl'}, and judging the same pairs again costs nothing."
+        f"{advice.get(most, 'Generate from more images.')} With any setting or candidates changed, add "
+        "--overwrite true: replies already paid are kept, and judging the same pairs again costs nothing. The "
+        f"judgements are in {Path(args.output_dir) / 'judgements.jsonl'}."
     )
 
 

@@ -214,6 +214,52 @@ def test_nothing_left_says_what_to_do_and_keeps_the_judgements(candidates, tmp_p
     assert len(read_jsonl(tmp_path / "out/judgements.jsonl")) == 12
 
 
+def test_the_advice_to_lower_the_margin_can_be_followed(candidates, tmp_path):
+    with JudgeServer() as server:
+        with pytest.raises(UserError, match="--min_margin.*--overwrite true"):
+            run(candidates, tmp_path / "out", server, min_margin=5)
+        run(candidates, tmp_path / "out", server, min_margin=1, overwrite=True)
+        assert len(server.bodies) == 24
+
+
+@pytest.mark.parametrize(
+    ("record", "goes_on"),
+    [
+        ({"stage": "prepare", "status": "complete"}, True), ({"stage": "prepare", "status": "running"}, False),
+        ({"stage": "sft", "status": "complete"}, False), ([], False), (None, False),
+    ],
+)  # fmt: skip
+def test_a_benchmark_that_prepare_did_not_make(candidates, tmp_path, capsys, record, goes_on):
+    (tmp_path / "prepare").mkdir()
+    if record is not None:
+        (tmp_path / "prepare/stage.json").write_text(json.dumps(record))
+    with JudgeServer() as server:
+        settings = {"benchmarks": [str(tmp_path / "prepare/benchmark")]}
+        if goes_on:
+            run(candidates, tmp_path / "out", server, **settings)
+            assert "without a benchmark" in capsys.readouterr().out
+            run(candidates, tmp_path / "out", server)  # the same as naming none
+            assert len(server.bodies) == 24
+        else:
+            with pytest.raises(UserError, match=r"benchmarks: \[\]"):
+                run(candidates, tmp_path / "out", server, **settings)
+        if goes_on:
+            with pytest.raises(UserError, match=r"benchmarks: \[\]"):
+                run(candidates, tmp_path / "out2", server, benchmarks=[str(tmp_path / "prepare/bench")])
+
+
+def test_a_key_in_the_address_is_written_nowhere(candidates, tmp_path):
+    address = "http://127.0.0.1:9/v1?api_key=abcdefsecret"
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        main(JudgeArguments(candidates, str(tmp_path / "out"), model="judge", base_url=address, max_retries=0))
+    assert "abcdefsecret" not in str(error.value)
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server)
+        run(candidates, tmp_path / "again", server, base_url=f"{server.base_url}?api_key=abcdefsecret")
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"abcdefsecret" not in path.read_bytes()
+
+
 def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
     def answer(body):
         return prefers_first(body) if sum(map(ord, str(body["messages"][1]["content"][-1]))) % 2 else steady(body)
@@ -232,7 +278,9 @@ def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
         ({"oracle_error_rate": 2.0}, "oracle_error_rate"), ({"prompt_version": "x"}, "prompt_version"),
         ({"reference_captions": "/nowhere.jsonl"}, "nowhere"), ({"rows_per_shard": 0}, "rows_per_shard"),
         ({"key_variable": "sk-abc-def"}, "not the key itself"), ({"benchmarks": ["/nowhere/b"]}, "nowhere"),
-        ({"write_batch": "a", "read_batch": "b"}, "two steps"),
+        ({"write_batch": "a", "read_batch": "b"}, "two steps"), ({"benchmarks": ["/nowhere/b"]}, r"benchmarks: \[\]"),
+        ({"duplicate_similarity": 7.0}, "duplicate_similarity"), ({"duplicate_similarity": 0}, "duplicate_similarity"),
+        ({"oracle_error_rate": 0.2, "image_size": 32}, "image_size is 32.*64"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_a_record_is_written(candidates, tmp_path, wrong, said):

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every reply that was paid for, in a file that only grows: what is in it is never asked again."""
+"""Every call that was paid for, in a file that only grows: a reply that is in it is never asked for again."""
 
 import json
 import os
@@ -19,8 +19,10 @@ class ReplyCache:
     Replies by the key of their request.
 
     A line is `{"key", "attempt", "reply", "finish_reason", "usage"}`, or `{"key", "attempt", "error", "detail"}` for a
-    request that was refused for its content. A killed run can leave half a line: it is passed over. Neither requests
-    nor API keys are in the file.
+    request that was refused for its content. `{"key", "lost", "usage"}` is a call that may be on the bill and left no
+    reply: a time-out, or a reply that was filtered. Where the server told no usage, `at_most` holds the most tokens
+    it can have been; dollars are not kept, since prices can be corrected. A killed run can leave half a line: it is
+    passed over. Neither requests nor API keys are in the file.
 
     Args:
         folder (`str` or `os.PathLike`, *optional*):
@@ -34,6 +36,7 @@ class ReplyCache:
     def __init__(self, folder: str | os.PathLike | None = None):
         self.path = Path(folder, FILE_NAME) if folder is not None else None
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
+        self._lost: dict[str, list[dict[str, Any]]] = {}
         self._file = None
         self.added = 0
         if self.path is not None and self.path.exists():
@@ -46,6 +49,10 @@ class ReplyCache:
         rows = self._rows.get(key, {})
         return [rows[attempt] for attempt in sorted(rows)]
 
+    def charges(self, key: str) -> list[dict[str, Any]]:
+        """All that a request may be on the bill for: its replies, and the calls without one."""
+        return self.attempts(key) + self._lost.get(key, [])
+
     def add(self, row: Mapping[str, Any]) -> None:
         """
         Keep a reply, now and on disk.
@@ -56,6 +63,15 @@ class ReplyCache:
         row = dict(row)
         self.added += 1
         self._rows.setdefault(row["key"], {})[row["attempt"]] = row
+        self._write(row)
+
+    def add_lost(self, row: Mapping[str, Any]) -> None:
+        """Keep what a call without a reply may have cost, as [`add`] does."""
+        row = dict(row)
+        self._lost.setdefault(row["key"], []).append(row)
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
         if self.path is None:
             return
         with explain_full_disk(self.path.parent):
@@ -82,7 +98,11 @@ class ReplyCache:
     def _take(self, line: bytes) -> None:
         try:
             row = json.loads(line)
-            if isinstance(row["key"], str) and isinstance(row["attempt"], int) and ("reply" in row or "error" in row):
+            if isinstance(row["key"], str) and "lost" in row:
+                self._lost.setdefault(row["key"], []).append(row)
+            elif (
+                isinstance(row["key"], str) and isinstance(row["attempt"], int) and ("reply" in row or "error" in row)
+            ):
                 self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)
         except (ValueError, KeyError, TypeError):
             return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.errors import UserError
 from medst_trl.selftrain.judge.cache import ReplyCache
-from medst_trl.selftrain.judge.cost import Budget
+from medst_trl.selftrain.judge.cost import Budget, RequestSize
 from medst_trl.selftrain.judge.errors import Trouble, clean, trouble_of
 from medst_trl.selftrain.judge.pace import Pace, wait_before
 from medst_trl.selftrain.judge.prompts import REMINDERS
@@ -82,12 +82,14 @@ class JudgeClient:
         self._settled = asyncio.Condition()
         self._locks: dict[str, asyncio.Lock] = {}
         self._dialect = Dialect()
-        self._ever_read = False
+        self._ever_read = False  # in this run or an earlier one
+        self._works = False  # a reply was read in this run
+        self._held: dict[str, list[dict[str, Any]]] = {}  # refusals until then, by the key of their request
         self._last_answer = -math.inf
         self._in_a_row: Counter[str] = Counter()
         self._secret = None if offline else api_key(key_variable, base_url)
         self._openai = None if offline else self._connect(base_url, http_client)
-        self.base_url = clean(str(self._openai.base_url)) if self._openai else str(base_url)
+        self.base_url = clean(str(self._openai.base_url if self._openai else base_url))
 
     def _connect(self, base_url: str | None, http_client: Any) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
@@ -109,25 +111,43 @@ class JudgeClient:
         """
         lock = self._locks.setdefault(request.key, asyncio.Lock())
         async with lock:  # the same question twice at a time is asked once
-            attempts = self.cache.attempts(request.key)
-            cached = True
-            while True:
-                answer = self._settle(request, attempts, cached)
-                if answer is not None:
-                    return answer
-                if self.offline:
-                    self.missing += 1
-                    return Answer(None, "request_failed", attempts, cached, "no result")
-                cached = False
-                try:
-                    row = await self._call_until_answered(request, attempts)
-                except Trouble as trouble:
-                    if trouble.reason == "request_failed":
-                        return Answer(None, trouble.reason, attempts, cached, trouble.detail)
-                    row = {"error": trouble.reason, "detail": trouble.detail}
-                row = {"key": request.key, "attempt": len(attempts)} | row
-                self.cache.add(row)
-                attempts = [*attempts, row]
+            answer = await self._ask(request)
+            answer.charges = self.cache.charges(request.key)
+            return answer
+
+    async def _ask(self, request: Request) -> Answer:
+        attempts = self.cache.attempts(request.key) + self._held.get(request.key, [])
+        cached = True
+        while True:
+            answer = self._settle(request, attempts, cached)
+            if answer is not None:
+                return answer
+            if self.offline:
+                self.missing += 1
+                return Answer(None, "request_failed", attempts, cached, "no result")
+            cached = False
+            try:
+                row = await self._call_until_answered(request, attempts)
+            except Trouble as trouble:
+                if trouble.reason == "request_failed":
+                    return Answer(None, trouble.reason, attempts, cached, trouble.detail)
+                row = {"error": trouble.reason, "detail": trouble.detail}
+            row = {"key": request.key, "attempt": len(attempts)} | row
+            self._keep(row)
+            attempts = [*attempts, row]
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Into the cache, but a refusal only once the server has shown that it can judge at all."""
+        if "error" in row and not self._works:
+            self._held[row["key"]] = [row]
+        else:
+            self.cache.add(row)
+
+    def _keep_held(self) -> None:
+        self._works = True
+        for [row] in self._held.values():
+            self.cache.add(row)
+        self._held.clear()
 
     def _settle(self, request: Request, attempts: list[dict[str, Any]], cached: bool) -> Answer | None:
         """What the attempts so far amount to; None where another one is due."""
@@ -143,22 +163,26 @@ class JudgeClient:
                 self._gave_up(Trouble("unparsable", clean(attempts[-1]["reply"][:100], self._secret)))
             return Answer(None, "unparsable", attempts, cached)
         self._ever_read = True
+        if not cached:
+            self._keep_held()
         return Answer(reading, None, attempts, cached)
 
     async def _call_until_answered(self, request: Request, attempts: list[dict[str, Any]]) -> dict[str, Any]:
         """One reply, whatever it says. Raises `Trouble` when the call is given up."""
         body = await asyncio.to_thread(request.body)
+        at_most = request.size.at_most
         if attempts:  # told that its reply was no good, a judge at temperature 0 has a reason to write another
             last = {"role": "assistant", "content": attempts[-1]["reply"][:2000] or "(nothing)"}
             reminder = {"role": "user", "content": REMINDERS[request.version]}
             body = body | {"messages": [*body["messages"], last, reminder]}
+            at_most = at_most + RequestSize.of([last, reminder], 0).at_most
         attempt = 0
         while True:
             sent = {}
             try:
                 async with self.pace.slot():
                     sent = self._dialect.apply(body)
-                    row = await self._paid_call(request, sent)
+                    row = await self._paid_call(request.key, at_most, sent)
             except Trouble as trouble:
                 if self._dialect.learn(trouble, sent):
                     continue
@@ -181,26 +205,31 @@ class JudgeClient:
             else:
                 return row
 
-    async def _paid_call(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """One HTTP call inside a slot, within the budget."""
+    async def _paid_call(self, key: str, input_tokens: int, body: dict[str, Any]) -> dict[str, Any]:
+        """One HTTP call inside a slot, within the budget. What it cost is kept, so that later runs know of it."""
         if self._stopping.is_set():
             raise Stopped
-        most = self.budget.prices.cost(request.size.at_most, self.max_tokens)
-        await self._reserve(most)
+        at_most = {"at_most": {"prompt_tokens": input_tokens, "completion_tokens": self.max_tokens}}
+        reserved = self.budget.prices.cost_of(at_most)
+        await self._reserve(reserved)
         try:
             row = await self._send(body)
         except Trouble as trouble:
-            (self.budget.leave_open if trouble.charged else lambda amount: self.budget.settle(amount, 0))(most)
+            if trouble.usage:
+                self._lost(key, trouble.kind, {"usage": trouble.usage}, reserved)
+            elif trouble.charged:
+                self._lost(key, trouble.kind, at_most, reserved)
+            else:
+                self.budget.settle(reserved, 0)
             if trouble.is_pushback:
                 self.pace.pushed_back(trouble.retry_after)
             raise
         except BaseException:  # cancelled: the server may have been at work
-            self.budget.leave_open(most)
+            self._lost(key, "cancelled", at_most, reserved)
             raise
         else:
-            usage = row["usage"]
-            cost = self.budget.prices.cost(usage["prompt_tokens"], usage["completion_tokens"]) if usage else most
-            self.budget.settle(most, cost)
+            row = row if row["usage"] else row | at_most
+            self.budget.settle(reserved, self.budget.prices.cost_of(row))
             self.pace.went_well()
             self._last_answer = time.monotonic()
             self._in_a_row.pop("server", None)
@@ -208,6 +237,14 @@ class JudgeClient:
         finally:
             async with self._settled:
                 self._settled.notify_all()
+
+    def _lost(self, key: str, kind: str, bill: dict[str, Any], reserved: float) -> None:
+        """A call left no reply, but may be on the bill."""
+        if "usage" in bill:
+            self.budget.settle(reserved, self.budget.prices.cost_of(bill))
+        else:
+            self.budget.leave_open(reserved)
+        self.cache.add_lost({"key": key, "lost": kind} | bill)
 
     async def _send(self, body: dict[str, Any]) -> dict[str, Any]:
         import openai

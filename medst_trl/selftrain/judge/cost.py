@@ -30,9 +30,9 @@ class Prices:
         return ((self.input or 0) * input_tokens + (self.output or 0) * output_tokens) / 1e6
 
     def cost_of(self, row: Mapping[str, Any]) -> float:
-        """Dollars that a reply with its `usage` cost; 0 where the server told no usage."""
-        usage = row.get("usage") or {}
-        return self.cost(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+        """Dollars that a call in the cache cost: by its `usage` or, where the server told none, by its `at_most`."""
+        tokens = row.get("usage") or row.get("at_most") or {}
+        return self.cost(tokens.get("prompt_tokens", 0), tokens.get("completion_tokens", 0))
 
 
 # List prices and the tokens of an image (base, each tile of 512 x 512) of November 2026. Longest name first.

@@ -5,6 +5,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.selftrain.judge.cost import Prices
 from medst_trl.selftrain.judge.pairs import Pair
 from medst_trl.selftrain.judge.prompts import MAX_CHARS, has_marks
 from medst_trl.selftrain.judge.requests import Answer, Request
@@ -26,7 +27,7 @@ def make_judgement(
         judge (`PairwiseJudge`): With its model, prompt version and least margin.
         problem (`str`, *optional*): Why nothing was asked.
     """
-    orders = [_order(request, answer) for request, answer in asked]
+    orders = [_order(request, answer, judge.prices) for request, answer in asked]
     scores, verdict, dropped = _decide(orders, [answer.reason for _, answer in asked], judge.min_margin)
     if pair.answers[0] == pair.answers[1]:
         dropped = "tie"
@@ -49,20 +50,22 @@ def make_judgement(
     }
 
 
-def _order(request: Request, answer: Answer) -> dict[str, Any]:
+def _order(request: Request, answer: Answer, prices: Prices) -> dict[str, Any]:
     """One way of showing a pair, with scores and verdict by answer instead of by place."""
     last = answer.attempts[-1] if answer.attempts else {}
     usage = Counter()
-    for attempt in answer.attempts:
-        usage.update(attempt.get("usage") or {})
+    for call in answer.charges:
+        usage.update(call.get("usage") or {})
     order = {
         "shown": list(request.shown),
         "scores": None,
         "verdict": None,
         "reply": last.get("reply") or answer.detail,
         "usage": dict(usage) or None,
+        "cost": round(sum(map(prices.cost_of, answer.charges)), 9) if prices.known else None,
         "finish_reason": last.get("finish_reason"),
         "cached": answer.cached,
+        "request": request.key,
     }
     if answer.reading is not None:
         reading = answer.reading

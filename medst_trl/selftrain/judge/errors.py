@@ -18,6 +18,7 @@ _ACTIONS: dict[str, Action] = {
     "quota": "stop",
     "model": "stop",
     "address": "stop",
+    "no_images": "stop",
     "rate_limit": "retry",
     "server_error": "retry",
     "timeout": "retry",
@@ -35,6 +36,8 @@ _NEXT_STEPS = {
     "quota": "The judge's account has no quota or credit left. Top it up or raise its limit",
     "model": "The judge's server knows no model {model!r}. Correct --model{offers}",
     "address": "There is no chat API at {base_url}. Correct --base_url; it usually ends in /v1",
+    "no_images": "The judge's server takes no images for {model!r}: {detail}. Choose a --model that sees images, or "
+    "allow images in the server's settings (vLLM: --limit-mm-per-prompt)",
     "connection": "The judge's server at {base_url} cannot be reached ({detail}). Start it, or correct --base_url",
     "timeout": "The judge's server at {base_url} did not answer in time. Look at its load, or raise --timeout",
     "not_json": "What answers at {base_url} is no chat API ({detail}). Correct --base_url; it usually ends in /v1",
@@ -48,6 +51,21 @@ _NEXT_STEPS = {
     "--model, another --prompt_version, or more --max_tokens",
 }
 
+# What servers say, in small letters.
+_NO_IMAGES = re.compile(
+    r"at most 0 image|not a multi-?modal model|no endpoints? found that support image"
+    r"|(?:not|n['\u2019]t) support (?:image|vision|multi-?modal) inputs?\b"
+)
+_NO_MODEL = re.compile(
+    r"\b(?:unknown|no such) model\b"
+    r"|\bmodel\b(?:(?! image | file | url ).){0,200}?(?:\bnot|n['\u2019]t) (?:be )?(?:exist|found)\b"
+)
+_TOO_LONG = re.compile(
+    r"context (?:length|window|size)|maximum (?:model|input|prompt|sequence) length|max_model_len|too many tokens"
+    r"|\b(?:prompt|input)\b.{0,40}\btoo long"
+)
+_OF_IMAGE = re.compile(r"\bimages?\b|\bimage_url\b|\bvision\b|\bmulti-?modal\b")
+
 
 class Trouble(Exception):
     """
@@ -59,6 +77,7 @@ class Trouble(Exception):
         status (`int` or `None`): HTTP status, where there was one.
         retry_after (`float` or `None`): Seconds the server asked to wait.
         charged (`bool`): Whether the server may have made (and charged) a reply.
+        usage (`dict` or `None`): Tokens of that reply, where the server told them.
     """
 
     def __init__(
@@ -68,10 +87,11 @@ class Trouble(Exception):
         status: int | None = None,
         retry_after: float | None = None,
         charged: bool = False,
+        usage: dict[str, int] | None = None,
     ):
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail, self.status = kind, detail, status
-        self.retry_after, self.charged = retry_after, charged
+        self.retry_after, self.charged, self.usage = retry_after, charged, usage
 
     @property
     def action(self) -> Action:
@@ -148,9 +168,9 @@ def _kind_of(status: int, code: str, message: str) -> str:
         return "content_filter"
     if "insufficient_quota" in code or "billing" in code or status == 402:
         return "quota"
-    if "model_not_found" in code or (
-        status in (400, 404) and re.search(r"model\b.*\b(not|n't)\b.*\b(exist|found)", message)
-    ):
+    if status < 500 and _NO_IMAGES.search(message):
+        return "no_images"
+    if "model_not_found" in code or (status in (400, 404) and _NO_MODEL.search(message)):
         return "model"
     if status in (401, 403) or "invalid_api_key" in code or "authentication" in code:
         return "auth"
@@ -162,9 +182,9 @@ def _kind_of(status: int, code: str, message: str) -> str:
         return "server_error"
     if status == 200:
         return "error_body"
-    return (
-        "image_refused" if "image" in code or re.search(r"\bimages?\b|vision|multimodal", message) else "bad_request"
-    )
+    if "context_length" in code or _TOO_LONG.search(message):  # such words often count the images' tokens, too
+        return "bad_request"
+    return "image_refused" if "image" in code or _OF_IMAGE.search(message) else "bad_request"
 
 
 def _text_of(response: Any) -> str:

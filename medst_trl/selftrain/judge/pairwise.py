@@ -41,7 +41,7 @@ class Estimate:
         cached (`int`): Replies that are there already.
         input_tokens, output_tokens (`int`): Of the calls to be made.
         cost (`float` or `None`): Dollars for them; None where the prices are unknown.
-        paid (`float`): Dollars that the replies that are there already cost.
+        paid (`float`): Dollars that earlier calls for these requests cost or, where no server told, may have cost.
     """
 
     pairs: int
@@ -176,7 +176,8 @@ class PairwiseJudge:
             1: the better answer; None where the pair is dropped), `scores` (of both answers, means over the orders),
             `dropped` (None or a reason: `flip`, `tie`, `small_margin`, `content_filter`, `image_refused`,
             `image_unreadable`, `unparsable`, `request_failed`); `orders`, one for each way the pair was shown
-            (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `finish_reason`, `cached`);
+            (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `cost`, `finish_reason`,
+            `cached`, and `request`, which is the same where pairs share a request);
             `cut`, `neutralised` (whether a text was); `model`, `prompt_version`.
 
         Raises:
@@ -227,7 +228,7 @@ class PairwiseJudge:
                 attempts = self.cache.attempts(request.key)
                 counts["cached" if attempts else "calls"] += 1
                 counts["input"] += 0 if attempts else request.size.likely
-                paid += sum(map(self.prices.cost_of, attempts))
+                paid += sum(map(self.prices.cost_of, self.cache.charges(request.key)))
         output = counts["calls"] * min(self.max_tokens, LIKELY_REPLY[self.prompt_version])
         cost = self.prices.cost(counts["input"], output) if self.prices.known else None
         return Estimate(counts["pairs"], counts["calls"], counts["cached"], counts["input"], output, cost, paid)

@@ -4,11 +4,12 @@
 
 Questions and answers come from a model that is being trained, and sooner or later one of them will read like an order
 to the judge. In the rubric each stands between marks that carry a code made from the texts themselves, so no text can
-hold its own closing mark; in the paper's prompt, whose marks are fixed, brackets of such marks become round in a text.
+hold its own closing mark; in the paper's prompt, whose marks are fixed, brackets that could be marks become round.
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
@@ -84,13 +85,18 @@ REMINDERS = {
     "verdict has to agree with the overall scores.",
 }
 
-# The paper's own marks, however spaced or cased, also in brackets that only look like ASCII ones.
-_MARK = re.compile(
-    r"[\[\uff3b\u3010](?P<inside>[\s\u200b-\u200d\u2060\ufeff/]*(?:(?:end|begin|start)[\s_]*)?(?:of[\s_]*)?"
-    r"(?:answer|question|system|assistant|user|inst)\b[^\[\]\uff3d\u3011\n]{0,20})[\]\uff3d\u3011]",
-    re.IGNORECASE,
+# Words of the paper's marks, as one word of a bracket, or as all of it with the letters pulled apart.
+_NOUN = r"(?:answer|question|system|assistant|user|inst)s?[0-9]*"
+_MARK_WORD = re.compile(rf"\b(?:end|begin|start)?{_NOUN}\b")
+_MARK_SPREAD = re.compile(rf"(?:end|begin|start|new|of|the)*{_NOUN}")
+_BRACKETED = re.compile(r"\[([^\[\]]{0,60})(\])?")
+# Letters of these words from other alphabets that look like Latin ones.
+_LOOK_ALIKES = str.maketrans(
+    "\u0430\u0435\u0455\u0443\u04af\u0442\u043c\u0456\u043e\u0501\u051b\u051d\u0433\u0578\u057d"
+    "\u03b1\u03b5\u03b9\u03bf\u03c4\u03c5\u03bd\u03c9\u0131",
+    "aesyytmiodqwrnuaeiotuvwi",
 )
-_INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff\u00ad]")
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _SHOWN_RUBRIC = re.compile(
     r"<(?P<name>question|answer_1|answer_2) (?P<code>[0-9a-f]{16})>\n(?P<text>.*?)\n</(?P=name) (?P=code)>", re.DOTALL
 )
@@ -163,10 +169,47 @@ def fit(text: str) -> str:
 
 
 def neutralise_marks(text: str) -> str:
-    """Round brackets where a text spells a mark of the paper's prompt (`[System]`, `[End Answer 1]`)."""
-    return _MARK.sub(lambda match: f"({_INVISIBLE.sub('', match['inside'])})", text) if has_marks(text) else text
+    """
+    Round brackets where a text could be taken for a mark of the paper's prompt (`[System]`, `[End Answer 1]`).
+
+    That is every bracket that opens a line, since the marks stand on lines of their own and can be spelled in too many
+    ways, and elsewhere those around a word of the marks. `a nodule [12 mm] in size` stays as it is.
+    """
+    plain, places, opens_line = _plain(text)
+    characters = list(text)
+    for match in _BRACKETED.finditer(plain):
+        words = match[1].replace("_", " ")
+        spread = re.sub(r"\W", "", words)
+        if match.start() in opens_line or _MARK_WORD.search(words) or _MARK_SPREAD.fullmatch(spread):
+            characters[places[match.start()]] = "("
+            if match[2]:
+                characters[places[match.end() - 1]] = ")"
+    return "".join(characters)
 
 
 def has_marks(text: str) -> bool:
-    """Whether a text spells a mark of the paper's prompt."""
-    return _MARK.search(text) is not None
+    """Whether a text could be taken for a mark of the paper's prompt."""
+    return neutralise_marks(text) != text
+
+
+def _plain(text: str) -> tuple[str, list[int], set[int]]:
+    """A text as a reader sees it: the copy, the place of each character in the text, brackets that open a line."""
+    plain, places, opens_line, line_begins = [], [], set(), True
+    for place, original in enumerate(text):
+        for character in unicodedata.normalize("NFKD", original):
+            category = unicodedata.category(character)
+            if category in ("Cf", "Mn", "Me"):  # invisible, or an accent
+                continue
+            if character in _LINE_ENDS:
+                character, line_begins = "\n", True
+            elif category == "Ps" and character not in "(\u201a\u201e":
+                character = "["
+                if line_begins:
+                    opens_line.add(len(plain))
+            elif category == "Pe" and character != ")":
+                character = "]"
+            elif character.isalnum():
+                line_begins = False
+            plain.append(character.lower()[0].translate(_LOOK_ALIKES))
+            places.append(place)
+    return "".join(plain), places, opens_line

@@ -45,6 +45,7 @@ class Answer:
     attempts: list[dict[str, Any]]
     cached: bool
     detail: str = ""
+    charges: list[dict[str, Any]] = field(default_factory=list)  # all calls for it that may be on the bill
 
 
 class Stopped(Exception):
@@ -106,13 +107,17 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
         message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise Trouble("error_body", f"no choices in {clean(json.dumps(body)[:100], secret)}", charged=True) from None
+        usage = _usage(body.get("usage")) if isinstance(body, dict) else None
+        said = f"no choices in {clean(json.dumps(body)[:100], secret)}"
+        raise Trouble("error_body", said, charged=True, usage=usage) from None
+    usage = _usage(body.get("usage"))
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     finish_reason = choice.get("finish_reason")
     if refusal or finish_reason == "content_filter":
-        raise Trouble("content_filter", clean(str(refusal or "the reply was filtered"), secret), charged=True)
-    return {"reply": content or "", "finish_reason": finish_reason, "usage": _usage(body.get("usage"))}
+        said = clean(str(refusal or "the reply was filtered"), secret)
+        raise Trouble("content_filter", said, charged=True, usage=usage)
+    return {"reply": content or "", "finish_reason": finish_reason, "usage": usage}
 
 
 def _usage(usage: Any) -> dict[str, int] | None:

@@ -12,6 +12,13 @@ from medst_trl.selftrain.judge.cost import Prices
 MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)
 
 
+class _Bill:
+    """What one request took, as an order of a judgement tells it."""
+
+    def __init__(self, order: Mapping[str, Any]):
+        self.order, self.cached = order, True
+
+
 def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices | None = None) -> dict[str, Any]:
     """
     Count what became of the pairs and how the judge behaves.
@@ -32,12 +39,13 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices | N
         - `longer_wins`: of judged pairs of unequal length, the share in which the longer answer wins
         - `mean_margin`: of judged pairs, the difference between the scores
         - `cut`, `neutralised`: pairs with a text that was cut, or whose marks were made harmless
-        - `usage`: calls with their tokens and cost in dollars, of all replies and of those paid in this run
+        - `usage`: requests with their tokens and cost in dollars, each once however many pairs share it; of all, and
+          of those that this run answered. The cost has calls without a reply, which may be on the bill, too.
 
         A rate without pairs to take it from is None.
     """
     dropped, counts, margins, gaps = Counter(), Counter(), [], []
-    usage = {name: Counter() for name in ("all", "this_run")}
+    bills: dict[str, _Bill] = {}
     for judgement in judgements:
         counts["pairs"] += 1
         counts["cut"] += bool(judgement.get("cut"))
@@ -59,8 +67,8 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices | N
             words = [len(answer.split()) for answer in judgement["answers"]]
             gaps.append(words[chosen] - words[1 - chosen])
         for order in judgement["orders"]:
-            for name in ("all",) if order["cached"] else ("all", "this_run"):
-                usage[name] += Counter(order["usage"] or {}) + Counter(replies=1)
+            bill = bills.setdefault(str(order.get("request") or len(bills)), _Bill(order))
+            bill.cached = bill.cached and order["cached"]
     unequal = [gap for gap in gaps if gap]
     return {
         "pairs": counts["pairs"],
@@ -74,7 +82,10 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices | N
         "mean_margin": _share(sum(margins), len(margins)),
         "cut": counts["cut"],
         "neutralised": counts["neutralised"],
-        "usage": {name: _usage(counter, prices) for name, counter in usage.items()},
+        "usage": {
+            "all": _usage(list(bills.values()), prices),
+            "this_run": _usage([bill for bill in bills.values() if not bill.cached], prices),
+        },
     }
 
 
@@ -122,13 +133,19 @@ def format_statistics(statistics: Mapping[str, Any]) -> str:
     return "\n".join(f"  {name:28}{value:>20}" for name, value in rows)
 
 
-def _usage(counter: Counter, prices: Prices | None) -> dict[str, Any]:
-    prompt, completion = counter["prompt_tokens"], counter["completion_tokens"]
-    cost = round(prices.cost(prompt, completion), 6) if prices is not None and prices.known else None
+def _usage(bills: list["_Bill"], prices: Prices | None) -> dict[str, Any]:
+    tokens = Counter()
+    for bill in bills:
+        tokens.update(bill.order["usage"] or {})
+    cost = None
+    if prices is not None and prices.known:
+        costs = [bill.order.get("cost") for bill in bills]
+        told = zip(costs, bills, strict=True)
+        cost = round(sum(prices.cost_of(bill.order) if cost is None else cost for cost, bill in told), 6)
     return {
-        "replies": counter["replies"],
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
+        "replies": len(bills),
+        "prompt_tokens": tokens["prompt_tokens"],
+        "completion_tokens": tokens["completion_tokens"],
         "cost": cost,
     }
 

@@ -136,10 +136,68 @@ def test_what_stays_stops_the_run_at_once(failure, said):
 )  # fmt: skip
 def test_what_is_refused_is_dropped_and_not_asked_again(failure, reason):
     cache = ReplyCache()
-    _, [answer], sent = ask([failure], cache=cache)
-    assert answer.reason == reason and len(sent) == 1
+    _, [answer, _, same], sent = ask([failure, completion()], [request(), request("b"), request()], cache)
+    assert answer.reason == same.reason == reason and len(sent) == 2
     _, [again], sent = ask([failure], cache=cache)
     assert again.reason == reason and again.cached and sent == []
+
+
+@pytest.mark.parametrize("failure", [(400, {"message": "no image"}), (400, {"message": "flagged"})])
+@pytest.mark.parametrize("number", [3, 50])
+def test_refusals_of_a_server_that_never_judged_hold_for_its_run_only(tmp_path, failure, number):
+    requests = [request(str(n)) for n in range(number)] + [request("0")]
+    client, answers, sent = ask([failure], requests, ReplyCache(tmp_path))
+    assert len(sent) == min(number, judge_client.GIVE_UP_AFTER) and not any(answer.reading for answer in answers)
+    assert bool(client.stop_error) == (number == 50)
+    _, answers, _ = ask([completion()], requests, ReplyCache(tmp_path))  # the server is mended
+    assert len(answers) == number + 1 and all(answer.reading for answer in answers)
+
+
+def test_an_earlier_reply_does_not_vouch_for_the_server_of_this_run(tmp_path):
+    ask([completion()], cache=ReplyCache(tmp_path))
+    requests = [request(), request("b")]
+    _, answers, _ = ask([(400, {"message": "no image"})], requests, ReplyCache(tmp_path))
+    assert [answer.reason for answer in answers] == [None, "image_refused"]
+    _, answers, _ = ask([completion()], requests, ReplyCache(tmp_path))
+    assert all(answer.reading for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (400, "At most 0 image(s) may be provided in one request.", "no_images"),
+        (400, "m is not a multimodal model", "no_images"),
+        (404, "No endpoints found that support image input", "no_images"),
+        (400, "At most 1 image(s) may be provided in one request.", "image_refused"),
+        (400, "images of type webp are not supported by this model", "image_refused"),
+        (400, "This model does not support image inputs of that size", "no_images"),
+        (400, "Invalid image_url", "image_refused"),
+        (400, "This model's maximum context length is 4096 tokens. However, your prompt (with images) has 5000",
+         "bad_request"),
+        (400, "The decoder prompt (length 900) is longer than the maximum model length of 500. Make sure that "
+         "`max_model_len` is no smaller than the number of text tokens plus multimodal tokens.", "bad_request"),
+        (400, "unknown field in revision 3", "bad_request"),
+        (400, "the model llava-vision doesn't exist", "model"),
+        (400, "The model `llava-1.5` does not exist.", "model"),
+        (400, "Model m not found", "model"),
+        (400, "the model could not start: image file not found", "image_refused"),
+    ],
+)  # fmt: skip
+def test_what_servers_mean(status, message, kind):
+    assert trouble_of_status(status, {"message": message}).kind == kind
+
+
+def test_a_server_that_takes_no_images_stops_the_run_and_says_what_to_do():
+    client, answers, sent = ask([(400, {"message": "At most 0 image(s) may be provided in one request."})])
+    assert answers == [] and len(sent) == 1 and "--limit-mm-per-prompt" in str(client.stop_error)
+
+
+def test_a_key_in_the_address_is_in_no_message():
+    address = "http://h/v1?api_key=abcdefsecret"
+    client, _, _ = ask([httpx2.ConnectError(f"no route to {address}")], base_url=address, max_retries=0)
+    assert "cannot be reached" in str(client.stop_error) and "abcdefsecret" not in str(client.stop_error)
+    client, _, _ = ask([completion()], base_url=address, offline=True)
+    assert "abcdefsecret" not in client.base_url
 
 
 def test_a_request_that_is_no_good_is_given_up():
@@ -260,6 +318,13 @@ def test_without_usage_the_most_is_counted():
         budget=Budget(Prices(1e3, 1e3), 1.0),
     )
     assert len(sent) == 6 and client.budget.spent == pytest.approx(0.9)
+
+
+def test_a_reminder_is_in_the_reservation():
+    budget = Budget(Prices(1e3, 1e3), 100.0)
+    long = completion("Lovely. " * 500) | {"usage": None}
+    _, [answer], _ = ask([long, completion() | {"usage": None}], budget=budget)
+    assert answer.reading and budget.spent > 2 * 0.15 + 2.0
 
 
 def test_offline_counts_what_is_missing():

@@ -73,6 +73,21 @@ def test_cache_keeps_attempts_in_order(tmp_path):
     assert again.attempts("b")[0]["error"] == "content_filter" and again.attempts("c") == []
 
 
+def test_cache_keeps_calls_without_a_reply_apart(tmp_path):
+    cache = ReplyCache(tmp_path)
+    most = {"prompt_tokens": 100, "completion_tokens": 20}
+    cache.add(row("a") | {"at_most": most})
+    for _ in range(2):
+        cache.add_lost({"key": "a", "lost": "timeout", "at_most": most})
+    cache.add_lost({"key": "b", "lost": "content_filter", "usage": most})
+    cache.close()
+    assert cache.added == 1
+    for same in (cache, ReplyCache(tmp_path)):
+        assert len(same.attempts("a")) == 1 and same.attempts("b") == []
+        assert [len(same.charges(key)) for key in "abc"] == [3, 1, 0]
+        assert {Prices(1e6, 1e6).cost_of(call) for key in "ab" for call in same.charges(key)} == {120}
+
+
 @pytest.mark.parametrize("cut", range(1, 40, 6))
 def test_cache_survives_a_line_cut_off(tmp_path, cut):
     cache = ReplyCache(tmp_path)

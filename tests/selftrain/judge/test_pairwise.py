@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
-from judge_server import JudgeServer, RandomFaults, prefers_first, reply_with
+from judge_server import USAGE, JudgeServer, RandomFaults, prefers_first, reply_with
 from PIL import Image
 
 from medst_trl.data.schema import candidate_features
@@ -138,6 +138,44 @@ def test_the_same_pair_twice_is_asked_once():
     with JudgeServer(latency=0.02) as server:
         judgements = list(judge_with(server)([candidate(1)] * 5))
     assert len(server.bodies) == 2 and len(judgements) == 5
+
+
+def test_a_request_of_several_pairs_is_counted_once():
+    prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 10.0}
+    with JudgeServer(latency=0.02) as server:
+        judge = judge_with(server, **prices)
+        usage = judge_statistics(judge([candidate(1)] * 5), judge.prices)["usage"]
+    paid = {"replies": 2, "prompt_tokens": 2000, "completion_tokens": 100, "cost": 0.003}
+    assert usage == {"all": paid, "this_run": paid}
+
+
+def test_a_filtered_reply_is_paid_too():
+    prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 10.0}
+    with JudgeServer(fault=lambda number, body: "filtered_reply" if number % 2 else None) as server:
+        judge = judge_with(server, **prices)
+        usage = judge_statistics(judge(candidates(6)), judge.prices)["usage"]["all"]
+    assert usage == {"replies": 12, "prompt_tokens": 12_000, "completion_tokens": 600, "cost": 0.018}
+
+
+@pytest.mark.parametrize(
+    ("fault", "usage", "at_least"),
+    [(None, USAGE, 0.0015), (None, None, 0.0065), ("hang", USAGE, 0.0065), ("html", USAGE, 0.0065),
+     ("filtered_reply", USAGE, 0.0015), ("filtered_reply", None, 0.0065)],
+)  # fmt: skip
+def test_max_cost_holds_over_all_runs(tmp_path, fault, usage, at_least):
+    """Whatever may be on the bill counts in later runs, also where no reply tells of it."""
+    # The first call judges, so that "html" is a server that broke and not a wrong address.
+    with JudgeServer(fault=lambda number, body: fault if number else None, usage=usage) as server:
+        for _ in range(4):
+            judge = judge_with(
+                server, cache_dir=tmp_path, max_cost=0.02, max_retries=0, timeout=0.1, concurrency=2,
+                price_per_million_input_tokens=1.0, price_per_million_output_tokens=10.0,
+            )  # fmt: skip
+            with pytest.raises(UserError):
+                list(judge(candidates(12)))
+        paid = judge.estimate(candidates(12)).paid
+        first = 0.0015 if usage else at_least
+        assert first + at_least * (len(server.bodies) - 1) <= paid + 1e-9 <= 0.02
 
 
 def test_a_second_run_costs_nothing(tmp_path):
