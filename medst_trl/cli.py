@@ -142,8 +142,9 @@ def _run(argv: list[str]) -> int | None:
             print(f"\nStopped in {step.label}. What is done is kept; continue with:\n  {again}", file=sys.stderr)
             return code if code > 0 else 128 - code
     print(f"\nDone in {_duration(time.monotonic() - begun)}. Everything is in {recipe.output_dir}:")
+    width = max(len(step.label) for step in steps) + 2
     for step in steps:
-        print(f"  {step.label:<24}{step.settings['output_dir']}")
+        print(f"  {step.label:<{width}}{step.settings['output_dir']}")
 
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:

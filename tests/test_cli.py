@@ -206,6 +206,19 @@ def test_run_goes_stage_by_stage_and_skips_what_is_done(recipe, tmp_path):
     assert again.returncode == 0, again.stderr
 
 
+def test_labels_stand_apart_from_their_folders(recipe, monkeypatch, capsys):
+    name = "a_name_that_is_longer_than_others"
+    recipe.write_text(
+        f"output_dir: out\nprepare: {{source: phantoms}}\nevaluate:\n- {{name: {name}, predictions: p.jsonl}}\n"
+    )
+    monkeypatch.setattr(launch, "run", lambda command, environment: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["run", "mine.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split() for line in lines] == [[x, f"out/{x}"] for x in ("prepare", f"evaluate/{name}")]
+    assert len({line.index("out/") for line in lines}) == 1
+
+
 def test_mistake_in_the_last_section_stops_before_the_first_stage(recipe, tmp_path):
     recipe.write_text(RECIPE + "  bootstrap_sample: 3\n")
     result = medst("run", "mine.yaml")

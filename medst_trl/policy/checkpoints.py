@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 
 def load_policy(
     model_name_or_path: str,
@@ -59,6 +61,7 @@ def load_policy(
     >>> model, processor = load_policy("runs/demo/sft")
     ```
     """
+    _check_dtype(dtype)
     model_name_or_path, named_revision = split_revision(model_name_or_path)
     revision = revision or named_revision
     common = {"trust_remote_code": trust_remote_code}
@@ -80,6 +83,11 @@ def load_policy(
     processor = _load_processor(model_name_or_path, source)
     model = _load_base(model_name_or_path, dtype, model_kwargs | source)
     return prepare_policy(model, processor).eval(), processor
+
+
+def _check_dtype(dtype: "str | torch.dtype") -> None:
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"There is no dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
 
 
 def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "PreTrainedModel":

@@ -13,6 +13,8 @@ from medst_trl.report.run_folder import Run, StageRun
 from medst_trl.report.text import number
 
 
+DISPLACED = 0.05  # nats: what the chosen answers have to lose before it is called a displacement
+DEFAULT_BETA = 0.1  # TRL's, where a log has rewards only and the bound has to be in nats × beta
 LAST_PART = 0.2  # of the logged values, averaged for what is said of the end of training
 
 # Title, unit of y, keys of the log, a level to draw and its name. Of two with one title, the first that has values.
@@ -73,18 +75,27 @@ def displacement(log: Sequence[Mapping[str, Any]]) -> str | None:
     Whether the chosen answers became less likely than under the reference, told for the page; None where the log says
     nothing of it.
     """
-    changes = [y for _, y in _points(log, "logratios/chosen")]
-    rewards = [y for _, y in _points(log, "rewards/chosen")]
-    unit = "nats" if changes else "nats × beta"
-    if not (changes or rewards):
+    kind, unit, least = "logratios", "nats", DISPLACED
+    if not _points(log, "logratios/chosen"):
+        kind, unit, least = "rewards", "nats × beta", DISPLACED * DEFAULT_BETA
+    ends = last_values(log, (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins"))
+    chosen, rejected, margin = (ends.get(key) for key in (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins"))
+    if chosen is None:
         return None
-    change = mean_of_end(changes or rewards)
-    if change >= 0:
-        return f"The chosen answers are no less likely than under the reference ({number(change, 2, '+')} {unit})."
+    if chosen >= -least:
+        likely = "no less likely than" if chosen >= 0 else "about as likely as"
+        return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} {unit})."
+    why = ""
+    if margin is not None and margin > 0 and rejected is not None and rejected < chosen:
+        why = (
+            "The margin grows because the rejected ones fall further; a margin that looks well is then no sign of a "
+            "better model. "
+        )
+    elif margin is not None and margin <= 0:
+        why = "The margin has not grown either: the rejected ones have not lost more. "
     return (
         f"Likelihood displacement: at the end the chosen answers are less likely than under the reference, by "
-        f"{number(-change, 2)} {unit} on average. The margin grows because the rejected ones fall further; a margin "
-        "that looks well is then no sign of a better model. What helps: the sft term in the loss (loss_type: "
+        f"{number(-chosen, 3)} {unit} on average. {why}What helps: the sft term in the loss (loss_type: "
         "[sigmoid, sft]), a lower learning rate, a higher beta."
     )
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about one image that ask the same in nearly the same words."""
+"""Pairs about one image that are the same, or ask the same in nearly the same words."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,6 +10,28 @@ from medst_trl.selftrain.generate.filters import normalised
 
 
 _DETERMINERS = frozenset({"a", "an", "the", "this", "that", "these", "those"})
+
+
+def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
+    """
+    Places of the pairs that set the same answers against each other as another with the same prompt and images, and
+    that other one's id. Case, punctuation and which answer was chosen make no difference: of two that contradict each
+    other one would undo what the other teaches.
+
+    The pair with the larger margin between its scores stays, of equal ones the earlier.
+
+    Args:
+        pairs (`list[dict]`): Rows as in [`Preferences`].
+    """
+    kept, gone = {}, {}
+    for place in sorted(range(len(pairs)), key=lambda place: (-margin(pairs[place]), place)):
+        pair = pairs[place]
+        prompt = tuple((turn["role"], normalised(text_of(turn["content"]))) for turn in pair["prompt"])
+        answers = frozenset(normalised(text_of(pair[key][-1]["content"])) for key in ("chosen", "rejected"))
+        winner = kept.setdefault((tuple(pair["image_ids"]), prompt, answers), pair)
+        if winner is not pair:
+            gone[place] = winner["id"]
+    return gone
 
 
 def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:

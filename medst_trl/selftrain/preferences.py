@@ -14,7 +14,7 @@ from medst_trl.data.schema import text_of
 from medst_trl.data.splits import draw
 from medst_trl.selftrain.benchmark_overlap import BenchmarkOverlap
 from medst_trl.selftrain.judged_pairs import judged_pairs
-from medst_trl.selftrain.near_duplicates import near_duplicates
+from medst_trl.selftrain.near_duplicates import duplicate_pairs, near_duplicates
 from medst_trl.selftrain.pair_lengths import length_balanced_rows, length_statistics
 
 
@@ -110,7 +110,8 @@ def select_preferences(
     Choose among preference pairs, wherever they come from, and split them by image.
 
     Set aside, by reason: `duplicate_id`, `chosen_equals_rejected`, `image_in_benchmark`,
-    `image_and_question_in_benchmark`, `near_duplicate_question`, `length_balance`.
+    `image_and_question_in_benchmark`, `duplicate_pair` (the same prompt, images and answers, see
+    [`duplicate_pairs`]), `near_duplicate_question`, `length_balance`.
 
     Args:
         pairs (`list[dict]`):
@@ -149,6 +150,7 @@ def select_preferences(
             usable.append(pair)
         ids.add(pair["id"])
 
+    usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
         usable = _without(usable, near_duplicates(usable, duplicate_similarity), "near_duplicate_question", rejected)
     splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed), strict=True))

@@ -6,27 +6,31 @@ The policy asks about unlabelled images and answers each of its questions twice:
 ```bash
 medst generate \
     --model_name_or_path runs/vqa_rad/sft \
-    --images runs/vqa_rad/prepare/images \
+    --images runs/vqa_rad/prepare/instruct \
     --num_questions 2 \
     --output_dir runs/vqa_rad/generate
 ```
 
-Input: images with columns `id`, `images`, `image_ids`, `messages` (not looked at; `medst prepare` writes them under
-`images/` and `instruct/`), and a policy that stage 1 taught to ask. Output in `output_dir`: `candidates/` (Parquet;
-`id`, `images`, `image_ids`, `prompt`, `answers`, `generation`) for `medst judge`, `rejected.jsonl` with the reason for
-each question and record that was set aside, and counts in `stage.json`. Run again after a crash, it goes on where it
-was. Several processes share the images; with the engine `transformers` the candidates are the same for any number.
+Input: images with columns `id`, `images`, `image_ids`, `messages` (not looked at, so `instruct/` of `medst prepare`
+serves as well as `images/`, which sources such as VQA-RAD do not have), and a policy that stage 1 taught to ask.
+Where `images/` is asked for and `instruct/` alone is there, that is read. Output in `output_dir`: `candidates/`
+(Parquet; `id`, `images`, `image_ids`, `prompt`, `answers`, `generation`) for `medst judge`, `rejected.jsonl` with the
+reason for each question and record that was set aside, and counts in `stage.json`. Run again after a crash, it goes on
+where it was. Several processes share the images; with the engine `transformers` the candidates are the same for any
+number.
 
 With a server that runs the policy (vLLM, SGLang, `transformers serve`), which has to use the policy's chat template:
 
 ```bash
 medst generate --engine server --server_kind vllm --base_url http://localhost:8000/v1 \
-    --model_name_or_path runs/vqa_rad/merged --images runs/vqa_rad/prepare/images --output_dir runs/vqa_rad/generate
+    --model_name_or_path runs/vqa_rad/merged --images runs/vqa_rad/prepare/instruct \
+    --output_dir runs/vqa_rad/generate
 ```
 """
 
+import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +51,9 @@ class GenerateArguments:
     model_name_or_path: str = field(
         metadata={"help": "Folder or Hub id of a policy or its adapter; for a server, its name there."}
     )
-    images: str = field(metadata={"help": "Folder or Hub id of images to ask about (`medst prepare` writes them)."})
+    images: str = field(
+        metadata={"help": "Folder or Hub id of images to ask about; `medst prepare` writes images/ or instruct/."}
+    )
     output_dir: str = field(metadata={"help": "Folder for the candidates."})
     split: str = field(default="train", metadata={"help": "Split of the images."})
     base_model_name_or_path: str | None = field(
@@ -123,6 +129,7 @@ def main(args: GenerateArguments) -> None:
     from medst_trl.stage_record import StageRecord
 
     settings = _settings(args)
+    args = replace(args, images=_images(args.images))
     images = load_records(args.images, args.split)
     check_columns(images, "instruct")
     records, rejected = select_records(images, args.skip_records, args.max_records)
@@ -137,23 +144,50 @@ def main(args: GenerateArguments) -> None:
     )
     if record.status != "finished":
         log = Path(args.output_dir, ".generated.jsonl")
-        generator = _generator(args, settings, server)
-        with explain_full_disk(args.output_dir):
-            counts = _run(args, generator, records, rejected, log)
+        try:
+            generator = _generator(args, settings, server)
+            with explain_full_disk(args.output_dir):
+                counts = _run(args, generator, records, rejected, log)
+        except Exception:
+            _leave_if_empty(log)
+            raise
         record.finish(counts=counts)
         if int(os.environ.get("RANK", "0")) == 0:
             log.unlink(missing_ok=True)
             _report(args, counts)
 
 
+def _images(images: str) -> str:
+    """The folder to read: `instruct/` for the `images/` that a finished `medst prepare` did not write."""
+    from medst_trl.stage_record import FILE_NAME
+
+    folder = Path(images)
+    instruct = folder.parent / "instruct"
+    if folder.name != "images" or folder.exists() or not instruct.is_dir():
+        return images
+    try:
+        record = json.loads((folder.parent / FILE_NAME).read_text(encoding="utf-8"))
+        finished = (record["stage"], record["status"]) == ("prepare", "complete")
+    except (OSError, ValueError, LookupError, TypeError):
+        finished = False
+    if not finished:
+        return images
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"generate: {images} does not exist, the images of {instruct} are taken (not their messages).")
+    return str(instruct)
+
+
 def _settings(args: GenerateArguments) -> dict[str, Any]:
     """How [`CandidateGenerator`] is to work, checked."""
     from medst_trl.errors import UserError
+    from medst_trl.policy.checkpoints import DTYPES
     from medst_trl.selftrain.generate.filters import QuestionFilter
     from medst_trl.selftrain.generate.prompts import Sampling
 
     if args.engine not in ENGINES:
         raise UserError(f"There is no engine {args.engine!r}; choose from {', '.join(ENGINES)}.")
+    if args.dtype not in DTYPES:
+        raise UserError(f"There is no dtype {args.dtype!r}; choose from {', '.join(DTYPES)}.")
     if args.engine == "server" and not args.base_url:
         raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
     least = {
@@ -227,8 +261,6 @@ def _run(
     path: Path,
 ) -> dict[str, Any] | None:
     """Add what is missing to the log; then the first process writes the files. Counts, on that process."""
-    import json
-
     from medst_trl.evaluation.predictions import PredictionLog
     from medst_trl.evaluation.vqa import process_state
     from medst_trl.selftrain.generate.files import write_candidates
@@ -248,6 +280,20 @@ def _run(
     return write_candidates(
         Path(args.output_dir), records, outcomes, rejected, generator.generation(), args.rows_per_shard
     )
+
+
+def _leave_if_empty(log: Path) -> None:
+    """A start that wrote no text, such as one with the wrong model, must not hold the folder to its settings."""
+    from medst_trl.stage_record import FILE_NAME
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    parts = list(log.parent.glob(f"{log.name}*"))
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # an empty part of another process may not stay empty
+    if not any(part.stat().st_size or not alone for part in parts):
+        for part in parts:
+            part.unlink()
+        log.with_name(FILE_NAME).unlink(missing_ok=True)
 
 
 def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:

@@ -134,3 +134,8 @@ def test_the_pipeline_leaves_a_bare_turn_to_the_model(tmp_path, monkeypatch):
     written = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4)
     assert prompts[0][0, -1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
     assert written[0]["generated_text"]
+
+
+def test_an_unknown_dtype_is_refused_by_name():
+    with pytest.raises(UserError, match="float17"):
+        load_policy("nowhere", dtype="float17")

@@ -159,6 +159,22 @@ def test_pictures_are_those_of_the_run_and_small(run):
         assert max(picture.size) == 20 and not picture.info.get("exif")
 
 
+def test_candidates_with_several_pairs(tmp_path):
+    """Each pair is a case of its own, with the candidate's picture."""
+    run = tmp_path / "run"
+    candidates = made_run.generate(run, made_run.make_phantoms(2, seed=0, split="test"))
+    rows = [
+        made_run.judgement(one, dropped="flip" if k else None, id=f"{one['id']}/{k}", answers=[f"a{n}{k}", f"b{n}{k}"])
+        for n, one in enumerate(candidates)
+        for k in range(3)
+    ]
+    made_run.judge(run, candidates, rows=rows)
+    _, page = report_on(run, gallery=20)
+    assert "pairs of answers12" in page.words and "judged4 of 12 (33.3%)" in page.words  # cells of one row
+    assert sum(tag == "img" for tag, _ in page.elements) == 12
+    assert all(page.words.count(answer) == 1 for row in rows for answer in row["answers"])
+
+
 def test_gallery_keeps_its_bounds(original):
     for most in (0, 1, 5):
         _, page = report_on(original, gallery=most)

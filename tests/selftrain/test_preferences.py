@@ -79,6 +79,31 @@ def test_four_answers_make_two_pairs_of_one_question():
     assert [text_of(row["chosen"][0]["content"]) for row in rows] == ["a", "d"]
 
 
+def test_a_pair_is_not_taken_twice():
+    """Not of one candidate, not of two, whichever answer was chosen; another prompt or image makes another pair."""
+    asked = {"image_ids": ["one"], "question": "Is it dark?"}
+    many = [
+        candidate(0, answers=("Yes", "No", "no", "Yes."), **asked),
+        candidate(1, answers=("No", "Yes"), **asked | {"question": "is it dark"}),
+        candidate(2, answers=("Yes", "No"), **asked | {"image_ids": ["other"]}),
+        candidate(3, answers=("Yes", "No"), **asked | {"question": "Is it wide?"}),
+        candidate(4, answers=("Yes", "No"), **asked),
+    ]
+    first = {"role": "user", "content": [text_part("Look at the left side.")]}
+    many[4]["prompt"] = [first, *many[4]["prompt"]]
+    judgements = [
+        judgement(many[0], 0, (6.0, 4.0), pair=0),
+        judgement(many[0], 0, (9.0, 4.0), pair=1),
+        *(judgement(one) for one in many[1:]),
+    ]
+    preferences = build(many, judgements, duplicate_similarity=None)
+    assert reasons(preferences) == {"r0#0/0": "duplicate_pair", "r1#0": "duplicate_pair"}, "the largest margin stays"
+    assert {row["value"] for row in preferences.rejected} == {"r0#0/1"}
+    assert preferences.counts["rejected"] == {"duplicate_pair": 2}
+    assert preferences.counts["train"]["pairs"] == len(preferences.train) == 4
+    assert reasons(build(many[:1], judgements[:2])) == {"r0#0/0": "duplicate_pair"}, "nor where near duplicates go"
+
+
 def test_nothing_vanishes():
     many = [candidate(number) for number in range(8)]
     equal = candidate(8, answers=("same  words", "same words"))
@@ -160,7 +185,7 @@ def test_near_duplicate_questions_of_one_image():
 
 
 def test_pairs_without_scores_have_no_margin():
-    many = [candidate(number, ["one"], "Is it dark?") for number in range(2)]
+    many = [candidate(number, ["one"], "Is it dark?", answers) for number, answers in enumerate(["ab", "cd"])]
     preferences = build(many, [judgement(one, scores=None) for one in many])
     assert reasons(preferences) == {"r1#0": "near_duplicate_question"}
     assert preferences.train[0]["score_chosen"] is None

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,12 +180,78 @@ def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
     """Says why, keeps the reasons, and says it again without drawing again."""
     args = arguments(inputs, tmp_path / "out", english_questions=True, max_records=6)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"No candidate is left of 12 questions about 6 images: .*not_a_question"):
+        with pytest.raises(
+            UserError,
+            match=r"No candidate is left of 12 questions about 6 images: .*not_a_question.*add --overwrite true",
+        ):
             main(args)
         monkeypatch.setattr(CandidateGenerator, "_window", None)
     reasons = [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
     assert len(reasons) == 12 + 1
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["status"] == "running"
+
+
+def test_a_start_that_wrote_nothing_does_not_hold_the_folder(finished, inputs, tmp_path, monkeypatch):
+    """Neither one that found no model, nor one that could not write its first text, nor one killed before these."""
+    out = tmp_path / "out"
+    broken = tmp_path / "model"
+    broken.mkdir()
+
+    def failing(self, records):
+        raise UserError("no memory")
+
+    with pytest.raises(UserError, match="model"):
+        main(arguments(inputs, out, model_name_or_path=str(broken)))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
+        patch.setattr(CandidateGenerator, "_window", failing)
+        main(arguments(inputs, out, temperature=0.7))
+    assert not files(out)
+    main(arguments(inputs, out))
+    assert files(out) == files(finished)
+
+
+def test_texts_that_were_written_hold_the_folder(inputs, tmp_path, monkeypatch):
+    def failing(self, records):
+        if (tmp_path / "out" / ".generated.jsonl.incomplete").stat().st_size:
+            raise UserError("no memory")
+        return window(self, records)
+
+    window = CandidateGenerator._window
+    monkeypatch.setattr(CandidateGenerator, "_window", failing)
+    with pytest.raises(UserError, match="no memory"):
+        main(arguments(inputs, tmp_path / "out"))
+    with pytest.raises(UserError, match="temperature: 1.2 before, 0.7 now"):
+        main(arguments(inputs, tmp_path / "out", temperature=0.7))
+
+
+@pytest.mark.parametrize("status", ["complete", "running"])
+def test_images_of_a_prepared_benchmark(inputs, tmp_path, capsys, status):
+    """They stand in `instruct/` alone; that is read, said and recorded, if the stage that writes it has finished."""
+    prepare = tmp_path / "prepare"
+    shutil.copytree(inputs["images"], prepare / "instruct")
+    (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": status}))
+    args = arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4)
+    if status == "running":
+        with pytest.raises(UserError, match="images"):
+            main(args)
+        return
+    main(args)
+    assert capsys.readouterr().out.count(f"the images of {prepare / 'instruct'} are taken") == 1
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["settings"]["images"] == str(prepare / "instruct")
+    assert [Path(item["path"]).name for item in record["inputs"]["images"]] == ["instruct"]
+    main(arguments(inputs, tmp_path / "out", images=str(prepare / "instruct"), max_records=4))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_images_are_preferred_where_they_are(inputs, tmp_path):
+    prepare = tmp_path / "prepare"
+    shutil.copytree(inputs["images"], prepare / "images")
+    (prepare / "instruct").mkdir()
+    (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": "complete"}))
+    main(arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4))
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["settings"]["images"] == str(prepare / "images")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +264,8 @@ def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5; it has to be at least 0.01 and at most 1"),
         ({"max_question_words": 2, "min_question_words": 3}, "max_question_words is 2"),
-        ({"skip_records": 99}, "skip_records is 99"),
+        ({"skip_records": 99}, "skip_records is 99.*in a run of several rounds.*lower max_records"),
+        ({"dtype": "float17"}, "no dtype 'float17'; choose from auto, float32"),
         ({"split": "test"}, "no split 'test'"),
         ({"images": "/nowhere/images"}, "/nowhere/images"),
     ],

@@ -65,7 +65,8 @@ def select_records(
     if not chosen:
         raise UserError(
             f"No images are left to ask about: {len(dataset)} records hold {len(rows)} different sets of images, and "
-            f"skip_records is {skip}. Prepare more images, or lower skip_records."
+            f"skip_records is {skip}. Prepare more images, or lower skip_records; in a run of several rounds, where "
+            "it stands for what the earlier ones took, lower max_records so that every round has images."
         )
     return dataset.select(chosen), rejected
 
@@ -159,4 +160,5 @@ def _why_none(counts: dict[str, Any], output_dir: Path) -> str:
         f"No candidate is left of {counts['questions']} questions about {counts['images']} images: "
         + ", ".join(f"{number} {reason}" for reason, number in reasons.items())
         + f". They are in {output_dir / 'rejected.jsonl'}. {advice}".rstrip()
+        + " To ask anew, add --overwrite true."
     )

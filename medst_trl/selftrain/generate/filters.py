@@ -144,6 +144,8 @@ def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tupl
     """
     Sort the answers to one question so that the first and second, third and fourth, ... can be compared.
 
+    No two pairs set the same two texts against each other, and answers that find no partner are left out.
+
     Args:
         replies (sequence of [`Reply`]):
             The answers as they were drawn.
@@ -153,7 +155,7 @@ def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tupl
     Returns:
         `tuple[list[str], str | None]`: the answers of all pairs that differ, and, where there is none, why.
     """
-    usable, problems, pairs = [], [], []
+    usable, problems, pairs, made = [], [], [], set()
     for reply in replies:
         problem = reply.problem or (not reply.text and "empty_answer") or (not reply.ended and "unfinished_answer")
         problems += [problem] if problem else []
@@ -161,7 +163,10 @@ def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tupl
     while usable:
         first = usable.pop(0)
         same = [same_answer(first, other, max_similarity) for other in usable]
-        if None in same:
-            pairs += [first, usable.pop(same.index(None))]
+        texts = [frozenset(map(normalised, (first, other))) for other in usable]
+        partners = [place for place, reason in enumerate(same) if reason is None and texts[place] not in made]
+        if partners:
+            made.add(texts[partners[0]])
+            pairs += [first, usable.pop(partners[0])]
         problems += [reason for reason in same if reason]
     return pairs, None if pairs else problems[0]

@@ -103,6 +103,8 @@ class ChatServer:
         try:
             self._complete([{"role": "user", "content": "Hello"}], Sampling(max_new_tokens=1))
         except openai.APIStatusError as error:
+            if error.status_code not in REFUSED:
+                raise self._failed(error) from None
             raise UserError(
                 f"The server at {self._where()} does not answer as model {self.model!r} ({_status(error)}). Give the "
                 "name it serves the model under as model_name_or_path, and its kind as server_kind "
@@ -135,10 +137,7 @@ class ChatServer:
         except openai.APIStatusError as error:
             if error.status_code in REFUSED:
                 return Reply(_status(error), problem="request_failed")
-            raise UserError(
-                f"The server at {self._where()} failed {RETRIES + 1} times ({_status(error)}). What is finished is "
-                "kept: look at the server's own log, and run the same command again."
-            ) from None
+            raise self._failed(error) from None
         choice = completion.choices[0]
         return Reply(printable(choice.message.content or "").strip(), ended=choice.finish_reason != "length")
 
@@ -171,6 +170,12 @@ class ChatServer:
                 "base_url (most end in /v1), and look at the server's own log."
             )
         return completion
+
+    def _failed(self, error: openai.APIStatusError) -> UserError:
+        return UserError(
+            f"The server at {self._where()} failed {RETRIES + 1} times ({_status(error)}). What is finished is kept: "
+            "look at the server's own log, and run the same command again."
+        )
 
     def _where(self) -> str:
         return hide_secrets(self.base_url)

@@ -149,6 +149,9 @@ def replies(*texts):
         (replies("a", "a", "b", "c"), ["a", "b", "a", "c"], None),
         (replies("a", "a", "a", "b"), ["a", "b"], None),
         (replies("a", "b", "c"), ["a", "b"], None),
+        (replies("Yes", "No", "Yes", "No"), ["Yes", "No"], None),
+        (replies("Yes", "No", "no.", "yes."), ["Yes", "No"], None),
+        (replies("Yes", "No", "Yes", "No", "Maybe", "Maybe"), ["Yes", "No", "Yes", "Maybe", "No", "Maybe"], None),
     ],
 )
 def test_pairs(answers, kept, problem):
@@ -160,7 +163,9 @@ def test_pairs_always_differ(texts):
     kept, problem = pair_answers(replies(*texts))
     assert (problem is None) == bool(kept)
     assert len(kept) % 2 == 0
-    assert all(same_answer(*pair) is None for pair in zip(kept[::2], kept[1::2]))
+    pairs = list(zip(kept[::2], kept[1::2]))
+    assert all(same_answer(*pair) is None for pair in pairs)
+    assert len({frozenset(map(normalised, pair)) for pair in pairs}) == len(pairs), "none twice"
     assert not set(kept) - set(texts)
 
 

@@ -170,7 +170,8 @@ def test_a_refused_request_is_set_aside(fake):
         ((401, {"error": {"message": "bad key sk-abcdefghijklmnopqrstuv"}}), None, "OPENAI_API_KEY"),
         ((403, {}), None, "OPENAI_API_KEY"),
         ((404, {"error": {"message": "The model `m` does not exist."}}), None, "has no model 'm'.*does not exist"),
-        ((500, {"error": "boom"}), None, "500"),
+        ((500, {"error": "boom"}), None, "500.*server's own log"),
+        ((502, "<html>Bad gateway</html>"), None, "502.*server's own log"),
         ((400, {"detail": "unknown field top_k, key sk-abcdefghijklmnopqrstuv"}), None, "unknown field top_k"),
     ],
 )
