@@ -67,6 +67,21 @@ ARMS = {
     "paper_errs_30": "DPO as in the paper, judge errs in 30%",
     "with_sft_random": "DPO with an SFT term, pairs swapped at random",
 }
+# In charts: the judge, and the arm in a few letters.
+BARS = {
+    "labels alone": {"stage_1": "9% of them", "all_labels": "all of them"},
+    "judge is right": {
+        "with_sft": "DPO and SFT", "only_sft": "SFT", "without_sft": "DPO", "paper": "paper's DPO",
+        "frozen_vision": "vision frozen",
+    },
+    "judge errs in 10%": {
+        "with_sft_errs_10": "DPO and SFT", "only_sft_errs_10": "SFT", "paper_errs_10": "paper's DPO",
+    },
+    "judge errs in 30%": {
+        "with_sft_errs_30": "DPO and SFT", "only_sft_errs_30": "SFT", "paper_errs_30": "paper's DPO",
+    },
+    "pairs swapped at random": {"with_sft_random": "DPO and SFT"},
+}  # fmt: skip
 MEASURES = {
     "exact_match": "exact match, %",
     "open_f1": "open F1, %",
@@ -144,14 +159,16 @@ def collect(seeds: dict[int, Path]) -> dict:
 
 
 def chart(results: dict, name: str, kind: str, title: str) -> str:
-    bars = []
-    for arm, label in ARMS.items():
-        figure = results["arms"][arm][kind].get(name)
-        if figure and not (kind == "against_stage_1" and arm == "stage_1"):
-            spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
-            low, high = figure["mean"] - spread, figure["mean"] + spread
-            bars.append(Bar(label, figure["mean"], low, high, muted=arm in ("stage_1", "all_labels")))
-    return bar_chart(title, [Group("", bars)], unit="mean over seeds, bars: standard error")
+    groups = []
+    for judge, arms in BARS.items():
+        figures = {label: results["arms"][arm][kind].get(name) for arm, label in arms.items()}
+        bars = []
+        for label, figure in figures.items():
+            if figure and any(figure[end] for end in ("mean", "standard_error")):  # stage 1 has no change
+                spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
+                bars.append(Bar(label, figure["mean"], figure["mean"] - spread, figure["mean"] + spread))
+        groups += [Group(judge, bars)] if bars else []
+    return bar_chart(title, groups, unit="mean over seeds, bars: standard error")
 
 
 def table(results: dict, names: list[str]) -> list[list[str]]:
@@ -171,7 +188,7 @@ def write_page(results: dict, path: Path) -> None:
         chart(results, "exact_match", "against_stage_1", "Change in exact match against stage 1, points"),
         chart(results, "closed_accuracy", "against_stage_1", "Change in closed accuracy, points"),
         chart(results, "asked_answerable", "values", "Sampled questions that their scan answers, %"),
-        chart(results, "chosen", "values", "Log-probability of the chosen answers against the reference, nats"),
+        chart(results, "chosen", "values", "Chosen answers: log-probability gained, nats"),
     ]
     names = list(MEASURES)
     tables = [table(results, names[:4]), table(results, names[4:])]

@@ -57,6 +57,7 @@ def test_the_study_sums_up_its_seeds(tmp_path, monkeypatch):
     assert {f"dpo/{arm}" for arm in study["ARMS"]} - {label for label in steps if label.startswith("dpo/")} == {
         "dpo/stage_1", "dpo/all_labels",
     }  # fmt: skip
+    assert {arm for arms in study["BARS"].values() for arm in arms} == set(study["ARMS"])
     folders = {}
     for seed, shift in ((1, 0.0), (2, 2.0), (3, 4.0)):
         folders[seed] = tmp_path / str(seed)
