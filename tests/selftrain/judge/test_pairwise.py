@@ -264,7 +264,8 @@ def test_a_run_that_cannot_work_stops_early(fault):
         judge = judge_with(server, max_retries=1)
         with pytest.raises(UserError, match="kept") as error:
             list(judge(candidates(200)))
-    assert len(server.bodies) < 60 and "secret" not in str(error.value)
+    # a few failures, the calls under way by then and their repetitions; all of them would be 400 and more
+    assert len(server.bodies) < 150 and "secret" not in str(error.value)
 
 
 def test_no_server():
