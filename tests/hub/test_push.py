@@ -158,7 +158,8 @@ def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
     command = ["-c", impatient, "push", "--source", str(folder), "--repo_id", "org/data"]
     done = client(hub.url, tmp_path / "home", *command, check=False)
     assert done.returncode == 2 and "what is uploaded is kept" in done.stderr and "Traceback" not in done.stderr
-    assert len(hub.uploads) == 2 and set(hub.files("dataset", "org/data")) == {"README.md"}
+    # three where two threads were at the door when it broke
+    assert 2 <= len(hub.uploads) <= 3 and set(hub.files("dataset", "org/data")) == {"README.md"}
     hub.broken_after = None
     push(hub, tmp_path / "home", folder, "org/data")
     assert len(hub.uploads) == 4  # the four shards, each once
