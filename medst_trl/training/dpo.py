@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -18,10 +19,13 @@ from ..policy.checkpoints import load_policy, prepare_policy
 from .displacement import WarnOfDisplacement
 from .learning_rates import LearningRatesByPart
 from .preference_collator import DataCollatorForMultimodalPreference
+from .prefix_sharing import PrefixSharing, cannot_share
 from .resume import LoadsPublishedNames
 from .run_folder import OwnModelCard
 from .usable_pairs import usable_pairs
 
+
+logger = get_logger(__name__)
 
 # TRL finds an unknown one only in the first step, when the model is loaded.
 LOSSES = {
@@ -40,6 +44,9 @@ class MultimodalDPOConfig(DPOConfig):
             Learning rate of the vision tower. Defaults to `learning_rate`. The paper's scripts: 2e-5.
         projector_learning_rate (`float`, *optional*):
             Learning rate of the projector. Defaults to `learning_rate`. The paper's scripts: 2e-5.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Whether image and prompt of a pair are read once for both answers, see [`PrefixSharing`]. What is learned
+            is the same; models that cannot do it read them twice.
 
     > [!NOTE]
     > Differs from [`~trl.DPOConfig`]: `learning_rate` defaults to `5e-6` (the paper's), `max_length` to `2048`, and
@@ -57,6 +64,9 @@ class MultimodalDPOConfig(DPOConfig):
     )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector (the paper: 2e-5). Default: learning_rate."}
+    )
+    share_prefix: bool = field(
+        default=True, metadata={"help": "Read image and prompt of a pair once for both answers, where the model can."}
     )
 
     def __post_init__(self):
@@ -132,8 +142,12 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         if not (continues_adapter or kwargs.get("ref_model") or kwargs.get("peft_config")):
             # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
             kwargs["ref_model"] = deepcopy(model).requires_grad_(False).eval()
+        obstacle = cannot_share(base)
         collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
-            processing_class, max_length=args.max_length, pad_to_multiple_of=_multiple(args.pad_to_multiple_of)
+            processing_class,
+            max_length=args.max_length,
+            pad_to_multiple_of=_multiple(args.pad_to_multiple_of),
+            share_prefix=args.share_prefix and obstacle is None,
         )
         self.pairs = usable_pairs(train_dataset, processing_class, args.max_length)
         if eval_dataset is not None:
@@ -159,6 +173,12 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
             self.model.save_pretrained = partial(
                 self.model.save_pretrained, save_embedding_layers=False, selected_adapters=["default"]
             )
+        if getattr(collator, "share_prefix", False):
+            for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+                model = self.accelerator.unwrap_model(model)
+                PrefixSharing(model.get_base_model() if hasattr(model, "peft_config") else model)
+        elif args.share_prefix and obstacle is not None:
+            logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
         self.add_callback(WarnOfDisplacement())
 
     def _set_signature_columns_if_needed(self):

@@ -15,8 +15,8 @@ import torch
 from trl.data_utils import prepare_multimodal_messages
 
 from ..errors import UserError
-from ..policy.spans import Span, render_conversation, text_of, typed_parts
-from ..policy.vusr import adds_special_tokens
+from ..policy.spans import RenderedConversation, Span, render_conversation, text_of, typed_parts
+from ..policy.vusr import adds_special_tokens, tokenizer_of
 
 
 if TYPE_CHECKING:
@@ -64,12 +64,17 @@ class Encoded:
     Args:
         batch ([`~transformers.BatchFeature`]): `input_ids`, `attention_mask` (batch, length), `pixel_values`, ...
         spans (`list[list[TokenSpan]]`): The questions and answers of each row, in order.
-        neutralised (`int`): Places where data text spelled a control token.
+        rendered (`list[RenderedConversation]`): The text of each row, image placeholders not expanded.
     """
 
     batch: "BatchFeature"
     spans: list[list[TokenSpan]]
-    neutralised: int
+    rendered: list[RenderedConversation]
+
+    @property
+    def neutralised(self) -> int:
+        """Places where data text spelled a control token."""
+        return sum(conversation.neutralised for conversation in self.rendered)
 
 
 def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
@@ -126,7 +131,22 @@ def encode(
         _check_offsets(processor, conversation.text, offsets[row], replaced[row], len(batch["input_ids"][row]))
         expanded = _behind_expanded_images(conversation.spans, replaced[row])
         spans.append([_in_tokens(span, offsets[row]) for span in expanded])
-    return Encoded(batch, spans, sum(conversation.neutralised for conversation in rendered))
+    return Encoded(batch, spans, rendered)
+
+
+def tokens_without_images(
+    processor: "ProcessorMixin", rendered: list[RenderedConversation]
+) -> list[tuple[list[int], TokenSpan]]:
+    """The tokens of rendered conversations, each image a placeholder, and where their last answers stand in them."""
+    encoded = tokenizer_of(processor)(
+        [conversation.text for conversation in rendered],
+        add_special_tokens=adds_special_tokens(processor, rendered[0].text),
+        return_offsets_mapping=True,
+    )
+    return [
+        (ids, _in_tokens(conversation.spans[-1], torch.tensor(offsets)))
+        for ids, offsets, conversation in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+    ]
 
 
 def _check_offsets(

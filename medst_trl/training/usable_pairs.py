@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..policy.spans import render_conversation, text_of
-from ..policy.vusr import adds_special_tokens, tokenizer_of
-from .encoding import Conversation, encode
+from .encoding import TokenSpan, encode, tokens_without_images
 from .preference_collator import pair_as_conversation
 
 
@@ -36,11 +35,13 @@ class UsablePairs:
         dataset ([`~datasets.Dataset`]): Those that can be trained on.
         set_aside (`dict[str, str]`): The reason (a key of `REASONS`) of each other, by id (or place).
         truncated (`int`): How many of the dataset have an answer that is cut at `max_length`.
+        lengths (`list[int]`): Tokens of each pair of the dataset, its prompt counted once.
     """
 
     dataset: "Dataset"
     set_aside: dict[str, str]
     truncated: int
+    lengths: list[int]
 
 
 def usable_pairs(dataset: "Dataset", processor: "ProcessorMixin", max_length: int | None) -> UsablePairs:
@@ -63,56 +64,40 @@ def usable_pairs(dataset: "Dataset", processor: "ProcessorMixin", max_length: in
     """
     from tqdm.auto import tqdm
 
-    kept, reasons, truncated, image_tokens = [], {}, 0, {}
+    kept, lengths, reasons, truncated, image_tokens = [], [], {}, 0, {}
     for place, example in enumerate(tqdm(dataset, "checking pairs", unit="pair", disable=None)):
-        reason, is_cut = _look_at(example, processor, max_length, image_tokens)
+        reason, answers = _look_at(example, processor, max_length, image_tokens)
         if reason is None:
             kept.append(place)
-            truncated += is_cut
+            ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
+            lengths.append(sum(ends) - answers[0].start)
+            truncated += any(end < answer.end for end, answer in zip(ends, answers, strict=True))
         else:
             reasons[str(example.get("id") or place)] = reason
     if not kept:
         counts = {reason: list(reasons.values()).count(reason) for reason in REASONS}
         found = "; ".join(f"{n} because {REASONS[r].format(max_length=max_length)}" for r, n in counts.items() if n)
         raise UserError(f"No preference pair can be trained on: {found or 'the dataset is empty'}.")
-    return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated)
+    return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)
 
 
 def _look_at(
     example: dict[str, Any], processor: "ProcessorMixin", max_length: int | None, image_tokens: dict[tuple, int]
-) -> tuple[str | None, bool]:
-    """What keeps a pair from being trained on, and whether one of its answers is cut."""
+) -> tuple[str | None, list[TokenSpan]]:
+    """What keeps a pair from being trained on, or else where its answers stand in their rows."""
     try:
         pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
     except (UserError, KeyError, TypeError):
-        return "malformed", False
+        return "malformed", []
     if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
-        return "chosen_equals_rejected", False
-    if max_length is None:
-        return None, False
-    spans = [_answer_span(conversation, processor, image_tokens) for conversation in pair]
-    if any(start >= max_length for start, _ in spans):
-        return "too_long", False
-    return None, any(end > max_length for _, end in spans)
-
-
-def _answer_span(
-    conversation: Conversation, processor: "ProcessorMixin", image_tokens: dict[tuple, int]
-) -> tuple[int, int]:
-    """
-    The tokens of the last answer. What images add before it depends on their sizes alone, so one pair tells it for
-    all.
-    """
-    rendered = render_conversation(processor, conversation.messages)
-    offsets = tokenizer_of(processor)(
-        rendered.text,
-        add_special_tokens=adds_special_tokens(processor, rendered.text),
-        return_offsets_mapping=True,
-    )["offset_mapping"]
-    answer = rendered.spans[-1]
-    start = sum(token_end <= answer.start for _, token_end in offsets)
-    end = sum(token_start < answer.end for token_start, _ in offsets)
-    sizes = tuple(image.size for image in conversation.images)
+        return "chosen_equals_rejected", []
+    rendered = [render_conversation(processor, conversation.messages) for conversation in pair]
+    answers = [answer for _, answer in tokens_without_images(processor, rendered)]
+    # What images add before an answer depends on their sizes alone, so one pair tells it for all.
+    sizes = tuple(image.size for image in pair[0].images)
     if sizes not in image_tokens:
-        image_tokens[sizes] = encode(processor, [conversation]).spans[0][-1].start - start
-    return start + image_tokens[sizes], end + image_tokens[sizes]
+        image_tokens[sizes] = encode(processor, pair[:1]).spans[0][-1].start - answers[0].start
+    answers = [TokenSpan(*(place + image_tokens[sizes] for place in answer[:2]), False) for answer in answers]
+    if max_length is not None and any(answer.start >= max_length for answer in answers):
+        return "too_long", []
+    return None, answers

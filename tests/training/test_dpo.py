@@ -19,6 +19,7 @@ from medst_trl.policy.adapters import freeze_vision
 from medst_trl.training.displacement import WarnOfDisplacement
 from medst_trl.training.dpo import MultimodalDPOConfig
 from medst_trl.training.end_of_log import end_of_log
+from medst_trl.training.prefix_sharing import with_images_twice
 
 
 def reference_of(model) -> dict[str, torch.Tensor]:
@@ -182,7 +183,7 @@ def test_the_adapter_is_saved_without_its_reference_and_loads_again(tmp_path):
     assert not (tmp_path / "saved" / "ref").exists()
     loaded, _ = load_policy(str(tmp_path / "saved"))
     inputs = trainer.data_collator([trainer.train_dataset[0]])
-    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = with_images_twice({key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")})
     with torch.no_grad():
         expected = trainer.model.eval()(**inputs).logits
         assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-5)

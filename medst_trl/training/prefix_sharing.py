@@ -1,0 +1,228 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over image and prompt for both answers of a preference pair.
+
+Stock DPO encodes prompt and image with the chosen answer and once more with the rejected one. Here a pair is one
+sequence, `[prompt | chosen | last prompt token, rejected]`, in which the rejected answer does not see the chosen one
+and positions go on from the prompt for both (https://huggingface.co/papers/2410.20305). The last prompt token stands
+twice because the first token of each answer is predicted from it.
+
+The trainer's loss knows nothing of this: [`PrefixSharing`] takes the rows of the stock layout, runs the model on the
+shared one, and hands back log-probabilities in the stock layout.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
+from .attention_masks import FLEX_BLOCK, attention_for, branch_masks, layer_types
+from .encoding import TOKEN_INPUTS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
+
+PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Nats by which a token's log-probability may differ between the two layouts in the first batch. What a wrong mask or
+# wrong positions do is larger; half precision rounds so much that only the mean tells.
+FULL_PRECISION = (torch.float32, torch.float64)
+LARGEST_DIFFERENCE = 1e-3
+MEAN_DIFFERENCE_IN_HALF_PRECISION = 0.05
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """
+    Where the tokens of the stock layout (2 x batch, length) stand in the shared one (batch, shared length).
+
+    Args:
+        source (`torch.Tensor` of shape (batch, shared length)): Flat index into the stock layout; 0 in padding.
+        column (`torch.Tensor` of shape (batch, shared length)): Place of each token in its row of the stock layout.
+        branch (`torch.Tensor` of shape (batch, shared length)): 0 prompt, 1 chosen, 2 rejected, -1 padding. The last
+            prompt token is the first of each branch.
+        scored (`torch.Tensor` of shape (2 x batch, length - 1)): Flat index, into (batch, shared length - 1), of the
+            score of each token but the first of a row. Right for the tokens of both answers.
+    """
+
+    source: torch.Tensor
+    column: torch.Tensor
+    branch: torch.Tensor
+    scored: torch.Tensor
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, prefix_length: torch.Tensor, shared_length: int) -> "SharedLayout":
+        """
+        Args:
+            attention_mask (`torch.Tensor` of shape (2 x batch, length)): Of the stock layout, padded on the right.
+            prefix_length (`torch.Tensor` of shape (batch,)): Tokens that both rows of a pair begin with, at least 1.
+            shared_length (`int`): Of the longest pair: prefix + chosen + 1 + rejected tokens.
+        """
+        device, (rows, length) = attention_mask.device, attention_mask.shape
+        pair = torch.arange(rows // 2, device=device)[:, None]
+        chosen_end, rejected_end = attention_mask.sum(1, keepdim=True).chunk(2)
+        branch_start = prefix_length[:, None] - 1
+
+        place = torch.arange(shared_length, device=device)[None]
+        in_rejected = place >= chosen_end
+        column = torch.where(in_rejected, place - chosen_end + branch_start, place)
+        branch = torch.where(in_rejected, 2, (place >= branch_start).long())
+        branch = torch.where(in_rejected & (column >= rejected_end), -1, branch)
+        source = ((pair + in_rejected * (rows // 2)) * length + column).masked_fill(branch < 0, 0)
+
+        token = torch.arange(1, length, device=device)[None]
+        rejected_token = (token - branch_start + chosen_end).clamp(max=shared_length - 1)
+        predicted_at = torch.cat([token.expand(rows // 2, -1), rejected_token]) - 1
+        scored = pair.repeat(2, 1) * (shared_length - 1) + predicted_at.clamp(max=shared_length - 2)
+        return cls(source, column.masked_fill(branch < 0, 0), branch, scored)
+
+
+class PrefixSharing:
+    """
+    Makes a model with TRL's fused LM head take batches of [`DataCollatorForMultimodalPreference`] with
+    `share_prefix=True`: rows of the stock layout, the images of each pair once.
+
+    In the first batch both layouts are computed and compared. Where they do not agree, the stock layout is used from
+    then on (with the images preprocessed once) and a warning says so.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model whose `forward` TRL has given a fused LM head; it is patched in place.
+    """
+
+    def __init__(self, model: "PreTrainedModel"):
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.attention = self.config._attn_implementation
+        self.exact = None
+        self.forward = model.forward
+        # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
+        model.forward = types.MethodType(self._patched(), model)
+
+    def _patched(self):
+        @functools.wraps(self.forward)
+        def forward(model, *args, prefix_length=None, shared_length=None, **inputs):
+            if prefix_length is None:
+                return self._stock(*args, **inputs)
+            if not inputs.get("fused_lm_head"):
+                return self._stock(*args, **with_images_twice(inputs))
+            if self.exact is None:
+                self.exact = self._agrees(inputs, prefix_length, shared_length)
+            if not self.exact:
+                return self._stock(**with_images_twice(inputs))
+            return self._shared(inputs, prefix_length, shared_length)
+
+        return forward
+
+    def _stock(self, *args, **inputs) -> Any:
+        self.config._attn_implementation = self.attention
+        return self.forward(*args, **inputs)
+
+    def _shared(self, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int) -> Any:
+        labels = inputs["labels"]
+        implementation = attention_for(self.config, self.attention, shared_length, labels.device)
+        if implementation == "flex_attention":
+            shared_length = -(-shared_length // FLEX_BLOCK) * FLEX_BLOCK
+        layout = SharedLayout.of(inputs["attention_mask"], prefix_length, shared_length)
+        positions = self._positions(inputs, layout, prefix_length)
+        tokens = {
+            name: inputs[name]
+            .reshape(-1)[layout.source]
+            .masked_fill(layout.branch < 0, -100 if name == "labels" else 0)
+            for name in TOKEN_INPUTS
+            if name in inputs and name != "attention_mask"
+        }
+        blocks = None
+        if self.config.model_type == "gemma3_text" and "token_type_ids" in tokens:
+            blocks = get_block_sequence_ids_for_mask(tokens["token_type_ids"])
+        mask = branch_masks(self.config, implementation, layout.branch, layout.column, blocks)
+        # It stays so until the next forward: gradient checkpointing runs the layers again in backward.
+        self.config._attn_implementation = implementation
+        output = self.forward(**{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
+        return _in_stock_layout(output, layout, labels)
+
+    def _positions(self, inputs: dict[str, Any], layout: SharedLayout, prefix_length: torch.Tensor) -> torch.Tensor:
+        """
+        Position ids in the shared layout, of shape (batch, shared length), or (3, batch, shared length) for m-RoPE:
+        those of the prompt as the model counts them, and from its last token on one more for each token.
+        """
+        backbone = self.model.base_model
+        last = prefix_length[:, None] - 1
+        behind = (layout.column - last).clamp(min=0)
+        column = torch.minimum(layout.column, last)
+        if inputs.get("image_grid_thw") is None or not hasattr(backbone, "get_rope_index"):
+            return column + behind
+        pairs = len(prefix_length)
+        rows = {name: inputs[name][:pairs] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        positions, _ = backbone.get_rope_index(**rows, image_grid_thw=inputs["image_grid_thw"])
+        return positions.gather(2, column.expand(3, -1, -1)) + behind
+
+    def _agrees(self, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int) -> bool:
+        training = self.model.training
+        self.model.eval()  # dropout would differ
+        try:
+            with torch.no_grad():
+                stock = self._stock(**with_images_twice(inputs)).log_probs
+                shared = self._shared(inputs, prefix_length, shared_length).log_probs
+        finally:
+            self.model.train(training)
+        scored = inputs["labels"][:, 1:] != -100
+        difference = (stock - shared)[scored].float().abs()
+        in_full = next(self.model.parameters()).dtype in FULL_PRECISION
+        if in_full and not torch.is_autocast_enabled(stock.device.type):
+            found, allowed, kind = difference.max(), LARGEST_DIFFERENCE, "at most"
+        else:
+            found, allowed, kind = difference.mean(), MEAN_DIFFERENCE_IN_HALF_PRECISION, "on average"
+        if found <= allowed:  # not where it is NaN
+            return True
+        logger.warning(
+            f"share_prefix: the first batch's log-probabilities differ by {kind} {found:.2g} nats a token from those "
+            f"of separate sequences (allowed: {allowed:g}), so {type(self.model).__name__} goes on with separate "
+            "sequences. What is learned is right, a step takes longer."
+        )
+        return False
+
+
+def cannot_share(model: "PreTrainedModel") -> str | None:
+    """
+    Why a model cannot read two answers behind one prompt, `None` if it may be able to.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Policy without adapter.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return (
+            f"attention {config._attn_implementation!r} takes no mask that keeps them apart (sdpa, eager and "
+            "flex_attention do)"
+        )
+    if unknown := layer_types(config) - {"full_attention", "sliding_attention"}:
+        return f"its layers of type {', '.join(sorted(unknown))} read the one through the other"
+    if getattr(config, "cross_attention_layers", None):
+        return "its images are read by cross-attention"
+    return None
+
+
+def with_images_twice(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the stock layout in which the images of the chosen rows are there for the rejected rows, too."""
+    return {
+        name: torch.cat([value, value]) if torch.is_tensor(value) and name not in TOKEN_INPUTS else value
+        for name, value in inputs.items()
+    }
+
+
+def _in_stock_layout(output: Any, layout: SharedLayout, labels: torch.Tensor) -> Any:
+    """The fused LM head's output with its scores at the places of the stock layout, 0 where there is no label."""
+    is_scored = labels[:, 1:] != -100
+    for name in PER_TOKEN_OUTPUTS:
+        score = getattr(output, name)
+        if score is not None:
+            setattr(output, name, score.reshape(-1)[layout.scored].masked_fill(~is_scored, 0))
+    output.label_mask = is_scored
+    return output

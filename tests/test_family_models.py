@@ -1,0 +1,99 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny models hang on what tests of masks and positions vary; else those tests could not fail."""
+
+import pytest
+import tiny_run
+import torch
+from family_models import MODELS, WINDOW, tiny_model
+
+from medst_trl.policy.parts import model_parts
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+
+
+SLIDING = ["llava-mistral", "gemma-3"]
+M_ROPE = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
+CLEAR = 1e-3
+
+
+def _inputs(processor, *rows):
+    batch = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)(list(rows) or [tiny_run.conversation(3, turns=3)])
+    batch.pop("question_mask")
+    return batch
+
+
+def _change(model, one: dict, other: dict) -> torch.Tensor:
+    """By how much the logits of each position of the first row differ."""
+    with torch.no_grad():
+        difference = model(**one).logits - model(**other).logits
+    return difference[0].abs().amax(-1)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_padded_batch_trains_every_part(family):
+    model, processor = tiny_model(family)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in model.parameters()) <= 150_000
+    batch = _inputs(processor, tiny_run.conversation(0), tiny_run.conversation(3, turns=3))
+    assert (batch["attention_mask"] == 0).any()
+    loss = model(**batch).loss
+    assert loss.isfinite()
+    loss.backward()
+    part_of = model_parts(model).part_of
+    trained = {part_of(name) for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert trained == {"vision", "projector", "language"}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_logits_hang_on_the_image(family):
+    model, processor = tiny_model(family)
+    one, other = (_inputs(processor, tiny_run.conversation(3, turns=3)) for _ in range(2))
+    other["pixel_values"] = other["pixel_values"].flip(0 if family in M_ROPE else -1)
+    assert _change(model, one, other).amax() > CLEAR
+    # in each place: every layer of a window hands the image on by its length
+    reach = slice(None) if family != "llava-mistral" else slice(WINDOW)
+    image = (one["input_ids"][0] == model.config.image_token_id).nonzero()
+    assert (_change(model, one, other)[int(image[-1]) + 1 :][reach] > CLEAR).all()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_logits_hang_on_the_order_of_tokens_far_back(family):
+    model, processor = tiny_model(family)
+    one, other = _inputs(processor), _inputs(processor)
+    end = one["input_ids"].shape[1]
+    back = WINDOW + 6 if family == "llava-mistral" else 40  # behind the window, within reach of two layers
+    first, second = end - back, end - back + 1
+    assert one["input_ids"][0, first] != one["input_ids"][0, second]
+    other["input_ids"][0, [first, second]] = one["input_ids"][0, [second, first]]
+    change = _change(model, one, other)
+    assert not change[:first].any() and change[-1] > CLEAR
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_windows_are_shorter_than_what_they_read(family):
+    (model, processor), (wide, _) = tiny_model(family), tiny_model(family, sliding_window=1000)
+    inputs = _inputs(processor)
+    with torch.no_grad():
+        change = (model(**inputs).logits - wide(**inputs).logits)[0].abs().amax(-1)
+    assert change[:WINDOW].amax() < 1e-5 and (change[2 * WINDOW :] > CLEAR).all()
+
+
+def test_image_tokens_of_gemma_see_each_other():
+    model, processor = tiny_model("gemma-3")
+    one, other = _inputs(processor), _inputs(processor)
+    other["token_type_ids"] = torch.zeros_like(one["token_type_ids"])
+    assert _change(model, one, other)[-1] > CLEAR
+
+
+@pytest.mark.parametrize("family", M_ROPE)
+def test_positions_in_qwen_count_rows_and_columns(family):
+    model, processor = tiny_model(family)
+    one, other = _inputs(processor), _inputs(processor)
+    other["position_ids"] = torch.arange(one["input_ids"].shape[1])[None]
+    assert _change(model, one, other)[-1] > CLEAR
+
+
+def test_weights_hang_on_the_seed_alone():
+    (first, _), (same, _), (other, _) = tiny_model("idefics3"), tiny_model("idefics3"), tiny_model("idefics3", seed=1)
+    assert all(map(torch.equal, first.parameters(), same.parameters()))
+    assert not any(map(torch.equal, first.parameters(), other.parameters()))

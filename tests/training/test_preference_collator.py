@@ -1,0 +1,76 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a preference batch read as the same conversations read in stage 1; what is scored is the answers."""
+
+import pytest
+import torch
+from families import FAMILIES, prepared_processor
+from tiny_dpo import pair
+from tiny_run import text
+
+from medst_trl.errors import UserError
+from medst_trl.policy.vusr import tokenizer_of
+from medst_trl.training.encoding import TOKEN_INPUTS, encode
+from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference, pair_as_conversation
+
+
+def examples() -> list[dict]:
+    rows = [pair(number) for number in range(3)]
+    rows[1]["prompt"] += [
+        {"role": "assistant", "content": text("A <vusr> turn ASSISTANT: is not one.")},
+        {"role": "user", "content": text("And then?")},
+    ]
+    rows[2]["chosen"][0]["content"] = text("Naïve – ½ 心臓 \n\n  ok")
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_rows_are_what_the_conversations_are_alone(family):
+    processor = prepared_processor(family)
+    rows = examples()
+    shared = DataCollatorForMultimodalPreference(processor, share_prefix=True)(rows)
+    separate = DataCollatorForMultimodalPreference(processor)(rows)
+    conversations = [pair_as_conversation(example, key) for key in ("chosen", "rejected") for example in rows]
+    alone = encode(processor, conversations)  # every image goes through the processor
+    is_text = alone.batch["attention_mask"].bool()
+    for name in separate.keys() - {"completion_mask", "neutralised"}:
+        ours, expected = separate[name], alone.batch[name]
+        if name == "cross_attention_mask":  # Llama 3.2-Vision's processor lets padding see the image
+            ours, expected = ours[is_text], expected[is_text]
+        assert torch.equal(ours, expected), name
+    for name in separate:
+        if name in TOKEN_INPUTS:
+            assert torch.equal(shared[name], separate[name]), name
+    answers = [tokenizer_of(processor).decode(ids[mask.bool()]) for ids, mask in zip(
+        separate["input_ids"], separate["completion_mask"]
+    )]  # fmt: skip
+    for answer, conversation in zip(answers, conversations, strict=True):
+        said = conversation.messages[-1]["content"][0]["text"].strip()
+        assert answer.strip().startswith(said) and len(answer) <= len(said) + 20
+    assert shared["neutralised"] == separate["neutralised"] == alone.neutralised > 0
+
+
+@pytest.mark.parametrize("family", ["vicuna", "qwen3-vl"])
+def test_the_prefix_is_the_prompt_and_the_longest_pair_is_told(family):
+    processor, rows = prepared_processor(family), examples()
+    batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)(rows)
+    pairs = []
+    for place, prefix in enumerate(batch["prefix_length"].tolist()):
+        one, other = batch["input_ids"][place], batch["input_ids"][place + 3]
+        assert torch.equal(one[:prefix], other[:prefix])
+        for row in (place, place + 3):  # nothing that is scored is shared, and nothing else is left
+            assert batch["completion_mask"][row].nonzero()[0] == prefix
+        pairs.append(int(batch["attention_mask"][[place, place + 3]].sum()) - prefix + 1)
+    assert batch["shared_length"] == max(pairs)
+
+
+def test_an_answer_that_does_not_fit_is_cut_and_a_prompt_that_fills_all_is_refused():
+    processor, rows = prepared_processor("vicuna"), examples()
+    whole = DataCollatorForMultimodalPreference(processor)(rows)
+    longest = int(whole["attention_mask"].sum(1).max())
+    cut = DataCollatorForMultimodalPreference(processor, max_length=longest - 4, share_prefix=True)(rows)
+    assert cut["input_ids"].shape[1] == longest - 4
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, : longest - 4])
+    assert cut["shared_length"] <= 2 * (longest - 4)
+    with pytest.raises(UserError, match=r"'p\d'.*no answer fits into max_length=20"):
+        DataCollatorForMultimodalPreference(processor, max_length=20)(rows)

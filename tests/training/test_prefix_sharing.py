@@ -1,0 +1,219 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A shared prompt changes nothing but the work: scores and gradients are those of separate sequences."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from family_models import MODELS, tiny_model
+from tiny_dpo import adapter_policy, make_trainer, pair
+from tiny_run import text
+from trl.trainer.utils import add_fused_lm_head
+
+from medst_trl.policy.parts import model_parts
+from medst_trl.training import prefix_sharing
+from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
+from medst_trl.training.prefix_sharing import PrefixSharing, SharedLayout, cannot_share
+
+
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def with_answers(number: int, chosen: str, rejected: str, images: int = 1) -> dict:
+    example = pair(number)
+    example["images"] = example["images"] * images
+    if not images:
+        example["prompt"][0]["content"] = example["prompt"][0]["content"][1:]
+    example["chosen"][0]["content"], example["rejected"][0]["content"] = text(chosen), text(rejected)
+    return example
+
+
+PAIRS = [
+    with_answers(0, "No.", "The left lung is darker than the right one, and the heart is large."),
+    with_answers(1, "It is a very large shadow in the lower left corner of the image.", "Yes"),
+    with_answers(2, "Yes, there is.", "Yes, there is not."),
+]
+
+
+def test_the_layout_is_prompt_chosen_and_again_from_the_last_prompt_token_rejected():
+    prompt, chosen, rejected = [3, 4, 2], [1, 5, 2], [4, 1, 1]
+    length = 9
+    rows = torch.zeros(6, length, dtype=torch.long)
+    mask = torch.zeros_like(rows)
+    for row in range(6):
+        pair_, answer = row % 3, (chosen if row < 3 else rejected)[row % 3]
+        tokens = [100 * pair_ + place for place in range(prompt[pair_])]
+        tokens += [1000 * (row + 1) + place for place in range(answer)]
+        rows[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    shared_length = max(p + c + 1 + r for p, c, r in zip(prompt, chosen, rejected))
+    layout = SharedLayout.of(mask, torch.tensor(prompt), shared_length)
+    for pair_ in range(3):
+        one, other = (rows[row, : mask[row].sum()].tolist() for row in (pair_, pair_ + 3))
+        expected = one + other[prompt[pair_] - 1 :]
+        assert rows.reshape(-1)[layout.source[pair_]].tolist()[: len(expected)] == expected
+        assert (layout.branch[pair_, len(expected) :] == -1).all() and (
+            layout.branch[pair_, : len(expected)] >= 0
+        ).all()
+        shared = rows.reshape(-1)[layout.source]
+        for row in (pair_, pair_ + 3):  # the score of a token is that of the place before it
+            for place in range(prompt[pair_], int(mask[row].sum())):
+                at = layout.scored[row, place - 1]
+                assert shared[:, 1:].reshape(-1)[at] == rows[row, place]
+                assert shared[:, :-1].reshape(-1)[at] == rows[row, place - 1]
+
+
+def shared_and_separate(model, processor, examples, **settings) -> tuple:
+    """What the fused head gives, and the gradient of a loss that weighs every score differently, in both layouts."""
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    plain_forward, results = model.forward, []
+    for share in (True, False):
+        model.forward = plain_forward
+        sharing = PrefixSharing(model) if share else None
+        batch = DataCollatorForMultimodalPreference(processor, share_prefix=share, **settings)([*examples])
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        output = model(**batch, labels=labels, fused_lm_head=True, use_cache=False)
+        assert sharing is None or sharing.exact
+        model.zero_grad()
+        weights = torch.linspace(-1, 1, output.log_probs.numel()).view_as(output.log_probs)
+        (output.log_probs * weights + 0.1 * output.entropy).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((output, gradients, labels))
+    return results
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_and_gradients_are_those_of_separate_sequences(family, attention):
+    model, processor = tiny_model(family, attn_implementation=attention)
+    (ours, our_gradients, labels), (theirs, gradients, _) = shared_and_separate(model, processor, PAIRS)
+    assert (labels != -100).sum() > 20
+    for name in OUTPUTS:
+        assert torch.allclose(getattr(ours, name).float(), getattr(theirs, name).float(), atol=5e-6), name
+    assert torch.equal(ours.label_mask, theirs.label_mask)
+    assert our_gradients.keys() == gradients.keys()
+    parts, moved = model_parts(model), set()
+    for name, gradient in gradients.items():
+        assert torch.allclose(our_gradients[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max()))), name
+        moved |= {parts.part_of(name)} if gradient.abs().max() > 1e-4 else set()
+    assert moved == {"language", "vision", "projector"}
+
+
+@pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl", "gemma-3"])
+@pytest.mark.parametrize(
+    ("examples", "settings"),
+    [
+        ([with_answers(0, "a", "b " * 400), with_answers(1, "c " * 300, "d")], {}),
+        ([with_answers(0, "word " * 60, "other " * 60), PAIRS[1]], {"max_length": 90}),
+        ([with_answers(0, "Yes", "No", images=0), with_answers(1, "Right", "Left it is", images=0)], {}),
+        ([with_answers(0, "Yes", "No", images=0), PAIRS[0]], {}),
+        (PAIRS, {"pad_to_multiple_of": 16}),
+    ],
+    ids=["very unequal", "truncated", "no image", "one without image", "padded"],
+)
+def test_unusual_batches_too(family, examples, settings):
+    model, processor = tiny_model(family)
+    (ours, _, labels), (theirs, _, _) = shared_and_separate(model, processor, examples, **settings)
+    assert (labels != -100).any(1).all()
+    assert torch.allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
+
+
+def test_the_vision_tower_sees_each_image_once_for_policy_and_reference(tmp_path):
+    def images_seen(share: bool) -> list[int]:
+        trainer = make_trainer(tmp_path / str(share), share_prefix=share, max_steps=2)
+        seen = []
+        trainer.model.get_base_model().model.vision_tower.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs.get("pixel_values", args[0] if args else None))),
+            with_kwargs=True,
+        )
+        trainer.train()
+        return seen
+
+    comparison = [8, 4]  # both layouts of the first batch
+    assert images_seen(share=True) == [*comparison, *[4, 4] * 2]
+    assert images_seen(share=False) == [8, 8] * 2
+
+
+def test_the_default_shares_and_each_image_is_preprocessed_once(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    processor, images = trainer.processing_class.image_processor, []
+    preprocess = type(processor).preprocess
+
+    @functools.wraps(preprocess)
+    def counting(self, pixels, *args, **kwargs):
+        images.append(pixels)
+        return preprocess(self, pixels, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "preprocess", counting)
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(3)])
+    assert len(batch["input_ids"]) == 6 and len(batch["pixel_values"]) == 3
+    assert sum(len(row) for call in images for row in call) == 3
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.message for record in caplog.records if "share_prefix" in record.message]
+
+
+def test_a_model_on_which_it_is_not_exact_goes_on_with_separate_sequences(tmp_path, monkeypatch, caplog):
+    exact = make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3)
+    exact.train()
+    leaking = prefix_sharing.branch_masks
+    monkeypatch.setattr(
+        prefix_sharing, "branch_masks", lambda *args: leaking(*args[:2], torch.zeros_like(args[2]), *args[3:])
+    )
+    trainer = make_trainer(tmp_path / "shared", max_steps=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    (said,) = warnings_of(caplog)
+    assert "LlavaForConditionalGeneration goes on with separate sequences" in said
+    ours, theirs = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, exact))
+    assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_attention_without_masks_of_its_own_is_not_tried(tmp_path, caplog):
+    model, processor = adapter_policy()
+    model.get_base_model().config.get_text_config()._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in cannot_share(model.get_base_model())
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, policy=(model, processor))
+    assert len(warnings_of(caplog)) == 1 and not trainer.data_collator.share_prefix
+
+
+def test_layers_that_carry_state_and_cross_attention_are_not_tried():
+    model, _ = tiny_model("vicuna")
+    config = model.config.get_text_config()
+    assert cannot_share(model) is None
+    config.layer_types = ["linear_attention", "full_attention"]
+    assert "linear_attention" in cannot_share(model)
+    config.layer_types, config.cross_attention_layers = None, [1]
+    assert "cross-attention" in cannot_share(model)
+
+
+def test_the_forward_without_a_pair_is_the_models_own():
+    model, processor = tiny_model("vicuna")
+    batch = DataCollatorForMultimodalPreference(processor)([*PAIRS])
+    batch.pop("completion_mask")
+    with torch.no_grad():
+        before = model(**batch).logits
+        add_fused_lm_head(model)
+        PrefixSharing(model)
+        assert torch.equal(model(**batch).logits, before)
+        shared = DataCollatorForMultimodalPreference(processor, share_prefix=True)([*PAIRS])
+        shared.pop("completion_mask")
+        assert torch.equal(model(**shared).logits, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
+    norms = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(checkpointing),
+            max_steps=3,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        trainer.train()
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
