@@ -18,8 +18,17 @@ from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .displacement import WarnOfDisplacement
 from .learning_rates import LearningRatesByPart
+from .length_grouping import GroupsByLength
 from .preference_collator import DataCollatorForMultimodalPreference
 from .prefix_sharing import PrefixSharing, cannot_share
+from .reference_log_probs import (
+    DataCollatorWithReference,
+    cache_of_reference,
+    check_precompute,
+    log_probs_of_reference,
+    sharing_weights,
+    without_precompute,
+)
 from .resume import LoadsPublishedNames
 from .run_folder import OwnModelCard
 from .usable_pairs import usable_pairs
@@ -47,10 +56,16 @@ class MultimodalDPOConfig(DPOConfig):
         share_prefix (`bool`, *optional*, defaults to `True`):
             Whether image and prompt of a pair are read once for both answers, see [`PrefixSharing`]. What is learned
             is the same; models that cannot do it read them twice.
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether the reference reads all pairs before the first step and is then no longer held in memory. Its
+            log-probabilities are kept in a file, see [`ReferenceCache`], and later runs from the same policy take
+            them from there. What is learned is the same.
+        ref_log_probs_dir (`str`, *optional*):
+            Folder of these files. Defaults to `reference_log_probs` in `output_dir`.
 
     > [!NOTE]
-    > Differs from [`~trl.DPOConfig`]: `learning_rate` defaults to `5e-6` (the paper's), `max_length` to `2048`, and
-    > `bf16` to `False` where there is no accelerator.
+    > Differs from [`~trl.DPOConfig`]: `learning_rate` defaults to `5e-6` (the paper's), `max_length` to `2048`,
+    > `train_sampling_strategy` to `"group_by_length"`, and `bf16` to `False` where there is no accelerator.
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate (the paper: 5e-6)."})
@@ -65,8 +80,26 @@ class MultimodalDPOConfig(DPOConfig):
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector (the paper: 2e-5). Default: learning_rate."}
     )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "Which pairs share a batch: `group_by_length`, pairs of about one length, or `random`."},
+    )
     share_prefix: bool = field(
         default=True, metadata={"help": "Read image and prompt of a pair once for both answers, where the model can."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Have the reference read all pairs before the first step, keep its log-probabilities in a file "
+            "for later runs, and do without it in memory."
+        },
+    )
+    ref_log_probs_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the reference's log-probabilities. Default: reference_log_probs in a local dataset's "
+            "folder (`medst dpo`), or in output_dir."
+        },
     )
 
     def __post_init__(self):
@@ -74,14 +107,14 @@ class MultimodalDPOConfig(DPOConfig):
             raise ValueError(f"loss_type {unknown[0]!r} is not one of {', '.join(sorted(LOSSES))}.")
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}; it has to be above 0.")
-        if self.precompute_ref_log_probs:
-            raise ValueError("precompute_ref_log_probs is not there yet for images: leave it out.")
+        if self.precompute_ref_log_probs and self.sync_ref_model:
+            raise ValueError("precompute_ref_log_probs takes one reference for all steps; sync_ref_model changes it.")
         if self.bf16 is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.bf16 = False  # TRL's default of True suits accelerators; on a CPU it is slow and less exact
         super().__post_init__()
 
 
-class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCard, DPOTrainer):
+class MultimodalDPOTrainer(GroupsByLength, LearningRatesByPart, LoadsPublishedNames, OwnModelCard, DPOTrainer):
     """
     Trainer of STLLaVA-Med's second stage (https://huggingface.co/papers/2406.19973): the policy learns to prefer the
     better of its own answers about an image.
@@ -139,7 +172,12 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if continues_adapter and not trains:
             raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
-        if not (continues_adapter or kwargs.get("ref_model") or kwargs.get("peft_config")):
+        if args.precompute_ref_log_probs:
+            check_precompute(args)
+            reference = kwargs.get("ref_model") or model
+            kwargs["ref_model"] = kwargs.get("ref_model") or sharing_weights(model)
+            continues_adapter = False
+        elif not (continues_adapter or kwargs.get("ref_model") or kwargs.get("peft_config")):
             # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
             kwargs["ref_model"] = deepcopy(model).requires_grad_(False).eval()
         obstacle = cannot_share(base)
@@ -150,22 +188,30 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
             share_prefix=args.share_prefix and obstacle is None,
         )
         self.pairs = usable_pairs(train_dataset, processing_class, args.max_length)
+        lengths = self.pairs.lengths
+        self.train_lengths = self.pairs.lengths
         if eval_dataset is not None:
-            eval_dataset = usable_pairs(eval_dataset, processing_class, args.max_length).dataset
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self.pairs.dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            data_collator=collator,
-            **kwargs,
-        )
+            eval_pairs = usable_pairs(eval_dataset, processing_class, args.max_length)
+            eval_dataset, lengths = eval_pairs.dataset, [*lengths, *eval_pairs.lengths]
+        if args.precompute_ref_log_probs:
+            cache = cache_of_reference(reference, processing_class, collator, args)
+        with without_precompute(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self.pairs.dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                data_collator=collator,
+                **kwargs,
+            )
         if hasattr(self.model, "peft_config"):
             mend_tied_head(self.model)
             zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
             if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)
+                if args.precompute_ref_log_probs:
+                    train_in_full_precision(self.ref_model)  # its layers run over the same weights
             if continues_adapter:
                 _complete_reference(self.model, trains)
             # The reference is what training starts from, so it need not be saved with each checkpoint. And PEFT would
@@ -180,6 +226,12 @@ class MultimodalDPOTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCar
         elif args.share_prefix and obstacle is not None:
             logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
         self.add_callback(WarnOfDisplacement())
+        if args.precompute_ref_log_probs:
+            datasets = [self.train_dataset, *([] if eval_dataset is None else [eval_dataset])]
+            log_probs = log_probs_of_reference(self, cache, datasets, lengths)
+            self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
+            self.precompute_ref_logps, self.ref_model = True, None
+            self.accelerator.free_memory()  # which holds the reference, too, and so far nothing else
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
