@@ -94,6 +94,6 @@ if __name__ == "__main__":
     weights = trained_weights(trainer)
     if trainer.accelerator.is_main_process:
         torch.save(weights, os.path.join(output_dir, "weights.pt"))
-        facts = {"world_size": trainer.accelerator.num_processes}
+        facts = {"world_size": trainer.accelerator.num_processes, "kind": str(trainer.accelerator.distributed_type)}
         Path(output_dir, "run.json").write_text(json.dumps(facts | {"log": trainer.state.log_history}))
     trainer.end()

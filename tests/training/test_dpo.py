@@ -189,15 +189,22 @@ def test_the_adapter_is_saved_without_its_reference_and_loads_again(tmp_path):
         assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-5)
 
 
-def run_script(folder: Path, *arguments: str, ranks: int = 1, **overrides) -> subprocess.CompletedProcess:
+def run_script(
+    folder: Path, *arguments: str, ranks: int = 1, zero_2: bool = False, **overrides
+) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    distributed = ["--multi_gpu"]
+    if zero_2:
+        del environment["ACCELERATE_USE_CPU"]  # with it accelerate drops DeepSpeed without a word
+        environment["DS_ACCELERATOR"] = "cpu"
+        distributed, overrides["ddp_backend"] = ["--use_deepspeed", "--zero_stage", "2"], "gloo"
     script = [str(Path(__file__).parents[1] / "tiny_dpo.py"), str(folder), json.dumps(overrides), *arguments]
     command = [sys.executable, *script]
     if ranks > 1:
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
+            sys.executable, "-m", "accelerate.commands.launch", *distributed, "--num_processes", str(ranks),
             "--mixed_precision", "no", "--main_process_port", "0", *script,
         ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -215,15 +222,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["sigmoid", "sft"]])
-def test_two_ranks_equal_one(tmp_path, loss_type):
+@pytest.mark.parametrize("zero_2", [False, True], ids=["ddp", "zero_2"])
+def test_two_ranks_equal_one(tmp_path, loss_type, zero_2):
     """Per-pair losses do not depend on how pairs are divided; TRL's `sft` term is a mean over a rank's tokens."""
+    if zero_2:
+        pytest.importorskip("deepspeed")
     runs = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
-        run = run_script(folder, ranks=ranks, per_device_train_batch_size=4 // ranks, loss_type=loss_type, optim="sgd")
+        settings = {"per_device_train_batch_size": 4 // ranks, "loss_type": loss_type, "optim": "sgd"}
+        run = run_script(folder, ranks=ranks, zero_2=zero_2 and ranks == 2, **settings)
         assert run.returncode == 0, run.stderr
         runs[ranks] = json.loads((folder / "run.json").read_text())
         assert runs[ranks]["world_size"] == ranks
+        assert runs[ranks]["kind"].endswith(("NO", "DEEPSPEED" if zero_2 else "CPU"))
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in runs.values()]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     assert difference < (1e-5 if loss_type == ["sigmoid"] else 0.05)
