@@ -4,6 +4,7 @@
 
 import functools
 import logging
+import shutil
 
 import pytest
 import torch
@@ -217,3 +218,22 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
         trainer.train()
         norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.slow  # FlexAttention compiles; on a CPU it has no backward, and torch 2.13 writes C++ that is none for Gemma 3's mask
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for FlexAttention")
+@pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
+def test_flex_attention_scores_the_same(family):
+    scores = {}
+    for attention in ("sdpa", "flex_attention"):
+        model, processor = tiny_model(family)
+        add_fused_lm_head(model)
+        if attention == "flex_attention":
+            model.config.get_text_config()._attn_implementation = attention
+            sharing = PrefixSharing(model)
+        batch = DataCollatorForMultimodalPreference(processor, share_prefix=attention == "flex_attention")([*PAIRS])
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        with torch.no_grad():
+            scores[attention] = model(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+    assert sharing.exact
+    assert torch.allclose(scores["flex_attention"], scores["sdpa"], atol=1e-5)
