@@ -220,7 +220,8 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.slow  # FlexAttention compiles; on a CPU it has no backward, and torch 2.13 writes C++ that is none for Gemma 3's mask
+# On a CPU FlexAttention has no backward, and torch 2.13 compiles Gemma 3's mask into C++ that is none.
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for FlexAttention")
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
 def test_flex_attention_scores_the_same(family):
