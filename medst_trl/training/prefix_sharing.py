@@ -88,8 +88,8 @@ class PrefixSharing:
     Makes a model with TRL's fused LM head take batches of [`DataCollatorForMultimodalPreference`] with
     `share_prefix=True`: rows of the stock layout, the images of each pair once.
 
-    In the first batch both layouts are computed and compared. Where they do not agree, the stock layout is used from
-    then on (with the images preprocessed once) and a warning says so.
+    In the first batch with images, and in the first without, both layouts are computed and compared. Where they do not
+    agree, the stock layout is used from then on (with the images preprocessed once) and a warning says so.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -100,7 +100,7 @@ class PrefixSharing:
         self.model = model
         self.config = model.config.get_text_config()
         self.attention = self.config._attn_implementation
-        self.exact = None
+        self.exact: dict[bool, bool] = {}  # of batches with images and of those without, once compared
         self.forward = model.forward
         # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
         model.forward = types.MethodType(self._patched(), model)
@@ -112,9 +112,10 @@ class PrefixSharing:
                 return self._stock(*args, **inputs)
             if not inputs.get("fused_lm_head"):
                 return self._stock(*args, **with_images_twice(inputs))
-            if self.exact is None:
-                self.exact = self._agrees(inputs, prefix_length, shared_length)
-            if not self.exact:
+            has_images = any(torch.is_tensor(value) and name not in TOKEN_INPUTS for name, value in inputs.items())
+            if has_images not in self.exact:
+                self.exact[has_images] = self._agrees(inputs, prefix_length, shared_length)
+            if not self.exact[has_images]:
                 return self._stock(**with_images_twice(inputs))
             return self._shared(inputs, prefix_length, shared_length)
 

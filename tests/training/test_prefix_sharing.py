@@ -75,7 +75,7 @@ def shared_and_separate(model, processor, examples, **settings) -> tuple:
         batch = DataCollatorForMultimodalPreference(processor, share_prefix=share, **settings)([*examples])
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
         output = model(**batch, labels=labels, fused_lm_head=True, use_cache=False)
-        assert sharing is None or sharing.exact
+        assert sharing is None or list(sharing.exact.values()) == [True]
         model.zero_grad()
         weights = torch.linspace(-1, 1, output.log_probs.numel()).view_as(output.log_probs)
         (output.log_probs * weights + 0.1 * output.entropy).sum().backward()
@@ -172,6 +172,23 @@ def test_a_model_on_which_it_is_not_exact_goes_on_with_separate_sequences(tmp_pa
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+def test_batches_with_images_are_compared_even_if_the_first_has_none(tmp_path, monkeypatch):
+    rows = [with_answers(number, "Yes, it is.", "No", images=number >= 4) for number in range(8)]
+    positions = PrefixSharing._positions
+    monkeypatch.setattr(  # wrong where there are images alone
+        PrefixSharing,
+        "_positions",
+        lambda self, inputs, *args: positions(self, inputs, *args) // (2 if "pixel_values" in inputs else 1),
+    )
+    losses = []
+    for share in (True, False):
+        settings = {"rows": rows, "train_sampling_strategy": "sequential", "max_steps": 2}
+        trainer = make_trainer(tmp_path / str(share), share_prefix=share, **settings)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
 def test_attention_without_masks_of_its_own_is_not_tried(tmp_path, caplog):
     model, processor = adapter_policy()
     model.get_base_model().config.get_text_config()._attn_implementation = "flash_attention_2"
@@ -236,5 +253,5 @@ def test_flex_attention_scores_the_same(family):
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
         with torch.no_grad():
             scores[attention] = model(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
-    assert sharing.exact
+    assert sharing.exact == {True: True}
     assert torch.allclose(scores["flex_attention"], scores["sdpa"], atol=1e-5)
