@@ -3,7 +3,9 @@
 #   make demo                    the whole loop of a tiny model on drawn images, and its report (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
 #   make test-slow               the long ones, marked `slow`
-#   make bench DATA=vqa_rad      speed (tests/benchmarks) on the folder of VQA-RAD, printed
+#   make bench                   speed (tests/benchmarks) against stock TRL on this machine's CPU, under 10 minutes
+#   make bench DATA=vqa_rad      the same on the real images of VQA-RAD's folder, and how fast they are prepared
+#   make bench-gpu               speed of LLaVA-1.5-7B with random weights on a GPU, and what the paper's recipe takes
 #   make lint                    ruff
 #
 # Settings, on the command line or in the environment:
@@ -19,7 +21,7 @@ BIN := .venv/bin
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench bench-gpu lint format clean
 .DEFAULT_GOAL := test
 
 demo: .venv/.ready
@@ -33,11 +35,29 @@ test: .venv/.ready
 test-slow: .venv/.ready
 	$(PYTEST) -m slow --durations 10
 
+# Tables on stdout, all figures in runs/bench. Nothing else may run beside it.
+BENCH := TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks
+IMAGES := $(if $(DATA),--images $(DATA)/images)
+
 bench: .venv/.ready
-	@test -n "$(DATA)" || { echo "make bench DATA=path/to/vqa_rad (its JSON file, and images/)"; exit 1; }
-	$(BIN)/python tests/benchmarks/bench_prepare.py $(DATA)
-	$(BIN)/python tests/benchmarks/bench_collator.py --images $(DATA)/images
-	$(BIN)/python tests/benchmarks/bench_judge.py
+	$(BENCH)/bench_dpo.py $(IMAGES) --output runs/bench/cpu/dpo.json
+	$(BENCH)/bench_sft.py $(IMAGES) --ways stock ours 'ours, packed' --output runs/bench/cpu/sft.json
+	$(BENCH)/bench_sft.py $(IMAGES) --shape cpu_64 --output runs/bench/cpu/sft_64.json
+	$(BENCH)/bench_generate.py $(IMAGES) --output runs/bench/cpu/generate.json
+	$(BENCH)/bench_collator.py $(IMAGES)
+	$(BENCH)/bench_judge.py 500
+ifdef DATA
+	$(BENCH)/bench_prepare.py $(DATA)
+else
+	@echo "Skipped without DATA=path/to/vqa_rad (its JSON file, and images/): bench_prepare.py"
+endif
+
+bench-gpu: export CUDA_VISIBLE_DEVICES ?= 0
+bench-gpu: .venv/.ready
+	$(BENCH)/bench_dpo.py --shape llava_7b $(IMAGES) --output runs/bench/gpu/dpo.json
+	$(BENCH)/bench_sft.py --shape llava_7b $(IMAGES) --output runs/bench/gpu/sft.json
+	$(BENCH)/bench_generate.py --shape llava_7b $(IMAGES) --output runs/bench/gpu/generate.json
+	$(BENCH)/whole_recipe.py runs/bench/gpu/dpo.json runs/bench/gpu/sft.json runs/bench/gpu/generate.json
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

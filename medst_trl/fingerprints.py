@@ -12,6 +12,8 @@ from medst_trl.errors import UserError
 
 SAMPLE_BYTES = 1 << 20  # a big file inside a folder is read at its start, middle and end only
 MANY_FILES = 10_000  # a folder of more files (raw images) goes by names and sizes
+# Beside preference pairs: what references say of them, computed while training. It is no part of the dataset.
+REFERENCE_FOLDER = "reference_log_probs"
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -75,10 +77,11 @@ def _sha256_of_folder(folder: Path) -> str:
 
 
 def _content_files(folder: Path) -> list[str]:
-    """Relative names of the files that make up a result: no hidden files, stage records or Trainer checkpoints."""
+    """Names of the files that make up a result: none hidden, no stage records, checkpoints, log-probabilities."""
     names = []
     for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "checkpoint-", "__pycache__"))]
+        skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)
+        folders[:] = [name for name in folders if not name.startswith(skipped)]
         names += [
             (Path(root) / name).relative_to(folder).as_posix()
             for name in files

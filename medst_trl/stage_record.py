@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.errors import UserError
-from medst_trl.fingerprints import fingerprint, same_source
+from medst_trl.fingerprints import REFERENCE_FOLDER, fingerprint, same_source
 from medst_trl.redaction import hide_secrets
 
 
@@ -31,7 +31,9 @@ PACKAGES = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "ac
 ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 
 # May lie in a folder before a stage starts there, and stays when the stage is overwritten (besides *.log).
-NOT_RESULTS = frozenset({".stage.lock", ".stage.json.tmp", ".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl"})
+NOT_RESULTS = frozenset(
+    {".stage.lock", ".stage.json.tmp", ".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl", REFERENCE_FOLDER}
+)
 
 
 class StageRecord:
@@ -154,7 +156,7 @@ class StageRecord:
             "status": "running",
             "started": _now(),
             "seconds": 0.0,
-            "versions": _versions(),
+            "versions": package_versions(),
             "inputs": {name: _fingerprints(source) for name, source in inputs.items()},
             "settings": hide_secrets(_plain(settings)),
             "counts": {},
@@ -320,7 +322,8 @@ def _fingerprints(source: Any) -> list[dict]:
     return [fingerprint(item) for item in sources if item is not None]
 
 
-def _versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
+    """Python's version and those of the packages that a result hangs on; None for one that is not installed."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -11,6 +11,7 @@ medst sft \
     --vision_learning_rate 5e-5 \
     --projector_learning_rate 2e-5 \
     --per_device_train_batch_size 8 \
+    --pack_sequences \
     --output_dir runs/vqa_rad/sft
 ```
 

@@ -11,15 +11,14 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..errors import UserError
 from ..policy.spans import can_be_asked
-from ..policy.vusr import add_vusr
+from ..policy.vusr import add_vusr, tokenizer_of
 from .encoding import TOKEN_INPUTS, Conversation, as_conversation, encode
-
-
-IGNORED = -100
+from .input_pipeline import TakesStoredImages
+from .packing import IGNORED, pack
 
 
 @dataclass
-class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
+class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLanguageModeling):
     """
     Data collator of self-questioning (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 
@@ -32,8 +31,8 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
     that fits; one whose first answer does not fit is left out of its batch, as is one without anything to train.
 
     Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
-    `images` (a list, may be empty) and `id` (drawn from the text where it is missing). Prompt-completion examples go
-    to TRL's collator.
+    `images` (a list, may be empty, decoded or as `datasets` stores them) and `id` (drawn from the text where it is
+    missing). Prompt-completion examples go to TRL's collator.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -49,6 +48,9 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
             Seed of the draws.
         pad_to_multiple_of (`int`, *optional*):
             If set, sequences are padded to a multiple of it.
+        packing (`float`, *optional*):
+            Packs the conversations of a batch into fewer rows, given what [`packing_cost`] says of the model:
+            `position_ids` and `token_mask` then stand in the place of `attention_mask`, see [`pack`].
 
     Returns of a call:
         `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else
@@ -70,6 +72,7 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
     sq_ratio: float = field(default=0.5, kw_only=True)
     sq_first_turn: bool = field(default=True, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    packing: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         if not 0 <= self.sq_ratio <= 1:
@@ -83,8 +86,9 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "DataCollatorForSelfQuestioning":
-        """A collator with the same settings whose draws stay those of epoch 0."""
-        return replace(self)
+        """A padding collator with the same settings whose draws stay those of epoch 0."""
+        # The Trainer weighs evaluation batches by their rows, which have to be examples.
+        return replace(self, packing=None)
 
     def asked_turns(self, example_id: str, messages: list[dict[str, Any]]) -> frozenset[int]:
         """
@@ -133,6 +137,9 @@ class DataCollatorForSelfQuestioning(DataCollatorForVisionLanguageModeling):
             for name in TOKEN_INPUTS:  # only the template's closing text stands behind the last target
                 if name in batch:
                     batch[name] = batch[name][:, : self.max_length]
+        if self.packing is not None:
+            images = [len(conversation.images) for conversation in conversations]
+            pack(batch, self.packing, images, tokenizer_of(self.processor).pad_token_id, self.pad_to_multiple_of)
         if set_aside:
             batch["set_aside"] = set_aside
         if truncated := truncated - set_aside.keys():

@@ -17,11 +17,13 @@ from ..errors import UserError
 from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .displacement import WarnOfDisplacement
+from .input_pipeline import FeedsImages, InputPipelineArguments
 from .learning_rates import LearningRatesByPart
 from .length_grouping import GroupsByLength
 from .preference_collator import DataCollatorForMultimodalPreference
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import (
+    REFERENCE_INPUTS,
     DataCollatorWithReference,
     cache_of_reference,
     check_precompute,
@@ -44,7 +46,7 @@ LOSSES = {
 
 
 @dataclass
-class MultimodalDPOConfig(DPOConfig):
+class MultimodalDPOConfig(InputPipelineArguments, DPOConfig):
     """
     Configuration of [`MultimodalDPOTrainer`]: TRL's [`~trl.DPOConfig`] and learning rates by part.
 
@@ -114,7 +116,9 @@ class MultimodalDPOConfig(DPOConfig):
         super().__post_init__()
 
 
-class MultimodalDPOTrainer(GroupsByLength, LearningRatesByPart, LoadsPublishedNames, OwnModelCard, DPOTrainer):
+class MultimodalDPOTrainer(
+    GroupsByLength, FeedsImages, LearningRatesByPart, LoadsPublishedNames, OwnModelCard, DPOTrainer
+):
     """
     Trainer of STLLaVA-Med's second stage (https://huggingface.co/papers/2406.19973): the policy learns to prefer the
     better of its own answers about an image.
@@ -222,7 +226,7 @@ class MultimodalDPOTrainer(GroupsByLength, LearningRatesByPart, LoadsPublishedNa
         if getattr(collator, "share_prefix", False):
             for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
                 model = self.accelerator.unwrap_model(model)
-                PrefixSharing(model.get_base_model() if hasattr(model, "peft_config") else model)
+                PrefixSharing(model.get_base_model() if hasattr(model, "get_base_model") else model)
         elif args.share_prefix and obstacle is not None:
             logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
         self.add_callback(WarnOfDisplacement())
@@ -241,6 +245,13 @@ class MultimodalDPOTrainer(GroupsByLength, LearningRatesByPart, LoadsPublishedNa
         super()._save(output_dir, state_dict)
         # A pickle that nothing reads again, and that would carry a `hub_token` given as an argument.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _prepare_inputs(self, inputs):
+        prepared = super()._prepare_inputs(inputs)
+        for name in REFERENCE_INPUTS & inputs.keys():
+            # Under DeepSpeed the Trainer casts what is not an integer to the model's type; in bfloat16 -129.4 is -129.
+            prepared[name] = inputs[name].to(self.args.device)
+        return prepared
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs.pop("neutralised", None)

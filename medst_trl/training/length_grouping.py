@@ -6,16 +6,27 @@ transformers' own grouping wants a column of lengths. Adding one to a dataset fr
 its images, so the lengths stay beside it.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from io import BytesIO
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
+from PIL import Image
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ..policy.spans import render_conversation
+from ..policy.vusr import tokenizer_of
+from .encoding import as_conversation
+from .input_pipeline import with_stored_images
 
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+    from transformers import ProcessorMixin
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -81,3 +92,69 @@ class GroupsByLength:
             # not told its number: https://github.com/modelscope/ms-swift/pull/9658
             dataloader.set_sampler(self._length_sampler)
         return dataloader
+
+
+def conversation_lengths(
+    dataset: Dataset, processor: "ProcessorMixin", max_length: int | None = None
+) -> list[int] | None:
+    """
+    About how many tokens each conversation has, at the price of one tokenisation; no image is decoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Conversations, see [`DataCollatorForSelfQuestioning`].
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor prepared by [`add_vusr`].
+        max_length (`int`, *optional*):
+            Where conversations end at the latest.
+
+    Returns:
+        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` for a dataset that
+        is streamed.
+
+    Raises:
+        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
+    """
+    if not hasattr(dataset, "__len__"):
+        return None
+
+    @cache
+    def image_tokens(height: int, width: int) -> int:
+        count = getattr(processor, "_get_num_multimodal_tokens", None)
+        # Without it, an image is read by cross-attention, or the length is that of the text: good enough to group by.
+        return count(image_sizes=[(height, width)])["num_image_tokens"][0] if count is not None else 0
+
+    lengths, tokenizer = [], tokenizer_of(processor)
+    for examples in _chunks(with_stored_images(dataset), 256):
+        conversations = [as_conversation(_with_sizes(example), _messages(example)) for example in examples]
+        texts = [render_conversation(processor, conversation.messages).text for conversation in conversations]
+        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for ids, conversation in zip(tokens, conversations, strict=True):
+            length = len(ids) + sum(image_tokens(*size) for size in conversation.images)
+            lengths.append(length if max_length is None else min(length, max_length))
+    return lengths
+
+
+def _messages(example: dict[str, Any]) -> list[dict[str, Any]]:
+    return example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+
+
+def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    examples = iter(examples)
+    while chunk := list(islice(examples, size)):
+        yield chunk
+
+
+def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
+    """An example with the sizes of its images in their place, for which the heads of the files are read."""
+    images = [example["image"]] if "image" in example else example.get("images") or []
+    rest = {name: value for name, value in example.items() if name != "image"}
+    return {**rest, "images": [_size(image) for image in images]}
+
+
+def _size(image: "Image.Image | dict[str, Any]") -> tuple[int, int]:
+    """Height and width."""
+    if isinstance(image, dict):
+        with Image.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+            return opened.height, opened.width
+    return image.height, image.width

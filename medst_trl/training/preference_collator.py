@@ -21,6 +21,7 @@ from .encoding import (
     encode,
     tokens_without_images,
 )
+from .input_pipeline import TakesStoredImages, with_decoded_images
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class PairOfRows(NamedTuple):
 
 
 @dataclass
-class DataCollatorForMultimodalPreference(DataCollatorForVisionPreference):
+class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisionPreference):
     """
     Data collator for preference pairs about images.
 
@@ -53,7 +54,8 @@ class DataCollatorForMultimodalPreference(DataCollatorForVisionPreference):
     [`DataCollatorForSelfQuestioning`]. The images of a pair go through the processor once, not twice.
 
     Each example has `prompt` (messages, the last one a user's), `chosen` and `rejected` (one assistant message each),
-    `images` (a list, may be empty) and optionally `id`. An answer is cut at `max_length`.
+    `images` (a list, may be empty, decoded or as `datasets` stores them) and optionally `id`. An answer is cut at
+    `max_length`.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -82,6 +84,7 @@ class DataCollatorForMultimodalPreference(DataCollatorForVisionPreference):
         add_vusr(self.processor)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        examples = [with_decoded_images(example) for example in examples]
         chosen = [pair_as_conversation(example, "chosen") for example in examples]
         rejected = [pair_as_conversation(example, "rejected") for example in examples]
         encoded = encode(self.processor, chosen)

@@ -19,7 +19,7 @@ _OPERATIONAL_PREFIXES = (
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
     "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config",
-    "torch_empty_cache_steps",
+    "torch_empty_cache_steps", "ref_log_probs_dir", "precompute_ref_batch_size",
 )  # fmt: skip
 
 

@@ -8,21 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, TrainerCallback
+from accelerate.logging import get_logger
+from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import UserError
 from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .collator import DataCollatorForSelfQuestioning
+from .input_pipeline import FeedsImages, InputPipelineArguments
 from .learning_rates import LearningRatesByPart
+from .length_grouping import GroupsByLength, conversation_lengths
+from .packing import packing_cost, rope_positions
 from .resume import LoadsPublishedNames
 from .run_folder import OwnModelCard
 from .set_aside import SetAsideExamples
 
 
+logger = get_logger(__name__)
+
+
 @dataclass
-class SelfQuestioningConfig(SFTConfig):
+class SelfQuestioningConfig(InputPipelineArguments, SFTConfig):
     """
     Configuration of [`SelfQuestioningTrainer`]: TRL's [`~trl.SFTConfig`] and what self-questioning adds.
 
@@ -39,11 +46,16 @@ class SelfQuestioningConfig(SFTConfig):
             Learning rate of the vision tower. Defaults to `learning_rate`.
         projector_learning_rate (`float`, *optional*):
             Learning rate of the projector. Defaults to `learning_rate`.
+        pack_sequences (`bool`, *optional*, defaults to `False`):
+            Whether the conversations of a batch are packed into fewer rows without padding. What is learned is the
+            same. A model whose attention cannot tell conversations apart gets padded batches of conversations of
+            about equal length instead (`train_sampling_strategy="group_by_length"`). Takes the place of TRL's
+            `packing` and `padding_free`, which know no images.
 
     > [!NOTE]
     > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's),
-    > `restore_callback_states_from_checkpoint` to `True`, and `bf16` to `False` where there
-    is > no accelerator.
+    > `restore_callback_states_from_checkpoint` to `True`, `bf16` to `False` where there is no accelerator, and
+    > `dataloader_num_workers` to this process's share of the CPU cores beside an accelerator.
     """
 
     restore_callback_states_from_checkpoint: bool = field(
@@ -73,13 +85,23 @@ class SelfQuestioningConfig(SFTConfig):
         default=None, metadata={"help": "Learning rate of the projector. Default: learning_rate."}
     )
 
+    pack_sequences: bool = field(
+        default=False,
+        metadata={"help": "Pack the conversations of a batch into fewer rows without padding: the same step, faster."},
+    )
+
     def __post_init__(self):
+        if self.packing or self.padding_free:
+            name = "packing" if self.packing else "padding_free"
+            raise UserError(f"TRL's {name} is for text alone. With images, set pack_sequences: true instead.")
         if self.bf16 is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.bf16 = False  # TRL's default of True suits accelerators; on a CPU it is slow and less exact
         super().__post_init__()
 
 
-class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelCard, SFTTrainer):
+class SelfQuestioningTrainer(
+    GroupsByLength, FeedsImages, LearningRatesByPart, LoadsPublishedNames, OwnModelCard, SFTTrainer
+):
     """
     Trainer of STLLaVA-Med's first stage (https://huggingface.co/papers/2406.19973): the policy learns to answer
     questions about an image and, in `<vusr>` turns, to ask them.
@@ -133,14 +155,22 @@ class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelC
                 base.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
         prepare_policy(base, processing_class)
+        if args.pack_sequences and kwargs.get("data_collator") is not None:
+            raise UserError(
+                "pack_sequences is the default collator's work: leave out pack_sequences or data_collator."
+            )
+        packing = _packing(base, args) if args.pack_sequences else None
         collator = kwargs.pop("data_collator", None) or DataCollatorForSelfQuestioning(
             processing_class,
+            packing=packing,
             max_length=args.max_length,
             sq_ratio=args.sq_ratio,
             sq_first_turn=args.sq_first_turn,
             seed=args.seed,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+        if args.train_sampling_strategy == "group_by_length":
+            self.train_lengths = conversation_lengths(train_dataset, processing_class, args.max_length)
         super().__init__(
             model=model,
             args=args,
@@ -186,13 +216,19 @@ class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelC
         if self.model.training:
             self.set_aside.add(set_aside, truncated)
         neutralised = inputs.pop("neutralised", 0)
+        hooks, outputs = [], []
         # TRL keeps the per-token log-probabilities of its fused LM head to itself
-        outputs = []
-        hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        hooks.append(model.register_forward_hook(lambda module, args, output: outputs.append(output)))
+        if "token_mask" in inputs:
+            inputs["position_ids"] = rope_positions(self._base_model(), inputs)
+            # TRL counts tokens by it; a model that saw it would not look for documents
+            inputs["attention_mask"] = inputs.pop("token_mask")
+            hooks.append(model.register_forward_pre_hook(_without_attention_mask, with_kwargs=True))
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         fused = next((output for output in outputs if hasattr(output, "is_top1")), None)
         if question_mask is None or fused is None:
             return result
@@ -203,6 +239,9 @@ class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelC
         loss = result[0] if return_outputs else result
         loss = loss + (self.args.question_loss_weight - 1) * self._mean_loss(fused, is_question, num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
+
+    def _base_model(self) -> PreTrainedModel:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def _mean_loss(self, fused: Any, chosen: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """Negative log-likelihood of the chosen tokens, scaled as TRL scales the loss over all of them."""
@@ -244,6 +283,23 @@ class SelfQuestioningTrainer(LearningRatesByPart, LoadsPublishedNames, OwnModelC
         if "learning_rate" in logs:
             logs |= self.learning_rates_to_log()
         super().log(logs, start_time)
+
+
+def _packing(model: PreTrainedModel, args: SelfQuestioningConfig) -> float | None:
+    """The model's [`packing_cost`], or `None` and batches grouped by length, and a line that says why."""
+    cost, why = packing_cost(model)
+    parallelism = args.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        cost, why = None, "context and sequence parallelism cut rows regardless of documents"
+    if cost is None:
+        logger.warning(f"pack_sequences: {why}. Batches are padded and grouped by length instead.")
+        args.train_sampling_strategy = "group_by_length"
+    return cost
+
+
+def _without_attention_mask(module, args, kwargs):
+    kwargs.pop("attention_mask", None)
+    return args, kwargs
 
 
 class _EpochOfDraws(TrainerCallback):

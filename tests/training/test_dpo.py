@@ -149,7 +149,6 @@ def test_other_losses_of_trl_and_their_sums_stay_available(tmp_path, loss_type):
     [
         ({"beta": 0.0}, "beta"),
         ({"loss_type": ["nonsense"]}, "nonsense"),
-        ({"precompute_ref_log_probs": True}, "images"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, settings, message):

@@ -1,0 +1,175 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import multiprocessing
+import pickle
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import tiny_run
+import torch
+from datasets import Dataset
+from datasets.features.image import Image as ImageFeature
+from torch.utils.data import DataLoader
+from transformers import CLIPImageProcessorPil
+
+from medst_trl.training import input_pipeline
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.input_pipeline import DataWait, default_workers, with_stored_images
+from medst_trl.training.length_grouping import conversation_lengths
+from medst_trl.training.sft import SelfQuestioningConfig
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(input_pipeline.time, "monotonic", lambda: self.now)
+
+    def slow(self, function, seconds):
+        def call(*args, **kwargs):
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_sampling_strategy": "group_by_length"}, {"pack_sequences": True}])
+def test_every_image_is_decoded_and_resized_once_an_epoch(tmp_path, monkeypatch, settings):
+    rows = [tiny_run.conversation(i, with_image=i % 3 != 1) for i in range(9)]
+    counts = Counter()
+
+    def counted(cls, name):
+        method = getattr(cls, name)
+
+        def call(self, value, *args, **kwargs):
+            counts[name] += len(value) if isinstance(value, list) else 1
+            return method(self, value, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, call)
+
+    trainer = tiny_run.make_trainer(tmp_path, rows=rows, max_steps=-1, num_train_epochs=3, max_length=512, **settings)
+    assert trainer.args.dataloader_num_workers == 0
+    counted(ImageFeature, "decode_example")
+    counted(CLIPImageProcessorPil, "_preprocess")
+    trainer.train()
+    assert counts == {"decode_example": 3 * 6, "_preprocess": 3 * 6}
+
+
+def test_stored_and_decoded_images_make_the_same_batch(monkeypatch):
+    collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1])
+    dataset = Dataset.from_list([tiny_run.conversation(i, with_image=i != 2) for i in range(4)])
+    shuffled = dataset.select([3, 0, 2, 1])
+    stored = with_stored_images(shuffled)
+    assert isinstance(stored[0]["images"][0], dict) and not isinstance(shuffled[0]["images"][0], dict)
+    ours, theirs = (collator(list(rows)) for rows in (stored, shuffled))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    one = dataset.select([0]).map(lambda row: {"image": row["images"][0]}, remove_columns="images")
+    assert torch.equal(collator(list(with_stored_images(one)))["pixel_values"], collator([dataset[0]])["pixel_values"])
+
+
+def test_lengths_are_found_without_decoding_an_image(monkeypatch):
+    _, processor = tiny_run.small_policy()
+    rows = [tiny_run.conversation(i, turns=1 + i % 4, with_image=i % 3 != 1) for i in range(40)]
+    dataset = Dataset.from_list(rows).select(range(39, 2, -1))  # with an indices mapping
+    collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
+    expected = [collator([dataset[i]])["input_ids"].shape[1] for i in range(len(dataset))]
+    monkeypatch.setattr(ImageFeature, "decode_example", lambda *args, **kwargs: pytest.fail("decoded"))
+    lengths = conversation_lengths(dataset, processor)
+    assert all(abs(a - b) <= 2 for a, b in zip(lengths, expected, strict=True))
+    assert max(conversation_lengths(dataset, processor, max_length=60)) == 60
+    assert conversation_lengths(list(rows), processor)[::-1][: len(lengths)] == lengths
+
+
+@pytest.mark.parametrize(
+    ("method", "packing"),
+    [("fork", None), ("fork", 0.001), pytest.param("spawn", 0.001, marks=pytest.mark.slow)],
+)
+def test_workers_make_the_same_batches(method, packing):
+    collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1], packing=packing)
+    dataset = Dataset.from_list([tiny_run.conversation(i, turns=1 + i % 3) for i in range(8)])
+    context = multiprocessing.get_context(method)
+    inside, outside = (
+        list(
+            DataLoader(dataset, 4, collate_fn=collator, num_workers=n, multiprocessing_context=context if n else None)
+        )
+        for n in (0, 2)
+    )
+    for ours, theirs in zip(inside, outside, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_collator_pickles():
+    collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1], sq_ratio=0.5)
+    collator.set_epoch(3)
+    rows = [tiny_run.conversation(i, turns=3) for i in range(4)]
+    ours, theirs = collator(rows), pickle.loads(pickle.dumps(replace(collator)))
+    theirs.set_epoch(3)
+    assert torch.equal(ours["question_mask"], theirs(rows)["question_mask"])
+
+
+def test_two_workers_train_as_none_do(tmp_path):
+    logs = []
+    for workers in (0, 2):
+        trainer = tiny_run.make_trainer(
+            tmp_path, max_steps=5, dataloader_num_workers=workers, train_sampling_strategy="group_by_length",
+            dataloader_persistent_workers=workers > 0, lora_dropout=0.0,
+        )  # fmt: skip
+        trainer.train()
+        logs.append(trainer.state.log_history[:-1])
+        assert all(0 <= entry["data_wait"] <= 1 for entry in logs[-1])
+    for ours, theirs in zip(*logs, strict=True):
+        assert {**ours, "data_wait": 0} == {**theirs, "data_wait": 0}
+
+
+@pytest.mark.parametrize(("accelerator", "use_cpu"), [(True, False), (True, True), (False, False)])
+def test_workers_are_started_where_something_else_computes(monkeypatch, tmp_path, accelerator, use_cpu):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(input_pipeline.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none", use_cpu=use_cpu)
+    starts = accelerator and not use_cpu
+    assert args.dataloader_num_workers == (8 if starts else 0)
+    assert args.dataloader_persistent_workers is starts
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(input_pipeline.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert default_workers() == 4
+
+
+def test_what_is_set_stays_set(tmp_path):
+    args = SelfQuestioningConfig(
+        output_dir=str(tmp_path), dataloader_num_workers=3, dataloader_persistent_workers=False, report_to="none"
+    )
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (3, False)
+    args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none")
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (0, False)
+
+
+def test_the_share_is_that_of_waiting(monkeypatch):
+    clock, wait = Clock(monkeypatch), DataWait()
+    batches = iter(map(clock.slow(lambda x: x, 3.0), range(3)))
+    for _ in range(2):
+        assert next(wait.timed(batches)) is not None
+        clock.now += 1.0
+    assert wait.share() == pytest.approx(6 / 8)
+    clock.now += 5.0
+    assert wait.share() == 0
+    assert list(wait.timed(batches)) == [2] and list(wait.timed(batches)) == []
+    assert wait.share() == 1
+
+
+@pytest.mark.parametrize(("seconds", "hints"), [(0.5, 1), (0.01, 0)])
+def test_a_run_that_waits_for_data_says_so_once(tmp_path, monkeypatch, caplog, seconds, hints):
+    clock = Clock(monkeypatch)
+    trainer = tiny_run.make_trainer(tmp_path, max_steps=9)
+    trainer.data_collator.torch_call = clock.slow(trainer.data_collator.torch_call, seconds)
+    trainer.training_step = clock.slow(trainer.training_step, 1.0)
+    trainer.train()
+    found = [record.message for record in caplog.records if "dataloader_num_workers" in record.message]
+    assert len(found) == hints
+    shares = [entry["data_wait"] for entry in trainer.state.log_history[:-1]]
+    assert len(shares) == 9 and sum(shares) / 9 == pytest.approx(seconds / (1 + seconds), abs=0.03)

@@ -1,0 +1,470 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training on cached log-probabilities: the same steps, less memory, and never another reference's numbers."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from tiny_dpo import adapter_policy, make_trainer, pair, text, trained_weights
+from tiny_run import small_policy
+
+from medst_trl.errors import UserError
+from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
+from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
+from medst_trl.training.reference_log_probs import cache_of_reference, hash_weights, sharing_weights
+
+
+TIMES = ("runtime", "per_second", "flos")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Pairs that a reference has read, a number for each of its forwards."""
+    batches, compute = [], MultimodalDPOTrainer.compute_ref_log_probs
+
+    def counted(self, model, inputs):
+        chosen, rejected = compute(self, model, inputs)
+        batches.append(len(chosen))
+        return chosen, rejected
+
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", counted)
+    return batches
+
+
+def cached(output_dir, **overrides) -> MultimodalDPOTrainer:
+    return make_trainer(output_dir, precompute_ref_log_probs=True, **overrides)
+
+
+def files(output_dir) -> list[Path]:
+    return sorted((output_dir / "reference_log_probs").iterdir())
+
+
+def figures(trainer) -> list[dict[str, float]]:
+    entries = [*trainer.state.log_history, trainer.evaluate()]
+    entries[0].pop("rewards/accuracies")  # of ties, before the first step
+    return [{name: x for name, x in entry.items() if not any(time in name for time in TIMES)} for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("continued_adapter", {}),
+        ("continued_adapter", {"share_prefix": False, "ld_alpha": 0.5, "max_length": 44}),
+        ("new_adapter", {"gradient_checkpointing": True}),
+        ("full", {"loss_type": ["ipo"]}),
+    ],
+)
+def test_training_is_that_with_a_live_reference(tmp_path, computed, policy, settings):
+    settings |= {"policy": policy, "eval_rows": [pair(50), pair(51)]}
+    live = make_trainer(tmp_path / "live", **settings)
+    live.train()
+    expected = figures(live)
+    first = cached(tmp_path, **settings, precompute_ref_batch_size=5)
+    assert computed == [5, 5, 4]
+    again = cached(tmp_path, **settings)
+    assert len(computed) == 3
+    for trainer in (first, again):
+        assert trainer.args.precompute_ref_log_probs
+        trainer.train()
+        for ours, theirs in zip(figures(trainer), expected, strict=True):
+            assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), abs=1e-6)
+            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-5)  # log-ratios are differences of large numbers
+        theirs = trained_weights(live)
+        for name, weight in trained_weights(trainer).items():
+            assert torch.allclose(weight, theirs[name], atol=2e-5), name
+    assert len(computed) == 3
+
+
+@pytest.mark.parametrize("policy", ["continued_adapter", "full"])
+def test_the_reference_is_not_held_in_memory(tmp_path, monkeypatch, policy):
+    references, compute = [], MultimodalDPOTrainer.compute_ref_log_probs
+
+    def watched(self, model, inputs):
+        references.append(weakref.ref(model))
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", watched)
+
+    def numbers(trainer):
+        tensors = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.nn.Parameter)]
+        return sum(tensor.numel() for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
+
+    gc.collect()
+    before = numbers(None)
+    live = make_trainer(tmp_path, policy=policy)
+    gc.collect()
+    of_live = numbers(live) - before
+    trainer = cached(tmp_path, policy=policy)
+    gc.collect()
+    of_ours = numbers(trainer) - before - of_live
+    model = trainer.model
+    assert trainer.ref_model is None and list(getattr(model, "peft_config", {"default": 0})) == ["default"]
+    assert references and all(reference() is None for reference in references)
+    assert of_ours == sum(parameter.numel() for parameter in model.parameters()) < of_live
+
+
+def test_an_own_reference_is_read_and_let_go(tmp_path, computed):
+    reference, _ = adapter_policy()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    own = lambda **more: {"policy": adapter_policy(), "ref_model": reference.merge_and_unload(), **more}  # noqa: E731
+    live = make_trainer_with(tmp_path / "live", own())
+    live.train()
+    trainer = make_trainer_with(tmp_path, own(precompute_ref_log_probs=True))
+    assert computed == [4, 4, 4] and trainer.ref_model is None
+    trainer.train()
+    ours, theirs = (t.state.log_history[0]["loss"] for t in (trainer, live))
+    assert ours == pytest.approx(theirs, abs=1e-6) and abs(ours - 0.6931) > 1e-3
+
+
+def make_trainer_with(output_dir, settings) -> MultimodalDPOTrainer:
+    """[`make_trainer`] with a `ref_model`, which it does not take."""
+    (model, processor), reference = settings.pop("policy"), settings.pop("ref_model")
+    return MultimodalDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=MultimodalDPOConfig(
+            output_dir=str(output_dir), per_device_train_batch_size=4, max_steps=1, logging_steps=1, seed=3,
+            report_to="none", gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, **settings,
+        ),
+        train_dataset=Dataset.from_list([pair(number) for number in range(12)]),
+        processing_class=processor,
+    )  # fmt: skip
+
+
+def test_a_frozen_part_stays_frozen_and_the_reference_does_not_move(tmp_path):
+    from medst_trl.policy.adapters import freeze_vision
+
+    model, processor = adapter_policy()
+    freeze_vision(model)
+    trainer = cached(tmp_path, policy=(model, processor))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and not any("vision_tower" in name for name in moved)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    cached(tmp_path)  # from the start again: the file is the one of the policy as it came in
+    assert files(tmp_path) == [path] and path.read_bytes() == content
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run's folder whose file holds twelve pairs."""
+    folder = tmp_path_factory.mktemp("written")
+    cached(folder)
+    return folder
+
+
+def key_of(change=None, policy=adapter_policy, **settings) -> str:
+    """The name of the file of a policy's numbers, the policy changed in place."""
+    model, processor = policy()
+    if change is not None:
+        with torch.no_grad():
+            change(model, processor)
+    args = MultimodalDPOConfig(output_dir="none", use_cpu=True, **settings)
+    collator = DataCollatorForMultimodalPreference(processor, max_length=args.max_length)
+    return cache_of_reference(model, processor, collator, args).key
+
+
+def other_template(model, processor):
+    processor.chat_template = processor.chat_template + "{# as before, but for this #}"
+
+
+def other_image_mean(model, processor):
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+
+
+def other_token(model, processor):
+    processor.tokenizer.add_tokens("radiograph")
+
+
+def other_adapter(model, processor):
+    next(p for name, p in model.named_parameters() if "lora_B" in name).view(-1)[0] += 1e-4
+
+
+def other_base(model, processor):
+    next(p for name, p in model.named_parameters() if "base_layer" in name).view(-1)[0] += 1e-4
+
+
+def other_alpha(model, processor):
+    model.peft_config["default"].lora_alpha *= 2
+
+
+def other_layer(model, processor):
+    model.get_base_model().config.vision_feature_layer = -1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"change": other_adapter},
+        {"change": other_base},
+        {"change": other_alpha},
+        {"change": other_layer},
+        {"change": other_template},
+        {"change": other_image_mean},
+        {"change": other_token},
+        {"policy": small_policy},
+        {"max_length": 44},
+        {"max_length": None},
+        {"ld_alpha": 0.5},
+        {"bf16": True},
+    ],
+)
+def test_another_reference_or_setting_is_another_file(other):
+    assert key_of(**other) != key_of()
+
+
+def moved(model, processor):
+    model.get_base_model().config._name_or_path = "/elsewhere/model"
+    model.peft_config["default"].base_model_name_or_path = "/elsewhere/model"
+    processor.tokenizer(["one", "two or three"], padding=True, truncation=True, max_length=3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"change": moved}, {"beta": 0.5}, {"share_prefix": False}, {"learning_rate": 1.0}, {"pad_to_multiple_of": 8}],
+)
+def test_what_changes_no_number_changes_no_file(other):
+    assert key_of(**other) == key_of()
+
+
+@pytest.mark.parametrize("change", [{"policy": other_adapter}, {"max_length": 44}])
+def test_numbers_of_another_reference_or_setting_are_not_used(written, tmp_path, computed, change):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    if "policy" in change:
+        policy = adapter_policy()
+        with torch.no_grad():
+            change["policy"](*policy)
+        change = {"policy": policy}
+    cached(tmp_path, **change)
+    assert sum(computed) == 12 and len(files(tmp_path)) == 2
+
+
+def test_numbers_do_not_hang_on_how_they_are_used(written, tmp_path, computed):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    cached(tmp_path, share_prefix=False, per_device_train_batch_size=3, beta=0.5)
+    assert not computed and len(files(tmp_path)) == 1
+
+
+def test_only_what_is_new_in_the_data_is_computed(written, tmp_path, computed):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    rows = [pair(number) for number in range(12)]
+    rows[3]["chosen"] = [{"role": "assistant", "content": text("It is quite dark.")}]
+    rows[5]["images"][0].putpixel((2, 2), (9, 9, 9))
+    rows[7]["id"] = rows[8]["id"]  # ids do not count
+    rows += [pair(30), {**pair(30), "id": "p31"}, pair(2)]  # the same content is computed once
+    del rows[:2]
+    trainer = cached(tmp_path, rows=rows, max_steps=4)
+    assert sum(computed) == 3
+    (path,) = files(tmp_path)
+    assert pq.read_metadata(path).num_rows == 12 + 3  # those of the earlier data stay
+    trainer.train()
+    live = make_trainer(tmp_path / "live", rows=rows, max_steps=4)
+    live.train()
+    for ours, theirs in zip(trainer.state.log_history[:4], live.state.log_history[:4], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+def test_share_prefix_gives_the_same_numbers(written, tmp_path):
+    cached(tmp_path, share_prefix=False)
+    (shared,), (plain,) = files(written), files(tmp_path)
+    assert shared.name == plain.name
+    shared, plain = (pq.read_table(path).to_pylist() for path in (shared, plain))
+    for ours, theirs in zip(shared, plain, strict=True):
+        assert ours["pair"] == theirs["pair"]
+        assert (ours["chosen"], ours["rejected"]) == pytest.approx((theirs["chosen"], theirs["rejected"]), rel=1e-6)
+
+
+def test_a_new_adapter_and_full_training_have_one_reference(tmp_path, computed):
+    cached(tmp_path, policy="new_adapter")
+    cached(tmp_path, policy="full")
+    assert sum(computed) == 12 and len(files(tmp_path)) == 1
+
+
+def test_a_cut_computation_goes_on_where_it_was(tmp_path, monkeypatch, computed, capsys):
+    counted = MultimodalDPOTrainer.compute_ref_log_probs
+
+    def breaks(self, model, inputs):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return counted(self, model, inputs)
+
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path)
+    assert [path.suffix for path in files(tmp_path)] == [".part"]
+    capsys.readouterr()
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", counted)
+    cached(tmp_path)
+    assert computed == [4, 4, 4]
+    assert "8 of 12 pairs are known" in capsys.readouterr().out
+    assert [path.suffix for path in files(tmp_path)] == [".parquet"]
+    cached(tmp_path)
+    assert computed == [4, 4, 4] and "12 of 12 pairs" in capsys.readouterr().out
+
+
+def test_a_run_killed_before_the_file_was_there_has_lost_nothing(tmp_path, monkeypatch, computed):
+    from medst_trl.training.reference_cache import ReferenceCache
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(ReferenceCache, "write", lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt()))
+        cached(tmp_path)
+    computed.clear()
+    cached(tmp_path)
+    assert not computed and [path.suffix for path in files(tmp_path)] == [".parquet"]
+
+
+def test_numbers_that_are_none_stop_the_run(tmp_path, monkeypatch):
+    def overflows(self, model, inputs):
+        rows = len(inputs["input_ids"]) // 2
+        return torch.zeros(rows), torch.full((rows,), float("nan"))
+
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", overflows)
+    with pytest.raises(UserError, match=r"Record 'p\d+': its log-probabilities under the reference are 0.0 .* nan"):
+        cached(tmp_path)
+    assert not [path for path in files(tmp_path) if path.stat().st_size]
+
+
+def test_a_pair_that_the_reference_has_not_read_is_named(tmp_path):
+    trainer = cached(tmp_path, max_steps=1)
+    with pytest.raises(UserError, match="'p77' has no log-probabilities .* eval_dataset"):
+        trainer.evaluate(Dataset.from_list([pair(77)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [({"fsdp": "full_shard"}, {}, "FSDP"), ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP")],
+)
+def test_weights_cut_up_are_refused(tmp_path, monkeypatch, settings, environment, message):
+    from medst_trl.training.reference_log_probs import check_precompute
+
+    args = MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True)
+    check_precompute(args)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    with pytest.raises(UserError, match=message):
+        check_precompute(args)
+    with monkeypatch.context() as zero3, pytest.raises(UserError, match="ZeRO-3"):
+        zero3.setattr(args, "deepspeed_plugin", type("Plugin", (), {"zero_stage": 3}), raising=False)
+        check_precompute(args)
+
+
+def test_deepspeed_does_not_round_what_the_reference_says(tmp_path, monkeypatch):
+    trainer = cached(tmp_path)
+    config = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", config)
+    batch = trainer.data_collator([pair(1), pair(2)])
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["pixel_values"].dtype == torch.bfloat16
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert torch.equal(prepared[name], batch[name]) and prepared[name].dtype == torch.float32
+
+
+def test_a_reference_that_changes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="sync_ref_model"):
+        MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, sync_ref_model=True)
+
+
+def test_weights_are_known_by_name_type_shape_and_value():
+    def of(**tensors):
+        module = torch.nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return hash_weights(module)
+
+    zeros = torch.zeros(4, 2)
+    known = of(a=zeros)
+    others = [of(b=zeros), of(a=zeros.half()), of(a=zeros.T), of(a=zeros, b=zeros), of(a=zeros + 1e-30)]
+    assert len({known, *others}) == 6
+    assert of(a=torch.zeros(2, 4).T) == known == of(a=zeros.clone())
+
+
+def test_a_second_model_takes_no_memory():
+    model, _ = adapter_policy()
+    model.train()
+    second = sharing_weights(model)
+    assert {p.data_ptr() for p in second.parameters()} == {p.data_ptr() for p in model.parameters()}
+    assert not any(module.training for module in second.modules()) and model.training
+    assert not {id(m) for m in second.modules()} & {id(m) for m in model.modules()}
+
+
+KILLED = """
+import json, os, signal, sys
+import tiny_dpo
+from medst_trl.training.dpo import MultimodalDPOTrainer
+output_dir, batches = sys.argv[1], int(sys.argv[2])
+compute, done = MultimodalDPOTrainer.compute_ref_log_probs, []
+def counted(self, model, inputs):
+    if len(done) == batches:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return compute(self, model, inputs)
+MultimodalDPOTrainer.compute_ref_log_probs = counted
+trainer = tiny_dpo.make_trainer(output_dir, precompute_ref_log_probs=True, precompute_ref_batch_size=2)
+if trainer.accelerator.is_main_process:
+    print("FORWARDS", len(done), trainer.accelerator.num_processes)
+trainer.train()
+trainer.end()
+"""
+
+
+def run(output_dir: Path, batches: int = 99, ranks: int = 1) -> subprocess.CompletedProcess:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    script = output_dir.parent / "killed.py"
+    script.write_text(KILLED)
+    launcher = [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks), "--mixed_precision", "no",
+        "--main_process_port", "0",
+    ]  # fmt: skip
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(script), str(output_dir), str(batches)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_at_most_a_batch(tmp_path):
+    assert run(tmp_path / "cut", batches=4).returncode == -9
+    done = run(tmp_path / "cut")
+    assert done.returncode == 0, done.stderr
+    assert "8 of 12 pairs are known" in done.stdout and "FORWARDS 2 1" in done.stdout
+    assert run(tmp_path / "whole").returncode == 0
+    (cut,), (whole,) = files(tmp_path / "cut"), files(tmp_path / "whole")
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_file_of_one(tmp_path):
+    one, two = run(tmp_path / "one"), run(tmp_path / "two", ranks=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert "FORWARDS 6 1" in one.stdout and "FORWARDS 3 2" in two.stdout
+    (of_one,), (of_two,) = files(tmp_path / "one"), files(tmp_path / "two")
+    assert of_one.name == of_two.name and of_one.read_bytes() == of_two.read_bytes()
+    killed = run(tmp_path / "killed", ranks=2, batches=1)
+    assert killed.returncode != 0
+    again = run(tmp_path / "killed", ranks=2)
+    assert re.search("[24] of 12 pairs are known", again.stdout), again.stderr  # one may be ended before its first
+    assert json.dumps(pq.read_table(files(tmp_path / "killed")[0]).to_pylist()) == json.dumps(
+        pq.read_table(of_one).to_pylist()
+    )
