@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import VUSR
+from .shared_prompts import read_once, write_on
 from .spans import in_form, typed_parts
 from .vusr import neutralise_parts, turn_format
 
@@ -80,6 +81,7 @@ def write_texts(
     inputs: "BatchFeature",
     max_new_tokens: int,
     sampler: "LogitsProcessor | None" = None,
+    draws: Sequence[int] | None = None,
 ) -> list[tuple[str, bool]]:
     """
     Let the model write behind each prompt of a batch.
@@ -95,9 +97,13 @@ def write_texts(
             Where a text that does not end is cut off.
         sampler ([`~transformers.LogitsProcessor`], *optional*):
             Chooses the tokens, by leaving one with a finite score. The likeliest token by default.
+        draws (sequence of `int`, *optional*):
+            How many texts to write behind each prompt, which the model reads once for all of them; for models that
+            [`shares_prompts`] accepts. One by default.
 
     Returns:
-        `list[tuple[str, bool]]`: each text, and whether it ended by itself.
+        `list[tuple[str, bool]]`: each text, and whether it ended by itself. All texts behind the first prompt come
+        first.
     """
     import torch
 
@@ -107,16 +113,24 @@ def write_texts(
     ends = [ends] if isinstance(ends, int) else list(ends)
     vusr = tokenizer.get_vocab().get(VUSR)  # read, never written
     never = {*(config.suppress_tokens or []), *([] if vusr is None else [vusr])}
+    settings = GREEDY | {
+        "use_cache": True,  # configurations that were saved after gradient checkpointing may say no
+        "eos_token_id": ends,
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": sorted(never) or None,
+    }
     with torch.inference_mode():
-        output = model.generate(
-            **inputs,
-            **GREEDY,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=sorted(never) or None,
-            logits_processor=None if sampler is None else [sampler],
-        )
-    tokens = output[:, inputs["input_ids"].shape[1] :]
+        if draws is None:
+            output = model.generate(
+                **inputs,
+                **settings,
+                max_new_tokens=max_new_tokens,
+                logits_processor=None if sampler is None else [sampler],
+            )
+            tokens = output[:, inputs["input_ids"].shape[1] :]
+        else:
+            if max(draws) > 1:
+                inputs = read_once(model, inputs, draws, **settings)
+            tokens = write_on(model, inputs, max_new_tokens, sampler, **settings)
     ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(1).tolist()
     return [(text.strip(), end) for text, end in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended)]

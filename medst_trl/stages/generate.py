@@ -94,7 +94,10 @@ class GenerateArguments:
             "help": "Answers that share more of their words are nearly identical and set aside; 1: only equals."
         },
     )
-    batch_size: int = field(default=16, metadata={"help": "Texts written at a time on each process."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Texts written at a time on each process; by default as many as fit, on a CPU 16."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of all draws (a server makes no promise about it)."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto (the checkpoint's), float32, bfloat16."})
     engine: str = field(

@@ -64,8 +64,9 @@ class CandidateGenerator:
             Answers that share more of their words are nearly identical, see [`same_answer`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of all draws. A server makes no promise about it.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Texts written at a time; halved where they do not fit into memory.
+        batch_size (`int`, *optional*):
+            Texts written at a time; halved where they do not fit into memory. By default 16 on a CPU, and on an
+            accelerator as many as fit.
         model_name (`str`, *optional*):
             How to name the model in `generation`.
 
@@ -99,7 +100,7 @@ class CandidateGenerator:
         question_filter: QuestionFilter | None = None,
         max_answer_similarity: float = 0.95,
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         model_name: str | None = None,
     ):
         if num_questions < 1 or num_answers < 2:
@@ -173,7 +174,8 @@ class CandidateGenerator:
         if times > 1:
             raise UserError(f"{times} records have the id {record_id!r}. Give each its own, or they would draw alike.")
         state = process_state()
-        size = BATCHES_A_WINDOW * self.engine.batch_size
+        # Equal on all processes, and no process without a window where there are records for all.
+        size = max(1, min(BATCHES_A_WINDOW * self.engine.batch_size, -(-len(ids) // state.num_processes)))
         windows = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         windows = windows[state.process_index :: state.num_processes]
         total = sum(map(len, windows))

@@ -39,10 +39,10 @@ class Sampling:
     max_new_tokens: int = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenedImage:
     """
-    An image of a record.
+    An image of a record. Each is equal to itself alone, and what an engine remembers of it lives as long as it does.
 
     Args:
         bytes (`bytes`): The file as the dataset holds it.

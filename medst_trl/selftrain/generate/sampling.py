@@ -70,6 +70,10 @@ class SeededSampler(LogitsProcessor):
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp(max=scores.shape[1] - 1), 0.0)
 
+    def keep(self, rows: torch.LongTensor) -> None:
+        """Go on with some rows of the batch, given by their numbers."""
+        self._uniforms = self._uniforms[rows]
+
     def check(self) -> None:
         """Raise a `UserError` if the model's scores were no numbers at some step."""
         if self._broken is not None and bool(self._broken):

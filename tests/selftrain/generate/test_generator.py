@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import ast
+import copy
 import io
 import json
 from itertools import islice
@@ -10,6 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES
+from family_models import tiny_model
+from peft import get_peft_model
 from PIL import Image
 from tiny_run import small_policy
 
@@ -18,13 +21,16 @@ from medst_trl.data.images import image_id
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
 from medst_trl.errors import UserError
 from medst_trl.evaluation import vqa
-from medst_trl.policy import decoding
+from medst_trl.policy import decoding, shared_prompts
+from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.decoding import chat_inputs
+from medst_trl.policy.image_features import ImageMemory
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain.generate import transformers_engine
 from medst_trl.selftrain.generate.files import select_records, undecoded
 from medst_trl.selftrain.generate.filters import QuestionFilter
-from medst_trl.selftrain.generate.prompts import DESCRIBE, Prompt, Reply, Sampling, to_answer, to_ask
+from medst_trl.selftrain.generate.prompts import DESCRIBE, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
+from medst_trl.selftrain.generate.sampling import SeededSampler
 
 
 ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights asks nothing better
@@ -96,6 +102,13 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
     assert sum(map(len, shares)) == len(together) == len(expected)
     assert [together[outcome["id"]] for outcome in expected] == expected
     assert all(shares)
+
+
+def test_all_ranks_have_something_to_do(policy, images, expected, monkeypatch):
+    """Though one window would hold all records."""
+    state = type("State", (), {"process_index": 6, "num_processes": 7, "is_main_process": False})
+    monkeypatch.setattr(vqa, "process_state", state)
+    assert outcomes(policy, images, batch_size=16) == expected[6:]
 
 
 def test_what_is_done_is_left_out(policy, images, expected):
@@ -277,16 +290,144 @@ def test_several_images_keep_their_order(policy):
 def test_out_of_memory_halves_the_batch(policy, images, expected, monkeypatch, capsys):
     sizes = []
 
-    def write_texts(model, processor, inputs, *args):
-        sizes.append(len(inputs["input_ids"]))
+    def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
+        sizes.append(sum(draws))
         if sizes[-1] > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return decoding.write_texts(model, processor, inputs, *args)
+        return decoding.write_texts(model, processor, inputs, max_new_tokens, sampler, draws)
 
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     assert outcomes(policy, images, batch_size=16) == expected
-    assert sizes[:3] == [14, 7, 3] and max(sizes[3:]) == 3
+    assert sizes[:3] == [14, 6, 2], "7 fit, of which the seventh would be half of a question's two draws"
+    assert max(sizes[3:]) == 3
     assert "not enough memory for 14 texts at a time, going on with 7" in capsys.readouterr().out
+
+
+def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkeypatch, capsys):
+    def encode(self, keys, pictures):
+        if len(keys) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        encode_all(self, keys, pictures)
+
+    encode_all = ImageMemory.encode
+    monkeypatch.setattr(ImageMemory, "encode", encode)
+    assert outcomes(policy, images, batch_size=16) == expected
+    assert "not enough memory for 8 images at a time, going on with 4" in capsys.readouterr().out
+
+
+def in_the_plain_way(monkeypatch):
+    monkeypatch.setattr(transformers_engine, "shares_prompts", lambda model: False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_the_plain_way_gives_the_same(policy, images, expected, monkeypatch, capsys, batch_size):
+    """In which each text has a prompt and pixels of its own, as for a family that is not proven to share them."""
+    in_the_plain_way(monkeypatch)
+    assert outcomes(policy, images, batch_size=batch_size) == expected
+    assert capsys.readouterr().out.count("models of the type llava read a prompt, with its images, for each text") == 1
+
+
+@pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
+def test_an_adapter_writes_as_in_the_plain_way(family):
+    """Its base model is what shares prompts; the adapter's part in it must not be lost."""
+    model, processor = tiny_model(family)
+    opened = [OpenedImage(b"", picture(number)) for number in range(2)]
+    prompts = [Prompt(to_answer([], 1, f"Is it {n}?"), [opened[n]], f"{n} {draw}") for n in range(2) for draw in "abc"]
+    sampling = Sampling(max_new_tokens=16)
+
+    def plain(model):
+        inputs = chat_inputs(
+            processor, [prompt.messages for prompt in prompts], [[prompt.images[0].image] for prompt in prompts]
+        )
+        return decoding.write_texts(model, processor, inputs, 16, SeededSampler(sampling, [p.stream for p in prompts]))
+
+    bare = plain(model)
+    model = get_peft_model(model, adapter_config(model, r=4, vision_r=2)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    replies = transformers_engine.TransformersEngine(model, processor).write(prompts, sampling)
+    assert [(reply.text, reply.ended) for reply in replies] == plain(model) != bare
+
+
+def test_each_image_is_looked_at_once(policy, images, monkeypatch):
+    """In all that is written about it: a description, questions, answers. It is encoded and preprocessed once."""
+    model, processor = policy
+    encoded, preprocessed = [], []
+    hook = model.model.vision_tower.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
+    preprocess = processor.image_processor.preprocess
+
+    def counting_preprocess(pictures, *args, **kwargs):
+        preprocessed.extend(picture for own in pictures for picture in own)
+        return preprocess(pictures, *args, **kwargs)
+
+    monkeypatch.setattr(processor.image_processor, "preprocess", counting_preprocess)
+    try:
+        result = outcomes(policy, images, describe_first=True, batch_size=16)
+    finally:
+        hook.remove()
+    assert sum(outcome["drawn"] for outcome in result) == 14
+    assert sum(encoded) == len(preprocessed) == 8, "seven records, one of which has two images"
+
+
+def test_features_of_a_window_are_held_and_no_more(policy, images, monkeypatch):
+    held = []
+
+    def encode(self, keys, pictures):
+        encode_all(self, keys, pictures)
+        held.append(len(self._known))
+
+    encode_all = ImageMemory.encode
+    monkeypatch.setattr(ImageMemory, "encode", encode)
+    generate = CandidateGenerator(*policy, batch_size=1, question_filter=ANY_TEXT, **SHORT)
+    assert len(list(generate.outcomes(images))) == 7
+    assert sorted(set(held)) == [1, 2, 3], "two records, one of which may have two images"
+    assert not generate.engine._images._known
+
+
+def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
+    reads = []
+
+    def read_once(model, inputs, draws, **settings):
+        reads.append((len(inputs["input_ids"]), list(draws)))
+        return shared_prompts.read_once(model, inputs, draws, **settings)
+
+    monkeypatch.setattr(decoding, "read_once", read_once)
+    assert outcomes(policy, images, batch_size=16) == expected
+    asked = sum(len(outcome["candidates"]) for outcome in expected)
+    assert reads[0] == (7, [2] * 7), "one prompt for the questions about an image"
+    assert all(draws == [3] * prompts for prompts, draws in reads[1:]), "one prompt for the answers to a question"
+    assert sum(prompts for prompts, _ in reads[1:]) >= asked > 5
+
+
+@pytest.mark.parametrize("fit", [1, 5, 9])
+def test_as_many_as_fit(policy, images, expected, monkeypatch, fit):
+    """What is estimated to fit changes the batches, and nothing else."""
+    sizes = []
+
+    def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
+        sizes.append(sum(draws))
+        return decoding.write_texts(model, processor, inputs, max_new_tokens, sampler, draws)
+
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
+    monkeypatch.setattr(transformers_engine, "largest_batch", lambda *args: fit)
+    generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, **SHORT)
+    generate.engine._estimates = True  # as on an accelerator
+    generate.engine._fits = transformers_engine.MOST
+    assert list(generate.outcomes(images)) == expected
+    assert fit / 2 < max(sizes) <= fit
+
+
+def test_windows_do_not_go_by_what_fits(policy):
+    """It differs between processes and between runs, and records that all leave to another are lost."""
+    model, processor = copy.deepcopy(policy[0]).to("meta"), policy[1]
+    engine = transformers_engine.TransformersEngine(model, processor)
+    assert engine._estimates and engine.batch_size == transformers_engine.NOMINAL
+    engine = transformers_engine.TransformersEngine(model, processor, 5)
+    assert not engine._estimates and engine.batch_size == 5
+    engine = transformers_engine.TransformersEngine(*policy)
+    assert not engine._estimates and engine.batch_size == transformers_engine.ON_CPU
 
 
 def test_not_even_one_fits(policy, images, monkeypatch):

@@ -1,0 +1,169 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Images that are preprocessed and encoded once, however many prompts are about them."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from .decoding import chat_inputs
+
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """
+    What a prompt needs of an image.
+
+    Args:
+        placeholder (`str`):
+            What stands for it in the text of a prompt.
+        features (`torch.Tensor` of shape (image tokens, hidden size)):
+            What stands for it in the language model.
+        deepstack (`list[torch.Tensor]`):
+            The same for each layer that gets features of its own (Qwen3-VL).
+        grid (`torch.Tensor` of shape (3,), *optional*):
+            Its patches in time, height and width, by which m-RoPE models number the tokens.
+    """
+
+    placeholder: str
+    features: "torch.Tensor"
+    deepstack: "list[torch.Tensor]"
+    grid: "torch.Tensor | None"
+
+
+class ImageMemory:
+    """
+    The features of images that are being worked on.
+
+    An image is known by an object, its key, and forgotten when that is: who holds the keys of a window holds the
+    features of a window, and no more.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model that [`shares_prompts`].
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+    """
+
+    def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin"):
+        self.model = model
+        self.processor = processor
+        self._known: WeakKeyDictionary[Any, EncodedImage] = WeakKeyDictionary()
+        self._output_type: type | None = None
+        self._is_tensor = False
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: Any) -> EncodedImage:
+        return self._known[key]
+
+    def encode(self, keys: Sequence[Any], images: "Sequence[Image.Image]") -> None:
+        """
+        Preprocess and encode images, and remember them.
+
+        Args:
+            keys (sequence of objects):
+                One for each image.
+            images (sequence of `PIL.Image.Image`):
+                At least one.
+        """
+        import torch
+
+        placeholders, grids = [], []
+
+        def listen(*args, **kwargs):
+            processed, texts = process(*args, **kwargs)
+            placeholders.extend(texts)
+            grids.extend(torch.as_tensor(grid) for grid in processed.get("image_grid_thw", ()))
+            return processed, texts
+
+        # Prompts of nothing but an image: their tokens say which features are whose.
+        bare = [{"role": "user", "content": [{"type": "image"}], "vusr": True}]
+        process = self.processor._process_images
+        with _processing_images_by(self.processor, listen):
+            inputs = chat_inputs(self.processor, [bare] * len(images), [[image] for image in images])
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        get_features = self.model.base_model.get_image_features
+        wanted = [name for name in inspect.signature(get_features).parameters if name in inputs]
+        with torch.inference_mode():
+            output = get_features(**{name: inputs[name] for name in wanted}, return_dict=True)
+        # The model takes what it makes: this kind of output, with one tensor in it or a list of them.
+        self._output_type, self._is_tensor = type(output), isinstance(output.pooler_output, torch.Tensor)
+        tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
+        features, *deepstack = (
+            [rows.clone() for rows in _flat(layer).split(tokens)]  # a view would keep all that is encoded beside it
+            for layer in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
+        )
+        for number, (key, placeholder) in enumerate(zip(keys, placeholders, strict=True)):
+            own_deepstack = [layer[number] for layer in deepstack]
+            grid = grids[number] if grids else None
+            self._known[key] = EncodedImage(placeholder, features[number], own_deepstack, grid)
+
+    def inputs(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        keys: Sequence[Sequence[Any]],
+        images: "Sequence[list[Image.Image]]",
+    ) -> "BatchFeature":
+        """
+        What [`chat_inputs`] gives, with the remembered features (`mm_encoder_outputs`) in the place of pixels.
+
+        Args:
+            conversations (sequence of `list[dict]`):
+                See [`chat_inputs`].
+            keys (sequence of sequences of objects):
+                The keys of the images of each, in the order of its image parts.
+            images (sequence of `list[PIL.Image.Image]`):
+                The images. Their pixels are not looked at.
+        """
+        import torch
+
+        known = [self._known[key] for own in keys for key in own]
+        grids = [image.grid for image in known if image.grid is not None]
+
+        def answer(*args, **kwargs):
+            processed = {"image_grid_thw": torch.stack(grids)} if grids else {}
+            return processed, [image.placeholder for image in known]
+
+        with _processing_images_by(self.processor, answer):
+            inputs = chat_inputs(self.processor, conversations, images)
+        if not known:
+            return inputs
+        features = torch.cat([image.features for image in known])
+        layers = {"pooler_output": features[None] if self._is_tensor else [features]}
+        if known[0].deepstack:
+            layers["deepstack_features"] = [[torch.cat(layer)] for layer in zip(*(image.deepstack for image in known))]
+        inputs["mm_encoder_outputs"] = {"image": self._output_type(**layers)}
+        return inputs
+
+
+def _flat(features: "torch.Tensor | Sequence[torch.Tensor]") -> "torch.Tensor":
+    """One row for each image token. Families split their features by image, by crop or by prompt, or not at all."""
+    import torch
+
+    return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
+
+
+@contextmanager
+def _processing_images_by(processor: "ProcessorMixin", function: Callable) -> Iterator[None]:
+    """
+    Within it, a processor learns from a function what there is to know of images.
+
+    `ProcessorMixin._process_images` is the one step of a processor that looks at pixels. Placeholders, tokens and
+    token types follow from what it returns.
+    """
+    processor._process_images = function  # hides the method of the class
+    try:
+        yield
+    finally:
+        del processor._process_images
