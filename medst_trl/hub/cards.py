@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.data.schema import complete_shards, splits_in
+from medst_trl.fingerprints import REFERENCE_FOLDER
 from medst_trl.hub.card_texts import ABOUT, COLUMNS, SOURCES, USE
 from medst_trl.hub.contents import Contents
 from medst_trl.hub.provenance import Step, looks_local, steps_to
@@ -47,6 +48,7 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
         about=ABOUT[contents.kind],
         use=USE[contents.kind].format(id=repo_id),
         repo_id=repo_id,
+        has_references=any(name.startswith(REFERENCE_FOLDER) for name in contents.files),
         splits=splits,
         columns=[(name, COLUMNS.get(name, "")) for name in _columns(contents)],
         sources=_sources(steps),

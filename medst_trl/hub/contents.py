@@ -10,6 +10,7 @@ from typing import Literal
 
 from medst_trl.data.schema import complete_shards, splits_in
 from medst_trl.errors import UserError
+from medst_trl.fingerprints import REFERENCE_FOLDER
 from medst_trl.stage_record import FILE_NAME
 
 
@@ -115,4 +116,5 @@ def _dataset(folder: Path) -> Contents:
         pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"].to_pylist()
     ):
         kind = "images"  # unlabelled ones
-    return Contents(folder, kind, [shard.name for shard in shards])
+    references = sorted(folder.glob(f"{REFERENCE_FOLDER}/*.parquet")) if kind == "preferences" else []
+    return Contents(folder, kind, [path.relative_to(folder).as_posix() for path in [*shards, *references]])

@@ -18,14 +18,21 @@ or a model. An adapter is trained further, its frozen copy being the reference; 
 without it being the reference. Output: an adapter with its processor and template in `output_dir`, for
 [`load_policy`]; checkpoints beside it; `rejected.jsonl` if pairs could not be used. Run again after a crash, it goes
 on from the newest complete checkpoint.
+
+`--precompute_ref_log_probs true` has the reference read all pairs first and needs it in memory no more. What it says
+is kept in `reference_log_probs` beside the pairs: later runs from the same policy take it from there, `medst push`
+takes it along, and for a dataset of the Hub it is downloaded.
 """
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from trl.scripts.utils import TrlParser
 
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
@@ -82,6 +89,8 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     if record.status == "finished":
         return
 
+    if training_args.precompute_ref_log_probs:
+        training_args.ref_log_probs_dir = _reference_folder(args.dataset, training_args)
     try:
         trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
     except Exception:
@@ -111,6 +120,45 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
         + f".{_ending(metrics)} Adapter and processor are in {training_args.output_dir}."
     )
     trainer.end()
+
+
+def _reference_folder(dataset: str, training_args: "MultimodalDPOConfig") -> str:
+    """Where the reference's log-probabilities are kept, with those in it that came with the dataset."""
+    from medst_trl.fingerprints import REFERENCE_FOLDER
+
+    beside, own = Path(dataset, REFERENCE_FOLDER), Path(training_args.output_dir, REFERENCE_FOLDER)
+    writable = os.path.isdir(dataset) and os.access(beside if beside.exists() else dataset, os.W_OK)
+    folder = Path(training_args.ref_log_probs_dir or (beside if writable else own))
+    if folder != beside and int(os.environ.get("RANK", "0")) == 0:  # the main process reads the cache for all
+        _copy_new(beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset), folder)
+    return str(folder)
+
+
+def _downloaded(hub_id: str) -> "Iterable[Path]":
+    """The files of log-probabilities in a dataset on the Hub; none where it has none or the Hub cannot be asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from medst_trl.fingerprints import REFERENCE_FOLDER, split_revision
+
+    name, revision = split_revision(hub_id)
+    files = f"{REFERENCE_FOLDER}/*.parquet"
+    try:
+        found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)
+    except (OSError, HfHubHTTPError) as error:
+        print(f"dpo: the reference's log-probabilities of {hub_id} cannot be fetched ({str(error).splitlines()[0]}).")
+        return ()
+    return Path(found).glob(files)
+
+
+def _copy_new(files: "Iterable[Path]", folder: Path) -> None:
+    import shutil
+
+    for path in files:
+        if not (folder / path.name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / f".{path.name}.tmp")
+            os.replace(folder / f".{path.name}.tmp", folder / path.name)
 
 
 def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "MultimodalDPOTrainer":

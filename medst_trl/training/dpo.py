@@ -214,7 +214,7 @@ class MultimodalDPOTrainer(
             zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
             if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)
-                if args.precompute_ref_log_probs:
+                if args.precompute_ref_log_probs and reference is model:
                     train_in_full_precision(self.ref_model)  # its layers run over the same weights
             if continues_adapter:
                 _complete_reference(self.model, trains)

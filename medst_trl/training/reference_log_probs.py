@@ -26,8 +26,10 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from ..errors import UserError
 from ..fingerprints import REFERENCE_FOLDER
+from ..policy.adapters import mend_tied_head
 from ..policy.vusr import tokenizer_of
 from ..stage_record import package_versions
+from .input_pipeline import TakesStoredImages, with_decoded_images
 from .reference_cache import ReferenceCache, ReferenceLogProbs, pair_key, sha256_of
 
 
@@ -72,6 +74,7 @@ def sharing_weights(model: torch.nn.Module) -> "PreTrainedModel":
             raise UserError(
                 "precompute_ref_log_probs knows adapters inside the layers only, such as LoRA. Leave it out."
             )
+        mend_tied_head(model)
         model = model.get_base_model()
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return deepcopy(model, shared).eval()
@@ -159,7 +162,7 @@ def without_precompute(args: "DPOConfig") -> Iterator[None]:
 
 
 @dataclass
-class DataCollatorWithReference:
+class DataCollatorWithReference(TakesStoredImages):
     """
     Adds the reference's log-probabilities to each batch of another collator.
 
@@ -178,6 +181,7 @@ class DataCollatorWithReference:
     log_probs: Mapping[str, ReferenceLogProbs]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        examples = [with_decoded_images(example) for example in examples]
         rows = [self._look_up(example) for example in examples]
         batch = self.collator(examples)
         batch["ref_chosen_logps"] = torch.tensor([row.chosen for row in rows], dtype=torch.float32)

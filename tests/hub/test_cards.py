@@ -68,6 +68,17 @@ def test_the_way_of_the_data(preferences):
         assert hidden not in text
 
 
+def test_what_references_say_is_told_and_is_no_data(preferences):
+    without = dataset_card(find_contents(preferences), "org/name")
+    assert "reference_log_probs" not in without
+    (preferences / "reference_log_probs").mkdir()
+    (preferences / "reference_log_probs" / "a.parquet").write_bytes(b"")
+    card = dataset_card(find_contents(preferences), "org/name")
+    told = [line for line in card.splitlines() if line not in without.splitlines()]
+    assert 1 <= len(told) <= 2 and "`reference_log_probs`" in told[0]
+    assert DatasetCard(card).data.configs == DatasetCard(without).data.configs
+
+
 def test_inputs_that_have_moved_are_found_in_the_run(preferences, tmp_path):
     run = tmp_path / "moved"
     run.mkdir()

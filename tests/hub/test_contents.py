@@ -45,6 +45,18 @@ def test_datasets(tmp_path, kind, features, row):
     assert (contents.kind, contents.repo_type, len(contents.files)) == (kind, "dataset", 4)
 
 
+@pytest.mark.parametrize(("features", "row", "taken"), [(preference_features, ROW, 2), (instruct_features, TALK, 0)])
+def test_what_references_say_goes_with_preference_pairs(tmp_path, features, row, taken):
+    write_split(tmp_path, "train", [row], dict, features(), 2)
+    cache = tmp_path / "reference_log_probs"
+    cache.mkdir()
+    for name in ("b.parquet", "a.parquet", ".b.0x.part", "c.parquet.broken", "notes.txt"):
+        (cache / name).write_bytes(b"")
+    files = find_contents(tmp_path).files
+    assert files[0] == "train-00000-of-00001.parquet"
+    assert files[1:] == ["reference_log_probs/a.parquet", "reference_log_probs/b.parquet"][:taken]
+
+
 def test_the_only_dataset_of_a_stage_may_lie_inside(tmp_path):
     write_split(tmp_path / "preferences", "train", [ROW], dict, preference_features(), 2)
     assert find_contents(tmp_path) == find_contents(tmp_path / "preferences")

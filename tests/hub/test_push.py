@@ -313,6 +313,43 @@ def test_policies_come_back_with_the_same_logits(hub, tmp_path):
     assert figures == {"strict open f1": 41.25, "strict closed accuracy": 80.0}
 
 
+@pytest.mark.slow
+def test_what_a_reference_says_travels_with_its_pairs(hub, tmp_path):
+    from tiny_dpo import adapter_policy
+
+    local, pairs = tmp_path / "local", judge_folder(tmp_path / "run" / "judge") / "preferences"
+    model, processor = adapter_policy(save_to=local)
+    model.save_pretrained(local / "adapter", save_embedding_layers=False)
+    processor.save_pretrained(local / "adapter")
+
+    def train(dataset, output_dir):
+        settings = {
+            "model_name_or_path": local / "adapter", "dataset": dataset, "output_dir": output_dir, "max_steps": 1,
+            "per_device_train_batch_size": 4, "precompute_ref_log_probs": True, "disable_tqdm": True,
+            "report_to": "none", "save_strategy": "no",
+        }  # fmt: skip
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        return client(hub.url, tmp_path / "elsewhere", "-m", "medst_trl.cli", "dpo", *words).stdout
+
+    assert "5 are computed" in train(pairs, tmp_path / "here")
+    [cache] = (pairs / "reference_log_probs").iterdir()
+    push(hub, tmp_path / "home", pairs, "org/cached")
+    files = hub.files("dataset", "org/cached")
+    assert files[f"reference_log_probs/{cache.name}"] == cache.read_bytes() and len(files) == 6
+    card = files["README.md"].decode()
+    assert "reference_log_probs" in card and "| train | 5 | 5 |" in card
+    assert str(tmp_path).encode() not in cache.read_bytes()
+    assert pull(hub, tmp_path / "elsewhere", "org/cached", "train") == [pair(number) for number in range(5)]
+
+    shutil.rmtree(pairs / "reference_log_probs")
+    assert "5 of 5 pairs are known" in train("org/cached", tmp_path / "there")
+    assert [path.name for path in (tmp_path / "there" / "reference_log_probs").iterdir()] == [cache.name]
+    push(hub, tmp_path / "home", pairs, "org/cached")
+    files = hub.files("dataset", "org/cached")
+    assert len(files) == 5 and b"reference_log_probs" not in files["README.md"]
+    assert "5 are computed" in train("org/cached", tmp_path / "without")
+
+
 SCORES = {
     "split": "test",
     "scores": {

@@ -1,17 +1,20 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import re
+import shutil
 
 import pytest
 import tiny_dpo
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 
 from medst_trl import load_policy
 from medst_trl.data.schema import preference_features
 from medst_trl.errors import UserError
+from medst_trl.fingerprints import fingerprint
 from medst_trl.stages import dpo
 
 
@@ -110,3 +113,53 @@ def test_other_data_is_refused_before_a_folder_is_made(inputs, tmp_path):
         Dataset.from_list([{"id": "1"}]).to_parquet(wrong / "train-00000-of-00001.parquet")
         run(inputs, tmp_path / "dpo", dataset=wrong)
     assert not (tmp_path / "dpo").exists()
+
+
+def cache_of(folder):
+    return sorted(path.name for path in (folder / "reference_log_probs").iterdir())
+
+
+def test_what_the_reference_says_lies_beside_the_pairs_and_is_used_again(inputs, tmp_path, capsys):
+    pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    before = fingerprint(pairs)
+    options = {"dataset": pairs, "precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 3}
+    live, _ = run(inputs, tmp_path / "live", **options | {"precompute_ref_log_probs": False})
+    first, record = run(inputs, tmp_path / "first", **options)
+    assert record["settings"]["precompute_ref_log_probs"] is True and "eval_rewards/margins" in record["metrics"]
+    (name,) = cache_of(pairs)
+    assert name.endswith(".parquet") and not (tmp_path / "first" / "reference_log_probs").exists()
+    assert fingerprint(pairs) == before  # so a run that began without the file can go on
+    assert len(load_dataset(str(pairs), split="train")) == 12  # the pairs alone
+    capsys.readouterr()
+    again, _ = run(inputs, tmp_path / "again", **options, beta=0.1)
+    assert "16 of 16 pairs are known" in capsys.readouterr().out and cache_of(pairs) == [name]
+    for weights in (first, again):
+        assert all(torch.allclose(weights[key], live[key], atol=2e-5) for key in live)
+    run(inputs, tmp_path / "again", **options, ref_log_probs_dir=tmp_path / "elsewhere")  # finished: nothing to do
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_beside_pairs_that_cannot_be_written_to_it_is_read_and_kept_with_the_run(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    run(inputs, tmp_path / "first", dataset=pairs, precompute_ref_log_probs=True, max_records=8)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and str(path).startswith(str(pairs))))
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(pairs.rglob("*"))]
+    capsys.readouterr()
+    run(inputs, tmp_path / "second", dataset=pairs, precompute_ref_log_probs=True)
+    assert "8 of 12 pairs are known" in capsys.readouterr().out
+    assert cache_of(tmp_path / "second") == cache_of(pairs)
+    assert before == [(path, path.stat().st_mtime_ns) for path in sorted(pairs.rglob("*"))]
+    # Started anew, the run still has it.
+    options = {"dataset": pairs, "precompute_ref_log_probs": True, "beta": 0.5, "overwrite": True}
+    run(inputs, tmp_path / "second", **options)
+    assert "12 of 12 pairs are known" in capsys.readouterr().out
+
+
+def test_another_folder_can_be_named(inputs, tmp_path):
+    pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    options = {"dataset": pairs, "precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "shared" / "cache"}
+    run(inputs, tmp_path / "dpo", **options)
+    assert len(list((tmp_path / "shared" / "cache").glob("*.parquet"))) == 1
+    assert not (pairs / "reference_log_probs").exists()
