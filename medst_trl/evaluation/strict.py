@@ -44,7 +44,7 @@ def tokens(text: str) -> list[str]:
     plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     plain = _THOUSANDS.sub("", _LEADING_POINT.sub("0.", plain)).replace("'", "").replace("\u2019", "")
     words = [_NUMBERS.get(word, word) for word in _TOKEN.findall("".join(map(_spaced, plain)))]
-    return [word for word in words if word not in _ARTICLES] or words or plain.split()
+    return [word for word in words if word not in _ARTICLES] or words or plain.split() or text.split()
 
 
 def _spaced(character: str) -> str:
