@@ -61,6 +61,7 @@ def make_trainer(output_dir: str | Path, policy="continued_adapter", **overrides
     rows = overrides.pop("rows", None) or [pair(number) for number in range(12)]
     eval_rows = overrides.pop("eval_rows", None)
     callbacks = overrides.pop("callbacks", None)
+    data_collator = overrides.pop("data_collator", None)
     config = None
     if policy == "continued_adapter":
         policy = adapter_policy()
@@ -81,6 +82,7 @@ def make_trainer(output_dir: str | Path, policy="continued_adapter", **overrides
         processing_class=policy[1],
         peft_config=config,
         callbacks=callbacks,
+        data_collator=data_collator,
     )
 
 

@@ -6,23 +6,19 @@ One rule in the form FlexAttention takes (`mask_mod`), evaluated to a dense mask
 of four dimensions, or a dict of them by layer type, goes through transformers' own mask creation as it is.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.logging import get_logger
 
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedConfig
 
-logger = get_logger(__name__)
-
 # A dense mask is faster below about so many tokens and FlexAttention above, see
 # https://github.com/KempnerInstitute/KempnerForge/pull/207 (0.72x at 512, 1.31x at 2048, H200).
 FLEX_FROM = 1024
-FLEX_BLOCK = 128  # it compiles once for lengths that are multiples of its block
+FLEX_BLOCK = 128  # lengths are rounded up to its block, so that it is compiled for few of them
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -42,28 +38,14 @@ def layer_types(config: "PreTrainedConfig") -> set[str]:
     return {_FULL if getattr(config, "sliding_window", None) is None else _SLIDING}
 
 
-def attention_for(config: "PreTrainedConfig", own: str, length: int, device: torch.device) -> str:
+def attention_for(own: str, length: int, device: torch.device) -> str:
     """
-    The attention implementation for masks of this length: the model's `own`, or FlexAttention instead of SDPA where
-    that is faster.
+    The attention implementation for masks of this length: the model's `own`, but that one loaded with
+    `flex_attention` has dense masks where those are faster, and on a CPU, where FlexAttention cannot train.
     """
-    if own != "sdpa" or device.type != "cuda" or length < FLEX_FROM or getattr(config, "attention_dropout", 0):
-        return own
-    return "flex_attention" if _flex_attention_compiles(device) else own
-
-
-@cache
-def _flex_attention_compiles(device: torch.device) -> bool:
-    """Whether FlexAttention can be compiled on this machine, tried once."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    try:
-        query = torch.ones(1, 1, FLEX_BLOCK, 64, device=device, requires_grad=True)
-        torch.compile(flex_attention)(query, query, query).sum().backward()
-    except Exception as error:  # the compiler raises errors of many kinds
-        logger.warning(f"FlexAttention does not compile here ({type(error).__name__}), so long pairs use dense masks.")
-        return False
-    return True
+    if own == "flex_attention" and (device.type == "cpu" or length < FLEX_FROM):
+        return "sdpa"
+    return own
 
 
 def branch_masks(

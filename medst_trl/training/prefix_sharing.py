@@ -13,11 +13,14 @@ shared one, and hands back log-probabilities in the stock layout.
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
 from .attention_masks import FLEX_BLOCK, attention_for, branch_masks, layer_types
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# Nats by which a token's log-probability may differ between the two layouts in the first batch. What a wrong mask or
+# Nats by which a token's log-probability may differ between the two layouts. What a wrong mask or
 # wrong positions do is larger; half precision rounds so much that only the mean tells.
 FULL_PRECISION = (torch.float32, torch.float64)
 LARGEST_DIFFERENCE = 1e-3
@@ -86,22 +89,28 @@ class SharedLayout:
 class PrefixSharing:
     """
     Makes a model with TRL's fused LM head take batches of [`DataCollatorForMultimodalPreference`] with
-    `share_prefix=True`: rows of the stock layout, the images of each pair once.
+    `share_prefix=True`: rows of the stock layout, the images of each pair once. Other batches it takes as before.
 
-    In the first batch with images, and in the first without, both layouts are computed and compared. Where they do not
-    agree, the stock layout is used from then on (with the images preprocessed once) and a warning says so.
+    The first batch is computed in both layouts, as are the first with images, the first without, and the first of each
+    attention implementation. Where the two do not agree, such batches are computed in the stock layout from then on
+    (with the images preprocessed once) and a warning says so.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Model whose `forward` TRL has given a fused LM head; it is patched in place.
+        is_sharded (`bool`, *optional*, defaults to `False`):
+            Whether ranks hold parts of the weights (ZeRO-3, FSDP), so that all have to run the model equally often.
+            Then only the first batch is compared, and batches of another kind stay in the stock layout.
     """
 
-    def __init__(self, model: "PreTrainedModel"):
-        self.model = model
+    def __init__(self, model: "PreTrainedModel", is_sharded: bool = False):
+        PartialState()  # the logger asks it for the rank; under a trainer it is there
         self.config = model.config.get_text_config()
         self.attention = self.config._attn_implementation
-        self.exact: dict[bool, bool] = {}  # of batches with images and of those without, once compared
-        self.forward = model.forward
+        self.is_sharded = is_sharded
+        self.agrees: dict[tuple[bool, str], bool] = {}  # by whether there are images, and attention implementation
+        # The function, not the method of this model: a copy of the model has to run its own weights.
+        self.forward = getattr(model.forward, "__func__", None) or _without_model(model.forward)
         # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
         model.forward = types.MethodType(self._patched(), model)
 
@@ -109,29 +118,42 @@ class PrefixSharing:
         @functools.wraps(self.forward)
         def forward(model, *args, prefix_length=None, shared_length=None, **inputs):
             if prefix_length is None:
-                return self._stock(*args, **inputs)
+                if inputs.get("fused_lm_head"):
+                    logger.warning_once("share_prefix: the batches of this data_collator share nothing.")
+                return self._stock(model, *args, **inputs)
             if not inputs.get("fused_lm_head"):
-                return self._stock(*args, **with_images_twice(inputs))
+                return self._stock(model, *args, **with_images_twice(inputs))
+            attention = attention_for(self.attention, shared_length, inputs["input_ids"].device)
             has_images = any(torch.is_tensor(value) and name not in TOKEN_INPUTS for name, value in inputs.items())
-            if has_images not in self.exact:
-                self.exact[has_images] = self._agrees(inputs, prefix_length, shared_length)
-            if not self.exact[has_images]:
-                return self._stock(**with_images_twice(inputs))
-            return self._shared(inputs, prefix_length, shared_length)
+            kind = (has_images, attention)
+            if kind not in self.agrees:
+                may_compare = not (self.is_sharded and self.agrees)
+                self.agrees[kind] = may_compare and self._compare(
+                    model, inputs, prefix_length, shared_length, attention
+                )
+            if not self.agrees[kind]:
+                return self._stock(model, **with_images_twice(inputs))
+            return self._shared(model, inputs, prefix_length, shared_length, attention)
 
         return forward
 
-    def _stock(self, *args, **inputs) -> Any:
+    def _stock(self, model: "PreTrainedModel", *args, **inputs) -> Any:
         self.config._attn_implementation = self.attention
-        return self.forward(*args, **inputs)
+        return self.forward(model, *args, **inputs)
 
-    def _shared(self, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int) -> Any:
+    def _shared(
+        self,
+        model: "PreTrainedModel",
+        inputs: dict[str, Any],
+        prefix_length: torch.Tensor,
+        shared_length: int,
+        attention: str,
+    ) -> Any:
         labels = inputs["labels"]
-        implementation = attention_for(self.config, self.attention, shared_length, labels.device)
-        if implementation == "flex_attention":
+        if attention == "flex_attention":
             shared_length = -(-shared_length // FLEX_BLOCK) * FLEX_BLOCK
         layout = SharedLayout.of(inputs["attention_mask"], prefix_length, shared_length)
-        positions = self._positions(inputs, layout, prefix_length)
+        positions = _positions(model, inputs, layout, prefix_length)
         tokens = {
             name: inputs[name]
             .reshape(-1)[layout.source]
@@ -142,52 +164,81 @@ class PrefixSharing:
         blocks = None
         if self.config.model_type == "gemma3_text" and "token_type_ids" in tokens:
             blocks = get_block_sequence_ids_for_mask(tokens["token_type_ids"])
-        mask = branch_masks(self.config, implementation, layout.branch, layout.column, blocks)
+        mask = branch_masks(self.config, attention, layout.branch, layout.column, blocks)
         # It stays so until the next forward: gradient checkpointing runs the layers again in backward.
-        self.config._attn_implementation = implementation
-        output = self.forward(**{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
+        self.config._attn_implementation = attention
+        output = self.forward(model, **{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
         return _in_stock_layout(output, layout, labels)
 
-    def _positions(self, inputs: dict[str, Any], layout: SharedLayout, prefix_length: torch.Tensor) -> torch.Tensor:
-        """
-        Position ids in the shared layout, of shape (batch, shared length), or (3, batch, shared length) for m-RoPE:
-        those of the prompt as the model counts them, and from its last token on one more for each token.
-        """
-        backbone = self.model.base_model
-        last = prefix_length[:, None] - 1
-        behind = (layout.column - last).clamp(min=0)
-        column = torch.minimum(layout.column, last)
-        if inputs.get("image_grid_thw") is None or not hasattr(backbone, "get_rope_index"):
-            return column + behind
-        pairs = len(prefix_length)
-        rows = {name: inputs[name][:pairs] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-        positions, _ = backbone.get_rope_index(**rows, image_grid_thw=inputs["image_grid_thw"])
-        return positions.gather(2, column.expand(3, -1, -1)) + behind
-
-    def _agrees(self, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int) -> bool:
-        training = self.model.training
-        self.model.eval()  # dropout would differ
+    def _compare(self, model: "PreTrainedModel", inputs: dict[str, Any], *how_to_share) -> bool:
+        """Whether both layouts give the same log-probabilities; a warning if not."""
+        training = model.training
+        model.eval()  # dropout would differ
         try:
             with torch.no_grad():
-                stock = self._stock(**with_images_twice(inputs)).log_probs
-                shared = self._shared(inputs, prefix_length, shared_length).log_probs
+                stock = self._stock(model, **with_images_twice(inputs)).log_probs
+                problem = None
+                try:
+                    shared = self._shared(model, inputs, *how_to_share).log_probs
+                except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+                    if should_reduce_batch_size(error):
+                        raise
+                    problem = f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                else:
+                    problem = _disagreement(stock, shared, inputs["labels"][:, 1:] != -100, _is_exact(model))
         finally:
-            self.model.train(training)
-        scored = inputs["labels"][:, 1:] != -100
-        difference = (stock - shared)[scored].float().abs()
-        in_full = next(self.model.parameters()).dtype in FULL_PRECISION
-        if in_full and not torch.is_autocast_enabled(stock.device.type):
-            found, allowed, kind = difference.max(), LARGEST_DIFFERENCE, "at most"
-        else:
-            found, allowed, kind = difference.mean(), MEAN_DIFFERENCE_IN_HALF_PRECISION, "on average"
-        if found <= allowed:  # not where it is NaN
-            return True
-        logger.warning(
-            f"share_prefix: the first batch's log-probabilities differ by {kind} {found:.2g} nats a token from those "
-            f"of separate sequences (allowed: {allowed:g}), so {type(self.model).__name__} goes on with separate "
-            "sequences. What is learned is right, a step takes longer."
-        )
-        return False
+            model.train(training)
+        if problem is not None:
+            logger.warning(
+                f"share_prefix: {type(model).__name__} goes on with a sequence for each answer, because with a shared "
+                f"prompt {problem}. What is learned is right, a step takes longer."
+            )
+        return problem is None
+
+
+def _positions(
+    model: "PreTrainedModel", inputs: dict[str, Any], layout: SharedLayout, prefix_length: torch.Tensor
+) -> torch.Tensor:
+    """
+    Position ids in the shared layout, of shape (batch, shared length), or (3, batch, shared length) for m-RoPE: those
+    of the prompt as the model counts them, and from its last token on one more for each token.
+    """
+    backbone = model.base_model
+    last = prefix_length[:, None] - 1
+    behind = (layout.column - last).clamp(min=0)
+    column = torch.minimum(layout.column, last)
+    if inputs.get("image_grid_thw") is None or not hasattr(backbone, "get_rope_index"):
+        return column + behind
+    pairs = len(prefix_length)
+    rows = {name: inputs[name][:pairs] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    positions, _ = backbone.get_rope_index(**rows, image_grid_thw=inputs["image_grid_thw"])
+    return positions.gather(2, column.expand(3, -1, -1)) + behind
+
+
+def _is_exact(model: "PreTrainedModel") -> bool:
+    """Whether the model computes in full precision."""
+    device = next(model.parameters()).device.type
+    rounds = torch.is_autocast_enabled(device) or (
+        device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    )
+    return next(model.parameters()).dtype in FULL_PRECISION and not rounds
+
+
+def _disagreement(stock: torch.Tensor, shared: torch.Tensor, scored: torch.Tensor, exact: bool) -> str | None:
+    """In what way log-probabilities of the two layouts differ too much; `None` if they do not."""
+    difference = (stock - shared)[scored].float().abs()
+    if exact:
+        found, allowed, kind = difference.max(), LARGEST_DIFFERENCE, "by up to"
+    else:
+        found, allowed, kind = difference.mean(), MEAN_DIFFERENCE_IN_HALF_PRECISION, "on average by"
+    if found <= allowed:  # not where it is NaN
+        logger.info(f"share_prefix: both layouts give the same log-probabilities ({kind} {found:.2g} nats a token).")
+        return None
+    return f"log-probabilities differ {kind} {found:.2g} nats a token (allowed: {allowed:g})"
+
+
+def _without_model(forward: Callable) -> Callable:
+    return functools.wraps(forward)(lambda model, *args, **inputs: forward(*args, **inputs))
 
 
 def cannot_share(model: "PreTrainedModel") -> str | None:

@@ -52,9 +52,9 @@ def test_eager_and_flex_attention_see_the_same(config):
     assert torch.equal(create_mask(flex.mask_mod, 1, None, 9, 9, device="cpu"), dense)
 
 
-def test_the_implementation_is_the_models_own_on_a_cpu_and_for_short_sequences():
-    config = LlamaConfig()
-    for own in ("sdpa", "eager", "flex_attention"):
-        assert attention_for(config, own, 4096, torch.device("cpu")) == own
-        assert attention_for(config, own, 512, torch.device("cuda")) == own
-    assert attention_for(LlamaConfig(attention_dropout=0.1), "sdpa", 4096, torch.device("cuda")) == "sdpa"
+def test_flex_attention_is_for_long_sequences_on_an_accelerator():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention_for("flex_attention", 4096, gpu) == "flex_attention"
+    assert attention_for("flex_attention", 512, gpu) == attention_for("flex_attention", 4096, cpu) == "sdpa"
+    for own in ("sdpa", "eager"):
+        assert attention_for(own, 4096, gpu) == attention_for(own, 512, cpu) == own

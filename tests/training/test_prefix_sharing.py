@@ -4,7 +4,9 @@
 
 import functools
 import logging
+import math
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -75,7 +77,7 @@ def shared_and_separate(model, processor, examples, **settings) -> tuple:
         batch = DataCollatorForMultimodalPreference(processor, share_prefix=share, **settings)([*examples])
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
         output = model(**batch, labels=labels, fused_lm_head=True, use_cache=False)
-        assert sharing is None or list(sharing.exact.values()) == [True]
+        assert sharing is None or list(sharing.agrees.values()) == [True]
         model.zero_grad()
         weights = torch.linspace(-1, 1, output.log_probs.numel()).view_as(output.log_probs)
         (output.log_probs * weights + 0.1 * output.entropy).sum().backward()
@@ -167,18 +169,18 @@ def test_a_model_on_which_it_is_not_exact_goes_on_with_separate_sequences(tmp_pa
     with caplog.at_level(logging.WARNING):
         trainer.train()
     (said,) = warnings_of(caplog)
-    assert "LlavaForConditionalGeneration goes on with separate sequences" in said
+    assert "LlavaForConditionalGeneration goes on with a sequence for each answer" in said
     ours, theirs = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, exact))
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 def test_batches_with_images_are_compared_even_if_the_first_has_none(tmp_path, monkeypatch):
     rows = [with_answers(number, "Yes, it is.", "No", images=number >= 4) for number in range(8)]
-    positions = PrefixSharing._positions
+    positions = prefix_sharing._positions
     monkeypatch.setattr(  # wrong where there are images alone
-        PrefixSharing,
+        prefix_sharing,
         "_positions",
-        lambda self, inputs, *args: positions(self, inputs, *args) // (2 if "pixel_values" in inputs else 1),
+        lambda model, inputs, *args: positions(model, inputs, *args) // (2 if "pixel_values" in inputs else 1),
     )
     losses = []
     for share in (True, False):
@@ -187,6 +189,92 @@ def test_batches_with_images_are_compared_even_if_the_first_has_none(tmp_path, m
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def losses_of(trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_model_that_takes_no_such_mask_goes_on_too(tmp_path, monkeypatch, caplog):
+    plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3))
+    trainer = make_trainer(tmp_path / "shared", max_steps=3)
+    language = trainer.model.get_base_model().model.language_model
+    forward = language.forward
+
+    def without_4d_masks(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("a mask of two dimensions is wanted")
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(language, "forward", without_4d_masks)
+    with caplog.at_level(logging.WARNING):
+        assert losses_of(trainer) == pytest.approx(plain, abs=1e-6)
+    (said,) = warnings_of(caplog)
+    assert "ValueError: a mask of two dimensions is wanted" in said
+
+
+def test_another_attention_implementation_is_compared_anew(tmp_path, monkeypatch, caplog):
+    """As where FlexAttention takes over for the first long batch."""
+    plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=4))
+    right = prefix_sharing.branch_masks
+    calls = []
+
+    def second_is_wrong(own, length, device):
+        calls.append(own)
+        return "sdpa" if len(calls) <= 4 else "eager"
+
+    def masks(config, implementation, branches, *args):
+        wrong = torch.zeros_like(branches) if implementation == "eager" else branches
+        return right(config, implementation, wrong, *args)
+
+    monkeypatch.setattr(prefix_sharing, "attention_for", second_is_wrong)
+    monkeypatch.setattr(prefix_sharing, "branch_masks", masks)
+    with caplog.at_level(logging.WARNING):
+        assert losses_of(make_trainer(tmp_path / "shared", max_steps=4)) == pytest.approx(plain, abs=1e-6)
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_ranks_with_parts_of_the_weights_run_the_model_equally_often():
+    model, processor = tiny_model("vicuna")
+    add_fused_lm_head(model)
+    PrefixSharing(model, is_sharded=True)
+    runs = []
+    model.model.language_model.register_forward_hook(lambda *args: runs.append(1))
+    text_only = [with_answers(0, "Yes", "No", images=0)]
+    for examples, expected in ((text_only, 3), (PAIRS, 1), (text_only, 1), (PAIRS, 1)):
+        batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)([*examples])
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        runs.clear()
+        with torch.no_grad():
+            model(**batch, labels=labels, fused_lm_head=True, use_cache=False)
+        assert len(runs) == expected
+
+
+def test_a_copy_of_the_model_runs_its_own_weights():
+    model, processor = tiny_model("vicuna")
+    add_fused_lm_head(model)
+    PrefixSharing(model)
+    batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)([*PAIRS])
+    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    copy = deepcopy(model)
+    with torch.no_grad():
+        copy.lm_head.weight.zero_()
+        scores = copy(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+    assert torch.allclose(scores[labels[:, 1:] != -100], torch.tensor(-math.log(copy.lm_head.out_features)))
+
+
+def test_a_collator_that_shares_nothing_is_noticed(tmp_path, caplog):
+    processor = adapter_policy()[1]
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(
+            tmp_path, max_steps=2, data_collator=DataCollatorForMultimodalPreference(processor, max_length=100)
+        )
+        plain = losses_of(trainer)
+    assert [message for message in warnings_of(caplog) if "data_collator share nothing" in message]
+    collator = DataCollatorForMultimodalPreference(processor, max_length=100, share_prefix=True)
+    wrapped = make_trainer(tmp_path, max_steps=2, data_collator=lambda examples: collator(examples))
+    assert losses_of(wrapped) == pytest.approx(plain, abs=1e-6)
 
 
 def test_attention_without_masks_of_its_own_is_not_tried(tmp_path, caplog):
@@ -241,7 +329,8 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for FlexAttention")
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
-def test_flex_attention_scores_the_same(family):
+def test_flex_attention_scores_the_same(family, monkeypatch):
+    monkeypatch.setattr(prefix_sharing, "attention_for", lambda own, *args: own)  # even on a CPU
     scores = {}
     for attention in ("sdpa", "flex_attention"):
         model, processor = tiny_model(family)
@@ -253,5 +342,5 @@ def test_flex_attention_scores_the_same(family):
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
         with torch.no_grad():
             scores[attention] = model(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
-    assert sharing.exact == {True: True}
+    assert sharing.agrees == {(True, "flex_attention"): True}
     assert torch.allclose(scores["flex_attention"], scores["sdpa"], atol=1e-5)
