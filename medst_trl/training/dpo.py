@@ -211,8 +211,7 @@ class MultimodalDPOTrainer(
             )
         if hasattr(self.model, "peft_config"):
             mend_tied_head(self.model)
-            zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-            if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
+            if not self._is_zero_3():  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)
                 if args.precompute_ref_log_probs and reference is model:
                     train_in_full_precision(self.ref_model)  # its layers run over the same weights
@@ -223,12 +222,8 @@ class MultimodalDPOTrainer(
             self.model.save_pretrained = partial(
                 self.model.save_pretrained, save_embedding_layers=False, selected_adapters=["default"]
             )
-        if getattr(collator, "share_prefix", False):
-            for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
-                model = self.accelerator.unwrap_model(model)
-                PrefixSharing(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        elif args.share_prefix and obstacle is not None:
-            logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
+        if args.share_prefix:
+            self._share_prefix(obstacle)
         self.add_callback(WarnOfDisplacement())
         if args.precompute_ref_log_probs:
             datasets = [self.train_dataset, *([] if eval_dataset is None else [eval_dataset])]
@@ -236,6 +231,18 @@ class MultimodalDPOTrainer(
             self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
             self.precompute_ref_logps, self.ref_model = True, None
             self.accelerator.free_memory()  # which holds the reference, too, and so far nothing else
+
+    def _share_prefix(self, obstacle: str | None) -> None:
+        if obstacle is not None:
+            logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
+            return
+        for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+            model = self.accelerator.unwrap_model(model)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            PrefixSharing(base, is_sharded=self.is_fsdp_enabled or self._is_zero_3())
+
+    def _is_zero_3(self) -> bool:
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
