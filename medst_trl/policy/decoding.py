@@ -15,8 +15,21 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature, LogitsProcessor, PreTrainedModel, ProcessorMixin
 
-# Whatever the model's own generation config says; the sampling settings have transformers' default values.
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+# Whatever the model's own generation config says. What is left of that is which tokens end a text, and which never
+# stand in one (`suppress_tokens`, `bad_words_ids`, `sequence_bias`).
+GREEDY = {
+    # transformers' default values: it warns of others that have no effect without sampling
+    "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
+    # another distribution, or another way of decoding
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None,
+    "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
+    "force_words_ids": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
+    "use_mtp": None,
+    # what counts from where `generate` is called, and a text may be written in several calls (`write_on`)
+    "min_length": None, "min_new_tokens": None, "max_time": None, "forced_eos_token_id": None,
+    "begin_suppress_tokens": None, "exponential_decay_length_penalty": None, "encoder_repetition_penalty": None,
+    "encoder_no_repeat_ngram_size": None, "token_healing": None,
+}  # fmt: skip
 
 
 def chat_inputs(
@@ -126,6 +139,7 @@ def write_texts(
                 **settings,
                 max_new_tokens=max_new_tokens,
                 logits_processor=None if sampler is None else [sampler],
+                return_dict_in_generate=False,
             )
             tokens = output[:, inputs["input_ids"].shape[1] :]
         else:

@@ -27,11 +27,12 @@ import torch
 from datasets import Dataset
 from flops import Layout, decoding_bytes, forward, weights_of
 from measure import Machine, PeakMemory, Row, Run, add_common_arguments, alternate, report, synchronise
-from shapes import SHAPES, build_model, build_processor, unlabelled_images
+from shapes import PROMPT_TOKENS, SHAPES, build_model, build_processor, unlabelled_images
 
 from medst_trl.policy.checkpoints import prepare_policy
 from medst_trl.policy.decoding import chat_inputs
 from medst_trl.selftrain.generate import CandidateGenerator
+from medst_trl.selftrain.generate.batch_size import largest_batch
 from medst_trl.selftrain.generate.prompts import Sampling, to_answer, to_ask
 
 
@@ -175,8 +176,10 @@ def main(arguments: list[str] | None = None) -> dict:
     one_at_a_time(model, processor, few.select([0]), Lengths(4, 4))
     list(generator(model, processor, Lengths(4, 4), 4).outcomes(few))
     runs = alternate(ways, args.repeats)
-    # What fits is known after the first batch.
-    texts = min(generate.engine._fits, NUM_ANSWERS * num_images)
+    texts = generate.engine.batch_size
+    if args.batch_size is None and device.type == "cuda":
+        texts = largest_batch(model, PROMPT_TOKENS, lengths.answer)
+    texts = min(texts, NUM_ANSWERS * num_images)
     rows = []
     for way in ways:
         shared = way == "ours"

@@ -11,6 +11,7 @@ import torch
 from family_models import MODELS, tiny_model
 from PIL import Image
 
+from medst_trl.policy import image_features
 from medst_trl.policy.decoding import chat_inputs
 from medst_trl.policy.image_features import ImageMemory
 from medst_trl.selftrain.generate.prompts import OpenedImage, to_answer
@@ -63,6 +64,33 @@ def test_an_image_is_forgotten_with_its_key():
     gc.collect()
     assert features() is None and second in memory
     assert memory[second].features.untyped_storage().nbytes() == memory[second].features.nbytes, "holds its neighbour"
+
+
+def test_the_first_images_stay_where_there_is_no_room_for_all(monkeypatch):
+    first, second, third, fourth = map(opened, range(4))
+    memory = encoded("vicuna", first, second)
+    monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
+    memory.encode([third], [third.image], keep=[second])
+    assert all(image in memory for image in (first, second, third)), "what is needed now"
+    memory.encode([fourth], [fourth.image])
+    assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
+    assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].features)] * 3
+
+
+def test_features_are_kept_in_main_memory(monkeypatch):
+    """And put where the model is when they are needed. (The meta device stands for an accelerator.)"""
+    image = opened(0)
+    memory = encoded("qwen3-vl", image)
+    moved = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape[0]) or cpu(self))
+    memory.encode([image], [image.image])
+    assert moved == [memory.tokens[image]] * 3, "its features, and those of two layers"
+    memory.model.to("meta")
+    output = memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])["mm_encoder_outputs"]["image"]
+    layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
+    assert [rows.device.type for rows in layers] == ["meta"] * 3
+    assert memory[image].features.device.type == "cpu"
 
 
 def test_the_processor_is_left_as_it_was():

@@ -123,6 +123,62 @@ def test_a_model_saved_without_cache(monkeypatch):
     assert write_texts(model, processor, plain_inputs(processor), 12, sampler()) == expected
 
 
+WRITING = {  # what a generation config may ask for that must not count anew in each call of `generate`, or at all
+    "min_new_tokens": 10,
+    "min_length": 200,
+    "forced_eos_token_id": 5,
+    "begin_suppress_tokens": list(range(100, 400)),
+    "exponential_decay_length_penalty": (1, 3.0),
+    "max_time": 1e-9,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "encoder_repetition_penalty": 5.0,
+    "repetition_penalty": 5.0,
+    "guidance_scale": 3.0,
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "force_words_ids": [[33]],
+    "assistant_early_exit": 1,
+    "use_mtp": True,
+    "prompt_lookup_num_tokens": 2,
+    "num_return_sequences": 2,
+    "num_beams": 2,
+    "watermarking_config": {"bias": 9.0},
+    "token_healing": True,
+    "return_dict_in_generate": True,
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_settings_saved_with_a_model(name, monkeypatch):
+    """Do not change its texts, in either way."""
+    model, processor = tiny_model("vicuna")
+    monkeypatch.setattr(shared_prompts, "TOKENS_AT_ONCE", 4)
+    model.generation_config.eos_token_id = list(range(5, 400, 16))
+
+    def texts():
+        plain = [write_texts(model, processor, plain_inputs(processor), 12, one) for one in (None, sampler())]
+        inputs = remembered_inputs(model, processor)
+        return plain, [write_texts(model, processor, inputs, 12, one, DRAWS) for one in (None, sampler())]
+
+    expected = texts()
+    assert expected[0] == expected[1]
+    model.generation_config.do_sample = True  # without it, transformers refuses some of them
+    setattr(model.generation_config, name, WRITING[name])
+    assert texts() == expected
+
+
+def test_tokens_that_a_model_must_not_write():
+    """They are left to its generation config: each is kept from the first token to the last."""
+    model, processor = tiny_model("vicuna")
+    before = write_texts(model, processor, plain_inputs(processor), 40)
+    ids = processor.tokenizer(before[0][0], add_special_tokens=False)["input_ids"]
+    model.generation_config.bad_words_ids = [[token] for token in set(ids[:2])]
+    plain = write_texts(model, processor, plain_inputs(processor), 40)
+    assert plain != before
+    assert write_texts(model, processor, remembered_inputs(model, processor), 40, None, DRAWS) == plain
+
+
 def test_others_do_not_share():
     model, _ = tiny_model("vicuna")
     model.generation_config.cache_implementation = "static"

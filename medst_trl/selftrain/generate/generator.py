@@ -3,8 +3,9 @@
 """Candidates for preference pairs: the policy asks about images and answers its own questions more than once."""
 
 import json
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -178,14 +179,16 @@ class CandidateGenerator:
         size = max(1, min(BATCHES_A_WINDOW * self.engine.batch_size, -(-len(ids) // state.num_processes)))
         windows = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         windows = windows[state.process_index :: state.num_processes]
-        total = sum(map(len, windows))
-        with tqdm(total=total, desc="candidates", unit="image", disable=not state.is_main_process) as bar:
-            for window in windows:
-                if any(ids[row] not in done for row in window):
-                    for outcome in self._window(list(undecoded(dataset, window))):
-                        if outcome["id"] not in done:
-                            yield outcome
-                bar.update(len(window))
+        left = [window for window in windows if any(ids[row] not in done for row in window)]
+        total, still = (sum(map(len, some)) for some in (windows, left))
+        with tqdm(
+            total=total, initial=total - still, desc="candidates", unit="image", disable=not state.is_main_process
+        ) as bar:
+            for works in _one_ahead(lambda window: list(map(_opened, undecoded(dataset, window))), left):
+                for outcome in self._window(works):
+                    if outcome["id"] not in done:
+                        yield outcome
+                bar.update(len(works))
 
     def generation(self) -> str:
         """How the candidates are made, as the column `generation` has it."""
@@ -200,17 +203,8 @@ class CandidateGenerator:
             }
         )
 
-    def _window(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _window(self, works: Sequence[Work]) -> list[dict[str, Any]]:
         """Everything for some records, each step in batches over all of them."""
-        works = [Work(record["id"]) for record in records]
-        for work, record in zip(works, records, strict=True):
-            try:
-                work.images = open_images(record["images"])
-            except ValueError as error:
-                work.reject("unreadable_image", str(error))
-            else:
-                if not work.images:
-                    work.reject("no_image", "")
         works_left = [work for work in works if work.images]
         if self.describe_first:
             self._describe(works_left)
@@ -266,3 +260,28 @@ class CandidateGenerator:
             else:
                 prompt = to_answer(work.history, len(work.images), question)
                 work.candidates.append({"id": f"{work.id}#{number}", "prompt": prompt, "answers": answers})
+
+
+def _opened(record: dict[str, Any]) -> Work:
+    """A record with its images, or set aside."""
+    work = Work(record["id"])
+    try:
+        work.images = open_images(record["images"])
+    except ValueError as error:
+        work.reject("unreadable_image", str(error))
+    else:
+        if not work.images:
+            work.reject("no_image", "")
+    return work
+
+
+def _one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map`, in a thread that is one item ahead of what is asked for."""
+    pending = deque()
+    with ThreadPoolExecutor(1) as executor:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -4,7 +4,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.data.schema import text_of
@@ -13,7 +13,7 @@ from medst_trl.policy.decoding import chat_inputs, write_texts
 from medst_trl.policy.image_features import ImageMemory
 from medst_trl.policy.shared_prompts import shares_prompts
 from medst_trl.selftrain.generate.batch_size import MOST, largest_batch
-from medst_trl.selftrain.generate.prompts import Prompt, Reply, Sampling, to_ask
+from medst_trl.selftrain.generate.prompts import OpenedImage, Prompt, Reply, Sampling, to_ask
 
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class TransformersEngine:
     Writes texts with a model in this process. A text depends on its prompt and its random stream alone, not on what
     else is in the batch (up to floating-point ties).
 
-    An image is preprocessed and encoded once for as long as its [`OpenedImage`] lives, and equal prompts of a batch
-    are read once. Families that are not proven to write the same that way ([`shares_prompts`]) do without.
+    An image is preprocessed and encoded once for as long as its [`OpenedImage`] lives, if [`ImageMemory`] has room for
+    it, and equal prompts of a batch are read once. Families that are not proven to write the same that way
+    ([`shares_prompts`]) do without.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -53,7 +54,11 @@ class TransformersEngine:
         tells = self.model.device.type not in ("cpu", "mps")
         self.batch_size = batch_size or (NOMINAL if tells else ON_CPU)
         self._estimates = batch_size is None and tells
-        self._fits = MOST if self._estimates else self.batch_size
+        # At a time; less, for good, where that has run out of memory.
+        self._most = {
+            "texts": MOST if self._estimates else self.batch_size,
+            "images": min(self.batch_size, ENCODED_AT_ONCE),
+        }
         self._images = ImageMemory(self.model, processor) if shares_prompts(self.model) else None
         self._image_lengths = {}
         if self._images is None and int(os.environ.get("RANK", "0")) == 0:
@@ -71,16 +76,18 @@ class TransformersEngine:
         """
         if not prompts:
             return []
-        self._encode(prompts)
+        if self._images is not None:
+            self._encode(image for image in _images_of(prompts) if image not in self._images.tokens)
         lengths = self._lengths(prompts)
-        if self._estimates:
-            self._fits = min(self._fits, largest_batch(self.model, max(lengths), sampling.max_new_tokens))
         groups = _groups(prompts)
         # The hardest batch first, and equal prompts together.
         order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], groups[place], place))
 
         def next_batch(start: int) -> list[int]:
-            end = start + self._fits
+            size = self._most["texts"]
+            if self._estimates:  # the first is the longest
+                size = min(size, largest_batch(self.model, lengths[order[start]], sampling.max_new_tokens))
+            end = start + size
             whole = end
             while start < whole < len(order) and groups[order[whole - 1]] == groups[order[whole]]:
                 whole -= 1
@@ -93,19 +100,17 @@ class TransformersEngine:
         replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
 
-    def _encode(self, prompts: Sequence[Prompt]) -> None:
-        if self._images is None:
-            return
-        opened = {id(image): image for prompt in prompts for image in prompt.images if image not in self._images}
-        opened = list(opened.values())
+    def _encode(self, opened: Iterable[OpenedImage], keep: Container = ()) -> None:
+        opened = list(opened)
 
-        def encode_batch(batch: list) -> list:
-            self._images.encode(batch, [image.image for image in batch])
+        def next_batch(start: int) -> list[OpenedImage]:
+            return opened[start : start + self._most["images"]]
+
+        def encode_batch(batch: list[OpenedImage]) -> list[OpenedImage]:
+            self._images.encode(batch, [image.image for image in batch], keep)
             return batch
 
-        self._in_batches(
-            len(opened), lambda start: opened[start : start + min(self._fits, ENCODED_AT_ONCE)], encode_batch, "images"
-        )
+        self._in_batches(len(opened), next_batch, encode_batch, "images")
 
     def _in_batches(
         self, total: int, next_batch: Callable[[int], list], work: Callable[[list], list], what: str
@@ -115,7 +120,7 @@ class TransformersEngine:
 
         Args:
             total (`int`): Items in all batches.
-            next_batch (`Callable`): From the number of items that are done to the next batch, of at most `_fits`.
+            next_batch (`Callable`): From the number of items that are done to the next batch.
             work (`Callable`): From a batch to as many results.
             what (`str`): How to call the items.
         """
@@ -151,6 +156,8 @@ class TransformersEngine:
         if self._images is None:
             inputs = chat_inputs(self.processor, conversations, images)
         else:
+            needed = _images_of(prompts)
+            self._encode((image for image in needed if image not in self._images), keep=needed)
             inputs = self._images.inputs(conversations, [prompt.images for prompt in prompts], images)
         texts = write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, draws)
         if sampler is not None:
@@ -165,7 +172,7 @@ class TransformersEngine:
 
     def _image_length(self, prompt: Prompt) -> int:
         if self._images is not None:
-            return sum(len(self._images[opened].features) for opened in prompt.images)
+            return sum(self._images.tokens[opened] for opened in prompt.images)
         sizes = tuple(opened.image.size for opened in prompt.images)
         if sizes not in self._image_lengths:
             bare = chat_inputs(self.processor, [to_ask([], len(sizes))], [[opened.image for opened in prompt.images]])
@@ -176,11 +183,17 @@ class TransformersEngine:
         if tried == 1:
             raise UserError(
                 f"Not even one of the {what} at a time fits into memory. Use a smaller model or --dtype bfloat16, "
-                "shorter texts (max_new_tokens, max_question_tokens), or a machine with more memory; what is finished "
-                "is kept."
+                "images of fewer pixels (the size or max_pixels of the model's processor), shorter texts "
+                "(max_new_tokens, max_question_tokens), or a machine with more memory. If it is main memory that is "
+                "short, a smaller --batch_size helps: fewer images are held at a time. What is finished is kept."
             )
-        self._fits = tried // 2
-        print(f"generate: not enough memory for {tried} {what} at a time, going on with {self._fits}.")
+        self._most[what] = tried // 2
+        print(f"generate: not enough memory for {tried} {what} at a time, going on with {self._most[what]}.")
+
+
+def _images_of(prompts: Sequence[Prompt]) -> dict[OpenedImage, None]:
+    """Each image once, in order."""
+    return dict.fromkeys(image for prompt in prompts for image in prompt.images)
 
 
 def _groups(prompts: Sequence[Prompt]) -> list[int]:

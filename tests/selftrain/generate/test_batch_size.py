@@ -24,6 +24,18 @@ def test_the_cache_is_counted(family, dtype):
     assert bytes_of_a_text(text, dtype, 110, 50) - bytes_of_a_text(text, dtype, 100, 50) > held
 
 
+def test_features_of_images_are_counted(monkeypatch):
+    """Those of each layer that gets some, for as many tokens as a prompt has."""
+    model, _ = tiny_model("qwen3-vl")
+    config = model.config.get_text_config(decoder=True)
+    one, three = (bytes_of_a_text(config, model.dtype, 100, 50, layers) for layers in (1, 3))
+    assert three - one == 2 * 100 * config.hidden_size * model.dtype.itemsize
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: int(20 * three / batch_size.SHARE_OF_FREE) + 1)
+    assert largest_batch(model, 100, 50) == 20
+    model.config.vision_config.deepstack_visual_indexes = []
+    assert largest_batch(model, 100, 50) == int(20 * three / one) > 20
+
+
 def test_llava_7b():
     """Half a mebibyte a token in bfloat16: with 640 tokens of prompt and 256 new ones, some 0.5 GB a text."""
     from transformers import LlamaConfig

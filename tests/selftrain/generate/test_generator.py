@@ -4,6 +4,8 @@ import ast
 import copy
 import io
 import json
+import threading
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -21,12 +23,12 @@ from medst_trl.data.images import image_id
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
 from medst_trl.errors import UserError
 from medst_trl.evaluation import vqa
-from medst_trl.policy import decoding, shared_prompts
+from medst_trl.policy import decoding, image_features, shared_prompts
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.decoding import chat_inputs
 from medst_trl.policy.image_features import ImageMemory
 from medst_trl.policy.vusr import VUSR, add_vusr
-from medst_trl.selftrain.generate import transformers_engine
+from medst_trl.selftrain.generate import generator, transformers_engine
 from medst_trl.selftrain.generate.files import select_records, undecoded
 from medst_trl.selftrain.generate.filters import QuestionFilter
 from medst_trl.selftrain.generate.prompts import DESCRIBE, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
@@ -304,15 +306,45 @@ def test_out_of_memory_halves_the_batch(policy, images, expected, monkeypatch, c
 
 
 def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkeypatch, capsys):
-    def encode(self, keys, pictures):
+    """It says nothing of the texts."""
+    encoded, written = [], []
+
+    def encode(self, keys, pictures, keep):
         if len(keys) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        encode_all(self, keys, pictures)
+        encoded.append(len(keys))
+        encode_all(self, keys, pictures, keep)
+
+    def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
+        written.append(sum(draws))
+        return decoding.write_texts(model, processor, inputs, max_new_tokens, sampler, draws)
 
     encode_all = ImageMemory.encode
     monkeypatch.setattr(ImageMemory, "encode", encode)
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     assert outcomes(policy, images, batch_size=16) == expected
     assert "not enough memory for 8 images at a time, going on with 4" in capsys.readouterr().out
+    assert encoded == [2, 2, 2, 2] and written[0] == 14
+
+
+def test_out_of_memory_while_texts_are_written(policy, images, monkeypatch):
+    """It says nothing of the images, of which those of the next window are encoded as before."""
+    encoded = []
+
+    def encode(self, keys, pictures, keep):
+        encoded.append(len(keys))
+        encode_all(self, keys, pictures, keep)
+
+    def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
+        if sum(draws) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return decoding.write_texts(model, processor, inputs, max_new_tokens, sampler, draws)
+
+    encode_all = ImageMemory.encode
+    monkeypatch.setattr(ImageMemory, "encode", encode)
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
+    outcomes(policy, images.select([0, 1, 2, 3, 5, 6]), batch_size=2)
+    assert encoded == [2, 2, 2]
 
 
 def in_the_plain_way(monkeypatch):
@@ -374,8 +406,8 @@ def test_each_image_is_looked_at_once(policy, images, monkeypatch):
 def test_features_of_a_window_are_held_and_no_more(policy, images, monkeypatch):
     held = []
 
-    def encode(self, keys, pictures):
-        encode_all(self, keys, pictures)
+    def encode(self, keys, pictures, keep):
+        encode_all(self, keys, pictures, keep)
         held.append(len(self._known))
 
     encode_all = ImageMemory.encode
@@ -384,6 +416,28 @@ def test_features_of_a_window_are_held_and_no_more(policy, images, monkeypatch):
     assert len(list(generate.outcomes(images))) == 7
     assert sorted(set(held)) == [1, 2, 3], "two records, one of which may have two images"
     assert not generate.engine._images._known
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_images_there_is_no_room_for_are_encoded_again(policy, images, expected, monkeypatch, room):
+    """And change nothing. Those there is room for are encoded once."""
+    encoded, held = Counter(), []
+
+    def encode(self, keys, pictures, keep):
+        encode_all(self, keys, pictures, keep)
+        encoded.update(keys)
+        held.append((len(self._known), len(set(keys).union(keep))))
+
+    encode_all = ImageMemory.encode
+    memory = ImageMemory(*policy)
+    image = OpenedImage(b"", picture(0))
+    memory.encode([image], [image.image])
+    monkeypatch.setattr(image_features, "MOST_BYTES", room * memory[image].bytes)
+    monkeypatch.setattr(ImageMemory, "encode", encode)
+    assert outcomes(policy, images, batch_size=4) == expected
+    assert all(known <= room + needed for known, needed in held)
+    assert sum(times == 1 for times in encoded.values()) == room
+    assert len(encoded) == 8 and max(encoded.values()) > 2
 
 
 def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
@@ -401,6 +455,11 @@ def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
     assert sum(prompts for prompts, _ in reads[1:]) >= asked > 5
 
 
+def as_on_an_accelerator(engine):
+    engine._estimates = True
+    engine._most["texts"] = transformers_engine.MOST
+
+
 @pytest.mark.parametrize("fit", [1, 5, 9])
 def test_as_many_as_fit(policy, images, expected, monkeypatch, fit):
     """What is estimated to fit changes the batches, and nothing else."""
@@ -413,10 +472,28 @@ def test_as_many_as_fit(policy, images, expected, monkeypatch, fit):
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     monkeypatch.setattr(transformers_engine, "largest_batch", lambda *args: fit)
     generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, **SHORT)
-    generate.engine._estimates = True  # as on an accelerator
-    generate.engine._fits = transformers_engine.MOST
+    as_on_an_accelerator(generate.engine)
     assert list(generate.outcomes(images)) == expected
     assert fit / 2 < max(sizes) <= fit
+
+
+def test_a_long_prompt_is_not_held_against_short_ones(policy, monkeypatch):
+    """Neither those that come with it, nor those that come later."""
+    batches = []
+
+    def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
+        batches.append((inputs["input_ids"].shape[1] > 100, sum(draws)))
+        return [("x", True)] * sum(draws)
+
+    monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
+    monkeypatch.setattr(transformers_engine, "largest_batch", lambda model, prompt, new: 1 if prompt > 100 else 8)
+    engine = transformers_engine.TransformersEngine(*policy)
+    as_on_an_accelerator(engine)
+    short = [Prompt(to_answer([], 0, f"Is it {number}?"), []) for number in range(8)]
+    long = Prompt(to_answer([], 0, "word " * 200), [])
+    for prompts in ([long, *short], short):
+        engine.write(prompts, Sampling(temperature=0.0))
+    assert batches == [(True, 1), (False, 8), (False, 8)]
 
 
 def test_windows_do_not_go_by_what_fits(policy):
@@ -430,12 +507,40 @@ def test_windows_do_not_go_by_what_fits(policy):
     assert not engine._estimates and engine.batch_size == transformers_engine.ON_CPU
 
 
+def test_images_of_the_next_window_are_opened_meanwhile(images, monkeypatch):
+    opened, four = [], threading.Event()
+    open_images = generator.open_images
+
+    def counting(stored):
+        opened.append(stored)
+        if len(opened) == 4:
+            four.set()
+        return open_images(stored)
+
+    def say(prompt):
+        if ast.literal_eval(prompt.stream)[1] == "r0":
+            assert four.wait(timeout=30), "nothing is opened while texts are written"
+        return Reply("Where is the lesion?")
+
+    monkeypatch.setattr(generator, "open_images", counting)
+    engine = Script(say)
+    engine.batch_size = 1  # windows of two records
+    assert len(list(CandidateGenerator(engine).outcomes(images))) == 7
+
+
+def test_no_more_than_one_window_ahead():
+    begun = []
+    items = (begun.append(number) or number for number in range(5))
+    assert [(item, len(begun)) for item in generator._one_ahead(str, items)] == [
+        ("0", 2), ("1", 3), ("2", 4), ("3", 5), ("4", 5)]  # fmt: skip
+
+
 def test_not_even_one_fits(policy, images, monkeypatch):
     def write_texts(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
-    with pytest.raises(UserError, match="Not even one"):
+    with pytest.raises(UserError, match="Not even one of the texts.*a smaller --batch_size"):
         outcomes(policy, images)
 
 
