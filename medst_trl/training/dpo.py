@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -13,10 +14,12 @@ from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from ..arguments import closest
 from ..errors import UserError
 from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .displacement import WarnOfDisplacement
+from .example_images import check_has_images
 from .input_pipeline import FeedsImages, InputPipelineArguments
 from .learning_rates import LearningRatesByPart
 from .length_grouping import GroupsByLength
@@ -33,7 +36,7 @@ from .reference_log_probs import (
 )
 from .resume import LoadsPublishedNames
 from .run_folder import OwnModelCard
-from .usable_pairs import usable_pairs
+from .usable_pairs import check_is_dataset, usable_pairs
 
 
 logger = get_logger(__name__)
@@ -43,6 +46,7 @@ LOSSES = {
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 }  # fmt: skip
+SAMPLING_STRATEGIES = {"group_by_length", "random", "sequential"}
 
 
 @dataclass
@@ -84,7 +88,10 @@ class MultimodalDPOConfig(InputPipelineArguments, DPOConfig):
     )
     train_sampling_strategy: str = field(
         default="group_by_length",
-        metadata={"help": "Which pairs share a batch: `group_by_length`, pairs of about one length, or `random`."},
+        metadata={
+            "help": "Which pairs share a batch: `group_by_length`, pairs of about one length, "
+            "`random` or `sequential`."
+        },
     )
     share_prefix: bool = field(
         default=True, metadata={"help": "Read image and prompt of a pair once for both answers, where the model can."}
@@ -107,6 +114,13 @@ class MultimodalDPOConfig(InputPipelineArguments, DPOConfig):
     def __post_init__(self):
         if unknown := sorted(set(self.loss_type) - LOSSES):
             raise ValueError(f"loss_type {unknown[0]!r} is not one of {', '.join(sorted(LOSSES))}.")
+        if (strategy := self.train_sampling_strategy) not in SAMPLING_STRATEGIES:
+            hint = closest(strategy, SAMPLING_STRATEGIES)
+            if strategy == "batch_rebalance":
+                hint = " It needs a column of lengths, which pairs with images do not have; take group_by_length."
+            raise ValueError(
+                f"train_sampling_strategy {strategy!r} is not one of {', '.join(sorted(SAMPLING_STRATEGIES))}.{hint}"
+            )
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}; it has to be above 0.")
         if self.precompute_ref_log_probs and self.sync_ref_model:
@@ -137,7 +151,7 @@ class MultimodalDPOTrainer(
         args ([`MultimodalDPOConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt`, `chosen`, `rejected`, `images` and `id`.
+            Columns `prompt`, `chosen`, `rejected`, `images` (with empty lists for text alone) and `id`.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor; needed with a loaded model.
         **kwargs:
@@ -162,6 +176,11 @@ class MultimodalDPOTrainer(
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
+        eval_datasets = _by_name(eval_dataset)
+        for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
+            check_is_dataset(dataset, name)
+        if kwargs.get("data_collator") is None:
+            check_has_images(train_dataset)
         if isinstance(model, str):
             kwargs_of_model = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             model, loaded = load_policy(model, is_trainable=True, **kwargs_of_model)
@@ -192,11 +211,14 @@ class MultimodalDPOTrainer(
             share_prefix=args.share_prefix and obstacle is None,
         )
         self.pairs = usable_pairs(train_dataset, processing_class, args.max_length)
-        lengths = self.pairs.lengths
         self.train_lengths = self.pairs.lengths
-        if eval_dataset is not None:
-            eval_pairs = usable_pairs(eval_dataset, processing_class, args.max_length)
-            eval_dataset, lengths = eval_pairs.dataset, [*lengths, *eval_pairs.lengths]
+        eval_pairs = {
+            name: usable_pairs(dataset, processing_class, args.max_length) for name, dataset in eval_datasets.items()
+        }
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: pairs.dataset for name, pairs in eval_pairs.items()}
+        elif eval_pairs:
+            eval_dataset = eval_pairs["eval_dataset"].dataset
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(reference, processing_class, collator, args)
         with without_precompute(args):
@@ -226,8 +248,9 @@ class MultimodalDPOTrainer(
             self._share_prefix(obstacle)
         self.add_callback(WarnOfDisplacement())
         if args.precompute_ref_log_probs:
-            datasets = [self.train_dataset, *([] if eval_dataset is None else [eval_dataset])]
-            log_probs = log_probs_of_reference(self, cache, datasets, lengths)
+            all_pairs = [self.pairs, *eval_pairs.values()]
+            lengths = [length for pairs in all_pairs for length in pairs.lengths]
+            log_probs = log_probs_of_reference(self, cache, [pairs.dataset for pairs in all_pairs], lengths)
             self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
             self.precompute_ref_logps, self.ref_model = True, None
             self.accelerator.free_memory()  # which holds the reference, too, and so far nothing else
@@ -297,6 +320,13 @@ def _complete_reference(model: torch.nn.Module, trains: set[str]) -> None:
             reference.data = parameter.data.clone()
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trains)
+
+
+def _by_name(eval_dataset: Any) -> dict[str, Any]:
+    """The evaluation sets, of which there may be none or, as a `dict`, several."""
+    if isinstance(eval_dataset, dict):
+        return eval_dataset
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
 def _multiple(pad_to_multiple_of: int | str | None) -> int | None:

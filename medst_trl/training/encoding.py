@@ -17,6 +17,7 @@ from trl.data_utils import prepare_multimodal_messages
 from ..errors import UserError
 from ..policy.spans import RenderedConversation, Span, render_conversation, text_of, typed_parts
 from ..policy.vusr import adds_special_tokens, tokenizer_of
+from .example_images import images_of
 
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
     Raises:
         UserError: if images and image parts differ in number.
     """
-    images = [example["image"]] if "image" in example else list(example.get("images") or [])
-    images = [image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images]
+    images = [
+        image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images_of(example)
+    ]
     example_id = example.get("id") or sha256(repr([text_of(m["content"]) for m in messages]).encode()).hexdigest()
     try:
         prepared = prepare_multimodal_messages(

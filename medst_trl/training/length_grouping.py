@@ -8,25 +8,29 @@ its images, so the lengths stay beside it.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from io import BytesIO
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
-from PIL import Image
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 
+from ..errors import UserError
 from ..policy.spans import render_conversation
 from ..policy.vusr import tokenizer_of
 from .encoding import as_conversation
+from .example_images import UnreadableImage, image_size, images_of, with_images
 from .input_pipeline import with_stored_images
 
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import ProcessorMixin
+
+logger = get_logger(__name__)
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -62,16 +66,24 @@ class GroupsByLength:
     """
     Mixin for a [`~transformers.Trainer`] that holds `train_lengths`, the number of tokens of each training example.
 
-    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of about equal length. Without
-    lengths, and with any other strategy, the Trainer's own sampler stays.
+    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of about equal length, and in
+    random order where the lengths are not those of its dataset. With any other strategy, and on a stream, the
+    Trainer's own sampler stays.
     """
 
     train_lengths: Sequence[int] | None = None
     _length_sampler: SeededLengthGroupedSampler | None = None
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length" or self.train_lengths is None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
+        if self.train_lengths is None or len(self.train_lengths) != len(dataset):
+            logger.warning(
+                f"group_by_length: the lengths of the {len(dataset):,} training examples are not known, because they "
+                "are not those the trainer was made with. They are trained on in random order."
+            )
+            return RandomSampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # That of a whole optimizer step: ranks do not wait for one with longer examples, and the order is the same for
         # any number of them. The Trainer's own grouping leaves the number of ranks out.
@@ -86,6 +98,7 @@ class GroupsByLength:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def get_train_dataloader(self) -> "DataLoader":
+        self._length_sampler = None  # that of another dataset, maybe
         dataloader = super().get_train_dataloader()
         if self._length_sampler is not None:
             # As accelerate does with its own seeded sampler. Otherwise several ranks that resume within an epoch are
@@ -109,13 +122,14 @@ def conversation_lengths(
             Where conversations end at the latest.
 
     Returns:
-        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` for a dataset that
-        is streamed.
+        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` for what is not a
+        dataset with a length.
 
     Raises:
-        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
+        UserError: if an example's images and placeholders differ in number, an image has no readable head, or the
+            template cannot render it.
     """
-    if not hasattr(dataset, "__len__"):
+    if not has_length(dataset) or isinstance(dataset, dict):
         return None
 
     @cache
@@ -146,15 +160,8 @@ def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict
 
 
 def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
-    """An example with the sizes of its images in their place, for which the heads of the files are read."""
-    images = [example["image"]] if "image" in example else example.get("images") or []
-    rest = {name: value for name, value in example.items() if name != "image"}
-    return {**rest, "images": [_size(image) for image in images]}
-
-
-def _size(image: "Image.Image | dict[str, Any]") -> tuple[int, int]:
-    """Height and width."""
-    if isinstance(image, dict):
-        with Image.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-            return opened.height, opened.width
-    return image.height, image.width
+    """An example with (height, width) of its images in their place."""
+    try:
+        return with_images(example, [image_size(image)[::-1] for image in images_of(example)])
+    except UnreadableImage as error:
+        raise UserError(f"Record {example.get('id')!r}: {error}. Mend it, or leave the record out.") from error

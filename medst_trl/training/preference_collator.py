@@ -21,6 +21,7 @@ from .encoding import (
     encode,
     tokens_without_images,
 )
+from .example_images import with_images
 from .input_pipeline import TakesStoredImages, with_decoded_images
 
 
@@ -86,7 +87,11 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         examples = [with_decoded_images(example) for example in examples]
         chosen = [pair_as_conversation(example, "chosen") for example in examples]
-        rejected = [pair_as_conversation(example, "rejected") for example in examples]
+        # The images are in mode RGB by now, and not converted a second time.
+        rejected = [
+            pair_as_conversation(with_images(example, conversation.images), "rejected")
+            for example, conversation in zip(examples, chosen, strict=True)
+        ]
         encoded = encode(self.processor, chosen)
         rendered = [render_conversation(self.processor, conversation.messages) for conversation in rejected]
         pairs = self._pairs(chosen, encoded, rendered)

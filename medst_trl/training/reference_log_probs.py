@@ -29,7 +29,7 @@ from ..fingerprints import REFERENCE_FOLDER
 from ..policy.adapters import mend_tied_head
 from ..policy.vusr import tokenizer_of
 from ..stage_record import package_versions
-from .input_pipeline import TakesStoredImages, with_decoded_images
+from .input_pipeline import TakesStoredImages, with_decoded_images, with_stored_images
 from .reference_cache import ReferenceCache, ReferenceLogProbs, pair_key, sha256_of
 
 
@@ -221,7 +221,7 @@ def log_probs_of_reference(
         UserError: if a log-probability is not finite.
     """
     accelerator = trainer.accelerator
-    pairs = ConcatDataset(datasets)
+    pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets])
     keys = _keys_of(pairs, trainer)
     known = [cache.read() if accelerator.is_main_process else None]
     known = broadcast_object_list(known)[0]
@@ -256,7 +256,7 @@ def _keys_of(pairs: ConcatDataset, trainer: "DPOTrainer") -> list[str]:
 
 
 def _pair_keys(examples: list[dict[str, Any]]) -> list[str]:
-    return [pair_key(example) for example in examples]
+    return [pair_key(with_decoded_images(example)) for example in examples]
 
 
 def _compute(
@@ -289,7 +289,8 @@ def _compute(
 
 
 def _with_ids(collator: Callable, examples: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    return [str(example.get("id") or "") for example in examples], collator(examples)
+    ids = [str(example.get("id") or "") for example in examples]
+    return ids, collator([with_decoded_images(example) for example in examples])
 
 
 def _quiet(trainer: "DPOTrainer") -> bool:

@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..policy.adapters import mend_tied_head, train_in_full_precision
 from ..policy.checkpoints import load_policy, prepare_policy
 from .collator import DataCollatorForSelfQuestioning
-from .input_pipeline import FeedsImages, InputPipelineArguments
+from .example_images import check_has_images
+from .input_pipeline import FeedsImages, InputPipelineArguments, with_stored_images
 from .learning_rates import LearningRatesByPart
 from .length_grouping import GroupsByLength, conversation_lengths
 from .packing import packing_cost, rope_positions
@@ -115,7 +116,7 @@ class SelfQuestioningTrainer(
         args ([`SelfQuestioningConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `messages`, `images` and `id`.
+            Columns `messages`, `images` (with empty lists for text alone) and `id`.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor; needed with a loaded model.
         **kwargs:
@@ -145,6 +146,8 @@ class SelfQuestioningTrainer(
                 "chat_template_path would replace the template that opens `<vusr>` turns. Set "
                 "`processor.chat_template` before the processor is given to the trainer instead."
             )
+        if kwargs.get("data_collator") is None:
+            check_has_images(train_dataset)
         if isinstance(model, str):
             kwargs_of_model = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             model, loaded = load_policy(model, is_trainable=True, **kwargs_of_model)
@@ -159,7 +162,7 @@ class SelfQuestioningTrainer(
             raise UserError(
                 "pack_sequences is the default collator's work: leave out pack_sequences or data_collator."
             )
-        packing = _packing(base, args) if args.pack_sequences else None
+        packing = _packing(base, args, train_dataset) if args.pack_sequences else None
         collator = kwargs.pop("data_collator", None) or DataCollatorForSelfQuestioning(
             processing_class,
             packing=packing,
@@ -171,6 +174,8 @@ class SelfQuestioningTrainer(
         )
         if args.train_sampling_strategy == "group_by_length":
             self.train_lengths = conversation_lengths(train_dataset, processing_class, args.max_length)
+            if self.train_lengths is None:
+                logger.warning("group_by_length: a stream has no lengths to group by. It is trained on in its order.")
         super().__init__(
             model=model,
             args=args,
@@ -285,12 +290,14 @@ class SelfQuestioningTrainer(
         super().log(logs, start_time)
 
 
-def _packing(model: PreTrainedModel, args: SelfQuestioningConfig) -> float | None:
+def _packing(model: PreTrainedModel, args: SelfQuestioningConfig, train_dataset: Any) -> float | None:
     """The model's [`packing_cost`], or `None` and batches grouped by length, and a line that says why."""
     cost, why = packing_cost(model)
     parallelism = args.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         cost, why = None, "context and sequence parallelism cut rows regardless of documents"
+    if "messages" not in next(iter(with_stored_images(train_dataset)), {"messages"}):
+        cost, why = None, "prompts with completions go through TRL's collator, which packs no images"
     if cost is None:
         logger.warning(f"pack_sequences: {why}. Batches are padded and grouped by length instead.")
         args.train_sampling_strategy = "group_by_length"

@@ -163,3 +163,11 @@ def test_another_folder_can_be_named(inputs, tmp_path):
     run(inputs, tmp_path / "dpo", **options)
     assert len(list((tmp_path / "shared" / "cache").glob("*.parquet"))) == 1
     assert not (pairs / "reference_log_probs").exists()
+
+
+def test_a_pair_with_a_broken_image_is_written_down(inputs, tmp_path):
+    rows = [tiny_dpo.pair(number) for number in range(8)]
+    rows[3]["images"] = [{"bytes": b"not an image", "path": None}]
+    _, record = run(inputs, tmp_path / "dpo", dataset=write_pairs(tmp_path / "pairs", rows))
+    assert record["counts"]["set_aside"] == {"unreadable_image": 1} and record["counts"]["steps"] == 3
+    assert json.loads((tmp_path / "dpo" / "rejected.jsonl").read_text())["id"] == "p3"

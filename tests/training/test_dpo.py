@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from tiny_dpo import adapter_policy, make_trainer, pair, trained_weights
 from transformers import TrainerCallback
 
 from medst_trl.errors import UserError
 from medst_trl.policy.adapters import freeze_vision
 from medst_trl.training.displacement import WarnOfDisplacement
-from medst_trl.training.dpo import MultimodalDPOConfig
+from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
 from medst_trl.training.end_of_log import end_of_log
 from medst_trl.training.prefix_sharing import with_images_twice
 
@@ -149,11 +150,77 @@ def test_other_losses_of_trl_and_their_sums_stay_available(tmp_path, loss_type):
     [
         ({"beta": 0.0}, "beta"),
         ({"loss_type": ["nonsense"]}, "nonsense"),
+        ({"train_sampling_strategy": "group_by_lenght"}, "Did you mean 'group_by_length'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "column of lengths"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MultimodalDPOConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_the_orders_that_can_be_are_trained_in(tmp_path, strategy):
+    trainer = make_trainer(tmp_path, train_sampling_strategy=strategy, max_steps=-1, num_train_epochs=1)
+    assert sorted(trainer._get_train_sampler()) == list(range(12))
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("kind", [dict, DatasetDict])
+def test_several_evaluation_sets_are_each_checked(tmp_path, monkeypatch, kind):
+    bad = pair(52)
+    bad["rejected"] = bad["chosen"]
+    sets = kind(one=Dataset.from_list([pair(50), pair(51)]), other=Dataset.from_list([bad, pair(53), pair(54)]))
+    trainer = with_datasets(tmp_path, None, sets, eval_strategy="steps", eval_steps=2, max_steps=2)
+    assert {name: len(dataset) for name, dataset in trainer.eval_dataset.items()} == {"one": 2, "other": 2}
+    trainer.train()
+    alone = with_datasets(tmp_path, None, Dataset.from_list([pair(53), pair(54)]), max_steps=2)
+    alone.train()
+    log = trainer.state.log_history
+    assert len([entry for entry in log if "eval_one_loss" in entry]) == 1
+    (other,) = [entry for entry in log if "eval_other_loss" in entry]
+    expected = alone.evaluate()
+    assert other["eval_other_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
+    assert other["eval_logps/chosen"] == pytest.approx(expected["eval_logps/chosen"], abs=1e-4)
+
+
+def with_datasets(output_dir, train, evaluation, **settings) -> MultimodalDPOTrainer:
+    model, processor = adapter_policy()
+    args = MultimodalDPOConfig(
+        output_dir=str(output_dir), report_to="none", save_strategy="no", disable_tqdm=True, seed=3,
+        gradient_checkpointing=False, per_device_train_batch_size=4, **settings,
+    )  # fmt: skip
+    train = Dataset.from_list([pair(number) for number in range(12)]) if train is None else train
+    return MultimodalDPOTrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor
+    )
+
+
+def test_datasets_that_cannot_be_checked_are_refused_at_once(tmp_path):
+    pairs = Dataset.from_list([pair(number) for number in range(4)])
+    args = MultimodalDPOConfig(output_dir=str(tmp_path), report_to="none", max_steps=1)
+    for train, evaluation, name in [
+        (pairs.to_iterable_dataset(), None, "train_dataset"),
+        (DatasetDict(train=pairs), None, "train_dataset"),
+        (pairs, pairs.to_iterable_dataset(), "eval_dataset"),
+        (pairs, {"held_out": pairs.to_iterable_dataset()}, "held_out"),
+    ]:
+        with pytest.raises(UserError, match=f"{name}.*Dataset.*without streaming"):  # no model is looked for
+            MultimodalDPOTrainer("no/such-model", args, train_dataset=train, eval_dataset=evaluation)
+
+
+def test_text_without_a_column_of_images_is_told_to_have_one(tmp_path):
+    rows = [pair(number) for number in range(4)]
+    for row in rows:
+        del row["images"], row["prompt"][0]["content"][0]
+    with pytest.raises(UserError, match="add `images: \\[\\]`"):
+        make_trainer(tmp_path, rows=rows)
+    dataset = Dataset.from_list(rows)
+    dataset = dataset.add_column("images", [[]] * len(dataset))  # as the message says
+    trainer = with_datasets(tmp_path, dataset, None, max_steps=1, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_displacement_is_said_once_and_only_when_it_lasts(caplog):

@@ -13,6 +13,7 @@ from datasets.features.image import Image as ImageFeature
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
+from medst_trl.errors import UserError
 from medst_trl.training import input_pipeline
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.input_pipeline import DataWait, default_workers, with_stored_images
@@ -80,6 +81,13 @@ def test_lengths_are_found_without_decoding_an_image(monkeypatch):
     assert all(abs(a - b) <= 2 for a, b in zip(lengths, expected, strict=True))
     assert max(conversation_lengths(dataset, processor, max_length=60)) == 60
     assert conversation_lengths(list(rows), processor)[::-1][: len(lengths)] == lengths
+
+
+def test_an_image_without_a_head_is_named_when_lengths_are_found():
+    row = tiny_run.conversation(7)
+    row["images"] = [{"bytes": b"not an image", "path": None}]
+    with pytest.raises(UserError, match="Record 'r7': the image cannot be read"):
+        conversation_lengths([row], tiny_run.small_policy()[1])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,11 @@ LENGTHS = [random.Random(i).randint(1, 100) for i in range(66)]
 
 
 class Numbers(Dataset):
+    def __init__(self, count=None):
+        self.count = count or len(LENGTHS)
+
     def __len__(self):
-        return len(LENGTHS)
+        return self.count
 
     def __getitem__(self, index):
         return {"x": torch.tensor(float(index))}
@@ -126,3 +129,19 @@ def test_evaluation_keeps_its_order_and_other_strategies_their_sampler(tmp_path)
         ours = _trainer(tmp_path, train_sampling_strategy=strategy)._get_train_sampler()
         stock = _trainer(tmp_path, kind=Trainer, train_sampling_strategy=strategy)._get_train_sampler()
         assert type(ours) is type(stock) is not SeededLengthGroupedSampler
+
+
+@pytest.mark.parametrize("count", [20, 90])
+def test_another_dataset_is_trained_on_whole_and_in_the_random_order(tmp_path, caplog, count):
+    def trained(settings):
+        trainer = _trainer(tmp_path, num_train_epochs=1, **settings)
+        list(trainer.get_train_dataloader())  # of the first dataset
+        trainer.train_dataset = Numbers(count)
+        trainer.train()
+        return trainer.model.seen
+
+    seen = trained({})
+    assert sorted(chain(*seen)) == list(range(count))
+    assert len([r for r in caplog.records if "group_by_length: the lengths" in r.message]) == 1
+    assert seen == trained({"train_sampling_strategy": "random"})
+    assert list(_trainer(tmp_path)._get_train_sampler(Numbers(count))) != list(range(count))

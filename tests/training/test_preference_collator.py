@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a preference batch read as the same conversations read in stage 1; what is scored is the answers."""
 
+from collections import Counter
+
 import pytest
 import torch
 from families import FAMILIES, prepared_processor
+from PIL import Image
 from tiny_dpo import pair
 from tiny_run import text
 
@@ -74,3 +77,24 @@ def test_an_answer_that_does_not_fit_is_cut_and_a_prompt_that_fills_all_is_refus
     assert cut["shared_length"] <= 2 * (longest - 4)
     with pytest.raises(UserError, match=r"'p\d'.*no answer fits into max_length=20"):
         DataCollatorForMultimodalPreference(processor, max_length=20)(rows)
+
+
+def test_the_images_of_a_pair_are_converted_once_and_counted_for_both_answers(monkeypatch):
+    counts, convert = Counter(), Image.Image.convert
+
+    def counted(self, mode=None, *args, **kwargs):
+        counts[self.mode, mode] += 1
+        return convert(self, mode, *args, **kwargs)
+
+    collator, rows = DataCollatorForMultimodalPreference(prepared_processor("vicuna")), examples()
+    for row in rows:
+        row["images"] = [image.convert("L") for image in row["images"]]
+    rows[2]["image"] = rows[2].pop("images")[0]
+    monkeypatch.setattr(Image.Image, "convert", counted)
+    collator(rows)
+    assert counts["L", "RGB"] == 3
+    rows[1]["rejected"][0]["content"] = [{"type": "image"}, *text("no")]
+    with pytest.raises(UserError, match=r"Record 'p1' cannot be collated.*image placeholders \(2\)"):
+        collator(rows)
+    with pytest.raises(UserError, match="Record 'p0' cannot be collated"):
+        collator([rows[0] | {"images": []}])

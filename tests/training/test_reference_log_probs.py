@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from datasets.features.image import Image as ImageFeature
 from tiny_dpo import adapter_policy, make_trainer, pair, text, trained_weights
 from tiny_run import small_policy
 
@@ -153,6 +154,51 @@ def make_trainer_with(output_dir, settings) -> MultimodalDPOTrainer:
         train_dataset=Dataset.from_list([pair(number) for number in range(12)]),
         processing_class=processor,
     )  # fmt: skip
+
+
+def test_several_evaluation_sets_are_read_by_the_reference(tmp_path, computed):
+    sets = {"one": Dataset.from_list([pair(50)]), "other": Dataset.from_list([pair(51), pair(0)])}
+
+    def trainer_of(folder, **settings):
+        model, processor = adapter_policy()
+        args = MultimodalDPOConfig(
+            output_dir=str(folder),
+            report_to="none",
+            per_device_train_batch_size=4,
+            disable_tqdm=True,
+            max_steps=2,
+            save_strategy="no",
+            learning_rate=1e-3,
+            **settings,
+        )
+        train = Dataset.from_list([pair(number) for number in range(4)])
+        return MultimodalDPOTrainer(
+            model=model, args=args, train_dataset=train, eval_dataset=sets, processing_class=processor
+        )
+
+    trainer = trainer_of(tmp_path, precompute_ref_log_probs=True)
+    assert sum(computed) == 6  # one of them is a training pair, too
+    live = trainer_of(tmp_path / "live")
+    for each in (trainer, live):
+        each.train()
+    ours, theirs = trainer.evaluate(), live.evaluate()
+    for name in ("eval_one_loss", "eval_other_loss"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-5) and abs(ours[name] - 0.6931) > 1e-3
+
+
+def test_images_are_decoded_once_for_the_key_and_once_for_the_reference(tmp_path, monkeypatch):
+    count, decode = [], ImageFeature.decode_example
+
+    def counted(self, value, *args, **kwargs):
+        count.append(isinstance(value, dict))
+        return decode(self, value, *args, **kwargs)
+
+    monkeypatch.setattr(ImageFeature, "decode_example", counted)
+    cached(tmp_path)
+    assert 2 * 12 <= sum(count) <= 2 * 12 + 2  # TRL looks at the first example
+    count.clear()
+    cached(tmp_path)
+    assert 12 <= sum(count) <= 12 + 2
 
 
 def test_a_frozen_part_stays_frozen_and_the_reference_does_not_move(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback
 
 from medst_trl.errors import UserError
@@ -18,6 +18,8 @@ from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.checkpoints import load_policy
 from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.collator import IGNORED
+from medst_trl.training.length_grouping import conversation_lengths
+from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
 RATES = {"learning_rate": 1e-2, "vision_learning_rate": 1e-3, "projector_learning_rate": 1e-4}
@@ -124,6 +126,59 @@ def test_the_evaluation_loss_leaves_out_what_was_set_aside(tmp_path):
 def test_a_replaced_chat_template_is_refused(tmp_path):
     with pytest.raises(UserError, match="chat_template"):
         tiny_run.make_trainer(tmp_path, chat_template_path="other.jinja")
+
+
+def _with_dataset(output_dir, dataset, **settings) -> SelfQuestioningTrainer:
+    model, processor = tiny_run.small_policy()
+    eval_dataset = settings.pop("eval_dataset", None)
+    args = SelfQuestioningConfig(
+        output_dir=str(output_dir), report_to="none", max_steps=1, per_device_train_batch_size=4, disable_tqdm=True,
+        save_strategy="no", logging_steps=1, **settings,
+    )  # fmt: skip
+    return SelfQuestioningTrainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=eval_dataset, processing_class=processor
+    )
+
+
+def test_text_without_a_column_of_images_is_told_to_have_one(tmp_path):
+    dataset = Dataset.from_list([tiny_run.conversation(i, with_image=False) for i in range(4)]).remove_columns(
+        "images"
+    )
+    for data in (dataset, dataset.to_iterable_dataset()):
+        with pytest.raises(UserError, match=r"add `images: \[\]`"):
+            _with_dataset(tmp_path, data, train_sampling_strategy="group_by_length")
+    trainer = _with_dataset(tmp_path, dataset.add_column("images", [[]] * len(dataset)))
+    trainer.train()
+    assert trainer.state.log_history[0]["answer_tokens"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_a_stream_is_trained_on_in_its_order_and_that_is_said_where_another_was_asked_for(tmp_path, caplog, strategy):
+    dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)]).to_iterable_dataset()
+    _with_dataset(tmp_path, dataset, train_sampling_strategy=strategy).train()
+    said = [record for record in caplog.records if "group_by_length" in record.message]
+    assert len(said) == (strategy == "group_by_length")
+
+
+def test_prompts_with_completions_are_not_packed_and_that_is_said(tmp_path, caplog):
+    rows = [tiny_run.conversation(i, turns=1) for i in range(8)]
+    for row in rows:
+        row["prompt"], row["completion"] = row["messages"][:1], row.pop("messages")[1:]
+    trainer = _with_dataset(tmp_path, Dataset.from_list(rows), pack_sequences=True)
+    assert len([record for record in caplog.records if "pack_sequences: prompts with" in record.message]) == 1
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader())) and len(trainer.train_lengths) == 8
+    trainer.train()
+
+
+def test_lengths_are_those_of_one_dataset_and_several_are_evaluated_on(tmp_path):
+    dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)])
+    processor = tiny_run.small_policy()[1]
+    for data in (DatasetDict(train=dataset), {"train": dataset}, dataset.to_iterable_dataset()):
+        assert conversation_lengths(data, processor) is None
+    sets = {"one": dataset.select(range(3)), "other": dataset.to_iterable_dataset()}
+    trainer = _with_dataset(tmp_path, dataset, train_sampling_strategy="group_by_length", eval_dataset=sets)
+    trainer.train()
+    assert {"eval_one_loss", "eval_other_loss"} <= trainer.evaluate().keys()
 
 
 def test_the_log_names_each_part_and_kind(tmp_path):

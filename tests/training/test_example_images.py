@@ -1,0 +1,83 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import io
+
+import numpy as np
+import pytest
+from datasets.features.image import Image as ImageFeature
+from PIL import Image, ImageFile
+
+from medst_trl.training.example_images import UnreadableImage, check_image, image_size
+
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8)
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "JPEG2000", "MPO"]
+
+
+def stored(kind: str, orientation: int | None = None) -> dict:
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation is not None:
+        exif[0x112] = orientation
+    Image.fromarray(PIXELS).save(file, kind, exif=exif)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def on_disk(image: dict, folder) -> dict:
+    (folder / "image").write_bytes(image["bytes"])
+    return {"bytes": None, "path": str(folder / "image")}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_the_size_is_that_of_the_decoded_image(tmp_path, kind, orientation):
+    image = stored(kind, orientation)
+    decoded = ImageFeature().decode_example(image)
+    assert image_size(image) == image_size(on_disk(image, tmp_path)) == image_size(decoded) == decoded.size
+    assert decoded.size == ((40, 24) if orientation in (6, 8) and kind not in ("BMP", "JPEG2000") else (24, 40))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_no_usual_image_is_decoded(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    whole = stored(kind)
+    for image in (whole, on_disk(whole, tmp_path)):
+        assert image_size(image) == (24, 40)
+        check_image(image)
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found():
+    data, turned = stored("PNG")["bytes"], stored("PNG", 6)["bytes"]
+    start = turned.index(b"eXIf") - 4
+    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4])]
+    image = {"bytes": data[:-12] + chunk + data[-12:], "path": None}
+    assert image_size(image) == ImageFeature().decode_example(image).size == (40, 24)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kept", [0.95, 0.5, 0.02])
+def test_an_image_that_is_cut_short_is_told(tmp_path, kind, kept):
+    cut = stored(kind)
+    check_image(cut)
+    cut["bytes"] = cut["bytes"][: int(len(cut["bytes"]) * kept)]
+    for image in (cut, on_disk(cut, tmp_path)):
+        try:
+            ImageFeature().decode_example(image)
+        except Exception:
+            with pytest.raises(UnreadableImage, match="cannot be read"):
+                check_image(image)
+        else:
+            check_image(image)
+
+
+def test_what_pillow_reads_though_it_does_not_end_well_is_kept():
+    image = stored("JPEG")
+    check_image({**image, "bytes": image["bytes"] + b"a note of the scanner"})
+
+
+@pytest.mark.parametrize(
+    "image",
+    [{"bytes": b"", "path": None}, {"bytes": None, "path": "/no/such.png"}, {"bytes": None, "path": None}, None],
+)
+def test_what_is_no_image_is_told(image):
+    with pytest.raises(UnreadableImage, match="cannot be read"):
+        image_size(image)
