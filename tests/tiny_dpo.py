@@ -98,4 +98,5 @@ if __name__ == "__main__":
         torch.save(weights, os.path.join(output_dir, "weights.pt"))
         facts = {"world_size": trainer.accelerator.num_processes, "kind": str(trainer.accelerator.distributed_type)}
         Path(output_dir, "run.json").write_text(json.dumps(facts | {"log": trainer.state.log_history}))
+    trainer.accelerator.wait_for_everyone()
     trainer.end()

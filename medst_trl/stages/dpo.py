@@ -119,6 +119,7 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
         + (f", {trainer.pairs.truncated} with an answer cut at max_length" if trainer.pairs.truncated else "")
         + f".{_ending(metrics)} Adapter and processor are in {training_args.output_dir}."
     )
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
     trainer.end()
 
 

@@ -111,6 +111,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
         + (f", {truncated} of them cut behind an answer at max_length" if truncated else "")
         + f". Adapter and processor are in {training_args.output_dir}."
     )
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
     trainer.end()
 
 

@@ -479,6 +479,7 @@ trainer = tiny_dpo.make_trainer(output_dir, precompute_ref_log_probs=True, preco
 if trainer.accelerator.is_main_process:
     print("FORWARDS", len(done), trainer.accelerator.num_processes)
 trainer.train()
+trainer.accelerator.wait_for_everyone()
 trainer.end()
 """
 
