@@ -196,6 +196,34 @@ def losses_of(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["aot"]}, {"loss_type": ["aot_unpaired"]}, {"loss_type": ["sigmoid_norm"]},
+        {"loss_type": ["discopop"]}, {"loss_type": ["nca_pair"]}, {"loss_type": ["sppo_hard"]},
+        {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}, {"ld_alpha": 0.5}, {"use_weighting": True},
+        {"f_divergence_type": "js_divergence"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_losses_are_those_of_separate_sequences(tmp_path, settings):
+    shared, separate = (
+        losses_of(make_trainer(tmp_path / str(share), share_prefix=share, max_steps=3, optim="sgd", **settings))
+        for share in (True, False)
+    )
+    assert shared == pytest.approx(separate, rel=1e-5, abs=1e-6)
+
+
+def test_a_policy_whose_language_model_alone_has_flex_attention_trains_on_a_cpu(tmp_path, monkeypatch):
+    plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=2))
+    policy = adapter_policy()
+    policy[0].get_base_model().config.get_text_config()._attn_implementation = "flex_attention"
+    trainer = make_trainer(tmp_path / "flex", policy=policy, max_steps=2)
+    monkeypatch.setattr(PrefixSharing, "_compare", lambda *args: True)  # the stock layout would compile
+    assert losses_of(trainer) == pytest.approx(plain, abs=1e-6)
+
+
 def test_a_model_that_takes_no_such_mask_goes_on_too(tmp_path, monkeypatch, caplog):
     plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3))
     trainer = make_trainer(tmp_path / "shared", max_steps=3)
