@@ -143,11 +143,13 @@ def make_parser(prog: str | None = None) -> "TrlParser":
 
 def main(args: JudgeArguments) -> None:
     from medst_trl.errors import UserError
+    from medst_trl.selftrain.judge.inputs import made_benchmarks, open_benchmark, open_candidates
     from medst_trl.stage_record import FILE_NAME, StageRecord
 
     _check(args)
-    args.benchmarks = _made(args.benchmarks)
-    candidates, benchmarks = _open(args)
+    args.benchmarks = made_benchmarks(args.benchmarks)
+    candidates = open_candidates(args.candidates, args.split)
+    benchmarks = [open_benchmark(name) for name in args.benchmarks]
     with _judge(args, candidates) as judge:
         if args.dry_run:
             return _show(judge, candidates)
@@ -204,68 +206,11 @@ def _check(args: JudgeArguments) -> None:
         raise UserError("write_batch and read_batch are two steps: write, have the files processed, then read.")
 
 
-def _made(benchmarks: list[str]) -> list[str]:
-    """The benchmarks less those that a finished prepare had nothing to make of: recipes name them in any case."""
-    from medst_trl.stage_record import FILE_NAME
-
-    made = []
-    for name in benchmarks:
-        path, record = Path(name), Path(name).parent / FILE_NAME
-        if path.name == "benchmark" and not path.exists() and _is_finished_prepare(record):
-            print(f"judge: {path.parent} was prepared without a benchmark, so no images are kept out for it.")
-        else:
-            made.append(name)
-    return made
-
-
-def _is_finished_prepare(path: Path) -> bool:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record["stage"] == "prepare" and record["status"] == "complete"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _open(args: JudgeArguments) -> tuple["Dataset", list["Dataset"]]:
-    """Candidates with their images as bytes, and the benchmarks."""
-    from datasets import Image, List
-
-    from medst_trl.data.schema import check_columns, load_records
-    from medst_trl.errors import UserError
-
-    folder = Path(args.candidates)
-    if folder.is_dir() and not any(folder.glob("*.parquet")):
-        raise UserError(
-            f"{args.candidates} holds no candidates, so there is nothing to judge. Its stage's rejected.jsonl and "
-            "stage.json say what became of them; generate from more images."
-        )
-    candidates = load_records(folder if folder.is_dir() else args.candidates, args.split)
-    check_columns(candidates, "candidates")
-    benchmarks = [_benchmark(name) for name in args.benchmarks]
-    return candidates.cast_column("images", List(Image(decode=False))), benchmarks
-
-
-def _benchmark(name: str) -> "Dataset":
-    from medst_trl.data.schema import check_columns, load_records
-    from medst_trl.errors import UserError
-
-    try:
-        benchmark = load_records(name, "test")
-    except UserError as error:
-        if Path(name).exists():
-            raise
-        raise UserError(
-            f"benchmarks: {error} Where there is no benchmark whose images have to be kept out: `benchmarks: []` in "
-            "the recipe, or no --benchmarks."
-        ) from None
-    check_columns(benchmark, "benchmark")
-    return benchmark
-
-
 @contextmanager
 def _judge(args: JudgeArguments, candidates: "Dataset"):
     """The judge, and the oracle's server where that is the judge."""
     from medst_trl.selftrain.judge import PairwiseJudge
+    from medst_trl.selftrain.judge.inputs import read_captions
 
     model, prices = args.model, (args.price_per_million_input_tokens, args.price_per_million_output_tokens)
     server = nullcontext(args.base_url)
@@ -282,7 +227,7 @@ def _judge(args: JudgeArguments, candidates: "Dataset"):
             prompt_version=args.prompt_version,
             order=args.order,
             min_margin=args.min_margin,
-            captions=_captions(args.reference_captions),
+            captions=read_captions(args.reference_captions),
             concurrency=args.concurrency,
             max_cost=args.max_cost,
             price_per_million_input_tokens=prices[0],
@@ -295,27 +240,6 @@ def _judge(args: JudgeArguments, candidates: "Dataset"):
             max_retries=args.max_retries,
             key_variable=args.key_variable,
         )
-
-
-def _captions(path: str | None) -> dict[str, str]:
-    from medst_trl.errors import UserError
-
-    if path is None:
-        return {}
-    captions = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):  # noqa: B007 (for the message)
-            if line.strip():
-                row = json.loads(line)
-                captions[row["image_id"]] = str(row["caption"])
-    except OSError as error:
-        raise UserError(f"reference_captions {path} cannot be read: {error.strerror}. Correct the path.") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path}, line {number}: not a JSON object with image_id and caption. Correct or delete the line."
-        ) from None
-    return captions
 
 
 def _show(judge: "PairwiseJudge", candidates: "Dataset") -> None:
@@ -396,6 +320,7 @@ def _preferences(
 ) -> None:
     from medst_trl.data.schema import write_jsonl
     from medst_trl.full_disk import explain_full_disk
+    from medst_trl.selftrain.judge.advice import nothing_left
     from medst_trl.selftrain.preferences import build_preferences
 
     output_dir = Path(args.output_dir)
@@ -412,7 +337,8 @@ def _preferences(
     with explain_full_disk(output_dir):
         write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
         if not preferences.train:
-            raise _nothing_left(args, preferences, statistics)
+            judged = output_dir / "judgements.jsonl"
+            raise nothing_left(preferences.counts["rejected"], statistics["pairs"], judged)
         _write(args, candidates, preferences)
     record.finish(counts={"judge": statistics, "preferences": preferences.counts})
 
@@ -432,31 +358,6 @@ def _write(args: JudgeArguments, candidates: "Dataset", preferences: "Preference
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short, perhaps after other replies
     for split, pairs in (("train", preferences.train), ("validation", preferences.validation)):
         write_split(folder, split, pairs, row, preference_features(), args.rows_per_shard, args.num_workers)
-
-
-def _nothing_left(args: JudgeArguments, preferences: "Preferences", statistics: dict[str, Any]):
-    from medst_trl.errors import UserError
-
-    reasons = preferences.counts["rejected"]
-    advice = {
-        "tie": "The judge sees no difference: generate answers at a higher temperature, or from more images.",
-        "small_margin": "Lower --min_margin, or generate answers at a higher temperature.",
-        "flip": "The judge's verdicts follow the order of the answers: choose a stronger judge (--model).",
-        "unparsable": "The judge's replies could not be read: choose a stronger judge, or more --max_tokens.",
-        "content_filter": "The judge refuses the content: choose another judge (--model).",
-        "image_refused": "The judge refuses the images: choose a judge that sees images (--model).",
-        "request_failed": "Calls to the judge failed: look at its server, and run the same command again.",
-        "image_in_benchmark": "The images stand in a benchmark: generate from others.",
-        "image_and_question_in_benchmark": "The images stand in a benchmark: generate from others.",
-    }
-    most = max(reasons, key=reasons.get, default="tie")
-    counted = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items()) or "no candidate has two answers"
-    return UserError(
-        f"Of {statistics['pairs']:,} pairs none is left to train on ({counted}). "
-        f"{advice.get(most, 'Generate from more images.')} With any setting or candidates changed, add "
-        "--overwrite true: replies already paid are kept, and judging the same pairs again costs nothing. The "
-        f"judgements are in {Path(args.output_dir) / 'judgements.jsonl'}."
-    )
 
 
 def _report(record: "StageRecord") -> None:
