@@ -58,7 +58,8 @@ def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overr
     callbacks = overrides.pop("callbacks", None)
     eval_dataset = overrides.pop("eval_dataset", None)
     model_kwargs = overrides.pop("model", {})
-    rows = overrides.pop("rows", None)
+    rows = overrides.pop("rows", None) or [conversation(i, with_image=i % 5 != 1) for i in range(n)]
+    features = overrides.pop("features", None)
     dropout = overrides.pop("lora_dropout", 0.05)
     policy = overrides.pop("policy", None)  # model, processor, adapter configuration
     settings = {
@@ -75,7 +76,7 @@ def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overr
     return SelfQuestioningTrainer(
         model=model,
         args=SelfQuestioningConfig(**{**settings, **overrides}),
-        train_dataset=Dataset.from_list(rows or [conversation(i, with_image=i % 5 != 1) for i in range(n)]),
+        train_dataset=Dataset.from_list(rows, features=features),
         eval_dataset=eval_dataset,
         processing_class=processor,
         peft_config=config if lora else None,

@@ -12,8 +12,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..errors import UserError
 from ..policy.spans import can_be_asked
 from ..policy.vusr import add_vusr, tokenizer_of
-from .encoding import TOKEN_INPUTS, Conversation, as_conversation, encode
-from .input_pipeline import TakesStoredImages
+from .encoding import TOKEN_INPUTS, Conversation, as_conversation, encode, id_of
+from .input_pipeline import TakesStoredImages, with_decoded_images
 from .packing import IGNORED, pack
 
 
@@ -28,7 +28,8 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
     prompt, image positions or padding. Text from data that spells a control token is neutralised.
 
     A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer
-    that fits; one whose first answer does not fit is left out of its batch, as is one without anything to train.
+    that fits; one whose first answer does not fit is left out of its batch, as is one without anything to train or
+    with an image that cannot be read.
 
     Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
     `images` (a list, may be empty, decoded or as `datasets` stores them) and `id` (drawn from the text where it is
@@ -55,8 +56,8 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
     Returns of a call:
         `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else
         the processor gives, and `question_mask` of the same shape: `True` where a label belongs to a question. Where
-        there are any, `set_aside` maps the ids of examples left out to the reason (`too_long`, `nothing_to_train`),
-        `truncated` lists those that end early, and `neutralised` counts control tokens found in data.
+        there are any, `set_aside` maps the ids of examples left out to the reason (`too_long`, `nothing_to_train`,
+        `unreadable_image`), `truncated` lists those that end early, and `neutralised` counts control tokens in data.
 
     Raises:
         UserError: if an example's images and placeholders differ in number, or the template cannot render it.
@@ -112,6 +113,18 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
             if messages[index].get("vusr") or (drawn and (turn > 0 or self.sq_first_turn)):
                 asked.add(index)
         return frozenset(asked)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        readable, set_aside = [], {}
+        for example in examples:
+            try:
+                readable.append(with_decoded_images(example))
+            except Exception:  # Pillow's parsers raise almost anything on a damaged file
+                set_aside[id_of(example)] = "unreadable_image"
+        batch = super().torch_call(readable) if readable else self._empty_batch()
+        if set_aside:
+            batch["set_aside"] = batch.get("set_aside", {}) | set_aside
+        return batch
 
     def _collate_prompt_completion(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._collate_prompt_completion(examples)

@@ -88,7 +88,7 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
     images = [
         image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images_of(example)
     ]
-    example_id = example.get("id") or sha256(repr([text_of(m["content"]) for m in messages]).encode()).hexdigest()
+    example_id = id_of(example, messages)
     try:
         prepared = prepare_multimodal_messages(
             [{**message, "content": _plain(message["content"])} for message in messages], images=images
@@ -100,7 +100,15 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
         {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
         for message in prepared
     ]
-    return Conversation(str(example_id), bare, images)
+    return Conversation(example_id, bare, images)
+
+
+def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None) -> str:
+    """The id of an example, drawn from the text of its `messages` where it has none."""
+    if example.get("id"):
+        return str(example["id"])
+    texts = [text_of(message["content"]) for message in messages or example.get("messages") or ()]
+    return sha256(repr(texts).encode()).hexdigest()
 
 
 def encode(

@@ -18,7 +18,6 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
-from ..errors import UserError
 from ..policy.spans import render_conversation
 from ..policy.vusr import tokenizer_of
 from .encoding import as_conversation
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 logger = get_logger(__name__)
+
+UNREADABLE = 224  # side taken for an image without a readable head, in pixels: its example will be left out
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -126,8 +127,7 @@ def conversation_lengths(
         dataset with a length.
 
     Raises:
-        UserError: if an example's images and placeholders differ in number, an image has no readable head, or the
-            template cannot render it.
+        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
     """
     if not has_length(dataset) or isinstance(dataset, dict):
         return None
@@ -161,7 +161,10 @@ def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict
 
 def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
     """An example with (height, width) of its images in their place."""
-    try:
-        return with_images(example, [image_size(image)[::-1] for image in images_of(example)])
-    except UnreadableImage as error:
-        raise UserError(f"Record {example.get('id')!r}: {error}. Mend it, or leave the record out.") from error
+    sizes = []
+    for image in images_of(example):
+        try:
+            sizes.append(image_size(image)[::-1])
+        except UnreadableImage:  # the collator will set its example aside
+            sizes.append((UNREADABLE, UNREADABLE))
+    return with_images(example, sizes)

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 REASONS = {
     "too_long": "with its image, not even its first answer fits into max_length={max_length} tokens",
+    "unreadable_image": "an image of it is missing, cut short, or of no format known here",
     "nothing_to_train": "it holds neither an answer nor a question to be asked",
 }
 

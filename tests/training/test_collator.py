@@ -1,5 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+from io import BytesIO
+
 import pytest
 import tiny_run
 import torch
@@ -61,6 +63,20 @@ def test_grey_and_palette_images_are_read_as_rgb():
 def test_a_wrong_number_of_images_names_the_record():
     with pytest.raises(UserError, match="'r0'.*Number of images"):
         _collator()([{**tiny_run.conversation(0), "images": []}])
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"GIF89a"])
+def test_an_unreadable_image_costs_its_example_alone(damage):
+    good, bad = tiny_run.conversation(0), tiny_run.conversation(1)
+    stored = BytesIO()
+    bad["images"][0].save(stored, "PNG")
+    bad["images"] = [{"bytes": damage(stored.getvalue()), "path": None}]
+    batch = _collator()([good, bad])
+    assert batch.pop("set_aside") == {"r1": "unreadable_image"}
+    expected = _collator()([good])
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
+    alone = _collator()([bad])
+    assert alone["set_aside"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
 
 
 def test_draws_follow_seed_epoch_id_and_turn_alone():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback
 
+from medst_trl.data.schema import instruct_features
 from medst_trl.errors import UserError
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.checkpoints import load_policy
@@ -108,6 +110,25 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, use_reentrant):
     expected = tiny_run.trained_weights(plain)
     for name, weight in tiny_run.trained_weights(trainer).items():
         assert torch.allclose(weight, expected[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_an_unreadable_image_is_set_aside_and_training_goes_on(tmp_path, strategy):
+    rows = [tiny_run.conversation(number) for number in range(8)]
+    for row in rows:
+        stored = BytesIO()
+        row["images"][0].save(stored, "PNG")
+        row["images"] = [{"bytes": stored.getvalue(), "path": None}]
+    for number, kept in ((3, 40), (5, 0)):  # cut short in its pixels, and without a head
+        rows[number]["images"][0]["bytes"] = rows[number]["images"][0]["bytes"][:kept]
+    features = instruct_features()
+    features.pop("image_ids")
+    trainer = tiny_run.make_trainer(
+        tmp_path, rows=rows, features=features, max_steps=2, train_sampling_strategy=strategy
+    )
+    trainer.train()
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["reason"] for row in rejected} == {"r3": "unreadable_image", "r5": "unreadable_image"}
 
 
 def test_the_evaluation_loss_leaves_out_what_was_set_aside(tmp_path):
