@@ -31,37 +31,67 @@ def read_predictions(path: str | os.PathLike) -> tuple[list[dict[str, Any]], lis
     Raises:
         UserError: if the file is missing, is not text, or holds no record that can be scored.
     """
-    records, rejected, seen = [], [], set()
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Give a predictions file (JSON lines).") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        key, place = f"line {number}", number - 1
+    return sort_out(_records(lines), path, "Its lines need answer, answer_type and prediction.")
+
+
+def sort_out(
+    items: Iterable[tuple[str, dict[str, Any] | RecordError]], path: str | os.PathLike, advice: str
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """
+    Divide what a file holds into records that can be scored and rows that are set aside.
+
+    Args:
+        items (iterable of `tuple`):
+            For each row its name, for messages, and its record or why there is none.
+        path (`str` or `os.PathLike`):
+            The file, to name it.
+        advice (`str`):
+            What the file should hold.
+
+    Returns:
+        `tuple`: records and rows set aside, see [`read_predictions`].
+
+    Raises:
+        UserError: if no record is left.
+    """
+    records, rejected, seen = [], [], set()
+    for place, (name, record) in enumerate(items):
+        key = name
         try:
-            record = json.loads(line.decode("utf-8-sig"))
+            if isinstance(record, RecordError):
+                raise record
             if not isinstance(record, dict):
-                raise RecordError("not a JSON object", record, key)
-            key = record.get("id", key)
+                raise RecordError("not a JSON object", record, name)
+            key = record.get("id", name)
+            if not isinstance(key, str | int):
+                raise RecordError("id is not a text", key, name)
             read_record(record, place)
             if record.get("id") in seen:
                 raise RecordError("repeated id", record["id"], key)
-        except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            rejected.append(_rejected(key, "not JSON", line.decode("utf-8", "replace")))
         except RecordError as error:
             rejected.append(_rejected(key, error.reason, error.value))
         else:
             records.append(record)
-            seen.add(record.get("id", key))
+            seen.add(key)
     if not records:
         first = rejected[0] if rejected else {"id": "the file", "reason": "empty"}
-        raise UserError(
-            f"{path} holds no prediction that can be scored ({first['id']}: {first['reason']}). "
-            "Its lines need answer, answer_type and prediction."
-        )
+        raise UserError(f"{path} holds no prediction that can be scored ({first['id']}: {first['reason']}). {advice}")
     return records, rejected
+
+
+def _records(lines: list[bytes]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = f"line {number}"
+        try:
+            yield name, json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            yield name, RecordError("not JSON", line.decode("utf-8", "replace"), name)
 
 
 def _rejected(key: Any, reason: str, value: Any) -> dict[str, str]:

@@ -64,6 +64,8 @@ def score_files(
         "rejected": dict(Counter(line["reason"] for line in rejected)),
         "cut_off": sum(_was_cut_off(record.get("generation")) for record in records),
     }
+    if guessed := sum(record.get("answer_type_guessed") is True for record in records):
+        counts["answer_types_guessed"] = guessed
     scores = {name: score_vqa(records, name, **kwargs) for name, kwargs in settings.items()}
     return {"counts": counts, "scores": scores, "controls": compared}, rejected
 

@@ -10,10 +10,10 @@ from medst_trl.errors import UserError
 from medst_trl.evaluation.controls import CONTROLS, blank_image, shuffled_rows
 from medst_trl.evaluation.greedy import greedy_answers, prompts
 from medst_trl.evaluation.predictions import PredictionLog
+from medst_trl.launch import process_state
 
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from datasets import Dataset
     from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
@@ -158,14 +158,6 @@ def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[d
     if not questions:
         raise UserError("The benchmark holds no questions. Look at its rejected.jsonl, or choose another split.")
     return questions[:max_records]
-
-
-def process_state() -> "PartialState":
-    """This process among those of a launch. Without the flag, accelerate would overlook a launch on CPUs."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def check_control(benchmark: "Dataset", control: str | None, seed: int = 0) -> None:

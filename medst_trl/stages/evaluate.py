@@ -20,11 +20,17 @@ Scoring a predictions file alone needs no model (controls are compared where the
 
 ```bash
 medst evaluate --predictions runs/vqa_rad/evaluate/predictions.jsonl --output_dir runs/vqa_rad/rescored
+medst evaluate --predictions answer-file.jsonl --predictions_format llava_med \
+    --benchmark runs/vqa_rad/prepare/benchmark --output_dir runs/vqa_rad/llava_med
 ```
+
+Files of LLaVA-Med, MedEvalKit and VLMEvalKit are read too, and kept as `predictions.jsonl` in our own form. Right
+answers come from `benchmark` where it is given, as it has to be for LLaVA-Med's files, which hold none.
 """
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +60,10 @@ class EvaluateArguments:
     split: str = field(default="test", metadata={"help": "Split of the benchmarks."})
     predictions: str | None = field(
         default=None, metadata={"help": "Score this predictions file instead of running a model."}
+    )
+    predictions_format: str | None = field(
+        default=None,
+        metadata={"help": "Its format: medst, llava_med, medevalkit or vlmevalkit. Default: what its keys say."},
     )
     controls: list[str] = field(
         default_factory=lambda: ["blank", "shuffled"],
@@ -124,16 +134,20 @@ def _check(args: EvaluateArguments) -> None:
     from medst_trl.evaluation.controls import CONTROLS
     from medst_trl.evaluation.llava_med import CLOSED_RULES
     from medst_trl.evaluation.metrics import VARIANTS
+    from medst_trl.evaluation.prediction_formats import FORMATS
 
-    if args.predictions and (args.model_name_or_path or args.benchmark):
+    if args.predictions and (args.model_name_or_path or len(args.benchmark) > 1):
         raise UserError(
-            "Give either predictions (to score a file) or model_name_or_path and benchmark (to run a model)."
+            "Give either predictions (to score a file, with at most one benchmark that it answers) or "
+            "model_name_or_path and benchmark (to run a model)."
         )
+    if args.predictions_format and not args.predictions:
+        raise UserError("predictions_format says how to read predictions; give that file, or leave the format out.")
     if not args.predictions and not (args.model_name_or_path and args.benchmark):
         raise UserError("Nothing to evaluate: give model_name_or_path and benchmark, or predictions to score a file.")
-    known = {"controls": CONTROLS, "variants": VARIANTS, "closed_rule": CLOSED_RULES}
+    known = {"controls": CONTROLS, "variants": VARIANTS, "closed_rule": CLOSED_RULES, "predictions_format": FORMATS}
     for name, choices in known.items():
-        value = getattr(args, name)
+        value = getattr(args, name) or []
         if wrong := [item for item in ([value] if isinstance(value, str) else value) if item not in choices]:
             raise UserError(f"There is no {wrong[0]!r} for {name}; choose from {', '.join(choices)}.")
     for name, least in {"batch_size": 1, "max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0}.items():
@@ -159,8 +173,15 @@ def _folders(args: EvaluateArguments) -> list[Path]:
 
 
 def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
-    """The benchmarks, checked before the record is written: a mistyped split must not stand in its way."""
+    """
+    The benchmarks, or the file of predictions, checked before the record is written: a mistyped split or a missing
+    benchmark must not stand in the way of the same command put right.
+    """
     if args.predictions:
+        from medst_trl.evaluation.prediction_formats import read_predictions
+
+        benchmark = next(iter(args.benchmark), None)
+        read_predictions(args.predictions, args.predictions_format, benchmark=benchmark, split=args.split)
         return []
     from medst_trl.data.schema import check_columns, load_records
     from medst_trl.evaluation.vqa import check_control
@@ -215,17 +236,45 @@ def _run(
 
 def _score_file(args: EvaluateArguments) -> dict[str, Any]:
     from medst_trl.data.schema import write_jsonl
+    from medst_trl.evaluation.prediction_formats import guess_format
     from medst_trl.evaluation.score_files import control_path, score_files, write_scores
 
     folder = Path(args.output_dir)
     controls = [control for control in args.controls if control_path(args.predictions, control).is_file()]
-    scores, rejected = score_files(args.predictions, controls=controls, **_scoring(args))
-    write_scores(folder / "scores.json", {"predictions": args.predictions} | scores)
+    path, rejected = args.predictions, []
+    format = args.predictions_format or guess_format(path)
+    if format != "medst" or args.benchmark:
+        path, rejected = _in_our_form(args, format, controls)
+    scores, more = score_files(path, controls=controls, **_scoring(args))
+    rejected += more
+    scores["counts"]["rejected"] = dict(Counter(line["reason"] for line in rejected))
+    write_scores(folder / "scores.json", {"predictions": args.predictions, "format": format} | scores)
     if rejected:
         write_jsonl(folder / "rejected.jsonl", rejected)
         reasons = ", ".join(f"{number} {reason}" for reason, number in scores["counts"]["rejected"].items())
         print(f"evaluate: {len(rejected)} lines were set aside ({reasons}), see {folder / 'rejected.jsonl'}.")
+    if guessed := scores["counts"].get("answer_types_guessed"):
+        print(
+            f"evaluate: {guessed} questions count as closed or open by whether their answer is yes or no, since "
+            f"{args.predictions} does not say. Give --benchmark for the benchmark's own types."
+        )
     return scores["counts"]
+
+
+def _in_our_form(args: EvaluateArguments, format: str, controls: list[str]) -> tuple[Path, list[dict[str, str]]]:
+    """Another project's file, and those of controls beside it, as `predictions*.jsonl`; and what was set aside."""
+    from medst_trl.data.schema import write_jsonl
+    from medst_trl.evaluation.prediction_formats import read_predictions
+    from medst_trl.evaluation.prediction_formats.questions import read_questions
+    from medst_trl.evaluation.score_files import control_path
+
+    path = Path(args.output_dir) / "predictions.jsonl"
+    benchmark = read_questions(args.benchmark[0], args.split) if args.benchmark else None
+    rejected = []
+    for control in [*controls, None]:
+        records, rejected = read_predictions(control_path(args.predictions, control), format, benchmark=benchmark)
+        write_jsonl(control_path(path, control), records)
+    return path, rejected
 
 
 def _scoring(args: EvaluateArguments) -> dict[str, Any]:

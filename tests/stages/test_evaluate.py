@@ -199,6 +199,36 @@ def test_malformed_lines(predictions, tmp_path, capsys):
     assert "2 lines were set aside (1 not JSON, 1 no answer)" in capsys.readouterr().out
 
 
+def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
+    """LLaVA-Med's answers, joined with the benchmark, give the scores of the run they come from, and of controls."""
+    for path in finished.glob("predictions*.jsonl"):
+        rows = [
+            {"question_id": row["id"], "prompt": row["question"], "text": row["prediction"], "metadata": {}}
+            for row in read_jsonl(path)
+        ]
+        (tmp_path / path.name).write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    common = {"predictions": str(tmp_path / "predictions.jsonl"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="give the benchmark it answers"):
+        main(EvaluateArguments(**common))  # which leaves nothing behind that stands in the way of the next
+    main(EvaluateArguments(**common, benchmark=inputs["benchmark"], bootstrap_samples=20))
+    before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path / "out"))
+    assert after["scores"] == before["scores"] and after["controls"] == before["controls"]
+    assert after["format"] == "llava_med"
+    assert after["counts"]["rejected"] == {"repeated id": 1}
+    assert [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")] == ["repeated id"]
+    kept, asked = (read_jsonl(folder / "predictions.jsonl") for folder in (tmp_path / "out", finished))
+    assert [(row["id"], row["prediction"]) for row in kept] == [(row["id"], row["prediction"]) for row in asked]
+
+    results = [{"question": row["question"], "answer": row["answer"], "response": row["prediction"]} for row in asked]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    common = {"predictions": str(tmp_path / "results.json"), "output_dir": str(tmp_path / "guessed")}
+    main(EvaluateArguments(**common, predictions_format="medevalkit", bootstrap_samples=0, controls=["none"]))
+    assert f"{len(asked)} questions count as closed or open by whether" in capsys.readouterr().out
+    assert json.loads((tmp_path / "guessed" / "scores.json").read_text())["scores"]["strict"]["n"] == len(asked)
+    with pytest.raises(UserError, match="holds no prediction.*LLaVA-Med's answer files"):
+        main(EvaluateArguments(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med"))
+
+
 def test_control_files_of_other_questions(predictions, tmp_path):
     first, *_ = predictions.read_text().splitlines()
     (predictions.parent / "predictions_blank.jsonl").write_text(first)
@@ -212,6 +242,9 @@ def test_control_files_of_other_questions(predictions, tmp_path):
         ({}, "Nothing to evaluate"),
         ({"model_name_or_path": "x"}, "Nothing to evaluate"),
         ({"predictions": "p", "model_name_or_path": "x"}, "either predictions"),
+        ({"predictions": "p", "benchmark": ["a", "b"]}, "at most one benchmark"),
+        ({"predictions": "p", "predictions_format": "coco"}, "'coco' for predictions_format"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "predictions_format": "medst"}, "give that file"),
         ({"predictions": "p", "controls": ["noise"]}, "'noise' for controls"),
         ({"predictions": "p", "variants": "loose"}, "'loose' for variants"),
         ({"predictions": "p", "closed_rule": "x"}, "'x' for closed_rule"),

@@ -1,0 +1,34 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Predictions from one project's format into another's: `medst`, `llava_med`, `medevalkit`, `vlmevalkit`.
+
+```bash
+python examples/convert_predictions.py runs/vqa_rad/evaluate/predictions.jsonl answers.jsonl llava_med
+python examples/convert_predictions.py results.json predictions.tsv vlmevalkit
+
+# LLaVA-Med's answer files hold no right answers: they come from a benchmark, or from LLaVA-Med's own test.json
+python examples/convert_predictions.py answer-file.jsonl predictions.jsonl medst runs/vqa_rad/prepare/benchmark
+```
+
+The format that is read shows in the file. `llava_med` also writes `answers_questions.json`, the file that LLaVA-Med's
+`run_eval.py --pred answers.jsonl --gt ...` wants.
+"""
+
+import sys
+from collections import Counter
+
+from medst_trl.evaluation.prediction_formats import read_predictions, write_predictions
+
+
+def main(source: str, target: str, format: str = "medst", benchmark: str | None = None) -> dict[str, int]:
+    """Read, write, and say what was set aside."""
+    records, rejected = read_predictions(source, benchmark=benchmark)
+    write_predictions(records, target, format)
+    reasons = Counter(row["reason"] for row in rejected)
+    print(f"{target}: {len(records)} predictions, {len(rejected)} set aside {dict(reasons) or ''}")
+    return {"records": len(records), **reasons}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

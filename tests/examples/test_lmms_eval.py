@@ -1,0 +1,142 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The task files for lmms-eval, run as lmms-eval 0.7 runs them: documents flattened by `process_docs`, prompts and images
+made per document, results scored on documents without their images, each metric aggregated by its own function.
+"""
+
+import importlib.util
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, load_dataset
+from PIL import Image
+
+from medst_trl.data.phantoms import benchmark_rows, make_phantoms
+from medst_trl.data.schema import benchmark_features
+from medst_trl.evaluation.metrics import score_vqa
+from medst_trl.evaluation.vqa import questions_of
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "lmms_eval"
+TASKS = ("vqa_rad", "slake", "path_vqa")
+
+
+class Loader(yaml.FullLoader):
+    """Of `!function utils.name`, the function in the utils.py beside the file."""
+
+
+def _function(loader, node):
+    module, name = loader.construct_scalar(node).split(".")
+    spec = importlib.util.spec_from_file_location(module, FOLDER / f"{module}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return getattr(found, name)
+
+
+Loader.add_constructor("!function", _function)
+
+
+def read_task(name):
+    task = yaml.load((FOLDER / name).read_text(encoding="utf-8"), Loader)
+    return (read_task(task.pop("include")) if "include" in task else {}) | task
+
+
+def evaluate(task, dataset, answer):
+    """Each metric's figure, and the records behind it."""
+    docs = task["process_docs"](dataset)
+    without_images = docs.remove_columns("image")
+    results = defaultdict(list)
+    for number, doc in enumerate(docs):
+        prompt = task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["default"])
+        (image,) = task["doc_to_visual"](doc)
+        assert isinstance(image, Image.Image) and image.mode == "RGB"
+        scored = task["process_results"](without_images[number], [answer(prompt, image).strip()])
+        for metric, record in scored.items():
+            results[metric].append(record)
+    aggregations = {metric["metric"]: metric["aggregation"] for metric in task["metric_list"]}
+    assert results.keys() <= aggregations.keys()
+    return {metric: aggregations[metric](records) for metric, records in results.items()}, results
+
+
+def figure_of(metric, scores):
+    variant = "llava_med" if metric.startswith("llava_med") else "strict"
+    name = metric.removeprefix(f"{variant}_")
+    part = next((part for part in ("open", "closed") if name.startswith(f"{part}_")), None)
+    return scores[variant][part][name.removeprefix(f"{part}_")] if part else scores[variant][name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    rows = list(benchmark_rows(make_phantoms(8, seed=0, split="test")))
+    Dataset.from_list(rows, features=benchmark_features()).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_figures_are_those_of_score_vqa(folder, name):
+    task = read_task(f"{name}.yaml")
+    benchmark = load_dataset(str(folder), split=task["test_split"])  # as lmms-eval opens `dataset_path`
+    rng = random.Random(0)
+    right = {question["question"]: question["answer"] for question in questions_of(benchmark)}
+    said = []
+
+    def answer(prompt, image):
+        said.append(rng.choice([right[prompt], "no", "I see no lung here", "", f"{right[prompt]} {right[prompt]}\n"]))
+        return said[-1]
+
+    figures, records = evaluate(task, benchmark, answer)
+    asked = questions_of(benchmark)
+    rows = [question | {"prediction": text} for question, text in zip(asked, said, strict=True)]
+    scores = {variant: score_vqa(rows, variant, bootstrap_samples=0) for variant in ("strict", "llava_med")}
+    assert figures.keys() == {metric["metric"] for metric in task["metric_list"]}
+    for metric, value in figures.items():
+        leaf = figure_of(metric, scores)
+        assert value == leaf["value"], metric
+        # lmms-eval makes standard errors of these: one score a question, by image
+        assert len(records[metric]) == leaf["n"]
+        assert sum(record["score"] for record in records[metric]) / leaf["n"] == pytest.approx(value)
+        assert {record[task["cluster_key"]] for record in records[metric]} <= set(benchmark["image_id"])
+    assert len({round(value) for value in figures.values()}) > 5, "all alike: no test"
+
+
+def test_each_question_keeps_its_image(folder):
+    task = read_task("vqa_rad.yaml")
+    benchmark = load_dataset(str(folder), split="test")
+    docs = task["process_docs"](benchmark)
+    by_id = dict(zip(benchmark["image_id"], benchmark["image"]))
+    asked = questions_of(benchmark)
+    assert [(doc["id"], doc["image_id"]) for doc in docs] == [(row["id"], row["image_id"]) for row in asked]
+    assert all(doc["image"].tobytes() == by_id[doc["image_id"]].tobytes() for doc in docs)
+
+
+def test_a_mirror_of_the_hub():
+    """Image, question and answer only: yes and no answers count as closed, records as independent."""
+    rows = [
+        {"image": Image.new("L", (4, 4), shade), "question": question, "answer": answer}
+        for shade, (question, answer) in enumerate([("Is it?", "Yes"), ("Where is it?", "left lung")])
+    ]
+    task = read_task("path_vqa.yaml")
+    figures, records = evaluate(task, Dataset.from_list(rows), lambda prompt, image: "yes, left")
+    assert figures["strict_closed_accuracy"] == 100 and figures["strict_open_recall"] == 50
+    assert len(records["strict_closed_accuracy"]) == len(records["strict_open_recall"]) == 1
+
+
+def test_prompts_can_be_set():
+    to_text = read_task("slake.yaml")["doc_to_text"]
+    doc = {"question": "Where?"}
+    assert to_text(doc) == to_text(doc, {"pre_prompt": "", "post_prompt": ""}) == "Where?"
+    assert to_text(doc, {"pre_prompt": "Q: ", "post_prompt": "\nBe short."}) == "Q: Where?\nBe short."
+
+
+def test_tasks_and_group():
+    tasks = [read_task(f"{name}.yaml") for name in TASKS]
+    group = yaml.safe_load((FOLDER / "medst.yaml").read_text())
+    assert group["task"] == [task["task"] for task in tasks]
+    # files without the suffix .yaml are no tasks to lmms-eval: the template must not become one
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*TASKS, "medst"}
+    assert all(task["generation_kwargs"]["max_new_tokens"] == 64 for task in tasks)
