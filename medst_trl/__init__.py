@@ -9,6 +9,8 @@ The public names are imported when they are first used, so that `import medst_tr
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .policy.auto_classes import register_with_transformers
+
 
 __version__ = "0.1.0"
 
@@ -18,6 +20,7 @@ _MODULE_OF = {
     "MultimodalDPOConfig": "medst_trl.training.dpo",
     "MultimodalDPOTrainer": "medst_trl.training.dpo",
     "PairwiseJudge": "medst_trl.selftrain.judge",
+    "PrototypeExtractor": "medst_trl.policy.prototype_extractor",
     "SelfQuestioningConfig": "medst_trl.training.sft",
     "SelfQuestioningTrainer": "medst_trl.training.sft",
     "adapter_config": "medst_trl.policy.adapters",
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from medst_trl.evaluation.metrics import score_vqa as score_vqa
     from medst_trl.policy.adapters import adapter_config as adapter_config
     from medst_trl.policy.checkpoints import load_policy as load_policy
+    from medst_trl.policy.prototype_extractor import PrototypeExtractor as PrototypeExtractor
     from medst_trl.selftrain.generate import CandidateGenerator as CandidateGenerator
     from medst_trl.selftrain.judge import PairwiseJudge as PairwiseJudge
     from medst_trl.selftrain.preferences import build_preferences as build_preferences
@@ -40,6 +44,9 @@ if TYPE_CHECKING:
     from medst_trl.training.dpo import MultimodalDPOTrainer as MultimodalDPOTrainer
     from medst_trl.training.sft import SelfQuestioningConfig as SelfQuestioningConfig
     from medst_trl.training.sft import SelfQuestioningTrainer as SelfQuestioningTrainer
+
+# So that the Auto classes of transformers load the model that this package adds.
+register_with_transformers()
 
 
 def __getattr__(name: str):

@@ -3,21 +3,26 @@
 """Tiny processors of the families medst_trl is proven on, built in code: real templates, real special tokens, no
 weights.
 
-Templates come from the installed TRL, which ships those of many families; LLaVA-1.5's and Llama 3.2-Vision's, which it
-does not, are written here after their published behaviour.
+Templates come from the installed TRL, which ships those of many families; those of LLaVA-1.5, Llama 3.2-Vision and
+InternVL, which it does not, are written here after their published behaviour.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.resources import files
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoProcessor,
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    GotOcr2ImageProcessorPil,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
@@ -25,6 +30,7 @@ from transformers import (
     MllamaProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
@@ -62,6 +68,30 @@ LLAMA_32_VISION = """\
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+
+# OpenGVLab/InternVL3-*-hf: ChatML, string or list content, a newline behind each image
+INTERNVL = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] }}
+    {%- else %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'image' %}
+                {{- '<IMG_CONTEXT>\n' }}
+            {%- elif part['type'] == 'video' %}
+                {{- '<video>\n' }}
+            {%- elif part['type'] == 'text' %}
+                {{- part['text'] }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
 
@@ -174,6 +204,34 @@ def _idefics3(template: str) -> ProcessorMixin:
     return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=_trl(template))
 
 
+class _InternVLWithoutVideo(InternVLProcessor):
+    """Its video processor needs torchvision, too."""
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None):
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.image_seq_length = image_seq_length
+        self.start_image_token, self.end_image_token = tokenizer.start_image_token, tokenizer.end_image_token
+        self.start_image_token_id, self.end_image_token_id = (
+            tokenizer.start_image_token_id, tokenizer.end_image_token_id,
+        )  # fmt: skip
+        self.image_token, self.video_token = tokenizer.context_image_token, tokenizer.video_token
+        self.image_token_id = tokenizer.context_image_token_id
+        self.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)")
+
+
+def _internvl() -> ProcessorMixin:
+    tokenizer = _tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
+        eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    )  # fmt: skip
+    images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, max_patches=3)
+    return _InternVLWithoutVideo(images, tokenizer, image_seq_length=4, chat_template=INTERNVL)
+
+
 def _llama32_vision() -> ProcessorMixin:
     tokenizer = _tokenizer(
         ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|image|>",
@@ -189,9 +247,19 @@ def _tiny() -> ProcessorMixin:
     return tiny_llava(image_size=16, patch_size=8, vision_size=32, text_size=32, text_layers=1)[1]
 
 
+def _vuser_text_role() -> ProcessorMixin:
+    from medst_trl.policy.vusr_role import set_vusr_role
+
+    processor = _llava(LLAVA_15_HF)
+    set_vusr_role(processor, "text")
+    return processor
+
+
+TEXT_ROLE = "vuser-text-role"  # the family without the token `<vusr>`
 FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
     "vicuna": _tiny,  # LLaVA-1.5's original format, answers closed by </s>
     "llava-1.5-hf": partial(_llava, LLAVA_15_HF),
+    TEXT_ROLE: _vuser_text_role,
     "llava-next": _llava_next,
     "qwen2.5-vl": partial(_qwen, "qwen2_5_vl"),
     "qwen3-vl": partial(_qwen, "qwen3_vl"),
@@ -199,7 +267,12 @@ FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
     "llama-3.2-vision": _llama32_vision,
     "idefics3": partial(_idefics3, "idefics3"),
     "smolvlm": partial(_idefics3, "smolvlm"),
+    "internvl": _internvl,
 }
+
+# So that AutoProcessor finds them in a folder that they were saved to.
+AutoProcessor.register(Qwen2_5_VLConfig, _Qwen2_5_VLWithoutVideo, exist_ok=True)
+AutoProcessor.register(InternVLConfig, _InternVLWithoutVideo, exist_ok=True)
 
 
 @cache

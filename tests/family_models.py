@@ -114,6 +114,21 @@ def _idefics3(model_type: str, *args, **kwargs) -> PreTrainedModel:
     )
 
 
+def _internvl(*args, **kwargs) -> PreTrainedModel:
+    vision = {**VISION, "model_type": "internvl_vision"}
+    tokens = {"image_token_id": "<IMG_CONTEXT>"}
+    return _from_config(
+        "internvl", {"model_type": "qwen2"}, vision, tokens, *args, whole={"image_seq_length": 4}, **kwargs
+    )
+
+
+def _prototype_llava(*args, **kwargs) -> PreTrainedModel:
+    whole = {"image_seq_length": 4, "num_centers": 3}
+    return _from_config(
+        "prototype_llava", {"model_type": "llama"}, CLIP, {"image_token_id": "<image>"}, *args, whole=whole, **kwargs
+    )
+
+
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {  # builder(processor, seed, **overrides)
     "vicuna": _vicuna,
     "llava-1.5-hf": partial(_llava, "llava", {"model_type": "llama"}),
@@ -130,9 +145,40 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {  # builder(processor, seed
     "gemma-3": _gemma3,
     "idefics3": partial(_idefics3, "idefics3"),
     "smolvlm": partial(_idefics3, "smolvlm"),
+    "internvl": _internvl,
+    "prototype-llava": _prototype_llava,
 }  # fmt: skip
+
+
+def _mllama(*args, **kwargs) -> PreTrainedModel:
+    text = {
+        "model_type": "mllama_text_model", "num_hidden_layers": 3, "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {
+        "model_type": "mllama_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_global_layers": 1, "attention_heads": 2, "image_size": 16, "patch_size": 4, "max_num_tiles": 2,
+        "vision_output_dim": 64, "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    }  # fmt: skip
+    model = _from_config("mllama", text, vision, {"image_token_index": "<|image|>"}, *args, **kwargs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):  # closed until it is trained
+                parameter.fill_(0.7)
+    return model
+
+
+# Their images are no tokens of the prompt: nothing that shares prompts or packs documents is for them.
+CROSS_ATTENTION: dict[str, Callable[..., PreTrainedModel]] = {"llama-3.2-vision": _mllama}
 # Qwen2-VL's published template is byte for byte that of Qwen2.5-VL
-_PROCESSORS = {"qwen2-vl": "qwen2.5-vl", "llava-mistral": "llava-1.5-hf"}
+_PROCESSORS = {"qwen2-vl": "qwen2.5-vl", "llava-mistral": "llava-1.5-hf", "prototype-llava": "vicuna"}
+
+
+def base_model(family: str, seed: int = 0, **overrides) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model of a family and its processor, as published: without `<vusr>`."""
+    processor = FAMILIES[_PROCESSORS.get(family, family)]()
+    return (MODELS | CROSS_ATTENTION)[family](processor, seed, **overrides), processor
 
 
 def tiny_model(
@@ -142,13 +188,13 @@ def tiny_model(
     A model of a family, in float32 and evaluation mode, and its processor, both with `<vusr>`.
 
     Args:
-        family (`str`): A key of `MODELS`.
+        family (`str`): A key of `MODELS` or `CROSS_ATTENTION`.
         seed (`int`, *optional*, defaults to `0`): Seed of the weights. The global random state is left as it was.
         attn_implementation (`str`, *optional*, defaults to `"sdpa"`): Of both towers.
         **overrides: Settings of the text configuration (of `tiny_llava` for `"vicuna"`).
     """
     processor = FAMILIES[_PROCESSORS.get(family, family)]()
     add_vusr(processor)
-    model = MODELS[family](processor, seed, **overrides)
+    model = (MODELS | CROSS_ATTENTION)[family](processor, seed, **overrides)
     model.set_attn_implementation(attn_implementation)
     return prepare_policy(model, processor).eval(), processor
