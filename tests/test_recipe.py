@@ -71,7 +71,7 @@ def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path):
     assert list(found) == ["base", "prepare", "sft", "evaluate"]
     assert [step.settings["output_dir"] for step in found.values()] == [f"out/{label}" for label in found]
     assert found["sft"].settings["model_name_or_path"] == "out/base"
-    assert found["sft"].settings["dataset"] == "out/prepare/instruct"
+    assert found["sft"].settings["dataset"] == ["out/prepare/instruct"]
     assert found["evaluate"].settings["model_name_or_path"] == "out/sft"
     assert found["evaluate"].settings["benchmark"] == ["out/prepare/benchmark"]
 
@@ -145,7 +145,7 @@ def test_shared_settings_go_to_the_stages_that_know_them(tmp_path):
 def test_output_dir_on_the_command_line_moves_the_whole_run(tmp_path):
     found = steps(tmp_path, FULL, "--output_dir", "/scratch")
     assert [step.settings["output_dir"] for step in found.values()] == [f"/scratch/{label}" for label in found]
-    assert found["sft"].settings["dataset"] == "/scratch/prepare/instruct"
+    assert found["sft"].settings["dataset"] == ["/scratch/prepare/instruct"]
 
 
 def test_run_is_named_after_the_recipe_where_it_says_nothing(tmp_path):

@@ -1,31 +1,107 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes that come with the package: each setting is known to its stage, each file can be executed."""
+"""
+The recipes that come with the package, each by itself: its settings, its inputs, what it trains, its batches, and the
+whole of it on a few records. A new recipe is found here without being named.
+"""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+import tiny_run
+import torch
+from judge_server import JudgeServer
+from recipe_data import write_source
+from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_folder
+from safetensors.torch import load_file
 
+from medst_trl.__main__ import main as run_recipe
+from medst_trl.cli import main
+from medst_trl.errors import UserError
+from medst_trl.options import Option
+from medst_trl.plan.batches import effective_batch
+from medst_trl.plan.trainable import meta_model, trainable_parameters
+from medst_trl.policy.tiny import tiny_llava
 from medst_trl.recipe import read_recipe
+from medst_trl.recipe_check import validate
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+LARGE = [path for path in RECIPES if "base" not in read_recipe(path).sections]  # of a model from the Hub
+TRAIN = ("sft", "dpo")
+
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+each_large_recipe = pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_section_is_complete_and_known(path):
-    steps = read_recipe(path).steps()
-    made = [Path(step.settings["output_dir"]) for step in steps]
-    assert len(set(made)) == len(made)
-    for number, step in enumerate(steps):  # each reads what a step before it has made, or what lies outside of the run
-        for value in (step.settings.get(key) for key in ("model_name_or_path", "dataset", "images", "candidates")):
-            if value is not None and str(value).startswith("runs/"):
-                assert any(Path(value).is_relative_to(folder) for folder in made[:number]), (step.label, value)
+def recipe(name):
+    return RECIPES[0].with_name(f"{name}.yaml")
+
+
+def settings(name):
+    return {step.label: step.settings for step in read_recipe(recipe(name)).steps()}
+
+
+@pytest.fixture
+def with_data(tmp_path, monkeypatch):
+    """Makes a folder in which a recipe's data lies where it looks for it, and goes there."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(path):
+        for step in read_recipe(path).steps():
+            if step.stage.name == "prepare" and step.settings["source"] != "phantoms":
+                write_source(step.settings)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def real_dimensions(tmp_path_factory):
+    """A folder by model: its configuration alone."""
+    folder = tmp_path_factory.mktemp("configs")
+    return lambda name: str(config_folder(name, folder))
+
+
+# What each says and asks for
+
+
+@each_recipe
+def test_it_opens_with_what_it_is_and_how_to_run_it(path):
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env -S python -m medst_trl\n") and os.access(path, os.X_OK)
+    for heading in ("# What it is", "# What it needs", "# Run it", "# Change it"):
+        assert heading in text
+    assert f"medst run recipes/{path.name}" in text
+    assert max(map(len, text.splitlines())) < 122
+
+
+@each_recipe
+def test_it_is_valid_where_its_data_is(path, with_data):
+    lines = validate(read_recipe(with_data(path)))
+    assert len(lines) == len(read_recipe(path).steps())
+
+
+@each_large_recipe
+def test_without_its_data_it_says_what_is_missing(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as told:
+        validate(read_recipe(path))
+    for step in read_recipe(path).steps("prepare"):
+        assert f"section {step.label}: data_path: {step.settings['data_path']} does not exist" in str(told.value)
+
+
+@each_recipe
+def test_each_section_writes_to_a_folder_of_its_own(path):
+    folders = [step.settings["output_dir"] for step in read_recipe(path).steps()]
+    assert len(set(folders)) == len(folders)
 
 
 def test_the_demo_is_the_whole_loop():
-    steps = {step.label: step.settings for step in read_recipe(RECIPES[0].with_name("demo.yaml")).steps()}
+    steps = settings("demo")
     loop = ["base", "prepare", "sft", "generate", "judge", "dpo", "evaluate/stage_1", "evaluate/aligned", "report"]
     assert list(steps) == loop
     assert steps["dpo"]["model_name_or_path"] == steps["evaluate/stage_1"]["model_name_or_path"] == "runs/demo/sft"
@@ -33,10 +109,171 @@ def test_the_demo_is_the_whole_loop():
     assert steps["prepare"]["num_phantoms"] == 0.09 * 2500
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_it_opens_with_what_it_is_and_how_to_run_it(path):
-    text = path.read_text()
-    assert text.startswith("#!/usr/bin/env -S python -m medst_trl\n") and os.access(path, os.X_OK)
-    for heading in ("# What it is", "# What it needs", "# Run it", "# Change it"):
-        assert heading in text
-    assert f"medst run recipes/{path.name}" in text
+@pytest.mark.parametrize("name", ["stllava_med_7b", "stllava_med_7b_finetuned", "stllava_med_7b_24gb"])
+def test_the_papers_settings(name):
+    steps = settings(name)
+    rates = ("learning_rate", "vision_learning_rate", "projector_learning_rate")
+    ranks = ("lora_r", "lora_alpha", "vision_lora_r", "vision_lora_alpha")
+    sft, dpo, generate, judge = (steps[stage] for stage in ("sft", "dpo", "generate", "judge"))
+    assert [sft[key] for key in rates] == [2e-4, 5e-5, 5e-5] and [dpo[key] for key in rates] == [5e-6, 2e-5, 2e-5]
+    assert [sft[key] for key in ranks] == [128, 256, 32, 64]
+    assert (sft["effective_batch_size"], dpo["effective_batch_size"]) == (128, 256)
+    assert (sft["sq_ratio"], sft["sq_first_turn"], generate["describe_first"]) == (1.0, False, True)
+    assert (dpo["loss_type"], dpo["beta"]) == (["sigmoid"], 0.1)
+    assert [generate[key] for key in ("temperature", "top_k", "top_p", "max_records")] == [1.2, 100, 0.95, 10000]
+    assert [judge[key] for key in ("model", "prompt_version", "order")] == ["gpt-4o", "paper", "single"]
+    for stage in (sft, dpo):
+        schedule = ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16")
+        assert [stage[key] for key in schedule] == [1, "cosine", 0.03, 0, True]
+
+
+def test_the_fine_tuned_one_differs_in_its_data_alone():
+    one, other = settings("stllava_med_7b"), settings("stllava_med_7b_finetuned")
+    both = [json.dumps(steps).replace("stllava_med_7b_finetuned", "stllava_med_7b") for steps in (one, other)]
+    one, other = map(json.loads, both)
+    names = ("med_im", "vqa_rad", "slake", "pathvqa")
+    assert other["sft"].pop("dataset") == [f"runs/stllava_med_7b/prepare/{name}/instruct" for name in names]
+    assert one["sft"].pop("dataset") == ["runs/stllava_med_7b/prepare/med_im/instruct"]
+    assert one == other
+
+
+def test_the_base_that_the_recipe_has_as_a_comment(with_data, tmp_path):
+    """Uncommented as it says, stage 1 starts from the converted checkpoint."""
+    text = with_data(recipe("stllava_med_7b")).read_text()
+    text, count = re.subn(r"^# (convert:)\n#(   source: .*)$", r"\1\n\2", text, flags=re.MULTILINE)
+    assert count == 1
+    (tmp_path / "mine.yaml").write_text(re.sub(r"^  model_name_or_path: llava-hf.*\n", "", text, flags=re.MULTILINE))
+    mine = read_recipe(tmp_path / "mine.yaml")
+    steps = {step.label: step.settings for step in mine.steps()}
+    assert next(iter(steps)) == "convert" and steps["convert"]["source"] == "ZachSun/sqllava-7B"
+    assert steps["sft"]["model_name_or_path"] == steps["convert"]["output_dir"]
+    assert "ZachSun/sqllava-7B (Hub)" in validate(mine)[0]
+
+
+# What each trains
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_dimensions_are_those_of_the_published_models(name, real_dimensions):
+    assert meta_model(real_dimensions(name)).num_parameters() == PARAMETERS[name]
+
+
+@each_large_recipe
+def test_what_it_trains_is_what_was_worked_out_by_hand(path, real_dimensions):
+    steps = read_recipe(path).steps()
+    names = {step.label: step.settings.get("model_name_or_path") for step in steps if step.stage.name == "sft"}
+    options = [Option(label, "model_name_or_path", real_dimensions(name)) for label, name in names.items()]
+    steps = read_recipe(path, options).steps()
+    for step in steps:
+        if step.stage.name in TRAIN:
+            (name,) = set(names.values())
+            first = next(step for step in steps if step.stage.name == "sft").settings
+            expected = EXPECTED[name]
+            if (first["lora_r"], first["vision_lora_r"]) == (0, 0):
+                expected = {"projector": expected["projector"]}
+            else:
+                assert (first["lora_r"], first["vision_lora_r"]) == (128, 32)
+            assert trainable_parameters(step, steps) == expected, step.label
+
+
+@each_large_recipe
+@pytest.mark.parametrize("processes", [1, 4, 8])
+def test_its_batch_is_the_same_on_any_number_of_gpus(path, processes):
+    for step in read_recipe(path).steps():
+        if step.stage.name in TRAIN:
+            processes = 1 if step.accelerate_config == "single_gpu" else processes
+            batch = effective_batch(step, processes)
+            assert batch.effective == batch.per_device * batch.accumulation * processes
+            assert batch.effective == step.settings["effective_batch_size"] == (128 if step.label == "sft" else 256)
+
+
+# The whole of each, on a few records
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder with a model of 60k parameters, in surroundings in which recipes can run."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    for part in tiny_llava(**tiny_run.SMALL):
+        part.save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+def tiny_options(path, model, judge, **sft):
+    """What makes a recipe for GPUs end within seconds on a CPU. Its method is left as it is."""
+    options = []
+    for step in read_recipe(path).steps():
+        given, stage = step.settings, step.stage.name
+        if step.stage.distributed:
+            options += [(step.label, "accelerate_config", "cpu")]
+        small = {}
+        if stage in TRAIN:
+            small = {"bf16": "false", "dtype": "float32", "per_device_train_batch_size": "4", "logging_steps": "5"}
+            small |= {"effective_batch_size": "4", "max_length": "200", "disable_tqdm": "true"}
+            small |= {"load_in_4bit": "false"} if given.get("load_in_4bit") else {}
+            small |= {"max_steps": "2"}
+        if stage == "sft":
+            small |= {"model_name_or_path": model, "max_steps": "60", "learning_rate": "0.005"}
+            small |= {"vision_learning_rate": "0.005", "projector_learning_rate": "0.005", "lora_dropout": "0"}
+            small |= {key: "8" for key in ("lora_r", "vision_lora_r") if given[key]}
+            small |= sft
+        if stage == "generate":
+            small = {"dtype": "float32", "max_records": "8", "max_new_tokens": "24", "max_question_tokens": "24"}
+            small |= {"english_questions": "false", "min_question_words": "1"}
+        if stage == "judge":
+            small = {"base_url": judge, "model": "gpt-4o"}
+        if stage == "evaluate":
+            small = {"dtype": "float32", "max_new_tokens": "6", "bootstrap_samples": "10", "batch_size": "16"}
+        options += [(step.label, key, value) for key, value in small.items()]
+    return [f"--{label}.{key}={value}" for label, key, value in options]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem == "stllava_med_7b" else pytest.mark.slow) for path in LARGE],
+    ids=lambda path: path.stem,
+)
+def test_the_whole_of_it_on_a_few_records(path, with_data, tiny, capsys):
+    with_data(path)
+    with JudgeServer() as judge:
+        words = [str(path), *tiny_options(path, tiny, judge.base_url)]
+        assert main(["recipes", "validate", *words]) == 0
+        run_recipe(words)
+        asked = len(judge.bodies)
+        capsys.readouterr()
+        run_recipe(words)  # and once more, which finds all of it done
+    steps = {step.label: step for step in read_recipe(path).steps()}
+    records = {label: made(step) for label, step in steps.items() if step.stage.name not in ("report", "push")}
+    assert all(record["status"] == "complete" for record in records.values())
+    assert capsys.readouterr().out.count("is finished and unchanged") == len(records)
+    if "dpo" in steps:
+        orders = 2 if steps["judge"].settings["order"] == "both" else 1
+        assert 0 < records["dpo"]["counts"]["pairs"] <= asked / orders == len(judge.bodies) / orders
+        for name in ("vqa_rad", "slake", "pathvqa"):  # 2 test images with 2 questions each
+            for label in ("evaluate/stage_1", "evaluate/aligned"):
+                predictions = Path(steps[label].settings["output_dir"], name, "predictions.jsonl").read_text()
+                assert len(predictions.splitlines()) == 4, (label, name)
+
+
+def test_stage_1_starts_from_an_aligned_projector(with_data, tiny):
+    """As the comments of both recipes say: alignment trains the projector alone, and is merged before stage 1."""
+    alignment, paper = with_data(recipe("llava_med_alignment")), with_data(recipe("stllava_med_7b"))
+    short = {"max_steps": "3"}
+    run_recipe([str(alignment), *tiny_options(alignment, tiny, "", **short)])
+    trained = load_file("runs/llava_med_alignment/sft/adapter_model.safetensors")
+    assert trained and all("multi_modal_projector" in name for name in trained)
+    base, merged = (load_file(f"{folder}/model.safetensors") for folder in (tiny, "runs/llava_med_alignment/merge"))
+    changed = {name for name in base if not torch.equal(base[name], merged[name][: len(base[name])])}
+    assert len(changed) == len(trained) and all("multi_modal_projector" in name for name in changed)
+
+    words = [str(paper), *tiny_options(paper, "runs/llava_med_alignment/merge", "", **short)]
+    for stage in ("prepare/med_im", "sft"):
+        run_recipe([*words, "--stage", stage])
+    names = load_file("runs/stllava_med_7b/sft/adapter_model.safetensors")
+    for kind in ("language_model", "vision_tower", "multi_modal_projector", "trainable_tokens"):
+        assert any(kind in name for name in names), kind
+
+
+def made(step):
+    return json.loads(Path(step.settings["output_dir"], "stage.json").read_text())

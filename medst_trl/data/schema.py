@@ -121,6 +121,11 @@ def text_of(content: str | list[dict]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
+def features_of(kind: str) -> "Features":
+    """The columns of `"instruct"`, `"benchmark"`, `"candidates"` or `"preferences"` data."""
+    return _KINDS[kind][0]()
+
+
 def check_columns(dataset: "Dataset", kind: str) -> None:
     """
     Refuse a dataset that has not the columns of its kind. Further columns are no harm.

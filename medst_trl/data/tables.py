@@ -46,9 +46,7 @@ def read_table(path: Path, image_folder: Path) -> Source:
     `bad_split`, `bad_answer_type`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
     source, ids = Source("images", image_folder), set()
-    is_json = path.suffix.lower() in (".json", ".jsonl")
-    rows = read_json_records(path, known_by="image") if is_json else _delimited(path)
-    for position, row in rows:
+    for position, row in read_rows(path):
         if isinstance(row, Rejected):
             source.rejected.append(row)
             continue
@@ -66,6 +64,12 @@ def read_table(path: Path, image_folder: Path) -> Source:
         except BadRecord as bad:
             source.rejected.append(Rejected(name, bad.reason, bad.value))
     return source
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict | Rejected]]:
+    """The rows of a table with a column `image`, whichever of the forms it has, with their positions from 0."""
+    is_json = path.suffix.lower() in (".json", ".jsonl")
+    return read_json_records(path, known_by="image") if is_json else _delimited(path)
 
 
 def _question(name: str, image: str, row: dict) -> Question:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -25,28 +27,53 @@ _OPERATIONAL_PREFIXES = (
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
     """The datasets that `args` names, checked: `train`, and `eval` if there is to be an evaluation."""
-    from medst_trl.data.schema import check_columns, load_records
-
-    datasets = {"train": load_records(args.dataset, args.train_split)}
+    names = [args.dataset] if isinstance(args.dataset, str) else args.dataset
+    datasets = {"train": _load(names, args.train_split, kind)}
     if training_args.eval_strategy != "no":
-        datasets["eval"] = load_records(args.dataset, args.validation_split)
-    for dataset in datasets.values():
-        check_columns(dataset, kind)
+        datasets["eval"] = _load(names, args.validation_split, kind)
     if args.max_records is not None:
         datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
     return datasets
 
 
+def _load(names: "Sequence[str]", split: str, kind: str) -> "Dataset":
+    """
+    One split of one or several datasets, one behind the other. An id that an earlier one has taken gets its dataset's
+    place behind it (`17@2`): draws of `<vusr>` turns and `rejected.jsonl` go by the id.
+    """
+    from datasets import concatenate_datasets
+
+    from medst_trl.data.schema import check_columns, features_of, load_records
+
+    datasets = [load_records(name, split) for name in names]
+    for dataset in datasets:
+        check_columns(dataset, kind)
+    if len(datasets) == 1:
+        return datasets[0]
+    features = features_of(kind)
+    taken, joined = set(), []
+    for place, dataset in enumerate(datasets, start=1):
+        dataset = dataset.select_columns(list(features))
+        if dataset.features != features:  # such as large strings; a cast copies the images
+            dataset = dataset.cast(features)
+        ids = [f"{name}@{place}" if name in taken else name for name in dataset["id"]]
+        taken.update(ids)
+        joined.append(dataset.remove_columns("id").add_column("id", ids))
+    return concatenate_datasets(joined)
+
+
 def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> "StageRecord":
     """The stage's record in `output_dir`, see [`StageRecord.open`]."""
     from medst_trl.stage_record import StageRecord
+    from medst_trl.training.batch_size import HOW_A_STEP_IS_DIVIDED
 
     return StageRecord.open(
         training_args.output_dir,
         stage=stage,
         settings=asdict(args) | settings_of(training_args),
         inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
-        operational=operational_settings(training_args),
+        operational=operational_settings(training_args)
+        | (HOW_A_STEP_IS_DIVIDED if args.effective_batch_size else set()),
         overwrite=args.overwrite,
     )
 

@@ -1,0 +1,132 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A few records of each data source, in the files that its release has."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+
+
+LOOKS = ("dark", "bright")
+QUESTIONS = (("What is the look of the scan?", "The scan is {look}."), ("Is the scan bright?", "{verdict}"))
+SPLITS = {"train": 6, "validation": 2, "test": 2}  # images
+
+
+class Drawn:
+    """Pictures of plain brightness with a little noise, no two alike, and what can be said of them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.number = folder, 0
+
+    def next(self, name: str) -> list[tuple[str, str]]:
+        """Draw one under a file name; its questions with their answers."""
+        look = LOOKS[self.number % 2]
+        pixels = np.random.default_rng((self.number, crc32(str(self.folder).encode()))).integers(
+            0, 60, (24, 24), dtype=np.uint8
+        )
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + (190 if look == "bright" else 0)).save(path)
+        self.number += 1
+        verdict = "Yes" if look == "bright" else "No"
+        return [(question, answer.format(look=look, verdict=verdict)) for question, answer in QUESTIONS]
+
+
+def write_source(settings: Mapping[str, Any]) -> None:
+    """Write what a `prepare` section reads: `source`, `data_path`, `image_folder`, `image_pattern`."""
+    data = Path(settings["data_path"])
+    if settings["source"] in ("llava", "captions"):
+        data.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(settings.get("image_folder") or data.parent)
+    else:
+        data.mkdir(parents=True, exist_ok=True)
+        folder = Path(settings.get("image_folder") or (data if settings["source"] == "images" else data / "images"))
+    _WRITERS[settings["source"]](data, Drawn(folder), settings)
+
+
+def _llava(path: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    records = []
+    for number in range(12):
+        turns = []
+        for question, answer in drawn.next(f"{number}.png"):
+            opening = "" if turns else "<image>\n"
+            turns += [{"from": "human", "value": opening + question}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"talk-{number}", "image": f"{number}.png", "conversations": turns})
+    path.write_text(json.dumps(records))
+
+
+def _captions(path: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerow(["image", "caption"])
+        for number in range(12):
+            caption = drawn.next(f"{number}.png")[0][1]
+            writer.writerow([f"{number}.png", " ".join([caption] * (8 if number % 3 else 1))])
+
+
+def _images(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    for number in range(12):
+        drawn.next(f"{number}.png")
+
+
+def _vqa_rad(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    records = _questions(drawn, "{split}{number}.png", "image_name")
+    for record in records:
+        record["phrase_type"] = "test_freeform" if record.pop("split") == "test" else "freeform"
+    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
+
+
+def _vqa_rad_mevf(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    records = _questions(drawn, "{split}{number}.png", "image_name")
+    for split in ("train", "test"):
+        (folder / f"{split}set.json").write_text(json.dumps([r for r in records if r["split"] == split]))
+
+
+def _slake(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    records = _questions(drawn, "xm_{split}{number}/source.png", "img_name")
+    for split, name in {"train": "train", "validation": "validate", "test": "test"}.items():
+        chosen = [{**record, "q_lang": "en"} for record in records if record["split"] == split]
+        (folder / f"{name}.json").write_text(json.dumps(chosen))
+
+
+def _questions(drawn: Drawn, pattern: str, image_key: str) -> list[dict[str, Any]]:
+    records = []
+    for split, count in SPLITS.items():
+        for number in range(count):
+            image = pattern.format(split=split, number=number)
+            for question, answer in drawn.next(image):
+                kind = "CLOSED" if answer in ("Yes", "No") else "OPEN"
+                records.append(
+                    {"qid": len(records), image_key: image, "question": question, "answer": answer,
+                     "answer_type": kind, "split": split}
+                )  # fmt: skip
+    return records
+
+
+def _pathvqa(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+    pattern = settings.get("image_pattern", "{img_id}.jpg")
+    for split, count in {"train": SPLITS["train"], "val": SPLITS["validation"], "test": SPLITS["test"]}.items():
+        entries = []
+        for number in range(count):
+            image = f"{split}_{number:04d}"
+            asked = drawn.next(pattern.replace("{split}", split).replace("{img_id}", image))
+            entries.append(
+                {
+                    "img_id": image,
+                    "sentf": {"pvqa": [question for question, _ in asked]},
+                    "labelf": {"pvqa": [{answer.lower(): 1} for _, answer in asked]},
+                }
+            )
+        (folder / f"pvqa_{split}.json").write_text(json.dumps(entries))
+
+
+_WRITERS = {
+    "llava": _llava, "captions": _captions, "images": _images, "vqa_rad": _vqa_rad, "vqa_rad_mevf": _vqa_rad_mevf,
+    "slake": _slake, "pathvqa": _pathvqa,
+}  # fmt: skip
