@@ -21,7 +21,7 @@ from medst_trl.data.phantoms import MODALITIES, make_phantoms
 from medst_trl.data.schema import image_part, text_part
 from medst_trl.policy.checkpoints import prepare_policy
 from medst_trl.policy.tiny import tiny_llava
-from medst_trl.policy.vusr import VUSR
+from medst_trl.policy.vusr import add_vusr
 
 
 def drawn_pairs(count: int) -> Dataset:
@@ -50,7 +50,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
         prepare_policy(model, processor)
     new_adapter = None
     if not hasattr(model, "peft_config"):  # an adapter of stage 1 goes on training, and its copy is the reference
-        new_adapter = adapter_config(model, vusr_token_id=processor.tokenizer.convert_tokens_to_ids(VUSR))
+        new_adapter = adapter_config(model, vusr_token_id=add_vusr(processor))
 
     trainer = MultimodalDPOTrainer(
         model=model,

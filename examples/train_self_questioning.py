@@ -21,7 +21,7 @@ from medst_trl.data.phantoms import instruct_rows, make_phantoms
 from medst_trl.data.schema import instruct_features
 from medst_trl.policy.checkpoints import prepare_policy
 from medst_trl.policy.tiny import tiny_llava
-from medst_trl.policy.vusr import VUSR
+from medst_trl.policy.vusr import VUSR, add_vusr
 
 
 def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_steps: int) -> str:
@@ -53,7 +53,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
         ),
         train_dataset=dataset,
         processing_class=processor,
-        peft_config=adapter_config(model, vusr_token_id=processor.tokenizer.convert_tokens_to_ids(VUSR)),
+        peft_config=adapter_config(model, vusr_token_id=add_vusr(processor)),
     )
     trainer.train()
     trainer.save_model(output_dir)  # the adapter, its processor and template: load_policy(output_dir) brings them back

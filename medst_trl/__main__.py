@@ -21,7 +21,7 @@ from medst_trl.arguments import parse
 from medst_trl.cli import RUN_HELP, guarded
 from medst_trl.errors import UserError
 from medst_trl.launch import check_launched, leave_peers, use_one_gpu, without_launcher, world_size
-from medst_trl.options import Option, read_options, take
+from medst_trl.options import Option, read_options, take, take_flag
 from medst_trl.recipe import Step, read_recipe
 
 
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
         return
     paths, options = read_options(argv)
     which, options = take(options, "stage")
+    if take_flag(options, "dry_run")[0]:
+        raise UserError(f"A plan needs no launcher: medst run {' '.join(paths)} --dry_run --num_processes N")
     if not paths:
         raise UserError("which recipe? accelerate launch -m medst_trl recipes/demo.yaml")
     for path in paths:

@@ -22,7 +22,7 @@ Self-questioning and preference training for medical vision-language models.
 
 A whole run, stage by stage, as a recipe describes it:
   run RECIPE            run every stage of a recipe, skipping what is done (medst run --help)
-  recipes ls            list the recipes that come with the package; also: show NAME, cp NAME
+  recipes ls            list the recipes that come with the package; also: show, cp, validate
 
 One stage (medst STAGE --help lists its settings):
 {stages}
@@ -46,6 +46,8 @@ that was cut short continues, one whose settings have changed is refused.
   --overwrite                delete the results of the stages that run, and make them anew
   --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: what the machine has)
   --num_processes N          processes of the stages that can use several
+  --dry_run                  print what the stages would train, take, download and upload, and run nothing
+  --throughput N             with --dry_run: examples a second, for the time it takes; --sft.throughput N for one stage
   --key value                a setting for every stage that knows it; --output_dir is the folder of the whole run
   --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
 
@@ -53,12 +55,17 @@ Examples:
   medst run demo
   medst run recipes/vqa_rad_tiny.yaml --output_dir /scratch/vqa_rad --seed 1
   medst run my.yaml --stage sft --accelerate_config zero2 --sft.num_train_epochs 1 --overwrite
+  medst run my.yaml --dry_run --accelerate_config zero2 --num_processes 8
 """
 
 RECIPES_HELP = """\
-usage: medst recipes ls | show NAME | cp NAME [FILE]
+usage: medst recipes ls | show NAME | cp NAME [FILE] | validate RECIPE [--num_processes N] [--key value ...]
 
 The recipes that come with the package: list them, print one, or copy one to change it (by default into this folder).
+
+`validate` checks a file or a recipe of that name, with the options that `medst run` is to get: keys and types, that
+inputs exist or are made by an earlier section, columns of datasets, accelerate configurations, and the batch on 1, 4
+and 8 processes or the number given. It needs no GPU, no Hub and no weights.
 """
 
 
@@ -113,16 +120,21 @@ def _run(argv: list[str]) -> int | None:
         print(RUN_HELP, end="")
         return 0
     from medst_trl.launch import is_launched, launch_command, run
-    from medst_trl.options import read_options, take
+    from medst_trl.options import read_options, take, take_flag
     from medst_trl.recipe import read_recipe
 
     words, options = read_options(argv)
     which, options = take(options, "stage")
+    is_plan, options = take_flag(options, "dry_run")
     if len(words) != 1:
         raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
     if is_launched():
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
 
+    if is_plan:
+        from medst_trl.plan.text import print_plan
+
+        return print_plan(words[0], options, which)
     begun = time.monotonic()
     recipe = read_recipe(words[0], options)
     steps = recipe.steps(which)
@@ -233,10 +245,25 @@ def _recipes(argv: list[str]) -> int | None:
                 raise UserError(f"{copy} exists already: medst recipes cp {name} ANOTHER_FILE")
             shutil.copy(source, copy)  # with its run bit
             print(f"{copy}: change it, then `medst run {copy}`.")
+        case ["validate", source, *options]:
+            _validate(source, options)
         case [] | ["-h" | "--help"]:
             print(RECIPES_HELP, end="")
         case _:
             raise UserError(f"medst recipes does not know {' '.join(argv)!r}. See `medst recipes --help`.")
+
+
+def _validate(source: str, argv: list[str]) -> None:
+    from medst_trl.options import read_options
+    from medst_trl.recipe import read_recipe
+    from medst_trl.recipe_check import validate
+
+    words, options = read_options([source, *argv])
+    if len(words) != 1:
+        raise UserError(f"medst recipes validate takes one recipe, not {len(words)}.")
+    recipe = read_recipe(source, options)
+    lines = validate(recipe)
+    print(*lines, f"{recipe.path} is valid.", sep="\n")
 
 
 def _duration(seconds: float) -> str:

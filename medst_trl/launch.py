@@ -2,17 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts stages under `accelerate launch`, and tells under which launcher this process runs."""
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.arguments import closest
 from medst_trl.errors import UserError
+from medst_trl.silent_launch import refuse_silent_launch
 
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 NOT_DISTRIBUTED = "not distributed"
@@ -64,24 +69,56 @@ def launch_command(
             Further options of `accelerate launch`.
 
     Raises:
-        UserError: if the machine has not the GPUs for it.
+        UserError: if the machine has not the GPUs or the packages for it.
     """
     config = config or default_config(num_processes)
     asked = _read_config(config)
+    kind, machines = asked["kind"], _number(options, "--num_machines") or asked["num_machines"]
     environment = dict(os.environ)
-    num_processes = num_processes or asked["num_processes"] or _one_for_each_gpu(config, asked["kind"])
-    if asked["kind"] == NOT_DISTRIBUTED and num_processes > 1:
+    num_processes = num_processes or asked["num_processes"] or _one_for_each_gpu(config, kind) * machines
+    if kind == NOT_DISTRIBUTED and num_processes > 1:
         # accelerate would start one process and say nothing
         if not asked["use_cpu"]:
             raise UserError(f"accelerate_config {config} is for one process, not for {num_processes}: use multi_gpu.")
-        environment["ACCELERATE_USE_CPU"] = "true"
-        config, options = "multi_gpu", ["--mixed_precision", "no", *options]
+        config, kind = "multi_gpu", "DDP"
+    _check_packages(config, kind)
+    if kind != NOT_DISTRIBUTED and (asked["use_cpu"] or not _gpu_count()):
+        environment |= _on_cpus(config, kind, environment)
+        options = ["--mixed_precision", "no", *options]
     if "OMP_NUM_THREADS" not in environment:  # accelerate's own default is a single thread
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_processes))
-    if asked["one_machine"] and not any(option.startswith("--main_process_port") for option in options):
+        here = max(1, num_processes // machines)
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // here))
+    has_port = asked["has_port"] or any(option.startswith("--main_process_port") for option in options)
+    if machines == 1 and not has_port:
         options = ["--main_process_port", "0", *options]  # a free one, so that two runs can share a machine
     command = [sys.executable, "-m", "medst_trl.launch", "--config_file", str(find_config(config))]
     return [*command, "--num_processes", str(num_processes), *options, "-m", *program], environment
+
+
+def _check_packages(config: str, kind: str) -> None:
+    if kind.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f'accelerate_config {config} needs DeepSpeed, which is not installed: pip install "medst_trl[deepspeed]"'
+        )
+
+
+def _on_cpus(config: str, kind: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What processes without a GPU have to be told, beside having to be asked for by number."""
+    if kind.startswith("FSDP"):
+        raise UserError(
+            f"accelerate_config {config} divides the weights among GPUs, and this machine has none: accelerate would "
+            "leave FSDP out. Use cpu, or zero2."
+        )
+    if kind.startswith("DeepSpeed"):
+        # With ACCELERATE_USE_CPU, which may be in the environment, accelerate would leave DeepSpeed out.
+        return {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+    return {"ACCELERATE_USE_CPU": "true"}
+
+
+def _number(options: Sequence[str], name: str) -> int | None:
+    """What an option of `accelerate launch` says, given as two words or as one."""
+    words = [word for option in options for word in option.split("=", 1)]
+    return int(words[words.index(name) + 1]) if name in words[:-1] else None
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -135,6 +172,7 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
     Raises:
         UserError: if they differ.
     """
+    refuse_silent_launch(where)
     running = f"{world_size()} process{'es' * (world_size() > 1)}, {_launched_kind()}"
     hint = "Use `medst run`, or start it with the launcher it asks for."
     if config is not None:
@@ -145,6 +183,27 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
             raise UserError(f"{where}: accelerate_config {config} asks for {kind}, but this runs as {running}. {hint}")
     if num_processes is not None and num_processes != world_size():
         raise UserError(f"{where}: {num_processes} processes are asked for, but this runs as {running}. {hint}")
+
+
+def process_state() -> "PartialState":
+    """This process among those of a launch. Without what it is told here, accelerate overlooks those on CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    if (backend := backend_on_cpus()) is not None:
+        return PartialState(backend=backend)
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def backend_on_cpus() -> str | None:
+    """
+    What connects the processes of DeepSpeed where there are no GPUs, `None` anywhere else. DeepSpeed finds it by
+    itself, but accelerate (1.15) takes each process for the only one unless it is named.
+    """
+    import torch
+
+    alone = world_size() == 1 or torch.accelerator.is_available()
+    return None if alone or not _launched_kind().startswith("DeepSpeed") else "gloo"
 
 
 def leave_peers() -> None:
@@ -177,7 +236,8 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
 
     content = read_yaml(find_config(name_or_path))
     kind = str(content.get("distributed_type", "NO"))
-    if kind == "NO":
+    on_cpus = bool(content.get("use_cpu")) or kind == "MULTI_CPU"
+    if kind in ("NO", "MULTI_CPU"):  # accelerate starts a single process for either
         kind = NOT_DISTRIBUTED
     elif kind.startswith("MULTI_"):
         kind = "DDP"
@@ -188,8 +248,9 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
     return {
         "kind": kind,
         "num_processes": content.get("num_processes"),
-        "use_cpu": bool(content.get("use_cpu")),
-        "one_machine": content.get("num_machines", 1) == 1 and not content.get("main_process_port"),
+        "use_cpu": on_cpus,
+        "num_machines": content.get("num_machines") or 1,
+        "has_port": bool(content.get("main_process_port")),
     }
 
 

@@ -82,6 +82,19 @@ def take(options: Sequence[Option], key: str) -> tuple[str | None, list[Option]]
     return value, [option for option in options if option.target is not None or option.key != key]
 
 
+def take_flag(options: Sequence[Option], key: str) -> tuple[bool, list[Option]]:
+    """Divide a plain option that is on or off from all the others; it is off where it does not stand."""
+    value, rest = False, []
+    for option in options:
+        if option.target is not None or option.key != key:
+            rest.append(option)
+        elif option.value is True or str(option.value).lower() in ("true", "false"):
+            value = option.value is True or option.value.lower() == "true"
+        else:
+            raise UserError(f"--{key} is on or off, and takes no {option.value!r}.")
+    return value, rest
+
+
 def take_word(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """Divide `name value` or `name=value` from a command line that a parser reads later."""
     value, rest, words = None, [], iter(argv)

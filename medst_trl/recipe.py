@@ -157,9 +157,10 @@ class Recipe:
             raise UserError(f"{self.path}: rounds repeat {', '.join(ROUND)}, and it has a section for none of them.")
         if any("name" in item for name in ROUND for item in self.sections.get(name, [])):
             raise UserError(f"{self.path}: with rounds, {', '.join(ROUND)} have to be one section each, not lists.")
-        jobs = [job for job in once if job not in repeated and job.stage.name not in ("report", "push")]
+        after = ("merge", "report", "push")
+        jobs = [job for job in once if job not in repeated and job.stage.name not in after]
         jobs += [replace(job, round=number) for number in range(1, self.rounds + 1) for job in repeated]
-        return jobs + [job for job in once if job.stage.name in ("report", "push")]
+        return jobs + [job for job in once if job.stage.name in after]
 
     def _evaluates_a_round(self, job: "_Job") -> bool:
         """Whether an evaluation reads what a round makes. Others need to run only once."""

@@ -184,10 +184,11 @@ class StageRecord:
     def _decide_for_all_ranks(cls, folder, *arguments) -> "StageRecord":
         """Rank 0 alone looks at the folder: what it writes there would mislead a rank that comes a moment later."""
         import torch.distributed
-        from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list, parse_flag_from_env
+        from accelerate.utils import broadcast_object_list
 
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        from medst_trl.launch import process_state
+
+        state = process_state()
         if not torch.distributed.is_initialized():  # each would take itself for the only one
             raise UserError(
                 f"{os.environ['WORLD_SIZE']} processes were started, but there are no GPUs for them. To use CPUs: "

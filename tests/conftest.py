@@ -3,6 +3,7 @@
 """No network, few threads, and the real data where a machine has it."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -23,4 +24,25 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("MEDST_SHARED_DATA", default))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set MEDST_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_base(tmp_path_factory) -> Path:
+    """The general-purpose model that the demo starts from. Takes a minute."""
+    from demo import run_demo
+
+    folder = tmp_path_factory.mktemp("base") / "run"
+    run_demo(folder, "--stage", "base")
+    return folder / "base"
+
+
+@pytest.fixture(scope="session")
+def demo_run(demo_base, tmp_path_factory) -> Path:
+    """A finished demo; not to be changed. What it printed lies beside it. Takes minutes."""
+    from demo import run_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    shutil.copytree(demo_base, folder / "base")
+    (folder.parent / "printed").write_text(run_demo(folder))
     return folder

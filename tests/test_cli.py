@@ -279,7 +279,7 @@ def test_one_process_where_two_are_asked_for_is_an_error(recipe, tmp_path):
     recipe.write_text(RECIPE + "  num_processes: 2\n")
     result = run(*LAUNCH, "--cpu", "--num_processes", 2, "-m", "medst_trl", "mine.yaml", "--stage", "evaluate")
     assert result.returncode != 0
-    assert "2 processes are asked for, but this runs as 1 process" in result.stderr
+    assert "2 processes are asked for, but accelerate has started one" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -397,6 +397,7 @@ def test_another_launcher_than_asked_for_is_an_error(launcher, running, config, 
 )
 def test_processes_go_by_the_machine(monkeypatch, gpus, config, count, file, processes):
     monkeypatch.setattr(launch, "_gpu_count", lambda: gpus)
+    monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command, environment = launch_command(["program"], config, count)
     assert command[command.index("--config_file") + 1] == str(find_config(file))

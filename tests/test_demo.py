@@ -5,22 +5,13 @@
 import json
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from demo import run_demo as run
 
 
 ROOT = Path(__file__).parents[1]
-DEMO = str(ROOT / "recipes/demo.yaml")
-
-
-def run(folder: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "medst_trl.cli", "run", DEMO, "--output_dir", str(folder), *options]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def exact_match(folder: Path) -> dict:
@@ -33,20 +24,10 @@ def image_ids(folder: Path) -> set[str]:
     return {name for names in load_records(folder / "candidates", "train")["image_ids"] for name in names}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """The general-purpose model that every run here starts from."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    run(folder, "--stage", "base")
-    return folder / "base"
-
-
 @pytest.mark.slow
-def test_the_loop_makes_the_model_better(base, tmp_path):
-    demo = tmp_path / "demo"
-    shutil.copytree(base, demo / "base")
-    printed = run(demo)
-    assert "stage 1  aligned" in printed  # the table of before and after
+def test_the_loop_makes_the_model_better(demo_run):
+    demo = demo_run
+    assert "stage 1  aligned" in (demo.parent / "printed").read_text()  # the table of before and after
     before, after = exact_match(demo / "evaluate/stage_1"), exact_match(demo / "evaluate/aligned")
     assert before["n"] == after["n"] > 1400
     assert after["value"] - before["value"] >= 3
@@ -55,9 +36,9 @@ def test_the_loop_makes_the_model_better(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_stage_1_with_all_labels_learns_the_task(base, tmp_path):
+def test_stage_1_with_all_labels_learns_the_task(demo_base, tmp_path):
     demo = tmp_path / "demo"
-    shutil.copytree(base, demo / "base")
+    shutil.copytree(demo_base, demo / "base")
     options = ["--prepare.num_phantoms", "2500", "--sft.max_steps", "750"]
     for stage in ("prepare", "sft", "evaluate/stage_1"):
         run(demo, "--stage", stage, *options)
@@ -71,9 +52,9 @@ def test_stage_1_with_all_labels_learns_the_task(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_round_asks_about_other_images_with_the_policy_of_the_one_before(base, tmp_path):
+def test_each_round_asks_about_other_images_with_the_policy_of_the_one_before(demo_base, tmp_path):
     demo = tmp_path / "demo"
-    shutil.copytree(base, demo / "base")
+    shutil.copytree(demo_base, demo / "base")
     options = [
         "--rounds",
         "2",

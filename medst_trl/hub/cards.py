@@ -10,6 +10,7 @@ from medst_trl.data.schema import complete_shards, splits_in
 from medst_trl.fingerprints import REFERENCE_FOLDER
 from medst_trl.hub.card_texts import ABOUT, COLUMNS, SOURCES, USE
 from medst_trl.hub.contents import Contents
+from medst_trl.hub.merged import is_plain, merged_from, named
 from medst_trl.hub.provenance import Step, looks_local, steps_to
 from medst_trl.hub.results import Results, eval_results, read_results
 
@@ -70,7 +71,7 @@ def model_card(
     The README.md of an adapter or a model.
 
     Args:
-        base_model (`str`, *optional*): Hub id of an adapter's base.
+        base_model (`str`, *optional*): Hub id of the base of an adapter, or of what was merged.
         evaluations: Folders with `scores.json`.
     """
     from huggingface_hub import ModelCardData
@@ -78,6 +79,8 @@ def model_card(
     results = [result for folder in evaluations for result in read_results(folder, contents.folder)]
     steps = steps_to(contents.folder, run)
     adapter = contents.kind == "adapter"
+    merged = merged_from(contents.folder)
+    base_model = base_model or (merged.base if merged else None)
     data = ModelCardData(
         license=license,
         library_name="peft" if adapter else "transformers",
@@ -96,6 +99,9 @@ def model_card(
         about=ABOUT[contents.kind],
         repo_id=repo_id,
         base_model=base_model,
+        merged=merged,
+        base_text=named(base_model, None) if base_model else merged and merged.base_text,
+        is_plain=is_plain(contents),
         results=[_tables(result) for result in results],
         sources=_sources(steps),
         licence=_licence(license, base_model),

@@ -26,7 +26,7 @@ PROCESSOR_FILES = (
     "spiece.model", "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *PROCESSOR_FILES)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base_model.json", *PROCESSOR_FILES)
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", *PROCESSOR_FILES,

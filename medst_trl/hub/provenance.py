@@ -19,7 +19,7 @@ TRAINING_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
     "weight_decay", "max_grad_norm", "max_length", "sq_ratio", "sq_first_turn", "question_loss_weight", "beta",
     "loss_type", "loss_weights", "label_smoothing", "use_lora", "lora_r", "lora_alpha", "lora_dropout",
-    "vision_lora_r", "vision_lora_alpha", "train_vision", "bf16", "fp16", "seed",
+    "vision_lora_r", "vision_lora_alpha", "train_vision", "load_in_4bit", "bf16", "fp16", "seed",
 )  # fmt: skip
 
 # Settings of the other stages that say where things lie or how a run was carried out.

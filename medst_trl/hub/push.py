@@ -77,7 +77,8 @@ def push_folder(
         run (`str` or `os.PathLike`, *optional*):
             Folder of the run, to find the records of inputs that have moved.
         base_model_name_or_path (`str`, *optional*):
-            Hub id of an adapter's base (`"org/name"`, `"org/name@revision"`), where the adapter names a local folder.
+            Hub id of the base of an adapter or of a merged model (`"org/name"`, `"org/name@revision"`), where that
+            names a local folder.
         license (`str`, *optional*):
             The Hub's name of a licence, such as `"cc-by-4.0"`.
         revision (`str`, *optional*):
@@ -101,7 +102,9 @@ def push_folder(
 
     check_repo_id(repo_id, "repo_id")
     contents = find_contents(Path(folder))
-    base_model = public_base(contents.folder, base_model_name_or_path) if contents.kind == "adapter" else None
+    base_model = base_model_name_or_path
+    if contents.kind == "adapter":
+        base_model = public_base(contents.folder, base_model_name_or_path)
     run = Path(run) if run else None
     if contents.repo_type == "dataset":
         if evaluation:

@@ -93,11 +93,20 @@ def read_results(folder: Path, model: Path) -> list[Results]:
         raise UserError(f"{folder} has no scores.json. `medst evaluate` writes one.")
     results = [_read(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
-        if result.model and Path(result.model).exists() and not Path(result.model).samefile(model):
+        if result.model and Path(result.model).exists() and not _is_of(model, Path(result.model)):
             raise UserError(
                 f"{path} has the scores of {result.model}, not of {model}. Leave it out, or push that model."
             )
     return results
+
+
+def _is_of(model: Path, evaluated: Path) -> bool:
+    """Whether what was evaluated is the model, or the adapter merged into it, which says the same."""
+    from medst_trl.hub.merged import merged_from
+
+    merged = merged_from(model)
+    adapter = Path(merged.adapter_path) if merged and merged.adapter_path else model
+    return evaluated.samefile(model) or (adapter.exists() and evaluated.samefile(adapter))
 
 
 def eval_results(results: list[Results]) -> list["EvalResult"]:

@@ -38,7 +38,8 @@ def adapter_config(
         vusr_token_id (`int`, *optional*):
             Token id of `<vusr>`, as [`add_vusr`] returns it. `None` trains no token.
         r (`int`, *optional*, defaults to `128`):
-            Rank in the language model.
+            Rank in the language model; `0` leaves it frozen. With `vision_r=0` and no `vusr_token_id` the projector
+            alone trains, LLaVA's alignment step.
         lora_alpha (`int`, *optional*, defaults to `256`):
             Scale in the language model.
         lora_dropout (`float`, *optional*, defaults to `0.05`):
@@ -54,21 +55,22 @@ def adapter_config(
     Example:
     ```python
     >>> model, processor = load_policy("llava-hf/llava-1.5-7b-hf")
-    >>> config = adapter_config(model, vusr_token_id=processor.tokenizer.convert_tokens_to_ids("<vusr>"))
+    >>> config = adapter_config(model, vusr_token_id=add_vusr(processor))
     ```
     """
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # PEFT's own name for an adapter without LoRA layers
 
     parts = model_parts(model)
-    towers = [parts.language_model] + ([parts.vision_tower] if vision_r else [])
-    targets = _linear_layers(model, towers, parts.projectors)
+    towers = ([parts.language_model] if r else []) + ([parts.vision_tower] if vision_r else [])
+    targets = _linear_layers(model, towers, parts.projectors) if towers else DUMMY_TARGET_MODULES
     unused = [
-        rf"{re.escape(parts.vision_tower)}\..*layers\.{layer}\..*" for layer in parts.unused_vision_layers if vision_r
+        rf"{re.escape(parts.vision_tower)}\..*layers?\.{layer}\..*" for layer in parts.unused_vision_layers if vision_r
     ]
     vision_pattern = rf"{re.escape(parts.vision_tower)}\..*"
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=r,
+        r=r or vision_r or 1,  # of no layer where it is 0, but PEFT takes no 0
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=targets,

@@ -2,12 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brings base model, adapter, `<vusr>` token and chat template together, from folders or from the Hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..fingerprints import split_revision
+from .base_weights import check_base, hub_commit
+from .families import check_family
+from .four_bit import four_bit_config
+from .hub_reach import check_reachable
 from .vusr import add_vusr, stop_token_ids
+from .vusr_role import set_vusr_role
 
 
 if TYPE_CHECKING:
@@ -24,6 +31,8 @@ def load_policy(
     revision: str | None = None,
     dtype: "str | torch.dtype" = "auto",
     is_trainable: bool = False,
+    vusr_role: str | None = None,
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     **model_kwargs: Any,
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
@@ -44,6 +53,12 @@ def load_policy(
             Weights' type; `"auto"` takes that of the checkpoint.
         is_trainable (`bool`, *optional*, defaults to `False`):
             Whether an adapter is loaded for further training.
+        vusr_role (`str`, *optional*):
+            `"text"` to open the turns that the model writes by the text role `VUSER:` of SQ-LLaVA and STLLaVA-Med in
+            the place of the token, for models with Vicuna's chat format; see [`set_vusr_role`]. What a policy was
+            saved with is found in its chat template.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether the frozen language model is held in 4 bits, see [`four_bit_config`].
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from the model's repository may run.
         **model_kwargs:
@@ -54,7 +69,8 @@ def load_policy(
         and its processor.
 
     Raises:
-        UserError: if nothing can be loaded from there, or the processor cannot be used (see [`add_vusr`]).
+        UserError: if nothing can be loaded from there, the processor cannot be used (see [`add_vusr`]), or an adapter
+            is of another base.
 
     Example:
     ```python
@@ -65,22 +81,34 @@ def load_policy(
     model_name_or_path, named_revision = split_revision(model_name_or_path)
     revision = revision or named_revision
     common = {"trust_remote_code": trust_remote_code}
+    if load_in_4bit:
+        model_kwargs["load_in_4bit"] = True
     source = {"revision": revision, **common}
-    if _has_file(model_name_or_path, "adapter_config.json", revision):
-        from peft import PeftConfig, PeftModel
+    check_reachable(model_name_or_path)
+    if has_file(model_name_or_path, "adapter_config.json", revision):
+        from peft import PeftConfig
 
+        from .adapter_loading import put_adapter_on
         from .adapters import mend_tied_head
 
         config = PeftConfig.from_pretrained(model_name_or_path, revision=revision)
+        if not (base_model_name_or_path or config.base_model_name_or_path):
+            raise UserError(f"The adapter {model_name_or_path!r} names no base: pass base_model_name_or_path.")
         base, base_revision = split_revision(base_model_name_or_path or config.base_model_name_or_path)
         common["revision"] = base_revision or (None if base_model_name_or_path else config.revision)
-        has_processor = _has_file(model_name_or_path, "tokenizer_config.json", revision)
+        check_reachable(base)
+        _check_family(base, common)
+        has_processor = has_file(model_name_or_path, "tokenizer_config.json", revision)
         processor = _load_processor(model_name_or_path if has_processor else base, source if has_processor else common)
+        set_vusr_role(processor, vusr_role)
         model = prepare_policy(_load_base(base, dtype, model_kwargs | common, adapter=model_name_or_path), processor)
-        model = PeftModel.from_pretrained(model, model_name_or_path, revision=revision, is_trainable=is_trainable)
+        model = put_adapter_on(model, model_name_or_path, config, revision=revision, is_trainable=is_trainable)
+        check_base(model_name_or_path, revision, model.get_base_model(), config.base_model_name_or_path)
         mend_tied_head(model)
         return model.eval(), processor
+    _check_family(model_name_or_path, source)
     processor = _load_processor(model_name_or_path, source)
+    set_vusr_role(processor, vusr_role)
     model = _load_base(model_name_or_path, dtype, model_kwargs | source)
     return prepare_policy(model, processor).eval(), processor
 
@@ -104,12 +132,13 @@ def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "Pr
         [`~transformers.PreTrainedModel`]: The same model.
     """
     vusr_token_id = add_vusr(processor)
-    _make_room_for(model, vusr_token_id)
     config = model.generation_config
     known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
     config.eos_token_id = list(dict.fromkeys([*known, *stop_token_ids(processor)]))
     config.pad_token_id = processor.tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
-    config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
+    if vusr_token_id is not None:  # the text role needs none
+        _make_room_for(model, vusr_token_id)
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
     return model
 
 
@@ -127,7 +156,32 @@ def _make_room_for(model: "PreTrainedModel", token_id: int) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+                with _whole(layer.weight) as weight:
+                    weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+
+
+@contextmanager
+def _whole(weight: "torch.nn.Parameter") -> "Iterator[torch.nn.Parameter]":
+    """All rows of a weight, of which a rank holds a part under ZeRO-3: what is written there reaches every rank."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield weight
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        yield weight
+
+
+def _check_family(name_or_path: str, kwargs: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError):
+        return  # said when processor and model are loaded
+    check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
 
 
 def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixin":
@@ -135,6 +189,12 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixi
 
     try:
         return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    except ImportError as error:
+        what = " ".join(str(error).partition(".")[0].split())
+        raise UserError(
+            f"The processor of {name_or_path!r} lacks a package: {what}. The video half of Qwen-VL, InternVL and "
+            'SmolVLM needs torchvision: pip install "medst_trl[video]"'
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"No processor could be loaded from {name_or_path!r}: {error}") from error
 
@@ -144,8 +204,12 @@ def _load_base(
 ) -> "PreTrainedModel":
     from transformers import AutoModelForImageTextToText
 
+    if kwargs.pop("load_in_4bit", False):
+        kwargs["quantization_config"] = four_bit_config(
+            name_or_path, dtype, **{name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
+        )
     try:
-        return AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
         of = (
             f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
@@ -153,9 +217,13 @@ def _load_base(
             else ""
         )
         raise UserError(f"No vision-language model could be loaded from {name_or_path!r}{of}: {error}") from error
+    # transformers 5 no longer keeps it, and an adapter's base has to be found again.
+    model.hub_commit = hub_commit(name_or_path, "config.json", kwargs.get("revision"))
+    return model
 
 
-def _has_file(name_or_path: str, name: str, revision: str | None) -> bool:
+def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
+    """Whether a folder or a Hub repository has a file of this name."""
     if Path(name_or_path).is_dir():
         return (Path(name_or_path) / name).is_file()
     from transformers.utils import cached_file

@@ -36,12 +36,15 @@ class EncodedImage:
             The same for each layer that gets features of its own (Qwen3-VL).
         grid (`torch.Tensor` of shape (3,), *optional*):
             Its patches in time, height and width, by which m-RoPE models number the tokens.
+        tiles (`int`, *optional*):
+            How many pieces it was cut into, where the processor asks for it (InternVL).
     """
 
     placeholder: str
     features: "torch.Tensor"
     deepstack: "list[torch.Tensor]"
     grid: "torch.Tensor | None"
+    tiles: int | None
 
     @property
     def bytes(self) -> int:
@@ -98,12 +101,13 @@ class ImageMemory:
         import torch
 
         self._trim(keep)
-        placeholders, grids = [], []
+        placeholders, grids, tiles = [], [], []
 
         def listen(*args, **kwargs):
             processed, texts = process(*args, **kwargs)
             placeholders.extend(texts)
             grids.extend(torch.as_tensor(grid) for grid in processed.get("image_grid_thw", ()))
+            tiles.extend(processed.get("num_patches", ()))
             return processed, texts
 
         # Prompts of nothing but an image: their tokens say which features are whose.
@@ -126,7 +130,8 @@ class ImageMemory:
         for number, (key, placeholder) in enumerate(zip(keys, placeholders, strict=True)):
             own_deepstack = [layer[number] for layer in deepstack]
             grid = grids[number] if grids else None
-            self._known[key] = EncodedImage(placeholder, features[number], own_deepstack, grid)
+            pieces = int(tiles[number]) if tiles else None
+            self._known[key] = EncodedImage(placeholder, features[number], own_deepstack, grid, pieces)
             self.tokens[key] = tokens[number]
 
     def _trim(self, keep: Container) -> None:
@@ -162,10 +167,13 @@ class ImageMemory:
 
         def answer(*args, **kwargs):
             processed = {"image_grid_thw": torch.stack(grids)} if grids else {}
+            if known[0].tiles is not None:  # InternVL's processor cuts pixels by them, of which there are none
+                processed = {"num_patches": [image.tiles for image in known], "pixel_values": torch.empty(0)}
             return processed, [image.placeholder for image in known]
 
         with _processing_images_by(self.processor, answer):
             inputs = chat_inputs(self.processor, conversations, images)
+        inputs.pop("pixel_values", None)
         if not known:
             return inputs
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .families import check_build, tested_families
 
 
 if TYPE_CHECKING:
@@ -67,14 +68,16 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
         [`ModelParts`]
 
     Raises:
-        UserError: if the model exposes no vision tower or no projector.
+        UserError: if the model exposes no vision tower or no projector, or has a Q-Former in its place.
     """
     names = {id(module): name for name, module in model.named_modules()}
     vision, language = model.get_encoder("image"), model.get_decoder()
     if vision is model or id(vision) not in names:
         raise UserError(
-            f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model?"
+            f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model? "
+            f"{tested_families()}"
         )
+    check_build(model.config, type(model).__name__)
     vision_name = names[id(vision)]
     return ModelParts(
         language_model=names[id(language)],
@@ -105,7 +108,8 @@ def _projectors(model: "PreTrainedModel", vision: str, language: str) -> tuple[s
         inside += [f"{vision}.{member}" for member in members]
     if not (beside or inside):
         raise UserError(
-            f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`."
+            f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`. "
+            f"This family is not supported. {tested_families()}"
         )
     return tuple(beside or inside)
 

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 32  # few, so that a text that has ended does not stay long; many, as to begin anew takes time too
 
 # Families whose texts tests/policy/test_shared_prompts.py shows to be the same either way.
-SHARING = frozenset({"gemma3", "idefics3", "llava", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"})
+SHARING = frozenset(
+    {
+        "gemma3", "idefics3", "internvl", "llava", "llava_next", "prototype_llava", "qwen2_5_vl", "qwen2_vl",
+        "qwen3_vl", "smolvlm",
+    }
+)  # fmt: skip
 
 
 def shares_prompts(model: "PreTrainedModel") -> bool:

@@ -98,6 +98,7 @@ def render_conversation(
     """
     turns, tokenizer = turn_format(processor), tokenizer_of(processor)
     ends = {True: turns.question_end or tokenizer.eos_token, False: turns.answer_end or tokenizer.eos_token}
+    leads = {True: turns.question_lead, False: turns.answer_lead}
     neutralised, marked, targets = 0, [], []
     for index, message in enumerate(messages):
         parts = typed_parts(message["content"])
@@ -126,8 +127,8 @@ def render_conversation(
     text, spans = pieces[0], []
     for is_question, body, rest in zip(targets, pieces[1::2], pieces[2::2], strict=True):
         start = len(text)
-        if not is_question and text.endswith(turns.answer_lead):
-            start -= len(turns.answer_lead)  # the blank of `ASSISTANT: yes` is the model's to write
+        if text.endswith(leads[is_question]):
+            start -= len(leads[is_question])  # the blank of `ASSISTANT: yes` is the model's to write
         end = ends[is_question] if rest.startswith(ends[is_question]) else ""
         spans.append(Span(start, len(text) + len(body) + len(end), is_question))
         text += body + rest

@@ -28,12 +28,15 @@ class TurnFormat:
         answer_lead (`str`):
             Blank between the generation prompt and the answer, which the model has to write itself (`" "` for
             `ASSISTANT:`, `""` where the prompt ends with a newline).
+        question_lead (`str`):
+            The same for a question without an image: between the open `<vusr>` turn and what the model writes there.
     """
 
     content_form: str
     question_end: str
     answer_end: str
     answer_lead: str
+    question_lead: str
 
 
 def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> TurnFormat:
@@ -66,15 +69,20 @@ def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> 
             "Give the processor a chat template that renders every user and assistant message once."
         )
     prompt = render([question], add_generation_prompt=True)
-    body = answered.index(LEFT)
-    # A template may put more into the prompt than into the history (an opened thinking block): no blank is known then.
-    lead = answered[len(prompt) : body] if answered.startswith(prompt) else ""
+    bare = render([message("user", VUSR)])
     return TurnFormat(
         content_form=content_form,
         question_end=_leading_token(asked.split(RIGHT)[1], special_tokens),
         answer_end=_leading_token(answered.split(RIGHT)[1], special_tokens),
-        answer_lead=lead if lead.isspace() else "",
+        answer_lead=_lead(prompt, answered),
+        question_lead=_lead(bare, asked),
     )
+
+
+def _lead(prompt: str, written: str) -> str:
+    # A template may put more into the prompt than into the history (an opened thinking block): no blank is known then.
+    lead = written[len(prompt) : written.index(LEFT)] if written.startswith(prompt) else ""
+    return lead if lead.isspace() else ""
 
 
 def _content_form(render: Callable[..., str]) -> str:

@@ -5,7 +5,7 @@
 A user turn opened by `<vusr>` is one the model writes (STLLaVA-Med, https://huggingface.co/papers/2406.19973). The
 token is a special token whose input embedding is trained; it is read by the model and never predicted. Only the
 collator and the chat template write it: data says `vusr: true` on a message, and data text that spells a control token
-is neutralised.
+is neutralised. Where the template has the text role `VUSER:` (see [`set_vusr_role`]) there is no token at all.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .chat_template import VUSR, is_wrapped, wrap_chat_template
 from .turn_format import LEFT, RIGHT, TurnFormat, probe_turn_format
+from .vicuna import has_text_role
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def tokenizer_of(processor: "ProcessorMixin | PreTrainedTokenizerBase") -> "PreT
     return getattr(processor, "tokenizer", processor)
 
 
-def add_vusr(processor: "ProcessorMixin") -> int:
+def add_vusr(processor: "ProcessorMixin") -> int | None:
     """
     Adds the `<vusr>` token to a processor's tokenizer and wraps its chat template, in place. A second call changes
     nothing.
@@ -40,19 +41,23 @@ def add_vusr(processor: "ProcessorMixin") -> int:
             Processor of a vision-language model, with a fast tokenizer, a pad token and a chat template.
 
     Returns:
-        `int`: Token id of `<vusr>`. The model may have to be enlarged for it: [`load_policy`] does both.
+        `int` or `None`: Token id of `<vusr>`. The model may have to be enlarged for it: [`load_policy`] does both.
+        `None` where the chat template has the text role `VUSER:`: nothing is added then.
 
     Raises:
         UserError: if the tokenizer is slow, or the pad token, end-of-sequence token or chat template is missing.
     """
     tokenizer = tokenizer_of(processor)
     _check_processor(processor, tokenizer)
+    template = processor.chat_template or tokenizer.chat_template
+    if has_text_role(template):
+        processor.chat_template = template
+        return None
     if VUSR not in tokenizer.get_vocab():
         from tokenizers import AddedToken
 
         token = AddedToken(VUSR, special=True, normalized=False)
         tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    template = processor.chat_template or tokenizer.chat_template
     if not is_wrapped(template):
         processor.chat_template = template
         turns = turn_format(processor)

@@ -75,6 +75,7 @@ class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
 STAGES = {
     stage.name: stage
     for stage in (
+        Stage("convert", "turn an original LLaVA, SQ-LLaVA or STLLaVA-Med checkpoint into a Hugging Face one"),
         Stage("base", "build a tiny vision-language model to start from"),
         Stage(
             "prepare",
@@ -84,7 +85,11 @@ STAGES = {
         Stage(
             "sft",
             "stage 1: train a model to answer and to ask",
-            reads=(("model_name_or_path", "base", ""), ("dataset", "prepare", "instruct")),
+            reads=(
+                ("model_name_or_path", "convert", ""),
+                ("model_name_or_path", "base", ""),
+                ("dataset", "prepare", "instruct"),
+            ),
             distributed=True,
             publishes=("",),
         ),
@@ -93,6 +98,7 @@ STAGES = {
             "let the model ask about images and answer its questions, twice each",
             reads=(
                 ("model_name_or_path", "sft", ""),
+                ("model_name_or_path", "convert", ""),
                 ("model_name_or_path", "base", ""),
                 ("images", "prepare", "images"),
             ),
@@ -110,10 +116,17 @@ STAGES = {
             "stage 2: train the model to prefer its better answers",
             reads=(
                 ("model_name_or_path", "sft", ""),
+                ("model_name_or_path", "convert", ""),
                 ("model_name_or_path", "base", ""),
                 ("dataset", "judge", "preferences"),
             ),
             distributed=True,
+            publishes=("",),
+        ),
+        Stage(
+            "merge",
+            "make a stand-alone model of an adapter, for servers and other tools",
+            reads=(("model_name_or_path", "dpo", ""), ("model_name_or_path", "sft", "")),
             publishes=("",),
         ),
         Stage(
@@ -122,6 +135,7 @@ STAGES = {
             reads=(
                 ("model_name_or_path", "dpo", ""),
                 ("model_name_or_path", "sft", ""),
+                ("model_name_or_path", "convert", ""),
                 ("model_name_or_path", "base", ""),
                 ("benchmark", "prepare", "benchmark"),
             ),

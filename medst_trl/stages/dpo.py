@@ -69,6 +69,20 @@ class DpoArguments:
             "fp16, and float32 where every weight trains. What an adapter trains is kept in float32."
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: hold the frozen language model in 4 bits (NF4), for a small GPU. Needs bitsandbytes "
+            "(extra qlora)."
+        },
+    )
+    effective_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of a step over all processes: gradient_accumulation_steps follows from it, from "
+            "per_device_train_batch_size and from the number of processes."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."},
@@ -80,10 +94,14 @@ class DpoArguments:
 
 def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     from medst_trl.full_disk import explain_full_disk
+    from medst_trl.training.batch_size import set_accumulation
     from medst_trl.training.end_of_log import end_of_log
+    from medst_trl.training.policy_for_training import check_how_it_runs
     from medst_trl.training.resume import resume_checkpoint
     from medst_trl.training.run_folder import load_splits, open_record, save_adapter, write_model_card
 
+    check_how_it_runs(args, training_args)
+    set_accumulation(args, training_args)
     datasets = load_splits(args, training_args, "preferences")
     record = open_record(args, training_args, "dpo")
     if record.status == "finished":
@@ -163,21 +181,12 @@ def _copy_new(files: "Iterable[Path]", folder: Path) -> None:
 
 
 def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "MultimodalDPOTrainer":
-    from medst_trl import MultimodalDPOTrainer, adapter_config, load_policy
+    from medst_trl import MultimodalDPOTrainer, adapter_config
     from medst_trl.policy.adapters import freeze_vision
     from medst_trl.policy.vusr import add_vusr
+    from medst_trl.training.policy_for_training import load_trainable_policy, say_what_trains
 
-    frozen = "float32"
-    if args.use_lora and (training_args.bf16 or training_args.fp16):
-        frozen = "bfloat16" if training_args.bf16 else "float16"
-    model, processor = load_policy(
-        args.model_name_or_path,
-        base_model_name_or_path=args.base_model_name_or_path,
-        dtype=args.dtype or frozen,
-        is_trainable=True,
-        trust_remote_code=training_args.trust_remote_code,
-        attn_implementation=args.attn_implementation,
-    )
+    model, processor = load_trainable_policy(args, training_args)
     if not args.train_vision:
         freeze_vision(model)
     config = None
@@ -199,10 +208,7 @@ def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "Multimod
         processing_class=processor,
         peft_config=config,
     )
-    counts = trainer.trainable_parameters()
-    trainer.accelerator.print(
-        "Training " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters."
-    )
+    say_what_trains(trainer, "pairs")
     return trainer
 
 

@@ -12,6 +12,7 @@ Sources, by `--source`:
   vqa_rad_mevf  the folder with MEVF's trainset.json and testset.json
   slake         the folder with train.json, validate.json, test.json
   pathvqa       the folder with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json
+  captions      a table (csv, tsv, jsonl) with columns image and caption: each becomes a request to describe it
   images        a folder of images, or a table (csv, tsv, jsonl) with column image, perhaps question, answer, split
   phantoms      drawn scans with known truth; needs no data
 
@@ -44,7 +45,7 @@ class PrepareArguments:
     """Arguments of `medst prepare`."""
 
     output_dir: str = field(metadata={"help": "Folder for the datasets."})
-    source: Literal["llava", "vqa_rad", "vqa_rad_mevf", "slake", "pathvqa", "images", "phantoms"] = field(
+    source: Literal["llava", "vqa_rad", "vqa_rad_mevf", "slake", "pathvqa", "captions", "images", "phantoms"] = field(
         metadata={"help": "What the data is; see above."}
     )
     data_path: str | None = field(default=None, metadata={"help": "File or folder of the source. Phantoms need none."})
@@ -86,7 +87,9 @@ class PrepareArguments:
     num_unlabelled_phantoms: int = field(default=0, metadata={"help": "phantoms: scans without words."})
     phantom_turns: int | None = field(default=None, metadata={"help": "phantoms: at most so many questions each."})
     rows_per_shard: int = field(default=512, metadata={"help": "Rows in one Parquet file."})
-    seed: int = field(default=0, metadata={"help": "Seed of the validation split and of the phantoms."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the validation split, of requests for captions, of phantoms."}
+    )
     num_workers: int = field(default=0, metadata={"help": "Threads that decode images; 0: one for each core."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
 
@@ -161,7 +164,9 @@ def _check(args: PrepareArguments) -> tuple[str | None, str | None]:
     data_path = Path(args.data_path)
     folder = data_path if data_path.is_dir() else data_path.parent
     beside = [
-        folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir() and args.source not in ("llava", "images")
+        folder / name
+        for name in IMAGE_FOLDERS
+        if (folder / name).is_dir() and args.source not in ("llava", "images", "captions")
     ]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [folder])[0]
     if not image_folder.is_dir():
@@ -181,7 +186,7 @@ def _inputs(args: PrepareArguments, data_path: str | None, image_folder: str | N
 def _read(args: PrepareArguments, data_path: str | None, image_folder: str | None) -> tuple["Source", "ImageReader"]:
     from PIL import Image
 
-    from medst_trl.data import instruct, tables, vqa
+    from medst_trl.data import captions, instruct, tables, vqa
     from medst_trl.data.image_index import FolderImages
 
     if args.source == "phantoms":
@@ -193,6 +198,8 @@ def _read(args: PrepareArguments, data_path: str | None, image_folder: str | Non
     warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which may quote them
     if args.source == "images":
         source = tables.read_folder(path) if path.is_dir() else tables.read_table(path, folder)
+    elif args.source == "captions":
+        source = captions.read_captions(path, folder, args.seed)
     elif args.source == "llava":
         source = instruct.read_llava(path, folder)
     elif args.source == "vqa_rad":

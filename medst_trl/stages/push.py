@@ -41,7 +41,8 @@ class PushArguments:
         default=None, metadata={"help": "Folder of the run, to find the records of inputs that have moved."}
     )
     base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id of an adapter's base, where the adapter names a local folder."}
+        default=None,
+        metadata={"help": "Hub id of the base of an adapter or merged model, where that names a local folder."},
     )
     license: str | None = field(default=None, metadata={"help": "The Hub's name of a licence, such as cc-by-4.0."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if there is none."})

@@ -38,16 +38,33 @@ class SftArguments:
     model_name_or_path: str = field(
         metadata={"help": "Folder or Hub id of a vision-language model, or of an adapter to train further."}
     )
-    dataset: str = field(metadata={"help": "Folder or Hub id of an instruct dataset (`medst prepare` writes one)."})
+    dataset: list[str] = field(
+        metadata={"help": "Folder or Hub id of an instruct dataset (`medst prepare` writes one), or several to join."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Split for eval_strategy steps or epoch."})
     max_records: int | None = field(default=None, metadata={"help": "Train on the first so many records only."})
     use_lora: bool = field(default=True, metadata={"help": "Train one LoRA adapter; false trains every weight."})
-    lora_r: int = field(default=128, metadata={"help": "LoRA rank in the language model."})
+    lora_r: int = field(default=128, metadata={"help": "LoRA rank in the language model; 0 leaves it frozen."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scale in the language model."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before every LoRA layer."})
     vision_lora_r: int = field(default=32, metadata={"help": "LoRA rank in the vision tower; 0 leaves it frozen."})
     vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale in the vision tower."})
+    train_vusr: bool = field(
+        default=True,
+        metadata={
+            "help": "Train the embedding of <vusr> beside LoRA. False, with lora_r 0 and vision_lora_r 0: the "
+            "projector alone, LLaVA's alignment step."
+        },
+    )
+    vusr_role: str | None = field(
+        default=None,
+        metadata={
+            "help": "text: open the turns that the model writes by the words VUSER: with their system prompt, as "
+            "SQ-LLaVA and STLLaVA-Med do, in the place of the token <vusr>. Default: what the model was saved with, "
+            "else the token. For models with Vicuna's chat format."
+        },
+    )
     base_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base of an adapter, where it has moved from the place the adapter names."}
     )
@@ -56,6 +73,20 @@ class SftArguments:
         metadata={
             "help": "Type of the frozen weights: float32, bfloat16. Default: that of the training arguments bf16 and "
             "fp16, and float32 where every weight trains. What an adapter trains is kept in float32."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: hold the frozen language model in 4 bits (NF4), for a small GPU. Needs bitsandbytes "
+            "(extra qlora)."
+        },
+    )
+    effective_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Conversations of a step over all processes: gradient_accumulation_steps follows from it, from "
+            "per_device_train_batch_size and from the number of processes."
         },
     )
     attn_implementation: str | None = field(
@@ -70,13 +101,19 @@ class SftArguments:
         default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
     )
 
+    def __post_init__(self):
+        if isinstance(self.dataset, str):  # a recipe may give a single one without a list
+            self.dataset = [self.dataset]
+
 
 def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.full_disk import explain_full_disk
+    from medst_trl.training.batch_size import set_accumulation
     from medst_trl.training.resume import resume_checkpoint
     from medst_trl.training.run_folder import load_splits, open_record, save_adapter, write_model_card
 
     _check(args, training_args)
+    set_accumulation(args, training_args)
     datasets = load_splits(args, training_args, "instruct")
     record = open_record(args, training_args, "sft")
     if record.status == "finished":
@@ -118,26 +155,18 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
 def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "SelfQuestioningTrainer":
     from transformers import EarlyStoppingCallback
 
-    from medst_trl import SelfQuestioningTrainer, adapter_config, load_policy
+    from medst_trl import SelfQuestioningTrainer, adapter_config
     from medst_trl.policy.vusr import add_vusr
+    from medst_trl.training.continued_adapter import keep_shape
+    from medst_trl.training.policy_for_training import load_trainable_policy, say_what_trains
 
-    frozen = "float32"
-    if args.use_lora and (training_args.bf16 or training_args.fp16):
-        frozen = "bfloat16" if training_args.bf16 else "float16"
-    model, processor = load_policy(
-        args.model_name_or_path,
-        base_model_name_or_path=args.base_model_name_or_path,
-        dtype=args.dtype or frozen,
-        is_trainable=True,
-        trust_remote_code=training_args.trust_remote_code,
-        attn_implementation=args.attn_implementation,
-    )
-    is_adapter = hasattr(model, "peft_config")
+    model, processor = load_trainable_policy(args, training_args)
     config = None
-    if args.use_lora and not is_adapter:
+    kept = keep_shape(args, model) if hasattr(model, "peft_config") else None
+    if args.use_lora and kept is None:
         config = adapter_config(
             model,
-            vusr_token_id=add_vusr(processor),
+            vusr_token_id=add_vusr(processor) if args.train_vusr else None,
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
@@ -154,16 +183,17 @@ def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "SelfQues
         peft_config=config,
         callbacks=[EarlyStoppingCallback(patience)] if patience is not None else None,
     )
-    counts = trainer.trainable_parameters()
-    trainer.accelerator.print(
-        "Training " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters."
-    )
+    if kept:
+        trainer.accelerator.print(kept)
+    say_what_trains(trainer, "conversations")
     return trainer
 
 
 def _check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.errors import UserError
+    from medst_trl.training.policy_for_training import check_how_it_runs
 
+    check_how_it_runs(args, training_args)
     if args.early_stopping_patience is None:
         return
     if training_args.eval_strategy == "no" or not training_args.load_best_model_at_end:

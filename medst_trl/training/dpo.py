@@ -17,9 +17,12 @@ from trl.trainer.utils import get_config_model_id
 from ..arguments import closest
 from ..errors import UserError
 from ..policy.adapters import mend_tied_head, train_in_full_precision
+from ..policy.base_weights import write_base_file
 from ..policy.checkpoints import load_policy, prepare_policy
+from .blank_images import encode_blank_images_where_needed
 from .displacement import WarnOfDisplacement
 from .example_images import check_has_images
+from .fsdp_layers import name_fsdp_layers
 from .input_pipeline import FeedsImages, InputPipelineArguments
 from .learning_rates import LearningRatesByPart
 from .length_grouping import GroupsByLength
@@ -244,6 +247,8 @@ class MultimodalDPOTrainer(
             self.model.save_pretrained = partial(
                 self.model.save_pretrained, save_embedding_layers=False, selected_adapters=["default"]
             )
+        name_fsdp_layers(self)
+        encode_blank_images_where_needed(self, self.model, self.ref_model)
         if args.share_prefix:
             self._share_prefix(obstacle)
         self.add_callback(WarnOfDisplacement())
@@ -273,8 +278,11 @@ class MultimodalDPOTrainer(
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         # A pickle that nothing reads again, and that would carry a `hub_token` given as an argument.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.args.should_save:  # every rank comes here under DDP, and the folder may not be there yet
+            write_base_file(self.accelerator.unwrap_model(self.model), folder)
 
     def _prepare_inputs(self, inputs):
         prepared = super()._prepare_inputs(inputs)

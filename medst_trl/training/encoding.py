@@ -15,6 +15,7 @@ import torch
 from trl.data_utils import prepare_multimodal_messages
 
 from ..errors import UserError
+from ..policy.families import tested_families
 from ..policy.spans import RenderedConversation, Span, render_conversation, text_of, typed_parts
 from ..policy.vusr import adds_special_tokens, tokenizer_of
 from .example_images import images_of
@@ -168,7 +169,7 @@ def _check_offsets(
         raise UserError(
             f"{type(processor).__name__} writes out image placeholders without telling where "
             "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
-            "family cannot be trained here with the installed transformers."
+            f"family cannot be trained here with the installed transformers. {tested_families()}"
         )
 
 

@@ -12,6 +12,8 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, Image, List
 
+from ..launch import backend_on_cpus
+
 
 logger = get_logger(__name__)
 
@@ -49,6 +51,8 @@ class InputPipelineArguments:
             self.dataloader_num_workers = default_workers() if has_accelerator else 0
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = has_accelerator and self.dataloader_num_workers > 0
+        if self.ddp_backend is None:
+            self.ddp_backend = backend_on_cpus()
         super().__post_init__()
 
 

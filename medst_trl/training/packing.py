@@ -22,8 +22,9 @@ IGNORED = -100
 
 # Models and their language models whose packed batches are tested to be equal to padded ones. Not Gemma 3: its images
 # are attended to in both directions, by a mask that knows no documents. Not Llama 3.2-Vision: its text looks at images
-# by cross-attention.
-_MODELS = {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"}
+# by cross-attention. Not InternVL: its batches do not tell into how many tiles each image was cut, which would have to
+# move with their conversation.
+_MODELS = {"llava", "prototype_llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"}
 _LANGUAGE_MODELS = {"llama", "mistral", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 

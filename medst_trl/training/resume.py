@@ -13,7 +13,10 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
+
+from ..errors import UserError
+from ..launch import leave_peers
 
 
 if TYPE_CHECKING:
@@ -25,11 +28,41 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def resume_checkpoint(output_dir: str | Path, accelerator: "Accelerator") -> str | None:
-    """[`newest_complete_checkpoint`] for every rank: the main process looks and sets aside, the others are told."""
-    found = [None]
+    """
+    [`newest_complete_checkpoint`] for every rank: the main process looks and sets aside, the others are told.
+
+    Raises:
+        UserError: if this launch cannot read the optimizer's state in it.
+    """
+    news = [None]
     if accelerator.is_main_process:
-        found = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
-    return broadcast_object_list(found)[0]
+        try:
+            news = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
+            if news[0] is not None:
+                _check_optimizer(Path(news[0]), accelerator)
+        except UserError as error:  # the other ranks would wait for ever
+            news = [error]
+    broadcast_object_list(news)
+    if isinstance(news[0], UserError):
+        leave_peers()  # on all ranks alike, so the group can be left in order
+        raise news[0]
+    return news[0]
+
+
+def _check_optimizer(checkpoint: Path, accelerator: "Accelerator") -> None:
+    """DeepSpeed fails on a checkpoint of another launch with a traceback; the Trainer forgets the optimizer."""
+    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
+    if not parts and not uses_deepspeed:
+        return
+    if parts and uses_deepspeed and parts == accelerator.num_processes:
+        return
+    way = f"{parts} process{'es' * (parts > 1)} of DeepSpeed" if parts else "processes without DeepSpeed"
+    remedy = f"with as many (--num_processes {parts})" if parts else "without it (--accelerate_config multi_gpu)"
+    raise UserError(
+        f"{checkpoint} was written by {way}, and its optimizer can be read by no others. Go on {remedy}, or start "
+        "again with --overwrite."
+    )
 
 
 def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> str | None:

@@ -14,9 +14,12 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import UserError
 from ..policy.adapters import mend_tied_head, train_in_full_precision
+from ..policy.base_weights import write_base_file
 from ..policy.checkpoints import load_policy, prepare_policy
+from .blank_images import encode_blank_images_where_needed
 from .collator import DataCollatorForSelfQuestioning
 from .example_images import check_has_images
+from .fsdp_layers import name_fsdp_layers
 from .input_pipeline import FeedsImages, InputPipelineArguments, with_stored_images
 from .learning_rates import LearningRatesByPart
 from .length_grouping import GroupsByLength, conversation_lengths
@@ -191,6 +194,8 @@ class SelfQuestioningTrainer(
                 train_in_full_precision(self.model)
             # PEFT would store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
+        name_fsdp_layers(self)
+        encode_blank_images_where_needed(self, self.model)
         self.set_aside = SetAsideExamples(self.accelerator, args.max_length)
         self._target_sums = {}
         self.add_callback(self.set_aside)
@@ -212,8 +217,11 @@ class SelfQuestioningTrainer(
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         # A pickle that nothing reads again, and that would carry a `hub_token` given as an argument.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.args.should_save:  # every rank comes here under DDP, and the folder may not be there yet
+            write_base_file(self.accelerator.unwrap_model(self.model), folder)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         question_mask = inputs.pop("question_mask", None)

@@ -265,6 +265,10 @@ torch.save(logits, "logits.pt")
 def test_policies_come_back_with_the_same_logits(hub, tmp_path):
     import torch
     from tiny_dpo import adapter_policy
+    from transformers import AutoModelForImageTextToText
+
+    from medst_trl.policy.base_weights import write_base_file
+    from medst_trl.stages import merge
 
     local = tmp_path / "local"
     model, processor = adapter_policy(save_to=local)
@@ -276,17 +280,17 @@ def test_policies_come_back_with_the_same_logits(hub, tmp_path):
         (local / "adapter" / name).write_text(f'{{"path": "{tmp_path}"}}')
     scores = tmp_path / "evaluate"
     scores.mkdir()
-    (scores / "scores.json").write_text(json.dumps(SCORES | {"benchmark": str(tmp_path / "prepare" / "benchmark")}))
+    places = {"benchmark": str(tmp_path / "prepare" / "benchmark"), "model": str(local / "adapter")}
+    (scores / "scores.json").write_text(json.dumps(SCORES | places))
+    write_base_file(model, local / "adapter")
+    merge.main(merge.MergeArguments(str(local / "adapter"), str(merged)))
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     image.save(tmp_path / "scan.png")
     inputs = processor(images=[image], text=["USER: <image>\nWhat? ASSISTANT: dark"], return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits
-        base_model = model.merge_and_unload()
-        expected_merged = base_model(**inputs).logits
-    base_model.save_pretrained(merged)
-    processor.save_pretrained(merged)
+        expected_merged = AutoModelForImageTextToText.from_pretrained(merged)(**inputs).logits
 
     refused = push(hub, tmp_path / "home", local / "adapter", "org/adapter", check=False)
     assert refused.returncode == 2 and "--base_model_name_or_path" in refused.stderr
@@ -294,7 +298,8 @@ def test_policies_come_back_with_the_same_logits(hub, tmp_path):
     base = f"org/base@{hub.repositories['model', 'org/base'].branches['main']}"
     more = ("--base_model_name_or_path", base, "--evaluation", str(scores))
     push(hub, tmp_path / "home", local / "adapter", "org/adapter", *more)
-    push(hub, tmp_path / "home", merged, "org/merged")
+    # What the adapter scored stands for the merged model.
+    push(hub, tmp_path / "home", merged, "org/merged", *more)
     shutil.rmtree(local)
     shutil.rmtree(merged)
 
@@ -308,9 +313,27 @@ def test_policies_come_back_with_the_same_logits(hub, tmp_path):
         assert not any("trainer" in name or "training_args" in name or "checkpoint" in name for name in files)
     metadata = card_metadata(hub.files("model", "org/adapter")["README.md"], tmp_path)
     assert metadata["base_model"] == "org/base" and metadata["library_name"] == "peft"
-    [index] = metadata["model-index"]
-    figures = {metric["name"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
-    assert figures == {"strict open f1": 41.25, "strict closed accuracy": 80.0}
+    card = hub.files("model", "org/merged")["README.md"].decode()
+    assert "Merged from `org/base` (revision " in card and ") and a local adapter" in card
+    assert "from medst_trl" not in card
+    of_merged = card_metadata(card.encode(), tmp_path)
+    assert of_merged["base_model"] == "org/base" and of_merged["library_name"] == "transformers"
+    for [index] in (metadata["model-index"], of_merged["model-index"]):
+        figures = {metric["name"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+        assert figures == {"strict open f1": 41.25, "strict closed accuracy": 80.0}
+
+    # Known by the adapter's pinned revision alone, too: the reference of `main` is not in this cache.
+    code = "from medst_trl.policy import base_weights as b; b.weights_fingerprint = lambda *source: print(source)\n"
+    code += "from medst_trl import load_policy; load_policy('org/adapter')"
+    done = client(hub.url, tmp_path / "elsewhere", "-c", code)
+    assert f"('org/base', '{base.partition('@')[2]}')" in done.stdout
+
+    # The repository of the base gets other weights: the adapter names a revision, and knows its base besides.
+    adapter_policy(save_to=tmp_path / "other", seed=1)
+    push(hub, tmp_path / "home", tmp_path / "other" / "base", "org/base")
+    code = "from medst_trl import load_policy; load_policy('org/adapter', base_model_name_or_path='org/base')"
+    done = client(hub.url, tmp_path / "elsewhere", "-c", code, check=False)
+    assert "was trained on other weights than those of 'org/base'" in done.stderr
 
 
 @pytest.mark.slow

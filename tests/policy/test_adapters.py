@@ -38,6 +38,11 @@ CONFIGS = {
         "vision_config": {"model_type": "idefics3_vision", **VISION},
         "scale_factor": 1,
     },
+    "internvl": {
+        "text_config": {"model_type": "qwen2", **TEXT},
+        "vision_config": {"model_type": "internvl_vision", **VISION},
+        "vision_feature_layer": -2,
+    },
     "qwen2_5_vl": {
         "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
         "vision_config": {
@@ -57,6 +62,7 @@ EXPECTED = {  # projector, vision layers that train
     "llava": ("model.multi_modal_projector", {0, 1}),
     "gemma3": ("model.multi_modal_projector", {0, 1, 2}),
     "idefics3": ("model.connector", {0, 1, 2}),
+    "internvl": ("model.multi_modal_projector", {0, 1}),
     "qwen2_5_vl": ("model.visual.merger", {0, 1, 2}),
     "qwen3_vl": ("model.visual.merger", {0, 1, 2}),
 }

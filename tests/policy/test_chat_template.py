@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from families import FAMILIES, prepared_processor
+from families import FAMILIES, TEXT_ROLE, prepared_processor
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,6 +42,8 @@ def test_a_bare_vusr_turn_stays_open(family, history):
     before = [_as_parts("user", "Describe it."), _as_parts("assistant", "A chest.")] if history else []
     plain = processor.apply_chat_template([*before, _as_parts("user", "QQZZ")])
     expected = plain[: plain.index("QQZZ")] + VUSR
+    if family == TEXT_ROLE:
+        expected = plain[: plain.index("USER: QQZZ")] + "VUSER:"
     for add_generation_prompt in (False, True):
         assert processor.apply_chat_template([*before, bare], add_generation_prompt=add_generation_prompt) == expected
 

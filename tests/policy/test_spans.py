@@ -5,7 +5,7 @@
 from itertools import groupby
 
 import pytest
-from families import FAMILIES, prepared_processor
+from families import FAMILIES, TEXT_ROLE, prepared_processor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -80,7 +80,8 @@ def intended_targets(processor, messages) -> list[tuple[bool, str]]:
         if message["role"] == "assistant":
             targets.append((False, turns.answer_lead + text + (turns.answer_end or eos)))
         elif message["vusr"] and can_be_asked(message):
-            targets.append((True, text + (turns.question_end or eos)))
+            has_image = any(part["type"] == "image" for part in message["content"])
+            targets.append((True, ("" if has_image else turns.question_lead) + text + (turns.question_end or eos)))
     return targets
 
 
@@ -143,7 +144,24 @@ def test_a_bare_vusr_turn_is_the_start_of_a_trained_question(family):
     ][0]
     start = int(batch["question_mask"][0].nonzero()[0])
     assert batch["input_ids"][0, :start].tolist() == list(prompt)
-    assert prompt[-1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
+    if family == TEXT_ROLE:
+        assert processor.decode(prompt).endswith("VUSER: " + "<image>" * 4 + "\n")
+    else:
+        assert prompt[-1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bare_later_turn_is_the_start_of_a_trained_question(family):
+    processor = prepared_processor(family)
+    turns = [("user", "Describe it."), ("assistant", "A chest."), ("user", "Is it large?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[2]["vusr"] = True
+    collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
+    batch = collator([{"id": "1", "images": [], "messages": messages}])
+    bare = {"role": "user", "content": [{"type": "text", "text": VUSR}]}
+    prompt = processor.apply_chat_template([*messages[:2], bare], tokenize=True, return_dict=True)["input_ids"][0]
+    start = int(batch["question_mask"][0].nonzero()[0])
+    assert batch["input_ids"][0, :start].tolist() == list(prompt)
 
 
 def test_a_question_with_an_image_in_its_middle_is_not_asked():

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from families import FAMILIES, prepared_processor
+from families import FAMILIES, TEXT_ROLE, prepared_processor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +14,9 @@ def test_adding_twice_changes_nothing(family):
     processor = FAMILIES[family]()
     token_id, template, size = add_vusr(processor), processor.chat_template, len(processor.tokenizer)
     assert (add_vusr(processor), processor.chat_template, len(processor.tokenizer)) == (token_id, template, size)
+    if family == TEXT_ROLE:
+        assert token_id is None and VUSR not in processor.tokenizer.get_vocab()
+        return
     assert processor.tokenizer(VUSR, add_special_tokens=False)["input_ids"] == [token_id]
     assert token_id in processor.tokenizer.all_special_ids
 

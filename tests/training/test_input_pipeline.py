@@ -13,7 +13,6 @@ from datasets.features.image import Image as ImageFeature
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
-from medst_trl.errors import UserError
 from medst_trl.training import input_pipeline
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.input_pipeline import DataWait, default_workers, with_stored_images
@@ -83,11 +82,13 @@ def test_lengths_are_found_without_decoding_an_image(monkeypatch):
     assert conversation_lengths(list(rows), processor)[::-1][: len(lengths)] == lengths
 
 
-def test_an_image_without_a_head_is_named_when_lengths_are_found():
-    row = tiny_run.conversation(7)
-    row["images"] = [{"bytes": b"not an image", "path": None}]
-    with pytest.raises(UserError, match="Record 'r7': the image cannot be read"):
-        conversation_lengths([row], tiny_run.small_policy()[1])
+def test_an_image_without_a_head_leaves_the_lengths_of_others_as_they_are():
+    rows = [tiny_run.conversation(number, turns=number) for number in (1, 2, 3)]
+    processor = tiny_run.small_policy()[1]
+    expected = conversation_lengths(rows, processor)
+    rows[1]["images"] = [{"bytes": b"not an image", "path": None}]  # the collator sets it aside
+    lengths = conversation_lengths(rows, processor)
+    assert len(lengths) == 3 and (lengths[0], lengths[2]) == (expected[0], expected[2])
 
 
 @pytest.mark.parametrize(

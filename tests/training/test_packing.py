@@ -16,7 +16,7 @@ from medst_trl.errors import UserError
 from medst_trl.training.packing import IGNORED, pack, packing_cost, rope_positions, rows_of
 
 
-PACKED = [family for family in MODELS if family != "gemma-3"]
+PACKED = [family for family in MODELS if family not in ("gemma-3", "internvl")]
 ROWS, ONE_ROW = 1e-3, 0.0  # costs of long rows, the second FlashAttention's
 CASES = [
     *[(family, ROWS, {}) for family in PACKED],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES
+from families import FAMILIES, TEXT_ROLE
 from family_models import tiny_model
 from peft import get_peft_model
 from PIL import Image
@@ -275,8 +275,11 @@ def test_prompts_of_all_families(family):
     conversations = [to_ask([], 1), to_ask(history, 1), to_answer([], 1, f"Which {VUSR} is it?")]
     inputs = chat_inputs(processor, conversations, [[picture(n, (32, 32))] for n in range(3)])
     ids = inputs["input_ids"]
-    assert (ids == vusr).sum(1).tolist() == [1, 1, 0]
-    assert ids[:2, -1].tolist() == [vusr, vusr]
+    if family == TEXT_ROLE:
+        assert vusr is None and processor.decode(ids[1]).endswith("</s>VUSER:")
+    else:
+        assert (ids == vusr).sum(1).tolist() == [1, 1, 0]
+        assert ids[:2, -1].tolist() == [vusr, vusr]
     alone = chat_inputs(processor, conversations[:1], [[picture(0, (32, 32))]])["input_ids"][0]
     assert ids[0, -len(alone) :].tolist() == alone.tolist()
 

@@ -1,0 +1,58 @@
+#!/bin/bash
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+#
+# A stage of a recipe on several nodes of a SLURM cluster, under DeepSpeed ZeRO-2:
+#
+#   sbatch examples/slurm_several_nodes.sh recipes/stllava_med_7b.yaml sft
+#   sbatch --nodes 4 examples/slurm_several_nodes.sh recipes/stllava_med_7b.yaml dpo --dpo.num_train_epochs 2
+#
+# One job a stage: `sbatch --dependency=afterok:JOB` lets the next one wait. Stages for one process (prepare, judge,
+# merge, report, push) need none of this: medst run RECIPE --stage judge. Recipe, output_dir and caches have to lie on a
+# file system that all nodes see. A recipe with `effective_batch_size` learns the same on any number of nodes.
+#
+# A job that is requeued, or started again with the same command, goes on from its newest complete checkpoint. DeepSpeed
+# keeps its optimizer in parts: go on with as many processes as wrote it.
+
+#SBATCH --job-name=medst
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+
+RECIPE=${1:?which recipe? sbatch $0 RECIPE STAGE [--key value ...]}
+STAGE=${2:?which stage? sbatch $0 RECIPE STAGE [--key value ...]}
+shift 2
+
+# Models and datasets are downloaded once. Compute nodes without internet: fill the cache on a login node before, with
+# `hf download llava-hf/llava-1.5-7b-hf`, and set HF_HUB_OFFLINE=1.
+export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
+export TOKENIZERS_PARALLELISM=false
+# export HF_HUB_OFFLINE=1
+# export NCCL_SOCKET_IFNAME=ib0   # where nodes have several networks
+
+GPUS=${MEDST_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
+CONFIG=${MEDST_ACCELERATE_CONFIG:-$(python -c 'import medst_trl.launch as l; print(l.find_config("zero2"))')}
+MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / GPUS))}
+
+# One launcher on each node; SLURM_NODEID, known only there, is its rank. `--num_processes` counts those of all nodes.
+# --kill-on-bad-exit: a node that fails ends the others, which would wait for it.
+srun --kill-on-bad-exit=1 bash -c '
+    exec accelerate launch \
+        --config_file "$0" \
+        --num_machines "$SLURM_NNODES" \
+        --machine_rank "$SLURM_NODEID" \
+        --main_process_ip "$1" \
+        --main_process_port "$2" \
+        --num_processes "$3" \
+        -m medst_trl "${@:4}"
+' "$CONFIG" "$MAIN_NODE" "$PORT" "$((SLURM_NNODES * GPUS))" "$RECIPE" --stage "$STAGE" "$@"

@@ -1,0 +1,18 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`medst run recipes/demo.yaml`, for the long tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+DEMO = str(Path(__file__).parents[1] / "recipes/demo.yaml")
+
+
+def run_demo(folder: Path, *options: str) -> str:
+    """Runs the demo, or stages of it, into `folder` and returns what it printed."""
+    command = [sys.executable, "-m", "medst_trl.cli", "run", DEMO, "--output_dir", str(folder), *options]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,57 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""FSDP2 as far as it goes without GPUs: the same steps, and an adapter that is whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_dpo
+import tiny_run
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from medst_trl.launch import find_config, without_launcher
+
+
+TESTS = Path(__file__).parents[1]
+
+
+DESCENT = {
+    "max_steps": 3, "optim": "sgd", "learning_rate": 1e-2, "vision_learning_rate": 1e-1,
+    "train_sampling_strategy": "sequential",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "settings"), [(tiny_run, {"lora_dropout": 0.0, "n": 12}), (tiny_dpo, {})], ids=["sft", "dpo"]
+)
+def test_two_ranks_take_the_steps_of_one(tmp_path, module, settings):
+    settings = DESCENT | settings
+    environment = without_launcher(os.environ) | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(find_config("fsdp2")),
+        "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", str(TESTS / "fsdp_on_cpus.py"),
+        module.__name__, str(tmp_path), json.dumps(settings | {"per_device_train_batch_size": 1}),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["kind"].endswith("FSDP")
+
+    trainer = module.make_trainer(tmp_path / "one", per_device_train_batch_size=2, **settings)
+    trainer.train()
+    for ours, theirs in zip(facts["log"][:3], trainer.state.log_history[:3], strict=True):
+        names = ("loss", "grad_norm", "learning_rate", "learning_rate_vision")
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, abs=2e-5)
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(trainer.model, save_embedding_layers=False)
+    assert saved.keys() == expected.keys()
+    assert all(torch.allclose(saved[name], expected[name], atol=1e-5) for name in expected)

@@ -1,0 +1,176 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is launched is what was asked for, or it is said: accelerate itself says nothing."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from medst_trl import launch
+from medst_trl.errors import UserError
+from medst_trl.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
+from medst_trl.recipe_files import read_yaml
+from medst_trl.training import policy_for_training
+
+
+ENVIRONMENT = without_launcher(os.environ) | {
+    "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+}  # fmt: skip
+# The scores of a predictions file: a distributed stage that needs no model.
+RECIPE = """\
+#!/usr/bin/env -S python -m medst_trl
+# A stage that takes a moment.
+output_dir: out
+evaluate:
+  predictions: predictions.jsonl
+  bootstrap_samples: 0
+"""
+PREDICTION = {
+    "id": "1", "image_id": "a", "question": "Is there a fracture?", "answer": "no", "answer_type": "closed",
+    "question_type": "presence", "prediction": "no", "generation": "{}",
+}  # fmt: skip
+NOT_DISTRIBUTED = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_processes: 4\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(PREDICTION) + "\n")
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    (tmp_path / "mine.yaml").chmod(0o755)
+    (tmp_path / "four.yaml").write_text(NOT_DISTRIBUTED)
+    return tmp_path
+
+
+def run(folder, command, **environment):
+    return subprocess.run(
+        command, shell=True, env=ENVIRONMENT | environment, cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def is_done(folder):
+    path = folder / "out" / "evaluate" / "stage.json"
+    return path.exists() and json.loads(path.read_text())["status"] == "complete"
+
+
+def test_one_process_in_the_place_of_two_is_noticed_and_the_command_it_names_works(folder):
+    done = run(folder, "accelerate launch --cpu --num_processes 2 -m medst_trl mine.yaml --stage evaluate")
+    assert done.returncode != 0 and not is_done(folder)
+    assert "2 processes are asked for, but accelerate has started one" in done.stderr
+    (remedy,) = (line for line in done.stderr.splitlines() if "--multi_gpu" in line)
+    assert remedy.endswith("-m medst_trl mine.yaml --stage evaluate")
+    done = run(folder, remedy.replace("--multi_gpu", "--multi_gpu --main_process_port 0"))
+    assert done.returncode == 0 and is_done(folder), done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "accelerate launch --config_file four.yaml -m medst_trl mine.yaml --stage evaluate",
+        "accelerate launch -m medst_trl mine.yaml --stage evaluate",  # its own configuration: see HF_HOME
+        "accelerate launch --cpu --num_processes=2 --no_python ./mine.yaml --stage evaluate",
+    ],
+    ids=["config_file", "default_config", "executable"],
+)
+def test_however_it_was_asked_for(folder, command):
+    (folder / "accelerate").mkdir()
+    (folder / "four.yaml").rename(folder / "accelerate" / "default_config.yaml")
+    (folder / "four.yaml").write_text(NOT_DISTRIBUTED)
+    done = run(folder, command, HF_HOME=str(folder))
+    assert done.returncode != 0 and not is_done(folder)
+    assert "processes are asked for, but accelerate has started one" in done.stderr
+
+
+def test_one_process_is_one_process_whatever_the_environment_says(folder):
+    command = "accelerate launch --cpu --num_processes 1 -m medst_trl mine.yaml --stage evaluate"
+    done = run(folder, command, MASTER_ADDR="node-1", MASTER_PORT="29500")
+    assert done.returncode == 0 and is_done(folder), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_sharding_that_accelerate_leaves_out_is_an_error(monkeypatch, kind):
+    for name, value in {f"ACCELERATE_USE_{kind}": "true", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="and says nothing"):
+        check_launched(None, None, "medst sft")
+
+
+# What medst starts
+
+
+def started(monkeypatch, config, count, options=(), gpus=0, **environment):
+    monkeypatch.setattr(launch, "_gpu_count", lambda: gpus)
+    monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
+    monkeypatch.setattr(os, "environ", ENVIRONMENT | environment)
+    return launch_command(["program"], config, count, options)
+
+
+def test_a_config_for_cpus_starts_as_many_as_it_says(monkeypatch, tmp_path):
+    for content in (NOT_DISTRIBUTED, "distributed_type: MULTI_CPU\nnum_processes: 4\n"):
+        (tmp_path / "mine.yaml").write_text(content)
+        command, environment = started(monkeypatch, str(tmp_path / "mine.yaml"), None)
+        assert str(find_config("multi_gpu")) in command and environment["ACCELERATE_USE_CPU"] == "true"
+        assert command[command.index("--num_processes") + 1] == "4"
+
+
+def test_without_gpus_deepspeed_runs_on_cpus_and_fsdp_is_refused(monkeypatch):
+    command, environment = started(monkeypatch, "zero2", 2, ACCELERATE_USE_CPU="true")
+    assert environment["DS_ACCELERATOR"] == "cpu" and environment["ACCELERATE_USE_CPU"] == "false"
+    assert command[command.index("--mixed_precision") + 1] == "no"
+    with pytest.raises(UserError, match="fsdp2 divides the weights among GPUs"):
+        started(monkeypatch, "fsdp2", 2)
+    command, environment = started(monkeypatch, "zero2", None, gpus=4)
+    assert "DS_ACCELERATOR" not in environment and "--mixed_precision" not in command
+
+
+def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "medst_trl\[deepspeed\]"'):
+        launch_command(["program"], "zero3", 2)
+
+
+def test_several_machines_meet_at_the_port_that_is_named(monkeypatch):
+    words = ["--num_machines", "2", "--machine_rank=1", "--main_process_ip", "a", "--main_process_port", "29501"]
+    command, _ = started(monkeypatch, "zero2", None, words, gpus=4)
+    assert command[command.index("--num_processes") + 1] == "8"
+    assert command.count("--main_process_port") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_leave_to_the_training_arguments_what_is_theirs(path):
+    config = read_yaml(path)
+    # What stands here the Trainer contradicts, with an error under DeepSpeed: it fills in what is "auto", the default.
+    assert config["mixed_precision"] == "no"
+    assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config.get("deepspeed_config") or {})
+    names = {f"--{key}" for part in ("deepspeed_config", "fsdp_config") for key in config.get(part) or {}}
+    from accelerate.commands.launch import launch_command_parser
+
+    assert names <= set(launch_command_parser()._option_string_actions)
+    assert Path(path).read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "message"),
+    [
+        ({"load_in_4bit": True}, 3, "load_in_4bit runs on one GPU"),
+        ({"load_in_4bit": True, "use_lora": False}, 2, "use_lora: false trains it"),
+        ({}, 3, "ZeRO-3 trains the row of <vusr> on GPUs only"),
+        ({"train_vusr": False}, 3, None),
+        ({"load_in_4bit": True}, 2, None),
+    ],
+)
+def test_what_cannot_run_together_is_refused_before_anything_is_loaded(monkeypatch, options, stage, message):
+    monkeypatch.setattr(policy_for_training, "_has_gpu", lambda: False)
+    args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
+    training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp_plugin_args=None)
+    if message is None:
+        policy_for_training.check_how_it_runs(args, training_args)
+    else:
+        with pytest.raises(UserError, match=message):
+            policy_for_training.check_how_it_runs(args, training_args)

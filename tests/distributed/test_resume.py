@@ -1,0 +1,82 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of several ranks: continued by as many to the same end, and refused where they cannot be read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_run
+import torch
+from accelerate.utils import DistributedType
+
+from medst_trl.errors import UserError
+from medst_trl.launch import without_launcher
+from medst_trl.training.resume import resume_checkpoint
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def accelerator(kind: DistributedType, num_processes: int) -> SimpleNamespace:
+    return SimpleNamespace(is_main_process=True, num_processes=num_processes, distributed_type=kind)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    tiny_run.train(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    return tmp_path
+
+
+def test_an_optimizer_that_deepspeed_has_divided_needs_as_many_processes(checkpoints):
+    parts = checkpoints / "checkpoint-1" / "global_step1"
+    parts.mkdir()
+    for rank in range(2):
+        (parts / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    found = resume_checkpoint(checkpoints, accelerator(DistributedType.DEEPSPEED, 2))
+    assert found == str(checkpoints / "checkpoint-1")
+    for other in (accelerator(DistributedType.DEEPSPEED, 4), accelerator(DistributedType.MULTI_GPU, 2)):
+        with pytest.raises(UserError, match="2 processes of DeepSpeed, .* with as many"):
+            resume_checkpoint(checkpoints, other)
+
+
+def test_deepspeed_cannot_go_on_from_another_optimizer(checkpoints):
+    with pytest.raises(UserError, match="without DeepSpeed"):
+        resume_checkpoint(checkpoints, accelerator(DistributedType.DEEPSPEED, 1))
+    assert resume_checkpoint(checkpoints, accelerator(DistributedType.MULTI_GPU, 2)) is not None
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_under_zero_2_end_as_if_they_had_not_been(tmp_path):
+    pytest.importorskip("deepspeed")
+    settings = {
+        "max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2,
+        "ddp_backend": "gloo",
+    }  # fmt: skip
+    environment = without_launcher(os.environ) | {
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }  # fmt: skip
+
+    def run(folder, *kill):
+        folder.mkdir(exist_ok=True)
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2",
+            "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0",
+            str(TESTS / "tiny_run.py"), str(folder), json.dumps(settings), *kill,
+        ]  # fmt: skip
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+    whole = run(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert run(tmp_path / "cut", "--kill_after_step", "3").returncode != 0
+    assert not (tmp_path / "cut" / "weights.pt").exists()
+    again = run(tmp_path / "cut")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["kind"].endswith("DEEPSPEED")
+    ours, theirs = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,204 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The stages that several processes share, as `medst` starts them: two ranks do what one does, under DDP and ZeRO-2.
+
+One of the two has no image in its batches, where the order of the rows is kept.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_dpo
+import tiny_run
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from medst_trl.data.schema import instruct_features, preference_features
+from medst_trl.launch import without_launcher
+from medst_trl.policy.tiny import tiny_llava
+
+
+# Plain gradient descent: Adam would make a rounding error of a gradient that is zero a step of full size. Rates far
+# apart, and falling: weights end in other places where a group is lost.
+TRAINING = {
+    "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "linear", "learning_rate": 2e-2, "vision_learning_rate": 5e-1,
+    "projector_learning_rate": 2e-3, "train_sampling_strategy": "sequential", "logging_steps": 1, "report_to": "none",
+    "disable_tqdm": True, "effective_batch_size": 8,
+}  # fmt: skip
+GENERATION = {
+    "num_questions": 2, "max_new_tokens": 24, "max_question_tokens": 24, "min_question_words": 1,
+    "english_questions": False, "batch_size": 4,
+}  # fmt: skip
+KINDS = [
+    pytest.param("cpu", id="ddp"),
+    pytest.param("zero2", marks=pytest.mark.slow, id="zero2"),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A base model, an adapter of it, and data in which every other row has no image."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, processor = tiny_dpo.adapter_policy(save_to=folder)
+    model.save_pretrained(folder / "sft", save_embedding_layers=False)
+    processor.save_pretrained(folder / "sft")
+    bare, processor = tiny_llava(**tiny_run.SMALL)  # without a row for `<vusr>`
+    bare.save_pretrained(folder / "bare")
+    processor.save_pretrained(folder / "bare")
+    asking, processor = tiny_run.small_policy()
+    asking.generation_config.eos_token_id = [*asking.generation_config.eos_token_id, *range(5, 400, 8)]  # now and then
+    asking.save_pretrained(folder / "asking")
+    processor.save_pretrained(folder / "asking")
+    rows = [
+        {**tiny_run.conversation(n, with_image=n % 2 == 0), "image_ids": [str(n)] * (n % 2 == 0)} for n in range(24)
+    ]
+    for message in (message for row in rows for message in row["messages"]):
+        message["vusr"] = False
+    _write(folder / "instruct", rows, instruct_features())
+    rows = [tiny_run.conversation(n) | {"image_ids": [str(n)], "messages": []} for n in range(9)]
+    _write(folder / "images", rows, instruct_features())
+    rows = [tiny_dpo.pair(n) for n in range(24)]
+    for row in rows[1::2]:
+        row["images"], row["prompt"][0]["content"] = [], row["prompt"][0]["content"][1:]
+    known = {"image_ids": [], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
+    _write(folder / "preferences", [row | known for row in rows], preference_features())
+    return folder
+
+
+def _write(folder, rows, features):
+    folder.mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def medst(stage, output_dir, config=None, **options):
+    """Runs `medst STAGE`: on two ranks if there is an accelerate config."""
+    if config in ("zero2", "zero3"):
+        pytest.importorskip("deepspeed")
+    launcher = {"accelerate_config": config, "num_processes": 2} if config else {}
+    words = [f"--{key}={value}" for key, value in (options | launcher | {"output_dir": output_dir}).items()]
+    environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "medst_trl.cli", stage, *words],
+        env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_trained_alike(one, two, tolerance=2e-5):
+    logs = [
+        [entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+        for folder in (one, two)
+    ]
+    assert len(logs[0]) == len(logs[1]) == 3 and logs[0][-1]["loss"] < logs[0][0]["loss"]
+    for ours, theirs in zip(*logs):
+        # TRL's own means over ranks with unequal numbers of tokens; and what is decided by rounding
+        means = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+        leave_out = {*means, "data_wait", "rewards/accuracies"}
+        names = ours.keys() - leave_out
+        assert {n: ours[n] for n in names} == pytest.approx(
+            {n: theirs[n] for n in names}, abs=tolerance, rel=tolerance
+        )
+    rates = [[log[f"learning_rate{part}"] for log in logs[1]] for part in ("", "_vision", "_projector")]
+    assert [rate[0] for rate in rates] == [2e-2, 5e-1, 2e-3]
+    assert all(rate[2] == pytest.approx(rate[0] / 3) for rate in rates)
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.allclose(weight, others[name], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def sft_of_one(inputs, tmp_path_factory):
+    return _sft(inputs, tmp_path_factory.mktemp("one") / "sft", per_device_train_batch_size=4)
+
+
+def _sft(inputs, folder, config=None, **options):
+    model = {"model_name_or_path": inputs / "base", "lora_r": 4, "vision_lora_r": 2, "lora_dropout": 0.0}
+    said = medst("sft", folder, config, dataset=inputs / "instruct", **TRAINING | model | options)
+    processes = "2 processes" if config else "1 process"
+    division = f"8 conversations a step: {options['per_device_train_batch_size']} x {processes} x "
+    assert said.count(division) == 1  # rank 0 alone
+    return folder
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_sft(inputs, sft_of_one, tmp_path, config):
+    # A row at a time, so that one rank never has an image: four batches of it are a step.
+    assert_trained_alike(sft_of_one, _sft(inputs, tmp_path / "two", config, per_device_train_batch_size=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu", "zero2"])
+def test_sft_of_every_weight(inputs, tmp_path, config):
+    """The last vision layer, which is not read, gets no gradient on any rank."""
+    options = {"use_lora": False, "learning_rate": 1e-3, "vision_learning_rate": 1e-3, "max_steps": 2}
+    for folder, kind, size in (("one", None, 4), ("two", config, 1)):
+        medst(
+            "sft", tmp_path / folder, kind, dataset=inputs / "instruct", per_device_train_batch_size=size,
+            model_name_or_path=inputs / "base", **TRAINING | options,
+        )  # fmt: skip
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+@pytest.mark.slow
+def test_sft_under_zero_3_but_for_the_token(inputs, tmp_path):
+    """PEFT (0.21) puts a trained token's row onto a GPU there, so that on CPUs the token has to be left out."""
+    options = {"model_name_or_path": inputs / "bare", "train_vusr": False}
+    one = _sft(inputs, tmp_path / "one", per_device_train_batch_size=4, **options)
+    assert_trained_alike(one, _sft(inputs, tmp_path / "two", "zero3", per_device_train_batch_size=1, **options))
+
+
+@pytest.fixture(scope="module")
+def dpo_of_one(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "dpo"
+    _dpo(inputs, folder, per_device_train_batch_size=4)
+    return folder
+
+
+def _dpo(inputs, folder, config=None, **options):
+    paths = {"model_name_or_path": inputs / "sft", "dataset": inputs / "preferences"}
+    said = medst("dpo", folder, config, **TRAINING | paths | options)
+    assert said.count("8 pairs a step") == 1
+    return folder
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_dpo(inputs, dpo_of_one, tmp_path, config):
+    assert_trained_alike(dpo_of_one, _dpo(inputs, tmp_path / "two", config, per_device_train_batch_size=1))
+
+
+@pytest.mark.slow
+def test_dpo_with_the_reference_asked_beforehand_under_zero_2(inputs, dpo_of_one, tmp_path):
+    options = {"precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "log_probs"}
+    assert_trained_alike(dpo_of_one, _dpo(inputs, tmp_path / "two", "zero2", per_device_train_batch_size=1, **options))
+
+
+@pytest.fixture(scope="module")
+def candidates_of_one(inputs, tmp_path_factory):
+    return _generate(inputs, tmp_path_factory.mktemp("one") / "generate")
+
+
+def _generate(inputs, folder, config=None):
+    paths = {"model_name_or_path": inputs / "asking", "images": inputs / "images"}
+    medst("generate", folder, config, **GENERATION | paths)
+    counts = json.loads((folder / "stage.json").read_text())["counts"]
+    assert counts["questions"] == 18 and counts["candidates"] > 4
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("stage.json", ".stage.lock")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu", "zero2"])
+def test_generation_byte_for_byte(inputs, candidates_of_one, tmp_path, config):
+    assert _generate(inputs, tmp_path / "two", config) == candidates_of_one

@@ -1,0 +1,108 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The same weights have one fingerprint however they are stored, others another; an adapter knows its base by it."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import tiny_dpo
+import tiny_run
+import torch
+from transformers import AutoModelForImageTextToText
+
+from medst_trl.errors import UserError
+from medst_trl.policy.base_weights import FILE_NAME, weights_fingerprint, write_base_file
+from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.tiny import tiny_llava
+
+
+def save_base(folder, dtype=torch.float32, seed=0, change=None, **kwargs):
+    model, processor = tiny_llava(**tiny_run.SMALL, seed=seed)
+    if change:
+        with torch.no_grad():
+            model.get_parameter(change).add_(0.01)
+    model.to(dtype).save_pretrained(folder, **kwargs)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_type_and_files_do_not_matter(tmp_path):
+    found = weights_fingerprint(save_base(tmp_path / "one"))
+    assert found and len(found) == 64
+    assert weights_fingerprint(save_base(tmp_path / "bfloat16", torch.bfloat16)) == found
+    shards = save_base(tmp_path / "shards", max_shard_size="50KB")
+    assert not (tmp_path / "shards" / "model.safetensors").exists()
+    assert weights_fingerprint(shards) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.multi_modal_projector.linear_1.bias",
+        "model.language_model.layers.1.mlp.up_proj.weight",
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight",
+    ],
+)
+def test_each_part_counts(tmp_path, change):
+    bases = save_base(tmp_path / "one"), save_base(tmp_path / "other", change=change)
+    assert weights_fingerprint(bases[0]) != weights_fingerprint(bases[1])
+
+
+def test_nothing_to_compare(tmp_path):
+    assert weights_fingerprint(str(tmp_path)) is None
+    assert weights_fingerprint("org/model-that-is-not-here") is None
+    config = tmp_path / "base" / "config.json"
+    save_base(config.parent)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {}}))
+    assert weights_fingerprint(str(config.parent)) is None
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model, processor = tiny_dpo.adapter_policy(tmp_path)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    processor.save_pretrained(tmp_path / "adapter")
+    write_base_file(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_file_names_no_place(adapter, tmp_path):
+    assert str(tmp_path) not in (adapter / FILE_NAME).read_text()
+
+
+def test_a_base_made_anew_under_the_same_name_is_noticed(adapter, tmp_path):
+    assert load_policy(str(adapter))
+    save_base(tmp_path / "base", seed=1)
+    with pytest.raises(UserError, match="other weights than those of .*base.*although their shapes agree"):
+        load_policy(str(adapter))
+    (adapter / FILE_NAME).unlink()  # as the message says
+    assert load_policy(str(adapter))
+
+
+def test_a_base_given_by_hand_has_to_be_the_same(adapter, tmp_path):
+    moved, other = tmp_path / "moved", save_base(tmp_path / "other", seed=1)
+    shutil.copytree(tmp_path / "base", moved)
+    AutoModelForImageTextToText.from_pretrained(moved, dtype="bfloat16").save_pretrained(moved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert load_policy(str(adapter), base_model_name_or_path=str(moved))
+    with pytest.raises(UserError, match="trained on other weights than those of .*other"):
+        load_policy(str(adapter), base_model_name_or_path=other)
+    (adapter / FILE_NAME).write_text("{")  # damaged: as good as none
+    with pytest.warns(UserWarning, match="cannot be told whether .*other.* is the base"):
+        assert load_policy(str(adapter), base_model_name_or_path=other)
+
+
+def test_trainers_write_it(tmp_path):
+    base = save_base(tmp_path / "base")
+    model, processor = load_policy(base)
+    config = tiny_run.adapter_config(model, vusr_token_id=tiny_run.add_vusr(processor), r=4, vision_r=2)
+    trainer = tiny_run.train(tmp_path / "sft", policy=(model, processor, config), max_steps=1, save_strategy="steps")
+    trainer.save_model(str(tmp_path / "sft"))
+    pairs = tiny_dpo.make_trainer(tmp_path / "dpo", policy=load_policy(str(tmp_path / "sft"), is_trainable=True))
+    pairs.save_model(str(tmp_path / "dpo"))
+    for folder in ("sft", "sft/checkpoint-1", "dpo"):
+        record = json.loads((tmp_path / folder / FILE_NAME).read_text())
+        assert record == {"model_type": "llava", "weights_sha256": weights_fingerprint(base)}, folder

@@ -1,0 +1,252 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A merged model is the adapter on its base, for tools that know nothing of adapters; and a wrong one is refused."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES as processors
+from families import TEXT_ROLE
+from family_models import MODELS, tiny_model
+from peft import get_peft_model
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from medst_trl.errors import UserError
+from medst_trl.policy import merging
+from medst_trl.policy.adapters import adapter_config, mend_tied_head
+from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.merge_examples import built_in_examples
+from medst_trl.policy.merge_proof import difference, require
+from medst_trl.policy.merging import merge_policy
+from medst_trl.policy.vusr import VUSR, add_vusr
+
+
+RANKS = {"r": 4, "lora_alpha": 8, "vision_r": 2, "vision_lora_alpha": 4, "lora_dropout": 0.0}
+FAMILIES = {  # the model and its overrides
+    "llava": ("llava-1.5-hf", {}),
+    "tied": ("vicuna", {"tie_word_embeddings": True}),
+    "spare rows": ("vicuna", {"spare_rows": 8}),
+    "text role": (TEXT_ROLE, {}),
+    "prototype": ("prototype-llava", {}),
+    "qwen2.5-vl": ("qwen2.5-vl", {}),
+}
+
+
+def save_adapter(folder, family="llava", **ranks):
+    """A base on disk and an adapter of it whose every part has moved."""
+    name, overrides = FAMILIES[family]
+    if family == "text role":
+        processor = processors[name]()
+        base = MODELS["llava-1.5-hf"](processor, 0).eval()
+    else:
+        base, processor = tiny_model(name, **overrides)
+    base.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    model, processor = load_policy(str(folder / "base"))
+    model = get_peft_model(model, adapter_config(model, **{"vusr_token_id": add_vusr(processor), **RANKS, **ranks}))
+    mend_tied_head(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    processor.save_pretrained(folder / "adapter")
+    (folder / "merged").mkdir()
+    return str(folder / "adapter"), folder / "merged"
+
+
+def logits(model, processor, text):
+    content = [{"type": "image", "image": Image.new("RGB", (16, 16), "gray")}, {"type": "text", "text": text}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        return inputs["input_ids"], model(**inputs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_loads_what_the_adapter_was(family, tmp_path):
+    adapter, merged = save_adapter(tmp_path, family)
+    result = merge_policy(adapter, merged, built_in_examples())
+    assert result["dtype"] == "float32" and result["base"] == str(tmp_path / "base")
+    assert result["proof"]["float32_difference"] <= 1e-4 and result["proof"]["tokens"] > 30
+    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"} <= {
+        path.name for path in merged.iterdir()
+    }
+    assert not list(merged.glob(".*")) and not list(merged.glob("adapter*"))
+
+    policy, processor = load_policy(adapter)
+    base, _ = load_policy(str(tmp_path / "base"))
+    plain = AutoModelForImageTextToText.from_pretrained(merged).eval(), AutoProcessor.from_pretrained(merged)
+    for model, own_processor in (plain, load_policy(str(merged))):
+        assert model.num_parameters() == base.num_parameters() == result["parameters"]
+        for text in ("What is it?", VUSR):
+            (tokens, expected), (own_tokens, found) = (
+                logits(policy, processor, text), logits(model, own_processor, text),
+            )  # fmt: skip
+            assert torch.equal(tokens, own_tokens)
+            assert (found - expected).abs().max() < 1e-4
+            assert (found - logits(base, processor, text)[1]).abs().max() > 1e-2, "the adapter does something"
+
+
+def test_an_adapter_of_the_projector_alone(tmp_path):
+    adapter, merged = save_adapter(tmp_path, vusr_token_id=None, r=0, vision_r=0)
+    assert merge_policy(adapter, merged, built_in_examples())["proof"]["float32_difference"] <= 1e-4
+    base, found = (AutoModelForImageTextToText.from_pretrained(path) for path in (tmp_path / "base", merged))
+    old, new = dict(base.named_parameters()), dict(found.named_parameters())
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        name for name in old if "projector" in name
+    }
+
+
+def test_generation_ends_asks_and_samples_as_it_should(tmp_path):
+    adapter, merged = save_adapter(tmp_path)
+    base = json.loads((tmp_path / "base" / "generation_config.json").read_text())
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(base | {"repetition_penalty": 1.5}))
+    merge_policy(adapter, merged, built_in_examples())
+    config, (policy, processor) = GenerationConfig.from_pretrained(merged), load_policy(adapter)
+    assert config.do_sample and config.temperature < 1 and config.top_k == 100  # a server turns it off, never on
+    assert config.eos_token_id == policy.generation_config.eos_token_id
+    assert processor.tokenizer.convert_tokens_to_ids(VUSR) in config.suppress_tokens
+    assert config.repetition_penalty is None  # the policy was never measured with it
+
+
+def test_a_smaller_type_is_rounded_once_and_in_shards(tmp_path):
+    adapter, merged = save_adapter(tmp_path)
+    (tmp_path / "exact").mkdir()
+    merge_policy(adapter, tmp_path / "exact", built_in_examples())
+    result = merge_policy(adapter, merged, built_in_examples(), dtype="bfloat16", max_shard_size="100KB")
+    proof = result["proof"]
+    assert proof["float32_difference"] <= 1e-4 < proof["stored_difference"] <= proof["stored_tolerance"]
+    exact = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "exact").named_parameters())
+    rounded = AutoModelForImageTextToText.from_pretrained(merged)
+    assert rounded.dtype == torch.bfloat16 and len(list(merged.glob("model-*-of-*.safetensors"))) > 1
+    for name, parameter in rounded.named_parameters():
+        assert torch.equal(parameter, exact[name].to(torch.bfloat16)), name
+
+
+def _unmerged(model):
+    return model.unload().eval()
+
+
+def _without_the_token(model):
+    merged = model.merge_and_unload().eval()
+    with torch.no_grad():
+        merged.get_input_embeddings().weight[-1] = 0
+    return merged
+
+
+@pytest.mark.parametrize("wrong", [_unmerged, _without_the_token])
+def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, wrong):
+    adapter, merged = save_adapter(tmp_path)
+    monkeypatch.setattr(merging, "_merged", wrong)
+    with pytest.raises(UserError, match="merged in memory.*differ by up to"):
+        merge_policy(adapter, merged, built_in_examples())
+    assert not list(merged.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_what_does_not_come_back_from_disk_is_refused(tmp_path, monkeypatch, dtype, value):
+    adapter, merged = save_adapter(tmp_path)
+    load = merging._load_plainly
+
+    def lossy(*args):
+        model, processor = load(*args)
+        with torch.no_grad():
+            model.model.multi_modal_projector.linear_2.weight.fill_(value)
+        return model, processor
+
+    monkeypatch.setattr(merging, "_load_plainly", lossy)
+    with pytest.raises(UserError, match="loaded from disk"):
+        merge_policy(adapter, merged, built_in_examples(), dtype=dtype)
+    assert not list(merged.iterdir())
+
+
+def test_a_nan_anywhere_is_a_difference():
+    zeros, one = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+    broken = torch.tensor([[0.0, float("nan"), 0.0]])
+    assert difference([zeros, one], [zeros, zeros]) == 0.5
+    for found in ([zeros, broken], [broken, zeros]):
+        with pytest.raises(UserError, match="differ by up to nan"):
+            require(difference(found, [torch.zeros_like(rows) for rows in found]), 1.0, "x")
+
+
+def test_examples_without_an_answer_prove_nothing(tmp_path):
+    adapter, merged = save_adapter(tmp_path)
+    (example,) = built_in_examples(1)
+    del example["messages"][1], example["messages"][0]["content"][1]
+    with pytest.raises(UserError, match="no answer to compare"):
+        merge_policy(adapter, merged, [example])
+
+
+def test_another_processor_is_refused(tmp_path, monkeypatch):
+    adapter, merged = save_adapter(tmp_path)
+    load = merging._load_plainly
+
+    def other(*args):
+        model, processor = load(*args)
+        processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+        return model, processor
+
+    monkeypatch.setattr(merging, "_load_plainly", other)
+    with pytest.raises(UserError, match="other inputs"):
+        merge_policy(adapter, merged, built_in_examples())
+    assert not list(merged.iterdir())
+
+
+def test_config_comes_last(tmp_path, monkeypatch):
+    """A folder with config.json is complete; what a run that was cut short has left does not disturb."""
+    adapter, merged = save_adapter(tmp_path)
+    names, replace = [], merging.os.replace
+
+    def full_disk(source, target):
+        if len(names) == 2:
+            raise OSError("no space")
+        names.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(merging.os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        merge_policy(adapter, merged, built_in_examples())
+    assert not (merged / "config.json").exists()
+    monkeypatch.undo()
+    merge_policy(adapter, merged, built_in_examples())
+    assert (merged / "config.json").is_file() and not (merged / ".merging").exists()
+    with safe_open(merged / "model.safetensors", framework="pt") as file:
+        assert not [name for name in file.keys() if "lora" in name or "modules_to_save" in name]  # noqa: SIM118
+
+
+def test_no_adapter_no_merge(tmp_path):
+    save_adapter(tmp_path)
+    with pytest.raises(UserError, match="no adapter to merge"):
+        merge_policy(str(tmp_path / "base"), tmp_path / "merged", built_in_examples())
+
+
+def test_a_quantised_base_is_refused(tmp_path, monkeypatch):
+    adapter, merged = save_adapter(tmp_path)
+    loaded = load_policy(adapter, dtype="float32")
+    monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)  # bitsandbytes is not here
+    config = tmp_path / "base" / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
+    with pytest.raises(UserError, match="quantised.*base_model_name_or_path"):
+        merge_policy(adapter, merged, built_in_examples())
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    adapter, merged = save_adapter(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(value for name, value in weights.items() if "lora_B" in name).fill_(float("inf"))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="cannot be merged|does not agree"):
+        merge_policy(adapter, merged, built_in_examples())
+    assert not list(merged.iterdir())

@@ -1,0 +1,172 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""README.md and docs/ hold: every command is known to its parser, every block that can run anywhere does."""
+
+import ast
+import configparser
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documents import PAGES, ROOT, Block, blocks, commands
+from judge_server import JudgeServer
+
+import medst_trl.__main__
+from medst_trl import cli, launch
+from medst_trl.stages import Stage
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+SHELL = [block for block in BLOCKS if block.language == "bash"]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+ELSEWHERE = {"cd", "export", "git", "hf", "python", "sbatch", "transformers", "vllm", "lmms-eval"}
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_every_command_is_known(block, monkeypatch, capsys):
+    seen = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Stage, "main", lambda self, *arguments: seen.append(self.name))
+    monkeypatch.setattr(launch, "run", lambda command, environment: 0)
+    monkeypatch.setattr(launch, "_gpu_count", lambda: 4)
+    monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
+    monkeypatch.setattr(launch, "check_launched", lambda *arguments: None)
+    monkeypatch.setattr(medst_trl.__main__, "check_launched", lambda *arguments: None)
+    for words in commands(block):
+        _check(words, seen)
+        capsys.readouterr()
+
+
+def _check(words: list[str], seen: list[str]) -> None:
+    match words:
+        case ["medst", "recipes", "cp", *_] | ["cp", *_]:
+            pass
+        case ["medst", "--help"] | ["medst", _, "--help"]:
+            assert cli.main(words[1:]) == 0
+        case ["medst", *argv]:
+            assert cli.main(argv) == 0, words
+        case ["accelerate", "launch", *options]:
+            while options and options[0] not in ("-m", "--no_python"):
+                options.pop(0)
+            program = options[2:] if options[0] == "-m" else options[1:]
+            before = len(seen)
+            medst_trl.__main__.main(program)
+            assert len(seen) > before, words
+        case ["make", *targets]:
+            rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert {target for target in targets if "=" not in target} <= set(rules)
+        case ["pip", "install", *_]:
+            setup = configparser.ConfigParser()
+            setup.read(ROOT / "setup.cfg")
+            extras = {extra for word in words for found in re.findall(r"\[(.+)\]", word) for extra in found.split(",")}
+            assert extras <= set(setup["options.extras_require"])
+        case ["python", script, *_] if script.startswith("examples/"):
+            assert (ROOT / script).is_file()
+        case _:
+            assert words[0] in ELSEWHERE, words
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_parses(block):
+    ast.parse(block.text)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in headings, f"{page.name}: {target}"
+            elif not target.startswith("http"):
+                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+# What the ten commands need that a laptop has not, and what stands in for it: a tiny model with rates that suit it.
+ON_A_LAPTOP = {
+    "MODEL=llava-hf/llava-1.5-7b-hf": "MODEL=runs/demo/base",
+    'JUDGE="--model gpt-4o"': 'JUDGE="--model judge --base_url {judge} --min_margin 0"',
+    "--learning_rate 2e-4 --vision_learning_rate 5e-5 --projector_learning_rate 2e-5": "--learning_rate 7e-4 "
+    "--vision_learning_rate 1e-3 --projector_learning_rate 1e-3 --lora_dropout 0 --per_device_train_batch_size 16",
+    "--num_train_epochs 3": "--max_steps 150",
+}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, demo_run) -> Path:
+    """A folder as a reader has it: the checkout, a finished demo, scans, and a table of questions about some."""
+    from medst_trl.data.phantoms import make_phantoms
+
+    folder = tmp_path_factory.mktemp("desk")
+    for name in ("recipes", "examples", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(demo_run, folder / "runs/demo")
+    for name in ("scans", "labelled"):
+        (folder / name).mkdir()
+    for number, phantom in enumerate(make_phantoms(40, 1, split="unlabelled")):
+        phantom.image.save(folder / f"scans/{number}.png")
+    with open(folder / "labelled/questions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "question", "answer", "split"])
+        for split, count in (("train", 225), ("test", 20)):
+            for number, phantom in enumerate(make_phantoms(count, 1, split=split)):
+                phantom.image.save(folder / f"labelled/{split}_{number}.png")
+                for question in phantom.questions:
+                    rows.writerow([f"{split}_{number}.png", question["question"], question["answer"], split])
+    return folder
+
+
+def _run(block: Block, desk: Path, text: str | None = None) -> None:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OPENAI_API_KEY": "sk-x",
+    }
+    program = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+    done = subprocess.run([*program, text or block.text], cwd=desk, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_that_run_anywhere_run(page, desk):
+    for block in blocks(page):
+        if block.language == "bash" and block.runs_anywhere:
+            own = ("make ", "pip ")  # they make environments, and this very test
+            text = "".join(line for line in block.text.splitlines(True) if not line.startswith(own))
+            _run(block, desk, text or "true")
+        elif block.language == "python":
+            _run(block, desk, PREAMBLE + block.text)
+
+
+# What a reader has at hand when a page says "image" or "dataset".
+PREAMBLE = """
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+from PIL import Image as _Image
+image = _Image.open("scans/0.png")
+image.save("scan.png")
+from medst_trl.data.schema import load_records as _load
+dataset = _load("runs/demo/prepare/instruct", "train").select(range(8))
+pairs = _load("runs/demo/judge/preferences", "train").select(range(8))
+"""
+
+
+@pytest.mark.slow
+def test_the_ten_commands(desk):
+    (block,) = [
+        block for block in blocks(ROOT / "README.md") if "runs/mine/merged" in block.text and "medst sft" in block.text
+    ]
+    text = block.text
+    with JudgeServer() as server:
+        for there, here in ON_A_LAPTOP.items():
+            assert there in text, there
+            text = text.replace(there, here.replace("{judge}", server.base_url))
+        _run(block, desk, text)
+    mine = desk / "runs/mine"
+    assert (mine / "merged/model.safetensors").is_file() and (mine / "dpo/adapter_model.safetensors").is_file()
+    assert (mine / "report/index.html").is_file() and (mine / "evaluate/scores.json").is_file()

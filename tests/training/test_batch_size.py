@@ -1,0 +1,48 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from medst_trl.errors import UserError
+from medst_trl.training.batch_size import accumulation_steps, division_of, set_accumulation
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("per_device", [1, 4, 16])
+def test_a_step_has_as_many_examples_on_any_number_of_processes(per_device, processes):
+    assert accumulation_steps(128, per_device, processes) * per_device * processes == 128
+
+
+@pytest.mark.parametrize(
+    ("effective", "per_device", "processes"), [(128, 8, 3), (128, 6, 4), (12, 8, 3), (7, 3, 2), (4, 8, 1)]
+)
+def test_what_does_not_divide_is_refused_with_what_would(effective, per_device, processes):
+    with pytest.raises(UserError, match="These would do") as raised:
+        accumulation_steps(effective, per_device, processes)
+    said = str(raised.value).partition("These would do")[2]
+    sizes = re.search(r"per_device_train_batch_size ([\d, or]+) on", said)
+    for size in re.findall(r"\d+", sizes[1]) if sizes else ():
+        assert accumulation_steps(effective, int(size), processes)
+    counts = re.search(r"([\d, or]+) process(?:es)? with", said)
+    for count in re.findall(r"\d+", counts[1]) if counts else ():
+        assert accumulation_steps(effective, per_device, int(count))
+    assert sizes or counts or f"multiple of {per_device * processes}" in said
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (-8, 8, 1), (8, 0, 1)])
+def test_numbers_below_one(numbers):
+    with pytest.raises(UserError, match="1 or more"):
+        accumulation_steps(*numbers)
+
+
+def test_arguments_of_a_stage():
+    training_args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=1, world_size=4)
+    set_accumulation(SimpleNamespace(effective_batch_size=None), training_args)
+    assert training_args.gradient_accumulation_steps == 1
+    set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
+    assert training_args.gradient_accumulation_steps == 4
+    assert division_of(training_args, "pairs") == "128 pairs a step: 8 x 4 processes x 4 accumulated."
+    with pytest.raises(UserError, match="Leave out gradient_accumulation_steps"):
+        set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
