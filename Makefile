@@ -2,7 +2,7 @@
 #
 #   make demo                    the whole loop of a tiny model on drawn images, and its report (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
-#   make test-slow               the long ones, marked `slow`
+#   make test-slow               the long ones, marked `slow`, with DeepSpeed and bitsandbytes
 #   make bench                   speed (tests/benchmarks) against stock TRL on this machine's CPU, under 10 minutes
 #   make bench DATA=vqa_rad      the same on the real images of VQA-RAD's folder, and how fast they are prepared
 #   make bench-gpu               speed of LLaVA-1.5-7B with random weights on a GPU, and what the paper's recipe takes
@@ -32,7 +32,7 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(PYTEST) -n $(JOBS)
 
-test-slow: .venv/.ready
+test-slow: .venv/.extras
 	$(PYTEST) -m slow --durations 10
 
 # Tables on stdout, all figures in runs/bench. Nothing else may run beside it.
@@ -77,4 +77,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
 	$(BIN)/pip install -c constraints.txt -e ".[dev,dicom]"
+	touch $@
+
+.venv/.extras: .venv/.ready
+	$(BIN)/pip install -c constraints.txt -e ".[deepspeed,qlora,xlsx]"
 	touch $@

@@ -34,7 +34,7 @@ def say(client: OpenAI, model: str, image: Image.Image, text: str, temperature: 
     reply = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": content}], temperature=temperature, max_tokens=128
     )
-    return reply.choices[0].message.content.strip()
+    return (reply.choices[0].message.content or "").strip()
 
 
 def main(base_url: str, model: str, image: Image.Image, question: str, count: int = 3, temperature: float = 1.2):

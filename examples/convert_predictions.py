@@ -15,10 +15,11 @@ The format that is read shows in the file. `llava_med` also writes `answers_ques
 `run_eval.py --pred answers.jsonl --gt ...` wants.
 """
 
-import sys
+import argparse
 from collections import Counter
 
-from medst_trl.evaluation.prediction_formats import read_predictions, write_predictions
+from medst_trl.errors import UserError
+from medst_trl.evaluation.prediction_formats import FORMATS, read_predictions, write_predictions
 
 
 def main(source: str, target: str, format: str = "medst", benchmark: str | None = None) -> dict[str, int]:
@@ -31,4 +32,12 @@ def main(source: str, target: str, format: str = "medst", benchmark: str | None 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="predictions of any of the formats")
+    parser.add_argument("target", help="file to write; for vlmevalkit .tsv, .csv or .json")
+    parser.add_argument("format", nargs="?", default="medst", choices=FORMATS, help="format to write")
+    parser.add_argument("benchmark", nargs="?", help="where right answers come from: folder, Hub id or test.json")
+    try:
+        main(**vars(parser.parse_args()))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")

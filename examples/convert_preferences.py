@@ -11,9 +11,10 @@ python examples/convert_preferences.py --back runs/mmedpo/preferences pairs.json
 ```
 """
 
-import sys
+import argparse
 
 from medst_trl.data.schema import load_records
+from medst_trl.errors import UserError
 from medst_trl.selftrain.preference_formats import read_preference_file, write_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
 
@@ -37,7 +38,13 @@ def back(folder: str, path: str, image_folder: str, format: str = "stllava_med")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--back":
-        back(*sys.argv[2:])
-    else:
-        main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--back", action="store_true", help="from a dataset to a file: FOLDER FILE IMAGES [FORMAT]")
+    parser.add_argument("paths", nargs="+", help="FILE IMAGES FOLDER [BENCHMARK]", metavar="PATH")
+    args = parser.parse_args()
+    if len(args.paths) not in (3, 4):
+        parser.error("three paths are needed, see --help")
+    try:
+        (back if args.back else main)(*args.paths)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")

@@ -9,11 +9,11 @@ python examples/score_predictions.py runs/vqa_rad/evaluate/predictions.jsonl
 ```
 """
 
-import json
 import sys
-from pathlib import Path
 
 from medst_trl import score_vqa
+from medst_trl.errors import UserError
+from medst_trl.evaluation.prediction_formats import read_predictions
 from medst_trl.evaluation.tables import format_scores
 
 
@@ -33,7 +33,8 @@ EXAMPLES = [
 def main(predictions: str | None = None) -> dict[str, dict]:
     records = EXAMPLES
     if predictions:
-        records = [json.loads(line) for line in Path(predictions).read_text(encoding="utf-8").splitlines()]
+        records, set_aside = read_predictions(predictions)
+        print(f"{predictions}: {len(records)} predictions, {len(set_aside)} set aside")
     scores = {variant: score_vqa(records, variant=variant) for variant in ("strict", "llava_med")}
     for score in scores.values():
         print(f"\n{format_scores(score)}")
@@ -41,4 +42,7 @@ def main(predictions: str | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    try:
+        main(*sys.argv[1:2])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -20,7 +20,7 @@ from datetime import timedelta
 from medst_trl.arguments import parse
 from medst_trl.cli import RUN_HELP, guarded
 from medst_trl.errors import UserError
-from medst_trl.launch import check_launched, leave_peers, use_one_gpu, without_launcher, world_size
+from medst_trl.launch import check_launched, launched_kind, leave_peers, use_one_gpu, without_launcher, world_size
 from medst_trl.options import Option, read_options, take, take_flag
 from medst_trl.recipe import Step, read_recipe
 
@@ -37,12 +37,25 @@ def main(argv: list[str]) -> None:
         raise UserError("which recipe? accelerate launch -m medst_trl recipes/demo.yaml")
     for path in paths:
         recipe = read_recipe(path, options)
-        for number, step in enumerate(recipe.steps(which)):
+        steps = recipe.steps(which)
+        _check_together(steps, path)
+        for number, step in enumerate(steps):
             if step.stage.distributed or world_size() == 1:
                 _run(step)
             else:
                 _run_on_rank_0(step, ["medst_trl", path, "--stage", step.label], options, number)
     leave_peers()
+
+
+def _check_together(steps: list[Step], path: str) -> None:
+    """DeepSpeed (0.19) fails in the second stage that a process sets it up for, which may be after hours."""
+    shared = [step.label for step in steps if step.stage.distributed]
+    trains = any(step.stage.name in ("sft", "dpo") for step in steps)
+    if launched_kind().startswith("DeepSpeed") and trains and len(shared) > 1:
+        raise UserError(
+            f"{path}: under DeepSpeed a launch is for one stage, and {', '.join(shared)} would share this one. Launch "
+            f"them one by one (--stage {shared[0]}), or let `medst run {path}` do so."
+        )
 
 
 def _run(step: Step) -> None:

@@ -59,7 +59,8 @@ Examples:
 """
 
 RECIPES_HELP = """\
-usage: medst recipes ls | show NAME | cp NAME [FILE] | validate RECIPE [--num_processes N] [--key value ...]
+usage: medst recipes ls | show NAME | cp NAME [FILE]
+       medst recipes validate RECIPE [--stage STAGE] [--num_processes N] [--key value ...]
 
 The recipes that come with the package: list them, print one, or copy one to change it (by default into this folder).
 
@@ -233,8 +234,10 @@ def _recipes(argv: list[str]) -> int | None:
 
     match argv:
         case ["ls"]:
-            for name, path in packaged_recipes().items():
-                print(f"{name:<24}{summary(path)}")
+            recipes = packaged_recipes()
+            width = max(map(len, recipes), default=0) + 2
+            for name, path in recipes.items():
+                print(f"{name:<{width}}{summary(path)}")
         case ["show", name]:
             print(find_recipe(name).read_text(encoding="utf-8"), end="")
         case ["cp", name, *target] if len(target) < 2:
@@ -245,6 +248,8 @@ def _recipes(argv: list[str]) -> int | None:
                 raise UserError(f"{copy} exists already: medst recipes cp {name} ANOTHER_FILE")
             shutil.copy(source, copy)  # with its run bit
             print(f"{copy}: change it, then `medst run {copy}`.")
+        case ["show" | "cp" | "validate"]:
+            raise UserError(f"medst recipes {argv[0]} takes a recipe. `medst recipes ls` lists those there are.")
         case ["validate", source, *options]:
             _validate(source, options)
         case [] | ["-h" | "--help"]:
@@ -254,15 +259,16 @@ def _recipes(argv: list[str]) -> int | None:
 
 
 def _validate(source: str, argv: list[str]) -> None:
-    from medst_trl.options import read_options
+    from medst_trl.options import read_options, take
     from medst_trl.recipe import read_recipe
     from medst_trl.recipe_check import validate
 
     words, options = read_options([source, *argv])
+    which, options = take(options, "stage")
     if len(words) != 1:
         raise UserError(f"medst recipes validate takes one recipe, not {len(words)}.")
     recipe = read_recipe(source, options)
-    lines = validate(recipe)
+    lines = validate(recipe, which)
     print(*lines, f"{recipe.path} is valid.", sep="\n")
 
 

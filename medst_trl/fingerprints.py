@@ -40,7 +40,7 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
         return {"path": str(source), "sha256": _sha256_of_folder(path)}
     if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise UserError(f"{source}: no such file or folder. Run the stage that makes it first, or correct the path.")
-    return {"hub_id": str(source), "revision": _cached_revision(str(source))}
+    return {"hub_id": str(source), "revision": cached_revision(str(source))}
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
@@ -101,7 +101,7 @@ def _sample(path: Path, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _cached_revision(hub_id: str) -> str | None:
+def cached_revision(hub_id: str) -> str | None:
     """The commit that the local Hub cache holds for this id, without a network call."""
     from huggingface_hub.constants import HF_HUB_CACHE
 

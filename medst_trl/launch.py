@@ -47,7 +47,7 @@ def find_config(name_or_path: str) -> Path:
 
 def default_config(num_processes: int | None = None) -> str:
     """What a stage is started with when nothing else is said: one process, on a GPU where there is one."""
-    if _gpu_count():
+    if gpu_count():
         return "single_gpu" if (num_processes or 1) == 1 else "multi_gpu"
     return "cpu"
 
@@ -72,7 +72,7 @@ def launch_command(
         UserError: if the machine has not the GPUs or the packages for it.
     """
     config = config or default_config(num_processes)
-    asked = _read_config(config)
+    asked = read_config(config)
     kind, machines = asked["kind"], _number(options, "--num_machines") or asked["num_machines"]
     environment = dict(os.environ)
     num_processes = num_processes or asked["num_processes"] or _one_for_each_gpu(config, kind) * machines
@@ -82,7 +82,7 @@ def launch_command(
             raise UserError(f"accelerate_config {config} is for one process, not for {num_processes}: use multi_gpu.")
         config, kind = "multi_gpu", "DDP"
     _check_packages(config, kind)
-    if kind != NOT_DISTRIBUTED and (asked["use_cpu"] or not _gpu_count()):
+    if kind != NOT_DISTRIBUTED and (asked["use_cpu"] or not gpu_count()):
         environment |= _on_cpus(config, kind, environment)
         options = ["--mixed_precision", "no", *options]
     if "OMP_NUM_THREADS" not in environment:  # accelerate's own default is a single thread
@@ -173,13 +173,13 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
         UserError: if they differ.
     """
     refuse_silent_launch(where)
-    running = f"{world_size()} process{'es' * (world_size() > 1)}, {_launched_kind()}"
+    running = f"{world_size()} process{'es' * (world_size() > 1)}, {launched_kind()}"
     hint = "Use `medst run`, or start it with the launcher it asks for."
     if config is not None:
-        asked = _read_config(config)
+        asked = read_config(config)
         num_processes = num_processes or asked["num_processes"]
         kind = "DDP" if asked["kind"] == NOT_DISTRIBUTED and (num_processes or 1) > 1 else asked["kind"]
-        if kind != _launched_kind():
+        if kind != launched_kind():
             raise UserError(f"{where}: accelerate_config {config} asks for {kind}, but this runs as {running}. {hint}")
     if num_processes is not None and num_processes != world_size():
         raise UserError(f"{where}: {num_processes} processes are asked for, but this runs as {running}. {hint}")
@@ -203,7 +203,7 @@ def backend_on_cpus() -> str | None:
     import torch
 
     alone = world_size() == 1 or torch.accelerator.is_available()
-    return None if alone or not _launched_kind().startswith("DeepSpeed") else "gloo"
+    return None if alone or not launched_kind().startswith("DeepSpeed") else "gloo"
 
 
 def leave_peers() -> None:
@@ -231,7 +231,7 @@ def use_one_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
 
 
-def _read_config(name_or_path: str) -> dict[str, Any]:
+def read_config(name_or_path: str) -> dict[str, Any]:
     from medst_trl.recipe_files import read_yaml
 
     content = read_yaml(find_config(name_or_path))
@@ -254,7 +254,8 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
     }
 
 
-def _launched_kind() -> str:
+def launched_kind() -> str:
+    """How this process shares its work with others, in the words of [`read_config`]."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -263,7 +264,7 @@ def _launched_kind() -> str:
 
 
 def _one_for_each_gpu(config: str, kind: str) -> int:
-    gpus = _gpu_count()
+    gpus = gpu_count()
     if gpus == 0 or (kind == "DDP" and gpus == 1):
         raise UserError(
             f"accelerate_config {config} divides the work among GPUs, and this machine has {gpus or 'none'}. "
@@ -272,7 +273,7 @@ def _one_for_each_gpu(config: str, kind: str) -> int:
     return gpus
 
 
-def _gpu_count() -> int:
+def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()

@@ -34,7 +34,7 @@ _MODELS = ("model_name_or_path", "base_model_name_or_path")
 _CHECKPOINTS = {"convert": ("source", "base", "projector", "vision_tower", "vision_lora")}
 
 
-def validate(recipe: Recipe) -> list[str]:
+def validate(recipe: Recipe, which: str | None = None) -> list[str]:
     """
     Check a recipe as far as that goes without running it.
 
@@ -42,15 +42,22 @@ def validate(recipe: Recipe) -> list[str]:
     an earlier section or are named like a repository of the Hub; columns and splits of datasets on disk; that
     accelerate configurations exist, and that batches can be met on the number of processes.
 
+    Args:
+        recipe ([`~medst_trl.recipe.Recipe`]): The recipe, with the options of the command line.
+        which (`str`, *optional*): The steps to check, as for `recipe.steps`; all by default.
+
     Returns:
         `list[str]`: a line for each step.
 
     Raises:
         UserError: with every problem found, and each with its place.
     """
-    steps = recipe.steps()
-    lines, problems, width = [], [], max(len(step.label) for step in steps) + 2
+    chosen = {step.label for step in recipe.steps(which)}
+    steps = recipe.steps(complete=False)
+    lines, problems, width = [], [], max(map(len, chosen)) + 2
     for number, step in enumerate(steps):
+        if step.label not in chosen:
+            continue
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries among themselves
                 told = [*_inputs(step, steps[:number], steps[number:]), *_launch(step)]
@@ -59,7 +66,7 @@ def validate(recipe: Recipe) -> list[str]:
         else:
             lines.append(f"{step.label:<{width}}{'; '.join(told) or 'ready'}")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return lines
 
 
@@ -153,11 +160,14 @@ def _launch(step: Step) -> Iterator[str]:
     if not step.stage.distributed:
         return
     from medst_trl.plan.hardware import hardware_of
+    from medst_trl.plan.plan import check_sharding
+    from medst_trl.plan.settings import stage_arguments
 
     hardware = hardware_of(step)
     yield step.accelerate_config or "the launcher that suits the machine"
     if step.stage.name not in ("sft", "dpo"):
         return
+    check_sharding(step, stage_arguments(step), hardware)
     alone = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None
     yield "batch " + _batches(step, [step.num_processes] if step.num_processes else [1] if alone else PROCESSES)
 

@@ -16,6 +16,9 @@ import sys
 from medst_trl.errors import UserError
 
 
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # set where mpirun has started the peers
+
+
 def refuse_silent_launch(where: str) -> None:
     """
     Raises:
@@ -23,7 +26,7 @@ def refuse_silent_launch(where: str) -> None:
     """
     # accelerate names a meeting point for several processes, and then gives this one no place among them.
     alone = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
-    if alone and "MASTER_PORT" in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+    if alone and "MASTER_PORT" in os.environ and all(os.environ.get(name, "1") == "1" for name in _OF_MPI):
         launcher = _launcher()
         if launcher is None or "MASTER_PORT" not in launcher[1]:  # of its own accord, rather than handed down
             asked = _asked_for(launcher[0] if launcher else [])

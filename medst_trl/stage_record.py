@@ -244,7 +244,9 @@ def _refuse_changes(folder: Path, old: dict, new: dict, not_compared: set[str]) 
     lines = []
     for key in sorted((old["settings"].keys() | new["settings"].keys()) - not_compared):
         before, now = (side["settings"].get(key, "(not set)") for side in (old, new))
-        if before != now:
+        came_or_went = (key in old["settings"]) != (key in new["settings"])  # with another version of this package
+        is_off = any(value is None or value is False for value in (before, now))
+        if before != now and not (came_or_went and is_off):
             lines.append(f"  {key}: {_short(before)} before, {_short(now)} now")
     for name in sorted(old["inputs"].keys() | new["inputs"].keys()):
         before, now = (side["inputs"].get(name, []) for side in (old, new))

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from medst_trl import launch
+from medst_trl.__main__ import main as launched
 from medst_trl.cli import guarded, main
 from medst_trl.errors import UserError
 from medst_trl.launch import CONFIGS, check_launched, find_config, launch_command, use_one_gpu, without_launcher
@@ -109,6 +110,7 @@ for stage in ("base", "prepare", "evaluate"):
         (["run", "a.yaml", "b.yaml"], "takes one recipe, not 2"),
         (["run", "--stage", "sft"], "takes one recipe, not 0"),
         (["recipes", "rm", "demo"], "does not know 'rm demo'"),
+        (["recipes", "validate"], "medst recipes validate takes a recipe. `medst recipes ls` lists"),
     ],
 )
 def test_mistake_is_one_message_on_stderr(argv, message, capsys):
@@ -151,7 +153,24 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     assert main(["recipes", "cp", "mini"]) == 2  # the copy may have been changed
 
 
+def test_names_and_summaries_of_recipes_stand_apart(capsys):
+    assert main(["recipes", "ls"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        name, _, summary = line.partition("  ")
+        assert summary.strip() and " " not in name
+
+
 # One stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_commands_as_they_are_copied(stage, capsys):
+    assert main([stage, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.partition("\n\n")[0].splitlines()) < 4  # what the stage does stands on the first screen
+    _, *blocks = text.split("```")
+    for line in "".join(blocks[::2]).splitlines():  # a backslash that Python took would leave one long line
+        assert "    --" not in line.lstrip(), line
 
 
 def test_stage_runs_in_this_process_with_overrides(recipe, tmp_path, monkeypatch):
@@ -188,22 +207,27 @@ def test_options_of_accelerate_start_it(monkeypatch):
 # A run
 
 
-def test_run_goes_stage_by_stage_and_skips_what_is_done(recipe, tmp_path):
-    first = medst("run", "mine.yaml")
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.index("=== prepare (1 of 2) -> out/prepare") < first.stdout.index("=== evaluate (2 of 2)")
-    assert status(tmp_path / "out" / "prepare") == status(tmp_path / "out" / "evaluate") == "complete"
-    second = medst("run", "mine.yaml", "--stage", "prepare")
-    assert "nothing to do" in second.stdout
+def test_run_goes_stage_by_stage_and_skips_what_is_done(recipe, tmp_path, monkeypatch, capfd):
+    for name, value in ONE_CPU.items():
+        monkeypatch.setenv(name, value)
 
-    refused = medst("run", "mine.yaml", "--prepare.num_phantoms", "5")
-    assert refused.returncode == 2
-    assert "num_phantoms: 4 before, 5 now" in refused.stderr and "Traceback" not in refused.stderr
-    assert "Stopped in prepare." in refused.stderr
-    assert "medst run mine.yaml --prepare.num_phantoms 5" in refused.stderr
-    assert "=== evaluate" not in refused.stdout
-    again = medst("run", "mine.yaml", "--stage", "prepare", "--prepare.num_phantoms", "5", "--overwrite")
-    assert again.returncode == 0, again.stderr
+    def medst_run(*options):
+        return main(["run", "mine.yaml", *options]), *capfd.readouterr()
+
+    code, out, err = medst_run()
+    assert code == 0, err
+    assert out.index("=== prepare (1 of 2) -> out/prepare") < out.index("=== evaluate (2 of 2)")
+    assert status(tmp_path / "out" / "prepare") == status(tmp_path / "out" / "evaluate") == "complete"
+    assert "nothing to do" in medst_run("--stage", "prepare")[1]
+
+    code, out, err = medst_run("--prepare.num_phantoms", "5")
+    assert code == 2
+    assert "num_phantoms: 4 before, 5 now" in err and "Traceback" not in err
+    assert "Stopped in prepare." in err
+    assert "medst run mine.yaml --prepare.num_phantoms 5" in err
+    assert "=== evaluate" not in out
+    code, out, err = medst_run("--stage", "prepare", "--prepare.num_phantoms", "5", "--overwrite")
+    assert code == 0, err
 
 
 def test_labels_stand_apart_from_their_folders(recipe, monkeypatch, capsys):
@@ -275,12 +299,17 @@ def test_two_processes_run_a_recipe_together(recipe, tmp_path):
     assert result.stdout.count("images in train and test") == 1  # prepare on rank 0 alone
 
 
-def test_one_process_where_two_are_asked_for_is_an_error(recipe, tmp_path):
-    recipe.write_text(RECIPE + "  num_processes: 2\n")
-    result = run(*LAUNCH, "--cpu", "--num_processes", 2, "-m", "medst_trl", "mine.yaml", "--stage", "evaluate")
-    assert result.returncode != 0
-    assert "2 processes are asked for, but accelerate has started one" in result.stderr
-    assert not (tmp_path / "out").exists()
+def test_under_deepspeed_a_launch_is_for_one_stage(recipe, launcher, monkeypatch):
+    recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")
+    ran = []
+    monkeypatch.setattr("medst_trl.__main__._run", lambda step: ran.append(step.label))
+    launched(["mine.yaml"])
+    assert ran == ["sft", "dpo", "merge"]
+    launcher(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=2)
+    with pytest.raises(UserError, match=r"sft, dpo would share this one. .* \(--stage sft\), or let `medst run mine"):
+        launched(["mine.yaml"])
+    launched(["mine.yaml", "--stage", "dpo"])
+    assert ran[3:] == ["dpo"]
 
 
 def test_recipe_is_executable(recipe, tmp_path):
@@ -396,7 +425,7 @@ def test_another_launcher_than_asked_for_is_an_error(launcher, running, config, 
     ],
 )
 def test_processes_go_by_the_machine(monkeypatch, gpus, config, count, file, processes):
-    monkeypatch.setattr(launch, "_gpu_count", lambda: gpus)
+    monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command, environment = launch_command(["program"], config, count)
@@ -411,7 +440,7 @@ def test_processes_go_by_the_machine(monkeypatch, gpus, config, count, file, pro
     [(0, "multi_gpu", None), (0, "zero2", None), (1, "multi_gpu", None), (4, "single_gpu", 2)],
 )
 def test_launch_that_could_not_do_what_it_says_is_refused(monkeypatch, gpus, config, count):
-    monkeypatch.setattr(launch, "_gpu_count", lambda: gpus)
+    monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     with pytest.raises(UserError, match=f"accelerate_config {config}"):
         launch_command(["program"], config, count)
 

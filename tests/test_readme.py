@@ -33,7 +33,7 @@ def test_every_command_is_known(block, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Stage, "main", lambda self, *arguments: seen.append(self.name))
     monkeypatch.setattr(launch, "run", lambda command, environment: 0)
-    monkeypatch.setattr(launch, "_gpu_count", lambda: 4)
+    monkeypatch.setattr(launch, "gpu_count", lambda: 4)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.setattr(launch, "check_launched", lambda *arguments: None)
     monkeypatch.setattr(medst_trl.__main__, "check_launched", lambda *arguments: None)
@@ -108,6 +108,7 @@ def desk(tmp_path_factory, demo_run) -> Path:
     shutil.copytree(demo_run, folder / "runs/demo")
     for name in ("scans", "labelled"):
         (folder / name).mkdir()
+    make_phantoms(1, 2, split="unlabelled")[0].image.save(folder / "scan.png")
     for number, phantom in enumerate(make_phantoms(40, 1, split="unlabelled")):
         phantom.image.save(folder / f"scans/{number}.png")
     with open(folder / "labelled/questions.csv", "w", newline="") as file:
@@ -140,20 +141,7 @@ def test_blocks_that_run_anywhere_run(page, desk):
             text = "".join(line for line in block.text.splitlines(True) if not line.startswith(own))
             _run(block, desk, text or "true")
         elif block.language == "python":
-            _run(block, desk, PREAMBLE + block.text)
-
-
-# What a reader has at hand when a page says "image" or "dataset".
-PREAMBLE = """
-import os
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-from PIL import Image as _Image
-image = _Image.open("scans/0.png")
-image.save("scan.png")
-from medst_trl.data.schema import load_records as _load
-dataset = _load("runs/demo/prepare/instruct", "train").select(range(8))
-pairs = _load("runs/demo/judge/preferences", "train").select(range(8))
-"""
+            _run(block, desk)
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medst recipes validate`: what it lets pass, and each mistake with its place."""
 
-import os
-import subprocess
-import sys
+import socket
+import warnings
+from unittest.mock import Mock
 
 import pytest
 from datasets import Dataset
@@ -92,6 +92,7 @@ def test_one_process_where_the_launcher_is_for_one(check):
             "unknown key 'effective_batch'. Did you mean 'effective_b",
         ),
         ("loss_type: [sigmoid, sft]", "beta: much", "section dpo: beta: 'much' is not a valid float"),
+        ("per_device_train_batch_size: 8", "max_length: -5", "section sft: max_length is -5"),
         ("source: llava, ", "", "section prepare: source must be set"),
         ("model: gpt-4o", "model: null", "No judge is named"),
         ("zero2", "zero22", "accelerate_config 'zero22' is neither a file nor one of"),
@@ -156,18 +157,37 @@ def test_a_secret_and_too_many_words(check):
     assert main(["recipes", "validate", "no_such_recipe"]) == 2
 
 
-def test_it_asks_neither_the_hub_nor_for_weights(check, tmp_path):
-    """In a process whose network is cut off, with a model that is nowhere on this machine."""
-    check()
-    code = """
-import socket, sys
-def cut(*args, **kwargs):
-    raise AssertionError("network")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = cut
-from medst_trl.cli import main
-sys.exit(main(["recipes", "validate", "mine.yaml"]))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "mine.yaml is valid." in result.stdout and "Warning" not in result.stderr
+def test_it_asks_neither_the_hub_nor_for_weights(check, monkeypatch):
+    """With a network that fails when it is touched, and a model that is nowhere on this machine."""
+
+    def cut(*args, **kwargs):
+        raise AssertionError("network")
+
+    for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, cut)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub_answers = Mock(side_effect=AssertionError("the Hub was asked whether it answers"))
+    monkeypatch.setattr("medst_trl.plan.hub.hub_answers", hub_answers)
+    monkeypatch.setattr("medst_trl.plan.meta.hub_answers", hub_answers)
+    with warnings.catch_warnings(action="error"):
+        code, said = check()
+    assert code == 0 and "mine.yaml is valid." in said
+
+
+def test_one_stage_of_it(check):
+    code, said = check("--stage", "sft")
+    assert code == 0 and [line.split()[0] for line in said.splitlines()] == ["sft", "mine.yaml"]
+    assert "from org/model (Hub), prepare" in said  # whose section is not looked at, and makes its input
+    assert check("--stage", "sft", change=("gpt-4o", "null"))[0] == 0
+    assert "no section 'merge'" in check("--stage", "merge")[1]
+
+
+def test_a_mistake_of_all_stages_is_told_once(check):
+    code, said = check("--accelerate_config", "zero22")
+    assert code == 2 and said.count("zero22") == 1
+
+
+@pytest.mark.parametrize("words", [["--sft.load_in_4bit=true"], ["--dpo.precompute_ref_log_probs=true"]])
+def test_what_divided_weights_do_not_go_with(check, words):
+    code, said = check("--accelerate_config", "zero3", *words)
+    assert code == 2 and "does not go with DeepSpeed ZeRO-3" in said

@@ -70,6 +70,16 @@ def test_changed_setting_is_refused_with_old_and_new_value(tmp_path, finished):
     assert "num_workers" not in str(error.value)
 
 
+def test_a_setting_that_came_with_another_version_matters_only_where_it_is_on(tmp_path):
+    open_record(tmp_path).finish()
+    assert open_record(tmp_path, new_option=None, other=False).status == "finished"
+    with pytest.raises(UserError, match=r"new_option: \(not set\) before, 0 now"):
+        open_record(tmp_path, new_option=0)
+    open_record(tmp_path / "next", new_option=True)
+    with pytest.raises(UserError, match="new_option: true before, false now"):
+        open_record(tmp_path / "next", new_option=False)
+
+
 def test_tuples_sets_and_paths_equal_what_json_kept_of_them(tmp_path):
     settings = {"betas": (0.9, 0.99), "kinds": {"b", "a"}, "path": tmp_path}
     open_record(tmp_path / "out", **settings).finish()

@@ -4,7 +4,7 @@
 VQA-RAD, SLAKE (English) and PathVQA as lmms-eval tasks, scored by medst_trl's rules.
 
 ```bash
-pip install lmms-eval && pip install --no-deps medst_trl   # the scores are pure Python
+pip install lmms-eval && pip install --no-deps .      # in the checkout; the scores are pure Python
 lmms-eval eval --include_path examples/lmms_eval --tasks medst_vqa_rad --model llava_hf \\
     --model_args pretrained=llava-hf/llava-1.5-7b-hf --batch_size 1 --log_samples --output_path runs/lmms_eval
 ```

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.data.records import Rejected
+from medst_trl.data.text_files import read_text_file
 from medst_trl.errors import UserError
 
 
@@ -28,10 +29,7 @@ def read_json_records(path: Path, known_by: str) -> Iterator[tuple[int, dict | R
     Raises:
         UserError: if the file is missing, empty or neither an array nor lines of objects.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the data.") from None
+    text = read_text_file(path).replace("\r\n", "\n").replace("\r", "\n")
     start = _BETWEEN.match(text).end()
     is_array = text[start : start + 1] == "["
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
@@ -47,9 +45,14 @@ def read_json_records(path: Path, known_by: str) -> Iterator[tuple[int, dict | R
 
 def _from_lines(text: str) -> Iterator[Any]:
     for line in text.split("\n"):
-        if line.strip():
-            item, _ = _parse(line, _BETWEEN.match(line).end())
-            yield Rejected("", "malformed_json", line) if item is _BROKEN else item
+        at = _BETWEEN.match(line).end()
+        while at < len(line):  # two objects, where a file without a last line break was appended to
+            item, at = _parse(line, at)
+            if item is _BROKEN:
+                yield Rejected("", "malformed_json", line)
+                break
+            yield item
+            at = _BETWEEN.match(line, at).end()
 
 
 def _from_array(text: str, at: int, known_by: str) -> Iterator[Any]:

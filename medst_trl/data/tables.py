@@ -3,13 +3,15 @@
 """Plain images: a folder, or a table with a column of file names and, if you have them, questions and answers."""
 
 import csv
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from medst_trl.data.json_records import read_json_records
 from medst_trl.data.records import BadRecord, Conversation, Question, Rejected, Source, optional_text, text_value
 from medst_trl.data.schema import ANSWER_TYPES
+from medst_trl.data.text_files import read_text_file
 from medst_trl.errors import UserError
 
 
@@ -72,6 +74,34 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict | Rejected]]:
     return read_json_records(path, known_by="image") if is_json else _delimited(path)
 
 
+def check_header(
+    header: list[str],
+    needed: Collection[str],
+    path: Path,
+    delimiter: str | None,
+    advice: str = "Name its columns so.",
+) -> None:
+    """
+    Refuse a table without a column that is needed, or with two of one name, of which one would be lost.
+
+    Raises:
+        UserError: naming the columns, and the separator where that seems to be the reason.
+    """
+    if missing := [name for name in needed if name not in header]:
+        other = next((sign for sign in ";\t,|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+        if delimiter and other:
+            advice = f"Separate its columns by {_SIGNS[delimiter]} instead of {_SIGNS[other]}."
+        there = ", ".join(header) or "none"
+        raise UserError(
+            f"{path} has no column {', '.join(f'`{name}`' for name in missing)} (it has {there}). {advice}"
+        )
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise UserError(f"{path} has several columns {', '.join(f'`{name}`' for name in twice)}. Leave one of each.")
+
+
+_SIGNS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
 def _question(name: str, image: str, row: dict) -> Question:
     answer = text_value(row.get("answer"), missing="no_answer")
     split = row.get("split") or "train"
@@ -94,11 +124,8 @@ def _question(name: str, image: str, row: dict) -> Question:
 
 def _delimited(path: Path) -> Iterator[tuple[int, dict | Rejected]]:
     """Rows of a CSV or TSV file by column name; what has more or fewer fields than the header is set aside."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the table.") from None
-    reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(read_text_file(path, "table"), newline=""), delimiter=delimiter)
     header, position = None, -1
     while True:
         try:
@@ -111,10 +138,7 @@ def _delimited(path: Path) -> Iterator[tuple[int, dict | Rejected]]:
             continue
         if header is None:
             header = [name.strip() for name in fields]
-            if "image" not in header:
-                raise UserError(
-                    f"{path} has no column `image` (it has {', '.join(header)}). Name its image column so."
-                )
+            check_header(header, ("image",), path, delimiter)
             continue
         position += 1
         if len(fields) == len(header):

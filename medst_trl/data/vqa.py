@@ -16,7 +16,8 @@ from medst_trl.errors import UserError
 VQA_RAD_FILE = "VQA_RAD Dataset Public.json"
 # The test split first: of two records with one id, the later one goes.
 MEVF_FILES = {"test": "*testset.json", "train": "*trainset.json"}
-SLAKE_FILES = {"test": "test.json", "validation": "validate.json", "train": "train.json"}
+# SLAKE's copy on the Hub says validation.json: https://huggingface.co/datasets/BoKelvin/SLAKE
+SLAKE_FILES = {"test": "test.json", "validation": "validat*.json", "train": "train.json"}
 PATHVQA_FILES = {"test": "*test.json", "validation": "*val.json", "train": "*train.json"}
 
 
@@ -63,7 +64,7 @@ def read_vqa_rad_mevf(path: Path, image_folder: Path, release: Path | None = Non
 
 
 def read_slake(path: Path, image_folder: Path, language: str = "en") -> Source:
-    """SLAKE: a folder with `train.json`, `validate.json`, `test.json`; one language (`"en"` or `"zh"`)."""
+    """SLAKE: a folder with `train.json`, `validate.json` (or `validation.json`), `test.json`; in `"en"` or `"zh"`."""
     source = Source("slake", image_folder)
     others = 0
 

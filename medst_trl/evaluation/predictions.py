@@ -10,6 +10,7 @@ from typing import Any
 
 from medst_trl.data.records import printable
 from medst_trl.data.schema import write_jsonl
+from medst_trl.data.text_files import read_text_file
 from medst_trl.errors import UserError
 from medst_trl.evaluation.metrics import RecordError, read_record
 
@@ -31,11 +32,9 @@ def read_predictions(path: str | os.PathLike) -> tuple[list[dict[str, Any]], lis
     Raises:
         UserError: if the file is missing, is not text, or holds no record that can be scored.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Give a predictions file (JSON lines).") from None
-    return sort_out(_records(lines), path, "Its lines need answer, answer_type and prediction.")
+    lines = read_text_file(Path(path), "predictions").split("\n")
+    advice = "A predictions file is JSON lines: an object a line with answer, answer_type and prediction."
+    return sort_out(_records(lines), path, advice)
 
 
 def sort_out(
@@ -83,15 +82,16 @@ def sort_out(
     return records, rejected
 
 
-def _records(lines: list[bytes]) -> Iterator[tuple[str, Any]]:
+def _records(lines: list[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         name = f"line {number}"
         try:
-            yield name, json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            yield name, RecordError("not JSON", line.decode("utf-8", "replace"), name)
+            line.encode()  # half a character stands for bytes of another encoding
+            yield name, json.loads(line)
+        except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
+            yield name, RecordError("not JSON", line, name)
 
 
 def _rejected(key: Any, reason: str, value: Any) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fingerprints import _cached_revision
+from ..fingerprints import cached_revision
 from .hub import hub_answers
 
 
@@ -28,14 +28,14 @@ def converted_config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] |
         UserError: for a checkpoint that `medst convert` would refuse.
     """
     from ..policy.conversion.model_config import llava_config, vision_config
-    from ..policy.conversion.reading import VISION_LORA, _config
+    from ..policy.conversion.reading import VISION_LORA, original_config
     from ..policy.conversion.sources import local_folder
 
     source, base = settings["source"], settings.get("base") or settings["source"]
     if not (_is_at_hand(source) and _is_at_hand(base)):
         return None
     folder, base_folder = (local_folder(name, "The checkpoint", weights=False) for name in (source, base))
-    config = _config(folder, base_folder)
+    config = original_config(folder, base_folder)
     tower = settings.get("vision_tower") or config.get("mm_vision_tower")
     if tower is None or not _is_at_hand(tower):
         return None
@@ -47,4 +47,4 @@ def converted_config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] |
 
 def _is_at_hand(source: str) -> bool:
     """Here, in the local cache, or on a Hub that answers."""
-    return Path(source).is_dir() or _cached_revision(source) is not None or hub_answers()
+    return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()

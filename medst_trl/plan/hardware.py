@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..launch import NOT_DISTRIBUTED, _gpu_count, _read_config, default_config
+from ..launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
 
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def hardware_of(step: "Step") -> Hardware:
     Raises:
         UserError: for a configuration that cannot start so many processes.
     """
-    gpus = _gpu_count()
+    gpus = gpu_count()
     if not step.stage.distributed:
         return Hardware("one process", NOT_DISTRIBUTED, 1, gpus > 0)
     config = step.accelerate_config or default_config(step.num_processes)
-    asked = _read_config(config)
+    asked = read_config(config)
     on_gpu, kind = not asked["use_cpu"], asked["kind"]
     processes = step.num_processes or asked["num_processes"] or max(1, gpus) * asked["num_machines"]
     if kind == NOT_DISTRIBUTED and processes > 1:

@@ -15,9 +15,10 @@ float32, 8; in 8 bit: 2), `b` bytes of an element in computation, n processes:
     FSDP2             w F / n          4 T / n   4 T / n        s T / n          two layers, and what is in no layer
 
 What trains is kept in float32 but for DeepSpeed, which casts the whole model to `b` bytes and keeps float32 copies of
-what trains in its optimizer. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for each
-64 of them, see [`quantized_bytes`]. The reference of DPO is a second adapter where one is continued, nothing under a
-new adapter or where its log-probabilities are computed before, and else a second model.
+what trains in its optimizer. Where every weight trains, it is kept in its own `dtype`: of two bytes, it halves the 4
+and AdamW's `s`. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for each 64 of them,
+see [`quantized_bytes`]. The reference of DPO is a second adapter where one is continued, nothing under a new adapter
+or where its log-probabilities are computed before, and else a second model.
 """
 
 from dataclasses import dataclass
@@ -79,7 +80,12 @@ def training_memory(
     frozen_type = precision.compute if hardware.is_deepspeed else precision.stream
     frozen = frozen_bytes(policy, frozen_type, bool(getattr(args, "load_in_4bit", False)))
     parts = state_bytes(
-        trained, frozen, hardware, compute=precision.compute, optimizer=optimizer_bytes(training.optim)
+        trained,
+        frozen,
+        hardware,
+        compute=precision.compute,
+        optimizer=optimizer_bytes(training.optim),
+        held=4 if policy.is_adapter else precision.stream,
     )
     if hardware.kind.startswith("FSDP"):
         parts["gathered weights"] = _gathered_by_fsdp(policy) * precision.compute
@@ -105,7 +111,7 @@ def training_memory(
 
 
 def state_bytes(
-    trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8
+    trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8, held: int = 4
 ) -> dict[str, float]:
     """
     Bytes of weights, gradients and optimizer, see the table above.
@@ -116,13 +122,15 @@ def state_bytes(
         hardware ([`~medst_trl.plan.hardware.Hardware`]): How they are divided.
         compute (`int`, *optional*, defaults to `4`): Bytes of an element in computation.
         optimizer (`int`, *optional*, defaults to `8`): Bytes of optimizer state for each trained parameter.
+        held (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.
     """
     n = hardware.processes
     if not hardware.is_deepspeed:
         cut = n if hardware.shards_weights else 1
-        parts = {"weights": frozen, "trained": 4 * trained, "gradients": 4 * trained, "optimizer": optimizer * trained}
+        state = optimizer * trained * (held / 4 if optimizer == 8 else 1)  # AdamW's is of the parameter's own type
+        parts = {"weights": frozen, "trained": held * trained, "gradients": held * trained, "optimizer": state}
         parts = {name: size / cut for name, size in parts.items()}
-        return parts | ({"buckets": 4 * trained} if hardware.kind == "DDP" else {})
+        return parts | ({"buckets": held * trained} if hardware.kind == "DDP" else {})
     cut = n if hardware.shards_weights else 1
     return {
         "weights": frozen / cut,

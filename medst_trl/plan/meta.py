@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models without weights: built from a configuration alone on torch's meta device, where tensors have only a shape."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..fingerprints import split_revision
-from .hub import hub_answers
+from .hub import hub_answers, is_hub_id
 
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> "PreTraine
             name, revision=revision, local_files_only=not here and not hub_answers(), **common
         )
     except (OSError, ValueError) as error:
+        if not here and not is_hub_id(name_or_path):
+            raise NotKnownYet(f"not on this machine: {name_or_path}") from None
         if not here and not hub_answers():
             raise NotKnownYet(f"config not available offline: {name_or_path}") from None
         raise UserError(f"No configuration could be loaded from {name_or_path!r}: {error}") from None
@@ -62,10 +66,15 @@ def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
 
 def tiny_base() -> "PreTrainedModel":
     """The model that `medst base` will train."""
+    return on_meta(deepcopy(_tiny_config()))
+
+
+@cache
+def _tiny_config() -> "PreTrainedConfig":
     from ..policy.checkpoints import prepare_policy
     from ..policy.tiny import tiny_llava
 
-    return prepare_policy(*tiny_llava()).to("meta")
+    return prepare_policy(*tiny_llava()).config
 
 
 def adapter_config_of(name_or_path: str) -> "LoraConfig | None":
@@ -105,11 +114,11 @@ def make_room_for_vusr(model: "PreTrainedModel", name_or_path: str) -> None:
     from transformers import AutoTokenizer
 
     from ..policy.chat_template import VUSR
-    from ..policy.checkpoints import _make_room_for
+    from ..policy.checkpoints import make_room_for
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=not hub_answers())
     except (OSError, ValueError):
         return
     token_id = tokenizer.get_vocab().get(VUSR, len(tokenizer))
-    _make_room_for(model, token_id)
+    make_room_for(model, token_id)

@@ -103,7 +103,11 @@ def plan_recipe(
         UserError: where the recipe could not run.
     """
     chosen, steps = recipe.steps(which), recipe.steps(complete=False)
-    planner = _Planner(steps, throughput or {})
+    throughput = throughput or {}
+    for target in throughput:
+        if target is not None and not any(target in (step.label, step.stage.name) for step in steps):
+            raise UserError(f"--{target}.throughput: {recipe.path} has no section {target!r}.")
+    planner = _Planner(steps, throughput)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other; the run itself shows them
         return [planner.plan(step) for step in chosen], steps
@@ -120,7 +124,7 @@ def read_throughput(options: Sequence[Option]) -> tuple[dict[str | None, float],
     for option in options:
         if option.key == "throughput":
             try:
-                rates[option.target] = float(option.value)
+                rates[option.target] = 0.0 if option.value is True else float(option.value)  # `--throughput` alone
             except (TypeError, ValueError):
                 rates[option.target] = 0.0
             if not 0 < rates[option.target] < float("inf"):
@@ -158,7 +162,7 @@ class _Planner:
 
     def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> Training:
         args, training = arguments
-        _check_sharding(step, arguments, hardware)
+        check_sharding(step, arguments, hardware)
         batch = batch_of(arguments, hardware.processes, step.where)
         examples = training_examples(args, self.steps)
         known = examples, batch, schedule(examples, batch, training.num_train_epochs, training.max_steps)
@@ -196,7 +200,7 @@ class _Planner:
         return float(sum(p.numel() for p in policy.model.parameters()) * element)
 
 
-def _check_sharding(step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> None:
+def check_sharding(step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> None:
     """What the stages refuse when they find themselves under a launcher that divides the weights."""
     args, training = arguments
     for setting in (args, training):

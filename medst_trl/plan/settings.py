@@ -41,7 +41,10 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
         training.bf16 = on_gpu and not training.fp16 if asked is None else bool(asked)
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
-    _check(step, arguments)
+    try:
+        _check(step, arguments)
+    except UserError as error:
+        raise UserError(str(error) if step.where in str(error) else f"{step.where}: {error}") from None
     return arguments
 
 
@@ -52,13 +55,13 @@ def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
     stage, args = import_module(f"medst_trl.stages.{step.stage.name}"), arguments[0]
     name = step.stage.name
     if name == "sft":
-        stage._check(*arguments)
+        stage.check(*arguments)
     elif name == "dpo":
         check_how_it_runs(*arguments)
     elif name in ("evaluate", "judge") or (name == "prepare" and _is_here(args)):
-        stage._check(args)
+        stage.check(args)
     elif name == "generate":
-        stage._settings(args)
+        stage.settings_of(args)
     for settings in arguments:
         if getattr(settings, "push_to_hub", False):
             _check_target(settings, step.where)

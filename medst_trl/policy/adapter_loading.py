@@ -4,9 +4,11 @@
 
 import re
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .base_loading import DAMAGED, SHOWN
 
 
 if TYPE_CHECKING:
@@ -14,7 +16,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
-SHOWN = 3  # keys in a message
+
+
+def read_adapter_config(adapter: str, revision: str | None) -> "PeftConfig":
+    """
+    The configuration of an adapter.
+
+    Raises:
+        UserError: if it is damaged, of another kind than LoRA, or of the original code's training output.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    if Path(adapter, "non_lora_trainables.bin").is_file():
+        raise UserError(
+            f"{adapter!r} is a training output of the original LLaVA code. Convert it first: medst convert --source "
+            f"{adapter} --base BASE --output_dir FOLDER, and give that folder."
+        )
+    try:
+        config = PeftConfig.from_pretrained(adapter, revision=revision)
+    except DAMAGED as error:
+        raise UserError(
+            f"adapter_config.json of the adapter {adapter!r} cannot be read ({type(error).__name__}: {error}). Copy "
+            "or download it again."
+        ) from error
+    if not isinstance(config, LoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UserError(f"The adapter {adapter!r} is not of LoRA but of the type {kind}, which cannot be used.")
+    if not isinstance(config.base_model_name_or_path, str | None):
+        raise UserError(f"The adapter {adapter!r} names {config.base_model_name_or_path!r} as its base, not a model.")
+    return config
 
 
 def put_adapter_on(
@@ -48,7 +78,7 @@ def put_adapter_on(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, adapter, revision=revision, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+    except (RuntimeError, *DAMAGED, re.error, UserWarning) as error:
         raise _does_not_fit(adapter, model, config, _problems(error)) from error
     unused = _unused(loaded, stored)
     if unused:

@@ -10,9 +10,8 @@ only: folders are made anew, Hub repositories get other weights, and a base that
 import hashlib
 import json
 import warnings
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 
@@ -101,11 +100,8 @@ def check_base(adapter: str, revision: str | None, base: "PreTrainedModel", name
     """
     path = _file(adapter, FILE_NAME, revision, local_files_only=False)  # nothing else has downloaded it
     found = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None)) if path else None
-    recorded: dict[str, Any] = {}
-    if path is not None:
-        with suppress(ValueError):
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-    if found is None or not recorded.get("weights_sha256"):
+    recorded = _recorded(path) if path else None
+    if found is None or recorded is None:
         if base.name_or_path != named:
             warnings.warn(
                 f"It cannot be told whether {base.name_or_path!r} is the base of the adapter {adapter!r}, which was "
@@ -113,13 +109,21 @@ def check_base(adapter: str, revision: str | None, base: "PreTrainedModel", name
                 stacklevel=3,
             )
         return
-    if found != recorded["weights_sha256"]:
+    if found != recorded:
         raise UserError(
             f"The adapter {adapter!r} was trained on other weights than those of {base.name_or_path!r} (fingerprints "
-            f"{recorded['weights_sha256'][:12]} and {found[:12]}), although their shapes agree. Its base is called "
+            f"{recorded[:12]} and {found[:12]}), although their shapes agree. Its base is called "
             f"{named!r}: pass the very one as base_model_name_or_path, or train the adapter again. If the two shall "
             f"go together all the same, delete {FILE_NAME} beside the adapter."
         )
+
+
+def _recorded(path: Path) -> str | None:
+    try:
+        fingerprint = json.loads(path.read_text(encoding="utf-8"))["weights_sha256"]
+    except (ValueError, LookupError, TypeError):  # damaged: as if it were not there
+        return None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def _file(name_or_path: str, name: str, revision: str | None, local_files_only: bool = True) -> Path | None:

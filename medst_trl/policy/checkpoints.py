@@ -4,14 +4,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..fingerprints import split_revision
-from .base_weights import check_base, hub_commit
-from .families import check_family
-from .four_bit import four_bit_config
+from .base_loading import check_family_of, has_file, load_base, load_processor
+from .base_weights import check_base
 from .hub_reach import check_reachable
 from .vusr import add_vusr, stop_token_ids
 from .vusr_role import set_vusr_role
@@ -86,30 +84,34 @@ def load_policy(
     source = {"revision": revision, **common}
     check_reachable(model_name_or_path)
     if has_file(model_name_or_path, "adapter_config.json", revision):
-        from peft import PeftConfig
-
-        from .adapter_loading import put_adapter_on
+        from .adapter_loading import put_adapter_on, read_adapter_config
         from .adapters import mend_tied_head
 
-        config = PeftConfig.from_pretrained(model_name_or_path, revision=revision)
+        config = read_adapter_config(model_name_or_path, revision)
         if not (base_model_name_or_path or config.base_model_name_or_path):
             raise UserError(f"The adapter {model_name_or_path!r} names no base: pass base_model_name_or_path.")
         base, base_revision = split_revision(base_model_name_or_path or config.base_model_name_or_path)
         common["revision"] = base_revision or (None if base_model_name_or_path else config.revision)
-        check_reachable(base)
-        _check_family(base, common)
+        try:
+            check_reachable(base)
+        except UserError as error:
+            raise UserError(
+                f"The base of the adapter {model_name_or_path!r} is not to be had (pass base_model_name_or_path if it "
+                f"has moved): {error}"
+            ) from error
+        check_family_of(base, common)
         has_processor = has_file(model_name_or_path, "tokenizer_config.json", revision)
-        processor = _load_processor(model_name_or_path if has_processor else base, source if has_processor else common)
+        processor = load_processor(model_name_or_path if has_processor else base, source if has_processor else common)
         set_vusr_role(processor, vusr_role)
-        model = prepare_policy(_load_base(base, dtype, model_kwargs | common, adapter=model_name_or_path), processor)
+        model = prepare_policy(load_base(base, dtype, model_kwargs | common, adapter=model_name_or_path), processor)
         model = put_adapter_on(model, model_name_or_path, config, revision=revision, is_trainable=is_trainable)
         check_base(model_name_or_path, revision, model.get_base_model(), config.base_model_name_or_path)
         mend_tied_head(model)
         return model.eval(), processor
-    _check_family(model_name_or_path, source)
-    processor = _load_processor(model_name_or_path, source)
+    check_family_of(model_name_or_path, source)
+    processor = load_processor(model_name_or_path, source)
     set_vusr_role(processor, vusr_role)
-    model = _load_base(model_name_or_path, dtype, model_kwargs | source)
+    model = load_base(model_name_or_path, dtype, model_kwargs | source)
     return prepare_policy(model, processor).eval(), processor
 
 
@@ -137,12 +139,12 @@ def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "Pr
     config.eos_token_id = list(dict.fromkeys([*known, *stop_token_ids(processor)]))
     config.pad_token_id = processor.tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     if vusr_token_id is not None:  # the text role needs none
-        _make_room_for(model, vusr_token_id)
+        make_room_for(model, vusr_token_id)
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
     return model
 
 
-def _make_room_for(model: "PreTrainedModel", token_id: int) -> None:
+def make_room_for(model: "PreTrainedModel", token_id: int) -> None:
     import torch
 
     embedding = model.get_input_embeddings()
@@ -172,70 +174,3 @@ def _whole(weight: "torch.nn.Parameter") -> "Iterator[torch.nn.Parameter]":
 
     with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
         yield weight
-
-
-def _check_family(name_or_path: str, kwargs: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError):
-        return  # said when processor and model are loaded
-    check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
-
-
-def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixin":
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
-    except ImportError as error:
-        what = " ".join(str(error).partition(".")[0].split())
-        raise UserError(
-            f"The processor of {name_or_path!r} lacks a package: {what}. The video half of Qwen-VL, InternVL and "
-            'SmolVLM needs torchvision: pip install "medst_trl[video]"'
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"No processor could be loaded from {name_or_path!r}: {error}") from error
-
-
-def _load_base(
-    name_or_path: str, dtype: "str | torch.dtype", kwargs: dict[str, Any], adapter: str | None = None
-) -> "PreTrainedModel":
-    from transformers import AutoModelForImageTextToText
-
-    if kwargs.pop("load_in_4bit", False):
-        kwargs["quantization_config"] = four_bit_config(
-            name_or_path, dtype, **{name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
-        )
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, **kwargs)
-    except (OSError, ValueError) as error:
-        of = (
-            f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
-            if adapter
-            else ""
-        )
-        raise UserError(f"No vision-language model could be loaded from {name_or_path!r}{of}: {error}") from error
-    # transformers 5 no longer keeps it, and an adapter's base has to be found again.
-    model.hub_commit = hub_commit(name_or_path, "config.json", kwargs.get("revision"))
-    return model
-
-
-def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
-    """Whether a folder or a Hub repository has a file of this name."""
-    if Path(name_or_path).is_dir():
-        return (Path(name_or_path) / name).is_file()
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            name_or_path,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError as error:
-        raise UserError(f"{name_or_path!r} is neither a folder nor a model on the Hub: {error}") from error
-    return found is not None

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..fingerprints import split_revision
+from .base_loading import has_file
 from .base_weights import hub_commit
-from .checkpoints import DTYPES, has_file, load_policy
+from .checkpoints import DTYPES, load_policy
+from .conversion.writing import check_shard_size
 from .hub_reach import check_reachable
 from .merge_proof import batches_of, difference, log_probs, require, require_same_inputs
 
@@ -83,6 +85,7 @@ def merge_policy(
     >>> merge_policy("runs/demo/sft", "runs/demo/merged", built_in_examples())["proof"]["float32_difference"]
     ```
     """
+    check_shard_size(max_shard_size)
     if dtype not in DTYPES:
         raise UserError(f"There is no dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     examples = list(examples)
@@ -108,13 +111,13 @@ def merge_policy(
     output_dir = Path(output_dir)
     staging = output_dir / ".merging"
     shutil.rmtree(staging, ignore_errors=True)
-    merged.to(_torch_type(stored_type))
-    merged.generation_config = _generation_config(merged)
-    merged.save_pretrained(staging, max_shard_size=max_shard_size)
-    processor.save_pretrained(staging)
     parameters = merged.num_parameters()
-    del model, merged  # one copy in memory at a time
     try:
+        merged.to(_torch_type(stored_type))
+        merged.generation_config = _generation_config(merged)
+        merged.save_pretrained(staging, max_shard_size=max_shard_size)
+        processor.save_pretrained(staging)
+        del model, merged  # one copy in memory at a time
         loaded, loaded_processor = _load_plainly(staging, stored_type, trust_remote_code)
         require_same_inputs(batches, batches_of(loaded_processor, examples))
         stored_difference = difference(log_probs(loaded, batches), expected)
@@ -126,8 +129,8 @@ def merge_policy(
         require(stored_difference, tolerance, f"loaded from disk, in {stored_type}")
         if stored_type == "float32":
             float32_difference = stored_difference
-    except UserError:
-        shutil.rmtree(staging)
+    except BaseException:  # a full disk, too: half a model of many gigabytes is of no use
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     _publish(staging, output_dir)
     proof = {
@@ -191,7 +194,9 @@ def _torch_type(name: str) -> "torch.dtype":
 
 
 def _publish(staging: Path, output_dir: Path) -> None:
-    """Each file appears whole, config.json last: a folder that has it is complete."""
+    """Each file appears whole, config.json last: a folder that has it is complete. No other model's weights stay."""
+    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
+        path.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():  # named chat templates, perhaps those of a run that was cut short in here
             shutil.rmtree(output_dir / path.name, ignore_errors=True)

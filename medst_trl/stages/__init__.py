@@ -44,6 +44,8 @@ class Stage:
         parser.formatter_class = _Help
         parser.allow_abbrev = False  # an abbreviation could be meant for the launcher
         parser.error = self._refuse
+        needed = (f"{action.option_strings[0]} {action.dest.upper()}" for action in parser._actions if action.required)
+        parser.usage = " ".join(["%(prog)s", *needed, "[--setting value ...]"])  # all of them fill three screens
         if self.distributed:
             parser.epilog = (
                 "--config FILE reads settings from a recipe or a flat YAML file. --accelerate_config (cpu, "

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Turns a checkpoint of the original LLaVA code into a Hugging Face one: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med.
 
 ```bash
@@ -99,8 +99,8 @@ def main(args: ConvertArguments) -> None:
     record.finish(counts={"parameters": converted.parameters}, **asdict(converted))
     print(
         f"convert: {converted.model_type}, {converted.parameters:,} parameters in {converted.dtype}, every tensor "
-        f"accounted for ({converted.changed} merged with LoRA, {len(converted.left_out)} left out as harmless), in "
-        f"{args.output_dir}."
+        f"accounted for ({converted.changed} merged with LoRA, {converted.changed_in_vision} of them in the vision "
+        f"tower; {len(converted.left_out)} left out as harmless), in {args.output_dir}."
     )
     if converted.model_type != "llava":
         print("convert: only transformers with medst_trl loads a prototype extractor; vLLM and SGLang cannot.")

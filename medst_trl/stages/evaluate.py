@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Answers a benchmark's questions and scores the answers, beside what the same model scores without the right images.
 
 ```bash
@@ -109,7 +109,7 @@ def main(args: EvaluateArguments) -> None:
     from medst_trl.evaluation.tables import format_file
     from medst_trl.stage_record import StageRecord
 
-    _check(args)
+    check(args)
     benchmarks = _open_benchmarks(args)
     record = StageRecord.open(
         args.output_dir,
@@ -129,7 +129,7 @@ def main(args: EvaluateArguments) -> None:
         print(f"Scores are in {', '.join(str(folder / 'scores.json') for folder in folders)}.")
 
 
-def _check(args: EvaluateArguments) -> None:
+def check(args: EvaluateArguments) -> None:
     from medst_trl.errors import UserError
     from medst_trl.evaluation.controls import CONTROLS
     from medst_trl.evaluation.llava_med import CLOSED_RULES

@@ -131,7 +131,7 @@ def main(args: GenerateArguments) -> None:
     from medst_trl.selftrain.generate.files import select_records
     from medst_trl.stage_record import StageRecord
 
-    settings = _settings(args)
+    settings = settings_of(args)
     args = replace(args, images=_images(args.images))
     images = load_records(args.images, args.split)
     check_columns(images, "instruct")
@@ -180,7 +180,7 @@ def _images(images: str) -> str:
     return str(instruct)
 
 
-def _settings(args: GenerateArguments) -> dict[str, Any]:
+def settings_of(args: GenerateArguments) -> dict[str, Any]:
     """How [`CandidateGenerator`] is to work, checked."""
     from medst_trl.errors import UserError
     from medst_trl.policy.checkpoints import DTYPES

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Has a stronger vision-language model compare the answers of each candidate, and makes preference pairs of its verdicts.
 
 ```bash
@@ -146,7 +146,7 @@ def main(args: JudgeArguments) -> None:
     from medst_trl.selftrain.judge.inputs import made_benchmarks, open_benchmark, open_candidates
     from medst_trl.stage_record import FILE_NAME, StageRecord
 
-    _check(args)
+    check(args)
     args.benchmarks = made_benchmarks(args.benchmarks)
     candidates = open_candidates(args.candidates, args.split)
     benchmarks = [open_benchmark(name) for name in args.benchmarks]
@@ -179,7 +179,7 @@ def main(args: JudgeArguments) -> None:
     _report(record)
 
 
-def _check(args: JudgeArguments) -> None:
+def check(args: JudgeArguments) -> None:
     from medst_trl.data.phantoms import SIZE
     from medst_trl.errors import UserError
 

@@ -111,8 +111,11 @@ def main(args: MergeArguments) -> None:
 
 def _examples(args: MergeArguments) -> tuple[list[dict[str, Any]], str]:
     """Conversations to compare on, and where they are from, in words."""
+    from medst_trl.errors import UserError
     from medst_trl.policy.merge_examples import built_in_examples, read_examples, recorded_dataset
 
+    if args.num_examples < 1:
+        raise UserError(f"num_examples is {args.num_examples}: one conversation at least is needed to compare on.")
     recorded = recorded_dataset(args.model_name_or_path)
     if args.dataset is not None:
         return read_examples(args.dataset, args.split, args.num_examples), args.dataset

@@ -6,11 +6,15 @@ medst prepare --source vqa_rad_mevf --data_path data/vqa_rad --output_dir runs/r
 Turns images with conversations, questions or nothing into datasets with the images embedded, pixel for pixel and
 without metadata.
 
+```bash
+medst prepare --source images --data_path scans --output_dir runs/mine/scans
+```
+
 Sources, by `--source`:
   llava         a JSON or JSONL file of conversations (`id`, `image`, `conversations`)
   vqa_rad       the official release: its JSON file or folder
   vqa_rad_mevf  the folder with MEVF's trainset.json and testset.json
-  slake         the folder with train.json, validate.json, test.json
+  slake         the folder with train.json, validate.json (validation.json on the Hub), test.json
   pathvqa       the folder with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json
   captions      a table (csv, tsv, jsonl) with columns image and caption: each becomes a request to describe it
   images        a folder of images, or a table (csv, tsv, jsonl) with column image, perhaps question, answer, split
@@ -110,7 +114,7 @@ def main(args: PrepareArguments) -> None:
     from medst_trl.full_disk import explain_full_disk
     from medst_trl.stage_record import StageRecord
 
-    data_path, image_folder = _check(args)
+    data_path, image_folder = check(args)
     record = StageRecord.open(
         args.output_dir,
         stage="prepare",
@@ -148,7 +152,7 @@ def main(args: PrepareArguments) -> None:
     _report(args, counts)
 
 
-def _check(args: PrepareArguments) -> tuple[str | None, str | None]:
+def check(args: PrepareArguments) -> tuple[str | None, str | None]:
     """The data and its image folder, both there."""
     if not 0 <= args.validation_fraction < 1:
         raise UserError(f"validation_fraction is {args.validation_fraction}; it has to be at least 0 and less than 1.")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Stage 1: the policy learns to answer questions about an image, and to ask them.
 
 ```bash
@@ -112,7 +112,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.training.resume import resume_checkpoint
     from medst_trl.training.run_folder import load_splits, open_record, save_adapter, write_model_card
 
-    _check(args, training_args)
+    check(args, training_args)
     set_accumulation(args, training_args)
     datasets = load_splits(args, training_args, "instruct")
     record = open_record(args, training_args, "sft")
@@ -189,7 +189,7 @@ def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "SelfQues
     return trainer
 
 
-def _check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
+def check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
     from medst_trl.errors import UserError
     from medst_trl.training.policy_for_training import check_how_it_runs
 

@@ -45,10 +45,10 @@ def accumulation_steps(effective: int, per_device: int, processes: int) -> int:
         return effective // (per_device * processes)
     ways = []
     if effective % processes == 0:
-        sizes = _divisors(effective // processes)
+        sizes = _divisors(effective // processes, near=per_device)
         ways.append(f"per_device_train_batch_size {_either(sizes)} on {_processes(processes)}")
     if effective % per_device == 0:
-        counts = _divisors(effective // per_device)
+        counts = _divisors(effective // per_device, near=processes)
         ways.append(f"{_either(counts)} process{'es' * (counts != [1])} with per_device_train_batch_size {per_device}")
     if not ways:
         ways.append(f"an effective_batch_size that is a multiple of {per_device * processes}")
@@ -88,8 +88,10 @@ def division_of(training_args: "TrainingArguments", examples: str) -> str:
     )
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def _divisors(number: int, near: int) -> list[int]:
+    """Those that somebody who wanted `near` may take instead."""
+    smaller = [divisor for divisor in range(1, min(number, 2**16) + 1) if number % divisor == 0]
+    return sorted(sorted(smaller, key=lambda divisor: abs(divisor - near))[:8])
 
 
 def _either(numbers: list[int]) -> str:

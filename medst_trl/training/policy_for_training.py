@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.errors import UserError
 
+from .bounds import check_bounds
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
@@ -15,9 +17,10 @@ if TYPE_CHECKING:
 def check_how_it_runs(args: Any, training_args: "TrainingArguments") -> None:
     """
     Raises:
-        UserError: for `load_in_4bit` where weights of 4 bits would have to train, or to be divided among ranks, and
-            for ZeRO-3 without GPUs where the token is to train.
+        UserError: for a setting outside of its bounds, for `load_in_4bit` where weights of 4 bits would have to train,
+            or to be divided among ranks, and for ZeRO-3 without GPUs where the token is to train.
     """
+    check_bounds(args, training_args)
     plugin = training_args.deepspeed_plugin
     uses_zero_3 = plugin is not None and plugin.zero_stage == 3
     by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

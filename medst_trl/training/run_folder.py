@@ -6,6 +6,8 @@ import os
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.errors import UserError
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +48,11 @@ def _load(names: "Sequence[str]", split: str, kind: str) -> "Dataset":
     from medst_trl.data.schema import check_columns, features_of, load_records
 
     datasets = [load_records(name, split) for name in names]
-    for dataset in datasets:
-        check_columns(dataset, kind)
+    for name, dataset in zip(names, datasets):
+        try:
+            check_columns(dataset, kind)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     if len(datasets) == 1:
         return datasets[0]
     features = features_of(kind)

@@ -1,5 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+import gzip
 import json
 
 import pytest
@@ -73,6 +74,27 @@ def test_a_cut_file_gives_its_complete_records(tmp_path_factory, cut, indent):
     good, bad = read(tmp_path_factory.mktemp("cut"), text[:cut])
     whole = sum(len("[" + ", ".join(texts[: n + 1])) <= cut for n in range(len(texts)))
     assert good == GOOD[:whole] and len(bad) <= 1
+
+
+def test_two_records_on_a_line_are_two(tmp_path):
+    """A file without a last line break was appended to."""
+    one, two, three = map(json.dumps, GOOD[:3])
+    assert read(tmp_path, f"{one}{two}\n{three}", "a.jsonl") == (GOOD[:3], [])
+    good, bad = read(tmp_path, f"{one}{two[:-5]}\n{three}", "a.jsonl")
+    assert good == [GOOD[0], GOOD[2]] and [item.reason for item in bad] == ["malformed_json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"[]"), "gzip.: unpack"),
+        (b"PK\x03\x04..", "Excel workbook"),
+        (json.dumps(GOOD).encode("utf-16"), "UTF-16.*save it as UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_said_to_be_so(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content)
 
 
 def test_what_is_no_object_is_set_aside(tmp_path):

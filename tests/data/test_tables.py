@@ -1,5 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+import csv
 import json
 
 import pytest
@@ -30,8 +31,6 @@ def test_questions_and_plain_images(tmp_path, suffix):
     if suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
-        import csv
-
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
             writer.writeheader()
@@ -62,3 +61,27 @@ def test_a_table_without_images_is_the_users_mistake(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=r"a\.csv"):
         read_table(tmp_path / "a.csv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "image;question;answer\n", "Separate its columns by commas instead of semicolons"),  # Excel, Europe
+        ("a.tsv", "image,question\n", "by tabs instead of commas"),
+        ("a.csv", "Image,Question\n", "no column `image` .it has Image, Question.. Name"),
+        ("a.csv", "image,question,answer,answer\na.png,q,a,b\n", "several columns `answer`"),
+    ],
+)
+def test_a_header_that_would_lose_something_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_table(tmp_path / name, tmp_path)
+
+
+def test_only_line_breaks_break_lines(tmp_path):
+    rows = [["a.png", "Is it\x85?", "yes\u2028"], ["b.png", "one\ntwo", "\x0c"]]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "question", "answer"], *rows])
+    source = read_table(tmp_path / "a.csv", tmp_path)
+    assert [item.image for item in source.questions] == ["a.png"]
+    assert [item.reason for item in source.rejected] == ["no_answer"]

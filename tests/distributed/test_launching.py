@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate.commands.launch as accelerate_launch
 import pytest
+from accelerate.commands.config import config_args
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from medst_trl import launch
 from medst_trl.errors import UserError
@@ -70,27 +73,47 @@ def test_one_process_in_the_place_of_two_is_noticed_and_the_command_it_names_wor
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("words", "asked"),
     [
-        "accelerate launch --config_file four.yaml -m medst_trl mine.yaml --stage evaluate",
-        "accelerate launch -m medst_trl mine.yaml --stage evaluate",  # its own configuration: see HF_HOME
-        "accelerate launch --cpu --num_processes=2 --no_python ./mine.yaml --stage evaluate",
+        (["--config_file", "four.yaml", "-m", "medst_trl"], 4),
+        (["-m", "medst_trl"], 4),  # its own configuration
+        (["--cpu", "--num_processes=2", "--no_python", "./mine.yaml"], 2),
+        (["--cpu", "--num_processes", "1", "-m", "medst_trl"], 1),
     ],
-    ids=["config_file", "default_config", "executable"],
+    ids=["config_file", "default_config", "executable", "one"],
 )
-def test_however_it_was_asked_for(folder, command):
-    (folder / "accelerate").mkdir()
-    (folder / "four.yaml").rename(folder / "accelerate" / "default_config.yaml")
-    (folder / "four.yaml").write_text(NOT_DISTRIBUTED)
-    done = run(folder, command, HF_HOME=str(folder))
-    assert done.returncode != 0 and not is_done(folder)
-    assert "processes are asked for, but accelerate has started one" in done.stderr
+def test_however_it_was_asked_for(folder, monkeypatch, words, asked):
+    """In the environment that accelerate makes for the one process it starts."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "environ", dict(ENVIRONMENT))
+    for module in (accelerate_launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", "four.yaml")
+    started = []
+    monkeypatch.setattr(accelerate_launch, "simple_launcher", started.append)
+    accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
+    _, environment = prepare_simple_launcher_cmd_env(*started)
+    monkeypatch.setattr(os, "environ", environment)
+    assert started[0].num_processes == asked
+    if asked == 1:
+        return check_launched(None, None, "medst sft")
+    with pytest.raises(UserError, match="processes are asked for, but accelerate has started one"):
+        check_launched(None, None, "medst sft")
 
 
 def test_one_process_is_one_process_whatever_the_environment_says(folder):
     command = "accelerate launch --cpu --num_processes 1 -m medst_trl mine.yaml --stage evaluate"
     done = run(folder, command, MASTER_ADDR="node-1", MASTER_PORT="29500")
     assert done.returncode == 0 and is_done(folder), done.stderr
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_that_mpirun_has_started_are_not_alone(monkeypatch, variable):
+    started = {"ACCELERATE_DYNAMO_BACKEND": "no", "MASTER_PORT": "29500"}
+    monkeypatch.setattr(os, "environ", ENVIRONMENT | started | {variable: "2"})
+    check_launched(None, None, "medst sft")
+    monkeypatch.setitem(os.environ, variable, "1")  # as srun sets it, too
+    with pytest.raises(UserError, match="accelerate has started one"):
+        check_launched(None, None, "medst sft")
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
@@ -105,7 +128,7 @@ def test_sharding_that_accelerate_leaves_out_is_an_error(monkeypatch, kind):
 
 
 def started(monkeypatch, config, count, options=(), gpus=0, **environment):
-    monkeypatch.setattr(launch, "_gpu_count", lambda: gpus)
+    monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.setattr(os, "environ", ENVIRONMENT | environment)
     return launch_command(["program"], config, count, options)

@@ -15,11 +15,13 @@ import pytest
 import tiny_dpo
 import tiny_run
 import torch
+import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from medst_trl.__main__ import main as run_recipe
 from medst_trl.data.schema import instruct_features, preference_features
-from medst_trl.launch import without_launcher
+from medst_trl.launch import launch_command, without_launcher
 from medst_trl.policy.tiny import tiny_llava
 
 
@@ -113,24 +115,61 @@ def assert_trained_alike(one, two, tolerance=2e-5):
         assert torch.allclose(weight, others[name], atol=1e-5), name
 
 
+ADAPTER = {"lora_r": 4, "vision_lora_r": 2, "lora_dropout": 0.0}
+STEP = {"sft": "8 conversations a step", "dpo": "8 pairs a step"}
+
+
+def recipe(inputs, folder, **launch):
+    """Stage 1 and stage 2, from models that are there already."""
+    sections = {
+        "sft": {"model_name_or_path": f"{inputs}/base", "dataset": f"{inputs}/instruct", **ADAPTER},
+        "dpo": {"model_name_or_path": f"{inputs}/sft", "dataset": f"{inputs}/preferences"},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder), **launch, **TRAINING, **sections}))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
-def sft_of_one(inputs, tmp_path_factory):
-    return _sft(inputs, tmp_path_factory.mktemp("one") / "sft", per_device_train_batch_size=4)
-
-
-def _sft(inputs, folder, config=None, **options):
-    model = {"model_name_or_path": inputs / "base", "lora_r": 4, "vision_lora_r": 2, "lora_dropout": 0.0}
-    said = medst("sft", folder, config, dataset=inputs / "instruct", **TRAINING | model | options)
-    processes = "2 processes" if config else "1 process"
-    division = f"8 conversations a step: {options['per_device_train_batch_size']} x {processes} x "
-    assert said.count(division) == 1  # rank 0 alone
+def one_rank(inputs, tmp_path_factory):
+    """What one process makes of both stages."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        run_recipe([recipe(inputs, folder, per_device_train_batch_size=4)])
     return folder
 
 
-@pytest.mark.parametrize("config", KINDS)
-def test_sft(inputs, sft_of_one, tmp_path, config):
-    # A row at a time, so that one rank never has an image: four batches of it are a step.
-    assert_trained_alike(sft_of_one, _sft(inputs, tmp_path / "two", config, per_device_train_batch_size=1))
+@pytest.fixture(scope="module", params=KINDS)
+def two_ranks(request, inputs, tmp_path_factory):
+    """
+    What two make of them, a row at a time, so that one of them never has an image. Under DDP the stages share a
+    launch, under DeepSpeed each has its own.
+    """
+    if request.param == "zero2":
+        pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("two")
+    path = recipe(inputs, folder, per_device_train_batch_size=1, accelerate_config=request.param, num_processes=2)
+    for options in [["--stage", "sft"], ["--stage", "dpo"]] if request.param == "zero2" else [[]]:
+        command, environment = launch_command(["medst_trl", path, *options], request.param, 2)
+        environment = without_launcher(os.environ) | environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        for stage in ["sft", "dpo"] if not options else options[1:]:
+            division = f"{STEP[stage]}: 1 x 2 processes x 4 accumulated."
+            assert done.stdout.count(division) == 1  # rank 0 alone
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_ranks_learn_what_one_does(one_rank, two_ranks, stage):
+    assert_trained_alike(one_rank / stage, two_ranks / stage)
+
+
+def _sft(inputs, folder, config=None, **options):
+    model = {"model_name_or_path": inputs / "base"} | ADAPTER
+    medst("sft", folder, config, dataset=inputs / "instruct", **TRAINING | model | options)
+    return folder
 
 
 @pytest.mark.slow
@@ -156,29 +195,12 @@ def test_sft_under_zero_3_but_for_the_token(inputs, tmp_path):
     assert_trained_alike(one, _sft(inputs, tmp_path / "two", "zero3", per_device_train_batch_size=1, **options))
 
 
-@pytest.fixture(scope="module")
-def dpo_of_one(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one") / "dpo"
-    _dpo(inputs, folder, per_device_train_batch_size=4)
-    return folder
-
-
-def _dpo(inputs, folder, config=None, **options):
-    paths = {"model_name_or_path": inputs / "sft", "dataset": inputs / "preferences"}
-    said = medst("dpo", folder, config, **TRAINING | paths | options)
-    assert said.count("8 pairs a step") == 1
-    return folder
-
-
-@pytest.mark.parametrize("config", KINDS)
-def test_dpo(inputs, dpo_of_one, tmp_path, config):
-    assert_trained_alike(dpo_of_one, _dpo(inputs, tmp_path / "two", config, per_device_train_batch_size=1))
-
-
 @pytest.mark.slow
-def test_dpo_with_the_reference_asked_beforehand_under_zero_2(inputs, dpo_of_one, tmp_path):
+def test_dpo_with_the_reference_asked_beforehand_under_zero_2(inputs, one_rank, tmp_path):
     options = {"precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "log_probs"}
-    assert_trained_alike(dpo_of_one, _dpo(inputs, tmp_path / "two", "zero2", per_device_train_batch_size=1, **options))
+    paths = {"model_name_or_path": inputs / "sft", "dataset": inputs / "preferences"}
+    medst("dpo", tmp_path / "two", "zero2", per_device_train_batch_size=1, **TRAINING | paths | options)
+    assert_trained_alike(one_rank / "dpo", tmp_path / "two")
 
 
 @pytest.fixture(scope="module")

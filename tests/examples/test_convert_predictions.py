@@ -18,6 +18,26 @@ RECORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("convert_predictions", ["no.jsonl", "a.tsv", "vlmevalkit"], "no.jsonl cannot be read"),
+        ("convert_predictions", ["no.jsonl"], "required: target"),
+        ("convert_preferences", ["no.json", "images"], "three paths"),
+        ("convert_preferences", ["no.json", "images", "folder"], "image_folder images is no folder"),
+        ("score_predictions", ["no.jsonl"], "no.jsonl cannot be read"),
+    ],
+)
+def test_mistakes_end_in_a_message(name, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    monkeypatch.setattr("sys.argv", [str(path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code
+    assert message in capsys.readouterr().err + str(ended.value.code)
+
+
 def test_there_and_back(tmp_path, capsys):
     main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "convert_predictions.py"))["main"]
     steps = [

@@ -218,6 +218,21 @@ def test_settings_that_save_memory_do(llava):
     assert less["optimizer"] == usual["optimizer"] / 2  # what is left are float32 weights
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_weight_trains_in_the_type_it_is_loaded_in(llava, dtype, tmp_path):
+    settings = {"use_lora": False, "dtype": dtype, "bf16": True}
+    parts = memory(step("sft", llava, **settings), "not distributed").parts
+    model, processor = tiny_run.small_policy()
+    policy = (model.to(getattr(torch, dtype)), processor, None)
+    trainer = tiny_run.make_trainer(tmp_path, policy=policy, lora=False, max_steps=1)
+    trainer.train()
+    (state, *_), weights = trainer.optimizer.state.values(), list(trainer.model.parameters())
+    adam = {value.dtype for key, value in state.items() if key != "step"}
+    assert {weight.dtype for weight in weights} == adam == {getattr(torch, dtype)}
+    total = meta_model(llava).num_parameters() * getattr(torch, dtype).itemsize
+    assert [parts[name] for name in ("trained", "gradients", "optimizer")] == [total, total, 2 * total]
+
+
 def test_four_bits_are_for_the_language_model_alone(llava):
     policy = Policy(meta_model(llava), "")
     policy.model.requires_grad_(False)

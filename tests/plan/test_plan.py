@@ -124,6 +124,11 @@ def test_a_model_that_only_the_hub_has(recipe, tmp_path, capsys):
     assert not any("some-org/some-model" in line for line in told["dpo"].get("downloads", []))
 
 
+def test_a_model_that_is_a_folder_of_another_machine(recipe, capsys):
+    told = plan(capsys, recipe, "--stage", "sft", "--sft.model_name_or_path", "/cluster/models/llava")
+    assert told["sft"]["model"] == ["not on this machine: /cluster/models/llava"] and told["sft"]["batch"]
+
+
 def test_a_stage_that_is_finished_is_only_named(recipe, tmp_path, capsys):
     (tmp_path / "out" / "sft").mkdir(parents=True)
     (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps({"status": "complete"}))
@@ -132,7 +137,7 @@ def test_a_stage_that_is_finished_is_only_named(recipe, tmp_path, capsys):
     assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
 
 
-@pytest.mark.parametrize("name", ["demo", "vqa_rad_tiny", "phantom_study"])
+@pytest.mark.parametrize("name", ["demo", "vqa_rad_tiny", pytest.param("phantom_study", marks=pytest.mark.slow)])
 def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = plan(capsys, name)
@@ -148,6 +153,10 @@ def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path
         (["--sft.learning_rate", "fast"], "'fast' is not a valid float"),
         (["--num_processes", "3"], "section sft: effective_batch_size 128 cannot be made"),
         (["--sft.throughput", "fast"], "'fast' is not a number of examples a second"),
+        (["--throughput"], "is not a number of examples a second"),
+        (["--sfft.throughput", "2"], "has no section 'sfft'"),
+        (["--sft.lora_r", "-4"], "section sft: lora_r is -4"),
+        (["--generate.num_answers", "1"], "section generate: num_answers is 1"),
         (["--accelerate_config", "single_gpu", "--num_processes", "2"], "is for one process, not for 2"),
         (["--accelerate_config", "zero3", "--sft.load_in_4bit", "true"], "load_in_4bit does not go with"),
         (["--dpo.hub_model_id", "no such name"], "hub_model_id"),

@@ -64,3 +64,36 @@ def test_only_safetensors(adapter):
     path.rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match=r"no readable adapter_model\.safetensors"):
         load_policy(str(adapter))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"peft_type": "NOPE"}', "cannot be read"),
+        ("{}", "not of LoRA"),
+        (
+            '{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "x"}',
+            "not of LoRA but of the type PREFIX_TUNING",
+        ),
+        ('{"peft_type": "LORA", "base_model_name_or_path": 3}', "names 3 as its base"),
+        ('{"peft_type": "LORA"}', "names no base"),
+    ],
+)
+def test_a_configuration_of_something_else(adapter, content, message):
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_policy(str(adapter))
+
+
+def test_a_training_output_of_the_original_code_is_to_be_converted(adapter):
+    (adapter / "non_lora_trainables.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=f"medst convert --source {adapter} --base"):
+        load_policy(str(adapter))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"weights_sha256": 3}'])
+def test_a_damaged_fingerprint_is_none(adapter, content):
+    (adapter / "base_model.json").write_text(content)
+    assert load_policy(str(adapter))

@@ -250,3 +250,32 @@ def test_weights_that_are_not_finite(tmp_path):
     with pytest.raises(UserError, match="cannot be merged|does not agree"):
         merge_policy(adapter, merged, built_in_examples())
     assert not list(merged.iterdir())
+
+
+def test_a_folder_never_holds_two_models(tmp_path):
+    adapter, merged = save_adapter(tmp_path)
+    merge_policy(adapter, merged, built_in_examples(1))
+    merge_policy(adapter, merged, built_in_examples(1), max_shard_size="100KB", dtype="bfloat16")
+    assert not (merged / "model.safetensors").exists()
+    assert AutoModelForImageTextToText.from_pretrained(merged).dtype == torch.bfloat16
+
+
+def test_a_full_disk_is_not_left_full(tmp_path, monkeypatch):
+    from transformers import modeling_utils
+
+    adapter, merged = save_adapter(tmp_path)
+    save = modeling_utils.safe_save_file
+
+    def full_disk(*args, **kwargs):
+        save(*args, **kwargs)
+        raise OSError("no space")
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        merge_policy(adapter, merged, built_in_examples(1))
+    assert not list(merged.iterdir())
+
+
+def test_a_size_that_is_none_is_refused_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="'big' is no size"):
+        merge_policy(str(tmp_path), tmp_path / "merged", built_in_examples(1), max_shard_size="big")

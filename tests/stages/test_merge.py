@@ -245,3 +245,11 @@ def test_a_server_samples_when_it_is_told_a_temperature(merged, served):
     image = tiny_run.conversation(0)["images"][0]
     assert len({_say(served, merged, image, VUSR, temperature=5.0, seed=seed) for seed in range(4)}) > 1
     assert len({_say(served, merged, image, VUSR, temperature=0, seed=seed) for seed in range(2)}) == 1
+
+
+def test_no_examples_is_refused_by_name(tmp_path):
+    from medst_trl.errors import UserError
+    from medst_trl.stages.merge import MergeArguments, _examples
+
+    with pytest.raises(UserError, match="num_examples is 0"):
+        _examples(MergeArguments(model_name_or_path=str(tmp_path), output_dir="out", num_examples=0))

@@ -27,10 +27,11 @@ def draw(folder: Path, names) -> None:
 def slake(shared_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("slake")
     records = {}
-    for split, name in SLAKE_FILES.items():
-        rows = json.loads((shared_data / "slake" / name).read_text(encoding="utf-8"))
+    for split, pattern in SLAKE_FILES.items():
+        (source,) = (shared_data / "slake").glob(pattern)
+        rows = json.loads(source.read_text(encoding="utf-8"))
         records[split] = rows[-20:] + rows[:40]  # Chinese questions stand behind the English ones
-        (folder / name).write_text(json.dumps(records[split]))
+        (folder / f"{split}.json").write_text(json.dumps(records[split]))  # so they are called on the Hub
     draw(folder / "imgs", [record["img_name"] for rows in records.values() for record in rows])
     prepare.main(
         prepare.PrepareArguments(

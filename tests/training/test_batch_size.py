@@ -31,6 +31,13 @@ def test_what_does_not_divide_is_refused_with_what_would(effective, per_device, 
     assert sizes or counts or f"multiple of {per_device * processes}" in said
 
 
+def test_of_many_ways_the_nearest_few_are_named():
+    with pytest.raises(UserError, match=": 6, 7, 9, 10, 11, 14, 15 or 18 processes with"):
+        accumulation_steps(55440, 8, 13)
+    with pytest.raises(UserError, match="per_device_train_batch_size 1, "):
+        accumulation_steps(10**10 + 1, 8, 1)  # at once: ten thousand million candidates are not tried
+
+
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (-8, 8, 1), (8, 0, 1)])
 def test_numbers_below_one(numbers):
     with pytest.raises(UserError, match="1 or more"):

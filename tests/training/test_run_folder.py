@@ -63,5 +63,5 @@ def test_each_of_them_has_to_be_complete(tmp_path):
     bare = tmp_path / "c"
     bare.mkdir()
     Dataset.from_list([{"id": "x"}]).to_parquet(bare / "train-00000-of-00001.parquet")
-    with pytest.raises(UserError, match="lacks the columns images, image_ids, messages"):
+    with pytest.raises(UserError, match=f"{bare}: .*lacks the columns images, image_ids, messages"):
         load(first, str(bare))

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from medst_trl.data.tables import check_header
+from medst_trl.data.text_files import read_text_file
 from medst_trl.errors import UserError
 from medst_trl.evaluation.metrics import RecordError
 from medst_trl.evaluation.prediction_formats.rows import Item, answer_type, json_rows, write_text
@@ -82,10 +84,7 @@ def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Item]:
     """Rows by column name; what has more or fewer cells than the header is an error."""
     lines = iter(lines)
     header = [str(name) for name in next(lines, [])]
-    if missing := [name for name in _NEEDED if name not in header]:
-        raise UserError(
-            f"{path} has no column {', '.join(missing)} (it has {', '.join(header) or 'none'}). {EXPECTED}"
-        )
+    check_header(header, _NEEDED, path, TABLES[path.suffix.lower()], EXPECTED)
     for number, cells in enumerate(lines, start=1):
         name = f"row {number}"
         if len(cells) != len(header):
@@ -96,10 +95,7 @@ def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Item]:
 
 def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)  # an answer that never ended may be longer than csv's 128 KiB
-    try:
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the predictions.") from None
+    text = read_text_file(path, "predictions")
     yield from (cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if cells)
 
 

@@ -97,10 +97,12 @@ class Parts:
             for name, part in parts.items()
             if name in expected and part.shape != expected[name]
         ]
+        parts = [*self.weights.values(), *(half for lora in self.changes.values() for half in (lora.a, lora.b))]
         problems = {
             "are missing (by their names in the model)": missing,
             "have no place in the model": unused,
             "are of another shape": misshapen,
+            "are no plain floating-point numbers": [f"{part}: {part.kind}" for part in parts if not part.is_weight],
         }
         if any(problems.values()):
             raise UserError(

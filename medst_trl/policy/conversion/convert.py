@@ -12,10 +12,11 @@ from ...errors import UserError
 from ..vusr_role import VUSR_ROLES
 from .assembling import EMBEDDING, HEAD, Parts, model_on_meta
 from .model_config import llava_config
+from .names import VISION
 from .processor import build_processor
 from .reading import Checkpoint, open_checkpoint
 from .tokenizer import IMAGE, read_tokenizer
-from .writing import write_weights
+from .writing import check_shard_size, staging_folder, write_weights
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Converted:
         vusr_role (`str`): `"token"` or `"text"`.
         parameters (`int`): Parameters of the model.
         changed (`int`): Weights that LoRA layers were merged into.
+        changed_in_vision (`int`): How many of them are the vision tower's.
         left_out (`list[str]`): Names of the tensors that nothing is lost without.
         dtype (`str`): Type of the weights.
     """
@@ -43,6 +45,7 @@ class Converted:
     vusr_role: str
     parameters: int
     changed: int
+    changed_in_vision: int
     left_out: list[str]
     dtype: str
 
@@ -63,7 +66,8 @@ def convert_checkpoint(
     Writes a checkpoint of the original LLaVA code, or of one built on it, as a model that transformers loads.
 
     A training output is merged with its base (in float32, then back to the checkpoint's type). Nothing is written
-    unless every tensor is accounted for. Cut short and called again, it goes on behind the last whole shard.
+    unless every tensor is accounted for. Cut short and called again with the same arguments, it goes on behind the
+    last whole shard; with others it starts anew, and no file of another model stays.
 
     Args:
         source (`str`):
@@ -95,6 +99,7 @@ def convert_checkpoint(
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
     """
     _check_choices(vusr_role, dtype)
+    check_shard_size(max_shard_size)
     checkpoint = open_checkpoint(source, base, projector, vision_tower, vision_lora)
     config = _fitting_config(checkpoint)
     tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
@@ -110,12 +115,15 @@ def convert_checkpoint(
     )
     model = model_on_meta(config)
     torch_dtype = _dtype(dtype, checkpoint.parts)
-    _write(Path(output_dir), model, checkpoint.parts, processor, torch_dtype, max_shard_size)
+    sources = (source, base, projector, vision_tower, vision_lora)
+    staging = staging_folder(Path(output_dir), sources, (role, dtype, max_shard_size))
+    _write(staging, model, checkpoint.parts, processor, torch_dtype, max_shard_size)
     return Converted(
         model_type=config.model_type,
         vusr_role=role,
         parameters=model.num_parameters(),
         changed=len(checkpoint.parts.changes),
+        changed_in_vision=sum(name.startswith(VISION) for name in checkpoint.parts.changes),
         left_out=sorted(checkpoint.parts.left_out),
         dtype=str(torch_dtype).removeprefix("torch."),
     )
@@ -130,9 +138,10 @@ def _check_choices(vusr_role: str | None, dtype: str) -> None:
 
 def _fitting_config(checkpoint: Checkpoint) -> "LlavaConfig":
     """The configuration whose model the tensors are, one for one."""
-    if EMBEDDING not in checkpoint.parts.weights:
+    embedding = checkpoint.parts.weights.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
         raise UserError("The checkpoint holds no embedding (model.embed_tokens.weight), so it is no language model.")
-    rows = checkpoint.parts.weights[EMBEDDING].shape[0]  # whatever vocab_size says: embeddings get resized
+    rows = embedding.shape[0]  # whatever vocab_size says: embeddings get resized
     config = llava_config(checkpoint.config, checkpoint.vision, rows)
     checkpoint.parts.check(model_on_meta(config))
     return config
@@ -140,7 +149,13 @@ def _fitting_config(checkpoint: Checkpoint) -> "LlavaConfig":
 
 def _take_tokens(config: "LlavaConfig", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Tells a configuration of the tokenizer's tokens, in place; where they lack rows, with some to spare."""
-    if len(tokenizer) > config.text_config.vocab_size:
+    rows = config.text_config.vocab_size
+    if len(tokenizer) - rows > ROWS_MULTIPLE:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it is of another model. Put "
+            "that of the language model into the checkpoint's folder."
+        )
+    if len(tokenizer) > rows:
         config.text_config.vocab_size = -(-(len(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE  # `<vusr>` fits, too
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -157,7 +172,7 @@ def _dtype(dtype: str, parts: Parts) -> "torch.dtype":
 
 
 def _write(
-    output_dir: Path,
+    staging: Path,
     model: "PreTrainedModel",
     parts: Parts,
     processor: "ProcessorMixin",
@@ -167,19 +182,22 @@ def _write(
     """Every file appears whole, config.json last: a folder that has it is complete."""
     from transformers import GenerationConfig
 
-    config, staging = model.config, output_dir / ".saving"
-    staging.mkdir(parents=True, exist_ok=True)
+    config, output_dir = model.config, staging.parent
     for path in staging.iterdir():
         if path.suffix != ".safetensors":  # half a file of a run that was cut short
             path.unlink()
-    write_weights(
-        staging,
-        model,
-        lambda name: _with_rows(name, parts.read(name), config.text_config.vocab_size),
-        dtype,
-        max_shard_size,
-        is_written=lambda file: (staging / file).exists() or (output_dir / file).exists(),
-    )
+    try:
+        write_weights(
+            staging,
+            model,
+            lambda name: _with_rows(name, parts.read(name), config.text_config.vocab_size),
+            dtype,
+            max_shard_size,
+            is_written=lambda file: (staging / file).exists() or (output_dir / file).exists(),
+        )
+    except UserError:  # going on would end the same way
+        shutil.rmtree(staging)
+        raise
     processor.save_pretrained(staging)
     special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**special).save_pretrained(staging)

@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hugging Face configuration that says what an original one does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from ...errors import UserError
 
@@ -44,16 +48,27 @@ def llava_config(original: dict[str, Any], vision: "CLIPVisionConfig", rows: int
     known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "head_dim"}
     kept = {key: value for key, value in text.items() if key in known - {"architectures", "dtype", "model_type"}}
     cls = PrototypeLlavaConfig if original["mm_projector_type"] == "cluster" else LlavaConfig
-    side = vision.image_size // vision.patch_size
+    side, layer = vision.image_size // vision.patch_size, original.get("mm_vision_select_layer", -2)
     strategy = _STRATEGIES[original.get("mm_vision_select_feature") or "patch"]
-    return cls(
-        vision_config=vision.to_dict(),
-        text_config={**kept, "model_type": "llama", "vocab_size": rows},
-        vision_feature_layer=original.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=strategy,
-        image_seq_length=side**2 + (strategy == "full"),
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
-    )
+    with _explained("config.json"):
+        return cls(
+            vision_config=vision.to_dict(),
+            text_config={**kept, "model_type": "llama", "vocab_size": rows},
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            image_seq_length=side**2 + (strategy == "full"),
+            tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+        )
+
+
+@contextmanager
+def _explained(file: str) -> Iterator[None]:
+    """Values that no model can have, as [`UserError`]."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{file} describes no model that there can be: {told}") from error
 
 
 def _check(original: dict[str, Any], vision: "CLIPVisionConfig") -> None:
@@ -68,6 +83,7 @@ def _check(original: dict[str, Any], vision: "CLIPVisionConfig") -> None:
         "mm_use_im_start_end": bool(original.get("mm_use_im_start_end")),
         "image_aspect_ratio": original.get("image_aspect_ratio") not in (None, "square", "pad"),
         "hidden_act": original.get("hidden_act", "silu") != "silu",
+        "mm_vision_select_layer": not _are_layers(original.get("mm_vision_select_layer", -2), vision),
     }
     if wrong := [key for key, is_refused in refused.items() if is_refused]:
         key = wrong[0]
@@ -78,6 +94,13 @@ def _check(original: dict[str, Any], vision: "CLIPVisionConfig") -> None:
             f"The projector reads features of size {width} (mm_hidden_size), but the vision tower writes "
             f"{vision.hidden_size}. Give the tower that the checkpoint was trained with as --vision_tower."
         )
+
+
+def _are_layers(selected: Any, vision: "CLIPVisionConfig") -> bool:
+    """Whether the hidden states that a projector reads exist: those of the layers, and their input."""
+    count = vision.num_hidden_layers + 1
+    layers = selected if isinstance(selected, list) else [selected]
+    return all(isinstance(layer, int) and -count <= layer < count for layer in layers)
 
 
 def vision_config(folder: Path) -> "CLIPVisionConfig":
@@ -98,4 +121,5 @@ def vision_config(folder: Path) -> "CLIPVisionConfig":
             f"{folder} holds a model of the type {content['model_type']!r}; the vision tower has to be CLIP."
         )
     known = CLIPVisionConfig().to_dict().keys() - {"model_type", "dtype", "transformers_version"}
-    return CLIPVisionConfig(**{key: value for key, value in content.items() if key in known})
+    with _explained(str(folder / "config.json")):
+        return CLIPVisionConfig(**{key: value for key, value in content.items() if key in known})

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor of a converted checkpoint: tokenizer, images as in training, chat template."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..vicuna import vicuna_template
+from .sources import read_json
 
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def build_processor(
     tokenizer: "PreTrainedTokenizerFast",
     config: "LlavaConfig",
     *,
-    vision_folder: Path | None,
+    vision_folder: Path,
     pad_to_square: bool,
     text_role: bool,
 ) -> "LlavaProcessor":
@@ -29,8 +29,8 @@ def build_processor(
             From [`read_tokenizer`].
         config ([`~transformers.LlavaConfig`]):
             The model's configuration.
-        vision_folder (`Path`, *optional*):
-            Folder of the vision tower, for its `preprocessor_config.json`.
+        vision_folder (`Path`):
+            Folder of the vision tower, for the colours in its `preprocessor_config.json` or `processor_config.json`.
         pad_to_square (`bool`):
             Whether images are padded with the mean colour to a square, as in the training of LLaVA-1.5. The first
             implementation did so in training only; here every stage does what the processor says.
@@ -62,8 +62,12 @@ def build_processor(
     )
 
 
-def _colours(folder: Path | None) -> dict[str, Any]:
+def _colours(folder: Path) -> dict[str, Any]:
     """Mean and deviation of colours, where a vision tower has its own; CLIP's otherwise."""
-    path = folder / "preprocessor_config.json" if folder else None
-    content = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
-    return {key: content[key] for key in ("image_mean", "image_std") if key in content}
+    found = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name, "how images are prepared")
+            content = content.get("image_processor", content)
+            found |= {key: content[key] for key in ("image_mean", "image_std") if key in content}
+    return found

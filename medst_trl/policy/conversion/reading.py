@@ -31,7 +31,7 @@ class Checkpoint:
         vision ([`~transformers.CLIPVisionConfig`]): Configuration of its vision tower.
         parts ([`Parts`]): Its tensors, none of them read yet.
         tokenizer_folder (`Path`): Where its tokenizer is.
-        vision_folder (`Path`, *optional*): Folder of the vision tower.
+        vision_folder (`Path`): Folder of the vision tower.
         has_vision_lora (`bool`): Whether the vision tower was trained by LoRA.
     """
 
@@ -39,7 +39,7 @@ class Checkpoint:
     vision: "CLIPVisionConfig"
     parts: Parts
     tokenizer_folder: Path
-    vision_folder: Path | None
+    vision_folder: Path
     has_vision_lora: bool
 
 
@@ -54,13 +54,13 @@ def open_checkpoint(
     """
     folder = local_folder(source, "The checkpoint")
     base_folder = _base_folder(folder, base)
-    config = _config(folder, base_folder)
+    config = original_config(folder, base_folder)
     parts = Parts()
     parts.put(open_weights(_model_files(base_folder)))
-    vision_folder, vision = _vision_tower(config, vision_tower, parts)
+    vision_folder, vision = _vision_tower(config, vision_tower, parts, base_folder)
     if folder != base_folder:
         parts.change(*read_lora(folder))
-        parts.put(open_weights(find_weights(folder, PROJECTOR_FILES)))
+        parts.put(open_weights(_trained_in_full(folder, projector)))
     if projector is not None:
         parts.put(open_weights(_projector_files(projector)))
     lora_folder = local_folder(vision_lora, "The vision tower's LoRA") if vision_lora else folder / VISION_LORA
@@ -87,7 +87,7 @@ def _base_folder(folder: Path, base: str | None) -> Path:
     return local_folder(base, "The base") if base is not None else folder
 
 
-def _config(folder: Path, base_folder: Path) -> dict[str, Any]:
+def original_config(folder: Path, base_folder: Path) -> dict[str, Any]:
     """The original configuration: the language model's as the base has it, the rest as it was trained with."""
     config = read_json(base_folder / "config.json", "what the model is like")
     if "text_config" in config:
@@ -105,7 +105,8 @@ def _config(folder: Path, base_folder: Path) -> dict[str, Any]:
 
 def _as_original(config: dict[str, Any], base_folder: Path, folder: Path) -> dict[str, Any]:
     projector = {"llava": "mlp2x_gelu", "prototype_llava": "cluster"}.get(config.get("model_type"))
-    if projector is None or folder == base_folder:
+    are_parts = isinstance(config["text_config"], dict) and isinstance(config.get("vision_config"), dict)
+    if projector is None or folder == base_folder or not are_parts:
         raise UserError(
             f"{base_folder} is in a Hugging Face layout already ({config.get('model_type')}): give it to the other "
             "commands as it is, or as --base of a training output."
@@ -129,6 +130,17 @@ def _model_files(folder: Path) -> list[Path]:
     return files
 
 
+def _trained_in_full(folder: Path, projector: str | None) -> list[Path]:
+    """A training output's projector. Without it, that of the base would stay and nothing would be missing."""
+    files = find_weights(folder, PROJECTOR_FILES)
+    if not files and projector is None:
+        raise UserError(
+            f"{folder} lacks what was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the projector as "
+            "--projector."
+        )
+    return files
+
+
 def _projector_files(projector: str) -> list[Path]:
     if Path(projector).is_file():
         return [Path(projector)]
@@ -140,15 +152,17 @@ def _projector_files(projector: str) -> list[Path]:
 
 
 def _vision_tower(
-    config: dict[str, Any], vision_tower: str | None, parts: Parts
-) -> "tuple[Path | None, CLIPVisionConfig]":
+    config: dict[str, Any], vision_tower: str | None, parts: Parts, base_folder: Path
+) -> "tuple[Path, CLIPVisionConfig]":
     """The vision tower's folder and configuration; its weights are added where the checkpoint holds none."""
     from transformers import CLIPVisionConfig
 
-    if parts.has_vision and vision_tower is None and "vision_config" in config:  # of a converted base
-        return None, CLIPVisionConfig(**config["vision_config"])
+    if (
+        parts.has_vision and vision_tower is None and isinstance(config.get("vision_config"), dict)
+    ):  # of a converted base
+        return base_folder, CLIPVisionConfig(**config["vision_config"])
     source = vision_tower or config.get("mm_vision_tower") or config.get("vision_tower")
-    if not source:
+    if not isinstance(source, str) or not source:
         raise UserError("config.json names no mm_vision_tower: give the CLIP folder or Hub id as --vision_tower.")
     try:
         folder = local_folder(source, "The vision tower", weights=not parts.has_vision)

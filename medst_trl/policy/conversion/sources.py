@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...fingerprints import split_revision
+from ..hub_reach import check_reachable
 
 
 _SMALL_FILES = ("*.json", "*.model")
@@ -36,6 +37,7 @@ def local_folder(source: str, what: str, *, weights: bool = True) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, revision = split_revision(source)
+    check_reachable(name)
     try:
         patterns = [*_SMALL_FILES, *(_weight_patterns(name, revision) if weights else ())]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_READ))
@@ -48,12 +50,13 @@ def local_folder(source: str, what: str, *, weights: bool = True) -> Path:
 
 def _weight_patterns(name: str, revision: str | None) -> list[str]:
     """A model that is there in both formats is downloaded once; a training output has parts in each."""
+    import httpx2
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
         files = list_repo_files(name, revision=revision)
-    except OfflineModeIsEnabled:  # the cache holds what was chosen when it was downloaded
+    except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache holds what was chosen when it was downloaded
         files = []
     return (
         ["*.safetensors"] if any(fnmatch(file, "model*.safetensors") for file in files) else ["*.safetensors", "*.bin"]

@@ -37,7 +37,12 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     if (folder / "tokenizer.json").is_file():
         tokenizer = _from_json(folder)
     elif (folder / "tokenizer.model").is_file():
-        tokenizer = _from_sentencepiece(folder)
+        try:
+            tokenizer = _from_sentencepiece(folder)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"The tokenizer in {folder} cannot be read: {error} (tokenizer_config.json or added_tokens.json)"
+            ) from error
     else:
         raise UserError(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy the one of the language model there, "

@@ -35,16 +35,23 @@ class StoredTensor:
         file (`Path`): The file.
         name (`str`): Its name there.
         shape (`tuple[int, ...]`): Its shape.
+        kind (`str`): What its numbers are: a type of PyTorch's such as `"float16"`, or how else they are kept.
         read (`Callable`): Reads it from disk.
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
+    kind: str
     read: "Callable[[], torch.Tensor]"
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} in {self.file.name}"
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether these are numbers that a model computes with, as they stand."""
+        return self.kind in ("float16", "bfloat16", "float32", "float64")
 
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -117,8 +124,11 @@ def _open_safetensors(file: Path) -> list[StoredTensor]:
     try:
         opened = safe_open(file, framework="pt")
         return [
-            StoredTensor(file, name, tuple(opened.get_slice(name).get_shape()), partial(opened.get_tensor, name))
+            StoredTensor(
+                file, name, tuple(part.get_shape()), _kind(part.get_dtype()), partial(opened.get_tensor, name)
+            )
             for name in opened.keys()  # noqa: SIM118 (it is no dict)
+            for part in [opened.get_slice(name)]
         ]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or cut short ({error}). Download it again.") from error
@@ -128,12 +138,23 @@ def _open_pickle(file: Path) -> list[StoredTensor]:
     import torch
 
     content = _load_pickle(file)
-    if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()
+    ):
         raise UserError(f"{file} holds something else than named tensors. Give the model's own weights.")
     return [
-        StoredTensor(file, name, tuple(value.shape), partial(torch.Tensor.detach, value))
+        StoredTensor(file, name, tuple(value.shape), _kind(value), partial(torch.Tensor.detach, value))
         for name, value in content.items()
     ]
+
+
+def _kind(stored: "torch.Tensor | str") -> str:
+    """Of a tensor, or of a type as safetensors spell it."""
+    if isinstance(stored, str):
+        return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(stored, stored)
+    if stored.is_meta or str(stored.layout) != "torch.strided":
+        return "without numbers" if stored.is_meta else str(stored.layout).removeprefix("torch.")
+    return str(stored.dtype).removeprefix("torch.")
 
 
 def _load_pickle(file: Path):

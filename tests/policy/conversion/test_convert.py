@@ -279,6 +279,12 @@ def test_damaged_and_incomplete_downloads(tmp_path, form):
         ({"model_type": "qwen2_vl"}, "'qwen2_vl'"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"mm_vision_select_layer": 99}, "mm_vision_select_layer is 99"),
+        ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer is '-2'"),
+        ({"hidden_size": "forty"}, "no model that there can be.*hidden_size"),
+        ({"num_attention_heads": 7}, "no model that there can be.*attention heads"),
+        ({"num_attention_heads": 0}, "no model that there can be"),
+        ({"mm_vision_tower": 3}, "names no mm_vision_tower"),
         ({"mm_hidden_size": 1024}, "size 1024.*writes 32.*--vision_tower"),
         ({"mm_vision_tower": "/home/author/clip"}, "--vision_tower"),
         ({"mm_vision_tower": None}, "names no mm_vision_tower"),
@@ -338,10 +344,11 @@ def test_cut_short_it_goes_on_behind_the_last_whole_shard(tmp_path, monkeypatch)
     monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".saving"]
+    (staging,) = (tmp_path / "out").iterdir()
+    assert staging.name.startswith(".saving")
     convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
     assert written[3] == written[2] and len(set(written)) == len(written) - 1
-    assert not list((tmp_path / "out").glob("**/*.tmp*")) and not (tmp_path / "out" / ".saving").exists()
+    assert not list((tmp_path / "out").glob("**/*.tmp*")) and not staging.exists()
     assert_computes(tmp_path / "out", weights, "mlp2x_gelu")
 
 
@@ -362,3 +369,78 @@ def test_the_stage_finishes_once_and_refuses_other_settings(tmp_path, capsys):
     with pytest.raises(UserError, match="dtype"):
         main(ConvertArguments(**arguments, dtype="bfloat16"))
     assert_computes(tmp_path / "out", full_model("cluster"), "cluster")
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        (torch.Tensor.to_sparse, "sparse_coo"),
+        (torch.Tensor.char, "int8"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda tensor: tensor.to("meta"), "without numbers"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_listed(tmp_path, change, kind):
+    weights = full_model()
+    weights["model.norm.weight"] = change(weights["model.norm.weight"])
+    message = listed(tmp_path, {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
+    assert "model.language_model.norm.weight" in message  # as missing
+    torch.save(weights, tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"no plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
+        convert_checkpoint(str(tmp_path / "source"), tmp_path / "out")
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    weights = full_model()
+    weights["model.norm.weight"][3] = 1e6
+    source = original.write_checkpoint(tmp_path / "source", weights)
+    with pytest.raises(UserError, match=r"norm\.weight has values that are too large for torch.float16"):
+        convert_checkpoint(str(source), tmp_path / "out", dtype="float16")
+    weights["model.norm.weight"][3] = float("nan")
+    source = original.write_checkpoint(tmp_path / "source", weights)
+    with pytest.raises(UserError, match=r"norm\.weight has values that are not finite"):
+        convert_checkpoint(str(source), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_training_output_without_its_projector_is_incomplete(tmp_path):
+    """The base's own projector would fit in its place."""
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    (output / "non_lora_trainables.bin").unlink()
+    with pytest.raises(UserError, match=r"lacks what was trained in full \(non_lora_trainables\.bin\)"):
+        convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+
+
+def test_a_converted_base_hands_on_the_colours_of_its_tower(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    convert_checkpoint(str(base), tmp_path / "converted")
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    convert_checkpoint(str(output), tmp_path / "out", base=str(tmp_path / "converted"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.do_pad
+
+
+def test_a_folder_never_holds_two_models(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    first, second = full_model(), {name: tensor + 0.01 for name, tensor in full_model().items()}
+    one = original.write_checkpoint(tmp_path / "one", first)
+    other = original.write_checkpoint(tmp_path / "other", second)
+    convert_checkpoint(str(one), tmp_path / "out")
+    convert_checkpoint(str(other), tmp_path / "out", max_shard_size="40KB")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert_computes(tmp_path / "out", second, "mlp2x_gelu")
+    with pytest.raises(UserError, match="what is read"):
+        convert_checkpoint(str(one), one)
+    assert (one / "pytorch_model.bin").is_file()
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "1000"])
+def test_a_size_that_is_none(tmp_path, size):
+    with pytest.raises(UserError, match=f"'{size}' is no size"):
+        convert_checkpoint(str(tmp_path), tmp_path / "out", max_shard_size=size)

@@ -77,3 +77,21 @@ def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"added_tokens_decoder": {"x": 3}}', '{"bos_token": 3}'])
+def test_a_damaged_configuration_is_refused(tmp_path, content):
+    original.write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    from medst_trl.policy.conversion import convert_checkpoint
+
+    weights = original.language_weights(200) | original.projector_weights("mlp2x_gelu")
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", weights | original.vision_weights(original.INSIDE))
+    with pytest.raises(UserError, match="371 tokens and the embedding 200 rows"):
+        convert_checkpoint(str(source), tmp_path / "out")
