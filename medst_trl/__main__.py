@@ -48,13 +48,17 @@ def main(argv: list[str]) -> None:
 
 
 def _check_together(steps: list[Step], path: str) -> None:
-    """DeepSpeed (0.19) fails in the second stage that a process sets it up for, which may be after hours."""
+    """
+    A stage that trains ends its processes' group. Made again in the same launch, DeepSpeed (0.19) fails, and torch
+    (2.13) may find the first group's addresses in the launcher's store: after hours, and with a traceback.
+    """
     shared = [step.label for step in steps if step.stage.distributed]
     trains = any(step.stage.name in ("sft", "dpo") for step in steps)
-    if launched_kind().startswith("DeepSpeed") and trains and len(shared) > 1:
+    if trains and len(shared) > 1 and (world_size() > 1 or launched_kind().startswith("DeepSpeed")):
         raise UserError(
-            f"{path}: under DeepSpeed a launch is for one stage, and {', '.join(shared)} would share this one. Launch "
-            f"them one by one (--stage {shared[0]}), or let `medst run {path}` do so."
+            f"{path}: a launch of several processes, or under DeepSpeed, is for one stage where there is training, "
+            f"and {', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), or let "
+            f"`medst run {path}` do so."
         )
 
 

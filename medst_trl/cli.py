@@ -3,8 +3,10 @@
 """The command `medst`. Nothing heavy is imported before a stage needs it."""
 
 import os
+import select
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -84,10 +86,24 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE  # as any command before `| head` that has seen enough
     except Exception as error:
         if not is_full_disk(error):
             raise
         return _complain("the disk is full. What was finished is kept: make room and run the same command again.", 2)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what this prints goes into a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    is_gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+    return is_gone
 
 
 def _complain(message: str, code: int) -> int:

@@ -299,13 +299,16 @@ def test_two_processes_run_a_recipe_together(recipe, tmp_path):
     assert result.stdout.count("images in train and test") == 1  # prepare on rank 0 alone
 
 
-def test_under_deepspeed_a_launch_is_for_one_stage(recipe, launcher, monkeypatch):
+@pytest.mark.parametrize(
+    "running", [{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2}, {"WORLD_SIZE": 2}]
+)
+def test_a_launch_is_for_one_stage_where_there_is_training(recipe, launcher, monkeypatch, running):
     recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")
     ran = []
     monkeypatch.setattr("medst_trl.__main__._run", lambda step: ran.append(step.label))
     launched(["mine.yaml"])
     assert ran == ["sft", "dpo", "merge"]
-    launcher(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=2)
+    launcher(**running)
     with pytest.raises(UserError, match=r"sft, dpo would share this one. .* \(--stage sft\), or let `medst run mine"):
         launched(["mine.yaml"])
     launched(["mine.yaml", "--stage", "dpo"])
@@ -466,3 +469,17 @@ def test_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, expe
     launcher(WORLD_SIZE=2)
     use_one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_reader_that_leaves_is_no_error_but_any_other_broken_pipe_is(capfd):
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m medst_trl.cli recipes show demo | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout in ("141\n", "0\n") and not done.stderr  # 0: all was written before it left
+
+    def breaks():
+        raise BrokenPipeError("a worker died")
+
+    with pytest.raises(BrokenPipeError):
+        guarded(breaks)

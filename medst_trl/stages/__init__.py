@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file a stage, each a script of its own: `make_parser()` and `main(...)`. This is the list of them."""
 
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from importlib import import_module
@@ -40,6 +41,8 @@ class Stage:
 
     def make_parser(self, prog: str | None = None):
         """The stage's own parser, made to raise a `UserError` where argparse would print all its options and exit."""
+        # TRL (1.16) and PEFT (0.21) go by a name that transformers (5.23) has changed: nothing a user could mend.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         parser = import_module(f"medst_trl.stages.{self.name}").make_parser(prog)
         parser.formatter_class = _Help
         parser.allow_abbrev = False  # an abbreviation could be meant for the launcher

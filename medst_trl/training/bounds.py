@@ -38,9 +38,7 @@ def check_bounds(args: Any, training_args: Any) -> None:
                 raise UserError(f"{name} is {value}; it has to be at least {least}{upper}.")
     epochs = getattr(training_args, "num_train_epochs", 1)
     if not 0 < epochs < inf and getattr(training_args, "max_steps", -1) <= 0:
-        raise UserError(
-            f"num_train_epochs is {epochs}; it has to be above 0 where max_steps is not set."
-        )
+        raise UserError(f"num_train_epochs is {epochs}; it has to be above 0 where max_steps is not set.")
     for name, known in {"dtype": DTYPES, "vusr_role": VUSR_ROLES}.items():
         value = getattr(args, name, None)
         if value is not None and value not in known:

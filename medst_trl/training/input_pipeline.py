@@ -51,6 +51,8 @@ class InputPipelineArguments:
             self.dataloader_num_workers = default_workers() if has_accelerator else 0
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = has_accelerator and self.dataloader_num_workers > 0
+        if not has_accelerator:
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch says so for every loader
         if self.ddp_backend is None:
             self.ddp_backend = backend_on_cpus()
         super().__post_init__()
