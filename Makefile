@@ -45,6 +45,7 @@ bench: .venv/.ready
 	$(BENCH)/bench_sft.py $(IMAGES) --shape cpu_64 --output runs/bench/cpu/sft_64.json
 	$(BENCH)/bench_generate.py $(IMAGES) --output runs/bench/cpu/generate.json
 	$(BENCH)/bench_collator.py $(IMAGES)
+	$(BENCH)/bench_extractor.py
 	$(BENCH)/bench_judge.py 500
 ifdef DATA
 	$(BENCH)/bench_prepare.py $(DATA)

@@ -2,39 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prototype extractor against values of the published code, and against the formula written out plainly."""
 
-import weakref
-
 import pytest
 import torch
+from live_bytes import LiveBytes
+from plain_extractor import plain
 from safetensors import safe_open
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from medst_trl import PrototypeExtractor
-
-
-def plain(extractor: PrototypeExtractor, x: torch.Tensor) -> torch.Tensor:
-    """Position by position as the method is described, with its tensor of (batch, centers, positions, channels)."""
-    weights = dict(extractor.named_parameters())
-    linear = lambda name, inputs: inputs @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
-    n, length = extractor.num_centers, x.shape[1]
-    pools = [(i * length // n, -(-(i + 1) * length // n)) for i in range(n)]
-    pool = lambda y: torch.stack([y[:, start:end].mean(1) for start, end in pools], 1)  # noqa: E731
-    unit = lambda y, dim: y / y.norm(dim=dim, keepdim=True)  # noqa: E731
-    value, feature, centers = linear("v", x), linear("f", x), pool(x)
-    for _ in range(extractor.iterations):
-        product = torch.einsum("bnd,bld->bnl", unit(linear("c", centers), 2), unit(value, 1))
-        weight = product.exp() / product.exp().sum(1, keepdim=True)
-        centers = (weight[..., None] * feature[:, None]).sum(2)
-    cosine = (unit(centers, 2)[:, :, None] * unit(x, 2)[:, None]).sum(-1)
-    similarity = 1 / (1 + torch.exp(-weights["sim_beta"] - weights["sim_alpha"] * cosine))
-    nearest = F.one_hot(similarity.argmax(1), n).transpose(1, 2).to(x.dtype)
-    similarity = (similarity * nearest)[..., None]
-    prototypes = (similarity * feature[:, None]).sum(2) + pool(feature)
-    prototypes = prototypes / (nearest.sum(2)[..., None] + 1)
-    hidden = linear("mlp.0", x + (prototypes[:, :, None] * similarity).sum(1))
-    return linear("mlp.2", hidden * torch.sigmoid(1.702 * hidden))
 
 
 def made(channels=8, out=12, seed=0, **settings) -> PrototypeExtractor:
@@ -110,30 +84,6 @@ def test_half_precision():
     assert (output - exact).norm() < 0.05 * exact.norm()
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors alive that were made within it, and keeps the most there ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, output)
-        return output
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, storage._cdata)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-
 def test_memory_is_a_twentieth_of_the_plain_forms():
     """At the published number of centers and positions, one image, a quarter of the channels."""
     torch.manual_seed(0)
@@ -142,7 +92,7 @@ def test_memory_is_a_twentieth_of_the_plain_forms():
     peaks = []
     for form in (extractor, lambda x: plain(extractor, x)):
         extractor.zero_grad()
-        with PeakMemory() as memory:
+        with LiveBytes() as memory:
             form(x).sum().backward()
         peaks.append(memory.peak)
     assert 20 * peaks[0] < peaks[1]
