@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from medst_trl.launch import without_launcher
@@ -38,6 +39,7 @@ PREDICTION = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_nodes_take_part_in_one_stage(tmp_path):
     (tmp_path / "bin").mkdir()
     for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():

@@ -67,7 +67,7 @@ def ask(base_url: str, version: str, question: str, answers: list[str], phantom)
 
 
 def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
-    phantoms = make_phantoms(120, 2, "unlabelled")
+    phantoms = make_phantoms(60, 2, "unlabelled")
     candidates = Dataset.from_list([{"image_ids": [image_id(phantom.image)]} for phantom in phantoms])
     question, wrong = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
     for rate, low, high in ((0.0, 0, 0), (0.3, 0.15, 0.45)):
