@@ -4,7 +4,7 @@
 What the self-questioning collator costs over TRL's stock vision collator, as a share of a training step.
 
 ```bash
-python tests/benchmarks/bench_collator.py --images ../shared/data/vqa_rad/images
+python tests/benchmarks/bench_collator.py --images vqa_rad/images
 ```
 
 The same batches go through TRL's collator (assistant-only loss, which needs `{% generation %}` markers), through ours,

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-python tests/benchmarks/bench_prepare.py ../shared/data/vqa_rad
+python tests/benchmarks/bench_prepare.py vqa_rad
 
 How many images a second `medst prepare` turns into datasets, beside what the disk and the JPEG decoder alone allow.
 The whole stage is timed (fingerprints of the input, decoding, hashing, writing), without the imports of Python.

@@ -127,7 +127,7 @@ class TestStrict:
         assert value(often, "open", "precision") < value(once, "open", "precision")
 
     def test_recall_is_not_precision(self):
-        # MedEvalKit (issue 30) reports precision as recall, and recall as F1.
+        # MedEvalKit reports precision as recall, and recall as F1.
         scores = score_vqa([record("left lower lobe pneumonia", "pneumonia")])["open"]
         assert [scores[name]["value"] for name in ("precision", "recall", "f1")] == pytest.approx([100, 25, 40])
 
