@@ -2,7 +2,7 @@
 #
 #   make demo                    the whole loop of a tiny model on drawn images, and its report (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
-#   make test-slow               the long ones, marked `slow`, with DeepSpeed and bitsandbytes
+#   make test-slow               the long ones, marked `slow`, with DeepSpeed and bitsandbytes: half an hour
 #   make bench                   speed (tests/benchmarks) against stock TRL on this machine's CPU, under 10 minutes
 #   make bench DATA=vqa_rad      the same on the real images of VQA-RAD's folder, and how fast they are prepared
 #   make bench-gpu               speed of LLaVA-1.5-7B with random weights on a GPU, and what the paper's recipe takes
