@@ -3,16 +3,11 @@
 """`medst merge` after `medst sft`: proven on the training data, and served by a real server that answers and asks."""
 
 import base64
-import importlib.util
 import io
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import openai
@@ -21,6 +16,7 @@ import tiny_run
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from serving import serve
 
 from medst_trl import load_policy
 from medst_trl.cli import main as medst
@@ -187,28 +183,8 @@ def test_beside_a_report(run, merged):
 
 @pytest.fixture(scope="module")
 def served(merged):
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"`transformers serve` needs {', '.join(missing)} (pip install 'transformers[serving]')")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", str(merged)]
-    process = subprocess.Popen(
-        [*program, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            except OSError:
-                assert process.poll() is None, "transformers serve ended"
-                time.sleep(0.2)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    finally:
-        process.terminate()
-        process.wait(20)
+    with serve(str(merged)) as url:
+        yield openai.OpenAI(base_url=url, api_key="none")
 
 
 def _say(client, model: Path, image, text, **settings):

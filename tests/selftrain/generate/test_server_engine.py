@@ -3,22 +3,18 @@
 """The engine `server`: against a server that misbehaves on request, and against a real `transformers serve`."""
 
 import base64
-import importlib.util
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
+from serving import serve
 from tiny_run import small_policy
 
 from medst_trl import CandidateGenerator, adapter_config
@@ -228,28 +224,8 @@ def merged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(merged):
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"`transformers serve` needs {', '.join(missing)} (pip install 'transformers[serving]')")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", merged[0]]
-    process = subprocess.Popen(
-        [*program, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            except OSError:
-                assert process.poll() is None, "transformers serve ended"
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(20)
+    with serve(merged[0]) as url:
+        yield url
 
 
 def test_real_server_reads_the_same_prompts(merged, served):
