@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from medst_trl import load_policy
-from medst_trl.data.phantoms import is_well_formed, make_phantoms
+from medst_trl.demo.phantoms import is_well_formed, make_phantoms
 from medst_trl.policy.vusr import VUSR
 
 

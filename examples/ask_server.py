@@ -50,7 +50,7 @@ def main(base_url: str, model: str, image: Image.Image, question: str, count: in
 
 
 def drawn_scan() -> Image.Image:
-    from medst_trl.data.phantoms import make_phantoms
+    from medst_trl.demo.phantoms import make_phantoms
 
     return make_phantoms(1, seed=0, split="test")[0].image
 

@@ -13,8 +13,8 @@ before it goes into the model.
 """
 
 from medst_trl import DataCollatorForSelfQuestioning
-from medst_trl.data.phantoms import instruct_rows, make_phantoms
-from medst_trl.policy.tiny import tiny_llava
+from medst_trl.demo.phantoms import instruct_rows, make_phantoms
+from medst_trl.demo.tiny_model import tiny_llava
 
 
 def main() -> dict[str, list[str]]:

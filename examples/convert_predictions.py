@@ -18,8 +18,8 @@ The format that is read shows in the file. `llava_med` also writes `answers_ques
 import argparse
 from collections import Counter
 
-from medst_trl.errors import UserError
-from medst_trl.evaluation.prediction_formats import FORMATS, read_predictions, write_predictions
+from medst_trl.base.errors import UserError
+from medst_trl.interop.predictions import FORMATS, read_predictions, write_predictions
 
 
 def main(source: str, target: str, format: str = "medst", benchmark: str | None = None) -> dict[str, int]:

@@ -23,9 +23,9 @@ from typing import Any
 from datasets import Dataset
 
 from medst_trl import PairwiseJudge
-from medst_trl.data.phantoms import benchmark_rows, make_phantoms
 from medst_trl.data.schema import image_part, text_part
-from medst_trl.selftrain.judge.phantom_oracle import serve_oracle
+from medst_trl.demo.oracle import serve_oracle
+from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 

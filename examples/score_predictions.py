@@ -12,9 +12,9 @@ python examples/score_predictions.py runs/vqa_rad/evaluate/predictions.jsonl
 import sys
 
 from medst_trl import score_vqa
-from medst_trl.errors import UserError
-from medst_trl.evaluation.prediction_formats import read_predictions
+from medst_trl.base.errors import UserError
 from medst_trl.evaluation.tables import format_scores
+from medst_trl.interop.predictions import read_predictions
 
 
 EXAMPLES = [

@@ -39,7 +39,7 @@ export TOKENIZERS_PARALLELISM=false
 # export NCCL_SOCKET_IFNAME=ib0   # where nodes have several networks
 
 GPUS=${MEDST_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
-CONFIG=${MEDST_ACCELERATE_CONFIG:-$(python -c 'import medst_trl.launch as l; print(l.find_config("zero2"))')}
+CONFIG=${MEDST_ACCELERATE_CONFIG:-$(python -c 'import medst_trl.pipeline.launch as l; print(l.find_config("zero2"))')}
 MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / GPUS))}

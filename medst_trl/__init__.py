@@ -9,7 +9,7 @@ The public names are imported when they are first used, so that `import medst_tr
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .policy.auto_classes import register_with_transformers
+from medst_trl.policy.auto_classes import register_with_transformers
 
 
 __version__ = "0.1.0"

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from medst_trl.errors import UserError
-from medst_trl.full_disk import is_full_disk
-from medst_trl.stages import STAGES, Stage
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import is_full_disk
+from medst_trl.pipeline.stage import STAGES, Stage
 
 
 HELP = """\
@@ -121,13 +121,13 @@ def _dispatch(command: str, argv: list[str]) -> int | None:
         width = max(map(len, STAGES)) + 2
         print(HELP.format(stages="".join(f"  {s.name:<{width}}{s.summary}\n" for s in STAGES.values())), end="")
     elif command in ("-V", "--version"):
-        from medst_trl import __version__
+        from . import __version__
 
         print(f"medst {__version__}")
     elif command in commands:
         return commands[command](argv)
     else:
-        from medst_trl.arguments import closest
+        from medst_trl.base.errors import closest
 
         raise UserError(f"unknown command {command!r}.{closest(command, commands)} `medst --help` lists them.")
 
@@ -136,9 +136,9 @@ def _run(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(RUN_HELP, end="")
         return 0
-    from medst_trl.launch import is_launched, launch_command, run
-    from medst_trl.options import read_options, take, take_flag
-    from medst_trl.recipe import read_recipe
+    from medst_trl.pipeline.launch import is_launched, launch_command, run
+    from medst_trl.pipeline.options import read_options, take, take_flag
+    from medst_trl.pipeline.recipe import read_recipe
 
     words, options = read_options(argv)
     which, options = take(options, "stage")
@@ -149,7 +149,7 @@ def _run(argv: list[str]) -> int | None:
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
 
     if is_plan:
-        from medst_trl.plan.text import print_plan
+        from medst_trl.pipeline.plan.text import print_plan
 
         return print_plan(words[0], options, which)
     begun = time.monotonic()
@@ -177,10 +177,10 @@ def _run(argv: list[str]) -> int | None:
 
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:
-    from medst_trl.arguments import parse
-    from medst_trl.launch import check_launched, is_launched, launch_command, leave_peers, run, use_one_gpu
-    from medst_trl.options import refuse_secrets, take_word
-    from medst_trl.recipe import as_count, step_of_file
+    from medst_trl.pipeline.arguments import parse
+    from medst_trl.pipeline.launch import check_launched, is_launched, launch_command, leave_peers, run, use_one_gpu
+    from medst_trl.pipeline.options import refuse_secrets, take_word
+    from medst_trl.pipeline.recipe import as_count, step_of_file
 
     options = [word for word in argv if word.startswith("--")]
     refuse_secrets(option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options)
@@ -220,7 +220,8 @@ def _divide(stage: Stage, parser, argv: list[str]) -> tuple[list[str], list[str]
         action.required = True
     if not rest:
         return argv, []
-    from medst_trl.arguments import closest, keys_of
+    from medst_trl.base.errors import closest
+    from medst_trl.pipeline.arguments import keys_of
 
     known = {f"--{key}" for key in keys_of(parser)}
     if stage.distributed:
@@ -246,7 +247,7 @@ def _divide(stage: Stage, parser, argv: list[str]) -> tuple[list[str], list[str]
 
 
 def _recipes(argv: list[str]) -> int | None:
-    from medst_trl.recipe_files import find_recipe, packaged_recipes, summary
+    from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
 
     match argv:
         case ["ls"]:
@@ -275,9 +276,9 @@ def _recipes(argv: list[str]) -> int | None:
 
 
 def _validate(source: str, argv: list[str]) -> None:
-    from medst_trl.options import read_options, take
-    from medst_trl.recipe import read_recipe
-    from medst_trl.recipe_check import validate
+    from medst_trl.pipeline.options import read_options, take
+    from medst_trl.pipeline.plan.validate import validate
+    from medst_trl.pipeline.recipe import read_recipe
 
     words, options = read_options([source, *argv])
     which, options = take(options, "stage")

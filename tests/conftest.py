@@ -30,7 +30,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def demo_base(tmp_path_factory) -> Path:
     """The general-purpose model that the demo starts from. Takes a minute."""
-    from demo import run_demo
+    from demo_run import run_demo
 
     folder = tmp_path_factory.mktemp("base") / "run"
     run_demo(folder, "--stage", "base")
@@ -40,7 +40,7 @@ def demo_base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_run(demo_base, tmp_path_factory) -> Path:
     """A finished demo; not to be changed. What it printed lies beside it. Takes minutes."""
-    from demo import run_demo
+    from demo_run import run_demo
 
     folder = tmp_path_factory.mktemp("demo") / "demo"
     shutil.copytree(demo_base, folder / "base")

@@ -242,7 +242,7 @@ def _llama32_vision() -> ProcessorMixin:
 
 
 def _tiny() -> ProcessorMixin:
-    from medst_trl.policy.tiny import tiny_llava
+    from medst_trl.demo.tiny_model import tiny_llava
 
     return tiny_llava(image_size=16, patch_size=8, vision_size=32, text_size=32, text_layers=1)[1]
 

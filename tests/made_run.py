@@ -14,11 +14,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from medst_trl.data.phantoms import answer, benchmark_rows, make_phantoms
-from medst_trl.data.schema import benchmark_features, candidate_features, message, text_part, write_jsonl
+from medst_trl.base.files import write_jsonl
+from medst_trl.data.schema import benchmark_features, candidate_features, message, text_part
+from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
+from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.controls import CONTROLS
 from medst_trl.evaluation.score_files import control_path, score_files, write_scores
-from medst_trl.selftrain.judge.cost import Prices
 from medst_trl.selftrain.judge.statistics import judge_statistics
 
 

@@ -24,16 +24,16 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
 from medst_trl import CandidateGenerator, DataCollatorForSelfQuestioning, adapter_config, load_policy
+from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import instruct_features, text_of
-from medst_trl.errors import UserError
-from medst_trl.policy.decoding import chat_inputs
+from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.prompts import Sampling, to_answer, to_ask
 from medst_trl.policy.families import TESTED_FAMILIES
 from medst_trl.policy.merging import merge_policy
 from medst_trl.policy.parts import model_parts
 from medst_trl.policy.vusr import VUSR
 from medst_trl.selftrain.generate.filters import QuestionFilter
-from medst_trl.selftrain.generate.prompts import Sampling, to_answer, to_ask
 
 
 TIED = {"gemma-3", "internvl"}  # by default in their configurations

@@ -17,8 +17,9 @@ from documents import PAGES, ROOT, Block, blocks, commands
 from judge_server import JudgeServer
 
 import medst_trl.__main__
-from medst_trl import cli, launch
-from medst_trl.stages import Stage
+from medst_trl import cli
+from medst_trl.pipeline import launch
+from medst_trl.pipeline.stage import Stage
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -100,7 +101,7 @@ ON_A_LAPTOP = {
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, demo_run) -> Path:
     """A folder as a reader has it: the checkout, a finished demo, scans, and a table of questions about some."""
-    from medst_trl.data.phantoms import make_phantoms
+    from medst_trl.demo.phantoms import make_phantoms
 
     folder = tmp_path_factory.mktemp("desk")
     for name in ("recipes", "examples", "docs"):

@@ -19,14 +19,14 @@ from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_folder
 from safetensors.torch import load_file
 
 from medst_trl.__main__ import main as run_recipe
+from medst_trl.base.errors import UserError
 from medst_trl.cli import main
-from medst_trl.errors import UserError
-from medst_trl.options import Option
-from medst_trl.plan.batches import effective_batch
-from medst_trl.plan.trainable import meta_model, trainable_parameters
-from medst_trl.policy.tiny import tiny_llava
-from medst_trl.recipe import read_recipe
-from medst_trl.recipe_check import validate
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.options import Option
+from medst_trl.pipeline.plan.batches import effective_batch
+from medst_trl.pipeline.plan.trainable import meta_model, trainable_parameters
+from medst_trl.pipeline.plan.validate import validate
+from medst_trl.pipeline.recipe import read_recipe
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl import score_vqa
 from medst_trl.evaluation.metrics import score_records
-from medst_trl.evaluation.prediction_formats.rows import answer_type
+from medst_trl.interop.predictions.rows import answer_type
 
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from medst_trl.data.conversations import conversations_about_image
-from medst_trl.data.records import Conversation, Question, Rejected, Source, published_id
-from medst_trl.data.splits import by_image, hold_out, split_off_validation
+from .conversations import conversations_about_image
+from .records import Conversation, Question, Rejected, Source, published_id
+from .splits import by_image, hold_out, split_off_validation
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ caption has fewer than 30 words and a detailed one otherwise, in words drawn for
 
 from pathlib import Path
 
-from medst_trl.data.records import BadRecord, Conversation, Rejected, Source, text_value
-from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.data.splits import draw
-from medst_trl.data.tables import read_rows
+from .records import BadRecord, Conversation, Rejected, Source, text_value
+from .schema import image_part, message, text_part
+from .splits import draw
+from .tables import read_rows
 
 
 DETAILED_FROM = 30  # words

@@ -5,10 +5,10 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from medst_trl.data.disjoint_sets import DisjointSets
-from medst_trl.data.records import Conversation, Question
-from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.data.splits import plain_question
+from .disjoint_sets import DisjointSets
+from .records import Conversation, Question
+from .schema import image_part, message, text_part
+from .splits import plain_question
 
 
 def conversations_about_image(name: str, questions: Iterable[Question]) -> list[Conversation]:

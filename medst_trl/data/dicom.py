@@ -11,9 +11,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from medst_trl.data.images import ImageProblem, check_pixels
-from medst_trl.data.pixels import rescale
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+
+from .images import ImageProblem, check_pixels
+from .pixels import rescale
 
 
 def read_dicom(data: bytes, max_pixels: int) -> Image.Image:

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from PIL import Image
 
-from medst_trl.data.images import ImageProblem, load_image, resolve_inside, store_image, stored_bytes
-from medst_trl.data.parallel import ordered_map
-from medst_trl.data.records import Rejected
+from .images import ImageProblem, load_image, resolve_inside, store_image, stored_bytes
+from .parallel import ordered_map
+from .records import Rejected
 
 
 class ImageReader(Protocol):

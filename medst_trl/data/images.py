@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from medst_trl.data.image_bytes import strip_jpeg, strip_png
-from medst_trl.data.pixels import to_8_bit
+from .image_bytes import strip_jpeg, strip_png
+from .pixels import to_8_bit
 
 
 MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
@@ -127,7 +127,7 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
 def _read(path: Path, max_pixels: int, identify: bool) -> StoredImage:
     data = _bytes_of(path, max_pixels)
     if data[128:132] == b"DICM" or path.suffix.lower() in _DICOM_SUFFIXES:
-        from medst_trl.data.dicom import read_dicom
+        from .dicom import read_dicom
 
         image, own_bytes = read_dicom(data, max_pixels), None
     else:

@@ -5,9 +5,9 @@
 import re
 from pathlib import Path
 
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import BadRecord, Conversation, Rejected, Source, text_value
-from medst_trl.data.schema import image_part, message, text_part
+from .json_records import read_json_records
+from .records import BadRecord, Conversation, Rejected, Source, text_value
+from .schema import image_part, message, text_part
 
 
 PLACEHOLDER = "<image>"

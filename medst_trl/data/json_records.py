@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medst_trl.data.records import Rejected
-from medst_trl.data.text_files import read_text_file
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+
+from .records import Rejected
+from .text_files import read_text_file
 
 
 _BETWEEN = re.compile(r"[\s,]*")

@@ -13,15 +13,14 @@
 - predictions, JSON lines: see `PREDICTION_COLUMNS`.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medst_trl.errors import UserError
-from medst_trl.fingerprints import split_revision
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import split_revision
 
 
 if TYPE_CHECKING:
@@ -187,16 +186,6 @@ def load_records(path_or_hub_id: str | os.PathLike, split: str) -> "Dataset":
         ) from None
     except ValueError as error:  # an unknown split
         raise UserError(f"{path_or_hub_id}: {error}") from None
-
-
-def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
-    """Write rows as JSON lines. The file appears under its name only when it is complete."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 # What each kind of dataset has to have, and the stage that makes it.

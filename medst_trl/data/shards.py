@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.data.parallel import ordered_map
-from medst_trl.full_disk import explain_full_disk
+from medst_trl.base.files import explain_full_disk
+
+from .parallel import ordered_map
 
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from medst_trl.data.disjoint_sets import DisjointSets
-from medst_trl.data.records import Conversation, Question
+from .disjoint_sets import DisjointSets
+from .records import Conversation, Question
 
 
 @dataclass

@@ -8,11 +8,12 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import BadRecord, Conversation, Question, Rejected, Source, optional_text, text_value
-from medst_trl.data.schema import ANSWER_TYPES
-from medst_trl.data.text_files import read_text_file
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+
+from .json_records import read_json_records
+from .records import BadRecord, Conversation, Question, Rejected, Source, optional_text, text_value
+from .schema import ANSWER_TYPES
+from .text_files import read_text_file
 
 
 SPLITS = ("train", "validation", "test")

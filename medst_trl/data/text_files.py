@@ -4,7 +4,7 @@
 
 from pathlib import Path
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 
 
 _NO_TEXT = {

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import BadRecord, Question, Rejected, Source, optional_text, text_value
-from medst_trl.data.schema import ANSWER_TYPES
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+
+from .json_records import read_json_records
+from .records import BadRecord, Question, Rejected, Source, optional_text, text_value
+from .schema import ANSWER_TYPES
 
 
 VQA_RAD_FILE = "VQA_RAD Dataset Public.json"

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.errors import UserError
-from medst_trl.evaluation.bootstrap import interval, resample
-from medst_trl.evaluation.metrics import clusters_of, figures, score_records, score_vqa, with_types
+from medst_trl.base.errors import UserError
+
+from .bootstrap import interval, resample
+from .metrics import clusters_of, figures, score_records, score_vqa, with_types
 
 
 if TYPE_CHECKING:

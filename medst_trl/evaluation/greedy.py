@@ -4,9 +4,9 @@
 
 from typing import TYPE_CHECKING
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.errors import UserError
-from medst_trl.policy.decoding import chat_inputs, write_texts
+from medst_trl.engines.decoding import chat_inputs, write_texts
 
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from medst_trl.errors import UserError
-from medst_trl.evaluation import llava_med, strict
-from medst_trl.evaluation.bootstrap import LEVEL, Figure, interval, resample
+from medst_trl.base.errors import UserError
+
+from . import llava_med, strict
+from .bootstrap import LEVEL, Figure, interval, resample
 
 
 VARIANTS = ("strict", "llava_med")

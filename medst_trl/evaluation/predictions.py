@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_jsonl
 from medst_trl.data.records import printable
-from medst_trl.data.schema import write_jsonl
 from medst_trl.data.text_files import read_text_file
-from medst_trl.errors import UserError
-from medst_trl.evaluation.metrics import RecordError, read_record
+
+from .metrics import RecordError, read_record
 
 
 SHOWN = 200  # characters of an offending value that are kept

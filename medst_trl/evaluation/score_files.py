@@ -9,9 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from medst_trl.evaluation.controls import compare_vqa
-from medst_trl.evaluation.metrics import score_vqa
-from medst_trl.evaluation.predictions import read_predictions
+from .controls import compare_vqa
+from .metrics import score_vqa
+from .predictions import read_predictions
 
 
 def control_path(path: str | os.PathLike, control: str | None) -> Path:

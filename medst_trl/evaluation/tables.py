@@ -5,7 +5,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medst_trl.evaluation.metrics import figures
+from .metrics import figures
 
 
 def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]] | None = None) -> str:

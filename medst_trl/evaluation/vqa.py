@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.errors import UserError
-from medst_trl.evaluation.controls import CONTROLS, blank_image, shuffled_rows
-from medst_trl.evaluation.greedy import greedy_answers, prompts
-from medst_trl.evaluation.predictions import PredictionLog
-from medst_trl.launch import process_state
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.launch import process_state
+
+from .controls import CONTROLS, blank_image, shuffled_rows
+from .greedy import greedy_answers, prompts
+from .predictions import PredictionLog
 
 
 if TYPE_CHECKING:

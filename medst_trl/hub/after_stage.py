@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 
 
 @dataclass
@@ -63,7 +63,7 @@ def check_push(repo_id: str | None, key: str) -> None:
     Raises:
         UserError: without a repository, a token, or with a name that cannot be one.
     """
-    from medst_trl.hub.push import check_repo_id, check_token
+    from .push import check_repo_id, check_token
 
     if repo_id is None:
         raise UserError(f"push_to_hub is set, but not where to: add {key}: OWNER/NAME.")
@@ -79,7 +79,7 @@ def push_after_stage(folder: str | os.PathLike, repo_id: str, **settings: Any) -
     """
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    from medst_trl.hub.push import push_folder
+    from .push import push_folder
 
     try:
         pushed = push_folder(folder, repo_id, **settings)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.data.schema import complete_shards, splits_in
-from medst_trl.fingerprints import REFERENCE_FOLDER
-from medst_trl.hub.card_texts import ABOUT, COLUMNS, SOURCES, USE
-from medst_trl.hub.contents import Contents
-from medst_trl.hub.merged import is_plain, merged_from, named
-from medst_trl.hub.provenance import Step, looks_local, steps_to
-from medst_trl.hub.results import Results, eval_results, read_results
+
+from .card_texts import ABOUT, COLUMNS, SOURCES, USE
+from .contents import Contents
+from .merged import is_plain, merged_from, named
+from .provenance import Step, looks_local, steps_to
+from .results import Results, eval_results, read_results
 
 
 TEMPLATES = Path(__file__).parent / "cards"
@@ -113,8 +114,8 @@ def write_card(folder: str | Path) -> None:
     """The model card of a run's folder, in the place of the one that PEFT and TRL leave there (for a text model)."""
     import os
 
-    from medst_trl.hub.contents import find_contents
-    from medst_trl.hub.staging import base_of
+    from .contents import find_contents
+    from .staging import base_of
 
     folder = Path(folder)
     card = model_card(find_contents(folder), str(folder), base_model=base_of(folder))

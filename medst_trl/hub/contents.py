@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.data.schema import complete_shards, splits_in
-from medst_trl.errors import UserError
-from medst_trl.fingerprints import REFERENCE_FOLDER
-from medst_trl.stage_record import FILE_NAME
+from medst_trl.pipeline.record import FILE_NAME
 
 
 # Columns that tell the datasets apart.

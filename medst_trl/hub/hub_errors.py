@@ -5,8 +5,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from medst_trl.errors import UserError
-from medst_trl.redaction import hide_secrets
+from medst_trl.base.errors import UserError
+from medst_trl.base.redaction import hide_secrets
 
 
 @contextmanager

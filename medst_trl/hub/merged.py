@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from medst_trl.hub.contents import Contents
-from medst_trl.hub.provenance import looks_local
-from medst_trl.stage_record import FILE_NAME
+from medst_trl.pipeline.record import FILE_NAME
+
+from .contents import Contents
+from .provenance import looks_local
 
 
 # Architectures that medst_trl registers itself; everything else is loaded by plain transformers.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medst_trl.redaction import hide_secrets, is_secret_key
-from medst_trl.stage_record import FILE_NAME
+from medst_trl.base.redaction import hide_secrets, is_secret_key
+from medst_trl.pipeline.record import FILE_NAME
 
 
 # Of the many arguments of a Trainer, those that say what was learned.

@@ -10,11 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from medst_trl.errors import UserError
-from medst_trl.hub.cards import KIND, dataset_card, model_card
-from medst_trl.hub.contents import Contents, find_contents
-from medst_trl.hub.hub_errors import explain_hub_errors
-from medst_trl.hub.staging import public_base, stage_files
+from medst_trl.base.errors import UserError
+
+from .cards import KIND, dataset_card, model_card
+from .contents import Contents, find_contents
+from .hub_errors import explain_hub_errors
+from .staging import public_base, stage_files
 
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.errors import UserError
-from medst_trl.hub.provenance import looks_local
+from medst_trl.base.errors import UserError
+
+from .provenance import looks_local
 
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def read_results(folder: Path, model: Path) -> list[Results]:
 
 def _is_of(model: Path, evaluated: Path) -> bool:
     """Whether what was evaluated is the model, or the adapter merged into it, which says the same."""
-    from medst_trl.hub.merged import merged_from
+    from .merged import merged_from
 
     merged = merged_from(model)
     adapter = Path(merged.adapter_path) if merged and merged.adapter_path else model
@@ -149,7 +150,7 @@ def _read(path: Path) -> Results:
 
 def _name(benchmark: str, path: Path) -> str:
     """What the benchmark's own record calls its source; else the last name that says something."""
-    from medst_trl.hub.provenance import steps_to
+    from .provenance import steps_to
 
     if benchmark and not _is_path(benchmark):
         return benchmark.partition("@")[0]

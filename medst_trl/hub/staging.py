@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from medst_trl.errors import UserError
-from medst_trl.fingerprints import split_revision
-from medst_trl.hub.contents import Contents
-from medst_trl.hub.provenance import looks_local
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import split_revision
+
+from .contents import Contents
+from .provenance import looks_local
 
 
 JSON_COLUMNS = ("generation", "judge")  # texts that may name a model by its folder

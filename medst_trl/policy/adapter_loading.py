@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .base_loading import DAMAGED, SHOWN
 
 

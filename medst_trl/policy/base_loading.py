@@ -5,7 +5,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .base_weights import hub_commit
 from .families import check_family
 from .four_bit import four_bit_config

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from ..fingerprints import split_revision
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import split_revision
+
 from .base_loading import check_family_of, has_file, load_base, load_processor
 from .base_weights import check_base
 from .hub_reach import check_reachable

@@ -5,7 +5,8 @@
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .parts import model_parts
 
 

@@ -4,7 +4,7 @@
 
 from pathlib import Path
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
 
 
 SECONDS = 10  # for one answer of any kind

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def batches_of(processor: "ProcessorMixin", examples: Iterable[dict[str, Any]]) -> list[dict[str, "torch.Tensor"]]:
     """Each example as training renders it: to be answered, and to be asked and answered. Without empty answers."""
-    from ..training.collator import DataCollatorForSelfQuestioning
+    from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
     processor = deepcopy(processor)
     collators = [DataCollatorForSelfQuestioning(processor, sq_ratio=ratio) for ratio in (0.0, 1.0)]

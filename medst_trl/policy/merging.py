@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from ..fingerprints import split_revision
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import split_revision
+from medst_trl.interop.conversion.writing import check_shard_size
+
 from .base_loading import has_file
 from .base_weights import hub_commit
 from .checkpoints import DTYPES, load_policy
-from .conversion.writing import check_shard_size
 from .hub_reach import check_reachable
 from .merge_proof import batches_of, difference, log_probs, require, require_same_inputs
 

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .families import check_build, tested_families
 
 

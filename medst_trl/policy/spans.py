@@ -13,7 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .chat_template import VUSR
 from .turn_format import LEFT, RIGHT
 from .vusr import neutralise, neutralise_parts, tokenizer_of, turn_format

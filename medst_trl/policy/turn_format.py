@@ -5,7 +5,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .chat_template import VUSR
 
 

@@ -13,7 +13,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .chat_template import VUSR, is_wrapped, wrap_chat_template
 from .turn_format import LEFT, RIGHT, TurnFormat, probe_turn_format
 from .vicuna import has_text_role

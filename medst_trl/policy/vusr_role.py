@@ -8,7 +8,8 @@ The choice is made once, before training. It is saved as the chat template, whic
 import re
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .chat_template import VUSR, is_wrapped
 from .vicuna import has_text_role, vicuna_template
 from .vusr import tokenizer_of, turn_format

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from medst_trl.report.text import clean, number
+from .text import clean, number
 
 
 WIDTH = 400  # units of the viewBox, about a pixel each: a phone shows a chart unscaled

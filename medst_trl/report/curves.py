@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from medst_trl.report.charts import Line, line_chart
-from medst_trl.report.run_folder import Run, StageRun
-from medst_trl.report.text import number
+from .charts import Line, line_chart
+from .run_folder import Run, StageRun
+from .text import number
 
 
 DISPLACED = 0.05  # nats: what the chosen answers have to lose before it is called a displacement

@@ -9,10 +9,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from medst_trl.report.charts import Bar, Group, bar_chart
-from medst_trl.report.judging import Judging
-from medst_trl.report.run_folder import Run, StageRun
-from medst_trl.report.text import place, words
+from .charts import Bar, Group, bar_chart
+from .judging import Judging
+from .run_folder import Run, StageRun
+from .text import place, words
 
 
 WAY = ("prepare", "sft", "generate", "judge", "dpo", "evaluate")

@@ -8,11 +8,12 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from medst_trl.errors import UserError
-from medst_trl.report.judging import KEPT, Judging, is_judgement
-from medst_trl.report.pictures import find_pictures
-from medst_trl.report.run_folder import Run, StageRun, parse_line
-from medst_trl.report.scores import Comparison, Evaluation, is_right, read_answers
+from medst_trl.base.errors import UserError
+
+from .judging import KEPT, Judging, is_judgement
+from .pictures import find_pictures
+from .run_folder import Run, StageRun, parse_line
+from .scores import Comparison, Evaluation, is_right, read_answers
 
 
 @dataclass

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medst_trl.report.run_folder import Run, StageRun
 from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
+
+from .run_folder import Run, StageRun
 
 
 KEPT = "kept"

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from medst_trl.data.images import MAX_PIXELS
-from medst_trl.report.run_folder import Run
+
+from .run_folder import Run
 
 
 QUALITY = 85  # of JPEG

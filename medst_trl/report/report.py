@@ -11,17 +11,18 @@ from typing import Any
 from markupsafe import Markup
 
 from medst_trl import __version__
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.evaluation.tables import align
-from medst_trl.report import text
-from medst_trl.report.curves import displacement, last_values, read_log, training_charts
-from medst_trl.report.flow import missing, settings, way
-from medst_trl.report.gallery import Case, crossings, judged_cases
-from medst_trl.report.judging import Judging, read_judging
-from medst_trl.report.rounds import judge_rows, side_by_side
-from medst_trl.report.run_folder import Run, StageRun, read_run
-from medst_trl.report.scores import compare, figure_name, read_evaluations, terminal_table
-from medst_trl.stages import STAGES
+from medst_trl.pipeline.stage import STAGES
+
+from . import text
+from .curves import displacement, last_values, read_log, training_charts
+from .flow import missing, settings, way
+from .gallery import Case, crossings, judged_cases
+from .judging import Judging, read_judging
+from .rounds import judge_rows, side_by_side
+from .run_folder import Run, StageRun, read_run
+from .scores import compare, figure_name, read_evaluations, terminal_table
 
 
 TEMPLATE = "report.html.jinja"

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medst_trl.report.judging import Judging
-from medst_trl.report.scores import CHARTED, Comparison, figure_name
-from medst_trl.report.text import number, words
+from .judging import Judging
+from .scores import CHARTED, Comparison, figure_name
+from .text import number, words
 
 
 if TYPE_CHECKING:
-    from medst_trl.report.report import Lap
+    from .report import Lap
 
 
 @dataclass

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medst_trl.errors import UserError
-from medst_trl.redaction import hide_secrets
-from medst_trl.stage_record import FILE_NAME
-from medst_trl.stages import STAGES
+from medst_trl.base.errors import UserError
+from medst_trl.base.redaction import hide_secrets
+from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.stage import STAGES
 
 
 DEPTH = 3  # <run>/round_1/evaluate/aligned

@@ -9,13 +9,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import compare_vqa
 from medst_trl.evaluation.metrics import figures, score_records
 from medst_trl.evaluation.predictions import read_predictions
-from medst_trl.report.charts import Bar, Group, bar_chart
-from medst_trl.report.run_folder import Run, StageRun
-from medst_trl.report.text import place, words
+
+from .charts import Bar, Group, bar_chart
+from .run_folder import Run, StageRun
+from .text import place, words
 
 
 Figure = tuple[str, ...]

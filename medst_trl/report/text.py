@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from medst_trl.redaction import hide_secrets
+from medst_trl.base.redaction import hide_secrets
 
 
 # Control characters, and those that turn the direction of writing: what is shown would not be what is there.

@@ -12,10 +12,11 @@ from medst_trl.data.disjoint_sets import DisjointSets
 from medst_trl.data.records import Rejected
 from medst_trl.data.schema import text_of
 from medst_trl.data.splits import draw
-from medst_trl.selftrain.benchmark_overlap import BenchmarkOverlap
-from medst_trl.selftrain.judged_pairs import judged_pairs
-from medst_trl.selftrain.near_duplicates import duplicate_pairs, near_duplicates
-from medst_trl.selftrain.pair_lengths import length_balanced_rows, length_statistics
+
+from .benchmark_overlap import BenchmarkOverlap
+from .judged_pairs import judged_pairs
+from .near_duplicates import duplicate_pairs, near_duplicates
+from .pair_lengths import length_balanced_rows, length_statistics
 
 
 if TYPE_CHECKING:

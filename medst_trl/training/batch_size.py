@@ -4,7 +4,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 
 
 if TYPE_CHECKING:

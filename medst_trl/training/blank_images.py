@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..policy.parts import model_parts
+from medst_trl.policy.parts import model_parts
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@
 from math import inf
 from typing import Any
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 
 
 _AT_LEAST = {

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..errors import UserError
-from ..policy.spans import can_be_asked
-from ..policy.vusr import add_vusr, tokenizer_of
+from medst_trl.base.errors import UserError
+from medst_trl.policy.spans import can_be_asked
+from medst_trl.policy.vusr import add_vusr, tokenizer_of
+
 from .encoding import TOKEN_INPUTS, Conversation, as_conversation, encode, id_of
 from .input_pipeline import TakesStoredImages, with_decoded_images
 from .packing import IGNORED, pack

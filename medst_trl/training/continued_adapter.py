@@ -5,8 +5,8 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from ..policy.parts import model_parts
+from medst_trl.base.errors import UserError
+from medst_trl.policy.parts import model_parts
 
 
 if TYPE_CHECKING:

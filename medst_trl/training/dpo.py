@@ -14,11 +14,12 @@ from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..arguments import closest
-from ..errors import UserError
-from ..policy.adapters import mend_tied_head, train_in_full_precision
-from ..policy.base_weights import write_base_file
-from ..policy.checkpoints import load_policy, prepare_policy
+from medst_trl.base.errors import UserError, closest
+from medst_trl.pipeline.stages.run_directory import OwnModelCard
+from medst_trl.policy.adapters import mend_tied_head, train_in_full_precision
+from medst_trl.policy.base_weights import write_base_file
+from medst_trl.policy.checkpoints import load_policy, prepare_policy
+
 from .blank_images import encode_blank_images_where_needed
 from .displacement import WarnOfDisplacement
 from .example_images import check_has_images
@@ -38,7 +39,6 @@ from .reference_log_probs import (
     without_precompute,
 )
 from .resume import LoadsPublishedNames
-from .run_folder import OwnModelCard
 from .usable_pairs import check_is_dataset, usable_pairs
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from trl.data_utils import prepare_multimodal_messages
 
-from ..errors import UserError
-from ..policy.families import tested_families
-from ..policy.spans import RenderedConversation, Span, render_conversation, text_of, typed_parts
-from ..policy.vusr import adds_special_tokens, tokenizer_of
+from medst_trl.base.errors import UserError
+from medst_trl.policy.families import tested_families
+from medst_trl.policy.spans import RenderedConversation, Span, render_conversation, text_of, typed_parts
+from medst_trl.policy.vusr import adds_special_tokens, tokenizer_of
+
 from .example_images import images_of
 
 

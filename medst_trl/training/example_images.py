@@ -13,7 +13,8 @@ from typing import Any
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
-from ..errors import UserError
+from medst_trl.base.errors import UserError
+
 from .input_pipeline import with_stored_images
 
 

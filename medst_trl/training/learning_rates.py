@@ -8,7 +8,7 @@ scale each group's own rate, and the groups pass through DDP and DeepSpeed like 
 
 from typing import TYPE_CHECKING
 
-from ..policy.parts import ModelParts, model_parts
+from medst_trl.policy.parts import ModelParts, model_parts
 
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
-from ..policy.spans import render_conversation
-from ..policy.vusr import tokenizer_of
+from medst_trl.policy.spans import render_conversation
+from medst_trl.policy.vusr import tokenizer_of
+
 from .encoding import as_conversation
 from .example_images import UnreadableImage, image_size, images_of, with_images
 from .input_pipeline import with_stored_images

@@ -9,9 +9,10 @@ import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
-from ..errors import UserError
-from ..policy.spans import RenderedConversation, render_conversation
-from ..policy.vusr import add_vusr, tokenizer_of
+from medst_trl.base.errors import UserError
+from medst_trl.policy.spans import RenderedConversation, render_conversation
+from medst_trl.policy.vusr import add_vusr, tokenizer_of
+
 from .encoding import (
     TOKEN_INPUTS,
     Conversation,

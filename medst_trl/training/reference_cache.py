@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from ..data.images import image_id
-from ..errors import UserError
-from ..full_disk import explain_full_disk
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import explain_full_disk
+from medst_trl.data.images import image_id
 
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,12 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch.utils.data import ConcatDataset, DataLoader
 
-from ..errors import UserError
-from ..fingerprints import REFERENCE_FOLDER
-from ..policy.adapters import mend_tied_head
-from ..policy.vusr import tokenizer_of
-from ..stage_record import package_versions
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.pipeline.record import package_versions
+from medst_trl.policy.adapters import mend_tied_head
+from medst_trl.policy.vusr import tokenizer_of
+
 from .input_pipeline import TakesStoredImages, with_decoded_images, with_stored_images
 from .reference_cache import ReferenceCache, ReferenceLogProbs, pair_key, sha256_of
 
@@ -125,7 +126,7 @@ def settings_of_reference(
 
 def about_reference(model: torch.nn.Module) -> dict[str, Any]:
     """For people: what the reference is called, and what computed it. No paths."""
-    from ..hub.provenance import looks_local
+    from medst_trl.hub.provenance import looks_local
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = base.config._name_or_path or ""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType, broadcast_object_list
 
-from ..errors import UserError
-from ..launch import leave_peers
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.launch import leave_peers
 
 
 if TYPE_CHECKING:

@@ -12,10 +12,12 @@ from accelerate.logging import get_logger
 from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..errors import UserError
-from ..policy.adapters import mend_tied_head, train_in_full_precision
-from ..policy.base_weights import write_base_file
-from ..policy.checkpoints import load_policy, prepare_policy
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.stages.run_directory import OwnModelCard
+from medst_trl.policy.adapters import mend_tied_head, train_in_full_precision
+from medst_trl.policy.base_weights import write_base_file
+from medst_trl.policy.checkpoints import load_policy, prepare_policy
+
 from .blank_images import encode_blank_images_where_needed
 from .collator import DataCollatorForSelfQuestioning
 from .example_images import check_has_images
@@ -25,7 +27,6 @@ from .learning_rates import LearningRatesByPart
 from .length_grouping import GroupsByLength, conversation_lengths
 from .packing import packing_cost, rope_positions
 from .resume import LoadsPublishedNames
-from .run_folder import OwnModelCard
 from .set_aside import SetAsideExamples
 
 

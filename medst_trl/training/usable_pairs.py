@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from PIL import Image
 
-from ..errors import UserError
-from ..policy.spans import render_conversation, text_of
+from medst_trl.base.errors import UserError
+from medst_trl.policy.spans import render_conversation, text_of
+
 from .encoding import TokenSpan, encode, tokens_without_images
 from .example_images import UnreadableImage, check_image, image_size, images_of, with_images
 from .input_pipeline import with_stored_images

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.checkpoints import prepare_policy
-from medst_trl.policy.tiny import tiny_llava
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet  # noqa: F401
 from PIL import Image
 
 from medst_trl.data.images import load_image
-from medst_trl.stages.prepare import PrepareArguments, main
+from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 
 
 def decode(path: Path) -> None:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value
 
-from medst_trl.data import plain_text
 from medst_trl.data.schema import image_part, instruct_features, message, text_part
-from medst_trl.policy.tiny import CHAT_TEMPLATE, train_tokenizer
+from medst_trl.demo import plain_text
+from medst_trl.demo.tiny_model import CHAT_TEMPLATE, train_tokenizer
 
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import json
 import pytest
 from PIL import Image
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.captions import BRIEF, DETAILED, instruction, read_captions
 from medst_trl.data.schema import load_records, text_of
-from medst_trl.errors import UserError
-from medst_trl.stages.prepare import PrepareArguments, main
+from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 
 
 SHORT, LONG = " ".join(["word"] * 29), " ".join(["word"] * 30)

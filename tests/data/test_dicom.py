@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.images import ImageProblem, load_image, stored_bytes
-from medst_trl.errors import UserError
 
 
 pydicom = pytest.importorskip("pydicom")

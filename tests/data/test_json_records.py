@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.json_records import read_json_records
 from medst_trl.data.records import Rejected
-from medst_trl.errors import UserError
 
 
 GOOD = [
@@ -87,7 +87,7 @@ def test_two_records_on_a_line_are_two(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"[]"), "gzip.: unpack"),
+        (gzip.compress(b"[]", mtime=0), "gzip.: unpack"),
         (b"PK\x03\x04..", "Excel workbook"),
         (json.dumps(GOOD).encode("utf-16"), "UTF-16.*save it as UTF-8"),
     ],

@@ -5,6 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_jsonl
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import (
     benchmark_features,
@@ -15,10 +17,8 @@ from medst_trl.data.schema import (
     message,
     text_of,
     text_part,
-    write_jsonl,
 )
 from medst_trl.data.shards import write_split
-from medst_trl.errors import UserError
 
 
 @pytest.fixture(autouse=True)

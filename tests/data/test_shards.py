@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features
 from medst_trl.data.shards import write_split
-from medst_trl.errors import UserError
 
 
 def row(n):

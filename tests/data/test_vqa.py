@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.conversations import conversations_about_image, linked_groups
 from medst_trl.data.schema import text_of
 from medst_trl.data.splits import by_image, hold_out
 from medst_trl.data.vqa import read_pathvqa, read_slake, read_vqa_rad, read_vqa_rad_mevf
-from medst_trl.errors import UserError
 
 
 def test_counts(source, expected):

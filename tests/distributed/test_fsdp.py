@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from medst_trl.launch import find_config, without_launcher
+from medst_trl.pipeline.launch import find_config, without_launcher
 
 
 TESTS = Path(__file__).parents[1]

@@ -15,11 +15,11 @@ import pytest
 from accelerate.commands.config import config_args
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from medst_trl import launch
-from medst_trl.errors import UserError
-from medst_trl.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
-from medst_trl.recipe_files import read_yaml
-from medst_trl.training import policy_for_training
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline import launch
+from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
+from medst_trl.pipeline.recipe_files import read_yaml
+from medst_trl.pipeline.stages import policy_for_training
 
 
 ENVIRONMENT = without_launcher(os.environ) | {

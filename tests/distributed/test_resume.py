@@ -14,8 +14,8 @@ import tiny_run
 import torch
 from accelerate.utils import DistributedType
 
-from medst_trl.errors import UserError
-from medst_trl.launch import without_launcher
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.launch import without_launcher
 from medst_trl.training.resume import resume_checkpoint
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from medst_trl.__main__ import main as run_recipe
 from medst_trl.data.schema import instruct_features, preference_features
-from medst_trl.launch import launch_command, without_launcher
-from medst_trl.policy.tiny import tiny_llava
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.launch import launch_command, without_launcher
 
 
 # Plain gradient descent: Adam would make a rounding error of a gradient that is zero a step of full size. Rates far

@@ -7,16 +7,16 @@ from itertools import islice
 import pytest
 from datasets import Dataset
 
-from medst_trl.data.phantoms import benchmark_rows, make_phantoms
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
-from medst_trl.errors import UserError
+from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.evaluation import greedy, vqa
 from medst_trl.evaluation.greedy import greedy_answers, prompts
 from medst_trl.evaluation.metrics import score_vqa
 from medst_trl.evaluation.predictions import PredictionLog, read_predictions
 from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
 from medst_trl.policy.checkpoints import prepare_policy
-from medst_trl.policy.tiny import tiny_llava
 
 
 SMALL = {"vision_size": 32, "vision_layers": 2, "text_size": 32, "text_layers": 1, "vocab_size": 400}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 
 
 RECORDS = [

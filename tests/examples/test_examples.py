@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medst_trl.recipe import read_recipe
+from medst_trl.pipeline.recipe import read_recipe
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

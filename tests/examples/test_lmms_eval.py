@@ -15,8 +15,8 @@ import yaml
 from datasets import Dataset, load_dataset
 from PIL import Image
 
-from medst_trl.data.phantoms import benchmark_rows, make_phantoms
 from medst_trl.data.schema import benchmark_features
+from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.evaluation.metrics import score_vqa
 from medst_trl.evaluation.vqa import questions_of
 

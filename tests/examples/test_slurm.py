@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from medst_trl.launch import without_launcher
+from medst_trl.pipeline.launch import without_launcher
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm_several_nodes.sh"

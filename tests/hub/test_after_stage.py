@@ -5,7 +5,7 @@
 import pytest
 from fake_hub import client, serve_hub
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.hub import push
 from medst_trl.hub.after_stage import HubArguments, PushAfterStage, check_push, push_after_stage
 

@@ -229,7 +229,7 @@ def test_refusals(hub, tmp_path, settings, repo_id, message):
 @pytest.mark.parametrize("settings", [{"token": EXPIRED}, {"HF_HUB_OFFLINE": "1"}])
 def test_the_hub_cannot_be_read(hub, tmp_path, settings):
     done = client(hub.url, tmp_path, "-c", PULL, "org/none", "train", "preferences", check=False, **settings)
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("medst_trl.errors.UserError")]
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("medst_trl.base.errors.UserError")]
     assert "the Hub cannot be asked for it" in line and "hf auth login" in line
 
 
@@ -267,8 +267,8 @@ def test_policies_come_back_with_the_same_logits(hub, tmp_path):
     from tiny_dpo import adapter_policy
     from transformers import AutoModelForImageTextToText
 
+    from medst_trl.pipeline.stages import merge
     from medst_trl.policy.base_weights import write_base_file
-    from medst_trl.stages import merge
 
     local = tmp_path / "local"
     model, processor = adapter_policy(save_to=local)

@@ -7,9 +7,9 @@ import tiny_dpo
 import tiny_run
 from safetensors.torch import load_file, save_file
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.checkpoints import load_policy
-from medst_trl.policy.tiny import tiny_llava
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.parts import model_parts
 

@@ -10,9 +10,9 @@ import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.checkpoints import load_policy
-from medst_trl.policy.tiny import tiny_llava
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import pipeline
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.adapters import adapter_config, mend_tied_head
 from medst_trl.policy.checkpoints import load_policy
-from medst_trl.policy.tiny import tiny_llava
 from medst_trl.policy.vusr import VUSR
 
 

@@ -14,10 +14,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from medst_trl import load_policy
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, preference_features
-from medst_trl.errors import UserError
-from medst_trl.policy.decoding import chat_inputs
-from medst_trl.stages import dpo, sft
+from medst_trl.engines.decoding import chat_inputs
+from medst_trl.pipeline.stages import dpo, sft
 
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -13,7 +13,7 @@ import pytest
 CODE = """
 import sys
 from medst_trl import load_policy
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 try:
     load_policy(sys.argv[1])
 except UserError as error:
@@ -43,7 +43,7 @@ def test_a_model_that_cannot_be_had(nowhere, tmp_path):
 def test_folders_offline_and_cached_models_pass(nowhere, tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
-    from medst_trl.errors import UserError
+    from medst_trl.base.errors import UserError
     from medst_trl.policy.hub_reach import check_reachable
 
     check_reachable("org/not-here")  # offline, as the tests are: transformers says it at once

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.stages.merge_examples import built_in_examples
 from medst_trl.policy import merging
 from medst_trl.policy.adapters import adapter_config, mend_tied_head
 from medst_trl.policy.checkpoints import load_policy
-from medst_trl.policy.merge_examples import built_in_examples
 from medst_trl.policy.merge_proof import difference, require
 from medst_trl.policy.merging import merge_policy
 from medst_trl.policy.vusr import VUSR, add_vusr

@@ -172,7 +172,7 @@ def test_a_question_with_an_image_in_its_middle_is_not_asked():
 
 
 def test_a_template_that_drops_a_turn_is_refused():
-    from medst_trl.errors import UserError
+    from medst_trl.base.errors import UserError
 
     processor = FAMILIES["vicuna"]()
     processor.chat_template = (

@@ -5,7 +5,7 @@ from families import FAMILIES, TEXT_ROLE, prepared_processor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.policy.vusr import VUSR, add_vusr, neutralise, stop_token_ids
 
 

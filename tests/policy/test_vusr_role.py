@@ -9,14 +9,14 @@ from families import FAMILIES, TEXT_ROLE, prepared_processor
 from peft import get_peft_model
 from PIL import Image
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.engines.decoding import chat_inputs, write_texts
+from medst_trl.engines.prompts import to_ask
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.checkpoints import load_policy
-from medst_trl.policy.decoding import chat_inputs, write_texts
-from medst_trl.policy.tiny import tiny_llava
 from medst_trl.policy.vusr import VUSR, add_vusr, stop_token_ids
 from medst_trl.policy.vusr_role import set_vusr_role
-from medst_trl.selftrain.generate.prompts import to_ask
 from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
 
 

@@ -11,7 +11,7 @@ import made_run
 import pytest
 from PIL import Image
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.report.report import make_report, write_report
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.training.batch_size import accumulation_steps, division_of, set_accumulation
 
 

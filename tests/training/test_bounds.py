@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from medst_trl.errors import UserError
-from medst_trl.stages.dpo import DpoArguments
-from medst_trl.stages.sft import SftArguments
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.stages.dpo import DpoArguments
+from medst_trl.pipeline.stages.sft import SftArguments
 from medst_trl.training import bounds
 from medst_trl.training.bounds import check_bounds
 from medst_trl.training.dpo import MultimodalDPOConfig

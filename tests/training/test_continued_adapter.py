@@ -9,9 +9,9 @@ import tiny_dpo
 import tiny_run
 from peft import get_peft_model
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.stages.sft import SftArguments
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.stages.sft import SftArguments
 from medst_trl.training.continued_adapter import keep_shape
 
 

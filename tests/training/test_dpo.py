@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from tiny_dpo import adapter_policy, make_trainer, pair, trained_weights
 from transformers import TrainerCallback
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.policy.adapters import freeze_vision
 from medst_trl.training.displacement import WarnOfDisplacement
 from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer

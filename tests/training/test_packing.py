@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.training.packing import IGNORED, pack, packing_cost, rope_positions, rows_of
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_dpo import pair
 from tiny_run import text
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.policy.vusr import tokenizer_of
 from medst_trl.training.encoding import TOKEN_INPUTS, encode
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference, pair_as_conversation

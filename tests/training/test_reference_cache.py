@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_dpo import pair, text
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.training.reference_cache import ReferenceCache, ReferenceLogProbs, pair_key
 
 

@@ -22,7 +22,7 @@ from datasets.features.image import Image as ImageFeature
 from tiny_dpo import adapter_policy, make_trainer, pair, text, trained_weights
 from tiny_run import small_policy
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
 from medst_trl.training.reference_log_probs import cache_of_reference, hash_weights, sharing_weights

@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features
-from medst_trl.errors import UserError
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.checkpoints import load_policy
 from medst_trl.policy.vusr import add_vusr

@@ -13,7 +13,7 @@ from families import prepared_processor
 from PIL import Image
 from tiny_dpo import pair
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
 from medst_trl.training.usable_pairs import usable_pairs
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.data.schema import candidate_features, write_jsonl
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_jsonl
+from medst_trl.data.schema import candidate_features
 from medst_trl.data.shards import write_split
-from medst_trl.errors import UserError
-from medst_trl.selftrain.generate.prompts import bytes_of
+from medst_trl.engines.prompts import bytes_of
 
 
 if TYPE_CHECKING:

@@ -9,11 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import check_columns, message, text_part
-from medst_trl.errors import UserError
-from medst_trl.selftrain.generate.files import candidate_row, undecoded
-from medst_trl.selftrain.generate.filters import QuestionFilter, normalised, pair_answers
-from medst_trl.selftrain.generate.prompts import (
+from medst_trl.engines.prompts import (
     Engine,
     Prompt,
     Reply,
@@ -24,7 +22,10 @@ from medst_trl.selftrain.generate.prompts import (
     to_ask,
     to_describe,
 )
-from medst_trl.selftrain.generate.work import Work
+
+from .files import candidate_row, undecoded
+from .filters import QuestionFilter, normalised, pair_answers
+from .work import Work
 
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class CandidateGenerator:
         self.model_name = model_name or getattr(getattr(model, "config", None), "name_or_path", None) or None
         self.engine: Engine = model
         if processor is not None:
-            from medst_trl.selftrain.generate.transformers_engine import TransformersEngine
+            from medst_trl.engines.transformers import TransformersEngine
 
             self.engine = TransformersEngine(model, processor, batch_size)
         self.rejected: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medst_trl.data.records import printable
-from medst_trl.selftrain.generate.prompts import OpenedImage
+from medst_trl.engines.prompts import OpenedImage
 
 
 SHOWN = 500  # characters of a rejected text that are kept

@@ -5,7 +5,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from medst_trl.errors import UserError
+from medst_trl.base.errors import UserError
 
 
 _ADVICE = {

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import explain_full_disk
 from medst_trl.data.images import ImageProblem
-from medst_trl.errors import UserError
-from medst_trl.full_disk import explain_full_disk
-from medst_trl.selftrain.judge.cache import ReplyCache
-from medst_trl.selftrain.judge.errors import Trouble, trouble_of_status
-from medst_trl.selftrain.judge.pairwise import PairwiseJudge
-from medst_trl.selftrain.judge.requests import row_of_body
+from medst_trl.engines.client_errors import Trouble, trouble_of_status
+from medst_trl.engines.reply_cache import ReplyCache
+from medst_trl.engines.requests import row_of_body
+
+from .pairwise import PairwiseJudge
 
 
 MAX_REQUESTS = 50_000  # of a file, as OpenAI has it

@@ -5,14 +5,15 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.selftrain.judge.cost import Prices
-from medst_trl.selftrain.judge.pairs import Pair
-from medst_trl.selftrain.judge.prompts import MAX_CHARS, has_marks
-from medst_trl.selftrain.judge.requests import Answer, Request
+from medst_trl.engines.cost import Prices
+from medst_trl.engines.requests import Answer, Request
+
+from .pairs import Pair
+from .prompts import MAX_CHARS, has_marks
 
 
 if TYPE_CHECKING:
-    from medst_trl.selftrain.judge.pairwise import PairwiseJudge
+    from .pairwise import PairwiseJudge
 
 
 def make_judgement(

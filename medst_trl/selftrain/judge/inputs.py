@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medst_trl.errors import UserError
-from medst_trl.stage_record import FILE_NAME
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.record import FILE_NAME
 
 
 if TYPE_CHECKING:

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.images import ImageProblem
-from medst_trl.errors import UserError
-from medst_trl.selftrain.judge.cache import ReplyCache
-from medst_trl.selftrain.judge.client import JudgeClient, api_key
-from medst_trl.selftrain.judge.cost import Budget, Prices, RequestSize, image_tokens, prices_of
-from medst_trl.selftrain.judge.images import JudgeImage
-from medst_trl.selftrain.judge.pairs import Pair, pairs_of
-from medst_trl.selftrain.judge.prompts import RUBRIC_SCHEMA, VERSIONS, judge_messages
-from medst_trl.selftrain.judge.replies import parse_scores, read_paper_reply, read_rubric_reply
-from medst_trl.selftrain.judge.requests import Request
-from medst_trl.selftrain.judge.run import JudgeRun, in_order
+from medst_trl.engines.client import JudgeClient, api_key
+from medst_trl.engines.cost import Budget, Prices, RequestSize, image_tokens, prices_of
+from medst_trl.engines.reply_cache import ReplyCache
+from medst_trl.engines.requests import Request
+
+from .images import JudgeImage
+from .pairs import Pair, pairs_of
+from .prompts import RUBRIC_SCHEMA, VERSIONS, judge_messages
+from .replies import parse_scores, read_paper_reply, read_rubric_reply
+from .run import JudgeRun, in_order
 
 
 __all__ = ["Estimate", "PairwiseJudge", "parse_scores"]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge.replies import CRITERIA
+from .replies import CRITERIA
 
 
 VERSIONS = ("rubric", "paper")

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.images import ImageProblem
-from medst_trl.errors import UserError
-from medst_trl.selftrain.judge.client import JudgeClient
-from medst_trl.selftrain.judge.decisions import make_judgement
-from medst_trl.selftrain.judge.pairs import Pair, pairs_of
-from medst_trl.selftrain.judge.requests import Stopped
+from medst_trl.engines.client import JudgeClient
+from medst_trl.engines.requests import Stopped
+
+from .decisions import make_judgement
+from .pairs import Pair, pairs_of
 
 
 if TYPE_CHECKING:
-    from medst_trl.selftrain.judge.pairwise import PairwiseJudge
+    from .pairwise import PairwiseJudge
 
 PAIRS_PER_SLOT = 3  # pairs begun for each call under way: those that wait to repeat a call leave no slot empty
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from medst_trl.selftrain.judge.cost import Prices
+from medst_trl.engines.cost import Prices
 
 
 MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)

@@ -19,20 +19,21 @@ from PIL import Image
 from tiny_run import small_policy
 
 from medst_trl import CandidateGenerator
+from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
-from medst_trl.errors import UserError
+from medst_trl.engines import decoding, image_features, shared_prompts
+from medst_trl.engines import transformers as transformers_engine
+from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.prompts import DESCRIBE, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
+from medst_trl.engines.sampling import SeededSampler
 from medst_trl.evaluation import vqa
-from medst_trl.policy import decoding, image_features, shared_prompts
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.decoding import chat_inputs
-from medst_trl.policy.image_features import ImageMemory
 from medst_trl.policy.vusr import VUSR, add_vusr
-from medst_trl.selftrain.generate import generator, transformers_engine
+from medst_trl.selftrain.generate import generator
 from medst_trl.selftrain.generate.files import select_records, undecoded
 from medst_trl.selftrain.generate.filters import QuestionFilter
-from medst_trl.selftrain.generate.prompts import DESCRIBE, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
-from medst_trl.selftrain.generate.sampling import SeededSampler
 
 
 ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights asks nothing better

@@ -11,13 +11,13 @@ from datasets import Dataset
 from judge_server import USAGE, JudgeServer, RandomFaults, prefers_first, reply_with
 from PIL import Image
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.schema import candidate_features
-from medst_trl.errors import UserError
+from medst_trl.engines.cost import Prices
+from medst_trl.engines.pace import Pace
+from medst_trl.engines.reply_cache import FILE_NAME
 from medst_trl.selftrain.judge import PairwiseJudge
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
-from medst_trl.selftrain.judge.cache import FILE_NAME
-from medst_trl.selftrain.judge.cost import Prices
-from medst_trl.selftrain.judge.pace import Pace
 from medst_trl.selftrain.judge.prompts import shown_texts
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
@@ -32,7 +32,7 @@ KEYS = {
 def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("medst_trl.selftrain.judge.pace.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.pace.FIRST_WAIT", 0.001)
 
 
 def png(number, size=16):
@@ -326,7 +326,7 @@ def test_a_server_that_takes_few_calls_at_a_time_gets_fewer(monkeypatch):
             super().pushed_back(retry_after)
             slots.append(self.slots)
 
-    monkeypatch.setattr("medst_trl.selftrain.judge.client.Pace", WatchedPace)
+    monkeypatch.setattr("medst_trl.engines.client.Pace", WatchedPace)
     server = JudgeServer(latency=0.2, retry_after="0.2")
     server.fault = lambda number, body: "429" if server.under_way > 3 else None
     with server:

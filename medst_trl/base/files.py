@@ -1,0 +1,88 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files that appear under their final name only when they are complete, and what happens when the disk is full."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+# safetensors and torch.save raise their own errors, which keep the cause in their text or not at all.
+_FULL_DISK = re.compile(r"No space left on device|StorageFull|QuotaExceeded|inline_container\.cc|PytorchStreamWriter")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]:
+    """
+    A temporary path beside `path`, renamed to `path` when the block ends, removed when it raises.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Final path.
+        fsync (`bool`, *optional*, defaults to `False`):
+            Whether the content must survive a crash of the machine.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        if fsync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> None:
+    """Write a text file in UTF-8, atomically."""
+    with atomic_path(path, fsync=fsync) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any, *, fsync: bool = False) -> None:
+    """Write indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", fsync=fsync)
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
+    """Write rows as JSON lines, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def move_files(source: Path, target: Path, last: str = "config.json") -> None:
+    """Move all files of one directory into another, `last` at the end: a target that has it is complete."""
+    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+        os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that there was no space left to write to."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _FULL_DISK.search(str(error)) is not None
+
+
+@contextmanager
+def explain_full_disk(folder: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" while `folder` is written into a [`UserError`]."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError(
+            f"The disk that holds {folder} is full. Finished work is kept. Make room and run the same command again: "
+            "it resumes."
+        ) from None

@@ -1,0 +1,116 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What an input was: the content of a file or folder, or the revision of a Hub repository."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from .errors import UserError
+
+
+SAMPLE_BYTES = 1 << 20  # a big file inside a folder is read at its start, middle and end only
+MANY_FILES = 10_000  # a folder of more files (raw images) goes by names and sizes
+# Beside preference pairs: what references say of them, computed while training. It is no part of the dataset.
+REFERENCE_FOLDER = "reference_log_probs"
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+
+
+def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
+    """
+    Say what `source` holds now, in a form that can be compared later.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A file, a folder, or a Hub id, which may carry its revision (`"org/name@main"`).
+
+    Returns:
+        `dict`: `{"path", "sha256"}` for a file or folder (moving it does not change the hash), `{"hub_id",
+        "revision"}` for a Hub id. The revision is the commit in the local Hub cache, None before a download.
+
+    Raises:
+        UserError: if `source` is neither there nor can be a Hub id.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {"path": str(source), "sha256": _sha256_of_file(path)}
+    if path.is_dir():
+        return {"path": str(source), "sha256": _sha256_of_folder(path)}
+    if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+        raise UserError(f"{source}: no such file or folder. Run the stage that makes it first, or correct the path.")
+    return {"hub_id": str(source), "revision": cached_revision(str(source))}
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """A Hub id and the revision it carries (`"org/name@main"`); a path is itself, whatever it is called."""
+    if os.path.exists(source) or not _HUB_ID.fullmatch(source):
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
+def same_source(old: dict, new: dict) -> bool:
+    """Whether two fingerprints can stand for the same content; a revision not known yet agrees with any other."""
+    if "hub_id" in old and "hub_id" in new:
+        revisions = {old["revision"], new["revision"]} - {None}
+        return old["hub_id"] == new["hub_id"] and len(revisions) < 2
+    return "sha256" in old and old.get("sha256") == new.get("sha256")
+
+
+def _sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_folder(folder: Path) -> str:
+    files = sorted(_content_files(folder))
+    digest = hashlib.sha256()
+    for name in files:
+        path = folder / name
+        size = path.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        if len(files) <= MANY_FILES:
+            digest.update(_sample(path, size))
+    return digest.hexdigest()
+
+
+def _content_files(folder: Path) -> list[str]:
+    """Names of the files that make up a result: none hidden, no stage records, checkpoints, log-probabilities."""
+    names = []
+    for root, folders, files in os.walk(folder):
+        skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)
+        folders[:] = [name for name in folders if not name.startswith(skipped)]
+        names += [
+            (Path(root) / name).relative_to(folder).as_posix()
+            for name in files
+            if not name.startswith(".") and name != "stage.json"
+        ]
+    return names
+
+
+def _sample(path: Path, size: int) -> bytes:
+    if size <= 3 * SAMPLE_BYTES:
+        return path.read_bytes()
+    with open(path, "rb") as file:
+        parts = []
+        for start in (0, (size - SAMPLE_BYTES) // 2, size - SAMPLE_BYTES):
+            file.seek(start)
+            parts.append(file.read(SAMPLE_BYTES))
+    return b"".join(parts)
+
+
+def cached_revision(hub_id: str) -> str | None:
+    """The commit that the local Hub cache holds for this id, without a network call."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    name, _, revision = hub_id.partition("@")
+    for kind in ("models", "datasets"):
+        repository = Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
+        reference = repository / "refs" / (revision or "main")
+        if reference.is_file():
+            return reference.read_text().strip()
+        if revision and (repository / "snapshots" / revision).is_dir():
+            return revision
+    return None

@@ -1,0 +1,190 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Registries: everything of one kind (sources, judge prompts, engines, families, metrics, losses, stages), by name.
+
+An object registers itself when its module is imported:
+
+```python
+SOURCES.register(Source(name="my_hospital", summary="our own export", read=read_my_hospital))
+```
+
+Built-in modules are imported when a registry is first read. A user's own come from package entry points (group
+`medst_trl.plugins`), from `--plugins FILE` and from the environment variable `MEDST_PLUGINS`, which every process of a
+run inherits. They never come from a recipe: recipes come from strangers.
+"""
+
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from .errors import UserError, closest
+
+
+T = TypeVar("T")
+
+PLUGINS_VARIABLE = "MEDST_PLUGINS"  # paths of plugin files, joined by os.pathsep
+PLUGINS_GROUP = "medst_trl.plugins"
+
+_loading = "medst_trl"  # who registers: the package, or the plugin that is being imported
+_plugins_loaded: set[str] = set()
+
+
+class Registry(Generic[T]):
+    """
+    All objects of one kind. Iterating gives them in the order in which they were registered.
+
+    Args:
+        kind (`str`):
+            What an object is called in messages, for example `"source"`.
+        modules (sequence of `str`):
+            Modules that register the built-in objects. A package stands for all modules directly inside it.
+        parts (sequence of `str`):
+            Attributes that every object must have.
+        order (`Callable`, *optional*):
+            From all objects to the order in which they are listed.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        modules: Sequence[str],
+        parts: Sequence[str],
+        order: Callable[[Sequence[T]], Sequence[T]] = list,
+    ):
+        self.kind, self.modules, self.parts, self.order = kind, modules, ("name", *parts), order
+        self._objects: dict[str, T] = {}
+        self._origins: dict[str, str] = {}
+        self._is_loaded = False
+
+    def register(self, item: T) -> T:
+        """
+        Add an object and return it.
+
+        Raises:
+            UserError: if it lacks a part or another object has its name.
+        """
+        missing = [part for part in self.parts if getattr(item, part, None) is None]
+        name = getattr(item, "name", None) or type(item).__name__
+        if missing:
+            raise UserError(f"The {self.kind} {name!r} of {_loading} lacks {', '.join(missing)}.")
+        if name in self._objects:
+            raise UserError(
+                f"Two {self.kind} objects share the name {name!r}: one of {self._origins[name]}, one of {_loading}. "
+                "Rename one of them."
+            )
+        self._objects[name], self._origins[name] = item, _loading
+        return item
+
+    def get(self, name: str) -> T:
+        """
+        The object of that name.
+
+        Raises:
+            UserError: if there is none, naming those there are.
+        """
+        self._load()
+        if name not in self._objects:
+            raise UserError(
+                f"Unknown {self.kind} {name!r}.{closest(str(name), self._objects)} Choose one of {', '.join(self)}."
+            )
+        return self._objects[name]
+
+    def names(self) -> list[str]:
+        """All names in listing order."""
+        self._load()
+        return [item.name for item in self.order(list(self._objects.values()))]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._objects
+
+    def values(self) -> list[T]:
+        """All objects in listing order."""
+        return [self._objects[name] for name in self.names()]
+
+    def _load(self) -> None:
+        if self._is_loaded:
+            return
+        self._is_loaded = True
+        for module in self.modules:
+            package = import_module(module)
+            for info in pkgutil.iter_modules(getattr(package, "__path__", ())):
+                import_module(f"{module}.{info.name}")
+        load_plugins()
+
+
+def add_plugins(argv: Sequence[str]) -> list[str]:
+    """
+    Take `--plugins FILE` from a command line and hand the files to this process and all it starts.
+
+    Returns:
+        The rest of the command line.
+
+    Raises:
+        UserError: if a file does not exist.
+    """
+    files, rest, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--plugins":
+            rest.append(word)
+            continue
+        path = Path(value if equals else next(words, ""))
+        if not path.is_file():
+            raise UserError(f"--plugins: file not found: {path}. Give a Python file that registers your objects.")
+        files.append(str(path.resolve()))
+    known = [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
+    if files:
+        os.environ[PLUGINS_VARIABLE] = os.pathsep.join(dict.fromkeys([*known, *files]))
+    return rest
+
+
+def load_plugins() -> None:
+    """
+    Import every plugin once: entry points first, then files.
+
+    Raises:
+        UserError: if one fails to import, with its name and its own error.
+    """
+    for entry_point in entry_points(group=PLUGINS_GROUP):
+        _load_plugin(entry_point.value, entry_point.load)
+    for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep):
+        if path:
+            _load_plugin(path, lambda path=path: _import_file(path))
+
+
+def _load_plugin(name: str, load: Callable[[], object]) -> None:
+    global _loading
+    if name in _plugins_loaded:
+        return
+    _plugins_loaded.add(name)
+    before, _loading = _loading, name
+    try:
+        load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"The plugin {name} failed to import: {type(error).__name__}: {error}") from error
+    finally:
+        _loading = before
+
+
+def _import_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file (set by --plugins or {PLUGINS_VARIABLE})")
+    name = f"medst_trl_plugin_{sha256(path.encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that dataclasses and pickle find it
+    spec.loader.exec_module(module)

@@ -1,0 +1,160 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+medst base --output_dir runs/demo/base
+
+Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download. It
+stands for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright and
+dark, and the words of medicine, but has seen no scan and no medical label.
+
+Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. Cut short, it
+continues from its newest checkpoint.
+"""
+
+import os
+import random
+import shutil
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class BaseArguments:
+    """Arguments of `medst base`."""
+
+    output_dir: str = field(metadata={"help": "Folder for the model and its processor."})
+    num_texts: int = field(default=2000, metadata={"help": "Conversations without a picture, read first."})
+    num_pictures: int = field(
+        default=16000, metadata={"help": "Pictures of plain shapes, each with its questions, seen next."}
+    )
+    turns: int = field(default=1, metadata={"help": "Questions about each picture."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Conversations per step."})
+    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
+    warmup_steps: int = field(default=30, metadata={"help": "Steps until the peak."})
+    save_steps: int = field(
+        default=200, metadata={"help": "Steps between checkpoints, from which a cut run continues."}
+    )
+    logging_steps: int = field(default=50, metadata={"help": "Steps between log lines."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights, the pictures and their order."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
+
+
+def make_parser(prog: str | None = None):
+    from trl.scripts.utils import TrlParser
+
+    return TrlParser((BaseArguments,), prog=prog, description=__doc__.strip().partition("\n")[2])
+
+
+def main(args: BaseArguments) -> None:
+    from medst_trl.pipeline.record import StageRecord
+
+    record = StageRecord.open(
+        args.output_dir,
+        stage="base",
+        settings=asdict(args),
+        operational={"save_steps", "logging_steps"},
+        overwrite=args.overwrite,
+    )
+    if record.status == "finished":
+        return
+    print(
+        f"base: training a tiny general-purpose model on {args.num_pictures} pictures of plain shapes and "
+        f"{args.num_texts} plain texts. It sees no scan and none of the labels."
+    )
+
+    from medst_trl.training.resume import newest_complete_checkpoint
+
+    from .tiny_model import tiny_llava
+
+    model, processor = tiny_llava(seed=args.seed)
+    trainer = _trainer(args, model, processor)
+    result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_folder(args)))
+    if trainer.accelerator.is_main_process:
+        _save(model, processor, Path(args.output_dir))
+        shutil.rmtree(_run_folder(args))
+    record.finish(
+        counts={"parameters": model.num_parameters(), "steps": trainer.state.global_step},
+        training_loss=result.training_loss,
+    )
+    print(
+        f"base: {model.num_parameters():,} parameters, training loss {result.training_loss:.3f}, in {args.output_dir}"
+    )
+
+
+def _run_folder(args: BaseArguments) -> Path:
+    """The Trainer's folder; hidden, so that it is not taken for part of the result."""
+    return Path(args.output_dir) / ".run"
+
+
+def _trainer(args: BaseArguments, model, processor):
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from medst_trl.training.collator import DataCollatorForSelfQuestioning
+    from medst_trl.training.resume import LoadsPublishedNames
+
+    # Stage 1's collator for its rendering, on a copy of the processor, to which alone it adds `<vusr>`.
+    collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
+
+    def collate(rows: list[dict]) -> dict:
+        batch = collator(rows)
+        batch.pop("question_mask")
+        # As in pre-training every word is a target. Stage 1 trains no output layer, so a word that was never to be
+        # predicted here, such as those that only questions have, could hardly be asked with later.
+        text = (batch["attention_mask"] == 1) & (batch["input_ids"] != processor.image_token_id)
+        batch["labels"] = batch["input_ids"].masked_fill(~text, -100)
+        return batch
+
+    # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
+    class ResumingTrainer(LoadsPublishedNames, Trainer):
+        pass
+
+    return ResumingTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(_run_folder(args)),
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=args.warmup_steps,
+            adam_beta2=0.95,
+            weight_decay=0.01,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            save_steps=args.save_steps,
+            save_total_limit=1,
+            logging_steps=args.logging_steps,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=_conversations(args),
+        data_collator=collate,
+        processing_class=processor,
+    )
+
+
+def _conversations(args: BaseArguments) -> list[dict]:
+    """What the model meets, in order: language first, then pictures with a little language between them."""
+    from . import plain_text, shapes
+
+    texts = list(plain_text.conversations(args.num_texts, args.seed))
+    pictures = shapes.make_shapes(args.num_pictures, args.seed)
+    between = len(pictures) // 30
+    later = [*shapes.conversations(pictures, args.seed, args.turns), *texts[:between]]
+    random.Random(args.seed).shuffle(later)
+    return texts + later
+
+
+def _save(model, processor, output_dir: Path) -> None:
+    """Each file appears whole, config.json last: a folder that has it is complete."""
+    staging = output_dir / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    processor.save_pretrained(staging)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output_dir / path.name)
+    staging.rmdir()

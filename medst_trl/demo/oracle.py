@@ -1,0 +1,196 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A judge that knows the truth of drawn phantoms, served over HTTP on loopback to the client that real judges get.
+
+With it the whole loop can be run and measured without a network: the pairs go through the same prompts, requests,
+replies and parsing, and how often the judge errs is known because it is set.
+"""
+
+import base64
+import io
+import json
+import random
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.images import image_id
+from medst_trl.selftrain.judge.prompts import shown_texts
+from medst_trl.selftrain.judge.replies import CRITERIA
+
+from .phantoms import (
+    BRIGHTNESSES,
+    MODALITIES,
+    QUADRANTS,
+    SIZES,
+    Truth,
+    answer,
+    draw_phantoms,
+    is_well_formed,
+    question_kind,
+)
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MODEL = "phantom-oracle"
+MOST_PHANTOMS = 100_000  # drawn in search of an image
+
+# The facts that each kind of question asks for.
+_ASKED = {
+    "presence": ("verdict",),
+    "bright": ("verdict",),
+    "dark": ("verdict",),
+    "modality": ("modality",),
+    "location": ("quadrant",),
+    "appearance": ("size", "brightness"),
+    "description": ("modality", "lesion", "size", "brightness", "quadrant"),
+}
+
+_VALUES = {"modality": MODALITIES, "quadrant": QUADRANTS, "size": SIZES, "brightness": BRIGHTNESSES}
+
+
+def score(question: str, text: str, truth: Truth) -> int:
+    """
+    What an answer about a phantom is worth, from 1 to 10.
+
+    Ten for the right answer, less for the share of the facts asked for that it has right, minus wrong ones that it
+    adds; one for nothing right, and for any answer to what is no question or one that this phantom cannot answer.
+    """
+    if not is_well_formed(question, truth):
+        return 1
+    right_answer = answer(question, truth)
+    if _plain(text) == _plain(right_answer):
+        return 10
+    expected, stated = _facts(right_answer), _facts(text)
+    asked = [fact for fact in _ASKED[question_kind(question)] if fact in expected]
+    right = sum(stated.get(fact) == expected[fact] for fact in asked)
+    known = {"modality": truth.modality, "quadrant": truth.quadrant, "size": truth.size} | expected
+    known |= {"brightness": truth.brightness, "lesion": truth.lesion}
+    wrong = sum(fact in known and value != known[fact] for fact, value in stated.items() if fact not in asked)
+    return max(1, min(9, 1 + round(8 * (right - wrong) / len(asked))))
+
+
+@contextmanager
+def serve_oracle(candidates: "Dataset", error_rate: float = 0.0, seed: int = 0) -> Iterator[str]:
+    """
+    Serve the oracle for the phantoms of a set of candidates while the context lasts.
+
+    Args:
+        candidates (`datasets.Dataset`):
+            Candidates about phantoms of the split "unlabelled".
+        error_rate (`float`, *optional*, defaults to `0.0`):
+            Share of the pairs whose scores are swapped, the same way in both orders.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the phantoms, and of which pairs those are.
+
+    Yields:
+        `str`: base URL of an OpenAI-compatible server, such as `"http://127.0.0.1:49152/v1"`.
+
+    Raises:
+        UserError: if a candidate is not about such a phantom.
+    """
+    truths = _truths({image_ids[0] for image_ids in candidates["image_ids"] if image_ids}, seed)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps(_complete(request, truths, error_rate, seed)).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # as many calls at a time as a client may open
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
+    """What is to be seen on each image, found by drawing the phantoms again."""
+    truths = {}
+    for phantom in islice(draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
+        if len(truths) == len(image_ids):
+            return truths
+        if (name := image_id(phantom.image)) in image_ids:
+            truths[name] = phantom.truth
+    raise UserError(
+        f"{len(image_ids) - len(truths)} of {len(image_ids)} images of the candidates are not among the unlabelled "
+        f"phantoms of seed {seed}, and the oracle knows no others. Give the seed of `medst prepare`, or name a judge "
+        "(model) in place of oracle_error_rate."
+    )
+
+
+def _complete(request: dict[str, Any], truths: dict[str, Truth], error_rate: float, seed: int) -> dict[str, Any]:
+    messages = request["messages"]
+    version, question, *answers = shown_texts(messages)
+    image = image_id(_image_of(messages))
+    truth = truths[image]
+    scores = [score(question, text, truth) for text in answers]
+    if random.Random(f"{seed}/{image}/{question}/{sorted(answers)}").random() < error_rate:
+        scores.reverse()
+    reply = f"{scores[0]} {scores[1]}\nAs the phantom was drawn." if version == "paper" else _as_rubric(scores)
+    words = sum(len(str(message["content"]).split()) for message in messages)
+    return {
+        "id": "oracle",
+        "object": "chat.completion",
+        "created": 0,
+        "model": MODEL,
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
+        "usage": {"prompt_tokens": words, "completion_tokens": len(reply.split()), "total_tokens": words},
+    }
+
+
+def _as_rubric(scores: list[int]) -> str:
+    verdict = "tie" if scores[0] == scores[1] else f"answer_{1 + (scores[1] > scores[0])}"
+    pair = [dict.fromkeys((*CRITERIA, "overall"), value) for value in scores]
+    return json.dumps(
+        {"comparison": "As the phantom was drawn.", "answer_1": pair[0], "answer_2": pair[1], "verdict": verdict}
+    )
+
+
+def _image_of(messages: list[dict[str, Any]]) -> Image.Image:
+    content = next(message["content"] for message in messages if message["role"] == "user")
+    url = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """What a text states about a scan."""
+    text = _plain(text)
+    facts: dict[str, Any] = {}
+    for name, values in _VALUES.items():
+        found = [value for value in values if re.search(rf"\b{value.lower()}\b", text)]
+        if found:  # several at once are no statement that could be right
+            facts[name] = found[0] if len(found) == 1 else tuple(found)
+    if match := re.match(r"(yes|no)\b", text):
+        facts["verdict"] = match[1]
+    if "lesion" in text:
+        facts["lesion"] = not re.search(r"\bno lesion", text)
+    return facts
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().replace(".", " ").replace(",", " ").split())

@@ -1,0 +1,264 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Drawn scans with known truth, so that everything can be tried and measured without medical data.
+
+A phantom is a 64 x 64 grey picture that looks a little like a CT, MRI or ultrasound scan, with or without one round
+lesion. Because it is drawn, every question about it has one right answer, and an oracle can tell a right answer from
+a wrong one. Left and right are those of the picture, not of the patient.
+
+Example:
+
+```python
+>>> from medst_trl.demo.phantoms import answer, benchmark_rows, instruct_rows, make_phantoms
+>>> train, test = make_phantoms(1000, seed=0), make_phantoms(100, seed=0, split="test")
+>>> conversations, benchmark = list(instruct_rows(train, seed=0)), list(benchmark_rows(test))
+>>> answer("Is there a lesion in the scan?", test[0].truth)
+'Yes'
+```
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice, product
+
+import numpy as np
+from PIL import Image
+
+from medst_trl.data.images import image_id
+
+
+SIZE = 64  # pixels
+MODALITIES = ("CT", "MRI", "ultrasound")
+QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
+SIZES = ("small", "large")
+BRIGHTNESSES = ("dark", "bright")
+# A phantom's random stream starts from (split, seed, position), so no two splits and no two seeds share a picture.
+SPLITS = {"train": 0, "validation": 1, "test": 2, "unlabelled": 3}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a phantom shows. Without a lesion, `quadrant`, `size` and `brightness` are `None`."""
+
+    modality: str
+    lesion: bool
+    quadrant: str | None = None
+    size: str | None = None
+    brightness: str | None = None
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """A drawn picture (mode "L", 64 x 64), its truth and its questions in the benchmark's form."""
+
+    id: str
+    image: Image.Image
+    truth: Truth
+    questions: list[dict]
+
+
+# Every wording of every kind of question; {view} stands for any word of VIEWS. The kinds "bright" and "dark" are the
+# two ways round of one closed question, so that neither "Yes" nor "No" is the safer guess.
+VIEWS = ("image", "scan")
+QUESTIONS = {
+    "presence": (
+        "Is there a lesion in the {view}?",
+        "Does the {view} show a lesion?",
+        "Is a lesion visible in the {view}?",
+    ),
+    "modality": (
+        "Which modality is shown?",
+        "What kind of scan is this?",
+        "Which imaging modality was used for this {view}?",
+    ),
+    "location": (
+        "Where is the lesion?",
+        "In which quadrant is the lesion?",
+        "Where in the {view} is the lesion?",
+    ),
+    "appearance": (
+        "What does the lesion look like?",
+        "How large and how bright is the lesion?",
+        "What is the appearance of the lesion in the {view}?",
+    ),
+    "bright": ("Is the lesion bright?", "Is the lesion brighter than the tissue around it?"),
+    "dark": ("Is the lesion dark?", "Is the lesion darker than the tissue around it?"),
+    "description": (
+        "What does the {view} show?",
+        "Please describe the {view}.",
+        "What is the finding in the {view}?",
+    ),
+}
+ANY_SCAN = ("presence", "modality", "description")  # kinds that a scan without a lesion answers too
+CLOSED = ("presence", "bright", "dark")
+
+
+def _normalise(question: str) -> str:
+    return " ".join(question.split()).rstrip("?. ").lower()
+
+
+_KINDS = {
+    _normalise(wording.format(view=view)): kind
+    for kind, wordings in QUESTIONS.items()
+    for wording in wordings
+    for view in VIEWS
+}
+
+
+def question_kind(question: str) -> str | None:
+    """
+    The kind of a question (a key of `QUESTIONS`), whatever its wording; `None` for text that is no such question.
+    """
+    return _KINDS.get(_normalise(question))
+
+
+def is_well_formed(question: str, truth: Truth | None = None) -> bool:
+    """Whether the text is a question that a phantom answers; with `truth`, that this very phantom answers.
+
+    A scan without a lesion does not answer where the lesion is or what it looks like.
+    """
+    kind = question_kind(question)
+    return kind is not None and (truth is None or truth.lesion or kind in ANY_SCAN)
+
+
+def answer(question: str, truth: Truth) -> str:
+    """The right answer to a question about a phantom with this truth.
+
+    Raises:
+        ValueError: If the phantom cannot answer the question (see `is_well_formed`).
+    """
+    if not is_well_formed(question, truth):
+        raise ValueError(f"A phantom with {truth} does not answer {question!r}.")
+    kind = question_kind(question)
+    if kind == "presence":
+        return "Yes" if truth.lesion else "No"
+    if kind in BRIGHTNESSES:
+        return "Yes" if truth.brightness == kind else "No"
+    if kind == "modality":
+        return truth.modality
+    if kind == "location":
+        return f"In the {truth.quadrant} quadrant."
+    if kind == "appearance":
+        return f"It is {truth.size} and {truth.brightness}."
+    if not truth.lesion:
+        return f"The {truth.modality} scan shows no lesion."
+    return (
+        f"The {truth.modality} scan shows a {truth.size} {truth.brightness} lesion in the {truth.quadrant} quadrant."
+    )
+
+
+def make_phantoms(n: int, seed: int, split: str = "train") -> list[Phantom]:
+    """Draws `n` phantoms with balanced truths.
+
+    Among any 81 that follow each other from a multiple of 81, each of the 48 truths with a lesion stands once and each
+    modality stands 11 times without one. The first phantoms of a longer list are those of a shorter one.
+
+    Args:
+        n (`int`): How many.
+        seed (`int`): Not negative. Other seeds give other pictures.
+        split (`str`): "train", "validation", "test" or "unlabelled". The splits share no picture at any seed.
+
+    Returns:
+        `list[Phantom]`, their ids unique over splits and seeds.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    return list(islice(draw_phantoms(seed, split), n))
+
+
+def draw_phantoms(seed: int, split: str = "train") -> Iterator[Phantom]:
+    """The phantoms of [`make_phantoms`] one after another, without end."""
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r} of phantoms: {', '.join(SPLITS)}.")
+    for position in count():
+        if position % len(_TRUTHS) == 0:
+            order = np.random.default_rng((SPLITS[split], seed, 1, position)).permutation(len(_TRUTHS))
+        truth = _TRUTHS[order[position % len(_TRUTHS)]]
+        rng = np.random.default_rng((SPLITS[split], seed, 0, position))
+        image, name = Image.fromarray(_draw(truth, rng)), f"phantom-{split}-{seed}-{position}"
+        yield Phantom(name, image, truth, _ask(name, truth, rng))
+
+
+def benchmark_rows(phantoms: Iterable[Phantom]) -> Iterator[dict]:
+    """One row an image in the benchmark's columns: `image_id`, `image`, `questions`."""
+    for phantom in phantoms:
+        yield {"image_id": image_id(phantom.image), "image": phantom.image, "questions": phantom.questions}
+
+
+def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = None) -> Iterator[dict]:
+    """One conversation an image in the instruct columns: `id`, `images`, `image_ids`, `messages`.
+
+    Args:
+        phantoms (`Iterable[Phantom]`): The pictures.
+        seed (`int`): Shuffles the order of the questions, for each picture on its own.
+        turns (`int`, *optional*): Keep only so many questions. All by default: three without a lesion, else six.
+    """
+    for phantom in phantoms:
+        rng = np.random.default_rng((seed, *phantom.id.encode()))
+        messages = []
+        for index in rng.permutation(len(phantom.questions))[:turns]:
+            question, reply = phantom.questions[index]["question"], phantom.questions[index]["answer"]
+            content = [] if messages else [{"type": "image", "text": None}]
+            messages.append({"role": "user", "content": [*content, _text(question)], "vusr": False})
+            messages.append({"role": "assistant", "content": [_text(reply)], "vusr": False})
+        yield {
+            "id": phantom.id,
+            "images": [phantom.image],
+            "image_ids": [image_id(phantom.image)],
+            "messages": messages,
+        }
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+_TRUTHS = [Truth(m, True, q, s, b) for m, q, s, b in product(MODALITIES, QUADRANTS, SIZES, BRIGHTNESSES)]
+_TRUTHS += [Truth(m, False) for m in MODALITIES for _ in range(11)]
+
+
+def _ask(name: str, truth: Truth, rng: np.random.Generator) -> list[dict]:
+    """One question of each kind the picture answers, its wording drawn; "bright" and "dark" share one place."""
+    kinds = ["presence", "modality", "description"]
+    if truth.lesion:
+        kinds += ["location", "appearance", str(rng.choice(BRIGHTNESSES))]
+    questions = []
+    for kind in kinds:
+        question = str(rng.choice(QUESTIONS[kind])).format(view=rng.choice(VIEWS))
+        questions.append(
+            {
+                "id": f"{name}-{'brightness' if kind in BRIGHTNESSES else kind}",
+                "question": question,
+                "answer": answer(question, truth),
+                "answer_type": "closed" if kind in CLOSED else "open",
+                "question_type": "brightness" if kind in BRIGHTNESSES else kind,
+                "link": None,
+            }
+        )
+    return questions
+
+
+def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
+    """Pixels, uint8 of shape (64, 64): background, tissue in the manner of the modality, lesion, noise."""
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float64)
+    centre_x, centre_y = SIZE / 2 + rng.uniform(-3, 3, size=2)
+    if truth.modality == "ultrasound":  # a fan of speckle, as a curved probe above the picture gives
+        depth, angle = np.hypot(x - centre_x, y + 26), np.arctan2(x - centre_x, y + 26)
+        tissue = (depth > 29) & (depth < 86) & (np.abs(angle) < 0.62)
+        pixels = np.where(tissue, 75 * rng.rayleigh(0.9, size=(SIZE, SIZE)), 0)
+    else:
+        width, height = SIZE * rng.uniform(0.40, 0.46, size=2)
+        radius = np.hypot((x - centre_x) / width, (y - centre_y) / height)
+        tissue = radius <= 1
+        if truth.modality == "CT":  # even tissue inside a bright ring of bone
+            pixels = np.where(tissue, np.where(radius > 0.92, 220, 110), 0)
+        else:  # MRI: folded soft tissue without bone
+            pixels = np.where(tissue, 110 + 40 * np.cos(12 * radius), 0)
+    if truth.lesion:
+        reach = SIZE * 0.19
+        lesion_x = centre_x + (reach if "right" in truth.quadrant else -reach) + rng.uniform(-3, 3)
+        lesion_y = centre_y + (reach if "lower" in truth.quadrant else -reach) + rng.uniform(-3, 3)
+        radius = SIZE * (rng.uniform(0.115, 0.145) if truth.size == "large" else rng.uniform(0.055, 0.08))
+        pixels[np.hypot(x - lesion_x, y - lesion_y) <= radius] = 245 if truth.brightness == "bright" else 8
+    return np.clip(pixels + rng.normal(0, 8, size=(SIZE, SIZE)), 0, 255).astype(np.uint8)

@@ -1,0 +1,111 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Turns a checkpoint of the original LLaVA code into a Hugging Face one: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med.
+
+```bash
+medst convert \
+    --source ZachSun/sqllava-7B \
+    --output_dir models/sqllava-7b
+```
+
+A training output (adapter_config.json, adapter_model.bin, non_lora_trainables.bin, Vit-lora/) is merged with its base:
+
+```bash
+medst convert --source checkpoints/stllava-lora --base models/sqllava-7b --output_dir models/stllava-med-7b
+```
+
+Output in `output_dir`: a model and its processor that every other command takes as `model_name_or_path`. Weights are
+safetensors; `.bin` files are read without running what code may be in them. Every tensor has to be accounted for: what
+is missing, left over or of another shape is listed, and nothing is written. Cut short, it goes on behind the last
+whole shard.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from trl.scripts.utils import TrlParser
+
+
+@dataclass
+class ConvertArguments:
+    """Arguments of `medst convert`."""
+
+    source: str = field(metadata={"help": "Folder or Hub id of a full model or of a training output."})
+    output_dir: str = field(metadata={"help": "Folder for the converted model."})
+    base: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of the model a training output was trained from, original or converted."},
+    )
+    projector: str | None = field(
+        default=None,
+        metadata={"help": "File, folder or Hub id of a projector that is published on its own (mm_projector.bin)."},
+    )
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the CLIP tower. Default: mm_vision_tower of config.json."}
+    )
+    vision_lora: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of LoRA layers of the vision tower. Default: Vit-lora inside source."},
+    )
+    vusr_role: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the model is told to ask: text (the words VUSER:) or token (<vusr>, to be trained). Default: "
+            "text with a prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else token."
+        },
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Weights' type: auto (the language model's), float32, bfloat16, float16."}
+    )
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Largest file of weights; about the memory that is needed."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
+    )
+
+
+def make_parser(prog: str | None = None) -> "TrlParser":
+    from trl.scripts.utils import TrlParser
+
+    return TrlParser((ConvertArguments,), prog=prog, description=__doc__)
+
+
+def main(args: ConvertArguments) -> None:
+    from medst_trl.base.files import explain_full_disk
+    from medst_trl.pipeline.record import StageRecord
+
+    from .conversion import convert_checkpoint
+
+    settings = asdict(args)
+    inputs = ("source", "base", "projector", "vision_tower", "vision_lora")
+    record = StageRecord.open(
+        args.output_dir,
+        stage="convert",
+        settings=settings,
+        inputs={name: settings[name] for name in inputs},
+        overwrite=args.overwrite,
+    )
+    if record.status == "finished":
+        return
+    try:
+        with explain_full_disk(args.output_dir):
+            converted = convert_checkpoint(**{k: v for k, v in settings.items() if k != "overwrite"})
+    except Exception:
+        record.forget()
+        raise
+    record.finish(counts={"parameters": converted.parameters}, **asdict(converted))
+    print(
+        f"convert: {converted.model_type}, {converted.parameters:,} parameters in {converted.dtype}, every tensor "
+        f"accounted for ({converted.changed} merged with LoRA, {converted.changed_in_vision} of them in the vision "
+        f"tower; {len(converted.left_out)} left out as harmless), in {args.output_dir}."
+    )
+    if converted.model_type != "llava":
+        print("convert: only transformers with medst_trl loads a prototype extractor; vLLM and SGLang cannot.")
+    if converted.vusr_role == "text":
+        print("convert: it asks by the text role VUSER: with its system prompt (--vusr_role token for the token).")
+    else:
+        print("convert: it asks by the token <vusr>, once stage 1 has trained that (--vusr_role text for VUSER:).")

@@ -1,0 +1,80 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+`results.json` of MedEvalKit: a JSON array of `question`, `answer`, `response`, for SLAKE also `answer_type` and
+`lang`, and per record its own scores, which are not looked at.
+
+It names neither questions nor images. Of a response with `\boxed{...}` or `<answer>` tags, the prediction is what is
+in them, as MedEvalKit takes it; the whole is kept as `response`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medst_trl.evaluation.metrics import RecordError
+
+from .rows import NOT_ENGLISH, Item, answer_type, json_rows, write_text
+
+
+KEYS = {"question", "answer", "response"}
+EXPECTED = "MedEvalKit's results.json is an array of objects with question, answer and response."
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def read(path: Path) -> Iterator[Item]:
+    """Predictions numbered from 0 in the file's order, SLAKE's questions in other languages than English as errors."""
+    for number, (name, row) in enumerate(json_rows(path, ("question", "answer", "response"))):
+        if isinstance(row, RecordError):
+            yield name, row
+        elif row.get("lang") not in (None, "en"):
+            yield name, RecordError(NOT_ENGLISH, row["lang"], name)
+        else:
+            yield name, _record(row, str(number))
+
+
+def final_answer(response: str) -> str:
+    r"""What is in the last `\boxed{}`, else in `<answer>` tags, else the whole response."""
+    start = response.rfind("\\boxed{")
+    depth = 0
+    for place in range(start + len("\\boxed"), len(response)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(response[place], 0)
+        if depth == 0:
+            return response[start + len("\\boxed{") : place]
+    found = _ANSWER.findall(response)
+    return " ".join(text.strip() for text in found) if found else response
+
+
+def write(records: list[dict[str, Any]], path: Path) -> None:
+    """Write a `results.json` whose records also carry `id`, `image_id` and `question_type`."""
+    rows = [
+        {
+            "lang": "en",
+            "answer_type": str(record["answer_type"]).strip().upper(),
+            "answer": str(record["answer"]),
+            "question": record.get("question") or "",
+            "response": str(record.get("response", record["prediction"])),
+            **{key: record.get(key) for key in ("id", "image_id", "question_type")},
+            "prediction": str(record["prediction"]),
+        }
+        for record in records
+    ]
+    write_text(path, json.dumps(rows, ensure_ascii=False, indent=4) + "\n")
+
+
+def _record(row: dict[str, Any], number: str) -> dict[str, Any]:
+    response = str(row["response"])
+    # A file of ours says what the prediction is; it may well look like markup.
+    prediction = row["prediction"] if row.get("prediction") is not None else final_answer(response)
+    return {
+        "id": row.get("id") or number,
+        "image_id": row.get("image_id"),
+        "question": row["question"],
+        "answer": row["answer"],
+        **answer_type(row["answer"], row.get("answer_type")),
+        "question_type": row.get("question_type"),
+        "prediction": prediction,
+        **({"response": response} if response != prediction else {}),
+    }

@@ -1,0 +1,117 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Prediction files of VLMEvalKit: a table with `index`, `question`, `answer`, `prediction` and whatever else the data set
+has. Its `PRED_FORMAT` chooses between `xlsx` (the default), `tsv` and `json`.
+
+An empty cell is an empty answer, a wrong one. (VLMEvalKit itself reads tables by pandas, to which "NA", "None" and
+"null" are gaps too; they are texts here.)
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.tables import check_header
+from medst_trl.data.text_files import read_text_file
+from medst_trl.evaluation.metrics import RecordError
+
+from .rows import Item, answer_type, json_rows, write_text
+
+
+KEYS = {"index", "prediction"}
+TABLES = {".tsv": "\t", ".csv": ",", ".xlsx": None}
+EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
+_COLUMNS = ("index", "question", "answer", "prediction")
+_NEEDED = ("index", "question", "prediction")  # test sets whose answers are kept back have none
+_OURS = ("id", "image_id", "answer_type", "question_type")
+
+
+def read(path: Path) -> Iterator[Item]:
+    """Predictions under VLMEvalKit's `index`, or under the id that a file of ours gives beside it."""
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        rows = _table(_cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, TABLES[suffix]), path)
+    else:
+        rows = json_rows(path, _NEEDED)
+    for name, row in rows:
+        yield name, row if isinstance(row, RecordError) else _record(row)
+
+
+def write(records: list[dict[str, Any]], path: Path) -> None:
+    """Write `.tsv`, `.csv` or `.json`, by the suffix."""
+    rows = [
+        {
+            "index": number,
+            "question": record.get("question") or "",
+            "answer": str(record["answer"]),
+            "prediction": str(record["prediction"]),
+            **{key: record.get(key) for key in _OURS},
+        }
+        for number, record in enumerate(records)
+    ]
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        write_text(path, json.dumps(rows, ensure_ascii=False, indent=4) + "\n")
+        return
+    if not TABLES.get(suffix):
+        raise UserError(f"VLMEvalKit's predictions are written as .tsv, .csv or .json; {path} is none of them.")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=TABLES[suffix], quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerow((*_COLUMNS, *_OURS))
+    writer.writerows([row[key] for key in (*_COLUMNS, *_OURS)] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    answer = None if row.get("answer") == "" else row.get("answer")
+    return {
+        "id": str(row["index"] if row.get("id") in (None, "") else row["id"]),
+        "image_id": row.get("image_id") or None,
+        "question": row["question"],
+        "answer": answer,
+        **answer_type(answer, row.get("answer_type")),
+        "question_type": row.get("question_type") or None,
+        "prediction": row["prediction"],
+    }
+
+
+def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Item]:
+    """Rows by column name; what has more or fewer cells than the header is an error."""
+    lines = iter(lines)
+    header = [str(name) for name in next(lines, [])]
+    check_header(header, _NEEDED, path, TABLES[path.suffix.lower()], EXPECTED)
+    for number, cells in enumerate(lines, start=1):
+        name = f"row {number}"
+        if len(cells) != len(header):
+            yield name, RecordError(f"{len(cells)} cells instead of {len(header)}", cells, name)
+        else:
+            yield name, dict(zip(header, cells))
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:
+    csv.field_size_limit(sys.maxsize)  # an answer that never ended may be longer than csv's 128 KiB
+    text = read_text_file(path, "predictions")
+    yield from (cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if cells)
+
+
+def _cells_of_xlsx(path: Path) -> Iterator[list[Any]]:
+    try:
+        from openpyxl import load_workbook
+        from openpyxl.utils.escape import unescape  # openpyxl leaves `_x000D_`, a carriage return, as it stands
+    except ImportError:
+        raise UserError(
+            "Reading .xlsx needs openpyxl: install medst_trl[xlsx], or let VLMEvalKit write PRED_FORMAT=tsv."
+        ) from None
+    try:
+        sheet = load_workbook(path, read_only=True).worksheets[0]
+        for row in sheet.iter_rows(values_only=True):
+            cells = ("" if cell is None else cell for cell in row)
+            yield [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
+    except Exception as error:  # whatever a file that is no workbook makes of zipfile, XML and openpyxl
+        raise UserError(f"{path} cannot be read as a workbook ({error}). {EXPECTED}") from None

@@ -1,0 +1,239 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as text: what somebody wants to have read before the GPUs are booked."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medst_trl.pipeline.recipe import read_recipe
+
+from .memory import GIB
+from .plan import StepPlan, Training, plan_recipe, read_throughput
+from .steps import Count, benchmark_questions, candidates_of, records_to_ask_about
+
+
+if TYPE_CHECKING:
+    from medst_trl.pipeline.options import Option
+    from medst_trl.pipeline.recipe import Recipe, Step
+
+LABEL = 12  # width of the words on the left
+
+
+def render(recipe: "Recipe", plans: Sequence[StepPlan], steps: Sequence["Step"]) -> str:
+    """
+    The plan of a recipe.
+
+    Args:
+        recipe ([`~medst_trl.pipeline.recipe.Recipe`]): The recipe.
+        plans (sequence of [`~medst_trl.pipeline.plan.plan.StepPlan`]): The steps that are planned.
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`]): All of its steps.
+    """
+    lines = [f"Plan of {recipe.path}. Nothing is run, downloaded or uploaded.", f"Results go to {recipe.output_dir}."]
+    for plan in plans:
+        lines += ["", _heading(plan)]
+        if not plan.is_done:
+            before = ""
+            for label, text in _rows(plan, steps):
+                lines.append(f"  {label if label != before else '':<{LABEL}}{text}")
+                before = label
+    return "\n".join([*lines, "", *_footer(plans)])
+
+
+def print_plan(source: str, options: Sequence["Option"], which: str | None = None) -> None:
+    """Print the plan of a recipe, for `medst run RECIPE --dry_run`; see [`plan_recipe`]."""
+    throughput, options = read_throughput(options)
+    recipe = read_recipe(source, options)
+    print(render(recipe, *plan_recipe(recipe, which, throughput)))
+
+
+def _heading(plan: StepPlan) -> str:
+    if plan.is_done:
+        return f"{plan.step.label}: finished before, skipped unless its settings have changed"
+    if not plan.step.stage.distributed:
+        return plan.step.label
+    return f"{plan.step.label} ({Path(plan.hardware.config).stem}, {_devices(plan)})"
+
+
+def _rows(plan: StepPlan, steps: Sequence["Step"]) -> Iterator[tuple[str, str]]:
+    name, args = plan.step.stage.name, plan.arguments[0]
+    if plan.training is not None:
+        yield from _training_rows(plan, plan.training)
+    elif name == "base":
+        yield "trains", f"a tiny model on {args.num_texts:,} texts and {args.num_pictures:,} pictures, one epoch"
+    elif name == "prepare":
+        yield from _prepare_rows(plan)
+    elif name == "convert":
+        yield "reads", args.source + (f" on {args.base}" if args.base else "")
+    elif name == "generate":
+        yield from _model_rows(plan)
+        images = records_to_ask_about(plan.step, steps)
+        yield "asks", f"{_many(images, 'images')}, {args.num_questions} x a question and {args.num_answers} answers"
+        yield "writes", _many(candidates_of(plan.step, steps), "candidates")
+        yield from _time_rows(plan, images.number, "images")
+    elif name == "evaluate":
+        yield from _evaluate_rows(plan)
+    elif getattr(args, "model_name_or_path", None):
+        yield "model", args.model_name_or_path
+    for label, texts in (("downloads", plan.downloads), ("asks", plan.requests), ("uploads", plan.uploads)):
+        for text in texts:
+            yield label, text
+
+
+def _training_rows(plan: StepPlan, training: Training) -> Iterator[tuple[str, str]]:
+    args, settings = plan.arguments
+    if training.unknown:
+        yield "model", training.unknown
+    else:
+        dtype = args.dtype or ("bfloat16" if settings.bf16 and args.use_lora else "float32")
+        kind = "4-bit" if getattr(args, "load_in_4bit", False) else dtype
+        start = "" if Path(training.base) == Path(args.model_name_or_path) else f"{args.model_name_or_path} on "
+        yield "model", f"{start}{training.base}, {_short(training.parameters)} parameters, {kind}"
+        width = max(len(item.how) for item in training.trained)
+        for item in training.trained:
+            rate = _rate(training.rates[item.part])
+            yield "trains", f"{item.part:<11}{item.how:<{width}}{item.count:>16,}   learning rate {rate}"
+        total = sum(item.count for item in training.trained)
+        yield "trains", f"{'in all':<11}{'':<{width}}{total:>16,}   {total / training.parameters:.1%} of the model"
+    if hasattr(settings, "beta"):
+        yield "loss", f"{' + '.join(settings.loss_type)}, beta {settings.beta:g}{_reference(plan)}"
+    batch = training.batch
+    where = "GPU" if plan.hardware.on_gpu else "process"
+    accumulated = f"{batch.accumulation} accumulated x " if batch.accumulation > 1 else ""
+    yield "batch", f"{batch.per_device} a {where} x {accumulated}{_devices(plan)} = {batch.effective}"
+    yield "data", _many(training.examples, "pairs" if plan.step.stage.name == "dpo" else "conversations")
+    yield "steps", _steps(training) + _warm_up(settings)
+    if training.memory:
+        yield from _memory_rows(plan, training)
+    steps = training.schedule.steps
+    yield from _time_rows(plan, None if steps is None else steps * batch.effective, "examples")
+
+
+def _reference(plan: StepPlan) -> str:
+    if plan.arguments[1].precompute_ref_log_probs:
+        return ", reference computed before the first step"
+    if not plan.training.memory:
+        return ""
+    is_copy = "reference" in plan.training.memory[0].parts
+    return f", reference {'a copy in memory' if is_copy else 'the model without the adapter'}"
+
+
+def _steps(training: Training) -> str:
+    schedule = training.schedule
+    if schedule.steps is None:
+        return f"{schedule.epochs:g} epoch{'' if schedule.epochs == 1 else 's'} of {training.examples.depends_on}"
+    if schedule.per_epoch is None:
+        return f"{schedule.steps:,}"
+    most = "at most " if schedule.at_most else ""
+    epochs = f"{schedule.epochs:.3g} epoch{'' if schedule.epochs == 1 else 's'}"
+    return f"{most}{schedule.steps:,}: {epochs} of {schedule.per_epoch:,}"
+
+
+def _warm_up(settings) -> str:
+    scheduler = getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)
+    warm_up = settings.warmup_steps or 0
+    if not warm_up:
+        return f"; {scheduler}"
+    return f"; {scheduler}, warm-up {f'{warm_up:.0%}' if warm_up < 1 else f'{warm_up:g} steps'}"
+
+
+def _memory_rows(plan: StepPlan, training: Training) -> Iterator[tuple[str, str]]:
+    longest, half = training.memory
+    saving = "with" if plan.arguments[1].gradient_checkpointing else "without"
+    each = f"on each {'GPU' if plan.hardware.on_gpu else 'process'}" if plan.hardware.processes > 1 else "in all"
+    yield (
+        "memory",
+        f"about {_size(longest.total)} {each} at {longest.length:,} tokens an example, {_size(half.total)} at "
+        f"{half.length:,}; {saving} gradient checkpointing",
+    )
+    yield "memory", ", ".join(f"{name} {_size(size)}" for name, size in longest.parts.items())
+
+
+def _prepare_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
+    args = plan.arguments[0]
+    if args.source == "phantoms":
+        yield (
+            "draws",
+            f"{args.num_phantoms:,} scans with conversations, {args.num_unlabelled_phantoms:,} without, "
+            f"{args.num_test_phantoms:,} for the benchmark",
+        )
+        return
+    here = "" if args.data_path and Path(args.data_path).exists() else "; not on this machine"
+    limit = f"; {args.max_records:,} records at most" if args.max_records is not None else ""
+    yield "reads", f"{args.data_path} ({args.source}{limit}{here})"
+
+
+def _model_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
+    args = plan.arguments[0]
+    if args.model_name_or_path is not None and getattr(args, "engine", "transformers") == "transformers":
+        size = f", {_size(plan.weights)} of weights" if plan.weights else ""
+        yield "model", f"{args.model_name_or_path}{size}"
+
+
+def _evaluate_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
+    args = plan.arguments[0]
+    yield from _model_rows(plan)
+    if args.predictions:
+        yield "scores", args.predictions
+        return
+    again = f", each again for {' and '.join(args.controls)}" if args.controls else ""
+    total = 0
+    for folder in args.benchmark:
+        questions = benchmark_questions(folder, args.split).capped(args.max_records)
+        total = None if total is None or questions.number is None else total + questions.number
+        number = "its questions" if questions.number is None else _many(questions, "questions")
+        yield "answers", f"{folder}: {number}{again}"
+    yield from _time_rows(plan, None if total is None else total * (1 + len(args.controls)), "questions")
+
+
+def _time_rows(plan: StepPlan, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
+    if plan.throughput is None:
+        return
+    if number is None:
+        yield "time", f"unknown, as the number of {unit} is"
+    else:
+        yield "time", f"{_duration(number / plan.throughput)} at {plan.throughput:g} {unit} a second"
+
+
+def _footer(plans: Sequence[StepPlan]) -> Iterator[str]:
+    trainings = [plan for plan in plans if plan.training is not None]
+    if any(plan.training.memory for plan in trainings):
+        yield "Memory is an estimate for the longest examples; the allocator takes 5 to 15% more."
+    if trainings and not any(plan.throughput for plan in plans):
+        yield "Time: --throughput N (examples a second, all processes together), --sft.throughput N for one stage."
+    for shortage in dict.fromkeys(shortage for plan in plans for shortage in plan.hardware.shortages):
+        yield f"Note: {shortage}."
+
+
+def _devices(plan: StepPlan) -> str:
+    what = "GPU" if plan.hardware.on_gpu else "process"
+    n = plan.hardware.processes
+    return f"{n} {what}" if n == 1 else f"{n} {what}{'s' if plan.hardware.on_gpu else 'es'}"
+
+
+def _many(count: Count, what: str) -> str:
+    if count.number is None:
+        return f"{what}, as many as {count.depends_on} will hold"
+    return f"{'at most ' if count.at_most else ''}{count.number:,} {what}"
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,}"
+
+
+def _rate(rate: float) -> str:
+    mantissa, _, exponent = f"{rate:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,116 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a step downloads, whom it asks, and what it uploads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .hub import download_size, hub_answers, is_cached, is_hub_id
+from .steps import Count, pairs_to_judge
+
+
+if TYPE_CHECKING:
+    from medst_trl.pipeline.recipe import Step
+
+_MODELS = ("model_name_or_path", "base_model_name_or_path")
+_ORIGINALS = ("source", "base", "projector", "vision_tower", "vision_lora")  # of `convert`
+_DATASETS = ("dataset", "images", "candidates", "benchmark", "benchmarks")
+
+
+def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> list[str]:
+    """
+    Lines on the models and datasets that a step fetches from the Hub.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]): The step.
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`]): All of the recipe: what they make is not on the Hub.
+        known (`set[str]`): What steps before have fetched already; added to.
+    """
+    if step.stage.name == "push":
+        return []
+    lines, made = [], [Path(other.settings["output_dir"]) for other in steps if "output_dir" in other.settings]
+    models = _ORIGINALS if step.stage.name == "convert" else _MODELS
+    for key in (*models, *_DATASETS):
+        if key == "model_name_or_path" and step.settings.get("engine") == "server":
+            continue  # the server has it
+        value = step.settings.get(key)
+        for source in value if isinstance(value, list) else [value]:
+            if not is_hub_id(source) or source in known or any(Path(source).is_relative_to(path) for path in made):
+                continue
+            known.add(source)
+            kind = "model" if key in models else "dataset"
+            lines.append(f"{kind} {source} {_size(source, kind)}")
+    return lines
+
+
+def requests(step: "Step", arguments: tuple[Any, ...], steps: Sequence["Step"]) -> list[str]:
+    """Lines on the servers that a step asks."""
+    args = arguments[0]
+    if step.stage.name == "generate" and args.engine == "server":
+        return [f"{args.base_url} ({args.server_kind}), model {args.model_name_or_path}"]
+    if step.stage.name != "judge":
+        return []
+    if args.oracle_error_rate is not None:
+        return ["none: the phantoms' oracle, in this process"]
+    if args.read_batch:
+        return ["none: replies come from read_batch"]
+    if args.write_batch:
+        return [f"none: they are written to {args.write_batch}"]
+    orders = 2 if args.order == "both" else 1
+    count = pairs_to_judge(step, steps).times(orders)
+    lines = [f"{_number(count)} requests to {args.base_url or _openai()}, model {args.model}"]
+    stop = f"stops at {args.max_cost:g} US dollars" if args.max_cost is not None else "no max_cost is set"
+    return [*lines, stop + _cost(args, count)]
+
+
+def uploads(step: "Step", arguments: tuple[Any, ...]) -> list[str]:
+    """Lines on the repositories that a step pushes to."""
+    if step.stage.name == "push":
+        args = arguments[0]
+        return [f"{args.source} to {args.repo_id}, {_visibility(args.private)}"]
+    settings = next((item for item in arguments if getattr(item, "push_to_hub", False)), None)
+    if settings is None:
+        return []
+    repo_id = getattr(settings, "hub_dataset_id", None) or getattr(settings, "hub_model_id", None)
+    private = _visibility(settings.hub_private_repo is not False)
+    if len(step.stage.publishes) == 1:
+        return [f"{repo_id}, {private}"]
+    return [f"{repo_id}-{folder}, {private}, if there is one" for folder in step.stage.publishes]
+
+
+def _visibility(private: bool) -> str:
+    return "private" if private else "PUBLIC"
+
+
+def _size(source: str, kind: str) -> str:
+    if is_cached(source, kind):
+        return "(in the cache)"
+    size = download_size(source, kind)
+    if size is not None:
+        return f"({size / 1e9:.1f} GB)" if size > 1e8 else f"({size / 1e6:.1f} MB)"
+    return "(size not told)" if hub_answers() else "(size unknown: the Hub cannot be asked)"
+
+
+def _openai() -> str:
+    import os
+
+    return os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+
+def _number(count: Count) -> str:
+    return f"requests: depends on {count.depends_on}, so" if count.number is None else f"at most {count.number:,}"
+
+
+def _cost(args: Any, count: Count) -> str:
+    """What they may cost together, where the prices are known."""
+    from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
+    from medst_trl.selftrain.judge.pairwise import LIKELY_REPLY
+
+    prices = prices_of(args.model, args.price_per_million_input_tokens, args.price_per_million_output_tokens)
+    if not prices.known or count.number is None:
+        return ""
+    words = 4000 / BYTES_PER_TOKEN  # instructions, question and two answers
+    question = image_tokens(args.model, args.image_size, args.image_size) + words
+    dollars = count.number * prices.cost(question, min(args.max_tokens, LIKELY_REPLY[args.prompt_version]))
+    return f"; about {dollars:,.0f} US dollars for all of them"

@@ -1,0 +1,189 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`medst recipes validate`: whether a recipe can run, found out without a GPU, the Hub or weights."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.launch import NOT_DISTRIBUTED
+from medst_trl.pipeline.recipe import Recipe, Step
+
+
+PROCESSES = (1, 4, 8)  # told where no number is asked for
+
+# What data a setting has to name, and the setting that names its split, with the split it otherwise is.
+_DATASETS = {
+    ("sft", "dataset"): ("instruct", "train_split", "train"),
+    ("generate", "images"): ("instruct", "split", "train"),
+    ("judge", "candidates"): ("candidates", "split", "train"),
+    ("judge", "benchmarks"): ("benchmark", None, "test"),
+    ("dpo", "dataset"): ("preferences", "train_split", "train"),
+    ("evaluate", "benchmark"): ("benchmark", "split", "test"),
+}
+_FOLDERS = {("generate", "images"): ("images", "instruct")}  # where it is not one called as the data
+_FILES = {
+    "prepare": ("data_path", "image_folder", "release_path"),
+    "judge": ("reference_captions", "read_batch"),
+    "evaluate": ("predictions",),
+    "push": ("source", "evaluation"),
+}
+_MODELS = ("model_name_or_path", "base_model_name_or_path")
+_CHECKPOINTS = {"convert": ("source", "base", "projector", "vision_tower", "vision_lora")}
+
+
+def validate(recipe: Recipe, which: str | None = None) -> list[str]:
+    """
+    Check a recipe as far as that goes without running it.
+
+    Keys, types and required settings; what each stage refuses before it opens anything; that inputs exist, are made by
+    an earlier section or are named like a repository of the Hub; columns and splits of datasets on disk; that
+    accelerate configurations exist, and that batches can be met on the number of processes.
+
+    Args:
+        recipe ([`~medst_trl.pipeline.recipe.Recipe`]): The recipe, with the options of the command line.
+        which (`str`, *optional*): The steps to check, as for `recipe.steps`; all by default.
+
+    Returns:
+        `list[str]`: a line for each step.
+
+    Raises:
+        UserError: with every problem found, and each with its place.
+    """
+    chosen = {step.label for step in recipe.steps(which)}
+    steps = recipe.steps(complete=False)
+    lines, problems, width = [], [], max(map(len, chosen)) + 2
+    for number, step in enumerate(steps):
+        if step.label not in chosen:
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries among themselves
+                told = [*_inputs(step, steps[:number], steps[number:]), *_launch(step)]
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            lines.append(f"{step.label:<{width}}{'; '.join(told) or 'ready'}")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return lines
+
+
+def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
+    """Where each input comes from, in a few words."""
+    from .settings import stage_arguments
+
+    missing, sources = [], []
+    for key, value in _named_inputs(step):
+        maker = _maker(value, before)
+        if maker is not None:
+            _check_folder(step, key, value, maker)
+            sources.append(maker.label)
+        elif Path(value).exists():
+            _look_into(step, key, Path(value))
+            sources.append(value)
+        elif (later := _maker(value, after)) is not None:
+            missing.append(f"{key}: {value} is made by {later.label}, which runs later")
+        elif _may_be_on_the_hub(step, key, value):
+            sources.append(f"{value} (Hub)")
+        else:
+            missing.append(f"{key}: {value} does not exist, and no section before {step.label} makes it")
+    if missing:
+        raise UserError("\n".join(f"{step.where}: {problem}." for problem in missing))
+    stage_arguments(step)
+    if sources:
+        yield "from " + ", ".join(dict.fromkeys(sources))
+
+
+def _named_inputs(step: Step) -> Iterator[tuple[str, str]]:
+    name = step.stage.name
+    keys = [key for key, _, _ in step.stage.reads if key != "run"]
+    for key in dict.fromkeys([*keys, *_MODELS, *_CHECKPOINTS.get(name, ()), *_FILES.get(name, ())]):
+        if key == "model_name_or_path" and step.settings.get("engine") == "server":
+            continue  # its name there
+        value = step.settings.get(key)
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None:
+                yield key, str(item)
+
+
+def _maker(value: str, steps: list[Step]) -> Step | None:
+    return next((step for step in steps if Path(value).is_relative_to(step.settings["output_dir"])), None)
+
+
+def _check_folder(step: Step, key: str, value: str, maker: Step) -> None:
+    """Of what an earlier step makes, the right part."""
+    inside = Path(value).relative_to(maker.settings["output_dir"]).as_posix()
+    if (step.stage.name, key) in _DATASETS:
+        kind = _DATASETS[step.stage.name, key][0]
+        wanted = _FOLDERS.get((step.stage.name, key), (kind,))
+        if inside not in wanted or inside not in maker.stage.publishes:
+            made = ", ".join(filter(None, maker.stage.publishes)) or "no dataset"
+            raise UserError(
+                f"{step.where}: {key}: {value} is no {kind} data: {maker.label} makes {made}, and this reads "
+                f"{' or '.join(wanted)}."
+            )
+    elif key in _MODELS and (inside != "." or maker.stage.name in ("prepare", "generate", "judge", "evaluate")):
+        raise UserError(f"{step.where}: {key}: {value} is no model: {maker.label} puts none there.")
+
+
+def _look_into(step: Step, key: str, path: Path) -> None:
+    """Of what is on disk: a model's configuration; a dataset's split and columns, from the head of its first file."""
+    if key in _MODELS and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{step.where}: {key}: {path} holds no model (config.json) and no adapter.")
+    if (step.stage.name, key) not in _DATASETS:
+        return
+    from datasets import Features
+    from pyarrow.parquet import read_schema
+
+    from medst_trl.data.schema import check_columns, complete_shards
+
+    kind, setting, default = _DATASETS[step.stage.name, key]
+    try:
+        shard = complete_shards(path, step.settings.get(setting, default))[0]
+        check_columns(SimpleNamespace(features=Features.from_arrow_schema(read_schema(shard))), kind)
+    except (UserError, NotADirectoryError) as error:
+        raise UserError(f"{step.where}: {key}: {path}: {error}") from None
+
+
+def _may_be_on_the_hub(step: Step, key: str, value: str) -> bool:
+    """Whether a value that names nothing here reads as `org/name`, and not as a path into a folder that is here."""
+    from .hub import is_hub_id
+
+    is_file = key in _FILES.get(step.stage.name, ())
+    return not is_file and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir()
+
+
+def _launch(step: Step) -> Iterator[str]:
+    """The launcher's configuration, and the batch of a step that trains."""
+    if not step.stage.distributed:
+        return
+    from .hardware import hardware_of
+    from .plan import check_sharding
+    from .settings import stage_arguments
+
+    hardware = hardware_of(step)
+    yield step.accelerate_config or "the launcher that suits the machine"
+    if step.stage.name not in ("sft", "dpo"):
+        return
+    check_sharding(step, stage_arguments(step), hardware)
+    alone = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None
+    yield "batch " + _batches(step, [step.num_processes] if step.num_processes else [1] if alone else PROCESSES)
+
+
+def _batches(step: Step, numbers: Sequence[int]) -> str:
+    """The effective batch by number of processes; of several numbers some may not do."""
+    from .batches import effective_batch
+
+    met, refused = {}, {}
+    for number in numbers:
+        try:
+            batch = effective_batch(step, number)
+        except UserError as error:
+            refused[number] = error
+        else:
+            met[number] = f"{batch.effective} on {number} ({batch.per_device} x {batch.accumulation})"
+    if not met:
+        raise refused[numbers[0]]
+    return ", ".join([*met.values(), *(f"cannot be met on {number}" for number in refused)])

@@ -1,0 +1,91 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle knows the truth, errs as often as it is told to, and speaks the protocol of real judges."""
+
+import base64
+import io
+
+import openai
+import pytest
+from datasets import Dataset
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.images import image_id
+from medst_trl.demo import oracle as phantom_oracle
+from medst_trl.demo.oracle import score, serve_oracle
+from medst_trl.demo.phantoms import Truth, answer, make_phantoms
+from medst_trl.selftrain.judge.prompts import judge_messages
+from medst_trl.selftrain.judge.replies import read_paper_reply, read_rubric_reply
+
+
+LESION = Truth("CT", True, "upper left", "small", "bright")
+HEALTHY = Truth("MRI", False)
+
+
+@pytest.mark.parametrize("split", ["train", "unlabelled"])
+def test_the_right_answer_has_ten_and_nothing_else_does(split):
+    for phantom in make_phantoms(81, 1, split):
+        for question in phantom.questions:
+            assert score(question["question"], question["answer"], phantom.truth) == 10
+            for other in ("", "Perhaps.", "It is a bird."):
+                assert score(question["question"], other, phantom.truth) == 1
+
+
+@pytest.mark.parametrize(
+    "question, better, worse, truth",
+    [
+        ("Is there a lesion in the scan?", "Yes, there is.", "No.", LESION),
+        ("Is there a lesion in the scan?", "No lesion.", "Yes", HEALTHY),
+        ("Which modality is shown?", "It is a CT scan.", "MRI", LESION),
+        ("Where is the lesion?", "upper left", "In the upper right quadrant.", LESION),
+        ("What does the lesion look like?", "It is small and dark.", "It is large and dark.", LESION),
+        ("What does the lesion look like?", "It is small.", "It is small and large.", LESION),
+        ("Please describe the scan.", "A small bright lesion.", "The CT scan shows no lesion.", LESION),
+        ("Please describe the scan.", "The MRI scan shows no lesion.", "The CT scan shows no lesion.", HEALTHY),
+        ("Is the lesion bright?", "Yes", "No", LESION),
+    ],
+)  # fmt: skip
+def test_better_answers_have_more(question, better, worse, truth):
+    assert score(question, better, truth) > score(question, worse, truth)
+
+
+def test_what_a_scan_cannot_answer_is_worth_nothing():
+    assert score("Where is the lesion?", "upper left", HEALTHY) == 1
+    assert score("Nonsense", "upper left", LESION) == 1
+
+
+def ask(base_url: str, version: str, question: str, answers: list[str], phantom):
+    file = io.BytesIO()
+    phantom.image.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+    reply = client.chat.completions.create(
+        model="any", messages=judge_messages(version, question, answers, image_urls=[url])
+    )
+    read = read_paper_reply if version == "paper" else read_rubric_reply
+    return read(reply.choices[0].message.content)
+
+
+def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
+    phantoms = make_phantoms(60, 2, "unlabelled")
+    candidates = Dataset.from_list([{"image_ids": [image_id(phantom.image)]} for phantom in phantoms])
+    question, wrong = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
+    for rate, low, high in ((0.0, 0, 0), (0.3, 0.15, 0.45)):
+        errors = 0
+        with serve_oracle(candidates, error_rate=rate, seed=2) as base_url:
+            for number, phantom in enumerate(phantoms):
+                right = answer(question, phantom.truth)
+                version = ("paper", "rubric")[number % 2]
+                forth = ask(base_url, version, question, [right, wrong[right]], phantom)
+                back = ask(base_url, version, question, [wrong[right], right], phantom)
+                assert forth.verdict == 1 - back.verdict  # an error is the judge's opinion, not an accident of order
+                errors += forth.verdict == 1
+        assert low <= errors / len(phantoms) <= high
+
+
+def test_other_images_are_refused(monkeypatch):
+    monkeypatch.setattr(phantom_oracle, "MOST_PHANTOMS", 50)
+    known = make_phantoms(1, 0, "unlabelled")[0]
+    candidates = Dataset.from_list([{"image_ids": ["a"]}, {"image_ids": [image_id(known.image)]}])
+    with pytest.raises(UserError, match="1 of 2 images"), serve_oracle(candidates):
+        pass

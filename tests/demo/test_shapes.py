@@ -1,0 +1,84 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import re
+
+import numpy as np
+
+from medst_trl.demo import plain_text
+from medst_trl.demo.phantoms import MODALITIES, QUADRANTS, QUESTIONS, make_phantoms
+from medst_trl.demo.shapes import BACKGROUNDS, CORNERS, conversations, make_shapes, questions
+
+
+PICTURES = make_shapes(300, seed=1)
+
+
+def all_text(rows) -> list[str]:
+    return [part["text"] for row in rows for m in row["messages"] for part in m["content"] if part["type"] == "text"]
+
+
+def test_the_odd_corner_of_the_pixels_is_that_of_the_truth():
+    plain = [picture for picture in PICTURES if picture.background == "plain" and picture.corner]
+    assert {picture.corner for picture in plain} == set(CORNERS)
+    for picture in plain:
+        pixels = np.asarray(picture.image, dtype=float)
+        odd = np.abs(pixels - np.median(pixels)) > 60
+        y, x = (axis.mean() for axis in np.nonzero(odd))
+        assert picture.corner == f"{'lower' if y > 32 else 'upper'} {'right' if x > 32 else 'left'}"
+        assert (pixels[odd].mean() > np.median(pixels)) == (picture.brightness == "bright")
+
+
+def test_same_seed_same_pictures_other_seed_others():
+    assert [p.image.tobytes() for p in make_shapes(20, seed=1)] == [p.image.tobytes() for p in PICTURES[:20]]
+    assert len({p.image.tobytes() for p in PICTURES + make_shapes(300, seed=2)}) == 600
+
+
+def test_every_background_and_some_pictures_without_a_shape():
+    assert {picture.background for picture in PICTURES} == set(BACKGROUNDS)
+    assert 0.5 < sum(picture.corner is not None for picture in PICTURES) / len(PICTURES) < 0.9
+
+
+def test_answers_tell_what_the_picture_shows():
+    rng = np.random.default_rng(0)
+    for picture in PICTURES:
+        answers = " ".join(answer for _, answer in questions(picture, rng))
+        assert picture.background in answers
+        if picture.corner:
+            assert f"{picture.size} {picture.brightness} shape in the {picture.corner} corner" in answers
+        else:
+            assert "no shape" in answers and "corner" not in answers
+
+
+def test_conversations_have_the_image_once_and_the_turns_asked_for():
+    rows = list(conversations(PICTURES[:20], seed=0, turns=2))
+    for picture, row in zip(PICTURES, rows, strict=False):
+        assert row["images"] == [picture.image]
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+        assert [part["type"] for m in row["messages"] for part in m["content"]].count("image") == 1
+    assert rows == list(conversations(PICTURES[:20], seed=0, turns=2))
+
+
+def test_no_medical_label_is_in_what_the_base_model_sees():
+    # Beside pictures there is no medical word at all; in plain text there are, but beside no picture.
+    medical = re.compile(
+        r"\b(lesion|scan|quadrant|tissue|modality|finding|" + "|".join(MODALITIES) + r")\b", re.IGNORECASE
+    )
+    assert not [text for text in all_text(conversations(PICTURES, seed=0)) if medical.search(text)]
+    texts = list(plain_text.conversations(200, seed=0))
+    assert all(row["images"] == [] for row in texts)
+    answers = {q["answer"] for p in make_phantoms(81, seed=0) for q in p.questions if len(q["answer"].split()) > 1}
+    wordings = {wording for wordings in QUESTIONS.values() for wording in wordings}
+    assert not answers & set(all_text(texts))
+    assert not wordings & set(all_text(texts))
+
+
+def test_every_word_of_the_phantoms_was_read_before():
+    # Stage 1 trains no output layer, so a word that the base model never wrote could hardly be learned.
+    read = set(
+        re.findall(r"\w+", " ".join(all_text([*plain_text.conversations(200, 0), *conversations(PICTURES, 0)])))
+    )
+    needed = {word for quadrant in QUADRANTS for word in quadrant.split()}
+    for phantom in make_phantoms(162, seed=0):
+        for question in phantom.questions:
+            needed |= set(re.findall(r"\w+", f"{question['question']} {question['answer']}"))
+    assert needed - read == set()

@@ -1,0 +1,124 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_run import SMALL
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from medst_trl.demo.phantoms import make_phantoms
+from medst_trl.demo.tiny_model import SPECIAL_TOKENS, tiny_llava
+
+
+MODEL, PROCESSOR = tiny_llava()
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "In the corner."}]},
+    {"role": "user", "content": "Which?"},
+]
+
+
+def small(**kwargs):
+    return tiny_llava(**{**SMALL, **kwargs})
+
+
+def encode(processor, size: int):
+    return processor(
+        text=processor.apply_chat_template(MESSAGES, add_generation_prompt=True),
+        images=Image.linear_gradient("L").resize((size, size)),
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+
+
+def test_sizes():
+    assert 1_000_000 < MODEL.num_parameters() < 2_000_000
+    assert small()[0].num_parameters() < 100_000
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text())
+def test_any_text_can_be_written(text):
+    tokenizer = PROCESSOR.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_words_of_the_phantoms_are_short():
+    tokens = words = 0
+    for phantom in make_phantoms(81, seed=0):
+        for question in phantom.questions:
+            text = f" {question['question']} {question['answer']}"
+            tokens += len(PROCESSOR.tokenizer.tokenize(text))
+            words += len(text.replace("?", " ?").replace(".", " .").split())
+    assert tokens < 1.1 * words
+
+
+def test_the_template_is_vicunas_with_closed_answers():
+    text = PROCESSOR.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    assert text == ("<s>Be brief. USER: <image>\nWhere is it? ASSISTANT: In the corner.</s>USER: Which? ASSISTANT:")
+
+
+def test_special_tokens_are_single_tokens_and_vusr_is_none_of_them():
+    tokenizer = PROCESSOR.tokenizer
+    assert tokenizer.convert_ids_to_tokens(range(len(SPECIAL_TOKENS))) == list(SPECIAL_TOKENS)
+    assert "<vusr>" not in tokenizer.get_vocab()
+    assert tokenizer.pad_token_id is not None and tokenizer.is_fast
+
+
+def test_an_image_takes_as_many_tokens_as_patches():
+    inputs = encode(PROCESSOR, 100)  # resized
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == (64 // 16) ** 2
+    assert MODEL(**inputs).logits.shape[-1] == len(PROCESSOR.tokenizer)
+
+
+@pytest.mark.parametrize("spare_rows", [0, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_and_reloaded_it_gives_equal_logits(tmp_path, tied, spare_rows):
+    model, processor = small(tie_word_embeddings=tied, spare_rows=spare_rows)
+    assert model.get_input_embeddings().weight.shape[0] == len(processor.tokenizer) + spare_rows
+    shares = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    assert shares == tied
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, reader = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    inputs = encode(reader, 16)
+    assert inputs["input_ids"].tolist() == encode(processor, 16)["input_ids"].tolist()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_the_features_are_those_before_the_last_layer():
+    model, processor = small()
+    model.train()
+    inputs = encode(processor, 16)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    layers = model.model.vision_tower.encoder.layers
+    assert all(parameter.grad is None for parameter in layers[-1].parameters())
+    assert all(parameter.grad is not None for layer in layers[:-1] for parameter in layer.parameters())
+
+
+def test_same_seed_same_weights_and_the_global_random_state_stays():
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first, second, other = small(seed=0)[0], small(seed=0)[0], small(seed=1)[0]
+    assert torch.equal(torch.rand(1), expected)
+    weights = [model.state_dict() for model in (first, second, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["lm_head.weight"], weights[2]["lm_head.weight"])
+
+
+def test_the_tokenizer_is_the_same_in_another_process():
+    code = (
+        "from medst_trl.demo.tiny_model import tiny_llava; print(tiny_llava()[1].tokenizer.backend_tokenizer.to_str())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == PROCESSOR.tokenizer.backend_tokenizer.to_str()

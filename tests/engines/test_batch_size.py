@@ -1,0 +1,54 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from family_models import MODELS, tiny_model
+
+from medst_trl.engines import batch_size
+from medst_trl.engines.batch_size import MOST, bytes_of_a_text, largest_batch
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_is_counted(family, dtype):
+    """A token more costs what it takes in the cache; a sliding window, which takes less, is counted as a whole one."""
+    model, _ = tiny_model(family)
+    model = model.to(dtype)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    text = model.config.get_text_config(decoder=True)
+    by_new = bytes_of_a_text(text, dtype, 100, 60) - bytes_of_a_text(text, dtype, 100, 50)
+    assert by_new == held
+    assert bytes_of_a_text(text, dtype, 110, 50) - bytes_of_a_text(text, dtype, 100, 50) > held
+
+
+def test_features_of_images_are_counted(monkeypatch):
+    """Those of each layer that gets some, for as many tokens as a prompt has."""
+    model, _ = tiny_model("qwen3-vl")
+    config = model.config.get_text_config(decoder=True)
+    one, three = (bytes_of_a_text(config, model.dtype, 100, 50, layers) for layers in (1, 3))
+    assert three - one == 2 * 100 * config.hidden_size * model.dtype.itemsize
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: int(20 * three / batch_size.SHARE_OF_FREE) + 1)
+    assert largest_batch(model, 100, 50) == 20
+    model.config.vision_config.deepstack_visual_indexes = []
+    assert largest_batch(model, 100, 50) == int(20 * three / one) > 20
+
+
+def test_llava_7b():
+    """Half a mebibyte a token in bfloat16: with 640 tokens of prompt and 256 new ones, some 0.5 GB a text."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    cached = (640 + 256) * 2**19
+    assert cached < bytes_of_a_text(config, torch.bfloat16, 640, 256) < 1.3 * cached
+
+
+@pytest.mark.parametrize(("texts_free", "expected"), [(0.5, 1), (1.3, 1), (10.1, 8), (10_000, MOST)])
+def test_largest_batch(texts_free, expected, monkeypatch):
+    model, _ = tiny_model("vicuna")
+    need = bytes_of_a_text(model.config.get_text_config(), model.dtype, 30, 20)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: int(texts_free * need))
+    assert largest_batch(model, 30, 20) == expected
+    assert largest_batch(model, 60, 40) <= expected

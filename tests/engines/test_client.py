@@ -1,0 +1,434 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One call at a time, against a transport that answers as told."""
+
+import asyncio
+import json
+import re
+import time
+from email.utils import formatdate
+
+import httpx2
+import pytest
+
+from medst_trl.base.errors import UserError
+from medst_trl.engines import client as judge_client
+from medst_trl.engines.client import JudgeClient, api_key
+from medst_trl.engines.client_errors import trouble_in_body, trouble_of_status
+from medst_trl.engines.cost import Budget, Prices, RequestSize
+from medst_trl.engines.pace import Pace, retry_after_of, wait_before
+from medst_trl.engines.reply_cache import ReplyCache
+from medst_trl.engines.requests import Request, Stopped
+from medst_trl.selftrain.judge.replies import read_paper_reply
+
+
+KEY = "sk-a-very-secret-key-0123456789"
+
+
+def completion(text="8 5", **message):
+    return {
+        "choices": [{"message": {"content": text} | message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+    }
+
+
+def request(key="k", **body):
+    body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "temperature": 0.0, "max_tokens": 50} | body
+    return Request(key, "paper", (0, 1), lambda: body, RequestSize(100, 100), read_paper_reply)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("medst_trl.engines.pace.FIRST_WAIT", 0.001)
+
+
+def ask(responses, requests=None, cache=None, budget=None, **settings):
+    """Ask one after the other; `responses` are given in turn, the last one for ever."""
+    sent = []
+
+    def respond(http_request):
+        if http_request.method == "GET":
+            return httpx2.Response(200, json={"object": "list", "data": [{"id": "judge-1"}]})
+        sent.append(json.loads(http_request.content))
+        response = responses[min(len(sent), len(responses)) - 1]
+        if isinstance(response, Exception):
+            raise response
+        if isinstance(response, bytes):
+            return httpx2.Response(200, content=response)
+        if isinstance(response, tuple):
+            status, error, *headers = response
+            return httpx2.Response(status, json={"error": error}, headers=headers[0] if headers else {})
+        return httpx2.Response(200, json=response)
+
+    async def run():
+        http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
+        client = JudgeClient(
+            "m", cache or ReplyCache(), budget or Budget(Prices(None, None)), 50, http_client=http, **settings
+        )
+        answers = []
+        for item in requests or [request()]:
+            try:
+                answers.append(await client.ask(item))
+            except Stopped:
+                break
+        await client.close()
+        return client, answers
+
+    client, answers = asyncio.run(run())
+    return client, answers, sent
+
+
+def test_an_answer():
+    client, [answer], sent = ask([completion()])
+    assert answer.reading.scores == (8, 5) and answer.reason is None and not answer.cached
+    assert sent == [request().body()] and client.events == {"calls": 1}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (429, {"message": "slow down"}), (500, {"message": "oops"}), (503, {"message": "busy"}), (529, {}), (408, {}),
+        httpx2.ConnectError("refused"), httpx2.ReadTimeout("slow"), httpx2.RemoteProtocolError("cut off"),
+        httpx2.ReadError("reset"), b"", b"<html>", b'{"choices": [{"mes', b"[]", b"{}", b'{"choices": []}',
+        {"error": {"message": "upstream", "code": 502}}, {"error": "busy"},
+    ],
+)  # fmt: skip
+def test_what_passes_is_tried_again_and_only_so_often(failure):
+    _, [answer], sent = ask([failure, failure, completion()])
+    assert answer.reading.scores == (8, 5) and len(sent) == 3
+    cache = ReplyCache()
+    client, answers, sent = ask([failure], [request()], cache, max_retries=2)
+    assert len(sent) == 3 and cache.attempts("k") == []  # so a later run tries it again
+    assert client.stop_error or answers[0].reason == "request_failed"
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ((401, {"message": f"Incorrect API key provided: {KEY}"}), "OPENAI_API_KEY"),
+        ((403, {"message": "no"}), "OPENAI_API_KEY"),
+        ((429, {"message": "quota", "code": "insufficient_quota"}), "credit"),
+        ((402, {"message": "pay"}), "credit"),
+        ((404, {"message": "The model `m` does not exist", "code": "model_not_found"}), "'m'.*judge-1"),
+        ((404, {"message": "Not Found"}), "base_url"),
+        ({"error": {"message": "no such key", "code": "invalid_api_key"}}, "OPENAI_API_KEY"),
+        ({"error": {"message": "quota", "code": "insufficient_quota"}}, "credit"),
+        ((429, {"message": "daily limit"}, {"Retry-After": "3600"}), "60 minutes"),
+    ],
+)  # fmt: skip
+def test_what_stays_stops_the_run_at_once(failure, said):
+    client, answers, sent = ask([failure])
+    assert answers == [] and len(sent) == 1
+    message = str(client.stop_error)
+    assert re.search(said, message) and "kept" in message and KEY not in message
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ((400, {"message": "content management policy", "code": "content_filter"}), "content_filter"),
+        (completion(None, refusal="I cannot"), "content_filter"),
+        ({"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}, "content_filter"),
+        ((400, {"message": "Could not process image"}), "image_refused"),
+        ((400, {"message": "bad", "code": "invalid_image_format"}), "image_refused"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_dropped_and_not_asked_again(failure, reason):
+    cache = ReplyCache()
+    _, [answer, _, same], sent = ask([failure, completion()], [request(), request("b"), request()], cache)
+    assert answer.reason == same.reason == reason and len(sent) == 2
+    _, [again], sent = ask([failure], cache=cache)
+    assert again.reason == reason and again.cached and sent == []
+
+
+@pytest.mark.parametrize("failure", [(400, {"message": "no image"}), (400, {"message": "flagged"})])
+@pytest.mark.parametrize("number", [3, 50])
+def test_refusals_of_a_server_that_never_judged_hold_for_its_run_only(tmp_path, failure, number):
+    requests = [request(str(n)) for n in range(number)] + [request("0")]
+    client, answers, sent = ask([failure], requests, ReplyCache(tmp_path))
+    assert len(sent) == min(number, judge_client.GIVE_UP_AFTER) and not any(answer.reading for answer in answers)
+    assert bool(client.stop_error) == (number == 50)
+    _, answers, _ = ask([completion()], requests, ReplyCache(tmp_path))  # the server is mended
+    assert len(answers) == number + 1 and all(answer.reading for answer in answers)
+
+
+def test_an_earlier_reply_does_not_vouch_for_the_server_of_this_run(tmp_path):
+    ask([completion()], cache=ReplyCache(tmp_path))
+    requests = [request(), request("b")]
+    _, answers, _ = ask([(400, {"message": "no image"})], requests, ReplyCache(tmp_path))
+    assert [answer.reason for answer in answers] == [None, "image_refused"]
+    _, answers, _ = ask([completion()], requests, ReplyCache(tmp_path))
+    assert all(answer.reading for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (400, "At most 0 image(s) may be provided in one request.", "no_images"),
+        (400, "m is not a multimodal model", "no_images"),
+        (404, "No endpoints found that support image input", "no_images"),
+        (400, "At most 1 image(s) may be provided in one request.", "image_refused"),
+        (400, "images of type webp are not supported by this model", "image_refused"),
+        (400, "This model does not support image inputs of that size", "no_images"),
+        (400, "Invalid image_url", "image_refused"),
+        (400, "This model's maximum context length is 4096 tokens. However, your prompt (with images) has 5000",
+         "bad_request"),
+        (400, "The decoder prompt (length 900) is longer than the maximum model length of 500. Make sure that "
+         "`max_model_len` is no smaller than the number of text tokens plus multimodal tokens.", "bad_request"),
+        (400, "unknown field in revision 3", "bad_request"),
+        (400, "the model llava-vision doesn't exist", "model"),
+        (400, "The model `llava-1.5` does not exist.", "model"),
+        (400, "Model m not found", "model"),
+        (400, "the model could not start: image file not found", "image_refused"),
+    ],
+)  # fmt: skip
+def test_what_servers_mean(status, message, kind):
+    assert trouble_of_status(status, {"message": message}).kind == kind
+
+
+def test_a_server_that_takes_no_images_stops_the_run_and_says_what_to_do():
+    client, answers, sent = ask([(400, {"message": "At most 0 image(s) may be provided in one request."})])
+    assert answers == [] and len(sent) == 1 and "--limit-mm-per-prompt" in str(client.stop_error)
+
+
+def test_a_key_in_the_address_is_in_no_message():
+    address = "http://h/v1?api_key=abcdefsecret"
+    client, _, _ = ask([httpx2.ConnectError(f"no route to {address}")], base_url=address, max_retries=0)
+    assert "cannot be reached" in str(client.stop_error) and "abcdefsecret" not in str(client.stop_error)
+    client, _, _ = ask([completion()], base_url=address, offline=True)
+    assert "abcdefsecret" not in client.base_url
+
+
+def test_a_request_that_is_no_good_is_given_up():
+    _, [answer], sent = ask([(400, {"message": "context length exceeded"})])
+    assert answer.reason == "request_failed" and "context length" in answer.detail and len(sent) == 1
+
+
+def test_an_unreadable_reply_is_asked_for_again_with_a_reminder():
+    cache = ReplyCache()
+    _, [answer], sent = ask([completion("Lovely."), completion("8 5")], cache=cache)
+    assert answer.reading.scores == (8, 5) and len(cache.attempts("k")) == 2
+    assert [message["role"] for message in sent[1]["messages"]] == ["user", "assistant", "user"]
+    assert sent[1]["messages"][1]["content"] == "Lovely."
+
+
+def test_unreadable_for_good():
+    cache = ReplyCache()
+    _, [answer], sent = ask([completion("Lovely.")], cache=cache)
+    assert answer.reason == "unparsable" and len(sent) == judge_client.RE_ASKS + 1
+    _, [again], sent = ask([completion()], cache=cache)
+    assert again.reason == "unparsable" and sent == []
+
+
+def test_a_killed_run_goes_on_after_the_last_attempt():
+    cache = ReplyCache()
+    cache.add({"key": "k", "attempt": 0, "reply": "Lovely.", "finish_reason": "stop", "usage": None})
+    _, [answer], sent = ask([completion()], cache=cache)
+    assert answer.reading and len(sent) == 1 and len(sent[0]["messages"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("Invalid parameter: 'response_format' of type 'json_schema' is not supported", {"type": "json_object"}),
+        ("Use 'max_completion_tokens' instead of 'max_tokens'", 50),
+        ("'temperature' does not support 0 with this model", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The judge takes no temperature")
+def test_a_server_that_takes_less_is_asked_for_less(words, left):
+    body = {"response_format": {"type": "json_schema", "json_schema": {}}}
+    requests = [request("a", **body), request("b", **body)]
+    _, answers, sent = ask([(400, {"message": words}), completion()], requests)
+    assert all(answer.reading for answer in answers) and len(sent) == 3  # learned once
+    for body in sent[1:]:
+        if "max_completion" in words:
+            assert body["max_completion_tokens"] == left and "max_tokens" not in body
+        elif "temperature" in words:
+            assert "temperature" not in body
+        else:
+            assert body["response_format"] == left
+
+
+def test_a_server_without_any_response_format():
+    refused = (400, {"message": "response_format is not supported"})
+    _, [answer], sent = ask([refused, refused, completion()], [request(response_format={"type": "json_schema"})])
+    assert answer.reading and "response_format" not in sent[-1]
+
+
+@pytest.mark.parametrize(
+    ("failure", "calls"),
+    [
+        (httpx2.ConnectError("refused"), 1),
+        (b"<html>Welcome</html>", 1),
+        ({"error": {"message": "no backend"}}, 1),
+        ((500, {"message": "oops"}), judge_client.GIVE_UP_AFTER),
+        ((400, {"message": "bad"}), judge_client.GIVE_UP_AFTER),
+        ((400, {"message": "this model takes no images"}), judge_client.GIVE_UP_AFTER),
+        (completion("Lovely."), judge_client.GIVE_UP_AFTER),
+    ],
+)
+def test_a_run_in_which_nothing_works_stops(failure, calls):
+    client, answers, sent = ask([failure], [request(str(n)) for n in range(50)], max_retries=1)
+    assert client.stop_error and len(answers) == calls and len(sent) <= 3 * calls
+
+
+def test_a_server_that_goes_away_stops_the_run():
+    requests = [request(str(n)) for n in range(50)]
+    client, answers, _ = ask([completion()] * 5 + [httpx2.ConnectError("refused")], requests, max_retries=1)
+    assert len([answer for answer in answers if answer.reading]) == 5
+    assert len(answers) == 5 + judge_client.GIVE_UP_AFTER and "cannot be reached" in str(client.stop_error)
+
+
+def test_bad_requests_among_good_ones_do_not_stop_the_run():
+    requests = [request(str(n)) for n in range(40)]
+    client, answers, _ = ask([completion()] + [(400, {"message": "bad"})] * 20 + [completion()], requests)
+    assert client.stop_error is None and len(answers) == 40
+
+
+def test_a_hanging_server_is_left_after_the_timeout():
+    async def run():
+        async def hang(_):
+            await asyncio.sleep(60)
+
+        http = httpx2.AsyncClient(transport=httpx2.MockTransport(hang))
+        client = JudgeClient(
+            "m", ReplyCache(), Budget(Prices(1, 1)), 50, http_client=http, timeout=0.05, max_retries=1
+        )
+        return client, await client.ask(request())
+
+    client, answer = asyncio.run(run())
+    assert answer.reason == "request_failed" and client.events["timeout"] == 2
+    assert client.budget.uncertain > 0  # it may have been charged
+
+
+def test_the_budget_stops_the_run_before_it_is_overdrawn():
+    prices = Prices(1e3, 1e3)  # a call: at most $0.15, really $0.11
+    requests = [request(str(n)) for n in range(50)]
+    client, answers, sent = ask([completion()], requests, budget=Budget(prices, 1.0))
+    assert "max_cost 1" in str(client.stop_error) and "go" in str(client.stop_error)
+    assert len(sent) == len(answers) == 8 and client.budget.spent == pytest.approx(0.88)
+
+
+def test_without_usage_the_most_is_counted():
+    client, _, sent = ask(
+        [{"choices": [{"message": {"content": "8 5"}}]}],
+        [request(str(n)) for n in range(9)],
+        budget=Budget(Prices(1e3, 1e3), 1.0),
+    )
+    assert len(sent) == 6 and client.budget.spent == pytest.approx(0.9)
+
+
+def test_a_reminder_is_in_the_reservation():
+    budget = Budget(Prices(1e3, 1e3), 100.0)
+    long = completion("Lovely. " * 500) | {"usage": None}
+    _, [answer], _ = ask([long, completion() | {"usage": None}], budget=budget)
+    assert answer.reading and budget.spent > 2 * 0.15 + 2.0
+
+
+def test_offline_counts_what_is_missing():
+    client, [answer], sent = ask([completion()], offline=True)
+    assert client.missing == 1 and answer.reading is None and sent == []
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_no_key(monkeypatch, value):
+    monkeypatch.setenv("OPENAI_API_KEY", value)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(UserError, match="environment variable OPENAI_API_KEY"):
+        api_key("OPENAI_API_KEY", None)
+    assert api_key("OPENAI_API_KEY", "http://localhost:8000/v1")
+
+
+def test_the_key_itself_is_no_variable(monkeypatch):
+    with pytest.raises(UserError) as error:
+        api_key(KEY, None)
+    assert KEY not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\u2019")
+    with pytest.raises(UserError) as error:
+        api_key("OPENAI_API_KEY", None)
+    assert KEY not in str(error.value)
+
+
+def test_the_key_is_in_no_message():
+    for text in (f"bad key {KEY}", f"Bearer {KEY}!", "https://user:word@host/v1"):
+        for trouble in (trouble_of_status(500, {"message": text}, secret=KEY), trouble_in_body(text, KEY)):
+            said = f"{trouble} {trouble.detail} {trouble.next_step('m', 'http://x', 'V')}"
+            assert KEY not in said and "user:word" not in said
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7), ({"retry-after": "0.5"}, 0.5), ({"retry-after": "-3"}, 0), ({}, None),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25), ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None), ({"retry-after": "inf"}, None), ({"retry-after": ""}, None),
+    ],
+)  # fmt: skip
+def test_retry_after(headers, seconds):
+    assert retry_after_of(headers) == seconds
+
+
+def test_retry_after_as_a_date():
+    assert retry_after_of({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=3)
+    assert retry_after_of({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
+
+
+def test_waits_grow_and_end(monkeypatch):
+    monkeypatch.undo()
+    waits = [max(wait_before(attempt, None) for _ in range(50)) for attempt in range(12)]
+    assert waits[0] <= 0.5 < waits[3] and max(waits) <= 30
+    assert 7 <= wait_before(0, 7.0) < 7.2
+
+
+def test_the_pace_falls_when_the_server_turns_away_many_and_rises_again():
+    pace = Pace(32)
+    for _ in range(100):  # one in ten: the server fails now and then, it is not overloaded
+        pace.pushed_back(None)
+        for _ in range(9):
+            pace.went_well()
+    assert pace.slots == 32
+    for _ in range(200):
+        pace.pushed_back(None)
+    assert pace.slots == 1
+    for _ in range(2000):
+        pace.went_well()
+    assert pace.slots == 32
+
+
+def test_no_call_starts_before_an_overloaded_server_allows_it():
+    async def run():
+        pace, begun = Pace(4), time.monotonic()
+        for _ in range(10):
+            pace.pushed_back(0.2)
+        async with pace.slot():
+            return time.monotonic() - begun
+
+    assert asyncio.run(run()) >= 0.2
+
+
+def test_slots_are_never_exceeded_and_never_lost():
+    async def run():
+        pace, under_way, most = Pace(5), 0, 0
+
+        async def call(number):
+            nonlocal under_way, most
+            async with pace.slot():
+                under_way += 1
+                most = max(most, under_way)
+                await asyncio.sleep(0.001)
+                under_way -= 1
+                if number % 7 == 0:
+                    raise ValueError
+
+        tasks = [asyncio.create_task(call(number)) for number in range(100)]
+        await asyncio.sleep(0.002)
+        for task in tasks[20:60:3]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(call(1) for _ in range(20)))
+        return most
+
+    assert asyncio.run(run()) == 5

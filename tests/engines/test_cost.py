@@ -1,0 +1,124 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medst_trl.base.errors import UserError
+from medst_trl.engines.cost import Budget, Prices, RequestSize, image_tokens, prices_of
+from medst_trl.engines.reply_cache import FILE_NAME, ReplyCache
+
+
+def row(key, attempt=0, reply="8 9"):
+    return {"key": key, "attempt": attempt, "reply": reply, "finish_reason": "stop", "usage": None}
+
+
+def test_prices():
+    assert prices_of("gpt-4o").input == 2.5
+    assert prices_of("gpt-4o-2024-08-06") == prices_of("gpt-4o")
+    assert prices_of("gpt-4o-mini-2024-07-18") == prices_of("gpt-4o-mini") != prices_of("gpt-4o")
+    assert prices_of("gpt-4o", 1.0, 2.0) == Prices(1.0, 2.0)
+    assert prices_of("gpt-4o", 0.0).input == 0.0
+    for unknown in ("qwen", "gpt-4o-audio-preview", "gpt-4", ""):
+        assert not prices_of(unknown).known
+
+
+def test_a_limit_needs_prices():
+    with pytest.raises(UserError, match="price_per_million_input_tokens"):
+        Budget(prices_of("qwen"), max_cost=1.0)
+    Budget(prices_of("qwen"))
+    Budget(prices_of("qwen", 0, 0), max_cost=1.0)
+
+
+def test_image_tokens_as_openai_counts_them():
+    assert image_tokens("gpt-4o", 512, 512) == 85 + 170
+    assert image_tokens("gpt-4o", 1024, 1024) == 85 + 4 * 170  # shortest side to 768
+    assert image_tokens("gpt-4o", 2048, 4096) == 85 + 6 * 170
+    assert image_tokens("qwen", 768, 768) > image_tokens("qwen", 336, 336) > 0
+
+
+@given(st.text(max_size=500))
+def test_most_tokens_of_a_text_are_its_bytes(text):
+    size = RequestSize.of([{"role": "user", "content": [{"type": "text", "text": text}]}], 100)
+    assert size.at_most >= len(text.encode("utf-8", "replace")) + 100
+    assert size.likely <= size.at_most
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["cost", "nothing", "unknown"])), max_size=60))
+def test_a_budget_is_never_overdrawn(calls):
+    budget, under_way = Budget(Prices(1, 1), max_cost=2.0), []
+    for amount, outcome in calls:
+        if budget.reserve(amount):
+            under_way.append((amount, outcome))
+        assert budget.spent + budget.uncertain + budget.reserved <= 2.0 + 1e-9
+        if len(under_way) > 3:
+            reserved, outcome = under_way.pop(0)
+            if outcome == "unknown":
+                budget.leave_open(reserved)
+            else:
+                budget.settle(reserved, reserved / 2 if outcome == "cost" else 0)
+    assert budget.spent + budget.uncertain <= 2.0 + 1e-9
+
+
+def test_cache_keeps_attempts_in_order(tmp_path):
+    cache = ReplyCache(tmp_path)
+    cache.add(row("a", 0, "nonsense"))
+    cache.add(row("a", 1, "8 9"))
+    cache.add({"key": "b", "attempt": 0, "error": "content_filter", "detail": "no"})
+    cache.close()
+    again = ReplyCache(tmp_path)
+    assert [attempt["reply"] for attempt in again.attempts("a")] == ["nonsense", "8 9"]
+    assert again.attempts("b")[0]["error"] == "content_filter" and again.attempts("c") == []
+
+
+def test_cache_keeps_calls_without_a_reply_apart(tmp_path):
+    cache = ReplyCache(tmp_path)
+    most = {"prompt_tokens": 100, "completion_tokens": 20}
+    cache.add(row("a") | {"at_most": most})
+    for _ in range(2):
+        cache.add_lost({"key": "a", "lost": "timeout", "at_most": most})
+    cache.add_lost({"key": "b", "lost": "content_filter", "usage": most})
+    cache.close()
+    assert cache.added == 1
+    for same in (cache, ReplyCache(tmp_path)):
+        assert len(same.attempts("a")) == 1 and same.attempts("b") == []
+        assert [len(same.charges(key)) for key in "abc"] == [3, 1, 0]
+        assert {Prices(1e6, 1e6).cost_of(call) for key in "ab" for call in same.charges(key)} == {120}
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 6))
+def test_cache_survives_a_line_cut_off(tmp_path, cut):
+    cache = ReplyCache(tmp_path)
+    for key in "ab":
+        cache.add(row(key))
+    cache.close()
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = ReplyCache(tmp_path)
+    assert again.attempts("a") and (cut == 1) == bool(again.attempts("b"))
+    again.add(row("c"))
+    again.close()
+    last = ReplyCache(tmp_path)
+    assert last.attempts("a") and last.attempts("c")
+
+
+def test_cache_passes_over_what_is_not_its_own(tmp_path):
+    lines = [b"\xff\xfe", b"[]", b"7", b"{}", b'{"key": 1, "attempt": 0, "reply": ""}', json.dumps(row("a")).encode()]
+    (tmp_path / FILE_NAME).write_bytes(b"\n".join(lines))
+    assert ReplyCache(tmp_path).attempts("a")
+
+
+def test_two_processes_can_share_a_cache(tmp_path):
+    one, two = ReplyCache(tmp_path), ReplyCache(tmp_path)
+    for number in range(20):
+        (one if number % 2 else two).add(row(str(number), reply="x" * 10_000))
+    assert all(ReplyCache(tmp_path).attempts(str(number)) for number in range(20))
+
+
+def test_cache_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = ReplyCache()
+    cache.add(row("a"))
+    assert cache.attempts("a") and not list(tmp_path.iterdir())

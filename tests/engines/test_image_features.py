@@ -1,0 +1,103 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of an image. That models make the same of it is shown in test_shared_prompts.py."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from family_models import MODELS, tiny_model
+from PIL import Image
+
+from medst_trl.engines import image_features
+from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.prompts import OpenedImage, to_answer
+
+
+def opened(number, size=(32, 32)):
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return OpenedImage(b"", Image.fromarray(pixels))
+
+
+def encoded(family, *images):
+    memory = ImageMemory(*tiny_model(family))
+    memory.encode(images, [one.image for one in images])
+    return memory
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_prompts_are_those_with_pixels(family, monkeypatch):
+    """But for the pixels, which nobody looks at."""
+    first, second = opened(0, (40, 20)), opened(1, (20, 44))
+    memory = encoded(family, second, first)
+    processor = memory.processor
+    conversations = [to_answer([], 2, "Which is larger?"), to_answer([], 1, "Is it?")]
+    keys = [[first, second], [second]]
+    images = [[one.image for one in own] for own in keys]
+    expected = chat_inputs(processor, conversations, images)
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", None)
+    inputs = memory.inputs(conversations, keys, images)
+    output = inputs.pop("mm_encoder_outputs")["image"]
+    pixels = {"pixel_values", "image_sizes", "pixel_attention_mask"}
+    assert set(inputs) == set(expected) - pixels
+    assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+    tokens = (expected["input_ids"] == memory.model.config.image_token_id).sum()
+    assert sum(one.reshape(-1, one.shape[-1]).shape[0] for one in output.pooler_output) == tokens
+
+
+def test_deepstack_is_remembered():
+    image = opened(0)
+    remembered = encoded("qwen3-vl", image)[image]
+    assert [layer.shape for layer in remembered.deepstack] == [remembered.features.shape] * 2
+    assert not torch.equal(*remembered.deepstack)
+
+
+def test_an_image_is_forgotten_with_its_key():
+    first, second = opened(0), opened(1)
+    memory = encoded("vicuna", first, second)
+    features = weakref.ref(memory[first].features)
+    assert first in memory and second in memory
+    del first
+    gc.collect()
+    assert features() is None and second in memory
+    assert memory[second].features.untyped_storage().nbytes() == memory[second].features.nbytes, "holds its neighbour"
+
+
+def test_the_first_images_stay_where_there_is_no_room_for_all(monkeypatch):
+    first, second, third, fourth = map(opened, range(4))
+    memory = encoded("vicuna", first, second)
+    monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
+    memory.encode([third], [third.image], keep=[second])
+    assert all(image in memory for image in (first, second, third)), "what is needed now"
+    memory.encode([fourth], [fourth.image])
+    assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
+    assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].features)] * 3
+
+
+def test_features_are_kept_in_main_memory(monkeypatch):
+    """And put where the model is when they are needed. (The meta device stands for an accelerator.)"""
+    image = opened(0)
+    memory = encoded("qwen3-vl", image)
+    moved = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape[0]) or cpu(self))
+    memory.encode([image], [image.image])
+    assert moved == [memory.tokens[image]] * 3, "its features, and those of two layers"
+    memory.model.to("meta")
+    output = memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])["mm_encoder_outputs"]["image"]
+    layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
+    assert [rows.device.type for rows in layers] == ["meta"] * 3
+    assert memory[image].features.device.type == "cpu"
+
+
+def test_the_processor_is_left_as_it_was():
+    image = opened(0)
+    memory = encoded("vicuna", image)
+    memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])
+    with pytest.raises(StopIteration):  # a prompt about two images, of which one is named
+        memory.inputs([to_answer([], 2, "Is it?")], [[image]], [[image.image] * 2])
+    assert "_process_images" not in vars(memory.processor)
+    assert "pixel_values" in chat_inputs(memory.processor, [to_answer([], 1, "Is it?")], [[image.image]])

@@ -1,0 +1,268 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The engine `server`: against a server that misbehaves on request, and against a real `transformers serve`."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+from serving import serve
+from tiny_run import small_policy
+
+from medst_trl import CandidateGenerator, adapter_config
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import instruct_features, message, text_part
+from medst_trl.engines import server as server_module
+from medst_trl.engines.prompts import Prompt, Sampling, open_images, to_answer, to_ask, to_describe
+from medst_trl.engines.server import ChatServer
+from medst_trl.engines.transformers import TransformersEngine
+from medst_trl.policy.vusr import VUSR, add_vusr
+from medst_trl.selftrain.generate.filters import QuestionFilter
+
+
+def stored(number, format="PNG"):
+    pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def prompt(messages, number=0, format="PNG"):
+    return Prompt(messages, open_images([stored(number, format)]))
+
+
+def chat(text, finish_reason="stop"):
+    return {
+        "id": "1", "object": "chat.completion", "created": 0, "model": "m",
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A server whose `reply(body)` gives (status, body) and which keeps the requests it got."""
+    monkeypatch.setattr(server_module, "RETRIES", 1)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            http.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+            status, answer = http.reply(body)
+            kind = "text/html" if isinstance(answer, str) else "application/json"
+            content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", http.kind or kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.requests, http.reply, http.kind = [], lambda body: (200, chat(" Where is it? ")), None
+    http.url = f"http://127.0.0.1:{http.server_port}/v1"
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    yield http
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_what_is_sent(fake, format):
+    history = [*to_answer([], 1, "What <image> is </s> this?"), message("assistant", [text_part(f"A {VUSR} scan.")])]
+    ask = prompt(to_ask(history, 1), format=format)
+    (reply,) = ChatServer(fake.url, "m").write([ask], Sampling(max_new_tokens=9))
+    assert (reply.text, reply.ended, reply.problem) == ("Where is it?", True, None)
+    ((path, headers, body),) = fake.requests
+    assert path == "/v1/chat/completions"
+    assert headers["authorization"] == "Bearer none"
+    image, text = body["messages"][0]["content"]
+    kind, _, content = image["image_url"]["url"].partition(";base64,")
+    assert kind == f"data:image/{format.lower()}"
+    assert base64.b64decode(content) == stored(0, format)["bytes"]
+    assert body["messages"][1]["role"] == "assistant" and "scan" in body["messages"][1]["content"]
+    assert body["messages"][2] == {"role": "user", "content": [{"type": "text", "text": VUSR}]}
+    for word in ("<image>", "</s>", VUSR):
+        assert word not in text["text"] + body["messages"][1]["content"], "control tokens in texts stay text"
+    assert text["text"].replace("\u200c", "") == "What <image> is </s> this?"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampling", "sent"),
+    [
+        ("vllm", Sampling(), {"temperature": 1.2, "top_p": 0.95, "top_k": 100, "max_tokens": 256}),
+        ("sglang", Sampling(top_k=0), {"temperature": 1.2, "top_p": 0.95, "top_k": -1, "max_tokens": 256}),
+        ("vllm", Sampling(temperature=0.0), {"temperature": 0.0, "max_tokens": 256}),
+        ("transformers", Sampling(), {"generation_config": {
+            "do_sample": True, "max_new_tokens": 256, "temperature": 1.2, "top_k": 100, "top_p": 0.95}}),
+        ("transformers", Sampling(temperature=0.0), {"generation_config": {
+            "do_sample": False, "max_new_tokens": 256}}),
+    ],
+)  # fmt: skip
+def test_each_kind_in_its_own_way(fake, kind, sampling, sent):
+    ChatServer(fake.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
+    body = {key: value for key, value in fake.requests[0][2].items() if key not in ("model", "messages")}
+    if "generation_config" in body:
+        body["generation_config"] = json.loads(body["generation_config"])
+    assert body == sent
+
+
+def test_replies_are_in_order_and_cut_ones_are_known(fake):
+    def reply(body):
+        time.sleep(0.02 * (body["messages"][0]["content"][-1]["text"] == "0"))
+        return 200, chat(body["messages"][0]["content"][-1]["text"], "length")
+
+    fake.reply = reply
+    replies = ChatServer(fake.url, "m", concurrency=4).write(
+        [prompt(to_answer([], 1, str(number))) for number in range(9)], Sampling()
+    )
+    assert [reply.text for reply in replies] == list("012345678")
+    assert not any(reply.ended for reply in replies)
+
+
+def test_odd_texts(fake):
+    fake.reply = lambda body: (200, chat(None))
+    assert ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
+    fake.reply = lambda body: (200, chat("half a character: \ud800"))
+    ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
+
+
+def test_errors_that_pass_are_tried_again(fake):
+    fake.reply = lambda body: (503, {"error": "busy"}) if len(fake.requests) == 1 else (200, chat("ok?"))
+    assert ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    assert len(fake.requests) == 2
+
+
+def test_a_refused_request_is_set_aside(fake):
+    fake.reply = lambda body: (
+        (400, {"error": {"message": "image too large"}})
+        if "b'" in body["messages"][0]["content"][-1]["text"]
+        else (200, chat("Yes"))
+    )
+    replies = ChatServer(fake.url, "m").write(
+        [prompt(to_answer([], 1, text)) for text in ("a", "b'", "c")], Sampling()
+    )
+    assert [reply.problem for reply in replies] == [None, "request_failed", None]
+    assert replies[1].text == "400: image too large"
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "message"),
+    [
+        ((200, "<html>login</html>"), None, "does not send a chat completion"),
+        ((200, "<html>"), "application/json", "does not send a chat completion"),
+        ((200, {"error": "quota is used up"}), None, "quota is used up"),
+        ((200, {"choices": []}), None, "does not send a chat completion"),
+        ((401, {"error": {"message": "bad key sk-abcdefghijklmnopqrstuv"}}), None, "OPENAI_API_KEY"),
+        ((403, {}), None, "OPENAI_API_KEY"),
+        ((404, {"error": {"message": "The model `m` does not exist."}}), None, "has no model 'm'.*does not exist"),
+        ((500, {"error": "boom"}), None, "500.*server's own log"),
+        ((502, "<html>Bad gateway</html>"), None, "502.*server's own log"),
+        ((400, {"detail": "unknown field top_k, key sk-abcdefghijklmnopqrstuv"}), None, "unknown field top_k"),
+    ],
+)
+def test_what_stops_the_run(fake, reply, kind, message, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuv")
+    fake.reply, fake.kind = lambda body: reply, kind
+    with pytest.raises(UserError, match=message) as error:
+        ChatServer(fake.url, "m").check()
+    assert "sk-abc" not in str(error.value) and error.value.__cause__ is None
+    assert fake.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuv"
+    if reply[0] != 400:
+        with pytest.raises(UserError):
+            ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())
+
+
+def test_one_failure_ends_all(fake):
+    """A key that is refused is not tried for every image."""
+    fake.reply = lambda body: (401, {})
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        ChatServer(fake.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
+    assert len(fake.requests) <= 2
+
+
+def test_no_server(monkeypatch):
+    monkeypatch.setattr(server_module, "RETRIES", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match=f"No server answers at http://<hidden>@127.0.0.1:{port}/v1"):
+        ChatServer(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
+
+
+def test_a_server_that_hangs(fake):
+    fake.reply = lambda body: time.sleep(0.5) or (200, chat("late"))
+    with pytest.raises(UserError, match="No server answers"):
+        ChatServer(fake.url, "m", timeout=0.05).check()
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A tiny policy whose adapter is merged into it, as a folder and in this process."""
+    from peft import get_peft_model
+
+    folder = tmp_path_factory.mktemp("merged")
+    model, processor = small_policy()
+    ranks = {"r": 4, "lora_alpha": 8, "vision_r": 2, "vision_lora_alpha": 4}
+    model = get_peft_model(model, adapter_config(model, vusr_token_id=add_vusr(processor), **ranks))
+    model = model.merge_and_unload().eval()
+    model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 10)]
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder), model, processor
+
+
+@pytest.fixture(scope="module")
+def served(merged):
+    with serve(merged[0]) as url:
+        yield url
+
+
+def test_real_server_reads_the_same_prompts(merged, served):
+    """Greedily it writes what the model in this process writes: questions, answers, with history; top-k is heard."""
+    folder, model, processor = merged
+    described = [*to_describe(1), message("assistant", [text_part("It is dark.")])]
+    kinds = (to_ask([], 1), to_answer([], 1, "Where is it?"), to_ask(described, 1), to_answer(described, 1, "Is it?"))
+    prompts = [prompt(messages, number) for number in range(2) for messages in kinds]
+    server, local = ChatServer(served, folder, "transformers", concurrency=3), TransformersEngine(model, processor)
+    server.check()
+    for sampling in (Sampling(temperature=0.0, max_new_tokens=12), Sampling(top_k=1, max_new_tokens=12)):
+        replies = server.write(prompts, sampling)
+        assert replies == local.write(prompts, sampling)
+    assert len({reply.text for reply in replies}) > 3
+    hot = Sampling(max_new_tokens=12)
+    assert server.write(prompts[:1] * 4, hot) != server.write(prompts[:1] * 4, Sampling(top_k=1, max_new_tokens=12))
+
+
+def test_real_server_gives_candidates(merged, served):
+    rows = [{"id": f"r{n}", "images": [stored(n)], "image_ids": [str(n)], "messages": []} for n in range(4)]
+    short = Sampling(max_new_tokens=16)
+    generate = CandidateGenerator(
+        ChatServer(served, merged[0], "transformers"),
+        num_questions=3,
+        question_sampling=short,
+        answer_sampling=short,
+        question_filter=QuestionFilter(min_words=1, english=False),
+    )
+    candidates = list(generate(Dataset.from_list(rows, features=instruct_features())))
+    assert len(candidates) + len(generate.rejected) == 12
+    assert candidates and all(len(set(row["answers"])) == 2 for row in candidates)
+    assert {json.loads(row["generation"])["engine"] for row in candidates} == {"server"}
+    assert "request_failed" not in {row["reason"] for row in generate.rejected}
+
+
+def test_real_server_refuses(merged, served):
+    with pytest.raises(UserError, match="as model 'other'"):
+        ChatServer(served, "other", "transformers").check()
+    with pytest.raises(UserError, match="top_k"):
+        ChatServer(served, merged[0], "vllm").check()

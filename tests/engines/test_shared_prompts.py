@@ -1,0 +1,189 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts read once and images encoded once, against the plain way: the same numbers, the same texts."""
+
+import numpy as np
+import pytest
+import torch
+from family_models import MODELS, tiny_model
+from PIL import Image
+
+from medst_trl.engines import shared_prompts
+from medst_trl.engines.decoding import GREEDY, chat_inputs, write_texts
+from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.prompts import OpenedImage, Sampling, to_answer, to_ask
+from medst_trl.engines.sampling import SeededSampler
+from medst_trl.engines.shared_prompts import SHARING, read_once, shares_prompts
+
+
+def opened(number, size):
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return OpenedImage(b"", Image.fromarray(pixels))
+
+
+# Prompts of unequal length, about one image or two, of unequal sizes; one is asked about twice.
+WIDE, HIGH, SQUARE = opened(0, (40, 20)), opened(1, (20, 44)), opened(2, (32, 32))
+PROMPTS = [
+    (to_ask([], 1), [SQUARE]),
+    (to_answer([], 2, "What is in the image? The heart is enlarged"), [WIDE, HIGH]),
+    (to_answer([], 1, "Is there a pleural effusion?"), [HIGH]),
+    (to_answer([], 1, "Is the heart enlarged?"), [HIGH]),
+]
+DRAWS = [2, 1, 3, 1]
+ROWS = [number for number, draws in enumerate(DRAWS) for _ in range(draws)]
+SAMPLING = Sampling(max_new_tokens=12)
+
+
+def sampler(sampling=SAMPLING):
+    return SeededSampler(sampling, [f"stream {row}" for row in range(len(ROWS))])
+
+
+def plain_inputs(processor, rows=ROWS):
+    return chat_inputs(
+        processor, [PROMPTS[row][0] for row in rows], [[one.image for one in PROMPTS[row][1]] for row in rows]
+    )
+
+
+def remembered_inputs(model, processor):
+    memory = ImageMemory(model, processor)
+    # In an order, and batches, other than those in which they are needed.
+    memory.encode([HIGH], [HIGH.image])
+    memory.encode([SQUARE, WIDE], [SQUARE.image, WIDE.image])
+    images = [[one.image for one in own] for _, own in PROMPTS]
+    return memory.inputs([messages for messages, _ in PROMPTS], [own for _, own in PROMPTS], images)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request):
+    return tiny_model(request.param)
+
+
+def test_every_family_is_covered():
+    assert {tiny_model(name)[0].config.model_type for name in MODELS} == SHARING
+
+
+def test_logits(family):
+    model, processor = family
+    assert shares_prompts(model)
+    settings = GREEDY | {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        plain = model.generate(**plain_inputs(processor), **settings)
+        shared = model.generate(**read_once(model, remembered_inputs(model, processor), DRAWS, **GREEDY), **settings)
+    assert torch.equal(plain.sequences, shared.sequences)
+    for one, other in zip(plain.logits, shared.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=5e-6)
+    assert (plain.logits[0][0] - plain.logits[0][3]).abs().max() > 0.1, "all prompts give the same: no test"
+
+
+@pytest.mark.parametrize("tokens_at_once", [5, 32])
+def test_texts(family, tokens_at_once, monkeypatch):
+    """Also where a text that has ended leaves the batch before the others."""
+    model, processor = family
+    monkeypatch.setattr(shared_prompts, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(5, 400, 16)))
+    for sampled in (sampler, lambda: None):
+        plain = write_texts(model, processor, plain_inputs(processor), 12, sampled())
+        shared = write_texts(model, processor, remembered_inputs(model, processor), 12, sampled(), DRAWS)
+        assert shared == plain
+        if sampled is sampler:
+            assert len(set(plain)) == len(plain), "streams or prompts do not matter: no test"
+            assert len({ended for _, ended in plain}) == 2, "none ends before the others: no test"
+
+
+def test_one_text_behind_each_prompt(family):
+    model, processor = family
+    inputs = plain_inputs(processor, range(len(PROMPTS)))
+    shared = write_texts(model, processor, remembered_inputs(model, processor), 40, None, [1] * len(PROMPTS))
+    assert shared == write_texts(model, processor, inputs, 40)
+
+
+def test_ended_texts_leave_the_batch(monkeypatch):
+    model, processor = tiny_model("qwen2.5-vl")
+    monkeypatch.setattr(shared_prompts, "TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(5, 400, 16)))
+    generate, rows = model.generate, []
+
+    def counting(**kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", counting)
+    texts = write_texts(model, processor, remembered_inputs(model, processor), 12, sampler(), DRAWS)
+    assert rows[:2] == [len(DRAWS), sum(DRAWS)], "each prompt is read once"
+    assert rows[1:] == sorted(rows[1:], reverse=True) and rows[-1] < rows[1]
+    assert len(texts) == sum(DRAWS)
+
+
+def test_a_model_saved_without_cache(monkeypatch):
+    model, processor = tiny_model("vicuna")
+    expected = write_texts(model, processor, plain_inputs(processor), 12, sampler())
+    monkeypatch.setattr(model.generation_config, "use_cache", False)
+    monkeypatch.setattr(model.config.text_config, "use_cache", False)
+    assert write_texts(model, processor, remembered_inputs(model, processor), 12, sampler(), DRAWS) == expected
+    assert write_texts(model, processor, plain_inputs(processor), 12, sampler()) == expected
+
+
+WRITING = {  # what a generation config may ask for that must not count anew in each call of `generate`, or at all
+    "min_new_tokens": 10,
+    "min_length": 200,
+    "forced_eos_token_id": 5,
+    "begin_suppress_tokens": list(range(100, 400)),
+    "exponential_decay_length_penalty": (1, 3.0),
+    "max_time": 1e-9,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "encoder_repetition_penalty": 5.0,
+    "repetition_penalty": 5.0,
+    "guidance_scale": 3.0,
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "force_words_ids": [[33]],
+    "assistant_early_exit": 1,
+    "use_mtp": True,
+    "prompt_lookup_num_tokens": 2,
+    "num_return_sequences": 2,
+    "num_beams": 2,
+    "watermarking_config": {"bias": 9.0},
+    "token_healing": True,
+    "return_dict_in_generate": True,
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_settings_saved_with_a_model(name, monkeypatch):
+    """Do not change its texts, in either way."""
+    model, processor = tiny_model("vicuna")
+    monkeypatch.setattr(shared_prompts, "TOKENS_AT_ONCE", 4)
+    model.generation_config.eos_token_id = list(range(5, 400, 16))
+
+    def texts():
+        plain = [write_texts(model, processor, plain_inputs(processor), 12, one) for one in (None, sampler())]
+        inputs = remembered_inputs(model, processor)
+        return plain, [write_texts(model, processor, inputs, 12, one, DRAWS) for one in (None, sampler())]
+
+    expected = texts()
+    assert expected[0] == expected[1]
+    model.generation_config.do_sample = True  # without it, transformers refuses some of them
+    setattr(model.generation_config, name, WRITING[name])
+    assert texts() == expected
+
+
+def test_tokens_that_a_model_must_not_write():
+    """They are left to its generation config: each is kept from the first token to the last."""
+    model, processor = tiny_model("vicuna")
+    before = write_texts(model, processor, plain_inputs(processor), 40)
+    ids = processor.tokenizer(before[0][0], add_special_tokens=False)["input_ids"]
+    model.generation_config.bad_words_ids = [[token] for token in set(ids[:2])]
+    plain = write_texts(model, processor, plain_inputs(processor), 40)
+    assert plain != before
+    assert write_texts(model, processor, remembered_inputs(model, processor), 40, None, DRAWS) == plain
+
+
+def test_others_do_not_share():
+    model, _ = tiny_model("vicuna")
+    model.generation_config.cache_implementation = "static"
+    assert not shares_prompts(model)
+    model.generation_config.cache_implementation = None
+    assert shares_prompts(model)
+    model.config.model_type = "another"
+    assert not shares_prompts(model)

@@ -1,0 +1,446 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A converted checkpoint computes what the original does, or nothing is written and it is said why."""
+
+import json
+import os
+import pickle
+
+import original_checkpoints as original
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from medst_trl.base.errors import UserError
+from medst_trl.interop.conversion import convert_checkpoint
+from medst_trl.interop.conversion.weights import open_weights
+
+
+CLIP = "vision_model."
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is the USER there?"}]}]
+
+
+ROWS = len(original.PIECES)
+
+
+def full_model(kind="mlp2x_gelu", rows=ROWS):
+    """All weights under original names, the vision tower inside."""
+    return (
+        original.language_weights(rows) | original.projector_weights(kind) | original.vision_weights(original.INSIDE)
+    )
+
+
+def outside(weights):
+    """The same in two: without the vision tower, and the tower as CLIP is published."""
+    tower = {name.replace(original.INSIDE, CLIP): t for name, t in weights.items() if name.startswith(original.INSIDE)}
+    return {name: t for name, t in weights.items() if not name.startswith(original.INSIDE)}, tower
+
+
+def assert_computes(folder, weights, kind):
+    """The converted model's logits are those of the original's forward written out."""
+    # In float32 the extractor may choose another of two centers that are equally near.
+    dtype = torch.float64 if kind == "cluster" else torch.float32
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.effect_noise((150, 90), 80).convert("RGB")
+    text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    inputs = processor(text=text, images=image, return_tensors="pt")
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert int((inputs["input_ids"] == image_id).sum()) == 17**2 and image_id == model.config.image_token_id
+    inputs["pixel_values"], weights = inputs["pixel_values"].to(dtype), {n: t.to(dtype) for n, t in weights.items()}
+    expected = original.forward(weights, kind, inputs["input_ids"][0], inputs["pixel_values"], image_id)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0]
+    rows = expected.shape[1]
+    assert expected.std() > 0.1
+    assert (logits[:, :rows] - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+    return model, processor
+
+
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "cluster"])
+@pytest.mark.parametrize("form", ["bin", "sharded-bin", "safetensors", "sharded-safetensors"])
+def test_full_models_in_every_form_compute_the_same(tmp_path, kind, form):
+    weights = full_model(kind)
+    if form.startswith("sharded"):
+        body, tower = outside(weights)
+        original.write_clip(tmp_path / "clip", tower, form.removeprefix("sharded-"))
+    else:  # the tower inside: of CLIP's folder only the configuration is read
+        body = weights | {
+            f"{original.INSIDE}embeddings.position_ids": torch.arange(290)[None],
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5),
+        }
+        original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", body, kind, form)
+    converted = convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
+    assert converted.model_type == {"mlp2x_gelu": "llava", "cluster": "prototype_llava"}[kind]
+    assert len(converted.left_out) == (5 if form.startswith("sharded") else 2)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert_computes(tmp_path / "out", weights, kind)
+
+
+@pytest.mark.parametrize("base_form", ["original", "converted"])
+@pytest.mark.parametrize("prefixes", [("model.vision_tower.vision_tower."), ("vision_tower.")])
+def test_a_training_output_is_merged_with_its_base(tmp_path, base_form, prefixes):
+    weights = full_model("mlp2x_gelu")
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", weights)
+    if base_form == "converted":
+        convert_checkpoint(str(base), tmp_path / "converted")
+        base = tmp_path / "converted"
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    tower = original.vision_weights("vision_model.")
+    start = f"base_model.model.{prefixes}"
+    vision_lora = original.lora_weights(tower, start, seed=4)
+    projector = original.projector_weights("cluster", seed=5)
+    output = original.write_training_output(
+        tmp_path / "output", lora, {f"base_model.model.{name}": t for name, t in projector.items()}, vision_lora
+    )
+    converted = convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+    assert converted.vusr_role == "text" and converted.changed == (len(lora) + len(vision_lora)) // 2
+
+    merged = original.merged(original.language_weights(), lora, "base_model.model.")
+    merged_tower = original.merged(tower, vision_lora, start)
+    merged |= {name.replace(CLIP, original.INSIDE): tensor for name, tensor in merged_tower.items()} | projector
+    assert_computes(tmp_path / "out", merged, "cluster")
+
+
+def test_a_training_output_on_a_plain_language_model(tmp_path):
+    """As LLaVA-1.5 publishes its LoRA: Vicuna, CLIP, and what was trained."""
+    body, tower = outside(full_model())
+    projector = {f"base_model.model.{name}": body.pop(name) for name in list(body) if "mm_projector" in name}
+    base = original.write_checkpoint(tmp_path / "vicuna", body, None, model_type="llama", mm_vision_tower=None)
+    original.write_clip(tmp_path / "clip", tower)
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, projector, kind="mlp2x_gelu")
+    pieces = {"base": str(base), "vision_tower": str(tmp_path / "clip")}
+    assert convert_checkpoint(str(output), tmp_path / "out", **pieces).vusr_role == "token"
+    assert_computes(tmp_path / "out", full_model() | original.merged(body, lora, "base_model.model."), "mlp2x_gelu")
+
+
+def test_pieces_published_on_their_own(tmp_path):
+    weights = full_model("cluster")
+    body, tower = outside(weights)
+    projector = {name: body.pop(name) for name in list(body) if "mm_projector" in name}
+    source = original.write_checkpoint(tmp_path / "llm", body, "cluster", mm_vision_tower="/home/author/clip")
+    original.write_clip(tmp_path / "vit", tower, "safetensors")
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    pieces = {"projector": str(tmp_path / "mm_projector.bin"), "vision_tower": str(tmp_path / "vit")}
+    convert_checkpoint(str(source), tmp_path / "out", **pieces)
+    assert_computes(tmp_path / "out", weights, "cluster")
+    with pytest.raises(UserError, match="14 tensors are missing"):
+        convert_checkpoint(str(source), tmp_path / "no", vision_tower=pieces["vision_tower"])
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS + 1, ROWS + 100])
+def test_every_token_has_a_row(tmp_path, rows):
+    weights = full_model(rows=rows)
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", weights, vocab_size=len(original.PIECES))
+    convert_checkpoint(str(source), tmp_path / "out")
+    model, processor = assert_computes(tmp_path / "out", weights, "mlp2x_gelu")
+    assert len(processor.tokenizer) == len(original.PIECES) + 2 < model.get_input_embeddings().num_embeddings
+    assert (
+        processor.tokenizer.pad_token == "<pad>" and model.generation_config.pad_token_id == len(original.PIECES) + 1
+    )
+
+
+def test_weights_keep_their_type_and_lora_is_merged_in_float32(tmp_path):
+    weights = {name: tensor.bfloat16() for name, tensor in full_model().items()}
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", weights)
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    assert convert_checkpoint(str(output), tmp_path / "out", base=str(base)).dtype == "bfloat16"
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = original.merged({name: weights[name].float()}, lora, "base_model.model.")[name].bfloat16()
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("language_model.model.layers.0.mlp.up_proj.weight"), expected)
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_images_are_padded_as_in_training_at_every_stage(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", full_model())
+    convert_checkpoint(str(source), tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    wide = processor(Image.new("RGB", (272, 136), "white"), return_tensors="pt")["pixel_values"][0]
+    assert wide.shape == (3, 136, 136)
+    # above and below is the mean colour of this tower, which is about zero once normalised; white is not
+    assert wide[:, :30].abs().max() < 0.05 and wide[:, 60:76].min() > 1
+
+
+def listed(tmp_path, weights, **config):
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", weights, **config)
+    with pytest.raises(UserError) as refused:
+        convert_checkpoint(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return str(refused.value)
+
+
+def test_tensors_that_are_missing_left_over_or_misshapen_are_listed(tmp_path):
+    weights = full_model()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.mm_projector.2.weight"] = torch.ones(7, 40)
+    weights |= {f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(56, 40) for layer in range(2, 30)}
+    message = listed(tmp_path, weights | {"optimizer.state": torch.ones(3)})
+    assert "1 tensors are missing" in message and "model.language_model.layers.1.mlp.up_proj.weight" in message
+    assert "model.mm_projector.2.weight [7, 40] in pytorch_model.bin, expected [40, 40]" in message
+    assert "29 tensors have no place" in message and "and 9 more" in message and "optimizer.state" not in message
+
+
+def test_a_lora_layer_of_another_model_is_refused(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    lora = {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 40)}
+    lora["base_model.model.model.layers.7.mlp.up_proj.lora_B.weight"] = torch.ones(56, 4)
+    lora["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.ones(4, 41)
+    lora["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] = torch.ones(56, 4)
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    with pytest.raises(UserError, match=r"layers\.7(?s:.)*layers\.0.*expected \[56, 40\]"):
+        convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+    with pytest.raises(UserError, match=r"--base.*/home/author/base"):
+        convert_checkpoint(str(output), tmp_path / "out")
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("protocol", ["zip", "legacy", "plain"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, protocol):
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", full_model())
+    content, file = {"model.norm.weight": Trap(tmp_path / "sprung")}, source / "pytorch_model.bin"
+    if protocol == "plain":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=protocol == "zip")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin holds more than tensors.*safetensors"):
+        convert_checkpoint(str(source), tmp_path / "out")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
+    pickle.loads(pickle.dumps(content))  # the trap works
+    assert (tmp_path / "sprung").exists()
+
+
+def test_files_of_old_pytorch_are_read(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert open_weights([tmp_path / "old.bin"])[0].read().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_damaged_and_incomplete_downloads(tmp_path, form):
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", full_model(), form=f"sharded-{form}")
+
+    def refusal():
+        with pytest.raises(UserError) as refused:
+            convert_checkpoint(str(source), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(refused.value)
+
+    shard = next(source.glob(f"*-00002-of-00002.{form}"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert shard.name in refusal() and "damaged or cut short" in refusal()
+    shard.unlink()
+    assert f"lacks 1 of the 2 shards that its index lists: {shard.name}" in refusal()
+    shard.write_bytes(whole)
+    index = next(source.glob("*.index.json"))
+    kept = index.read_text()
+    index.write_text(kept.replace(shard.name, f"../{shard.name}"))
+    assert "points out of its folder" in refusal()
+    index.unlink()
+    assert f"not their index {index.name}" in refusal()
+    index.write_text(kept)
+    (source / "tokenizer.model").unlink()
+    assert "no tokenizer" in refusal()
+    original.write_tokenizer(source)
+    (source / "config.json").write_text("{")
+    assert "config.json is damaged" in refusal()
+    (source / "config.json").unlink()
+    assert "no config.json" in refusal()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"mm_projector_type": "linear"}, "'linear'.*mlp2x_gelu and cluster"),
+        ({"mm_projector_type": None}, "type None"),
+        ({"model_type": "llava_mistral"}, "'llava_mistral'.*llava_llama"),
+        ({"model_type": "qwen2_vl"}, "'qwen2_vl'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"mm_vision_select_layer": 99}, "mm_vision_select_layer is 99"),
+        ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer is '-2'"),
+        ({"hidden_size": "forty"}, "no model that there can be.*hidden_size"),
+        ({"num_attention_heads": 7}, "no model that there can be.*attention heads"),
+        ({"num_attention_heads": 0}, "no model that there can be"),
+        ({"mm_vision_tower": 3}, "names no mm_vision_tower"),
+        ({"mm_hidden_size": 1024}, "size 1024.*writes 32.*--vision_tower"),
+        ({"mm_vision_tower": "/home/author/clip"}, "--vision_tower"),
+        ({"mm_vision_tower": None}, "names no mm_vision_tower"),
+        ({"vocab_size": 5, "text_config": {}, "model_type": "llava"}, "Hugging Face layout already"),
+    ],
+)
+def test_other_kinds_of_models_are_refused_by_name(tmp_path, config, message):
+    import re
+
+    assert re.search(message, listed(tmp_path, full_model(), **config))
+
+
+@pytest.mark.parametrize(
+    "files, weights",
+    [
+        (["model-00001-of-00002.safetensors", "pytorch_model.bin"], {"*.safetensors"}),
+        (["pytorch_model.bin"], {"*.safetensors", "*.bin"}),
+        (["adapter_model.safetensors", "non_lora_trainables.bin"], {"*.safetensors", "*.bin"}),
+    ],
+)
+def test_from_the_hub_only_what_is_read_is_downloaded(tmp_path, monkeypatch, files, weights):
+    import huggingface_hub
+
+    from medst_trl.interop.conversion.sources import local_folder
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert local_folder("org/name@v1", "It") == tmp_path
+    assert asked[0][0] == ("org/name",) and asked[0][1]["revision"] == "v1"
+    assert set(asked[0][1]["allow_patterns"]) == {"*.json", "*.model"} | weights
+    local_folder("org/name", "It", weights=False)
+    assert set(asked[1][1]["allow_patterns"]) == {"*.json", "*.model"}
+
+
+def test_no_checkpoint_there():
+    with pytest.raises(UserError, match="neither a folder nor to be had from the Hub"):
+        convert_checkpoint("org/is-not-there", "out")
+
+
+def test_cut_short_it_goes_on_behind_the_last_whole_shard(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    original.write_clip(tmp_path / "clip")
+    weights = full_model()
+    source = original.write_checkpoint(tmp_path / "source", weights)
+    save, written = safetensors.torch.save_file, []
+
+    def save_file(tensors, path, **kwargs):
+        written.append(path.name)
+        if len(written) == 3:
+            path.write_bytes(b"half")
+            (path.parent / ".tmpX").write_bytes(b"half")  # safetensors' own
+            raise KeyboardInterrupt
+        save(tensors, path, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
+    (staging,) = (tmp_path / "out").iterdir()
+    assert staging.name.startswith(".saving")
+    convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
+    assert written[3] == written[2] and len(set(written)) == len(written) - 1
+    assert not list((tmp_path / "out").glob("**/*.tmp*")) and not staging.exists()
+    assert_computes(tmp_path / "out", weights, "mlp2x_gelu")
+
+
+def test_the_stage_finishes_once_and_refuses_other_settings(tmp_path, capsys):
+    from medst_trl.interop.convert_stage import ConvertArguments, main
+
+    original.write_clip(tmp_path / "clip")
+    original.write_checkpoint(tmp_path / "source", full_model("cluster"), "cluster")
+    arguments = {"source": str(tmp_path / "source"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="no 'word' for vusr_role"):
+        main(ConvertArguments(**arguments, vusr_role="word"))
+    main(ConvertArguments(**arguments))
+    assert "VUSER:" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["status"] == "complete" and record["vusr_role"] == "text"
+    main(ConvertArguments(**arguments))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="dtype"):
+        main(ConvertArguments(**arguments, dtype="bfloat16"))
+    assert_computes(tmp_path / "out", full_model("cluster"), "cluster")
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        (torch.Tensor.to_sparse, "sparse_coo"),
+        (torch.Tensor.char, "int8"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda tensor: tensor.to("meta"), "without numbers"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_listed(tmp_path, change, kind):
+    weights = full_model()
+    weights["model.norm.weight"] = change(weights["model.norm.weight"])
+    message = listed(tmp_path, {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
+    assert "model.language_model.norm.weight" in message  # as missing
+    torch.save(weights, tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"no plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
+        convert_checkpoint(str(tmp_path / "source"), tmp_path / "out")
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    weights = full_model()
+    weights["model.norm.weight"][3] = 1e6
+    source = original.write_checkpoint(tmp_path / "source", weights)
+    with pytest.raises(UserError, match=r"norm\.weight has values that are too large for torch.float16"):
+        convert_checkpoint(str(source), tmp_path / "out", dtype="float16")
+    weights["model.norm.weight"][3] = float("nan")
+    source = original.write_checkpoint(tmp_path / "source", weights)
+    with pytest.raises(UserError, match=r"norm\.weight has values that are not finite"):
+        convert_checkpoint(str(source), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_training_output_without_its_projector_is_incomplete(tmp_path):
+    """The base's own projector would fit in its place."""
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    (output / "non_lora_trainables.bin").unlink()
+    with pytest.raises(UserError, match=r"lacks what was trained in full \(non_lora_trainables\.bin\)"):
+        convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+
+
+def test_a_converted_base_hands_on_the_colours_of_its_tower(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    convert_checkpoint(str(base), tmp_path / "converted")
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    convert_checkpoint(str(output), tmp_path / "out", base=str(tmp_path / "converted"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.do_pad
+
+
+def test_a_folder_never_holds_two_models(tmp_path):
+    original.write_clip(tmp_path / "clip")
+    first, second = full_model(), {name: tensor + 0.01 for name, tensor in full_model().items()}
+    one = original.write_checkpoint(tmp_path / "one", first)
+    other = original.write_checkpoint(tmp_path / "other", second)
+    convert_checkpoint(str(one), tmp_path / "out")
+    convert_checkpoint(str(other), tmp_path / "out", max_shard_size="40KB")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert_computes(tmp_path / "out", second, "mlp2x_gelu")
+    with pytest.raises(UserError, match="what is read"):
+        convert_checkpoint(str(one), one)
+    assert (one / "pytorch_model.bin").is_file()
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "1000"])
+def test_a_size_that_is_none(tmp_path, size):
+    with pytest.raises(UserError, match=f"'{size}' is no size"):
+        convert_checkpoint(str(tmp_path), tmp_path / "out", max_shard_size=size)

@@ -1,0 +1,305 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files as other projects write them: joined with right answers where they have none, never wrongly."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.vqa import read_vqa_rad, read_vqa_rad_mevf
+from medst_trl.evaluation.metrics import score_vqa
+from medst_trl.interop.predictions import guess_format, read_predictions
+from medst_trl.interop.predictions.medevalkit import final_answer
+
+
+OPTIONS = " Please choose from the following two options: [yes, no]"
+QUESTIONS = [
+    {"id": f"vqa_rad-{number}", "image_id": image, "question": text, "answer": answer, "answer_type": kind,
+     "question_type": "PRES"}
+    for number, image, text, answer, kind in [
+        (10, "a", "Is there air?", "Yes", "closed"),
+        (13, "a", "Is this axial?", "No", "closed"),
+        (20, "b", "Is this axial?", "Yes", "closed"),
+        (21, "b", "What is it?", "a lung", "open"),
+    ]
+]  # fmt: skip
+
+
+def answers(*changes):
+    """LLaVA-Med's answers to `QUESTIONS`, each row with what is to differ."""
+    rows = [
+        {"question_id": int(question["id"][8:]), "prompt": question["question"] + OPTIONS, "text": f"said {number}",
+         "answer_id": "x", "model_id": "m", "metadata": {}}
+        for number, question in enumerate(QUESTIONS)
+    ]  # fmt: skip
+    return [row | change for row, change in zip(rows, changes or [{}] * len(rows))]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "answers.jsonl"
+
+
+def joined(path, rows, questions=QUESTIONS):
+    records, rejected = read_predictions(write_lines(path, rows), benchmark=questions)
+    return {record["id"]: record["prediction"] for record in records}, {row["id"]: row["reason"] for row in rejected}
+
+
+class TestLlavaMed:
+    def test_by_id_whatever_the_order(self, path):
+        right = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
+        assert joined(path, answers()) == (right, {})
+        assert joined(path, answers()[::-1]) == (right, {})
+        (record, *_), _ = read_predictions(path, benchmark=QUESTIONS)
+        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[-1]  # the question too is the benchmark's
+        assert record["generation"] == {"model": "m"}
+
+    def test_by_order_where_ids_are_others(self, path):
+        shifted = [row | {"question_id": row["question_id"] + 1} for row in answers()]  # as MEVF numbers VQA-RAD
+        right = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
+        assert joined(path, shifted) == (right, {})
+        assert joined(path, shifted, QUESTIONS[::-1]) == (right, {})  # by the order of the benchmark's ids
+        with pytest.raises(UserError, match="does not answer the questions.*by order"):
+            joined(path, [shifted[index] for index in (1, 0, 2, 3)])
+        with pytest.raises(UserError, match="3 rows, 4 questions"):
+            joined(path, shifted[:3])
+
+    def test_ids_of_other_questions_are_refused(self, path):
+        wrong = answers({}, {"prompt": "Is this coronal?"}, {}, {})
+        with pytest.raises(UserError, match="by id 1 differ.*'Is this coronal.' and 'Is this axial"):
+            joined(path, wrong)
+
+    def test_nothing_is_lost_in_silence(self, path):
+        rows = answers({}, {"question_id": 99}, {"text": None}, {})
+        del rows[3]["text"]
+        said, reasons = joined(path, [*rows, rows[0], "{cut off\n", "[1]\n"])
+        assert said == {"vqa_rad-10": "said 0"}
+        assert reasons == {
+            "row 2": "not in the benchmark", "row 3": "no text", "row 4": "no text", "vqa_rad-10": "repeated id",
+            "row 6": "not JSON", "row 7": "not a JSON object", "vqa_rad-13": "no prediction for a question",
+            "vqa_rad-20": "no prediction for a question", "vqa_rad-21": "no prediction for a question",
+        }  # fmt: skip
+
+    def test_right_answers_from_its_file_of_questions(self, path, tmp_path):
+        gold = [
+            {"id": 10, "image": "a.jpg", "answer_type": "CLOSED", "conversatons": [  # as LLaVA-Med spells it
+                {"from": "human", "value": "<image>\nIs there air?"}, {"from": "gpt", "value": "yes"}]},
+            {"id": 21, "image": "b.jpg", "answer_type": "OPEN", "conversations": [
+                {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a lung"}]},
+        ]  # fmt: skip
+        (tmp_path / "test.json").write_text(json.dumps(gold))
+        rows = [answers()[0], answers()[3]]
+        records, _ = read_predictions(write_lines(path, rows), benchmark=str(tmp_path / "test.json"))
+        assert [(row["id"], row["answer"], row["answer_type"], row["image_id"]) for row in records] == [
+            ("10", "yes", "closed", "a.jpg"), ("21", "a lung", "open", "b.jpg"),
+        ]  # fmt: skip
+        (tmp_path / "test.json").write_text(json.dumps([{"id": 10, "text": "?"}]))
+        with pytest.raises(UserError, match="record 1 is no question of LLaVA-Med's"):
+            read_predictions(path, benchmark=str(tmp_path / "test.json"))
+
+    def test_needs_right_answers(self, path):
+        with pytest.raises(UserError, match="holds no right answers: give the benchmark"):
+            read_predictions(write_lines(path, answers()))
+
+
+class TestMedEvalKit:
+    def test_results(self, tmp_path):
+        rows = [
+            {"lang": "en", "answer_type": "CLOSED", "answer": "Left", "question": "Which?", "response": "left"},
+            {"lang": "zh", "answer_type": "OPEN", "answer": "左", "question": "?", "response": "左"},
+            {"question": "Is it?", "answer": "Yes", "response": "No \\boxed{yes}", "correct": True},
+            {"question": "What?", "answer": "lung", "response": ""},
+        ]  # fmt: skip
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(rows))
+        records, rejected = read_predictions(path)
+        assert guess_format(path) == "medevalkit"
+        assert [(row["id"], row["answer_type"], row["prediction"]) for row in records] == [
+            ("0", "closed", "left"), ("2", "closed", "yes"), ("3", "open", ""),
+        ]  # fmt: skip
+        assert [row.get("answer_type_guessed") for row in records] == [None, True, True]
+        assert records[1]["response"] == "No \\boxed{yes}"
+        assert [row["reason"] for row in rejected] == ["not in English"]
+
+    @pytest.mark.parametrize(
+        ("response", "answer"),
+        [
+            ("plain", "plain"),
+            ("no \\boxed{a {b} c} \\boxed{d}", "d"),
+            ("\\boxed{a {b} c} so", "a {b} c"),
+            ("\\boxed{cut off", "\\boxed{cut off"),
+            ("<think>no</think><answer> yes </answer>", "yes"),
+            ("<answer>cut off", "<answer>cut off"),
+        ],
+    )
+    def test_final_answer(self, response, answer):
+        assert final_answer(response) == answer
+
+    def test_joined_by_order_only_with_the_same_right_answers(self, tmp_path):
+        rows = [{"question": q["question"], "answer": q["answer"].lower(), "response": "x"} for q in QUESTIONS]
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(rows))
+        records, _ = read_predictions(path, benchmark=QUESTIONS)
+        assert [record["image_id"] for record in records] == ["a", "a", "b", "b"]
+        assert not any("answer_type_guessed" in record for record in records)
+        path.write_text(json.dumps([rows[0], rows[0] | {"lang": "zh"}, *rows[1:]]))  # SLAKE in both languages
+        records, rejected = read_predictions(path, benchmark=QUESTIONS)
+        assert (len(records), [row["reason"] for row in rejected]) == (4, ["not in English"])
+        rows[1]["answer"], rows[2]["answer"] = rows[2]["answer"], rows[1]["answer"]  # two images with one question
+        path.write_text(json.dumps(rows))
+        with pytest.raises(UserError, match="by order 2 differ"):
+            read_predictions(path, benchmark=QUESTIONS)
+
+
+class TestVlmEvalKit:
+    def test_tables(self, tmp_path):
+        path = tmp_path / "model_PathVQA_TEST.tsv"
+        path.write_text(
+            "index\tquestion\tanswer\tprediction\tsplit\n"
+            '0\tIs it?\tno\tNA\tt\n1\t?\t\tx\tt\n2\tonly\n3\t"a\nb"\tc\t\tt\n'
+        )
+        records, rejected = read_predictions(path)
+        assert [(row["id"], row["question"], row["answer_type"], row["prediction"]) for row in records] == [
+            ("0", "Is it?", "closed", "NA"), ("3", "a\nb", "open", ""),  # an empty answer is a wrong one, not a gap
+        ]  # fmt: skip
+        assert [row["reason"] for row in rejected] == ["no answer", "2 cells instead of 5"]
+
+    def test_gaps_of_pandas_in_json(self, tmp_path):
+        path = tmp_path / "p.json"
+        rows = [f'{{"index": {n}, "question": "{q["question"]}", "answer": NaN, "prediction": "x"}}' for n, q in
+                enumerate(QUESTIONS)]  # fmt: skip
+        rows[1] = rows[1].replace('"x"', "NaN")
+        path.write_text(f"[{', '.join(rows)}]")
+        assert guess_format(path) == "vlmevalkit"
+        records, rejected = read_predictions(path, benchmark=QUESTIONS)
+        assert [record["id"] for record in records] == ["vqa_rad-10", "vqa_rad-20", "vqa_rad-21"]
+        assert [row["reason"] for row in rejected] == ["no prediction", "no prediction for a question"]
+        with pytest.raises(UserError, match="no right answers"):  # a test set whose answers are kept back
+            read_predictions(path)
+
+    def test_workbooks(self, tmp_path):
+        path = tmp_path / "p.xlsx"
+        path.write_bytes(b"no workbook")
+        try:
+            import openpyxl
+        except ImportError:
+            with pytest.raises(UserError, match=r"medst_trl\[xlsx\], or .* PRED_FORMAT=tsv"):
+                read_predictions(path)
+            return
+        with pytest.raises(UserError, match="cannot be read as a workbook"):
+            read_predictions(path)
+        book = openpyxl.Workbook()
+        for row in (["index", "question", "answer", "prediction"], [0, "Is it?", "no", None], [1, "How many?", 3, 3]):
+            book.active.append(row)
+        book.save(path)
+        records, _ = read_predictions(path)
+        assert [(row["answer"], row["prediction"]) for row in records] == [("no", ""), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "format", "message"),
+    [
+        ("a.jsonl", '{"id": "1"}', "llava_med", "no question_id.*LLaVA-Med's answer files are JSON lines"),
+        ("a.json", '[{"id": "1"}]', "medevalkit", "no question.*results.json is an array"),
+        ("a.json", '[{"id": "1"}]', "vlmevalkit", "no index.*have the columns index"),
+        ("a.tsv", "a\tb\n1\t2\n", None, "no column `index`, .*it has a, b.*VLMEvalKit's"),
+        ("a.tsv", "", None, "no column `index`"),
+        ("a.csv", "index;question;prediction\n", None, "by commas instead of semicolons"),
+        ("a.csv", "index,question,answer,prediction,prediction\n", None, "several columns `prediction`"),
+        ("a.json", '[{"id": "1", "answer": "a", "answer_type": "open", "prediction": "b"}]', None, "is JSON lines"),
+        ("a.jsonl", "", "llava_med", "holds no records"),
+        ("a.json", "text", "medevalkit", "holds no records"),
+        ("a.json", '[{"id": "1"}]', "coco", "no predictions format 'coco'"),
+        ("b.tsv", None, None, "b.tsv cannot be read"),
+        ("b.json", None, "medevalkit", "b.json cannot be read"),
+        ("a.json", '[{"question": "\\ud800?", "answer": "yes", "response": "no"}]', None, "are no Unicode"),
+    ],
+)  # fmt: skip
+def test_wrong_files(tmp_path, name, text, format, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_predictions(tmp_path / name, format)
+
+
+def test_a_file_of_ours_is_not_joined_again(path):
+    write_lines(path, [QUESTIONS[0] | {"prediction": "no"}])
+    assert read_predictions(path)[0][0]["prediction"] == "no"
+    with pytest.raises(UserError, match="leave the benchmark out"):
+        read_predictions(path, benchmark=QUESTIONS)
+
+
+def test_a_file_with_other_bytes(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"index,question,answer,prediction\n0,Is it?,no,na\xefve\n1,Is it?,no,no\n")
+    records, rejected = read_predictions(path)
+    assert len(records) == 1 and rejected[0]["reason"] == "characters that are no Unicode"
+
+
+@pytest.mark.parametrize("reader", [read_vqa_rad, read_vqa_rad_mevf])
+@pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
+def test_llava_meds_own_files(shared_data, reader, name):
+    """By id against the official release, by order against MEVF's split, whose ids are one higher: the same scores."""
+    source = reader(shared_data / "vqa_rad", shared_data / "vqa_rad" / "images")
+    test = (question for question in source.questions if question.split == "test")
+    questions = [asdict(question) | {"image_id": question.image} for question in test]
+    questions.sort(key=lambda question: question["image_id"])  # a benchmark goes by images
+    file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
+    records, rejected = read_predictions(shared_data / "predictions" / file, benchmark=questions)
+    golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["files"][file]
+    scores = score_vqa(records, "llava_med", bootstrap_samples=0)
+    assert (len(records), rejected) == (451, [])
+    assert len({record["image_id"] for record in records}) == 203
+    for figure in ("f1", "precision", "recall"):
+        assert scores["open"][figure]["value"] == pytest.approx(golden[figure], abs=1e-6)
+    assert scores["closed"]["accuracy"]["value"] == pytest.approx(golden["closed_gated"], abs=1e-6)
+
+
+# A row of all formats at once, of which one value is wrong.
+ROW = {
+    "id": "a", "question_id": 1, "prompt": "Is it?", "text": "x", "metadata": {"answer": "no", "answer_type": "open"},
+    "question": "Is it?", "answer": "no", "answer_type": "CLOSED", "response": "no", "lang": "en", "index": 3,
+    "prediction": "no", "image_id": "i", "question_type": "PRES", "model_id": "m",
+}  # fmt: skip
+ODD = ["", "\ud800", "\\boxed{", None, True, 2.5, float("nan"), [], [1], {}, {"answer": ["no"]}, "metadata", -1]
+
+
+def read_or_refused(path, format, questions):
+    try:
+        records, _ = read_predictions(path, format, benchmark=questions)
+    except UserError:
+        return
+    assert score_vqa(records, bootstrap_samples=0)["n"] == len(records) > 0
+    assert json.dumps(records, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    "questions", [None, [QUESTIONS[0] | {"id": i, "question": "Is it?", "answer": "no"} for i in "ab"]]
+)
+@pytest.mark.parametrize("format", ["llava_med", "medevalkit", "vlmevalkit"])
+def test_any_value_is_read_or_refused(tmp_path, format, questions):
+    for key in ROW:
+        for value in ODD:
+            (tmp_path / "p.json").write_text(json.dumps([ROW | {key: value}, ROW | {"id": "b", "question_id": 2}]))
+            read_or_refused(tmp_path / "p.json", format, questions)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=60), st.sampled_from([".json", ".jsonl", ".tsv", ".csv"]))
+def test_any_bytes_are_read_or_refused(content, suffix):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"p{suffix}"
+        path.write_bytes(content)
+        for format in (None, "llava_med", "medevalkit", "vlmevalkit"):
+            read_or_refused(path, format, None)

@@ -1,0 +1,129 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever is written in a format is read back, and read by the project whose format it is."""
+
+import csv
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from medst_trl.base.errors import UserError
+from medst_trl.interop.predictions import FORMATS, guess_format, read_predictions, write_predictions
+
+
+COLUMNS = ("id", "image_id", "question", "answer", "answer_type", "question_type", "prediction")
+SUFFIXES = {"medst": ".jsonl", "llava_med": ".jsonl", "medevalkit": ".json", "vlmevalkit": ".tsv"}
+KINDS = [*SUFFIXES.items(), ("vlmevalkit", ".csv"), ("vlmevalkit", ".json")]
+
+TRAPS = (
+    "", " ", "=1+1", "a\tb", "a\nb", "a\r\nb\r", '"', '""', "'", ",", "\\", "NA", "null", "None", "nan", "3.0",
+    "\ufeff", "\u2028", "\x00", "\x1c", "<image>", "<answer>no</answer>", "\\boxed{no}", "\\boxed{", "{}",
+    "[yes, no]", "左肺", "🫁", "x" * 200_000,
+)  # fmt: skip
+TEXTS = st.sampled_from(TRAPS) | st.text(max_size=20)
+ANSWERS = TEXTS.filter(lambda text: text.strip())
+RECORDS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "image_id": st.none() | st.sampled_from(["a", "b"]),
+            "question": TEXTS,
+            "answer": ANSWERS,
+            "answer_type": st.sampled_from(["open", "closed"]),
+            "question_type": st.none() | st.sampled_from(["PRES", "SIZE, PRES"]),
+            "prediction": TEXTS,
+        }
+    ),
+    min_size=1,
+    max_size=6,
+).map(lambda rows: [{"id": f"vqa_rad-{number}", **row} for number, row in enumerate(rows)])
+
+
+def known(records):
+    return [{key: record.get(key) for key in COLUMNS} for record in records]
+
+
+def traps():
+    return [
+        {"id": str(number), "image_id": None, "question": text, "answer": text if text.strip() else "x",
+         "answer_type": "open", "question_type": None, "prediction": text}
+        for number, text in enumerate(TRAPS)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "suffix"), KINDS)
+@settings(deadline=None, max_examples=40)
+@given(RECORDS)
+@example(traps())
+def test_there_and_back(format, suffix, records):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"predictions{suffix}"
+        write_predictions(records, path, format)
+        assert guess_format(path) == format
+        back, rejected = read_predictions(path)
+    assert known(back) == records
+    assert rejected == []
+    assert not any(record.get("answer_type_guessed") for record in back)
+
+
+@settings(deadline=None, max_examples=10)
+@given(RECORDS, st.permutations(KINDS))
+def test_through_all_formats(records, kinds):
+    with TemporaryDirectory() as folder:
+        found = records
+        for number, (format, suffix) in enumerate(kinds):
+            path = Path(folder) / f"{number}{suffix}"
+            write_predictions(found, path, format)
+            found, _ = read_predictions(path)
+    assert known(found) == records
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_pandas_reads_what_we_write_and_we_what_pandas_writes(tmp_path, separator):
+    """VLMEvalKit goes by pandas, with every field quoted."""
+    records = [record for record in traps() if "\x00" not in record["prediction"]]
+    path, theirs = (tmp_path / f"{name}.{'tsv' if separator == chr(9) else 'csv'}" for name in ("ours", "theirs"))
+    write_predictions(records, path, "vlmevalkit")
+    frame = pd.read_csv(path, sep=separator, keep_default_na=False, dtype=str)
+    assert frame["prediction"].tolist() == [record["prediction"] for record in records]
+    assert frame["index"].is_unique
+
+    frame = frame.drop(columns=["id", "image_id", "answer_type", "question_type"])
+    frame.to_csv(theirs, sep=separator, index=False, encoding="utf-8", quoting=csv.QUOTE_ALL)
+    back, _ = read_predictions(theirs)
+    assert [record["prediction"] for record in back] == [record["prediction"] for record in records]
+    assert [record["id"] for record in back] == frame["index"].tolist()
+
+
+def test_fields_that_the_other_tools_want(tmp_path):
+    record = {"id": "q1", "question": "Is it?", "answer": "yes", "answer_type": "closed", "prediction": "no"}
+    record["generation"] = {"model": "org/model"}
+    write_predictions([record], tmp_path / "a.jsonl", "llava_med")
+    row = json.loads((tmp_path / "a.jsonl").read_text())
+    assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert (row["question_id"], row["prompt"], row["text"], row["model_id"]) == ("q1", "Is it?", "no", "org/model")
+    (gold,) = json.loads((tmp_path / "a_questions.json").read_text())
+    assert (gold["id"], gold["answer_type"], gold["conversations"][1]["value"]) == ("q1", "CLOSED", "yes")
+
+    write_predictions([record], tmp_path / "results.json", "medevalkit")
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert {"lang": "en", "answer_type": "CLOSED", "answer": "yes", "response": "no"}.items() <= row.items()
+
+
+def test_what_cannot_be_written(tmp_path):
+    record = {"id": "1", "question": "?", "answer": "yes", "answer_type": "closed", "prediction": "no"}
+    for records, path, format, message in (
+        ([record], "p.xlsx", "vlmevalkit", ".tsv, .csv or .json"),
+        ([record], "p.jsonl", "coco", "choose from medst, llava_med"),
+        ([record, record], "p.jsonl", "llava_med", "Two predictions have the id '1'"),
+        ([record | {"prediction": None}], "p.jsonl", "medst", "'1': no prediction"),
+        ([record | {"prediction": "\ud800"}], "p.json", "medevalkit", "no Unicode"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_predictions(records, tmp_path / path, format)
+    assert list(tmp_path.iterdir()) == []
+    assert {format for format, _ in KINDS} == set(FORMATS)

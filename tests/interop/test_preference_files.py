@@ -1,0 +1,164 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Preference files of other projects: what is read, what is set aside, and that writing brings it back."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.images import image_id
+from medst_trl.data.schema import check_columns, load_records
+from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preference_file, write_preferences
+from medst_trl.selftrain.preferences import select_preferences
+
+
+def pixels(number: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    pixels(0).save(folder / "jones_1957.png")
+    pixels(1).save(folder / "deeper" / "b.jpg", comment="Jane Jones")
+    return folder
+
+
+def record(
+    id_, format="stllava_med", image="jones_1957.png", question="<image>\nWhat?", chosen="Yes", rejected="No", **more
+):
+    conversations = [
+        [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] for answer in (chosen, rejected)
+    ]
+    return {"id": id_, "image": image, **dict(zip(FORMATS[format], conversations, strict=True)), **more}
+
+
+def read(tmp_path, records, images):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(records))
+    return read_preference_file(path, images)
+
+
+def without_file_names(pairs):
+    return [{key: value for key, value in pair.items() if key != "images"} for pair in pairs]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_round_trip(tmp_path, images, format):
+    records = [
+        record(0, format, chosen=" Yes", weighted_score=0.8),
+        record("b", format, "deeper/b.jpg", "Look: <image>\nWhat is <vusr>?", "left </s> \U0001fac1", "<image> right"),
+        record("c", format, ["jones_1957.png", "deeper/b.jpg"], "<image>\nand\n<image>\nWhich is\ndarker?"),
+        record("d", format, None, "What is CT?"),
+    ]
+    for turns in (records[1][key] for key in FORMATS[format]):  # a history
+        turns[:0] = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]
+    file = read(tmp_path, records, images)
+    assert not file.rejected
+    assert file.pairs[0]["image_ids"] == [image_id(pixels(0))]
+    assert file.pairs[0]["chosen"] == [{"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}]
+    assert json.loads(file.pairs[0]["judge"]) == {"source": format, "weighted_score": 0.8}
+
+    write_preferences(tmp_path / "dataset", select_preferences(file.pairs), file)
+    dataset = load_records(tmp_path / "dataset", "train")
+    check_columns(dataset, "preferences")
+    assert [image_id(image) for image in dataset[2]["images"]] == dataset[2]["image_ids"]
+
+    write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images_back", format)
+    again = read_preference_file(tmp_path / "back.json", tmp_path / "images_back")
+    assert not again.rejected
+    expected = without_file_names(file.pairs)
+    # In other projects' code a placeholder in an answer would ask for an image.
+    expected[1]["rejected"][0]["content"][0]["text"] = "image right"
+    for pair in expected if format == "mmedpo" else ():
+        pair["judge"] = json.dumps({"weighted_score": 1.0} | json.loads(pair["judge"]))
+    assert [pair | {"judge": json.loads(pair["judge"])} for pair in without_file_names(again.pairs)] == [
+        pair | {"judge": {**json.loads(pair["judge"])} if format == "mmedpo" else {"source": format}}
+        for pair in expected
+    ]
+
+
+def test_no_file_name_and_no_metadata_remains(tmp_path, images):
+    file = read(tmp_path, [record("jones_1957.png"), record("x", image="deeper/b.jpg")], images)
+    write_preferences(tmp_path / "dataset", select_preferences(file.pairs, file.rejected), file)
+    [parquet] = (tmp_path / "dataset").glob("*.parquet")
+    assert b"ones" not in parquet.read_bytes() and b"b.jpg" not in parquet.read_bytes()
+
+
+def test_bad_records_are_set_aside(tmp_path, images):
+    (images / "broken.png").write_bytes((images / "jones_1957.png").read_bytes()[:60])
+    (images.parent / "secret.png").write_bytes((images / "jones_1957.png").read_bytes())
+    other_prompt = record("prompt")
+    other_prompt["reject_conversations"][0]["value"] = "<image>\nWho?"
+    no_answer = record("cut")
+    no_answer["chosen_conversations"].pop()
+    records = [
+        record("good"),
+        record("equal", chosen=" Yes", rejected="Yes\n"),
+        other_prompt,
+        no_answer,
+        record("gone", image="none.png"),
+        record("broken", image="broken.png"),
+        record("outside", image="../secret.png"),
+        record("empty", rejected=" "),
+        record("two", question="<image><image>What?"),
+        record("score", "mmedpo", weighted_score="high"),
+        record("good"),
+        {"id": "llava", "image": "jones_1957.png", "conversations": []},
+        "text",
+    ]
+    file = read(tmp_path, records, images)
+    assert [pair["id"] for pair in file.pairs] == ["good"]
+    assert [(item.id, item.reason) for item in file.rejected] == [
+        ("equal", "chosen_equals_rejected"), ("prompt", "different_prompts"), ("cut", "ends_with_question"),
+        ("gone", "missing"), ("broken", "truncated"), ("outside", "outside_image_folder"), ("empty", "empty_turn"),
+        ("two", "placeholder_mismatch"), ("score", "bad_score"), ("good", "duplicate_id"),
+        ("llava", "not_a_preference_pair"), ("pairs.json#12", "not_an_object"),
+    ]  # fmt: skip
+
+
+def test_one_broken_record_costs_no_other(tmp_path, images):
+    text = json.dumps([record(name) for name in "abc"], indent=1)
+    (tmp_path / "pairs.json").write_text(text.replace('"id": "b",', '"id": b",'))
+    file = read_preference_file(tmp_path / "pairs.json", images)
+    assert [pair["id"] for pair in file.pairs] == ["a", "c"]
+    assert [item.reason for item in file.rejected] == ["malformed_json"]
+
+
+def test_nothing_usable(tmp_path, images):
+    file = read(tmp_path, [record("equal", rejected="Yes"), record("gone", image="none.png")], images)
+    with pytest.raises(UserError, match="1 chosen_equals_rejected, 1 missing"):
+        write_preferences(tmp_path / "dataset", select_preferences(file.pairs, file.rejected), file)
+    assert len((tmp_path / "dataset" / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_wrong_arguments(tmp_path, images):
+    with pytest.raises(UserError, match="image_folder"):
+        read_preference_file(tmp_path / "pairs.json", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_preference_file(tmp_path / "pairs.json", images)
+    with pytest.raises(UserError, match="stllava_med, mmedpo"):
+        write_preference_file(None, tmp_path / "x.json", images, "csv")
+
+
+def test_the_pairs_of_mmedpo(tmp_path, shared_data):
+    path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
+    originals = json.loads(path.read_text())
+    file = read_preference_file(path, shared_data / "vqa_rad" / "images")
+    assert len(file.pairs) == len(originals) == 1797 and not file.rejected
+    write_preferences(tmp_path / "dataset", select_preferences(file.pairs, duplicate_similarity=None), file)
+    dataset = load_records(tmp_path / "dataset", "train")
+    write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images", "mmedpo")
+    again = read_preference_file(tmp_path / "back.json", tmp_path / "images")
+    assert without_file_names(again.pairs) == without_file_names(file.pairs)
+    for written, original in zip(json.loads((tmp_path / "back.json").read_text()), originals, strict=True):
+        for turn in (*original["conversations"], *original["rejected_conversations"]):
+            turn["value"] = turn["value"].strip()
+        assert written | {"image": None} == original | {"image": None, "id": str(original["id"])}
+    assert len(list((tmp_path / "images").iterdir())) == len(
+        {image for pair in file.pairs for image in pair["image_ids"]}
+    )

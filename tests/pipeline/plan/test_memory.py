@@ -1,0 +1,273 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The formulas against bytes that were counted: of a real trainer, and of real forward and backward passes."""
+
+import pytest
+import tiny_dpo
+import tiny_run
+import torch
+import transformers.masking_utils
+from live_bytes import LiveBytes
+from peft import get_peft_model
+from recipe_models import CONFIGS, config_folder
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.trainer.utils import add_fused_lm_head
+
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.plan.activations import Precision, activation_bytes, patches_of, towers
+from medst_trl.pipeline.plan.batches import Batch
+from medst_trl.pipeline.plan.hardware import Hardware
+from medst_trl.pipeline.plan.memory import BUCKET, frozen_bytes, quantized_layers, state_bytes, training_memory
+from medst_trl.pipeline.plan.settings import stage_arguments
+from medst_trl.pipeline.plan.trainable import Policy, meta_model, policy_of
+from medst_trl.pipeline.recipe import Step
+from medst_trl.pipeline.stage import STAGES
+from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.vusr import add_vusr
+
+
+LLAVA = "llava-hf/llava-1.5-7b-hf"
+KINDS = ["not distributed", "DDP", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3", "FSDP2"]
+
+
+def hardware(kind, processes=4, on_gpu=True):
+    return Hardware("some.yaml", kind, processes, on_gpu)
+
+
+# Weights, gradients, optimizer
+
+
+def test_a_real_trainer_holds_what_the_formula_says(tmp_path):
+    trainer = tiny_run.make_trainer(tmp_path, max_steps=1)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    gradients = []
+    for p in trained:
+        p.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.nbytes))
+    trainer.train()
+    adam = [value for state in trainer.optimizer.state.values() for key, value in state.items() if key != "step"]
+    counted = {
+        "weights": sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad),
+        "trained": sum(p.nbytes for p in trained),
+        "gradients": sum(gradients),
+        "optimizer": sum(value.nbytes for value in adam),
+    }
+    policy = Policy(trainer.model, "")
+    number = sum(p.numel() for p in trained)
+    assert state_bytes(number, frozen_bytes(policy, 4), hardware("not distributed", 1, on_gpu=False)) == counted
+
+
+def test_what_each_kind_divides():
+    n, trained, frozen = 4, 10**9, 14e9
+    parts = {kind: state_bytes(trained, frozen, hardware(kind, n), compute=2) for kind in KINDS}
+    alone, ddp, zero2, zero3, fsdp = parts.values()
+    assert ddp == alone | {"buckets": 4 * trained}  # on every GPU the whole
+    assert zero2["weights"] == alone["weights"] and zero2["gradients"] == 2 * trained / n
+    assert zero2["optimizer"] == (alone["optimizer"] + 4 * trained) / n  # and the float32 weights that alone trains
+    for divided in (zero3, fsdp):
+        assert divided["weights"] == alone["weights"] / n
+    assert {name: size for name, size in zero3.items() if name != "buckets"} == {
+        name: size / (1 if name in ("gradients", "optimizer") else n)
+        for name, size in zero2.items()
+        if name != "buckets"
+    }
+    assert fsdp == {name: size / n for name, size in alone.items()}
+    assert zero2["buckets"] == zero3["buckets"] == 2 * BUCKET
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_more_gpus_need_less_each(kind):
+    totals = [sum(state_bytes(10**9, 14e9, hardware(kind, n), compute=2).values()) for n in (1, 2, 4, 8)]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4
+
+
+# Activations
+
+
+@pytest.mark.parametrize(
+    ("lora", "dropout", "checkpointing", "bf16"),
+    [
+        (True, 0.0, False, False),
+        (True, 0.05, False, True),
+        (True, 0.05, True, True),
+        (False, 0.0, False, False),
+        (False, 0.0, True, False),
+    ],
+)
+def test_a_real_step_keeps_about_what_the_formula_says(lora, dropout, checkpointing, bf16):
+    """Within 25% of the highest that a forward and backward pass of a real model, fused head and all, comes to."""
+    batch, length = 8, 192
+    sizes = {"image_size": 64, "patch_size": 8, "vision_layers": 4, "text_size": 256, "text_layers": 6}
+    model, processor = tiny_llava(**sizes)
+    prepare_policy(model, processor)
+    if lora:
+        config = adapter_config(model, vusr_token_id=add_vusr(processor), r=16, vision_r=8, lora_dropout=dropout)
+        model = get_peft_model(model.to(torch.bfloat16) if bf16 else model, config)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, "")
+    add_fused_lm_head(policy.base_model)
+    tokens = patches_of(policy.base_model) - 1
+    ids = torch.full((batch, length), 300)
+    ids[:, 1 : 1 + tokens] = model.config.image_token_id
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(batch, 3, 64, 64)}
+    with LiveBytes() as live:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            output = model(**inputs, labels=ids, fused_lm_head=True)
+        kept = live.now
+        (-output.log_probs.sum()).backward()
+    precision = Precision(2 if bf16 else 4, 2 if bf16 else 4, autocast=bf16, on_gpu=False)
+    of_formula = {"sequences": batch, "length": length, "images": batch, "precision": precision}
+    estimate = activation_bytes(policy, **of_formula, checkpointing=checkpointing)
+    assert 0.8 * live.peak < estimate < 1.25 * live.peak
+    if not checkpointing:  # what lies there between the passes: the towers' share alone
+        pixels = (batch * (tokens + 1), tokens + 1)
+        vision, language = towers(policy)
+        saved = vision.saved(*pixels, precision, False) + language.saved(batch * length, length, precision, False)
+        assert 0.85 * kept < saved < 1.2 * kept
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Keeps what FlashAttention keeps. Shapes alone, for the meta device, on which torch falls back to the matrix."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_7b_language_model_without_its_weights(checkpointing, tmp_path, monkeypatch):
+    """Four layers of real width on the meta device, in bfloat16 throughout as under DeepSpeed: within 10%."""
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda module, q, k, v, mask, **kwargs: (_FlashAttention.apply(q, k, v).transpose(1, 2).contiguous(), None),
+    )
+    config = CONFIGS[LLAVA]()
+    config.text_config.num_hidden_layers = 4
+    config.save_pretrained(tmp_path)
+    base = meta_model(str(tmp_path)).to(torch.bfloat16)
+    model = get_peft_model(base, adapter_config(base, lora_dropout=0.0), low_cpu_mem_usage=True).to(torch.bfloat16)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch, length = 2, 512
+    inputs = torch.empty(batch, length, 4096, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with LiveBytes() as live:
+        output = base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    language = towers(Policy(model, ""))[1]
+    precision = Precision(2, 2, autocast=False)
+    saved = language.saved(batch * length, length, precision, checkpointing)
+    if checkpointing:
+        saved -= batch * length * language.saved_per_token(precision, length)  # the layer that is computed again
+        saved += batch * length * 4096 * 4  # the norm behind the last one
+    assert output.shape == inputs.shape
+    assert 0.9 * live.now < saved < 1.1 * live.now
+
+
+# The whole
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """Real widths, few layers: what is tested goes by each."""
+    config = CONFIGS[LLAVA]()
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 3
+    folder = tmp_path_factory.mktemp("llava")
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def step(stage, model, **settings):
+    settings = {"model_name_or_path": model, "dataset": "d", "output_dir": f"runs/{stage}"} | settings
+    return Step(STAGES[stage], stage, {"per_device_train_batch_size": 8} | settings, "")
+
+
+def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):
+    arguments = stage_arguments(planned)
+    machine = hardware(kind, 1 if kind == "not distributed" else 4)
+    return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes, 8), machine)
+
+
+def test_7b_under_zero_2(tmp_path):
+    parts = memory(step("sft", str(config_folder(LLAVA, tmp_path)))).parts
+    lora = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert lora == 319_815_680
+    trained = lora + 4096 + 13_565_952 + 20_979_712  # <vusr>, ViT, projector
+    assert parts["weights"] == 2 * 7_063_427_072 and parts["trained"] == 2 * trained
+    assert parts["gradients"] == 2 * trained / 4 and parts["optimizer"] == 12 * trained / 4
+    # Each layer's input, 8 x 2048 tokens of 4096 numbers in bfloat16, is the least that checkpointing keeps.
+    assert 32 * 8 * 2048 * 4096 * 2 < parts["activations"] < 3 * 32 * 8 * 2048 * 4096 * 2
+
+
+def test_settings_that_save_memory_do(llava):
+    usual = memory(step("sft", llava, max_length=1024)).parts
+    assert memory(step("sft", llava, max_length=1024), "DeepSpeed ZeRO-3").parts["weights"] == usual["weights"] / 4
+    assert memory(step("sft", llava)).parts["activations"] > 1.5 * usual["activations"]
+    kept = memory(step("sft", llava, max_length=1024, gradient_checkpointing=False)).parts["activations"]
+    assert kept > 1.4 * usual["activations"]  # of two layers, both instead of one
+    less = memory(step("sft", llava, max_length=1024, optim="adamw_8bit")).parts
+    assert less["optimizer"] == usual["optimizer"] / 2  # what is left are float32 weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_weight_trains_in_the_type_it_is_loaded_in(llava, dtype, tmp_path):
+    settings = {"use_lora": False, "dtype": dtype, "bf16": True}
+    parts = memory(step("sft", llava, **settings), "not distributed").parts
+    model, processor = tiny_run.small_policy()
+    policy = (model.to(getattr(torch, dtype)), processor, None)
+    trainer = tiny_run.make_trainer(tmp_path, policy=policy, lora=False, max_steps=1)
+    trainer.train()
+    (state, *_), weights = trainer.optimizer.state.values(), list(trainer.model.parameters())
+    adam = {value.dtype for key, value in state.items() if key != "step"}
+    assert {weight.dtype for weight in weights} == adam == {getattr(torch, dtype)}
+    total = meta_model(llava).num_parameters() * getattr(torch, dtype).itemsize
+    assert [parts[name] for name in ("trained", "gradients", "optimizer")] == [total, total, 2 * total]
+
+
+def test_four_bits_are_for_the_language_model_alone(llava):
+    policy = Policy(meta_model(llava), "")
+    policy.model.requires_grad_(False)
+    quantized = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert sum(layer.weight.numel() for layer in quantized_layers(policy)) == quantized
+    rest = policy.model.num_parameters() - quantized
+    assert frozen_bytes(policy, 2, in_4_bit=True) == 2 * rest + quantized * (0.5 + 1 / 64 + 4 / (64 * 256))
+    assert frozen_bytes(policy, 2) == 2 * policy.model.num_parameters()
+
+
+def test_the_reference_of_stage_2(llava):
+    sft = step("sft", llava)
+    adapter = sum(p.numel() for p in policy_of(sft).model.parameters() if p.requires_grad)
+
+    def reference(kind="not distributed", model="runs/sft", **settings):
+        return memory(step("dpo", model, **settings), kind, [sft]).parts.get("reference", 0)
+
+    assert reference() == 4 * adapter
+    assert reference(train_vision=False) == 4 * adapter  # the copy is of all of it
+    assert reference("DeepSpeed ZeRO-2") == 2 * adapter
+    assert reference(precompute_ref_log_probs=True) == 0
+    assert reference(model=llava) == 0  # a new adapter is switched off
+    assert reference(model=llava, use_lora=False) == 4 * meta_model(llava).num_parameters()
+
+
+def test_the_adapters_reference_is_as_large_in_a_real_trainer(tmp_path):
+    trainer = tiny_dpo.make_trainer(tmp_path)
+    parts = {kind: [] for kind in ("default", "ref")}
+    for name, parameter in trainer.model.named_parameters():
+        for kind in parts.keys() & set(name.split(".")):
+            parts[kind].append(parameter.nbytes)
+    assert sum(parts["ref"]) == sum(parts["default"]) > 0
+
+
+def test_a_shared_prompt_is_read_once(llava):
+    once = memory(step("dpo", llava)).parts["activations"]
+    twice = memory(step("dpo", llava, share_prefix=False)).parts["activations"]
+    assert 1.4 * once < twice < 2 * once

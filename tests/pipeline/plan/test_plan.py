@@ -1,0 +1,223 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`medst run RECIPE --dry_run`: what it says, that it leaves nothing behind, and what it refuses."""
+
+import json
+import re
+
+import pytest
+from fake_hub import client, serve_hub
+from recipe_models import CONFIGS, config_folder
+
+from medst_trl.__main__ import main as launched
+from medst_trl.base.errors import UserError
+from medst_trl.cli import main
+from medst_trl.pipeline.plan.transfers import requests
+from medst_trl.pipeline.recipe import read_recipe
+
+
+RECIPE = """\
+output_dir: out
+accelerate_config: zero2
+sft:
+  model_name_or_path: {model}
+  dataset: some-org/conversations
+  learning_rate: 2.0e-4
+  vision_learning_rate: 5.0e-5
+  projector_learning_rate: 2.0e-5
+  effective_batch_size: 128
+  max_records: 1280
+  num_train_epochs: 1
+generate:
+  images: some-org/images
+  max_records: 100
+  num_questions: 2
+judge: {{model: gpt-4o, max_cost: 5, push_to_hub: true, hub_dataset_id: my-org/pairs, hub_private_repo: false}}
+dpo:
+  effective_batch_size: 256
+  push_to_hub: true
+  hub_model_id: my-org/aligned
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = CONFIGS["llava-hf/llava-1.5-7b-hf"]()
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 1, 2
+    config.save_pretrained(tmp_path / "llava")
+    (tmp_path / "my.yaml").write_text(RECIPE.format(model="llava"))
+    return "my.yaml"
+
+
+def plan(capsys, *words) -> dict[str, dict[str, list[str]]]:
+    """What is printed, by step and by the words on the left; "" for what stands above and below."""
+    assert main(["run", *words, "--dry_run"]) == 0
+    return read_plan(capsys.readouterr().out)
+
+
+def read_plan(text):
+    steps, step, label = {"": {"": []}}, "", ""
+    for line in text.splitlines():
+        if match := re.fullmatch(r"  (\w* *)\s(.+)", line):
+            label = match[1].strip() or label
+            steps[step].setdefault(label, []).append(match[2].strip())
+        elif re.match(r"(Plan|Results|Memory is|Time:|Note:)", line):
+            steps[""][""].append(line)
+        elif line:
+            step = line.partition(" ")[0].rstrip(":")
+            steps[step] = {"": [line]}
+    return steps
+
+
+def test_it_says_what_will_happen(recipe, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    told = plan(capsys, recipe, "--num_processes", "4", "--throughput", "2")
+    sft, judge, dpo = told["sft"], told["judge"], told["dpo"]
+    assert list(told) == ["", "sft", "generate", "judge", "dpo"]
+    assert sft[""] == ["sft (zero2, 4 GPUs)"] and any("this machine has" in line for line in told[""][""])
+    rates = {tuple(line.split()[:1]): line.split()[-1] for line in sft["trains"][:-1]}
+    assert rates == {("language",): "2e-4", ("vision",): "5e-5", ("projector",): "2e-5"}
+    assert "LoRA r 128" in sft["trains"][0] and f"{128 * (4 * 8192 + 3 * 15104):,}" in sft["trains"][0]
+    assert sft["batch"] == ["8 a GPU x 4 accumulated x 4 GPUs = 128"]
+    assert sft["data"] == ["at most 1,280 conversations"]
+    assert sft["steps"][0].startswith("at most 10: 1 epoch of 10")
+    assert sft["time"] == ["11 min at 2 examples a second"]
+    assert "GiB on each GPU at 2,048 tokens" in sft["memory"][0] and "weights" in sft["memory"][1]
+    assert sft["downloads"] == ["dataset some-org/conversations (size unknown: the Hub cannot be asked)"]
+    assert told["generate"]["writes"] == ["at most 200 candidates"]
+    assert judge["asks"][0] == "at most 400 requests to https://api.openai.com/v1, model gpt-4o"
+    assert judge["asks"][1].startswith("stops at 5 US dollars; about 2 US dollars")
+    assert judge["uploads"] == ["my-org/pairs, PUBLIC"] and dpo["uploads"] == ["my-org/aligned, private"]
+    assert dpo["model"] == [f"out/sft on {sft['model'][0]}"]
+    assert dpo["data"] == ["at most 200 pairs"] and dpo["steps"][0].startswith("at most 3: 3 epochs of 1")
+    assert dpo["batch"] == ["8 a GPU x 8 accumulated x 4 GPUs = 256"] and "a copy in memory" in dpo["loss"][0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_a_throughput_there_is_no_time(recipe, capsys):
+    told = plan(capsys, recipe)
+    assert not any("time" in rows for rows in told.values())
+    told = plan(capsys, recipe, "--dpo.throughput", "1", "--generate.throughput", "0.5")
+    assert told["generate"]["time"] == ["3 min at 0.5 images a second"]
+    assert "time" in told["dpo"] and "time" not in told["sft"]
+
+
+def test_more_gpus_and_another_config(recipe, capsys):
+    told = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
+    assert told["sft"]["batch"] == ["8 a GPU x 2 accumulated x 8 GPUs = 128"]
+    assert "gathered weights" in told["sft"]["memory"][1] and list(told) == ["", "sft"]
+
+
+def test_rounds_are_planned_one_by_one(recipe, capsys):
+    told = plan(capsys, recipe, "--rounds", "2")
+    assert told["round_2/dpo"]["model"][0].startswith("out/round_1/dpo on llava")
+    assert told["round_2/dpo"]["data"] == ["at most 200 pairs"]
+
+
+def test_a_model_that_only_the_hub_has(recipe, tmp_path, capsys):
+    (tmp_path / recipe).write_text(RECIPE.format(model="some-org/some-model"))
+    told = plan(capsys, recipe)
+    assert told["sft"]["model"] == ["config not available offline: some-org/some-model"]
+    assert told["sft"]["batch"] and "trains" not in told["sft"] and "memory" not in told["sft"]
+    assert told["sft"]["downloads"][0].startswith("model some-org/some-model")
+    assert not any("some-org/some-model" in line for line in told["dpo"].get("downloads", []))
+
+
+def test_a_model_that_is_a_folder_of_another_machine(recipe, capsys):
+    told = plan(capsys, recipe, "--stage", "sft", "--sft.model_name_or_path", "/cluster/models/llava")
+    assert told["sft"]["model"] == ["not on this machine: /cluster/models/llava"] and told["sft"]["batch"]
+
+
+def test_a_stage_that_is_finished_is_only_named(recipe, tmp_path, capsys):
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps({"status": "complete"}))
+    told = plan(capsys, recipe)
+    assert "finished before" in told["sft"][""][0] and len(told["sft"]) == 1
+    assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
+
+
+@pytest.mark.parametrize("name", ["demo", "vqa_rad_tiny", pytest.param("phantom_study", marks=pytest.mark.slow)])
+def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = plan(capsys, name)
+    trained = [rows for step, rows in told.items() if step.partition("/")[0] in ("sft", "dpo")]
+    assert trained and all("MiB" in rows["memory"][1] for rows in trained)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sft.learning_rat", "1"], "unknown key 'learning_rat'"),
+        (["--sft.learning_rate", "fast"], "'fast' is not a valid float"),
+        (["--num_processes", "3"], "section sft: effective_batch_size 128 cannot be made"),
+        (["--sft.throughput", "fast"], "'fast' is not a number of examples a second"),
+        (["--throughput"], "is not a number of examples a second"),
+        (["--sfft.throughput", "2"], "has no section 'sfft'"),
+        (["--sft.lora_r", "-4"], "section sft: lora_r is -4"),
+        (["--generate.num_answers", "1"], "section generate: num_answers is 1"),
+        (["--accelerate_config", "single_gpu", "--num_processes", "2"], "is for one process, not for 2"),
+        (["--accelerate_config", "zero3", "--sft.load_in_4bit", "true"], "load_in_4bit does not go with"),
+        (["--dpo.hub_model_id", "no such name"], "hub_model_id"),
+        (["--stage", "merge"], "no section 'merge'"),
+    ],
+)
+def test_what_could_not_run_is_refused(recipe, words, message, capsys):
+    assert main(["run", recipe, "--dry_run", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_settings_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("sft: {learning_rate: 1.0e-4}\n")
+    assert main(["run", "my.yaml", "--dry_run"]) == 2
+    assert "model_name_or_path and dataset must be set" in capsys.readouterr().err
+
+
+def test_a_launcher_does_not_plan(recipe):
+    with pytest.raises(UserError, match="medst run my.yaml --dry_run"):
+        launched([recipe, "--dry_run"])
+
+
+def test_the_judges_own_dry_run_is_left_alone(recipe, capsys, monkeypatch):
+    steps = {}
+    monkeypatch.setattr(
+        "medst_trl.pipeline.launch.run", lambda command, environment: steps.update(command=command) or 0
+    )
+    assert main(["run", recipe, "--stage", "judge", "--judge.dry_run", "true"]) == 0
+    assert "--judge.dry_run=true" in steps["command"]
+    assert main(["run", recipe, "--stage", "judge", "--dry_run=false"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ("oracle_error_rate: 0.1", "none: the phantoms' oracle"),
+        ("model: m, write_batch: requests.jsonl", "none: they are written to requests.jsonl"),
+        ("model: m, base_url: 'http://localhost:8000/v1', order: single", "at most 200 requests to http://localhost"),
+    ],
+)
+def test_whom_the_judge_asks(recipe, tmp_path, settings, line):
+    from medst_trl.pipeline.plan.settings import stage_arguments
+
+    text = re.sub(r"judge: .*", f"judge: {{{settings}}}", (tmp_path / recipe).read_text())
+    (tmp_path / recipe).write_text(text)
+    steps = read_recipe(recipe).steps()
+    step = next(step for step in steps if step.label == "judge")
+    assert requests(step, stage_arguments(step), steps)[0].startswith(line)
+
+
+@pytest.mark.slow
+def test_what_the_hub_knows_of_sizes(recipe, tmp_path):
+    files = {path.name: path.read_bytes() for path in config_folder("llava-hf/llava-1.5-7b-hf", tmp_path).iterdir()}
+    with serve_hub() as hub:
+        hub.add("model", "some-org/llava", files | {"model.safetensors": b"0" * 2_000_000, "a.bin": b"0"})
+        hub.add("dataset", "some-org/conversations", {"data/train.parquet": b"0" * 3_000_000})
+        (tmp_path / recipe).write_text(RECIPE.format(model="some-org/llava"))
+        words = ["-m", "medst_trl.cli", "run", recipe, "--dry_run", "--stage", "sft"]
+        done = client(hub.url, tmp_path / "home", *words, cwd=tmp_path)
+    sft = read_plan(done.stdout)["sft"]
+    assert sft["downloads"] == ["model some-org/llava (2.0 MB)", "dataset some-org/conversations (3.0 MB)"]
+    assert sft["model"] == ["some-org/llava, 7.06B parameters, bfloat16"]
+    assert not [call for call in hub.calls if call.startswith("GET") and "safetensors" in call]

@@ -1,0 +1,115 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Batches and steps are those that the real trainer makes of the same numbers."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny_run
+
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.options import read_options
+from medst_trl.pipeline.plan.batches import Batch, effective_batch
+from medst_trl.pipeline.plan.steps import Count, pairs_to_judge, rows_at, schedule, training_examples
+from medst_trl.pipeline.recipe import Step, read_recipe
+from medst_trl.pipeline.stage import STAGES
+
+
+def sft(**settings):
+    return Step(
+        STAGES["sft"], "sft", {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"} | settings, "here"
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_effective_batch_stays_and_accumulation_gives_way(processes):
+    batch = effective_batch(sft(effective_batch_size=128, per_device_train_batch_size=8), processes)
+    assert batch == Batch(8, 16 // processes, processes, 128)
+
+
+def test_without_one_it_grows_with_the_processes():
+    batch = effective_batch(sft(per_device_train_batch_size=8, gradient_accumulation_steps=4), 4)
+    assert batch == Batch(8, 4, 4, 128)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
+def test_a_batch_that_cannot_be_met_is_refused(settings):
+    step = sft(effective_batch_size=128, per_device_train_batch_size=8, **settings)
+    with pytest.raises(UserError, match="^here: .*effective_batch_size 128"):
+        effective_batch(step, 4 if settings else 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (16, {"num_train_epochs": 1}),
+        (17, {"num_train_epochs": 2}),
+        (17, {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2}),
+        (3, {"num_train_epochs": 2, "gradient_accumulation_steps": 4}),
+        (9, {"max_steps": 5}),
+    ],
+)
+def test_steps_are_those_of_the_trainer(rows, settings, tmp_path):
+    settings = {"max_steps": -1, "num_train_epochs": 3} | settings
+    trainer = tiny_run.make_trainer(tmp_path, n=rows, learning_rate=0.0, **settings)
+    trainer.train()
+    batch = Batch(4, settings.get("gradient_accumulation_steps", 1), 1, 4)
+    planned = schedule(Count(rows), batch, settings["num_train_epochs"], settings["max_steps"])
+    assert planned.steps == trainer.state.global_step
+
+
+def test_unknown_data_leaves_the_steps_open():
+    batch, unknown = Batch(4, 1, 1, 4), Count(None, depends_on="prepare")
+    assert schedule(unknown, batch, 3, -1).steps is None
+    assert schedule(unknown, batch, 3, 70).steps == 70
+    assert unknown.capped(100) == Count(100, at_most=True) and Count(50).capped(100, skipped=20) == Count(30)
+
+
+def steps_of(name, *words):
+    steps = read_recipe(name, read_options(words)[1]).steps()
+    return {step.label: step for step in steps}, steps
+
+
+def test_the_demo_knows_its_numbers_before_it_runs():
+    labels, steps = steps_of("demo")
+    folder = labels["prepare"].settings["output_dir"]
+    assert rows_at(f"{folder}/instruct", "train", steps) == Count(225)
+    assert rows_at(f"{folder}/images", "train", steps) == Count(2000)
+    assert pairs_to_judge(labels["judge"], steps) == Count(6000, at_most=True)
+    assert rows_at(labels["dpo"].settings["dataset"], "train", steps) == Count(6000, at_most=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--prepare.validation_fraction", "0.2"], 180),
+        (["--sft.max_records", "100"], 100),
+        (["--prepare.max_records", "60"], 60),
+    ],
+)
+def test_settings_change_them(words, expected):
+    labels, steps = steps_of("demo", *words)
+    dataset = labels["sft"].settings["dataset"]
+    limit = labels["sft"].settings.get("max_records")
+    args = SimpleNamespace(dataset=dataset, train_split="train", max_records=limit)
+    assert training_examples(args, steps).number == expected
+
+
+def test_of_several_datasets_all_have_to_be_known(tmp_path):
+    args = SimpleNamespace(dataset=["a/one", "b/two"], train_split="train", max_records=None)
+    assert training_examples(args, []) == Count(None, depends_on="a/one and b/two")
+
+
+def test_answers_in_pairs():
+    labels, steps = steps_of("demo", "--generate.num_answers", "4", "--generate.max_records", "10")
+    assert pairs_to_judge(labels["judge"], steps) == Count(10 * 3 * 2, at_most=True)
+
+
+def test_what_is_on_disk_is_counted_there(tmp_path):
+    from medst_trl.data.schema import instruct_features
+    from medst_trl.data.shards import write_split
+
+    rows = [{"id": str(n), "images": [], "image_ids": [], "messages": []} for n in range(7)]
+    write_split(tmp_path / "instruct", "train", rows, dict, instruct_features(), 3)
+    assert rows_at(str(tmp_path / "instruct"), "train") == Count(7)
+    assert rows_at(str(tmp_path / "instruct"), "test").number is None

@@ -1,0 +1,166 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted without weights is what the real trainer trains."""
+
+import json
+
+import pytest
+import tiny_dpo
+import tiny_run
+from family_models import base_model
+
+from medst_trl import adapter_config
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.plan.meta import NotKnownYet, meta_model
+from medst_trl.pipeline.plan.trainable import model_at, policy_of, trainable_parameters
+from medst_trl.pipeline.recipe import Step, read_recipe
+from medst_trl.pipeline.stage import STAGES
+from medst_trl.policy.vusr import add_vusr
+
+
+FAMILIES = [
+    "llava-1.5-hf",
+    "llava-next",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "gemma-3",
+    "idefics3",
+    "internvl",
+    "prototype-llava",
+]
+RANKS = {"r": 8, "lora_alpha": 16, "vision_r": 4, "vision_lora_alpha": 8}
+
+
+def step(stage, **settings):
+    settings = {"dataset": "none", "output_dir": f"runs/{stage}", "lora_r": 8, "vision_lora_r": 4} | settings
+    return Step(STAGES[stage], stage, settings, "test")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    for part in tiny_run.tiny_llava(**tiny_run.SMALL):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def trainer(tmp_path, lora=True, vusr=True, **ranks):
+    if not lora:
+        return tiny_run.make_trainer(tmp_path, lora=False)
+    model, processor = tiny_run.small_policy()
+    token = add_vusr(processor)
+    config = adapter_config(model, vusr_token_id=token if vusr else None, **{**RANKS, **ranks})
+    return tiny_run.make_trainer(tmp_path, policy=(model, processor, config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "real"),
+    [
+        ({}, {}),
+        ({"vision_lora_r": 0}, {"vision_r": 0}),
+        ({"train_vusr": False}, {"vusr": False}),
+        ({"lora_r": 0, "vision_lora_r": 0, "train_vusr": False}, {"r": 0, "vision_r": 0, "vusr": False}),
+        ({"use_lora": False}, {"lora": False}),  # with the row that is added for the token
+        ({"load_in_4bit": True}, {}),
+    ],
+)
+def test_stage_1_trains_what_was_counted(settings, real, base, tmp_path):
+    counted = trainable_parameters(step("sft", model_name_or_path=base, **settings))
+    assert counted == trainer(tmp_path, **real).trainable_parameters()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    model, processor = base_model(family)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "base")
+    counted = trainable_parameters(step("sft", model_name_or_path=str(tmp_path / "base")))
+    config = adapter_config(model, vusr_token_id=add_vusr(processor), **RANKS)
+    made = tiny_run.make_trainer(
+        tmp_path / "run", policy=(tiny_run.prepare_policy(model, processor), processor, config)
+    )
+    assert counted == made.trainable_parameters()
+
+
+def test_stage_2_goes_on_with_the_adapter_that_stage_1_will_make(base, tmp_path):
+    made = tiny_dpo.make_trainer(tmp_path).trainable_parameters()
+    sft = step("sft", model_name_or_path=base)
+    dpo = step("dpo", model_name_or_path="runs/sft", lora_r=128)  # ranks are for a new adapter
+    assert trainable_parameters(dpo, [sft, dpo]) == made
+    frozen = step("dpo", model_name_or_path="runs/sft", train_vision=False)
+    assert trainable_parameters(frozen, [sft]) == {name: n for name, n in made.items() if name != "vision"}
+    again = step("dpo", model_name_or_path="runs/dpo")  # the next round, loaded anew
+    assert trainable_parameters(again, [sft, frozen]) == made
+    assert policy_of(dpo, [sft, dpo]).continues_adapter and not policy_of(sft).continues_adapter
+
+
+def test_an_adapter_on_disk_counts_as_the_one_to_be_made(base, tmp_path):
+    model, _ = tiny_dpo.adapter_policy(save_to=tmp_path)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    on_disk = trainable_parameters(step("dpo", model_name_or_path=str(tmp_path / "adapter")))
+    planned = trainable_parameters(step("dpo", model_name_or_path="runs/sft"), [step("sft", model_name_or_path=base)])
+    assert on_disk == planned
+
+
+def test_an_adapter_of_other_ranks_is_refused_as_stage_1_does(base):
+    first, second = step("sft", model_name_or_path=base), step("sft", model_name_or_path="runs/sft", lora_r=16)
+    with pytest.raises(UserError, match="lora_r 8"):
+        trainable_parameters(second, [first])
+
+
+def test_a_merged_model_is_the_base_without_the_adapter(base):
+    steps = [step("sft", model_name_or_path=base)]
+    steps.append(Step(STAGES["merge"], "merge", {"model_name_or_path": "runs/sft", "output_dir": "runs/merge"}, ""))
+    merged = model_at("runs/merge", steps)
+    assert merged.model.num_parameters() == meta_model(base).num_parameters() and not merged.is_adapter
+
+
+def test_the_demo_builds_its_base_in_code():
+    steps = read_recipe("demo").steps()
+    sft = next(step for step in steps if step.label == "sft")
+    counts = trainable_parameters(sft, steps)
+    size = 128  # of either tower; the MLPs are twice as wide
+    layer = 4 * (size + size) + 3 * (size + 2 * size)
+    assert counts["language"] == 2 * 128 * layer + size  # two layers, and the row of <vusr>
+    assert counts["vision"] == 2 * 32 * (4 * 2 * size + 2 * 3 * size)  # the last of three is not read
+    assert counts["projector"] == 2 * (size + 1) * size
+
+
+def test_what_cannot_be_known_is_said(tmp_path):
+    with pytest.raises(NotKnownYet, match="config not available offline: some-org/some-model"):
+        meta_model("some-org/some-model")
+    convert = Step(STAGES["convert"], "convert", {"source": "some-org/original", "output_dir": "runs/convert"}, "")
+    with pytest.raises(NotKnownYet, match="before convert has run"):
+        trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="no vision-language model"):
+        meta_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("projector", "by_words"), [("mlp2x_gelu", False), ("cluster", True)])
+def test_a_checkpoint_that_is_still_to_be_converted(projector, by_words, tmp_path):
+    """Counted from its small files: the tower, the text model, and whether it asks by words."""
+    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    tower |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    text = {
+        "model_type": "llava",
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "vocab_size": 70,
+    }
+    text |= {
+        "num_attention_heads": 2,
+        "mm_projector_type": projector,
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+    }
+    for name, config in {"clip": tower, "original": text | {"mm_vision_tower": str(tmp_path / "clip")}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    settings = {"source": str(tmp_path / "original"), "output_dir": "runs/convert"}
+    convert = Step(STAGES["convert"], "convert", settings, "")
+    counts = trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
+    assert counts["language"] == 2 * 8 * (4 * (48 + 48) + 3 * (48 + 96)) + (0 if by_words else 48)
+    assert counts["vision"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 64))
+    assert counts["projector"] > 0

@@ -1,0 +1,193 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`medst recipes validate`: what it lets pass, and each mistake with its place."""
+
+import socket
+import warnings
+from unittest.mock import Mock
+
+import pytest
+from datasets import Dataset
+from recipe_data import write_source
+
+from medst_trl.cli import main
+from medst_trl.data.schema import features_of
+
+
+RECIPE = """\
+output_dir: out
+prepare: {source: llava, data_path: talks.json}
+sft:
+  model_name_or_path: org/model
+  accelerate_config: zero2
+  effective_batch_size: 64
+  per_device_train_batch_size: 8
+generate: {images: "{prepare}/instruct"}
+judge: {model: gpt-4o, benchmarks: []}
+dpo: {effective_batch_size: 32, per_device_train_batch_size: 4, loss_type: [sigmoid, sft]}
+evaluate: {benchmark: org/benchmark}
+push: {source: "{judge}/preferences", repo_id: me/pairs}
+"""
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Exit code and what was said of a recipe in a folder with its data."""
+    monkeypatch.chdir(tmp_path)
+    write_source({"source": "llava", "data_path": "talks.json"})
+
+    def run(*words, change=("", "")):
+        assert change[0] in RECIPE
+        (tmp_path / "mine.yaml").write_text(RECIPE.replace(*change, 1))
+        code = main(["recipes", "validate", "mine.yaml", *words])
+        said = capsys.readouterr()
+        return code, said.out if code == 0 else said.err
+
+    return run
+
+
+def dataset(folder, kind, split="train", drop=None):
+    folder.mkdir(exist_ok=True, parents=True)
+    features = features_of(kind)
+    rows = Dataset.from_dict({name: [] for name in features}, features=features)
+    rows = rows.remove_columns(drop) if drop else rows
+    rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def test_a_good_recipe_gets_a_line_for_each_step(check):
+    code, said = check()
+    lines = {line.split()[0]: line for line in said.splitlines()}
+    assert code == 0 and said.endswith("mine.yaml is valid.\n")
+    assert list(lines)[:-1] == ["prepare", "sft", "generate", "judge", "dpo", "evaluate", "push"]
+    assert "from org/model (Hub), prepare; zero2; " in lines["sft"]
+    assert lines["sft"].endswith("batch 64 on 1 (8 x 8), 64 on 4 (8 x 2), 64 on 8 (8 x 1)")
+    assert lines["dpo"].endswith("batch 32 on 1 (4 x 8), 32 on 4 (4 x 2), 32 on 8 (4 x 1)")
+    assert "from sft, prepare" in lines["generate"] and "from sft, judge" in lines["dpo"]
+    assert "from dpo, org/benchmark (Hub)" in lines["evaluate"]
+
+
+def test_the_number_of_processes_that_is_asked_for(check):
+    assert "batch 64 on 2 (8 x 4)\n" in check("--num_processes", "2")[1]
+    code, said = check("--num_processes", "3")
+    assert code == 2 and "section sft: effective_batch_size 64 cannot be made of batches of 8 on 3 processes" in said
+    assert "section dpo: effective_batch_size 32" in said  # all of them at once
+    code, said = check("--sft.per_device_train_batch_size=16")
+    assert code == 0 and "64 on 4 (16 x 1), cannot be met on 8\n" in said
+    code, said = check("--sft.per_device_train_batch_size=7")
+    assert code == 2 and "effective_batch_size 64 cannot be made of batches of 7" in said
+
+
+def test_one_process_where_the_launcher_is_for_one(check):
+    assert "single_gpu; batch 64 on 1 (8 x 8)\n" in check("--accelerate_config", "single_gpu")[1]
+    code, said = check("--accelerate_config", "single_gpu", "--num_processes", "2")
+    assert code == 2 and "single_gpu is for one process, not for 2" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "effective_batch_size: 64",
+            "effective_batch: 64",
+            "unknown key 'effective_batch'. Did you mean 'effective_b",
+        ),
+        ("loss_type: [sigmoid, sft]", "beta: much", "section dpo: beta: 'much' is not a valid float"),
+        ("per_device_train_batch_size: 8", "max_length: -5", "section sft: max_length is -5"),
+        ("source: llava, ", "", "section prepare: source must be set"),
+        ("model: gpt-4o", "model: null", "No judge is named"),
+        ("zero2", "zero22", "accelerate_config 'zero22' is neither a file nor one of"),
+        ("talks.json", "talk.json", "section prepare: data_path: talk.json does not exist"),
+        ('generate: {images: "{prepare}/instruct"}\n', "", "section judge: candidates must be set"),
+        (
+            "gpt-4o,",
+            "x, candidates: out/g/c,",
+            "candidates: out/g/c does not exist, and no section before judge makes",
+        ),
+        ("org/model", "out/dpo", "section sft: model_name_or_path: out/dpo is made by dpo, which runs later"),
+        ("org/model", '"{prepare}"', "section sft: model_name_or_path: out/prepare is no model"),
+        ("org/model", "models/not/there", "section sft: model_name_or_path: models/not/there does not exist"),
+        ("{prepare}/instruct", "{prepare}/instructs", "prepare makes instruct, benchmark, images, and this reads"),
+        (
+            "loss_type: [sigmoid, sft]",
+            'dataset: "{generate}/candidates"',
+            "dataset: out/generate/candidates is no pre",
+        ),
+        ("org/benchmark", "org/benchmark, controls: [blurred]", "There is no 'blurred' for controls"),
+        ("{judge}/preferences", "{judge}x/y", "section push: source: out/judgex/y does not exist"),
+    ],
+)
+def test_mistakes_are_told_with_their_place(check, old, new, message):
+    code, said = check(change=(old, new))
+    assert code == 2 and message in said and "Traceback" not in said
+
+
+def test_datasets_on_disk_are_looked_into(check, tmp_path):
+    name = ("org/benchmark", "theirs/benchmark")
+    (tmp_path / "theirs").mkdir()
+    code, said = check(change=name)  # a folder of that name is here, so it is no repository
+    assert code == 2 and "section evaluate: benchmark: theirs/benchmark does not exist" in said
+    dataset(tmp_path / "theirs/benchmark", "benchmark", drop="questions", split="test")
+    code, said = check(change=name)
+    assert (
+        code == 2 and "section evaluate: benchmark: theirs/benchmark: The dataset lacks the column questions" in said
+    )
+    dataset(tmp_path / "theirs/benchmark", "benchmark", split="test")
+    assert check(change=name)[0] == 0
+    code, said = check("--evaluate.split=train", change=name)
+    assert code == 2 and "has no split 'train'" in said
+    dataset(tmp_path / "mixed", "preferences")
+    code, said = check("--sft.dataset", "mixed", "out/prepare/instruct")
+    assert code == 2 and "section sft: dataset: mixed: The dataset lacks the column messages of instruct data" in said
+
+
+def test_a_model_on_disk_has_a_configuration(check, tmp_path):
+    name = ("org/model", "here/model")
+    (tmp_path / "here/model").mkdir(parents=True)
+    code, said = check(change=name)
+    assert code == 2 and "section sft: model_name_or_path: here/model holds no model" in said
+    (tmp_path / "here/model/config.json").write_text("{}")
+    code, said = check(change=name)
+    assert code == 0 and "from here/model, prepare" in said
+
+
+def test_a_secret_and_too_many_words(check):
+    assert "secrets do not belong" in check("--hub_token=x")[1]
+    code, said = check("other.yaml")
+    assert code == 2 and "takes one recipe, not 2" in said
+    assert main(["recipes", "validate", "no_such_recipe"]) == 2
+
+
+def test_it_asks_neither_the_hub_nor_for_weights(check, monkeypatch):
+    """With a network that fails when it is touched, and a model that is nowhere on this machine."""
+
+    def cut(*args, **kwargs):
+        raise AssertionError("network")
+
+    for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, cut)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub_answers = Mock(side_effect=AssertionError("the Hub was asked whether it answers"))
+    monkeypatch.setattr("medst_trl.pipeline.plan.hub.hub_answers", hub_answers)
+    monkeypatch.setattr("medst_trl.pipeline.plan.meta.hub_answers", hub_answers)
+    with warnings.catch_warnings(action="error"):
+        code, said = check()
+    assert code == 0 and "mine.yaml is valid." in said
+
+
+def test_one_stage_of_it(check):
+    code, said = check("--stage", "sft")
+    assert code == 0 and [line.split()[0] for line in said.splitlines()] == ["sft", "mine.yaml"]
+    assert "from org/model (Hub), prepare" in said  # whose section is not looked at, and makes its input
+    assert check("--stage", "sft", change=("gpt-4o", "null"))[0] == 0
+    assert "no section 'merge'" in check("--stage", "merge")[1]
+
+
+def test_a_mistake_of_all_stages_is_told_once(check):
+    code, said = check("--accelerate_config", "zero22")
+    assert code == 2 and said.count("zero22") == 1
+
+
+@pytest.mark.parametrize("words", [["--sft.load_in_4bit=true"], ["--dpo.precompute_ref_log_probs=true"]])
+def test_what_divided_weights_do_not_go_with(check, words):
+    code, said = check("--accelerate_config", "zero3", *words)
+    assert code == 2 and "does not go with DeepSpeed ZeRO-3" in said

@@ -1,0 +1,173 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import re
+import shutil
+
+import pytest
+import tiny_dpo
+import torch
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file
+
+from medst_trl import load_policy
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import fingerprint
+from medst_trl.data.schema import preference_features
+from medst_trl.pipeline.stages import dpo
+
+
+def write_pairs(folder, rows, split="train"):
+    folder.mkdir(exist_ok=True)
+    known = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
+    dataset = Dataset.from_list([row | known for row in rows], features=preference_features())
+    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """An adapter and preference pairs with both splits, as `sft` and `judge` leave them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, processor = tiny_dpo.adapter_policy(save_to=folder)
+    model.save_pretrained(folder / "sft", save_embedding_layers=False)
+    processor.save_pretrained(folder / "sft")
+    write_pairs(folder / "preferences", [tiny_dpo.pair(number) for number in range(12)])
+    write_pairs(folder / "preferences", [tiny_dpo.pair(number) for number in range(50, 54)], "validation")
+    return folder
+
+
+def run(inputs, output_dir, **options):
+    options = {
+        "model_name_or_path": inputs / "sft", "dataset": inputs / "preferences", "output_dir": output_dir,
+        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1,
+        "report_to": "none", "disable_tqdm": True, **options,
+    }  # fmt: skip
+    arguments = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
+    dpo.main(*dpo.make_parser().parse_args_and_config(arguments))
+    return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
+
+
+def test_the_adapter_goes_on_training_and_is_kept_with_its_record(inputs, tmp_path, capsys):
+    weights, record = run(inputs, tmp_path / "dpo", eval_strategy="steps", eval_steps=3)
+    before = load_file(inputs / "sft" / "adapter_model.safetensors")
+    assert set(weights) == set(before)
+    assert any(not torch.equal(weights[name], before[name]) for name in before)
+    assert record["status"] == "complete" and record["counts"]["pairs"] == 12 and record["counts"]["steps"] == 3
+    names = {"rewards/margins", "logps/chosen", "logratios/chosen", "lengths/rejected", "eval_rewards/accuracies"}
+    assert names <= set(record["metrics"])
+    assert not (tmp_path / "dpo" / "ref").exists() and not list((tmp_path / "dpo").rglob("training_args.bin"))
+    said = capsys.readouterr().out
+    assert "Stage 2 is done: 3 steps on 12 preference pairs" in said and "nats" in said
+    load_policy(str(tmp_path / "dpo"))
+
+
+def test_the_card_is_for_an_image_model(inputs, tmp_path):
+    run(inputs, tmp_path / "dpo")
+    card = (tmp_path / "dpo" / "README.md").read_text()
+    assert "load_policy" in card and "<vusr>" in card
+    assert not re.search(r"pipeline\(.text-generation", card)
+
+
+def test_finished_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
+    run(inputs, tmp_path / "dpo")
+    stamp = (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns
+    run(inputs, tmp_path / "dpo", logging_steps=2)
+    assert (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="beta: 0.1 before, 0.5 now"):
+        run(inputs, tmp_path / "dpo", beta=0.5)
+
+
+def test_a_frozen_vision_tower_is_saved_as_it_was(inputs, tmp_path):
+    weights, _ = run(inputs, tmp_path / "dpo", train_vision=False)
+    before = load_file(inputs / "sft" / "adapter_model.safetensors")
+    moved = {name for name in before if not torch.equal(weights[name], before[name])}
+    assert moved and not any("vision_tower" in name for name in moved)
+
+
+def test_a_model_without_an_adapter_gets_one(inputs, tmp_path):
+    weights, _ = run(inputs, tmp_path / "dpo", model_name_or_path=inputs / "base", lora_r=4, vision_lora_r=2)
+    assert any("vision_tower" in name and "lora_A" in name and len(w) == 2 for name, w in weights.items())
+
+
+def test_pairs_that_say_the_same_are_set_aside_and_a_file_of_only_such_is_refused(inputs, tmp_path):
+    rows = [tiny_dpo.pair(number) for number in range(8)]
+    rows[3]["rejected"] = rows[3]["chosen"]
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    _, record = run(inputs, tmp_path / "dpo", dataset=pairs)
+    assert record["counts"]["set_aside"] == {"chosen_equals_rejected": 1}
+    (line,) = (tmp_path / "dpo" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "p3"
+
+    pairs = write_pairs(tmp_path / "same", [rows[3]])
+    with pytest.raises(UserError, match="1 because both answers say the same"):
+        run(inputs, tmp_path / "none", dataset=pairs)
+    run(inputs, tmp_path / "none")  # what has failed before it began does not stand in the way
+
+
+def test_other_data_is_refused_before_a_folder_is_made(inputs, tmp_path):
+    with pytest.raises(UserError, match="medst judge"):
+        wrong = tmp_path / "wrong"
+        wrong.mkdir()
+        Dataset.from_list([{"id": "1"}]).to_parquet(wrong / "train-00000-of-00001.parquet")
+        run(inputs, tmp_path / "dpo", dataset=wrong)
+    assert not (tmp_path / "dpo").exists()
+
+
+def cache_of(folder):
+    return sorted(path.name for path in (folder / "reference_log_probs").iterdir())
+
+
+def test_what_the_reference_says_lies_beside_the_pairs_and_is_used_again(inputs, tmp_path, capsys):
+    pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    before = fingerprint(pairs)
+    options = {"dataset": pairs, "precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 3}
+    live, _ = run(inputs, tmp_path / "live", **options | {"precompute_ref_log_probs": False})
+    first, record = run(inputs, tmp_path / "first", **options)
+    assert record["settings"]["precompute_ref_log_probs"] is True and "eval_rewards/margins" in record["metrics"]
+    (name,) = cache_of(pairs)
+    assert name.endswith(".parquet") and not (tmp_path / "first" / "reference_log_probs").exists()
+    assert fingerprint(pairs) == before  # so a run that began without the file can go on
+    assert len(load_dataset(str(pairs), split="train")) == 12  # the pairs alone
+    capsys.readouterr()
+    again, _ = run(inputs, tmp_path / "again", **options, beta=0.1)
+    assert "16 of 16 pairs are known" in capsys.readouterr().out and cache_of(pairs) == [name]
+    for weights in (first, again):
+        assert all(torch.allclose(weights[key], live[key], atol=2e-5) for key in live)
+    run(inputs, tmp_path / "again", **options, ref_log_probs_dir=tmp_path / "elsewhere")  # finished: nothing to do
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_beside_pairs_that_cannot_be_written_to_it_is_read_and_kept_with_the_run(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    run(inputs, tmp_path / "first", dataset=pairs, precompute_ref_log_probs=True, max_records=8)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and str(path).startswith(str(pairs))))
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(pairs.rglob("*"))]
+    capsys.readouterr()
+    run(inputs, tmp_path / "second", dataset=pairs, precompute_ref_log_probs=True)
+    assert "8 of 12 pairs are known" in capsys.readouterr().out
+    assert cache_of(tmp_path / "second") == cache_of(pairs)
+    assert before == [(path, path.stat().st_mtime_ns) for path in sorted(pairs.rglob("*"))]
+    # Started anew, the run still has it.
+    options = {"dataset": pairs, "precompute_ref_log_probs": True, "beta": 0.5, "overwrite": True}
+    run(inputs, tmp_path / "second", **options)
+    assert "12 of 12 pairs are known" in capsys.readouterr().out
+
+
+def test_another_folder_can_be_named(inputs, tmp_path):
+    pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    options = {"dataset": pairs, "precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "shared" / "cache"}
+    run(inputs, tmp_path / "dpo", **options)
+    assert len(list((tmp_path / "shared" / "cache").glob("*.parquet"))) == 1
+    assert not (pairs / "reference_log_probs").exists()
+
+
+def test_a_pair_with_a_broken_image_is_written_down(inputs, tmp_path):
+    rows = [tiny_dpo.pair(number) for number in range(8)]
+    rows[3]["images"] = [{"bytes": b"not an image", "path": None}]
+    _, record = run(inputs, tmp_path / "dpo", dataset=write_pairs(tmp_path / "pairs", rows))
+    assert record["counts"]["set_aside"] == {"unreadable_image": 1} and record["counts"]["steps"] == 3
+    assert json.loads((tmp_path / "dpo" / "rejected.jsonl").read_text())["id"] == "p3"

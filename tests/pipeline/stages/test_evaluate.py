@@ -1,0 +1,264 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import benchmark_features
+from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.evaluation import vqa
+from medst_trl.pipeline.stages.evaluate import EvaluateArguments, main, make_parser
+
+
+FAST = {"batch_size": 8, "max_new_tokens": 3, "bootstrap_samples": 20}
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_benchmark(folder, n):
+    rows = list(benchmark_rows(make_phantoms(n, seed=0, split="test")))
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows, features=benchmark_features()).to_parquet(folder / "test-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=400)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return {"model_name_or_path": str(folder / "model"), "benchmark": [write_benchmark(folder / "benchmark", 5)]}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    main(EvaluateArguments(output_dir=str(folder), **inputs, **FAST))
+    return folder
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    rows = [
+        {"id": str(i), "image_id": str(i // 2), "answer": "yes", "answer_type": "closed", "prediction": text}
+        for i, text in enumerate(["yes", "no", "Yes.", "maybe"])
+    ]
+    path = tmp_path / "given" / "predictions.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def test_what_is_written(finished):
+    assert {path.name for path in finished.iterdir() if not path.name.startswith(".")} == {
+        "predictions.jsonl",
+        "predictions_blank.jsonl",
+        "predictions_shuffled.jsonl",
+        "scores.json",
+        "stage.json",
+    }
+    scores, rows = json.loads((finished / "scores.json").read_text()), read_jsonl(finished / "predictions.jsonl")
+    assert scores["counts"] == {
+        "records": len(rows),
+        "rejected": {},
+        "cut_off": sum(not r["generation"]["ended"] for r in rows),
+    }
+    assert scores["data"]["sha256"]
+    assert set(scores["scores"]) == {"strict", "llava_med"}
+    for name in ("blank", "shuffled"):
+        leaf = scores["controls"][name]["strict"]["exact_match"]
+        assert leaf["difference"] == pytest.approx(scores["scores"]["strict"]["exact_match"]["value"] - leaf["value"])
+        control = read_jsonl(finished / f"predictions_{name}.jsonl")
+        assert [row["id"] for row in control] == [row["id"] for row in rows]
+        assert {row["generation"]["control"] for row in control} == {name}
+    record = json.loads((finished / "stage.json").read_text())
+    assert record["status"] == "complete"
+
+
+def test_finished_prints_the_table_again(finished, inputs, capsys):
+    before = (finished / "scores.json").stat().st_mtime_ns
+    main(EvaluateArguments(output_dir=str(finished), **inputs, **FAST | {"batch_size": 3}))
+    printed = capsys.readouterr().out
+    assert (finished / "scores.json").stat().st_mtime_ns == before
+    for shown in ("exact match", "majority", "real - blank", "real - shuffled", "strict", "llava_med", "split test"):
+        assert shown in printed
+
+
+def test_changed_setting_is_refused(finished, inputs):
+    with pytest.raises(UserError, match="max_new_tokens"):
+        main(EvaluateArguments(output_dir=str(finished), **inputs, **FAST | {"max_new_tokens": 9}))
+
+
+def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dies_in_a_control(*args, control=None, **kwargs):
+        for place, row in enumerate(vqa_answers(*args, control=control, **kwargs)):
+            if control == "blank" and place == 5:
+                raise Killed
+            yield row
+
+    vqa_answers = vqa.answer_benchmark
+    args = EvaluateArguments(output_dir=str(tmp_path / "out"), **inputs, **FAST)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(vqa, "answer_benchmark", dies_in_a_control)
+        main(args)
+    assert not (tmp_path / "out" / "scores.json").exists()
+    main(args)
+    for name in ("predictions.jsonl", "predictions_blank.jsonl", "predictions_shuffled.jsonl", "scores.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_writes(finished, inputs, tmp_path):
+    code = (
+        "import sys; from medst_trl.evaluation.vqa import process_state; process_state()\n"
+        "from medst_trl.pipeline.stages.evaluate import make_parser, main;"
+        "main(*make_parser().parse_args_into_dataclasses(sys.argv[1:]))"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    words = [f"--{key}={value}" for key, value in (FAST | {"output_dir": tmp_path / "out"}).items()]
+    words += [f"--model_name_or_path={inputs['model_name_or_path']}", "--benchmark", *inputs["benchmark"]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in ("predictions.jsonl", "predictions_blank.jsonl", "predictions_shuffled.jsonl", "scores.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
+    assert not list((tmp_path / "out").glob("*.incomplete*"))
+    assert done.stdout.count("Scores are in") == 1
+
+
+def test_several_benchmarks(inputs, tmp_path):
+    other = write_benchmark(tmp_path / "other" / "benchmark", 3)
+    benchmark = [*inputs["benchmark"], other]
+    args = inputs | {"benchmark": benchmark, "output_dir": str(tmp_path / "out"), "controls": "none"}
+    main(EvaluateArguments(**args, **FAST))
+    counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
+    names = [os.path.basename(os.path.dirname(name)) for name in benchmark]
+    assert set(counts) == set(benchmark)
+    for name, path in zip(names, benchmark):
+        assert json.loads((tmp_path / "out" / name / "scores.json").read_text())["counts"] == counts[path]
+        assert not (tmp_path / "out" / name / "predictions_blank.jsonl").exists()
+
+
+def test_one_image_cannot_be_shuffled(inputs, tmp_path):
+    """Told before anything is computed."""
+    benchmark = write_benchmark(tmp_path / "benchmark", 1)
+    with pytest.raises(UserError, match="'shuffled'"):
+        main(EvaluateArguments(output_dir=str(tmp_path / "out"), **inputs | {"benchmark": benchmark}, **FAST))
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_rescoring_gives_the_same_scores(finished, tmp_path):
+    main(
+        EvaluateArguments(
+            predictions=str(finished / "predictions.jsonl"), output_dir=str(tmp_path), bootstrap_samples=20
+        )
+    )
+    first, again = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path))
+    for key in ("counts", "scores", "controls"):
+        assert first[key] == again[key]
+
+
+def test_scoring_a_file_needs_no_model(predictions, tmp_path):
+    code = (
+        "import sys; from medst_trl.pipeline.stages.evaluate import make_parser, main;"
+        "main(*make_parser().parse_args_into_dataclasses(sys.argv[1:]));"
+        "print('IMPORTED', [name for name in ('torch', 'transformers', 'datasets', 'PIL') if name in sys.modules])"
+    )
+    words = [f"--predictions={predictions}", f"--output_dir={tmp_path / 'out'}", "--variants", "strict"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "IMPORTED []" in done.stdout
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+    assert list(scores) == ["strict"]
+    assert scores["strict"]["closed"]["accuracy"]["value"] == 50
+    assert scores["strict"]["closed"]["no_verdict"]["value"] == 25
+
+
+def test_malformed_lines(predictions, tmp_path, capsys):
+    lines = predictions.read_text().splitlines()
+    predictions.write_text("\n".join([lines[0], lines[1][:30], *lines[2:], '{"id": "x"}']))
+    main(EvaluateArguments(predictions=str(predictions), output_dir=str(tmp_path / "out")))
+    rejected = read_jsonl(tmp_path / "out" / "rejected.jsonl")
+    assert [(row["id"], row["reason"]) for row in rejected] == [("line 2", "not JSON"), ("x", "no answer")]
+    counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
+    assert counts == {"records": 3, "rejected": {"not JSON": 1, "no answer": 1}, "cut_off": 0}
+    assert "2 lines were set aside (1 not JSON, 1 no answer)" in capsys.readouterr().out
+
+
+def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
+    """LLaVA-Med's answers, joined with the benchmark, give the scores of the run they come from, and of controls."""
+    for path in finished.glob("predictions*.jsonl"):
+        rows = [
+            {"question_id": row["id"], "prompt": row["question"], "text": row["prediction"], "metadata": {}}
+            for row in read_jsonl(path)
+        ]
+        (tmp_path / path.name).write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    common = {"predictions": str(tmp_path / "predictions.jsonl"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="give the benchmark it answers"):
+        main(EvaluateArguments(**common))  # which leaves nothing behind that stands in the way of the next
+    main(EvaluateArguments(**common, benchmark=inputs["benchmark"], bootstrap_samples=20))
+    before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path / "out"))
+    assert after["scores"] == before["scores"] and after["controls"] == before["controls"]
+    assert after["format"] == "llava_med"
+    assert after["counts"]["rejected"] == {"repeated id": 1}
+    assert [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")] == ["repeated id"]
+    kept, asked = (read_jsonl(folder / "predictions.jsonl") for folder in (tmp_path / "out", finished))
+    assert [(row["id"], row["prediction"]) for row in kept] == [(row["id"], row["prediction"]) for row in asked]
+
+    results = [{"question": row["question"], "answer": row["answer"], "response": row["prediction"]} for row in asked]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    common = {"predictions": str(tmp_path / "results.json"), "output_dir": str(tmp_path / "guessed")}
+    main(EvaluateArguments(**common, predictions_format="medevalkit", bootstrap_samples=0, controls=["none"]))
+    assert f"{len(asked)} questions count as closed or open by whether" in capsys.readouterr().out
+    assert json.loads((tmp_path / "guessed" / "scores.json").read_text())["scores"]["strict"]["n"] == len(asked)
+    with pytest.raises(UserError, match="holds no prediction.*LLaVA-Med's answer files"):
+        main(EvaluateArguments(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med"))
+
+
+def test_control_files_of_other_questions(predictions, tmp_path):
+    first, *_ = predictions.read_text().splitlines()
+    (predictions.parent / "predictions_blank.jsonl").write_text(first)
+    with pytest.raises(UserError, match="same questions"):
+        main(EvaluateArguments(predictions=str(predictions), output_dir=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "Nothing to evaluate"),
+        ({"model_name_or_path": "x"}, "Nothing to evaluate"),
+        ({"predictions": "p", "model_name_or_path": "x"}, "either predictions"),
+        ({"predictions": "p", "benchmark": ["a", "b"]}, "at most one benchmark"),
+        ({"predictions": "p", "predictions_format": "coco"}, "'coco' for predictions_format"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "predictions_format": "medst"}, "give that file"),
+        ({"predictions": "p", "controls": ["noise"]}, "'noise' for controls"),
+        ({"predictions": "p", "variants": "loose"}, "'loose' for variants"),
+        ({"predictions": "p", "closed_rule": "x"}, "'x' for closed_rule"),
+        ({"predictions": "p", "bootstrap_samples": -1}, "bootstrap_samples"),
+        ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),
+    ],
+)
+def test_wrong_settings(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main(EvaluateArguments(output_dir=str(tmp_path / "out"), **change))
+
+
+def test_parser():
+    words = ["--output_dir", "o", "--benchmark", "a", "b", "--controls", "none", "--predictions", "p"]
+    assert "shuffled" in make_parser().format_help()
+    (args,) = make_parser().parse_args_into_dataclasses(words)
+    assert (args.benchmark, args.controls, args.variants) == (["a", "b"], [], ["strict", "llava_med"])

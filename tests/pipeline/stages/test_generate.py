@@ -1,0 +1,329 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import check_columns, instruct_features, load_records
+from medst_trl.demo.phantoms import instruct_rows, make_phantoms
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.stages.generate import GenerateArguments, main, make_parser
+from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.selftrain.generate import CandidateGenerator
+
+
+FAST = {
+    "num_questions": 2, "max_question_tokens": 24, "max_new_tokens": 24, "english_questions": False,
+    "min_question_words": 1, "batch_size": 2, "rows_per_shard": 5, "seed": 3,
+}  # fmt: skip
+RECORDS = 14
+# A stage in a process of its own. With a first argument that is a number, it dies by SIGKILL after so many records.
+SCRIPT = """
+import os, signal, sys
+from medst_trl.evaluation.vqa import process_state
+from medst_trl.selftrain.generate import CandidateGenerator
+from medst_trl.pipeline.stages.generate import make_parser, main
+
+state, outcomes = process_state(), CandidateGenerator.outcomes
+def dying(self, *args):
+    for place, outcome in enumerate(outcomes(self, *args)):
+        if place == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield outcome
+if int(sys.argv[1]):
+    CandidateGenerator.outcomes = dying
+main(make_parser().parse_args_into_dataclasses(sys.argv[2:])[0])
+print("world", state.num_processes)
+"""
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_images(folder, rows):
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows, features=instruct_features()).to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=400)
+    prepare_policy(model, processor)
+    model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 8)]
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    rows = [row | {"messages": []} for row in instruct_rows(make_phantoms(RECORDS, 0, "unlabelled"), 0)]
+    rows.insert(3, rows[1] | {"id": "again"})
+    rows[7]["images"] = [{"bytes": b"no image", "path": None}]
+    return {"model_name_or_path": str(folder / "model"), "images": write_images(folder / "images", rows)}
+
+
+def arguments(inputs, folder, **kwargs):
+    return GenerateArguments(output_dir=str(folder), **inputs | FAST | kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    main(arguments(inputs, folder))
+    return folder
+
+
+def files(folder):
+    """All that a finished stage leaves, without its record."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("stage.json", ".stage.lock")
+    }
+
+
+def test_what_is_written(finished, inputs):
+    candidates = load_records(finished / "candidates", "train")
+    check_columns(candidates, "candidates")
+    counts = json.loads((finished / "stage.json").read_text())["counts"]
+    rejected = read_jsonl(finished / "rejected.jsonl")
+    assert counts["records"] == RECORDS
+    assert counts["questions"] == 2 * (RECORDS - 1)
+    assert counts["candidates"] == len(candidates) > 8
+    assert counts["answers"] == 2 * len(candidates)
+    assert counts["rejected"]["unreadable_image"] == counts["rejected"]["repeated_images"] == 1
+    assert sum(counts["rejected"].values()) == len(rejected)
+    assert counts["questions"] == len(candidates) + len(rejected) - 2, "every question is somewhere"
+    assert all(set(row) == {"id", "reason", "value"} for row in rejected)
+    order = list(load_records(inputs["images"], "train")["id"])
+    places = [order.index(key.partition("#")[0]) for key in candidates["id"]]
+    assert places == sorted(places), "in the order of the images"
+    models = {json.loads(text)["model"] for text in candidates["generation"]}
+    assert models == {Path(inputs["model_name_or_path"]).name}, "a path is nobody else's business"
+    shards = [name for name in files(finished) if name.startswith("candidates")]
+    assert len(shards) == -(-len(candidates) // 5)
+    assert len(files(finished)) == len(shards) + 1, "nothing else is left"
+
+
+def test_finished_is_left_alone(finished, inputs, capsys):
+    before = files(finished)
+    main(arguments(inputs, finished, batch_size=7))
+    assert files(finished) == before
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="temperature: 1.2 before, 0.9 now"):
+        main(arguments(inputs, finished, temperature=0.9))
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch, after):
+    class Killed(BaseException):
+        pass
+
+    def dying(self, *args):
+        for place, outcome in enumerate(outcomes(self, *args)):
+            if place == after:
+                raise Killed
+            yield outcome
+
+    outcomes, window, looked_at = CandidateGenerator.outcomes, CandidateGenerator._window, []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(CandidateGenerator, "outcomes", dying)
+        main(arguments(inputs, tmp_path / "out"))
+    assert not (tmp_path / "out" / "candidates").exists()
+    monkeypatch.setattr(
+        CandidateGenerator, "_window", lambda self, records: looked_at.append(len(records)) or window(self, records)
+    )
+    main(arguments(inputs, tmp_path / "out"))
+    assert files(tmp_path / "out") == files(finished)
+    assert sum(looked_at) == RECORDS - after // 4 * 4, "whole windows are not computed again"
+
+
+def test_cut_short_while_files_are_written(finished, inputs, tmp_path, monkeypatch):
+    """Nothing is drawn again: what is complete is kept."""
+    from medst_trl.data import shards
+
+    class Killed(BaseException):
+        pass
+
+    def dying(path, rows, features):
+        if "00001-of" in path.name:
+            raise Killed
+        write(path, rows, features)
+
+    write = shards._write_shard
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shards, "_write_shard", dying)
+        main(arguments(inputs, tmp_path / "out"))
+    monkeypatch.setattr(CandidateGenerator, "_window", None)
+    main(arguments(inputs, tmp_path / "out"))
+    assert files(tmp_path / "out") == files(finished)
+
+
+def test_rounds_share_no_images(inputs, tmp_path):
+    seen = []
+    for round_number in range(2):
+        folder = tmp_path / f"round_{round_number}"
+        main(arguments(inputs, folder, skip_records=4 * round_number, max_records=4))
+        assert json.loads((folder / "stage.json").read_text())["counts"]["records"] == 4
+        seen.append({image for row in load_records(folder / "candidates", "train")["image_ids"] for image in row})
+    assert seen[0] and seen[1] and not seen[0] & seen[1]
+
+
+def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
+    """Says why, keeps the reasons, and says it again without drawing again."""
+    args = arguments(inputs, tmp_path / "out", english_questions=True, max_records=6)
+    for _ in range(2):
+        with pytest.raises(
+            UserError,
+            match=r"No candidate is left of 12 questions about 6 images: .*not_a_question.*add --overwrite true",
+        ):
+            main(args)
+        monkeypatch.setattr(CandidateGenerator, "_window", None)
+    reasons = [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
+    assert len(reasons) == 12 + 1
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["status"] == "running"
+
+
+def test_a_start_that_wrote_nothing_does_not_hold_the_folder(finished, inputs, tmp_path, monkeypatch):
+    """Neither one that found no model, nor one that could not write its first text, nor one killed before these."""
+    out = tmp_path / "out"
+    broken = tmp_path / "model"
+    broken.mkdir()
+
+    def failing(self, records):
+        raise UserError("no memory")
+
+    with pytest.raises(UserError, match="model"):
+        main(arguments(inputs, out, model_name_or_path=str(broken)))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
+        patch.setattr(CandidateGenerator, "_window", failing)
+        main(arguments(inputs, out, temperature=0.7))
+    assert not files(out)
+    main(arguments(inputs, out))
+    assert files(out) == files(finished)
+
+
+def test_texts_that_were_written_hold_the_folder(inputs, tmp_path, monkeypatch):
+    def failing(self, records):
+        if (tmp_path / "out" / ".generated.jsonl.incomplete").stat().st_size:
+            raise UserError("no memory")
+        return window(self, records)
+
+    window = CandidateGenerator._window
+    monkeypatch.setattr(CandidateGenerator, "_window", failing)
+    with pytest.raises(UserError, match="no memory"):
+        main(arguments(inputs, tmp_path / "out"))
+    with pytest.raises(UserError, match="temperature: 1.2 before, 0.7 now"):
+        main(arguments(inputs, tmp_path / "out", temperature=0.7))
+
+
+@pytest.mark.parametrize("status", ["complete", "running"])
+def test_images_of_a_prepared_benchmark(inputs, tmp_path, capsys, status):
+    """They stand in `instruct/` alone; that is read, said and recorded, if the stage that writes it has finished."""
+    prepare = tmp_path / "prepare"
+    shutil.copytree(inputs["images"], prepare / "instruct")
+    (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": status}))
+    args = arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4)
+    if status == "running":
+        with pytest.raises(UserError, match="images"):
+            main(args)
+        return
+    main(args)
+    assert capsys.readouterr().out.count(f"the images of {prepare / 'instruct'} are taken") == 1
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["settings"]["images"] == str(prepare / "instruct")
+    assert [Path(item["path"]).name for item in record["inputs"]["images"]] == ["instruct"]
+    main(arguments(inputs, tmp_path / "out", images=str(prepare / "instruct"), max_records=4))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_images_are_preferred_where_they_are(inputs, tmp_path):
+    prepare = tmp_path / "prepare"
+    shutil.copytree(inputs["images"], prepare / "images")
+    (prepare / "instruct").mkdir()
+    (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": "complete"}))
+    main(arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4))
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["settings"]["images"] == str(prepare / "images")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "vllm"}, "no engine 'vllm'"),
+        ({"engine": "server"}, "base_url"),
+        ({"engine": "server", "base_url": "http://localhost:1/v1", "server_kind": "x"}, "server_kind 'x'"),
+        ({"num_answers": 1}, "num_answers is 1; it has to be at least 2"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5; it has to be at least 0.01 and at most 1"),
+        ({"max_question_words": 2, "min_question_words": 3}, "max_question_words is 2"),
+        ({"skip_records": 99}, "skip_records is 99.*in a run of several rounds.*lower max_records"),
+        ({"dtype": "float17"}, "no dtype 'float17'; choose from auto, float32"),
+        ({"split": "test"}, "no split 'test'"),
+        ({"images": "/nowhere/images"}, "/nowhere/images"),
+    ],
+)
+def test_wrong_settings(inputs, change, message, tmp_path):
+    """Told before anything is written."""
+    with pytest.raises(UserError, match=message):
+        main(arguments(inputs, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
+    from medst_trl.engines.prompts import Reply
+    from medst_trl.engines.server import ChatServer
+
+    texts = iter(range(10**6))
+    monkeypatch.setattr(ChatServer, "check", lambda self: None)
+    monkeypatch.setattr(ChatServer, "write", lambda self, prompts, _: [Reply(f"Text {next(texts)}") for _ in prompts])
+    settings = {"engine": "server", "base_url": "http://127.0.0.1:9/v1", "model_name_or_path": "a name: of any kind"}
+    main(arguments(inputs, tmp_path / "out", **settings))
+    before = files(tmp_path / "out")
+    monkeypatch.undo()
+    main(arguments(inputs, tmp_path / "out", **settings | {"base_url": "http://127.0.0.1:10/v1"}))
+    assert files(tmp_path / "out") == before
+
+
+def test_parser():
+    assert "nearly identical" in " ".join(make_parser().format_help().split())
+    args, _ = make_parser().parse_args_into_dataclasses(
+        ["--model_name_or_path", "m", "--images", "i", "--output_dir", "o", "--describe_first"]
+    )
+    assert (args.temperature, args.top_k, args.top_p, args.describe_first) == (1.2, 100, 0.95, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_twice_and_continued(finished, inputs, tmp_path, ranks):
+    """By SIGKILL, on one process or two, then on two: the files of the run that never stopped."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+
+    def run(processes, die_after):
+        launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+        settings = FAST | inputs | {"output_dir": tmp_path / "out"}
+        words = [str(script), str(die_after), *(f"--{key}={value}" for key, value in settings.items())]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        return subprocess.run(
+            [sys.executable, *launch, *words], capture_output=True, text=True, env=environment, timeout=300
+        )
+
+    for die_after in (1, 3):
+        died = run(ranks, die_after)
+        assert died.returncode == -signal.SIGKILL if ranks == 1 else died.returncode != 0, died.stderr
+        assert not (tmp_path / "out" / "candidates").exists()
+    log = (tmp_path / "out" / ".generated.jsonl.incomplete").read_bytes()
+    assert log.count(b"\n") >= 3
+    done = run(2, 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("world 2") == 2
+    assert done.stdout.count("candidates with") == 1
+    assert files(tmp_path / "out") == files(finished)

@@ -1,0 +1,369 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from datasets import Dataset
+from judge_server import JudgeServer, RandomFaults, prefers_first, reply_with
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import (
+    benchmark_features,
+    candidate_features,
+    check_columns,
+    image_part,
+    load_records,
+    message,
+    text_part,
+)
+from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.engines.reply_cache import FILE_NAME
+from medst_trl.pipeline.stages.judge import JudgeArguments, main, make_parser
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_candidates(folder, n, split="unlabelled", answers=None):
+    """Questions about phantoms; the first answer is the right one, and for every second also the longer one."""
+    rows = []
+    for number, phantom in enumerate(make_phantoms(n, seed=0, split=split)):
+        record = next(iter(benchmark_rows([phantom])))
+        question = record["questions"][0]
+        content = [image_part(), text_part(question["question"])]
+        pair = [f"{question['answer']} indeed", "no way" if number % 2 else "that can not be told from this"]
+        rows.append(
+            {
+                "id": f"{phantom.id}#0",
+                "images": [record["image"]],
+                "image_ids": [record["image_id"]],
+                "prompt": [{k: v for k, v in message("user", content).items() if k != "vusr"}],
+                "answers": answers or pair,
+                "generation": "{}",
+            }
+        )
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows, features=candidate_features()).to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory):
+    return write_candidates(tmp_path_factory.mktemp("generate") / "candidates", 12)
+
+
+def run(candidates, output_dir, server, **settings):
+    return main(
+        JudgeArguments(
+            **{"candidates": candidates, "output_dir": str(output_dir), "model": "judge", "base_url": server.base_url}
+            | settings
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(candidates, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge") / "out"
+    with JudgeServer() as server:
+        run(candidates, folder, server, validation_share=0.3)
+    return folder
+
+
+def test_what_is_written(finished, candidates):
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert names == {"judgements.jsonl", "preferences", "rejected.jsonl", "stage.json", FILE_NAME}
+    judgements, record = read_jsonl(finished / "judgements.jsonl"), json.loads((finished / "stage.json").read_text())
+    source = load_records(candidates, "train")
+    assert [judgement["candidate"] for judgement in judgements] == list(source["id"])
+    assert record["status"] == "complete"
+    assert record["counts"]["judge"]["judged"] == 12 and record["counts"]["judge"]["usage"]["all"]["replies"] == 24
+    pairs = 0
+    for split in ("train", "validation"):
+        data = load_records(finished / "preferences", split)
+        check_columns(data, "preferences")
+        assert len(data) == record["counts"]["preferences"][split]["pairs"]
+        pairs += len(data)
+        for row in data:
+            original = source[list(source["id"]).index(row["id"])]
+            assert row["images"][0].tobytes() == original["images"][0].tobytes()
+            assert {row["chosen"][0]["content"][0]["text"], row["rejected"][0]["content"][0]["text"]} == set(
+                original["answers"]
+            )
+            assert len(row["chosen"][0]["content"][0]["text"]) > len(row["rejected"][0]["content"][0]["text"])
+            assert row["score_chosen"] > row["score_rejected"]
+    assert pairs == 12 and len(read_jsonl(finished / "rejected.jsonl")) == 0
+
+
+def test_a_second_run_does_nothing(finished, candidates, capsys):
+    with JudgeServer() as server:
+        run(candidates, finished, server, validation_share=0.3, concurrency=3, max_cost=None, timeout=9)
+        assert not server.bodies
+    printed = capsys.readouterr().out
+    assert "judged" in printed and "flips" in printed and "preferences, train" in printed
+
+
+def test_a_changed_setting_is_refused_and_overwriting_costs_nothing(candidates, tmp_path):
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server)
+        with pytest.raises(UserError, match="min_margin"):
+            run(candidates, tmp_path / "out", server, min_margin=2)
+        run(candidates, tmp_path / "out", server, min_margin=2, overwrite=True)
+        assert len(server.bodies) == 24
+
+
+def test_a_shared_cache(candidates, tmp_path):
+    with JudgeServer() as server:
+        for name in "ab":
+            run(candidates, tmp_path / name, server, cache_dir=str(tmp_path / "cache"))
+            assert not (tmp_path / name / FILE_NAME).exists()
+        assert len(server.bodies) == 24
+    assert (tmp_path / "a/judgements.jsonl").read_bytes() != b""
+
+
+def test_images_of_a_benchmark_stay_out(candidates, tmp_path):
+    rows = list(benchmark_rows(make_phantoms(4, seed=0, split="unlabelled")))
+    (tmp_path / "benchmark").mkdir()
+    path = tmp_path / "benchmark" / "test-00000-of-00001.parquet"
+    Dataset.from_list(rows, features=benchmark_features()).to_parquet(path)
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server, benchmarks=str(tmp_path / "benchmark"))
+        assert len(load_records(tmp_path / "out/preferences", "train")) == 8
+        reasons = {row["reason"] for row in read_jsonl(tmp_path / "out/rejected.jsonl")}
+        assert all("benchmark" in reason for reason in reasons)
+        settings = {"benchmarks": [str(tmp_path / "benchmark")], "keep_benchmark_images": True}
+        run(candidates, tmp_path / "kept", server, **settings)
+        assert len(load_records(tmp_path / "kept/preferences", "train")) == 12
+
+
+@pytest.mark.parametrize("version", ["rubric", "paper"])
+def test_the_oracle_judges_phantoms_by_their_truth(candidates, tmp_path, version):
+    for rate in (0.0, 1.0):
+        folder = tmp_path / str(rate)
+        main(JudgeArguments(candidates, str(folder), oracle_error_rate=rate, prompt_version=version))
+        verdicts = {judgement["verdict"] for judgement in read_jsonl(folder / "judgements.jsonl")}
+        assert verdicts <= {None, int(rate)} and int(rate) in verdicts
+        assert "oracle" in read_jsonl(folder / "judgements.jsonl")[0]["model"]
+
+
+def test_dry_run(candidates, tmp_path, capsys):
+    main(JudgeArguments(candidates, str(tmp_path / "out"), model="gpt-4o", dry_run=True))
+    printed = capsys.readouterr().out
+    assert "12 pairs, 24 calls" in printed and "about $" in printed and "answer_1" in printed
+    assert "base64" not in printed and "bytes of image/png" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_batch(candidates, tmp_path, capsys, finished):
+    arguments = {
+        "candidates": candidates,
+        "output_dir": str(tmp_path / "out"),
+        "model": "judge",
+        "validation_share": 0.3,
+    }
+    main(JudgeArguments(**arguments, write_batch=str(tmp_path / "requests.jsonl")))
+    assert "--read_batch" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    lines = []
+    for request in read_jsonl(tmp_path / "requests.jsonl"):
+        choice = {"message": {"content": JudgeServer().answer(request["body"])}, "finish_reason": "stop"}
+        response = {"status_code": 200, "body": {"choices": [choice], "usage": None}}
+        lines.append({"custom_id": request["custom_id"], "response": response, "error": None})
+    (tmp_path / "part.jsonl").write_text("\n".join(map(json.dumps, lines[:-1])))
+    (tmp_path / "rest.jsonl").write_text(json.dumps(lines[-1]))
+    with pytest.raises(UserError, match="1 calls have no result"):
+        main(JudgeArguments(**arguments, read_batch=str(tmp_path / "part.jsonl")))
+    main(JudgeArguments(**arguments, read_batch=[str(tmp_path / "rest.jsonl")]))
+    live, batch = (read_jsonl(folder / "judgements.jsonl") for folder in (finished, tmp_path / "out"))
+    keys = ("id", "verdict", "scores", "dropped")
+    assert [[row[key] for key in keys] for row in live] == [[row[key] for key in keys] for row in batch]
+
+
+def test_reference_captions(candidates, tmp_path):
+    source = load_records(candidates, "train")
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"image_id": source[0]["image_ids"][0], "caption": "A drawn scan of nothing."}) + "\n")
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server, reference_captions=str(path))
+        assert sum("A drawn scan of nothing." in str(body) for body in server.bodies) == 2
+    path.write_text('{"image": 1}\n')
+    with pytest.raises(UserError, match="line 1"):
+        main(JudgeArguments(candidates, str(tmp_path / "x"), model="judge", reference_captions=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(lambda body: reply_with("rubric", (7, 7)), "temperature"), (prefers_first, "stronger judge")],
+)
+def test_nothing_left_says_what_to_do_and_keeps_the_judgements(candidates, tmp_path, answer, said):
+    with JudgeServer(answer=answer) as server:
+        for _ in range(2):  # the second time costs nothing
+            with pytest.raises(UserError, match=said) as error:
+                run(candidates, tmp_path / "out", server)
+        assert len(server.bodies) == 24 and "judgements.jsonl" in str(error.value)
+    assert len(read_jsonl(tmp_path / "out/judgements.jsonl")) == 12
+
+
+def test_the_advice_to_lower_the_margin_can_be_followed(candidates, tmp_path):
+    with JudgeServer() as server:
+        with pytest.raises(UserError, match="--min_margin.*--overwrite true"):
+            run(candidates, tmp_path / "out", server, min_margin=5)
+        run(candidates, tmp_path / "out", server, min_margin=1, overwrite=True)
+        assert len(server.bodies) == 24
+
+
+@pytest.mark.parametrize(
+    ("record", "goes_on"),
+    [
+        ({"stage": "prepare", "status": "complete"}, True), ({"stage": "prepare", "status": "running"}, False),
+        ({"stage": "sft", "status": "complete"}, False), ([], False), (None, False),
+    ],
+)  # fmt: skip
+def test_a_benchmark_that_prepare_did_not_make(candidates, tmp_path, capsys, record, goes_on):
+    (tmp_path / "prepare").mkdir()
+    if record is not None:
+        (tmp_path / "prepare/stage.json").write_text(json.dumps(record))
+    with JudgeServer() as server:
+        settings = {"benchmarks": [str(tmp_path / "prepare/benchmark")]}
+        if goes_on:
+            run(candidates, tmp_path / "out", server, **settings)
+            assert "without a benchmark" in capsys.readouterr().out
+            run(candidates, tmp_path / "out", server)  # the same as naming none
+            assert len(server.bodies) == 24
+        else:
+            with pytest.raises(UserError, match=r"benchmarks: \[\]"):
+                run(candidates, tmp_path / "out", server, **settings)
+        if goes_on:
+            with pytest.raises(UserError, match=r"benchmarks: \[\]"):
+                run(candidates, tmp_path / "out2", server, benchmarks=[str(tmp_path / "prepare/bench")])
+
+
+def test_a_key_in_the_address_is_written_nowhere(candidates, tmp_path):
+    address = "http://127.0.0.1:9/v1?api_key=abcdefsecret"
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        main(JudgeArguments(candidates, str(tmp_path / "out"), model="judge", base_url=address, max_retries=0))
+    assert "abcdefsecret" not in str(error.value)
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server)
+        run(candidates, tmp_path / "again", server, base_url=f"{server.base_url}?api_key=abcdefsecret")
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"abcdefsecret" not in path.read_bytes()
+
+
+def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
+    def answer(body):
+        return prefers_first(body) if sum(map(ord, str(body["messages"][1]["content"][-1]))) % 2 else steady(body)
+
+    steady = JudgeServer().answer
+    with JudgeServer(answer=answer) as server:
+        run(candidates, tmp_path / "out", server)
+    assert "WARNING: the judge changes its mind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"model": None}, "--model"), ({"base_url": None}, "OPENAI_API_KEY"), ({"candidates": "/nowhere"}, "nowhere"),
+        ({"split": "test"}, "no split"), ({"validation_share": 1.0}, "validation_share"), ({"max_cost": 1.0}, "price"),
+        ({"oracle_error_rate": 2.0}, "oracle_error_rate"), ({"prompt_version": "x"}, "prompt_version"),
+        ({"reference_captions": "/nowhere.jsonl"}, "nowhere"), ({"rows_per_shard": 0}, "rows_per_shard"),
+        ({"key_variable": "sk-abc-def"}, "not the key itself"), ({"benchmarks": ["/nowhere/b"]}, "nowhere"),
+        ({"write_batch": "a", "read_batch": "b"}, "two steps"), ({"benchmarks": ["/nowhere/b"]}, r"benchmarks: \[\]"),
+        ({"duplicate_similarity": 7.0}, "duplicate_similarity"), ({"duplicate_similarity": 0}, "duplicate_similarity"),
+        ({"oracle_error_rate": 0.2, "image_size": 32}, "image_size is 32.*64"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_a_record_is_written(candidates, tmp_path, wrong, said):
+    settings = {"candidates": candidates, "output_dir": str(tmp_path / "out"), "model": "judge"}
+    settings |= {"base_url": "http://127.0.0.1:9/v1"} | wrong
+    with pytest.raises(UserError, match=said):
+        main(JudgeArguments(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_single_reply_leaves_the_folder_free(candidates, tmp_path):
+    with JudgeServer(fault=lambda number, body: "404_model") as server, pytest.raises(UserError, match="judge-1"):
+        run(candidates, tmp_path / "out", server, model="jugde")
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server)
+    assert (tmp_path / "out/judgements.jsonl").exists()
+
+
+def test_no_candidates(tmp_path):
+    (tmp_path / "candidates").mkdir()
+    with pytest.raises(UserError, match="no candidates"):
+        main(JudgeArguments(str(tmp_path / "candidates"), str(tmp_path / "out"), model="judge"))
+
+
+def test_help_tells_the_command_and_every_setting():
+    text = make_parser("medst judge").format_help()
+    assert "medst judge" in text
+    for name in JudgeArguments.__dataclass_fields__:
+        assert f"--{name}" in text
+
+
+def judge_process(candidates, output_dir, base_url, **settings):
+    words = {"candidates": candidates, "output_dir": output_dir, "model": "judge", "base_url": base_url} | settings
+    argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    code = "import sys; from medst_trl.pipeline.stages.judge import *\n"
+    code += "main(make_parser().parse_args_and_config(sys.argv[1:])[0])"
+    return subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def judge_killed(candidates, folder, server, kills, **settings):
+    """Run, kill after so many replies, run again; what lies in the cache is the server's only memory of it."""
+    in_flight = 0
+    for replies in (*kills, None):
+        process = judge_process(candidates, folder, server.base_url, **settings)
+        if replies is None:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors.decode()
+            return in_flight
+        while server.delivered.total() < replies and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read().decode()
+        in_flight += server.under_way
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def check_complete(folder, server, n, allowed_twice):
+    judgements = read_jsonl(folder / "judgements.jsonl")
+    assert len({judgement["id"] for judgement in judgements}) == len(judgements) == n
+    assert all((judgement["verdict"] is None) == (judgement["dropped"] is not None) for judgement in judgements)
+    paid_twice = sum(number - 1 for number in server.delivered.values())
+    assert paid_twice <= allowed_twice
+    return judgements
+
+
+def test_killed_and_run_again(candidates, tmp_path):
+    with JudgeServer(latency=0.05) as server:
+        judge_killed(candidates, tmp_path / "out", server, kills=(6,), concurrency=2)
+        judgements = check_complete(tmp_path / "out", server, 12, allowed_twice=2)
+    assert all(judgement["verdict"] is not None for judgement in judgements)
+
+
+@pytest.mark.slow
+def test_2000_pairs_against_a_bad_server_killed_twice(tmp_path):
+    """Every pair ends judged or dropped with its reason; only what was under way at a kill is paid for twice."""
+    candidates = write_candidates(tmp_path / "candidates", 2000)
+    rates = {"429": 0.10, "500": 0.05, "hang": 0.05, "garbage": 0.025, "nonsense": 0.025, "truncate": 0.02}
+    with JudgeServer(fault=RandomFaults(rates), latency=0.1, retry_after="0.2") as server:
+        judge_killed(
+            candidates, tmp_path / "out", server, kills=(800, 2500), concurrency=32, timeout=2, duplicate_similarity=1
+        )
+        judgements = check_complete(tmp_path / "out", server, 2000, allowed_twice=2 * 32)
+    dropped = [judgement["dropped"] for judgement in judgements if judgement["dropped"]]
+    assert len(dropped) < 20 and set(dropped) <= {"request_failed", "unparsable"}
+    record = json.loads((tmp_path / "out/stage.json").read_text())
+    assert record["counts"]["judge"]["judged"] + sum(record["counts"]["judge"]["dropped"].values()) == 2000

@@ -1,0 +1,231 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`medst merge` after `medst sft`: proven on the training data, and served by a real server that answers and asks."""
+
+import base64
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+import tiny_run
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from serving import serve
+
+from medst_trl import load_policy
+from medst_trl.cli import main as medst
+from medst_trl.data.schema import benchmark_features, instruct_features, preference_features
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.engines.decoding import chat_inputs, write_texts
+from medst_trl.hub.contents import find_contents
+from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.stages import sft
+from medst_trl.pipeline.stages.merge_examples import read_examples
+from medst_trl.policy.vusr import VUSR
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose stage 1 has learned its few questions and answers by heart."""
+    folder = tmp_path_factory.mktemp("run")
+    model, processor = tiny_llava(**tiny_run.SMALL)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    (folder / "instruct").mkdir()
+    rows = [{**tiny_run.conversation(n, turns=1), "image_ids": [str(n)]} for n in range(4)]
+    for message in (message for row in rows for message in row["messages"]):
+        message["vusr"] = False
+    dataset = Dataset.from_list(rows, features=instruct_features())
+    dataset.to_parquet(folder / "instruct" / "train-00000-of-00001.parquet")
+    options = {
+        "model_name_or_path": folder / "base", "dataset": folder / "instruct", "output_dir": folder / "sft",
+        "max_steps": 80, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lora_r": 8, "lora_alpha": 16,
+        "vision_lora_r": 4, "vision_lora_alpha": 8, "lora_dropout": 0.0, "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "logging_steps": 1000, "gradient_checkpointing": False,
+    }  # fmt: skip
+    sft.main(*sft.make_parser().parse_args_and_config([word for pair in options.items() for word in _words(*pair)]))
+    return folder
+
+
+def _words(name, value):
+    return f"--{name}", str(value)
+
+
+def _merge(adapter, output_dir, *options):
+    return medst(["merge", "--model_name_or_path", str(adapter), "--output_dir", str(output_dir), *options])
+
+
+@pytest.fixture(scope="module")
+def merged(run):
+    assert _merge(run / "sft", run / "merged") == 0
+    return run / "merged"
+
+
+def test_what_the_record_and_the_card_say(run, merged, capsys):
+    record = json.loads((merged / "stage.json").read_text())
+    proof = record["merged"]["proof"]
+    assert record["status"] == "complete" and record["metrics"]["float32_difference"] <= 1e-4
+    assert proof["examples"] == 4 == len(read_examples(str(run / "instruct"), "train", 4)) and proof["tokens"] > 50
+    assert record["merged"]["base"] == str(run / "base")
+    card = (merged / "README.md").read_text()
+    assert "Merged from a local base and a local adapter" in card and "medst_trl import" not in card
+    assert "### sft" in card and str(run) not in card.replace(str(merged), "")
+    assert find_contents(merged).kind == "model" and "generation_config.json" in find_contents(merged).files
+    stamp = (merged / "model.safetensors").stat().st_mtime_ns
+    assert _merge(run / "sft", merged) == 0 and "nothing to do" in capsys.readouterr().out
+    assert (merged / "model.safetensors").stat().st_mtime_ns == stamp
+    assert _merge(run / "sft", merged, "--dtype", "bfloat16") == 2
+
+
+def test_it_says_on_what_it_compared(run, tmp_path, capsys):
+    _merge(run / "sft", tmp_path / "recorded")
+    assert f"4 conversations ({run / 'instruct'})" in capsys.readouterr().out
+    _merge(run / "sft", tmp_path / "given", "--dataset", str(run / "instruct"), "--num_examples", "1")
+    assert "1 conversation (" in capsys.readouterr().out
+    elsewhere = tmp_path / "sft"
+    elsewhere.mkdir()
+    for path in (run / "sft").iterdir():
+        (elsewhere / path.name).symlink_to(path)
+    record = json.loads((run / "sft" / "stage.json").read_text())
+    (elsewhere / "stage.json").unlink()
+    record["inputs"]["dataset"][0]["path"] = str(tmp_path / "gone")
+    record["settings"]["load_in_4bit"] = True
+    (elsewhere / "stage.json").write_text(json.dumps(record))
+    _merge(elsewhere, tmp_path / "drawn", "--dtype", "bfloat16")
+    said = capsys.readouterr().out
+    assert "drawn scans" in said and "in bfloat16 (allowed" in said and "base in 4 bits" in said
+
+
+def _image():
+    return Image.new("RGB", (16, 16), "gray")
+
+
+@pytest.mark.parametrize("kind", ["preferences", "benchmark"])
+def test_other_datasets_to_compare_on(kind, tmp_path):
+    prompt, chosen, *_ = ([message] for message in tiny_run.conversation(0)["messages"])
+    pair = {
+        "id": "p", "images": [_image()], "image_ids": ["0"], "prompt": prompt, "chosen": chosen, "rejected": chosen,
+        "score_chosen": 2.0, "score_rejected": 1.0, "judge": "{}",
+    }  # fmt: skip
+    question = dict.fromkeys(("id", "answer_type", "question_type", "link"), "x")
+    asked = {"image_id": "p", "image": _image(), "questions": [question | {"question": "Dark?", "answer": "Yes"}]}
+    rows, features = ([pair], preference_features()) if kind == "preferences" else ([asked], benchmark_features())
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    (example,) = read_examples(str(tmp_path), "test", 4)
+    assert example["id"] == "p" and len(example["images"]) == 1
+    assert [message["role"] for message in example["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "message"),
+    [
+        ("base", (), "no adapter to merge"),
+        ("sft", ("--dataset", "{run}/base"), "no split"),
+        ("sft", ("--dtype", "int8"), "int8"),
+        ("missing", (), "missing"),
+    ],
+)
+def test_refusals_leave_nothing(run, tmp_path, capsys, adapter, options, message):
+    assert _merge(run / adapter, tmp_path / "out", *(word.format(run=run) for word in options)) == 2
+    assert message in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".stage.lock"]
+
+
+KILLED = """
+import os, sys
+from medst_trl.policy import merging
+replace = os.replace
+def dying(source, target):
+    replace(source, target)
+    if str(target).endswith("model.safetensors"):
+        os.kill(os.getpid(), 9)
+merging.os.replace = dying
+from medst_trl.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(run, merged, tmp_path):
+    words = ["merge", "--model_name_or_path", str(run / "sft"), "--output_dir", str(tmp_path / "merged")]
+    assert subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True).returncode == -signal.SIGKILL
+    left = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert "model.safetensors" in left and "config.json" not in left
+    assert medst(words) == 0
+    again, first = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", merged))
+    assert again.keys() == first.keys() and all(first[name].equal(again[name]) for name in first)
+    assert {path.name for path in merged.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
+
+
+def test_in_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    sections = "base:\nprepare: {source: phantoms}\nsft:\ngenerate: {max_records: 9}\njudge: {model: m}\nmerge:\n"
+    path.write_text(f"output_dir: out\n{sections}evaluate:\n")
+    steps = {step.label: step.settings for step in read_recipe(path).steps()}
+    assert steps["merge"]["model_name_or_path"] == "out/sft" == steps["evaluate"]["model_name_or_path"]
+    assert steps["merge"]["output_dir"] == "out/merge"
+    path.write_text(f"output_dir: out\nrounds: 2\n{sections}dpo:\nevaluate:\n  - {{name: m, model_name_or_path: x}}\n")
+    steps = {step.label: step.settings for step in read_recipe(path).steps()}
+    assert steps["merge"]["model_name_or_path"] == "out/round_2/dpo" and "round_1/merge" not in steps
+    assert list(steps).index("merge") > list(steps).index("round_2/dpo")
+
+
+def test_beside_a_report(run, merged):
+    assert medst(["report", "--run", str(run), "--output_dir", str(run / "report")]) == 0
+    assert (run / "report" / "index.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def served(merged):
+    with serve(str(merged)) as url:
+        yield openai.OpenAI(base_url=url, api_key="none")
+
+
+def _say(client, model: Path, image, text, **settings):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    reply = client.chat.completions.create(model=str(model), messages=messages, max_tokens=24, **settings)
+    return reply.choices[0].message.content.strip()
+
+
+def test_a_server_answers_and_asks_as_the_adapter_does(run, merged, served):
+    model, processor = load_policy(str(run / "sft"))
+    asked = set()
+    for number in range(4):
+        example = tiny_run.conversation(number, turns=1)
+        image, (question, answer) = example["images"][0], (m["content"][-1]["text"] for m in example["messages"])
+        part = [{"type": "image"}]
+        to_answer = [{"role": "user", "content": [*part, {"type": "text", "text": question}]}]
+        to_ask = [{"role": "user", "content": part, "vusr": True}]
+        expected = [
+            write_texts(model, processor, chat_inputs(processor, [messages], [[image]]), 24)[0][0]
+            for messages in (to_answer, to_ask)
+        ]
+        assert [_say(served, merged, image, text, temperature=0) for text in (question, VUSR)] == expected
+        assert expected[0] == answer and expected[1].startswith("What about")
+        asked.add(expected[1])
+    assert len(asked) > 1, "it asks about the image"
+
+
+def test_a_server_samples_when_it_is_told_a_temperature(merged, served):
+    """`transformers serve` never turns sampling on: the saved generation config has to."""
+    image = tiny_run.conversation(0)["images"][0]
+    assert len({_say(served, merged, image, VUSR, temperature=5.0, seed=seed) for seed in range(4)}) > 1
+    assert len({_say(served, merged, image, VUSR, temperature=0, seed=seed) for seed in range(2)}) == 1
+
+
+def test_no_examples_is_refused_by_name(tmp_path):
+    from medst_trl.base.errors import UserError
+    from medst_trl.pipeline.stages.merge import MergeArguments, _examples
+
+    with pytest.raises(UserError, match="num_examples is 0"):
+        _examples(MergeArguments(model_name_or_path=str(tmp_path), output_dir="out", num_examples=0))

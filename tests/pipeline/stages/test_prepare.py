@@ -1,0 +1,275 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The whole stage on small data, killed and continued, and on the real VQA-RAD."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.images import image_id
+from medst_trl.data.schema import check_columns, load_records, text_of
+from medst_trl.pipeline.stages.prepare import PrepareArguments, main, make_parser
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+def save(path, seed: int):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def llava(tmp_path, records):
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return {"source": "llava", "data_path": str(tmp_path / "data.json"), "image_folder": str(tmp_path / "images")}
+
+
+def talk(name, images, question="<image>\nWhat?"):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {name}"}]
+    return {"id": name, "image": images, "conversations": turns}
+
+
+def prepare(tmp_path, **arguments):
+    folder = tmp_path / arguments.pop("to", "out")
+    main(PrepareArguments(output_dir=str(folder), num_workers=2, **arguments))
+    return folder
+
+
+def contents(folder):
+    """Everything a later stage can see."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("stage.json", ".stage.lock")
+    }
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_conversations_with_good_and_bad_images(tmp_path, capsys):
+    for n in range(6):
+        save(tmp_path / "images" / f"Doe_{n}.png", n)
+    (tmp_path / "images" / "empty.png").write_bytes(b"")
+    save(tmp_path / "secret.png", 99)
+    records = [talk(f"Doe_{n}", f"Doe_{n}.png") for n in range(6)]
+    records += [talk("two", ["Doe_0.png", "Doe_1.png"], "<image> or <image>?"), talk("words", None, "What?")]
+    records += [talk("e", "empty.png"), talk("m", "none.png"), talk("s", "../secret.png"), talk("two", None, "What?")]
+    folder = prepare(tmp_path, **llava(tmp_path, records), validation_fraction=0.3)
+
+    rejected = {(row["id"], row["reason"]) for row in lines(folder / "rejected.jsonl")}
+    assert rejected == {("e", "empty"), ("m", "missing"), ("s", "outside_image_folder"), ("two", "duplicate_id")}
+    train, validation = (load_records(folder / "instruct", split) for split in ("train", "validation"))
+    check_columns(train, "instruct")
+    assert len(train) + len(validation) == 8
+    seen = [{image for row in dataset for image in row["image_ids"]} for dataset in (train, validation)]
+    assert seen[0].isdisjoint(seen[1]) and sum(map(len, seen)) == 6
+    for row in [*train, *validation]:
+        assert [image_id(image) for image in row["images"]] == row["image_ids"]
+    counts = json.loads((folder / "stage.json").read_text())["counts"]
+    assert counts["rejected"] == {"duplicate_id": 1, "empty": 1, "missing": 1, "outside_image_folder": 1}
+    assert "set aside: " in capsys.readouterr().out
+    # No file name in what may be published, in whatever column; beside it they are.
+    published = b"".join(path.read_bytes() for path in folder.rglob("*.parquet"))
+    import pyarrow.parquet as pq
+
+    cells = json.dumps([pq.read_table(path).drop(["images"]).to_pylist() for path in folder.rglob("*.parquet")])
+    assert "Doe_" not in cells.replace("Answer Doe_", "") and b".png" not in published
+    assert {row["image"] for row in lines(folder / "image_index.jsonl")} >= {"Doe_0.png", "empty.png"}
+
+
+def test_killed_after_any_file_and_continued_equals_never_killed(tmp_path, monkeypatch):
+    for n in range(7):
+        save(tmp_path / "images" / f"{n}.png", n)
+    arguments = llava(tmp_path, [talk(f"t{n}", f"{n % 7}.png") for n in range(20)])
+    arguments |= {"rows_per_shard": 3, "validation_fraction": 0.4}
+    whole = contents(prepare(tmp_path, to="whole", **arguments))
+    real, kills = os.replace, 0
+    for stop_after in range(20):
+        done = []
+
+        def replace(source, target, done=done, stop_after=stop_after):
+            real(source, target)
+            if not str(target).endswith("stage.json"):
+                done.append(target)
+                if len(done) > stop_after:
+                    raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                prepare(tmp_path, to=f"cut{stop_after}", **arguments)
+            except KeyboardInterrupt:
+                kills += 1
+            else:
+                break
+        assert contents(prepare(tmp_path, to=f"cut{stop_after}", **arguments)) == whole
+    assert kills >= 8
+
+
+def test_a_killed_process_is_continued(tmp_path):
+    arguments = ["--source", "phantoms", "--num_phantoms", "400", "--num_test_phantoms", "0", "--rows_per_shard", "10"]
+    code = "from medst_trl.pipeline.stages.prepare import *; main(make_parser().parse_args_and_config()[0])"
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", code, *arguments, "--output_dir", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("instruct/*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "finished before it was killed"
+    assert json.loads((killed / "stage.json").read_text())["status"] == "running"
+    shared = {"source": "phantoms", "num_phantoms": 400, "num_test_phantoms": 0, "rows_per_shard": 10}
+    assert len(contents(prepare(tmp_path, to="killed", **shared))) == 42
+    unseen = {name: digest for name, digest in contents(killed).items() if not name.rpartition("/")[2].startswith(".")}
+    assert unseen == contents(prepare(tmp_path, to="whole", **shared))
+
+
+def test_finished_is_skipped_and_changed_is_refused(tmp_path, capsys):
+    save(tmp_path / "images" / "a.png", 0)
+    arguments = llava(tmp_path, [talk("t", "a.png")])
+    before = contents(prepare(tmp_path, **arguments))
+    assert contents(prepare(tmp_path, **arguments)) == before
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="seed"):
+        prepare(tmp_path, **arguments, seed=1)
+    save(tmp_path / "images" / "a.png", 1)
+    with pytest.raises(UserError, match="image_folder"):
+        prepare(tmp_path, **arguments)
+    assert contents(prepare(tmp_path, **arguments, overwrite=True)) != before
+
+
+def test_a_full_disk_is_explained_and_continued(tmp_path, monkeypatch):
+    save(tmp_path / "images" / "a.png", 0)
+    arguments = llava(tmp_path, [talk(f"t{n}", "a.png") for n in range(5)])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medst_trl.data.shards._write_shard", full)
+        with pytest.raises(UserError, match="is full"):
+            prepare(tmp_path, **arguments)
+    assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 5
+
+
+def test_mistakes_of_the_user(tmp_path):
+    save(tmp_path / "images" / "a.png", 0)
+    good = llava(tmp_path, [talk("t", "a.png")])
+    for changes, match in (
+        ({"data_path": str(tmp_path / "none.json")}, "data_path"),
+        ({"data_path": None}, "data_path"),
+        ({"image_folder": str(tmp_path / "none")}, "image_folder"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"max_records": 0}, "max_records"),
+    ):
+        with pytest.raises(UserError, match=match):
+            prepare(tmp_path, **good | changes)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="missing 2"):
+        prepare(tmp_path, **llava(tmp_path, [talk("t", "x.png"), talk("u", "y.png")]))
+    assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 2
+
+
+def test_a_folder_of_images_each_picture_once(tmp_path):
+    for name, seed in (("b.png", 1), ("a/c.bmp", 1), ("d.png", 2)):
+        save(tmp_path / "images" / name, seed)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    folder = prepare(tmp_path, source="images", data_path=str(tmp_path / "images"))
+    dataset = load_records(folder / "images", "train")
+    check_columns(dataset, "instruct")
+    assert len(dataset) == 2 and dataset["messages"][:] == [[], []]
+    reasons = {row["id"]: row["reason"] for row in lines(folder / "rejected.jsonl")}
+    assert reasons == {"a/c.bmp": "duplicate_image", "notes.txt": "not_an_image"}
+
+
+def test_a_table_with_questions(tmp_path):
+    save(tmp_path / "a.png", 0)
+    save(tmp_path / "b.png", 1)
+    rows = [
+        "image,question,answer,split",
+        "a.png,What?,Liver,test",
+        "a.png,What?,Liver,train",
+        "a.png,Normal?,No,train",
+    ]
+    (tmp_path / "table.csv").write_text("\n".join([*rows, "b.png,,,"]))
+    folder = prepare(tmp_path, source="images", data_path=str(tmp_path / "table.csv"))
+    (row,) = load_records(folder / "benchmark", "test")
+    assert [question["answer"] for question in row["questions"]] == ["Liver"]
+    (talk,) = load_records(folder / "instruct", "train")
+    assert [text_of(message["content"]) for message in talk["messages"]] == ["Normal?", "No"]
+    assert len(load_records(folder / "images", "train")) == 1
+
+
+def test_phantoms(tmp_path):
+    numbers = {"num_phantoms": 60, "num_test_phantoms": 20, "num_unlabelled_phantoms": 10, "phantom_turns": 2}
+    folder = prepare(tmp_path, source="phantoms", **numbers, validation_fraction=0.3)
+    train, validation = (load_records(folder / "instruct", split) for split in ("train", "validation"))
+    assert len(train) + len(validation) == 60 and 5 < len(validation) < 35
+    assert all(len(row["messages"]) == 4 for row in train)
+    assert all(row["id"].startswith("phantom-") for row in train)
+    benchmark = load_records(folder / "benchmark", "test")
+    check_columns(benchmark, "benchmark")
+    assert len(benchmark) == 20 and len(load_records(folder / "images", "train")) == 10
+    assert image_id(benchmark[0]["image"]) == benchmark[0]["image_id"]
+
+
+@pytest.mark.parametrize("source", ["vqa_rad", "vqa_rad_mevf"])
+def test_vqa_rad(tmp_path, shared_data, source, capsys):
+    folder = prepare(tmp_path, source=source, data_path=str(shared_data / "vqa_rad"), image_disjoint=True)
+    counts = json.loads((folder / "stage.json").read_text())["counts"]
+    assert counts["datasets"]["benchmark/test"] == {"images": 203, "questions": 451, "open": 179, "closed": 272}
+    assert counts["notes"]["images_in_train_and_test"] == (202 if source == "vqa_rad" else 203)
+    assert counts["notes"]["pairs_in_train_and_test"] == (1 if source == "vqa_rad" else 14)
+    assert "images in train and test: 20" in capsys.readouterr().out
+    benchmark, train = load_records(folder / "benchmark", "test"), load_records(folder / "instruct", "train")
+    held = set(benchmark["image_id"])
+    assert held.isdisjoint(image for row in train for image in row["image_ids"])
+    # Pixel for pixel what is on the disk, in the same JPEG coding.
+    from datasets import Image as ImageFeature
+
+    names = {row["image_id"]: row["image"] for row in lines(folder / "image_index.jsonl")}
+    for row in benchmark.cast_column("image", ImageFeature(decode=False)).select(range(0, 203, 20)):
+        stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+        source_image = Image.open(shared_data / "vqa_rad" / "images" / names[row["image_id"]])
+        assert stored.format == "JPEG" and np.array_equal(np.asarray(stored), np.asarray(source_image))
+
+
+def test_mevf_without_the_release_publishes_no_file_name_as_link(tmp_path):
+    save(tmp_path / "data" / "images" / "synpic1.png", 0)
+    row = {"image_name": "synpic1.png", "question_type": "PRES", "answer": "yes", "answer_type": "CLOSED"}
+    for qid, name in enumerate(("trainset", "testset")):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([row | {"qid": qid, "question": f"Is it {qid}?"}]))
+    folder = prepare(tmp_path, source="vqa_rad_mevf", data_path=str(tmp_path / "data"))
+    (question,) = load_records(folder / "benchmark", "test")[0]["questions"]
+    assert question["link"].startswith("id-")
+
+
+def test_help_and_files_import_nothing_heavy():
+    code = (
+        "import sys, medst_trl.pipeline.stages.prepare as p; p.make_parser(prog='x').format_help(); "
+        "print([name for name in ('torch', 'datasets', 'pyarrow') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_parser_reads_what_a_recipe_gives(tmp_path):
+    args, _ = make_parser().parse_args_and_config(
+        ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
+    )
+    assert (args.source, args.image_disjoint, args.max_records) == ("slake", True, 5)

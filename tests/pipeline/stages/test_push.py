@@ -1,0 +1,74 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The stage: its arguments, and the record that a recipe keeps of it."""
+
+import json
+
+import pytest
+
+from medst_trl import cli
+from medst_trl.base.errors import UserError
+from medst_trl.hub import push
+from medst_trl.pipeline.stage import STAGES
+from medst_trl.pipeline.stages.push import PushArguments, main
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """What would be pushed; the pushing itself is tested against a Hub in tests/hub."""
+    calls = []
+
+    def push_folder(folder, repo_id, **settings):
+        calls.append((folder, repo_id, settings))
+        return push.Pushed("https://hub/org/name", "preferences dataset", "c0ffee" * 7, 3, 1_500_000)
+
+    monkeypatch.setattr(push, "push_folder", push_folder)
+    return calls
+
+
+def arguments(*given: str) -> PushArguments:
+    return STAGES["push"].make_parser().parse_args_and_config(["--source", "data", "--repo_id", "org/name", *given])[0]
+
+
+def test_private_unless_told_otherwise(pushed, capsys):
+    main(arguments())
+    main(arguments("--private", "false", "--evaluation", "a", "b"))
+    assert [settings["private"] for _, _, settings in pushed] == [True, False]
+    assert pushed[1][2]["evaluation"] == ["a", "b"]
+    assert "https://hub/org/name (3 files, 1.5 MB), revision c0ffee" in capsys.readouterr().out
+
+
+def test_no_argument_takes_a_token(pushed, capsys):
+    given = ["push", "--source", "data", "--repo_id", "org/name", "--token", "hf_0123456789abcdef0123"]
+    assert cli.main(given) == 2 and not pushed
+    said = capsys.readouterr()
+    assert "token" in said.err and "hf_0123456789abcdef0123" not in said.err + said.out
+
+
+def test_the_record(pushed, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("1")
+    args = PushArguments(str(tmp_path / "data"), "org/name", output_dir=str(tmp_path / "push"))
+    main(args)
+    main(args)
+    record = json.loads((tmp_path / "push" / "stage.json").read_text())
+    assert len(pushed) == 1 and record["url"] == "https://hub/org/name" and record["commit"].startswith("c0ffee")
+    (tmp_path / "data" / "file").write_text("2")
+    with pytest.raises(UserError, match="input source"):
+        main(args)
+    args.overwrite = True
+    main(args)
+    assert len(pushed) == 2
+
+
+def test_a_refused_push_is_not_recorded_as_done(pushed, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("no")
+
+    (tmp_path / "data").mkdir()
+    args = PushArguments(str(tmp_path / "data"), "org/name", output_dir=str(tmp_path / "push"))
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(push, "push_folder", refuse)
+        main(args)
+    main(args)
+    assert len(pushed) == 1

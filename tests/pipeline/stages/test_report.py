@@ -1,0 +1,65 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
+import made_run
+import pytest
+
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.stages.report import ReportArguments, main, make_parser
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    phantoms = made_run.prepare(run, 4)
+    made_run.evaluate(run, "evaluate/stage_1", phantoms, "sft", 0.5)
+    return run
+
+
+def test_a_page_that_follows_the_run(run, capsys):
+    """No record stands in the way when the run has grown."""
+    args = ReportArguments(run=str(run), bootstrap_samples=20)
+    main(args)
+    page = run / "report" / "index.html"
+    first = page.read_text(encoding="utf-8")
+    assert "exact match" in capsys.readouterr().out
+    phantoms = made_run.make_phantoms(4, seed=0, split="test")
+    made_run.evaluate(run, "evaluate/aligned", phantoms, "dpo", 0.9)
+    main(args)
+    printed = capsys.readouterr().out
+    assert "aligned - stage 1" in printed and str(page) in printed
+    assert page.read_text(encoding="utf-8") != first
+    assert [path.name for path in page.parent.iterdir()] == ["index.html"]
+
+
+def test_notes_are_printed(run, capsys):
+    (run / "evaluate" / "stage_1" / "scores.json").write_text("{")
+    main(ReportArguments(run=str(run)))
+    assert "report: evaluate/stage_1/scores.json is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"gallery": -1}, {"image_size": 3}, {"bootstrap_samples": -1}])
+def test_wrong_settings(run, change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        main(ReportArguments(run=str(run), **change))
+    assert not (run / "report").exists()
+
+
+def test_a_report_needs_no_torch(run, tmp_path):
+    code = (
+        "import sys; from medst_trl.pipeline.stages.report import ReportArguments, main;"
+        f"main(ReportArguments(run={str(run)!r}, output_dir={str(tmp_path / 'out')!r}, bootstrap_samples=5));"
+        "print('IMPORTED', [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "IMPORTED []" in done.stdout
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_parser():
+    (args,) = make_parser().parse_args_into_dataclasses(["--run", "runs/demo"])
+    assert (args.run, args.output_dir) == ("runs/demo", None)
+    assert "index.html" in make_parser().format_help()

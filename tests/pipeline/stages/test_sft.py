@@ -1,0 +1,188 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+import tiny_run
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from medst_trl import load_policy
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import instruct_features
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.stages import sft
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A base model and an instruct dataset with both splits, as `base` and `prepare` leave them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, processor = tiny_llava(**tiny_run.SMALL)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    (folder / "instruct").mkdir()
+    for split, numbers in {"train": range(12), "validation": range(100, 104)}.items():
+        rows = [{**tiny_run.conversation(n), "image_ids": [str(n)]} for n in numbers]
+        for message in (message for row in rows for message in row["messages"]):
+            message["vusr"] = False
+        dataset = Dataset.from_list(rows, features=instruct_features())
+        dataset.to_parquet(folder / "instruct" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def _run(inputs, output_dir, **options):
+    options = {
+        "model_name_or_path": inputs / "base", "dataset": inputs / "instruct", "output_dir": output_dir,
+        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora_r": 4, "vision_lora_r": 2,
+        "report_to": "none", "disable_tqdm": True, **options,
+    }  # fmt: skip
+    arguments = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
+    sft.main(*sft.make_parser().parse_args_and_config(arguments))
+    return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
+
+
+def test_an_adapter_with_its_record(inputs, tmp_path, capsys):
+    weights, record = _run(inputs, tmp_path / "sft")
+    assert record["status"] == "complete"
+    assert record["counts"] == {"records": 12, "set_aside": {}, "truncated": 0, "steps": 3}
+    assert record["metrics"]["loss_question"] > 0 and record["metrics"]["loss_answer"] > 0
+    kinds = ("language_model", "vision_tower", "multi_modal_projector", "trainable_tokens")
+    assert all(any(kind in name for name in weights) for kind in kinds)
+    assert not list((tmp_path / "sft").glob("*.incomplete")) and not list((tmp_path / "sft").rglob("*.bin"))
+    said = capsys.readouterr().out
+    assert "Training" in said and "projector" in said and "Stage 1 is done" in said
+
+
+def test_the_text_role_needs_no_token(inputs, tmp_path):
+    weights, _ = _run(inputs, tmp_path / "sft", vusr_role="text", max_steps=1)
+    assert not any("trainable_tokens" in name for name in weights)
+    bare = [{"role": "user", "content": [{"type": "text", "text": "<vusr>"}]}]
+    assert load_policy(str(tmp_path / "sft"))[1].apply_chat_template(bare).endswith(" VUSER:")
+
+
+def test_finished_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
+    before, _ = _run(inputs, tmp_path / "sft")
+    stamp = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
+    _run(inputs, tmp_path / "sft", logging_steps=1, dataloader_num_workers=1)  # changes no result
+    assert (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="projector_learning_rate"):
+        _run(inputs, tmp_path / "sft", projector_learning_rate=1e-5)
+    after, _ = _run(inputs, tmp_path / "sft", projector_learning_rate=1e-5, overwrite=True)
+    assert not torch.equal(*(next(v for k, v in w.items() if "projector" in k) for w in (before, after)))
+
+
+def test_a_run_that_was_cut_short_continues(inputs, tmp_path, monkeypatch):
+    whole, _ = _run(inputs, tmp_path / "whole", save_steps=2)
+    from medst_trl.training.sft import SelfQuestioningTrainer
+
+    def cut(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfQuestioningTrainer, "save_model", _second_time(SelfQuestioningTrainer.save_model, cut))
+        with pytest.raises(KeyboardInterrupt):
+            _run(inputs, tmp_path / "cut", save_steps=2)
+    assert json.loads((tmp_path / "cut" / "stage.json").read_text())["status"] == "running"
+    again, _ = _run(inputs, tmp_path / "cut", save_steps=2)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def _second_time(first, second):
+    calls = iter([first])
+    return lambda *args, **kwargs: next(calls, second)(*args, **kwargs)
+
+
+def test_an_adapter_is_trained_further(inputs, tmp_path):
+    first, _ = _run(inputs, tmp_path / "first")
+    second, _ = _run(inputs, tmp_path / "second", model_name_or_path=tmp_path / "first")
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_best_checkpoint_by_evaluation_loss(inputs, tmp_path):
+    _, record = _run(
+        inputs, tmp_path / "sft", eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, early_stopping_patience=1,
+    )  # fmt: skip
+    assert record["metrics"]["eval_loss"] > 0
+
+
+def test_early_stopping_says_what_it_needs(inputs, tmp_path):
+    with pytest.raises(UserError, match="load_best_model_at_end"):
+        _run(inputs, tmp_path / "sft", early_stopping_patience=1)
+    assert not (tmp_path / "sft").exists()
+
+
+def test_a_split_that_is_not_there_is_named(inputs, tmp_path):
+    with pytest.raises(UserError, match="dev"):
+        _run(inputs, tmp_path / "sft", train_split="dev")
+    _run(inputs, tmp_path / "sft")  # nothing stands in the way of the corrected command
+
+
+def test_the_projector_alone(inputs, tmp_path):
+    alone = {"lora_r": 0, "vision_lora_r": 0, "train_vusr": False}
+    weights, _ = _run(inputs, tmp_path / "sft", **alone)
+    assert weights and all("multi_modal_projector" in name for name in weights)
+    base = load_file(inputs / "base" / "model.safetensors")
+    assert not any(torch.equal(weight, other) for weight in weights.values() for other in base.values())
+    further, _ = _run(inputs, tmp_path / "further", **alone, model_name_or_path=tmp_path / "sft")
+    assert further.keys() == weights.keys() and any(not torch.equal(further[n], weights[n]) for n in weights)
+    model, processor = load_policy(str(tmp_path / "sft"))
+    batch = DataCollatorForSelfQuestioning(processor)([tiny_run.conversation(1)])
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        adapted, merged = model(**batch).logits, model.merge_and_unload()(**batch).logits
+    assert torch.equal(adapted, merged)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"lora_r": 0}, {"vision_tower", "multi_modal_projector", "trainable_tokens"}),
+        ({"lora_r": 0, "vision_lora_r": 0}, {"multi_modal_projector", "trainable_tokens"}),
+        ({"train_vusr": False}, {"language_model", "vision_tower", "multi_modal_projector"}),
+    ],
+    ids=["frozen_language_model", "projector_and_token", "frozen_token"],
+)
+def test_what_trains_can_be_chosen(inputs, tmp_path, options, parts):
+    weights, _ = _run(inputs, tmp_path / "sft", **options, max_steps=1)
+    kinds = ("vision_tower", "multi_modal_projector", "trainable_tokens", "language_model")
+    assert {next(kind for kind in kinds if kind in name) for name in weights} == parts
+
+
+def test_a_step_of_so_many_conversations_however_it_is_divided(inputs, tmp_path, capsys):
+    options = {"max_steps": 2, "effective_batch_size": 6, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1e-2}
+    whole, _ = _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=6)
+    assert "6 conversations a step: 6 x 1 process x 1 accumulated." in capsys.readouterr().out
+    divided, _ = _run(inputs, tmp_path / "divided", **options, per_device_train_batch_size=2)
+    assert "6 conversations a step: 2 x 1 process x 3 accumulated." in capsys.readouterr().out
+    assert all(torch.allclose(whole[name], divided[name], atol=1e-5) for name in whole)
+    _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=3)  # the same run, and it is finished
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="effective_batch_size: 6 before, 12 now"):
+        _run(inputs, tmp_path / "whole", **options | {"effective_batch_size": 12}, per_device_train_batch_size=6)
+    with pytest.raises(UserError, match="per_device_train_batch_size 1, 2, 3 or 6 on 1 process"):
+        _run(inputs, tmp_path / "other", **options, per_device_train_batch_size=4)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_on_with_its_steps_divided_otherwise(inputs, tmp_path, monkeypatch):
+    options = {
+        "max_steps": 4, "effective_batch_size": 6, "lora_dropout": 0.0, "save_steps": 1, "optim": "sgd",
+        "learning_rate": 1e-2, "train_sampling_strategy": "group_by_length",
+    }  # fmt: skip
+    whole, _ = _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=6)
+    from medst_trl.training.sft import SelfQuestioningTrainer
+
+    def cut(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # in the middle of an epoch of two steps
+        patch.setattr(SelfQuestioningTrainer, "save_model", _second_time(SelfQuestioningTrainer.save_model, cut))
+        with pytest.raises(KeyboardInterrupt):
+            _run(inputs, tmp_path / "cut", **options, per_device_train_batch_size=6)
+    again, _ = _run(inputs, tmp_path / "cut", **options, per_device_train_batch_size=2)
+    assert all(torch.allclose(whole[name], again[name], atol=1e-5) for name in whole)

@@ -1,0 +1,116 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Real records of SLAKE and PathVQA, with images drawn under their names, from `prepare` to the scores of answers."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from medst_trl.data.vqa import PATHVQA_FILES, SLAKE_FILES
+from medst_trl.evaluation.vqa import questions_of
+from medst_trl.pipeline.stages import evaluate, prepare
+
+
+def draw(folder: Path, names) -> None:
+    """One image a name, no two alike."""
+    for number, name in enumerate(sorted(set(names))):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (number % 256, number // 256, 77)).save(path)
+
+
+@pytest.fixture(scope="module")
+def slake(shared_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slake")
+    records = {}
+    for split, pattern in SLAKE_FILES.items():
+        (source,) = (shared_data / "slake").glob(pattern)
+        rows = json.loads(source.read_text(encoding="utf-8"))
+        records[split] = rows[-20:] + rows[:40]  # Chinese questions stand behind the English ones
+        (folder / f"{split}.json").write_text(json.dumps(records[split]))  # so they are called on the Hub
+    draw(folder / "imgs", [record["img_name"] for rows in records.values() for record in rows])
+    prepare.main(
+        prepare.PrepareArguments(
+            output_dir=str(folder / "out"), source="slake", data_path=str(folder), image_folder=str(folder / "imgs")
+        )
+    )
+    return folder, records["test"]
+
+
+@pytest.fixture(scope="module")
+def pathvqa(shared_data, tmp_path_factory):
+    folder, names = tmp_path_factory.mktemp("pathvqa"), []
+    for split, pattern in PATHVQA_FILES.items():
+        (source,) = (shared_data / "pathvqa").glob(pattern)
+        records = json.loads(source.read_text(encoding="utf-8"))[:12]
+        (folder / source.name).write_text(json.dumps(records))
+        short = "val" if split == "validation" else split
+        names += [f"{short}/{record['img_id']}.png" for record in records]
+    draw(folder / "images", names)
+    prepare.main(
+        prepare.PrepareArguments(
+            output_dir=str(folder / "out"), source="pathvqa", data_path=str(folder),
+            image_folder=str(folder / "images"), image_pattern="{split}/{img_id}.png",
+        )
+    )  # fmt: skip
+    return folder
+
+
+def scores_of(folder, predictions, **arguments):
+    out = folder / predictions.stem
+    arguments = {"benchmark": str(folder / "out" / "benchmark"), "bootstrap_samples": 20} | arguments
+    evaluate.main(evaluate.EvaluateArguments(predictions=str(predictions), output_dir=str(out), **arguments))
+    return json.loads((out / "scores.json").read_text())
+
+
+def test_slake_answered_in_medevalkit(slake):
+    """It asks in both languages, in the order of the file; the English questions are ours."""
+    folder, records = slake
+    keys = {"question": "question", "answer": "answer", "answer_type": "answer_type", "lang": "q_lang"}
+    results = [
+        {ours: record[theirs] for ours, theirs in keys.items()} | {"response": record["answer"].upper() + "."}
+        for record in records
+    ]
+    (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False))
+    english = [record for record in records if record["q_lang"] == "en"]
+    content = scores_of(folder, folder / "results.json")
+    assert 0 < len(english) < len(records)
+    assert content["counts"]["records"] == content["scores"]["strict"]["n"] == len(english)
+    assert content["counts"]["rejected"] == {"not in English": len(records) - len(english)}
+    assert content["scores"]["strict"]["exact_match"]["value"] == 100
+    assert content["scores"]["strict"]["n_images"] == len({record["img_name"] for record in english})
+    assert content["scores"]["strict"]["question_types"].keys() == {record["content_type"] for record in english}
+    for kind in ("open", "closed"):
+        of_kind = [record for record in english if record["answer_type"].lower() == kind]
+        figure = content["scores"]["llava_med"][kind]["accuracy" if kind == "closed" else "recall"]
+        assert figure["n"] == len(of_kind)
+
+
+def test_pathvqa_answered_in_vlmevalkit(pathvqa):
+    asked = questions_of(load_dataset(str(pathvqa / "out" / "benchmark"), split="test"))
+    assert len(asked) > 10 and len({question["image_id"] for question in asked}) > 3
+    path = pathvqa / "model_PathVQA_TEST.tsv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        writer.writerow(["index", "question", "answer", "prediction"])
+        for number, question in enumerate(asked):
+            said = question["answer"] if question["answer_type"] == "closed" else "I do not know"
+            writer.writerow([number, question["question"], question["answer"], said])
+    content = scores_of(pathvqa, path)
+    assert content["format"] == "vlmevalkit" and content["counts"]["rejected"] == {}
+    assert content["scores"]["strict"]["closed"]["accuracy"]["value"] == 100
+    assert content["scores"]["strict"]["open"]["exact_match"] == {
+        "value": 0, "n": sum(question["answer_type"] == "open" for question in asked), "interval": [0, 0],
+    } | {"majority": content["scores"]["strict"]["open"]["exact_match"]["majority"]}  # fmt: skip
+    # without the benchmark: the same, since PathVQA's closed questions are those of yes and no, but no image is known
+    path = path.rename(path.with_name("alone.tsv"))
+    alone = scores_of(pathvqa, path, benchmark=[])
+    assert alone["counts"]["answer_types_guessed"] == len(asked)
+    assert (
+        alone["scores"]["strict"]["closed"]["accuracy"]["n"] == content["scores"]["strict"]["closed"]["accuracy"]["n"]
+    )
+    assert alone["scores"]["strict"]["n_images"] is None

@@ -1,0 +1,492 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from medst_trl.__main__ import main as launched
+from medst_trl.base.errors import UserError
+from medst_trl.cli import guarded, main
+from medst_trl.pipeline import launch
+from medst_trl.pipeline.launch import (
+    CONFIGS,
+    check_launched,
+    find_config,
+    launch_command,
+    use_one_gpu,
+    without_launcher,
+)
+from medst_trl.pipeline.stage import STAGES
+
+
+ONE_CPU = {
+    name: value for name, value in without_launcher(os.environ).items() if not name.startswith("CUDA_VISIBLE_DEVICES")
+} | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+TWO_CPUS = ONE_CPU | {"ACCELERATE_USE_CPU": "true"}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+# `evaluate` of a predictions file needs no model, and takes part in several processes; `prepare` runs in one.
+RECIPE = """\
+#!/usr/bin/env -S python -m medst_trl
+# Two stages that take a moment.
+output_dir: out
+prepare:
+  source: phantoms
+  num_phantoms: 4
+  num_test_phantoms: 2
+evaluate:
+  predictions: predictions.jsonl
+  bootstrap_samples: 0
+"""
+PREDICTION = {
+    "id": "1", "image_id": "a", "question": "Is there a fracture?", "answer": "no", "answer_type": "closed",
+    "question_type": "presence", "prediction": "no", "generation": "{}",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(PREDICTION) + "\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    path.chmod(0o755)
+    return path
+
+
+def run(*command, env=ONE_CPU, **kwargs):
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def medst(*arguments, **kwargs):
+    return run(sys.executable, "-m", "medst_trl.cli", *arguments, **kwargs)
+
+
+def status(folder):
+    return json.loads((folder / "stage.json").read_text())["status"]
+
+
+# Help and mistakes, in this process
+
+
+def test_help_imports_nothing_heavy_and_names_every_command():
+    code = """
+import sys
+from medst_trl.cli import main
+for argv in (["--help"], ["run", "--help"], ["recipes", "--help"], ["recipes", "ls"], ["--version"]):
+    assert main(argv) == 0
+print({"torch", "transformers", "trl", "accelerate", "datasets", "peft"} & set(sys.modules))
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.stdout.splitlines()[-1] == "set()", result.stderr
+    assert all(f"  {name} " in result.stdout for name in (*STAGES, "run", "recipes"))
+
+
+def test_help_of_light_stages_imports_no_torch():
+    code = """
+import sys
+from medst_trl.cli import main
+for stage in ("base", "prepare", "evaluate"):
+    assert main([stage, "--help"]) == 0
+    assert "torch" not in sys.modules and "datasets" not in sys.modules, stage
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "--config FILE" in result.stdout and "--num_phantoms" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sfft"], "unknown command 'sfft'. Did you mean 'sft'?"),
+        (["base", "--output_dri", "x"], "unknown option '--output_dri'. Did you mean '--output_dir'?"),
+        (["base"], "required: --output_dir"),
+        (["base", "--output_dir", "x", "--warmup_steps", "many"], "invalid int value: 'many'"),
+        (["base", "--output_dir", "x", "--warmup_step", "3"], "Did you mean '--warmup_steps'?"),  # no abbreviations
+        (["base", "stray"], "unknown option 'stray'"),
+        (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
+        (["base", "--config"], "--config takes a value"),
+        (["base", "--api_key=very-secret"], "secrets do not belong"),
+        (["run", "no_such_recipe"], "no such file"),
+        (["run", "a.yaml", "b.yaml"], "takes one recipe, not 2"),
+        (["run", "--stage", "sft"], "takes one recipe, not 0"),
+        (["recipes", "rm", "demo"], "does not know 'rm demo'"),
+        (["recipes", "validate"], "medst recipes validate takes a recipe. `medst recipes ls` lists"),
+    ],
+)
+def test_mistake_is_one_message_on_stderr(argv, message, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("error: ") and "Traceback" not in err and "very-secret" not in err
+    assert out == ""
+
+
+def test_exit_codes(capsys):
+    def raising(error):
+        def function():
+            raise error
+
+        return function
+
+    assert guarded(lambda: None) == 0
+    assert guarded(lambda: 5) == 5
+    assert guarded(raising(UserError("what to do"))) == 2
+    assert guarded(raising(KeyboardInterrupt())) == 130
+    assert guarded(raising(OSError(errno.ENOSPC, "No space left on device"))) == 2
+    assert "disk is full" in capsys.readouterr().err
+    with pytest.raises(OSError):
+        guarded(raising(OSError(errno.EIO, "a defect, not a mistake")))
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "mini.yaml").write_text(RECIPE)
+    (shelf / "mini.yaml").chmod(0o755)
+    monkeypatch.setattr("medst_trl.pipeline.recipe_files.recipes_folder", lambda: shelf)
+    assert main(["recipes", "ls"]) == 0
+    assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take a moment.\n"]
+    assert main(["recipes", "show", "mini"]) == 0
+    assert capsys.readouterr().out == RECIPE
+    assert main(["recipes", "cp", "mini"]) == 0
+    assert (tmp_path / "mini.yaml").read_text() == RECIPE and os.access(tmp_path / "mini.yaml", os.X_OK)
+    assert main(["recipes", "cp", "mini"]) == 2  # the copy may have been changed
+
+
+def test_names_and_summaries_of_recipes_stand_apart(capsys):
+    assert main(["recipes", "ls"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        name, _, summary = line.partition("  ")
+        assert summary.strip() and " " not in name
+
+
+# One stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_commands_as_they_are_copied(stage, capsys):
+    assert main([stage, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.partition("\n\n")[0].splitlines()) < 4  # what the stage does stands on the first screen
+    _, *blocks = text.split("```")
+    for line in "".join(blocks[::2]).splitlines():  # a backslash that Python took would leave one long line
+        assert "    --" not in line.lstrip(), line
+
+
+def test_stage_runs_in_this_process_with_overrides(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["prepare", "--config", "mine.yaml", "--num_phantoms", "3", "--output_dir", "elsewhere"]) == 0
+    settings = json.loads((tmp_path / "elsewhere" / "stage.json").read_text())["settings"]
+    assert (settings["num_phantoms"], settings["num_test_phantoms"]) == (3, 2)
+
+
+def test_options_of_accelerate_start_it(monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "run", lambda command, environment: started.append((command, environment)) or 0)
+    argv = [
+        "evaluate",
+        "--predictions",
+        "p",
+        "--output_dir",
+        "o",
+        "--accelerate_config",
+        "cpu",
+        "--num_processes=2",
+        "--rdzv_backend",
+        "c10d",
+    ]
+    assert main(argv) == 0
+    ((command, environment),) = started
+    own = command.index("-m", 2)
+    assert command[own:] == ["-m", "medst_trl.cli", *argv]
+    options = command[:own]
+    assert options[options.index("--num_processes") + 1] == "2" and options[-2:] == ["--rdzv_backend", "c10d"]
+    assert environment["ACCELERATE_USE_CPU"] == "true" and str(find_config("multi_gpu")) in options
+
+
+# A run
+
+
+def test_run_goes_stage_by_stage_and_skips_what_is_done(recipe, tmp_path, monkeypatch, capfd):
+    for name, value in ONE_CPU.items():
+        monkeypatch.setenv(name, value)
+
+    def medst_run(*options):
+        return main(["run", "mine.yaml", *options]), *capfd.readouterr()
+
+    code, out, err = medst_run()
+    assert code == 0, err
+    assert out.index("=== prepare (1 of 2) -> out/prepare") < out.index("=== evaluate (2 of 2)")
+    assert status(tmp_path / "out" / "prepare") == status(tmp_path / "out" / "evaluate") == "complete"
+    assert "nothing to do" in medst_run("--stage", "prepare")[1]
+
+    code, out, err = medst_run("--prepare.num_phantoms", "5")
+    assert code == 2
+    assert "num_phantoms: 4 before, 5 now" in err and "Traceback" not in err
+    assert "Stopped in prepare." in err
+    assert "medst run mine.yaml --prepare.num_phantoms 5" in err
+    assert "=== evaluate" not in out
+    code, out, err = medst_run("--stage", "prepare", "--prepare.num_phantoms", "5", "--overwrite")
+    assert code == 0, err
+
+
+def test_labels_stand_apart_from_their_folders(recipe, monkeypatch, capsys):
+    name = "a_name_that_is_longer_than_others"
+    recipe.write_text(
+        f"output_dir: out\nprepare: {{source: phantoms}}\nevaluate:\n- {{name: {name}, predictions: p.jsonl}}\n"
+    )
+    monkeypatch.setattr(launch, "run", lambda command, environment: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["run", "mine.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split() for line in lines] == [[x, f"out/{x}"] for x in ("prepare", f"evaluate/{name}")]
+    assert len({line.index("out/") for line in lines}) == 1
+
+
+def test_mistake_in_the_last_section_stops_before_the_first_stage(recipe, tmp_path):
+    recipe.write_text(RECIPE + "  bootstrap_sample: 3\n")
+    result = medst("run", "mine.yaml")
+    assert result.returncode == 2
+    assert "section evaluate: unknown key 'bootstrap_sample'. Did you mean 'bootstrap_samples'?" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_under_a_launcher_is_refused(recipe):
+    result = medst("run", "mine.yaml", env=ONE_CPU | {"TORCHELASTIC_RUN_ID": "x"})
+    assert result.returncode == 2 and "accelerate launch -m medst_trl mine.yaml" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_that_is_stopped_takes_its_children_along(tmp_path, number):
+    code = """
+import sys
+from medst_trl.cli import guarded
+from medst_trl.pipeline.launch import run
+grandchild = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+sys.exit(guarded(run, [sys.executable, "-c", child], {}))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    grandchild = int(process.stdout.readline())
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    deadline = time.monotonic() + 10
+    while _alive(grandchild) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(grandchild)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# Under a launcher already chosen
+
+
+def test_two_processes_run_a_recipe_together(recipe, tmp_path):
+    """`num_processes: 2` is itself the check: a stage that finds itself in another number refuses."""
+    recipe.write_text(RECIPE + "  num_processes: 2\n  accelerate_config: cpu\n")
+    result = run(*LAUNCH, "--multi_gpu", "--num_processes", 2, "-m", "medst_trl", "mine.yaml", env=TWO_CPUS)
+    assert result.returncode == 0, result.stderr
+    assert status(tmp_path / "out" / "prepare") == status(tmp_path / "out" / "evaluate") == "complete"
+    assert result.stdout.count("images in train and test") == 1  # prepare on rank 0 alone
+
+
+@pytest.mark.parametrize(
+    "running", [{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2}, {"WORLD_SIZE": 2}]
+)
+def test_a_launch_is_for_one_stage_where_there_is_training(recipe, launcher, monkeypatch, running):
+    recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")
+    ran = []
+    monkeypatch.setattr("medst_trl.__main__._run", lambda step: ran.append(step.label))
+    launched(["mine.yaml"])
+    assert ran == ["sft", "dpo", "merge"]
+    launcher(**running)
+    with pytest.raises(UserError, match=r"sft, dpo would share this one. .* \(--stage sft\), or let `medst run mine"):
+        launched(["mine.yaml"])
+    launched(["mine.yaml", "--stage", "dpo"])
+    assert ran[3:] == ["dpo"]
+
+
+def test_recipe_is_executable(recipe, tmp_path):
+    bin_folder = os.path.dirname(sys.executable)
+    env = ONE_CPU | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    result = run(
+        *LAUNCH,
+        "--config_file",
+        find_config("cpu"),
+        "--no_python",
+        "./mine.yaml",
+        "--stage",
+        "evaluate",
+        "--seed",
+        "4",
+        env=env,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "evaluate" / "stage.json").read_text())["settings"]["seed"] == 4
+
+
+def test_several_recipes_one_after_another(recipe, tmp_path):
+    (tmp_path / "second.yaml").write_text(RECIPE.replace("output_dir: out", "output_dir: second"))
+    result = run(sys.executable, "-m", "medst_trl", "mine.yaml", "second.yaml", "--stage", "prepare")
+    assert result.returncode == 0, result.stderr
+    assert status(tmp_path / "out" / "prepare") == status(tmp_path / "second" / "prepare") == "complete"
+
+
+def test_ranks_agree_on_what_is_to_do_and_keep_the_exit_code(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text("""
+import os, sys
+from medst_trl.cli import guarded
+from medst_trl.pipeline.record import StageRecord
+def main(seed):
+    record = StageRecord.open("out", stage="x", settings={"seed": seed})
+    open(f"{record.status}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}", "w")
+    record.finish()
+guarded(main, 0) or sys.exit(guarded(main, 1))
+""")
+    command, environment = launch_command(["stage"], "cpu", 2)
+    result = run(*command, env=ONE_CPU | environment | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert {"new-0-of-2", "new-1-of-2"} <= set(os.listdir(tmp_path)), result.stderr
+    assert result.returncode == 2 and "seed: 0 before, 1 now" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# Launching
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_each_config(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.use_cpu == (path.stem == "cpu")
+    assert path.read_text().startswith("# ")
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Make this process look as if started by a launcher."""
+    for name in set(os.environ) - set(without_launcher(os.environ)):
+        monkeypatch.delenv(name)
+    return lambda **variables: [monkeypatch.setenv(name, str(value)) for name, value in variables.items()]
+
+
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 3, "WORLD_SIZE": 4}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "WORLD_SIZE": 4}
+
+
+@pytest.mark.parametrize(
+    ("running", "config", "count", "fits"),
+    [
+        ({}, "cpu", None, True),
+        ({}, "single_gpu", None, True),
+        ({}, "multi_gpu", None, False),
+        ({"WORLD_SIZE": 2}, "multi_gpu", None, True),
+        ({"WORLD_SIZE": 2}, "multi_gpu", 4, False),
+        ({"WORLD_SIZE": 2}, "single_gpu", None, False),
+        ({"WORLD_SIZE": 2}, "cpu", 2, True),
+        ({"WORLD_SIZE": 2}, None, 2, True),
+        ({}, None, 2, False),
+        (ZERO3, "zero3", None, True),
+        (ZERO3, "zero2", None, False),
+        (ZERO3, "multi_gpu", None, False),
+        (FSDP2, "fsdp2", 4, True),
+        (FSDP2, "zero3", None, False),
+        (ZERO3, None, None, True),
+    ],
+)
+def test_another_launcher_than_asked_for_is_an_error(launcher, running, config, count, fits):
+    launcher(**running)
+    if fits:
+        check_launched(config, count, "recipe")
+    else:
+        with pytest.raises(UserError, match="recipe: .* but this runs as"):
+            check_launched(config, count, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "config", "count", "file", "processes"),
+    [
+        (0, None, None, "cpu", "1"),
+        (0, None, 2, "multi_gpu", "2"),
+        (0, "cpu", 2, "multi_gpu", "2"),
+        (1, None, None, "single_gpu", "1"),
+        (4, None, None, "single_gpu", "1"),
+        (4, None, 2, "multi_gpu", "2"),
+        (4, "multi_gpu", None, "multi_gpu", "4"),
+        (4, "zero3", 2, "zero3", "2"),
+        (1, "zero2", None, "zero2", "1"),
+    ],
+)
+def test_processes_go_by_the_machine(monkeypatch, gpus, config, count, file, processes):
+    monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
+    monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    command, environment = launch_command(["program"], config, count)
+    assert command[command.index("--config_file") + 1] == str(find_config(file))
+    assert command[command.index("--num_processes") + 1] == processes
+    assert (environment.get("ACCELERATE_USE_CPU") == "true") == (gpus == 0 and processes == "2")
+    assert int(environment["OMP_NUM_THREADS"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "config", "count"),
+    [(0, "multi_gpu", None), (0, "zero2", None), (1, "multi_gpu", None), (4, "single_gpu", 2)],
+)
+def test_launch_that_could_not_do_what_it_says_is_refused(monkeypatch, gpus, config, count):
+    monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
+    with pytest.raises(UserError, match=f"accelerate_config {config}"):
+        launch_command(["program"], config, count)
+
+
+def test_config_of_ones_own_and_unknown_one(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("distributed_type: 'NO'\n")
+    assert find_config(str(path)) == path
+    with pytest.raises(UserError, match="Did you mean 'zero2'"):
+        find_config("zero_2")
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, "0"), ("2,3", "2"), ("", ""), ("GPU-abc,GPU-def", "GPU-abc")]
+)
+def test_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    launcher(WORLD_SIZE=2)
+    use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_reader_that_leaves_is_no_error_but_any_other_broken_pipe_is(capfd):
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m medst_trl.cli recipes show demo | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout in ("141\n", "0\n") and not done.stderr  # 0: all was written before it left
+
+    def breaks():
+        raise BrokenPipeError("a worker died")
+
+    with pytest.raises(BrokenPipeError):
+        guarded(breaks)

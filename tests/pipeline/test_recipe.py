@@ -1,0 +1,385 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.arguments import keys_of
+from medst_trl.pipeline.options import Option, read_options
+from medst_trl.pipeline.recipe import read_recipe, step_of_file
+from medst_trl.pipeline.recipe_files import _Loader, find_recipe, packaged_recipes, read_yaml
+from medst_trl.pipeline.stage import STAGES
+
+
+def write(folder, text, name="mine.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def steps(folder, text, *words, which=None):
+    """Label to step of a recipe with this text and these words after it on the command line."""
+    _, options = read_options(["recipe", *words])
+    return {step.label: step for step in read_recipe(write(folder, text), options).steps(which)}
+
+
+FULL = """
+output_dir: out
+base:
+prepare: {source: phantoms}
+sft: {learning_rate: 1e-3}
+evaluate:
+"""
+
+
+# Reading YAML
+
+
+@given(st.floats(allow_nan=False))
+def test_every_float_python_writes_is_read_as_that_float(value):
+    text = repr(value).replace("inf", ".inf")
+    assert yaml.load(f"x: {text}", Loader=_Loader) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("no", "no"), ("on", "on"), ("true", True), ("False", False), ("1:30", "1:30"),
+     ("2026-01-02", "2026-01-02"), ("12", 12), ("-.5", -0.5), ("~", None), ("'7'", "7"), ("1.16.0", "1.16.0"),
+     ("e5", "e5")],
+)  # fmt: skip
+def test_yaml_reads_as_it_is_meant(tmp_path, text, value):
+    assert read_yaml(write(tmp_path, f"x: {text}")) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n- b", "just words", "a: [1", "a: 1\na: 2", "\t- x: 1", "sft: {seed: 1, seed: 2}"]
+)
+def test_what_is_no_mapping_is_an_error_that_names_the_file(tmp_path, text):
+    with pytest.raises(UserError, match="mine.yaml"):
+        read_recipe(write(tmp_path, text))
+
+
+# What stages are told
+
+
+def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path):
+    found = steps(tmp_path, FULL)
+    assert list(found) == ["base", "prepare", "sft", "evaluate"]
+    assert [step.settings["output_dir"] for step in found.values()] == [f"out/{label}" for label in found]
+    assert found["sft"].settings["model_name_or_path"] == "out/base"
+    assert found["sft"].settings["dataset"] == ["out/prepare/instruct"]
+    assert found["evaluate"].settings["model_name_or_path"] == "out/sft"
+    assert found["evaluate"].settings["benchmark"] == ["out/prepare/benchmark"]
+
+
+def test_inputs_follow_a_section_that_writes_elsewhere(tmp_path):
+    text = (
+        "output_dir: out\nprepare: {source: phantoms, output_dir: /data/p}\nevaluate: {model_name_or_path: org/model}"
+    )
+    found = steps(tmp_path, text)
+    assert found["evaluate"].settings["benchmark"] == ["/data/p/benchmark"]
+    assert found["evaluate"].settings["model_name_or_path"] == "org/model"
+
+
+def test_scoring_a_file_takes_nothing_from_other_sections(tmp_path):
+    found = steps(tmp_path, FULL.replace("evaluate:", "evaluate: {predictions: p.jsonl}"))
+    assert not {"model_name_or_path", "benchmark"} & found["evaluate"].settings.keys()
+
+
+def test_base_is_evaluated_where_nothing_is_trained(tmp_path):
+    assert (
+        steps(tmp_path, "base:\nevaluate: {benchmark: org/b}")["evaluate"].settings["model_name_or_path"]
+        == "runs/mine/base"
+    )
+
+
+def test_what_a_stage_reads_are_settings_it_has():
+    for stage in STAGES.values():
+        keys = keys_of(stage.make_parser())
+        records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()  # made anew each time
+        assert {key for key, _, _ in stage.reads} | records | {stage.unless} - {None} <= keys
+
+
+def test_section_that_is_a_list_runs_once_an_item(tmp_path):
+    text = (
+        "output_dir: out\nseed: 5\nprepare:\n  - {name: a, source: phantoms}\n  - {name: b, source: phantoms, seed: 6}"
+    )
+    found = steps(tmp_path, text)
+    assert {label: (step.settings["output_dir"], step.settings["seed"]) for label, step in found.items()} == {
+        "prepare/a": ("out/prepare/a", 5),
+        "prepare/b": ("out/prepare/b", 6),
+    }
+    assert list(steps(tmp_path, text, which="prepare/b")) == ["prepare/b"]
+    assert list(steps(tmp_path, text, which="prepare")) == ["prepare/a", "prepare/b"]
+    with pytest.raises(UserError, match="section sft: .*dataset must be set"):  # which of the two is not guessed
+        steps(tmp_path, text + "\nsft: {model_name_or_path: org/model}")
+
+
+@pytest.mark.parametrize(
+    "items", ["[]", "[{source: phantoms}]", "[{name: a}, {name: a}]", "[{name: a/b}]", "[{name: ..}]", "[1]", "text"]
+)
+def test_items_need_names_of_their_own(tmp_path, items):
+    with pytest.raises(UserError, match="section prepare"):
+        read_recipe(write(tmp_path, f"prepare: {items}"))
+
+
+def test_nearer_settings_win(tmp_path):
+    text = "seed: 1\nbase:\nprepare: {source: phantoms, seed: 2}"
+    seeds = lambda *words: [step.settings["seed"] for step in steps(tmp_path, text, *words).values()]  # noqa: E731
+    assert seeds() == [1, 2]
+    assert seeds("--seed", "3") == [3, 3]
+    assert seeds("--prepare.seed=4") == [1, 4]
+    assert seeds("--seed", "3", "prepare.seed=4") == [3, 4]
+
+
+def test_shared_settings_go_to_the_stages_that_know_them(tmp_path):
+    found = steps(tmp_path, "warmup_steps: 7\n" + FULL)
+    assert found["base"].settings["warmup_steps"] == found["sft"].settings["warmup_steps"] == 7
+    assert "warmup_steps" not in found["prepare"].settings
+
+
+def test_output_dir_on_the_command_line_moves_the_whole_run(tmp_path):
+    found = steps(tmp_path, FULL, "--output_dir", "/scratch")
+    assert [step.settings["output_dir"] for step in found.values()] == [f"/scratch/{label}" for label in found]
+    assert found["sft"].settings["dataset"] == ["/scratch/prepare/instruct"]
+
+
+def test_run_is_named_after_the_recipe_where_it_says_nothing(tmp_path):
+    assert steps(tmp_path, "base:")["base"].settings["output_dir"] == "runs/mine/base"
+
+
+def test_values_have_the_types_of_the_command_line(tmp_path):
+    text = "base: {warmup_steps: 1e3, learning_rate: 1, seed: '4', overwrite: no}"
+    settings = steps(tmp_path, text)["base"].settings
+    keys = ("warmup_steps", "learning_rate", "seed", "overwrite")
+    assert [(settings[key], type(settings[key])) for key in keys] == [
+        (1000, int),
+        (1.0, float),
+        (4, int),
+        (False, bool),
+    ]
+
+
+def test_launch_settings_are_kept_from_the_stage(tmp_path):
+    found = steps(
+        tmp_path,
+        "accelerate_config: zero2\n" + FULL,
+        "--sft.num_processes",
+        "4",
+        "--evaluate.accelerate_config",
+        "cpu",
+    )
+    assert (found["sft"].accelerate_config, found["sft"].num_processes) == ("zero2", 4)
+    assert (found["evaluate"].accelerate_config, found["evaluate"].num_processes) == ("cpu", None)
+    assert found["base"].accelerate_config is None  # shared, and it runs in a single process
+    assert not any("accelerate_config" in step.settings for step in found.values())
+
+
+def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDST_TEST_VARIABLE", "before")
+    steps(tmp_path, "env: {MEDST_TEST_VARIABLE: 3}\nbase:")
+    assert os.environ["MEDST_TEST_VARIABLE"] == "3"
+
+
+# What cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("base: {warmup_stepz: 3}", [], r"section base: unknown key 'warmup_stepz'. Did you mean 'warmup_steps'\?"),
+        ("warmup_stepz: 3\nbase:", [], r"'warmup_stepz' is neither .* Did you mean 'warmup_steps'\?"),
+        ("evaluat: {x: 1}\nbase:", [], r"Did you mean 'evaluate'\?"),
+        ("zzz: 1\nbase:", [], "'zzz' is neither a section nor a setting"),
+        ("base: {warmup_steps: many}", [], "warmup_steps: 'many' is not a valid int"),
+        ("base: {overwrite: perhaps}", [], "overwrite: 'perhaps' is not a valid bool"),
+        ("prepare: {source: phantom}", [], "'phantom' is not one of .*phantoms"),
+        ("prepare: {seed: 1}", [], "section prepare: source must be set"),
+        ("prepare: {source: phantoms, accelerate_config: zero2}", [], "single process"),
+        ("sft: {num_processes: some}", [], "not a number of processes"),
+        ("seed: 1", [], "needs a section"),
+        ("base:", ["--base.warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
+        ("base:", ["--bse.warmup_steps", "3"], r"no section 'bse', it has base. Did you mean 'base'\?"),
+        ("base:", ["--warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
+        ("base:\nenv: [A]", [], "env has to map"),
+        ("base: {hub_token: x}", [], "secrets do not belong"),
+        ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
+    ],
+)
+def test_mistakes_are_told_with_their_place(tmp_path, text, words, message):
+    with pytest.raises(UserError, match=message):
+        steps(tmp_path, text, *words)
+
+
+def test_stage_that_the_recipe_lacks(tmp_path):
+    with pytest.raises(UserError, match="has no section 'sft', it has base"):
+        steps(tmp_path, "base:", which="sft")
+
+
+@pytest.mark.parametrize("word", ["--hub_token=x", "--sft.api-key", "judge.password=x"])
+def test_secrets_are_refused_on_the_command_line(word):
+    with pytest.raises(UserError, match="secrets do not belong"):
+        read_options(["recipe", word])
+
+
+# One stage's settings from a file
+
+
+def test_flat_file_of_one_stage(tmp_path):
+    path = write(tmp_path, "output_dir: x\nwarmup_steps: 3\nlearning_rate: 1e-3")
+    assert step_of_file(STAGES["base"], path).settings == {"output_dir": "x", "warmup_steps": 3, "learning_rate": 1e-3}
+    with pytest.raises(UserError, match="unknown key 'warmup_steps'"):
+        step_of_file(STAGES["prepare"], path)
+
+
+def test_section_of_a_recipe_may_leave_the_rest_to_the_command_line(tmp_path):
+    path = write(tmp_path, "prepare: {seed: 3}\nbase:")
+    assert step_of_file(STAGES["prepare"], path).settings["seed"] == 3
+    with pytest.raises(UserError, match="no section 'evaluate'"):
+        step_of_file(STAGES["evaluate"], path)
+
+
+def test_section_that_is_a_list_is_no_single_stage(tmp_path):
+    path = write(tmp_path, "prepare: [{name: a, source: phantoms}, {name: b, source: phantoms}]")
+    with pytest.raises(UserError, match="several times:[\\s\\S]*--stage prepare/a"):
+        step_of_file(STAGES["prepare"], path)
+
+
+# Options
+
+
+names = st.from_regex(r"[a-z]+(_[a-z]+)?", fullmatch=True).filter(
+    lambda name: "token" not in name and "secret" not in name
+)
+values = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
+options = st.builds(
+    Option,
+    st.none() | st.sampled_from(["sft", "prepare/vqa-rad"]),
+    names,
+    st.just(True) | values | st.lists(st.from_regex(r"\w+", fullmatch=True), min_size=2, max_size=4),
+)
+
+
+@given(st.lists(options))
+def test_options_survive_the_way_through_a_command_line(given_options):
+    words = [word for option in given_options for word in option.as_words()]
+    assert read_options(["recipe.yaml", *words]) == (["recipe.yaml"], given_options)
+
+
+def test_leading_words_are_recipes():
+    assert read_options(["a.yaml", "b.yaml", "--learning-rate", "-1e-4", "sft.x=1 = 2"]) == (
+        ["a.yaml", "b.yaml"],
+        [Option(None, "learning_rate", "-1e-4"), Option("sft", "x", "1 = 2")],
+    )
+
+
+# The recipes that come with the package
+
+
+def test_packaged_recipe_is_found_by_name_and_a_file_before_it(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="medst recipes ls"):
+        find_recipe("there_is_no_such_recipe")
+    path = write(tmp_path, "base:", "demo")
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("demo").resolve() == path
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_can_be_run(name):
+    assert read_recipe(name).steps()
+
+
+# Folders of sections, and rounds
+
+
+LOOP = """
+output_dir: out
+base:
+prepare: {source: phantoms}
+sft: {learning_rate: 1e-3}
+generate: {max_records: 100}
+judge: {oracle_error_rate: 0}
+dpo: {beta: 0.2}
+evaluate:
+  - {name: stage_1, model_name_or_path: "{sft}"}
+  - {name: aligned}
+report:
+push:
+  - {name: data, source: "{judge}/preferences", repo_id: me/data}
+"""
+
+
+def test_a_section_can_be_named_in_a_value(tmp_path):
+    found = steps(tmp_path, LOOP)
+    assert found["evaluate/stage_1"].settings["model_name_or_path"] == "out/sft"
+    assert found["evaluate/aligned"].settings["model_name_or_path"] == "out/dpo"
+    assert found["push/data"].settings["source"] == "out/judge/preferences"
+    assert found["report"].settings["run"] == "out"
+    moved = steps(tmp_path, LOOP, "--judge.output_dir", "elsewhere", "--output_dir", "there")
+    assert moved["push/data"].settings["source"] == "elsewhere/preferences"
+    assert moved["evaluate/stage_1"].settings["model_name_or_path"] == "there/sft"
+    with pytest.raises(UserError, match="no section 'dpo'"):
+        steps(tmp_path, "sft: {model_name_or_path: a, dataset: '{dpo}'}")
+
+
+def test_other_braces_in_values_stay(tmp_path):
+    text = "prepare: {source: pathvqa, data_path: x, image_pattern: '{split}/{image}.jpg'}"
+    assert steps(tmp_path, text)["prepare"].settings["image_pattern"] == "{split}/{image}.jpg"
+
+
+def test_each_round_starts_where_the_one_before_ended(tmp_path):
+    found = steps(tmp_path, LOOP, "--rounds", "3")
+    loop = ["generate", "judge", "dpo", "evaluate/aligned"]
+    assert list(found) == [
+        "base", "prepare", "sft", "evaluate/stage_1",
+        *(f"round_{number}/{name}" for number in (1, 2, 3) for name in loop), "report", "push/data",
+    ]  # fmt: skip
+    for number in (1, 2, 3):
+        policy = "out/sft" if number == 1 else f"out/round_{number - 1}/dpo"
+        generate, judge, dpo, aligned = (found[f"round_{number}/{name}"].settings for name in loop)
+        assert generate["model_name_or_path"] == dpo["model_name_or_path"] == policy
+        assert generate["skip_records"] == 100 * (number - 1) and generate["max_records"] == 100
+        assert judge["candidates"] == f"out/round_{number}/generate/candidates"
+        assert dpo["dataset"] == f"out/round_{number}/judge/preferences" and dpo["beta"] == 0.2
+        assert aligned["model_name_or_path"] == dpo["output_dir"] == f"out/round_{number}/dpo"
+    assert found["push/data"].settings["source"] == "out/round_3/judge/preferences"
+
+
+def test_more_rounds_change_nothing_in_those_before(tmp_path):
+    two, three = (steps(tmp_path, LOOP, "--rounds", n) for n in "23")
+    common = [label for label in two if label.startswith("round_")]
+    assert common and all(two[label].settings == three[label].settings for label in common)
+
+
+def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
+    assert list(steps(tmp_path, LOOP, "--rounds", "2", which="round_2/dpo")) == ["round_2/dpo"]
+    assert list(steps(tmp_path, LOOP, "--rounds", "2", which="dpo")) == ["round_1/dpo", "round_2/dpo"]
+    assert len(steps(tmp_path, LOOP, "--rounds", "2", which="round_1")) == 4
+    found = steps(tmp_path, LOOP, "--rounds", "2", "--round_2/dpo.beta", "0.5", "--dpo.seed", "7")
+    assert [found[f"round_{n}/dpo"].settings["beta"] for n in (1, 2)] == [0.2, 0.5]
+    assert found["round_1/dpo"].settings["seed"] == 7
+    own = LOOP.replace("generate: {", "generate: {model_name_or_path: org/asks, ")
+    found = steps(tmp_path, own, "--rounds", "3", "--round_3/generate.model_name_or_path", "org/better")
+    models = [found[f"round_{n}/generate"].settings["model_name_or_path"] for n in (1, 2, 3)]
+    assert models == ["org/asks", "out/round_1/dpo", "org/better"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (LOOP.replace("max_records: 100", ""), ["--rounds", "2"], "max_records"),
+        (LOOP, ["--rounds", "two"], "not a number of rounds"),
+        (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot be told"),
+        (FULL, ["--rounds", "2"], "none of them"),
+        (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "leave it out"),
+        (LOOP.replace("dpo: {beta: 0.2}", "dpo: [{name: a}, {name: b}]"), ["--rounds", "2"], "not lists"),
+        (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
+    ],
+)
+def test_what_rounds_cannot_be(tmp_path, text, words, message):
+    with pytest.raises(UserError, match=message):
+        steps(tmp_path, text, *words)

@@ -1,0 +1,263 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import fingerprint, same_source
+from medst_trl.base.redaction import HIDDEN, hide_secrets
+from medst_trl.pipeline import record as stage_record
+from medst_trl.pipeline.record import StageRecord
+
+
+def open_record(folder, overwrite=False, stage="prepare", inputs=None, **settings):
+    settings = {"seed": 0, "num_workers": 2, "output_dir": str(folder), "overwrite": overwrite} | settings
+    return StageRecord.open(
+        folder, stage=stage, settings=settings, inputs=inputs, operational={"num_workers"}, overwrite=overwrite
+    )
+
+
+def stored(folder):
+    return json.loads((folder / "stage.json").read_text())
+
+
+def test_first_run_writes_what_it_will_do_before_doing_it(tmp_path):
+    record = open_record(tmp_path / "out")
+    assert record.status == "new"
+    content = stored(tmp_path / "out")
+    assert content["status"] == "running" and content["stage"] == "prepare" and content["settings"]["seed"] == 0
+    assert {"python", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "medst_trl"} == set(
+        content["versions"]
+    )
+
+
+def test_finished_and_unchanged_is_skipped_and_left_as_it_is(tmp_path):
+    open_record(tmp_path).finish(counts={"records": 3}, rejected={"blank": 1})
+    before = (tmp_path / "stage.json").read_bytes()
+    again = open_record(tmp_path, num_workers=8)  # an operational key
+    assert again.status == "finished"
+    assert again.content["counts"] == {"records": 3} and again.content["rejected"] == {"blank": 1}
+    again.finish(counts={"records": 0})
+    assert (tmp_path / "stage.json").read_bytes() == before
+
+
+def test_cut_short_is_continued_and_seconds_add_up(tmp_path):
+    open_record(tmp_path)
+    content = stored(tmp_path) | {"seconds": 100.0}
+    (tmp_path / "stage.json").write_text(json.dumps(content))
+    os.utime(tmp_path / "stage.json", (1_000_000, 1_000_000))
+    (tmp_path / "part").write_text("x")
+    os.utime(tmp_path / "part", (1_000_050, 1_000_050))
+    record = open_record(tmp_path)
+    assert record.status == "continue"
+    record.finish()
+    assert 150 <= stored(tmp_path)["seconds"] < 160
+    assert stored(tmp_path)["started"] == content["started"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_setting_is_refused_with_old_and_new_value(tmp_path, finished):
+    record = open_record(tmp_path, seed=7)
+    if finished:
+        record.finish()
+    with pytest.raises(UserError, match=r"seed: 7 before, 8 now[\s\S]*--overwrite") as error:
+        open_record(tmp_path, seed=8, num_workers=5)
+    assert "num_workers" not in str(error.value)
+
+
+def test_a_setting_that_came_with_another_version_matters_only_where_it_is_on(tmp_path):
+    open_record(tmp_path).finish()
+    assert open_record(tmp_path, new_option=None, other=False).status == "finished"
+    with pytest.raises(UserError, match=r"new_option: \(not set\) before, 0 now"):
+        open_record(tmp_path, new_option=0)
+    open_record(tmp_path / "next", new_option=True)
+    with pytest.raises(UserError, match="new_option: true before, false now"):
+        open_record(tmp_path / "next", new_option=False)
+
+
+def test_tuples_sets_and_paths_equal_what_json_kept_of_them(tmp_path):
+    settings = {"betas": (0.9, 0.99), "kinds": {"b", "a"}, "path": tmp_path}
+    open_record(tmp_path / "out", **settings).finish()
+    assert open_record(tmp_path / "out", **settings).status == "finished"
+
+
+def test_input_goes_by_content_not_by_place(tmp_path):
+    source = tmp_path / "data.json"
+    source.write_text("[1]")
+    out = tmp_path / "out"
+    open_record(out, inputs={"source": source}, source=str(source)).finish()
+    moved = source.rename(tmp_path / "moved.json")
+    assert open_record(out, inputs={"source": moved}, source=str(moved)).status == "finished"
+    moved.write_text("[2]")
+    with pytest.raises(UserError, match="input source: .*SHA-256"):
+        open_record(out, inputs={"source": moved}, source=str(moved))
+
+
+def test_missing_input_is_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_record(tmp_path / "out", inputs={"source": tmp_path / "missing.json"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_fingerprint_sees_every_change_of_a_result(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "weights").write_bytes(bytes(5 << 20))
+    seen = {fingerprint(folder)["sha256"]}
+
+    def assert_changed():
+        value = fingerprint(folder)["sha256"]
+        assert value not in seen
+        seen.add(value)
+
+    (folder / "config.json").write_text("{}")
+    assert_changed()
+    (folder / "config.json").write_text("[]")
+    assert_changed()
+    (folder / "config.json").rename(folder / "other.json")
+    assert_changed()
+    with open(folder / "sub" / "weights", "r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(b"x")
+    assert_changed()
+    for name in ("stage.json", ".hidden", "checkpoint-3/optimizer.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not a result")
+    assert fingerprint(folder)["sha256"] in seen
+    shutil.copytree(folder, tmp_path / "copy")
+    assert same_source(fingerprint(folder), fingerprint(tmp_path / "copy"))
+
+
+def test_hub_id_is_compared_by_the_revision_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    reference = tmp_path / "hub" / "models--org--name" / "refs" / "main"
+    out = tmp_path / "out"
+    record = open_record(out, inputs={"model": "org/name"})
+    reference.parent.mkdir(parents=True)
+    reference.write_text("a" * 40)  # downloaded while the stage ran
+    record.finish()
+    assert stored(out)["inputs"]["model"] == [{"hub_id": "org/name", "revision": "a" * 40}]
+    assert open_record(out, inputs={"model": "org/name"}).status == "finished"
+    reference.write_text("b" * 40)
+    with pytest.raises(UserError, match="org/name at aaaa.*org/name at bbbb"):
+        open_record(out, inputs={"model": "org/name"})
+
+
+def test_overwrite_starts_from_an_empty_folder(tmp_path):
+    open_record(tmp_path, seed=1).finish()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a").write_text("old")
+    (tmp_path / ".progress").write_text("old")
+    (tmp_path / "run.log").write_text("kept")
+    record = open_record(tmp_path, seed=2, overwrite=True)
+    assert record.status == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".stage.lock", "run.log", "stage.json"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_folder_of_the_user_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"not empty and holds no stage.json.*thesis.tex"):
+        open_record(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"name": "a theatre"}'])
+def test_stage_json_of_somebody_else_is_not_ours(tmp_path, content):
+    (tmp_path / "stage.json").write_text(content)
+    with pytest.raises(UserError, match="not written by medst_trl"):
+        open_record(tmp_path, overwrite=True)
+    assert (tmp_path / "stage.json").read_text() == content
+
+
+def test_overwrite_spares_the_output_of_other_stages(tmp_path):
+    open_record(tmp_path).finish()
+    with pytest.raises(UserError, match="holds the output of stage 'prepare', not of 'sft'"):
+        open_record(tmp_path, stage="sft", overwrite=True)
+    open_record(tmp_path / "nested").finish()
+    with pytest.raises(UserError, match="nested"):
+        open_record(tmp_path, overwrite=True)
+    assert stored(tmp_path / "nested")["status"] == "complete"
+
+
+@pytest.mark.parametrize("length", [0, 1, 40])
+def test_damaged_record_is_neither_trusted_nor_stuck(tmp_path, length):
+    open_record(tmp_path).finish()
+    (tmp_path / "stage.json").write_bytes((tmp_path / "stage.json").read_bytes()[:length])
+    with pytest.raises(UserError, match=r"damaged[\s\S]*--overwrite"):
+        open_record(tmp_path)
+    assert open_record(tmp_path, overwrite=True).status == "new"
+
+
+def test_killed_while_writing_leaves_the_old_record(tmp_path, monkeypatch):
+    open_record(tmp_path).finish(counts={"n": 1})
+    (tmp_path / ".stage.json.tmp").write_text('{"status": "comp')
+    assert open_record(tmp_path).status == "finished"
+
+
+def test_version_difference_warns(tmp_path, monkeypatch):
+    open_record(tmp_path).finish()
+    real = stage_record.version
+    monkeypatch.setattr(stage_record, "version", lambda name: "9.9" if name == "torch" else real(name))
+    with pytest.warns(UserWarning, match="torch .* -> 9.9"):
+        assert open_record(tmp_path).status == "finished"
+
+
+def test_secrets_are_never_written_nor_compared(tmp_path):
+    secrets = {
+        "hub_token": "abc-very-secret",
+        "api_key": "abc-very-secret",
+        "judge": {"password": "abc-very-secret", "url": "https://me:abc-very-secret@host/v1"},
+        "args": ["hf_abcdefghijklmnopqrstuvwxyz"],
+    }
+    open_record(tmp_path, **secrets).finish()
+    text = (tmp_path / "stage.json").read_text()
+    assert "very-secret" not in text and "hf_abc" not in text and text.count(HIDDEN) == 5
+    assert open_record(tmp_path, **(secrets | {"hub_token": "another"})).status == "finished"
+
+
+def test_settings_that_only_sound_secret_stay():
+    settings = {"max_new_tokens": 64, "eos_token": "</s>", "average_tokens_across_devices": True, "hub_token": None}
+    assert hide_secrets(settings) == settings
+
+
+def test_second_process_is_kept_out_until_the_first_is_gone(tmp_path):
+    record = open_record(tmp_path)  # held by this process
+    code = f"""
+from medst_trl.base.errors import UserError
+from medst_trl.pipeline.record import StageRecord
+try:
+    StageRecord.open({str(tmp_path)!r}, stage="prepare", settings={{"seed": 0, "num_workers": 2}})
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Another process is writing" in result.stdout and record.status == "new"
+
+
+def test_reading_and_writing_a_record_imports_no_heavy_package(tmp_path):
+    code = f"""
+import sys
+from medst_trl.pipeline.record import StageRecord
+StageRecord.open({str(tmp_path / "out")!r}, stage="x", settings={{}}, inputs={{"model": "org/name"}}).finish()
+print([name for name in ("torch", "transformers", "datasets", "trl", "peft") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_run_that_failed_before_it_began_is_forgotten(tmp_path):
+    def begin(**settings):
+        return StageRecord.open(tmp_path / "out", stage="sft", settings=settings)
+
+    begin(rate=1).forget()
+    record = begin(rate=2)  # not refused
+    (tmp_path / "out" / "checkpoint").touch()
+    record.forget()
+    with pytest.raises(UserError, match="rate: 2 before, 3 now"):
+        begin(rate=3)
