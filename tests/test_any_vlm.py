@@ -29,7 +29,7 @@ from medst_trl.data.images import image_id
 from medst_trl.data.schema import instruct_features, text_of
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.prompts import Sampling, to_answer, to_ask
-from medst_trl.policy.families import TESTED_FAMILIES
+from medst_trl.policy.families import FAMILIES
 from medst_trl.policy.merging import merge_policy
 from medst_trl.policy.parts import model_parts
 from medst_trl.policy.vusr import VUSR
@@ -222,7 +222,9 @@ def test_the_merged_model_says_the_same(walk):
 
 def test_the_families_that_messages_name_are_these():
     models = [base_model(family)[0] for family in [*MODELS, *CROSS_ATTENTION]]
-    assert {model.config.model_type for model in models} == set(TESTED_FAMILIES)
+    assert {model.config.model_type for model in models} == {
+        model_type for family in FAMILIES.values() for model_type in family.model_types
+    }
 
 
 UNSUPPORTED = {  # type, settings, what is said

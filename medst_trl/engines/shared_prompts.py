@@ -5,20 +5,14 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.policy.families import family_of
+
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 TOKENS_AT_ONCE = 32  # few, so that a text that has ended does not stay long; many, as to begin anew takes time too
-
-# Families whose texts tests/policy/test_shared_prompts.py shows to be the same either way.
-SHARING = frozenset(
-    {
-        "gemma3", "idefics3", "internvl", "llava", "llava_next", "prototype_llava", "qwen2_5_vl", "qwen2_vl",
-        "qwen3_vl", "smolvlm",
-    }
-)  # fmt: skip
 
 
 def shares_prompts(model: "PreTrainedModel") -> bool:
@@ -27,7 +21,8 @@ def shares_prompts(model: "PreTrainedModel") -> bool:
     of images in the place of pixels ([`ImageMemory`]), with the same outcome.
     """
     # "hybrid" is what Gemma 3 was published with; `generate` takes it for none.
-    return model.config.model_type in SHARING and model.generation_config.cache_implementation in (None, "hybrid")
+    cache = model.generation_config.cache_implementation
+    return family_of(model.config.model_type).shares_prompts and cache in (None, "hybrid")
 
 
 def read_once(

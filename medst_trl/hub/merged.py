@@ -12,10 +12,6 @@ from .contents import Contents
 from .provenance import looks_local
 
 
-# Architectures that medst_trl registers itself; everything else is loaded by plain transformers.
-OWN_MODEL_TYPES = ("prototype_llava",)
-
-
 @dataclass(frozen=True)
 class Merged:
     """
@@ -66,6 +62,7 @@ def merged_from(folder: Path) -> Merged | None:
 def is_plain(contents: Contents) -> bool:
     """Whether a model needs nothing of medst_trl to be loaded and to ask: its template opens the model's turn."""
     from medst_trl.policy.chat_template import is_wrapped
+    from medst_trl.policy.families import family_of
     from medst_trl.policy.vicuna import has_text_role
 
     template = contents.folder / "chat_template.jinja"
@@ -73,7 +70,7 @@ def is_plain(contents: Contents) -> bool:
         return False
     model_type = json.loads((contents.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     text = template.read_text(encoding="utf-8")
-    return (is_wrapped(text) or has_text_role(text)) and model_type not in OWN_MODEL_TYPES
+    return (is_wrapped(text) or has_text_role(text)) and not family_of(model_type).is_own
 
 
 def named(hub_id: str, revision: str | None) -> str:

@@ -77,6 +77,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
 def main(args: ConvertArguments) -> None:
     from medst_trl.base.files import explain_full_disk
     from medst_trl.pipeline.record import StageRecord
+    from medst_trl.policy.families import family_of
 
     from .conversion import convert_checkpoint
 
@@ -103,7 +104,7 @@ def main(args: ConvertArguments) -> None:
         f"accounted for ({converted.changed} merged with LoRA, {converted.changed_in_vision} of them in the vision "
         f"tower; {len(converted.left_out)} left out as harmless), in {args.output_dir}."
     )
-    if converted.model_type != "llava":
+    if family_of(converted.model_type).is_own:
         print("convert: only transformers with medst_trl loads a prototype extractor; vLLM and SGLang cannot.")
     if converted.vusr_role == "text":
         print("convert: it asks by the text role VUSER: with its system prompt (--vusr_role token for the token).")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from medst_trl.base.errors import UserError
 
-from .families import check_build, tested_families
+from .families import check_architecture, tested_families
 
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
             f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model? "
             f"{tested_families()}"
         )
-    check_build(model.config, type(model).__name__)
+    check_architecture(model.config, type(model).__name__)
     vision_name = names[id(vision)]
     return ModelParts(
         language_model=names[id(language)],

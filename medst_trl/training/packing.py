@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medst_trl.policy.families import family_of
+
 from .encoding import TOKEN_INPUTS
 
 
@@ -19,13 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
-
-# Models and their language models whose packed batches are tested to be equal to padded ones. Not Gemma 3: its images
-# are attended to in both directions, by a mask that knows no documents. Not Llama 3.2-Vision: its text looks at images
-# by cross-attention. Not InternVL: its batches do not tell into how many tiles each image was cut, which would have to
-# move with their conversation.
-_MODELS = {"llava", "prototype_llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"}
-_LANGUAGE_MODELS = {"llama", "mistral", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 
 def packing_cost(model: "PreTrainedModel") -> tuple[float | None, str]:
@@ -41,9 +36,9 @@ def packing_cost(model: "PreTrainedModel") -> tuple[float | None, str]:
         `None` where documents cannot be told apart, with the reason.
     """
     language = model.config.get_text_config()
-    kinds = model.config.model_type, language.model_type
-    if kinds[0] not in _MODELS or kinds[1] not in _LANGUAGE_MODELS:
-        return None, f"documents in one row are not known to stay apart in {kinds[0]} with {kinds[1]}"
+    kind = model.config.model_type
+    if language.model_type not in family_of(kind).packs_with:
+        return None, f"documents in one row are not known to stay apart in {kind} with {language.model_type}"
     attention = language._attn_implementation
     if attention in ("sdpa", "eager", "flex_attention"):
         # Under a mask all of the row is computed: 4 x size operations a pair of tokens and layer, beside 24 x size^2

@@ -23,6 +23,8 @@ from accelerate.logging import get_logger
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
+from medst_trl.policy.families import family_of
+
 from .attention_masks import FLEX_BLOCK, attention_for, branch_masks, layer_types
 from .encoding import TOKEN_INPUTS
 
@@ -106,6 +108,7 @@ class PrefixSharing:
     def __init__(self, model: "PreTrainedModel", is_sharded: bool = False):
         PartialState()  # the logger asks it for the rank; under a trainer it is there
         self.config = model.config.get_text_config()
+        self.is_causal = family_of(model.config.model_type).causal
         self.attention = self.config._attn_implementation
         self.is_sharded = is_sharded
         self.agrees: dict[tuple[bool, str], bool] = {}  # by whether there are images, and attention implementation
@@ -162,7 +165,7 @@ class PrefixSharing:
             if name in inputs and name != "attention_mask"
         }
         blocks = None
-        if self.config.model_type == "gemma3_text" and "token_type_ids" in tokens:
+        if not self.is_causal and "token_type_ids" in tokens:
             blocks = get_block_sequence_ids_for_mask(tokens["token_type_ids"])
         mask = branch_masks(self.config, attention, layout.branch, layout.column, blocks)
         # It stays so until the next forward: gradient checkpointing runs the layers again in backward.
@@ -258,6 +261,8 @@ def cannot_share(model: "PreTrainedModel") -> str | None:
         return f"its layers of type {', '.join(sorted(unknown))} read the one through the other"
     if getattr(config, "cross_attention_layers", None):
         return "its images are read by cross-attention"
+    if family_of(model.config.model_type).shares_prefix is False:
+        return f"models of the type {model.config.model_type} read each answer with its own prompt"
     return None
 
 

@@ -13,7 +13,8 @@ from medst_trl.engines.decoding import GREEDY, chat_inputs, write_texts
 from medst_trl.engines.image_features import ImageMemory
 from medst_trl.engines.prompts import OpenedImage, Sampling, to_answer, to_ask
 from medst_trl.engines.sampling import SeededSampler
-from medst_trl.engines.shared_prompts import SHARING, read_once, shares_prompts
+from medst_trl.engines.shared_prompts import read_once, shares_prompts
+from medst_trl.policy.families import FAMILIES
 
 
 def opened(number, size):
@@ -59,7 +60,9 @@ def family(request):
 
 
 def test_every_family_is_covered():
-    assert {tiny_model(name)[0].config.model_type for name in MODELS} == SHARING
+    assert {tiny_model(name)[0].config.model_type for name in MODELS} == {
+        model_type for family in FAMILIES.values() if family.shares_prompts for model_type in family.model_types
+    }
 
 
 def test_logits(family):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medst_trl.base.errors import UserError
+from medst_trl.policy.families import family_of
 from medst_trl.policy.vusr_role import VUSR_ROLES
 
 from .assembling import EMBEDDING, HEAD, Parts, model_on_meta
@@ -105,7 +106,7 @@ def convert_checkpoint(
     config = _fitting_config(checkpoint)
     tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
     _take_tokens(config, tokenizer)
-    trained_with_text = config.model_type == "prototype_llava" or checkpoint.has_vision_lora
+    trained_with_text = family_of(config.model_type).text_role or checkpoint.has_vision_lora
     role = vusr_role or ("text" if trained_with_text else "token")
     processor = build_processor(
         tokenizer,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medst_trl.base.errors import UserError
+from medst_trl.policy.families import family_of
 
 from .names import published_name
 
@@ -78,9 +79,9 @@ def write_weights(
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
-    # Only transformers with medst_trl loads the prototype extractor: no older name is of use there.
-    is_llava = model.config.model_type == "llava"
-    names = {published_name(name) if is_llava else name: name for name in state}
+    # Names published for LLaVA are of no use where only transformers with medst_trl loads the model.
+    is_own = family_of(model.config.model_type).is_own
+    names = {name if is_own else published_name(name): name for name in state}
     split = split_torch_state_dict_into_shards(
         {written: state[name].to(dtype) for written, name in names.items()}, max_shard_size=max_shard_size
     )

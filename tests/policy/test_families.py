@@ -1,0 +1,88 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of families is what docs/models.md says, and a family registered by a plugin counts everywhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medst_trl.base.errors import UserError
+from medst_trl.policy.families import FAMILIES, Family, family_of
+
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = """
+from medst_trl.policy.families import FAMILIES, Family
+
+FAMILIES.register(Family(
+    "toy", "Toy VLM", ("aya_vision",), packs_with=frozenset({"cohere2"}), shares_prompts=True, shares_prefix=False,
+))
+"""
+USES = """
+from types import SimpleNamespace
+import torch
+from transformers import AyaVisionConfig, GenerationConfig
+from medst_trl.base.errors import UserError
+from medst_trl.engines.shared_prompts import shares_prompts
+from medst_trl.policy.families import check_family
+from medst_trl.training.packing import packing_cost
+from medst_trl.training.prefix_sharing import cannot_share
+
+model = SimpleNamespace(config=AyaVisionConfig(), generation_config=GenerationConfig())
+model.config.text_config._attn_implementation = "sdpa"
+print(packing_cost(model)[0] is not None, shares_prompts(model), cannot_share(model))
+try:
+    check_family(model.config.text_config, "mine")
+except UserError as error:
+    print(error)
+"""
+
+
+def row(family: Family) -> str:
+    cells = (
+        family.title,
+        ", ".join(family.model_types),
+        "read separately" if family.shares_prefix is False else "exact",
+        "exact" if family.packs_with else "grouped by length",
+        "exact" if family.shares_prompts else "read separately",
+        family.limits,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def test_docs_list_every_family():
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = re.search(r"\| family \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)[1].splitlines()
+    assert table == [row(family) for family in FAMILIES.values()]
+
+
+def test_a_family_from_a_plugin_counts_everywhere(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(PLUGIN)
+    environment = os.environ | {"MEDST_PLUGINS": str(plugin)}
+    result = subprocess.run(
+        [sys.executable, "-c", USES], stdout=subprocess.PIPE, text=True, env=environment, check=True
+    )
+    decisions, refusal = result.stdout.splitlines()
+    assert decisions == "True True models of the type aya_vision read each answer with its own prompt"
+    assert "SmolVLM; Toy VLM." in refusal
+
+
+def test_nothing_is_assumed_of_a_type_that_no_family_lists():
+    unknown = family_of("another")
+    assert (unknown.packs_with, unknown.shares_prompts, unknown.shares_prefix) == (frozenset(), False, None)
+    assert unknown.causal and not (unknown.text_role or unknown.is_own)
+
+
+def test_a_family_without_a_title_is_refused():
+    with pytest.raises(UserError, match="'mine' of .* lacks title"):
+        FAMILIES.register(Family("mine", None, ("mine",)))
+
+
+def test_a_second_family_of_the_same_name_is_refused():
+    with pytest.raises(UserError, match="share the name 'llava'"):
+        FAMILIES.register(Family("llava", "another", ("another",)))
