@@ -1,0 +1,263 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run directories that version 0.1.0 wrote: this version skips the finished ones and resumes the interrupted ones.
+
+`tests/fixtures/write_runs.py` describes the archive. The stages run through the command line with the arguments that
+wrote it, so the tests know no module of the package. They know the names of files in a run directory.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import fake_hub
+import pytest
+import torch
+from datasets import load_dataset
+from judge_server import JudgeServer
+from safetensors.torch import load_file
+
+
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "runs_0_1_0" / "runs.tar.xz"
+COMMANDS = json.loads(ARCHIVE.with_name("commands.json").read_text())
+MARK = "written by version 0.1.0"
+
+
+@pytest.fixture(autouse=True)
+def old_runs(tmp_path, monkeypatch):
+    """Unpack the archive into the current directory."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def medst(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "medst_trl.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def command(stage: str, folder: str, *more: str) -> list[str]:
+    return [stage, *COMMANDS[stage]["arguments"], "--output_dir", f"{folder}/{stage}", *more]
+
+
+def files_in(folder: str | Path) -> dict[str, tuple[str, int]]:
+    """SHA-256 and time of the last change of each file, without locks and logs."""
+    return {
+        str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != ".stage.lock" and path.suffix != ".log"
+    }
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
+
+
+def record_of(folder: str) -> dict:
+    return json.loads(Path(folder, "stage.json").read_text(encoding="utf-8"))
+
+
+def assert_resumed(done: subprocess.CompletedProcess, before: dict, folder: str) -> dict:
+    """The stage is complete, and its record is the one that the interrupted run began."""
+    assert done.returncode == 0, done.stderr
+    after = record_of(folder)
+    assert before["status"] == "running" and after["status"] == "complete"
+    assert after["started"] == before["started"] and after["seconds"] > before["seconds"]
+    return after
+
+
+def resume(stage: str, *more: str) -> dict:
+    folder = f"interrupted/{stage}"
+    before = record_of(folder)
+    return assert_resumed(medst(*command(stage, "interrupted", *more)), before, folder)
+
+
+def mark_first_line(path: str, edit) -> str:
+    """Change the first record that the interrupted run finished, so that no new one equals it; return its id."""
+    rows = read_jsonl(path)
+    edit(rows[0])
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows[0]["id"]
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_finished_stage_is_skipped(stage):
+    before = files_in("runs")
+    done = medst(*command(stage, "runs"))
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
+    assert files_in("runs") == before
+
+
+@pytest.mark.parametrize("folder", ["runs", "interrupted"])
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_changed_setting_is_refused(stage, folder):
+    before = files_in(folder)
+    done = medst(*command(stage, folder, *COMMANDS[stage]["changed"]))
+    assert done.returncode == 2
+    assert f"{COMMANDS[stage]['changed'][0].removeprefix('--')}:" in done.stderr
+    assert files_in(folder) == before
+
+
+def test_changed_input_is_refused():
+    """Inputs are compared by their content, which this version has to hash as the old one did."""
+    with open("runs/dpo/adapter_config.json", "a") as file:
+        file.write("\n")
+    done = medst(*command("merge", "runs"))
+    assert done.returncode == 2 and "model_name_or_path" in done.stderr
+
+
+def test_convert_keeps_finished_shards():
+    staging = next(Path("interrupted/convert").glob(".saving-*"))
+    shards = {path.name: files_in(staging)[str(path)] for path in staging.glob("*.safetensors")}
+    assert len(shards) == 2
+    resume("convert")
+    after = files_in("interrupted/convert")
+    assert {name: after[f"interrupted/convert/{name}"] for name in shards} == shards
+    assert not staging.exists()
+    for path in sorted(Path("runs/convert").glob("*.safetensors")):
+        expected, weights = load_file(path), load_file(f"interrupted/convert/{path.name}")
+        assert expected.keys() == weights.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_base_continues_from_its_checkpoint():
+    """All weights of the checkpoint are 0.001, see `write_runs.py`. Those of a new model have a spread of 0.06."""
+    record = resume("base")
+    assert record["counts"]["steps"] == 4
+    weights = load_file("interrupted/base/model.safetensors")
+    assert all(weight.min() > 0.001 - 0.005 and weight.max() < 0.001 + 0.005 for weight in weights.values())
+    assert any((weight != 0.001).any() for weight in weights.values())
+    assert not Path("interrupted/base/.run").exists()
+
+
+def test_prepare_keeps_finished_files():
+    before = files_in("interrupted/prepare")
+    kept = {name: state for name, state in before.items() if name.endswith((".parquet", "image_index.jsonl"))}
+    assert len(kept) == 4
+    record = resume("prepare")
+    after = files_in("interrupted/prepare")
+    assert {name: after[name] for name in kept} == kept
+    assert record["counts"] == record_of("runs/prepare")["counts"]
+    for name, split in (("benchmark", "test"), ("instruct", "train"), ("images", "train")):
+        expected, rows = (
+            load_dataset("parquet", data_files=f"{run}/prepare/{name}/*.parquet", split="train").to_list()
+            for run in ("runs", "interrupted")
+        )
+        assert rows == expected, split
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_training_continues_from_its_checkpoint(stage):
+    folder = Path("interrupted", stage)
+    checkpoint, inputs = files_in(folder / "checkpoint-2"), files_in("runs")
+    assert checkpoint and any("/reference_log_probs/" in name for name in inputs)
+    record = resume(stage)
+    assert record["counts"]["steps"] == 3 and (folder / "checkpoint-3").is_dir()
+    assert files_in(folder / "checkpoint-2") == checkpoint
+    assert files_in("runs") == inputs  # the reference's log-probabilities beside the pairs are used as they are
+    old, new, whole = (
+        json.loads((path / "trainer_state.json").read_text())["log_history"]
+        for path in (folder / "checkpoint-2", folder, Path("runs", stage))
+    )
+    assert len(old) == 2 and new[:2] == old  # to the last digit of the times that steps took
+    assert new[2]["step"] == 3 and new[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-3)
+    expected, weights = (load_file(path / "adapter_model.safetensors") for path in (Path("runs", stage), folder))
+    assert expected.keys() == weights.keys()
+
+
+def test_generate_keeps_finished_records():
+    log = "interrupted/generate/.generated.jsonl.incomplete"
+
+    def mark(row):
+        row["candidates"][0]["answers"][0] = MARK
+
+    mark_first_line(log, mark)
+    kept = [candidate for row in read_jsonl(log) for candidate in row["candidates"]]
+    assert kept and len(read_jsonl(log)) == 2
+    record = resume("generate")
+    assert record["counts"] == record_of("runs/generate")["counts"]
+    candidates = {
+        row["id"]: row["answers"]
+        for row in load_dataset("parquet", data_files="interrupted/generate/candidates/*.parquet", split="train")
+    }
+    assert len(candidates) == record["counts"]["candidates"]
+    assert all(candidates[candidate["id"]] == candidate["answers"] for candidate in kept)
+    assert MARK in candidates[kept[0]["id"]]
+
+
+def test_judge_asks_only_for_missing_replies():
+    cache = Path("interrupted/judge/judge_cache.jsonl")
+    paid, replies = cache.read_bytes(), len(read_jsonl("runs/judge/judge_cache.jsonl"))
+    with JudgeServer() as server:
+        record = resume("judge", "--base_url", server.base_url)
+        assert len(server.bodies) == replies - paid.count(b"\n") > 0
+    assert cache.read_bytes().startswith(paid) and len(read_jsonl(cache)) == replies
+    assert record["counts"]["preferences"] == record_of("runs/judge")["counts"]["preferences"]
+    judgements, expected = (
+        {row["id"]: (row["verdict"], row["scores"]) for row in read_jsonl(f"{run}/judge/judgements.jsonl")}
+        for run in ("interrupted", "runs")
+    )
+    assert judgements == expected
+
+
+def test_merge_completes_its_model():
+    resume("merge")
+    folder = Path("interrupted/merge")
+    assert (folder / "config.json").is_file() and not (folder / ".merging").exists()
+    expected, weights = (load_file(f"{run}/merge/model.safetensors") for run in ("runs", "interrupted"))
+    assert expected.keys() == weights.keys()
+    assert all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights)
+
+
+def test_evaluate_keeps_finished_predictions():
+    folder = "interrupted/evaluate"
+
+    def mark(row):
+        row["prediction"] = MARK
+
+    key = mark_first_line(f"{folder}/predictions_blank.jsonl.incomplete", mark)
+    kept = read_jsonl(f"{folder}/predictions_blank.jsonl.incomplete")
+    answers = files_in(folder)[f"{folder}/predictions.jsonl"]
+    assert len(kept) == 3
+    record = resume("evaluate")
+    assert files_in(folder)[f"{folder}/predictions.jsonl"] == answers
+    blank = {row["id"]: row for row in read_jsonl(f"{folder}/predictions_blank.jsonl")}
+    assert len(blank) == 4 and all(blank[row["id"]] == row for row in kept)
+    assert blank[key]["prediction"] == MARK
+    assert len(read_jsonl(f"{folder}/predictions_shuffled.jsonl")) == 4
+    assert record["counts"] == record_of("runs/evaluate")["counts"]
+    assert (Path(folder) / "scores.json").is_file()
+
+
+def test_push_uploads_after_an_interruption():
+    before = record_of("interrupted/push")
+    with fake_hub.serve_hub() as hub:
+        arguments = ["-m", "medst_trl.cli", *command("push", "interrupted")]
+        done = fake_hub.client(hub.url, Path("home"), *arguments, check=False, CUDA_VISIBLE_DEVICES="")
+        record = assert_resumed(done, before, "interrupted/push")
+        names = hub.files("dataset", "org/pairs")
+    assert "README.md" in names and any(name.endswith(".parquet") for name in names)
+    assert record["counts"]["files"] == record_of("runs/push")["counts"]["files"]
+
+
+@pytest.mark.parametrize("folder", ["runs", "interrupted"])
+def test_report_reads_old_runs(folder):
+    """It keeps no record of its own and changes none."""
+    before = files_in(folder)
+    done = medst("report", "--run", folder, "--bootstrap_samples", "20")
+    assert done.returncode == 0, done.stderr
+    page = Path(folder, "report", "index.html").read_text(encoding="utf-8")
+    after = {name: state for name, state in files_in(folder).items() if "/report/" not in name}
+    assert after == before
+    if folder == "runs":
+        assert all(stage in page for stage in ("prepare", "sft", "generate", "judge", "dpo", "evaluate"))
