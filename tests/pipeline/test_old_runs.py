@@ -45,15 +45,15 @@ def medst(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def command(stage: str, folder: str, *more: str) -> list[str]:
-    return [stage, *COMMANDS[stage]["arguments"], "--output_dir", f"{folder}/{stage}", *more]
+def command(stage: str, directory: str, *more: str) -> list[str]:
+    return [stage, *COMMANDS[stage]["arguments"], "--output_dir", f"{directory}/{stage}", *more]
 
 
-def files_in(folder: str | Path) -> dict[str, tuple[str, int]]:
+def files_in(directory: str | Path) -> dict[str, tuple[str, int]]:
     """SHA-256 and time of the last change of each file, without locks and logs."""
     return {
         str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in Path(folder).rglob("*")
+        for path in Path(directory).rglob("*")
         if path.is_file() and path.name != ".stage.lock" and path.suffix != ".log"
     }
 
@@ -62,23 +62,23 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
 
 
-def record_of(folder: str) -> dict:
-    return json.loads(Path(folder, "stage.json").read_text(encoding="utf-8"))
+def record_of(directory: str) -> dict:
+    return json.loads(Path(directory, "stage.json").read_text(encoding="utf-8"))
 
 
-def assert_resumed(done: subprocess.CompletedProcess, before: dict, folder: str) -> dict:
+def assert_resumed(done: subprocess.CompletedProcess, before: dict, directory: str) -> dict:
     """The stage is complete, and its record is the one that the interrupted run began."""
     assert done.returncode == 0, done.stderr
-    after = record_of(folder)
+    after = record_of(directory)
     assert before["status"] == "running" and after["status"] == "complete"
     assert after["started"] == before["started"] and after["seconds"] > before["seconds"]
     return after
 
 
 def resume(stage: str, *more: str) -> dict:
-    folder = f"interrupted/{stage}"
-    before = record_of(folder)
-    return assert_resumed(medst(*command(stage, "interrupted", *more)), before, folder)
+    directory = f"interrupted/{stage}"
+    before = record_of(directory)
+    return assert_resumed(medst(*command(stage, "interrupted", *more)), before, directory)
 
 
 def mark_first_line(path: str, edit) -> str:
@@ -98,14 +98,14 @@ def test_finished_stage_is_skipped(stage):
     assert files_in("runs") == before
 
 
-@pytest.mark.parametrize("folder", ["runs", "interrupted"])
+@pytest.mark.parametrize("directory", ["runs", "interrupted"])
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_changed_setting_is_refused(stage, folder):
-    before = files_in(folder)
-    done = medst(*command(stage, folder, *COMMANDS[stage]["changed"]))
+def test_changed_setting_is_refused(stage, directory):
+    before = files_in(directory)
+    done = medst(*command(stage, directory, *COMMANDS[stage]["changed"]))
     assert done.returncode == 2
     assert f"{COMMANDS[stage]['changed'][0].removeprefix('--')}:" in done.stderr
-    assert files_in(folder) == before
+    assert files_in(directory) == before
 
 
 def test_changed_input_is_refused():
@@ -158,20 +158,20 @@ def test_prepare_keeps_finished_files():
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_training_continues_from_its_checkpoint(stage):
-    folder = Path("interrupted", stage)
-    checkpoint, inputs = files_in(folder / "checkpoint-2"), files_in("runs")
+    directory = Path("interrupted", stage)
+    checkpoint, inputs = files_in(directory / "checkpoint-2"), files_in("runs")
     assert checkpoint and any("/reference_log_probs/" in name for name in inputs)
     record = resume(stage)
-    assert record["counts"]["steps"] == 3 and (folder / "checkpoint-3").is_dir()
-    assert files_in(folder / "checkpoint-2") == checkpoint
+    assert record["counts"]["steps"] == 3 and (directory / "checkpoint-3").is_dir()
+    assert files_in(directory / "checkpoint-2") == checkpoint
     assert files_in("runs") == inputs  # the reference's log-probabilities beside the pairs are used as they are
     old, new, whole = (
         json.loads((path / "trainer_state.json").read_text())["log_history"]
-        for path in (folder / "checkpoint-2", folder, Path("runs", stage))
+        for path in (directory / "checkpoint-2", directory, Path("runs", stage))
     )
     assert len(old) == 2 and new[:2] == old  # to the last digit of the times that steps took
     assert new[2]["step"] == 3 and new[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-3)
-    expected, weights = (load_file(path / "adapter_model.safetensors") for path in (Path("runs", stage), folder))
+    expected, weights = (load_file(path / "adapter_model.safetensors") for path in (Path("runs", stage), directory))
     assert expected.keys() == weights.keys()
 
 
@@ -212,31 +212,31 @@ def test_judge_asks_only_for_missing_replies():
 
 def test_merge_completes_its_model():
     resume("merge")
-    folder = Path("interrupted/merge")
-    assert (folder / "config.json").is_file() and not (folder / ".merging").exists()
+    directory = Path("interrupted/merge")
+    assert (directory / "config.json").is_file() and not (directory / ".merging").exists()
     expected, weights = (load_file(f"{run}/merge/model.safetensors") for run in ("runs", "interrupted"))
     assert expected.keys() == weights.keys()
     assert all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights)
 
 
 def test_evaluate_keeps_finished_predictions():
-    folder = "interrupted/evaluate"
+    directory = "interrupted/evaluate"
 
     def mark(row):
         row["prediction"] = MARK
 
-    key = mark_first_line(f"{folder}/predictions_blank.jsonl.incomplete", mark)
-    kept = read_jsonl(f"{folder}/predictions_blank.jsonl.incomplete")
-    answers = files_in(folder)[f"{folder}/predictions.jsonl"]
+    key = mark_first_line(f"{directory}/predictions_blank.jsonl.incomplete", mark)
+    kept = read_jsonl(f"{directory}/predictions_blank.jsonl.incomplete")
+    answers = files_in(directory)[f"{directory}/predictions.jsonl"]
     assert len(kept) == 3
     record = resume("evaluate")
-    assert files_in(folder)[f"{folder}/predictions.jsonl"] == answers
-    blank = {row["id"]: row for row in read_jsonl(f"{folder}/predictions_blank.jsonl")}
+    assert files_in(directory)[f"{directory}/predictions.jsonl"] == answers
+    blank = {row["id"]: row for row in read_jsonl(f"{directory}/predictions_blank.jsonl")}
     assert len(blank) == 4 and all(blank[row["id"]] == row for row in kept)
     assert blank[key]["prediction"] == MARK
-    assert len(read_jsonl(f"{folder}/predictions_shuffled.jsonl")) == 4
+    assert len(read_jsonl(f"{directory}/predictions_shuffled.jsonl")) == 4
     assert record["counts"] == record_of("runs/evaluate")["counts"]
-    assert (Path(folder) / "scores.json").is_file()
+    assert (Path(directory) / "scores.json").is_file()
 
 
 def test_push_uploads_after_an_interruption():
@@ -250,14 +250,14 @@ def test_push_uploads_after_an_interruption():
     assert record["counts"]["files"] == record_of("runs/push")["counts"]["files"]
 
 
-@pytest.mark.parametrize("folder", ["runs", "interrupted"])
-def test_report_reads_old_runs(folder):
+@pytest.mark.parametrize("directory", ["runs", "interrupted"])
+def test_report_reads_old_runs(directory):
     """It keeps no record of its own and changes none."""
-    before = files_in(folder)
-    done = medst("report", "--run", folder, "--bootstrap_samples", "20")
+    before = files_in(directory)
+    done = medst("report", "--run", directory, "--bootstrap_samples", "20")
     assert done.returncode == 0, done.stderr
-    page = Path(folder, "report", "index.html").read_text(encoding="utf-8")
-    after = {name: state for name, state in files_in(folder).items() if "/report/" not in name}
+    page = Path(directory, "report", "index.html").read_text(encoding="utf-8")
+    after = {name: state for name, state in files_in(directory).items() if "/report/" not in name}
     assert after == before
-    if folder == "runs":
+    if directory == "runs":
         assert all(stage in page for stage in ("prepare", "sft", "generate", "judge", "dpo", "evaluate"))
