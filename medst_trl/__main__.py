@@ -18,16 +18,10 @@ import sys
 from datetime import timedelta
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.processes import launched_kind, world_size
 from medst_trl.cli import RUN_HELP, guarded
 from medst_trl.pipeline.arguments import parse
-from medst_trl.pipeline.launch import (
-    check_launched,
-    launched_kind,
-    leave_peers,
-    use_one_gpu,
-    without_launcher,
-    world_size,
-)
+from medst_trl.pipeline.launch import check_launched, leave_peers, use_one_gpu, without_launcher
 from medst_trl.pipeline.options import Option, read_options, take, take_flag
 from medst_trl.pipeline.recipe import Step, read_recipe
 

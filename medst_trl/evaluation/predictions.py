@@ -4,12 +4,11 @@
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
 from medst_trl.data.records import printable
 from medst_trl.data.text_files import read_text_file
 
@@ -97,56 +96,3 @@ def _records(lines: list[str]) -> Iterator[tuple[str, Any]]:
 
 def _rejected(key: Any, reason: str, value: Any) -> dict[str, str]:
     return {"id": printable(str(key)), "reason": reason, "value": printable(str(value)[:SHOWN])}
-
-
-class PredictionLog:
-    """
-    The predictions of one run while it lasts: `<path>.incomplete`, one such file a rank, and `path` once all are
-    there.
-
-    Args:
-        path (`pathlib.Path`):
-            The final file.
-        rank (`int`, *optional*, defaults to `0`):
-            This process; each writes a file of its own.
-    """
-
-    def __init__(self, path: Path, rank: int = 0):
-        self.path = path
-        self._own = path.with_name(f"{path.name}.incomplete" + (f"-{rank}" if rank else ""))
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """What is there so far, of all ranks and of earlier runs with another number of them."""
-        for part in self._parts():
-            for line in part.read_bytes().split(b"\n")[:-1]:  # what has no line break at its end was cut off
-                yield json.loads(line)
-
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write rows as they come. What an earlier run left of its last line is dropped first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._own, "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-
-    def finish(self, ids: Collection[str]) -> None:
-        """
-        Put the rows into the order of `ids` and give the file its final name.
-
-        Raises:
-            UserError: if some are missing.
-        """
-        rows = {row["id"]: row for row in self.rows()}
-        if missing := [key for key in ids if key not in rows]:
-            raise UserError(
-                f"{len(missing)} of {len(ids)} predictions are missing beside {self.path}, for example "
-                f"{missing[0]!r}. All processes have to see the same output_dir; run the command again to add them."
-            )
-        write_jsonl(self.path, (rows[key] for key in ids))
-        for part in self._parts():
-            part.unlink()
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.incomplete*"))

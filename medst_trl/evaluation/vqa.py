@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.launch import process_state
+from medst_trl.base.processes import process_state
+from medst_trl.base.row_log import RowLog
 
 from .controls import CONTROLS, blank_image, shuffled_rows
 from .greedy import greedy_answers, prompts
-from .predictions import PredictionLog
 
 
 if TYPE_CHECKING:
@@ -124,19 +124,8 @@ def write_predictions(
         model, processor, benchmark, **kwargs:
             As in [`answer_benchmark`].
     """
-    state = process_state()
-    log = PredictionLog(Path(path), state.process_index)
     ids = [question["id"] for question in questions_of(benchmark, kwargs.get("max_records"))]
-    complete, done = log.path.exists(), {row["id"] for row in log.rows()}
-    state.wait_for_everyone()  # all have seen the same before one of them writes
-    if complete:
-        return
-    if not done.issuperset(ids):
-        log.append(answer_benchmark(model, processor, benchmark, done=done, **kwargs))
-        state.wait_for_everyone()
-    if state.is_main_process:
-        log.finish(ids)
-    state.wait_for_everyone()
+    RowLog.fill(Path(path), ids, lambda done: answer_benchmark(model, processor, benchmark, done=done, **kwargs))
 
 
 def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:

@@ -9,18 +9,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medst_trl.base.errors import UserError, closest
+from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, world_size
 
 from .silent_launch import refuse_silent_launch
 
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
-NOT_DISTRIBUTED = "not distributed"
 
 # What launchers tell their processes. Whatever runs outside them must not believe it has peers to wait for.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -159,10 +156,6 @@ def is_launched() -> bool:
     return "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def check_launched(config: str | None, num_processes: int | None, where: str) -> None:
     """
     Compare the launcher that was asked for with the one this process runs under.
@@ -183,27 +176,6 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
             raise UserError(f"{where}: accelerate_config {config} asks for {kind}, but this runs as {running}. {hint}")
     if num_processes is not None and num_processes != world_size():
         raise UserError(f"{where}: {num_processes} processes are asked for, but this runs as {running}. {hint}")
-
-
-def process_state() -> "PartialState":
-    """This process among those of a launch. Without what it is told here, accelerate overlooks those on CPUs."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    if (backend := backend_on_cpus()) is not None:
-        return PartialState(backend=backend)
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-def backend_on_cpus() -> str | None:
-    """
-    What connects the processes of DeepSpeed where there are no GPUs, `None` anywhere else. DeepSpeed finds it by
-    itself, but accelerate (1.15) takes each process for the only one unless it is named.
-    """
-    import torch
-
-    alone = world_size() == 1 or torch.accelerator.is_available()
-    return None if alone or not launched_kind().startswith("DeepSpeed") else "gloo"
 
 
 def leave_peers() -> None:
@@ -252,15 +224,6 @@ def read_config(name_or_path: str) -> dict[str, Any]:
         "num_machines": content.get("num_machines") or 1,
         "has_port": bool(content.get("main_process_port")),
     }
-
-
-def launched_kind() -> str:
-    """How this process shares its work with others, in the words of [`read_config`]."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return f"FSDP{os.environ.get('FSDP_VERSION', 1)}"
-    return "DDP" if world_size() > 1 else NOT_DISTRIBUTED
 
 
 def _one_for_each_gpu(config: str, kind: str) -> int:

@@ -186,7 +186,7 @@ class StageRecord:
         import torch.distributed
         from accelerate.utils import broadcast_object_list
 
-        from .launch import process_state
+        from medst_trl.base.processes import process_state
 
         state = process_state()
         if not torch.distributed.is_initialized():  # each would take itself for the only one

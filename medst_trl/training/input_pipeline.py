@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, Image, List
 
-from medst_trl.pipeline.launch import backend_on_cpus
+from medst_trl.base.processes import backend_on_cpus
 
 
 logger = get_logger(__name__)

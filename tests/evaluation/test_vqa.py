@@ -8,13 +8,14 @@ import pytest
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.row_log import RowLog
 from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.evaluation import greedy, vqa
 from medst_trl.evaluation.greedy import greedy_answers, prompts
 from medst_trl.evaluation.metrics import score_vqa
-from medst_trl.evaluation.predictions import PredictionLog, read_predictions
+from medst_trl.evaluation.predictions import read_predictions
 from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
 from medst_trl.policy.checkpoints import prepare_policy
 
@@ -218,11 +219,11 @@ def test_parts_of_several_ranks_make_one_file(tmp_path):
     path = tmp_path / "predictions.jsonl"
     rows = [{"id": str(number), "prediction": "Straße"} for number in range(7)]
     for rank in range(3):
-        PredictionLog(path, rank).append(rows[rank::3])
-    assert len(list(PredictionLog(path).rows())) == 7
-    with pytest.raises(UserError, match="1 of 8 predictions are missing"):
-        PredictionLog(path).finish([str(number) for number in range(8)])
-    PredictionLog(path).finish([row["id"] for row in rows])
+        RowLog(path, rank).append(rows[rank::3])
+    assert len(list(RowLog(path).rows())) == 7
+    with pytest.raises(UserError, match="1 of 8 rows are missing"):
+        RowLog(path).finish([str(number) for number in range(8)])
+    RowLog(path).finish([row["id"] for row in rows])
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
     assert [child.name for child in tmp_path.iterdir()] == ["predictions.jsonl"]
 
@@ -292,7 +293,7 @@ def test_full_disk(policy, benchmark, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError):
-            PredictionLog(path).append(rows)
+            RowLog(path).append(rows)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert part.stat().st_size == limit

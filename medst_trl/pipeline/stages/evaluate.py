@@ -198,8 +198,9 @@ def _run(
     args: EvaluateArguments, record: "StageRecord", folders: list[Path], benchmarks: list["Dataset"]
 ) -> dict[str, Any]:
     from medst_trl import load_policy
+    from medst_trl.base.processes import process_state
     from medst_trl.evaluation.score_files import control_path, score_files, write_scores
-    from medst_trl.evaluation.vqa import process_state, write_predictions
+    from medst_trl.evaluation.vqa import write_predictions
 
     state = process_state()
     model, processor = load_policy(

@@ -242,7 +242,7 @@ def _server(args: GenerateArguments):
 
 def _generator(args: GenerateArguments, settings: dict[str, Any], server) -> "CandidateGenerator":
     from medst_trl import CandidateGenerator, load_policy
-    from medst_trl.evaluation.vqa import process_state
+    from medst_trl.base.processes import process_state
 
     if server is not None:
         return CandidateGenerator(server, **settings)
@@ -263,22 +263,13 @@ def _run(
     rejected: list[dict[str, str]],
     path: Path,
 ) -> dict[str, Any] | None:
-    """Add what is missing to the log; then the first process writes the files. Counts, on that process."""
-    from medst_trl.evaluation.predictions import PredictionLog
-    from medst_trl.evaluation.vqa import process_state
+    """Complete the log; then the first process writes the files and returns their counts."""
+    from medst_trl.base.row_log import RowLog
     from medst_trl.selftrain.generate.files import write_candidates
 
-    state = process_state()
-    log = PredictionLog(path, state.process_index)
-    complete, done = path.exists(), {row["id"] for row in log.rows()}
-    state.wait_for_everyone()  # all have seen the same before one of them writes
-    if not complete:
-        log.append(generator.outcomes(records, done))
-        state.wait_for_everyone()
-    if not state.is_main_process:
+    RowLog.fill(path, records["id"], lambda done: generator.outcomes(records, done))
+    if int(os.environ.get("RANK", "0")) > 0:
         return None
-    if not complete:
-        log.finish(records["id"])
     outcomes = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     return write_candidates(
         Path(args.output_dir), records, outcomes, rejected, generator.generation(), args.rows_per_shard

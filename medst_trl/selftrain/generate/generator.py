@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.processes import process_state
 from medst_trl.data.schema import check_columns, message, text_part
 from medst_trl.engines.prompts import (
     Engine,
@@ -167,8 +168,6 @@ class CandidateGenerator:
             `rejected` (id, reason, value).
         """
         from tqdm.auto import tqdm
-
-        from medst_trl.evaluation.vqa import process_state
 
         check_columns(dataset, "instruct")
         ids = dataset["id"][:]

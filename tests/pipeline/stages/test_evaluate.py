@@ -122,7 +122,7 @@ def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(finished, inputs, tmp_path):
     code = (
-        "import sys; from medst_trl.evaluation.vqa import process_state; process_state()\n"
+        "import sys; from medst_trl.base.processes import process_state; process_state()\n"
         "from medst_trl.pipeline.stages.evaluate import make_parser, main;"
         "main(*make_parser().parse_args_into_dataclasses(sys.argv[1:]))"
     )

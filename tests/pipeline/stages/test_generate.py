@@ -28,7 +28,7 @@ RECORDS = 14
 # A stage in a process of its own. With a first argument that is a number, it dies by SIGKILL after so many records.
 SCRIPT = """
 import os, signal, sys
-from medst_trl.evaluation.vqa import process_state
+from medst_trl.base.processes import process_state
 from medst_trl.selftrain.generate import CandidateGenerator
 from medst_trl.pipeline.stages.generate import make_parser, main
 

@@ -28,7 +28,6 @@ from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.image_features import ImageMemory
 from medst_trl.engines.prompts import DESCRIBE, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
 from medst_trl.engines.sampling import SeededSampler
-from medst_trl.evaluation import vqa
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain.generate import generator
@@ -99,7 +98,7 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
     shares = []
     for rank in range(ranks):
         state = type("State", (), {"process_index": rank, "num_processes": ranks, "is_main_process": not rank})
-        monkeypatch.setattr(vqa, "process_state", state)
+        monkeypatch.setattr(generator, "process_state", state)
         shares.append(outcomes(policy, images, batch_size=1))
     together = {outcome["id"]: outcome for share in shares for outcome in share}
     assert sum(map(len, shares)) == len(together) == len(expected)
@@ -110,7 +109,7 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
 def test_all_ranks_have_something_to_do(policy, images, expected, monkeypatch):
     """Though one window would hold all records."""
     state = type("State", (), {"process_index": 6, "num_processes": 7, "is_main_process": False})
-    monkeypatch.setattr(vqa, "process_state", state)
+    monkeypatch.setattr(generator, "process_state", state)
     assert outcomes(policy, images, batch_size=16) == expected[6:]
 
 

@@ -1,0 +1,53 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""This process among those of a launch: its rank, how the processes are connected, and how to wait for them."""
+
+import os
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+NOT_DISTRIBUTED = "not distributed"
+
+
+def rank() -> int:
+    """The number of this process, known before anything is imported that could start a process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes of the launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_kind() -> str:
+    """How the processes of this launch share their work: `"DDP"`, `"DeepSpeed ZeRO-2"`, `"FSDP2"`, or not at all."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return f"FSDP{os.environ.get('FSDP_VERSION', 1)}"
+    return "DDP" if world_size() > 1 else NOT_DISTRIBUTED
+
+
+def process_state() -> "PartialState":
+    """accelerate's state of this process, made so that it also sees its peers where they run on CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    if (backend := backend_on_cpus()) is not None:
+        return PartialState(backend=backend)
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def backend_on_cpus() -> str | None:
+    """
+    The backend that connects DeepSpeed's processes on a machine without GPUs; None anywhere else.
+
+    DeepSpeed finds it itself, but accelerate (1.15) takes each process for the only one unless the backend is named.
+    """
+    import torch
+
+    is_alone = world_size() == 1 or torch.accelerator.is_available()
+    return None if is_alone or not launched_kind().startswith("DeepSpeed") else "gloo"
