@@ -19,8 +19,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge.prompts import shown_texts
-from medst_trl.selftrain.judge.replies import CRITERIA
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
@@ -45,11 +44,12 @@ STATUSES = {
 
 def reply_with(version: str, scores: tuple[float, float]) -> str:
     """A well-formed reply that gives these scores to the answers shown first and second."""
-    if version == "paper":
-        return f"{scores[0]:g} {scores[1]:g}\n\nBoth answers address the question."
-    answers = [dict.fromkeys((*CRITERIA, "overall"), score) for score in scores]
-    verdict = "tie" if scores[0] == scores[1] else f"answer_{1 + (scores[1] > scores[0])}"
-    return json.dumps({"comparison": ".", "answer_1": answers[0], "answer_2": answers[1], "verdict": verdict})
+    return JUDGE_PROMPTS.get(version).write(scores, "Both answers address the question.")
+
+
+def shown_texts(messages: list[dict[str, Any]]) -> tuple[str, str, str, str]:
+    """Prompt, question, first and second answer of a request."""
+    return next((p.name, *texts) for p in JUDGE_PROMPTS.values() if p.shown and (texts := p.shown(messages)))
 
 
 def prefers_longer(body: dict[str, Any]) -> str:

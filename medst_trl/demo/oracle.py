@@ -22,8 +22,7 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
-from medst_trl.selftrain.judge.prompts import shown_texts
-from medst_trl.selftrain.judge.replies import CRITERIA
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 
 from .phantoms import (
     BRIGHTNESSES,
@@ -80,7 +79,9 @@ def score(question: str, text: str, truth: Truth) -> int:
 
 
 @contextmanager
-def serve_oracle(candidates: "Dataset", error_rate: float = 0.0, seed: int = 0) -> Iterator[str]:
+def serve_oracle(
+    candidates: "Dataset", error_rate: float = 0.0, seed: int = 0, prompt_version: str = "rubric"
+) -> Iterator[str]:
     """
     Serve the oracle for the phantoms of a set of candidates while the context lasts.
 
@@ -91,13 +92,18 @@ def serve_oracle(candidates: "Dataset", error_rate: float = 0.0, seed: int = 0) 
             Share of the pairs whose scores are swapped, the same way in both orders.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the phantoms, and of which pairs those are.
+        prompt_version (`str`, *optional*, defaults to `"rubric"`):
+            Judge prompt of the requests. It must have `shown` and `write`.
 
     Yields:
         `str`: base URL of an OpenAI-compatible server, such as `"http://127.0.0.1:49152/v1"`.
 
     Raises:
-        UserError: if a candidate is not about such a phantom.
+        UserError: if a candidate is not about such a phantom, or the oracle cannot answer the prompt.
     """
+    prompt = JUDGE_PROMPTS.get(prompt_version)
+    if prompt.shown is None or prompt.write is None:
+        raise UserError(f"The oracle cannot answer the judge prompt {prompt.name!r}: it lacks shown or write.")
     truths = _truths({image_ids[0] for image_ids in candidates["image_ids"] if image_ids}, seed)
 
     class Handler(BaseHTTPRequestHandler):
@@ -105,7 +111,7 @@ def serve_oracle(candidates: "Dataset", error_rate: float = 0.0, seed: int = 0) 
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body = json.dumps(_complete(request, truths, error_rate, seed)).encode()
+            body = json.dumps(_complete(request, prompt, truths, error_rate, seed)).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -143,15 +149,17 @@ def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
     )
 
 
-def _complete(request: dict[str, Any], truths: dict[str, Truth], error_rate: float, seed: int) -> dict[str, Any]:
+def _complete(
+    request: dict[str, Any], prompt: JudgePrompt, truths: dict[str, Truth], error_rate: float, seed: int
+) -> dict[str, Any]:
     messages = request["messages"]
-    version, question, *answers = shown_texts(messages)
+    question, *answers = prompt.shown(messages)
     image = image_id(_image_of(messages))
     truth = truths[image]
     scores = [score(question, text, truth) for text in answers]
     if random.Random(f"{seed}/{image}/{question}/{sorted(answers)}").random() < error_rate:
         scores.reverse()
-    reply = f"{scores[0]} {scores[1]}\nAs the phantom was drawn." if version == "paper" else _as_rubric(scores)
+    reply = prompt.write(scores, "As the phantom was drawn.")
     words = sum(len(str(message["content"]).split()) for message in messages)
     return {
         "id": "oracle",
@@ -161,14 +169,6 @@ def _complete(request: dict[str, Any], truths: dict[str, Truth], error_rate: flo
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
         "usage": {"prompt_tokens": words, "completion_tokens": len(reply.split()), "total_tokens": words},
     }
-
-
-def _as_rubric(scores: list[int]) -> str:
-    verdict = "tie" if scores[0] == scores[1] else f"answer_{1 + (scores[1] > scores[0])}"
-    pair = [dict.fromkeys((*CRITERIA, "overall"), value) for value in scores]
-    return json.dumps(
-        {"comparison": "As the phantom was drawn.", "answer_1": pair[0], "answer_2": pair[1], "verdict": verdict}
-    )
 
 
 def _image_of(messages: list[dict[str, Any]]) -> Image.Image:

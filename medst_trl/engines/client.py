@@ -12,7 +12,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.selftrain.judge.prompts import REMINDERS
 
 from .client_errors import Trouble, clean, trouble_of
 from .cost import Budget, RequestSize
@@ -174,7 +173,7 @@ class JudgeClient:
         at_most = request.size.at_most
         if attempts:  # told that its reply was no good, a judge at temperature 0 has a reason to write another
             last = {"role": "assistant", "content": attempts[-1]["reply"][:2000] or "(nothing)"}
-            reminder = {"role": "user", "content": REMINDERS[request.version]}
+            reminder = {"role": "user", "content": request.reminder}
             body = body | {"messages": [*body["messages"], last, reminder]}
             at_most = at_most + RequestSize.of([last, reminder], 0).at_most
         attempt = 0

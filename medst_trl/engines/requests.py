@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from medst_trl.selftrain.judge.replies import Reading
-
 from .client_errors import Trouble, clean, trouble_in_body
 from .cost import RequestSize
 
@@ -22,7 +20,7 @@ class Request:
 
     Attributes:
         key (`str`): Hash of all that decides the reply.
-        version (`str`): Of the prompt.
+        reminder (`str`): User message after a reply that cannot be read.
         shown (`tuple[int, int]`): Which answer stands first, and which second.
         body (`Callable`): Makes the body of the request; images are encoded only then.
         size (`RequestSize`): Tokens of its prompt.
@@ -30,18 +28,18 @@ class Request:
     """
 
     key: str
-    version: str
+    reminder: str
     shown: tuple[int, int]
     body: Callable[[], dict[str, Any]]
     size: RequestSize
-    read: Callable[[str], Reading | None]
+    read: Callable[[str], Any | None]
 
 
 @dataclass
 class Answer:
     """What became of a request: a reading, or the reason why there is none."""
 
-    reading: Reading | None
+    reading: Any | None
     reason: str | None
     attempts: list[dict[str, Any]]
     cached: bool

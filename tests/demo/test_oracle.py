@@ -14,8 +14,7 @@ from medst_trl.data.images import image_id
 from medst_trl.demo import oracle as phantom_oracle
 from medst_trl.demo.oracle import score, serve_oracle
 from medst_trl.demo.phantoms import Truth, answer, make_phantoms
-from medst_trl.selftrain.judge.prompts import judge_messages
-from medst_trl.selftrain.judge.replies import read_paper_reply, read_rubric_reply
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 LESION = Truth("CT", True, "upper left", "small", "bright")
@@ -59,11 +58,9 @@ def ask(base_url: str, version: str, question: str, answers: list[str], phantom)
     phantom.image.save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
-    reply = client.chat.completions.create(
-        model="any", messages=judge_messages(version, question, answers, image_urls=[url])
-    )
-    read = read_paper_reply if version == "paper" else read_rubric_reply
-    return read(reply.choices[0].message.content)
+    prompt = JUDGE_PROMPTS.get(version)
+    reply = client.chat.completions.create(model="any", messages=prompt.messages(question, answers, [url], [], []))
+    return prompt.read(reply.choices[0].message.content)
 
 
 def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
@@ -72,12 +69,15 @@ def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
     question, wrong = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
     for rate, low, high in ((0.0, 0, 0), (0.3, 0.15, 0.45)):
         errors = 0
-        with serve_oracle(candidates, error_rate=rate, seed=2) as base_url:
+        with (
+            serve_oracle(candidates, error_rate=rate, seed=2, prompt_version="paper") as paper,
+            serve_oracle(candidates, error_rate=rate, seed=2) as rubric,
+        ):
             for number, phantom in enumerate(phantoms):
                 right = answer(question, phantom.truth)
-                version = ("paper", "rubric")[number % 2]
-                forth = ask(base_url, version, question, [right, wrong[right]], phantom)
-                back = ask(base_url, version, question, [wrong[right], right], phantom)
+                server = ((paper, "paper"), (rubric, "rubric"))[number % 2]
+                forth = ask(*server, question, [right, wrong[right]], phantom)
+                back = ask(*server, question, [wrong[right], right], phantom)
                 assert forth.verdict == 1 - back.verdict  # an error is the judge's opinion, not an accident of order
                 errors += forth.verdict == 1
         assert low <= errors / len(phantoms) <= high

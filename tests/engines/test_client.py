@@ -19,7 +19,7 @@ from medst_trl.engines.cost import Budget, Prices, RequestSize
 from medst_trl.engines.pace import Pace, retry_after_of, wait_before
 from medst_trl.engines.reply_cache import ReplyCache
 from medst_trl.engines.requests import Request, Stopped
-from medst_trl.selftrain.judge.replies import read_paper_reply
+from medst_trl.selftrain.judge.prompts.paper import read_paper
 
 
 KEY = "sk-a-very-secret-key-0123456789"
@@ -34,7 +34,7 @@ def completion(text="8 5", **message):
 
 def request(key="k", **body):
     body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "temperature": 0.0, "max_tokens": 50} | body
-    return Request(key, "paper", (0, 1), lambda: body, RequestSize(100, 100), read_paper_reply)
+    return Request(key, "Two numbers, please.", (0, 1), lambda: body, RequestSize(100, 100), read_paper)
 
 
 @pytest.fixture(autouse=True)

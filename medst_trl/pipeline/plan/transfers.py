@@ -105,12 +105,14 @@ def _number(count: Count) -> str:
 def _cost(args: Any, count: Count) -> str:
     """What they may cost together, where the prices are known."""
     from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
-    from medst_trl.selftrain.judge.pairwise import LIKELY_REPLY
+    from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
     prices = prices_of(args.model, args.price_per_million_input_tokens, args.price_per_million_output_tokens)
     if not prices.known or count.number is None:
         return ""
     words = 4000 / BYTES_PER_TOKEN  # instructions, question and two answers
     question = image_tokens(args.model, args.image_size, args.image_size) + words
-    dollars = count.number * prices.cost(question, min(args.max_tokens, LIKELY_REPLY[args.prompt_version]))
+    dollars = count.number * prices.cost(
+        question, min(args.max_tokens, JUDGE_PROMPTS.get(args.prompt_version).reply_tokens)
+    )
     return f"; about {dollars:,.0f} US dollars for all of them"

@@ -66,7 +66,8 @@ class JudgeArguments:
     )
     split: str = field(default="train", metadata={"help": "Split of the candidates."})
     prompt_version: str = field(
-        default="rubric", metadata={"help": "rubric (JSON: criteria and a verdict) or paper (two scores on a line)."}
+        default="rubric",
+        metadata={"help": "Judge prompt."},  # make_parser lists them
     )
     order: str = field(
         default="both",
@@ -137,8 +138,12 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     from trl.scripts.utils import TrlParser
 
     from medst_trl.hub.after_stage import HubArguments
+    from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
-    return TrlParser((JudgeArguments, HubArguments), prog=prog, description=__doc__)
+    parser = TrlParser((JudgeArguments, HubArguments), prog=prog, description=__doc__)
+    prompts = ", ".join(f"{prompt.name} ({prompt.summary})" for prompt in JUDGE_PROMPTS.values())
+    parser._option_string_actions["--prompt_version"].help = f"How the judge is asked: {prompts}."
+    return parser
 
 
 def main(args: JudgeArguments) -> None:
@@ -219,7 +224,7 @@ def _judge(args: JudgeArguments, candidates: "Dataset"):
 
         # Replies are kept by the model's name, so it says all that decides them.
         model, prices = f"phantom-oracle-{args.oracle_error_rate:g}-{args.seed}", (0.0, 0.0)
-        server = serve_oracle(candidates, args.oracle_error_rate, args.seed)
+        server = serve_oracle(candidates, args.oracle_error_rate, args.seed, args.prompt_version)
     with server as base_url:
         yield PairwiseJudge(
             model,

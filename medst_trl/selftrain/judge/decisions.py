@@ -9,7 +9,7 @@ from medst_trl.engines.cost import Prices
 from medst_trl.engines.requests import Answer, Request
 
 from .pairs import Pair
-from .prompts import MAX_CHARS, has_marks
+from .prompt import MAX_CHARS, JudgePrompt, fit
 
 
 if TYPE_CHECKING:
@@ -45,10 +45,17 @@ def make_judgement(
         "dropped": dropped,
         "orders": orders,
         "cut": any(len(text) > MAX_CHARS for text in texts),
-        "neutralised": judge.prompt_version == "paper" and any(map(has_marks, texts)),
+        "neutralised": _is_neutralised(judge.prompt, texts),
         "model": judge.model,
-        "prompt_version": judge.prompt_version,
+        "prompt_version": judge.prompt.name,
     }
+
+
+def _is_neutralised(prompt: JudgePrompt, texts: tuple[str, str, str]) -> bool:
+    """Whether the prompt shows a text otherwise than it is, apart from the length."""
+    if prompt.shown is None:
+        return False
+    return prompt.shown(prompt.messages(texts[0], texts[1:], [], [], [])) != tuple(map(fit, texts))
 
 
 def _order(request: Request, answer: Answer, prices: Prices) -> dict[str, Any]:

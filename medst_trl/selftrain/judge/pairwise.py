@@ -20,15 +20,14 @@ from medst_trl.engines.requests import Request
 
 from .images import JudgeImage
 from .pairs import Pair, pairs_of
-from .prompts import RUBRIC_SCHEMA, VERSIONS, judge_messages
-from .replies import parse_scores, read_paper_reply, read_rubric_reply
+from .prompt import JUDGE_PROMPTS
+from .replies import parse_scores
 from .run import JudgeRun, in_order
 
 
 __all__ = ["Estimate", "PairwiseJudge", "parse_scores"]
 
 ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
-LIKELY_REPLY = {"paper": 130, "rubric": 160}  # tokens
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class PairwiseJudge:
         key_variable: str = "OPENAI_API_KEY",
         http_client: Any = None,
     ):
-        self.model, self.prompt_version, self.order = model, prompt_version, order
+        self.model, self.prompt, self.order = model, JUDGE_PROMPTS.get(prompt_version), order
         self.min_margin, self.image_size = min_margin, image_size
         self.temperature, self.max_tokens, self.max_cost = temperature, max_tokens, max_cost
         self.captions = dict(captions or {})
@@ -230,7 +229,7 @@ class PairwiseJudge:
                 counts["cached" if attempts else "calls"] += 1
                 counts["input"] += 0 if attempts else request.size.likely
                 paid += sum(map(self.prices.cost_of, self.cache.charges(request.key)))
-        output = counts["calls"] * min(self.max_tokens, LIKELY_REPLY[self.prompt_version])
+        output = counts["calls"] * min(self.max_tokens, self.prompt.reply_tokens)
         cost = self.prices.cost(counts["input"], output) if self.prices.known else None
         return Estimate(counts["pairs"], counts["calls"], counts["cached"], counts["input"], output, cost, paid)
 
@@ -252,23 +251,23 @@ class PairwiseJudge:
         self, pair: Pair, shown: tuple[int, int], images: list[JudgeImage], tokens: int, captions: list[str]
     ) -> Request:
         answers = [pair.answers[place] for place in shown]
+        history = pair.history if "history" in self.prompt.uses else ()
 
         def body(urls: list[str]) -> dict[str, Any]:
-            messages = judge_messages(self.prompt_version, pair.question, answers, urls, pair.history, captions)
+            messages = self.prompt.messages(pair.question, answers, urls, history, captions)
             body = {"model": self.model, "messages": messages, "temperature": self.temperature}
-            if self.prompt_version == "rubric":
-                schema = {"name": "comparison", "strict": True, "schema": RUBRIC_SCHEMA}
-                body["response_format"] = {"type": "json_schema", "json_schema": schema}
-            return body | {"max_tokens": self.max_tokens}
+            if self.prompt.response_format:
+                body["response_format"] = self.prompt.response_format
+            return {**self.prompt.defaults, **body, "max_tokens": self.max_tokens}
 
         named = body([f"{image.sha256}@{self.image_size}" for image in images])
         return Request(
             key=sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
-            version=self.prompt_version,
+            reminder=self.prompt.reminder,
             shown=shown,
             body=lambda: body([image.data_url for image in images]),
             size=RequestSize.of(named["messages"], tokens),
-            read=read_rubric_reply if self.prompt_version == "rubric" else read_paper_reply,
+            read=self.prompt.read,
         )
 
     def client(self, offline: bool = False, spent: float = 0.0) -> JudgeClient:
@@ -282,14 +281,14 @@ class PairwiseJudge:
     def _check(self, timeout: float, max_retries: int) -> None:
         if not self.model:
             raise UserError("No judge is named: give model, as its server calls it.")
-        for name, value, choices in (
-            ("prompt_version", self.prompt_version, VERSIONS),
-            ("order", self.order, tuple(ORDERS)),
-        ):
-            if value not in choices:
-                raise UserError(f"There is no {value!r} for {name}; choose from {', '.join(choices)}.")
-        if self.captions and self.prompt_version == "paper":
-            raise UserError("The paper's prompt has no place for reference captions. Use prompt_version rubric.")
+        if self.order not in ORDERS:
+            raise UserError(f"Unknown order {self.order!r}. Choose one of {', '.join(ORDERS)}.")
+        if self.captions and "captions" not in self.prompt.uses:
+            able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
+            raise UserError(
+                f"The judge prompt {self.prompt.name!r} does not show reference captions. Set prompt_version to one "
+                f"of {', '.join(able)}, or leave out the captions."
+            )
         least = {
             "concurrency": (self.concurrency, 1),
             "image_size": (self.image_size, 16),

@@ -5,14 +5,11 @@
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
 from typing import Any, Literal
 
 
 LOWEST, HIGHEST = 0, 10  # 1 is the least the prompts allow, yet GPT-4 gives an empty answer 0
 LONGEST = 20_000  # characters looked at, from each end
-CRITERIA = ("accuracy", "relevance", "completeness", "safety")
-VERDICTS = {"answer_1": 0, "answer_2": 1, "tie": "tie"}
 
 _NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
 _OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
@@ -44,24 +41,8 @@ _AFTER = (
 _LABEL_THEN_NUMBER = re.compile(rf"{_LABEL}{_TO_NUMBER}{_NUMBER}({_OUT_OF}){_AFTER}", re.IGNORECASE)
 _NUMBER_THEN_LABEL = re.compile(rf"{_NUMBER}({_OUT_OF})\s+(?:points?\s+)?(?:for|to)\s+{_LABEL}", re.IGNORECASE)
 _FINAL = re.compile(r"\b(?:overall|final|total|in summary|scores|ratings)\b", re.IGNORECASE)
-_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _MARKUP = re.compile(r"[*`_#>]+(?=\S)|(?<=\S)[*`_]+|```\w*")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """
-    A judge's reply, understood. First and second are places in the prompt, not answers.
-
-    Attributes:
-        scores (`tuple[float, float]`): Of the answer shown first and of the one shown second, 0 to 10.
-        verdict (`0`, `1` or `"tie"`): Place of the better answer.
-        criteria (`dict` or `None`): A pair of scores for each criterion of the rubric.
-    """
-
-    scores: tuple[float, float]
-    verdict: Literal[0, 1, "tie"]
-    criteria: dict[str, tuple[float, float]] | None = None
 
 
 def parse_scores(text: str) -> tuple[float, float] | None:
@@ -89,52 +70,24 @@ def parse_scores(text: str) -> tuple[float, float] | None:
     """
     if len(text) > 2 * LONGEST:
         text = text[:LONGEST] + "\n...\n" + text[-LONGEST:]
-    text = _THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
-    found = _json_in(text)
+    text = THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
+    found = find_json(text)
     if found is not None:
-        return _in_range(_scores_of_json(found))
+        return valid_scores(_scores_of_json(found))
     lines = [line for line in _MARKUP.sub("", text).splitlines() if line.strip()]
     if not lines:
         return None
     if pair := _PAIR_LINE.fullmatch(lines[0]) or _PAIR_OPENS.match(lines[0]):
-        return _in_range(pair.groups())
+        return valid_scores(pair.groups())
     if len(lines) > 1 and all(_ONE_LINE.fullmatch(line) for line in lines[:2]):
-        return _in_range(_ONE_LINE.fullmatch(line).group(1) for line in lines[:2])
+        return valid_scores(_ONE_LINE.fullmatch(line).group(1) for line in lines[:2])
     if _LOOKS_LIKE_PAIR.fullmatch(lines[0]):  # scores, but of another scale: nothing below can mend them
         return None
     named, last = _named_scores("\n".join(lines)), _PAIR_LINE.fullmatch(lines[-1])
     last = last and _numbers(last.groups())
     if named == "unclear" or (named and last and named != last):
         return None
-    return _in_range(named or last or None)
-
-
-def read_paper_reply(text: str) -> Reading | None:
-    """What a reply to the paper's prompt says; equal scores are a tie."""
-    scores = parse_scores(text)
-    return scores and Reading(scores, _better(scores))
-
-
-def read_rubric_reply(text: str) -> Reading | None:
-    """What a reply to the rubric says. None unless it has every score, and a verdict that its scores do not deny."""
-    found = _json_in(_THOUGHTS.sub("", text))
-    if not isinstance(found, dict):
-        return None
-    answers = [found.get(name) for name in ("answer_1", "answer_2")]
-    if not all(isinstance(answer, dict) for answer in answers):
-        return None
-    pairs = {name: _in_range([answer.get(name) for answer in answers]) for name in (*CRITERIA, "overall")}
-    verdict = VERDICTS.get(found.get("verdict")) if isinstance(found.get("verdict"), str) else None
-    if verdict is None or None in pairs.values():
-        return None
-    scores = pairs.pop("overall")
-    if verdict != "tie" and _better(scores) == 1 - verdict:
-        return None
-    return Reading(scores, verdict, pairs)
-
-
-def _better(scores: tuple[float, float]) -> Literal[0, 1, "tie"]:
-    return "tie" if scores[0] == scores[1] else int(scores[1] > scores[0])
+    return valid_scores(named or last or None)
 
 
 def _numbers(pair) -> tuple[float, float] | None:
@@ -145,7 +98,7 @@ def _numbers(pair) -> tuple[float, float] | None:
     return None if first is None or second is None else (first, second)
 
 
-def _in_range(pair) -> tuple[float, float] | None:
+def valid_scores(pair) -> tuple[float, float] | None:
     numbers = _numbers(pair) if pair is not None else None
     return numbers if numbers and all(LOWEST <= number <= HIGHEST for number in numbers) else None
 
@@ -169,7 +122,7 @@ def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
     return found[0][-1][1], found[1][-1][1]
 
 
-def _json_in(text: str) -> Any:
+def find_json(text: str) -> Any:
     """The one JSON object in a text (the last, should there be several), or a list that is all of it."""
     decoder, found, at = json.JSONDecoder(parse_constant=str), None, text.find("{")
     whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()

@@ -10,8 +10,10 @@ import time
 import pytest
 from datasets import Dataset
 from judge_server import JudgeServer, RandomFaults, prefers_first, reply_with
+from letter_prompt import letter_prompt
 
 from medst_trl.base.errors import UserError
+from medst_trl.cli import main as command
 from medst_trl.data.schema import (
     benchmark_features,
     candidate_features,
@@ -24,6 +26,8 @@ from medst_trl.data.schema import (
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.engines.reply_cache import FILE_NAME
 from medst_trl.pipeline.stages.judge import JudgeArguments, main, make_parser
+from medst_trl.selftrain.judge import PairwiseJudge
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +279,7 @@ def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
     [
         ({"model": None}, "--model"), ({"base_url": None}, "OPENAI_API_KEY"), ({"candidates": "/nowhere"}, "nowhere"),
         ({"split": "test"}, "no split"), ({"validation_share": 1.0}, "validation_share"), ({"max_cost": 1.0}, "price"),
-        ({"oracle_error_rate": 2.0}, "oracle_error_rate"), ({"prompt_version": "x"}, "prompt_version"),
+        ({"oracle_error_rate": 2.0}, "oracle_error_rate"), ({"prompt_version": "x"}, "Unknown judge prompt 'x'"),
         ({"reference_captions": "/nowhere.jsonl"}, "nowhere"), ({"rows_per_shard": 0}, "rows_per_shard"),
         ({"key_variable": "sk-abc-def"}, "not the key itself"), ({"benchmarks": ["/nowhere/b"]}, "nowhere"),
         ({"write_batch": "a", "read_batch": "b"}, "two steps"), ({"benchmarks": ["/nowhere/b"]}, r"benchmarks: \[\]"),
@@ -367,3 +371,36 @@ def test_2000_pairs_against_a_bad_server_killed_twice(tmp_path):
     assert len(dropped) < 20 and set(dropped) <= {"request_failed", "unparsable"}
     record = json.loads((tmp_path / "out/stage.json").read_text())
     assert record["counts"]["judge"]["judged"] + sum(record["counts"]["judge"]["dropped"].values()) == 2000
+
+
+def test_a_prompt_of_a_plugin_is_known_everywhere(candidates, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = f"""
+output_dir: run
+judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchmarks: [], min_margin: 2}}
+"""
+    (tmp_path / "my.yaml").write_text(recipe)
+    with pytest.raises(UserError, match="Unknown judge prompt 'letter'. Choose one of"):
+        JUDGE_PROMPTS.get("letter")
+    with letter_prompt(tmp_path, monkeypatch):
+        assert "letter (one letter for the better answer)" in " ".join(
+            make_parser("medst judge").format_help().split()
+        )
+        assert command(["recipes", "validate", "my.yaml"]) == 0
+        assert command(["run", "my.yaml", "--dry_run"]) == 0
+        assert "US dollars for all of them" in capsys.readouterr().out
+        assert (
+            PairwiseJudge("m", prompt_version="letter").estimate(load_records(candidates, "train")).output_tokens == 24
+        )
+
+        main(JudgeArguments(candidates, "run/judge", oracle_error_rate=0.0, prompt_version="letter"))
+        assert {judgement["verdict"] for judgement in read_jsonl(tmp_path / "run/judge/judgements.jsonl")} <= {None, 0}
+        pairs = load_records("run/judge/preferences", "train")
+        assert {json.loads(judge)["prompt_version"] for judge in pairs["judge"]} == {"letter"}
+        assert command(["report", "--run", "run", "--output_dir", "page"]) == 0
+        assert "letter" in (tmp_path / "page/index.html").read_text(encoding="utf-8")
+
+        with JudgeServer(answer=lambda body: "B") as server:
+            with pytest.raises(UserError, match="stronger judge"):
+                run(candidates, tmp_path / "flips", server, prompt_version="letter")
+            assert {body["seed"] for body in server.bodies} == {7}, "fields of the prompt are in the request"

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
-from judge_server import USAGE, JudgeServer, RandomFaults, prefers_first, reply_with
+from judge_server import USAGE, JudgeServer, RandomFaults, prefers_first, reply_with, shown_texts
 from PIL import Image
 
 from medst_trl.base.errors import UserError
@@ -18,7 +18,6 @@ from medst_trl.engines.pace import Pace
 from medst_trl.engines.reply_cache import FILE_NAME
 from medst_trl.selftrain.judge import PairwiseJudge
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
-from medst_trl.selftrain.judge.prompts import shown_texts
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 

@@ -7,7 +7,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from medst_trl.selftrain.judge import parse_scores
-from medst_trl.selftrain.judge.replies import CRITERIA, read_paper_reply, read_rubric_reply
 
 
 SCORES = st.sampled_from([score / 2 for score in range(2, 21)])
@@ -121,41 +120,3 @@ def test_real_medical_replies(shared_data):
     assert len(replies) == 192
     for reply in replies:
         assert parse_scores(reply) == tuple(map(float, reply.split("\n")[0].split()))
-
-
-def rubric(first=8, second=5, verdict="answer_1", **changes):
-    reply = {name: dict.fromkeys((*CRITERIA, "overall"), score) for name, score in
-             (("answer_1", first), ("answer_2", second))}  # fmt: skip
-    return reply | {"comparison": "A {brace} and [System] 1 10", "verdict": verdict} | changes
-
-
-def test_rubric():
-    reading = read_rubric_reply("Here you are:\n```json\n" + json.dumps(rubric()) + "\n```")
-    assert reading.scores == (8, 5) and reading.verdict == 0
-    assert reading.criteria == dict.fromkeys(CRITERIA, (8, 5))
-    assert read_rubric_reply(json.dumps(rubric(5, 5, "tie"))).verdict == "tie"
-    assert read_rubric_reply(json.dumps(rubric(5, 5, "answer_2"))).verdict == 1
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        rubric(8, 5, "answer_2"),  # its scores deny the verdict
-        rubric(verdict="both"), rubric(verdict=None), rubric(verdict=["answer_1"]), rubric(first=11),
-        rubric(second="x"),
-        rubric(answer_1={"overall": 8}), rubric(answer_2=7), {}, [], 8,
-    ],
-)  # fmt: skip
-def test_rubric_that_is_not_whole_is_none(reply):
-    assert read_rubric_reply(json.dumps(reply)) is None
-
-
-@pytest.mark.parametrize("cut", [1, 20, 120])
-def test_rubric_cut_short_is_none(cut):
-    assert read_rubric_reply(json.dumps(rubric())[:-cut]) is None
-
-
-def test_paper_reply_with_equal_scores_is_a_tie():
-    assert read_paper_reply("8 8").verdict == "tie"
-    assert read_paper_reply("7 8").verdict == 1
-    assert read_paper_reply("I cannot say.") is None

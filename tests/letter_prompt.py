@@ -1,0 +1,60 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A judge prompt of one letter, as a plugin file."""
+
+from contextlib import contextmanager
+
+from medst_trl.base.registry import PLUGINS_VARIABLE, load_plugins
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
+
+
+PLUGIN = """
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, image_parts, user_text
+
+
+def messages(question, answers, image_urls, history, captions):
+    text = "\\n".join(["Which is better?", question, *answers])
+    return [{"role": "user", "content": [*image_parts(image_urls), {"type": "text", "text": text}]}]
+
+
+def shown(messages):
+    first, *texts = user_text(messages).split("\\n")
+    return tuple(texts) if first == "Which is better?" and len(texts) == 3 else None
+
+
+def read(reply):
+    return {"A": Reading((10, 0), 0), "B": Reading((0, 10), 1), "C": Reading((5, 5), "tie")}.get(reply[:1])
+
+
+def write(scores, comment):
+    return "C" if scores[0] == scores[1] else "AB"[scores[1] > scores[0]]
+
+
+JUDGE_PROMPTS.register(
+    JudgePrompt(
+        name="letter",
+        summary="one letter for the better answer",
+        messages=messages,
+        read=read,
+        reminder="Reply with A, B or C.",
+        reply_tokens=1,
+        defaults={"seed": 7},
+        shown=shown,
+        write=write,
+    )
+)
+"""
+
+
+@contextmanager
+def letter_prompt(folder, monkeypatch):
+    """Register the judge prompt `letter` while the context lasts."""
+    path = folder / "letter.py"
+    path.write_text(PLUGIN)
+    JUDGE_PROMPTS.names()  # the built-in ones first
+    monkeypatch.setenv(PLUGINS_VARIABLE, str(path))
+    load_plugins()
+    try:
+        yield path
+    finally:
+        del JUDGE_PROMPTS._objects["letter"]
