@@ -15,6 +15,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def empty_working_directory(tmp_path_factory, monkeypatch) -> Path:
+    """No test sees what lies in the checkout, such as the results of `make demo` in `runs/`."""
+    directory = tmp_path_factory.mktemp("cwd")
+    monkeypatch.chdir(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """

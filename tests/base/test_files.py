@@ -22,7 +22,7 @@ from medst_trl.base.files import explain_full_disk, is_full_disk
 )
 def test_a_full_disk_is_told_and_explained(error, tmp_path):
     assert is_full_disk(error)
-    with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*continues there"), explain_full_disk(tmp_path):
+    with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*it resumes"), explain_full_disk(tmp_path):
         raise error
 
 

@@ -72,7 +72,7 @@ def test_a_full_disk_is_explained_and_keeps_what_is_finished(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full)
-        with pytest.raises(UserError, match=r"is full.*continues there"):
+        with pytest.raises(UserError, match=r"is full.*it resumes"):
             write(tmp_path / "full")
     assert list(files(tmp_path / "full")) == ["train-00000-of-00003.parquet"]
     write(tmp_path / "full")
