@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import launched_kind, world_size
-from medst_trl.cli import RUN_HELP, guarded
+from medst_trl.cli import RUN_HELP, guarded, run_stage
 from medst_trl.pipeline.arguments import parse
 from medst_trl.pipeline.launch import check_launched, leave_peers, use_one_gpu, without_launcher
 from medst_trl.pipeline.options import Option, read_options, take, take_flag
@@ -54,7 +54,7 @@ def _check_together(steps: list[Step], path: str) -> None:
     (2.13) may find the first group's addresses in the launcher's store: after hours, and with a traceback.
     """
     shared = [step.label for step in steps if step.stage.distributed]
-    trains = any(step.stage.name in ("sft", "dpo") for step in steps)
+    trains = any(step.stage.trains for step in steps)
     if trains and len(shared) > 1 and (world_size() > 1 or launched_kind().startswith("DeepSpeed")):
         raise UserError(
             f"{path}: a launch of several processes, or under DeepSpeed, is for one stage where there is training, "
@@ -67,7 +67,7 @@ def _run(step: Step) -> None:
     check_launched(step.accelerate_config, step.num_processes, step.where)
     use_one_gpu()
     parser = step.stage.make_parser(f"medst {step.stage.name}")
-    step.stage.main(*parse(parser, step.settings, step.where))
+    run_stage(step.stage, parse(parser, step.settings, step.where))
 
 
 def _run_on_rank_0(step: Step, program: list[str], options: list[Option], number: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import is_full_disk
@@ -115,10 +116,10 @@ def _complain(message: str, code: int) -> int:
 
 def _dispatch(command: str, argv: list[str]) -> int | None:
     commands = {"run": _run, "recipes": _recipes} | {
-        name: lambda argv, stage=stage: _stage(stage, argv) for name, stage in STAGES.items()
+        stage.name: lambda argv, stage=stage: _stage(stage, argv) for stage in STAGES.values()
     }
     if command in ("-h", "--help", "help"):
-        width = max(map(len, STAGES)) + 2
+        width = max(map(len, STAGES.names())) + 2
         print(HELP.format(stages="".join(f"  {s.name:<{width}}{s.summary}\n" for s in STAGES.values())), end="")
     elif command in ("-V", "--version"):
         from . import __version__
@@ -205,9 +206,18 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     elif config or num_processes or launch_options:
         return run(*launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes, launch_options))
     use_one_gpu()
-    stage.main(*parse(parser, {}, f"medst {stage.name}", given))
+    run_stage(stage, parse(parser, {}, f"medst {stage.name}", given))
     leave_peers()
     return 0
+
+
+def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
+    """Run a stage, and publish what it has made, now or in an earlier run, if its settings say so."""
+    from medst_trl.hub.after_stage import HubArguments, PushAfterStage
+
+    push = PushAfterStage(stage.published, arguments)
+    stage.main(*(item for item in arguments if not isinstance(item, HubArguments)))
+    push.run()
 
 
 def _divide(stage: Stage, parser, argv: list[str]) -> tuple[list[str], list[str]]:

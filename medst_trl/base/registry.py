@@ -97,6 +97,10 @@ class Registry(Generic[T]):
             )
         return self._objects[name]
 
+    def name(self, name: str) -> str:
+        """The name itself if there is such an object, see [`get`]."""
+        return self.get(name).name
+
     def names(self) -> list[str]:
         """All names in listing order."""
         self._load()

@@ -1,11 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-medst base --output_dir runs/demo/base
+Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download.
 
-Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download. It
-stands for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright and
-dark, and the words of medicine, but has seen no scan and no medical label.
+```bash
+medst base --output_dir runs/demo/base
+```
+
+It stands for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright
+and dark, and the words of medicine, but has seen no scan and no medical label.
 
 Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. Cut short, it
 continues from its newest checkpoint.
@@ -17,6 +20,8 @@ import shutil
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from medst_trl.pipeline.stage import MODEL, STAGES, Output, Stage
 
 
 @dataclass
@@ -40,12 +45,6 @@ class BaseArguments:
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
 
 
-def make_parser(prog: str | None = None):
-    from trl.scripts.utils import TrlParser
-
-    return TrlParser((BaseArguments,), prog=prog, description=__doc__.strip().partition("\n")[2])
-
-
 def main(args: BaseArguments) -> None:
     from medst_trl.pipeline.record import StageRecord
 
@@ -53,7 +52,7 @@ def main(args: BaseArguments) -> None:
         args.output_dir,
         stage="base",
         settings=asdict(args),
-        operational={"save_steps", "logging_steps"},
+        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     if record.status == "finished":
@@ -158,3 +157,17 @@ def _save(model, processor, output_dir: Path) -> None:
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output_dir / path.name)
     staging.rmdir()
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="base",
+        summary="build a tiny vision-language model to start from",
+        help=__doc__,
+        after=("convert",),
+        arguments=lambda: (BaseArguments,),
+        main=main,
+        outputs=(Output("", MODEL, is_published=False),),
+        operational=frozenset({"save_steps", "logging_steps"}),
+    )
+)

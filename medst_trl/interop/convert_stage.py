@@ -22,11 +22,11 @@ whole shard.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+
+from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Input, Output, Stage
 
 
-if TYPE_CHECKING:
-    from trl.scripts.utils import TrlParser
+INPUTS = ("source", "base", "projector", "vision_tower", "vision_lora")
 
 
 @dataclass
@@ -68,12 +68,6 @@ class ConvertArguments:
     )
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    return TrlParser((ConvertArguments,), prog=prog, description=__doc__)
-
-
 def main(args: ConvertArguments) -> None:
     from medst_trl.base.files import explain_full_disk
     from medst_trl.pipeline.record import StageRecord
@@ -82,12 +76,11 @@ def main(args: ConvertArguments) -> None:
     from .conversion import convert_checkpoint
 
     settings = asdict(args)
-    inputs = ("source", "base", "projector", "vision_tower", "vision_lora")
     record = StageRecord.open(
         args.output_dir,
         stage="convert",
         settings=settings,
-        inputs={name: settings[name] for name in inputs},
+        inputs={name: settings[name] for name in INPUTS},
         overwrite=args.overwrite,
     )
     if record.status == "finished":
@@ -110,3 +103,16 @@ def main(args: ConvertArguments) -> None:
         print("convert: it asks by the text role VUSER: with its system prompt (--vusr_role token for the token).")
     else:
         print("convert: it asks by the token <vusr>, once stage 1 has trained that (--vusr_role text for VUSER:).")
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="convert",
+        summary="turn an original LLaVA, SQ-LLaVA or STLLaVA-Med checkpoint into a Hugging Face one",
+        help=__doc__,
+        arguments=lambda: (ConvertArguments,),
+        main=main,
+        inputs=tuple(Input(key, CHECKPOINT) for key in INPUTS),
+        outputs=(Output("", MODEL, is_published=False),),
+    )
+)

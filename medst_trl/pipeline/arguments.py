@@ -84,6 +84,8 @@ def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
 def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
     try:
         converted = _typed(action.type, value)
+    except UserError as error:  # of a registry, which lists the names
+        raise UserError(f"{where}: {error}") from None
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         name = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)
         raise UserError(f"{where}: {value!r} is not a valid {name}.") from None

@@ -39,12 +39,11 @@ from medst_trl.base.errors import UserError, closest
 from .arguments import convert, keys_of, require
 from .options import Option, refuse_secrets
 from .recipe_files import find_recipe, read_yaml
-from .stage import STAGES, Stage
+from .stage import MODEL, RUN, STAGES, Stage
 
 
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # shared or of a section; they are for the launcher
 RECIPE_KEYS = ("output_dir", "env", "rounds", *LAUNCH_KEYS)
-ROUND = ("generate", "judge", "dpo")  # what a round repeats; evaluations join in where they read from it
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ class Recipe:
     def labels(self) -> list[str]:
         """The sections, their items where they are lists, and the rounds."""
         items = [f"{name}/{item['name']}" for name, items in self.sections.items() for item in items if "name" in item]
-        names = [name for name in (*self.sections, *items) if name.partition("/")[0] in (*ROUND, "evaluate")]
+        stages = {name: STAGES.get(name) for name in self.sections}
+        of_rounds = {name for name, stage in stages.items() if stage.repeats or stage.joins_rounds}
+        names = [name for name in (*self.sections, *items) if name.partition("/")[0] in of_rounds]
         rounds = [f"round_{number}" for number in range(1, (self.rounds or 0) + 1)]
         return [*self.sections, *items, *rounds, *(f"{number}/{name}" for number in rounds for name in names)]
 
@@ -149,23 +150,25 @@ class Recipe:
 
     def _jobs(self) -> list["_Job"]:
         """Every run of a stage, in its order: what is done once, the rounds, what is made of all of them."""
-        once = [_Job(STAGES[name], item) for name, items in self.sections.items() for item in items]
-        once.sort(key=lambda job: list(STAGES).index(job.stage.name))
+        order = list(STAGES)  # of which the sections are a part, in the same order
+        once = [_Job(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
         if self.rounds is None:
             return once
-        repeated = [job for job in once if job.stage.name in ROUND or self._evaluates_a_round(job)]
+        repeats = [stage.name for stage in STAGES.values() if stage.repeats]
+        repeated = [job for job in once if job.stage.repeats or self._reads_a_round(job)]
         if not repeated:
-            raise UserError(f"{self.path}: rounds repeat {', '.join(ROUND)}, and it has a section for none of them.")
-        if any("name" in item for name in ROUND for item in self.sections.get(name, [])):
-            raise UserError(f"{self.path}: with rounds, {', '.join(ROUND)} have to be one section each, not lists.")
-        after = ("merge", "report", "push")
-        jobs = [job for job in once if job not in repeated and job.stage.name not in after]
+            raise UserError(f"{self.path}: rounds repeat {', '.join(repeats)}, and it has a section for none of them.")
+        if any(job.stage.repeats and "name" in job.item for job in once):
+            raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} have to be one section each, not lists.")
+        behind = order[order.index(repeats[-1]) + 1 :]
+        last = [job for job in once if job.stage.name in behind and not job.stage.joins_rounds]
+        jobs = [job for job in once if job not in repeated and job not in last]
         jobs += [replace(job, round=number) for number in range(1, self.rounds + 1) for job in repeated]
-        return jobs + [job for job in once if job.stage.name in after]
+        return jobs + last
 
-    def _evaluates_a_round(self, job: "_Job") -> bool:
-        """Whether an evaluation reads what a round makes. Others need to run only once."""
-        if job.stage.name != "evaluate":
+    def _reads_a_round(self, job: "_Job") -> bool:
+        """Whether a stage that joins rounds reads what a round makes. Otherwise it needs to run only once."""
+        if not job.stage.joins_rounds:
             return False
         folder = self._folder_of_round(1)
         settings = self._settings(replace(job, round=1)) | {"output_dir": None}
@@ -193,7 +196,7 @@ class Recipe:
         own = {key: value for key, value in job.item.items() if key != "name"}
         settings = {"output_dir": str(Path(self.output_dir, job.label))} | shared | own | given | self._given_to(job)
         settings = self._inputs(job, settings) | settings
-        if job.round is not None and stage.name in ROUND:
+        if job.round is not None and stage.repeats:
             settings |= self._inputs_of_round(job, settings) | self._given(job.label)
         return {key: self._resolved(value, job) for key, value in settings.items()}
 
@@ -211,44 +214,56 @@ class Recipe:
     def _inputs(self, job: "_Job", settings: Mapping[str, Any]) -> dict[str, str]:
         """Where the sections before this one leave what it reads. Where that is a list, it has to be said."""
         inputs = {}
-        for key, source, folder in job.stage.reads if settings.get(job.stage.unless) is None else ():
-            items = self.sections.get(source, [])
-            if source == "run" or (len(items) == 1 and "name" not in items[0]):
-                inputs.setdefault(key, str(Path(self._folder_of(source, job), folder)))
+        for item in job.stage.inputs:
+            if item.unless is not None and settings.get(item.unless) is not None:
+                continue
+            for source, folder in item.sources:
+                items = self.sections.get(source, [])
+                if source == RUN or (len(items) == 1 and "name" not in items[0]):
+                    inputs.setdefault(item.key, str(Path(self._folder_of(source, job), folder)))
         return inputs
 
     def _inputs_of_round(self, job: "_Job", settings: Mapping[str, Any]) -> dict[str, Any]:
         """What a round takes from the one before: its policy, and the place among the images where it stopped."""
         inputs = {}
-        if job.round > 1 and "dpo" in self.sections and job.stage.name in ("generate", "dpo"):
-            inputs["model_name_or_path"] = str(self._folder_of_round(job.round - 1) / "dpo")
-            if settings.get("engine") == "server" and "model_name_or_path" not in self._given(job.label):
+        name, trained = job.stage.name, self._trained_by_a_round()
+        policy = next((item for item in job.stage.inputs if item.kind == MODEL and item.sources), None)
+        if job.round > 1 and trained is not None and policy is not None:
+            inputs[policy.key] = str(self._folder_of_round(job.round - 1) / trained)
+            if policy.is_remote(settings) and policy.key not in self._given(job.label):
                 raise UserError(
-                    f"{self.path}, section generate: a server cannot be told to run the policy of the round before. "
-                    "Use engine: transformers, or run the rounds one by one with --round_2/generate.base_url and "
-                    "--round_2/generate.model_name_or_path."
+                    f"{self.path}, section {name}: a server cannot be told to run the policy of the round before. Use "
+                    f"engine: transformers, or run the rounds one by one with --round_2/{name}.base_url and "
+                    f"--round_2/{name}.{policy.key}."
                 )
-        if job.stage.name == "generate" and self.rounds > 1:
-            size = settings.get("max_records")
+        if job.stage.advances is not None and self.rounds > 1:
+            skipped, used = job.stage.advances
+            size = settings.get(used)
             if not str(size).isdecimal():
                 raise UserError(
-                    f"{self.path}, section generate: rounds use images not used yet, so say how many a round takes: "
-                    "max_records."
+                    f"{self.path}, section {name}: each round uses other records, so set the number that a round "
+                    f"uses: {used}."
                 )
-            inputs["skip_records"] = int(settings.get("skip_records") or 0) + (job.round - 1) * int(size)
+            inputs[skipped] = int(settings.get(skipped) or 0) + (job.round - 1) * int(size)
         return inputs
+
+    def _trained_by_a_round(self) -> str | None:
+        """The section whose model the next round starts from."""
+        sections = [STAGES.get(name) for name in self.sections]
+        return next((stage.name for stage in sections if stage.repeats and stage.makes(MODEL)), None)
 
     def _folder_of(self, label: str, job: "_Job") -> str:
         """The folder of a section (or of one of its items), seen from a run of a stage."""
         name, _, item_name = label.partition("/")
-        if label == "run":
+        if label == RUN:
             return self.output_dir
         item = next((item for item in self.sections.get(name, []) if item.get("name", "") == item_name), None)
         if item is None:
             raise UserError(f"{self.path}, section {job.label}: {{{label}}}: {self._no_section(label)}")
-        of_round = self.rounds is not None and name in ROUND
+        of_round = self.rounds is not None and STAGES.get(name).repeats
         number = (job.round or self.rounds) if of_round else None
-        return str(self._own(_Job(STAGES[name], item)).get("output_dir") or Path(self._folder_of_round(number), label))
+        own = self._own(_Job(STAGES.get(name), item))
+        return str(own.get("output_dir") or Path(self._folder_of_round(number), label))
 
     def _folder_of_round(self, number: int | None) -> Path:
         return Path(self.output_dir) if number is None else Path(self.output_dir, f"round_{number}")
@@ -259,7 +274,8 @@ class Recipe:
             return [self._resolved(item, job) for item in value]
         if not isinstance(value, str):
             return value
-        return _FOLDER.sub(lambda match: self._folder_of(match[1], job), value)
+        folder = re.compile(rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}")
+        return folder.sub(lambda match: self._folder_of(match[1], job), value)
 
     def _given(self, target: str | None) -> dict[str, Any]:
         return {option.key: option.value for option in self.options if option.target == target}
@@ -271,7 +287,7 @@ class Recipe:
 
     def _check_shared_keys(self, first: Sequence[str]) -> None:
         """Each shared key has to mean something to a stage of this recipe; `first` are asked first, to import less."""
-        stages = [STAGES[name] for name in dict.fromkeys([*first, *self.sections])]
+        stages = [STAGES.get(name) for name in dict.fromkeys([*first, *self.sections])]
         for key in {**self.shared, **self._given(None)}:
             if key in RECIPE_KEYS or any(key in keys_of(self._parser(stage)) for stage in stages):
                 continue
@@ -304,9 +320,6 @@ class _Job:
         return (self.stage.name, label, self.label, *([] if self.round is None else [f"round_{self.round}"]))
 
 
-_FOLDER = re.compile(rf"\{{((?:{'|'.join(STAGES)})(?:/[\w-]+)?|run)\}}")
-
-
 def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Recipe:
     """
     Read a recipe, and set the environment variables it lists under `env`, as TRL does.
@@ -334,7 +347,7 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
     """
     path = find_recipe(source)
     content = _read(path)
-    if STAGES.keys() & content.keys():
+    if any(name in content for name in STAGES):
         steps = Recipe(str(path), content).steps(stage.name, complete=False)
         if len(steps) > 1:
             commands = "".join(f"\n  medst run {path} --stage {step.label}" for step in steps)

@@ -1,165 +1,300 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One file a stage, each a script of its own: `make_parser()` and `main(...)`. This is the list of them."""
+"""
+The stages of a run: what each reads, what it makes and which settings it takes.
+
+A stage is one file. It defines a dataclass of settings and a `main` that takes it, and registers both at its bottom:
+
+```python
+STAGE = STAGES.register(
+    Stage(
+        name="filter",
+        summary="keep the pairs of long answers",
+        help=__doc__,
+        after=("judge",),
+        arguments=lambda: (FilterArguments,),
+        main=main,
+        inputs=(Input("pairs", "preferences", sources=(("judge", "preferences"),), split="split"),),
+        outputs=(Output("preferences", "preferences"),),
+    )
+)
+```
+
+Commands, recipes, `medst recipes validate`, `--dry_run`, the push after a stage and the report read these fields and
+know no stage by name. The built-in stages are imported when `STAGES` is first read, so their modules import nothing
+heavy at the top: `arguments` and `main` may import what they need when they are called.
+"""
 
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, closest
+from medst_trl.base.registry import Registry
+
+
+if TYPE_CHECKING:
+    from trl.scripts.utils import TrlParser
+
+# What an input can be besides a kind of dataset (`medst_trl.data.schema.KINDS`).
+ANY = "data"  # a dataset of any kind
+MODEL = "model"  # a model or an adapter: a directory or a Hub id
+CHECKPOINT = "checkpoint"  # weights in another project's format: a file, a directory or a Hub id
+FILE = "file"  # a file or directory on this machine
+RUN = "run"  # the directory of a whole run
+NO_DATASETS = frozenset({MODEL, CHECKPOINT, FILE, RUN})
+
+
+@dataclass(frozen=True)
+class Count:
+    """
+    The number of records in a dataset that may not exist yet.
+
+    Args:
+        number (`int`, *optional*): The number; None if it is unknown.
+        at_most (`bool`): Whether the number is an upper bound: some records may be rejected, or only a limit is known.
+        depends_on (`str`): What has to run or be there before the number is known.
+    """
+
+    number: int | None
+    at_most: bool = False
+    depends_on: str = ""
+
+    def times(self, factor: int) -> "Count":
+        return self if self.number is None else replace(self, number=self.number * factor)
+
+    def capped(self, limit: int | None, skipped: int = 0) -> "Count":
+        """The count without the first `skipped` records and with at most `limit`, as `max_records` sets it."""
+        if self.number is None:
+            return self if limit is None else Count(limit, at_most=True)
+        left = max(0, self.number - skipped)
+        return replace(self, number=left if limit is None else min(left, limit))
+
+
+class Counter(Protocol):
+    """What `Output.count` can ask of the plan about the stage's own inputs."""
+
+    def rows(self, directory: str, split: str) -> Count:
+        """Rows in a split of a dataset, on disk or made by an earlier step."""
+
+    def settings_behind(self, directory: str) -> Mapping[str, Any]:
+        """Settings of the step that makes a dataset; empty if no step of the recipe does."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """
+    One input of a stage.
+
+    Args:
+        key (`str`):
+            The setting that names it; its value is a string or a list of strings.
+        kind (`str`):
+            A kind of dataset (such as `"instruct"`), `"data"` for any of them, or `"model"`, `"checkpoint"`, `"file"`
+            or `"run"`.
+        sources (`tuple` of `(stage, directory)`):
+            Where a recipe takes it from when the setting is not given: the output directory of the first of these
+            stages that has a section. The stage `"run"` stands for the directory of the run.
+        alternatives (`tuple` of `str`):
+            Further kinds of dataset that serve as well.
+        split (`str`, *optional*):
+            The setting that names the split.
+        default_split (`str`):
+            The split if that setting is not given.
+        unless (`str`, *optional*):
+            A setting that replaces this input: if it is given, nothing is taken from `sources`.
+        is_remote (`Callable`, *optional*):
+            From the settings to whether the value is a name on a server, so that there is nothing to find here.
+    """
+
+    key: str
+    kind: str
+    sources: tuple[tuple[str, str], ...] = ()
+    alternatives: tuple[str, ...] = ()
+    split: str | None = None
+    default_split: str = "train"
+    unless: str | None = None
+    is_remote: Callable[[Mapping[str, Any]], bool] = field(default=lambda settings: False)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.kind, *self.alternatives)
+
+    @property
+    def is_dataset(self) -> bool:
+        return self.kind not in NO_DATASETS
+
+    def names(self, settings: Mapping[str, Any]) -> list[str]:
+        """The paths and Hub ids that the settings give for this input."""
+        value = settings.get(self.key)
+        if value is None or self.is_remote(settings):
+            return []
+        return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
+
+    def split_in(self, settings: Mapping[str, Any]) -> str:
+        """The split that the settings ask for."""
+        return settings.get(self.split, self.default_split) if self.split else self.default_split
+
+
+@dataclass(frozen=True)
+class Output:
+    """
+    One result of a stage.
+
+    Args:
+        directory (`str`):
+            Its directory inside the stage's `output_dir`; `""` for `output_dir` itself.
+        kind (`str`):
+            A kind of dataset, or `"model"`.
+        count (`Callable`, *optional*):
+            `(settings, split, counter) -> Count`: how many rows it will have, for `--dry_run`; see [`Counter`].
+        is_published (`bool`):
+            Whether `push_to_hub` uploads it.
+    """
+
+    directory: str
+    kind: str
+    count: Callable[[Mapping[str, Any], str, Counter], Count] | None = None
+    is_published: bool = True
 
 
 @dataclass(frozen=True)
 class Stage:
     """
-    What the command line and recipes have to know of a stage without importing it.
+    One stage: a command (`medst NAME`) and a section of recipes.
 
     Args:
         name (`str`):
-            Its command, its section in a recipe, and its file here.
+            The command, the section in a recipe and the directory inside the run directory.
         summary (`str`):
             One line for `medst --help`.
-        reads (`tuple` of `(key, stage, folder)`):
-            Inputs that a recipe takes from another of its sections when none is given: `key` becomes `folder` inside
-            that stage's output. Of several with one key, the first whose section is there. The stage `"run"` stands
-            for the folder of the whole run.
-        unless (`str`, *optional*):
-            A setting that stands in the place of `reads`: with it in the recipe, nothing is taken from other sections.
-        distributed (`bool`, *optional*, defaults to `False`):
+        help (`str`):
+            The text above the settings in `medst NAME --help`: the module's docstring.
+        arguments (`Callable`):
+            Returns the dataclasses of its settings. Called when they are needed, so it may import heavy modules.
+        main (`Callable`):
+            Runs the stage. Takes one object of each dataclass, without `HubArguments`.
+        check (`Callable`, *optional*):
+            Takes what `main` takes and raises a [`UserError`] for settings that cannot work. Called before a run and
+            for plans, so it opens nothing.
+        after (`tuple` of `str`):
+            Stages it comes after. It is listed and run directly behind the last of them.
+        repeats (`bool`):
+            Whether every round of `rounds: N` runs it. Stages behind the last one that repeats run after all rounds.
+        joins_rounds (`bool`):
+            Whether a round runs it if it reads what the round makes; otherwise it runs before the rounds.
+        advances (`(str, str)`, *optional*):
+            The settings for the number of records to skip and to use: each round starts behind the records of the one
+            before.
+        distributed (`bool`):
             Whether it can use several processes. The others run in one.
-        publishes (`tuple` of `str`, *optional*):
-            Folders inside its output that `push_to_hub` publishes, `""` for the output itself.
+        trains (`bool`):
+            Whether its last dataclass is a `TrainingArguments`: a plan then shows parameters, batch, steps and memory.
+        inputs (`tuple` of [`Input`]):
+            What it reads.
+        outputs (`tuple` of [`Output`]):
+            What it makes.
+        operational (`frozenset` of `str`):
+            Settings that change no result, so that a resumed run may change them.
+        registries (`Mapping` of [`Registry`]):
+            Settings whose value is a name in a registry: the help lists the names, and others are refused.
+        earlier_defaults (`Mapping`):
+            Values of settings that records of earlier versions lack, if they are not today's defaults.
     """
 
     name: str
     summary: str
-    reads: tuple[tuple[str, str, str], ...] = ()
-    unless: str | None = None
+    arguments: Callable[[], Sequence[type]]
+    main: Callable[..., None]
+    help: str = ""
+    check: Callable[..., Any] | None = None
+    after: tuple[str, ...] = ()
+    repeats: bool = False
+    joins_rounds: bool = False
+    advances: tuple[str, str] | None = None
     distributed: bool = False
-    publishes: tuple[str, ...] = ()
-    module: str = ""
+    trains: bool = False
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    operational: frozenset[str] = frozenset()
+    registries: Mapping[str, Registry] = field(default_factory=dict)
+    earlier_defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
-        object.__setattr__(self, "module", self.module or f"medst_trl.pipeline.stages.{self.name}")
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Directories inside its output that `push_to_hub` uploads, `""` for the output itself."""
+        return tuple(output.directory for output in self.outputs if output.is_published)
 
-    def make_parser(self, prog: str | None = None):
-        """The stage's own parser, made to raise a `UserError` where argparse would print all its options and exit."""
-        # TRL (1.16) and PEFT (0.21) go by a name that transformers (5.23) has changed: nothing a user could mend.
+    def input(self, key: str) -> Input | None:
+        """The input of that setting, if it is one."""
+        return next((item for item in self.inputs if item.key == key), None)
+
+    def output(self, directory: str) -> Output | None:
+        """The output in that directory, `""` or `"."` for `output_dir` itself."""
+        directory = "" if directory == "." else directory
+        return next((item for item in self.outputs if item.directory == directory), None)
+
+    def makes(self, kind: str) -> bool:
+        """Whether one of its outputs is of that kind."""
+        return any(output.kind == kind for output in self.outputs)
+
+    def make_parser(self, prog: str | None = None) -> "TrlParser":
+        """The parser of its settings. Raises a [`UserError`] where argparse prints all options and exits."""
+        from trl.scripts.utils import TrlParser
+
+        # TRL 1.16 and PEFT 0.21 use a name that transformers 5.23 has deprecated. Users can do nothing about it.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-        parser = import_module(self.module).make_parser(prog)
-        parser.formatter_class = _Help
-        parser.allow_abbrev = False  # an abbreviation could be meant for the launcher
+        parser = TrlParser(
+            self.arguments(), prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
+        )  # an abbreviation could be meant for the launcher
         parser.error = self._refuse
+        for key, registry in self.registries.items():
+            action = parser._option_string_actions[f"--{key}"]
+            names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())
+            action.help, action.type = f"{action.help} One of {names}.".replace("%", "%%"), registry.name
         needed = (f"{action.option_strings[0]} {action.dest.upper()}" for action in parser._actions if action.required)
         parser.usage = " ".join(["%(prog)s", *needed, "[--setting value ...]"])  # all of them fill three screens
+        parser.epilog = "--config FILE reads settings from a recipe or a flat YAML file."
         if self.distributed:
-            parser.epilog = (
-                "--config FILE reads settings from a recipe or a flat YAML file. --accelerate_config (cpu, "
-                "single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes and other options of "
-                "`accelerate launch` start the stage under that launcher; without any it runs in this process."
+            parser.epilog += (
+                " --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes "
+                "and other options of `accelerate launch` start the stage under that launcher; without any it runs in "
+                "this process."
             )
-        else:
-            parser.epilog = "--config FILE reads settings from a recipe or a flat YAML file."
         return parser
 
     def _refuse(self, message: str) -> None:
         raise UserError(f"medst {self.name}: {message}. See `medst {self.name} --help`.")
 
-    def main(self, *arguments) -> None:
-        """Runs the stage, and publishes what it has made, now or in an earlier run, where its settings say so."""
-        from medst_trl.hub.after_stage import HubArguments, PushAfterStage
-
-        push = PushAfterStage(self.publishes, arguments)
-        own = [argument for argument in arguments if not isinstance(argument, HubArguments)]
-        import_module(self.module).main(*own)
-        push.run()
-
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The stage's docstring as it is written, and each option's default."""
+    """Keeps the description as it is written, and adds each option's default."""
 
 
-# In the order of the data's way.
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "convert",
-            "turn an original LLaVA, SQ-LLaVA or STLLaVA-Med checkpoint into a Hugging Face one",
-            module="medst_trl.interop.convert_stage",
-        ),
-        Stage("base", "build a tiny vision-language model to start from", module="medst_trl.demo.base_stage"),
-        Stage(
-            "prepare",
-            "turn medical images, questions and conversations into datasets",
-            publishes=("instruct", "benchmark", "images"),
-        ),
-        Stage(
-            "sft",
-            "stage 1: train a model to answer and to ask",
-            reads=(
-                ("model_name_or_path", "convert", ""),
-                ("model_name_or_path", "base", ""),
-                ("dataset", "prepare", "instruct"),
-            ),
-            distributed=True,
-            publishes=("",),
-        ),
-        Stage(
-            "generate",
-            "let the model ask about images and answer its questions, twice each",
-            reads=(
-                ("model_name_or_path", "sft", ""),
-                ("model_name_or_path", "convert", ""),
-                ("model_name_or_path", "base", ""),
-                ("images", "prepare", "images"),
-            ),
-            distributed=True,
-            publishes=("candidates",),
-        ),
-        Stage(
-            "judge",
-            "have a stronger model compare the answers, and build preference pairs",
-            reads=(("candidates", "generate", "candidates"), ("benchmarks", "prepare", "benchmark")),
-            publishes=("preferences",),
-        ),
-        Stage(
-            "dpo",
-            "stage 2: train the model to prefer its better answers",
-            reads=(
-                ("model_name_or_path", "sft", ""),
-                ("model_name_or_path", "convert", ""),
-                ("model_name_or_path", "base", ""),
-                ("dataset", "judge", "preferences"),
-            ),
-            distributed=True,
-            publishes=("",),
-        ),
-        Stage(
-            "merge",
-            "make a stand-alone model of an adapter, for servers and other tools",
-            reads=(("model_name_or_path", "dpo", ""), ("model_name_or_path", "sft", "")),
-            publishes=("",),
-        ),
-        Stage(
-            "evaluate",
-            "answer a benchmark and score the answers",
-            reads=(
-                ("model_name_or_path", "dpo", ""),
-                ("model_name_or_path", "sft", ""),
-                ("model_name_or_path", "convert", ""),
-                ("model_name_or_path", "base", ""),
-                ("benchmark", "prepare", "benchmark"),
-            ),
-            unless="predictions",
-            distributed=True,
-        ),
-        Stage(
-            "report",
-            "one HTML page on a whole run: data, curves, scores, judge, gallery",
-            reads=(("run", "run", ""),),
-        ),
-        Stage("push", "publish a dataset, an adapter or a model on the Hub"),
-    )
-}
+def _in_pipeline_order(stages: Sequence[Stage]) -> list[Stage]:
+    """Each stage directly behind the last of those it comes after."""
+    names, ordered, waiting = [stage.name for stage in stages], [], list(stages)
+    for stage in stages:
+        for name in stage.after:
+            if name not in names:
+                raise UserError(
+                    f"The stage {stage.name!r} comes after an unknown one, {name!r}.{closest(name, names)}"
+                )
+    while waiting:
+        placed = [stage.name for stage in ordered]
+        stage = next((stage for stage in waiting if set(stage.after) <= set(placed)), None)
+        if stage is None:
+            raise UserError(f"Stages come after each other in a circle: {', '.join(stage.name for stage in waiting)}.")
+        ordered.insert(max((placed.index(name) + 1 for name in stage.after), default=0), stage)
+        waiting.remove(stage)
+    return ordered
+
+
+STAGES: Registry[Stage] = Registry(
+    "stage",
+    ("medst_trl.pipeline.stages", "medst_trl.interop.convert_stage", "medst_trl.demo.base_stage"),
+    ("summary", "arguments", "main"),
+    _in_pipeline_order,
+)

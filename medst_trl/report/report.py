@@ -105,7 +105,7 @@ def make_report(
         "generator": f"{GENERATOR} {__version__}",
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "way": way(run, judgings),
-        "summaries": {name: stage.summary for name, stage in STAGES.items()},
+        "summaries": {stage.name: stage.summary for stage in STAGES.values()},
         "settings": [(stage, settings(run, stage)) for stage in run.stages],
         "missing": missing(run),
         "comparisons": comparisons,

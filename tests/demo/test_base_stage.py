@@ -28,7 +28,7 @@ import os, signal, sys
 import transformers
 from medst_trl.demo import base_stage as base
 
-args, = base.make_parser().parse_args_and_config(sys.argv[2:])
+args, = base.STAGE.make_parser().parse_args_and_config(sys.argv[2:])
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "saving":
     os.replace = lambda source, target: kill() if str(target).endswith("config.json") else os.rename(source, target)

@@ -101,7 +101,8 @@ def test_what_a_stage_reads_are_settings_it_has():
     for stage in STAGES.values():
         keys = keys_of(stage.make_parser())
         records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()  # made anew each time
-        assert {key for key, _, _ in stage.reads} | records | {stage.unless} - {None} <= keys
+        named = {name for item in stage.inputs for name in (item.key, item.split, item.unless) if name is not None}
+        assert named | records | stage.operational <= keys
 
 
 def test_section_that_is_a_list_runs_once_an_item(tmp_path):
@@ -231,22 +232,26 @@ def test_secrets_are_refused_on_the_command_line(word):
 
 def test_flat_file_of_one_stage(tmp_path):
     path = write(tmp_path, "output_dir: x\nwarmup_steps: 3\nlearning_rate: 1e-3")
-    assert step_of_file(STAGES["base"], path).settings == {"output_dir": "x", "warmup_steps": 3, "learning_rate": 1e-3}
+    assert step_of_file(STAGES.get("base"), path).settings == {
+        "output_dir": "x",
+        "warmup_steps": 3,
+        "learning_rate": 1e-3,
+    }
     with pytest.raises(UserError, match="unknown key 'warmup_steps'"):
-        step_of_file(STAGES["prepare"], path)
+        step_of_file(STAGES.get("prepare"), path)
 
 
 def test_section_of_a_recipe_may_leave_the_rest_to_the_command_line(tmp_path):
     path = write(tmp_path, "prepare: {seed: 3}\nbase:")
-    assert step_of_file(STAGES["prepare"], path).settings["seed"] == 3
+    assert step_of_file(STAGES.get("prepare"), path).settings["seed"] == 3
     with pytest.raises(UserError, match="no section 'evaluate'"):
-        step_of_file(STAGES["evaluate"], path)
+        step_of_file(STAGES.get("evaluate"), path)
 
 
 def test_section_that_is_a_list_is_no_single_stage(tmp_path):
     path = write(tmp_path, "prepare: [{name: a, source: phantoms}, {name: b, source: phantoms}]")
     with pytest.raises(UserError, match="several times:[\\s\\S]*--stage prepare/a"):
-        step_of_file(STAGES["prepare"], path)
+        step_of_file(STAGES.get("prepare"), path)
 
 
 # Options

@@ -51,7 +51,7 @@ def train(stage, inputs, output_dir, **options):
         "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "load_in_4bit": True, **options,
     }  # fmt: skip
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    stage.main(*stage.make_parser().parse_args_and_config(words))
+    stage.main(*stage.STAGE.make_parser().parse_args_and_config(words))
     return load_file(output_dir / "adapter_model.safetensors")
 
 

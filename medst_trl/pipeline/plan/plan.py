@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.stage import Count
 
 from .batches import Batch, batch_of
 from .hardware import Hardware, hardware_of
 from .memory import Memory, training_memory
 from .meta import NotKnownYet
 from .settings import stage_arguments
-from .steps import Count, Schedule, schedule, training_examples
+from .steps import Schedule, schedule, training_examples
 from .trainable import Trained, model_at, policy_of, trained_parameters
 from .transfers import downloads, requests, uploads
 
@@ -146,7 +147,7 @@ class _Planner:
         hardware = hardware_of(step)
         arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
         name, is_done = step.stage.name, _is_done(step)
-        trains, answers = name in ("sft", "dpo"), name in ("generate", "evaluate")
+        trains, answers = step.stage.trains, name in ("generate", "evaluate")
         for_all = self.throughput.get(None) if trains else None
         return StepPlan(
             step,
@@ -185,7 +186,8 @@ class _Planner:
     def _weights(self, step: "Step") -> float | None:
         """Bytes of the model that a step runs, in the type it is loaded in; None where that is not known."""
         name, dtype = step.settings.get("model_name_or_path"), step.settings.get("dtype", "auto")
-        if name is None or step.settings.get("engine") == "server":
+        model = step.stage.input("model_name_or_path")
+        if name is None or model.is_remote(step.settings):
             return None
         if (name, dtype) not in self.weights:
             self.weights[name, dtype] = self._weights_of(name, dtype)

@@ -2,12 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments a stage will get, made on a machine that may have none of the GPUs they are for."""
 
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.arguments import keys_of, parse
+from medst_trl.pipeline.arguments import parse
 
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
         UserError: for what the stage would refuse.
     """
     parser = step.stage.make_parser(f"medst {step.stage.name}")
-    trains = "bf16" in keys_of(parser)
+    trains = step.stage.trains
     settings = {key: value for key, value in step.settings.items() if not trains or key not in _OF_THE_MACHINE}
     arguments = parse(parser, settings | ({"bf16": False} if trains else {}), step.where)
     if trains:
@@ -50,26 +48,13 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
 
 def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
     """What the stage looks at before it opens anything."""
-    from medst_trl.pipeline.stages.policy_for_training import check_how_it_runs
+    from medst_trl.hub.after_stage import HubArguments
 
-    stage, args = import_module(step.stage.module), arguments[0]
-    name = step.stage.name
-    if name == "sft":
-        stage.check(*arguments)
-    elif name == "dpo":
-        check_how_it_runs(*arguments)
-    elif name in ("evaluate", "judge") or (name == "prepare" and _is_here(args)):
-        stage.check(args)
-    elif name == "generate":
-        stage.settings_of(args)
+    if step.stage.check is not None:
+        step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
     for settings in arguments:
         if getattr(settings, "push_to_hub", False):
             _check_target(settings, step.where)
-
-
-def _is_here(args: Any) -> bool:
-    """Plans are made on laptops, too, which have not the data."""
-    return args.data_path is None or Path(args.data_path).exists()
 
 
 def _check_target(settings: Any, where: str) -> None:

@@ -3,44 +3,20 @@
 """How many examples a step reads and writes, and how many optimizer steps that makes, as far as it can be known."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.pipeline.stage import Count
 
 from .batches import Batch
 
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
-
-
-@dataclass(frozen=True)
-class Count:
-    """
-    A number of examples.
-
-    Args:
-        number (`int`, *optional*): The number; None where nothing is known.
-        at_most (`bool`): Whether there may be fewer: some are set aside on the way, or only a limit is known.
-        depends_on (`str`): What the number hangs on, where it is not known.
-    """
-
-    number: int | None
-    at_most: bool = False
-    depends_on: str = ""
-
-    def times(self, factor: int) -> "Count":
-        return self if self.number is None else replace(self, number=self.number * factor)
-
-    def capped(self, limit: int | None, skipped: int = 0) -> "Count":
-        """The same behind `skipped` examples and with `limit` of them at most, as `max_records` sets it."""
-        if self.number is None:
-            return self if limit is None else Count(limit, at_most=True)
-        left = max(0, self.number - skipped)
-        return replace(self, number=left if limit is None else min(left, limit))
+    from medst_trl.pipeline.stage import Output
 
 
 @dataclass(frozen=True)
@@ -83,51 +59,40 @@ def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: 
 def training_examples(args: Any, steps: Sequence["Step"]) -> Count:
     """Conversations of `sft` or pairs of `dpo`, by their stage's arguments."""
     names = [args.dataset] if isinstance(args.dataset, str) else args.dataset
-    counts = [rows_at(name, args.train_split, steps) for name in names]
+    counts = [Rows(steps).rows(name, args.train_split) for name in names]
     if unknown := [count.depends_on for count in counts if count.number is None]:
         return Count(None, depends_on=" and ".join(unknown)).capped(args.max_records)
     total = Count(sum(count.number for count in counts), any(count.at_most for count in counts))
     return total.capped(args.max_records)
 
 
-def rows_at(folder: str, split: str, steps: Sequence["Step"] = ()) -> Count:
-    """
-    Rows of a split in a folder of Parquet files; of one that a step of the recipe will make, what its settings say.
-    """
-    if (rows := _parquet_rows(Path(folder), split)) is not None:
-        return Count(rows)
-    for step in steps:
-        made = Path(step.settings["output_dir"])
-        if step.stage.name in _MAKERS and Path(folder).parent == made:
-            known = _MAKERS[step.stage.name](step, Path(folder).name, split, steps)
+class Rows:
+    """Counts rows for a plan: of datasets on disk, and of those that a step of the recipe will make."""
+
+    def __init__(self, steps: Sequence["Step"] = ()):
+        self.steps = steps
+
+    def rows(self, directory: str, split: str) -> Count:
+        """See [`~medst_trl.pipeline.stage.Counter`]."""
+        if (rows := _parquet_rows(Path(directory), split)) is not None:
+            return Count(rows)
+        step, output = self._maker(directory)
+        if output is not None and output.count is not None:
+            known = output.count(step.settings, split, self)
             return replace(known, depends_on=step.label) if known.number is None else known
-    return Count(None, depends_on=folder)
+        return Count(None, depends_on=directory)
 
+    def settings_behind(self, directory: str) -> Mapping[str, Any]:
+        """See [`~medst_trl.pipeline.stage.Counter`]."""
+        step, _ = self._maker(directory)
+        return {} if step is None else step.settings
 
-def records_to_ask_about(step: "Step", steps: Sequence["Step"]) -> Count:
-    """Images that `generate` asks about."""
-    settings = step.settings
-    if "images" not in settings:
-        return Count(None, depends_on="images")
-    images = rows_at(settings["images"], settings.get("split", "train"), steps)
-    if images.number is None and Path(settings["images"]).name == "images":  # as the stage does without images/
-        images = rows_at(str(Path(settings["images"]).with_name("instruct")), "train", steps)
-    return images.capped(settings.get("max_records"), settings.get("skip_records", 0))
-
-
-def candidates_of(step: "Step", steps: Sequence["Step"]) -> Count:
-    """Questions with answers that `generate` writes at most: some are filtered."""
-    return replace(records_to_ask_about(step, steps).times(step.settings.get("num_questions", 1)), at_most=True)
-
-
-def pairs_to_judge(step: "Step", steps: Sequence["Step"]) -> Count:
-    """Pairs of answers that `judge` compares: the first and second answer to a question, the third and fourth ..."""
-    candidates = rows_at(step.settings["candidates"], step.settings.get("split", "train"), steps)
-    maker = [
-        step_ for step_ in steps if Path(step_.settings["output_dir"]) == Path(step.settings["candidates"]).parent
-    ]
-    answers = maker[0].settings.get("num_answers", 2) if maker else 2
-    return candidates.times(answers // 2)
+    def _maker(self, directory: str) -> "tuple[Step, Output] | tuple[None, None]":
+        for step in self.steps:
+            for output in step.stage.outputs:
+                if Path(directory) == Path(step.settings["output_dir"], output.directory):
+                    return step, output
+        return None, None
 
 
 def benchmark_questions(folder: str, split: str) -> Count:
@@ -155,36 +120,3 @@ def _shards(folder: Path, split: str) -> list[Path] | None:
         return complete_shards(folder, split) if folder.is_dir() else None
     except UserError:
         return None
-
-
-def _of_prepare(step: "Step", kind: str, split: str, steps: Sequence["Step"]) -> Count:
-    settings = step.settings
-    limit = settings.get("max_records")
-    if settings.get("source") != "phantoms":
-        return Count(limit, at_most=limit is not None)
-    held_out = round(settings.get("num_phantoms", 1000) * settings.get("validation_fraction", 0.0))
-    numbers = {
-        ("instruct", "train"): settings.get("num_phantoms", 1000) - held_out,
-        ("instruct", "validation"): held_out,
-        ("images", "train"): settings.get("num_unlabelled_phantoms", 0),
-        ("benchmark", "test"): settings.get("num_test_phantoms", 300),
-    }
-    return Count(numbers.get((kind, split))).capped(limit)
-
-
-def _of_generate(step: "Step", kind: str, split: str, steps: Sequence["Step"]) -> Count:
-    return candidates_of(step, steps)
-
-
-def _of_judge(step: "Step", kind: str, split: str, steps: Sequence["Step"]) -> Count:
-    if "candidates" not in step.settings:
-        return Count(None)
-    return replace(pairs_to_judge(step, steps), at_most=True)  # ties and disagreements are dropped
-
-
-# What the datasets of a stage hold that has not run yet.
-_MAKERS: dict[str, Callable[["Step", str, str, Sequence["Step"]], Count]] = {
-    "prepare": _of_prepare,
-    "generate": _of_generate,
-    "judge": _of_judge,
-}

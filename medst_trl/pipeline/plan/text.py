@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.stage import Count
+from medst_trl.pipeline.stages.generate import images_to_ask_about
 
 from .memory import GIB
 from .plan import StepPlan, Training, plan_recipe, read_throughput
-from .steps import Count, benchmark_questions, candidates_of, records_to_ask_about
+from .steps import Rows, benchmark_questions
 
 
 if TYPE_CHECKING:
@@ -67,9 +69,10 @@ def _rows(plan: StepPlan, steps: Sequence["Step"]) -> Iterator[tuple[str, str]]:
         yield "reads", args.source + (f" on {args.base}" if args.base else "")
     elif name == "generate":
         yield from _model_rows(plan)
-        images = records_to_ask_about(plan.step, steps)
+        rows, candidates = Rows(steps), Path(args.output_dir, "candidates")
+        images = images_to_ask_about(plan.step.settings, rows)
         yield "asks", f"{_many(images, 'images')}, {args.num_questions} x a question and {args.num_answers} answers"
-        yield "writes", _many(candidates_of(plan.step, steps), "candidates")
+        yield "writes", _many(rows.rows(str(candidates), "train"), "candidates")
         yield from _time_rows(plan, images.number, "images")
     elif name == "evaluate":
         yield from _evaluate_rows(plan)

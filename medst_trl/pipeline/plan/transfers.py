@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.pipeline.stage import FILE, RUN, Count
+from medst_trl.pipeline.stages.judge import pairs_to_judge
+
 from .hub import download_size, hub_answers, is_cached, is_hub_id
-from .steps import Count, pairs_to_judge
+from .steps import Rows
 
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
-
-_MODELS = ("model_name_or_path", "base_model_name_or_path")
-_ORIGINALS = ("source", "base", "projector", "vision_tower", "vision_lora")  # of `convert`
-_DATASETS = ("dataset", "images", "candidates", "benchmark", "benchmarks")
 
 
 def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> list[str]:
@@ -27,19 +26,15 @@ def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> list[st
         steps (sequence of [`~medst_trl.pipeline.recipe.Step`]): All of the recipe: what they make is not on the Hub.
         known (`set[str]`): What steps before have fetched already; added to.
     """
-    if step.stage.name == "push":
-        return []
     lines, made = [], [Path(other.settings["output_dir"]) for other in steps if "output_dir" in other.settings]
-    models = _ORIGINALS if step.stage.name == "convert" else _MODELS
-    for key in (*models, *_DATASETS):
-        if key == "model_name_or_path" and step.settings.get("engine") == "server":
-            continue  # the server has it
-        value = step.settings.get(key)
-        for source in value if isinstance(value, list) else [value]:
+    for item in step.stage.inputs:
+        if item.kind in (FILE, RUN):
+            continue
+        for source in item.names(step.settings):
             if not is_hub_id(source) or source in known or any(Path(source).is_relative_to(path) for path in made):
                 continue
             known.add(source)
-            kind = "model" if key in models else "dataset"
+            kind = "dataset" if item.is_dataset else "model"
             lines.append(f"{kind} {source} {_size(source, kind)}")
     return lines
 
@@ -58,7 +53,7 @@ def requests(step: "Step", arguments: tuple[Any, ...], steps: Sequence["Step"]) 
     if args.write_batch:
         return [f"none: they are written to {args.write_batch}"]
     orders = 2 if args.order == "both" else 1
-    count = pairs_to_judge(step, steps).times(orders)
+    count = pairs_to_judge(step.settings, Rows(steps)).times(orders)
     lines = [f"{_number(count)} requests to {args.base_url or _openai()}, model {args.model}"]
     stop = f"stops at {args.max_cost:g} US dollars" if args.max_cost is not None else "no max_cost is set"
     return [*lines, stop + _cost(args, count)]
@@ -74,9 +69,9 @@ def uploads(step: "Step", arguments: tuple[Any, ...]) -> list[str]:
         return []
     repo_id = getattr(settings, "hub_dataset_id", None) or getattr(settings, "hub_model_id", None)
     private = _visibility(settings.hub_private_repo is not False)
-    if len(step.stage.publishes) == 1:
+    if len(step.stage.published) == 1:
         return [f"{repo_id}, {private}"]
-    return [f"{repo_id}-{folder}, {private}, if there is one" for folder in step.stage.publishes]
+    return [f"{repo_id}-{folder}, {private}, if there is one" for folder in step.stage.published]
 
 
 def _visibility(private: bool) -> str:

@@ -10,28 +10,10 @@ from types import SimpleNamespace
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED
 from medst_trl.pipeline.recipe import Recipe, Step
+from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
 
 
-PROCESSES = (1, 4, 8)  # told where no number is asked for
-
-# What data a setting has to name, and the setting that names its split, with the split it otherwise is.
-_DATASETS = {
-    ("sft", "dataset"): ("instruct", "train_split", "train"),
-    ("generate", "images"): ("instruct", "split", "train"),
-    ("judge", "candidates"): ("candidates", "split", "train"),
-    ("judge", "benchmarks"): ("benchmark", None, "test"),
-    ("dpo", "dataset"): ("preferences", "train_split", "train"),
-    ("evaluate", "benchmark"): ("benchmark", "split", "test"),
-}
-_FOLDERS = {("generate", "images"): ("images", "instruct")}  # where it is not one called as the data
-_FILES = {
-    "prepare": ("data_path", "image_folder", "release_path"),
-    "judge": ("reference_captions", "read_batch"),
-    "evaluate": ("predictions",),
-    "push": ("source", "evaluation"),
-}
-_MODELS = ("model_name_or_path", "base_model_name_or_path")
-_CHECKPOINTS = {"convert": ("source", "base", "projector", "vision_tower", "vision_lora")}
+PROCESSES = (1, 4, 8)  # reported if no number is given
 
 
 def validate(recipe: Recipe, which: str | None = None) -> list[str]:
@@ -75,20 +57,20 @@ def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
     from .settings import stage_arguments
 
     missing, sources = [], []
-    for key, value in _named_inputs(step):
+    for item, value in _named_inputs(step):
         maker = _maker(value, before)
         if maker is not None:
-            _check_folder(step, key, value, maker)
+            _check_output(step, item, value, maker)
             sources.append(maker.label)
         elif Path(value).exists():
-            _look_into(step, key, Path(value))
+            _look_into(step, item, Path(value))
             sources.append(value)
         elif (later := _maker(value, after)) is not None:
-            missing.append(f"{key}: {value} is made by {later.label}, which runs later")
-        elif _may_be_on_the_hub(step, key, value):
+            missing.append(f"{item.key}: {value} is made by {later.label}, which runs later")
+        elif _may_be_on_the_hub(item, value):
             sources.append(f"{value} (Hub)")
         else:
-            missing.append(f"{key}: {value} does not exist, and no section before {step.label} makes it")
+            missing.append(f"{item.key}: {value} does not exist, and no section before {step.label} makes it")
     if missing:
         raise UserError("\n".join(f"{step.where}: {problem}." for problem in missing))
     stage_arguments(step)
@@ -96,63 +78,53 @@ def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
         yield "from " + ", ".join(dict.fromkeys(sources))
 
 
-def _named_inputs(step: Step) -> Iterator[tuple[str, str]]:
-    name = step.stage.name
-    keys = [key for key, _, _ in step.stage.reads if key != "run"]
-    for key in dict.fromkeys([*keys, *_MODELS, *_CHECKPOINTS.get(name, ()), *_FILES.get(name, ())]):
-        if key == "model_name_or_path" and step.settings.get("engine") == "server":
-            continue  # its name there
-        value = step.settings.get(key)
-        for item in value if isinstance(value, list) else [value]:
-            if item is not None:
-                yield key, str(item)
+def _named_inputs(step: Step) -> Iterator[tuple[Input, str]]:
+    for item in step.stage.inputs:
+        if item.kind != RUN:
+            for value in item.names(step.settings):
+                yield item, value
 
 
 def _maker(value: str, steps: list[Step]) -> Step | None:
     return next((step for step in steps if Path(value).is_relative_to(step.settings["output_dir"])), None)
 
 
-def _check_folder(step: Step, key: str, value: str, maker: Step) -> None:
-    """Of what an earlier step makes, the right part."""
-    inside = Path(value).relative_to(maker.settings["output_dir"]).as_posix()
-    if (step.stage.name, key) in _DATASETS:
-        kind = _DATASETS[step.stage.name, key][0]
-        wanted = _FOLDERS.get((step.stage.name, key), (kind,))
-        if inside not in wanted or inside not in maker.stage.publishes:
-            made = ", ".join(filter(None, maker.stage.publishes)) or "no dataset"
-            raise UserError(
-                f"{step.where}: {key}: {value} is no {kind} data: {maker.label} makes {made}, and this reads "
-                f"{' or '.join(wanted)}."
-            )
-    elif key in _MODELS and (inside != "." or maker.stage.name in ("prepare", "generate", "judge", "evaluate")):
-        raise UserError(f"{step.where}: {key}: {value} is no model: {maker.label} puts none there.")
+def _check_output(step: Step, item: Input, value: str, maker: Step) -> None:
+    """The part of an earlier step's results that the input names has to be of its kind."""
+    made = maker.stage.output(Path(value).relative_to(maker.settings["output_dir"]).as_posix())
+    if item.is_dataset and item.kind != ANY and (made is None or made.kind not in item.kinds):
+        datasets = ", ".join(output.directory for output in maker.stage.outputs if output.directory) or "no dataset"
+        raise UserError(
+            f"{step.where}: {item.key}: {value} is not {item.kind} data: {maker.label} makes {datasets}, and "
+            f"this reads {' or '.join(item.kinds)}."
+        )
+    if item.kind == MODEL and (made is None or made.kind != MODEL):
+        raise UserError(f"{step.where}: {item.key}: {value} is not a model: {maker.label} puts none there.")
 
 
-def _look_into(step: Step, key: str, path: Path) -> None:
-    """Of what is on disk: a model's configuration; a dataset's split and columns, from the head of its first file."""
-    if key in _MODELS and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{step.where}: {key}: {path} holds no model (config.json) and no adapter.")
-    if (step.stage.name, key) not in _DATASETS:
+def _look_into(step: Step, item: Input, path: Path) -> None:
+    """Check what is on disk: a model's configuration; a dataset's split and columns, from the head of one file."""
+    if item.kind == MODEL and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{step.where}: {item.key}: {path} holds no model (config.json) and no adapter.")
+    if not item.is_dataset or item.kind == ANY:
         return
     from datasets import Features
     from pyarrow.parquet import read_schema
 
     from medst_trl.data.schema import check_columns, complete_shards
 
-    kind, setting, default = _DATASETS[step.stage.name, key]
     try:
-        shard = complete_shards(path, step.settings.get(setting, default))[0]
-        check_columns(SimpleNamespace(features=Features.from_arrow_schema(read_schema(shard))), kind)
+        shard = complete_shards(path, item.split_in(step.settings))[0]
+        check_columns(SimpleNamespace(features=Features.from_arrow_schema(read_schema(shard))), item.kind)
     except (UserError, NotADirectoryError) as error:
-        raise UserError(f"{step.where}: {key}: {path}: {error}") from None
+        raise UserError(f"{step.where}: {item.key}: {path}: {error}") from None
 
 
-def _may_be_on_the_hub(step: Step, key: str, value: str) -> bool:
-    """Whether a value that names nothing here reads as `org/name`, and not as a path into a folder that is here."""
+def _may_be_on_the_hub(item: Input, value: str) -> bool:
+    """Whether a value that names nothing here reads as `org/name`, and not as a path into a directory that is here."""
     from .hub import is_hub_id
 
-    is_file = key in _FILES.get(step.stage.name, ())
-    return not is_file and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir()
+    return item.kind != FILE and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir()
 
 
 def _launch(step: Step) -> Iterator[str]:
@@ -165,7 +137,7 @@ def _launch(step: Step) -> Iterator[str]:
 
     hardware = hardware_of(step)
     yield step.accelerate_config or "the launcher that suits the machine"
-    if step.stage.name not in ("sft", "dpo"):
+    if not step.stage.trains:
         return
     check_sharding(step, stage_arguments(step), hardware)
     alone = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None

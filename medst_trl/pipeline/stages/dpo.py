@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from trl.scripts.utils import TrlParser
 
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
@@ -98,10 +98,9 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     from medst_trl.training.end_of_log import end_of_log
     from medst_trl.training.resume import resume_checkpoint
 
-    from .policy_for_training import check_how_it_runs
     from .run_directory import load_splits, open_record, save_adapter, write_model_card
 
-    check_how_it_runs(args, training_args)
+    check(args, training_args)
     set_accumulation(args, training_args)
     datasets = load_splits(args, training_args, "preferences")
     record = open_record(args, training_args, "dpo")
@@ -140,6 +139,13 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
     )
     trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
     trainer.end()
+
+
+def check(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
+    """Refuse settings that cannot work together."""
+    from .policy_for_training import check_how_it_runs
+
+    check_how_it_runs(args, training_args)
 
 
 def _reference_folder(dataset: str, training_args: "MultimodalDPOConfig") -> str:
@@ -241,9 +247,29 @@ def _ending(metrics: dict[str, float]) -> str:
     )
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
+def _arguments() -> tuple[type, ...]:
     from medst_trl import MultimodalDPOConfig
 
-    return TrlParser((DpoArguments, MultimodalDPOConfig), prog=prog, description=__doc__)
+    return DpoArguments, MultimodalDPOConfig
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="dpo",
+        summary="stage 2: train the model to prefer its better answers",
+        help=__doc__,
+        after=("judge",),
+        repeats=True,
+        distributed=True,
+        trains=True,
+        arguments=_arguments,
+        check=check,
+        main=main,
+        inputs=(
+            Input("model_name_or_path", MODEL, sources=(("sft", ""), ("convert", ""), ("base", ""))),
+            Input("base_model_name_or_path", MODEL),
+            Input("dataset", "preferences", sources=(("judge", "preferences"),), split="train_split"),
+        ),
+        outputs=(Output("", MODEL),),
+    )
+)

@@ -35,10 +35,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Input, Output, Stage
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl.scripts.utils import TrlParser
 
     from medst_trl.pipeline.record import StageRecord
 
@@ -99,12 +100,6 @@ class EvaluateArguments:
             self.controls = []
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    return TrlParser((EvaluateArguments,), prog=prog, description=__doc__)
-
-
 def main(args: EvaluateArguments) -> None:
     from medst_trl.evaluation.tables import format_file
     from medst_trl.pipeline.record import StageRecord
@@ -116,7 +111,7 @@ def main(args: EvaluateArguments) -> None:
         stage="evaluate",
         settings=asdict(args),
         inputs={name: getattr(args, name) for name in ("model_name_or_path", "benchmark", "predictions")},
-        operational={"batch_size"},
+        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     folders = _folders(args)
@@ -280,3 +275,38 @@ def _in_our_form(args: EvaluateArguments, format: str, controls: list[str]) -> t
 
 def _scoring(args: EvaluateArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("variants", "closed_rule", "bootstrap_samples", "seed")}
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="evaluate",
+        summary="answer a benchmark and score the answers",
+        help=__doc__,
+        after=("merge",),
+        joins_rounds=True,
+        distributed=True,
+        arguments=lambda: (EvaluateArguments,),
+        check=check,
+        main=main,
+        inputs=(
+            Input(
+                "model_name_or_path",
+                MODEL,
+                sources=(("dpo", ""), ("sft", ""), ("convert", ""), ("base", "")),
+                unless="predictions",
+            ),
+            Input("base_model_name_or_path", MODEL),
+            Input(
+                "benchmark",
+                "benchmark",
+                sources=(("prepare", "benchmark"),),
+                split="split",
+                default_split="test",
+                unless="predictions",
+            ),
+            Input("predictions", FILE),
+        ),
+        outputs=(Output("", "predictions", is_published=False),),
+        operational=frozenset({"batch_size"}),
+    )
+)

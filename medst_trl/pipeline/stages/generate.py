@@ -30,14 +30,17 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.hub.after_stage import HubArguments
+from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl.scripts.utils import TrlParser
 
     from medst_trl.selftrain.generate import CandidateGenerator
 
@@ -117,14 +120,6 @@ class GenerateArguments:
     )
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    from medst_trl.hub.after_stage import HubArguments
-
-    return TrlParser((GenerateArguments, HubArguments), prog=prog, description=__doc__)
-
-
 def main(args: GenerateArguments) -> None:
     from medst_trl.base.files import explain_full_disk
     from medst_trl.data.schema import check_columns, load_records
@@ -142,7 +137,7 @@ def main(args: GenerateArguments) -> None:
         stage="generate",
         settings=asdict(args),
         inputs={"images": args.images} | ({} if server else {"model_name_or_path": args.model_name_or_path}),
-        operational={"batch_size", "base_url", "concurrency"},
+        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     if record.status != "finished":
@@ -299,3 +294,46 @@ def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:
     if counts["rejected"]:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in counts["rejected"].items())
         print(f"  set aside: {reasons} (see {Path(args.output_dir, 'rejected.jsonl')})")
+
+
+def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
+    """Questions with answers that it writes at most: some are filtered."""
+    return replace(images_to_ask_about(settings, counter).times(settings.get("num_questions", 1)), at_most=True)
+
+
+def images_to_ask_about(settings: Mapping[str, Any], counter: Counter) -> Count:
+    """Images that the stage asks about, for a plan."""
+    if "images" not in settings:
+        return Count(None, depends_on="images")
+    images = counter.rows(settings["images"], settings.get("split", "train"))
+    if images.number is None and Path(settings["images"]).name == "images":  # as `main` does without images/
+        images = counter.rows(str(Path(settings["images"]).with_name("instruct")), "train")
+    return images.capped(settings.get("max_records"), settings.get("skip_records", 0))
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="generate",
+        summary="let the model ask about images and answer its questions, twice each",
+        help=__doc__,
+        after=("sft",),
+        repeats=True,
+        advances=("skip_records", "max_records"),
+        distributed=True,
+        arguments=lambda: (GenerateArguments, HubArguments),
+        check=settings_of,
+        main=main,
+        inputs=(
+            Input(
+                "model_name_or_path",
+                MODEL,
+                sources=(("sft", ""), ("convert", ""), ("base", "")),
+                is_remote=lambda settings: settings.get("engine") == "server",
+            ),
+            Input("base_model_name_or_path", MODEL),
+            Input("images", "instruct", sources=(("prepare", "images"),), alternatives=("images",), split="split"),
+        ),
+        outputs=(Output("candidates", "candidates", _count),),
+        operational=frozenset({"batch_size", "base_url", "concurrency"}),
+    )
+)

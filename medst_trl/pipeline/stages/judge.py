@@ -28,26 +28,23 @@ processed `--read_batch results.jsonl` makes the same judgements of the results.
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from medst_trl.hub.after_stage import HubArguments
+from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl.scripts.utils import TrlParser
 
     from medst_trl.pipeline.record import StageRecord
     from medst_trl.selftrain.judge import PairwiseJudge
     from medst_trl.selftrain.preferences import Preferences
-
-# How the replies are got, not what they say. A server is known by its model, wherever it runs.
-OPERATIONAL = {
-    "base_url", "key_variable", "concurrency", "max_cost", "price_per_million_input_tokens",
-    "price_per_million_output_tokens", "timeout", "max_retries", "cache_dir", "dry_run", "write_batch", "read_batch",
-    "num_workers",
-}  # fmt: skip
 
 
 @dataclass
@@ -65,10 +62,7 @@ class JudgeArguments:
         default="OPENAI_API_KEY", metadata={"help": "Name of the environment variable that holds the API key."}
     )
     split: str = field(default="train", metadata={"help": "Split of the candidates."})
-    prompt_version: str = field(
-        default="rubric",
-        metadata={"help": "Judge prompt."},  # make_parser lists them
-    )
+    prompt_version: str = field(default="rubric", metadata={"help": "How the judge is asked."})
     order: str = field(
         default="both",
         metadata={"help": "Show each pair in both orders and ask for agreement, or single as the paper."},
@@ -134,18 +128,6 @@ class JudgeArguments:
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    from medst_trl.hub.after_stage import HubArguments
-    from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
-
-    parser = TrlParser((JudgeArguments, HubArguments), prog=prog, description=__doc__)
-    prompts = ", ".join(f"{prompt.name} ({prompt.summary})" for prompt in JUDGE_PROMPTS.values())
-    parser._option_string_actions["--prompt_version"].help = f"How the judge is asked: {prompts}."
-    return parser
-
-
 def main(args: JudgeArguments) -> None:
     from medst_trl.base.errors import UserError
     from medst_trl.pipeline.record import FILE_NAME, StageRecord
@@ -167,7 +149,7 @@ def main(args: JudgeArguments) -> None:
             stage="judge",
             settings=asdict(args),
             inputs={name: getattr(args, name) for name in ("candidates", "benchmarks", "reference_captions")},
-            operational=OPERATIONAL,
+            operational=STAGE.operational,
             overwrite=args.overwrite,
         )
         if record.status == "finished":
@@ -373,3 +355,45 @@ def _report(record: "StageRecord") -> None:
         print(f"  {f'preferences, {split}':28}{counts['preferences'][split]['pairs']:>20,}")
     for line in warnings_of(counts["judge"]):
         print(f"judge: WARNING: {line}")
+
+
+def pairs_to_judge(settings: Mapping[str, Any], counter: Counter) -> Count:
+    """Pairs of answers that the stage compares: the first and second answer to a question, the third and fourth ..."""
+    if "candidates" not in settings:
+        return Count(None, depends_on="candidates")
+    candidates = counter.rows(settings["candidates"], settings.get("split", "train"))
+    return candidates.times(counter.settings_behind(settings["candidates"]).get("num_answers", 2) // 2)
+
+
+def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
+    return replace(pairs_to_judge(settings, counter), at_most=True)  # ties and disagreements are dropped
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="judge",
+        summary="have a stronger model compare the answers, and build preference pairs",
+        help=__doc__,
+        after=("generate",),
+        repeats=True,
+        arguments=lambda: (JudgeArguments, HubArguments),
+        check=check,
+        main=main,
+        registries={"prompt_version": JUDGE_PROMPTS},
+        inputs=(
+            Input("candidates", "candidates", sources=(("generate", "candidates"),), split="split"),
+            Input("benchmarks", "benchmark", sources=(("prepare", "benchmark"),), default_split="test"),
+            Input("reference_captions", FILE),
+            Input("read_batch", FILE),
+        ),
+        outputs=(Output("preferences", "preferences", _count),),
+        # How the replies are got, not what they say. A server is known by its model, wherever it runs.
+        operational=frozenset(
+            {
+                "base_url", "key_variable", "concurrency", "max_cost", "price_per_million_input_tokens",
+                "price_per_million_output_tokens", "timeout", "max_retries", "cache_dir", "dry_run", "write_batch",
+                "read_batch", "num_workers",
+            }
+        ),
+    )
+)  # fmt: skip

@@ -21,11 +21,9 @@ merged into the base as published, which it has not seen: evaluate the result. S
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-
-if TYPE_CHECKING:
-    from trl.scripts.utils import TrlParser
+from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 
 
 @dataclass
@@ -60,12 +58,6 @@ class MergeArguments:
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    return TrlParser((MergeArguments,), prog=prog, description=__doc__)
-
-
 def main(args: MergeArguments) -> None:
     from medst_trl.base.files import explain_full_disk
     from medst_trl.pipeline.record import StageRecord
@@ -75,7 +67,7 @@ def main(args: MergeArguments) -> None:
         stage="merge",
         settings=asdict(args),
         inputs={name: getattr(args, name) for name in ("model_name_or_path", "base_model_name_or_path", "dataset")},
-        operational={"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo"},
+        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     if record.status == "finished":
@@ -154,3 +146,22 @@ def _trained_in_4bit(adapter: str) -> bool:
         return bool(json.loads(path.read_text(encoding="utf-8"))["settings"].get("load_in_4bit"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="merge",
+        summary="make a stand-alone model of an adapter, for servers and other tools",
+        help=__doc__,
+        after=("dpo",),
+        arguments=lambda: (MergeArguments,),
+        main=main,
+        inputs=(
+            Input("model_name_or_path", MODEL, sources=(("dpo", ""), ("sft", ""))),
+            Input("base_model_name_or_path", MODEL),
+            Input("dataset", ANY, split="split"),
+        ),
+        outputs=(Output("", MODEL),),
+        operational=frozenset({"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo"}),
+    )
+)

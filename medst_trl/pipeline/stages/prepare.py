@@ -1,8 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-medst prepare --source vqa_rad_mevf --data_path data/vqa_rad --output_dir runs/rad/prepare --validation_fraction 0.1
-
 Turns images with conversations, questions or nothing into datasets with the images embedded, pixel for pixel and
 without metadata.
 
@@ -29,11 +27,14 @@ Writes to `output_dir`, as far as the source has it:
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from medst_trl.base.errors import UserError
+from medst_trl.hub.after_stage import HubArguments
+from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, Stage
 
 
 if TYPE_CHECKING:
@@ -98,15 +99,6 @@ class PrepareArguments:
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
 
 
-def make_parser(prog: str | None = None):
-    from trl.scripts.utils import TrlParser
-
-    description = __doc__.strip().partition("\n")[2]
-    from medst_trl.hub.after_stage import HubArguments
-
-    return TrlParser((PrepareArguments, HubArguments), prog=prog, description=description)
-
-
 def main(args: PrepareArguments) -> None:
     from medst_trl.base.files import explain_full_disk, write_jsonl
     from medst_trl.data.assemble import assemble
@@ -119,7 +111,7 @@ def main(args: PrepareArguments) -> None:
         stage="prepare",
         settings=asdict(args),
         inputs=_inputs(args, data_path, image_folder),
-        operational={"num_workers"},
+        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     if record.status == "finished":
@@ -298,3 +290,43 @@ def _cores() -> int:
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_before(args: PrepareArguments) -> None:
+    """[`check`], but a plan may be made on a machine without the data."""
+    if args.data_path is None or Path(args.data_path).exists():
+        check(args)
+
+
+def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
+    """Rows of a split that is not written yet."""
+    limit = settings.get("max_records")
+    if settings.get("source") != "phantoms":
+        return Count(limit, at_most=limit is not None)
+    held_out = round(settings.get("num_phantoms", 1000) * settings.get("validation_fraction", 0.0))
+    numbers = {
+        ("instruct", "train"): settings.get("num_phantoms", 1000) - held_out,
+        ("instruct", "validation"): held_out,
+        ("images", "train"): settings.get("num_unlabelled_phantoms", 0),
+        ("benchmark", "test"): settings.get("num_test_phantoms", 300),
+    }
+    return Count(numbers.get((kind, split))).capped(limit)
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="prepare",
+        summary="turn medical images, questions and conversations into datasets",
+        help=__doc__,
+        after=("base",),
+        arguments=lambda: (PrepareArguments, HubArguments),
+        check=_check_before,
+        main=main,
+        inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder", "release_path")),
+        outputs=tuple(
+            Output(kind, kind, count=lambda settings, split, counter, kind=kind: _count(settings, split, kind))
+            for kind in ("instruct", "benchmark", "images")
+        ),
+        operational=frozenset({"num_workers"}),
+    )
+)

@@ -18,11 +18,8 @@ Afterwards the Hub id stands wherever a folder can: `medst dpo --dataset my-org/
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from trl.scripts.utils import TrlParser
+from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
 
 @dataclass
@@ -60,16 +57,6 @@ class PushArguments:
     )
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from argparse import RawDescriptionHelpFormatter
-
-    from trl.scripts.utils import TrlParser
-
-    return TrlParser(
-        (PushArguments,), prog=prog, description=__doc__.strip(), formatter_class=RawDescriptionHelpFormatter
-    )
-
-
 def main(args: PushArguments) -> None:
     from medst_trl.hub.push import push_folder
     from medst_trl.pipeline.record import StageRecord
@@ -82,7 +69,7 @@ def main(args: PushArguments) -> None:
             stage="push",
             settings=settings,
             inputs={"source": args.source, "evaluation": args.evaluation},
-            operational={"commit_message", "run"},
+            operational=STAGE.operational,
             overwrite=args.overwrite,
         )
         if record.status == "finished":
@@ -96,3 +83,17 @@ def main(args: PushArguments) -> None:
         f"push: the {pushed.title} in {args.source} is at {pushed.url} ({pushed.files} files, "
         f"{pushed.bytes / 1e6:.1f} MB), revision {pushed.commit[:12]}."
     )
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="push",
+        summary="publish a dataset, an adapter or a model on the Hub",
+        help=__doc__,
+        after=("report",),
+        arguments=lambda: (PushArguments,),
+        main=main,
+        inputs=(Input("source", FILE), Input("evaluation", FILE)),
+        operational=frozenset({"commit_message", "run"}),
+    )
+)

@@ -14,11 +14,8 @@ as a table on the terminal. The page is made anew each time.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from trl.scripts.utils import TrlParser
+from medst_trl.pipeline.stage import RUN, STAGES, Input, Stage
 
 
 @dataclass
@@ -38,12 +35,6 @@ class ReportArguments:
     bootstrap_samples: int = field(
         default=1000, metadata={"help": "Resamples behind the interval of each difference; 0 for none."}
     )
-
-
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    return TrlParser((ReportArguments,), prog=prog, description=__doc__)
 
 
 def main(args: ReportArguments) -> None:
@@ -71,3 +62,16 @@ def main(args: ReportArguments) -> None:
     if report.table:
         print(f"{report.table}\n")
     print(f"The report is {path} ({len(report.html) / 1e6:.1f} MB): open it in a browser, it needs no other file.")
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="report",
+        summary="one HTML page on a whole run: data, curves, scores, judge, gallery",
+        help=__doc__,
+        after=("evaluate",),
+        arguments=lambda: (ReportArguments,),
+        main=main,
+        inputs=(Input("run", RUN, sources=((RUN, ""),)),),
+    )
+)

@@ -24,10 +24,10 @@ records did not fit. Run again after a crash, it goes on from the newest complet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
+
 
 if TYPE_CHECKING:
-    from trl.scripts.utils import TrlParser
-
     from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
@@ -206,9 +206,28 @@ def check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
         )
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
+def _arguments() -> tuple[type, ...]:
     from medst_trl import SelfQuestioningConfig
 
-    return TrlParser((SftArguments, SelfQuestioningConfig), prog=prog, description=__doc__)
+    return SftArguments, SelfQuestioningConfig
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="sft",
+        summary="stage 1: train a model to answer and to ask",
+        help=__doc__,
+        after=("prepare",),
+        distributed=True,
+        trains=True,
+        arguments=_arguments,
+        check=check,
+        main=main,
+        inputs=(
+            Input("model_name_or_path", MODEL, sources=(("convert", ""), ("base", ""))),
+            Input("base_model_name_or_path", MODEL),
+            Input("dataset", "instruct", sources=(("prepare", "instruct"),), split="train_split"),
+        ),
+        outputs=(Output("", MODEL),),
+    )
+)

@@ -188,7 +188,7 @@ def llava(tmp_path_factory):
 
 def step(stage, model, **settings):
     settings = {"model_name_or_path": model, "dataset": "d", "output_dir": f"runs/{stage}"} | settings
-    return Step(STAGES[stage], stage, {"per_device_train_batch_size": 8} | settings, "")
+    return Step(STAGES.get(stage), stage, {"per_device_train_batch_size": 8} | settings, "")
 
 
 def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):

@@ -10,14 +10,15 @@ import tiny_run
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.options import read_options
 from medst_trl.pipeline.plan.batches import Batch, effective_batch
-from medst_trl.pipeline.plan.steps import Count, pairs_to_judge, rows_at, schedule, training_examples
+from medst_trl.pipeline.plan.steps import Rows, schedule, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe
-from medst_trl.pipeline.stage import STAGES
+from medst_trl.pipeline.stage import STAGES, Count
+from medst_trl.pipeline.stages.judge import pairs_to_judge
 
 
 def sft(**settings):
     return Step(
-        STAGES["sft"], "sft", {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"} | settings, "here"
+        STAGES.get("sft"), "sft", {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"} | settings, "here"
     )
 
 
@@ -73,10 +74,10 @@ def steps_of(name, *words):
 def test_the_demo_knows_its_numbers_before_it_runs():
     labels, steps = steps_of("demo")
     folder = labels["prepare"].settings["output_dir"]
-    assert rows_at(f"{folder}/instruct", "train", steps) == Count(225)
-    assert rows_at(f"{folder}/images", "train", steps) == Count(2000)
-    assert pairs_to_judge(labels["judge"], steps) == Count(6000, at_most=True)
-    assert rows_at(labels["dpo"].settings["dataset"], "train", steps) == Count(6000, at_most=True)
+    assert Rows(steps).rows(f"{folder}/instruct", "train") == Count(225)
+    assert Rows(steps).rows(f"{folder}/images", "train") == Count(2000)
+    assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(6000, at_most=True)
+    assert Rows(steps).rows(labels["dpo"].settings["dataset"], "train") == Count(6000, at_most=True)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_of_several_datasets_all_have_to_be_known(tmp_path):
 
 def test_answers_in_pairs():
     labels, steps = steps_of("demo", "--generate.num_answers", "4", "--generate.max_records", "10")
-    assert pairs_to_judge(labels["judge"], steps) == Count(10 * 3 * 2, at_most=True)
+    assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(10 * 3 * 2, at_most=True)
 
 
 def test_what_is_on_disk_is_counted_there(tmp_path):
@@ -111,5 +112,5 @@ def test_what_is_on_disk_is_counted_there(tmp_path):
 
     rows = [{"id": str(n), "images": [], "image_ids": [], "messages": []} for n in range(7)]
     write_split(tmp_path / "instruct", "train", rows, dict, instruct_features(), 3)
-    assert rows_at(str(tmp_path / "instruct"), "train") == Count(7)
-    assert rows_at(str(tmp_path / "instruct"), "test").number is None
+    assert Rows().rows(str(tmp_path / "instruct"), "train") == Count(7)
+    assert Rows().rows(str(tmp_path / "instruct"), "test").number is None

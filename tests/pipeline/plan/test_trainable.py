@@ -33,7 +33,7 @@ RANKS = {"r": 8, "lora_alpha": 16, "vision_r": 4, "vision_lora_alpha": 8}
 
 def step(stage, **settings):
     settings = {"dataset": "none", "output_dir": f"runs/{stage}", "lora_r": 8, "vision_lora_r": 4} | settings
-    return Step(STAGES[stage], stage, settings, "test")
+    return Step(STAGES.get(stage), stage, settings, "test")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def test_an_adapter_of_other_ranks_is_refused_as_stage_1_does(base):
 
 def test_a_merged_model_is_the_base_without_the_adapter(base):
     steps = [step("sft", model_name_or_path=base)]
-    steps.append(Step(STAGES["merge"], "merge", {"model_name_or_path": "runs/sft", "output_dir": "runs/merge"}, ""))
+    steps.append(
+        Step(STAGES.get("merge"), "merge", {"model_name_or_path": "runs/sft", "output_dir": "runs/merge"}, "")
+    )
     merged = model_at("runs/merge", steps)
     assert merged.model.num_parameters() == meta_model(base).num_parameters() and not merged.is_adapter
 
@@ -129,7 +131,7 @@ def test_the_demo_builds_its_base_in_code():
 def test_what_cannot_be_known_is_said(tmp_path):
     with pytest.raises(NotKnownYet, match="config not available offline: some-org/some-model"):
         meta_model("some-org/some-model")
-    convert = Step(STAGES["convert"], "convert", {"source": "some-org/original", "output_dir": "runs/convert"}, "")
+    convert = Step(STAGES.get("convert"), "convert", {"source": "some-org/original", "output_dir": "runs/convert"}, "")
     with pytest.raises(NotKnownYet, match="before convert has run"):
         trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -159,7 +161,7 @@ def test_a_checkpoint_that_is_still_to_be_converted(projector, by_words, tmp_pat
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     settings = {"source": str(tmp_path / "original"), "output_dir": "runs/convert"}
-    convert = Step(STAGES["convert"], "convert", settings, "")
+    convert = Step(STAGES.get("convert"), "convert", settings, "")
     counts = trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
     assert counts["language"] == 2 * 8 * (4 * (48 + 48) + 3 * (48 + 96)) + (0 if by_words else 48)
     assert counts["vision"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 64))

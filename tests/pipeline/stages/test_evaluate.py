@@ -13,7 +13,7 @@ from medst_trl.data.schema import benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.evaluation import vqa
-from medst_trl.pipeline.stages.evaluate import EvaluateArguments, main, make_parser
+from medst_trl.pipeline.stages.evaluate import STAGE, EvaluateArguments, main
 
 
 FAST = {"batch_size": 8, "max_new_tokens": 3, "bootstrap_samples": 20}
@@ -123,8 +123,8 @@ def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch):
 def test_two_ranks_write_what_one_writes(finished, inputs, tmp_path):
     code = (
         "import sys; from medst_trl.base.processes import process_state; process_state()\n"
-        "from medst_trl.pipeline.stages.evaluate import make_parser, main;"
-        "main(*make_parser().parse_args_into_dataclasses(sys.argv[1:]))"
+        "from medst_trl.pipeline.stages.evaluate import STAGE, main;"
+        "main(*STAGE.make_parser().parse_args_into_dataclasses(sys.argv[1:]))"
     )
     script = tmp_path / "run.py"
     script.write_text(code)
@@ -174,8 +174,8 @@ def test_rescoring_gives_the_same_scores(finished, tmp_path):
 
 def test_scoring_a_file_needs_no_model(predictions, tmp_path):
     code = (
-        "import sys; from medst_trl.pipeline.stages.evaluate import make_parser, main;"
-        "main(*make_parser().parse_args_into_dataclasses(sys.argv[1:]));"
+        "import sys; from medst_trl.pipeline.stages.evaluate import STAGE, main;"
+        "main(*STAGE.make_parser().parse_args_into_dataclasses(sys.argv[1:]));"
         "print('IMPORTED', [name for name in ('torch', 'transformers', 'datasets', 'PIL') if name in sys.modules])"
     )
     words = [f"--predictions={predictions}", f"--output_dir={tmp_path / 'out'}", "--variants", "strict"]
@@ -259,6 +259,6 @@ def test_wrong_settings(change, message, tmp_path):
 
 def test_parser():
     words = ["--output_dir", "o", "--benchmark", "a", "b", "--controls", "none", "--predictions", "p"]
-    assert "shuffled" in make_parser().format_help()
-    (args,) = make_parser().parse_args_into_dataclasses(words)
+    assert "shuffled" in STAGE.make_parser().format_help()
+    (args,) = STAGE.make_parser().parse_args_into_dataclasses(words)
     assert (args.benchmark, args.controls, args.variants) == (["a", "b"], [], ["strict", "llava_med"])

@@ -15,7 +15,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import check_columns, instruct_features, load_records
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.stages.generate import GenerateArguments, main, make_parser
+from medst_trl.pipeline.stages.generate import STAGE, GenerateArguments, main
 from medst_trl.policy.checkpoints import prepare_policy
 from medst_trl.selftrain.generate import CandidateGenerator
 
@@ -30,7 +30,7 @@ SCRIPT = """
 import os, signal, sys
 from medst_trl.base.processes import process_state
 from medst_trl.selftrain.generate import CandidateGenerator
-from medst_trl.pipeline.stages.generate import make_parser, main
+from medst_trl.pipeline.stages.generate import STAGE, main
 
 state, outcomes = process_state(), CandidateGenerator.outcomes
 def dying(self, *args):
@@ -40,7 +40,7 @@ def dying(self, *args):
         yield outcome
 if int(sys.argv[1]):
     CandidateGenerator.outcomes = dying
-main(make_parser().parse_args_into_dataclasses(sys.argv[2:])[0])
+main(STAGE.make_parser().parse_args_into_dataclasses(sys.argv[2:])[0])
 print("world", state.num_processes)
 """
 
@@ -293,8 +293,8 @@ def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
 
 
 def test_parser():
-    assert "nearly identical" in " ".join(make_parser().format_help().split())
-    args, _ = make_parser().parse_args_into_dataclasses(
+    assert "nearly identical" in " ".join(STAGE.make_parser().format_help().split())
+    args, _ = STAGE.make_parser().parse_args_into_dataclasses(
         ["--model_name_or_path", "m", "--images", "i", "--output_dir", "o", "--describe_first"]
     )
     assert (args.temperature, args.top_k, args.top_p, args.describe_first) == (1.2, 100, 0.95, True)

@@ -25,7 +25,7 @@ from medst_trl.data.schema import (
 )
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.engines.reply_cache import FILE_NAME
-from medst_trl.pipeline.stages.judge import JudgeArguments, main, make_parser
+from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
@@ -310,7 +310,7 @@ def test_no_candidates(tmp_path):
 
 
 def test_help_tells_the_command_and_every_setting():
-    text = make_parser("medst judge").format_help()
+    text = STAGE.make_parser("medst judge").format_help()
     assert "medst judge" in text
     for name in JudgeArguments.__dataclass_fields__:
         assert f"--{name}" in text
@@ -320,7 +320,7 @@ def judge_process(candidates, output_dir, base_url, **settings):
     words = {"candidates": candidates, "output_dir": output_dir, "model": "judge", "base_url": base_url} | settings
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     code = "import sys; from medst_trl.pipeline.stages.judge import *\n"
-    code += "main(make_parser().parse_args_and_config(sys.argv[1:])[0])"
+    code += "main(STAGE.make_parser().parse_args_and_config(sys.argv[1:])[0])"
     return subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -384,7 +384,7 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
         JUDGE_PROMPTS.get("letter")
     with letter_prompt(tmp_path, monkeypatch):
         assert "letter (one letter for the better answer)" in " ".join(
-            make_parser("medst judge").format_help().split()
+            STAGE.make_parser("medst judge").format_help().split()
         )
         assert command(["recipes", "validate", "my.yaml"]) == 0
         assert command(["run", "my.yaml", "--dry_run"]) == 0

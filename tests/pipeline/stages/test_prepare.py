@@ -18,7 +18,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import check_columns, load_records, text_of
-from medst_trl.pipeline.stages.prepare import PrepareArguments, main, make_parser
+from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, main
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_killed_after_any_file_and_continued_equals_never_killed(tmp_path, monke
 
 def test_a_killed_process_is_continued(tmp_path):
     arguments = ["--source", "phantoms", "--num_phantoms", "400", "--num_test_phantoms", "0", "--rows_per_shard", "10"]
-    code = "from medst_trl.pipeline.stages.prepare import *; main(make_parser().parse_args_and_config()[0])"
+    code = "from medst_trl.pipeline.stages.prepare import *; main(STAGE.make_parser().parse_args_and_config()[0])"
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", code, *arguments, "--output_dir", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -262,14 +262,14 @@ def test_mevf_without_the_release_publishes_no_file_name_as_link(tmp_path):
 
 def test_help_and_files_import_nothing_heavy():
     code = (
-        "import sys, medst_trl.pipeline.stages.prepare as p; p.make_parser(prog='x').format_help(); "
+        "import sys, medst_trl.pipeline.stages.prepare as p; p.STAGE.make_parser(prog='x').format_help(); "
         "print([name for name in ('torch', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_parser_reads_what_a_recipe_gives(tmp_path):
-    args, _ = make_parser().parse_args_and_config(
+    args, _ = STAGE.make_parser().parse_args_and_config(
         ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
     )
     assert (args.source, args.image_disjoint, args.max_records) == ("slake", True, 5)

@@ -27,7 +27,11 @@ def pushed(monkeypatch):
 
 
 def arguments(*given: str) -> PushArguments:
-    return STAGES["push"].make_parser().parse_args_and_config(["--source", "data", "--repo_id", "org/name", *given])[0]
+    return (
+        STAGES.get("push")
+        .make_parser()
+        .parse_args_and_config(["--source", "data", "--repo_id", "org/name", *given])[0]
+    )
 
 
 def test_private_unless_told_otherwise(pushed, capsys):

@@ -7,7 +7,7 @@ import made_run
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.stages.report import ReportArguments, main, make_parser
+from medst_trl.pipeline.stages.report import STAGE, ReportArguments, main
 
 
 @pytest.fixture
@@ -60,6 +60,6 @@ def test_a_report_needs_no_torch(run, tmp_path):
 
 
 def test_parser():
-    (args,) = make_parser().parse_args_into_dataclasses(["--run", "runs/demo"])
+    (args,) = STAGE.make_parser().parse_args_into_dataclasses(["--run", "runs/demo"])
     assert (args.run, args.output_dir) == ("runs/demo", None)
-    assert "index.html" in make_parser().format_help()
+    assert "index.html" in STAGE.make_parser().format_help()
