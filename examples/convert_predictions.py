@@ -19,13 +19,13 @@ import argparse
 from collections import Counter
 
 from medst_trl.base.errors import UserError
-from medst_trl.interop.predictions import FORMATS, read_predictions, write_predictions
+from medst_trl.evaluation.predictions import export_predictions, read_predictions
 
 
 def main(source: str, target: str, format: str = "medst", benchmark: str | None = None) -> dict[str, int]:
     """Read, write, and say what was set aside."""
     records, rejected = read_predictions(source, benchmark=benchmark)
-    write_predictions(records, target, format)
+    export_predictions(records, target, format)
     reasons = Counter(row["reason"] for row in rejected)
     print(f"{target}: {len(records)} predictions, {len(rejected)} set aside {dict(reasons) or ''}")
     return {"records": len(records), **reasons}

@@ -26,13 +26,13 @@ _MODULE_OF = {
     "adapter_config": "medst_trl.policy.adapters",
     "build_preferences": "medst_trl.selftrain.preferences",
     "load_policy": "medst_trl.policy.checkpoints",
-    "score_vqa": "medst_trl.evaluation.metrics",
+    "score_vqa": "medst_trl.evaluation.scoring",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
-    from medst_trl.evaluation.metrics import score_vqa as score_vqa
+    from medst_trl.evaluation.scoring import score_vqa as score_vqa
     from medst_trl.policy.adapters import adapter_config as adapter_config
     from medst_trl.policy.checkpoints import load_policy as load_policy
     from medst_trl.policy.prototype_extractor import PrototypeExtractor as PrototypeExtractor

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from medst_trl.base.files import write_jsonl
+from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.data.schema import benchmark_features, candidate_features, message, text_part
 from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
 from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.controls import CONTROLS
-from medst_trl.evaluation.score_files import control_path, score_files, write_scores
+from medst_trl.evaluation.predictions import control_path, score_files
 from medst_trl.selftrain.judge.statistics import judge_statistics
 
 
@@ -185,7 +185,7 @@ def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, cha
     }
     path = folder / "predictions.jsonl"
     scores, _ = score_files(path, variants=("strict",), controls=CONTROLS, bootstrap_samples=100)
-    write_scores(folder / "scores.json", about | scores)
+    write_json(folder / "scores.json", about | scores)
     return folder
 
 

@@ -1,13 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Two controls that show how much of a score needs the image (LLaVA-Med's issue 130: answers that do not change with it,
-https://github.com/microsoft/LLaVA-Med/issues/130).
+Controls: the same evaluation with images that do not help, to show how much of a score needs the image.
 
 - `blank`: every image is replaced by a mid-grey one of the same size.
-- `shuffled`: every question is asked about another image of the benchmark, those of one image about the same one.
+- `shuffled`: every question is asked about another image of the benchmark, all questions of one image about the same.
 
-Both run like the real evaluation. A score that they reach too was not earned by looking.
+A score that the controls reach too does not come from looking at the image. LLaVA-Med's issue 130 reports answers that
+do not change with it: https://github.com/microsoft/LLaVA-Med/issues/130.
 """
 
 import random
@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, closest
 
-from .bootstrap import interval, resample
-from .metrics import clusters_of, figures, score_records, score_vqa, with_types
+from .scoring import clusters_of, figures, interval, resample, score_records, score_vqa, with_types
 
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ GREY = 128
 
 
 def blank_image(image: "Image.Image") -> "Image.Image":
-    """A mid-grey image of the same size."""
+    """Make a mid-grey image of the same size."""
     from PIL import Image
 
     return Image.new("RGB", image.size, (GREY, GREY, GREY))
@@ -38,40 +37,51 @@ def blank_image(image: "Image.Image") -> "Image.Image":
 
 def shuffled_rows(image_ids: Sequence[str], seed: int = 0) -> list[int]:
     """
-    Give every row of a benchmark the image of another row that shows a different picture.
+    Give every row of a benchmark a different image, taken from another row.
 
     Args:
         image_ids (sequence of `str`):
-            Image id of each row; rows of one id show the same picture.
+            Image id of each row; rows with the same id show the same image.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the shuffle.
 
     Returns:
-        `list[int]`: for each row the row whose image it gets; a permutation, so each image is used as often as before.
+        `list[int]`: for each row the row whose image it gets. A permutation: each image is used as often as before.
 
     Raises:
-        UserError: if one picture stands in more than half of the rows, since then some question would keep it.
+        UserError: if one image is in more than half of the rows, since some question would then keep it.
     """
     counts = Counter(image_ids)
     if not counts:
         return []
-    picture, most = counts.most_common(1)[0]
+    image_id, most = counts.most_common(1)[0]
     if 2 * most > len(image_ids):
         raise UserError(
-            f"Images cannot be shuffled: {most} of the {len(image_ids)} images of the benchmark are one and the same "
-            f"({picture[:12]}). Leave the control 'shuffled' out, or evaluate on more images."
+            f"The images cannot be shuffled: {most} of the {len(image_ids)} images of the benchmark are the same one "
+            f"({image_id[:12]}). Remove 'shuffled' from controls, or evaluate on more images."
         )
     rng = random.Random(seed)
     order = sorted(counts)
     rng.shuffle(order)
-    place = {image_id: number for number, image_id in enumerate(order)}
-    rows = sorted(range(len(image_ids)), key=lambda row: (place[image_ids[row]], row))
-    # Equal pictures stand side by side, none more than `most` in a row: that many places further there is another one.
-    donors = rows[most:] + rows[:most]
+    position = {image_id: number for number, image_id in enumerate(order)}
+    rows = sorted(range(len(image_ids)), key=lambda row: (position[image_ids[row]], row))
+    # Rows with the same image are now adjacent, at most `most` of them: that many rows further the image differs.
     shuffled = [0] * len(rows)
-    for row, donor in zip(rows, donors):
+    for row, donor in zip(rows, rows[most:] + rows[:most]):
         shuffled[row] = donor
     return shuffled
+
+
+def shown_rows(image_ids: Sequence[str], control: str | None = None, seed: int = 0) -> list[int]:
+    """
+    For each row of a benchmark, the row whose image a control shows.
+
+    Raises:
+        UserError: for an unknown control, or images that cannot be shuffled.
+    """
+    if control is not None and control not in CONTROLS:
+        raise UserError(f"Unknown control {control!r}.{closest(control, CONTROLS)} Choose from {', '.join(CONTROLS)}.")
+    return shuffled_rows(image_ids, seed) if control == "shuffled" else list(range(len(image_ids)))
 
 
 def compare_vqa(
@@ -79,19 +89,19 @@ def compare_vqa(
     control_records: Iterable[Mapping[str, Any]],
     variant: str = "strict",
     *,
-    closed_rule: str | None = None,
     bootstrap_samples: int = 1000,
     seed: int = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
     """
     Score a control and how much better the real predictions are.
 
     Args:
         records (iterable of `dict`):
-            The real predictions, see [`~medst_trl.evaluation.metrics.score_vqa`], each with a unique `id`.
+            The real predictions, see [`~medst_trl.evaluation.scoring.score_vqa`], each with a unique `id`.
         control_records (iterable of `dict`):
             Predictions of the control, for the same ids.
-        variant, closed_rule, bootstrap_samples, seed:
+        variant, bootstrap_samples, seed, **settings:
             As in `score_vqa`.
 
     Returns:
@@ -105,25 +115,23 @@ def compare_vqa(
     real, control = _by_id(records, "predictions"), _by_id(control_records, "control predictions")
     if odd := real.keys() ^ control.keys():
         raise UserError(
-            f"Predictions and control do not answer the same questions: {len(odd)} ids stand on one side only, for "
+            f"Predictions and control do not answer the same questions: {len(odd)} ids are on one side only, for "
             f"example {min(map(str, odd))!r}. Run the control again with the settings of the predictions."
         )
     sides = {"real": list(real.values()), "control": [control[key] for key in real]}
-    values = {
-        name: score_vqa(rows, variant, closed_rule=closed_rule, bootstrap_samples=0) for name, rows in sides.items()
-    }
-    scored = {name: score_records(rows, variant, closed_rule) for name, rows in sides.items()}
+    values = {name: score_vqa(rows, variant, bootstrap_samples=0, **settings) for name, rows in sides.items()}
+    scored = {name: score_records(rows, variant, **settings) for name, rows in sides.items()}
     pairs = [
-        {(name, *figure): value for name, scores in zip(sides, both) for figure, value in scores.items()}
+        {(name, *path): value for name, scores in zip(sides, both) for path, value in scores.items()}
         for both in zip(*(with_types(rows) for rows in scored.values()))
     ]
-    means = resample(zip(clusters_of([answered for answered, _ in scored["real"]]), pairs), bootstrap_samples, seed)
+    means = resample(zip(clusters_of([row for row, _ in scored["real"]]), pairs), bootstrap_samples, seed)
 
     result, real_figures = values["control"], dict(figures(values["real"]))
     result["bootstrap"] |= {"samples": bootstrap_samples, "seed": seed}
-    for figure, leaf in figures(result):
-        value = real_figures.get(figure, {}).get("value")
-        both = means.get(("real", *figure), []), means.get(("control", *figure), [])
+    for path, leaf in figures(result):
+        value = real_figures.get(path, {}).get("value")
+        both = means.get(("real", *path), []), means.get(("control", *path), [])
         differences = [None if None in pair else pair[0] - pair[1] for pair in zip(*both)]
         leaf["interval"] = interval(both[1])
         leaf["difference"] = None if None in (value, leaf["value"]) else value - leaf["value"]
@@ -133,10 +141,10 @@ def compare_vqa(
 
 def _by_id(records: Iterable[Mapping[str, Any]], what: str) -> dict[Any, Mapping[str, Any]]:
     found = {}
-    for place, record in enumerate(records):
+    for position, record in enumerate(records):
         key = record.get("id")
         if key is None or key in found:
-            wrong = f"record number {place + 1} has no id" if key is None else f"the id {key!r} stands there twice"
-            raise UserError(f"In the {what}, {wrong}; pairs with the control go by unique ids.")
+            problem = f"record number {position + 1} has no id" if key is None else f"the id {key!r} is repeated"
+            raise UserError(f"In the {what}, {problem}. Predictions and control are paired by unique ids.")
         found[key] = record
     return found

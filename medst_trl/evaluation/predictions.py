@@ -1,64 +1,114 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction files: one JSON object a line. Written line by line so that a killed run goes on, read with suspicion."""
+"""
+Prediction files: formats, reading, writing, and scores with every metric and control.
+
+Our own format is JSON lines, one question per line (see [`medst_trl.data.schema`]). Other projects' formats register
+themselves in `PREDICTION_FORMATS`.
+"""
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_jsonl
+from medst_trl.base.registry import Registry
+from medst_trl.data.json_records import read_json_records
 from medst_trl.data.records import printable
 from medst_trl.data.text_files import read_text_file
 
-from .metrics import RecordError, read_record
+from .controls import compare_vqa
+from .metric import METRICS, describe_figures, setting_names
+from .scoring import RecordError, read_record, score_vqa
 
 
-SHOWN = 200  # characters of an offending value that are kept
+MAX_SHOWN = 200  # characters of an offending value that are kept
+
+Row = tuple[str, dict[str, Any] | RecordError]
+"""The name of a row in a file, for messages, and its record or the reason why there is none."""
+Benchmark = str | os.PathLike | Iterable[Mapping[str, Any]]
+"""A benchmark's directory or Hub id, a file of questions, or the questions themselves."""
 
 
-def read_predictions(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class PredictionFormat:
     """
-    Read a predictions file; lines that cannot be scored are set aside.
+    A format of prediction files.
 
     Args:
-        path (`str` or `os.PathLike`):
-            File of JSON lines with at least `answer`, `answer_type` and `prediction`.
-
-    Returns:
-        `tuple`: the records, and for each line set aside its `id` (or line number), `reason` and offending `value`.
-
-    Raises:
-        UserError: if the file is missing, is not text, or holds no record that can be scored.
+        name (`str`):
+            Its name in `--predictions_format`.
+        summary (`str`):
+            One line on whose files these are.
+        expected (`str`):
+            What such a file holds. Ends the message about a file that holds something else.
+        guess (`Callable`):
+            From the path and the first JSON record (empty if there is none) to whether this is the file's format.
+        read (`Callable`):
+            From the path, a [`Benchmark`] that has the right answers (or None) and its split to [`Row`]s.
+        write (`Callable`):
+            From checked records and the path to the file, written atomically.
     """
-    lines = read_text_file(Path(path), "predictions").split("\n")
-    advice = "A predictions file is JSON lines: an object a line with answer, answer_type and prediction."
-    return sort_out(_records(lines), path, advice)
+
+    name: str
+    summary: str
+    expected: str
+    guess: Callable[[Path, Mapping[str, Any]], bool]
+    read: Callable[[Path, Benchmark | None, str], Iterable[Row]]
+    write: Callable[[list[dict[str, Any]], Path], None]
 
 
-def sort_out(
-    items: Iterable[tuple[str, dict[str, Any] | RecordError]], path: str | os.PathLike, advice: str
+PREDICTION_FORMATS: Registry[PredictionFormat] = Registry(
+    "predictions format", ("medst_trl.interop.predictions",), ("summary", "expected", "guess", "read", "write")
+)
+
+
+def read_predictions(
+    path: str | os.PathLike, format: str | None = None, *, benchmark: Benchmark | None = None, split: str = "test"
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """
-    Divide what a file holds into records that can be scored and rows that are set aside.
+    Read a predictions file; rows that cannot be scored are rejected.
+
+    Without a benchmark, the right answers are the file's own. If the file does not say which questions are closed,
+    those whose answer is yes or no count as closed (marked by `answer_type_guessed`), so figures may differ from those
+    with the benchmark's own types.
 
     Args:
-        items (iterable of `tuple`):
-            For each row its name, for messages, and its record or why there is none.
         path (`str` or `os.PathLike`):
-            The file, to name it.
-        advice (`str`):
-            What the file should hold.
+            The file.
+        format (`str`, *optional*):
+            A name in `PREDICTION_FORMATS`. Defaults to the format that matches the file's name and first record.
+        benchmark (`str`, `os.PathLike` or iterable of `dict`, *optional*):
+            Source of right answers, their types and image ids: a benchmark's directory or Hub id, LLaVA-Med's file of
+            questions (`.json`), or the questions themselves. Rows are joined by id or by order, and only if every
+            question's text agrees.
+        split (`str`, *optional*, defaults to `"test"`):
+            Split of the benchmark.
 
     Returns:
-        `tuple`: records and rows set aside, see [`read_predictions`].
+        `tuple`: the records (id, image_id, question, answer, answer_type, question_type, prediction), and for each
+        rejected row its `id` (or its number), `reason` and offending `value`. Questions of the benchmark without a
+        prediction are among the latter.
 
     Raises:
-        UserError: if no record is left.
+        UserError: if the file is missing or has another format, holds no record that can be scored, holds no right
+            answers and no benchmark is given, or does not answer the questions of the benchmark.
+
+    Example:
+
+    ```python
+    >>> records, rejected = read_predictions("answer-file.jsonl", benchmark="runs/vqa_rad/prepare/benchmark")
+    >>> score_vqa(records, "llava_med")["closed"]["accuracy"]
+    ```
     """
+    found = PREDICTION_FORMATS.get(format or guess_format(path))
     records, rejected, seen = [], [], set()
-    for place, (name, record) in enumerate(items):
+    for position, (name, record) in enumerate(found.read(Path(path), benchmark, split)):
         key = name
         try:
             if isinstance(record, RecordError):
@@ -68,31 +118,155 @@ def sort_out(
             key = record.get("id", name)
             if not isinstance(key, str | int):
                 raise RecordError("id is not a text", key, name)
-            read_record(record, place)
+            read_record(record, position)
             if record.get("id") in seen:
                 raise RecordError("repeated id", record["id"], key)
         except RecordError as error:
-            rejected.append(_rejected(key, error.reason, error.value))
+            value = printable(str(error.value)[:MAX_SHOWN])
+            rejected.append({"id": printable(str(key)), "reason": error.reason, "value": value})
         else:
             records.append(record)
             seen.add(key)
     if not records:
         first = rejected[0] if rejected else {"id": "the file", "reason": "empty"}
-        raise UserError(f"{path} holds no prediction that can be scored ({first['id']}: {first['reason']}). {advice}")
+        problem = f"{path} holds no prediction that can be scored ({first['id']}: {first['reason']})."
+        raise UserError(f"{problem} {found.expected}")
     return records, rejected
 
 
-def _records(lines: list[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
+def export_predictions(records: Iterable[Mapping[str, Any]], path: str | os.PathLike, format: str) -> None:
+    """
+    Write predictions in one of `PREDICTION_FORMATS`, atomically.
+
+    Keys that a format does not have go into fields that its own tools ignore, so that [`read_predictions`] returns the
+    same records: id, image_id, question, answer, answer_type, question_type and prediction.
+
+    Args:
+        records (iterable of `dict`):
+            Predictions, see [`medst_trl.data.schema`]. Those without an `id` are numbered.
+        path (`str` or `os.PathLike`):
+            The file. For `vlmevalkit` its suffix decides between `.tsv`, `.csv` and `.json`.
+        format (`str`):
+            A name in `PREDICTION_FORMATS`.
+
+    Raises:
+        UserError: if a record cannot be scored, two have one id, or the format is unknown or cannot be written.
+    """
+    found = PREDICTION_FORMATS.get(format)
+    rows: dict[str, dict[str, Any]] = {}
+    for position, record in enumerate(records):
+        record = {**record, "id": str(position if record.get("id") is None else record["id"])}
+        read_record(record, position)
+        check_unicode(record, f"Record {record['id']!r}")
+        if record["id"] in rows:
+            raise UserError(f"Two predictions have the id {record['id']!r}. Give each question its own.")
+        rows[record["id"]] = record
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.write(list(rows.values()), path)
+
+
+def check_unicode(record: dict[str, Any], name: str) -> None:
+    """Raise a [`RecordError`] if UTF-8 cannot hold its texts (bytes of another encoding become half characters)."""
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    if printable(text) != text:
+        raise RecordError("characters that are no Unicode", text, name)
+
+
+def guess_format(path: str | os.PathLike) -> str:
+    """The format that matches a file's name and the keys of its first record; `"medst"` if none does."""
+    path = Path(path)
+    try:
+        first = next((row for _, row in read_json_records(path, known_by="question") if isinstance(row, dict)), {})
+    except UserError:
+        first = {}
+    return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), "medst")
+
+
+def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test") -> Iterator[Row]:
+    if benchmark is not None:
+        raise UserError(f"{path} holds its right answers. Leave the benchmark out, or name another format.")
+    for number, line in enumerate(read_text_file(path, "predictions").split("\n"), start=1):
         if not line.strip():
             continue
         name = f"line {number}"
         try:
-            line.encode()  # half a character stands for bytes of another encoding
+            line.encode()  # half a character comes from bytes of another encoding
             yield name, json.loads(line)
         except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
             yield name, RecordError("not JSON", line, name)
 
 
-def _rejected(key: Any, reason: str, value: Any) -> dict[str, str]:
-    return {"id": printable(str(key)), "reason": reason, "value": printable(str(value)[:SHOWN])}
+PREDICTION_FORMATS.register(
+    PredictionFormat(
+        name="medst",
+        summary="ours, JSON lines",
+        expected="A predictions file is JSON lines: one object per line with answer, answer_type and prediction.",
+        guess=lambda path, first: False,  # the default
+        read=_read_own,
+        write=lambda records, path: write_jsonl(path, records),
+    )
+)
+
+
+def control_path(path: str | os.PathLike, control: str | None) -> Path:
+    """Where the predictions of a control are: `predictions_blank.jsonl` beside `predictions.jsonl`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_{control}{path.suffix}") if control else path
+
+
+def score_files(
+    path: str | os.PathLike,
+    *,
+    variants: Collection[str] = ("strict", "llava_med"),
+    settings: Mapping[str, Any] | None = None,
+    controls: Collection[str] = (),
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """
+    Score a predictions file of our format and the files of controls beside it.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Predictions file.
+        variants (collection of `str`, *optional*):
+            Names of metrics.
+        settings (`dict`, *optional*):
+            Settings of metrics, for example `{"closed_rule": "gated"}`. Each metric takes its own.
+        controls (collection of `str`, *optional*):
+            Controls whose files (see [`control_path`]) are compared.
+        bootstrap_samples, seed:
+            As in [`~medst_trl.evaluation.scoring.score_vqa`].
+
+    Returns:
+        `tuple`: the content of `scores.json`, `{"counts", "scores": {variant: ...}, "controls": {control: {variant:
+        ...}}, "figures"}`, and the rejected lines, see [`read_predictions`].
+
+    Raises:
+        UserError: if a file cannot be used, or a control does not answer the same questions.
+    """
+    records, rejected = read_predictions(path, "medst")
+    common = {"bootstrap_samples": bootstrap_samples, "seed": seed}
+    arguments = {
+        variant: common | {name: (settings or {}).get(name) for name in setting_names(METRICS.get(variant))}
+        for variant in variants
+    }
+    ids = {record.get("id") for record in records}
+    compared = {}
+    for control in controls:
+        others = [row for row in read_predictions(control_path(path, control), "medst")[0] if row.get("id") in ids]
+        compared[control] = {name: compare_vqa(records, others, name, **kwargs) for name, kwargs in arguments.items()}
+    counts = {
+        "records": len(records),
+        "rejected": dict(Counter(line["reason"] for line in rejected)),
+        "cut_off": sum(_was_cut_off(record.get("generation")) for record in records),
+    }
+    if guessed := sum(record.get("answer_type_guessed") is True for record in records):
+        counts["answer_types_guessed"] = guessed
+    scores = {name: score_vqa(records, name, **kwargs) for name, kwargs in arguments.items()}
+    return {"counts": counts, "scores": scores, "controls": compared, "figures": describe_figures(variants)}, rejected
+
+
+def _was_cut_off(generation: Any) -> bool:
+    return isinstance(generation, dict) and generation.get("ended") is False

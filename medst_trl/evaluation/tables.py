@@ -5,24 +5,34 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metrics import figures
+from .metric import FigurePath, describe_figures
+from .scoring import figures
 
 
-def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def format_scores(
+    scores: Mapping[str, Any],
+    controls: Mapping[str, Mapping[str, Any]] | None = None,
+    described: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """
-    One line a figure: n, value with its interval, the majority baseline, and each control with the difference to it.
+    Format scores with one line per figure: n, value with its interval, the majority baseline, and each control with
+    the difference to it.
 
-    Question types get one line each, their exact match, in the variant `strict`; the rest of them is in the scores.
+    Question types have one line each, their exact match if the metric has it; their other figures are in the scores.
 
     Args:
         scores (`dict`):
-            What [`~medst_trl.evaluation.metrics.score_vqa`] returned.
+            Result of [`~medst_trl.evaluation.scoring.score_vqa`].
         controls (`dict`, *optional*):
-            Name of each control to what [`~medst_trl.evaluation.controls.compare_vqa`] returned.
+            Name of each control to the result of [`~medst_trl.evaluation.controls.compare_vqa`].
+        described (sequence of `dict`, *optional*):
+            Labels of the figures, as `scores.json` has them. Defaults to those of the registered metric.
 
     Returns:
         `str`: the table, without a final line break.
     """
+    described = describe_figures([scores["variant"]]) if described is None else described
+    labels = {tuple(figure["path"]): figure["label"] for figure in described if figure["metric"] == scores["variant"]}
     controls = controls or {}
     by_control = {name: dict(figures(result)) for name, result in controls.items()}
     shown = [
@@ -36,7 +46,7 @@ def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str,
         header += [name, f"real - {name}"]
     rows = [header]
     for path, leaf in shown:
-        row = [_name(path), str(leaf["n"]), _number(leaf["value"]), _interval(leaf["interval"])]
+        row = [_label(path, labels), str(leaf["n"]), _number(leaf["value"]), _interval(leaf["interval"])]
         if with_majority:
             row.append(_number(leaf.get("majority")))
         for name in controls:
@@ -48,7 +58,7 @@ def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str,
 
 
 def format_file(content: Mapping[str, Any]) -> str:
-    """All tables of a `scores.json`, under the data they are about."""
+    """Format all tables of a `scores.json`, below a line that names the data."""
     data = content.get("data") or {}
     revision = data.get("revision") or data.get("sha256")
     source = [content.get("benchmark") or content.get("predictions") or "predictions"]
@@ -56,22 +66,28 @@ def format_file(content: Mapping[str, Any]) -> str:
     source += [f"data {revision[:12]}"] if revision else []
     blocks = [", ".join(source)]
     for variant, scores in content["scores"].items():
-        blocks.append(format_scores(scores, {name: both[variant] for name, both in content["controls"].items()}))
+        controls = {name: by_variant[variant] for name, by_variant in content["controls"].items()}
+        blocks.append(format_scores(scores, controls, content.get("figures")))
     if cut_off := content["counts"]["cut_off"]:
-        blocks.append(f"{cut_off} answers were cut off at max_new_tokens before they ended.")
+        blocks.append(f"{cut_off} answers were cut off at max_new_tokens.")
     return "\n\n".join(blocks)
 
 
 def _title(scores: Mapping[str, Any]) -> str:
-    rule = f", closed rule {scores['closed_rule']}" if "closed_rule" in scores else ""
+    settings = {
+        name: value
+        for name, value in scores.items()
+        if name not in ("variant", "n", "n_images") and not isinstance(value, Mapping)
+    }
+    shown = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
     images = f" on {scores['n_images']} images" if scores["n_images"] is not None else ""
-    return f"{scores['variant']}{rule}: {scores['n']} questions{images}"
+    return f"{scores['variant']}{shown}: {scores['n']} questions{images}"
 
 
-def _name(path: Sequence[str]) -> str:
+def _label(path: FigurePath, labels: Mapping[FigurePath, str]) -> str:
     if path[0] == "question_types":
-        return f"  {path[1]}: {path[2]}".replace("_", " ")
-    return ": ".join(path).replace("_", " ")
+        return f"  {path[1]}: {labels.get(path[2:], path[-1])}".replace("_", " ")
+    return labels.get(path) or ": ".join(path).replace("_", " ")
 
 
 def _number(value: float | None, sign: str = "") -> str:
@@ -83,7 +99,7 @@ def _interval(bounds: Sequence[float] | None, sign: str = "") -> str:
 
 
 def align(rows: list[list[str]]) -> list[str]:
-    """Lines of a table of cells, the first column to the left and the others to the right."""
+    """Lines of a table of cells, the first column aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:

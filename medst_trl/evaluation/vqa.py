@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A policy's answers to a benchmark: greedy, in batches of like length, resumable, on one process or several."""
+"""A policy's greedy answers to a benchmark: in batches of similar length, resumable, on one or several processes."""
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
+from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.engines.decoding import chat_inputs, write_texts
 
-from .controls import CONTROLS, blank_image, shuffled_rows
-from .greedy import greedy_answers, prompts
+from .controls import blank_image, shown_rows
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 
 def answer_benchmark(
@@ -36,39 +37,39 @@ def answer_benchmark(
     """
     Ask every question of a benchmark, each on its own, and decode the answer greedily.
 
-    Questions of like length (image tokens included) share a batch, the longest first, so rows do not come in the
+    Questions of similar length (image tokens included) share a batch, the longest first, so rows are not in the
     benchmark's order. Under a distributed launch each process yields the answers to its share of the batches.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Policy, as [`load_policy`] gives it, on the device it shall run on.
+            Policy, as [`load_policy`] returns it, on its device.
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
         benchmark ([`~datasets.Dataset`]):
-            One row an image: `image_id`, `image`, `questions` (id, question, answer, answer_type, question_type).
+            One row per image: `image_id`, `image`, `questions` (id, question, answer, answer_type, question_type).
         batch_size (`int`, *optional*, defaults to `16`):
-            Questions a batch.
+            Questions per batch.
         max_new_tokens (`int`, *optional*, defaults to `64`):
-            Where an answer that does not end is cut off.
+            Maximum length of an answer.
         control (`str`, *optional*):
             `"blank"` or `"shuffled"`: ask about another image, see [`medst_trl.evaluation.controls`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the control `"shuffled"`.
         max_records (`int`, *optional*):
-            Ask the first so many questions only.
+            Ask only the first N questions.
         done (collection of `str`, *optional*):
-            Ids that are answered already. Batches are made as if they were not, so that a continued run computes the
-            same numbers as one that was never cut.
+            Ids that are already answered. They still take part in batching, so that a resumed run computes the same
+            numbers as an uninterrupted one.
         model_name (`str`, *optional*):
-            How to name the model in `generation`.
+            Name of the model in `generation`.
 
     Yields:
         `dict`: a row of the predictions file: id, image_id, question, answer, answer_type, question_type,
-        `prediction`, `generation` (model, max_new_tokens, control, the image shown, and whether the answer ended by
-        itself).
+        `prediction`, `generation` (model, max_new_tokens, control, the image shown, and whether the answer ended
+        before `max_new_tokens`).
 
     Raises:
-        UserError: for an unknown control, ids that repeat, a benchmark whose images cannot be shuffled, or too little
+        UserError: for an unknown control, repeated ids, a benchmark whose images cannot be shuffled, or too little
             memory for the batch size.
 
     Example:
@@ -83,7 +84,8 @@ def answer_benchmark(
 
     state = process_state()
     questions = questions_of(benchmark, max_records)
-    shown = _shown_rows(benchmark, control, seed)
+    image_ids = list(benchmark["image_id"])
+    shown = shown_rows(image_ids, control, seed)
 
     def image(question: dict[str, Any]) -> "Image.Image":
         found = benchmark[shown[question["row"]]]["image"]
@@ -92,7 +94,6 @@ def answer_benchmark(
     batches = _batches(processor, questions, image, batch_size)[state.process_index :: state.num_processes]
     name = model_name or getattr(model.config, "name_or_path", None) or None
     settings = {"model": name, "decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
-    image_ids = list(benchmark["image_id"])
     total, title = sum(map(len, batches)), control or "answers"
     with tqdm(total=total, desc=title, unit="question", disable=not state.is_main_process) as bar:
         for batch in batches:
@@ -115,12 +116,12 @@ def write_predictions(
     path: str | Path, model: "PreTrainedModel", processor: "ProcessorMixin", benchmark: "Dataset", **kwargs: Any
 ) -> None:
     """
-    Write the answers of [`answer_benchmark`] to `path` in the benchmark's order; a killed run goes on where it was.
+    Write the answers of [`answer_benchmark`] to `path` in the benchmark's order; an interrupted run resumes.
 
     Args:
         path (`str` or `pathlib.Path`):
-            Predictions file. It has its name once it is complete; `<path>.incomplete` grows until then. Nothing is
-            done where it is complete.
+            Predictions file. It appears once it is complete; until then rows are in `<path>.incomplete`. If it exists,
+            nothing is done.
         model, processor, benchmark, **kwargs:
             As in [`answer_benchmark`].
     """
@@ -130,7 +131,7 @@ def write_predictions(
 
 def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:
     """
-    All questions in the benchmark's order, each with its `image_id` and the `row` its image stands in.
+    All questions in the benchmark's order, each with its `image_id` and the `row` of its image.
 
     Raises:
         UserError: if two have one id, or there are none.
@@ -140,37 +141,23 @@ def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[d
         for question in record["questions"]:
             if question["id"] in seen:
                 raise UserError(
-                    f"Two questions of the benchmark have the id {question['id']!r}. Give each its own and prepare it "
-                    "again."
+                    f"Two questions of the benchmark have the id {question['id']!r}. Give each its own id and prepare "
+                    "the benchmark again."
                 )
             seen.add(question["id"])
             questions.append({"id": question["id"], "image_id": record["image_id"], **question, "row": row})
     if not questions:
-        raise UserError("The benchmark holds no questions. Look at its rejected.jsonl, or choose another split.")
+        raise UserError("The benchmark holds no questions. See its rejected.jsonl, or choose another split.")
     return questions[:max_records]
-
-
-def check_control(benchmark: "Dataset", control: str | None, seed: int = 0) -> None:
-    """Raise the `UserError` that a control would meet, before anything is computed."""
-    _shown_rows(benchmark, control, seed)
-
-
-def _shown_rows(benchmark: "Dataset", control: str | None, seed: int) -> list[int]:
-    """For each row the row whose image is shown instead."""
-    if control is not None and control not in CONTROLS:
-        raise UserError(f"There is no control {control!r}; choose from {', '.join(CONTROLS)}.")
-    if control == "shuffled":
-        return shuffled_rows(list(benchmark["image_id"]), seed)
-    return list(range(len(benchmark)))
 
 
 def _batches(
     processor: "ProcessorMixin", questions: list[dict], image: Callable[[dict], "Image.Image"], batch_size: int
 ) -> list[list[dict]]:
-    """Questions of like length together, the longest first: too large a batch fails at once, not after hours."""
+    """Questions of similar length together, the longest first: a batch that is too large fails at once."""
     asked = [question["question"] for question in questions]
     texts = processor.tokenizer(asked, add_special_tokens=False)["input_ids"]
-    # What an image (and the template) adds depends on its size alone, so one question a size tells it for all.
+    # The tokens that an image (and the template) add depend on its size alone: one question per size tells it.
     sizes, added, lengths = {}, {}, []
     for question, text in zip(questions, texts):
         if question["row"] not in sizes:
@@ -182,3 +169,50 @@ def _batches(
         lengths.append(added[size] + len(text))
     order = sorted(range(len(questions)), key=lambda place: (-lengths[place], place))
     return [[questions[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+
+
+def greedy_answers(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    questions: list[str],
+    images: list["Image.Image"],
+    max_new_tokens: int,
+) -> list[tuple[str, bool]]:
+    """
+    Answer each question about its image, in one batch.
+
+    Returns:
+        `list[tuple[str, bool]]`: each answer, and whether it ended before `max_new_tokens`.
+
+    Raises:
+        UserError: if the batch does not fit into memory.
+    """
+    import torch
+
+    try:
+        return write_texts(model, processor, prompts(processor, questions, images), max_new_tokens)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"Not enough memory for {len(questions)} questions per batch. Run the same command with a smaller "
+            "--batch_size: it resumes."
+        ) from None
+
+
+def prompts(processor: "ProcessorMixin", questions: list[str], images: list["Image.Image"]) -> "BatchFeature":
+    """
+    What the model reads: the chat template over one user turn of image and question, see [`chat_inputs`].
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            The policy's processor.
+        questions (`list[str]`):
+            Questions; text that spells a control token is neutralised.
+        images (`list[PIL.Image.Image]`):
+            The image of each.
+
+    Returns:
+        [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` of shape (batch, length), and the pixel
+        inputs.
+    """
+    conversations = [[message("user", [image_part(), text_part(question)])] for question in questions]
+    return chat_inputs(processor, conversations, [[image] for image in images])

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import compare_vqa
-from medst_trl.evaluation.metrics import figures, score_records
 from medst_trl.evaluation.predictions import read_predictions
+from medst_trl.evaluation.scoring import figures, score_records
 
 from .charts import Bar, Group, bar_chart
 from .run_folder import Run, StageRun

@@ -10,7 +10,7 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import blank_image, compare_vqa, shuffled_rows
-from medst_trl.evaluation.metrics import figures, score_vqa
+from medst_trl.evaluation.scoring import figures, score_vqa
 from medst_trl.evaluation.tables import format_scores
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import medst_trl
-from medst_trl.evaluation.metrics import score_vqa
+from medst_trl.evaluation.scoring import score_vqa
 
 
 evaluate = pytest.importorskip("evaluate")

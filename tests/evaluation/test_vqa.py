@@ -12,11 +12,10 @@ from medst_trl.base.row_log import RowLog
 from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.evaluation import greedy, vqa
-from medst_trl.evaluation.greedy import greedy_answers, prompts
-from medst_trl.evaluation.metrics import score_vqa
+from medst_trl.evaluation import vqa
 from medst_trl.evaluation.predictions import read_predictions
-from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
+from medst_trl.evaluation.scoring import score_vqa
+from medst_trl.evaluation.vqa import answer_benchmark, greedy_answers, prompts, questions_of, write_predictions
 from medst_trl.policy.checkpoints import prepare_policy
 
 
@@ -164,7 +163,7 @@ def test_controls_show_other_images(policy, benchmark, monkeypatch):
 def test_bad_benchmarks(policy, benchmark):
     with pytest.raises(UserError, match="cannot be shuffled"):
         next(answer_benchmark(*policy, benchmark.select([0]), control="shuffled"))
-    with pytest.raises(UserError, match="no control 'noise'"):
+    with pytest.raises(UserError, match="Unknown control 'noise'"):
         next(answer_benchmark(*policy, benchmark, control="noise"))
     with pytest.raises(UserError, match="have the id"):
         questions_of(benchmark.select([0, 0]))
@@ -196,7 +195,7 @@ def test_killed_and_resumed(policy, benchmark, tmp_path, monkeypatch, after, cut
     assert not path.exists()
 
     asked = []
-    answers = greedy.greedy_answers
+    answers = vqa.greedy_answers
     with monkeypatch.context() as patch:
         patch.setattr(
             vqa, "greedy_answers", lambda m, p, texts, *rest: asked.append(len(texts)) or answers(m, p, texts, *rest)

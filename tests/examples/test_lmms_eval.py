@@ -17,7 +17,7 @@ from PIL import Image
 
 from medst_trl.data.schema import benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
-from medst_trl.evaluation.metrics import score_vqa
+from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
 
 

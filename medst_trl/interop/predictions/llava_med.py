@@ -10,21 +10,21 @@ They hold no right answers. Ours carry them in `metadata`, which is empty in LLa
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medst_trl.evaluation.metrics import RecordError
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
+from medst_trl.evaluation.scoring import RecordError
 
-from .rows import Item, json_rows, write_text
+from .questions import json_rows, read_with_answers, write_json, write_text
 
 
-KEYS = {"question_id", "text"}
-EXPECTED = "LLaVA-Med's answer files are JSON lines with question_id, prompt and text."
 _GOLD = ("image_id", "question", "answer", "answer_type", "question_type")
 
 
-def read(path: Path) -> Iterator[Item]:
-    """Predictions under LLaVA-Med's ids, with right answers where a file of ours has them."""
+def _rows(path: Path) -> Iterator[Row]:
+    """Predictions under LLaVA-Med's ids, with right answers if the file is one of ours."""
     for name, row in json_rows(path, ("question_id", "prompt", "text")):
         if isinstance(row, RecordError):
             yield name, row
@@ -37,16 +37,11 @@ def read(path: Path) -> Iterator[Item]:
         yield name, record
 
 
-def write(records: list[dict[str, Any]], path: Path) -> None:
-    """Write an answer file, and the file of questions that LLaVA-Med's `run_eval.py` scores it against."""
+def _write(records: list[dict[str, Any]], path: Path) -> None:
+    """Write an answer file, and `answers_questions.json`, against which LLaVA-Med's `run_eval.py` scores it."""
     write_text(path, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in records))
-    gold = [_question(record) for record in records]
-    write_text(questions_path(path), json.dumps(gold, ensure_ascii=False, indent=1) + "\n")
-
-
-def questions_path(path: Path) -> Path:
-    """Where the file of questions lies: `answers_questions.json` beside `answers.jsonl`."""
-    return path.with_name(f"{path.stem}_questions.json")
+    questions = [_question(record) for record in records]
+    write_json(path.with_name(f"{path.stem}_questions.json"), questions, indent=1)
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,3 +66,15 @@ def _question(record: Mapping[str, Any]) -> dict[str, Any]:
             {"from": "gpt", "value": str(record["answer"])},
         ],
     }
+
+
+PREDICTION_FORMATS.register(
+    PredictionFormat(
+        name="llava_med",
+        summary="LLaVA-Med's answer files, v1 and v1.5",
+        expected="LLaVA-Med's answer files are JSON lines with question_id, prompt and text.",
+        guess=lambda path, first: first.keys() >= {"question_id", "text"},
+        read=partial(read_with_answers, _rows),
+        write=_write,
+    )
+)

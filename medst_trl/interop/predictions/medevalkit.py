@@ -2,30 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""
 `results.json` of MedEvalKit: a JSON array of `question`, `answer`, `response`, for SLAKE also `answer_type` and
-`lang`, and per record its own scores, which are not looked at.
+`lang`, and per record its own scores, which are ignored.
 
-It names neither questions nor images. Of a response with `\boxed{...}` or `<answer>` tags, the prediction is what is
-in them, as MedEvalKit takes it; the whole is kept as `response`.
+It names neither questions nor images. As in MedEvalKit, the prediction is the content of `\boxed{...}` or of
+`<answer>` tags if the response has them; the whole response is kept as `response`.
 """
 
-import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medst_trl.evaluation.metrics import RecordError
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
+from medst_trl.evaluation.scoring import RecordError
 
-from .rows import NOT_ENGLISH, Item, answer_type, json_rows, write_text
+from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers, write_json
 
 
-KEYS = {"question", "answer", "response"}
-EXPECTED = "MedEvalKit's results.json is an array of objects with question, answer and response."
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def read(path: Path) -> Iterator[Item]:
-    """Predictions numbered from 0 in the file's order, SLAKE's questions in other languages than English as errors."""
+def _rows(path: Path) -> Iterator[Row]:
+    """Predictions numbered from 0 in the file's order; SLAKE's questions in other languages than English as errors."""
     for number, (name, row) in enumerate(json_rows(path, ("question", "answer", "response"))):
         if isinstance(row, RecordError):
             yield name, row
@@ -36,7 +35,7 @@ def read(path: Path) -> Iterator[Item]:
 
 
 def final_answer(response: str) -> str:
-    r"""What is in the last `\boxed{}`, else in `<answer>` tags, else the whole response."""
+    r"""The content of the last `\boxed{}`, otherwise of `<answer>` tags, otherwise the whole response."""
     start = response.rfind("\\boxed{")
     depth = 0
     for place in range(start + len("\\boxed"), len(response)) if start >= 0 else ():
@@ -47,7 +46,7 @@ def final_answer(response: str) -> str:
     return " ".join(text.strip() for text in found) if found else response
 
 
-def write(records: list[dict[str, Any]], path: Path) -> None:
+def _write(records: list[dict[str, Any]], path: Path) -> None:
     """Write a `results.json` whose records also carry `id`, `image_id` and `question_type`."""
     rows = [
         {
@@ -61,12 +60,12 @@ def write(records: list[dict[str, Any]], path: Path) -> None:
         }
         for record in records
     ]
-    write_text(path, json.dumps(rows, ensure_ascii=False, indent=4) + "\n")
+    write_json(path, rows, indent=4)
 
 
 def _record(row: dict[str, Any], number: str) -> dict[str, Any]:
     response = str(row["response"])
-    # A file of ours says what the prediction is; it may well look like markup.
+    # A file of ours has the prediction itself, which may look like markup.
     prediction = row["prediction"] if row.get("prediction") is not None else final_answer(response)
     return {
         "id": row.get("id") or number,
@@ -78,3 +77,15 @@ def _record(row: dict[str, Any], number: str) -> dict[str, Any]:
         "prediction": prediction,
         **({"response": response} if response != prediction else {}),
     }
+
+
+PREDICTION_FORMATS.register(
+    PredictionFormat(
+        name="medevalkit",
+        summary="results.json of MedEvalKit",
+        expected="MedEvalKit's results.json is an array of objects with question, answer and response.",
+        guess=lambda path, first: first.keys() >= {"question", "answer", "response"},
+        read=partial(read_with_answers, _rows),
+        write=_write,
+    )
+)

@@ -1,38 +1,111 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The questions of a benchmark with their right answers, for predictions that come without."""
+"""
+What the readers of all formats share: rows of JSON files, and the question of a benchmark that each row answers.
 
+Neither ids nor order are safe alone: MEVF's VQA-RAD numbers its questions one higher than the official release, so
+LLaVA-Med's id 13 is another question there; order means nothing once a file is sorted or cut; and many images share one
+text ("Is this an axial plane?"). Rows are therefore joined only if the text of every question agrees.
+"""
+
+import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import atomic_path
 from medst_trl.data.json_records import read_json_records
+from medst_trl.data.records import Rejected
+from medst_trl.evaluation.predictions import Benchmark, Row, check_unicode
+from medst_trl.evaluation.scoring import RecordError
 
 
-def read_questions(
-    benchmark: str | os.PathLike | Iterable[Mapping[str, Any]], split: str = "test"
-) -> list[dict[str, Any]]:
+NOT_ENGLISH = "not in English"
+
+_REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object"}
+_GOLD = ("id", "image_id", "question", "answer", "answer_type", "question_type")
+
+
+def json_rows(path: Path, keys: Collection[str]) -> Iterator[Row]:
+    """Objects of a JSON array or of JSON lines that have a value for each of `keys`; the others as errors."""
+    for position, row in read_json_records(path, known_by=next(iter(keys))):
+        name = f"row {position + 1}"
+        if isinstance(row, Rejected):
+            yield name, RecordError(_REASONS[row.reason], row.value, name)
+        elif missing := [key for key in keys if row.get(key) is None or row[key] != row[key]]:
+            yield name, RecordError(f"no {missing[0]}", row, name)
+        else:
+            yield name, {key: None if value != value else value for key, value in row.items()}  # NaN from pandas
+
+
+def answer_type(answer: Any, given: Any) -> dict[str, Any]:
+    """The answer type that a file gives, or a guess that is marked as one: yes and no make a closed question."""
+    kind = str(given).strip().lower()
+    if kind in ("open", "closed"):
+        return {"answer_type": kind}
+    closed = str(answer).strip().lower() in ("yes", "no")
+    return {"answer_type": "closed" if closed else "open", "answer_type_guessed": True}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, with line breaks unchanged."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, content: Any, indent: int) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+
+
+def read_with_answers(
+    read_rows: Callable[[Path], Iterable[Row]], path: Path, benchmark: Benchmark | None, split: str
+) -> list[Row]:
     """
-    All questions of a benchmark in its order.
+    Read the rows of a file and give them the right answers of a benchmark, or check that they have their own.
 
-    Args:
-        benchmark (`str`, `os.PathLike` or iterable of `dict`):
-            Folder or Hub id of a benchmark, LLaVA-Med's file of questions (`.json`), or questions.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split of the benchmark.
+    Raises:
+        UserError: if the file holds no right answers and no benchmark is given, or the benchmark has other questions.
+    """
+    rows = [_check(name, record) for name, record in read_rows(path)]
+    if benchmark is not None:
+        return join_questions(rows, read_questions(benchmark, split), path)
+    records = [record for _, record in rows if isinstance(record, dict)]
+    if records and all(record.get("answer") is None for record in records):
+        raise UserError(
+            f"{path} holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or LLaVA-Med's "
+            "file of questions (.json)."
+        )
+    return rows
+
+
+def _check(name: str, record: dict[str, Any] | RecordError) -> Row:
+    try:
+        if isinstance(record, dict):
+            check_unicode(record, name)
+    except RecordError as error:
+        return name, error
+    return name, record
+
+
+def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, Any]]:
+    """
+    Read all questions of a benchmark in its order.
 
     Returns:
         `list[dict]`: id, image_id, question, answer, answer_type, question_type.
 
     Raises:
-        UserError: if there is no such benchmark, or the file is another one.
+        UserError: if the benchmark does not exist, or the file holds something else.
     """
     if not isinstance(benchmark, str | os.PathLike):
         return [dict(question) for question in benchmark]
-    if str(benchmark).endswith(".json"):
-        return _of_llava_med(Path(benchmark))
+    if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
+        records = read_json_records(Path(benchmark), "id")
+        return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
     from medst_trl.data.schema import check_columns, load_records
     from medst_trl.evaluation.vqa import questions_of
 
@@ -41,14 +114,9 @@ def read_questions(
     return questions_of(dataset)
 
 
-def _of_llava_med(path: Path) -> list[dict[str, Any]]:
-    """What `run_eval.py` takes as `--gt`: id, image, answer_type, and a conversation of question and answer."""
-    return [_question(record, f"{path}, record {number + 1}") for number, record in read_json_records(path, "id")]
-
-
 def _question(record: Any, name: str) -> dict[str, Any]:
     try:
-        # A part of LLaVA-Med's files spells the key so.
+        # Some of LLaVA-Med's files spell the key this way.
         turns = record["conversations"] if "conversations" in record else record["conversatons"]
         return {
             "id": str(record["id"]),
@@ -60,6 +128,95 @@ def _question(record: Any, name: str) -> dict[str, Any]:
         }
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(
-            f"{name} is no question of LLaVA-Med's: expected id, answer_type and conversations of a question and its "
-            "answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
+            f"{name} is not one of LLaVA-Med's questions: expected id, answer_type and conversations with a question "
+            "and its answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
         ) from None
+
+
+def join_questions(rows: list[Row], questions: list[dict[str, Any]], path: str | os.PathLike) -> list[Row]:
+    """
+    Give every prediction the id, the right answer, the types and the image of its question.
+
+    Rows are joined by id if most ids of the file are the benchmark's (its own, or the part behind the source's name,
+    `13` of `vqa_rad-13`). Otherwise they are joined by order if the numbers agree: the benchmark's order, which is by
+    image, or the order of its ids, which is that of most authors' files. In both cases every prompt must start with
+    its question (blanks, case and `<image>` apart; LLaVA-Med appends options to closed ones), and a right answer in
+    the file must be the benchmark's.
+
+    Args:
+        rows (`list`):
+            Rows of a file.
+        questions (`list[dict]`):
+            The benchmark's, see [`read_questions`].
+        path (`str` or `os.PathLike`):
+            The file, to name it.
+
+    Returns:
+        `list`: the rows. Errors stay, rows about no question of the benchmark become errors, and questions without a
+        prediction follow as errors.
+
+    Raises:
+        UserError: if they can be joined neither by id nor by order.
+    """
+    records = {position: record for position, (_, record) in enumerate(rows) if isinstance(record, dict)}
+    failures = [f"{len(rows)} rows, {len(questions)} questions"]
+    for way, found in _ways(rows, records, questions):
+        differing = [at for at, question in found.items() if question and not _agree(records[at], question)]
+        if not differing:
+            return _joined(rows, found, questions)
+        asked, there = records[differing[0]]["question"], found[differing[0]]["question"]
+        failures.append(f"by {way} {len(differing)} differ, for example {str(asked)[:80]!r} and {there[:80]!r}")
+    raise UserError(
+        f"{path} does not answer the questions of this benchmark ({'; '.join(failures)}). Give the benchmark and the "
+        "split that were asked: with the same ids, or the same number and order of questions."
+    )
+
+
+def _ways(
+    rows: list[Row], records: dict[int, dict], questions: list[dict[str, Any]]
+) -> Iterator[tuple[str, dict[int, dict | None]]]:
+    """Ways of joining that are possible: a name, and position of each record to its question."""
+    known = _by_id(questions)
+    by_id = {position: known.get(str(record["id"])) for position, record in records.items()}
+    if 2 * sum(question is not None for question in by_id.values()) > len(records):
+        yield "id", by_id
+    # MedEvalKit asks SLAKE's questions in both languages; a benchmark has one.
+    asked = [at for at, (_, row) in enumerate(rows) if isinstance(row, dict) or row.reason != NOT_ENGLISH]
+    if len(asked) == len(questions):
+        by_number = sorted(questions, key=lambda question: list(map(int, re.findall(r"\d+", str(question["id"])))))
+        for way, order in (("order", questions), ("order of ids", by_number)):
+            yield way, {position: question for position, question in zip(asked, order) if position in records}
+
+
+def _joined(rows: list[Row], found: dict[int, dict | None], questions: list[dict[str, Any]]) -> list[Row]:
+    joined: list[Row] = []
+    for position, (name, record) in enumerate(rows):
+        if isinstance(record, RecordError):
+            joined.append((name, record))
+        elif found[position] is None:
+            joined.append((name, RecordError("not in the benchmark", record["id"], name)))
+        else:
+            rest = {key: value for key, value in record.items() if key not in (*_GOLD, "answer_type_guessed")}
+            joined.append((name, {key: found[position].get(key) for key in _GOLD} | rest))
+    answered = {question["id"] for question in found.values() if question}
+    missing = [question["id"] for question in questions if question["id"] not in answered]
+    return joined + [(str(key), RecordError("no prediction for a question", key, str(key))) for key in missing]
+
+
+def _by_id(questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Questions by id, and by the end of the id if all start alike: `vqa_rad-13` is `13` in LLaVA-Med's files."""
+    parted = [str(question["id"]).rpartition("-") for question in questions]
+    ends = {}
+    if len({start for start, _, _ in parted}) == 1:
+        ends = {end: question for (_, _, end), question in zip(parted, questions)}
+    return ends | {str(question["id"]): question for question in questions}
+
+
+def _agree(record: dict[str, Any], question: dict[str, Any]) -> bool:
+    asked, answer = _plain(record["question"]), record.get("answer")
+    same_answer = answer is None or _plain(answer) == _plain(question["answer"])
+    return asked.startswith(_plain(question["question"])) and same_answer
+
+
+def _plain(text: Any) -> str:
+    return " ".join(str(text).replace("<image>", " ").casefold().split())

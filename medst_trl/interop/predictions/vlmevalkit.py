@@ -1,50 +1,50 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Prediction files of VLMEvalKit: a table with `index`, `question`, `answer`, `prediction` and whatever else the data set
-has. Its `PRED_FORMAT` chooses between `xlsx` (the default), `tsv` and `json`.
+Prediction files of VLMEvalKit: a table with `index`, `question`, `answer`, `prediction` and further columns of the
+data set. Its `PRED_FORMAT` chooses between `xlsx` (the default), `tsv` and `json`.
 
-An empty cell is an empty answer, a wrong one. (VLMEvalKit itself reads tables by pandas, to which "NA", "None" and
-"null" are gaps too; they are texts here.)
+An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pandas, which takes "NA", "None" and "null"
+for missing values; here they are texts.)
 """
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.tables import check_header
 from medst_trl.data.text_files import read_text_file
-from medst_trl.evaluation.metrics import RecordError
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
+from medst_trl.evaluation.scoring import RecordError
 
-from .rows import Item, answer_type, json_rows, write_text
+from .questions import answer_type, json_rows, read_with_answers, write_json, write_text
 
 
-KEYS = {"index", "prediction"}
-TABLES = {".tsv": "\t", ".csv": ",", ".xlsx": None}
-EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
+_DELIMITERS = {".tsv": "\t", ".csv": ",", ".xlsx": None}
+_EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
 _COLUMNS = ("index", "question", "answer", "prediction")
-_NEEDED = ("index", "question", "prediction")  # test sets whose answers are kept back have none
+_REQUIRED = ("index", "question", "prediction")  # test sets with hidden answers have none
 _OURS = ("id", "image_id", "answer_type", "question_type")
 
 
-def read(path: Path) -> Iterator[Item]:
-    """Predictions under VLMEvalKit's `index`, or under the id that a file of ours gives beside it."""
+def _rows(path: Path) -> Iterator[Row]:
+    """Predictions under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
     suffix = path.suffix.lower()
-    if suffix in TABLES:
-        rows = _table(_cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, TABLES[suffix]), path)
+    if suffix in _DELIMITERS:
+        rows = _table(_cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix]), path)
     else:
-        rows = json_rows(path, _NEEDED)
+        rows = json_rows(path, _REQUIRED)
     for name, row in rows:
         yield name, row if isinstance(row, RecordError) else _record(row)
 
 
-def write(records: list[dict[str, Any]], path: Path) -> None:
-    """Write `.tsv`, `.csv` or `.json`, by the suffix."""
+def _write(records: list[dict[str, Any]], path: Path) -> None:
+    """Write `.tsv`, `.csv` or `.json`, depending on the suffix."""
     rows = [
         {
             "index": number,
@@ -57,12 +57,12 @@ def write(records: list[dict[str, Any]], path: Path) -> None:
     ]
     suffix = path.suffix.lower()
     if suffix == ".json":
-        write_text(path, json.dumps(rows, ensure_ascii=False, indent=4) + "\n")
+        write_json(path, rows, indent=4)
         return
-    if not TABLES.get(suffix):
-        raise UserError(f"VLMEvalKit's predictions are written as .tsv, .csv or .json; {path} is none of them.")
+    if not _DELIMITERS.get(suffix):
+        raise UserError(f"VLMEvalKit's predictions are written as .tsv, .csv or .json. Rename {path}.")
     text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=TABLES[suffix], quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer = csv.writer(text, delimiter=_DELIMITERS[suffix], quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writerow((*_COLUMNS, *_OURS))
     writer.writerows([row[key] for key in (*_COLUMNS, *_OURS)] for row in rows)
     write_text(path, text.getvalue())
@@ -81,11 +81,11 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Item]:
-    """Rows by column name; what has more or fewer cells than the header is an error."""
+def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Row]:
+    """Rows by column name; rows with more or fewer cells than the header are errors."""
     lines = iter(lines)
     header = [str(name) for name in next(lines, [])]
-    check_header(header, _NEEDED, path, TABLES[path.suffix.lower()], EXPECTED)
+    check_header(header, _REQUIRED, path, _DELIMITERS[path.suffix.lower()], _EXPECTED)
     for number, cells in enumerate(lines, start=1):
         name = f"row {number}"
         if len(cells) != len(header):
@@ -95,7 +95,7 @@ def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Item]:
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:
-    csv.field_size_limit(sys.maxsize)  # an answer that never ended may be longer than csv's 128 KiB
+    csv.field_size_limit(sys.maxsize)  # an endless answer may exceed csv's 128 KiB
     text = read_text_file(path, "predictions")
     yield from (cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if cells)
 
@@ -103,7 +103,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:
 def _cells_of_xlsx(path: Path) -> Iterator[list[Any]]:
     try:
         from openpyxl import load_workbook
-        from openpyxl.utils.escape import unescape  # openpyxl leaves `_x000D_`, a carriage return, as it stands
+        from openpyxl.utils.escape import unescape  # openpyxl leaves `_x000D_`, a carriage return, unchanged
     except ImportError:
         raise UserError(
             "Reading .xlsx needs openpyxl: install medst_trl[xlsx], or let VLMEvalKit write PRED_FORMAT=tsv."
@@ -113,5 +113,17 @@ def _cells_of_xlsx(path: Path) -> Iterator[list[Any]]:
         for row in sheet.iter_rows(values_only=True):
             cells = ("" if cell is None else cell for cell in row)
             yield [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
-    except Exception as error:  # whatever a file that is no workbook makes of zipfile, XML and openpyxl
-        raise UserError(f"{path} cannot be read as a workbook ({error}). {EXPECTED}") from None
+    except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
+        raise UserError(f"{path} cannot be read as a workbook ({error}). {_EXPECTED}") from None
+
+
+PREDICTION_FORMATS.register(
+    PredictionFormat(
+        name="vlmevalkit",
+        summary="tables of VLMEvalKit",
+        expected=_EXPECTED,
+        guess=lambda path, first: path.suffix.lower() in _DELIMITERS or first.keys() >= {"index", "prediction"},
+        read=partial(read_with_answers, _rows),
+        write=_write,
+    )
+)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.vqa import read_vqa_rad, read_vqa_rad_mevf
-from medst_trl.evaluation.metrics import score_vqa
-from medst_trl.interop.predictions import guess_format, read_predictions
+from medst_trl.evaluation.predictions import guess_format, read_predictions
+from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.interop.predictions.medevalkit import final_answer
 
 
@@ -105,11 +105,11 @@ class TestLlavaMed:
             ("10", "yes", "closed", "a.jpg"), ("21", "a lung", "open", "b.jpg"),
         ]  # fmt: skip
         (tmp_path / "test.json").write_text(json.dumps([{"id": 10, "text": "?"}]))
-        with pytest.raises(UserError, match="record 1 is no question of LLaVA-Med's"):
+        with pytest.raises(UserError, match="record 1 is not one of LLaVA-Med's questions"):
             read_predictions(path, benchmark=str(tmp_path / "test.json"))
 
     def test_needs_right_answers(self, path):
-        with pytest.raises(UserError, match="holds no right answers: give the benchmark"):
+        with pytest.raises(UserError, match="holds no right answers. Give the benchmark"):
             read_predictions(write_lines(path, answers()))
 
 
@@ -220,7 +220,7 @@ class TestVlmEvalKit:
         ("a.json", '[{"id": "1", "answer": "a", "answer_type": "open", "prediction": "b"}]', None, "is JSON lines"),
         ("a.jsonl", "", "llava_med", "holds no records"),
         ("a.json", "text", "medevalkit", "holds no records"),
-        ("a.json", '[{"id": "1"}]', "coco", "no predictions format 'coco'"),
+        ("a.json", '[{"id": "1"}]', "coco", "Unknown predictions format 'coco'"),
         ("b.tsv", None, None, "b.tsv cannot be read"),
         ("b.json", None, "medevalkit", "b.json cannot be read"),
         ("a.json", '[{"question": "\\ud800?", "answer": "yes", "response": "no"}]', None, "are no Unicode"),

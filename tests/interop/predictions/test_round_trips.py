@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
-from medst_trl.interop.predictions import FORMATS, guess_format, read_predictions, write_predictions
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, export_predictions, guess_format, read_predictions
 
 
 COLUMNS = ("id", "image_id", "question", "answer", "answer_type", "question_type", "prediction")
@@ -62,7 +62,7 @@ def traps():
 def test_there_and_back(format, suffix, records):
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"predictions{suffix}"
-        write_predictions(records, path, format)
+        export_predictions(records, path, format)
         assert guess_format(path) == format
         back, rejected = read_predictions(path)
     assert known(back) == records
@@ -77,7 +77,7 @@ def test_through_all_formats(records, kinds):
         found = records
         for number, (format, suffix) in enumerate(kinds):
             path = Path(folder) / f"{number}{suffix}"
-            write_predictions(found, path, format)
+            export_predictions(found, path, format)
             found, _ = read_predictions(path)
     assert known(found) == records
 
@@ -87,7 +87,7 @@ def test_pandas_reads_what_we_write_and_we_what_pandas_writes(tmp_path, separato
     """VLMEvalKit goes by pandas, with every field quoted."""
     records = [record for record in traps() if "\x00" not in record["prediction"]]
     path, theirs = (tmp_path / f"{name}.{'tsv' if separator == chr(9) else 'csv'}" for name in ("ours", "theirs"))
-    write_predictions(records, path, "vlmevalkit")
+    export_predictions(records, path, "vlmevalkit")
     frame = pd.read_csv(path, sep=separator, keep_default_na=False, dtype=str)
     assert frame["prediction"].tolist() == [record["prediction"] for record in records]
     assert frame["index"].is_unique
@@ -102,14 +102,14 @@ def test_pandas_reads_what_we_write_and_we_what_pandas_writes(tmp_path, separato
 def test_fields_that_the_other_tools_want(tmp_path):
     record = {"id": "q1", "question": "Is it?", "answer": "yes", "answer_type": "closed", "prediction": "no"}
     record["generation"] = {"model": "org/model"}
-    write_predictions([record], tmp_path / "a.jsonl", "llava_med")
+    export_predictions([record], tmp_path / "a.jsonl", "llava_med")
     row = json.loads((tmp_path / "a.jsonl").read_text())
     assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert (row["question_id"], row["prompt"], row["text"], row["model_id"]) == ("q1", "Is it?", "no", "org/model")
     (gold,) = json.loads((tmp_path / "a_questions.json").read_text())
     assert (gold["id"], gold["answer_type"], gold["conversations"][1]["value"]) == ("q1", "CLOSED", "yes")
 
-    write_predictions([record], tmp_path / "results.json", "medevalkit")
+    export_predictions([record], tmp_path / "results.json", "medevalkit")
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert {"lang": "en", "answer_type": "CLOSED", "answer": "yes", "response": "no"}.items() <= row.items()
 
@@ -118,12 +118,12 @@ def test_what_cannot_be_written(tmp_path):
     record = {"id": "1", "question": "?", "answer": "yes", "answer_type": "closed", "prediction": "no"}
     for records, path, format, message in (
         ([record], "p.xlsx", "vlmevalkit", ".tsv, .csv or .json"),
-        ([record], "p.jsonl", "coco", "choose from medst, llava_med"),
+        ([record], "p.jsonl", "coco", "Choose one of medst, llava_med"),
         ([record, record], "p.jsonl", "llava_med", "Two predictions have the id '1'"),
         ([record | {"prediction": None}], "p.jsonl", "medst", "'1': no prediction"),
         ([record | {"prediction": "\ud800"}], "p.json", "medevalkit", "no Unicode"),
     ):
         with pytest.raises(UserError, match=message):
-            write_predictions(records, tmp_path / path, format)
+            export_predictions(records, tmp_path / path, format)
     assert list(tmp_path.iterdir()) == []
-    assert {format for format, _ in KINDS} == set(FORMATS)
+    assert {format for format, _ in KINDS} == set(PREDICTION_FORMATS)

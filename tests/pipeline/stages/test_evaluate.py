@@ -196,7 +196,7 @@ def test_malformed_lines(predictions, tmp_path, capsys):
     assert [(row["id"], row["reason"]) for row in rejected] == [("line 2", "not JSON"), ("x", "no answer")]
     counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
     assert counts == {"records": 3, "rejected": {"not JSON": 1, "no answer": 1}, "cut_off": 0}
-    assert "2 lines were set aside (1 not JSON, 1 no answer)" in capsys.readouterr().out
+    assert "2 lines were rejected (1 not JSON, 1 no answer)" in capsys.readouterr().out
 
 
 def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
@@ -208,7 +208,7 @@ def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
         ]
         (tmp_path / path.name).write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     common = {"predictions": str(tmp_path / "predictions.jsonl"), "output_dir": str(tmp_path / "out")}
-    with pytest.raises(UserError, match="give the benchmark it answers"):
+    with pytest.raises(UserError, match="Give the benchmark that it answers"):
         main(EvaluateArguments(**common))  # which leaves nothing behind that stands in the way of the next
     main(EvaluateArguments(**common, benchmark=inputs["benchmark"], bootstrap_samples=20))
     before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path / "out"))
@@ -223,7 +223,7 @@ def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps(results))
     common = {"predictions": str(tmp_path / "results.json"), "output_dir": str(tmp_path / "guessed")}
     main(EvaluateArguments(**common, predictions_format="medevalkit", bootstrap_samples=0, controls=["none"]))
-    assert f"{len(asked)} questions count as closed or open by whether" in capsys.readouterr().out
+    assert f"{len(asked)} count as closed if" in capsys.readouterr().out
     assert json.loads((tmp_path / "guessed" / "scores.json").read_text())["scores"]["strict"]["n"] == len(asked)
     with pytest.raises(UserError, match="holds no prediction.*LLaVA-Med's answer files"):
         main(EvaluateArguments(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med"))
@@ -243,10 +243,10 @@ def test_control_files_of_other_questions(predictions, tmp_path):
         ({"model_name_or_path": "x"}, "Nothing to evaluate"),
         ({"predictions": "p", "model_name_or_path": "x"}, "either predictions"),
         ({"predictions": "p", "benchmark": ["a", "b"]}, "at most one benchmark"),
-        ({"predictions": "p", "predictions_format": "coco"}, "'coco' for predictions_format"),
-        ({"model_name_or_path": "x", "benchmark": ["b"], "predictions_format": "medst"}, "give that file"),
-        ({"predictions": "p", "controls": ["noise"]}, "'noise' for controls"),
-        ({"predictions": "p", "variants": "loose"}, "'loose' for variants"),
+        ({"predictions": "p", "predictions_format": "coco"}, "predictions format 'coco'"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "predictions_format": "medst"}, "Give that file"),
+        ({"predictions": "p", "controls": ["noise"]}, "control 'noise'"),
+        ({"predictions": "p", "variants": "loose"}, "metric 'loose'"),
         ({"predictions": "p", "closed_rule": "x"}, "'x' for closed_rule"),
         ({"predictions": "p", "bootstrap_samples": -1}, "bootstrap_samples"),
         ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),

@@ -10,8 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
-from medst_trl.evaluation import llava_med, strict
-from medst_trl.evaluation.metrics import figures, score_vqa
+from medst_trl.evaluation.metrics import llava_med, strict
+from medst_trl.evaluation.scoring import figures, score_vqa
 from medst_trl.evaluation.tables import format_scores
 
 

@@ -1,0 +1,65 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Base of the modules that Hugging Face's `evaluate` loads: [`medst_trl.score_vqa`] with its interface."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import datasets
+import evaluate
+
+from .metric import METRICS
+from .scoring import score_vqa
+
+
+ARGUMENTS = """
+    Args:
+        predictions (`list[str]`):
+            The model's answers.
+        references (`list[str]`):
+            The right answers.
+        answer_types (`list[str]`):
+            `"open"` or `"closed"` for each.
+        question_types, image_ids (`list[str]`, *optional*):
+            For scores by type, and for intervals that resample whole images.
+        bootstrap_samples (`int`, *optional*, defaults to `1000`), seed (`int`, *optional*, defaults to `0`):
+            Number of resamples for each interval, and their seed.
+        **settings:
+            Settings of the metric, such as `closed_rule` of `llava_med`.
+
+    Returns:
+        `dict`: see [`medst_trl.score_vqa`].
+"""
+
+
+class VqaMetric(evaluate.Metric, ABC):
+    """`score_vqa` with the metric `variant`, as a metric of `evaluate`. Abstract, so that `evaluate` skips it."""
+
+    @property
+    @abstractmethod
+    def variant(self) -> str:
+        """Name in `METRICS`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        names = ("predictions", "references", "answer_types")
+        return evaluate.MetricInfo(
+            description=METRICS.get(self.variant).summary,
+            citation="https://huggingface.co/papers/2406.19973",
+            inputs_description=ARGUMENTS,
+            features=datasets.Features({name: datasets.Value("string") for name in names}),
+        )
+
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        answer_types: list[str],
+        question_types: list[str] | None = None,
+        image_ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        columns = {"prediction": predictions, "answer": references, "answer_type": answer_types}
+        columns |= {"question_type": question_types} if question_types is not None else {}
+        columns |= {"image_id": image_ids} if image_ids is not None else {}
+        rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+        return score_vqa(rows, self.variant, **kwargs)

@@ -1,0 +1,137 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Metrics: rules by which one answer is scored, with everything that help, tables, cards and charts say about them.
+
+A metric of your own is one file, given to any command by `--plugins FILE`:
+
+```python
+from medst_trl.evaluation.metric import METRICS, Figure, Metric
+
+
+def score(row, settings):
+    return {("short",): float(len(row.prediction.split()) < 5)}
+
+
+METRICS.register(
+    Metric("brevity", summary="answers of fewer than five words", figures=(Figure(("short",)),), score=score)
+)
+```
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.registry import Registry
+
+
+FigurePath = tuple[str, ...]
+"""Where a figure is in a metric's scores, for example `("open", "f1")`."""
+
+
+class Answered(NamedTuple):
+    """A question with its answer and prediction, as metrics see it: texts are strings, the answer type is one of two."""
+
+    image_id: str | None
+    question_type: str | None
+    closed: bool
+    answer: str
+    prediction: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """
+    One number that a metric reports: the mean of a score over records, in percent.
+
+    Args:
+        path (`tuple` of `str`):
+            Where it is in the scores. One or two keys.
+        label (`str`, *optional*):
+            Its name in tables. Defaults to the path in words.
+        in_card (`bool`, *optional*, defaults to `False`):
+            Whether model cards list it.
+        in_chart (`bool`, *optional*, defaults to `False`):
+            Whether reports draw it.
+        higher_is_better (`bool`, *optional*, defaults to `True`):
+            Direction of improvement.
+    """
+
+    path: FigurePath
+    label: str = ""
+    in_card: bool = False
+    in_chart: bool = False
+    higher_is_better: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "label", self.label or ": ".join(self.path).replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    Rules that score one answer. A metric is pure: it sees one record at a time and calls no model.
+
+    Args:
+        name (`str`):
+            Its name in `--variants` and in `scores.json`.
+        summary (`str`):
+            One line for `medst evaluate --help`.
+        figures (`tuple` of [`Figure`]):
+            What it reports, in the order of tables.
+        score (`Callable`):
+            From an [`Answered`] record and the settings to path and score, a number from 0 to 1, of the figures in
+            which the record counts.
+        settings (`type`, *optional*):
+            Dataclass of its settings. They become options of `medst evaluate`, so their names must be unique over all
+            metrics, and each needs a default.
+        applies (`Callable`, *optional*):
+            Whether a record is scored at all. Every record by default.
+        majority (`Callable`, *optional*):
+            From all records to path and percentage: what always giving the most frequent answer would score.
+    """
+
+    name: str
+    summary: str
+    figures: tuple[Figure, ...]
+    score: Callable[[Answered, Any], dict[FigurePath, float]]
+    settings: type | None = None
+    applies: Callable[[Answered], bool] = lambda row: True
+    majority: Callable[[Sequence[Answered]], dict[FigurePath, float | None]] | None = None
+
+
+METRICS: Registry[Metric] = Registry(
+    "metric", ("medst_trl.evaluation.metrics",), ("summary", "figures", "score", "applies")
+)
+
+
+def make_settings(metric: Metric, values: Mapping[str, Any]) -> Any:
+    """
+    The settings of a metric from keyword arguments, of which None stands for the default. None without settings.
+
+    Raises:
+        UserError: for a setting that the metric does not have, or an invalid value.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    known = setting_names(metric)
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(
+            f"{unknown[0]} is not a setting of the metric {metric.name!r}, which has {', '.join(known) or 'none'}."
+        )
+    return metric.settings(**given) if metric.settings else None
+
+
+def setting_names(metric: Metric) -> list[str]:
+    """Names of the settings of a metric."""
+    return [field.name for field in fields(metric.settings)] if metric.settings else []
+
+
+def describe_figures(names: Collection[str]) -> list[dict[str, Any]]:
+    """The figures of metrics as `scores.json` records them: metric, path, label, in_card, in_chart, higher_is_better."""
+    return [
+        {"metric": name, **asdict(figure), "path": list(figure.path)}
+        for name in names
+        for figure in METRICS.get(name).figures
+    ]
