@@ -35,7 +35,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="predictions of any of the formats")
     parser.add_argument("target", help="file to write; for vlmevalkit .tsv, .csv or .json")
-    parser.add_argument("format", nargs="?", default="medst", choices=FORMATS, help="format to write")
+    parser.add_argument(
+        "format", nargs="?", default="medst", choices=PREDICTION_FORMATS.names(), help="format to write"
+    )
     parser.add_argument("benchmark", nargs="?", help="where right answers come from: folder, Hub id or test.json")
     try:
         main(**vars(parser.parse_args()))

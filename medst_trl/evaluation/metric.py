@@ -32,7 +32,7 @@ FigurePath = tuple[str, ...]
 
 
 class Answered(NamedTuple):
-    """A question with its answer and prediction, as metrics see it: texts are strings, the answer type is one of two."""
+    """A question with its answer and prediction, as metrics see it: checked, with strings for texts."""
 
     image_id: str | None
     question_type: str | None
@@ -129,7 +129,7 @@ def setting_names(metric: Metric) -> list[str]:
 
 
 def describe_figures(names: Collection[str]) -> list[dict[str, Any]]:
-    """The figures of metrics as `scores.json` records them: metric, path, label, in_card, in_chart, higher_is_better."""
+    """The figures of metrics as `scores.json` lists them: `metric` and the fields of [`Figure`]."""
     return [
         {"metric": name, **asdict(figure), "path": list(figure.path)}
         for name in names

@@ -3,8 +3,8 @@
 """
 What the readers of all formats share: rows of JSON files, and the question of a benchmark that each row answers.
 
-Neither ids nor order are safe alone: MEVF's VQA-RAD numbers its questions one higher than the official release, so
-LLaVA-Med's id 13 is another question there; order means nothing once a file is sorted or cut; and many images share one
+Neither ids nor order are safe alone. MEVF's VQA-RAD numbers its questions one higher than the official release, so
+LLaVA-Med's id 13 is another question there. Order means nothing once a file is sorted or cut. Many images share one
 text ("Is this an axial plane?"). Rows are therefore joined only if the text of every question agrees.
 """
 
@@ -76,8 +76,8 @@ def read_with_answers(
     records = [record for _, record in rows if isinstance(record, dict)]
     if records and all(record.get("answer") is None for record in records):
         raise UserError(
-            f"{path} holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or LLaVA-Med's "
-            "file of questions (.json)."
+            f"{path} holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or "
+            "LLaVA-Med's file of questions (.json)."
         )
     return rows
 

@@ -4,8 +4,8 @@
 Prediction files of VLMEvalKit: a table with `index`, `question`, `answer`, `prediction` and further columns of the
 data set. Its `PRED_FORMAT` chooses between `xlsx` (the default), `tsv` and `json`.
 
-An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pandas, which takes "NA", "None" and "null"
-for missing values; here they are texts.)
+An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pandas, which takes "NA", "None" and
+"null" for missing values; here they are texts.)
 """
 
 import csv
