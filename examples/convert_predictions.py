@@ -19,7 +19,7 @@ import argparse
 from collections import Counter
 
 from medst_trl.base.errors import UserError
-from medst_trl.evaluation.predictions import export_predictions, read_predictions
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, export_predictions, read_predictions
 
 
 def main(source: str, target: str, format: str = "medst", benchmark: str | None = None) -> dict[str, int]:

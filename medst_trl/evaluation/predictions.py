@@ -64,7 +64,10 @@ class PredictionFormat:
 
 
 PREDICTION_FORMATS: Registry[PredictionFormat] = Registry(
-    "predictions format", ("medst_trl.interop.predictions",), ("summary", "expected", "guess", "read", "write")
+    "predictions format",
+    modules=("medst_trl.interop.predictions",),
+    parts=("summary", "expected", "guess", "read", "write"),
+    order=lambda formats: sorted(formats, key=lambda format: (format.name != "medst", format.name)),
 )
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Answer the questions of a benchmark and score the answers, beside the scores of the same model without the right images.
+Answer the questions of a benchmark and score the answers, beside the scores that the model gets without the images.
 
 ```bash
 medst evaluate \
@@ -34,10 +34,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
+from medst_trl.evaluation.controls import shown_rows
+from medst_trl.evaluation.metric import METRICS, setting_names
+from medst_trl.evaluation.predictions import (
+    PREDICTION_FORMATS,
+    control_path,
+    guess_format,
+    read_predictions,
+    score_files,
+)
+from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Input, Output, Stage
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl.scripts.utils import TrlParser
 
     from medst_trl.pipeline.record import StageRecord
 
@@ -95,20 +106,6 @@ class EvaluateArguments:
             self.controls = []
 
 
-def make_parser(prog: str | None = None) -> "TrlParser":
-    from trl.scripts.utils import TrlParser
-
-    from medst_trl.evaluation.metric import METRICS
-    from medst_trl.evaluation.predictions import PREDICTION_FORMATS
-
-    settings = [metric.settings for metric in METRICS.values() if metric.settings]
-    parser = TrlParser((EvaluateArguments, *settings), prog=prog, description=__doc__)
-    for key, registry in {"variants": METRICS, "predictions_format": PREDICTION_FORMATS}.items():
-        action = next(action for action in parser._actions if action.dest == key)
-        action.help += " " + ", ".join(f"{item.name} ({item.summary})" for item in registry.values()) + "."
-    return parser
-
-
 def main(args: EvaluateArguments, *metric_settings: Any) -> None:
     """
     Run the stage.
@@ -122,19 +119,18 @@ def main(args: EvaluateArguments, *metric_settings: Any) -> None:
 
     check(args)
     benchmarks = _open_benchmarks(args)
-    settings = _settings_of_metrics(metric_settings)
+    settings, unused = _settings_of_metrics(args, metric_settings)
     record = StageRecord.open(
         args.output_dir,
         stage="evaluate",
         settings=asdict(args) | settings,
         inputs={name: getattr(args, name) for name in ("model_name_or_path", "benchmark", "predictions")},
-        operational={"batch_size"},
+        operational=STAGE.operational | unused,  # earlier versions recorded the settings of all metrics
         overwrite=args.overwrite,
     )
     directories = _output_directories(args)
-    scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")} | {
-        "settings": settings
-    }
+    scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
+    scoring["settings"] = settings
     if record.status != "finished":
         if args.predictions:
             counts = _score_file(args, scoring)
@@ -149,10 +145,6 @@ def main(args: EvaluateArguments, *metric_settings: Any) -> None:
 
 def check(args: EvaluateArguments, *metric_settings: Any) -> None:
     """Raise a `UserError` for arguments that contradict each other or are invalid."""
-    from medst_trl.base.errors import UserError
-    from medst_trl.evaluation.controls import shown_rows
-    from medst_trl.evaluation.metric import METRICS
-    from medst_trl.evaluation.predictions import PREDICTION_FORMATS
 
     if args.predictions and (args.model_name_or_path or len(args.benchmark) > 1):
         raise UserError(
@@ -175,20 +167,20 @@ def check(args: EvaluateArguments, *metric_settings: Any) -> None:
             raise UserError(f"{name} is {value}. It must be at least {minimum}.")
 
 
-def _settings_of_metrics(given: tuple[Any, ...]) -> dict[str, Any]:
-    """The settings of all metrics by name, defaults included."""
-    from medst_trl.evaluation.metric import METRICS
+def _settings_of_metrics(args: EvaluateArguments, given: tuple[Any, ...]) -> tuple[dict[str, Any], set[str]]:
+    """The settings of the metrics in `variants`, defaults included, and the names of the other metrics' settings."""
 
-    settings = {}
+    settings, unused = {}, set()
     for metric in METRICS.values():
-        if metric.settings:
+        if metric.name not in args.variants:
+            unused.update(setting_names(metric))
+        elif metric.settings:
             settings |= asdict(next((one for one in given if isinstance(one, metric.settings)), metric.settings()))
-    return settings
+    return settings, unused
 
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
     """Output directory of each benchmark: several benchmarks get one each, by their names."""
-    from medst_trl.base.errors import UserError
 
     output_dir = Path(args.output_dir)
     if len(args.benchmark) < 2:
@@ -208,13 +200,10 @@ def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
     must not prevent the corrected command from running.
     """
     if args.predictions:
-        from medst_trl.evaluation.predictions import read_predictions
-
         benchmark = next(iter(args.benchmark), None)
         read_predictions(args.predictions, args.predictions_format, benchmark=benchmark, split=args.split)
         return []
     from medst_trl.data.schema import check_columns, load_records
-    from medst_trl.evaluation.controls import shown_rows
 
     benchmarks = [load_records(name, args.split) for name in args.benchmark]
     for benchmark in benchmarks:
@@ -234,7 +223,6 @@ def _run(
     from medst_trl import load_policy
     from medst_trl.base.files import write_json
     from medst_trl.base.processes import process_state
-    from medst_trl.evaluation.predictions import control_path, score_files
     from medst_trl.evaluation.vqa import write_predictions
 
     state = process_state()
@@ -272,7 +260,6 @@ def _run(
 
 def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, Any]:
     from medst_trl.base.files import write_json, write_jsonl
-    from medst_trl.evaluation.predictions import control_path, guess_format, score_files
 
     directory = Path(args.output_dir)
     controls = [control for control in args.controls if control_path(args.predictions, control).is_file()]
@@ -299,7 +286,6 @@ def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, A
 def _convert(args: EvaluateArguments, format: str, controls: list[str]) -> tuple[Path, list[dict[str, str]]]:
     """Write another project's predictions and controls as `predictions*.jsonl`; the path and the rejected rows."""
     from medst_trl.base.files import write_jsonl
-    from medst_trl.evaluation.predictions import control_path, read_predictions
 
     path, rejected = Path(args.output_dir) / "predictions.jsonl", []
     benchmark = next(iter(args.benchmark), None)
@@ -308,3 +294,39 @@ def _convert(args: EvaluateArguments, format: str, controls: list[str]) -> tuple
         records, rejected = read_predictions(source, format, benchmark=benchmark, split=args.split)
         write_jsonl(control_path(path, control), records)
     return path, rejected
+
+
+STAGE = STAGES.register(
+    Stage(
+        name="evaluate",
+        summary="answer a benchmark and score the answers",
+        help=__doc__,
+        after=("merge",),
+        joins_rounds=True,
+        distributed=True,
+        arguments=lambda: (EvaluateArguments, *(metric.settings for metric in METRICS.values() if metric.settings)),
+        check=check,
+        main=main,
+        inputs=(
+            Input(
+                "model_name_or_path",
+                MODEL,
+                sources=(("dpo", ""), ("sft", ""), ("convert", ""), ("base", "")),
+                unless="predictions",
+            ),
+            Input("base_model_name_or_path", MODEL),
+            Input(
+                "benchmark",
+                "benchmark",
+                sources=(("prepare", "benchmark"),),
+                split="split",
+                default_split="test",
+                unless="predictions",
+            ),
+            Input("predictions", FILE),
+        ),
+        outputs=(Output("", "predictions", is_published=False),),
+        operational=frozenset({"batch_size"}),
+        registries={"variants": METRICS, "predictions_format": PREDICTION_FORMATS},
+    )
+)

@@ -236,7 +236,7 @@ def test_wrong_files(tmp_path, name, text, format, message):
 def test_a_file_of_ours_is_not_joined_again(path):
     write_lines(path, [QUESTIONS[0] | {"prediction": "no"}])
     assert read_predictions(path)[0][0]["prediction"] == "no"
-    with pytest.raises(UserError, match="leave the benchmark out"):
+    with pytest.raises(UserError, match="Leave the benchmark out"):
         read_predictions(path, benchmark=QUESTIONS)
 
 

@@ -13,6 +13,7 @@ from medst_trl.data.schema import benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.evaluation import vqa
+from medst_trl.evaluation.metrics.llava_med import LlavaMedSettings
 from medst_trl.pipeline.stages.evaluate import STAGE, EvaluateArguments, main
 
 
@@ -247,7 +248,6 @@ def test_control_files_of_other_questions(predictions, tmp_path):
         ({"model_name_or_path": "x", "benchmark": ["b"], "predictions_format": "medst"}, "Give that file"),
         ({"predictions": "p", "controls": ["noise"]}, "control 'noise'"),
         ({"predictions": "p", "variants": "loose"}, "metric 'loose'"),
-        ({"predictions": "p", "closed_rule": "x"}, "'x' for closed_rule"),
         ({"predictions": "p", "bootstrap_samples": -1}, "bootstrap_samples"),
         ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),
     ],
@@ -257,8 +257,17 @@ def test_wrong_settings(change, message, tmp_path):
         main(EvaluateArguments(output_dir=str(tmp_path / "out"), **change))
 
 
+def test_unknown_closed_rule_is_refused():
+    words = ["--output_dir", "o", "--predictions", "p", "--closed_rule", "x"]
+    with pytest.raises(UserError, match="invalid choice: 'x'"):
+        STAGE.make_parser().parse_args_into_dataclasses(words)
+    with pytest.raises(UserError, match="Unknown closed_rule 'x'. Choose one of gated, substring, drop_misses"):
+        LlavaMedSettings(closed_rule="x")
+
+
 def test_parser():
     words = ["--output_dir", "o", "--benchmark", "a", "b", "--controls", "none", "--predictions", "p"]
     assert "shuffled" in STAGE.make_parser().format_help()
-    (args,) = STAGE.make_parser().parse_args_into_dataclasses(words)
+    args, *settings = STAGE.make_parser().parse_args_into_dataclasses(words)
     assert (args.benchmark, args.controls, args.variants) == (["a", "b"], [], ["strict", "llava_med"])
+    assert settings == [LlavaMedSettings(closed_rule="gated")]
