@@ -145,7 +145,6 @@ def main(args: EvaluateArguments, *metric_settings: Any) -> None:
 
 def check(args: EvaluateArguments, *metric_settings: Any) -> None:
     """Raise a `UserError` for arguments that contradict each other or are invalid."""
-
     if args.predictions and (args.model_name_or_path or len(args.benchmark) > 1):
         raise UserError(
             "Give either predictions (to score a file, with at most one benchmark that it answers) or "
@@ -169,7 +168,6 @@ def check(args: EvaluateArguments, *metric_settings: Any) -> None:
 
 def _settings_of_metrics(args: EvaluateArguments, given: tuple[Any, ...]) -> tuple[dict[str, Any], set[str]]:
     """The settings of the metrics in `variants`, defaults included, and the names of the other metrics' settings."""
-
     settings, unused = {}, set()
     for metric in METRICS.values():
         if metric.name not in args.variants:
