@@ -1,0 +1,136 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A metric of one plugin file appears in help, recipes, tables and `scores.json`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.registry import Registry
+from medst_trl.evaluation.metric import METRICS, Figure, Metric, describe_figures
+
+
+PLUGIN = """
+from dataclasses import dataclass, field
+
+from medst_trl.evaluation.metric import METRICS, Figure, Metric
+
+
+@dataclass
+class BrevitySettings:
+    max_words: int = field(default=2, metadata={"help": "Words of a short answer."})
+
+
+def score(row, settings):
+    return {("short",): float(len(row.prediction.split()) <= settings.max_words)}
+
+
+METRICS.register(
+    Metric(
+        name="brevity",
+        summary="share of short answers",
+        figures=(Figure(("short",), label="short answers", in_card=True, in_chart=True),),
+        score=score,
+        settings=BrevitySettings,
+        applies=lambda row: not row.closed,
+    )
+)
+"""
+
+
+@pytest.fixture
+def medst(tmp_path):
+    plugin = tmp_path / "brevity.py"
+    plugin.write_text(PLUGIN)
+    environment = os.environ | {"MEDST_PLUGINS": str(plugin)}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "medst_trl.cli", *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    rows = [
+        {"id": str(number), "answer": "lung", "answer_type": kind, "prediction": text}
+        for number, (kind, text) in enumerate([("open", "a lung"), ("open", "it is a lung"), ("closed", "yes")])
+    ]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_help_lists_a_plugin_metric_and_its_settings(medst):
+    done = medst("evaluate", "--help")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "brevity (share of short answers)" in text
+    assert "--max_words" in text and "Words of a short answer." in text
+
+
+def test_scores_of_a_plugin_metric_are_printed_and_written(medst, tmp_path):
+    words = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "strict"]
+    done = medst(*words, "--output_dir", "out", "--max_words", "3")
+    assert done.returncode == 0, done.stderr
+    assert "brevity, max words 3: 3 questions" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("short answers"))
+    assert line.split()[2:4] == ["2", "50.0"]
+    content = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert content["scores"]["brevity"]["short"]["value"] == 50
+    assert content["figures"][0] == {
+        "metric": "brevity",
+        "path": ["short"],
+        "label": "short answers",
+        "in_card": True,
+        "in_chart": True,
+        "higher_is_better": True,
+    }
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["max_words"] == 3
+
+    again = medst(*words, "--output_dir", "out", "--max_words", "3")
+    assert "nothing to do" in again.stdout and "short answers" in again.stdout
+    changed = medst(*words, "--output_dir", "out")
+    assert changed.returncode == 2 and "max_words: 3 before, 2 now" in changed.stderr
+
+
+def test_recipes_take_a_plugin_metric(medst, tmp_path):
+    recipe = "output_dir: runs\nevaluate:\n  predictions: predictions.jsonl\n  variants: {}\n  max_words: 1\n"
+    (tmp_path / "good.yaml").write_text(recipe.format("[strict, brevity]"))
+    (tmp_path / "bad.yaml").write_text(recipe.format("[brevty]"))
+    assert "is valid" in medst("recipes", "validate", "good.yaml").stdout
+    done = medst("run", "good.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "brevity, max words 1" in done.stdout
+    done = medst("recipes", "validate", "bad.yaml")
+    assert done.returncode == 2
+    assert "Unknown metric 'brevty'. Did you mean 'brevity'?" in done.stderr
+
+
+def test_runs_without_the_metric_do_not_depend_on_the_plugin(medst, tmp_path):
+    words = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "strict", "--output_dir", "out"]
+    assert medst(*words).returncode == 0
+    command = [sys.executable, "-m", "medst_trl.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+
+
+def test_built_in_metrics_describe_their_figures():
+    described = describe_figures(["strict", "llava_med"])
+    assert {figure["metric"] for figure in described} == {"strict", "llava_med"}
+    assert [figure["label"] for figure in described if figure["in_card"]] == [
+        "exact match", "open: recall", "open: f1", "closed: accuracy", "open: recall", "open: f1", "closed: accuracy",
+    ]  # fmt: skip
+    assert [figure["path"] for figure in described if not figure["higher_is_better"]] == [
+        ["closed", "no_verdict"],
+        ["closed", "dropped"],
+    ]
+
+
+def test_incomplete_metrics_are_refused():
+    registry = Registry("metric", (), METRICS.parts)
+    metric = Metric("brevity", "short answers", figures=(Figure(("short",)),), score=None)
+    with pytest.raises(UserError, match="metric 'brevity' of .* lacks score"):
+        registry.register(metric)
+    with pytest.raises(UserError, match="Two metric objects share the name 'strict'"):
+        METRICS.register(METRICS.get("strict"))
