@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Predictions from one project's format into another's: `medst`, `llava_med`, `medevalkit`, `vlmevalkit`.
+Convert predictions from one project's format into another's: `medst`, `llava_med`, `medevalkit`, `vlmevalkit`.
 
 ```bash
 python examples/convert_predictions.py runs/vqa_rad/evaluate/predictions.jsonl answers.jsonl llava_med
@@ -11,8 +11,8 @@ python examples/convert_predictions.py results.json predictions.tsv vlmevalkit
 python examples/convert_predictions.py answer-file.jsonl predictions.jsonl medst runs/vqa_rad/prepare/benchmark
 ```
 
-The format that is read shows in the file. `llava_med` also writes `answers_questions.json`, the file that LLaVA-Med's
-`run_eval.py --pred answers.jsonl --gt ...` wants.
+The format of the source is detected. `llava_med` also writes `answers_questions.json`, the file that LLaVA-Med's
+`run_eval.py --pred answers.jsonl --gt ...` takes.
 """
 
 import argparse
@@ -23,22 +23,22 @@ from medst_trl.evaluation.predictions import PREDICTION_FORMATS, export_predicti
 
 
 def main(source: str, target: str, format: str = "medst", benchmark: str | None = None) -> dict[str, int]:
-    """Read, write, and say what was set aside."""
+    """Convert a file and print what was rejected."""
     records, rejected = read_predictions(source, benchmark=benchmark)
     export_predictions(records, target, format)
     reasons = Counter(row["reason"] for row in rejected)
-    print(f"{target}: {len(records)} predictions, {len(rejected)} set aside {dict(reasons) or ''}")
+    print(f"{target}: {len(records)} predictions, {len(rejected)} rejected {dict(reasons) or ''}")
     return {"records": len(records), **reasons}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="predictions of any of the formats")
+    parser.add_argument("source", help="predictions in any of the formats")
     parser.add_argument("target", help="file to write; for vlmevalkit .tsv, .csv or .json")
     parser.add_argument(
         "format", nargs="?", default="medst", choices=PREDICTION_FORMATS.names(), help="format to write"
     )
-    parser.add_argument("benchmark", nargs="?", help="where right answers come from: folder, Hub id or test.json")
+    parser.add_argument("benchmark", nargs="?", help="source of right answers: directory, Hub id or test.json")
     try:
         main(**vars(parser.parse_args()))
     except UserError as error:

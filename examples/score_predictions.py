@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Score a model's answers, whoever produced them: no model, no torch.
+Score the answers of any model. Needs no model and no torch.
 
 ```bash
 python examples/score_predictions.py
@@ -19,22 +19,27 @@ from medst_trl.evaluation.tables import format_scores
 
 EXAMPLES = [
     {"id": "1", "answer": "yes", "answer_type": "closed", "prediction": "Yes, there is a small effusion."},
-    {"id": "2", "answer": "no", "answer_type": "closed", "prediction": "The lungs are normal."},  # right to llava_med!
+    {"id": "2", "answer": "no", "answer_type": "closed", "prediction": "The lungs are normal."},  # right by llava_med!
     {
         "id": "3",
         "answer": "left lower lobe",
         "answer_type": "open",
         "prediction": "In the lower lobe of the left lung.",
     },
-    {"id": "4", "answer": "CT", "answer_type": "open", "prediction": "CT CT CT CT"},  # repetition raises no recall
+    {
+        "id": "4",
+        "answer": "CT",
+        "answer_type": "open",
+        "prediction": "CT CT CT CT",
+    },  # repetition does not raise recall
 ]
 
 
 def main(predictions: str | None = None) -> dict[str, dict]:
     records = EXAMPLES
     if predictions:
-        records, set_aside = read_predictions(predictions)
-        print(f"{predictions}: {len(records)} predictions, {len(set_aside)} set aside")
+        records, rejected = read_predictions(predictions)
+        print(f"{predictions}: {len(records)} predictions, {len(rejected)} rejected")
     scores = {variant: score_vqa(records, variant=variant) for variant in ("strict", "llava_med")}
     for score in scores.values():
         print(f"\n{format_scores(score)}")

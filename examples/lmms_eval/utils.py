@@ -9,9 +9,9 @@ lmms-eval eval --include_path examples/lmms_eval --tasks medst_vqa_rad --model l
     --model_args pretrained=llava-hf/llava-1.5-7b-hf --batch_size 1 --log_samples --output_path runs/lmms_eval
 ```
 
-`dataset_path` of each task is a benchmark that `medst prepare` wrote, a folder or where it was pushed to on the Hub; a
-mirror with columns image, question and answer works too, with the differences that the task's file names. Figures
-are in percent and equal those of `medst evaluate` on the same answers; prompts are lmms-eval's, so answers may differ.
+`dataset_path` of each task is a benchmark that `medst prepare` wrote: a directory, or its repository on the Hub. A
+mirror with the columns image, question and answer works too; each task's file says how it differs. Figures are in
+percent and equal those of `medst evaluate` on the same answers. Prompts are lmms-eval's, so answers may differ.
 """
 
 from functools import partial
@@ -43,7 +43,7 @@ METRICS = {
 
 
 def process_docs(dataset: "Dataset") -> "Dataset":
-    """A row a question, its image with it, of a benchmark with a row an image. A mirror stays as it is."""
+    """Turn a benchmark (one row per image) into one row per question with its image. A mirror stays unchanged."""
     if "questions" not in dataset.column_names:
         return dataset
     pairs = [(row, question) for row, asked in enumerate(dataset["questions"]) for question in asked]
@@ -54,18 +54,18 @@ def process_docs(dataset: "Dataset") -> "Dataset":
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list["Image.Image"]:
-    """The image of a question."""
+    """Return the image of a question."""
     return [doc["image"].convert("RGB")]
 
 
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
-    """The question between the texts that the task's file sets."""
+    """Put the question between the texts that the task's file sets."""
     texts = lmms_eval_specific_kwargs or {}
     return f"{texts.get('pre_prompt', '')}{doc['question']}{texts.get('post_prompt', '')}"
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
-    """The record of an answer under every metric it counts in, with its `score` there for lmms-eval's errors."""
+    """The record of an answer for every metric it counts in, with its `score` for lmms-eval's standard errors."""
     record = {key: doc.get(key) for key in ("image_id", *COLUMNS)}
     record |= {"prediction": results[0], **answer_type(doc["answer"], doc.get("answer_type"))}
     scores = {variant: score_records([record], variant)[0][1] for variant in ("strict", "llava_med")}
@@ -84,7 +84,7 @@ def _figure(records: list[dict[str, Any]], variant: str, figure: tuple[str, ...]
 
 
 def __getattr__(name: str) -> partial:
-    """`!function utils.strict_open_f1`: how lmms-eval makes one figure of all records of that metric."""
+    """`!function utils.strict_open_f1`: the function by which lmms-eval aggregates all records of that metric."""
     if name not in METRICS:
         raise AttributeError(name)
     variant, figure = METRICS[name]

@@ -15,7 +15,7 @@ from medst_trl.evaluation.tables import format_scores
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=30), st.integers(0, 5))
-def test_no_question_keeps_its_picture(image_ids, seed):
+def test_no_question_keeps_its_image(image_ids, seed):
     assume(not image_ids or 2 * max(Counter(image_ids).values()) <= len(image_ids))
     shuffled = shuffled_rows(image_ids, seed)
     assert sorted(shuffled) == list(range(len(image_ids)))
@@ -23,17 +23,17 @@ def test_no_question_keeps_its_picture(image_ids, seed):
 
 
 @pytest.mark.parametrize("image_ids", [["a"], ["a", "a"], ["a", "a", "b"]])
-def test_pictures_that_cannot_be_shuffled(image_ids):
+def test_too_many_equal_images_cannot_be_shuffled(image_ids):
     with pytest.raises(UserError, match="cannot be shuffled"):
         shuffled_rows(image_ids)
 
 
-def test_shuffles_by_seed():
+def test_the_shuffle_depends_on_the_seed():
     image_ids = [str(number) for number in range(50)]
     assert shuffled_rows(image_ids, 1) == shuffled_rows(image_ids, 1) != shuffled_rows(image_ids, 2)
 
 
-def test_blank_keeps_the_size():
+def test_blank_images_keep_their_size():
     blank = blank_image(Image.linear_gradient("L").resize((70, 50)))
     assert blank.size == (70, 50)
     assert blank.getextrema() == ((128, 128),) * 3
@@ -47,7 +47,7 @@ def rows(predictions, answers="yes"):
 
 
 @pytest.mark.parametrize("variant", ["strict", "llava_med"])
-def test_nothing_between_equal_predictions(variant):
+def test_equal_predictions_have_no_difference(variant):
     rng = random.Random(0)
     real = rows([rng.choice(["yes", "no"]) for _ in range(60)])
     result = compare_vqa(real, real[::-1], variant)
@@ -68,8 +68,8 @@ def test_difference_by_hand():
     assert 5 < leaf["difference_interval"][0] < 20 < leaf["difference_interval"][1] < 35
 
 
-def test_pairs_make_the_interval_smaller():
-    """Control and real agree on nearly all images: the paired interval knows, two separate ones would not."""
+def test_pairing_narrows_the_interval():
+    """Control and real agree on nearly all images. Only a paired interval shows it."""
     rng = random.Random(0)
     said = [rng.choice(["yes", "no"]) for _ in range(400)]
     real, control = rows(said), rows(["no", *said[1:]])
@@ -78,7 +78,7 @@ def test_pairs_make_the_interval_smaller():
     assert alone["interval"][1] - alone["interval"][0] > 5
 
 
-def test_table_shows_the_difference():
+def test_the_table_shows_the_difference():
     real, control = rows(["yes"] * 20), rows(["no"] * 20)
     table = format_scores(score_vqa(real), {"blank": compare_vqa(real, control)})
     line = next(line for line in table.splitlines() if line.startswith("closed: accuracy"))
@@ -86,7 +86,7 @@ def test_table_shows_the_difference():
     assert "+100.0 [+100.0, +100.0]" in line
 
 
-def test_sides_have_to_answer_the_same():
+def test_both_sides_must_answer_the_same_questions():
     real = rows(["yes", "no"])
     for control in (real[:1], [*real, *real], [row | {"id": None} for row in real]):
         with pytest.raises(UserError):

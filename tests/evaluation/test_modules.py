@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The `evaluate` modules load from a local path without a network and give what `score_vqa` gives."""
+"""The `evaluate` modules load from a local path without a network and return what `score_vqa` returns."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    # One folder for all: Python imports the modules as a package from wherever it met that package first.
+    # One directory for all: Python imports the modules as a package from the first place where it finds it.
     cache = str(tmp_path_factory.mktemp("evaluate"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache)
@@ -33,7 +33,7 @@ def load(tmp_path_factory):
     ("variant", "kwargs"),
     [("strict", {}), ("llava_med", {}), ("llava_med", {"closed_rule": "substring"})],
 )
-def test_equals_score_vqa(load, variant, kwargs):
+def test_modules_return_what_score_vqa_returns(load, variant, kwargs):
     answers, predictions, answer_types, question_types, image_ids = map(list, zip(*ROWS))
     found = load(f"vqa_{variant}").compute(
         predictions=predictions,
@@ -50,7 +50,7 @@ def test_equals_score_vqa(load, variant, kwargs):
     assert found == score_vqa(records, variant, bootstrap_samples=20, seed=3, **kwargs)
 
 
-def test_batches(load):
+def test_batches_are_collected(load):
     metric = load("vqa_strict")
     for answer, prediction, answer_type, *_ in ROWS:
         metric.add_batch(predictions=[prediction], references=[answer], answer_types=[answer_type])

@@ -25,7 +25,7 @@ def value(scores, *path):
     return scores["value"]
 
 
-# One that could be any file, with the traps: case, blanks, numbers, empty predictions.
+# Records of any file, with traps: case, blanks, numbers, empty predictions.
 WORDS = ("yes", "no", "left", "lung", "the", "two", "no fracture", "x-ray", "", "3.5 cm")
 RECORDS = st.lists(
     st.builds(
@@ -43,15 +43,15 @@ VARIANTS = st.sampled_from(["strict", "llava_med"])
 
 
 class TestStrict:
-    def test_open_by_hand(self):
-        # 2 of 5 words said are among the 3 right ones ("the" does not count): P 2/5, R 2/3, F1 = 4/8
+    def test_open_figures_by_hand(self):
+        # 2 of the 5 predicted words are among the 3 right ones ("the" does not count): P 2/5, R 2/3, F1 = 4/8
         scores = score_vqa([record("the right lower lobe", "It is a right middle lobe.")])
         assert value(scores, "open", "precision") == pytest.approx(40.0)
         assert value(scores, "open", "recall") == pytest.approx(200 / 3)
         assert value(scores, "open", "f1") == pytest.approx(50.0)
         assert value(scores, "open", "exact_match") == 0
 
-    def test_closed_by_hand(self):
+    def test_closed_figures_by_hand(self):
         scores = score_vqa(
             [
                 record("Yes", "Yes, there is no doubt.", "CLOSED"),
@@ -86,7 +86,7 @@ class TestStrict:
             (".5 cm.", "0.5 cm"),
         ],
     )
-    def test_same_answer(self, one, other):
+    def test_spellings_of_one_answer_match(self, one, other):
         assert value(score_vqa([record(one, other)]), "exact_match") == 100
 
     @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ class TestStrict:
             ("left left", "left"),
         ],
     )
-    def test_other_answer(self, one, other):
+    def test_different_answers_do_not_match(self, one, other):
         assert value(score_vqa([record(one, other)]), "exact_match") == 0
 
     @given(st.text(max_size=30), st.text(max_size=30))
@@ -121,17 +121,17 @@ class TestStrict:
         scores = score_vqa([record(text, f" {text} ")])
         assert value(scores, "exact_match") == value(scores, "open", "f1") == 100
 
-    def test_repetition_does_not_help(self):
+    def test_repetition_does_not_raise_recall(self):
         once, often = (score_vqa([record("left lower lobe", text)]) for text in ("left", "left left left left"))
         assert value(often, "open", "recall") == value(once, "open", "recall")
         assert value(often, "open", "precision") < value(once, "open", "precision")
 
-    def test_recall_is_not_precision(self):
+    def test_recall_and_precision_are_not_swapped(self):
         # MedEvalKit reports precision as recall, and recall as F1.
         scores = score_vqa([record("left lower lobe pneumonia", "pneumonia")])["open"]
         assert [scores[name]["value"] for name in ("precision", "recall", "f1")] == pytest.approx([100, 25, 40])
 
-    def test_majority(self):
+    def test_majority_is_counted_per_question_type(self):
         rows = [record(answer, "x", "closed", question_type=kind) for answer, kind in zip("yyynny", "aaabbb")]
         rows += [record("lung", "x", question_type="c"), record("Lung.", "x", question_type="c")]
         scores = score_vqa(rows)
@@ -150,14 +150,14 @@ class TestLlavaMed:
         assert value(scores, "open", "recall") == pytest.approx(60)
         assert value(scores, "open", "exact") == pytest.approx(100 / 3)
 
-    def test_bleu_takes_one_order(self):
+    def test_bleu_counts_ngrams_of_one_order(self):
         # 3 of 4 words, 1 of 3 pairs, no triple; not shorter than the answer
         scores = score_vqa([record("left lower lobe", "left lower right lobe")], "llava_med")["open"]
         assert [scores[f"bleu_{n}"]["value"] for n in (1, 2, 3)] == pytest.approx([75, 100 / 3, 0])
         short = score_vqa([record("left lower lobe", "lobe")], "llava_med")
         assert value(short, "open", "bleu_1") == pytest.approx(100 * 2.718281828 ** (1 - 3))
 
-    def test_closed_rules(self):
+    def test_closed_rules_differ(self):
         rows = [
             record("no", "normal lungs", "closed"),  # right in all three
             record("right", "the right side", "closed"),  # neither yes nor no
@@ -169,15 +169,15 @@ class TestLlavaMed:
         assert closed["substring"]["accuracy"]["value"] == 75
         assert closed["drop_misses"]["accuracy"] | {"interval": None} == {"value": 200 / 3, "n": 3, "interval": None}
 
-    def test_later_full_stops_stay(self):
+    def test_full_stops_after_the_32nd_stay(self):
         assert llava_med.normalize_word("." * 33) == "."
 
-    def test_golden_normalisation(self, shared_data):
+    def test_normalisation_equals_the_golden_file(self, shared_data):
         golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["normalize_word"]
         assert {text: llava_med.normalize_word(text.lower()) for text in golden} == golden
 
     @pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
-    def test_golden_scores(self, shared_data, name):
+    def test_scores_equal_the_golden_file(self, shared_data, name):
         file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
         golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["files"][file]
         release = json.loads((shared_data / "vqa_rad" / "VQA_RAD Dataset Public.json").read_text())
@@ -199,7 +199,7 @@ class TestLlavaMed:
         assert value(loose, "closed", "accuracy") == pytest.approx(golden["closed_substring"], abs=1e-6)
 
 
-def test_scores_published_by_others(shared_data):
+def test_scores_equal_those_published_by_mumc(shared_data):
     """MUMC's answers on VQA-RAD with its own exact-match scores."""
     folder = shared_data / "predictions"
     own = json.loads((folder / "mumc_vqarad_test_acc.json").read_text())
@@ -229,7 +229,7 @@ class TestAnyRecords:
 
     @settings(deadline=None, max_examples=50)
     @given(RECORDS, VARIANTS, st.booleans())
-    def test_figures_add_up(self, rows, variant, by_image):
+    def test_figures_are_consistent(self, rows, variant, by_image):
         rows = rows if by_image else [{key: row[key] for key in row if key != "image_id"} for row in rows]
         scores = score_vqa(rows, variant, bootstrap_samples=300)
         assert scores["bootstrap"]["unit"] == ("image" if by_image else "record")
@@ -242,7 +242,7 @@ class TestAnyRecords:
         json.dumps(scores, allow_nan=False)
         assert format_scores(scores)
 
-    def test_more_images_make_the_interval_smaller(self):
+    def test_more_images_narrow_the_interval(self):
         rng = random.Random(0)
         rows = [record("yes", rng.choice(["yes", "no"]), "closed", image_id=i) for i in range(1000)]
         few, many = (score_vqa(rows[:n])["closed"]["accuracy"]["interval"] for n in (100, 1000))
@@ -250,13 +250,13 @@ class TestAnyRecords:
         assert (few[1] - few[0]) == pytest.approx(19.6, abs=3)
         assert (many[1] - many[0]) == pytest.approx(6.2, abs=1)
 
-    def test_questions_about_one_image_are_not_independent(self):
+    def test_questions_about_one_image_widen_the_interval(self):
         rows = [record("yes", "yes" if i % 2 else "no", "closed", image_id=i) for i in range(50) for _ in range(10)]
         by_image = score_vqa(rows)["closed"]["accuracy"]["interval"]
         by_record = score_vqa([row | {"image_id": None} for row in rows])["closed"]["accuracy"]["interval"]
         assert by_image[1] - by_image[0] > 2 * (by_record[1] - by_record[0])
 
-    def test_seed(self):
+    def test_intervals_depend_on_the_seed(self):
         said = ["left", "right", "lobe x", "left lobe", "left x y", "lobe", "left lobe z"]
         rows = [record("left lobe", text, image_id=i) for i, text in enumerate(said)]
         assert score_vqa(rows, seed=1) == score_vqa(rows, seed=1)
@@ -276,25 +276,25 @@ class TestBadRecords:
         ],
     )
     @pytest.mark.parametrize("variant", ["strict", "llava_med"])
-    def test_named(self, change, message, variant):
+    def test_the_message_names_the_record(self, change, message, variant):
         with pytest.raises(UserError, match=f"'q7': {message}"):
             score_vqa([record("yes", "yes", "closed", id="q7") | change], variant)
 
-    def test_without_id(self):
+    def test_a_record_without_id_is_named_by_number(self):
         with pytest.raises(UserError, match="number 2"):
             score_vqa([record("yes", "yes"), {"answer": "yes", "answer_type": "open"}])
 
-    def test_settings(self):
+    def test_invalid_settings_are_refused(self):
         for kwargs in ({"variant": "loose"}, {"closed_rule": "gated"}, {"variant": "llava_med", "closed_rule": "x"}):
             with pytest.raises(UserError):
                 score_vqa([record("yes", "yes")], **kwargs)
 
-    def test_no_records(self):
+    def test_no_records_give_empty_figures(self):
         for variant in ("strict", "llava_med"):
             scores = score_vqa([], variant)
             assert all(leaf["value"] is None and leaf["n"] == 0 for _, leaf in figures(scores))
 
-    def test_empty_subset(self):
+    def test_a_figure_without_records_is_none(self):
         assert score_vqa([record("lung", "lung")])["closed"]["accuracy"] == {
             "value": None,
             "n": 0,
@@ -303,7 +303,7 @@ class TestBadRecords:
         }
 
 
-def test_pure_python():
+def test_scoring_imports_no_heavy_library():
     code = (
         "import sys; from medst_trl import score_vqa; score_vqa([]);"
         "print([name for name in ('torch', 'numpy', 'transformers', 'datasets') if name in sys.modules])"
@@ -313,11 +313,11 @@ def test_pure_python():
     )
 
 
-def test_contraction_table_mends_one_missing_apostrophe():
+def test_contractions_regain_one_missing_apostrophe():
     assert llava_med.normalize_word("couldnt've shouldn'tve yall'll") == "couldn't've shouldn't've y'all'll"
     assert llava_med.normalize_word("its well were hell") == "its well were hell"
 
 
-def test_verdict_is_a_whole_word():
+def test_a_verdict_is_a_whole_word():
     assert strict.verdict(strict.tokens("Normal, nodular, yesterday")) is None
     assert strict.verdict(strict.tokens("Well: NO!")) == "no"

@@ -39,7 +39,7 @@ def without_settings(rows):
     return {row["id"]: (row["prediction"], row["generation"]["ended"]) for row in rows}
 
 
-def test_rows(policy, benchmark):
+def test_rows_have_the_columns_of_predictions(policy, benchmark):
     rows = list(answer_benchmark(*policy, benchmark, batch_size=4, max_new_tokens=6, model_name="tiny"))
     asked = {question["id"]: (row["image_id"], question) for row in benchmark for question in row["questions"]}
     assert {row["id"] for row in rows} == asked.keys()
@@ -52,16 +52,16 @@ def test_rows(policy, benchmark):
     assert score_vqa(rows, bootstrap_samples=0)["n"] == len(asked)
 
 
-def test_batch_size_changes_nothing(policy, benchmark):
+def test_the_batch_size_changes_nothing(policy, benchmark):
     one, some, all_ = (
         without_settings(answer_benchmark(*policy, benchmark, batch_size=size, max_new_tokens=8))
         for size in (1, 5, 100)
     )
     assert one == some == all_
-    assert len({prediction for prediction, _ in one.values()}) > 1, "the model says the same to everything: no test"
+    assert len({prediction for prediction, _ in one.values()}) > 1, "equal answers test nothing"
 
 
-def test_little_padding(policy, benchmark, monkeypatch):
+def test_batches_have_questions_of_similar_length(policy, benchmark, monkeypatch):
     batches = []
     answer = lambda model, processor, questions, images, n: batches.append(questions) or [("", True)] * len(images)  # noqa: E731
     monkeypatch.setattr(vqa, "greedy_answers", answer)
@@ -72,8 +72,8 @@ def test_little_padding(policy, benchmark, monkeypatch):
     assert flat == sorted(flat, reverse=True)
 
 
-def test_same_prompt_as_in_training(policy, benchmark):
-    """The collator's tokens up to the answer are the prompt: no blank, no start token more or less."""
+def test_prompts_equal_those_of_training(policy, benchmark):
+    """The prompt is the collator's tokens up to the answer, without an additional blank or start token."""
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
     _, processor = policy
@@ -88,7 +88,7 @@ def test_same_prompt_as_in_training(policy, benchmark):
     assert (batch["pixel_values"] == prompt["pixel_values"]).all()
 
 
-def test_padding_stands_on_the_left(policy, benchmark):
+def test_padding_is_on_the_left(policy, benchmark):
     _, processor = policy
     inputs = prompts(processor, ["Short?", "A much longer question than the other?"], [benchmark[0]["image"]] * 2)
     assert inputs["attention_mask"][0, 0] == 0
@@ -96,7 +96,7 @@ def test_padding_stands_on_the_left(policy, benchmark):
 
 
 def test_vusr_is_never_written(policy, benchmark):
-    """Even by a model that wants nothing else, and whose generation config knows nothing of it."""
+    """Even by a model that prefers it to everything, with a generation config that does not suppress it."""
     import torch
 
     model, processor = tiny_llava(**SMALL)
@@ -114,7 +114,7 @@ def test_vusr_is_never_written(policy, benchmark):
     assert (seen[0] != vusr).all()
 
 
-def test_greedy_whatever_the_model_prefers(policy, benchmark):
+def test_decoding_ignores_the_generation_config(policy, benchmark):
     model, processor = policy
     before = without_settings(answer_benchmark(model, processor, benchmark, max_records=5, max_new_tokens=5))
     saved = model.generation_config.to_dict()
@@ -126,14 +126,14 @@ def test_greedy_whatever_the_model_prefers(policy, benchmark):
     assert before == after
 
 
-def test_ended_or_cut_off(policy, benchmark):
+def test_rows_say_whether_the_answer_ended(policy, benchmark):
     model, processor = policy
     stop = model.generation_config.eos_token_id
     (text, ended), *_ = greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 4)
     assert not ended
     first = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     try:
-        model.generation_config.eos_token_id = [*stop, *first]  # now its own first words end it
+        model.generation_config.eos_token_id = [*stop, *first]  # its own first words end the answer
         assert greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 4)[0][1]
     finally:
         model.generation_config.eos_token_id = stop
@@ -157,10 +157,10 @@ def test_controls_show_other_images(policy, benchmark, monkeypatch):
         assert set(blank[key]["prediction"]) == {"8", "0"}  # mid-grey, 0x80
         assert row["image_id"] == shuffled[key]["image_id"] != shuffled[key]["generation"]["image_shown"]
     by_image = {(row["image_id"], row["generation"]["image_shown"]) for row in shuffled.values()}
-    assert len(by_image) == len(benchmark), "all questions of an image are asked about the same other one"
+    assert len(by_image) == len(benchmark), "all questions of an image must be about the same other image"
 
 
-def test_bad_benchmarks(policy, benchmark):
+def test_bad_benchmarks_are_refused(policy, benchmark):
     with pytest.raises(UserError, match="cannot be shuffled"):
         next(answer_benchmark(*policy, benchmark.select([0]), control="shuffled"))
     with pytest.raises(UserError, match="Unknown control 'noise'"):
@@ -172,12 +172,12 @@ def test_bad_benchmarks(policy, benchmark):
 
 
 class Killed(BaseException):
-    """No error: nothing gets a chance to tidy up."""
+    """Not an `Exception`: nothing can clean up."""
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 10])
 @pytest.mark.parametrize("cut", [0, 9])
-def test_killed_and_resumed(policy, benchmark, tmp_path, monkeypatch, after, cut):
+def test_a_killed_run_resumes(policy, benchmark, tmp_path, monkeypatch, after, cut):
     settings = {"batch_size": 4, "max_new_tokens": 4}
     whole, path = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     write_predictions(whole, *policy, benchmark, **settings)
@@ -191,7 +191,7 @@ def test_killed_and_resumed(policy, benchmark, tmp_path, monkeypatch, after, cut
         write_predictions(path, *policy, benchmark, **settings)
     part = tmp_path / "killed.jsonl.incomplete"
     if cut and after:
-        part.write_bytes(part.read_bytes()[:-cut])  # the last line was on its way
+        part.write_bytes(part.read_bytes()[:-cut])  # an incomplete last line
     assert not path.exists()
 
     asked = []
@@ -204,7 +204,7 @@ def test_killed_and_resumed(policy, benchmark, tmp_path, monkeypatch, after, cut
     assert path.read_bytes() == whole.read_bytes()
     assert not part.exists()
     kept = max(0, after - bool(cut))
-    assert sum(asked) == len(questions_of(benchmark)) - kept // 4 * 4, "complete batches are not computed again"
+    assert sum(asked) == len(questions_of(benchmark)) - kept // 4 * 4, "complete batches must not be computed again"
 
 
 def test_a_finished_file_is_left_alone(policy, benchmark, tmp_path):
@@ -240,12 +240,12 @@ def test_ranks_share_the_batches(policy, benchmark, monkeypatch):
     assert shares[0] | shares[1] == {question["id"] for question in questions_of(benchmark)}
 
 
-def test_first_records_only(policy, benchmark):
+def test_only_the_first_records_are_asked(policy, benchmark):
     rows = list(answer_benchmark(*policy, benchmark, max_records=4, max_new_tokens=2))
     assert {row["id"] for row in rows} == {question["id"] for question in questions_of(benchmark)[:4]}
 
 
-def test_malformed_lines_are_set_aside(tmp_path):
+def test_malformed_lines_are_rejected(tmp_path):
     good = {"id": "a", "answer": "yes", "answer_type": "closed", "prediction": "yes"}
     lines = [
         json.dumps(good),
@@ -273,7 +273,7 @@ def test_malformed_lines_are_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"no json", None])
-def test_files_without_a_prediction(tmp_path, content):
+def test_files_without_predictions_are_refused(tmp_path, content):
     path = tmp_path / "p.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -281,8 +281,8 @@ def test_files_without_a_prediction(tmp_path, content):
         read_predictions(path)
 
 
-def test_full_disk(policy, benchmark, tmp_path):
-    """What was written before it was full stays and is used; the half line is not."""
+def test_a_full_disk_keeps_complete_lines(policy, benchmark, tmp_path):
+    """Lines written before the disk was full are used; the incomplete one is not."""
     settings = {"batch_size": 4, "max_new_tokens": 2}
     rows = list(answer_benchmark(*policy, benchmark, **settings))
     whole, path, part = (tmp_path / name for name in ("whole.jsonl", "full.jsonl", "full.jsonl.incomplete"))

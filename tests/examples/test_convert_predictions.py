@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From one project's predictions to another's, as the example's page says."""
+"""The example converts predictions between formats, and its mistakes end in a message."""
 
 import json
 import runpy
@@ -38,7 +38,7 @@ def test_mistakes_end_in_a_message(name, arguments, message, tmp_path, monkeypat
     assert message in capsys.readouterr().err + str(ended.value.code)
 
 
-def test_there_and_back(tmp_path, capsys):
+def test_every_format_is_converted_and_read_back(tmp_path, capsys):
     main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "convert_predictions.py"))["main"]
     steps = [
         ("predictions.jsonl", "answers.jsonl", "llava_med"),
@@ -50,11 +50,11 @@ def test_there_and_back(tmp_path, capsys):
     (tmp_path / steps[0][0]).write_text("\n".join([*lines, lines[0]]))
     counts = [main(str(tmp_path / source), str(tmp_path / target), format) for source, target, format in steps]
     assert counts == [{"records": 4, "repeated id": 1}, *[{"records": 4}] * 3]
-    assert "4 predictions, 1 set aside {'repeated id': 1}" in capsys.readouterr().out
+    assert "4 predictions, 1 rejected {'repeated id': 1}" in capsys.readouterr().out
     back = [json.loads(line) for line in (tmp_path / "back.jsonl").read_text().splitlines()]
     assert [{key: row[key] for key in RECORDS[0]} for row in back] == RECORDS
 
-    # LLaVA-Med's own answers know neither the right ones nor the images; its file of questions does
+    # LLaVA-Med's own answer files hold neither right answers nor images; its file of questions does
     rows = [json.loads(line) | {"metadata": {}} for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, rows)))
     gold = str(tmp_path / "answers_questions.json")

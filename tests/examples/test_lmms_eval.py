@@ -1,8 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The task files for lmms-eval, run as lmms-eval 0.7 runs them: documents flattened by `process_docs`, prompts and images
-made per document, results scored on documents without their images, each metric aggregated by its own function.
+The task files for lmms-eval give the figures of `score_vqa`. They run here as in lmms-eval 0.7: `process_docs`
+flattens the documents, each document has its prompt and image, results are scored on documents without images, and
+each metric has its own aggregation.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ TASKS = ("vqa_rad", "slake", "path_vqa")
 
 
 class Loader(yaml.FullLoader):
-    """Of `!function utils.name`, the function in the utils.py beside the file."""
+    """Resolves `!function utils.name` to the function in the utils.py beside the file."""
 
 
 def _function(loader, node):
@@ -46,7 +47,7 @@ def read_task(name):
 
 
 def evaluate(task, dataset, answer):
-    """Each metric's figure, and the records behind it."""
+    """The figure of each metric, and its records."""
     docs = task["process_docs"](dataset)
     without_images = docs.remove_columns("image")
     results = defaultdict(list)
@@ -101,7 +102,7 @@ def test_figures_are_those_of_score_vqa(folder, name):
         assert len(records[metric]) == leaf["n"]
         assert sum(record["score"] for record in records[metric]) / leaf["n"] == pytest.approx(value)
         assert {record[task["cluster_key"]] for record in records[metric]} <= set(benchmark["image_id"])
-    assert len({round(value) for value in figures.values()}) > 5, "all alike: no test"
+    assert len({round(value) for value in figures.values()}) > 5, "equal figures test nothing"
 
 
 def test_each_question_keeps_its_image(folder):
@@ -114,8 +115,8 @@ def test_each_question_keeps_its_image(folder):
     assert all(doc["image"].tobytes() == by_id[doc["image_id"]].tobytes() for doc in docs)
 
 
-def test_a_mirror_of_the_hub():
-    """Image, question and answer only: yes and no answers count as closed, records as independent."""
+def test_a_mirror_on_the_hub_is_scored_without_types():
+    """With image, question and answer only, yes and no answers count as closed and records as independent."""
     rows = [
         {"image": Image.new("L", (4, 4), shade), "question": question, "answer": answer}
         for shade, (question, answer) in enumerate([("Is it?", "Yes"), ("Where is it?", "left lung")])
@@ -126,17 +127,17 @@ def test_a_mirror_of_the_hub():
     assert len(records["strict_closed_accuracy"]) == len(records["strict_open_recall"]) == 1
 
 
-def test_prompts_can_be_set():
+def test_prompts_can_be_changed():
     to_text = read_task("slake.yaml")["doc_to_text"]
     doc = {"question": "Where?"}
     assert to_text(doc) == to_text(doc, {"pre_prompt": "", "post_prompt": ""}) == "Where?"
     assert to_text(doc, {"pre_prompt": "Q: ", "post_prompt": "\nBe short."}) == "Q: Where?\nBe short."
 
 
-def test_tasks_and_group():
+def test_the_group_lists_all_tasks():
     tasks = [read_task(f"{name}.yaml") for name in TASKS]
     group = yaml.safe_load((FOLDER / "medst.yaml").read_text())
     assert group["task"] == [task["task"] for task in tasks]
-    # files without the suffix .yaml are no tasks to lmms-eval: the template must not become one
+    # lmms-eval takes every .yaml file for a task: the template has no suffix
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {*TASKS, "medst"}
     assert all(task["generation_kwargs"]["max_new_tokens"] == 64 for task in tasks)

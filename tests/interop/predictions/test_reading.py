@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files as other projects write them: joined with right answers where they have none, never wrongly."""
+"""Files of other projects are read, and joined with right answers if they have none, but never with wrong ones."""
 
 import json
 from dataclasses import asdict
@@ -32,7 +32,7 @@ QUESTIONS = [
 
 
 def answers(*changes):
-    """LLaVA-Med's answers to `QUESTIONS`, each row with what is to differ."""
+    """LLaVA-Med's answers to `QUESTIONS`, with changes for each row."""
     rows = [
         {"question_id": int(question["id"][8:]), "prompt": question["question"] + OPTIONS, "text": f"said {number}",
          "answer_id": "x", "model_id": "m", "metadata": {}}
@@ -57,15 +57,15 @@ def joined(path, rows, questions=QUESTIONS):
 
 
 class TestLlavaMed:
-    def test_by_id_whatever_the_order(self, path):
+    def test_joined_by_id_in_any_order(self, path):
         right = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
         assert joined(path, answers()) == (right, {})
         assert joined(path, answers()[::-1]) == (right, {})
         (record, *_), _ = read_predictions(path, benchmark=QUESTIONS)
-        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[-1]  # the question too is the benchmark's
+        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[-1]  # the question is the benchmark's too
         assert record["generation"] == {"model": "m"}
 
-    def test_by_order_where_ids_are_others(self, path):
+    def test_joined_by_order_if_the_ids_differ(self, path):
         shifted = [row | {"question_id": row["question_id"] + 1} for row in answers()]  # as MEVF numbers VQA-RAD
         right = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
         assert joined(path, shifted) == (right, {})
@@ -80,7 +80,7 @@ class TestLlavaMed:
         with pytest.raises(UserError, match="by id 1 differ.*'Is this coronal.' and 'Is this axial"):
             joined(path, wrong)
 
-    def test_nothing_is_lost_in_silence(self, path):
+    def test_every_unusable_row_is_reported(self, path):
         rows = answers({}, {"question_id": 99}, {"text": None}, {})
         del rows[3]["text"]
         said, reasons = joined(path, [*rows, rows[0], "{cut off\n", "[1]\n"])
@@ -91,7 +91,7 @@ class TestLlavaMed:
             "vqa_rad-20": "no prediction for a question", "vqa_rad-21": "no prediction for a question",
         }  # fmt: skip
 
-    def test_right_answers_from_its_file_of_questions(self, path, tmp_path):
+    def test_right_answers_come_from_its_file_of_questions(self, path, tmp_path):
         gold = [
             {"id": 10, "image": "a.jpg", "answer_type": "CLOSED", "conversatons": [  # as LLaVA-Med spells it
                 {"from": "human", "value": "<image>\nIs there air?"}, {"from": "gpt", "value": "yes"}]},
@@ -108,13 +108,13 @@ class TestLlavaMed:
         with pytest.raises(UserError, match="record 1 is not one of LLaVA-Med's questions"):
             read_predictions(path, benchmark=str(tmp_path / "test.json"))
 
-    def test_needs_right_answers(self, path):
+    def test_a_file_without_right_answers_needs_a_benchmark(self, path):
         with pytest.raises(UserError, match="holds no right answers. Give the benchmark"):
             read_predictions(write_lines(path, answers()))
 
 
 class TestMedEvalKit:
-    def test_results(self, tmp_path):
+    def test_results_are_read(self, tmp_path):
         rows = [
             {"lang": "en", "answer_type": "CLOSED", "answer": "Left", "question": "Which?", "response": "left"},
             {"lang": "zh", "answer_type": "OPEN", "answer": "左", "question": "?", "response": "左"},
@@ -143,7 +143,7 @@ class TestMedEvalKit:
             ("<answer>cut off", "<answer>cut off"),
         ],
     )
-    def test_final_answer(self, response, answer):
+    def test_final_answer_is_extracted(self, response, answer):
         assert final_answer(response) == answer
 
     def test_joined_by_order_only_with_the_same_right_answers(self, tmp_path):
@@ -163,7 +163,7 @@ class TestMedEvalKit:
 
 
 class TestVlmEvalKit:
-    def test_tables(self, tmp_path):
+    def test_tables_are_read(self, tmp_path):
         path = tmp_path / "model_PathVQA_TEST.tsv"
         path.write_text(
             "index\tquestion\tanswer\tprediction\tsplit\n"
@@ -171,11 +171,11 @@ class TestVlmEvalKit:
         )
         records, rejected = read_predictions(path)
         assert [(row["id"], row["question"], row["answer_type"], row["prediction"]) for row in records] == [
-            ("0", "Is it?", "closed", "NA"), ("3", "a\nb", "open", ""),  # an empty answer is a wrong one, not a gap
+            ("0", "Is it?", "closed", "NA"), ("3", "a\nb", "open", ""),  # an empty answer is wrong, not missing
         ]  # fmt: skip
         assert [row["reason"] for row in rejected] == ["no answer", "2 cells instead of 5"]
 
-    def test_gaps_of_pandas_in_json(self, tmp_path):
+    def test_nan_in_json_is_a_missing_value(self, tmp_path):
         path = tmp_path / "p.json"
         rows = [f'{{"index": {n}, "question": "{q["question"]}", "answer": NaN, "prediction": "x"}}' for n, q in
                 enumerate(QUESTIONS)]  # fmt: skip
@@ -185,10 +185,10 @@ class TestVlmEvalKit:
         records, rejected = read_predictions(path, benchmark=QUESTIONS)
         assert [record["id"] for record in records] == ["vqa_rad-10", "vqa_rad-20", "vqa_rad-21"]
         assert [row["reason"] for row in rejected] == ["no prediction", "no prediction for a question"]
-        with pytest.raises(UserError, match="no right answers"):  # a test set whose answers are kept back
+        with pytest.raises(UserError, match="no right answers"):  # a test set with hidden answers
             read_predictions(path)
 
-    def test_workbooks(self, tmp_path):
+    def test_workbooks_are_read_with_openpyxl(self, tmp_path):
         path = tmp_path / "p.xlsx"
         path.write_bytes(b"no workbook")
         try:
@@ -226,21 +226,21 @@ class TestVlmEvalKit:
         ("a.json", '[{"question": "\\ud800?", "answer": "yes", "response": "no"}]', None, "are no Unicode"),
     ],
 )  # fmt: skip
-def test_wrong_files(tmp_path, name, text, format, message):
+def test_wrong_files_are_refused(tmp_path, name, text, format, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_predictions(tmp_path / name, format)
 
 
-def test_a_file_of_ours_is_not_joined_again(path):
+def test_our_own_format_is_not_joined(path):
     write_lines(path, [QUESTIONS[0] | {"prediction": "no"}])
     assert read_predictions(path)[0][0]["prediction"] == "no"
     with pytest.raises(UserError, match="Leave the benchmark out"):
         read_predictions(path, benchmark=QUESTIONS)
 
 
-def test_a_file_with_other_bytes(tmp_path):
+def test_bytes_of_another_encoding_cost_one_row(tmp_path):
     path = tmp_path / "p.csv"
     path.write_bytes(b"index,question,answer,prediction\n0,Is it?,no,na\xefve\n1,Is it?,no,no\n")
     records, rejected = read_predictions(path)
@@ -249,12 +249,12 @@ def test_a_file_with_other_bytes(tmp_path):
 
 @pytest.mark.parametrize("reader", [read_vqa_rad, read_vqa_rad_mevf])
 @pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
-def test_llava_meds_own_files(shared_data, reader, name):
+def test_llava_meds_published_answers_have_its_golden_scores(shared_data, reader, name):
     """By id against the official release, by order against MEVF's split, whose ids are one higher: the same scores."""
     source = reader(shared_data / "vqa_rad", shared_data / "vqa_rad" / "images")
     test = (question for question in source.questions if question.split == "test")
     questions = [asdict(question) | {"image_id": question.image} for question in test]
-    questions.sort(key=lambda question: question["image_id"])  # a benchmark goes by images
+    questions.sort(key=lambda question: question["image_id"])  # the order of a benchmark
     file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
     records, rejected = read_predictions(shared_data / "predictions" / file, benchmark=questions)
     golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["files"][file]
@@ -266,7 +266,7 @@ def test_llava_meds_own_files(shared_data, reader, name):
     assert scores["closed"]["accuracy"]["value"] == pytest.approx(golden["closed_gated"], abs=1e-6)
 
 
-# A row of all formats at once, of which one value is wrong.
+# A row of all formats at once; one value is made invalid.
 ROW = {
     "id": "a", "question_id": 1, "prompt": "Is it?", "text": "x", "metadata": {"answer": "no", "answer_type": "open"},
     "question": "Is it?", "answer": "no", "answer_type": "CLOSED", "response": "no", "lang": "en", "index": 3,

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is written in a format is read back, and read by the project whose format it is."""
+"""What is written in a format is read back, and can be read by the project whose format it is."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def traps():
 @settings(deadline=None, max_examples=40)
 @given(RECORDS)
 @example(traps())
-def test_there_and_back(format, suffix, records):
+def test_every_format_is_read_back(format, suffix, records):
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"predictions{suffix}"
         export_predictions(records, path, format)
@@ -72,7 +72,7 @@ def test_there_and_back(format, suffix, records):
 
 @settings(deadline=None, max_examples=10)
 @given(RECORDS, st.permutations(KINDS))
-def test_through_all_formats(records, kinds):
+def test_records_survive_a_chain_of_formats(records, kinds):
     with TemporaryDirectory() as folder:
         found = records
         for number, (format, suffix) in enumerate(kinds):
@@ -84,7 +84,7 @@ def test_through_all_formats(records, kinds):
 
 @pytest.mark.parametrize("separator", ["\t", ","])
 def test_pandas_reads_what_we_write_and_we_what_pandas_writes(tmp_path, separator):
-    """VLMEvalKit goes by pandas, with every field quoted."""
+    """VLMEvalKit uses pandas, with every field quoted."""
     records = [record for record in traps() if "\x00" not in record["prediction"]]
     path, theirs = (tmp_path / f"{name}.{'tsv' if separator == chr(9) else 'csv'}" for name in ("ours", "theirs"))
     export_predictions(records, path, "vlmevalkit")
@@ -99,7 +99,7 @@ def test_pandas_reads_what_we_write_and_we_what_pandas_writes(tmp_path, separato
     assert [record["id"] for record in back] == frame["index"].tolist()
 
 
-def test_fields_that_the_other_tools_want(tmp_path):
+def test_files_have_the_fields_that_other_tools_require(tmp_path):
     record = {"id": "q1", "question": "Is it?", "answer": "yes", "answer_type": "closed", "prediction": "no"}
     record["generation"] = {"model": "org/model"}
     export_predictions([record], tmp_path / "a.jsonl", "llava_med")
@@ -114,7 +114,7 @@ def test_fields_that_the_other_tools_want(tmp_path):
     assert {"lang": "en", "answer_type": "CLOSED", "answer": "yes", "response": "no"}.items() <= row.items()
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_unwritable_records_are_refused(tmp_path):
     record = {"id": "1", "question": "?", "answer": "yes", "answer_type": "closed", "prediction": "no"}
     for records, path, format, message in (
         ([record], "p.xlsx", "vlmevalkit", ".tsv, .csv or .json"),

@@ -59,7 +59,7 @@ def predictions(tmp_path):
     return path
 
 
-def test_what_is_written(finished):
+def test_a_run_writes_predictions_controls_and_scores(finished):
     assert {path.name for path in finished.iterdir() if not path.name.startswith(".")} == {
         "predictions.jsonl",
         "predictions_blank.jsonl",
@@ -85,7 +85,7 @@ def test_what_is_written(finished):
     assert record["status"] == "complete"
 
 
-def test_finished_prints_the_table_again(finished, inputs, capsys):
+def test_a_finished_run_prints_its_table_again(finished, inputs, capsys):
     before = (finished / "scores.json").stat().st_mtime_ns
     main(EvaluateArguments(output_dir=str(finished), **inputs, **FAST | {"batch_size": 3}))
     printed = capsys.readouterr().out
@@ -94,12 +94,12 @@ def test_finished_prints_the_table_again(finished, inputs, capsys):
         assert shown in printed
 
 
-def test_changed_setting_is_refused(finished, inputs):
+def test_a_changed_setting_is_refused(finished, inputs):
     with pytest.raises(UserError, match="max_new_tokens"):
         main(EvaluateArguments(output_dir=str(finished), **inputs, **FAST | {"max_new_tokens": 9}))
 
 
-def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -141,7 +141,7 @@ def test_two_ranks_write_what_one_writes(finished, inputs, tmp_path):
     assert done.stdout.count("Scores are in") == 1
 
 
-def test_several_benchmarks(inputs, tmp_path):
+def test_several_benchmarks_get_a_directory_each(inputs, tmp_path):
     other = write_benchmark(tmp_path / "other" / "benchmark", 3)
     benchmark = [*inputs["benchmark"], other]
     args = inputs | {"benchmark": benchmark, "output_dir": str(tmp_path / "out"), "controls": "none"}
@@ -154,8 +154,7 @@ def test_several_benchmarks(inputs, tmp_path):
         assert not (tmp_path / "out" / name / "predictions_blank.jsonl").exists()
 
 
-def test_one_image_cannot_be_shuffled(inputs, tmp_path):
-    """Told before anything is computed."""
+def test_a_single_image_is_refused_before_anything_is_computed(inputs, tmp_path):
     benchmark = write_benchmark(tmp_path / "benchmark", 1)
     with pytest.raises(UserError, match="'shuffled'"):
         main(EvaluateArguments(output_dir=str(tmp_path / "out"), **inputs | {"benchmark": benchmark}, **FAST))
@@ -189,7 +188,7 @@ def test_scoring_a_file_needs_no_model(predictions, tmp_path):
     assert scores["strict"]["closed"]["no_verdict"]["value"] == 25
 
 
-def test_malformed_lines(predictions, tmp_path, capsys):
+def test_malformed_lines_are_rejected(predictions, tmp_path, capsys):
     lines = predictions.read_text().splitlines()
     predictions.write_text("\n".join([lines[0], lines[1][:30], *lines[2:], '{"id": "x"}']))
     main(EvaluateArguments(predictions=str(predictions), output_dir=str(tmp_path / "out")))
@@ -200,8 +199,8 @@ def test_malformed_lines(predictions, tmp_path, capsys):
     assert "2 lines were rejected (1 not JSON, 1 no answer)" in capsys.readouterr().out
 
 
-def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
-    """LLaVA-Med's answers, joined with the benchmark, give the scores of the run they come from, and of controls."""
+def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
+    """LLaVA-Med's answers, joined with the benchmark, have the scores of the run they come from, controls included."""
     for path in finished.glob("predictions*.jsonl"):
         rows = [
             {"question_id": row["id"], "prompt": row["question"], "text": row["prediction"], "metadata": {}}
@@ -210,7 +209,7 @@ def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
         (tmp_path / path.name).write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     common = {"predictions": str(tmp_path / "predictions.jsonl"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match="Give the benchmark that it answers"):
-        main(EvaluateArguments(**common))  # which leaves nothing behind that stands in the way of the next
+        main(EvaluateArguments(**common))  # leaves nothing behind that would refuse the next
     main(EvaluateArguments(**common, benchmark=inputs["benchmark"], bootstrap_samples=20))
     before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path / "out"))
     assert after["scores"] == before["scores"] and after["controls"] == before["controls"]
@@ -230,7 +229,7 @@ def test_files_of_other_projects(inputs, finished, tmp_path, capsys):
         main(EvaluateArguments(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med"))
 
 
-def test_control_files_of_other_questions(predictions, tmp_path):
+def test_control_files_of_other_questions_are_refused(predictions, tmp_path):
     first, *_ = predictions.read_text().splitlines()
     (predictions.parent / "predictions_blank.jsonl").write_text(first)
     with pytest.raises(UserError, match="same questions"):
@@ -252,7 +251,7 @@ def test_control_files_of_other_questions(predictions, tmp_path):
         ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),
     ],
 )
-def test_wrong_settings(change, message, tmp_path):
+def test_wrong_settings_are_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main(EvaluateArguments(output_dir=str(tmp_path / "out"), **change))
 
@@ -265,7 +264,7 @@ def test_unknown_closed_rule_is_refused():
         LlavaMedSettings(closed_rule="x")
 
 
-def test_parser():
+def test_the_parser_reads_lists_and_metric_settings():
     words = ["--output_dir", "o", "--benchmark", "a", "b", "--controls", "none", "--predictions", "p"]
     assert "shuffled" in STAGE.make_parser().format_help()
     args, *settings = STAGE.make_parser().parse_args_into_dataclasses(words)
