@@ -19,6 +19,7 @@ from datetime import timedelta
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import launched_kind, world_size
+from medst_trl.base.registry import add_plugins
 from medst_trl.cli import RUN_HELP, guarded, run_stage
 from medst_trl.pipeline.arguments import parse
 from medst_trl.pipeline.launch import check_launched, leave_peers, use_one_gpu, without_launcher
@@ -27,6 +28,7 @@ from medst_trl.pipeline.recipe import Step, read_recipe
 
 
 def main(argv: list[str]) -> None:
+    argv = add_plugins(argv)
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__.strip(), RUN_HELP.partition("\n")[2], sep="\n", end="")
         return

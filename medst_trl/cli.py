@@ -15,6 +15,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import is_full_disk
+from medst_trl.base.registry import add_plugins, plugin_files
 from medst_trl.pipeline.stage import STAGES, Stage
 
 
@@ -29,6 +30,9 @@ A whole run, stage by stage, as a recipe describes it:
 
 One stage (medst STAGE --help lists its settings):
 {stages}
+Every command takes --plugins FILE (repeatable): a Python file that registers stages, sources, judge prompts, engines,
+model families, metrics or losses of your own. MEDST_PLUGINS in the environment does the same.
+
 Examples:
   medst run demo                                     the whole way on drawn images: minutes, no GPU
   medst recipes cp demo && medst run demo.yaml       a copy of your own to change
@@ -75,8 +79,7 @@ and 8 processes or the number given. It needs no GPU, no Hub and no weights.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `medst`; returns the exit code."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    return guarded(_dispatch, command, rest)
+    return guarded(_dispatch, sys.argv[1:] if argv is None else argv)
 
 
 def guarded(function: Callable[..., int | None], *arguments) -> int:
@@ -114,7 +117,8 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _dispatch(command: str, argv: list[str]) -> int | None:
+def _dispatch(words: Sequence[str]) -> int | None:
+    command, *argv = add_plugins(words) or ["--help"]
     commands = {"run": _run, "recipes": _recipes} | {
         stage.name: lambda argv, stage=stage: _stage(stage, argv) for stage in STAGES.values()
     }
@@ -168,7 +172,8 @@ def _run(argv: list[str]) -> int | None:
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
         code = run(command, environment | {"PYTHONUNBUFFERED": "1"})
         if code != 0:
-            again = shlex.join(["medst", "run", *(word for word in argv if word != "--overwrite")])
+            plugins = [word for path in plugin_files() for word in ("--plugins", path)]
+            again = shlex.join(["medst", "run", *(word for word in argv if word != "--overwrite"), *plugins])
             print(f"\nStopped in {step.label}. What is done is kept; continue with:\n  {again}", file=sys.stderr)
             return code if code > 0 else 128 - code
     print(f"\nDone in {_duration(time.monotonic() - begun)}. Everything is in {recipe.output_dir}:")

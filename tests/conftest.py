@@ -4,6 +4,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -21,6 +22,34 @@ def empty_working_directory(tmp_path_factory, monkeypatch) -> Path:
     directory = tmp_path_factory.mktemp("cwd")
     monkeypatch.chdir(directory)
     return directory
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Writes a plugin file that is loaded, by this process and those it starts, until the test ends."""
+    from medst_trl.base import registry
+    from medst_trl.base.registry import Registry
+
+    def registries() -> list[Registry]:
+        modules = [module for name, module in sys.modules.items() if name.startswith("medst_trl.")]
+        return [item for module in modules for item in vars(module).values() if isinstance(item, Registry)]
+
+    def write(text: str, name: str = "my_plugin.py") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        paths.append(str(path))
+        monkeypatch.setenv(registry.PLUGINS_VARIABLE, os.pathsep.join(paths))
+        for item in registries():
+            item._is_loaded = False
+        return path
+
+    paths: list[str] = []
+    yield write
+    for path in paths:
+        registry._plugins.pop(path, None)
+    for item in registries():
+        for name in [name for name, origin in item._origins.items() if origin in paths]:
+            del item._objects[name], item._origins[name]
 
 
 @pytest.fixture(scope="session")

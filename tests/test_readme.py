@@ -19,7 +19,6 @@ from judge_server import JudgeServer
 import medst_trl.__main__
 from medst_trl import cli
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.stage import Stage
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -32,7 +31,8 @@ ELSEWHERE = {"cd", "export", "git", "hf", "python", "sbatch", "transformers", "v
 def test_every_command_is_known(block, monkeypatch, capsys):
     seen = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Stage, "main", lambda self, *arguments: seen.append(self.name))
+    for module in (cli, medst_trl.__main__):
+        monkeypatch.setattr(module, "run_stage", lambda stage, arguments: seen.append(stage.name))
     monkeypatch.setattr(launch, "run", lambda command, environment: 0)
     monkeypatch.setattr(launch, "gpu_count", lambda: 4)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)

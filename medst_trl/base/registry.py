@@ -34,7 +34,7 @@ PLUGINS_VARIABLE = "MEDST_PLUGINS"  # paths of plugin files, joined by os.pathse
 PLUGINS_GROUP = "medst_trl.plugins"
 
 _loading = "medst_trl"  # who registers: the package, or the plugin that is being imported
-_plugins_loaded: set[str] = set()
+_plugins: dict[str, UserError | None] = {}  # those imported once, and the error of those that failed
 
 
 class Registry(Generic[T]):
@@ -77,8 +77,8 @@ class Registry(Generic[T]):
             raise UserError(f"The {self.kind} {name!r} of {_loading} lacks {', '.join(missing)}.")
         if name in self._objects:
             raise UserError(
-                f"Two {self.kind} objects share the name {name!r}: one of {self._origins[name]}, one of {_loading}. "
-                "Rename one of them."
+                f"Two {self.kind} objects share the name {name!r}: one is from {self._origins[name]}, one from "
+                f"{_loading}. Rename one of them."
             )
         self._objects[name], self._origins[name] = item, _loading
         return item
@@ -120,17 +120,26 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._is_loaded:
             return
-        self._is_loaded = True
-        for module in self.modules:
-            package = import_module(module)
-            for info in pkgutil.iter_modules(getattr(package, "__path__", ())):
-                import_module(f"{module}.{info.name}")
-        load_plugins()
+        self._is_loaded = True  # the modules may read the registry while they are imported
+        try:
+            for module in self.modules:
+                package = import_module(module)
+                for info in pkgutil.iter_modules(getattr(package, "__path__", ())):
+                    import_module(f"{module}.{info.name}")
+            load_plugins()
+        except BaseException:
+            self._is_loaded = False
+            raise
+
+
+def plugin_files() -> list[str]:
+    """Paths of the plugin files that this process and those it starts import."""
+    return [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
 
 
 def add_plugins(argv: Sequence[str]) -> list[str]:
     """
-    Take `--plugins FILE` from a command line and hand the files to this process and all it starts.
+    Take `--plugins FILE` from a command line and pass the files to this process and all that it starts.
 
     Returns:
         The rest of the command line.
@@ -148,9 +157,8 @@ def add_plugins(argv: Sequence[str]) -> list[str]:
         if not path.is_file():
             raise UserError(f"--plugins: file not found: {path}. Give a Python file that registers your objects.")
         files.append(str(path.resolve()))
-    known = [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
     if files:
-        os.environ[PLUGINS_VARIABLE] = os.pathsep.join(dict.fromkeys([*known, *files]))
+        os.environ[PLUGINS_VARIABLE] = os.pathsep.join(dict.fromkeys([*plugin_files(), *files]))
     return rest
 
 
@@ -163,23 +171,24 @@ def load_plugins() -> None:
     """
     for entry_point in entry_points(group=PLUGINS_GROUP):
         _load_plugin(entry_point.value, entry_point.load)
-    for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep):
-        if path:
-            _load_plugin(path, lambda path=path: _import_file(path))
+    for path in plugin_files():
+        _load_plugin(path, lambda path=path: _import_file(path))
 
 
 def _load_plugin(name: str, load: Callable[[], object]) -> None:
     global _loading
-    if name in _plugins_loaded:
+    if name in _plugins:
+        if _plugins[name] is not None:
+            raise _plugins[name]
         return
-    _plugins_loaded.add(name)
+    _plugins[name] = None
     before, _loading = _loading, name
     try:
         load()
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"The plugin {name} failed to import: {type(error).__name__}: {error}") from error
+        own = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        _plugins[name] = UserError(f"The plugin {name} failed to import: {own}")
+        raise _plugins[name] from error
     finally:
         _loading = before
 

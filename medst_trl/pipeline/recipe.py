@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError, closest
+from medst_trl.base.registry import PLUGINS_VARIABLE
 
 from .arguments import convert, keys_of, require
 from .options import Option, refuse_secrets
@@ -365,6 +366,11 @@ def _read(path: Path) -> dict[str, Any]:
     env = content.get("env") or {}
     if not isinstance(env, dict):
         raise UserError(f"{path}: env has to map names of environment variables to their values.")
+    if PLUGINS_VARIABLE in env:
+        raise UserError(
+            f"{path}: env cannot set {PLUGINS_VARIABLE}: a recipe from a stranger must not choose code to run. Use "
+            f"--plugins FILE, or set {PLUGINS_VARIABLE} yourself."
+        )
     os.environ.update({str(key): str(value) for key, value in env.items()})
     return content
 

@@ -1,0 +1,132 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from medst_trl.base import registry
+from medst_trl.base.errors import UserError
+from medst_trl.base.registry import PLUGINS_VARIABLE, Registry, add_plugins
+from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.stage import STAGES
+
+
+@dataclass
+class Fruit:
+    name: str | None
+    colour: str | None = "red"
+
+
+@pytest.fixture
+def fruits():
+    fruits = Registry("fruit", (), ("colour",))
+    for name in ("apple", "cherry"):
+        fruits.register(Fruit(name))
+    return fruits
+
+
+def test_an_unknown_name_lists_all_names_and_the_closest(fruits):
+    assert fruits.get("apple").name == fruits.name("apple") == "apple"
+    with pytest.raises(UserError, match=r"Unknown fruit 'aple'. Did you mean 'apple'\? Choose one of apple, cherry."):
+        fruits.get("aple")
+    with pytest.raises(UserError, match=r"Unknown stage 'sfft'. Did you mean 'sft'\? Choose one of convert, base,"):
+        STAGES.get("sfft")
+
+
+def test_an_object_that_lacks_a_part_is_refused_by_name_of_the_part(fruits):
+    with pytest.raises(UserError, match="The fruit 'plum' of medst_trl lacks colour"):
+        fruits.register(Fruit("plum", None))
+    with pytest.raises(UserError, match="The fruit 'Fruit' of medst_trl lacks name"):
+        fruits.register(Fruit(None))
+    assert list(fruits) == ["apple", "cherry"] and "plum" not in fruits
+
+
+def test_a_name_is_taken_once(fruits):
+    with pytest.raises(UserError, match="Two fruit objects share the name 'apple'"):
+        fruits.register(Fruit("apple", "green"))
+
+
+STAGE = """
+from dataclasses import dataclass, field
+from medst_trl.pipeline.stage import STAGES, Stage
+
+print("imported")
+
+@dataclass
+class Arguments:
+    output_dir: str = field(default="x", metadata={"help": "Directory of the results."})
+
+STAGES.register(Stage(name="toy", summary="a toy", arguments=lambda: (Arguments,), main=print))
+"""
+
+
+def test_two_plugins_cannot_share_a_name(plugin):
+    first, second = plugin(STAGE, "first.py"), plugin(STAGE, "second.py")
+    with pytest.raises(UserError) as caught:
+        list(STAGES)
+    assert "Two stage objects share the name 'toy'" in str(caught.value)
+    assert str(first) in str(caught.value) and str(second) in str(caught.value)
+
+
+def test_a_plugin_is_imported_once(plugin, capsys):
+    plugin(STAGE)
+    assert "toy" in STAGES and "toy" in list(STAGES)
+    registry.load_plugins()
+    assert capsys.readouterr().out == "imported\n"
+
+
+def test_a_plugin_that_fails_is_an_error_with_its_file_each_time(plugin):
+    path = plugin("import no_such_module\n")
+    for _ in range(2):  # the second time must not go on without it
+        with pytest.raises(
+            UserError, match="failed to import: ModuleNotFoundError: No module named 'no_such_mod"
+        ) as e:
+            list(STAGES)
+        assert str(path) in str(caught.value)
+
+
+def test_a_plugin_whose_object_lacks_a_part_names_file_and_part(plugin):
+    path = plugin(STAGE.replace('summary="a toy"', "summary=None"))
+    with pytest.raises(UserError, match="The stage 'toy' of .* lacks summary") as caught:
+        list(STAGES)
+    assert str(path) in str(caught.value)
+
+
+def test_a_plugin_file_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="--plugins: file not found: nowhere.py"):
+        add_plugins(["sft", "--plugins", "nowhere.py"])
+    with pytest.raises(UserError, match="--plugins: file not found"):
+        add_plugins(["sft", "--plugins"])
+
+
+def test_a_plugin_file_that_has_gone_is_refused(monkeypatch):
+    monkeypatch.setenv(PLUGINS_VARIABLE, "/nowhere/gone.py")
+    monkeypatch.setattr(STAGES, "_is_loaded", False)
+    with pytest.raises(UserError, match="/nowhere/gone.py failed to import: FileNotFoundError"):
+        list(STAGES)
+    del registry._plugins["/nowhere/gone.py"]
+
+
+def test_children_inherit_the_plugins_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("")
+    words = ["--plugins", "a.py", "run", "demo", "--plugins=b.py", "--plugins", "a.py", "--seed", "1"]
+    assert add_plugins(words) == ["run", "demo", "--seed", "1"]
+    code = f"import os; print(os.environ[{PLUGINS_VARIABLE!r}])"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip().split(os.pathsep) == [str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+
+
+def test_a_recipe_cannot_set_plugins(tmp_path):
+    path = tmp_path / "stranger.yaml"
+    path.write_text(f"env: {{{PLUGINS_VARIABLE}: evil.py}}\nbase:\n")
+    with pytest.raises(UserError, match="stranger.yaml: env cannot set MEDST_PLUGINS"):
+        read_recipe(path)
+    path.write_text("plugins: evil.py\nbase:\n")
+    with pytest.raises(UserError, match="'plugins' is neither a section nor a setting"):
+        read_recipe(path).steps()
