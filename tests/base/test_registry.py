@@ -81,9 +81,7 @@ def test_a_plugin_is_imported_once(plugin, capsys):
 def test_a_plugin_that_fails_is_an_error_with_its_file_each_time(plugin):
     path = plugin("import no_such_module\n")
     for _ in range(2):  # the second time must not go on without it
-        with pytest.raises(
-            UserError, match="failed to import: ModuleNotFoundError: No module named 'no_such_mod"
-        ) as e:
+        with pytest.raises(UserError, match="failed to import: ModuleNotFoundError: No module named") as caught:
             list(STAGES)
         assert str(path) in str(caught.value)
 
