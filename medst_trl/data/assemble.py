@@ -1,27 +1,32 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From what a reader found and what the images are to the rows of every dataset. Touches no file."""
+"""
+Turn the records of a source into the rows of every dataset: splits, conversations, benchmark. Touches no file.
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+Splits go by image, never by row. The questions of a benchmark become conversations of several turns, which is what
+gives self-questioning its later turns.
+"""
 
-from .conversations import conversations_about_image
-from .records import Conversation, Question, Rejected, Source, published_id
-from .splits import by_image, hold_out, split_off_validation
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from .schema import image_part, message, text_part
+from .source import Conversation, Question, Records, Rejected, published_id
 
 
 @dataclass(frozen=True)
 class Datasets:
     """
-    Rows in the columns of `schema.py`, with names of images where the images will be.
+    Rows in the columns of `schema.py`, with names of images in place of the images.
 
     Attributes:
         train, validation (`list[dict]`): Instruct rows.
-        unlabelled (`list[dict]`): Instruct rows without messages, each picture once.
+        unlabelled (`list[dict]`): Instruct rows without messages, each image once.
         benchmark (`list[dict]`): Benchmark rows of the test split.
-        rejected (`list[Rejected]`): What was set aside, by the readers and here.
-        notes (`dict[str, int]`): Overlap between splits and what was removed for it, and what the reader counted.
+        rejected (`list[Rejected]`): What cannot be used, from the reader and from here.
+        notes (`dict[str, int]`): Overlap between splits and what was removed for it, and the counts of the reader.
     """
 
     train: list[dict]
@@ -31,26 +36,36 @@ class Datasets:
     rejected: list[Rejected]
     notes: dict[str, int]
 
-    def is_empty(self) -> bool:
-        return not (self.train or self.validation or self.unlabelled or self.benchmark)
+    @property
+    def splits(self) -> dict[tuple[str, str], list[dict]]:
+        """Rows by kind of dataset and split, in the order in which they are written."""
+        return {
+            ("benchmark", "test"): self.benchmark,
+            ("instruct", "train"): self.train,
+            ("instruct", "validation"): self.validation,
+            ("images", "train"): self.unlabelled,
+        }
 
     def counts(self) -> dict[str, dict]:
-        """Numbers by dataset, the notes, and how many were set aside for which reason, most frequent first."""
-        named = {
-            "benchmark/test": self.benchmark,
-            "instruct/train": self.train,
-            "instruct/validation": self.validation,
-            "images/train": self.unlabelled,
-        }
+        """Numbers by dataset, the notes, and the number of rejected records by reason, most frequent first."""
         return {
-            "datasets": {name: _count(rows) for name, rows in named.items() if rows},
+            "datasets": {f"{kind}/{split}": _count(rows) for (kind, split), rows in self.splits.items() if rows},
             "notes": self.notes,
             "rejected": dict(Counter(rejected.reason for rejected in self.rejected).most_common()),
         }
 
 
+def _count(rows: list[dict]) -> dict[str, int]:
+    if "questions" in rows[0]:
+        types = Counter(question["answer_type"] for row in rows for question in row["questions"])
+        return {"images": len(rows), "questions": sum(types.values()), **types}
+    images = len({image for row in rows for image in row["image_ids"]})
+    answers = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
+    return {"images": images} | ({"conversations": len(rows), "answers": answers} if answers else {})
+
+
 def assemble(
-    source: Source,
+    records: Records,
     image_ids: Mapping[str, str],
     problems: Mapping[str, Rejected],
     *,
@@ -59,78 +74,238 @@ def assemble(
     seed: int = 0,
 ) -> Datasets:
     """
-    Place every record.
+    Place every record in a dataset, or reject it.
 
     Args:
-        source ([`Source`]): From a reader.
-        image_ids, problems: From `index_images`. A record with an image that is a problem is set aside for its reason.
-        validation_fraction, seed: See [`split_off_validation`].
-        image_disjoint: See [`hold_out`].
+        records ([`Records`]):
+            From a source.
+        image_ids, problems (`dict`):
+            From `index_images`. A record with an image that cannot be used is rejected for the image's reason.
+        validation_fraction, seed:
+            See [`split_off_validation`].
+        image_disjoint:
+            See [`hold_out`].
     """
-    rejected, talks, unlabelled = list(source.rejected), [], {}
-    for conversation in source.conversations:
-        problem = next((problems[name] for name in conversation.images if name in problems), None)
-        if problem is not None:
-            rejected.append(replace(problem, id=conversation.id))
-        elif conversation.messages:
-            talks.append(conversation)
-        elif (image := image_ids[conversation.images[0]]) in unlabelled:
-            rejected.append(Rejected(conversation.id, "duplicate_image", unlabelled[image].images[0]))
-        else:
-            unlabelled[image] = replace(conversation, id=f"image-{image[:16]}")
-
-    usable = []
-    for question in source.questions:
+    talks, unlabelled, rejected = _usable_conversations(records, image_ids, problems)
+    questions = [question for question in records.questions if question.image not in problems]
+    for question in records.questions:
         if question.image in problems:
             rejected.append(replace(problems[question.image], id=question.id))
-        else:
-            usable.append(question)
-    splits = hold_out(usable, image_ids, image_disjoint)
+    splits = hold_out(questions, image_ids, image_disjoint)
     for split in ("validation", "train"):
-        for image, questions in by_image(splits.questions[split], image_ids).items():
-            talks += conversations_about_image(f"{source.name}-{split}-{image[:16]}", questions)
-
+        for image, about in by_image(splits.questions[split], image_ids).items():
+            talks += conversations_about_image(f"{records.name}-{split}-{image[:16]}", about)
     talks = split_off_validation(talks, image_ids, validation_fraction, seed)
 
-    def row_id(name: str, images: tuple[str, ...]) -> str:
-        return published_id(name, images) if source.image_folder else name  # drawn pictures have no file names
+    def row_id(name: str, *images: str) -> str:
+        return published_id(name, images) if records.image_folder else name  # images in memory have no file names
 
     def instruct_row(talk: Conversation) -> dict:
         return {
-            "id": row_id(talk.id, talk.images),
+            "id": row_id(talk.id, *talk.images),
             "images": list(talk.images),
             "image_ids": [image_ids[name] for name in talk.images],
             "messages": talk.messages,
         }
 
-    def benchmark_row(image: str, questions: list[Question]) -> dict:
-        columns = ("question", "answer", "answer_type", "question_type")
-        return {
-            "image_id": image,
-            "image": questions[0].image,
-            "questions": [
-                {"id": row_id(question.id, (question.image,))}
-                | {name: getattr(question, name) for name in columns}
-                | {"link": row_id(question.link, (question.image,)) if question.link else None}
-                for question in questions
-            ],
-        }
+    def question_row(question: Question) -> dict:
+        row = asdict(question) | {"id": row_id(question.id, question.image)}
+        row["link"] = row_id(question.link, question.image) if question.link else None
+        return {name: value for name, value in row.items() if name not in ("image", "split")}
 
     benchmark = by_image(splits.questions["test"], image_ids)
     return Datasets(
         train=[instruct_row(talk) for talk in talks if talk.split == "train"],
         validation=[instruct_row(talk) for talk in talks if talk.split == "validation"],
-        unlabelled=[instruct_row(picture) for picture in unlabelled.values()],
-        benchmark=[benchmark_row(image, questions) for image, questions in benchmark.items()],
+        unlabelled=[instruct_row(talk) for talk in unlabelled],
+        benchmark=[
+            {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}
+            for image, about in benchmark.items()
+        ],
         rejected=rejected,
-        notes=source.counts | (splits.counts if source.questions else {}),
+        notes=records.counts | (splits.counts if records.questions else {}),
     )
 
 
-def _count(rows: list[dict]) -> dict[str, int]:
-    if "questions" in rows[0]:
-        kinds = Counter(question["answer_type"] for row in rows for question in row["questions"])
-        return {"images": len(rows), "questions": sum(kinds.values()), **kinds}
-    images = len({image for row in rows for image in row["image_ids"]})
-    answers = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
-    return {"images": images} | ({"conversations": len(rows), "answers": answers} if answers else {})
+def _usable_conversations(
+    records: Records, image_ids: Mapping[str, str], problems: Mapping[str, Rejected]
+) -> tuple[list[Conversation], list[Conversation], list[Rejected]]:
+    """Conversations, unlabelled images (each image once), and all rejected records so far."""
+    talks, unlabelled, rejected = [], {}, list(records.rejected)
+    for talk in records.conversations:
+        problem = next((problems[name] for name in talk.images if name in problems), None)
+        if problem is not None:
+            rejected.append(replace(problem, id=talk.id))
+        elif talk.messages:
+            talks.append(talk)
+        elif (image := image_ids[talk.images[0]]) in unlabelled:
+            rejected.append(Rejected(talk.id, "duplicate_image", unlabelled[image].images[0]))
+        else:
+            unlabelled[image] = replace(talk, id=f"image-{image[:16]}")
+    return talks, list(unlabelled.values()), rejected
+
+
+# --- Splits ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Splits:
+    """Questions by split, and what was found and removed on the way."""
+
+    questions: dict[str, list[Question]]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def hold_out(questions: Iterable[Question], image_ids: Mapping[str, str], image_disjoint: bool = False) -> Splits:
+    """
+    Remove from train what is also in test or validation, and from validation what is also in test.
+
+    A question about an image that is in both is always removed (VQA-RAD's MEVF split has 14 such pairs). With
+    `image_disjoint`, every question about an image of the later split is removed as well.
+
+    Args:
+        questions (iterable of [`Question`]):
+            All that can be used.
+        image_ids (`dict`):
+            Name of an image to its `image_id`; equal images under two names are one.
+        image_disjoint (`bool`, *optional*, defaults to `False`):
+            See above.
+
+    Returns:
+        [`Splits`]; its counts are, for each two splits that share something, `images_in_train_and_test` (before
+        removal; always reported), `pairs_in_...`, `questions_removed_for_pairs_in_...` and
+        `questions_removed_for_images_in_...`.
+    """
+    by_split: dict[str, list[Question]] = {"test": [], "validation": [], "train": []}
+    for question in questions:
+        by_split[question.split].append(question)
+    counts = {}
+    for held, taken_from in (("test", "validation"), ("test", "train"), ("validation", "train")):
+        held_pairs = {_pair(question, image_ids) for question in by_split[held]}
+        held_images = {image for image, _ in held_pairs}
+        before = by_split[taken_from]
+        pairs = {_pair(question, image_ids) for question in before}
+        kept = [question for question in before if _pair(question, image_ids) not in held_pairs]
+        where = f"in_{taken_from}_and_{held}"
+        counts[f"images_{where}"] = len({image for image, _ in pairs} & held_images)
+        counts[f"pairs_{where}"] = len(pairs & held_pairs)
+        counts[f"questions_removed_for_pairs_{where}"] = len(before) - len(kept)
+        if image_disjoint:
+            rest = [question for question in kept if image_ids[question.image] not in held_images]
+            counts[f"questions_removed_for_images_{where}"] = len(kept) - len(rest)
+            kept = rest
+        by_split[taken_from] = kept
+    return Splits(by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"})
+
+
+def split_off_validation(
+    conversations: Iterable[Conversation], image_ids: Mapping[str, str], fraction: float, seed: int
+) -> list[Conversation]:
+    """
+    Move about a `fraction` of the images, with all their conversations, from train to validation.
+
+    Which ones depends on the images and the seed alone, not on order or on what else is in the source. Images that
+    one conversation shows together stay together. A conversation without an image goes by its id.
+    """
+    conversations = list(conversations)
+    together = DisjointSets()
+    for conversation in conversations:
+        ids = [image_ids[name] for name in conversation.images]
+        for other in ids[1:]:
+            together.join(ids[0], other)
+
+    def key(conversation: Conversation) -> str:
+        return together.find(image_ids[conversation.images[0]]) if conversation.images else conversation.id
+
+    return [
+        replace(conversation, split="validation") if draw(key(conversation), seed) < fraction else conversation
+        for conversation in conversations
+    ]
+
+
+def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dict[str, list[Question]]:
+    """Questions by `image_id`, images and questions in the order in which they come."""
+    groups = defaultdict(list)
+    for question in questions:
+        groups[image_ids[question.image]].append(question)
+    return dict(groups)
+
+
+def plain_question(text: str) -> str:
+    """A question for comparing: lower case, single spaces."""
+    return " ".join(text.lower().split())
+
+
+def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[str, str]:
+    return image_ids[question.image], plain_question(question.question)
+
+
+def draw(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the key and the seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
+
+
+class DisjointSets:
+    """Sets that grow together (union-find). An item that was not joined with another is a set of its own."""
+
+    def __init__(self):
+        self._parents: dict[Hashable, Hashable] = {}
+
+    def find(self, item: Hashable) -> Hashable:
+        """The member that represents the set of `item`."""
+        root = item
+        while (parent := self._parents.get(root, root)) != root:
+            root = parent
+        while item != root:  # shorten the path for the next search
+            self._parents[item], item = root, self._parents.get(item, item)
+        return root
+
+    def join(self, first: Hashable, second: Hashable) -> None:
+        """Join the sets of two items. The smaller representative stays, so the order of joining does not matter."""
+        first, second = sorted((self.find(first), self.find(second)))
+        self._parents[second] = first
+
+
+# --- Conversations ---------------------------------------------------------------------------------------------------
+
+
+def conversations_about_image(name: str, questions: Iterable[Question]) -> list[Conversation]:
+    """
+    Make conversations of all questions about one image, in their order.
+
+    Of the paraphrases of one question only one is in a conversation, so that no answer is given away earlier: the
+    second conversation takes the second wording of every question that has one, and so on. All data is used, once.
+
+    Args:
+        name (`str`):
+            Prefix of the ids: `<name>-0`, `<name>-1`, ...
+        questions (iterable of [`Question`]):
+            Questions of one image and one split.
+    """
+    groups = linked_groups(questions)
+    conversations = []
+    for number in range(max(map(len, groups), default=0)):
+        messages = []
+        for group in groups:
+            if number < len(group):
+                opening = [] if messages else [image_part()]
+                messages.append(message("user", [*opening, text_part(group[number].question)]))
+                messages.append(message("assistant", [text_part(group[number].answer)]))
+        first = groups[0][0]
+        conversations.append(Conversation(f"{name}-{number}", (first.image,), messages, first.split))
+    return conversations
+
+
+def linked_groups(questions: Iterable[Question]) -> list[list[Question]]:
+    """
+    Group the questions about one image by what they ask: those that share a link, and those with the same words,
+    whatever their links are. Groups and their members keep their order.
+    """
+    questions, same = list(questions), DisjointSets()
+    for question in questions:
+        if question.link is not None:
+            same.join(("words", plain_question(question.question)), ("link", question.link))
+    groups = defaultdict(list)
+    for question in questions:
+        groups[same.find(("words", plain_question(question.question)))].append(question)
+    return list(groups.values())

@@ -1,9 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading an image file from outside: what we store of it, what it is called, or why it cannot be used.
+"""
+Read image files from outside: what is stored of each, its `image_id`, or why it cannot be used.
 
-Images are kept pixel for pixel and lose everything else. An 8-bit grey or RGB JPEG or PNG keeps its own compressed
-bytes without metadata (`image_bytes.py`); any other picture becomes an 8-bit PNG (`pixels.py`, `dicom.py`).
+Images keep every pixel and lose everything else. An 8-bit grey or RGB JPEG or PNG keeps its own compressed bytes
+without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`).
 """
 
 import hashlib
@@ -11,44 +12,30 @@ import io
 import os
 import stat
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .image_bytes import strip_jpeg, strip_png
-from .pixels import to_8_bit
+from .image_formats import ImageProblem, check_pixels, read_dicom, strip_jpeg, strip_png, to_8_bit
 
 
 MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
-MAX_BYTES_PER_PIXEL = 16  # no honest file is larger, so none larger is read into memory
-BAND_BYTES = 1 << 22  # a large picture is hashed in bands, so that it is not in memory twice
+MAX_BYTES_PER_PIXEL = 16  # no honest file is larger, so larger ones are not read into memory
+BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
-# Formats that PIL reads by starting another program (EPS) or only names (the stubs and vector formats).
+# Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX"}
-_DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
-
-
-class ImageProblem(Exception):
-    """
-    An image that cannot be used.
-
-    Attributes:
-        reason (`str`):
-            One word for counting: `outside_image_folder`, `missing`, `not_a_file`, `unreadable`, `empty`, `too_large`,
-            `not_an_image`, `truncated`, `several_frames`, `unsupported`, `bad_window`.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
     """
-    An image as it goes into a dataset.
+    An image as it is stored in a dataset.
 
     Attributes:
         bytes (`bytes`): An 8-bit JPEG or PNG file without metadata.
@@ -64,7 +51,7 @@ class StoredImage:
 
 def image_id(image: Image.Image) -> str:
     """
-    Name an 8-bit picture by its pixels: the same picture as L or RGB, JPEG or PNG, has the same id.
+    Identify an 8-bit image by its pixels: the same image as L or RGB, JPEG or PNG, has the same id.
 
     It is the SHA-256, in hexadecimal, of width and height (two big-endian 32-bit numbers) followed by the pixels of
     `image.convert("RGB")`, three bytes each, row by row from the top left.
@@ -79,7 +66,7 @@ def image_id(image: Image.Image) -> str:
 
 
 def store_image(image: Image.Image) -> StoredImage:
-    """What we store of a picture in memory: its pixels as an 8-bit PNG. See `pixels.py` for other modes."""
+    """Store an image in memory as an 8-bit PNG. See [`to_8_bit`] for other modes."""
     image = to_8_bit(image)
     return StoredImage(_png(image), image_id(image), *image.size)
 
@@ -92,7 +79,7 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> StoredI
         path (`str` or `os.PathLike`):
             The file. Paths from data files go through [`resolve_inside`] first.
         max_pixels (`int`, *optional*, defaults to 100 million):
-            More than this is set aside, by the header, before anything is decoded. PIL's own limit
+            Larger images are rejected by their header, before anything is decoded. PIL's own limit
             (`Image.MAX_IMAGE_PIXELS`) applies as well.
 
     Raises:
@@ -107,14 +94,14 @@ def stored_bytes(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes
     return _read(Path(path), max_pixels, identify=False).bytes
 
 
-def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
+def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
     """
-    The file that `name` (from a data file) stands for, which has to lie in `folder` after all `..` and symbolic links.
+    The file that `name` (from a data file) stands for. It must be in `directory` after all `..` and symbolic links.
 
     Raises:
         ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
     """
-    root = os.path.realpath(folder)
+    root = os.path.realpath(directory)
     try:
         path = os.path.realpath(os.path.join(root, name))
     except (OSError, ValueError):  # too long, a zero byte
@@ -124,11 +111,57 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
     return Path(path)
 
 
+class ImageReader(Protocol):
+    """Where images come from. Their ids are asked for first, the bytes to store later, one image at a time."""
+
+    def image_id(self, name: str) -> str: ...
+
+    def stored_bytes(self, name: str) -> bytes: ...
+
+
+class FolderImages:
+    """
+    Image files in one directory, which no name may leave. Raises [`ImageProblem`] for images that cannot be used.
+
+    Bytes that were read for an id are kept for writing as long as there is room, so that a benchmark is read once.
+
+    Args:
+        directory (`pathlib.Path`): Where all names start.
+        max_pixels (`int`): See [`load_image`].
+        room (`int`, *optional*, defaults to 256 MiB): Bytes of images to keep.
+    """
+
+    def __init__(self, directory: Path, max_pixels: int, room: int = 1 << 28):
+        self.directory, self.max_pixels, self._room = directory, max_pixels, room
+        self._kept: dict[str, bytes] = {}
+
+    def image_id(self, name: str) -> str:
+        image = load_image(resolve_inside(self.directory, name), self.max_pixels)
+        if len(image.bytes) <= self._room:
+            self._room -= len(image.bytes)
+            self._kept[name] = image.bytes
+        return image.image_id
+
+    def stored_bytes(self, name: str) -> bytes:
+        return self._kept.get(name) or stored_bytes(resolve_inside(self.directory, name), self.max_pixels)
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images in memory, by name."""
+
+    images: Mapping[str, Image.Image]
+
+    def image_id(self, name: str) -> str:
+        return store_image(self.images[name]).image_id
+
+    def stored_bytes(self, name: str) -> bytes:
+        return store_image(self.images[name]).bytes
+
+
 def _read(path: Path, max_pixels: int, identify: bool) -> StoredImage:
     data = _bytes_of(path, max_pixels)
-    if data[128:132] == b"DICM" or path.suffix.lower() in _DICOM_SUFFIXES:
-        from .dicom import read_dicom
-
+    if data[128:132] == b"DICM" or path.suffix.lower() in DICOM_SUFFIXES:
         image, own_bytes = read_dicom(data, max_pixels), None
     else:
         image, own_bytes = _decode(data, max_pixels, identify)
@@ -152,7 +185,7 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
 
 
 def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, bytes | None]:
-    """The upright 8-bit picture, and the file's own bytes without metadata where they can stay."""
+    """The upright 8-bit image, and the file's own bytes without metadata if they can be kept."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
@@ -163,7 +196,7 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
         raise ImageProblem("not_an_image", str(error)) from None
     check_pixels(*image.size, max_pixels)
     try:
-        # The further pictures of an MPO file are a phone's previews of the first one.
+        # The further images of an MPO file are a phone's previews of the first one.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ImageProblem("several_frames")
         own_bytes = _without_metadata(image, data) if _is_upright(image, data) else None
@@ -174,7 +207,7 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
         return image, own_bytes
     except ImageProblem:
         raise
-    except Image.DecompressionBombError as error:  # ICO and its like know the size of a picture only now
+    except Image.DecompressionBombError as error:  # ICO and similar formats know the size of an image only now
         raise ImageProblem("too_large", str(error)) from None
     except (OSError, EOFError, SyntaxError, struct.error, IndexError) as error:
         raise ImageProblem("truncated", str(error)) from None
@@ -183,7 +216,7 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
 
 
 def _is_upright(image: Image.Image, data: bytes) -> bool:
-    # PIL decodes all of a PNG in search of EXIF behind the picture. Where no such chunk can be, that is for nothing.
+    # PIL decodes a whole PNG to find EXIF behind the pixels. Skip that where no such chunk can be.
     if image.format == "PNG" and not any(kind in data for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")):
         return True
     return image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
@@ -203,12 +236,6 @@ def _png(image: Image.Image) -> bytes:
     clean.paste(image)
     clean.save(file, "PNG")
     return file.getvalue()
-
-
-def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Raise `ImageProblem("too_large")` for a picture of more than `max_pixels`."""
-    if width * height > max_pixels:
-        raise ImageProblem("too_large", f"{width} x {height} pixels, the limit (max_pixels) is {max_pixels}")
 
 
 @cache

@@ -10,9 +10,10 @@ from typing import Any
 
 def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_workers: int) -> Iterator[Any]:
     """
-    `map` on several threads, results in order.
+    `map` on several threads, with results in order.
 
     Unlike `Executor.map` it looks only a few items ahead, so that memory stays small and an error ends it soon.
+    (`buffersize` of Python 3.14's `Executor.map` does the same.)
     """
     pending = deque()
     with ThreadPoolExecutor(num_workers) as executor:

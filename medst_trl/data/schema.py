@@ -1,26 +1,26 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The columns of our datasets, and reading and writing them. The one place that knows their names.
+"""
+The kinds of datasets on disk: their columns, and how they are read and written.
 
-- instruct: `id`, `images`, `image_ids`, `messages` (`role`, `content`, `vusr`). Content is a list of typed parts, so
-  that several images keep their places; the n-th image part stands for the n-th of `images`.
-- benchmark, a row an image: `image_id`, `image`, `questions` (`id`, `question`, `answer`, `answer_type`,
-  `question_type`, `link`: the same for all wordings of one question).
-- candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages as sampled, the question last),
-  `answers`, `generation` (JSON: model, seed, sampling).
-- preferences, as TRL reads them: `id`, `images`, `image_ids`, `prompt`, `chosen`, `rejected` (messages),
-  `score_chosen`, `score_rejected`, `judge` (JSON: model, prompt version, both orders).
-- predictions, JSON lines: see `PREDICTION_COLUMNS`.
+This is the one place that knows column names. Message content is a list of typed parts, so that several images keep
+their positions: the n-th image part stands for the n-th of `images`. See `KINDS` for what each kind holds.
 """
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import atomic_path, explain_full_disk
 from medst_trl.base.fingerprints import split_revision
+from medst_trl.base.registry import Registry
+
+from .parallel import ordered_map
 
 
 if TYPE_CHECKING:
@@ -30,210 +30,427 @@ ANSWER_TYPES = ("open", "closed")
 PREDICTION_COLUMNS = (
     "id", "image_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
 )  # fmt: skip
+ROWS_PER_ROW_GROUP = 32  # the images of a row group are in memory together, when written and when streamed
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 
 
-def instruct_features() -> "Features":
-    """Columns of conversations (and of unlabelled images, whose `messages` are empty)."""
-    from datasets import Features, Image, List, Value
+@dataclass(frozen=True)
+class KindCard:
+    """
+    What the card of a published dataset says about its kind.
 
-    part = {"type": Value("string"), "text": Value("string")}
-    message = {"role": Value("string"), "content": List(part), "vusr": Value("bool")}
-    return Features(
-        {
-            "id": Value("string"),
-            "images": List(Image()),
-            "image_ids": List(Value("string")),
-            "messages": List(message),
-        }
-    )
+    Args:
+        about (`str`):
+            What the dataset is, in a sentence.
+        use (`str`):
+            How to use it, in Markdown; `{id}` stands for the repository.
+        columns (`dict` of `str` to `str`):
+            The meaning of each column, in Markdown.
+    """
+
+    about: str
+    use: str
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    A kind of dataset on disk.
+
+    Args:
+        name (`str`):
+            Its name, for example `"instruct"`.
+        maker (`str`):
+            The stage that writes it.
+        columns (`Callable`):
+            Returns its columns as `datasets.Features`; a function, so that the package can be imported without
+            `datasets`.
+        card ([`KindCard`]):
+            What the card of a published dataset says.
+        marker (`str`, *optional*):
+            The column by which a directory of Parquet files is recognised as this kind.
+        optional (`dict`, *optional*):
+            Columns that a dataset may lack, and the value that fills them in.
+    """
+
+    name: str
+    maker: str
+    columns: Callable[[], "Features"]
+    card: KindCard
+    marker: str | None = None
+    optional: Mapping[str, Any] = field(default_factory=dict)
+
+
+KINDS: Registry[Kind] = Registry("kind of dataset", (), ("maker", "columns", "card"))
+
+
+def instruct_features() -> "Features":
+    """Columns of conversations, and of unlabelled images, whose `messages` are empty."""
+    from datasets import Features, Value
+
+    return Features(_image_columns() | {"messages": _messages(vusr=Value("bool"))})
 
 
 def benchmark_features() -> "Features":
-    """Columns of a benchmark, a row an image."""
+    """Columns of a benchmark, one row per image."""
     from datasets import Features, Image, List, Value
 
-    names = ("id", "question", "answer", "answer_type", "question_type", "link")
-    question = {name: Value("string") for name in names}
+    question = _texts("id", "question", "answer", "answer_type", "question_type", "link")
     return Features({"image_id": Value("string"), "image": Image(), "questions": List(question)})
 
 
 def candidate_features() -> "Features":
     """Columns of questions with their sampled answers."""
-    from datasets import Features, Image, List, Value
+    from datasets import Features, List, Value
 
-    return Features(
-        {
-            "id": Value("string"),
-            "images": List(Image()),
-            "image_ids": List(Value("string")),
-            "prompt": _messages_without_vusr(),
-            "answers": List(Value("string")),
-            "generation": Value("string"),
-        }
-    )
+    answers = {"prompt": _messages(), "answers": List(Value("string")), "generation": Value("string")}
+    return Features(_image_columns() | answers)
 
 
 def preference_features() -> "Features":
     """Columns of preference pairs, as TRL's DPOTrainer reads them."""
-    from datasets import Features, Image, List, Value
+    from datasets import Features, Value
 
-    return Features(
-        {
-            "id": Value("string"),
-            "images": List(Image()),
-            "image_ids": List(Value("string")),
-            "prompt": _messages_without_vusr(),
-            "chosen": _messages_without_vusr(),
-            "rejected": _messages_without_vusr(),
-            "score_chosen": Value("float64"),
-            "score_rejected": Value("float64"),
-            "judge": Value("string"),
-        }
-    )
+    pair = {name: _messages() for name in ("prompt", "chosen", "rejected")}
+    scores = {name: Value("float64") for name in ("score_chosen", "score_rejected")}
+    return Features(_image_columns() | pair | scores | {"judge": Value("string")})
 
 
-def _messages_without_vusr():
+def prediction_features() -> "Features":
+    """Columns of predictions, which are stored as JSON lines."""
+    from datasets import Features
+
+    return Features(_texts(*PREDICTION_COLUMNS))
+
+
+def _texts(*names: str) -> dict:
+    from datasets import Value
+
+    return {name: Value("string") for name in names}
+
+
+def _image_columns() -> dict:
+    from datasets import Image, List, Value
+
+    return {"id": Value("string"), "images": List(Image()), "image_ids": List(Value("string"))}
+
+
+def _messages(**more):
     from datasets import List, Value
 
-    return List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    return List({"role": Value("string"), "content": List(_texts("type", "text")), **more})
+
+
+_IMAGE_MEANINGS = {
+    "id": "name of the record",
+    "images": "the images, in the order of the image parts",
+    "image_ids": "SHA-256 of the pixels of each image",
+}
+_INSTRUCT_MEANINGS = _IMAGE_MEANINGS | {
+    "messages": "`role` and `content` as typed parts (`image`, `text`); `vusr`: the model writes this user turn",
+}
+
+KINDS.register(
+    Kind(
+        name="instruct",
+        maker="prepare",
+        columns=instruct_features,
+        marker="messages",
+        card=KindCard(
+            about="Conversations about medical images, for instruction tuning.",
+            use="Train on it with `medst sft --dataset {id}`.",
+            columns=_INSTRUCT_MEANINGS,
+        ),
+    )
+)
+KINDS.register(
+    Kind(
+        name="images",
+        maker="prepare",
+        columns=instruct_features,
+        card=KindCard(
+            about="Medical images without labels, to ask questions about.",
+            use="Ask questions about them with `medst generate --images {id}`.",
+            columns=_INSTRUCT_MEANINGS,
+        ),
+    )
+)
+KINDS.register(
+    Kind(
+        name="benchmark",
+        maker="prepare",
+        columns=benchmark_features,
+        marker="questions",
+        card=KindCard(
+            about="Questions about medical images with reference answers, for evaluation.",
+            use="Evaluate on it with `medst evaluate --benchmark {id}`.",
+            columns={
+                "image_id": "SHA-256 of the pixels of the image",
+                "image": "the image",
+                "questions": "`question`, `answer`, `answer_type` (open, closed), `question_type`, `link` (shared by "
+                "paraphrases)",
+            },
+        ),
+    )
+)
+KINDS.register(
+    Kind(
+        name="candidates",
+        maker="generate",
+        columns=candidate_features,
+        marker="answers",
+        card=KindCard(
+            about="Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
+            use="Judge them with `medst judge --candidates {id}`.",
+            columns=_IMAGE_MEANINGS
+            | {
+                "prompt": "messages up to the question",
+                "answers": "the answers; the first and second are compared",
+                "generation": "how question and answers were sampled, as JSON",
+            },
+        ),
+    )
+)
+KINDS.register(
+    Kind(
+        name="preferences",
+        maker="judge",
+        columns=preference_features,
+        marker="chosen",
+        optional={"score_chosen": None, "score_rejected": None, "judge": None},
+        card=KindCard(
+            about="Preference pairs about medical images: a question and two answers, the better one chosen.",
+            use="Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
+            columns=_IMAGE_MEANINGS
+            | {
+                "prompt": "messages up to the question",
+                "chosen": "the better answer, as a message",
+                "rejected": "the worse answer, as a message",
+                "score_chosen": "the judge's mean score of the better answer",
+                "score_rejected": "the judge's mean score of the worse answer",
+                "judge": "the judge and its replies in both orders, as JSON",
+            },
+        ),
+    )
+)
+KINDS.register(
+    Kind(
+        name="predictions",
+        maker="evaluate",
+        columns=prediction_features,
+        card=KindCard(
+            about="Answers of a model to the questions of a benchmark, with the reference answers.",
+            use="Score them with `medst evaluate --predictions FILE`.",
+            columns={
+                "id": "name of the question",
+                "image_id": "SHA-256 of the pixels of the image",
+                "question": "the question",
+                "answer": "the reference answer",
+                "answer_type": "open or closed",
+                "question_type": "the type of the question, as the benchmark names it",
+                "prediction": "the answer of the model",
+                "generation": "how the answer was decoded, as JSON",
+            },
+        ),
+    )
+)
 
 
 def image_part() -> dict:
-    """The place of an image in a message's content."""
+    """The position of an image in the content of a message."""
     return {"type": "image", "text": None}
 
 
 def text_part(text: str) -> dict:
-    """Text in a message's content."""
+    """Text in the content of a message."""
     return {"type": "text", "text": text}
 
 
 def message(role: str, content: list[dict], vusr: bool = False) -> dict:
-    """One message: `role` is `"user"` or `"assistant"`, `vusr` says that the model is to write this user turn."""
+    """One message: `role` is `"user"` or `"assistant"`; `vusr` marks a user turn that the model writes."""
     return {"role": role, "content": content, "vusr": vusr}
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The text of a message's content, its image parts left out."""
+    """The text of a message's content, without its image parts."""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def features_of(kind: str) -> "Features":
-    """The columns of `"instruct"`, `"benchmark"`, `"candidates"` or `"preferences"` data."""
-    return _KINDS[kind][0]()
+    """The columns of a kind of dataset, see `KINDS`."""
+    return KINDS.get(kind).columns()
 
 
 def check_columns(dataset: "Dataset", kind: str) -> None:
     """
-    Refuse a dataset that has not the columns of its kind. Further columns are no harm.
+    Refuse a dataset that lacks required columns of its kind. Further columns are allowed.
 
     Args:
-        dataset (`datasets.Dataset`): As [`load_records`] gives it.
-        kind (`str`): `"instruct"`, `"benchmark"`, `"candidates"` or `"preferences"`.
+        dataset (`datasets.Dataset`):
+            As returned by [`load_records`].
+        kind (`str`):
+            A name in `KINDS`.
 
     Raises:
-        UserError: naming the columns that are missing or of another type.
+        UserError: naming the columns that are missing or have another type.
     """
-    features, maker = _KINDS[kind]
-    expected = features()
-    missing = [name for name in expected if name not in dataset.features]
+    maker, optional, expected = KINDS.get(kind).maker, KINDS.get(kind).optional, features_of(kind)
+    missing = [name for name in expected if name not in dataset.features and name not in optional]
     if missing:
         raise UserError(
             f"The dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {kind} data; it "
             f"has {', '.join(dataset.features)}. `medst {maker}` makes such datasets."
         )
     for name, feature in expected.items():
-        if _shape(dataset.features[name]) != _shape(feature):
+        if name in dataset.features and _shape(dataset.features[name]) != _shape(feature):
             raise UserError(
                 f"The column {name} of {kind} data has another type than expected.\n  is:        "
                 f"{dataset.features[name]}\n  should be: {feature}\n`medst {maker}` makes such datasets."
             )
 
 
-def load_records(path_or_hub_id: str | os.PathLike, split: str) -> "Dataset":
+def fill_columns(dataset: "Dataset", kind: str) -> "Dataset":
+    """Add the optional columns that a dataset of a kind lacks, with their default values."""
+    features = features_of(kind)
+    for name, default in KINDS.get(kind).optional.items():
+        if name not in dataset.features:
+            dataset = dataset.add_column(name, [default] * len(dataset), feature=features[name])
+    return dataset
+
+
+def _shape(feature) -> object:
+    """A feature as nested names and types: list, struct, image or the type of a value (`large_string` is a string)."""
+    if isinstance(feature, Mapping):
+        return {name: _shape(inner) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return [_shape(feature.feature)]
+    return getattr(feature, "dtype", "").removeprefix("large_")
+
+
+def load_records(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
     """
-    Open one split of a dataset that a stage wrote or that lies on the Hub, images decoded when read.
+    Open one split of a dataset that a stage wrote or that is on the Hub. Images are decoded when they are read.
 
     Args:
-        path_or_hub_id (`str` or `os.PathLike`): A folder of `<split>-*.parquet` files, or a Hub id.
-        split (`str`): For example `"train"`.
+        path_or_hub_id (`str` or `os.PathLike`):
+            A directory of `<split>-*.parquet` files, or a Hub id.
+        split (`str`):
+            For example `"train"`.
 
     Raises:
-        UserError: if there is no such dataset or split, or the stage that writes it was cut short.
+        UserError: if the dataset or split does not exist, or the stage that writes it was interrupted.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        shards = [str(path) for path in complete_shards(folder, split)]
+    directory = Path(path_or_hub_id)
+    if directory.is_dir():
+        shards = [str(path) for path in complete_shards(directory, split)]
         return load_dataset("parquet", data_files={split: shards}, split=split)
     try:
         hub_id, revision = split_revision(str(path_or_hub_id))
         return load_dataset(hub_id, split=split, revision=revision)
     except (DatasetNotFoundError, FileNotFoundError):
         raise UserError(
-            f"{path_or_hub_id} is neither a folder nor a dataset on the Hub (or not one you may read). "
+            f"{path_or_hub_id} is neither a directory nor a dataset on the Hub that you may read. "
             "Run the stage that makes it first, or correct the path."
         ) from None
     except (ConnectionError, HfHubHTTPError) as error:
         raise UserError(
-            f"{path_or_hub_id} is no folder, and the Hub cannot be asked for it ({str(error).splitlines()[0]}). Check "
-            "the network, the token (`hf auth login`) and HF_HUB_OFFLINE, or correct the path."
+            f"{path_or_hub_id} is not a directory, and the Hub cannot be reached ({str(error).splitlines()[0]}). "
+            "Check the network, the token (`hf auth login`) and HF_HUB_OFFLINE, or correct the path."
         ) from None
     except ValueError as error:  # an unknown split
         raise UserError(f"{path_or_hub_id}: {error}") from None
 
 
-# What each kind of dataset has to have, and the stage that makes it.
-_KINDS = {
-    "instruct": (instruct_features, "prepare"),
-    "benchmark": (benchmark_features, "prepare"),
-    "candidates": (candidate_features, "generate"),
-    "preferences": (preference_features, "judge"),
-}
+def splits_in(directory: str | PathLike) -> list[str]:
+    """Names of the splits in a directory of `<split>-*.parquet` files, training first."""
+    return sorted({match["split"] for match in _shards(Path(directory))}, key=lambda split: (split != "train", split))
 
 
-def splits_in(folder: str | os.PathLike) -> list[str]:
-    """Names of the splits in a folder of `<split>-*.parquet` files, training first."""
-    splits = {match["split"] for path in Path(folder).iterdir() if (match := _SHARD.fullmatch(path.name))}
-    return sorted(splits, key=lambda split: (split != "train", split))
-
-
-def complete_shards(folder: Path, split: str) -> list[Path]:
+def complete_shards(directory: Path, split: str) -> list[Path]:
     """
     The files of a split.
 
     Raises:
-        UserError: if there is none, or not all of them.
+        UserError: if there are none, or some are missing.
     """
-    shards = [(path, match) for path in sorted(folder.iterdir()) if (match := _SHARD.fullmatch(path.name))]
-    wanted = [(path, int(match["total"])) for path, match in shards if match["split"] == split]
-    if not wanted:
-        there = sorted({match["split"] for _, match in shards})
+    shards = [match for match in _shards(directory) if match["split"] == split]
+    if not shards:
+        found = ", ".join(sorted({match["split"] for match in _shards(directory)}))
+        found = found or "no splits. `medst prepare`, `generate` and `judge` write them"
+        raise UserError(f"{directory} has no split {split!r} ({split}-*.parquet); it has {found}.")
+    total = int(shards[0]["total"])
+    if any(int(match["total"]) != len(shards) for match in shards):
         raise UserError(
-            f"{folder} has no split {split!r} ({split}-*.parquet); "
-            + (
-                f"it has {', '.join(there)}."
-                if there
-                else "it has no split at all. `medst prepare`, `generate` and `judge` make such folders."
-            )
+            f"{directory} has {len(shards)} of {total} files of split {split!r}. Run the stage that writes it again: "
+            "it resumes where it stopped."
         )
-    if any(total != len(wanted) for _, total in wanted):
-        raise UserError(
-            f"{folder} has {len(wanted)} of {wanted[0][1]} files of split {split!r}. Run the stage that writes it "
-            "again: it continues where it stopped."
-        )
-    return [path for path, _ in wanted]
+    return [directory / match.string for match in shards]
 
 
-def _shape(feature) -> object:
-    """A feature as nested names and kinds: list, struct, image or the kind of value (`large_string` is a string)."""
-    if isinstance(feature, Mapping):
-        return {name: _shape(inner) for name, inner in feature.items()}
-    if hasattr(feature, "feature"):
-        return [_shape(feature.feature)]
-    return getattr(feature, "dtype", "").removeprefix("large_")
+def _shards(directory: Path) -> list[re.Match]:
+    return [match for path in sorted(directory.iterdir()) if (match := _SHARD.fullmatch(path.name))]
+
+
+def write_split(
+    directory: Path,
+    split: str,
+    records: Sequence[Any],
+    make_row: Callable[[Any], dict],
+    features: "Features",
+    rows_per_shard: int,
+    num_workers: int = 1,
+) -> None:
+    """
+    Write `<directory>/<split>-00000-of-0000N.parquet`, which `load_dataset(directory)` reads.
+
+    The same records give the same files. A file that exists is complete and is not written again, so an interrupted
+    run resumes after its last file. Without records nothing is written.
+
+    Args:
+        directory (`pathlib.Path`):
+            Directory of the dataset; created if it is missing.
+        split (`str`):
+            For example `"train"`.
+        records (sequence):
+            One for each row.
+        make_row (`Callable`):
+            Makes a row from a record, with images as `{"bytes": ..., "path": None}`. It is called on `num_workers`
+            threads.
+        features (`datasets.Features`):
+            Columns; they are stored in the files, so that images are decoded when they are read.
+        rows_per_shard (`int`):
+            Rows per file.
+        num_workers (`int`, *optional*, defaults to `1`):
+            Number of threads.
+
+    Raises:
+        UserError: if the disk is full (finished files stay).
+    """
+    from tqdm.auto import tqdm
+
+    if not records:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    total = -(-len(records) // rows_per_shard)
+    shards = [directory / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
+    for number, path in enumerate(tqdm(shards, f"{directory.name}/{split}", unit="file", disable=None)):
+        if not path.exists():
+            chunk = records[number * rows_per_shard : (number + 1) * rows_per_shard]
+            with explain_full_disk(directory):
+                _write_shard(path, ordered_map(make_row, chunk, num_workers), features)
+
+
+def _write_shard(path: Path, rows: Iterator[dict], features: "Features") -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = features.arrow_schema
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        while group := list(islice(rows, ROWS_PER_ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))

@@ -18,13 +18,15 @@ Example:
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice, product
 
 import numpy as np
 from PIL import Image
 
-from medst_trl.data.images import image_id
+from medst_trl.data.images import MemoryImages, image_id
+from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.data.source import SOURCES, Conversation, Question, Records, Source, SourceCard, SourceRequest
 
 
 SIZE = 64  # pixels
@@ -199,19 +201,15 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
         messages = []
         for index in rng.permutation(len(phantom.questions))[:turns]:
             question, reply = phantom.questions[index]["question"], phantom.questions[index]["answer"]
-            content = [] if messages else [{"type": "image", "text": None}]
-            messages.append({"role": "user", "content": [*content, _text(question)], "vusr": False})
-            messages.append({"role": "assistant", "content": [_text(reply)], "vusr": False})
+            opening = [] if messages else [image_part()]
+            messages.append(message("user", [*opening, text_part(question)]))
+            messages.append(message("assistant", [text_part(reply)]))
         yield {
             "id": phantom.id,
             "images": [phantom.image],
             "image_ids": [image_id(phantom.image)],
             "messages": messages,
         }
-
-
-def _text(text: str) -> dict:
-    return {"type": "text", "text": text}
 
 
 _TRUTHS = [Truth(m, True, q, s, b) for m, q, s, b in product(MODALITIES, QUADRANTS, SIZES, BRIGHTNESSES)]
@@ -262,3 +260,57 @@ def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
         radius = SIZE * (rng.uniform(0.115, 0.145) if truth.size == "large" else rng.uniform(0.055, 0.08))
         pixels[np.hypot(x - lesion_x, y - lesion_y) <= radius] = 245 if truth.brightness == "bright" else 8
     return np.clip(pixels + rng.normal(0, 8, size=(SIZE, SIZE)), 0, 255).astype(np.uint8)
+
+
+@dataclass
+class PhantomSettings:
+    """Settings of the source `phantoms`."""
+
+    num_phantoms: int = field(
+        default=1000, metadata={"help": "Number of scans with conversations, before the validation split."}
+    )
+    num_test_phantoms: int = field(default=300, metadata={"help": "Number of scans in the benchmark."})
+    num_unlabelled_phantoms: int = field(default=0, metadata={"help": "Number of scans without conversations."})
+    phantom_turns: int | None = field(
+        default=None, metadata={"help": "Maximum number of questions per conversation. Default: all."}
+    )
+
+
+def read_phantoms(request: SourceRequest) -> tuple[Records, MemoryImages]:
+    """Draw the phantoms that the settings ask for, with their conversations and questions."""
+    settings, seed = request.settings, request.seed
+    train = make_phantoms(settings.num_phantoms, seed)
+    test = make_phantoms(settings.num_test_phantoms, seed, split="test")
+    unlabelled = make_phantoms(settings.num_unlabelled_phantoms, seed, split="unlabelled")
+    rows = instruct_rows(train, seed, settings.phantom_turns)
+    records = Records(
+        "phantoms",
+        conversations=[Conversation(row["id"], (row["id"],), row["messages"]) for row in rows]
+        + [Conversation(phantom.id, (phantom.id,), []) for phantom in unlabelled],
+        questions=[
+            Question(image=phantom.id, split="test", **question) for phantom in test for question in phantom.questions
+        ],
+    )
+    return records, MemoryImages({phantom.id: phantom.image for phantom in train + test + unlabelled})
+
+
+def _count(settings: PhantomSettings, kind: str, split: str) -> int | None:
+    numbers = {
+        ("instruct", "train"): settings.num_phantoms,
+        ("images", "train"): settings.num_unlabelled_phantoms,
+        ("benchmark", "test"): settings.num_test_phantoms,
+    }
+    return numbers.get((kind, split))
+
+
+SOURCES.register(
+    Source(
+        name="phantoms",
+        summary="drawn scans with known truth; needs no data",
+        read=read_phantoms,
+        card=SourceCard("phantoms: drawn scans with known truth, of no patient", licence="apache-2.0", synthetic=True),
+        settings=PhantomSettings,
+        count=_count,
+        needs_data=False,
+    )
+)

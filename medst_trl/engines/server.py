@@ -16,7 +16,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.data.parallel import ordered_map
-from medst_trl.data.records import printable
+from medst_trl.data.source import printable
 from medst_trl.policy.chat_template import VUSR
 
 from .prompts import OpenedImage, Prompt, Reply, Sampling

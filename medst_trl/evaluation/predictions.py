@@ -18,9 +18,8 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.registry import Registry
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import printable
-from medst_trl.data.text_files import read_text_file
+from medst_trl.data.reading import read_json_records, read_text_file
+from medst_trl.data.source import printable
 
 from .controls import compare_vqa
 from .metric import METRICS, describe_figures, setting_names

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.data.schema import complete_shards, splits_in
+from medst_trl.data.schema import KINDS, complete_shards, splits_in
+from medst_trl.data.source import SOURCES, SourceCard
 
-from .card_texts import ABOUT, COLUMNS, SOURCES, USE
+from .card_texts import ABOUT
 from .contents import Contents
 from .merged import is_plain, merged_from, named
 from .provenance import Step, looks_local, steps_to
@@ -24,7 +25,7 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
     """The README.md of a dataset."""
     from huggingface_hub import DatasetCardData
 
-    steps = steps_to(contents.folder, run)
+    steps, card = steps_to(contents.folder, run), KINDS.get(contents.kind).card
     splits = [_split(contents.folder, split) for split in splits_in(contents.folder)]
     rows = sum(split["rows"] for split in splits)
     license = license or _own_license(steps)
@@ -47,12 +48,12 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
         data,
         kind=contents.kind,
         title=_title(repo_id),
-        about=ABOUT[contents.kind],
-        use=USE[contents.kind].format(id=repo_id),
+        about=card.about,
+        use=card.use.format(id=repo_id),
         repo_id=repo_id,
         has_references=any(name.startswith(REFERENCE_FOLDER) for name in contents.files),
         splits=splits,
-        columns=[(name, COLUMNS.get(name, "")) for name in _columns(contents)],
+        columns=[(name, card.columns.get(name, "")) for name in _columns(contents)],
         sources=_sources(steps),
         licence=_licence(license),
         **_history(steps),
@@ -194,19 +195,31 @@ def _size(rows: int) -> str:
     return next((name for name, limit in limits if rows < limit), "10M<n<100M")
 
 
-def _source_names(steps: list[Step]) -> list[str]:
-    return list(dict.fromkeys(step.settings["source"] for step in steps if step.settings.get("source") in SOURCES))
+def _source_cards(steps: list[Step]) -> list[SourceCard]:
+    names = dict.fromkeys(step.settings["source"] for step in steps if step.settings.get("source") in SOURCES)
+    return [SOURCES.get(name).card for name in names]
 
 
 def _sources(steps: list[Step]) -> str:
-    names = _source_names(steps)
-    if not names:
+    cards = _source_cards(steps)
+    if not cards:
         return "The records do not say where the images come from."
-    return "\n".join(f"- {SOURCES[name]}" for name in names)
+    return "\n".join(f"- {_source_text(card)}" for card in cards)
+
+
+def _source_text(card: SourceCard) -> str:
+    parts = [f"[{card.title}]({card.homepage})" if card.homepage else card.title]
+    if card.licence:
+        parts.append(f"licence: {card.licence}")
+    if card.citation:
+        parts.append(f"please cite {card.citation}")
+    return "; ".join(parts)
 
 
 def _own_license(steps: list[Step]) -> str | None:
-    return "apache-2.0" if _source_names(steps) == ["phantoms"] else None
+    """The licence of data of which nothing belongs to others: drawn by one synthetic source."""
+    cards = _source_cards(steps)
+    return cards[0].licence if len(cards) == 1 and cards[0].synthetic else None
 
 
 def _licence(license: str | None, base_model: str | None = None) -> str:

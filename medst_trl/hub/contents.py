@@ -10,12 +10,9 @@ from typing import Literal
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.data.schema import complete_shards, splits_in
+from medst_trl.data.schema import KINDS, complete_shards, splits_in
 from medst_trl.pipeline.record import FILE_NAME
 
-
-# Columns that tell the datasets apart.
-DATASETS = {"preferences": "chosen", "candidates": "answers", "benchmark": "questions", "instruct": "messages"}
 
 # Folders that hold one dataset for others to read, and what it is called inside.
 INSIDE = ("preferences", "candidates")
@@ -106,7 +103,7 @@ def _dataset(folder: Path) -> Contents:
 
     shards = [shard for split in splits_in(folder) for shard in complete_shards(folder, split)]
     columns = pq.read_schema(shards[0]).names
-    kind = next((kind for kind, column in DATASETS.items() if column in columns), None)
+    kind = next((kind.name for kind in reversed(KINDS.values()) if kind.marker in columns), None)
     if kind is None:
         raise UserError(
             f"{folder} has the columns {', '.join(columns)}, which no stage of medst writes. Other datasets are "

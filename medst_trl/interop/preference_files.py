@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.image_index import FolderImages
-from medst_trl.data.images import MAX_PIXELS, ImageProblem
-from medst_trl.data.instruct import PLACEHOLDER, image_names, llava_messages
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import BadRecord, Rejected, published_id, text_value
+from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.images import MAX_PIXELS, FolderImages
+from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import preference_features, text_of
+from medst_trl.data.source import BadRecord, Rejected, published_id, text_value
+from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def write_preferences(folder: str | os.PathLike, preferences: "Preferences", fil
         UserError: if there is no pair, naming how many were set aside for which reason; or the disk is full.
     """
     from medst_trl.base.files import write_jsonl
-    from medst_trl.data.shards import write_split
+    from medst_trl.data.schema import write_split
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from medst_trl.data.splits import plain_question
+from medst_trl.data.assemble import plain_question
 
 
 if TYPE_CHECKING:

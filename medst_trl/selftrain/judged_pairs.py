@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from medst_trl.data.records import Rejected
 from medst_trl.data.schema import text_part
+from medst_trl.data.source import Rejected
 
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@
 
 from collections.abc import Sequence
 
+from medst_trl.data.assemble import draw
 from medst_trl.data.schema import text_of
-from medst_trl.data.splits import draw
 
 
 def length_statistics(pairs: Sequence[dict]) -> dict[str, float]:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.data.disjoint_sets import DisjointSets
-from medst_trl.data.records import Rejected
+from medst_trl.data.assemble import DisjointSets, draw
 from medst_trl.data.schema import text_of
-from medst_trl.data.splits import draw
+from medst_trl.data.source import Rejected
 
 from .benchmark_overlap import BenchmarkOverlap
 from .judged_pairs import judged_pairs

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.captions import BRIEF, DETAILED, instruction, read_captions
 from medst_trl.data.schema import load_records, text_of
+from medst_trl.data.sources.captions import BRIEF, DETAILED, instruction, read_captions
 from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.images import ImageProblem, load_image, stored_bytes
+from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.images import load_image, stored_bytes
 
 
 pydicom = pytest.importorskip("pydicom")

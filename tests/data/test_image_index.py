@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 from PIL import Image
 
-from medst_trl.data.image_index import FolderImages, MemoryImages, index_images
-from medst_trl.data.images import ImageProblem
+from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.image_index import index_images
+from medst_trl.data.images import FolderImages, MemoryImages
 
 
 @dataclass

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from medst_trl.data.images import ImageProblem, image_id, load_image, resolve_inside, store_image, stored_bytes
+from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.images import image_id, load_image, resolve_inside, store_image, stored_bytes
 
 
 MARKER = b"PATIENT-DOE-1970"
@@ -188,7 +189,7 @@ def test_any_segment_anywhere_in_a_jpeg_goes(data):
         kind = data.draw(st.sampled_from([*range(0xE1, 0xEE), 0xEF, 0xFE]))
         body = MARKER + data.draw(st.binary(max_size=30))
         dirty[at:at] = b"\xff" * data.draw(st.integers(1, 3)) + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
-    from medst_trl.data.image_bytes import strip_jpeg
+    from medst_trl.data.image_formats import strip_jpeg
 
     stored = strip_jpeg(bytes(dirty) + MARKER)
     assert MARKER not in stored
@@ -198,7 +199,7 @@ def test_any_segment_anywhere_in_a_jpeg_goes(data):
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 2**16), st.sampled_from(["JPEG", "PNG"]))
 def test_stripping_never_fails_on_damage(noise, at, kind):
-    from medst_trl.data.image_bytes import strip_jpeg, strip_png
+    from medst_trl.data.image_formats import strip_jpeg, strip_png
 
     file = io.BytesIO()
     picture().save(file, kind)

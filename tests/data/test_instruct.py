@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medst_trl.data.instruct import read_llava, split_at_images
-from medst_trl.data.records import published_id
 from medst_trl.data.schema import text_of
+from medst_trl.data.source import published_id
+from medst_trl.data.sources.llava import read_llava, split_at_images
 
 
 def human(text):

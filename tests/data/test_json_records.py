@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import Rejected
+from medst_trl.data.reading import read_json_records
+from medst_trl.data.source import Rejected
 
 
 GOOD = [

@@ -17,8 +17,8 @@ from medst_trl.data.schema import (
     message,
     text_of,
     text_part,
+    write_split,
 )
-from medst_trl.data.shards import write_split
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_columns_of_another_type_are_refused(tmp_path):
 
 
 def test_missing_and_incomplete_datasets_are_explained(tmp_path):
-    with pytest.raises(UserError, match="neither a folder nor a dataset on the Hub"):
+    with pytest.raises(UserError, match="neither a directory nor a dataset on the Hub"):
         load_records(tmp_path / "none", "train")
     write_instruct(tmp_path / "data")
     with pytest.raises(UserError, match="no split 'test'.*it has train"):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import instruct_features
-from medst_trl.data.shards import write_split
+from medst_trl.data.schema import instruct_features, write_split
 
 
 def row(n):

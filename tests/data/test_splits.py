@@ -3,10 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medst_trl.data.conversations import conversations_about_image
-from medst_trl.data.records import Conversation, Question
+from medst_trl.data.assemble import conversations_about_image, hold_out, split_off_validation
 from medst_trl.data.schema import text_of
-from medst_trl.data.splits import hold_out, split_off_validation
+from medst_trl.data.source import Conversation, Question
 
 
 def question(name, image="a", split="train", text=None, link=None):

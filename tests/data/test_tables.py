@@ -6,7 +6,7 @@ import json
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.tables import read_folder, read_table
+from medst_trl.data.sources.images import read_folder, read_table
 
 
 def test_a_folder_gives_every_visible_file_in_order(tmp_path):

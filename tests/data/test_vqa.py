@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.conversations import conversations_about_image, linked_groups
+from medst_trl.data.assemble import by_image, conversations_about_image, hold_out, linked_groups
 from medst_trl.data.schema import text_of
-from medst_trl.data.splits import by_image, hold_out
-from medst_trl.data.vqa import read_pathvqa, read_slake, read_vqa_rad, read_vqa_rad_mevf
+from medst_trl.data.sources.pathvqa import read_pathvqa
+from medst_trl.data.sources.slake import read_slake
+from medst_trl.data.sources.vqa_rad import read_vqa_rad, read_vqa_rad_mevf
 
 
 def test_counts(source, expected):
@@ -153,5 +154,5 @@ def test_pathvqa_entries_that_do_not_fit(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     for reader in (read_vqa_rad, read_vqa_rad_mevf, read_slake, read_pathvqa):
-        with pytest.raises(UserError, match="has to hold one file"):
+        with pytest.raises(UserError, match="must hold one file"):
             reader(tmp_path, tmp_path)

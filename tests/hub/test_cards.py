@@ -8,8 +8,7 @@ import pytest
 from huggingface_hub import DatasetCard, ModelCard
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import preference_features
-from medst_trl.data.shards import write_split
+from medst_trl.data.schema import preference_features, write_split
 from medst_trl.hub.cards import dataset_card, model_card, write_card
 from medst_trl.hub.contents import find_contents
 from medst_trl.hub.provenance import looks_local, steps_to

@@ -8,8 +8,13 @@ import pytest
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import benchmark_features, candidate_features, instruct_features, preference_features
-from medst_trl.data.shards import write_split
+from medst_trl.data.schema import (
+    benchmark_features,
+    candidate_features,
+    instruct_features,
+    preference_features,
+    write_split,
+)
 from medst_trl.hub.contents import find_contents
 from medst_trl.hub.staging import public_base, stage_files
 

@@ -12,8 +12,7 @@ from fake_hub import EXPIRED, READER, WRITER, FakeHub, client, serve_hub
 from PIL import Image
 
 from medst_trl.data.images import store_image
-from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part
-from medst_trl.data.shards import write_split
+from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part, write_split
 
 
 @pytest.fixture(scope="module")

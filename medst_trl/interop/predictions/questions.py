@@ -17,8 +17,8 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path
-from medst_trl.data.json_records import read_json_records
-from medst_trl.data.records import Rejected
+from medst_trl.data.reading import read_json_records
+from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import Benchmark, Row, check_unicode
 from medst_trl.evaluation.scoring import RecordError
 

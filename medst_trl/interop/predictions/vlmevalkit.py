@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.tables import check_header
-from medst_trl.data.text_files import read_text_file
+from medst_trl.data.reading import check_header, read_text_file
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
 from medst_trl.evaluation.scoring import RecordError
 

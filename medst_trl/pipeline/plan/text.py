@@ -153,17 +153,20 @@ def _memory_rows(plan: StepPlan, training: Training) -> Iterator[tuple[str, str]
 
 
 def _prepare_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
-    args = plan.arguments[0]
-    if args.source == "phantoms":
-        yield (
-            "draws",
-            f"{args.num_phantoms:,} scans with conversations, {args.num_unlabelled_phantoms:,} without, "
-            f"{args.num_test_phantoms:,} for the benchmark",
-        )
-        return
-    here = "" if args.data_path and Path(args.data_path).exists() else "; not on this machine"
-    limit = f"; {args.max_records:,} records at most" if args.max_records is not None else ""
-    yield "reads", f"{args.data_path} ({args.source}{limit}{here})"
+    from medst_trl.data.source import SOURCES
+
+    args, source = plan.arguments[0], SOURCES.get(plan.arguments[0].source)
+    if source.needs_data:
+        here = "" if args.data_path and Path(args.data_path).exists() else "; not on this machine"
+        limit = f"; {args.max_records:,} records at most" if args.max_records is not None else ""
+        yield "reads", f"{args.data_path} ({args.source}{limit}{here})"
+    if source.count is not None:
+        rows, datasets = Rows([plan.step]), [("instruct", "train"), ("instruct", "validation"), ("images", "train")]
+        counts = {
+            f"{kind}/{split}": rows.rows(str(Path(args.output_dir, kind)), split).number
+            for kind, split in (*datasets, ("benchmark", "test"))
+        }
+        yield "writes", ", ".join(f"{number:,} rows of {name}" for name, number in counts.items() if number)
 
 
 def _model_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:

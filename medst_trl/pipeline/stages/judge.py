@@ -231,7 +231,7 @@ def _judge(args: JudgeArguments, candidates: "Dataset"):
 
 def _show(judge: "PairwiseJudge", candidates: "Dataset") -> None:
     """The dry run."""
-    from medst_trl.data.images import ImageProblem
+    from medst_trl.data.image_formats import ImageProblem
     from medst_trl.selftrain.judge.images import without_image_bytes
 
     print(f"judge: {judge.estimate(candidates)}")
@@ -330,8 +330,7 @@ def _preferences(
 
 def _write(args: JudgeArguments, candidates: "Dataset", preferences: "Preferences") -> None:
     """The pairs with their images, whose bytes are copied undecoded."""
-    from medst_trl.data.schema import preference_features
-    from medst_trl.data.shards import write_split
+    from medst_trl.data.schema import preference_features, write_split
 
     images = candidates.select_columns(["images"])
 

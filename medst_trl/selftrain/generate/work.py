@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from medst_trl.data.records import printable
+from medst_trl.data.source import printable
 from medst_trl.engines.prompts import OpenedImage
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
-from medst_trl.data.images import ImageProblem
+from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.client_errors import Trouble, trouble_of_status
 from medst_trl.engines.reply_cache import ReplyCache
 from medst_trl.engines.requests import row_of_body

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from medst_trl.data.images import ImageProblem, store_image
-from medst_trl.data.pixels import to_8_bit
+from medst_trl.data.image_formats import ImageProblem, to_8_bit
+from medst_trl.data.images import store_image
 
 
 # What every judge reads. Anything else is sent as PNG.

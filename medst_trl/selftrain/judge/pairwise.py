@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.images import ImageProblem
+from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.client import JudgeClient, api_key
 from medst_trl.engines.cost import Budget, Prices, RequestSize, image_tokens, prices_of
 from medst_trl.engines.reply_cache import ReplyCache

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.images import ImageProblem
+from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.client import JudgeClient
 from medst_trl.engines.requests import Stopped
 

@@ -107,8 +107,7 @@ def test_answers_in_pairs():
 
 
 def test_what_is_on_disk_is_counted_there(tmp_path):
-    from medst_trl.data.schema import instruct_features
-    from medst_trl.data.shards import write_split
+    from medst_trl.data.schema import instruct_features, write_split
 
     rows = [{"id": str(n), "images": [], "image_ids": [], "messages": []} for n in range(7)]
     write_split(tmp_path / "instruct", "train", rows, dict, instruct_features(), 3)

@@ -147,7 +147,7 @@ def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch, after)
 
 def test_cut_short_while_files_are_written(finished, inputs, tmp_path, monkeypatch):
     """Nothing is drawn again: what is complete is kept."""
-    from medst_trl.data import shards
+    from medst_trl.data import schema as shards
 
     class Killed(BaseException):
         pass

@@ -18,6 +18,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import check_columns, load_records, text_of
+from medst_trl.data.source import SOURCES
 from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, main
 
 
@@ -45,7 +46,10 @@ def talk(name, images, question="<image>\nWhat?"):
 
 def prepare(tmp_path, **arguments):
     folder = tmp_path / arguments.pop("to", "out")
-    main(PrepareArguments(output_dir=str(folder), num_workers=2, **arguments))
+    settings = SOURCES.get(arguments["source"]).settings_from(arguments)
+    for name in vars(settings) if settings else ():
+        arguments.pop(name, None)
+    main(PrepareArguments(output_dir=str(folder), num_workers=2, **arguments), settings)
     return folder
 
 
@@ -83,7 +87,7 @@ def test_conversations_with_good_and_bad_images(tmp_path, capsys):
         assert [image_id(image) for image in row["images"]] == row["image_ids"]
     counts = json.loads((folder / "stage.json").read_text())["counts"]
     assert counts["rejected"] == {"duplicate_id": 1, "empty": 1, "missing": 1, "outside_image_folder": 1}
-    assert "set aside: " in capsys.readouterr().out
+    assert "rejected: " in capsys.readouterr().out
     # No file name in what may be published, in whatever column; beside it they are.
     published = b"".join(path.read_bytes() for path in folder.rglob("*.parquet"))
     import pyarrow.parquet as pq
@@ -124,7 +128,7 @@ def test_killed_after_any_file_and_continued_equals_never_killed(tmp_path, monke
 
 def test_a_killed_process_is_continued(tmp_path):
     arguments = ["--source", "phantoms", "--num_phantoms", "400", "--num_test_phantoms", "0", "--rows_per_shard", "10"]
-    code = "from medst_trl.pipeline.stages.prepare import *; main(STAGE.make_parser().parse_args_and_config()[0])"
+    code = "from medst_trl.pipeline.stages.prepare import *; main(*STAGE.make_parser().parse_args_and_config())"
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", code, *arguments, "--output_dir", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -162,7 +166,7 @@ def test_a_full_disk_is_explained_and_continued(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("medst_trl.data.shards._write_shard", full)
+        patch.setattr("medst_trl.data.schema._write_shard", full)
         with pytest.raises(UserError, match="is full"):
             prepare(tmp_path, **arguments)
     assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 5
@@ -269,7 +273,7 @@ def test_help_and_files_import_nothing_heavy():
 
 
 def test_parser_reads_what_a_recipe_gives(tmp_path):
-    args, _ = STAGE.make_parser().parse_args_and_config(
+    args, *_ = STAGE.make_parser().parse_args_and_config(
         ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
     )
     assert (args.source, args.image_disjoint, args.max_records) == ("slake", True, 5)

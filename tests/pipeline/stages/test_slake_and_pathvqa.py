@@ -10,7 +10,8 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from medst_trl.data.vqa import PATHVQA_FILES, SLAKE_FILES
+from medst_trl.data.sources.pathvqa import PATHVQA_FILES, PathVqaSettings
+from medst_trl.data.sources.slake import SLAKE_FILES
 from medst_trl.evaluation.vqa import questions_of
 from medst_trl.pipeline.stages import evaluate, prepare
 
@@ -54,8 +55,9 @@ def pathvqa(shared_data, tmp_path_factory):
     prepare.main(
         prepare.PrepareArguments(
             output_dir=str(folder / "out"), source="pathvqa", data_path=str(folder),
-            image_folder=str(folder / "images"), image_pattern="{split}/{img_id}.png",
-        )
+            image_folder=str(folder / "images"),
+        ),
+        PathVqaSettings(image_pattern="{split}/{img_id}.png"),
     )  # fmt: skip
     return folder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medst_trl.data.images import ImageProblem
+from medst_trl.data.image_formats import ImageProblem
 from medst_trl.selftrain.judge.images import JudgeImage, without_image_bytes
 from medst_trl.selftrain.judge.prompts.paper import paper_messages
 

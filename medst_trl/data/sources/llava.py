@@ -1,63 +1,59 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations in LLaVA's JSON form (`id`, `image`, `conversations` of `from` and `value`)."""
+"""Conversations in LLaVA's JSON format (`id`, `image`, `conversations` of `from` and `value`)."""
 
 import re
 from pathlib import Path
 
-from .json_records import read_json_records
-from .records import BadRecord, Conversation, Rejected, Source, text_value
-from .schema import image_part, message, text_part
+from medst_trl.data.reading import read_json_records
+from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.data.source import SOURCES, BadRecord, Conversation, Records, Source, SourceCard, text_value
 
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-# LLaVA puts its placeholder on a line of its own; that line break is no part of the text.
+# LLaVA puts its placeholder on a line of its own; that line break is not part of the text.
 _PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*<image>[\r\n]*")
 
 
-def read_llava(path: Path, image_folder: Path) -> Source:
+def read_llava(path: Path, image_folder: Path) -> Records:
     """
     Read a `.json` or `.jsonl` file of conversations.
 
-    `image` is a file name, a list of them or missing. Each `<image>` in a human text becomes an image part in its
-    place; without any, the images open the first turn. In an answer `<image>` is plain text. Turns may also be `role`
-    and `content`. A record without `id` is named after its position.
+    `image` is a file name, a list of them or missing. Each `<image>` in a human text becomes an image part at its
+    position; without any, the images open the first turn. In an answer `<image>` is plain text. Turns may also be
+    `role` and `content`. A record without `id` is named after its position.
 
-    Set aside, by reason: `malformed_json`, `not_an_object`, `no_conversation`, `bad_image_field`, `unknown_role`,
+    Rejected, by reason: `malformed_json`, `not_an_object`, `no_conversation`, `bad_image_field`, `unknown_role`,
     `starts_with_answer`, `same_role_twice`, `ends_with_question`, `empty_turn`, `placeholder_mismatch`, `not_text`,
     `bad_unicode`, `duplicate_id`.
 
     Raises:
         UserError: if the file holds no records at all.
     """
-    source, ids = Source("llava", image_folder), set()
-    for position, record in read_json_records(path, known_by="conversations"):
-        if isinstance(record, Rejected):
-            source.rejected.append(record)
-            continue
-        name = f"record-{position:06d}"
-        try:
-            name = text_value(record.get("id"), missing="") if record.get("id") not in (None, "") else name
-            if name in ids:
-                raise BadRecord("duplicate_id", name)
-            images = image_names(record.get("image"))
-            # LLaVA-Med's own files misspell the key.
-            messages = llava_messages(record.get("conversations", record.get("conversatons")), len(images))
-        except BadRecord as bad:
-            source.rejected.append(Rejected(name, bad.reason, bad.value))
-        else:
-            ids.add(name)
-            source.conversations.append(Conversation(name, images, messages))
-    return source
+
+    def conversation(name: str, record: dict) -> Conversation:
+        images = image_names(record.get("image"))
+        # LLaVA-Med's own files misspell the key.
+        turns = record.get("conversations", record.get("conversatons"))
+        return Conversation(name, images, llava_messages(turns, len(images)))
+
+    records = Records("llava", image_folder)
+    records.collect(
+        read_json_records(path, known_by="conversations"),
+        conversation,
+        default_id=lambda position, _: f"record-{position:06d}",
+        own_id=lambda record: record.get("id"),
+    )
+    return records
 
 
 def split_at_images(text: str) -> list[dict]:
     """
-    The typed parts of a human text: an image part for each `<image>`, text parts for what stands between.
+    The typed parts of a human text: an image part for each `<image>`, and text parts for the text between.
 
-    Line breaks around a placeholder and blanks around the whole are dropped, as are parts of blanks alone.
+    Line breaks around a placeholder and whitespace around the whole text are dropped, as are parts of only whitespace.
 
     Example:
 
@@ -76,7 +72,7 @@ def split_at_images(text: str) -> list[dict]:
 
 
 def image_names(value) -> tuple[str, ...]:
-    """The file names of a record's field `image`: one, a list of them, or none."""
+    """The file names in a record's field `image`: one, a list of them, or none."""
     names = value if isinstance(value, list) else [value] if value not in (None, "") else []
     if not all(isinstance(name, str) and name for name in names):
         raise BadRecord("bad_image_field", value)
@@ -118,3 +114,15 @@ def _message(turn, previous: str | None) -> dict:
     if all(part["type"] == "image" for part in content):
         raise BadRecord("empty_turn", text)
     return message(role, content)
+
+
+SOURCES.register(
+    Source(
+        name="llava",
+        summary="a JSON or JSONL file of conversations (`id`, `image`, `conversations`)",
+        read=lambda request: (read_llava(request.data_path, request.image_folder), request.images()),
+        card=SourceCard(
+            "conversations in LLaVA's format, from a collection named by the publisher of this repository"
+        ),
+    )
+)

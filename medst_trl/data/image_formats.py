@@ -1,0 +1,240 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What single formats need: 8-bit pixels, JPEG and PNG files without metadata, and DICOM.
+
+Images of other modes become 8-bit grey or RGB as follows:
+
+- 1-bit: black and white become 0 and 255.
+- Palette, CMYK, YCbCr, LAB and similar modes: RGB, by PIL's conversion.
+- Transparency: laid on black, the background of radiology, so that hidden content stays hidden.
+- More than 8 bits of grey (16-bit, 32-bit, float): the image's own minimum..maximum becomes 0..255, linearly. This
+  keeps the order, and a uniform image becomes black. PIL reduces 16-bit colour to its high bytes when it decodes.
+"""
+
+import io
+import re
+import struct
+
+import numpy as np
+from PIL import Image
+
+from medst_trl.base.errors import UserError
+
+
+class ImageProblem(Exception):
+    """
+    An image that cannot be used.
+
+    Attributes:
+        reason (`str`):
+            One word for counting: `outside_image_folder`, `missing`, `not_a_file`, `unreadable`, `empty`, `too_large`,
+            `not_an_image`, `truncated`, `several_frames`, `unsupported`, `bad_window`.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise `ImageProblem("too_large")` for an image of more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise ImageProblem("too_large", f"{width} x {height} pixels, the limit (max_pixels) is {max_pixels}")
+
+
+# --- 8-bit pixels ----------------------------------------------------------------------------------------------------
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """
+    Convert an image to mode "L" or "RGB". An image in one of these modes is returned as it is.
+
+    Raises:
+        ValueError: for a mode that PIL cannot convert.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return Image.fromarray(rescale(np.asarray(image)))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        opaque = Image.new("RGB", image.size)
+        opaque.paste(rgba, mask=rgba.getchannel("A"))
+        return opaque.convert("L") if image.mode in ("L", "LA", "La", "1") else opaque
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        return ImageCms.applyTransform(image, to_rgb)
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def rescale(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """
+    Map `low`..`high` (by default the finite minimum..maximum of the values) to 0..255, rounded.
+
+    Args:
+        values (`np.ndarray` of any shape):
+            NaN counts as the minimum; values outside `low`..`high` are clipped.
+
+    Returns:
+        `np.ndarray` of the same shape, `uint8`.
+    """
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if low is None or high is None:
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    if low == high:
+        return np.zeros(values.shape, np.uint8)
+    values = np.nan_to_num(values, nan=low, posinf=max(low, high), neginf=min(low, high))
+    return np.clip(np.rint((values - low) / (high - low) * 255), 0, 255).astype(np.uint8)
+
+
+# --- JPEG and PNG without metadata -----------------------------------------------------------------------------------
+# A parser of our own, because no library we depend on can do this without decoding: PIL encodes again. Everything that
+# does not decide how the pixels decode is dropped, so unknown kinds of metadata are dropped too.
+
+# A byte FF inside compressed data is followed by 00, by a restart marker or by another FF; a marker is none of these.
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SOI, _EOI, _SOS, _APP0, _APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+# Frame headers, Huffman and arithmetic tables (C0-CF), scan, quantisation tables, lines, restarts, hierarchy (DA-DF).
+_NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)} - {0xC8}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def strip_jpeg(data: bytes) -> bytes | None:
+    """
+    A JPEG file without APPn and COM segments and without what follows its end; the compressed image is untouched.
+
+    Two application segments stay, cut to the fields that decide how colours decode: JFIF (without its thumbnail) and
+    Adobe. Returns `None` where the structure is not understood, so that the caller encodes the pixels again.
+    """
+    parts, at = [b"\xff\xd8"], 2
+    while True:
+        marker = _NEXT_MARKER.search(data, at)
+        if marker is None:  # the end marker is missing, yet PIL has all pixels
+            return b"".join(parts) + b"\xff\xd9" if len(parts) > 1 else None
+        kind, at = data[marker.start() + 1], marker.end()
+        if kind == _EOI:
+            return b"".join(parts) + b"\xff\xd9"
+        if kind == 0x01:  # a marker without a segment and without a meaning
+            continue
+        if kind == _SOI or at + 2 > len(data):
+            return None
+        end = at + struct.unpack_from(">H", data, at)[0]
+        if end < at + 2 or end > len(data):
+            return None
+        segment = _needed_part(kind, data[at + 2 : end])
+        if segment is not None:
+            parts.append(struct.pack(">BBH", 0xFF, kind, len(segment) + 2) + segment)
+        at = end
+        if kind == _SOS:
+            scan_end = _NEXT_MARKER.search(data, end)
+            at = scan_end.start() if scan_end else len(data)
+            parts.append(data[end:at])
+
+
+def _needed_part(kind: int, segment: bytes) -> bytes | None:
+    if kind == _APP0 and segment[:5] == b"JFIF\0" and len(segment) >= 14:
+        return segment[:12] + b"\0\0"  # version and density; no thumbnail
+    if kind == _APP14 and segment[:5] == b"Adobe" and len(segment) >= 12:
+        return segment[:12]  # holds the colour transform
+    return segment if kind in _NEEDED else None
+
+
+def strip_png(data: bytes) -> bytes | None:
+    """
+    A PNG file with its header, its compressed image and its end, and nothing else.
+
+    Returns `None` unless it is 8-bit grey or RGB, for which no other chunk holds pixels. (The caller checks for
+    transparency.)
+    """
+    if data[:8] != _PNG_SIGNATURE or data[12:16] != b"IHDR" or data[24] != 8 or data[25] not in (0, 2):
+        return None
+    parts, at = [_PNG_SIGNATURE], 8
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind in (b"IHDR", b"IDAT", b"IEND"):
+            parts.append(data[at : at + 12 + length])
+        at += 12 + length
+        if kind == b"IEND" and at <= len(data):
+            return b"".join(parts)
+    return None
+
+
+# --- DICOM -----------------------------------------------------------------------------------------------------------
+
+
+def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
+    """
+    The image of a DICOM file, mode "L" or "RGB". Nothing of the header survives, but text burned into the pixels does.
+
+    Grey values go through the modality LUT and the first window (linear, exact or sigmoid), whose two ends become 0
+    and 255. Without a window they go through the VOI LUT if there is one, and their own minimum..maximum becomes
+    0..255. MONOCHROME1 is inverted, so that white is dense. Colour (RGB, YBR, palette) of 8 bits is taken as it is,
+    of 16 bits by its high bytes.
+
+    Raises:
+        ImageProblem: `several_frames`, `too_large`, `truncated`, `bad_window`, `unsupported` (a compression without a
+            decoder, an unknown colour space), `not_an_image` (no pixels, or not a DICOM file).
+        UserError: if pydicom is not installed.
+    """
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError(
+            "There are DICOM files among the images, and reading them needs pydicom. "
+            "Install it with `pip install 'medst_trl[dicom]'`."
+        ) from None
+    try:
+        header = pydicom.dcmread(io.BytesIO(data), force=True)
+        if "Rows" not in header or not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(header.dir()):
+            raise ImageProblem("not_an_image", "not a DICOM file with pixels")
+        check_pixels(int(header.Columns), int(header.Rows), max_pixels)
+        several = int(header.get("NumberOfFrames") or 1) > 1
+    except ImageProblem:
+        raise
+    except Exception as error:  # pydicom raises almost anything on a damaged header
+        raise ImageProblem("not_an_image", type(error).__name__) from None
+    if several:
+        raise ImageProblem("several_frames")
+    return Image.fromarray(_dicom_pixels(header))
+
+
+def _dicom_pixels(header) -> np.ndarray:
+    """Bytes of shape (height, width) or (height, width, 3)."""
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    try:
+        values = pixel_array(header)  # turns YBR into RGB
+    except (NotImplementedError, RuntimeError, AttributeError) as error:
+        raise ImageProblem("unsupported", str(error)) from None
+    except Exception as error:
+        raise ImageProblem("truncated", str(error)) from None
+    colours = header.get("PhotometricInterpretation", "")
+    try:
+        if colours == "PALETTE COLOR":
+            values = apply_color_lut(values, header)
+        if values.ndim == 3 and values.shape[2] == 3:
+            return (values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)
+        if values.ndim != 2 or not colours.startswith("MONOCHROME"):
+            raise ImageProblem("unsupported", f"photometric interpretation {colours!r}")
+        grey = _window(values, header)
+    except ImageProblem:
+        raise
+    except Exception as error:
+        raise ImageProblem("bad_window", str(error)) from None
+    return 255 - grey if colours == "MONOCHROME1" else grey
+
+
+def _window(values: np.ndarray, header) -> np.ndarray:
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+
+    values = apply_modality_lut(values, header)
+    if header.get("WindowWidth") is None or header.get("WindowCenter") is None:
+        return rescale(apply_voi_lut(values, header))  # the values themselves without a LUT
+    # The range of the result depends on the header in many ways, so ask the window itself for its two ends.
+    with np.errstate(over="ignore"):
+        low, high = apply_windowing(np.array([-1e12, 1e12]), header)
+        return rescale(apply_windowing(values, header), low, high)

@@ -1,0 +1,202 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Read text, JSON and tables record by record, so that one broken record does not cost the others.
+
+Readers yield positions from 0 with a `dict` for each record, or a [`Rejected`] for what cannot be parsed.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from medst_trl.base.errors import UserError
+
+from .source import Rejected
+
+
+_NOT_TEXT = {
+    b"\x1f\x8b": "is compressed (gzip): unpack it first",
+    b"PK\x03\x04": "is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8",
+    b"\xd0\xcf\x11\xe0": "is an Excel workbook: save the sheet as CSV UTF-8",
+    b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
+    b"\xfe\xff": "is UTF-16: save it as UTF-8",
+}
+_BETWEEN = re.compile(r"[\s,]*")
+_DECODER = json.JSONDecoder()
+_BROKEN = object()
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def find_file(directory: Path, pattern: str) -> Path:
+    """
+    The one file of a directory that matches a pattern.
+
+    Raises:
+        UserError: if there is none, or several.
+    """
+    files = sorted(directory.glob(pattern))
+    if len(files) != 1:
+        found = f"{len(files)} ({', '.join(file.name for file in files)})" if files else "none"
+        raise UserError(f"{directory} must hold one file {pattern!r}; found {found}. Correct data_path.")
+    return files[0]
+
+
+def read_text_file(path: Path, what: str = "data") -> str:
+    """
+    Read a file in UTF-8, with or without a byte order mark, line breaks as they are. Single bytes of another encoding
+    become lone surrogates, so that they cost only the records they are in.
+
+    Args:
+        path (`pathlib.Path`): The file.
+        what (`str`, *optional*, defaults to `"data"`): What it should be, for the message.
+
+    Raises:
+        UserError: if it cannot be read, or its first bytes are those of an archive, a workbook or UTF-16.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the {what}.") from None
+    for start, advice in _NOT_TEXT.items():
+        if content.startswith(start):
+            raise UserError(f"{path} {advice}.")
+    return content.decode("utf-8-sig", errors="surrogateescape")
+
+
+def read_json_records(path: Path, known_by: str) -> Iterator[tuple[int, dict | Rejected]]:
+    """
+    The records of a JSON array or of JSON lines, whichever the file holds.
+
+    What cannot be parsed is rejected as `malformed_json`, and reading continues with the next record. In JSON lines
+    that is the next line. In an array it is the next object that parses and has the key `known_by`, so that a part of
+    the broken record is not taken for a record. A truncated file gives its complete records.
+
+    Raises:
+        UserError: if the file is missing, empty or holds neither an array nor lines of objects.
+    """
+    text = read_text_file(path).replace("\r\n", "\n").replace("\r", "\n")
+    start = _BETWEEN.match(text).end()
+    is_array = text[start : start + 1] == "["
+    if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
+        raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
+    items = _from_array(text, start + 1, known_by) if is_array else _from_lines(text)
+    for position, item in enumerate(items):
+        if not isinstance(item, dict | Rejected):
+            item = Rejected("", "not_an_object", item)
+        if isinstance(item, Rejected):
+            item = Rejected(f"{path.name}#{position}", item.reason, item.value)
+        yield position, item
+
+
+def _from_lines(text: str) -> Iterator[Any]:
+    for line in text.split("\n"):
+        at = _BETWEEN.match(line).end()
+        while at < len(line):  # two objects, where a file without a last line break was appended to
+            item, at = _parse(line, at)
+            if item is _BROKEN:
+                yield Rejected("", "malformed_json", line)
+                break
+            yield item
+            at = _BETWEEN.match(line, at).end()
+
+
+def _from_array(text: str, at: int, known_by: str) -> Iterator[Any]:
+    while True:
+        at = _BETWEEN.match(text, at).end()
+        if at == len(text) or text[at] == "]":
+            return
+        item, end = _parse(text, at)
+        if item is _BROKEN:
+            yield Rejected("", "malformed_json", text[at : at + 200])
+            end = _next_record(text, at + 1, known_by)
+        else:
+            yield item
+        at = end
+
+
+def _next_record(text: str, at: int, known_by: str) -> int:
+    """Where the next record starts; the end of the text if there is none."""
+    while (at := text.find("{", at)) >= 0:
+        item, end = _parse(text, at)
+        if item is _BROKEN:
+            at += 1
+        elif known_by in item:
+            return at
+        else:  # a part of the broken record, such as one of its turns
+            at = end
+    return len(text)
+
+
+def _parse(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return _BROKEN, at
+
+
+def read_rows(path: Path, known_by: str = "image") -> Iterator[tuple[int, dict | Rejected]]:
+    """
+    The rows of a table that has a column `known_by`: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+
+    Raises:
+        UserError: if the file cannot be read, or its header lacks the column.
+    """
+    if path.suffix.lower() in (".json", ".jsonl"):
+        yield from read_json_records(path, known_by)
+        return
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = _fields(path, delimiter)
+    header = next(rows, None)
+    if header is None:
+        raise UserError(f"{path} is empty.")
+    header = [name.strip() for name in header]
+    check_header(header, (known_by,), path, delimiter)
+    for position, fields in enumerate(rows):
+        if len(fields) == len(header):
+            yield position, dict(zip(header, fields))
+        else:
+            yield position, Rejected(f"{path.name}#{position}", "malformed_row", ",".join(fields))
+
+
+def _fields(path: Path, delimiter: str) -> Iterator[list[str]]:
+    """Rows of a CSV or TSV file that are not empty. (`csv.DictReader` would hide fields that are missing or extra.)"""
+    reader = csv.reader(io.StringIO(read_text_file(path, "table"), newline=""), delimiter=delimiter)
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a field larger than csv's limit
+            fields = [str(error)]
+        if fields:
+            yield fields
+
+
+def check_header(
+    header: list[str],
+    needed: Collection[str],
+    path: Path,
+    delimiter: str | None,
+    advice: str = "Rename its columns accordingly.",
+) -> None:
+    """
+    Refuse a table that lacks a column, or has two of one name, of which one would be lost.
+
+    Raises:
+        UserError: naming the columns, and the separator if that seems to be the reason.
+    """
+    if missing := [name for name in needed if name not in header]:
+        other = next((sign for sign in ";\t,|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+        if delimiter and other:
+            advice = f"Separate its columns by {_SEPARATORS[delimiter]} instead of {_SEPARATORS[other]}."
+        found = ", ".join(header) or "none"
+        raise UserError(
+            f"{path} has no column {', '.join(f'`{name}`' for name in missing)} (it has {found}). {advice}"
+        )
+    if repeated := sorted({name for name in header if name and header.count(name) > 1}):
+        raise UserError(f"{path} has several columns {', '.join(f'`{name}`' for name in repeated)}. Keep one of each.")

@@ -1,0 +1,354 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A source: how raw files become records.
+
+A source registers itself from one file (`sources/` has the built-in ones), and appears in `medst prepare --help`, in
+recipes, in the plan of a run and in the cards of what is published:
+
+```python
+@dataclass
+class MyHospitalSettings:
+    ward: str = field(default="all", metadata={"help": "Use the reports of this ward only."})
+
+
+def read(request: SourceRequest) -> tuple[Records, ImageReader]:
+    records = Records("my_hospital", request.image_folder)
+    ...
+    return records, request.images()
+
+
+SOURCES.register(
+    Source(
+        name="my_hospital",
+        summary="a directory of reports (`*.json`) with their images",
+        read=read,
+        settings=MyHospitalSettings,
+        card=SourceCard("reports of my hospital"),
+    )
+)
+```
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from medst_trl.base.registry import Registry
+
+from .images import DICOM_SUFFIXES, FolderImages, ImageReader
+from .schema import ANSWER_TYPES
+
+
+IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions of a benchmark, as releases come
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """
+    Messages about some images.
+
+    Attributes:
+        id (`str`): Unique in its source.
+        images (`tuple[str, ...]`): File names inside the image folder, in the order of the image parts.
+        messages (`list[dict]`): Made by `schema.message`; empty for unlabelled images.
+        split (`str`): `"train"` or `"validation"`, as the source has it.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    messages: list[dict]
+    split: str = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """
+    One question about one image, with its answer.
+
+    Attributes:
+        id (`str`): Unique in its source.
+        image (`str`): File name inside the image folder.
+        split (`str`): `"train"`, `"validation"` or `"test"`.
+        question, answer (`str`): Without surrounding whitespace, otherwise as the source has them.
+        answer_type (`str`): `"open"` or `"closed"`.
+        question_type (`str` or `None`): As the source names it.
+        link (`str` or `None`): Shared by the paraphrases of one question.
+    """
+
+    id: str
+    image: str
+    split: str
+    question: str
+    answer: str
+    answer_type: str
+    question_type: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A line of `rejected.jsonl`: the record that cannot be used, one word why, and the offending value."""
+
+    id: str
+    reason: str
+    value: Any = None
+
+    def as_row(self) -> dict:
+        value = self.value if isinstance(self.value, str | int | float | bool | None) else repr(self.value)
+        if isinstance(value, str):
+            value = printable(value[:200])
+        return {"id": printable(self.id), "reason": self.reason, "value": value}
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; becomes a [`Rejected`]."""
+
+    def __init__(self, reason: str, value: Any = None):
+        super().__init__(reason)
+        self.reason, self.value = reason, value
+
+
+@dataclass
+class Records:
+    """
+    Everything a reader found. Records name their images but do not touch them.
+
+    Attributes:
+        name (`str`): Prefix of the ids that are made for questions.
+        image_folder (`Path` or `None`): Where the images are; no image may lie outside. None: images in memory.
+        conversations, questions, rejected: See the classes.
+        counts (`dict[str, int]`): Further numbers to report, such as questions in other languages.
+    """
+
+    name: str
+    image_folder: Path | None = None
+    conversations: list[Conversation] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def collect(
+        self,
+        items: Iterable[tuple[int, dict | Rejected]],
+        make: Callable[[str, dict], Conversation | Question | None],
+        default_id: Callable[[int, dict], str],
+        own_id: Callable[[dict], Any] | None = None,
+    ) -> None:
+        """
+        Add what `make` returns for each item. An item that raises [`BadRecord`] or repeats an id is rejected.
+
+        Args:
+            items (iterable of `(position, dict)`):
+                As `reading.py` gives them. A [`Rejected`] among them is passed on.
+            make (`Callable`):
+                From the record's id and the record to a conversation or question; None for a record that is not
+                wanted.
+            default_id (`Callable`):
+                From position and record to the id of a record that has none of its own.
+            own_id (`Callable`, *optional*):
+                From a record to the id that it states; None or `""` if it states none.
+        """
+        taken = {record.id for record in (*self.conversations, *self.questions)}
+        for position, item in items:
+            if isinstance(item, Rejected):
+                self.rejected.append(item)
+                continue
+            name = default_id(position, item)
+            try:
+                if own_id is not None:
+                    name = name if (stated := own_id(item)) in (None, "") else text_value(stated, missing="")
+                    if name in taken:
+                        raise BadRecord("duplicate_id", name)
+                record = make(name, item)
+                if record is not None and record.id in taken:
+                    raise BadRecord("duplicate_id", record.id)
+            except BadRecord as bad:
+                self.rejected.append(Rejected(name, bad.reason, bad.value))
+                continue
+            if record is not None:
+                taken.add(record.id)
+                (self.questions if isinstance(record, Question) else self.conversations).append(record)
+
+    def first(self, number: int | None) -> "Records":
+        """The first `number` conversations, and questions about the first `number` images per split. None: all."""
+        if number is None:
+            return self
+        images: dict[str, dict[str, None]] = {}
+        for question in self.questions:
+            of_split = images.setdefault(question.split, {})
+            if len(of_split) < number:
+                of_split[question.image] = None
+        questions = [question for question in self.questions if question.image in images[question.split]]
+        return replace(self, conversations=self.conversations[:number], questions=questions)
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """
+    What the card of a published dataset or model says about a source.
+
+    Args:
+        title (`str`):
+            What it is called.
+        homepage (`str`, *optional*):
+            Where its authors publish it.
+        licence (`str`, *optional*):
+            Its licence, as its authors state it.
+        citation (`str`, *optional*):
+            The paper to cite.
+        synthetic (`bool`, *optional*, defaults to `False`):
+            Whether the images show no patient.
+    """
+
+    title: str
+    homepage: str | None = None
+    licence: str | None = None
+    citation: str | None = None
+    synthetic: bool = False
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """
+    What `medst prepare` asks a source to read.
+
+    Args:
+        data_path (`pathlib.Path`, *optional*):
+            File or directory of the data. None for a source that needs none.
+        image_folder (`pathlib.Path`, *optional*):
+            The directory that names of images start from.
+        settings (`Any`, *optional*):
+            The source's own settings, an object of its `settings` class.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed for everything that the source draws.
+        max_pixels (`int`, *optional*, defaults to 100 million):
+            Larger images are rejected.
+    """
+
+    data_path: Path | None = None
+    image_folder: Path | None = None
+    settings: Any = None
+    seed: int = 0
+    max_pixels: int = 100_000_000
+
+    def images(self) -> ImageReader:
+        """Reader of the image files in `image_folder`."""
+        return FolderImages(self.image_folder, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    A source of data for `medst prepare`.
+
+    Args:
+        name (`str`):
+            Its value of `--source`.
+        summary (`str`):
+            What it reads, in a line for `medst prepare --help`.
+        read (`Callable`):
+            From a [`SourceRequest`] to the [`Records`] and the reader of their images.
+        card ([`SourceCard`]):
+            What cards say about it.
+        settings (`type`, *optional*):
+            A dataclass of settings that only this source has, with `help` in the metadata of each field.
+        count (`Callable`, *optional*):
+            `count(settings, kind, split)` returns the number of rows, before a validation split, for the plan of a
+            run; `None` if it cannot be known before reading.
+        needs_data (`bool`, *optional*, defaults to `True`):
+            Whether it reads `data_path`.
+        image_folders (`tuple` of `str`, *optional*):
+            Directories beside the data where images are searched first, unless `--image_folder` is given.
+            `IMAGE_FOLDERS` has the usual ones.
+        files (`tuple` of `str`, *optional*):
+            Names of its settings that are paths. They are compared by content when a stage is run again.
+    """
+
+    name: str
+    summary: str
+    read: Callable[[SourceRequest], tuple[Records, ImageReader]]
+    card: SourceCard
+    settings: type | None = None
+    count: Callable[[Any, str, str], int | None] | None = None
+    needs_data: bool = True
+    image_folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def settings_from(self, values: Mapping[str, Any]) -> Any:
+        """Its settings, as far as `values` (of a recipe) has them; None for a source without any."""
+        if self.settings is None:
+            return None
+        return self.settings(**{item.name: values[item.name] for item in fields(self.settings) if item.name in values})
+
+
+SOURCES: Registry[Source] = Registry(
+    "source",
+    ("medst_trl.data.sources", "medst_trl.demo.phantoms"),
+    ("summary", "read", "card"),
+    order=lambda sources: sorted(sources, key=lambda source: source.name),
+)
+
+
+def text_value(value: Any, missing: str) -> str:
+    """
+    The text of a field, without surrounding whitespace. Numbers become text (VQA-RAD answers `4`).
+
+    Raises:
+        BadRecord: `missing` if there is none, `not_text` for a list or another object, `bad_unicode` for a lone
+        surrogate.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise BadRecord("not_text", value)
+    text = "" if value is None else str(value).strip()
+    if not text:
+        raise BadRecord(missing, value)
+    if printable(text) != text:
+        raise BadRecord("bad_unicode", text)
+    return text
+
+
+def optional_text(value: Any) -> str | None:
+    """[`text_value`] of a field that may be missing."""
+    return None if value is None or value == "" else text_value(value, missing="not_text")
+
+
+def answer_type_of(value: Any) -> str:
+    """The answer type that a benchmark states. VQA-RAD has `"CLOSED "` with a blank."""
+    kind = value.strip().lower() if isinstance(value, str) else value
+    if kind not in ANSWER_TYPES:
+        raise BadRecord("bad_answer_type", value)
+    return kind
+
+
+def guess_answer_type(answer: str) -> str:
+    """The answer type where none is stated: `"closed"` for yes and no, `"open"` otherwise."""
+    return "closed" if answer.lower() in ("yes", "no") else "open"
+
+
+def printable(text: str) -> str:
+    """The text with `?` for what UTF-8 cannot hold, so that it can be written to a file."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def published_id(name: str, images: tuple[str, ...]) -> str:
+    """
+    A record's id as it may be published: its own, unless that reveals the name of a file.
+
+    An id with a path in it, with the suffix of an image, or with the name of one of its images becomes `id-` and the
+    first 16 hexadecimal digits of its SHA-256: file names often hold names or numbers of patients. With the source at
+    hand, the same rule finds the record again.
+    """
+    from PIL import Image
+
+    suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES}
+    stems = {PurePosixPath(image.replace("\\", "/")).name.split(".")[0] for image in images}
+    reveals_a_file = (
+        "/" in name
+        or "\\" in name
+        or PurePosixPath(name).suffix.lower() in suffixes
+        or any(stem == name or (len(stem) > 3 and stem in name) for stem in stems)
+    )
+    return "id-" + hashlib.sha256(name.encode()).hexdigest()[:16] if reveals_a_file else name

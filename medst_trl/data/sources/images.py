@@ -1,0 +1,113 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Plain images: a directory, or a table of file names with questions and answers if there are any."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.images import ImageReader
+from medst_trl.data.reading import read_rows
+from medst_trl.data.schema import ANSWER_TYPES
+from medst_trl.data.source import (
+    SOURCES,
+    BadRecord,
+    Conversation,
+    Question,
+    Records,
+    Source,
+    SourceCard,
+    SourceRequest,
+    guess_answer_type,
+    optional_text,
+    text_value,
+)
+
+
+SPLITS = ("train", "validation", "test")
+
+
+def read_folder(directory: Path) -> Records:
+    """
+    Read every file in a directory, except hidden ones, as one unlabelled image.
+
+    Whether a file is an image depends on its content, not its name; others are rejected when the images are read.
+    """
+    records = Records("images", directory)
+    for root, directories, files in os.walk(directory):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for file in sorted(files):
+            if not file.startswith("."):
+                name = (Path(root) / file).relative_to(directory).as_posix()
+                records.conversations.append(Conversation(name, (name,), []))
+    if not records.conversations:
+        raise UserError(f"{directory} holds no files. Correct the path to the images.")
+    return records
+
+
+def read_table(path: Path, image_folder: Path) -> Records:
+    """
+    Read a table of images: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+
+    Columns: `image`, a file name; optionally `question` and `answer` together, and with them `id`, `split` (train,
+    validation or test; default train), `answer_type` (open or closed; default closed for yes and no), `question_type`
+    and `link` (shared by the paraphrases of one question). A row without a question is an unlabelled image.
+
+    Rejected, by reason: `malformed_row`, `malformed_json`, `not_an_object`, `no_image`, `no_question`, `no_answer`,
+    `bad_split`, `bad_answer_type`, `not_text`, `bad_unicode`, `duplicate_id`.
+    """
+
+    def record(name: str, image: str, row: dict) -> Question | Conversation:
+        if row.get("question") or row.get("answer"):
+            return _question(name, image, row)
+        return Conversation(name, (image,), [])
+
+    records = Records("images", image_folder)
+    collect_rows(records, path, record)
+    return records
+
+
+def collect_rows(records: Records, path: Path, make: Callable[[str, str, dict], Question | Conversation]) -> None:
+    """Add what `make` returns for the id, the image and the row of each row of a table."""
+    records.collect(
+        read_rows(path),
+        lambda name, row: make(name, text_value(row.get("image"), missing="no_image"), row),
+        default_id=lambda position, _: f"row-{position:06d}",
+        own_id=lambda row: row.get("id") or None,
+    )
+
+
+def _question(name: str, image: str, row: dict) -> Question:
+    answer = text_value(row.get("answer"), missing="no_answer")
+    split = row.get("split") or "train"
+    if split not in SPLITS:
+        raise BadRecord("bad_split", split)
+    answer_type = row.get("answer_type") or guess_answer_type(answer)
+    if answer_type not in ANSWER_TYPES:
+        raise BadRecord("bad_answer_type", answer_type)
+    return Question(
+        id=name,
+        image=image,
+        split=split,
+        question=text_value(row.get("question"), missing="no_question"),
+        answer=answer,
+        answer_type=answer_type,
+        question_type=optional_text(row.get("question_type")),
+        link=optional_text(row.get("link")),
+    )
+
+
+def _read(request: SourceRequest) -> tuple[Records, ImageReader]:
+    path = request.data_path
+    return (read_folder(path) if path.is_dir() else read_table(path, request.image_folder)), request.images()
+
+
+SOURCES.register(
+    Source(
+        name="images",
+        summary="a directory of images, or a table (csv, tsv, jsonl) with image, perhaps question, answer, split",
+        read=_read,
+        card=SourceCard("images from the publisher of this repository"),
+    )
+)

@@ -1,0 +1,121 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""PathVQA in LXMERT's format, as its authors publish it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medst_trl.data.reading import find_file, read_json_records
+from medst_trl.data.source import (
+    IMAGE_FOLDERS,
+    SOURCES,
+    BadRecord,
+    Question,
+    Records,
+    Rejected,
+    Source,
+    SourceCard,
+    guess_answer_type,
+    text_value,
+)
+
+
+PATHVQA_FILES = {"test": "*test.json", "validation": "*val.json", "train": "*train.json"}
+
+
+@dataclass
+class PathVqaSettings:
+    """Settings of the source `pathvqa`."""
+
+    image_pattern: str = field(
+        default="{img_id}.jpg",
+        metadata={"help": "File name of an image, for example {split}/{img_id}.png (split: train, val, test)."},
+    )
+
+
+def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.jpg") -> Records:
+    """
+    Read a directory with `*train.json`, `*val.json` and `*test.json`, which have one entry per image.
+
+    Args:
+        path (`pathlib.Path`):
+            The directory.
+        image_folder (`pathlib.Path`):
+            Where names of images start.
+        image_pattern (`str`, *optional*, defaults to `"{img_id}.jpg"`):
+            File name of an image; `{img_id}` and `{split}` (train, val, test) are filled in.
+    """
+    records = Records("pathvqa", image_folder)
+    records.counts["images_without_questions"] = 0
+
+    def question(name: str, pair: dict) -> Question:
+        answer = text_value(pair["answer"], missing="no_answer")
+        return Question(
+            id=name,
+            image=pair["image"],
+            split=split,
+            question=text_value(pair["question"], missing="no_question"),
+            answer=answer,
+            answer_type=guess_answer_type(answer),
+        )
+
+    for split, pattern in PATHVQA_FILES.items():
+        pattern_of_split = image_pattern.replace("{split}", "val" if split == "validation" else split)
+        pairs = _pairs(find_file(path, pattern), split, pattern_of_split, records.counts)
+        records.collect(pairs, question, default_id=lambda name, _: name)
+    return records
+
+
+def _pairs(
+    file: Path, split: str, image_pattern: str, counts: dict[str, int]
+) -> Iterator[tuple[str, dict | Rejected]]:
+    """The questions of all entries of a file with their names; an entry that cannot be used is rejected as a whole."""
+    for position, entry in read_json_records(file, known_by="sentf"):
+        name = f"pathvqa-{split}-{position:05d}"
+        if isinstance(entry, Rejected):
+            yield name, entry
+            continue
+        try:
+            pairs = list(_pairs_of(entry))
+            image = image_pattern.replace("{img_id}", text_value(entry.get("img_id"), missing="no_image"))
+        except BadRecord as bad:
+            yield name, Rejected(name, bad.reason, bad.value)
+            continue
+        counts["images_without_questions"] += not pairs
+        for number, (question, answer) in enumerate(pairs):
+            yield f"{name}-{number}", {"question": question, "answer": answer, "image": image}
+
+
+def _pairs_of(entry: dict) -> Iterator[tuple[object, object]]:
+    try:
+        questions, labels = entry["sentf"]["pvqa"], entry["labelf"]["pvqa"]
+        if len(questions) != len(labels):
+            raise BadRecord("questions_and_answers_differ_in_number", f"{len(questions)} and {len(labels)}")
+        for question, label in zip(questions, labels):
+            yield question, max(label, key=label.get)  # answers with their scores
+    except BadRecord:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadRecord("malformed_entry", json.dumps(entry)) from None
+
+
+SOURCES.register(
+    Source(
+        name="pathvqa",
+        summary="the directory with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json",
+        read=lambda request: (
+            read_pathvqa(request.data_path, request.image_folder, request.settings.image_pattern),
+            request.images(),
+        ),
+        card=SourceCard(
+            "PathVQA (pathology)",
+            homepage="https://github.com/UCSD-AI4H/PathVQA",
+            licence="the copyright of the images stays with their publishers",
+            citation="He et al., 2020, https://huggingface.co/papers/2003.10286",
+        ),
+        settings=PathVqaSettings,
+        image_folders=IMAGE_FOLDERS,
+    )
+)

@@ -1,0 +1,79 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""SLAKE as its authors publish it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medst_trl.data.reading import find_file
+from medst_trl.data.source import (
+    IMAGE_FOLDERS,
+    SOURCES,
+    Question,
+    Records,
+    Source,
+    SourceCard,
+    answer_type_of,
+    optional_text,
+    text_value,
+)
+
+from .vqa_rad import collect_questions
+
+
+# SLAKE's copy on the Hub says validation.json: https://huggingface.co/datasets/BoKelvin/SLAKE
+SLAKE_FILES = {"test": "test.json", "validation": "validat*.json", "train": "train.json"}
+
+
+@dataclass
+class SlakeSettings:
+    """Settings of the source `slake`."""
+
+    language: str = field(default="en", metadata={"help": "Language of the questions, en or zh."})
+
+
+def read_slake(path: Path, image_folder: Path, language: str = "en") -> Records:
+    """Read a directory with `train.json`, `validate.json` (or `validation.json`) and `test.json`, one language."""
+    records = Records("slake", image_folder)
+    others = 0
+
+    def question(record: dict, split: str) -> Question | None:
+        nonlocal others
+        if record.get("q_lang") != language:
+            others += 1
+            return None
+        return Question(
+            id=f"slake-{text_value(record.get('qid'), missing='no_id')}",
+            image=text_value(record.get("img_name"), missing="no_image"),
+            split=split,
+            question=text_value(record.get("question"), missing="no_question"),
+            answer=text_value(record.get("answer"), missing="no_answer"),
+            answer_type=answer_type_of(record.get("answer_type")),
+            question_type=optional_text(record.get("content_type")),
+        )
+
+    for split, name in SLAKE_FILES.items():
+        file = find_file(path, name)
+        collect_questions(records, file, lambda _, record, split=split: question(record, split))
+    records.counts["questions_in_other_languages"] = others
+    return records
+
+
+SOURCES.register(
+    Source(
+        name="slake",
+        summary="the directory with train.json, validate.json (validation.json on the Hub), test.json",
+        read=lambda request: (
+            read_slake(request.data_path, request.image_folder, request.settings.language),
+            request.images(),
+        ),
+        card=SourceCard(
+            "SLAKE (radiology)",
+            homepage="https://www.med-vqa.com/slake/",
+            licence="CC BY 4.0",
+            citation="Liu et al., ISBI 2021, https://huggingface.co/papers/2102.09542",
+        ),
+        settings=SlakeSettings,
+        image_folders=IMAGE_FOLDERS,
+    )
+)
