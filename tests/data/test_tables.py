@@ -68,7 +68,7 @@ def test_a_table_without_images_is_the_users_mistake(tmp_path, text):
     [
         ("a.csv", "image;question;answer\n", "Separate its columns by commas instead of semicolons"),  # Excel, Europe
         ("a.tsv", "image,question\n", "by tabs instead of commas"),
-        ("a.csv", "Image,Question\n", "no column `image` .it has Image, Question.. Name"),
+        ("a.csv", "Image,Question\n", "no column `image` .it has Image, Question.. Rename"),
         ("a.csv", "image,question,answer,answer\na.png,q,a,b\n", "several columns `answer`"),
     ],
 )
