@@ -20,7 +20,7 @@ from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer, adapter_config,
 from medst_trl.data.schema import image_part, text_part
 from medst_trl.demo.phantoms import MODALITIES, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.vusr import add_vusr
 
 

@@ -20,7 +20,7 @@ from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer, adapter_con
 from medst_trl.data.schema import instruct_features
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.vusr import VUSR, add_vusr
 
 

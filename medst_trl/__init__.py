@@ -20,12 +20,12 @@ _MODULE_OF = {
     "MultimodalDPOConfig": "medst_trl.training.dpo",
     "MultimodalDPOTrainer": "medst_trl.training.dpo",
     "PairwiseJudge": "medst_trl.selftrain.judge",
-    "PrototypeExtractor": "medst_trl.policy.prototype_extractor",
+    "PrototypeExtractor": "medst_trl.policy.prototype_llava",
     "SelfQuestioningConfig": "medst_trl.training.sft",
     "SelfQuestioningTrainer": "medst_trl.training.sft",
     "adapter_config": "medst_trl.policy.adapters",
     "build_preferences": "medst_trl.selftrain.preferences",
-    "load_policy": "medst_trl.policy.checkpoints",
+    "load_policy": "medst_trl.policy.loading",
     "score_vqa": "medst_trl.evaluation.scoring",
 }
 
@@ -34,8 +34,8 @@ __all__ = [*_MODULE_OF, "__version__"]
 if TYPE_CHECKING:
     from medst_trl.evaluation.scoring import score_vqa as score_vqa
     from medst_trl.policy.adapters import adapter_config as adapter_config
-    from medst_trl.policy.checkpoints import load_policy as load_policy
-    from medst_trl.policy.prototype_extractor import PrototypeExtractor as PrototypeExtractor
+    from medst_trl.policy.loading import load_policy as load_policy
+    from medst_trl.policy.prototype_llava import PrototypeExtractor as PrototypeExtractor
     from medst_trl.selftrain.generate import CandidateGenerator as CandidateGenerator
     from medst_trl.selftrain.judge import PairwiseJudge as PairwiseJudge
     from medst_trl.selftrain.preferences import build_preferences as build_preferences

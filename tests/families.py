@@ -248,7 +248,7 @@ def _tiny() -> ProcessorMixin:
 
 
 def _vuser_text_role() -> ProcessorMixin:
-    from medst_trl.policy.vusr_role import set_vusr_role
+    from medst_trl.policy.vusr import set_vusr_role
 
     processor = _llava(LLAVA_15_HF)
     set_vusr_role(processor, "text")

@@ -15,7 +15,7 @@ from families import FAMILIES
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.vusr import add_vusr
 
 

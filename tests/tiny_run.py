@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.resume import resume_checkpoint
 from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer

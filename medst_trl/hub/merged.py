@@ -61,9 +61,8 @@ def merged_from(folder: Path) -> Merged | None:
 
 def is_plain(contents: Contents) -> bool:
     """Whether a model needs nothing of medst_trl to be loaded and to ask: its template opens the model's turn."""
-    from medst_trl.policy.chat_template import is_wrapped
+    from medst_trl.policy.chat_template import has_text_role, is_wrapped
     from medst_trl.policy.families import family_of
-    from medst_trl.policy.vicuna import has_text_role
 
     template = contents.folder / "chat_template.jinja"
     if contents.kind != "model" or not template.is_file():

@@ -1,13 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the model of this package known to transformers without importing transformers.
+"""
+Register the model of this package with transformers without importing transformers.
 
-`import medst_trl` costs nothing, yet from then on `AutoModelForImageTextToText.from_pretrained` is to load a
+`import medst_trl` has to be cheap, and afterwards `AutoModelForImageTextToText.from_pretrained` has to load a
 [`PrototypeLlavaForConditionalGeneration`]. transformers has no entry points for models of other packages, so two steps
-are left until they are needed. The first waits for the one module of transformers that maps a `model_type` to a
-configuration. The second is a stand-in for that configuration, which imports the real one, and the model with it, when
-the first is made: transformers imports its Auto classes from the middle of its model code, so that right after them a
-model cannot be imported yet.
+wait until they are needed. The first waits for the module of transformers that maps a `model_type` to a configuration.
+The second is a stand-in for that configuration, which imports the real one, and the model with it, when it is first
+used: transformers imports its Auto classes in the middle of its model code, so a model cannot be imported right after
+them.
 """
 
 import sys
@@ -19,7 +20,7 @@ _AWAITED = "transformers.models.auto.configuration_auto"
 
 
 def register_with_transformers() -> None:
-    """Registers the package's model type now or, where transformers is not imported yet, once it is."""
+    """Register the package's model type now, or once transformers has been imported."""
     if _AWAITED in sys.modules:
         _register(sys.modules[_AWAITED])
     else:
@@ -27,32 +28,32 @@ def register_with_transformers() -> None:
 
 
 def _register(module) -> None:
-    module.AutoConfig.register("prototype_llava", _PrototypeLlavaConfigWhenUsed, exist_ok=True)
+    module.AutoConfig.register("prototype_llava", _LazyConfig, exist_ok=True)
 
 
-class _PrototypeLlavaConfigWhenUsed:
-    """Stands for [`PrototypeLlavaConfig`] until its module is imported, which puts the real one in this place."""
+class _LazyConfig:
+    """Stand-in for [`PrototypeLlavaConfig`] until its module is imported, which registers the real one."""
 
     def __new__(cls, *args, **kwargs):
-        return cls._real()(*args, **kwargs)
-
-    @classmethod
-    def from_dict(cls, *args, **kwargs):
-        return cls._real().from_dict(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return cls._real().from_pretrained(*args, **kwargs)
+        return _real_config()(*args, **kwargs)
 
     @staticmethod
-    def _real():
-        from .prototype_llava import PrototypeLlavaConfig
+    def from_dict(*args, **kwargs):
+        return _real_config().from_dict(*args, **kwargs)
 
-        return PrototypeLlavaConfig
+    @staticmethod
+    def from_pretrained(*args, **kwargs):
+        return _real_config().from_pretrained(*args, **kwargs)
+
+
+def _real_config():
+    from .prototype_llava import PrototypeLlavaConfig
+
+    return PrototypeLlavaConfig
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the awaited module as Python would, and calls `_register` when its code has run."""
+    """Finder of the awaited module that calls `_register` after the module's code has run."""
 
     def find_spec(self, fullname, path, target=None):
         if fullname != _AWAITED:

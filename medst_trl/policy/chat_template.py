@@ -1,17 +1,25 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A wrapper around any chat template that leaves a bare `<vusr>` turn open, so that the model asks.
-
-The model's own template stays inside, verbatim, and renders everything else exactly as before. Two things are added:
-
-- a conversation whose last message is a user message with exactly `<vusr>` ends right after that token;
-- where the template closes an assistant turn with nothing (LLaVA-1.5), the end-of-sequence token closes it, in
-  training
-  and in the history at inference alike, so that the two agree.
 """
+Chat templates: the wrapper that leaves a bare `<vusr>` turn open, Vicuna's format, and how a template writes turns.
+
+The wrapper keeps the model's own template verbatim and changes the rendering in two places:
+
+- a conversation whose last message is a user message with exactly `<vusr>` ends right after that token, so that the
+  model writes the question;
+- where the template closes an assistant turn with nothing (LLaVA-1.5), the end-of-sequence token closes it, in
+  training and in the history at inference alike.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from medst_trl.base.errors import UserError
+
 
 VUSR = "<vusr>"
 MARK = "{#- medst_trl <vusr> template 1 -#}"
+TEXT_ROLE_MARK = "{#- medst_trl VUSER text role 1 -#}"
 
 # Names carry a prefix because Jinja's top-level variables are shared with the wrapped template. The wrapper never
 # loops over message content: servers such as vLLM guess the content format of a template from such loops.
@@ -35,14 +43,14 @@ _LAST_USER_TEXT = """\
 """
 # The wrapped template is rendered with the turn in place and cut behind the token. Everything else takes the verbatim
 # copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+`
-# signs keep the newlines that trim_blocks would eat at the seams.
+# signs keep the newlines that trim_blocks would remove at the seams.
 _OPEN_TURN = """\
 {%- if vusr_t | replace(@IMAGE@, '') | trim == '<vusr>' -%}
 {%- set vusr_images = [] if vusr_c is string else (vusr_c | rejectattr('type', 'equalto', 'text') | list) -%}
 {%- set vusr_c = @CONTENT@ -%}
 {%- set vusr_rendered +%}{% set messages = messages[:-1] + [{'role': 'user', 'content': vusr_c}] +%}"""
 _ELSE = "{% endset %}{{- (vusr_rendered.split('<vusr>')[:-1] | join('<vusr>')) + '<vusr>' -}}\n{%- else +%}"
-# What reaches the wrapped template as the content of the open turn: the caller's form where the template takes any.
+# Content of the open turn as the wrapped template receives it: the caller's form where the template takes any.
 _CONTENT = {
     "any": "vusr_c if vusr_c is string else vusr_images + [{'type': 'text', 'text': '<vusr>'}]",
     "list": "vusr_images + [{'type': 'text', 'text': '<vusr>'}]",
@@ -54,15 +62,15 @@ def wrap_chat_template(
     template: str | dict[str, str], *, content_form: str = "any", image_token: str = "", answer_end: str = ""
 ) -> str | dict[str, str]:
     """
-    Wraps a chat template so that a trailing bare `<vusr>` turn is left open for the model. Wrapping twice is harmless.
+    Wrap a chat template so that it leaves a trailing bare `<vusr>` turn open. A wrapped template is returned as is.
 
     Args:
         template (`str` or `dict[str, str]`):
             Jinja chat template, or the named templates of a processor.
         content_form (`str`, *optional*, defaults to `"any"`):
-            Form of message content the template renders: `"list"` of typed parts, `"string"` or `"any"` of the two.
+            Form of message content that the template renders: `"list"` of typed parts, `"string"` or `"any"` of both.
         image_token (`str`, *optional*, defaults to `""`):
-            Image placeholder that may stand beside `<vusr>` where content is a string.
+            Image placeholder that may appear beside `<vusr>` where content is a string.
         answer_end (`str`, *optional*, defaults to `""`):
             Text that closes every assistant turn, for templates that close it with nothing.
 
@@ -74,7 +82,7 @@ def wrap_chat_template(
         return {name: wrap_chat_template(value, **named) for name, value in template.items()}
     if template.startswith(MARK):
         return template
-    # Jinja drops one newline at the end of a template; inside the wrapper it would not be at the end any more.
+    # Jinja drops one newline at the end of a template; inside the wrapper it would no longer be at the end.
     inner = template.removesuffix("\n")
     close = _CLOSE_ANSWERS.replace("@EOS@", repr(answer_end)) if answer_end else ""
     head = _OPEN_TURN.replace("@IMAGE@", repr(image_token or "\x00")).replace("@CONTENT@", _CONTENT[content_form])
@@ -82,7 +90,197 @@ def wrap_chat_template(
 
 
 def is_wrapped(template: str | dict[str, str] | None) -> bool:
-    """Whether the template (every one of a processor's named templates) carries the `<vusr>` wrapper."""
-    if isinstance(template, dict):
-        return bool(template) and all(is_wrapped(value) for value in template.values())
-    return bool(template) and template.startswith(MARK)
+    """Whether the template (every one of a processor's named templates) has the `<vusr>` wrapper."""
+    return _starts_with(template, MARK)
+
+
+def has_text_role(template: str | dict[str, str] | None) -> bool:
+    """Whether a chat template has the role `VUSER:`, which needs no token."""
+    return _starts_with(template, TEXT_ROLE_MARK)
+
+
+def _starts_with(template: str | dict[str, str] | None, mark: str) -> bool:
+    templates = list(template.values()) if isinstance(template, dict) else [template]
+    return bool(templates) and all(value and value.startswith(mark) for value in templates)
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+# No space before "Also", as in training.
+VUSER_SYSTEM = VICUNA_SYSTEM + (
+    "Also, the artificial intelligence assistant is a curious virtual user. The virtual user asks complex questions "
+    "that are relevant to the content in the image, for example, asking about background knowledge of the objects in "
+    "the image, asking to discuss about events happening in the image, etc. Again, do not ask about uncertain details."
+)
+# `generation` marks what is trained, for TRL's own collators.
+_VICUNA = """\
+{%- macro text_of(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- else -%}
+{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- macro images_of(content) -%}
+{%- if content is not string -%}
+{%- for part in content if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+@BOS@
+@SYSTEM@
+{%- set turn = namespace(open=false) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{- text_of(message['content']) + ' ' -}}
+@VUSER@
+{%- elif message['role'] == 'user' -%}
+{{- 'USER: ' + images_of(message['content']) + text_of(message['content']) -}}
+{%- else -%}
+{{- ' ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not turn.open -%}{{- ' ASSISTANT:' -}}{%- endif -%}
+"""
+_SYSTEM = "{%- if not messages or messages[0]['role'] != 'system' -%}{{- @TEXT@ + ' ' -}}{%- endif -%}"
+# A server that passes text only has image placeholders in it.
+_VUSER = """\
+{%- elif message['role'] == 'user' and
+    (text_of(message['content']) | replace('<image>', '') | trim).startswith('<vusr>') -%}
+{%- set text = text_of(message['content']) -%}
+{%- set question = text | replace('<image>', '') | replace('<vusr>', '', 1) | trim -%}
+{%- set images = images_of(message['content']) + '<image>\\n' * text.count('<image>') -%}
+{%- if loop.last and not question -%}
+{%- set turn.open = true -%}
+{{- 'VUSER:' + (' ' + images if images else '') -}}
+{%- else -%}
+{{- 'VUSER: ' + images + question + eos_token -}}
+{%- endif -%}
+"""
+
+
+def vicuna_template(*, text_role: bool = False, write_bos: bool, system: str | None = None) -> str:
+    """
+    Return a chat template in the format of Vicuna v1, as LLaVA-1.5 uses it.
+
+    SQ-LLaVA and STLLaVA-Med were trained without a token for the turns that the model writes: such a turn opens with
+    the words `VUSER:`, and the system prompt mentions a virtual user. With `text_role` the template renders a user
+    message that starts with `<vusr>` in this way. `<vusr>` is then only how a message says so: it is in no vocabulary
+    and in no rendered text.
+
+    Args:
+        text_role (`bool`, *optional*, defaults to `False`):
+            Whether a user message that starts with `<vusr>` becomes a turn of the role `VUSER:`.
+        write_bos (`bool`):
+            Whether the template writes the beginning-of-sequence token, for tokenizers that add none.
+        system (`str`, *optional*):
+            System prompt of conversations without one; `""` for none. Defaults to the one of the model's training.
+
+    Returns:
+        `str`: Jinja template for content in strings or typed parts.
+    """
+    if system is None:
+        system = VUSER_SYSTEM if text_role else VICUNA_SYSTEM
+    template = (
+        _VICUNA.replace("@BOS@", "{{- bos_token -}}" if write_bos else "")
+        .replace("@SYSTEM@\n", _SYSTEM.replace("@TEXT@", repr(system)) + "\n" if system else "")
+        .replace("@VUSER@\n", _VUSER if text_role else "")
+    )
+    return TEXT_ROLE_MARK + template if text_role else template
+
+
+# Private-use characters around text whose place in a rendered conversation is located; removed before tokenization.
+LEFT, RIGHT = "\ue0f1", "\ue0f2"
+
+
+@dataclass(frozen=True)
+class TurnFormat:
+    """
+    How a chat template writes the turns of a conversation.
+
+    Args:
+        content_form (`str`):
+            Form of message content that it renders: `"list"`, `"string"` or `"any"`.
+        question_end (`str`):
+            Special token with which the template closes a user turn, `""` for none.
+        answer_end (`str`):
+            The same for an assistant turn.
+        answer_lead (`str`):
+            Whitespace between the generation prompt and the answer, which the model has to write (`" "` after
+            `ASSISTANT:`, `""` where the prompt ends with a newline).
+        question_lead (`str`):
+            The same for a question without an image, after the open `<vusr>` turn.
+    """
+
+    content_form: str
+    question_end: str
+    answer_end: str
+    answer_lead: str
+    question_lead: str
+
+
+def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> TurnFormat:
+    """
+    Determine how a chat template writes turns, by rendering small conversations.
+
+    Args:
+        render (`Callable`):
+            `render(messages, add_generation_prompt=False) -> str`. It may raise on a content form it does not take.
+        special_tokens (`list[str]`):
+            Texts of the tokenizer's special tokens.
+
+    Returns:
+        [`TurnFormat`]
+
+    Raises:
+        UserError: if the template renders neither form of content, or drops the text of a turn.
+    """
+    content_form = _content_form(render)
+
+    def message(role: str, text: str) -> dict:
+        return {"role": role, "content": text if content_form == "string" else [{"type": "text", "text": text}]}
+
+    question = message("user", "q")
+    asked = render([message("user", VUSR + LEFT + "q" + RIGHT)])
+    answered = render([question, message("assistant", LEFT + "a" + RIGHT)])
+    if asked.count(RIGHT) != 1 or answered.count(RIGHT) != 1:
+        raise UserError(
+            "The chat template drops or repeats the text of a turn, so questions and answers cannot be located. "
+            "Give the processor a chat template that renders every user and assistant message once."
+        )
+    prompt = render([question], add_generation_prompt=True)
+    bare = render([message("user", VUSR)])
+    return TurnFormat(
+        content_form=content_form,
+        question_end=_leading_token(asked.split(RIGHT)[1], special_tokens),
+        answer_end=_leading_token(answered.split(RIGHT)[1], special_tokens),
+        answer_lead=_lead(prompt, answered),
+        question_lead=_lead(bare, asked),
+    )
+
+
+def _lead(prompt: str, written: str) -> str:
+    # Some templates put more into the prompt than into the history (an open thinking block): the lead is unknown then.
+    lead = written[len(prompt) : written.index(LEFT)] if written.startswith(prompt) else ""
+    return lead if lead.isspace() else ""
+
+
+def _content_form(render: Callable[..., str]) -> str:
+    def takes(content) -> bool:
+        try:
+            text = render([{"role": "user", "content": content}])
+        except Exception:  # a template may fail in any way on a form it was not written for
+            return False
+        return "QQZZ" in text and "'type'" not in text and '"type"' not in text
+
+    string, parts = takes("QQZZ"), takes([{"type": "text", "text": "QQZZ"}])
+    if not (string or parts):
+        raise UserError(
+            "The chat template renders no user message, neither from a string nor from a list of typed parts. "
+            "Give the processor a chat template for chat messages."
+        )
+    return "any" if string and parts else "list" if parts else "string"
+
+
+def _leading_token(text: str, special_tokens: list[str]) -> str:
+    return max((token for token in special_tokens if text.startswith(token)), key=len, default="")

@@ -1,75 +1,81 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-alone checkpoint of base and adapter, proven to say what the adapter says before it gets its name."""
+"""
+Merge an adapter into its base: a stand-alone checkpoint, published only once it predicts what the adapter predicts.
+"""
 
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import move_files
 from medst_trl.base.fingerprints import split_revision
-from medst_trl.interop.conversion.writing import check_shard_size
 
-from .base_loading import has_file
 from .base_weights import hub_commit
-from .checkpoints import DTYPES, load_policy
-from .hub_reach import check_reachable
-from .merge_proof import batches_of, difference, log_probs, require, require_same_inputs
+from .loading import DTYPES, check_dtype, check_reachable, has_file, load_policy
 
 
 if TYPE_CHECKING:
+    import os
+
     import torch
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
+    Batches = list[dict[str, torch.Tensor]]
+
 # Largest difference of a log-probability between adapter and merged model, both in float32.
 TOLERANCE = 1e-4
-# In a smaller type both round, each its own way. What that costs is measured on the adapter itself, base and adapter
-# in that type against float32; the merged model has the same number of roundings, and gets a factor for the luck of
-# the draw (a wrong merge is off by nats).
-OF_THE_TYPE = 3.0
-# A server that is told nothing answers like LLaVA's own (temperature 0.2); one that is told a temperature has the
+# In a smaller type both round differently. The cost of rounding is measured on the adapter itself, base and adapter in
+# that type against float32; the merged model has the same number of roundings and is allowed a multiple of it (a wrong
+# merge is off by nats).
+ROUNDING_FACTOR = 3.0
+# A server without sampling settings answers like LLaVA's own (temperature 0.2); one that gets a temperature uses the
 # paper's top-k and top-p for asking. `transformers serve` never turns sampling on, only off (at temperature 0).
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_k": 100, "top_p": 0.95}
-# What else stays of the base's generation config: which tokens end a text or never stand in one. Evaluation and
+# The rest of the base's generation config that is kept: which tokens end a text or never appear in one. Evaluation and
 # generation read no more of it either (`decoding.GREEDY`).
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids", "sequence_bias")
 
 
 def merge_policy(
     model_name_or_path: str,
-    output_dir: str | os.PathLike,
+    output_dir: "str | os.PathLike",
     examples: Iterable[dict[str, Any]],
     *,
+    batches_of: "Callable[[ProcessorMixin, Sequence[dict[str, Any]]], Batches]",
     base_model_name_or_path: str | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """
-    Merges an adapter into its base and writes the model with processor, chat template and generation config.
+    Merge an adapter into its base and save the model with processor, chat template and generation config.
 
-    LoRA of both towers is added to the weights in float32 and rounded once; projector and `<vusr>` row take their
-    places. What was written is loaded again by plain `AutoModelForImageTextToText` and `AutoProcessor`, and has to
-    give each token of each example's answers and questions the adapter's log-probability, over the whole vocabulary.
-    Files appear in `output_dir` only then, `config.json` last. Runs on the CPU; peak memory is that of the model in
-    float32 (28 GB for 7B).
+    LoRA of both towers is added to the weights in float32 and rounded once; projector and `<vusr>` row replace those
+    of the base. The saved files are loaded with plain `AutoModelForImageTextToText` and `AutoProcessor`, and have to
+    give every target token of the examples the adapter's log-probabilities, over the whole vocabulary. Files appear in
+    `output_dir` only then, `config.json` last. Merging runs on the CPU; peak memory is that of the model in float32
+    (28 GB for 7B).
 
     Args:
         model_name_or_path (`str`):
-            Folder or Hub id of an adapter.
+            Directory or Hub id of an adapter.
         output_dir (`str` or `os.PathLike`):
-            Folder for the model.
+            Directory for the model.
         examples (iterable of `dict`):
-            Conversations to compare on: `id`, `images`, `messages`. Each is read as an answering prompt, and with its
-            questions behind bare `<vusr>` tokens.
+            Conversations to compare on: `id`, `images`, `messages`.
+        batches_of (`Callable`):
+            From a processor and the examples to batches with `labels`, as the adapter was trained on them.
         base_model_name_or_path (`str`, *optional*):
-            Base, where it has moved.
+            Base, if it has moved.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights written; `"auto"` takes that of the base's checkpoint.
+            Type of the saved weights; `"auto"` keeps that of the base's checkpoint.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Largest file of weights.
+            Largest size of a file of weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from the base's repository may run.
 
@@ -78,74 +84,73 @@ def merge_policy(
         and `tokens` compared, `float32_difference`, `stored_difference` and `stored_tolerance` in nats.
 
     Raises:
-        UserError: for a model without an adapter, a quantised base, weights that cannot be merged, or a difference
-            above the tolerance; nothing is left in `output_dir` then.
-
-    Example:
-    ```python
-    >>> merge_policy("runs/demo/sft", "runs/demo/merged", built_in_examples())["proof"]["float32_difference"]
-    ```
+        UserError: for a model without an adapter, a quantized base, weights that cannot be merged, or a difference
+            above the tolerance. Nothing is left in `output_dir` then.
     """
     check_shard_size(max_shard_size)
-    if dtype not in DTYPES:
-        raise UserError(f"There is no dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     examples = list(examples)
     name, revision = split_revision(model_name_or_path)
     check_reachable(name)
     if not has_file(name, "adapter_config.json", revision):
         raise UserError(
-            f"{model_name_or_path!r} has no adapter to merge (adapter_config.json): a full model stands alone already."
+            f"{model_name_or_path!r} has no adapter to merge (adapter_config.json): a full model already stands alone."
         )
-    where = {"base_model_name_or_path": base_model_name_or_path, "trust_remote_code": trust_remote_code}
-    model, processor = load_policy(model_name_or_path, dtype="float32", **where)
+    load = partial(
+        load_policy,
+        model_name_or_path,
+        base_model_name_or_path=base_model_name_or_path,
+        trust_remote_code=trust_remote_code,
+    )
+    model, processor = load(dtype="float32")
     facts = _facts(model, name, revision, trust_remote_code)
-    stored_type = facts["dtype"] if dtype == "auto" else dtype
-    if stored_type not in DTYPES[1:]:
-        raise UserError(f"The base is in {stored_type}, which is not for merging. Set dtype: {', '.join(DTYPES[1:])}.")
-
+    facts["dtype"] = facts["dtype"] if dtype == "auto" else dtype
+    if facts["dtype"] not in DTYPES[1:]:
+        raise UserError(
+            f"The base is in {facts['dtype']}, which cannot be merged. Set dtype to one of {', '.join(DTYPES[1:])}."
+        )
     batches = batches_of(processor, examples)
     expected = log_probs(model, batches)
-    merged = _merged(model)
-    float32_difference = difference(log_probs(merged, batches), expected)
-    require(float32_difference, TOLERANCE, "merged in memory, in float32")
+    model = _merged(model)
+    proof = {"examples": len(examples), "tokens": sum(len(rows) for rows in expected)}
+    proof["float32_difference"] = difference(log_probs(model, batches), expected)
+    check_difference(proof["float32_difference"], TOLERANCE, "merged in memory, in float32")
+    facts["parameters"] = model.num_parameters()
+    with _staging(Path(output_dir)) as staging:
+        _save(model, processor, staging, facts["dtype"], max_shard_size)
+        del model  # one copy in memory at a time
+        saved, saved_processor = _load_plainly(staging, facts["dtype"], trust_remote_code)
+        check_same_inputs(batches, batches_of(saved_processor, examples))
+        proof["stored_difference"] = difference(log_probs(saved, batches), expected)
+        del saved
+        proof["stored_tolerance"] = TOLERANCE
+        if facts["dtype"] in ("bfloat16", "float16"):
+            adapter, _ = load(dtype=facts["dtype"])
+            proof["stored_tolerance"] = ROUNDING_FACTOR * difference(log_probs(adapter, batches), expected)
+        how = f"loaded from disk, in {facts['dtype']}"
+        check_difference(proof["stored_difference"], proof["stored_tolerance"], how)
+    if facts["dtype"] == "float32":
+        proof["float32_difference"] = proof["stored_difference"]
+    return facts | {"proof": proof}
 
-    output_dir = Path(output_dir)
-    staging = output_dir / ".merging"
-    shutil.rmtree(staging, ignore_errors=True)
-    parameters = merged.num_parameters()
+
+def check_shard_size(size: str) -> None:
+    """
+    Check a size of a file of weights, before hours of work.
+
+    Raises:
+        UserError: if it is not a size.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     try:
-        merged.to(_torch_type(stored_type))
-        merged.generation_config = _generation_config(merged)
-        merged.save_pretrained(staging, max_shard_size=max_shard_size)
-        processor.save_pretrained(staging)
-        del model, merged  # one copy in memory at a time
-        loaded, loaded_processor = _load_plainly(staging, stored_type, trust_remote_code)
-        require_same_inputs(batches, batches_of(loaded_processor, examples))
-        stored_difference = difference(log_probs(loaded, batches), expected)
-        del loaded
-        tolerance = TOLERANCE
-        if stored_type in ("bfloat16", "float16"):
-            adapter, _ = load_policy(model_name_or_path, dtype=stored_type, **where)
-            tolerance = OF_THE_TYPE * difference(log_probs(adapter, batches), expected)
-        require(stored_difference, tolerance, f"loaded from disk, in {stored_type}")
-        if stored_type == "float32":
-            float32_difference = stored_difference
-    except BaseException:  # a full disk, too: half a model of many gigabytes is of no use
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    _publish(staging, output_dir)
-    proof = {
-        "examples": len(examples),
-        "tokens": sum(len(rows) for rows in expected),
-        "float32_difference": float32_difference,
-        "stored_difference": stored_difference,
-        "stored_tolerance": tolerance,
-    }
-    return facts | {"dtype": stored_type, "parameters": parameters, "proof": proof}
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError as error:
+        raise UserError(f"max_shard_size {size!r} is not a size. Give one such as 5GB or 500MB.") from error
 
 
 def _facts(model, adapter: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What is merged, with the commits that the Hub cache loaded it from."""
+    """What is merged, with the commits from which the Hub cache loaded it, and the type of the base's checkpoint."""
     from transformers import AutoConfig
 
     base = model.get_base_model()
@@ -154,15 +159,15 @@ def _facts(model, adapter: str, revision: str | None, trust_remote_code: bool) -
     )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"{base.name_or_path!r} is quantised, and a merged weight would be rounded to its few values. Give the "
+            f"{base.name_or_path!r} is quantized, and a merged weight would be rounded to its few values. Pass the "
             "model it was made from as base_model_name_or_path."
         )
-    kind = config.dtype or config.get_text_config().dtype
+    dtype = config.dtype or config.get_text_config().dtype
     return {
         "base": base.name_or_path,
         "base_revision": base.hub_commit,
         "adapter_revision": hub_commit(adapter, "adapter_config.json", revision),
-        "dtype": "float32" if kind is None else str(kind).removeprefix("torch."),
+        "dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."),
     }
 
 
@@ -173,6 +178,15 @@ def _merged(model) -> "PreTrainedModel":
         raise UserError(f"The adapter cannot be merged: {error}") from error
 
 
+def _save(model, processor: "ProcessorMixin", directory: Path, dtype: str, max_shard_size: str) -> None:
+    import torch
+
+    model.to(getattr(torch, dtype))
+    model.generation_config = _generation_config(model)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    processor.save_pretrained(directory)
+
+
 def _generation_config(model: "PreTrainedModel") -> "GenerationConfig":
     from transformers import GenerationConfig
 
@@ -180,26 +194,90 @@ def _generation_config(model: "PreTrainedModel") -> "GenerationConfig":
     return GenerationConfig(**{name: value for name, value in kept.items() if value is not None}, **SAMPLING)
 
 
-def _load_plainly(folder: Path, dtype: str, trust_remote_code: bool) -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """As a tool loads it that knows nothing of medst_trl."""
+def _load_plainly(directory: Path, dtype: str, trust_remote_code: bool) -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """Load a model as a tool that does not know medst_trl does."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval(), AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
-def _torch_type(name: str) -> "torch.dtype":
+@contextmanager
+def _staging(output_dir: Path) -> Iterator[Path]:
+    """
+    A directory for the files until the model is proven: they then replace those of another model, `config.json` last.
+    If the block raises (a full disk, too) it is removed: half a model of many gigabytes is of no use.
+    """
+    staging = output_dir / ".merging"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    remove_model(output_dir)
+    for path in staging.iterdir():
+        if path.is_dir():  # named chat templates, perhaps those of an interrupted run
+            shutil.rmtree(output_dir / path.name, ignore_errors=True)
+    move_files(staging, output_dir)
+
+
+def remove_model(directory: Path) -> None:
+    """Remove the configuration and weights of a model from a directory, so that none of them passes for another's."""
+    for path in [directory / "config.json", *directory.glob("model*.safetensors*")]:
+        path.unlink(missing_ok=True)
+
+
+def log_probs(model: "PreTrainedModel", batches: "Batches") -> list["torch.Tensor"]:
+    """Compute log-probabilities at the target tokens: float32 of shape (targets, vocabulary) for each batch."""
     import torch
 
-    return getattr(torch, name)
+    rows = []
+    for batch in batches:
+        inputs = {
+            name: value.to(model.dtype) if value.is_floating_point() else value
+            for name, value in batch.items()
+            if name != "labels"
+        }
+        with torch.inference_mode():
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        rows.append(logits[batch["labels"][:, 1:] != -100].float().log_softmax(-1))
+    return rows
 
 
-def _publish(staging: Path, output_dir: Path) -> None:
-    """Each file appears whole, config.json last: a folder that has it is complete. No other model's weights stay."""
-    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
-        path.unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_dir():  # named chat templates, perhaps those of a run that was cut short in here
-            shutil.rmtree(output_dir / path.name, ignore_errors=True)
-        os.replace(path, output_dir / path.name)
-    staging.rmdir()
+def difference(found: list["torch.Tensor"], expected: list["torch.Tensor"]) -> float:
+    """Return the largest difference in nats; NaN where anything is NaN."""
+    import torch
+
+    return torch.stack([(one - other).abs().max() for one, other in zip(found, expected, strict=True)]).max().item()
+
+
+def check_difference(difference: float, tolerance: float, how: str) -> None:
+    """
+    Check a difference of log-probabilities.
+
+    Raises:
+        UserError: if it is above the tolerance.
+    """
+    if not difference <= tolerance:  # NaN is no agreement
+        raise UserError(
+            f"The merged model ({how}) does not agree with the adapter: log-probabilities differ by up to "
+            f"{difference:.2g}, more than {tolerance:.2g}. Nothing was written. Try --dtype float32, and report it."
+        )
+
+
+def check_same_inputs(batches: "Batches", again: "Batches") -> None:
+    """
+    Check that two processors made the same batches.
+
+    Raises:
+        UserError: if they did not.
+    """
+    import torch
+
+    for one, other in zip(batches, again, strict=True):
+        if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
+            raise UserError(
+                "The processor that was saved with the merged model produces other inputs than the adapter's. Nothing "
+                "was written. Please report it with the name of the base."
+            )

@@ -1,10 +1,11 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a vision-language model, by name: language model, vision tower, projector, token embedding.
+"""
+Parts of a vision-language model, by module name: language model, vision tower, projector, token embedding.
 
 transformers exposes them through `get_decoder()`, `get_encoder("image")` and `get_input_embeddings()`; only the
-projector has no accessor. It is what stands beside the two towers (`multi_modal_projector`, `connector`), or the
-merger at the end of the vision tower (Qwen).
+projector has no accessor. It is the module beside the two towers (`multi_modal_projector`, `connector`), or the merger
+at the end of the vision tower (Qwen).
 """
 
 import re
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MERGERS = ("merger", "deepstack_merger_list", "connector")
-# What PEFT puts into the names of the parameters it wraps.
+# What PEFT adds to the names of the parameters that it wraps.
 _PEFT_NAMES = re.compile(
     r"^base_model\.model\.|\.(?:original_module|modules_to_save\.[^.]+|base_layer|token_adapter)(?=\.)"
 )
@@ -35,10 +36,10 @@ class ModelParts:
     Args:
         language_model (`str`): The decoder, for example `"model.language_model"`.
         vision_tower (`str`): The image encoder, for example `"model.vision_tower"`.
-        projectors (`tuple[str, ...]`): What maps image features into the decoder's space.
+        projectors (`tuple[str, ...]`): The modules that map image features into the decoder's space.
         embedding (`str`): The token embedding.
         unused_vision_layers (`tuple[int, ...]`):
-            Indices of vision layers behind the one whose features are read: they receive no gradient (trl#1936).
+            Indices of vision layers after the one whose features are read: they receive no gradient (trl#1936).
     """
 
     language_model: str
@@ -48,9 +49,7 @@ class ModelParts:
     unused_vision_layers: tuple[int, ...]
 
     def part_of(self, parameter: str) -> str:
-        """
-        Part a parameter belongs to: `"vision"`, `"projector"` or `"language"` (all else). PEFT names are understood.
-        """
+        """Return `"vision"`, `"projector"` or `"language"` (everything else) for a parameter; PEFT names work too."""
         name = _PEFT_NAMES.sub("", parameter)
         if any(name.startswith(f"{projector}.") for projector in self.projectors):
             return "projector"
@@ -59,7 +58,7 @@ class ModelParts:
 
 def model_parts(model: "PreTrainedModel") -> ModelParts:
     """
-    Finds the parts of a vision-language model.
+    Find the parts of a vision-language model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -69,13 +68,13 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
         [`ModelParts`]
 
     Raises:
-        UserError: if the model exposes no vision tower or no projector, or has a Q-Former in its place.
+        UserError: if the model exposes no vision tower or no projector, or has a Q-Former instead.
     """
     names = {id(module): name for name, module in model.named_modules()}
     vision, language = model.get_encoder("image"), model.get_decoder()
     if vision is model or id(vision) not in names:
         raise UserError(
-            f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`): is it a vision-language model? "
+            f"{type(model).__name__} exposes no vision tower (`get_encoder('image')`). Is it a vision-language model? "
             f"{tested_families()}"
         )
     check_architecture(model.config, type(model).__name__)
@@ -104,12 +103,12 @@ def _projectors(model: "PreTrainedModel", vision: str, language: str) -> tuple[s
     ]
     mergers = {name: module for name, module in model.get_submodule(vision).named_children() if name in _MERGERS}
     inside = []
-    for name, module in mergers.items():  # PEFT takes no list of modules, only its members (Qwen3-VL's deepstack)
+    for name, module in mergers.items():  # PEFT wraps the members of a list, not the list (Qwen3-VL's deepstack)
         members = [f"{name}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
         inside += [f"{vision}.{member}" for member in members]
     if not (beside or inside):
         raise UserError(
-            f"{type(model).__name__} shows no projector beside or at the end of its vision tower `{vision}`. "
+            f"{type(model).__name__} has no projector beside or at the end of its vision tower `{vision}`. "
             f"This family is not supported. {tested_families()}"
         )
     return tuple(beside or inside)

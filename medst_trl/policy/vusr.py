@@ -1,11 +1,12 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The `<vusr>` token: given to a processor, kept out of data.
+"""
+The `<vusr>` token of a processor, and how data is kept free of control tokens.
 
-A user turn opened by `<vusr>` is one the model writes (STLLaVA-Med, https://huggingface.co/papers/2406.19973). The
-token is a special token whose input embedding is trained; it is read by the model and never predicted. Only the
-collator and the chat template write it: data says `vusr: true` on a message, and data text that spells a control token
-is neutralised. Where the template has the text role `VUSER:` (see [`set_vusr_role`]) there is no token at all.
+A user turn that starts with `<vusr>` is written by the model (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
+The token is a special token whose input embedding is trained; the model reads it and never predicts it. Only the chat
+template and the span encoder write it: data marks a message with `vusr: true`, and data text that spells a control
+token is neutralised. Where the template has the text role `VUSER:` ([`set_vusr_role`]) there is no token.
 """
 
 import re
@@ -15,26 +16,36 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 
-from .chat_template import VUSR, is_wrapped, wrap_chat_template
-from .turn_format import LEFT, RIGHT, TurnFormat, probe_turn_format
-from .vicuna import has_text_role
+from .chat_template import (
+    LEFT,
+    RIGHT,
+    VUSR,
+    TurnFormat,
+    has_text_role,
+    is_wrapped,
+    probe_turn_format,
+    vicuna_template,
+    wrap_chat_template,
+)
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-# Put behind the first character of a control token in data: invisible to a reader, and no token any more.
+VUSR_ROLES = ("token", "text")
+# Inserted after the first character of a control token in data: invisible to a reader, and no longer a token.
 ZERO_WIDTH_NON_JOINER = "\u200c"
+_VICUNA_TURNS = re.compile(r"USER: q1\s+ASSISTANT: a1(?:</s>|\s)*USER: q2\s+ASSISTANT:$")
 
 
 def tokenizer_of(processor: "ProcessorMixin | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a processor; a tokenizer is its own."""
+    """Return the tokenizer of a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
 
 
 def add_vusr(processor: "ProcessorMixin") -> int | None:
     """
-    Adds the `<vusr>` token to a processor's tokenizer and wraps its chat template, in place. A second call changes
+    Add the `<vusr>` token to a processor's tokenizer and wrap its chat template, in place. A second call changes
     nothing.
 
     Args:
@@ -42,8 +53,8 @@ def add_vusr(processor: "ProcessorMixin") -> int | None:
             Processor of a vision-language model, with a fast tokenizer, a pad token and a chat template.
 
     Returns:
-        `int` or `None`: Token id of `<vusr>`. The model may have to be enlarged for it: [`load_policy`] does both.
-        `None` where the chat template has the text role `VUSER:`: nothing is added then.
+        `int` or `None`: Token id of `<vusr>`, for which the model may need another embedding row ([`load_policy`] does
+        both). `None` where the chat template has the text role `VUSER:`, to which nothing is added.
 
     Raises:
         UserError: if the tokenizer is slow, or the pad token, end-of-sequence token or chat template is missing.
@@ -68,18 +79,22 @@ def add_vusr(processor: "ProcessorMixin") -> int | None:
             image_token=getattr(processor, "image_token", None) or "",
             answer_end="" if turns.answer_end else tokenizer.eos_token,
         )
-    processor.chat_template = template
-    if tokenizer.chat_template is not None:
-        tokenizer.chat_template = template
+    _set_template(processor, template)
     return tokenizer.convert_tokens_to_ids(VUSR)
+
+
+def _set_template(processor: "ProcessorMixin", template: str | dict[str, str]) -> None:
+    processor.chat_template = template
+    if tokenizer_of(processor).chat_template is not None:
+        tokenizer_of(processor).chat_template = template
 
 
 def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenizerBase") -> None:
     name = type(processor).__name__
     if not tokenizer.is_fast:
         raise UserError(
-            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which cannot say where in the text a token "
-            "comes from, so questions and answers could not be located. Load the fast one "
+            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which does not report the position of a token "
+            "in the text, so questions and answers cannot be located. Load the fast one "
             "(`use_fast=True`, `pip install tokenizers`)."
         )
     if tokenizer.pad_token is None:
@@ -99,8 +114,60 @@ def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenize
         )
 
 
+def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
+    """
+    Choose how the turns that the model writes are opened, in place: by the token `<vusr>` or by the words `VUSER:`.
+
+    The choice is made once, before training. It is saved as the chat template, which decides from then on.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor of a vision-language model, before [`add_vusr`].
+        role (`str`, *optional*):
+            `"text"` sets the template of SQ-LLaVA and STLLaVA-Med with the role `VUSER:` and its system prompt.
+            `"token"` and `None` change nothing: [`add_vusr`] then adds the token, unless the template has the role.
+
+    Raises:
+        UserError: if the role is unknown, the template is not in Vicuna's format, or the processor was saved with the
+            other role.
+    """
+    if role is None:
+        return
+    if role not in VUSR_ROLES:
+        raise UserError(f"Unknown vusr_role {role!r}. Choose one of {', '.join(VUSR_ROLES)}.")
+    tokenizer = tokenizer_of(processor)
+    template = processor.chat_template or tokenizer.chat_template
+    if has_text_role(template) == (role == "text"):
+        return
+    if role == "token" or is_wrapped(template) or VUSR in tokenizer.get_vocab():
+        saved = "text" if role == "token" else "token"
+        raise UserError(
+            f"vusr_role is {role!r}, but this model was saved with the role {saved!r}, which its chat template "
+            "decides. Leave vusr_role out, or start from the model it was trained from."
+        )
+    rendered = _render_two_turns(processor, template) if template else ""
+    if not _VICUNA_TURNS.search(rendered):
+        raise UserError(
+            "vusr_role: text is for models with Vicuna's chat format (USER: ... ASSISTANT: ...), such as LLaVA-1.5, "
+            "SQ-LLaVA and STLLaVA-Med. Leave it out: the token <vusr> works with any family."
+        )
+    writes_bos = bool(tokenizer.bos_token) and rendered.startswith(tokenizer.bos_token)
+    _set_template(processor, vicuna_template(text_role=True, write_bos=writes_bos))
+
+
+def _render_two_turns(processor: "ProcessorMixin", template: str | dict[str, str]) -> str:
+    processor.chat_template = template
+    form = turn_format(processor).content_form
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
+    messages = [
+        {"role": role, "content": text if form == "string" else [{"type": "text", "text": text}]}
+        for role, text in turns
+    ]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
 def turn_format(processor: "ProcessorMixin") -> TurnFormat:
-    """How the processor's chat template writes turns, see [`TurnFormat`]. Found out once per template."""
+    """Return how the processor's chat template writes turns. Determined once per template."""
     return _once_per_template(processor, "turn_format", _turn_format)
 
 
@@ -124,7 +191,8 @@ def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
     inference.
 
     LLaVA-1.5's template writes no beginning-of-sequence token, so `apply_chat_template(tokenize=True)` lets the
-    tokenizer add it. Training without it, as TRL's collator does, would show the model prompts it never meets again.
+    tokenizer add it. Training without it, as TRL's collator does, would show the model prompts that it never meets at
+    inference.
     """
     bos = tokenizer_of(processor).bos_token
     return bos is None or not rendered.startswith(bos)
@@ -132,7 +200,7 @@ def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
 
 def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
     """
-    Keeps data text from becoming control tokens: a zero-width non-joiner goes behind the first character of each.
+    Insert a zero-width non-joiner after the first character of each control token that a text spells.
 
     Args:
         text (`str`):
@@ -150,7 +218,7 @@ def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
 
 
 def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> tuple[list[str], int]:
-    """[`neutralise`] for the text parts of one message, which a template may join: no token stands across two."""
+    """Neutralise the text parts of one message, which a template may join, so that no token spans two of them."""
     safe, total = [], 0
     for text in texts:
         text, changed = neutralise(text, processor)
@@ -177,7 +245,7 @@ def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
     return re.compile("|".join(map(re.escape, spellings)))
 
 
-# Beside the processor, not in it: `save_pretrained` writes a processor's attributes.
+# Kept outside the processor because `save_pretrained` writes a processor's attributes.
 _FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDictionary()
 
 

@@ -27,8 +27,8 @@ def check_bounds(args: Any, training_args: Any) -> None:
         UserError: for a number outside of its bounds, for training that would end before its first step, and for a
             `dtype` or `vusr_role` that there is not.
     """
-    from medst_trl.policy.checkpoints import DTYPES
-    from medst_trl.policy.vusr_role import VUSR_ROLES
+    from medst_trl.policy.loading import DTYPES
+    from medst_trl.policy.vusr import VUSR_ROLES
 
     for settings in (args, training_args):
         for name, least in _AT_LEAST.items():

@@ -16,9 +16,9 @@ from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.pipeline.stages.run_directory import OwnModelCard
-from medst_trl.policy.adapters import mend_tied_head, train_in_full_precision
+from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision
 from medst_trl.policy.base_weights import write_base_file
-from medst_trl.policy.checkpoints import load_policy, prepare_policy
+from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .blank_images import encode_blank_images_where_needed
 from .displacement import WarnOfDisplacement
@@ -235,7 +235,7 @@ class MultimodalDPOTrainer(
                 **kwargs,
             )
         if hasattr(self.model, "peft_config"):
-            mend_tied_head(self.model)
+            retie_lm_head(self.model)
             if not self._is_zero_3():  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)
                 if args.precompute_ref_log_probs and reference is model:

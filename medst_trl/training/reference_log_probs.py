@@ -27,7 +27,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.pipeline.record import package_versions
-from medst_trl.policy.adapters import mend_tied_head
+from medst_trl.policy.adapters import retie_lm_head
 from medst_trl.policy.vusr import tokenizer_of
 
 from .input_pipeline import TakesStoredImages, with_decoded_images, with_stored_images
@@ -75,7 +75,7 @@ def sharing_weights(model: torch.nn.Module) -> "PreTrainedModel":
             raise UserError(
                 "precompute_ref_log_probs knows adapters inside the layers only, such as LoRA. Leave it out."
             )
-        mend_tied_head(model)
+        retie_lm_head(model)
         model = model.get_base_model()
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return deepcopy(model, shared).eval()

@@ -14,9 +14,9 @@ from trl import SFTConfig, SFTTrainer
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stages.run_directory import OwnModelCard
-from medst_trl.policy.adapters import mend_tied_head, train_in_full_precision
+from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision
 from medst_trl.policy.base_weights import write_base_file
-from medst_trl.policy.checkpoints import load_policy, prepare_policy
+from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .blank_images import encode_blank_images_where_needed
 from .collator import DataCollatorForSelfQuestioning
@@ -189,7 +189,7 @@ class SelfQuestioningTrainer(
             **kwargs,
         )
         if hasattr(self.model, "peft_config"):
-            mend_tied_head(self.model)
+            retie_lm_head(self.model)
             zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
             if not zero3:  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)

@@ -13,7 +13,8 @@ from datasets import Dataset
 from PIL import Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.policy.spans import render_conversation, text_of
+from medst_trl.data.schema import text_of
+from medst_trl.policy.spans import render_conversation
 
 from .encoding import TokenSpan, encode, tokens_without_images
 from .example_images import UnreadableImage, check_image, image_size, images_of, with_images

@@ -23,7 +23,7 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 

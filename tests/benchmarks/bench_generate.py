@@ -32,7 +32,7 @@ from shapes import PROMPT_TOKENS, SHAPES, build_model, build_processor, unlabell
 from medst_trl.engines.batch_size import largest_batch
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.prompts import Sampling, to_answer, to_ask
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.selftrain.generate import CandidateGenerator
 
 

@@ -226,7 +226,7 @@ def test_sft_compares_equal_losses(tmp_path, capsys):
 
 
 def test_every_text_has_as_many_tokens_as_asked_for(processor):
-    from medst_trl.policy.checkpoints import prepare_policy
+    from medst_trl.policy.loading import prepare_policy
 
     own = build_processor(TINY)
     model = prepare_policy(build_model(TINY, own, CPU), own).eval()

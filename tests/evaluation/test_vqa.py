@@ -16,7 +16,7 @@ from medst_trl.evaluation import vqa
 from medst_trl.evaluation.predictions import read_predictions
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import answer_benchmark, greedy_answers, prompts, questions_of, write_predictions
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 
 
 SMALL = {"vision_size": 32, "vision_layers": 2, "text_size": 32, "text_layers": 1, "vocab_size": 400}

@@ -9,8 +9,7 @@ import pytest
 from medst_trl.hub.cards import model_card
 from medst_trl.hub.contents import find_contents
 from medst_trl.hub.merged import merged_from
-from medst_trl.policy.chat_template import MARK
-from medst_trl.policy.vicuna import TEXT_ROLE_MARK
+from medst_trl.policy.chat_template import MARK, TEXT_ROLE_MARK
 
 
 def merged(folder, model_type="llava", template=MARK, **facts):

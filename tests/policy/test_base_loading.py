@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.loading import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.base_weights import FILE_NAME, weights_fingerprint, write_base_file
-from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.loading import load_policy
 
 
 def save_base(folder, dtype=torch.float32, seed=0, change=None, **kwargs):

@@ -9,8 +9,8 @@ from transformers import pipeline
 
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.adapters import adapter_config, mend_tied_head
-from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.adapters import adapter_config, retie_lm_head
+from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import VUSR
 
 
@@ -75,7 +75,7 @@ def test_an_adapter_comes_back_with_its_token_and_template(tmp_path, tied, spare
     model, processor = load_policy(str(base_folder))
     token = processor.tokenizer.convert_tokens_to_ids(VUSR)
     model = get_peft_model(model, adapter_config(model, vusr_token_id=token, r=4, vision_r=2))
-    mend_tied_head(model)
+    retie_lm_head(model)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -44,7 +44,7 @@ def test_folders_offline_and_cached_models_pass(nowhere, tmp_path, monkeypatch, 
     from huggingface_hub import constants
 
     from medst_trl.base.errors import UserError
-    from medst_trl.policy.hub_reach import check_reachable
+    from medst_trl.policy.loading import check_reachable
 
     check_reachable("org/not-here")  # offline, as the tests are: transformers says it at once
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

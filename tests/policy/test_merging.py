@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stages.merge_examples import built_in_examples
 from medst_trl.policy import merging
-from medst_trl.policy.adapters import adapter_config, mend_tied_head
-from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.adapters import adapter_config, retie_lm_head
+from medst_trl.policy.loading import load_policy
 from medst_trl.policy.merge_proof import difference, require
 from medst_trl.policy.merging import merge_policy
 from medst_trl.policy.vusr import VUSR, add_vusr
@@ -47,7 +47,7 @@ def save_adapter(folder, family="llava", **ranks):
     processor.save_pretrained(folder / "base")
     model, processor = load_policy(str(folder / "base"))
     model = get_peft_model(model, adapter_config(model, **{"vusr_token_id": add_vusr(processor), **RANKS, **ranks}))
-    mend_tied_head(model)
+    retie_lm_head(model)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

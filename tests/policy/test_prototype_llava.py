@@ -14,8 +14,8 @@ from family_models import tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.prototype_extractor import PrototypeExtractor
 from medst_trl.policy.prototype_llava import (
+    PrototypeExtractor,
     PrototypeLlavaConfig,
     PrototypeLlavaForConditionalGeneration,
     PrototypeLlavaModel,

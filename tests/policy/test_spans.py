@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
-from medst_trl.policy.spans import can_be_asked, render_conversation, text_of
+from medst_trl.data.schema import text_of
+from medst_trl.policy.spans import can_be_asked, render_conversation
 from medst_trl.policy.vusr import VUSR, neutralise, turn_format
 from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
 

@@ -14,9 +14,8 @@ from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs, write_texts
 from medst_trl.engines.prompts import to_ask
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.checkpoints import load_policy
-from medst_trl.policy.vusr import VUSR, add_vusr, stop_token_ids
-from medst_trl.policy.vusr_role import set_vusr_role
+from medst_trl.policy.loading import load_policy
+from medst_trl.policy.vusr import VUSR, add_vusr, set_vusr_role, stop_token_ids
 from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
 
 
@@ -95,7 +94,7 @@ def test_what_was_saved_decides():
         set_vusr_role(with_token, "text")
     with pytest.raises(UserError, match="saved with the role 'text'"):
         set_vusr_role(with_text, "token")
-    with pytest.raises(UserError, match="no vusr_role 'word'"):
+    with pytest.raises(UserError, match="Unknown vusr_role 'word'"):
         set_vusr_role(with_text, "word")
 
 

@@ -7,7 +7,7 @@ import torch
 from family_models import MODELS, tiny_model
 from tiny_run import conversation
 
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.parts import model_parts
 from medst_trl.training.blank_images import encode_blank_images
 from medst_trl.training.collator import DataCollatorForSelfQuestioning

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.checkpoints import load_policy
+from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.collator import IGNORED
 from medst_trl.training.length_grouping import conversation_lengths

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.families import family_of
-from medst_trl.policy.vusr_role import VUSR_ROLES
+from medst_trl.policy.vusr import VUSR_ROLES
 
 from .assembling import EMBEDDING, HEAD, Parts, model_on_meta
 from .model_config import llava_config

@@ -5,7 +5,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.policy.vicuna import vicuna_template
+from medst_trl.policy.chat_template import vicuna_template
 
 from .sources import read_json
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import split_revision
-from medst_trl.policy.hub_reach import check_reachable
+from medst_trl.policy.loading import check_reachable
 
 
 _SMALL_FILES = ("*.json", "*.model")

@@ -73,7 +73,7 @@ def tiny_base() -> "PreTrainedModel":
 @cache
 def _tiny_config() -> "PreTrainedConfig":
     from medst_trl.demo.tiny_model import tiny_llava
-    from medst_trl.policy.checkpoints import prepare_policy
+    from medst_trl.policy.loading import prepare_policy
 
     return prepare_policy(*tiny_llava()).config
 
@@ -104,7 +104,7 @@ def adapter_config_of(name_or_path: str) -> "LoraConfig | None":
 
 def asks_by_words(folder: str) -> bool:
     """Whether the model in a folder was saved with the text role, for which no token is trained."""
-    from medst_trl.policy.vicuna import has_text_role
+    from medst_trl.policy.chat_template import has_text_role
 
     template = Path(folder, "chat_template.jinja")
     return template.is_file() and has_text_role(template.read_text(encoding="utf-8"))
@@ -115,11 +115,11 @@ def make_room_for_vusr(model: "PreTrainedModel", name_or_path: str) -> None:
     from transformers import AutoTokenizer
 
     from medst_trl.policy.chat_template import VUSR
-    from medst_trl.policy.checkpoints import make_room_for
+    from medst_trl.policy.loading import add_embedding_row
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=not hub_answers())
     except (OSError, ValueError):
         return
     token_id = tokenizer.get_vocab().get(VUSR, len(tokenizer))
-    make_room_for(model, token_id)
+    add_embedding_row(model, token_id)

@@ -179,7 +179,7 @@ def settings_of(args: GenerateArguments) -> dict[str, Any]:
     """How [`CandidateGenerator`] is to work, checked."""
     from medst_trl.base.errors import UserError
     from medst_trl.engines.prompts import Sampling
-    from medst_trl.policy.checkpoints import DTYPES
+    from medst_trl.policy.loading import DTYPES
     from medst_trl.selftrain.generate.filters import QuestionFilter
 
     if args.engine not in ENGINES:

@@ -52,7 +52,7 @@ def load_trainable_policy(args: Any, training_args: "TrainingArguments") -> "tup
     Raises:
         UserError: see [`load_policy`].
     """
-    from medst_trl.policy.checkpoints import load_policy
+    from medst_trl.policy.loading import load_policy
 
     frozen = "float32"
     if args.use_lora and (training_args.bf16 or training_args.fp16):

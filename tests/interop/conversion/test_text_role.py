@@ -12,7 +12,7 @@ from PIL import Image
 from medst_trl import load_policy
 from medst_trl.interop.conversion import convert_checkpoint
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.vicuna import VICUNA_SYSTEM, VUSER_SYSTEM
+from medst_trl.policy.chat_template import VICUNA_SYSTEM, VUSER_SYSTEM
 from medst_trl.policy.vusr import VUSR, add_vusr
 
 

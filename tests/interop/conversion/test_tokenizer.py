@@ -10,7 +10,7 @@ import pytest
 from medst_trl.base.errors import UserError
 from medst_trl.interop.conversion.sentencepiece_file import read_pieces
 from medst_trl.interop.conversion.tokenizer import _from_sentencepiece, read_tokenizer
-from medst_trl.policy.vicuna import VICUNA_SYSTEM
+from medst_trl.policy.chat_template import VICUNA_SYSTEM
 
 
 TEXT = (

@@ -23,7 +23,7 @@ from medst_trl.pipeline.plan.trainable import Policy, meta_model, policy_of
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.vusr import add_vusr
 
 

@@ -16,7 +16,7 @@ from medst_trl.data.schema import check_columns, instruct_features, load_records
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.stages.generate import STAGE, GenerateArguments, main
-from medst_trl.policy.checkpoints import prepare_policy
+from medst_trl.policy.loading import prepare_policy
 from medst_trl.selftrain.generate import CandidateGenerator
 
 

@@ -1,0 +1,357 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Load a policy: base model, adapter, processor, `<vusr>` token and chat template, from directories or the Hub."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import split_revision
+
+from .adapters import DAMAGED, SHOWN, load_adapter, read_adapter_config, retie_lm_head
+from .base_weights import check_base, hub_commit
+from .families import check_family
+from .parts import model_parts
+from .vusr import add_vusr, set_vusr_role, stop_token_ids
+
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+HUB_TIMEOUT = 10  # seconds, for an answer of any kind
+# Keys of config.json in the original code's layout, which transformers does not read.
+_ORIGINAL = ("mm_projector_type", "mm_vision_tower")
+
+
+def load_policy(
+    model_name_or_path: str,
+    *,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    dtype: "str | torch.dtype" = "auto",
+    is_trainable: bool = False,
+    vusr_role: str | None = None,
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """
+    Load a policy and its processor, ready to answer, to ask (`<vusr>`) and to be trained.
+
+    The processor gets the `<vusr>` token and the template that leaves a bare `<vusr>` turn open. The model gets an
+    embedding row for the token if its vocabulary has none to spare, and stops at the template's turn terminators.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or Hub id (`org/name`, `org/name@revision`) of a vision-language model, or of an adapter of one.
+        base_model_name_or_path (`str`, *optional*):
+            Base of an adapter, if it is no longer where the adapter's configuration says.
+        revision (`str`, *optional*):
+            Hub revision of `model_name_or_path`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Type of the weights; `"auto"` keeps that of the checkpoint.
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether an adapter is loaded for further training.
+        vusr_role (`str`, *optional*):
+            `"text"` opens the turns that the model writes with the text role `VUSER:` of SQ-LLaVA and STLLaVA-Med
+            instead of the token, for models with Vicuna's chat format; see [`set_vusr_role`]. A saved policy keeps its
+            role in its chat template.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether the frozen language model is held in 4 bits, see [`four_bit_config`].
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
+        **model_kwargs:
+            Further arguments of `from_pretrained`, such as `attn_implementation`, `device_map`, `quantization_config`.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model (a [`~peft.PeftModel`] for an adapter), in evaluation mode,
+        and its processor.
+
+    Raises:
+        UserError: if nothing can be loaded, the processor cannot be used (see [`add_vusr`]), or an adapter belongs to
+            another base.
+
+    Example:
+    ```python
+    >>> model, processor = load_policy("runs/demo/sft")
+    ```
+    """
+    check_dtype(dtype)
+    name, named_revision = split_revision(model_name_or_path)
+    base, base_kwargs = name, {"revision": revision or named_revision, "trust_remote_code": trust_remote_code}
+    revision = base_kwargs["revision"]
+    check_reachable(name)
+    adapter = read_adapter_config(name, revision) if has_file(name, "adapter_config.json", revision) else None
+    processor_from = name, dict(base_kwargs)
+    if adapter is not None:
+        base, base_kwargs["revision"] = _base_of(name, adapter, base_model_name_or_path)
+        if not has_file(name, "tokenizer_config.json", revision):
+            processor_from = base, base_kwargs
+    _check_config(base, base_kwargs)
+    processor = _load_processor(*processor_from)
+    set_vusr_role(processor, vusr_role)
+    if load_in_4bit:
+        model_kwargs["quantization_config"] = four_bit_config(base, dtype, **base_kwargs)
+    model = _load_base(base, dtype, model_kwargs | base_kwargs, adapter=None if adapter is None else name)
+    prepare_policy(model, processor)
+    if adapter is not None:
+        model = load_adapter(model, name, adapter, revision=revision, is_trainable=is_trainable)
+        check_base(name, revision, model.get_base_model(), adapter.base_model_name_or_path)
+        retie_lm_head(model)
+    return model.eval(), processor
+
+
+def check_dtype(dtype: "str | torch.dtype") -> None:
+    """
+    Check the name of a type of weights.
+
+    Raises:
+        UserError: if it is unknown.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}. Choose one of {', '.join(DTYPES)}.")
+
+
+def _base_of(adapter: str, config: "PeftConfig", given: str | None) -> tuple[str, str | None]:
+    """Name and revision of an adapter's base."""
+    named = given or config.base_model_name_or_path
+    if not named:
+        raise UserError(f"The adapter {adapter!r} names no base model. Pass base_model_name_or_path.")
+    base, revision = split_revision(named)
+    try:
+        check_reachable(base)
+    except UserError as error:
+        raise UserError(
+            f"The base model of the adapter {adapter!r} was not found (pass base_model_name_or_path if it has moved): "
+            f"{error}"
+        ) from error
+    return base, revision or (None if given else config.revision)
+
+
+def check_reachable(name_or_path: str) -> None:
+    """
+    Check with one short request that a model is a directory, in the local cache, or on a Hub that answers.
+
+    transformers and huggingface_hub try every file six times, with pauses: almost three minutes.
+
+    Args:
+        name_or_path (`str`):
+            Directory or Hub id, without revision.
+
+    Raises:
+        UserError: if it is none of these. If the Hub does not answer but the cache has the model, a line says how to
+            use it without waiting.
+    """
+    import httpx2
+    from huggingface_hub import constants, get_session
+
+    if Path(name_or_path).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except httpx2.TransportError as error:
+        reason = f"{constants.ENDPOINT} does not answer ({str(error) or type(error).__name__})"
+        if not Path(constants.HF_HUB_CACHE, f"models--{name_or_path.replace('/', '--')}", "snapshots").is_dir():
+            raise UserError(
+                f"{name_or_path!r} is not a directory, {reason}, and the local cache has no copy of it. Correct the "
+                "path, or check the network."
+            ) from None
+        print(f"{reason}; looking for {name_or_path} in the cache. HF_HUB_OFFLINE=1 skips this check.")
+
+
+def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
+    """
+    Whether a directory or a Hub repository has a file of this name.
+
+    Raises:
+        UserError: if there is no such directory or repository.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            name_or_path,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise UserError(f"{name_or_path!r} is neither a directory nor a model on the Hub: {error}") from error
+    return found is not None
+
+
+def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
+    """[`check_family`] for a directory or Hub repository, if its configuration can be read."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs["revision"])
+        if any(content.get(key) for key in _ORIGINAL):
+            raise UserError(
+                f"{name_or_path!r} is in the layout of the original LLaVA code. Convert it first: medst convert "
+                f"--source {name_or_path} --output_dir DIRECTORY, and use that directory."
+            )
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except DAMAGED:
+        return  # reported when processor and model are loaded
+    check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
+
+
+def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixin":
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    except ImportError as error:
+        what = " ".join(str(error).partition(".")[0].split())
+        raise UserError(
+            f"The processor of {name_or_path!r} needs a missing package: {what}. The video half of Qwen-VL, InternVL "
+            'and SmolVLM needs torchvision: pip install "medst_trl[video]"'
+        ) from error
+    except DAMAGED as error:
+        raise UserError(f"No processor could be loaded from {name_or_path!r}: {_reason(error)}") from error
+
+
+def _load_base(
+    name_or_path: str, dtype: "str | torch.dtype", kwargs: dict[str, Any], adapter: str | None
+) -> "PreTrainedModel":
+    """
+    Load a model without an adapter, and check that no weight was missing: transformers initialises those at random and
+    only logs it. `adapter` is the adapter whose base it is, for messages.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
+    failed = f"No vision-language model could be loaded from {name_or_path!r}{of if adapter else ''}: "
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (*DAMAGED, ImportError, SafetensorError) as error:
+        raise UserError(failed + _reason(error)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{failed}some of its weights have other shapes than config.json says (listed above). Download it again."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise UserError(f"{failed}its files lack {', '.join(missing[:SHOWN])}{more}. Download it again.")
+    # transformers 5 no longer keeps it, and the base of an adapter has to be found again.
+    model.hub_commit = hub_commit(name_or_path, "config.json", kwargs["revision"])
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """The text of an error, with its type where Python alone wrote it."""
+    return str(error) if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
+
+
+def four_bit_config(name_or_path: str, dtype: "str | torch.dtype", **kwargs: Any) -> "BitsAndBytesConfig":
+    """
+    Configure QLoRA (https://huggingface.co/papers/2305.14314): NF4 with double quantization for the linear layers of
+    the language model only.
+
+    The vision tower is small in comparison, and its errors affect everything said about an image. The projector is
+    trained in full, which 4-bit weights cannot be, and the output layer counts in every softmax.
+
+    Args:
+        name_or_path (`str`): Directory or Hub id of a vision-language model.
+        dtype (`str` or `torch.dtype`): Type to compute in; `"auto"` for bfloat16.
+        **kwargs: `revision`, `trust_remote_code`, as for `from_pretrained`.
+
+    Raises:
+        UserError: if bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('load_in_4bit needs bitsandbytes, which is not installed: pip install "medst_trl[qlora]"')
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    language_model = model_parts(model).language_model
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        llm_int8_skip_modules=[
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.startswith(f"{language_model}.")
+        ],
+    )
+
+
+def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "PreTrainedModel":
+    """
+    Add the `<vusr>` token to a loaded model and its processor, in place. [`load_policy`] and the trainers call it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Vision-language model.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The same model.
+    """
+    vusr_token_id = add_vusr(processor)
+    config = model.generation_config
+    known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    config.eos_token_id = list(dict.fromkeys([*known, *stop_token_ids(processor)]))
+    config.pad_token_id = processor.tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    if vusr_token_id is not None:  # the text role needs none
+        add_embedding_row(model, vusr_token_id)
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
+    return model
+
+
+def add_embedding_row(model: "PreTrainedModel", token_id: int) -> None:
+    """
+    Resize the embeddings so that they have a row for a token, in place.
+
+    A new row is the mean of the others, so that it is the same wherever the model is loaded again: an adapter stores
+    its own row, but the output row counts in every softmax. `mean_resizing` would draw it at random.
+    """
+    import torch
+
+    embedding = model.get_input_embeddings()
+    # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token has wrapped the layer.
+    rows = getattr(embedding, "original_module", embedding).num_embeddings
+    if token_id < rows:
+        return
+    model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                with _gathered(layer.weight) as weight:
+                    weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+
+
+@contextmanager
+def _gathered(weight: "torch.nn.Parameter") -> "Iterator[torch.nn.Parameter]":
+    """A whole weight, of which a rank holds a part under ZeRO-3. Changes reach every rank."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield weight
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        yield weight
