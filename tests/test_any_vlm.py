@@ -29,6 +29,7 @@ from medst_trl.data.images import image_id
 from medst_trl.data.schema import instruct_features, text_of
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.prompts import Sampling, to_answer, to_ask
+from medst_trl.pipeline.stages.merge import batches_of
 from medst_trl.policy.families import FAMILIES
 from medst_trl.policy.merging import merge_policy
 from medst_trl.policy.parts import model_parts
@@ -209,7 +210,9 @@ def test_the_merged_model_says_the_same(walk):
     assert trainer
     model, processor = load_policy(str(walk.folder / "dpo"))
     assert torch.equal(log_probs(model, processor), log_probs(trainer.model, walk.policy[1]))
-    facts = merge_policy(str(walk.folder / "dpo"), walk.folder / "merged", [tiny_run.conversation(7)])
+    facts = merge_policy(
+        str(walk.folder / "dpo"), walk.folder / "merged", [tiny_run.conversation(7)], batches_of=batches_of
+    )
     assert facts["proof"]["stored_difference"] <= 1e-4
     merged, merged_processor = load_policy(str(walk.folder / "merged"))
     assert type(merged) is type(walk.base_model)

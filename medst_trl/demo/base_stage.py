@@ -1,48 +1,56 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Builds a tiny LLaVA in code and trains it on plain shapes and plain text, so that recipes run without a download.
+Build a tiny LLaVA in code and train it on plain shapes and plain text, so that recipes run without a download.
 
 ```bash
 medst base --output_dir runs/demo/base
 ```
 
-It stands for the general-purpose vision-language model that the paper starts from: it knows squares, corners, bright
-and dark, and the words of medicine, but has seen no scan and no medical label.
+It takes the place of the general-purpose vision-language model that the paper starts from: it knows squares, corners,
+bright and dark, and the words of medicine, but has seen no scan and no medical label.
 
-Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. Cut short, it
-continues from its newest checkpoint.
+Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. An interrupted
+run resumes from its newest checkpoint.
 """
 
-import os
 import random
 import shutil
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.files import move_files
 from medst_trl.pipeline.stage import MODEL, STAGES, Output, Stage
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass
 class BaseArguments:
     """Arguments of `medst base`."""
 
-    output_dir: str = field(metadata={"help": "Folder for the model and its processor."})
-    num_texts: int = field(default=2000, metadata={"help": "Conversations without a picture, read first."})
-    num_pictures: int = field(
-        default=16000, metadata={"help": "Pictures of plain shapes, each with its questions, seen next."}
+    output_dir: str = field(metadata={"help": "Directory for the model and its processor."})
+    num_texts: int = field(
+        default=2000, metadata={"help": "Number of conversations without a picture, trained on first."}
     )
-    turns: int = field(default=1, metadata={"help": "Questions about each picture."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Conversations per step."})
+    num_pictures: int = field(
+        default=16000, metadata={"help": "Number of pictures of plain shapes, each with its questions."}
+    )
+    turns: int = field(default=1, metadata={"help": "Number of questions about each picture."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Number of conversations per step."})
     learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
-    warmup_steps: int = field(default=30, metadata={"help": "Steps until the peak."})
+    warmup_steps: int = field(default=30, metadata={"help": "Number of steps until the peak."})
     save_steps: int = field(
-        default=200, metadata={"help": "Steps between checkpoints, from which a cut run continues."}
+        default=200, metadata={"help": "Steps between checkpoints, from which an interrupted run resumes."}
     )
     logging_steps: int = field(default=50, metadata={"help": "Steps between log lines."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights, the pictures and their order."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the output of an earlier run and start again."})
 
 
 def main(args: BaseArguments) -> None:
@@ -68,10 +76,10 @@ def main(args: BaseArguments) -> None:
 
     model, processor = tiny_llava(seed=args.seed)
     trainer = _trainer(args, model, processor)
-    result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_folder(args)))
+    result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_directory(args)))
     if trainer.accelerator.is_main_process:
         _save(model, processor, Path(args.output_dir))
-        shutil.rmtree(_run_folder(args))
+        shutil.rmtree(_run_directory(args))
     record.finish(
         counts={"parameters": model.num_parameters(), "steps": trainer.state.global_step},
         training_loss=result.training_loss,
@@ -81,8 +89,8 @@ def main(args: BaseArguments) -> None:
     )
 
 
-def _run_folder(args: BaseArguments) -> Path:
-    """The Trainer's folder; hidden, so that it is not taken for part of the result."""
+def _run_directory(args: BaseArguments) -> Path:
+    """The Trainer's directory; hidden, so that it does not count as part of the result."""
     return Path(args.output_dir) / ".run"
 
 
@@ -93,14 +101,14 @@ def _trainer(args: BaseArguments, model, processor):
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
     from medst_trl.training.resume import LoadsPublishedNames
 
-    # Stage 1's collator for its rendering, on a copy of the processor, to which alone it adds `<vusr>`.
+    # Stage 1's collator for its rendering. It adds `<vusr>` to its processor, so it gets a copy.
     collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
 
     def collate(rows: list[dict]) -> dict:
         batch = collator(rows)
         batch.pop("question_mask")
-        # As in pre-training every word is a target. Stage 1 trains no output layer, so a word that was never to be
-        # predicted here, such as those that only questions have, could hardly be asked with later.
+        # As in pre-training every word is a target. Stage 1 does not train the output layer, so a word that was never
+        # a target here, such as those that only questions have, could hardly be used in a question later.
         text = (batch["attention_mask"] == 1) & (batch["input_ids"] != processor.image_token_id)
         batch["labels"] = batch["input_ids"].masked_fill(~text, -100)
         return batch
@@ -112,7 +120,7 @@ def _trainer(args: BaseArguments, model, processor):
     return ResumingTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(_run_folder(args)),
+            output_dir=str(_run_directory(args)),
             num_train_epochs=1,
             train_sampling_strategy="sequential",
             per_device_train_batch_size=args.per_device_train_batch_size,
@@ -137,7 +145,7 @@ def _trainer(args: BaseArguments, model, processor):
 
 
 def _conversations(args: BaseArguments) -> list[dict]:
-    """What the model meets, in order: language first, then pictures with a little language between them."""
+    """The training data in order: text first, then pictures with a little text between them."""
     from . import plain_text, shapes
 
     texts = list(plain_text.conversations(args.num_texts, args.seed))
@@ -149,14 +157,26 @@ def _conversations(args: BaseArguments) -> list[dict]:
 
 
 def _save(model, processor, output_dir: Path) -> None:
-    """Each file appears whole, config.json last: a folder that has it is complete."""
+    """Save model and processor so that `config.json` appears last: a directory that has it is complete."""
     staging = output_dir / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     processor.save_pretrained(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output_dir / path.name)
-    staging.rmdir()
+    move_files(staging, output_dir)
+
+
+def _config(settings: dict[str, Any]) -> "tuple[PreTrainedConfig, bool]":
+    """The configuration of the model after training, and that it has no text role."""
+    return deepcopy(_prepared_config()), False
+
+
+@cache
+def _prepared_config() -> "PreTrainedConfig":
+    from medst_trl.policy.loading import prepare_policy
+
+    from .tiny_model import tiny_llava
+
+    return prepare_policy(*tiny_llava()).config
 
 
 STAGE = STAGES.register(
@@ -167,7 +187,7 @@ STAGE = STAGES.register(
         after=("convert",),
         arguments=lambda: (BaseArguments,),
         main=main,
-        outputs=(Output("", MODEL, is_published=False),),
+        outputs=(Output("", MODEL, config=_config, is_published=False),),
         operational=frozenset({"save_steps", "logging_steps"}),
     )
 )

@@ -1,13 +1,16 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text without pictures: what the tiny general-purpose model has read before it meets a patient.
+"""
+Plain text without pictures, for the tiny general-purpose model: a few everyday and medical words explained.
 
-A real base model knows the language of medicine long before it has seen a labelled scan. The tiny one gets that from
-here: a few words explained, everyday and medical. Nothing in it says what any picture shows.
+A real base model knows the language of medicine before it sees a labelled scan. The tiny one learns it here. Nothing
+in this text says what any picture shows.
 """
 
 import random
 from collections.abc import Iterator
+
+from medst_trl.data.schema import message, text_part
 
 
 DEFINITIONS = {
@@ -45,7 +48,7 @@ DEFINITIONS = {
     "What lies around a lesion?": "The tissue around it.",
 }
 
-# Every word of the phantoms, of the shapes and of everyday talk that should be one token.
+# Words of the phantoms, the shapes and everyday language that should be one token each.
 WORDS = tuple(
     """
     Yes No yes no A An The It In On This There Is Are Does Do What Which Where How Who Why When Can Please Describe
@@ -61,37 +64,34 @@ WORDS = tuple(
     nodule fracture fluid finding findings appearance location size patient doctor body disease diagnosis contrast
     organ man woman child people person dog cat house tree car street water day night year time world work life hand
     eye food good new old first last long great own high different next early young important few public able
-    """.split()  # noqa: SIM905 (a list of so many strings could not be read)
+    """.split()  # noqa: SIM905 (as a list of strings it would be unreadable)
 )
 
 
-def everything() -> Iterator[str]:
-    """All of the text once, to train a tokenizer on."""
+def all_texts() -> Iterator[str]:
+    """Yield all of the text once, to train a tokenizer on."""
     for question, answer in DEFINITIONS.items():
         yield f"{question} {answer}"
     yield "\n".join(WORDS)
-    yield " " + " ".join(WORDS * 2)  # mostly a blank stands before a word
+    yield " " + " ".join(WORDS * 2)  # most words follow a space
     yield "USER: x ASSISTANT: x USER: x ASSISTANT: x"
 
 
 def conversations(n: int, seed: int) -> Iterator[dict]:
-    """Conversations without a picture in the instruct columns: one word explained in each.
+    """
+    Yield conversations without a picture in the instruct columns, each explaining one word.
 
     Args:
-        n (`int`): How many.
-        seed (`int`): Draws the order.
+        n (`int`): Number of conversations.
+        seed (`int`): Seed of their order.
     """
     rng, questions = random.Random(seed), list(DEFINITIONS)
     for index in range(n):
         if index % len(questions) == 0:
             rng.shuffle(questions)
         question = questions[index % len(questions)]
-        messages = [("user", question), ("assistant", DEFINITIONS[question])]
-        yield {
-            "id": f"text-{seed}-{index}",
-            "images": [],
-            "image_ids": [],
-            "messages": [
-                {"role": role, "content": [{"type": "text", "text": text}], "vusr": False} for role, text in messages
-            ],
-        }
+        messages = [
+            message("user", [text_part(question)]),
+            message("assistant", [text_part(DEFINITIONS[question])]),
+        ]
+        yield {"id": f"text-{seed}-{index}", "images": [], "image_ids": [], "messages": messages}

@@ -1,8 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Plain shapes in everyday words: the pictures of the tiny general-purpose model, and nothing medical among them.
+"""
+Pictures of plain shapes, and questions about them, for the tiny general-purpose model. Nothing in them is medical.
 
-A picture is 64 x 64, grey, and shows one shape, or none, on a plain, striped, shaded or grainy background.
+A picture is 64 x 64, grey, and shows one shape or none on a plain, striped, shaded or grainy background.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from medst_trl.data.images import image_id
+from medst_trl.data.schema import image_part, message, text_part
 
 
 SIZE = 64  # pixels
@@ -25,8 +27,7 @@ BRIGHTNESSES = ("dark", "bright")
 @dataclass(frozen=True)
 class Picture:
     """
-    A drawn picture (mode "L", 64 x 64) and what it shows. Without a shape, `corner`, `size` and `brightness` are
-    `None`.
+    A drawn picture (mode "L", 64 x 64) and what it shows; `corner`, `size` and `brightness` only with a shape.
     """
 
     image: Image.Image
@@ -37,17 +38,18 @@ class Picture:
 
 
 def make_shapes(n: int, seed: int) -> list[Picture]:
-    """Draws `n` pictures, seven in ten of them with a shape.
+    """
+    Draw pictures, seven in ten of them with a shape.
 
     Args:
-        n (`int`): How many. The first pictures of a longer list are those of a shorter one.
-        seed (`int`): Not negative. Other seeds give other pictures.
+        n (`int`): Number of pictures. A longer list starts with the pictures of a shorter one.
+        seed (`int`): Seed, not negative.
     """
     return [_picture(np.random.default_rng((seed, position))) for position in range(n)]
 
 
 def questions(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions that the picture answers, with their answers, in random order and wording."""
+    """Return questions about a picture with their answers, in random order and wording."""
     view, guess = rng.choice(("picture", "image")), rng.choice(BRIGHTNESSES)
     asked = [
         (f"What is the background of the {view}?", f"The background is {picture.background}."),
@@ -67,20 +69,20 @@ def questions(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str
 
 
 def conversations(pictures: list[Picture], seed: int, turns: int | None = None) -> Iterator[dict]:
-    """One conversation a picture in the instruct columns: `id`, `images`, `image_ids`, `messages`.
+    """
+    Yield one conversation per picture in the instruct columns: `id`, `images`, `image_ids`, `messages`.
 
     Args:
         pictures (`list[Picture]`): The pictures.
-        seed (`int`): Draws order and wording of the questions.
-        turns (`int`, *optional*): Keep only so many questions. All by default.
+        seed (`int`): Seed of the order and wording of the questions.
+        turns (`int`, *optional*): Largest number of questions. Defaults to all.
     """
     for position, picture in enumerate(pictures):
         messages = []
         for question, answer in questions(picture, np.random.default_rng((seed, position, 1)))[:turns]:
-            content = [] if messages else [{"type": "image", "text": None}]
-            content.append({"type": "text", "text": question})
-            messages.append({"role": "user", "content": content, "vusr": False})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}], "vusr": False})
+            image = [] if messages else [image_part()]
+            messages.append(message("user", [*image, text_part(question)]))
+            messages.append(message("assistant", [text_part(answer)]))
         yield {
             "id": f"shape-{seed}-{position}",
             "images": [picture.image],
@@ -107,13 +109,8 @@ def _picture(rng: np.random.Generator) -> Picture:
             "brightness": str(rng.choice(BRIGHTNESSES)),
         }
         radius = SIZE * (rng.uniform(0.11, 0.14) if facts["size"] == "large" else rng.uniform(0.05, 0.075))
-        centre_x, centre_y = (
-            SIZE / 2
-            + SIZE
-            * 0.19
-            * np.array((1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1))
-            + rng.uniform(-6, 6, size=2)
-        )
+        corner = np.array((1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1))
+        centre_x, centre_y = SIZE / 2 + SIZE * 0.19 * corner + rng.uniform(-6, 6, size=2)
         inside = _inside(str(rng.choice(SHAPES)), (x - centre_x) / radius, (y - centre_y) / radius)
         pixels[inside] = 245 if facts["brightness"] == "bright" else 8
     pixels += rng.normal(0, 8, size=pixels.shape)
@@ -121,7 +118,7 @@ def _picture(rng: np.random.Generator) -> Picture:
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which pixels a shape of radius 1 around the origin covers."""
+    """Whether pixels are inside a shape of radius 1 around the origin."""
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) <= 0.9
     if shape == "circle":

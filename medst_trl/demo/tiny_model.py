@@ -1,41 +1,24 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A LLaVA small enough to be built and trained anywhere, with everything a real one has.
+"""
+A LLaVA small enough to be built and trained anywhere, with every part of a real one.
 
 CLIP vision tower, two-layer projector, Llama, byte-level BPE tokenizer, Vicuna's chat template. The weights are
-random: `medst base` trains them on plain shapes; tests take them as they are.
+random: `medst base` trains them on plain shapes; tests use them as they are.
 """
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from medst_trl.policy.chat_template import vicuna_template
+
 from . import plain_text
 
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-# Vicuna v1 as LLaVA-1.5 speaks it, each answer closed by the end-of-sequence token. `generation` marks what is
-# trained.
-CHAT_TEMPLATE = """\
-{%- macro text_of(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}
-{%- for part in content if part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}
-{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{- text_of(message['content']) + ' ' -}}
-{%- elif message['role'] == 'user' -%}{{- 'USER: ' + text_of(message['content']) -}}
-{%- else -%}
-{{- ' ASSISTANT:' -}}
-{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = vicuna_template(write_bos=True, system="")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
@@ -55,7 +38,7 @@ def tiny_llava(
     seed: int = 0,
 ) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
     """
-    Builds a LLaVA with random weights, and its processor.
+    Build a LLaVA with random weights, and its processor.
 
     Args:
         image_size (`int`, *optional*, defaults to `64`):
@@ -65,23 +48,24 @@ def tiny_llava(
         vision_size (`int`, *optional*, defaults to `128`):
             Hidden size of the vision tower, a multiple of `head_size`.
         vision_layers (`int`, *optional*, defaults to `3`):
-            Layers of the vision tower. As in LLaVA-1.5 the features are those before the last one, which is not used.
+            Number of layers of the vision tower. As in LLaVA-1.5 the features are those before the last layer, which
+            is not used.
         text_size (`int`, *optional*, defaults to `128`):
             Hidden size of the language model, a multiple of `head_size`.
         text_layers (`int`, *optional*, defaults to `2`):
-            Layers of the language model.
+            Number of layers of the language model.
         head_size (`int`, *optional*, defaults to `32`):
             Size of one attention head.
         vocab_size (`int`, *optional*, defaults to `1024`):
-            Most tokens of the tokenizer, at least 261 (the bytes and the special tokens).
+            Largest number of tokens of the tokenizer, at least 261 (the bytes and the special tokens).
         spare_rows (`int`, *optional*, defaults to `0`):
-            Rows of the embedding behind the last token, as models with a padded vocabulary have them.
+            Rows of the embedding after the last token, as in models with a padded vocabulary.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output layer shares the embedding's weights.
         texts (`Iterable[str]`, *optional*):
-            Texts whose words become tokens, beside those of [`~medst_trl.demo.plain_text`].
+            Texts whose words become tokens, in addition to those of [`~medst_trl.demo.plain_text`].
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights. The global random state is left as it was.
+            Seed of the weights. The global random state does not change.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`
@@ -89,49 +73,32 @@ def tiny_llava(
     Example:
     ```python
     >>> model, processor = tiny_llava()  # 1.0M parameters
-    >>> model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=300)  #
-    50k
+    >>> small = {"vision_size": 32, "vision_layers": 2, "text_size": 32, "text_layers": 1, "vocab_size": 300}
+    >>> model, processor = tiny_llava(**small)  # 50k
     ```
     """
     import torch
     from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
 
-    tokenizer = train_tokenizer([*plain_text.everything(), *texts], vocab_size)
     processor = LlavaProcessor(
-        # The PIL one: the other needs torchvision.
+        # The other image processor needs torchvision.
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
         ),
-        tokenizer=tokenizer,
+        tokenizer=train_tokenizer([*plain_text.all_texts(), *texts], vocab_size),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which the select strategy drops again
         chat_template=CHAT_TEMPLATE,
     )
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = _llava_config(
-        vision={
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "hidden_size": vision_size,
-            "intermediate_size": 2 * vision_size,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": vision_size // head_size,
-        },
-        text={
-            "vocab_size": len(tokenizer) + spare_rows,
-            "hidden_size": text_size,
-            "intermediate_size": 2 * text_size,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": text_size // head_size,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.06,  # the usual 0.02 suits sizes in the thousands; at 128 little would pass
+    config = _config(
+        processor,
+        {"image_size": image_size, "patch_size": patch_size, **_tower(vision_size, vision_layers, head_size)},
+        {
+            "vocab_size": len(processor.tokenizer) + spare_rows,
             "tie_word_embeddings": tie_word_embeddings,
-            **special,
+            **_tower(text_size, text_layers, head_size),
         },
-        image_token_id=processor.image_token_id,
-        tie_word_embeddings=tie_word_embeddings,
-        **special,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -141,21 +108,51 @@ def tiny_llava(
         # them over millions of images; a tiny one never learns where anything is.
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(25)
         if not tie_word_embeddings:
-            # Adapters leave the output layer alone. Drawn as small as the others, it would let no token have a
-            # probability near one, and sampling would pick junk.
+            # Adapters do not train the output layer. Drawn as small as the others, it would give no token a
+            # probability near one, and sampling would pick nonsense.
             model.lm_head.weight.mul_(4)
     return model.eval(), processor
 
 
+def _tower(size: int, layers: int, head_size: int) -> dict[str, int]:
+    return {
+        "hidden_size": size,
+        "intermediate_size": 2 * size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": size // head_size,
+    }
+
+
+def _config(processor: "LlavaProcessor", vision: dict, text: dict) -> "LlavaConfig":
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    tokenizer = processor.tokenizer
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(
+            max_position_embeddings=2048,
+            initializer_range=0.06,  # the usual 0.02 suits sizes in the thousands; at 128 little would pass through
+            **text,
+            **special,
+        ),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_token_id=processor.image_token_id,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        **special,
+    )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """
-    Trains a byte-level BPE tokenizer: any text can be written in it, and the words of `texts` are short.
+    Train a byte-level BPE tokenizer. It can write any text, and the words of `texts` take few tokens.
 
     Args:
         texts (`Iterable[str]`):
-            Texts to take the words from.
+            Texts that give the words.
         vocab_size (`int`):
-            Most tokens, at least 261 (the bytes and the special tokens).
+            Largest number of tokens, at least 261 (the bytes and the special tokens).
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]
@@ -182,16 +179,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         extra_special_tokens={"image_token": "<image>"},
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
-    )
-
-
-def _llava_config(vision: dict, text: dict, **kwargs):
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(**text),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        **kwargs,
     )

@@ -21,10 +21,16 @@ is missing, left over or of another shape is listed, and nothing is written. Cut
 whole shard.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Input, Output, Stage
 
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
 
 INPUTS = ("source", "base", "projector", "vision_tower", "vision_lora")
 
@@ -103,6 +109,22 @@ def main(args: ConvertArguments) -> None:
         print("convert: it asks by the text role VUSER: with its system prompt (--vusr_role token for the token).")
     else:
         print("convert: it asks by the token <vusr>, once stage 1 has trained that (--vusr_role text for VUSER:).")
+
+
+def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
+    """
+    The configuration of the converted model and whether it has the text role, from the small files of the original;
+    None if they are neither here nor on a Hub that answers.
+    """
+    from medst_trl.base.fingerprints import cached_revision
+    from medst_trl.pipeline.plan.hub import hub_answers
+
+    from .conversion.convert import planned_config
+
+    def is_available(source: str) -> bool:
+        return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()
+
+    return planned_config(settings, is_available)
 
 
 STAGE = STAGES.register(

@@ -36,6 +36,7 @@ from medst_trl.base.registry import Registry
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from trl.scripts.utils import TrlParser
 
 # What an input can be besides a kind of dataset (`medst_trl.data.schema.KINDS`).
@@ -150,6 +151,9 @@ class Output:
             A kind of dataset, or `"model"`.
         count (`Callable`, *optional*):
             `(settings, split, counter) -> Count`: how many rows it will have, for `--dry_run`; see [`Counter`].
+        config (`Callable`, *optional*):
+            For a new model: from the settings to its configuration and whether it has the text role `VUSER:`, for
+            `--dry_run`; None if that is not known before the stage has run.
         is_published (`bool`):
             Whether `push_to_hub` uploads it.
     """
@@ -157,6 +161,7 @@ class Output:
     directory: str
     kind: str
     count: Callable[[Mapping[str, Any], str, Counter], Count] | None = None
+    config: Callable[[Mapping[str, Any]], "tuple[PreTrainedConfig, bool] | None"] | None = None
     is_published: bool = True
 
 

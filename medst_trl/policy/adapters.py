@@ -187,7 +187,7 @@ def read_adapter_config(adapter: str, revision: str | None) -> "PeftConfig":
         ) from error
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
-        raise UserError(f"The adapter {adapter!r} is of the type {kind}. Only LoRA adapters can be used.")
+        raise UserError(f"The adapter {adapter!r} is not a LoRA adapter but of the type {kind}, which cannot be used.")
     if not isinstance(config.base_model_name_or_path, str | None):
         raise UserError(f"The adapter {adapter!r} names {config.base_model_name_or_path!r} as its base, not a model.")
     return config

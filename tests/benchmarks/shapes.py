@@ -145,7 +145,7 @@ def build_processor(shape: Shape) -> "LlavaProcessor":
     side = shape.vision["image_size"]
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        tokenizer=train_tokenizer(plain_text.everything(), 1024),
+        tokenizer=train_tokenizer(plain_text.all_texts(), 1024),
         patch_size=shape.vision["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which the select strategy drops again

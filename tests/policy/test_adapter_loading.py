@@ -72,10 +72,10 @@ def test_only_safetensors(adapter):
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
         ('{"peft_type": "NOPE"}', "cannot be read"),
-        ("{}", "not of LoRA"),
+        ("{}", "not a LoRA adapter"),
         (
             '{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "x"}',
-            "not of LoRA but of the type PREFIX_TUNING",
+            "not a LoRA adapter but of the type PREFIX_TUNING",
         ),
         ('{"peft_type": "LORA", "base_model_name_or_path": 3}', "names 3 as its base"),
         ('{"peft_type": "LORA"}', "names no base"),

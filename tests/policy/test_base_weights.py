@@ -91,7 +91,7 @@ def test_a_base_given_by_hand_has_to_be_the_same(adapter, tmp_path):
     with pytest.raises(UserError, match="trained on other weights than those of .*other"):
         load_policy(str(adapter), base_model_name_or_path=other)
     (adapter / FILE_NAME).write_text("{")  # damaged: as good as none
-    with pytest.warns(UserWarning, match="cannot be told whether .*other.* is the base"):
+    with pytest.warns(UserWarning, match="Cannot verify that .*other.* is the base"):
         assert load_policy(str(adapter), base_model_name_or_path=other)
 
 

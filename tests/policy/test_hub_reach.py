@@ -36,7 +36,7 @@ def test_a_model_that_cannot_be_had(nowhere, tmp_path):
         [sys.executable, "-c", CODE, "org/not-here"], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "'org/not-here' is no folder here" in done.stdout and nowhere in done.stdout
+    assert "'org/not-here' is not a directory" in done.stdout and nowhere in done.stdout
     assert "Retry" not in done.stderr
 
 
@@ -51,7 +51,7 @@ def test_folders_offline_and_cached_models_pass(nowhere, tmp_path, monkeypatch, 
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     check_reachable(str(tmp_path))
-    with pytest.raises(UserError, match="nothing of it was downloaded"):
+    with pytest.raises(UserError, match="the local cache has no copy of it"):
         check_reachable("org/here")
     (tmp_path / "models--org--here" / "snapshots").mkdir(parents=True)
     check_reachable("org/here")

@@ -3,6 +3,8 @@
 """A merged model is the adapter on its base, for tools that know nothing of adapters; and a wrong one is refused."""
 
 import json
+import os
+from functools import partial
 
 import pytest
 import torch
@@ -15,15 +17,15 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.stages.merge_examples import built_in_examples
+from medst_trl.pipeline.stages.merge import batches_of, drawn_examples
 from medst_trl.policy import merging
 from medst_trl.policy.adapters import adapter_config, retie_lm_head
 from medst_trl.policy.loading import load_policy
-from medst_trl.policy.merge_proof import difference, require
-from medst_trl.policy.merging import merge_policy
+from medst_trl.policy.merging import check_difference, difference
 from medst_trl.policy.vusr import VUSR, add_vusr
 
 
+merge_policy = partial(merging.merge_policy, batches_of=batches_of)
 RANKS = {"r": 4, "lora_alpha": 8, "vision_r": 2, "vision_lora_alpha": 4, "lora_dropout": 0.0}
 FAMILIES = {  # the model and its overrides
     "llava": ("llava-1.5-hf", {}),
@@ -72,7 +74,7 @@ def logits(model, processor, text):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_transformers_loads_what_the_adapter_was(family, tmp_path):
     adapter, merged = save_adapter(tmp_path, family)
-    result = merge_policy(adapter, merged, built_in_examples())
+    result = merge_policy(adapter, merged, drawn_examples())
     assert result["dtype"] == "float32" and result["base"] == str(tmp_path / "base")
     assert result["proof"]["float32_difference"] <= 1e-4 and result["proof"]["tokens"] > 30
     assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"} <= {
@@ -96,7 +98,7 @@ def test_plain_transformers_loads_what_the_adapter_was(family, tmp_path):
 
 def test_an_adapter_of_the_projector_alone(tmp_path):
     adapter, merged = save_adapter(tmp_path, vusr_token_id=None, r=0, vision_r=0)
-    assert merge_policy(adapter, merged, built_in_examples())["proof"]["float32_difference"] <= 1e-4
+    assert merge_policy(adapter, merged, drawn_examples())["proof"]["float32_difference"] <= 1e-4
     base, found = (AutoModelForImageTextToText.from_pretrained(path) for path in (tmp_path / "base", merged))
     old, new = dict(base.named_parameters()), dict(found.named_parameters())
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
@@ -108,7 +110,7 @@ def test_generation_ends_asks_and_samples_as_it_should(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     base = json.loads((tmp_path / "base" / "generation_config.json").read_text())
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(base | {"repetition_penalty": 1.5}))
-    merge_policy(adapter, merged, built_in_examples())
+    merge_policy(adapter, merged, drawn_examples())
     config, (policy, processor) = GenerationConfig.from_pretrained(merged), load_policy(adapter)
     assert config.do_sample and config.temperature < 1 and config.top_k == 100  # a server turns it off, never on
     assert config.eos_token_id == policy.generation_config.eos_token_id
@@ -119,8 +121,8 @@ def test_generation_ends_asks_and_samples_as_it_should(tmp_path):
 def test_a_smaller_type_is_rounded_once_and_in_shards(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     (tmp_path / "exact").mkdir()
-    merge_policy(adapter, tmp_path / "exact", built_in_examples())
-    result = merge_policy(adapter, merged, built_in_examples(), dtype="bfloat16", max_shard_size="100KB")
+    merge_policy(adapter, tmp_path / "exact", drawn_examples())
+    result = merge_policy(adapter, merged, drawn_examples(), dtype="bfloat16", max_shard_size="100KB")
     proof = result["proof"]
     assert proof["float32_difference"] <= 1e-4 < proof["stored_difference"] <= proof["stored_tolerance"]
     exact = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "exact").named_parameters())
@@ -146,7 +148,7 @@ def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, wrong):
     adapter, merged = save_adapter(tmp_path)
     monkeypatch.setattr(merging, "_merged", wrong)
     with pytest.raises(UserError, match="merged in memory.*differ by up to"):
-        merge_policy(adapter, merged, built_in_examples())
+        merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
 
 
@@ -164,7 +166,7 @@ def test_what_does_not_come_back_from_disk_is_refused(tmp_path, monkeypatch, dty
 
     monkeypatch.setattr(merging, "_load_plainly", lossy)
     with pytest.raises(UserError, match="loaded from disk"):
-        merge_policy(adapter, merged, built_in_examples(), dtype=dtype)
+        merge_policy(adapter, merged, drawn_examples(), dtype=dtype)
     assert not list(merged.iterdir())
 
 
@@ -174,12 +176,12 @@ def test_a_nan_anywhere_is_a_difference():
     assert difference([zeros, one], [zeros, zeros]) == 0.5
     for found in ([zeros, broken], [broken, zeros]):
         with pytest.raises(UserError, match="differ by up to nan"):
-            require(difference(found, [torch.zeros_like(rows) for rows in found]), 1.0, "x")
+            check_difference(difference(found, [torch.zeros_like(rows) for rows in found]), 1.0, "x")
 
 
 def test_examples_without_an_answer_prove_nothing(tmp_path):
     adapter, merged = save_adapter(tmp_path)
-    (example,) = built_in_examples(1)
+    (example,) = drawn_examples(1)
     del example["messages"][1], example["messages"][0]["content"][1]
     with pytest.raises(UserError, match="no answer to compare"):
         merge_policy(adapter, merged, [example])
@@ -196,14 +198,14 @@ def test_another_processor_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(merging, "_load_plainly", other)
     with pytest.raises(UserError, match="other inputs"):
-        merge_policy(adapter, merged, built_in_examples())
+        merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
 
 
 def test_config_comes_last(tmp_path, monkeypatch):
     """A folder with config.json is complete; what a run that was cut short has left does not disturb."""
     adapter, merged = save_adapter(tmp_path)
-    names, replace = [], merging.os.replace
+    names, replace = [], os.replace
 
     def full_disk(source, target):
         if len(names) == 2:
@@ -211,12 +213,12 @@ def test_config_comes_last(tmp_path, monkeypatch):
         names.append(target.name)
         replace(source, target)
 
-    monkeypatch.setattr(merging.os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
-        merge_policy(adapter, merged, built_in_examples())
+        merge_policy(adapter, merged, drawn_examples())
     assert not (merged / "config.json").exists()
     monkeypatch.undo()
-    merge_policy(adapter, merged, built_in_examples())
+    merge_policy(adapter, merged, drawn_examples())
     assert (merged / "config.json").is_file() and not (merged / ".merging").exists()
     with safe_open(merged / "model.safetensors", framework="pt") as file:
         assert not [name for name in file.keys() if "lora" in name or "modules_to_save" in name]  # noqa: SIM118
@@ -225,7 +227,7 @@ def test_config_comes_last(tmp_path, monkeypatch):
 def test_no_adapter_no_merge(tmp_path):
     save_adapter(tmp_path)
     with pytest.raises(UserError, match="no adapter to merge"):
-        merge_policy(str(tmp_path / "base"), tmp_path / "merged", built_in_examples())
+        merge_policy(str(tmp_path / "base"), tmp_path / "merged", drawn_examples())
 
 
 def test_a_quantised_base_is_refused(tmp_path, monkeypatch):
@@ -235,8 +237,8 @@ def test_a_quantised_base_is_refused(tmp_path, monkeypatch):
     config = tmp_path / "base" / "config.json"
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
-    with pytest.raises(UserError, match="quantised.*base_model_name_or_path"):
-        merge_policy(adapter, merged, built_in_examples())
+    with pytest.raises(UserError, match="quantized.*base_model_name_or_path"):
+        merge_policy(adapter, merged, drawn_examples())
 
 
 def test_weights_that_are_not_finite(tmp_path):
@@ -248,14 +250,14 @@ def test_weights_that_are_not_finite(tmp_path):
     next(value for name, value in weights.items() if "lora_B" in name).fill_(float("inf"))
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="cannot be merged|does not agree"):
-        merge_policy(adapter, merged, built_in_examples())
+        merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
 
 
 def test_a_folder_never_holds_two_models(tmp_path):
     adapter, merged = save_adapter(tmp_path)
-    merge_policy(adapter, merged, built_in_examples(1))
-    merge_policy(adapter, merged, built_in_examples(1), max_shard_size="100KB", dtype="bfloat16")
+    merge_policy(adapter, merged, drawn_examples(1))
+    merge_policy(adapter, merged, drawn_examples(1), max_shard_size="100KB", dtype="bfloat16")
     assert not (merged / "model.safetensors").exists()
     assert AutoModelForImageTextToText.from_pretrained(merged).dtype == torch.bfloat16
 
@@ -272,10 +274,10 @@ def test_a_full_disk_is_not_left_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        merge_policy(adapter, merged, built_in_examples(1))
+        merge_policy(adapter, merged, drawn_examples(1))
     assert not list(merged.iterdir())
 
 
 def test_a_size_that_is_none_is_refused_before_the_work(tmp_path):
-    with pytest.raises(UserError, match="'big' is no size"):
-        merge_policy(str(tmp_path), tmp_path / "merged", built_in_examples(1), max_shard_size="big")
+    with pytest.raises(UserError, match="'big' is not a size"):
+        merge_policy(str(tmp_path), tmp_path / "merged", drawn_examples(1), max_shard_size="big")

@@ -4,21 +4,24 @@
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.families import family_of
+from medst_trl.policy.merging import check_shard_size
 from medst_trl.policy.vusr import VUSR_ROLES
 
 from .assembling import EMBEDDING, HEAD, Parts, model_on_meta
-from .model_config import llava_config
+from .model_config import llava_config, vision_config
 from .names import VISION
 from .processor import build_processor
-from .reading import Checkpoint, open_checkpoint
+from .reading import VISION_LORA, Checkpoint, open_checkpoint, original_config
+from .sources import local_folder
 from .tokenizer import IMAGE, read_tokenizer
-from .writing import check_shard_size, staging_folder, write_weights
+from .writing import staging_folder, write_weights
 
 
 if TYPE_CHECKING:
@@ -106,8 +109,7 @@ def convert_checkpoint(
     config = _fitting_config(checkpoint)
     tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
     _take_tokens(config, tokenizer)
-    trained_with_text = family_of(config.model_type).text_role or checkpoint.has_vision_lora
-    role = vusr_role or ("text" if trained_with_text else "token")
+    role = _role(vusr_role, config, checkpoint.has_vision_lora)
     processor = build_processor(
         tokenizer,
         config,
@@ -129,6 +131,42 @@ def convert_checkpoint(
         left_out=sorted(checkpoint.parts.left_out),
         dtype=str(torch_dtype).removeprefix("torch."),
     )
+
+
+def planned_config(
+    settings: Mapping[str, Any], is_available: Callable[[str], bool]
+) -> "tuple[LlavaConfig, bool] | None":
+    """
+    Read the configuration of a converted model from the small files of the original.
+
+    Args:
+        settings (`Mapping`): Arguments of [`convert_checkpoint`].
+        is_available (`Callable`): Whether a directory or Hub id can be read now.
+
+    Returns:
+        The configuration and whether the model has the text role; None if the original's configuration is not
+        available.
+
+    Raises:
+        UserError: for a checkpoint that [`convert_checkpoint`] would refuse.
+    """
+    source, base = settings["source"], settings.get("base") or settings["source"]
+    if not (is_available(source) and is_available(base)):
+        return None
+    folder, base_folder = (local_folder(name, "The checkpoint", weights=False) for name in (source, base))
+    original = original_config(folder, base_folder)
+    tower = settings.get("vision_tower") or original.get("mm_vision_tower")
+    if tower is None or not is_available(tower):
+        return None
+    vision = vision_config(local_folder(tower, "The vision tower", weights=False))
+    config = llava_config(original, vision, original.get("vocab_size", 32000))
+    has_vision_lora = bool(settings.get("vision_lora")) or (folder / VISION_LORA).is_dir()
+    return config, _role(settings.get("vusr_role"), config, has_vision_lora) == "text"
+
+
+def _role(given: str | None, config: "LlavaConfig", has_vision_lora: bool) -> str:
+    """How the model asks: as it was trained, unless it is given."""
+    return given or ("text" if family_of(config.model_type).text_role or has_vision_lora else "token")
 
 
 def _check_choices(vusr_role: str | None, dtype: str) -> None:

@@ -37,19 +37,6 @@ def staging_folder(output_dir: Path, sources: tuple[str | None, ...], settings: 
     return staging
 
 
-def check_shard_size(size: str) -> None:
-    """
-    Raises:
-        UserError: for what is no size, before hours of work.
-    """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=size)
-    except ValueError as error:
-        raise UserError(f"max_shard_size {size!r} is no size such as 5GB or 500MB.") from error
-
-
 def write_weights(
     folder: Path,
     model: "PreTrainedModel",

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models without weights: built from a configuration alone on torch's meta device, where tensors have only a shape."""
 
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,19 +61,6 @@ def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
 
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, **kwargs)
-
-
-def tiny_base() -> "PreTrainedModel":
-    """The model that `medst base` will train."""
-    return on_meta(deepcopy(_tiny_config()))
-
-
-@cache
-def _tiny_config() -> "PreTrainedConfig":
-    from medst_trl.demo.tiny_model import tiny_llava
-    from medst_trl.policy.loading import prepare_policy
-
-    return prepare_policy(*tiny_llava()).config
 
 
 def adapter_config_of(name_or_path: str) -> "LoraConfig | None":

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .converted import converted_config
 from .meta import (
     NotKnownYet,
     adapter_config_of,
@@ -20,7 +19,6 @@ from .meta import (
     make_room_for_vusr,
     meta_model,
     on_meta,
-    tiny_base,
 )
 from .settings import stage_arguments
 
@@ -173,8 +171,6 @@ def model_at(
 
 def _made_by(step: "Step", steps: Sequence["Step"]) -> Policy:
     """What a step that has not run yet will leave in its folder."""
-    if step.stage.name == "base":
-        return Policy(tiny_base(), step.settings["output_dir"])
     if step.stage.name in ("sft", "dpo"):
         policy = policy_of(step, steps)
         if policy.is_adapter:
@@ -185,7 +181,8 @@ def _made_by(step: "Step", steps: Sequence["Step"]) -> Policy:
     if step.stage.name == "merge":
         policy = model_at(step.settings["model_name_or_path"], steps)
         return Policy(policy.model.unload() if policy.is_adapter else policy.model, step.settings["output_dir"])
-    if step.stage.name == "convert" and (known := converted_config(step.settings)) is not None:
+    output = step.stage.output("")
+    if output and output.config and (known := output.config(step.settings)) is not None:
         return Policy(on_meta(known[0]), step.settings["output_dir"], text_role=known[1])
     raise NotKnownYet(f"not known before {step.label} has run: {step.settings['output_dir']}")
 

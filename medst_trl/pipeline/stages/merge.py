@@ -1,61 +1,71 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Makes a stand-alone model of a base and its adapter, for servers and other tools.
+Merge an adapter into its base: one stand-alone model for servers and other tools.
 
 ```bash
 medst merge --model_name_or_path runs/vqa_rad/dpo --output_dir runs/vqa_rad/merged
 transformers serve runs/vqa_rad/merged
 ```
 
-Writes safetensors, processor, chat template and generation config to `output_dir`, to be loaded by plain
-transformers, by [`load_policy`] and by servers, and published by `medst push`. Before the files get their names they
-are loaded from disk and compared with the adapter: on the first conversations of `dataset`, or of what the adapter was
-trained on, or on drawn scans, both answering and asking. In float32 no log-probability may differ by more than 1e-4;
-in a smaller type by no more than three times what that type costs the adapter itself. `stage.json` has the figures.
+Writes safetensors, processor, chat template and generation config to `output_dir`. Plain transformers, [`load_policy`]
+and servers load them, and `medst push` publishes them. Before the files get their names they are loaded from disk and
+compared with the adapter, both answering and asking: on the first conversations of `dataset`, or of the data that the
+adapter was trained on, or on drawn scans. In float32 no log-probability may differ by more than 1e-4; in a smaller
+type by no more than three times the rounding error of that type in the adapter itself. `stage.json` has the figures.
 
-It runs on the CPU and needs memory for the model in float32: 28 GB for 7B. An adapter trained on a 4-bit base is
-merged into the base as published, which it has not seen: evaluate the result. Sampling defaults are for answering
-(temperature 0.2); to let the model ask, send temperature 1.2.
+Merging runs on the CPU and needs memory for the model in float32: 28 GB for 7B. An adapter trained on a 4-bit base is
+merged into the published base, which differs from the one it was trained on: evaluate the result. The saved sampling
+defaults are for answering (temperature 0.2); to let the model ask, send temperature 1.2.
 """
 
+import json
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import ProcessorMixin
 
 
 @dataclass
 class MergeArguments:
     """Arguments of `medst merge`."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of an adapter."})
-    output_dir: str = field(metadata={"help": "Folder for the model."})
+    model_name_or_path: str = field(metadata={"help": "Directory or Hub id of an adapter."})
+    output_dir: str = field(metadata={"help": "Directory for the model."})
     base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Its base, where that has moved from the place the adapter names."}
+        default=None, metadata={"help": "Its base model, if it is no longer where the adapter's configuration says."}
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "Type of the weights written: float32, bfloat16, float16. auto: that of the base."},
+        metadata={"help": "Type of the saved weights: float32, bfloat16, float16. auto: that of the base."},
     )
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of conversations, preference pairs or a benchmark to compare on. Default: what "
-            "the adapter was trained on where its record names a folder that is there, else drawn scans."
+            "help": "Directory or Hub id of conversations, preference pairs or a benchmark to compare on. Defaults to "
+            "the data the adapter was trained on if its record names an existing directory, else to drawn scans."
         },
     )
     split: str = field(default="train", metadata={"help": "Split of that dataset."})
-    num_examples: int = field(default=4, metadata={"help": "How many of its records to compare on."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
+    num_examples: int = field(default=4, metadata={"help": "Number of its records to compare on."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file of weights."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let code from the base's repository run. Only for sources you trust."}
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the model, with its card."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository for it, OWNER/NAME."})
     hub_private_repo: bool = field(default=True, metadata={"help": "Make it private; false publishes it."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left and start again."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the output of an earlier run and start again."})
 
 
 def main(args: MergeArguments) -> None:
@@ -76,13 +86,15 @@ def main(args: MergeArguments) -> None:
     from medst_trl.hub.cards import write_card
     from medst_trl.policy.merging import merge_policy
 
+    trained = _record_of(args.model_name_or_path)
     try:
-        examples, source = _examples(args)
+        examples, source = _examples(args, trained)
         with explain_full_disk(args.output_dir):
             merged = merge_policy(
                 args.model_name_or_path,
                 args.output_dir,
                 examples,
+                batches_of=batches_of,
                 base_model_name_or_path=args.base_model_name_or_path,
                 dtype=args.dtype,
                 max_shard_size=args.max_shard_size,
@@ -91,7 +103,7 @@ def main(args: MergeArguments) -> None:
     except Exception:
         record.forget()
         raise
-    merged["trained_in_4bit"] = _trained_in_4bit(args.model_name_or_path)
+    merged["trained_in_4bit"] = bool(trained.get("settings", {}).get("load_in_4bit"))
     record.finish(
         counts={"parameters": merged["parameters"], "examples": merged["proof"]["examples"]},
         metrics={name: merged["proof"][name] for name in ("float32_difference", "stored_difference")},
@@ -101,20 +113,105 @@ def main(args: MergeArguments) -> None:
     print(_summary(args, merged, source))
 
 
-def _examples(args: MergeArguments) -> tuple[list[dict[str, Any]], str]:
-    """Conversations to compare on, and where they are from, in words."""
-    from medst_trl.base.errors import UserError
+def _record_of(adapter: str) -> dict[str, Any]:
+    """The record of the stage that trained an adapter; empty if there is none or it is damaged."""
+    try:
+        record = json.loads(Path(adapter, "stage.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else {}
 
-    from .merge_examples import built_in_examples, read_examples, recorded_dataset
 
+def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The conversations to compare on, and where they are from."""
     if args.num_examples < 1:
-        raise UserError(f"num_examples is {args.num_examples}: one conversation at least is needed to compare on.")
-    recorded = recorded_dataset(args.model_name_or_path)
+        raise UserError(f"num_examples is {args.num_examples}. Comparing needs at least one conversation.")
     if args.dataset is not None:
         return read_examples(args.dataset, args.split, args.num_examples), args.dataset
-    if recorded is not None:
-        return read_examples(*recorded, args.num_examples), recorded[0]
-    return built_in_examples(args.num_examples), "drawn scans"
+    try:
+        dataset = trained["inputs"]["dataset"][0]["path"]
+        is_here = Path(dataset).is_dir()
+    except (LookupError, TypeError):  # no record, or one of a Hub dataset
+        is_here = False
+    if is_here:
+        return read_examples(dataset, trained["settings"].get("train_split") or "train", args.num_examples), dataset
+    return drawn_examples(args.num_examples), "drawn scans"
+
+
+def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
+    """
+    Read the first conversations with an image and an answer from a dataset that a stage trains or evaluates on.
+
+    Args:
+        dataset (`str`):
+            Directory or Hub id: conversations (`messages`), preference pairs (`prompt` and `chosen`), or a benchmark
+            (`questions`).
+        split (`str`):
+            Its split.
+        count (`int`):
+            Largest number of conversations.
+
+    Returns:
+        `list[dict]`: `id`, `images`, `messages`.
+
+    Raises:
+        UserError: if the dataset cannot be read or has none.
+    """
+    from medst_trl.data.schema import load_records
+
+    found = list(islice(filter(None, map(_conversation, load_records(dataset, split))), count))
+    if not found:
+        raise UserError(
+            f"{dataset}, split {split!r}, has no conversation, preference pair or benchmark question with an image "
+            "and an answer to compare the merged model on."
+        )
+    return found
+
+
+def _conversation(row: dict[str, Any]) -> dict[str, Any] | None:
+    from medst_trl.data.schema import image_part, message, text_part
+
+    if row.get("questions"):
+        asked = row["questions"][0]
+        turns = [
+            message("user", [image_part(), text_part(asked["question"])]),
+            message("assistant", [text_part(asked["answer"])]),
+        ]
+        return {"id": row["image_id"], "images": [row["image"]], "messages": turns}
+    if "chosen" in row:
+        row = row | {"messages": [*row["prompt"], *row["chosen"]]}
+    messages = row.get("messages") or ()
+    if not row.get("images") or not any(message["role"] == "assistant" for message in messages):
+        return None
+    return {"id": row.get("id", ""), "images": row["images"], "messages": messages}
+
+
+def drawn_examples(count: int = 2) -> list[dict[str, Any]]:
+    """Conversations about drawn scans."""
+    from medst_trl.demo.phantoms import instruct_rows, make_phantoms
+
+    return list(instruct_rows(make_phantoms(count, seed=0), seed=0, turns=1))
+
+
+def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) -> list[dict[str, "torch.Tensor"]]:
+    """
+    Collate each example as in training: once as a conversation to answer, once with its questions as `<vusr>` turns.
+
+    Raises:
+        UserError: if no example has an answer.
+    """
+    from medst_trl.training.collator import DataCollatorForSelfQuestioning
+
+    processor = deepcopy(processor)
+    collators = [DataCollatorForSelfQuestioning(processor, sq_ratio=ratio) for ratio in (0.0, 1.0)]
+    batches = [collator([example]) for example in examples for collator in collators]
+    for batch in batches:
+        for name in ("question_mask", "set_aside", "truncated", "neutralised"):
+            batch.pop(name, None)
+    batches = [batch for batch in batches if (batch["labels"] != -100).any()]
+    if not batches:
+        raise UserError("The examples to compare the merged model on have no answer to compare. Give another dataset.")
+    return batches
 
 
 def _summary(args: MergeArguments, merged: dict[str, Any], source: str) -> str:
@@ -128,24 +225,14 @@ def _summary(args: MergeArguments, merged: dict[str, Any], source: str) -> str:
     if merged["dtype"] != "float32":
         text += (
             f" and {proof['stored_difference']:.1e} in {merged['dtype']} (allowed: {proof['stored_tolerance']:.1e}, "
-            "three times what this type costs the adapter)"
+            "three times the rounding error of this type in the adapter)"
         )
     if merged["trained_in_4bit"]:
         text += (
-            ".\nThe adapter was trained on its base in 4 bits and is merged into the base as published: what is equal "
-            "is the adapter on that base. Evaluate the merged model"
+            ".\nThe adapter was trained on its base in 4 bits and is merged into the published base: the merged model "
+            "equals the adapter on that base. Evaluate it"
         )
     return f"{text}."
-
-
-def _trained_in_4bit(adapter: str) -> bool:
-    import json
-
-    path = Path(adapter, "stage.json")
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["settings"].get("load_in_4bit"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
 
 
 STAGE = STAGES.register(

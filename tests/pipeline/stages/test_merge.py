@@ -26,7 +26,7 @@ from medst_trl.engines.decoding import chat_inputs, write_texts
 from medst_trl.hub.contents import find_contents
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.stages import sft
-from medst_trl.pipeline.stages.merge_examples import read_examples
+from medst_trl.pipeline.stages.merge import read_examples
 from medst_trl.policy.vusr import VUSR
 
 
@@ -141,13 +141,12 @@ def test_refusals_leave_nothing(run, tmp_path, capsys, adapter, options, message
 
 KILLED = """
 import os, sys
-from medst_trl.policy import merging
 replace = os.replace
 def dying(source, target):
     replace(source, target)
     if str(target).endswith("model.safetensors"):
         os.kill(os.getpid(), 9)
-merging.os.replace = dying
+os.replace = dying
 from medst_trl.cli import main
 main(sys.argv[1:])
 """
@@ -230,4 +229,4 @@ def test_no_examples_is_refused_by_name(tmp_path):
     from medst_trl.pipeline.stages.merge import MergeArguments, _examples
 
     with pytest.raises(UserError, match="num_examples is 0"):
-        _examples(MergeArguments(model_name_or_path=str(tmp_path), output_dir="out", num_examples=0))
+        _examples(MergeArguments(model_name_or_path=str(tmp_path), output_dir="out", num_examples=0), {})
