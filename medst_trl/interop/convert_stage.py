@@ -117,9 +117,8 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
     None if they are neither here nor on a Hub that answers.
     """
     from medst_trl.base.fingerprints import cached_revision
+    from medst_trl.interop.conversion.convert import planned_config
     from medst_trl.pipeline.plan.hub import hub_answers
-
-    from .conversion.convert import planned_config
 
     def is_available(source: str) -> bool:
         return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()
