@@ -134,6 +134,6 @@ STAGE = STAGES.register(
         arguments=lambda: (ConvertArguments,),
         main=main,
         inputs=tuple(Input(key, CHECKPOINT) for key in INPUTS),
-        outputs=(Output("", MODEL, is_published=False),),
+        outputs=(Output("", MODEL, config=_config, is_published=False),),
     )
 )

@@ -442,5 +442,5 @@ def test_a_folder_never_holds_two_models(tmp_path):
 
 @pytest.mark.parametrize("size", ["abc", "0", "1000"])
 def test_a_size_that_is_none(tmp_path, size):
-    with pytest.raises(UserError, match=f"'{size}' is no size"):
+    with pytest.raises(UserError, match=f"'{size}' is not a size"):
         convert_checkpoint(str(tmp_path), tmp_path / "out", max_shard_size=size)
