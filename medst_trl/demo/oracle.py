@@ -1,9 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A judge that knows the truth of drawn phantoms, served over HTTP on loopback to the client that real judges get.
+"""
+An oracle that judges drawn phantoms by their truth, served on loopback to the same client as real judges.
 
-With it the whole loop can be run and measured without a network: the pairs go through the same prompts, requests,
-replies and parsing, and how often the judge errs is known because it is set.
+With it the whole loop runs and is measured without a network: pairs go through the same prompts, requests, replies and
+parsing, and the judge's error rate is known because it is a setting.
 """
 
 import base64
@@ -14,6 +15,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,13 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
+from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeServer
 
 from .phantoms import (
     BRIGHTNESSES,
     MODALITIES,
     QUADRANTS,
+    SIZE,
     SIZES,
     Truth,
     answer,
@@ -41,9 +45,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MODEL = "phantom-oracle"
-MOST_PHANTOMS = 100_000  # drawn in search of an image
+MOST_PHANTOMS = 100_000  # drawn to find the images
 
-# The facts that each kind of question asks for.
+# Facts that each kind of question asks for.
 _ASKED = {
     "presence": ("verdict",),
     "bright": ("verdict",),
@@ -59,10 +63,11 @@ _VALUES = {"modality": MODALITIES, "quadrant": QUADRANTS, "size": SIZES, "bright
 
 def score(question: str, text: str, truth: Truth) -> int:
     """
-    What an answer about a phantom is worth, from 1 to 10.
+    Score an answer about a phantom from 1 to 10.
 
-    Ten for the right answer, less for the share of the facts asked for that it has right, minus wrong ones that it
-    adds; one for nothing right, and for any answer to what is no question or one that this phantom cannot answer.
+    The right answer scores 10. Others score by the share of the requested facts that they state correctly, minus wrong
+    facts that they add. An answer without a correct fact scores 1, and so does every answer to a text that is not a
+    question or that this phantom cannot answer.
     """
     if not is_well_formed(question, truth):
         return 1
@@ -83,15 +88,15 @@ def serve_oracle(
     candidates: "Dataset", error_rate: float = 0.0, seed: int = 0, prompt_version: str = "rubric"
 ) -> Iterator[str]:
     """
-    Serve the oracle for the phantoms of a set of candidates while the context lasts.
+    Serve the oracle for the phantoms of some candidates while the context lasts.
 
     Args:
         candidates (`datasets.Dataset`):
             Candidates about phantoms of the split "unlabelled".
         error_rate (`float`, *optional*, defaults to `0.0`):
-            Share of the pairs whose scores are swapped, the same way in both orders.
+            Share of the pairs whose scores are swapped, in both orders alike.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the phantoms, and of which pairs those are.
+            Seed of the phantoms, and of the choice of these pairs.
         prompt_version (`str`, *optional*, defaults to `"rubric"`):
             Judge prompt of the requests. It must have `shown` and `write`.
 
@@ -123,7 +128,7 @@ def serve_oracle(
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
-        request_queue_size = 128  # as many calls at a time as a client may open
+        request_queue_size = 128  # a client may open this many connections at once
 
     server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -135,7 +140,7 @@ def serve_oracle(
 
 
 def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
-    """What is to be seen on each image, found by drawing the phantoms again."""
+    """Find what each image shows by drawing the phantoms again."""
     truths = {}
     for phantom in islice(draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
         if len(truths) == len(image_ids):
@@ -144,8 +149,8 @@ def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
             truths[name] = phantom.truth
     raise UserError(
         f"{len(image_ids) - len(truths)} of {len(image_ids)} images of the candidates are not among the unlabelled "
-        f"phantoms of seed {seed}, and the oracle knows no others. Give the seed of `medst prepare`, or name a judge "
-        "(model) in place of oracle_error_rate."
+        f"phantoms of seed {seed}, and the oracle knows no others. Set seed to that of `medst prepare`, or replace "
+        "oracle_error_rate by a judge (model)."
     )
 
 
@@ -178,12 +183,12 @@ def _image_of(messages: list[dict[str, Any]]) -> Image.Image:
 
 
 def _facts(text: str) -> dict[str, Any]:
-    """What a text states about a scan."""
+    """Return the facts that a text states about a scan."""
     text = _plain(text)
     facts: dict[str, Any] = {}
     for name, values in _VALUES.items():
         found = [value for value in values if re.search(rf"\b{value.lower()}\b", text)]
-        if found:  # several at once are no statement that could be right
+        if found:  # several values at once are never correct
             facts[name] = found[0] if len(found) == 1 else tuple(found)
     if match := re.match(r"(yes|no)\b", text):
         facts["verdict"] = match[1]
@@ -194,3 +199,38 @@ def _facts(text: str) -> dict[str, Any]:
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().replace(".", " ").replace(",", " ").split())
+
+
+@dataclass
+class OracleArguments:
+    """Settings of the oracle judge."""
+
+    oracle_error_rate: float | None = field(
+        default=None,
+        metadata={"help": "Judge phantoms by their truth instead of a model, with this share of wrong verdicts."},
+    )
+
+
+def _check(settings: OracleArguments, args: Any) -> None:
+    if not 0 <= settings.oracle_error_rate <= 1:
+        raise UserError(f"oracle_error_rate is {settings.oracle_error_rate}. It must be from 0 to 1.")
+    if args.image_size < SIZE:
+        raise UserError(
+            f"image_size is {args.image_size}. With oracle_error_rate it must be at least {SIZE}: the oracle "
+            "recognises phantoms by their pixels, so they must be sent unchanged."
+        )
+
+
+JUDGE_SERVERS.register(
+    JudgeServer(
+        name="oracle",
+        summary="the phantoms' oracle, in this process",
+        settings=OracleArguments,
+        is_chosen=lambda settings: settings.oracle_error_rate is not None,
+        check=_check,
+        model=lambda settings, args: f"{MODEL}-{settings.oracle_error_rate:g}-{args.seed}",
+        serve=lambda settings, args, candidates: serve_oracle(
+            candidates, settings.oracle_error_rate, args.seed, args.prompt_version
+        ),
+    )
+)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
+from medst_trl.selftrain.judge.judgements import judge_statistics, warnings_of
 
 from .run_folder import Run, StageRun
 
@@ -21,7 +21,7 @@ class Judging:
     What one judge stage did.
 
     Attributes:
-        statistics (`dict`): See [`~medst_trl.selftrain.judge.statistics.judge_statistics`].
+        statistics (`dict`): See [`~medst_trl.selftrain.judge.judgements.judge_statistics`].
         cost (`float`, *optional*): Of all its replies, in dollars, where the stage knew the prices.
         models (`Counter`): Judging model and prompt version.
         offsets (`dict`): `"kept"` or the reason to drop, to where in the file its lines begin.

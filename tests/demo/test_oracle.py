@@ -4,6 +4,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import openai
 import pytest
@@ -88,4 +89,11 @@ def test_other_images_are_refused(monkeypatch):
     known = make_phantoms(1, 0, "unlabelled")[0]
     candidates = Dataset.from_list([{"image_ids": ["a"]}, {"image_ids": [image_id(known.image)]}])
     with pytest.raises(UserError, match="1 of 2 images"), serve_oracle(candidates):
+        pass
+
+
+def test_a_prompt_without_shown_and_write_is_refused(monkeypatch):
+    paper = JUDGE_PROMPTS.get("paper")
+    monkeypatch.setitem(JUDGE_PROMPTS._objects, "paper", replace(paper, write=None))
+    with pytest.raises(UserError, match="cannot answer the judge prompt 'paper'"), serve_oracle([], 0, 0, "paper"):
         pass

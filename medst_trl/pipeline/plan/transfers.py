@@ -41,13 +41,15 @@ def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> list[st
 
 def requests(step: "Step", arguments: tuple[Any, ...], steps: Sequence["Step"]) -> list[str]:
     """Lines on the servers that a step asks."""
+    from medst_trl.selftrain.judge.server import chosen_server
+
     args = arguments[0]
     if step.stage.name == "generate" and args.engine == "server":
         return [f"{args.base_url} ({args.server_kind}), model {args.model_name_or_path}"]
     if step.stage.name != "judge":
         return []
-    if args.oracle_error_rate is not None:
-        return ["none: the phantoms' oracle, in this process"]
+    if served := chosen_server(arguments):
+        return [f"none: {served[0].summary}"]
     if args.read_batch:
         return ["none: replies come from read_batch"]
     if args.write_batch:

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Has a stronger vision-language model compare the answers of each candidate, and makes preference pairs of its verdicts.
+Compare the answers of each candidate with a stronger vision-language model, and build preference pairs.
 
 ```bash
 export OPENAI_API_KEY=...
@@ -13,30 +13,32 @@ medst judge \
     --output_dir runs/vqa_rad/judge
 ```
 
-Any OpenAI-compatible server will do, and one of your own needs no key: `--base_url http://localhost:8000/v1 --model
-Qwen/Qwen2.5-VL-32B-Instruct`. `--dry_run true` shows the estimate and the first request, and asks nothing.
+Any OpenAI-compatible server works, and your own needs no key: `--base_url http://localhost:8000/v1 --model
+Qwen/Qwen2.5-VL-32B-Instruct`. `--dry_run true` prints the estimate and the first request, and sends nothing.
 
 Input: candidates (columns `id`, `images`, `image_ids`, `prompt`, `answers`; `medst generate` writes them). Output in
-`output_dir`: `judgements.jsonl` (scores, verdicts of both orders, raw replies, usage), `preferences/train-*.parquet`
-and `validation-*.parquet` as TRL's DPOTrainer reads them, `rejected.jsonl` (pairs left out, with their reason),
-`judge_cache.jsonl` (every reply paid for; it stays when the stage is started anew with `--overwrite true`). Run again
-after a crash, a used-up budget or a lost connection, it goes on where it was.
+`output_dir`: `judgements.jsonl` (scores, verdicts of both orders, replies, usage), `preferences/train-*.parquet` and
+`validation-*.parquet` in the format of TRL's DPOTrainer, `rejected.jsonl` (pairs left out, with the reason), and
+`judge_cache.jsonl` (every reply paid for, also kept by `--overwrite true`). After a crash, a used-up budget or a lost
+connection, the same command resumes.
 
-OpenAI's Batch API, at half the price: `--write_batch requests.jsonl` writes its input files, and after they were
-processed `--read_batch results.jsonl` makes the same judgements of the results.
+OpenAI's Batch API costs half: `--write_batch requests.jsonl` writes its input files. After they are processed,
+`--read_batch results.jsonl` makes the same judgements from the results.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.hub.after_stage import HubArguments
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
+from medst_trl.selftrain.judge.server import JUDGE_SERVERS, chosen_server
 
 
 if TYPE_CHECKING:
@@ -51,12 +53,12 @@ if TYPE_CHECKING:
 class JudgeArguments:
     """Arguments of `medst judge`."""
 
-    candidates: str = field(metadata={"help": "Folder or Hub id of candidates (`medst generate` writes them)."})
-    output_dir: str = field(metadata={"help": "Folder for judgements and preference pairs."})
-    model: str | None = field(default=None, metadata={"help": "The judge, as its server calls it, such as gpt-4o."})
+    candidates: str = field(metadata={"help": "Directory or Hub id of candidates (`medst generate` writes them)."})
+    output_dir: str = field(metadata={"help": "Directory for judgements and preference pairs."})
+    model: str | None = field(default=None, metadata={"help": "Name of the judge on its server, such as gpt-4o."})
     base_url: str | None = field(
         default=None,
-        metadata={"help": "An OpenAI-compatible API, such as http://localhost:8000/v1. Default: OpenAI's."},
+        metadata={"help": "An OpenAI-compatible API, such as http://localhost:8000/v1. Defaults to OpenAI's."},
     )
     key_variable: str = field(
         default="OPENAI_API_KEY", metadata={"help": "Name of the environment variable that holds the API key."}
@@ -65,61 +67,59 @@ class JudgeArguments:
     prompt_version: str = field(default="rubric", metadata={"help": "How the judge is asked."})
     order: str = field(
         default="both",
-        metadata={"help": "Show each pair in both orders and ask for agreement, or single as the paper."},
+        metadata={"help": "both: show each pair in both orders, which must agree; single: one, as in the paper."},
     )
-    min_margin: float = field(default=1.0, metadata={"help": "Drop pairs whose mean scores lie closer together."})
+    min_margin: float = field(default=1.0, metadata={"help": "Drop pairs whose mean scores differ by less."})
     reference_captions: str | None = field(
-        default=None, metadata={"help": "JSON lines with image_id and caption, shown to the judge (rubric only)."}
+        default=None, metadata={"help": "JSON lines with image_id and caption, for judge prompts that show captions."}
     )
-    image_size: int = field(default=768, metadata={"help": "Longest side of an image as sent, in pixels."})
+    image_size: int = field(default=768, metadata={"help": "Maximum side of an image as sent, in pixels."})
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the judge."})
-    max_tokens: int = field(default=600, metadata={"help": "Most tokens of a reply."})
+    max_tokens: int = field(default=600, metadata={"help": "Maximum number of tokens of a reply."})
     max_cost: float | None = field(
-        default=None, metadata={"help": "US dollars these judgements may cost, earlier runs included. A hard stop."}
+        default=None,
+        metadata={"help": "Budget in US dollars for these judgements, earlier runs included; a hard stop."},
     )
     price_per_million_input_tokens: float | None = field(
-        default=None, metadata={"help": "US dollars. Default: known for gpt-4o, gpt-4.1 and their small forms."}
+        default=None, metadata={"help": "US dollars. Known for gpt-4o, gpt-4.1 and their small versions."}
     )
     price_per_million_output_tokens: float | None = field(default=None, metadata={"help": "US dollars, likewise."})
-    concurrency: int = field(default=16, metadata={"help": "Calls under way at most."})
+    concurrency: int = field(default=16, metadata={"help": "Maximum number of concurrent calls."})
     timeout: float = field(default=120.0, metadata={"help": "Seconds for one call."})
-    max_retries: int = field(default=6, metadata={"help": "Repetitions of a call after 429, 5xx or a time-out."})
+    max_retries: int = field(default=6, metadata={"help": "Retries of a call after 429, 5xx or a timeout."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of judge_cache.jsonl, which runs can share. Default: output_dir."}
+        default=None, metadata={"help": "Directory of judge_cache.jsonl, to share it. Defaults to output_dir."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print the estimate and the first request, ask nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the estimate and the first request, send nothing."})
     write_batch: str | None = field(
-        default=None, metadata={"help": "Write the calls to be made as this file for the Batch API, ask nothing."}
+        default=None, metadata={"help": "Write the calls to this input file of the Batch API, send nothing."}
     )
     read_batch: list[str] = field(
-        default_factory=list, metadata={"help": "Result files of the Batch API. Makes no calls of its own."}
-    )
-    oracle_error_rate: float | None = field(
-        default=None, metadata={"help": "Judge drawn phantoms by their truth, wrong for this share of the pairs."}
+        default_factory=list, metadata={"help": "Result files of the Batch API, in place of calls."}
     )
     benchmarks: list[str] = field(
-        default_factory=list, metadata={"help": "Benchmarks whose images must not enter the preference pairs."}
+        default_factory=list, metadata={"help": "Benchmarks whose images are kept out of the preference pairs."}
     )
     keep_benchmark_images: bool = field(
-        default=False, metadata={"help": "Let images of the benchmarks into the preference pairs all the same."}
+        default=False, metadata={"help": "Allow images of the benchmarks in the preference pairs all the same."}
     )
     duplicate_similarity: float = field(
-        default=0.9, metadata={"help": "Of questions about one image sharing this part of their words, keep one."}
+        default=0.9,
+        metadata={"help": "Keep one of the questions about an image that share this part of their words."},
     )
     validation_share: float = field(
-        default=0.0, metadata={"help": "Part of the images that becomes validation, with all their pairs."}
+        default=0.0, metadata={"help": "Share of the images that become validation data, with all their pairs."}
     )
     length_balanced: bool = field(
-        default=False, metadata={"help": "Keep as many pairs in which the longer answer wins as in which it loses."}
+        default=False, metadata={"help": "Drop pairs until the longer answer is chosen as often as it is rejected."}
     )
     seed: int = field(
         default=0, metadata={"help": "Seed of validation images, of the balance, and of the oracle's phantoms."}
     )
-    rows_per_shard: int = field(default=512, metadata={"help": "Rows in one Parquet file."})
+    rows_per_shard: int = field(default=512, metadata={"help": "Rows per Parquet file."})
     num_workers: int = field(default=1, metadata={"help": "Threads that write Parquet files."})
     overwrite: bool = field(
-        default=False,
-        metadata={"help": "Delete what an earlier run left, but for the replies it paid, and start anew."},
+        default=False, metadata={"help": "Delete the results of an earlier run and start again. Keeps its replies."}
     )
 
     def __post_init__(self):
@@ -128,109 +128,172 @@ class JudgeArguments:
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
 
 
-def main(args: JudgeArguments) -> None:
-    from medst_trl.base.errors import UserError
-    from medst_trl.pipeline.record import FILE_NAME, StageRecord
-    from medst_trl.selftrain.judge.inputs import made_benchmarks, open_benchmark, open_candidates
+def main(args: JudgeArguments, *servers: Any) -> None:
+    """
+    Run the stage.
 
-    check(args)
-    args.benchmarks = made_benchmarks(args.benchmarks)
-    candidates = open_candidates(args.candidates, args.split)
-    benchmarks = [open_benchmark(name) for name in args.benchmarks]
-    with _judge(args, candidates) as judge:
+    Args:
+        args ([`JudgeArguments`]): Its arguments.
+        *servers: Settings of judge servers. See [`~medst_trl.selftrain.judge.server.JudgeServer`].
+    """
+    from medst_trl.pipeline.record import StageRecord
+    from medst_trl.selftrain.judge.batch import read_batch
+
+    check(args, *servers)
+    args.benchmarks = _existing_benchmarks(args.benchmarks)
+    candidates = _open_candidates(args.candidates, args.split)
+    benchmarks = [_open_benchmark(name) for name in args.benchmarks]
+    with _open_judge(args, servers, candidates) as judge:
         if args.dry_run:
-            return _show(judge, candidates)
+            return _print_request(judge, candidates)
         if args.write_batch:
-            return _write_batch(args, judge, candidates)
+            return _write_batch(args.write_batch, judge, candidates)
         if not args.read_batch:
             judge.check_key()
         record = StageRecord.open(
             args.output_dir,
             stage="judge",
-            settings=asdict(args),
+            settings=asdict(args) | _server_settings(servers),
             inputs={name: getattr(args, name) for name in ("candidates", "benchmarks", "reference_captions")},
             operational=STAGE.operational,
             overwrite=args.overwrite,
         )
         if record.status == "finished":
-            return _report(record)
+            return _print_summary(record)
         if args.read_batch:
-            _read_batch(args, judge)
+            counts = read_batch(judge.cache, args.read_batch)
+            print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
         try:
-            judgements, statistics = _judgements(args, judge, candidates)
+            judgements, statistics = _judge(judge, candidates, record.output_dir, offline=bool(args.read_batch))
         except UserError:
-            if record.status == "new" and not judge.cache.added:  # a wrong model's name must not hold the folder
-                (record.output_dir / FILE_NAME).unlink()
+            if not judge.cache.added:  # a misspelt model must not claim the directory
+                record.forget()
             raise
-    _preferences(args, record, candidates, benchmarks, judgements, statistics)
-    _report(record)
+    _build_preferences(args, record, candidates, benchmarks, judgements, statistics)
+    _print_summary(record)
 
 
-def check(args: JudgeArguments) -> None:
-    from medst_trl.base.errors import UserError
-    from medst_trl.demo.phantoms import SIZE
+def check(args: JudgeArguments, *servers: Any) -> None:
+    """Raise a `UserError` for arguments that cannot work."""
 
-    if args.model is None and args.oracle_error_rate is None:
-        raise UserError("No judge is named: give --model, as its server calls it (such as gpt-4o).")
-    if args.oracle_error_rate is not None and not 0 <= args.oracle_error_rate <= 1:
-        raise UserError(f"oracle_error_rate is {args.oracle_error_rate}; it has to be from 0 to 1.")
-    if args.oracle_error_rate is not None and args.image_size < SIZE:
-        raise UserError(
-            f"image_size is {args.image_size}; with oracle_error_rate it has to be at least {SIZE}: the oracle knows "
-            "the phantoms by their pixels, so they have to be sent as they are."
-        )
+    JUDGE_PROMPTS.get(args.prompt_version)
+    if served := chosen_server(servers):
+        server, settings = served
+        server.check(settings, args)
+    elif args.model is None:
+        raise UserError("No judge is named. Set --model to its name on the server (such as gpt-4o).")
     if not 0 < args.duplicate_similarity <= 1:
         raise UserError(
-            f"duplicate_similarity is {args.duplicate_similarity}; it has to be more than 0 and at most 1, which "
-            "drops questions of the same words only."
+            f"duplicate_similarity is {args.duplicate_similarity}. It must be above 0 and at most 1, which drops only "
+            "questions with the same words."
         )
     if not 0 <= args.validation_share < 1:
-        raise UserError(f"validation_share is {args.validation_share}; it has to be at least 0 and less than 1.")
+        raise UserError(f"validation_share is {args.validation_share}. It must be at least 0 and less than 1.")
     for name in ("rows_per_shard", "num_workers"):
         if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it has to be at least 1.")
+            raise UserError(f"{name} is {getattr(args, name)}. It must be at least 1.")
     if args.write_batch and args.read_batch:
-        raise UserError("write_batch and read_batch are two steps: write, have the files processed, then read.")
+        raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
+
+
+def _server_settings(servers: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the settings of all judge servers, those not given with their defaults."""
+
+    kinds = [server.settings for server in JUDGE_SERVERS.values()]
+    given = [settings for settings in servers if type(settings) in kinds]
+    return {name: value for item in [*(kind() for kind in kinds), *given] for name, value in asdict(item).items()}
+
+
+def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
+    """Leave out benchmarks that a finished `prepare` had no data for: recipes name them in any case."""
+    from medst_trl.pipeline.record import FILE_NAME
+
+    existing = []
+    for name in benchmarks:
+        path, record = Path(name), {}
+        if path.name == "benchmark" and not path.exists():
+            with suppress(OSError, ValueError):
+                record = json.loads((path.parent / FILE_NAME).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and (record.get("stage"), record.get("status")) == ("prepare", "complete"):
+            print(f"judge: {path.parent} was prepared without a benchmark, so no images are kept out for it.")
+        else:
+            existing.append(name)
+    return existing
+
+
+def _open_candidates(name: str, split: str) -> "Dataset":
+    """Load candidates with their images as bytes."""
+    from datasets import Image, List
+
+    from medst_trl.data.schema import check_columns, load_records
+
+    if Path(name).is_dir() and not any(Path(name).glob("*.parquet")):
+        raise UserError(
+            f"{name} holds no candidates, so there is nothing to judge. rejected.jsonl and stage.json of its stage "
+            "say why. Generate from more images."
+        )
+    candidates = load_records(name, split)
+    check_columns(candidates, "candidates")
+    return candidates.cast_column("images", List(Image(decode=False)))
+
+
+def _open_benchmark(name: str) -> "Dataset":
+    """Load the test split of a benchmark whose images are kept out of training."""
+    from medst_trl.data.schema import check_columns, load_records
+
+    try:
+        benchmark = load_records(name, "test")
+    except UserError as error:
+        if Path(name).exists():
+            raise
+        raise UserError(
+            f"benchmarks: {error} If there is no benchmark whose images must be kept out, set `benchmarks: []` in the "
+            "recipe, or leave out --benchmarks."
+        ) from None
+    check_columns(benchmark, "benchmark")
+    return benchmark
+
+
+def _read_captions(path: str | None) -> dict[str, str]:
+    """Return captions by image_id from JSON lines, none without a file."""
+
+    captions = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else ()
+        for number, line in enumerate(lines, start=1):  # noqa: B007 (for the message)
+            if line.strip():
+                row = json.loads(line)
+                captions[row["image_id"]] = str(row["caption"])
+    except OSError as error:
+        raise UserError(f"reference_captions {path} cannot be read: {error.strerror}. Correct the path.") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}, line {number}: not a JSON object with image_id and caption. Correct or delete the line."
+        ) from None
+    return captions
 
 
 @contextmanager
-def _judge(args: JudgeArguments, candidates: "Dataset"):
-    """The judge, and the oracle's server where that is the judge."""
+def _open_judge(args: JudgeArguments, servers: tuple[Any, ...], candidates: "Dataset") -> Iterator["PairwiseJudge"]:
+    """Yield the judge, while its server runs if it is one of ours."""
+    from inspect import signature
+
     from medst_trl.selftrain.judge import PairwiseJudge
-    from medst_trl.selftrain.judge.inputs import read_captions
 
-    model, prices = args.model, (args.price_per_million_input_tokens, args.price_per_million_output_tokens)
-    server = nullcontext(args.base_url)
-    if args.oracle_error_rate is not None:
-        from medst_trl.demo.oracle import serve_oracle
-
-        # Replies are kept by the model's name, so it says all that decides them.
-        model, prices = f"phantom-oracle-{args.oracle_error_rate:g}-{args.seed}", (0.0, 0.0)
-        server = serve_oracle(candidates, args.oracle_error_rate, args.seed, args.prompt_version)
-    with server as base_url:
-        yield PairwiseJudge(
-            model,
-            base_url=base_url,
-            prompt_version=args.prompt_version,
-            order=args.order,
-            min_margin=args.min_margin,
-            captions=read_captions(args.reference_captions),
-            concurrency=args.concurrency,
-            max_cost=args.max_cost,
-            price_per_million_input_tokens=prices[0],
-            price_per_million_output_tokens=prices[1],
-            image_size=args.image_size,
-            temperature=args.temperature,
-            max_tokens=args.max_tokens,
-            cache_dir=args.cache_dir or args.output_dir,
-            timeout=args.timeout,
-            max_retries=args.max_retries,
-            key_variable=args.key_variable,
-        )
+    names = {item.name for item in fields(args)} & set(signature(PairwiseJudge).parameters)
+    settings = {name: getattr(args, name) for name in names} | {"cache_dir": args.cache_dir or args.output_dir}
+    context = nullcontext(args.base_url)
+    if served := chosen_server(servers):
+        server, own = served
+        context = server.serve(own, args, candidates)
+        settings |= {"model": server.model(own, args)}
+        settings |= {"price_per_million_input_tokens": 0.0, "price_per_million_output_tokens": 0.0}
+    with context as base_url:
+        yield PairwiseJudge(**settings | {"base_url": base_url, "captions": _read_captions(args.reference_captions)})
 
 
-def _show(judge: "PairwiseJudge", candidates: "Dataset") -> None:
-    """The dry run."""
+def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:
+    """Print the estimate and the first request."""
     from medst_trl.data.image_formats import ImageProblem
     from medst_trl.selftrain.judge.images import without_image_bytes
 
@@ -243,60 +306,44 @@ def _show(judge: "PairwiseJudge", candidates: "Dataset") -> None:
     print("There is no pair to ask about.")
 
 
-def _write_batch(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") -> None:
+def _write_batch(path: str, judge: "PairwiseJudge", candidates: "Dataset") -> None:
+    """Write the input files of the Batch API, and print the next step."""
     from medst_trl.selftrain.judge.batch import write_batch
 
     print(f"judge: {judge.estimate(candidates)} (at the prices of live calls)")
-    files = write_batch(judge, candidates, args.write_batch)
-    if not files:
-        print("Every reply is there: run without write_batch.")
-        return
-    print(
-        f"Requests are in {', '.join(map(str, files))}. Have the Batch API process them, download the results, and "
-        "run the same command with --read_batch RESULTS.jsonl in place of --write_batch."
-    )
+    if files := write_batch(judge, candidates, path):
+        print(
+            f"The requests are in {', '.join(map(str, files))}. Have the Batch API process them, download the "
+            "results, and run the same command with --read_batch RESULTS.jsonl in place of --write_batch."
+        )
+    else:
+        print("Every reply is cached: run without write_batch.")
 
 
-def _read_batch(args: JudgeArguments, judge: "PairwiseJudge") -> None:
-    from medst_trl.selftrain.judge.batch import read_batch
-
-    counts = read_batch(judge.cache, args.read_batch)
-    print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
-
-
-def _judgements(
-    args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset"
+def _judge(
+    judge: "PairwiseJudge", candidates: "Dataset", output_dir: Path, offline: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All judgements, written to their file, with their statistics."""
+    """Write all judgements to their file, and return them with their statistics."""
     from tqdm.auto import tqdm
 
     from medst_trl.base.files import explain_full_disk, write_jsonl
-    from medst_trl.selftrain.judge.statistics import judge_statistics
+    from medst_trl.selftrain.judge.judgements import judge_statistics
 
-    output_dir = Path(args.output_dir)
     estimate = judge.estimate(candidates)
     print(f"judge: {estimate}")
     if judge.max_cost is not None and (estimate.cost or 0) > judge.max_cost:
-        print(f"judge: that is more than max_cost {judge.max_cost:g}; the run will stop there and can be continued.")
+        print(f"judge: this is more than max_cost {judge.max_cost:g}. The run will stop there and can be resumed.")
     with explain_full_disk(output_dir):
-        judgements = list(
-            tqdm(
-                judge(candidates, offline=bool(args.read_batch)),
-                "judge",
-                total=estimate.pairs,
-                unit="pair",
-                disable=None,
-            )
-        )
+        progress = tqdm(judge(candidates, offline), "judge", total=estimate.pairs, unit="pair", disable=None)
+        judgements = list(progress)
         write_jsonl(output_dir / "judgements.jsonl", judgements)
-    single = sum(len(answers) % 2 for answers in candidates["answers"])
     return judgements, judge_statistics(judgements, judge.prices) | {
-        "left_over_answers": single,
+        "left_over_answers": sum(len(answers) % 2 for answers in candidates["answers"]),
         "events": dict(judge.events.most_common()),
     }
 
 
-def _preferences(
+def _build_preferences(
     args: JudgeArguments,
     record: "StageRecord",
     candidates: "Dataset",
@@ -304,32 +351,26 @@ def _preferences(
     judgements: list[dict[str, Any]],
     statistics: dict[str, Any],
 ) -> None:
+    """Select the preference pairs, write them, and complete the record."""
     from medst_trl.base.files import explain_full_disk, write_jsonl
-    from medst_trl.selftrain.judge.advice import nothing_left
+    from medst_trl.selftrain.judge.judgements import nothing_left
     from medst_trl.selftrain.preferences import build_preferences
 
-    output_dir = Path(args.output_dir)
-    preferences = build_preferences(
-        candidates,
-        judgements,
-        benchmarks=benchmarks,
-        keep_benchmark_images=args.keep_benchmark_images,
-        duplicate_similarity=args.duplicate_similarity,
-        validation_share=args.validation_share,
-        length_balanced=args.length_balanced,
-        seed=args.seed,
-    )
+    names = ("keep_benchmark_images", "duplicate_similarity", "validation_share", "length_balanced", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **settings)
+    output_dir = record.output_dir
     with explain_full_disk(output_dir):
         write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
         if not preferences.train:
-            judged = output_dir / "judgements.jsonl"
-            raise nothing_left(preferences.counts["rejected"], statistics["pairs"], judged)
-        _write(args, candidates, preferences)
+            file = output_dir / "judgements.jsonl"
+            raise nothing_left(preferences.counts["rejected"], statistics["pairs"], file)
+        _write_preferences(args, candidates, preferences)
     record.finish(counts={"judge": statistics, "preferences": preferences.counts})
 
 
-def _write(args: JudgeArguments, candidates: "Dataset", preferences: "Preferences") -> None:
-    """The pairs with their images, whose bytes are copied undecoded."""
+def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: "Preferences") -> None:
+    """Write the pairs with their images, whose bytes are copied undecoded."""
     from medst_trl.data.schema import preference_features, write_split
 
     images = candidates.select_columns(["images"])
@@ -338,14 +379,15 @@ def _write(args: JudgeArguments, candidates: "Dataset", preferences: "Preference
         kept = {name: value for name, value in pair.items() if name != "row"}
         return kept | {"images": images[pair["row"]]["images"]}
 
-    folder = Path(args.output_dir) / "preferences"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short, perhaps after other replies
-    for split, pairs in (("train", preferences.train), ("validation", preferences.validation)):
-        write_split(folder, split, pairs, row, preference_features(), args.rows_per_shard, args.num_workers)
+    directory = Path(args.output_dir) / "preferences"
+    shutil.rmtree(directory, ignore_errors=True)  # of an interrupted run, perhaps with other replies
+    for split in ("train", "validation"):
+        pairs = getattr(preferences, split)
+        write_split(directory, split, pairs, row, preference_features(), args.rows_per_shard, args.num_workers)
 
 
-def _report(record: "StageRecord") -> None:
-    from medst_trl.selftrain.judge.statistics import format_statistics, warnings_of
+def _print_summary(record: "StageRecord") -> None:
+    from medst_trl.selftrain.judge.judgements import format_statistics, warnings_of
 
     counts = record.content["counts"]
     print(f"judge: {record.output_dir}")
@@ -357,7 +399,7 @@ def _report(record: "StageRecord") -> None:
 
 
 def pairs_to_judge(settings: Mapping[str, Any], counter: Counter) -> Count:
-    """Pairs of answers that the stage compares: the first and second answer to a question, the third and fourth ..."""
+    """Count the pairs of answers that the stage compares: the first and second answer, the third and fourth ..."""
     if "candidates" not in settings:
         return Count(None, depends_on="candidates")
     candidates = counter.rows(settings["candidates"], settings.get("split", "train"))
@@ -371,11 +413,11 @@ def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
 STAGE = STAGES.register(
     Stage(
         name="judge",
-        summary="have a stronger model compare the answers, and build preference pairs",
+        summary="compare the answers with a stronger model, and build preference pairs",
         help=__doc__,
         after=("generate",),
         repeats=True,
-        arguments=lambda: (JudgeArguments, HubArguments),
+        arguments=lambda: (JudgeArguments, *(server.settings for server in JUDGE_SERVERS.values()), HubArguments),
         check=check,
         main=main,
         registries={"prompt_version": JUDGE_PROMPTS},
@@ -386,7 +428,7 @@ STAGE = STAGES.register(
             Input("read_batch", FILE),
         ),
         outputs=(Output("preferences", "preferences", _count),),
-        # How the replies are got, not what they say. A server is known by its model, wherever it runs.
+        # How replies are obtained, not what they say. A judge is known by its model, on any server.
         operational=frozenset(
             {
                 "base_url", "key_variable", "concurrency", "max_cost", "price_per_million_input_tokens",

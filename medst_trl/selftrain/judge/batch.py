@@ -1,16 +1,17 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's Batch API: requests written as its files, result files read into the cache."""
+"""OpenAI's Batch API: write requests as its input files, and read its result files into the cache."""
 
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk
+from medst_trl.base.files import atomic_path, explain_full_disk
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.client_errors import Trouble, trouble_of_status
 from medst_trl.engines.reply_cache import ReplyCache
@@ -19,8 +20,8 @@ from medst_trl.engines.requests import row_of_body
 from .pairwise import PairwiseJudge
 
 
-MAX_REQUESTS = 50_000  # of a file, as OpenAI has it
-MAX_BYTES = 190_000_000  # under its 200 MB
+MAX_REQUESTS = 50_000  # OpenAI's limit per file
+MAX_BYTES = 190_000_000  # OpenAI's limit is 200 MB
 
 
 def write_batch(
@@ -35,79 +36,39 @@ def write_batch(
 
     Args:
         judge ([`PairwiseJudge`]):
-            With the settings that the results will be read under.
+            A judge with the settings with which the results will be read.
         candidates (iterable of `dict`):
-            As for the judge.
+            Rows as for the judge.
         path (`str` or `os.PathLike`):
-            The file. Where the limits ask for several, the further ones are `<name>-2.jsonl`, `<name>-3.jsonl` ...
+            The file. If the limits require several, the others are `<name>-2.jsonl`, `<name>-3.jsonl` and so on.
         max_requests, max_bytes (`int`, *optional*):
-            Limits of a file.
+            Limits per file.
 
     Returns:
-        `list[Path]`: the files; none where every reply is there.
+        `list[Path]`: the files; empty if every reply is cached.
 
     Raises:
         UserError: if the disk is full.
     """
-    path = Path(path)
+    path, files = Path(path), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-    file, requests, size = None, 0, 0
-    try:
-        with explain_full_disk(path.parent):
-            for line in _lines(judge, candidates):
-                if file is None or requests == max_requests or size + len(line) > max_bytes:
-                    if file is not None:
-                        file.close()
-                    files.append(path.with_stem(f"{path.stem}-{len(files) + 1}") if files else path)
-                    file, requests, size = open(_temporary(files[-1]), "wb"), 0, 0  # noqa: SIM115
-                file.write(line)
-                requests, size = requests + 1, size + len(line)
-            if file is not None:
-                file.close()
-            for name in files:
-                os.replace(_temporary(name), name)
-    finally:
-        if file is not None:
-            file.close()
+    with explain_full_disk(path.parent):
+        numbered = _numbered(_lines(judge, candidates), max_requests, max_bytes)
+        for number, lines in groupby(numbered, key=lambda item: item[0]):
+            files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
+            with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
+                file.writelines(line for _, line in lines)
     return files
 
 
-def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[str, int]:
-    """
-    Put the results of the Batch API (its output and its error files) into a judge's cache.
-
-    Results that are there already are passed over, so reading a file twice does no harm.
-
-    Returns:
-        `dict`: how many results there were by what they hold: `replies`, `content_filter` and `image_refused` (which
-        drop their pairs), `failed` (no reply: such calls are still to be made) and `unreadable` lines.
-
-    Raises:
-        UserError: if a file cannot be read, or if none of its lines is a result.
-    """
-    counts: Counter[str] = Counter()
-    for path in paths:
-        before = counts.total() - counts["unreadable"]
-        for line in _read(path):
-            try:
-                result = json.loads(line)
-                row = _row(result) | {"key": result["custom_id"], "attempt": 0}
-            except Trouble as trouble:
-                if trouble.reason == "request_failed":
-                    counts["failed"] += 1
-                    continue
-                row = {"key": result["custom_id"], "attempt": 0, "error": trouble.reason, "detail": trouble.detail}
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                counts["unreadable"] += 1
-                continue
-            counts[row.get("error", "replies")] += 1
-            if not cache.attempts(row["key"]):
-                cache.add(row)
-        if counts.total() - counts["unreadable"] == before:
-            raise UserError(f"{path} holds no results of the Batch API. Give its output file (and its error file).")
-    cache.close()
-    return dict(counts)
+def _numbered(lines: Iterable[bytes], max_requests: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yield each line with the number of its file, from 1."""
+    number, requests, size = 1, 0, 0
+    for line in lines:
+        if requests == max_requests or (requests and size + len(line) > max_bytes):
+            number, requests, size = number + 1, 0, 0
+        requests, size = requests + 1, size + len(line)
+        yield number, line
 
 
 def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
@@ -119,14 +80,55 @@ def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]) -> Ite
             seen.add(request.key)
             try:
                 body = request.body()
-            except ImageProblem:  # judging will say so
+            except ImageProblem:  # the judge drops such pairs
                 continue
             line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
+def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[str, int]:
+    """
+    Put the results of the Batch API (its output and its error files) into a judge's cache.
+
+    Results that the cache already has are skipped, so a file may be read twice.
+
+    Returns:
+        `dict`: number of results by content: `replies`, `content_filter` and `image_refused` (which drop their
+        pairs), `failed` (no reply: such calls are still to be made) and `unreadable` lines.
+
+    Raises:
+        UserError: if a file cannot be read, or if none of its lines is a result.
+    """
+    counts: Counter[str] = Counter()
+    for path in paths:
+        found = Counter(_read_line(cache, line) for line in _read(path))
+        if not found.total() - found["unreadable"]:
+            raise UserError(f"{path} holds no results of the Batch API. Give its output file (and its error file).")
+        counts += found
+    cache.close()
+    return dict(counts)
+
+
+def _read_line(cache: ReplyCache, line: bytes) -> str:
+    """Keep one result in the cache, and return what it holds."""
+    try:
+        result = json.loads(line)
+        key = result["custom_id"]
+        try:
+            row = _row(result)
+        except Trouble as trouble:
+            if trouble.reason == "request_failed":
+                return "failed"
+            row = {"error": trouble.reason, "detail": trouble.detail}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "unreadable"
+    if not cache.attempts(key):
+        cache.add({"key": key, "attempt": 0} | row)
+    return row.get("error", "replies")
+
+
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    """A result line as the cache keeps it. Raises `Trouble` for an error."""
+    """Return the reply of a result line as the cache keeps it, or raise the `Trouble` that it reports."""
     response = result.get("response") or {}
     status, body = response.get("status_code"), response.get("body") or {}
     if status == 200:
@@ -143,7 +145,3 @@ def _read(path: str | os.PathLike) -> Iterator[bytes]:
             yield from (line for line in file if line.strip())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Give a result file of the Batch API.") from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")

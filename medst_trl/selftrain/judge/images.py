@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An image on its way to the judge: small enough, under its true type."""
+"""Images as the judge receives them: not too large, and with their true media type."""
 
 import base64
 import io
@@ -17,20 +17,20 @@ from medst_trl.data.image_formats import ImageProblem, to_8_bit
 from medst_trl.data.images import store_image
 
 
-# What every judge reads. Anything else is sent as PNG.
+# Formats that every judge reads. Others are sent as PNG.
 _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 
 
 @dataclass(frozen=True)
 class JudgeImage:
     """
-    One image of a candidate.
+    One image of a candidate, as a request carries it.
 
     Args:
         data (`bytes`):
-            The image file as the dataset has it.
+            The image file as stored in the dataset.
         image_size (`int`):
-            Longest side in pixels. A larger image is made smaller, a smaller one is sent with its own bytes.
+            Maximum side in pixels. A larger image is scaled down, a smaller one is sent with its own bytes.
     """
 
     data: bytes
@@ -38,7 +38,7 @@ class JudgeImage:
 
     @classmethod
     def read(cls, image: Any, image_size: int) -> "JudgeImage":
-        """From what a dataset gives: a PIL image, `{"bytes", "path"}`, bytes or a path."""
+        """Read an image in any form that a dataset gives: PIL, `{"bytes", "path"}`, bytes or a path."""
         if isinstance(image, Image.Image):
             return cls(store_image(image).bytes, image_size)
         if isinstance(image, dict):
@@ -50,12 +50,12 @@ class JudgeImage:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the bytes in the dataset; with `image_size` it says what is sent."""
+        """SHA-256 of the stored bytes. Together with `image_size` it determines what is sent."""
         return sha256(self.data).hexdigest()
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Width and height as sent. Only the header is read."""
+        """Width and height as sent, from the header alone."""
         width, height = self._open().size
         longest = max(width, height)
         if longest <= self.image_size:
@@ -66,7 +66,7 @@ class JudgeImage:
     @cached_property
     def data_url(self) -> str:
         """
-        The image as the request carries it.
+        The image as a data URL.
 
         Raises:
             ImageProblem: if it cannot be decoded.
@@ -99,7 +99,7 @@ class JudgeImage:
 
 
 def without_image_bytes(body: Any) -> Any:
-    """A request fit for a terminal: data URLs become their type and length."""
+    """Return a copy of a request for display, with data URLs replaced by their type and length."""
     if isinstance(body, dict):
         return {key: without_image_bytes(value) for key, value in body.items()}
     if isinstance(body, list):

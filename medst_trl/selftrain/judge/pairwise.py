@@ -1,33 +1,37 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which of two answers is better? A stronger vision-language model says, both ways round."""
+"""The pairwise judge: a stronger vision-language model compares two answers, in both orders."""
 
+import asyncio
 import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.client import JudgeClient, api_key
-from medst_trl.engines.cost import Budget, Prices, RequestSize, image_tokens, prices_of
+from medst_trl.engines.cost import Budget, RequestSize, image_tokens, prices_of
 from medst_trl.engines.reply_cache import ReplyCache
-from medst_trl.engines.requests import Request
+from medst_trl.engines.requests import Request, Stopped
 
 from .images import JudgeImage
-from .pairs import Pair, pairs_of
+from .judgements import Pair, make_judgement, pairs_of
 from .prompt import JUDGE_PROMPTS
-from .replies import parse_scores
-from .run import JudgeRun, in_order
 
-
-__all__ = ["Estimate", "PairwiseJudge", "parse_scores"]
 
 ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
+PAIRS_PER_SLOT = 3  # pairs in progress per concurrent call: those that wait for a retry leave no slot empty
+_AT_LEAST = {
+    "concurrency": 1, "image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0, "max_cost": 0,
+    "max_retries": 0, "timeout": 0.01,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class Estimate:
 
     Attributes:
         pairs (`int`): Pairs to compare.
-        calls (`int`): Calls that are still to be made.
-        cached (`int`): Replies that are there already.
-        input_tokens, output_tokens (`int`): Of the calls to be made.
-        cost (`float` or `None`): Dollars for them; None where the prices are unknown.
-        paid (`float`): Dollars that earlier calls for these requests cost or, where no server told, may have cost.
+        calls (`int`): Calls still to be made.
+        cached (`int`): Requests whose replies are in the cache.
+        input_tokens, output_tokens (`int`): Tokens of the calls still to be made.
+        cost (`float` or `None`): Dollars for these calls; None if the prices are unknown.
+        paid (`float`): Dollars that earlier calls for the same requests cost or, if the server did not report their
+            usage, may have cost.
     """
 
     pairs: int
@@ -53,65 +58,65 @@ class Estimate:
     paid: float
 
     def __str__(self) -> str:
-        cost = "cost unknown (give the judge's prices)" if self.cost is None else f"about ${self.cost:.2f}"
+        cost = "cost unknown (set the judge's prices)" if self.cost is None else f"about ${self.cost:.2f}"
         return (
-            f"{self.pairs:,} pairs, {self.calls:,} calls to make ({self.cached:,} replies are there), about "
+            f"{self.pairs:,} pairs, {self.calls:,} calls to make ({self.cached:,} replies are cached), about "
             f"{self.input_tokens:,} tokens in and {self.output_tokens:,} out, {cost}"
         )
 
 
 class PairwiseJudge:
     """
-    Compares the two answers of each candidate with a vision-language model behind an OpenAI-compatible API.
+    Compare the answers of each candidate with a vision-language model behind an OpenAI-compatible API.
 
-    By default each pair is shown in both orders, and only a verdict that survives the swap counts. Ties, small
-    margins, flips and refusals are dropped with their reason. Replies are kept in a cache, so that what was paid for
-    is never asked again.
+    By default each pair is shown in both orders, and only a verdict that both orders agree on counts. Ties, small
+    margins, flips and refusals are dropped with their reason. Replies are cached, so that nothing is paid for twice.
 
     Args:
         model (`str`):
-            Name of the judge at its server.
+            Name of the judge on its server.
         base_url (`str`, *optional*):
-            The server, for example `http://localhost:8000/v1` for vLLM. None: `OPENAI_BASE_URL`, else OpenAI.
+            The server, for example `http://localhost:8000/v1` for vLLM. Defaults to `OPENAI_BASE_URL`, then to
+            OpenAI.
         prompt_version (`str`, *optional*, defaults to `"rubric"`):
-            `"rubric"`: a score for each criterion and a verdict, as JSON. `"paper"`: the prompt of STLLaVA-Med
-            (https://huggingface.co/papers/2406.19973, Fig. 5), two scores on one line.
+            Name of a [`JudgePrompt`]. `"rubric"`: a score for each criterion and a verdict, as JSON. `"paper"`: the
+            prompt of STLLaVA-Med (https://huggingface.co/papers/2406.19973, Fig. 5), two scores on one line.
         order (`str`, *optional*, defaults to `"both"`):
-            `"both"` or, as in the paper, `"single"`: candidates' first answer first.
+            `"both"` or, as in the paper, `"single"`: only the candidate's first answer first.
         min_margin (`float`, *optional*, defaults to `1.0`):
-            Pairs whose scores (means over the orders) lie closer together are dropped.
+            Drop pairs whose scores (means over the orders) differ by less.
         captions (`dict`, *optional*):
-            Reference captions by `image_id`, which the rubric shows to the judge.
+            Reference captions by `image_id`, for prompts that show them.
         concurrency (`int`, *optional*, defaults to `16`):
-            Calls under way at most; fewer while the server pushes back.
+            Maximum number of concurrent calls; fewer while the server is overloaded.
         max_cost (`float`, *optional*):
-            US dollars that these judgements may cost, earlier runs included. Never overdrawn.
+            Budget in US dollars for these judgements, earlier runs included. It is never exceeded.
         price_per_million_input_tokens, price_per_million_output_tokens (`float`, *optional*):
-            US dollars. None: the known prices of the model, if it is a known one.
+            In US dollars. Default to the known prices of the model.
         image_size (`int`, *optional*, defaults to `768`):
-            Longest side in pixels of an image as sent.
+            Maximum side in pixels of an image as sent.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Of the judge.
+            Sampling temperature of the judge.
         max_tokens (`int`, *optional*, defaults to `600`):
-            Of a reply.
+            Maximum number of tokens of a reply.
         cache_dir (`str`, *optional*):
-            Folder of `judge_cache.jsonl`. A reply is known by model name, prompt, images and settings, not by
-            `base_url`: give different models different names. None keeps replies in memory.
+            Directory of `judge_cache.jsonl`. The key of a reply is made of model name, prompt, images and settings,
+            not of `base_url`: give different models different names. None keeps replies in memory.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds for one call.
         max_retries (`int`, *optional*, defaults to `6`):
-            Repetitions of a call after 429, 5xx, a time-out or a broken connection.
+            Number of retries of a call after 429, 5xx, a timeout or a lost connection.
         key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable that holds the API key. A server of one's own needs none.
+            Environment variable that holds the API key. Your own server needs none.
         http_client (`httpx2.AsyncClient`, *optional*):
-            Instead of the client's own, for proxies and tests.
+            Replaces the client's own, for proxies and tests.
 
     Attributes:
         events (`Counter`):
-            Calls of the last run, and what went wrong with them.
+            Calls of the last run, and their problems.
 
     Raises:
-        UserError: for settings that cannot work.
+        UserError: for invalid settings.
 
     Example:
 
@@ -148,76 +153,72 @@ class PairwiseJudge:
         self.model, self.prompt, self.order = model, JUDGE_PROMPTS.get(prompt_version), order
         self.min_margin, self.image_size = min_margin, image_size
         self.temperature, self.max_tokens, self.max_cost = temperature, max_tokens, max_cost
+        self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.captions = dict(captions or {})
-        self.prices: Prices = prices_of(model, price_per_million_input_tokens, price_per_million_output_tokens)
-        self.concurrency = concurrency
+        self.prices = prices_of(model, price_per_million_input_tokens, price_per_million_output_tokens)
         self.events: Counter[str] = Counter()
-        self._check(timeout, max_retries)
+        self._check()
         Budget(self.prices, max_cost)
         self.cache = ReplyCache(cache_dir)
-        self._connection = {
-            "base_url": base_url, "key_variable": key_variable, "timeout": timeout, "max_retries": max_retries,
-            "http_client": http_client,
-        }  # fmt: skip
+        self._connection = {"base_url": base_url, "key_variable": key_variable, "http_client": http_client}
+
+    def _check(self) -> None:
+        if not self.model:
+            raise UserError("The judge has no name. Set model to its name on the server.")
+        if self.order not in ORDERS:
+            raise UserError(f"Unknown order {self.order!r}. Choose one of {', '.join(ORDERS)}.")
+        if self.captions and "captions" not in self.prompt.uses:
+            able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
+            raise UserError(
+                f"The judge prompt {self.prompt.name!r} does not show reference captions. Set prompt_version to one "
+                f"of {', '.join(able)}, or leave out the captions."
+            )
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # NaN is refused, too
+                raise UserError(f"{name} is {value}. It must be at least {least}.")
 
     def __call__(self, candidates: Iterable[Mapping[str, Any]], offline: bool = False) -> Iterator[dict[str, Any]]:
         """
-        Judge candidates, in their order.
+        Judge candidates and yield the judgements in their order.
 
         Args:
             candidates (iterable of `dict`):
                 Rows with `id`, `images` (PIL, bytes, paths or `{"bytes", "path"}`), `prompt` (messages, the question
-                last), `answers` (two or more: (0, 1), (2, 3) and so on are compared), and perhaps `image_ids`.
+                last), `answers` (two or more: (0, 1), (2, 3) and so on are compared), and optionally `image_ids`.
             offline (`bool`, *optional*, defaults to `False`):
-                Make no calls: every reply has to be in the cache, as after [`read_batch`].
+                Make no calls: every reply must be in the cache, as after [`read_batch`].
 
         Yields:
             `dict`: a judgement. `id` (of the pair), `candidate`, `image_ids`, `question`, `answers`; `verdict` (0 or
-            1: the better answer; None where the pair is dropped), `scores` (of both answers, means over the orders),
+            1: the better answer; None if the pair is dropped), `scores` (of both answers, means over the orders),
             `dropped` (None or a reason: `flip`, `tie`, `small_margin`, `content_filter`, `image_refused`,
-            `image_unreadable`, `unparsable`, `request_failed`); `orders`, one for each way the pair was shown
-            (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `cost`, `finish_reason`,
-            `cached`, and `request`, which is the same where pairs share a request);
-            `cut`, `neutralised` (whether a text was); `model`, `prompt_version`.
+            `image_unreadable`, `unparsable`, `request_failed`); `orders`, one for each order in which the pair was
+            shown (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `cost`, `finish_reason`,
+            `cached`, and `request`, which pairs with the same request share); `cut`, `neutralised` (whether a text
+            was); `model`, `prompt_version`.
 
         Raises:
-            UserError: if the run has to stop: no key, no credit, no such model, no server, the budget used up. Every
-                reply so far is in the cache.
+            UserError: if the run has to stop: no key, no credit, unknown model, no server, the budget used up. All
+                replies so far are in the cache.
         """
+        spent = 0.0
         if not offline:
             self.check_key()
-        spent = 0.0
-        if (
-            self.max_cost is not None and not offline
-        ):  # known before the first call, or earlier runs could be overlooked
-            candidates = candidates if isinstance(candidates, Sized) else list(candidates)
-            spent = self.estimate(candidates).paid
-        results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        run = JudgeRun(iter(candidates), lambda: self.client(offline, spent), self, results.put)
-        thread = threading.Thread(target=run.start, name="medst-judge", daemon=True)
-        thread.start()
+            if self.max_cost is not None:  # known before the first call, or earlier runs would be overlooked
+                candidates = candidates if isinstance(candidates, Sized) else list(candidates)
+                spent = self.estimate(candidates).paid
         try:
-            yield from in_order(results)
+            yield from _Run(self, candidates, partial(self._client, offline, spent))
         finally:
-            run.cancel()
-            thread.join()
             self.cache.close()
 
     def check_key(self) -> None:
-        """Raise the [`UserError`] of a missing API key before anything is done."""
+        """Raise a [`UserError`] if the API key is missing."""
         api_key(self._connection["key_variable"], self._connection["base_url"])
 
-    def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Request]]]:
-        """What would be asked about each pair, in each order; nothing where no question is due."""
-        for candidate in candidates:
-            for pair in pairs_of(candidate):
-                try:
-                    yield pair, self.requests_of(pair)
-                except ImageProblem:
-                    yield pair, []
-
     def estimate(self, candidates: Iterable[Mapping[str, Any]]) -> Estimate:
-        """What judging `candidates` will take."""
+        """Estimate what judging `candidates` will take."""
         counts, seen, paid = Counter(), set(), 0.0
         for _, requests in self.requests(candidates):
             counts["pairs"] += 1
@@ -233,9 +234,18 @@ class PairwiseJudge:
         cost = self.prices.cost(counts["input"], output) if self.prices.known else None
         return Estimate(counts["pairs"], counts["calls"], counts["cached"], counts["input"], output, cost, paid)
 
+    def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Request]]]:
+        """Yield each pair with its requests, none if there is nothing to ask or an image cannot be read."""
+        for candidate in candidates:
+            for pair in pairs_of(candidate):
+                try:
+                    yield pair, self.requests_of(pair)
+                except ImageProblem:
+                    yield pair, []
+
     def requests_of(self, pair: Pair) -> list[Request]:
         """
-        The requests of one pair; none for two equal answers, which are a tie without asking.
+        Return the requests of one pair, one for each order; none for two equal answers, which are a tie.
 
         Raises:
             ImageProblem: if an image cannot be opened.
@@ -244,14 +254,12 @@ class PairwiseJudge:
             return []
         images = [JudgeImage.read(image, self.image_size) for image in pair.images]
         tokens = sum(image_tokens(self.model, *image.size) for image in images)
-        captions = [self.captions[name] for name in pair.image_ids if name in self.captions]
-        return [self._request(pair, shown, images, tokens, captions) for shown in ORDERS[self.order]]
+        return [self._request(pair, shown, images, tokens) for shown in ORDERS[self.order]]
 
-    def _request(
-        self, pair: Pair, shown: tuple[int, int], images: list[JudgeImage], tokens: int, captions: list[str]
-    ) -> Request:
+    def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[JudgeImage], tokens: int) -> Request:
         answers = [pair.answers[place] for place in shown]
         history = pair.history if "history" in self.prompt.uses else ()
+        captions = [self.captions[name] for name in pair.image_ids if name in self.captions]
 
         def body(urls: list[str]) -> dict[str, Any]:
             messages = self.prompt.messages(pair.question, answers, urls, history, captions)
@@ -260,6 +268,7 @@ class PairwiseJudge:
                 body["response_format"] = self.prompt.response_format
             return {**self.prompt.defaults, **body, "max_tokens": self.max_tokens}
 
+        # The key is made of the body with the hashes of the images. Changing it loses every existing cache.
         named = body([f"{image.sha256}@{self.image_size}" for image in images])
         return Request(
             key=sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
@@ -270,35 +279,114 @@ class PairwiseJudge:
             read=self.prompt.read,
         )
 
-    def client(self, offline: bool = False, spent: float = 0.0) -> JudgeClient:
-        """A client for one event loop, of whose budget so much is spent."""
-        budget = Budget(self.prices, self.max_cost, spent)
-        return JudgeClient(
-            self.model, self.cache, budget, self.max_tokens, concurrency=self.concurrency, offline=offline,
-            **self._connection,
+    def judgement(self, pair: Pair, *asked, problem: str | None = None) -> dict[str, Any]:
+        """Return the judgement on a pair from its requests and their answers. See [`make_judgement`]."""
+        return make_judgement(
+            pair, asked, model=self.model, prompt=self.prompt, prices=self.prices, min_margin=self.min_margin,
+            problem=problem,
         )  # fmt: skip
 
-    def _check(self, timeout: float, max_retries: int) -> None:
-        if not self.model:
-            raise UserError("No judge is named: give model, as its server calls it.")
-        if self.order not in ORDERS:
-            raise UserError(f"Unknown order {self.order!r}. Choose one of {', '.join(ORDERS)}.")
-        if self.captions and "captions" not in self.prompt.uses:
-            able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
+    def _client(self, offline: bool, spent: float) -> JudgeClient:
+        """Return a client for one event loop. `spent` is the part of the budget that earlier runs used."""
+        return JudgeClient(
+            self.model, self.cache, Budget(self.prices, self.max_cost, spent), self.max_tokens, offline=offline,
+            concurrency=self.concurrency, timeout=self.timeout, max_retries=self.max_retries, **self._connection,
+        )  # fmt: skip
+
+
+class _Run:
+    """One run over candidates, with its event loop on its own thread, so that it also works in a notebook."""
+
+    def __init__(
+        self,
+        judge: PairwiseJudge,
+        candidates: Iterable[Mapping[str, Any]],
+        make_client: Callable[[], JudgeClient],
+    ):
+        self.judge, self.make_client = judge, make_client
+        self.pairs = (pair for candidate in candidates for pair in pairs_of(candidate))
+        self.results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: asyncio.Task | None = None
+        self.cancelled = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield judgements in the order of the pairs, and raise an error after all of them."""
+        thread = threading.Thread(target=self._start, name="medst-judge", daemon=True)
+        thread.start()
+        waiting, due = {}, 0
+        try:
+            while True:
+                index, result = self.results.get()
+                if index < 0:
+                    if result is not None:
+                        raise result
+                    return
+                waiting[index] = result
+                while due in waiting:
+                    yield waiting.pop(due)
+                    due += 1
+        finally:
+            self._cancel()
+            thread.join()
+
+    def _start(self) -> None:
+        error = None
+        try:
+            asyncio.run(self._main())
+        except asyncio.CancelledError:
+            pass
+        except BaseException as raised:
+            error = raised
+        self.results.put((-1, error))
+
+    def _cancel(self) -> None:
+        """Stop early if the consumer wants no more."""
+        self.cancelled = True
+        if self.loop is not None and not self.loop.is_closed():
+            with suppress(RuntimeError):  # it ended in the meantime
+                self.loop.call_soon_threadsafe(self.task.cancel)
+
+    async def _main(self) -> None:
+        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+        if self.cancelled:
+            return
+        client = self.make_client()
+        room = asyncio.Semaphore(PAIRS_PER_SLOT * self.judge.concurrency)
+        try:
+            async with asyncio.TaskGroup() as group:
+                index = 0
+                while client.stop_error is None:
+                    await room.acquire()
+                    pair = await asyncio.to_thread(next, self.pairs, None)
+                    if pair is None:
+                        break
+                    group.create_task(self._judge(client, index, pair, room))
+                    index += 1
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            self.judge.events = client.events
+            await client.close()
+        if client.stop_error is not None:
+            raise client.stop_error
+        if client.missing:
             raise UserError(
-                f"The judge prompt {self.prompt.name!r} does not show reference captions. Set prompt_version to one "
-                f"of {', '.join(able)}, or leave out the captions."
+                f"{client.missing:,} calls have no result yet. The others are kept: write the missing ones with "
+                "--write_batch, or send them live by leaving out --read_batch."
             )
-        least = {
-            "concurrency": (self.concurrency, 1),
-            "image_size": (self.image_size, 16),
-            "max_tokens": (self.max_tokens, 8),
-            "min_margin": (self.min_margin, 0),
-            "temperature": (self.temperature, 0),
-            "max_cost": (self.max_cost, 0),
-            "max_retries": (max_retries, 0),
-            "timeout": (timeout, 0.01),
-        }
-        for name, (value, lowest) in least.items():
-            if value is not None and not value >= lowest:
-                raise UserError(f"{name} is {value}; it has to be at least {lowest}.")
+
+    async def _judge(self, client: JudgeClient, index: int, pair: Pair, room: asyncio.Semaphore) -> None:
+        try:
+            requests = await asyncio.to_thread(self.judge.requests_of, pair)
+            # Wait for all of them, even if one is stopped: calls in progress are paid for.
+            answers = await asyncio.gather(*map(client.ask, requests), return_exceptions=True)
+            if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
+                raise errors[0]
+            self.results.put((index, self.judge.judgement(pair, *zip(requests, answers, strict=True))))
+        except ImageProblem:
+            self.results.put((index, self.judge.judgement(pair, problem="image_unreadable")))
+        except Stopped:
+            pass
+        finally:
+            room.release()

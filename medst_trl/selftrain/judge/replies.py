@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what a judge wrote: two scores in free text, or the rubric's JSON. What is not certain is None."""
+"""Read scores from a judge's reply, in free text or JSON. What is not certain is None."""
 
 import json
 import re
@@ -8,12 +8,12 @@ import unicodedata
 from typing import Any, Literal
 
 
-LOWEST, HIGHEST = 0, 10  # 1 is the least the prompts allow, yet GPT-4 gives an empty answer 0
-LONGEST = 20_000  # characters looked at, from each end
+LOWEST, HIGHEST = 0, 10  # the prompts ask for 1 to 10, yet GPT-4 gives an empty answer 0
+LONGEST = 20_000  # characters read from each end
 
 _NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
 _OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
-# Nothing but two numbers, perhaps announced ("Final scores: (8, 7)").
+# Two numbers and nothing else, with or without an announcement ("Final scores: (8, 7)").
 _PAIR = rf"[\[({{\s]*{_NUMBER}{_OUT_OF}[\s,;|&]*(?:and\b)?\s*(?<=[\s,;|&]){_NUMBER}{_OUT_OF}"
 _ANNOUNCED = r"(?:(?:the\s+)?(?:final |overall )?(?:scores?|ratings?|output|result)s?\s*(?:are|is)?\s*[:=]?\s+)?"
 _PAIR_LINE = re.compile(rf"\s*{_ANNOUNCED}{_PAIR}[\])}}\s.;]*", re.IGNORECASE)
@@ -49,8 +49,8 @@ def parse_scores(text: str) -> tuple[float, float] | None:
     """
     Read the two scores of a judge's reply, as real judges write them.
 
-    Understood are the line asked for (`8 9`, also `8/10 7`, `8, 7`, after blank lines or before prose), scores by name
-    wherever they stand (`Answer 1: 8 ... Answer 2: 7`, `I would give Answer 1 a 9 out of 10`), a last line of two
+    Accepts the requested line (`8 9`, also `8/10 7`, `8, 7`, after blank lines or before prose), scores next to the
+    name of their answer (`Answer 1: 8 ... Answer 2: 7`, `I would give Answer 1 a 9 out of 10`), a last line of two
     numbers, markdown around any of these, and JSON.
 
     Args:
@@ -58,8 +58,8 @@ def parse_scores(text: str) -> tuple[float, float] | None:
             The reply.
 
     Returns:
-        `tuple[float, float]` or `None`: the scores of answers 1 and 2, each from 0 to 10. None where they are absent,
-        above 10, on another scale, or contradict each other: a wrong score would be worse than none.
+        `tuple[float, float]` or `None`: the scores of answers 1 and 2, each from 0 to 10. None if they are missing,
+        above 10, on another scale, or contradict each other: a wrong score is worse than none.
 
     Example:
 
@@ -81,7 +81,7 @@ def parse_scores(text: str) -> tuple[float, float] | None:
         return valid_scores(pair.groups())
     if len(lines) > 1 and all(_ONE_LINE.fullmatch(line) for line in lines[:2]):
         return valid_scores(_ONE_LINE.fullmatch(line).group(1) for line in lines[:2])
-    if _LOOKS_LIKE_PAIR.fullmatch(lines[0]):  # scores, but of another scale: nothing below can mend them
+    if _LOOKS_LIKE_PAIR.fullmatch(lines[0]):  # scores on another scale: nothing below can correct them
         return None
     named, last = _named_scores("\n".join(lines)), _PAIR_LINE.fullmatch(lines[-1])
     last = last and _numbers(last.groups())
@@ -99,12 +99,13 @@ def _numbers(pair) -> tuple[float, float] | None:
 
 
 def valid_scores(pair) -> tuple[float, float] | None:
+    """Return two values as scores, or `None` unless both are numbers from 0 to 10."""
     numbers = _numbers(pair) if pair is not None else None
     return numbers if numbers and all(LOWEST <= number <= HIGHEST for number in numbers) else None
 
 
 def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
-    """Scores that stand by the name of their answer. Several different ones count only where one is the last word."""
+    """Return scores next to the name of their answer. Of several different ones, only a final one counts."""
     found: list[list[tuple[int, float]]] = [[], []]
     for match in _LABEL_THEN_NUMBER.finditer(text):
         number, ordinal, score = match.group(1), match.group(2), match.group(3)
@@ -123,7 +124,7 @@ def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
 
 
 def find_json(text: str) -> Any:
-    """The one JSON object in a text (the last, should there be several), or a list that is all of it."""
+    """Return the last JSON object in a text, or the list that is the whole text."""
     decoder, found, at = json.JSONDecoder(parse_constant=str), None, text.find("{")
     whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if whole.startswith("["):
@@ -143,7 +144,7 @@ def find_json(text: str) -> Any:
 
 
 def _scores_of_json(value: Any) -> Any:
-    """Two scores of any sensible JSON: a list, names of the answers, or objects with a score inside."""
+    """Return the two scores of a list, of keys that name the answers, or of objects with a score inside."""
     if isinstance(value, list):
         return value if len(value) == 2 else None
     if not isinstance(value, dict):

@@ -23,6 +23,7 @@ from medst_trl.data.schema import (
     message,
     text_part,
 )
+from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.engines.reply_cache import FILE_NAME
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
@@ -155,7 +156,7 @@ def test_images_of_a_benchmark_stay_out(candidates, tmp_path):
 def test_the_oracle_judges_phantoms_by_their_truth(candidates, tmp_path, version):
     for rate in (0.0, 1.0):
         folder = tmp_path / str(rate)
-        main(JudgeArguments(candidates, str(folder), oracle_error_rate=rate, prompt_version=version))
+        main(JudgeArguments(candidates, str(folder), prompt_version=version), OracleArguments(rate))
         verdicts = {judgement["verdict"] for judgement in read_jsonl(folder / "judgements.jsonl")}
         assert verdicts <= {None, int(rate)} and int(rate) in verdicts
         assert "oracle" in read_jsonl(folder / "judgements.jsonl")[0]["model"]
@@ -271,7 +272,7 @@ def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
     steady = JudgeServer().answer
     with JudgeServer(answer=answer) as server:
         run(candidates, tmp_path / "out", server)
-    assert "WARNING: the judge changes its mind" in capsys.readouterr().out
+    assert "WARNING: the judge changes its verdict" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -290,8 +291,9 @@ def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
 def test_mistakes_are_told_before_a_record_is_written(candidates, tmp_path, wrong, said):
     settings = {"candidates": candidates, "output_dir": str(tmp_path / "out"), "model": "judge"}
     settings |= {"base_url": "http://127.0.0.1:9/v1"} | wrong
+    oracle = OracleArguments(settings.pop("oracle_error_rate", None))
     with pytest.raises(UserError, match=said):
-        main(JudgeArguments(**settings))
+        main(JudgeArguments(**settings), oracle)
     assert not (tmp_path / "out").exists()
 
 
@@ -312,7 +314,7 @@ def test_no_candidates(tmp_path):
 def test_help_tells_the_command_and_every_setting():
     text = STAGE.make_parser("medst judge").format_help()
     assert "medst judge" in text
-    for name in JudgeArguments.__dataclass_fields__:
+    for name in (*JudgeArguments.__dataclass_fields__, "oracle_error_rate"):
         assert f"--{name}" in text
 
 
@@ -320,7 +322,7 @@ def judge_process(candidates, output_dir, base_url, **settings):
     words = {"candidates": candidates, "output_dir": output_dir, "model": "judge", "base_url": base_url} | settings
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     code = "import sys; from medst_trl.pipeline.stages.judge import *\n"
-    code += "main(STAGE.make_parser().parse_args_and_config(sys.argv[1:])[0])"
+    code += "main(*STAGE.make_parser().parse_args_and_config(sys.argv[1:])[:2])"
     return subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -393,7 +395,7 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
             PairwiseJudge("m", prompt_version="letter").estimate(load_records(candidates, "train")).output_tokens == 24
         )
 
-        main(JudgeArguments(candidates, "run/judge", oracle_error_rate=0.0, prompt_version="letter"))
+        main(JudgeArguments(candidates, "run/judge", prompt_version="letter"), OracleArguments(0.0))
         assert {judgement["verdict"] for judgement in read_jsonl(tmp_path / "run/judge/judgements.jsonl")} <= {None, 0}
         pairs = load_records("run/judge/preferences", "train")
         assert {json.loads(judge)["prompt_version"] for judge in pairs["judge"]} == {"letter"}
