@@ -176,7 +176,6 @@ def main(args: JudgeArguments, *servers: Any) -> None:
 def check(args: JudgeArguments, *servers: Any) -> None:
     """Raise a `UserError` for arguments that cannot work."""
 
-    JUDGE_PROMPTS.get(args.prompt_version)
     if served := chosen_server(servers):
         server, settings = served
         server.check(settings, args)
