@@ -1,24 +1,27 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Preference pairs in JSON files of other projects, read and written.
+"""
+Read and write preference pairs in other projects' JSON files.
 
-Two whole conversations a record, in LLaVA's form, which differ in the last answer:
-- `stllava_med`: `chosen_conversations` and `reject_conversations`, as the first code of STLLaVA-Med has them;
+A record has two whole conversations in LLaVA's format, which differ in the last answer:
+- `stllava_med`: `chosen_conversations` and `reject_conversations`, as in the original code of STLLaVA-Med;
 - `mmedpo`: `conversations` and `rejected_conversations`, and a `weighted_score`, as MMedPO publishes them.
 """
 
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import atomic_path, explain_full_disk, write_jsonl, write_text
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.images import MAX_PIXELS, FolderImages
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import preference_features, text_of
-from medst_trl.data.source import BadRecord, Rejected, published_id, text_value
+from medst_trl.data.schema import check_columns, preference_features, text_of, write_split
+from medst_trl.data.source import BadRecord, Records, Rejected, published_id
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 
 
@@ -39,15 +42,15 @@ JPEG_START = b"\xff\xd8"
 @dataclass
 class PreferenceFile:
     """
-    What a file of preference pairs holds.
+    The content of a file of preference pairs.
 
     Attributes:
         pairs (`list[dict]`):
-            Rows for [`select_preferences`], which also have `images`: file names inside the image folder.
+            Rows for [`select_preferences`]. They also have `images`: file names inside the image directory.
         rejected (`list[Rejected]`):
             Records that cannot be used.
         images ([`FolderImages`]):
-            Where the bytes of the images come from.
+            Reads the bytes of the images.
     """
 
     pairs: list[dict] = field(default_factory=list)
@@ -55,28 +58,34 @@ class PreferenceFile:
     images: FolderImages | None = None
 
 
+@dataclass(frozen=True)
+class _Pair:
+    id: str
+    row: dict
+
+
 def read_preference_file(
     path: str | os.PathLike, image_folder: str | os.PathLike, max_pixels: int = MAX_PIXELS
 ) -> PreferenceFile:
     """
-    Read a JSON array or JSON lines of either format; which one, each record's keys say.
+    Read a JSON array or JSON lines of either format, which each record's keys show.
 
-    MMedPO's `weighted_score` is a weight of the pair, no score of an answer: it goes into `judge`. A record without
-    `id` is named after its position.
+    MMedPO's `weighted_score` is a weight of the pair, not the score of an answer: it goes into `judge`. A record
+    without `id` is named after its position.
 
-    Set aside, by reason: what [`read_llava`] sets aside, `not_a_preference_pair`, `different_prompts`,
+    Rejected, by reason: the reasons of [`read_llava`], `not_a_preference_pair`, `different_prompts`,
     `chosen_equals_rejected`, `bad_score`, and the reasons of [`ImageProblem`].
 
     Args:
         path (`str` or `os.PathLike`):
             The file.
         image_folder (`str` or `os.PathLike`):
-            Where the file names of images start. None may leave it.
+            Directory of the images. No image may be outside.
         max_pixels (`int`, *optional*, defaults to 100 million):
-            Larger images are set aside before they are decoded.
+            Larger images are rejected before they are decoded.
 
     Raises:
-        UserError: if the file holds no records at all, or there is no such folder.
+        UserError: if the file holds no records at all, or the directory does not exist.
 
     Example:
 
@@ -86,50 +95,82 @@ def read_preference_file(
     write_preferences("preferences", preferences, file)  # for `medst dpo --dataset preferences`
     ```
     """
-    path = Path(path)
-    if not Path(image_folder).is_dir():
-        raise UserError(f"image_folder {image_folder} is no folder. Correct the path to the images.")
-    file, ids = PreferenceFile(images=FolderImages(Path(image_folder), max_pixels)), set()
-    image_ids: dict[str, str | ImageProblem] = {}
-    for position, record in read_json_records(path, known_by="image"):
-        if isinstance(record, Rejected):
-            file.rejected.append(record)
-            continue
-        name = f"record-{position:06d}"
+    path, image_folder = Path(path), Path(image_folder)
+    if not image_folder.is_dir():
+        raise UserError(f"image_folder is not a directory: {image_folder}. Correct the path to the images.")
+    images, records = FolderImages(image_folder, max_pixels), Records("preferences", image_folder)
+
+    @cache
+    def identify(image: str) -> str | ImageProblem:
+        """Read an image once, whether it can be used or not."""
         try:
-            name = text_value(record.get("id"), missing="") if record.get("id") not in (None, "") else name
-            if name in ids:
-                raise BadRecord("duplicate_id", name)
-            pair = _pair(record)
-            for image in pair["images"]:
-                pair["image_ids"].append(_image_id(image, file.images, image_ids))
-        except BadRecord as bad:
-            file.rejected.append(Rejected(name, bad.reason, bad.value))
-        else:
-            ids.add(name)
-            file.pairs.append({"id": published_id(name, tuple(pair["images"])), "row": len(file.pairs), **pair})
-    return file
+            return images.image_id(image)
+        except ImageProblem as problem:
+            return problem
+
+    def pair(name: str, record: dict) -> _Pair:
+        row = _read_pair(record)
+        row["image_ids"] = [identify(image) for image in row["images"]]
+        for image, found in zip(row["images"], row["image_ids"], strict=True):
+            if isinstance(found, ImageProblem):
+                raise BadRecord(found.reason, f"{image}: {found}")
+        return _Pair(name, {"id": published_id(name, tuple(row["images"])), **row})
+
+    records.collect(
+        read_json_records(path, known_by="image"),
+        pair,
+        default_id=lambda position, _: f"record-{position:06d}",
+        own_id=lambda record: record.get("id"),
+    )
+    pairs = [pair.row | {"row": number} for number, pair in enumerate(records.conversations)]
+    return PreferenceFile(pairs, records.rejected, images)
+
+
+def _read_pair(record: dict) -> dict:
+    name = next((name for name, keys in FORMATS.items() if all(key in record for key in keys)), None)
+    if name is None:
+        raise BadRecord("not_a_preference_pair", ", ".join(map(str, record)))
+    images = image_names(record.get("image"))
+    chosen, rejected = (llava_messages(record[key], len(images)) for key in FORMATS[name])
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRecord("different_prompts", text_of(rejected[0]["content"]))
+    if chosen == rejected:
+        raise BadRecord("chosen_equals_rejected", text_of(chosen[-1]["content"]))
+    judge: dict[str, Any] = {"source": name}
+    if (weight := record.get("weighted_score")) is not None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise BadRecord("bad_score", weight)
+        judge["weighted_score"] = weight
+    *prompt, chosen, rejected = (
+        {"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])
+    )
+    return {
+        "images": list(images),
+        "prompt": prompt,
+        "chosen": [chosen],
+        "rejected": [rejected],
+        "score_chosen": None,
+        "score_rejected": None,
+        "judge": json.dumps(judge),
+    }
 
 
 def write_preferences(folder: str | os.PathLike, preferences: "Preferences", file: PreferenceFile) -> None:
     """
-    Write what was selected of a file as a dataset with its images, for `medst dpo --dataset FOLDER`.
+    Write the selected pairs of a file as a dataset with its images, for `medst dpo --dataset FOLDER`.
 
-    Writes `{train,validation}-*.parquet` and `rejected.jsonl`. What is there already is complete and stays.
+    Writes `{train,validation}-*.parquet` and `rejected.jsonl`. Files that exist are complete and stay.
 
     Raises:
-        UserError: if there is no pair, naming how many were set aside for which reason; or the disk is full.
+        UserError: if there is no pair, with the number of dropped pairs by reason, or if the disk is full.
     """
-    from medst_trl.base.files import write_jsonl
-    from medst_trl.data.schema import write_split
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "rejected.jsonl", preferences.rejected)
     if not (preferences.train or preferences.validation):
         reasons = ", ".join(f"{n} {reason}" for reason, n in preferences.counts["rejected"].items())
         raise UserError(
-            f"No preference pair is left ({reasons or 'there was none'}): see {folder / 'rejected.jsonl'}."
+            f"No preference pair is left ({reasons or 'there was none'}). See {folder / 'rejected.jsonl'}."
         )
 
     def row(pair: dict) -> dict:
@@ -146,7 +187,7 @@ def write_preference_file(
     format: Literal["stllava_med", "mmedpo"] = "stllava_med",
 ) -> None:
     """
-    Write preference pairs for other projects' code: a JSON array, and the images beside it by their `image_id`.
+    Write preference pairs for other projects' code: a JSON array, and a directory of images named by `image_id`.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -154,95 +195,41 @@ def write_preference_file(
         path (`str` or `os.PathLike`):
             The file to write.
         image_folder (`str` or `os.PathLike`):
-            Gets the images, byte for byte, as `<image_id>.png` or `.jpg`; the records name them so.
+            Directory for the images, byte for byte, as `<image_id>.png` or `.jpg`. The records use these names.
         format (`str`, *optional*, defaults to `"stllava_med"`):
-            `"stllava_med"` or `"mmedpo"`. The latter's `weighted_score` is what such a file said, 1.0 where none did.
+            `"stllava_med"` or `"mmedpo"`. The latter's `weighted_score` is that of the file read, 1.0 without one.
     """
     from datasets import Image, List
 
-    from medst_trl.base.files import explain_full_disk
-    from medst_trl.data.schema import check_columns
-
     if format not in FORMATS:
-        raise UserError(f"There is no preference format {format!r}; there are {', '.join(FORMATS)}.")
+        raise UserError(f"Unknown preference format {format!r}. Choose one of {', '.join(FORMATS)}.")
     check_columns(dataset, "preferences")
     path, image_folder = Path(path), Path(image_folder)
-    temporary = path.with_name(f".{path.name}.tmp")
     with explain_full_disk(path.parent):
         image_folder.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = [
-            _record(row, [_write_image(image, id_, image_folder) for image, id_ in _images(row)], format)
-            for row in dataset.cast_column("images", List(Image(decode=False)))
-        ]
-        temporary.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        rows = dataset.cast_column("images", List(Image(decode=False)))
+        records = [_record(row, image_folder, format) for row in rows]
+        write_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
 
 
-def _pair(record: dict) -> dict:
-    name = next((name for name, keys in FORMATS.items() if all(key in record for key in keys)), None)
-    if name is None:
-        raise BadRecord("not_a_preference_pair", ", ".join(map(str, record)))
-    images = image_names(record.get("image"))
-    chosen, rejected = (llava_messages(record[key], len(images)) for key in FORMATS[name])
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRecord("different_prompts", text_of(rejected[0]["content"]))
-    if chosen == rejected:
-        raise BadRecord("chosen_equals_rejected", text_of(chosen[-1]["content"]))
-    judge: dict[str, Any] = {"source": name}
-    if (weight := record.get("weighted_score")) is not None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise BadRecord("bad_score", weight)
-        judge["weighted_score"] = weight
-    return {
-        "images": list(images),
-        "image_ids": [],
-        "prompt": [_plain(turn) for turn in chosen[:-1]],
-        "chosen": [_plain(chosen[-1])],
-        "rejected": [_plain(rejected[-1])],
-        "score_chosen": None,
-        "score_rejected": None,
-        "judge": json.dumps(judge),
-    }
-
-
-def _image_id(name: str, images: FolderImages, known: dict[str, str | ImageProblem]) -> str:
-    """An image is read once, whether it can be used or not."""
-    if name not in known:
-        try:
-            known[name] = images.image_id(name)
-        except ImageProblem as problem:
-            known[name] = problem
-    if isinstance(known[name], ImageProblem):
-        raise BadRecord(known[name].reason, f"{name}: {known[name]}")
-    return known[name]
-
-
-def _plain(message: dict) -> dict:
-    return {"role": message["role"], "content": message["content"]}
-
-
-def _images(row: dict) -> list[tuple[dict, str]]:
-    return list(zip(row["images"], row["image_ids"], strict=True))
-
-
-def _write_image(image: dict, image_id: str, folder: Path) -> str:
-    name = f"{image_id}.{'jpg' if image['bytes'][:2] == JPEG_START else 'png'}"
-    path, temporary = folder / name, folder / f".{name}.tmp"
-    if not path.exists():
-        temporary.write_bytes(image["bytes"])
-        os.replace(temporary, path)
-    return name
-
-
-def _record(row: dict, images: list[str], format: str) -> dict:
-    chosen, rejected = FORMATS[format]
+def _record(row: dict, image_folder: Path, format: str) -> dict:
+    """Return one record, and write its images."""
+    images = [_write_image(*item, image_folder) for item in zip(row["images"], row["image_ids"], strict=True)]
     record = {"id": row["id"], "image": images[0] if len(images) == 1 else images}
-    record[chosen] = [_turn(message) for message in [*row["prompt"], *row["chosen"]]]
-    record[rejected] = [_turn(message) for message in [*row["prompt"], *row["rejected"]]]
+    for key, answer in zip(FORMATS[format], ("chosen", "rejected"), strict=True):
+        record[key] = [_turn(message) for message in [*row["prompt"], *row[answer]]]
     if format == "mmedpo":
         record["weighted_score"] = json.loads(row["judge"] or "{}").get("weighted_score", 1.0)
     return record
+
+
+def _write_image(image: dict, image_id: str, folder: Path) -> str:
+    path = folder / f"{image_id}.{'jpg' if image['bytes'][:2] == JPEG_START else 'png'}"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(image["bytes"])
+    return path.name
 
 
 def _turn(message: dict) -> dict:

@@ -1,40 +1,40 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From judged answers to preference pairs that can be trained on: which pairs stay, and in which split."""
+"""Build preference pairs from judged answers: which pairs are kept, and in which split."""
 
+import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from medst_trl.data.assemble import DisjointSets, draw
-from medst_trl.data.schema import text_of
+from medst_trl.data.assemble import DisjointSets, draw, plain_question
+from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
-from .benchmark_overlap import BenchmarkOverlap
-from .judged_pairs import judged_pairs
-from .near_duplicates import duplicate_pairs, near_duplicates
-from .pair_lengths import length_balanced_rows, length_statistics
+from .generate.filters import normalised
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_DETERMINERS = frozenset({"a", "an", "the", "this", "that", "these", "those"})
+
 
 @dataclass
 class Preferences:
     """
-    Preference pairs, and what became of the others.
+    Preference pairs, and the reasons why others were dropped.
 
     Attributes:
         train, validation (`list[dict]`):
-            Rows with the columns of `schema.preference_features` but `images`; `row` in their place says which row of
-            the candidates (or of the file's rows) holds the images.
+            Rows with the columns of [`~medst_trl.data.schema.preference_features`] without `images`. Instead, `row` is
+            the row of the candidates (or of the file) that holds the images.
         rejected (`list[dict]`):
-            `id`, `reason` and `value` of each pair set aside.
+            `id`, `reason` and `value` of each dropped pair.
         counts (`dict`):
-            `pairs` (all that came in), `train` and `validation` (pairs, images), `rejected` (number by reason, most
+            `pairs` (all input pairs), `train` and `validation` (pairs, images), `rejected` (number by reason, most
             frequent first), `shared_with_benchmarks` (pairs by what they share) and `lengths` (see
             [`length_statistics`], by split).
     """
@@ -57,15 +57,15 @@ def build_preferences(
     seed: int = 0,
 ) -> Preferences:
     """
-    Make preference pairs of a judge's verdicts.
+    Build preference pairs from a judge's verdicts.
 
-    Set aside, by reason: what the judge dropped (`flip`, `tie`, ...: its own word), `no_verdict`, `unknown_candidate`,
-    `other_answers` (the verdict is about answers that the candidate has not), and the reasons of
-    [`select_preferences`].
+    Drops, by reason: what the judge dropped (`flip`, `tie` and so on, in its own words), `no_verdict`,
+    `unknown_candidate`, `other_answers` (the verdict is about answers that the candidate does not have), and the
+    reasons of [`select_preferences`].
 
     Args:
         candidates (`datasets.Dataset`):
-            Columns `id`, `image_ids`, `prompt`, `answers`, as `medst generate` writes them. Images are not touched.
+            Columns `id`, `image_ids`, `prompt`, `answers`, as `medst generate` writes them. Images are not decoded.
         judgements (iterable of `dict`):
             Lines of `judgements.jsonl`: `id`, `candidate`, `answers`, `scores`, `verdict`, `dropped`, `orders`,
             `model`, `prompt_version`.
@@ -73,7 +73,7 @@ def build_preferences(
             See [`select_preferences`].
 
     Returns:
-        [`Preferences`]. It may be empty; its counts say why.
+        [`Preferences`]. They may be empty; the counts say why.
 
     Example:
 
@@ -82,7 +82,7 @@ def build_preferences(
     print(preferences.counts)
     ```
     """
-    pairs, rejected = judged_pairs(candidates, judgements)
+    pairs, rejected = _judged_pairs(candidates, judgements)
     return select_preferences(
         pairs,
         rejected,
@@ -93,6 +93,54 @@ def build_preferences(
         length_balanced=length_balanced,
         seed=seed,
     )
+
+
+def _judged_pairs(candidates: "Dataset", judgements: Iterable[Mapping]) -> tuple[list[dict], list[Rejected]]:
+    """Return decided judgements as preference rows, and the others with their reason."""
+    by_id = {}
+    columns = candidates.select_columns(["id", "image_ids", "prompt", "answers"])  # no image is decoded
+    for row, candidate in enumerate(columns):
+        by_id.setdefault(candidate["id"], (row, candidate))
+    pairs, rejected = [], []
+    for judgement in judgements:
+        row, candidate = by_id.get(judgement["candidate"], (None, None))
+        reason = judgement.get("dropped")
+        if reason is None and judgement["verdict"] not in (0, 1):
+            reason = "no_verdict"
+        if reason is None and candidate is None:
+            reason = "unknown_candidate"
+        if reason is None and not set(judgement["answers"]) <= set(candidate["answers"]):
+            reason = "other_answers"
+        if reason is None:
+            pairs.append(_preference_row(row, candidate, judgement))
+        else:
+            rejected.append(Rejected(judgement["id"], reason, judgement.get("question")))
+    return pairs, rejected
+
+
+def _preference_row(row: int, candidate: Mapping, judgement: Mapping) -> dict:
+    winner = judgement["verdict"]
+    scores = judgement.get("scores") or (None, None)
+    chosen, rejected = (
+        [{"role": "assistant", "content": [text_part(judgement["answers"][place])]}] for place in (winner, 1 - winner)
+    )
+    kept = ("shown", "scores", "verdict", "criteria")  # the replies stay in judgements.jsonl
+    judge = {
+        "model": judgement.get("model"),
+        "prompt_version": judgement.get("prompt_version"),
+        "orders": [{key: order[key] for key in kept if key in order} for order in judgement.get("orders") or ()],
+    }
+    return {
+        "id": judgement["id"],
+        "row": row,
+        "image_ids": list(candidate["image_ids"]),
+        "prompt": candidate["prompt"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "score_chosen": scores[winner],
+        "score_rejected": scores[1 - winner],
+        "judge": json.dumps(judge, ensure_ascii=False),
+    }
 
 
 def select_preferences(
@@ -107,57 +155,42 @@ def select_preferences(
     seed: int = 0,
 ) -> Preferences:
     """
-    Choose among preference pairs, wherever they come from, and split them by image.
+    Select preference pairs from any origin, and split them by image.
 
-    Set aside, by reason: `duplicate_id`, `chosen_equals_rejected`, `image_in_benchmark`,
-    `image_and_question_in_benchmark`, `duplicate_pair` (the same prompt, images and answers, see
-    [`duplicate_pairs`]), `near_duplicate_question`, `length_balance`.
+    Drops, by reason: `duplicate_id`, `chosen_equals_rejected`, `image_in_benchmark`,
+    `image_and_question_in_benchmark`, `duplicate_pair` (see [`duplicate_pairs`]), `near_duplicate_question` (see
+    [`near_duplicates`]), `length_balance`.
 
     Args:
         pairs (`list[dict]`):
-            Rows as [`Preferences`] has them.
+            Rows as in [`Preferences`].
         rejected (iterable of [`Rejected`], *optional*):
-            What was set aside before; told and counted with the rest.
+            Records dropped earlier; reported and counted with the rest.
         benchmarks (sequence of `datasets.Dataset`, *optional*):
-            Evaluation benchmarks (columns `image_id`, `questions`). Pairs about their images are set aside; pairs
-            that share only a question with them are counted.
+            Evaluation benchmarks (columns `image_id`, `questions`). Pairs about their images are dropped; pairs that
+            only share a question with them are counted.
         keep_benchmark_images (`bool`, *optional*, defaults to `False`):
             Keep pairs about images of a benchmark. They are counted all the same.
         duplicate_similarity (`float`, *optional*, defaults to 0.9):
-            Of two questions about one image that share this part of their words, the pair with the larger margin
-            between its scores stays. `None` keeps all.
+            Of two questions about one image that share this part of their words, keep the pair with the larger margin
+            between its scores. `None` keeps all.
         validation_share (`float`, *optional*, defaults to 0.0):
-            About this part of the images, with all their pairs, becomes validation.
+            Approximate share of the images that become validation data, with all their pairs.
         length_balanced (`bool`, *optional*, defaults to `False`):
-            Leave out pairs until, in each split, the longer answer is chosen as often as it is rejected.
+            Drop pairs until, in each split, the longer answer is chosen as often as it is rejected.
         seed (`int`, *optional*, defaults to 0):
-            Draws validation images and what the balance leaves out.
+            Seed for the draw of validation images and of pairs dropped for the balance.
     """
-    overlap = BenchmarkOverlap(benchmarks)
-    rejected, usable, ids, shared = list(rejected), [], set(), Counter()
+    rejected = list(rejected)
     total = len(pairs) + len(rejected)
-    for pair in pairs:
-        question = text_of(pair["prompt"][-1]["content"])
-        what = overlap.of(pair["image_ids"], question)
-        shared[what] += 1
-        if pair["id"] in ids:
-            rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
-        elif _same_text(pair):
-            rejected.append(Rejected(pair["id"], "chosen_equals_rejected", text_of(pair["chosen"][-1]["content"])))
-        elif what in ("image", "image_and_question") and not keep_benchmark_images:
-            rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", question))
-        else:
-            usable.append(pair)
-        ids.add(pair["id"])
-
+    usable, shared = _usable_pairs(pairs, rejected, _BenchmarkOverlap(benchmarks), keep_benchmark_images)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
         usable = _without(usable, near_duplicates(usable, duplicate_similarity), "near_duplicate_question", rejected)
     splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed), strict=True))
     if length_balanced:
         for name, rows in splits.items():
-            splits[name] = _without(rows, length_balanced_rows(rows, seed), "length_balance", rejected)
-
+            splits[name] = _without(rows, length_imbalance(rows, seed), "length_balance", rejected)
     counts = {
         "pairs": total,
         **{name: _count(rows) for name, rows in splits.items()},
@@ -168,34 +201,203 @@ def select_preferences(
     return Preferences(**splits, rejected=[item.as_row() for item in rejected], counts=counts)
 
 
-def _same_text(pair: Mapping) -> bool:
-    chosen, rejected = (" ".join(text_of(pair[key][-1]["content"]).split()) for key in ("chosen", "rejected"))
-    return chosen == rejected
+def _usable_pairs(
+    pairs: Sequence[dict], rejected: list[Rejected], overlap: "_BenchmarkOverlap", keep_benchmark_images: bool
+) -> tuple[list[dict], Counter]:
+    """Return pairs without repeated ids, equal answers and benchmark images, and what pairs share with benchmarks."""
+    usable, ids, shared = [], set(), Counter()
+    for pair in pairs:
+        question = _text(pair, "prompt")
+        what = overlap.of(pair["image_ids"], question)
+        shared[what] += 1
+        if pair["id"] in ids:
+            rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
+        elif _text(pair, "chosen").split() == _text(pair, "rejected").split():
+            rejected.append(Rejected(pair["id"], "chosen_equals_rejected", _text(pair, "chosen")))
+        elif what in ("image", "image_and_question") and not keep_benchmark_images:
+            rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", question))
+        else:
+            usable.append(pair)
+        ids.add(pair["id"])
+    return usable, shared
 
 
-def _without(pairs: list[dict], left_out: Mapping[int, Any], reason: str, rejected: list[Rejected]) -> list[dict]:
-    """The pairs but those at the places `left_out`, which are set aside with its values."""
-    rejected += [Rejected(pairs[place]["id"], reason, left_out[place]) for place in sorted(left_out)]
-    return [pair for place, pair in enumerate(pairs) if place not in left_out]
+class _BenchmarkOverlap:
+    """Images and questions of benchmarks (columns `image_id`, `questions`), whose images are not decoded."""
+
+    def __init__(self, benchmarks: Iterable["Dataset"]):
+        self._questions_of: dict[str, set[str]] = {}
+        for benchmark in benchmarks:
+            for row in benchmark.select_columns(["image_id", "questions"]):
+                questions = self._questions_of.setdefault(row["image_id"], set())
+                questions.update(plain_question(question["question"]) for question in row["questions"])
+        self._questions = set().union(*self._questions_of.values())
+
+    def of(
+        self, image_ids: Sequence[str], question: str
+    ) -> Literal["image_and_question", "image", "question", "nothing"]:
+        """Return what a question about some images shares with the benchmarks."""
+        question = plain_question(question)
+        shared = [image for image in image_ids if image in self._questions_of]
+        if any(question in self._questions_of[image] for image in shared):
+            return "image_and_question"
+        if shared:
+            return "image"
+        return "question" if question in self._questions else "nothing"
+
+
+def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
+    """
+    Find pairs that compare the same answers as another pair with the same prompt and images.
+
+    Case, punctuation and which answer was chosen make no difference: of two pairs that contradict each other, one
+    would undo what the other teaches. The pair with the larger margin between its scores stays, of equal ones the
+    first.
+
+    Args:
+        pairs (`list[dict]`): Rows as in [`Preferences`].
+
+    Returns:
+        `dict[int, str]`: position of each duplicate, with the id of the pair that stays.
+    """
+    kept, gone = {}, {}
+    for place in _by_margin(pairs, range(len(pairs))):
+        pair = pairs[place]
+        prompt = tuple((turn["role"], normalised(text_of(turn["content"]))) for turn in pair["prompt"])
+        answers = frozenset(normalised(_text(pair, key)) for key in ("chosen", "rejected"))
+        winner = kept.setdefault((tuple(pair["image_ids"]), prompt, answers), pair)
+        if winner is not pair:
+            gone[place] = winner["id"]
+    return gone
+
+
+def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
+    """
+    Find pairs that ask nearly the same about the same images as another pair.
+
+    The pair with the larger margin between its scores stays, of equal ones the first. Pairs of one candidate (a
+    question with four answers makes two pairs) do not count as duplicates of each other.
+
+    Args:
+        pairs (`list[dict]`): Rows as in [`Preferences`].
+        similarity (`float`): Minimum share of common words among all words of two questions.
+
+    Returns:
+        `dict[int, str]`: position of each near duplicate, with the question of the pair that stays.
+    """
+    groups = defaultdict(list)
+    for place, pair in enumerate(pairs):
+        groups[tuple(pair["image_ids"])].append(place)
+    gone = {}
+    for places in groups.values():
+        kept: list[tuple[set[str], dict]] = []
+        for place in _by_margin(pairs, places):
+            pair = pairs[place]
+            words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
+            same = (
+                other
+                for other_words, other in kept
+                if _similarity(words, other_words) >= similarity and other["row"] != pair["row"]
+            )
+            if (other := next(same, None)) is not None:
+                gone[place] = _text(other, "prompt")
+            else:
+                kept.append((words, pair))
+    return gone
+
+
+def _by_margin(pairs: Sequence[dict], places: Iterable[int]) -> list[int]:
+    """Return positions of pairs by the margin between their scores, the largest first; without scores it is 0."""
+
+    def margin(pair: dict) -> float:
+        chosen, rejected = pair["score_chosen"], pair["score_rejected"]
+        return chosen - rejected if chosen is not None and rejected is not None else 0.0
+
+    return sorted(places, key=lambda place: (-margin(pairs[place]), place))
+
+
+def _similarity(first: set[str], second: set[str]) -> float:
+    return len(first & second) / len(first | second) if first or second else 1.0
+
+
+def _without(pairs: list[dict], gone: Mapping[int, Any], reason: str, rejected: list[Rejected]) -> list[dict]:
+    """Return the pairs without those at the positions `gone`, which are rejected with its values."""
+    rejected += [Rejected(pairs[place]["id"], reason, gone[place]) for place in sorted(gone)]
+    return [pair for place, pair in enumerate(pairs) if place not in gone]
 
 
 def _split(pairs: list[dict], validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Train and validation. Images that one pair shows together stay together; one without images goes by its id."""
+    """Return train and validation pairs. Images of one pair stay together; a pair without images goes by its id."""
     together = DisjointSets()
     for pair in pairs:
         for other in pair["image_ids"][1:]:
             together.join(pair["image_ids"][0], other)
 
-    # Not the draw of `medst prepare`: of the images that it gave to training, none would be drawn again.
+    # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
     keys = [together.find(pair["image_ids"][0]) if pair["image_ids"] else pair["id"] for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}
     limit = validation_share
-    if validation_share > 0 and len(draws) > 1:  # of a few images none might be drawn
+    if validation_share > 0 and len(draws) > 1:  # at least one image, even of a few
         limit = max(limit, math.nextafter(min(draws.values()), 1.0))
     train, validation = [], []
     for pair, key in zip(pairs, keys, strict=True):
         (validation if draws[key] < limit else train).append(pair)
     return train, validation
+
+
+def length_imbalance(pairs: Sequence[dict], seed: int) -> dict[int, str]:
+    """
+    Draw pairs to drop, so that the longer answer is chosen as often as it is rejected.
+
+    The draw depends on ids and seed, not on the order of the pairs.
+
+    Returns:
+        `dict[int, str]`: position of each pair to drop, with which answer is longer.
+    """
+    longer, shorter = [], []
+    for place, (chosen, rejected) in enumerate(map(_words, pairs)):
+        if chosen != rejected:
+            (longer if chosen > rejected else shorter).append(place)
+    more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)
+    drawn = sorted(more, key=lambda place: draw(f"length:{pairs[place]['id']}", seed))
+    which = "longer answer chosen" if more is longer else "longer answer rejected"
+    return dict.fromkeys(drawn[len(fewer) :], which)
+
+
+def length_statistics(pairs: Sequence[dict]) -> dict[str, float]:
+    """
+    Measure the lengths of answers, in words. Judges prefer long answers, and a policy learns that first.
+
+    Args:
+        pairs (`list[dict]`): Rows with `chosen` and `rejected` messages; at least one.
+
+    Returns:
+        `dict`: `chosen_words` and `rejected_words` (means), `words_gap` (mean of chosen minus rejected),
+        `longer_chosen`, `longer_rejected`, `same_length` (numbers of pairs), and `longer_chosen_share` among the pairs
+        whose answers differ in length (None if there is none).
+    """
+    lengths = [_words(pair) for pair in pairs]
+    longer = sum(chosen > rejected for chosen, rejected in lengths)
+    shorter = sum(chosen < rejected for chosen, rejected in lengths)
+    chosen_mean, rejected_mean = (sum(column) / len(pairs) for column in zip(*lengths, strict=True))
+    return {
+        "chosen_words": round(chosen_mean, 2),
+        "rejected_words": round(rejected_mean, 2),
+        "words_gap": round(chosen_mean - rejected_mean, 2),
+        "longer_chosen": longer,
+        "longer_rejected": shorter,
+        "same_length": len(pairs) - longer - shorter,
+        "longer_chosen_share": round(longer / (longer + shorter), 4) if longer + shorter else None,
+    }
+
+
+def _words(pair: dict) -> tuple[int, int]:
+    return tuple(len(_text(pair, key).split()) for key in ("chosen", "rejected"))
+
+
+def _text(pair: Mapping, key: str) -> str:
+    """Return the text of the last message of `prompt`, `chosen` or `rejected`."""
+    return text_of(pair[key][-1]["content"])
 
 
 def _count(pairs: list[dict]) -> dict[str, int]:

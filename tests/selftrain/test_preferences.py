@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from medst_trl import build_preferences
 from medst_trl.data.schema import image_part, text_of, text_part
-from medst_trl.selftrain.near_duplicates import near_duplicates
-from medst_trl.selftrain.preferences import select_preferences
+from medst_trl.selftrain.preferences import near_duplicates, select_preferences
 
 
 def candidate(number: int, image_ids=None, question=None, answers=("one two", "three")) -> dict:
