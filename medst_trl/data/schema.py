@@ -8,7 +8,7 @@ their positions: the n-th image part stands for the n-th of `images`. See `KINDS
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
@@ -35,6 +35,31 @@ ROWS_PER_ROW_GROUP = 32  # the images of a row group are in memory together, whe
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 
 
+# The meaning of columns, in Markdown. A name means the same in every kind.
+MEANINGS = {
+    "id": "name of the record",
+    "images": "the images, in the order of the image parts",
+    "image": "the image",
+    "image_ids": "SHA-256 of the pixels of each image",
+    "image_id": "SHA-256 of the pixels of the image",
+    "messages": "`role` and `content` as typed parts (`image`, `text`); `vusr`: the model writes this user turn",
+    "questions": "`question`, `answer`, `answer_type` (open, closed), `question_type`, `link` (shared by paraphrases)",
+    "prompt": "messages up to the question",
+    "answers": "the answers; the first and second are compared",
+    "chosen": "the better answer, as a message",
+    "rejected": "the worse answer, as a message",
+    "score_chosen": "the judge's mean score of the better answer",
+    "score_rejected": "the judge's mean score of the worse answer",
+    "generation": "how the text was generated, as JSON",
+    "judge": "the judge and its replies in both orders, as JSON",
+    "question": "the question",
+    "answer": "the reference answer",
+    "answer_type": "open or closed",
+    "question_type": "the type of the question, as the benchmark names it",
+    "prediction": "the answer of the model",
+}
+
+
 @dataclass(frozen=True)
 class KindCard:
     """
@@ -45,13 +70,13 @@ class KindCard:
             What the dataset is, in a sentence.
         use (`str`):
             How to use it, in Markdown; `{id}` stands for the repository.
-        columns (`dict` of `str` to `str`):
-            The meaning of each column, in Markdown.
+        columns (`dict` of `str` to `str`, *optional*, defaults to `MEANINGS`):
+            The meaning of columns, in Markdown.
     """
 
     about: str
     use: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
 
 @dataclass(frozen=True)
@@ -143,119 +168,68 @@ def _messages(**more):
     return List({"role": Value("string"), "content": List(_texts("type", "text")), **more})
 
 
-_IMAGE_MEANINGS = {
-    "id": "name of the record",
-    "images": "the images, in the order of the image parts",
-    "image_ids": "SHA-256 of the pixels of each image",
-}
-_INSTRUCT_MEANINGS = _IMAGE_MEANINGS | {
-    "messages": "`role` and `content` as typed parts (`image`, `text`); `vusr`: the model writes this user turn",
-}
-
-KINDS.register(
+for _kind in (
     Kind(
-        name="instruct",
-        maker="prepare",
-        columns=instruct_features,
+        "instruct",
+        "prepare",
+        instruct_features,
+        KindCard(
+            "Conversations about medical images, for instruction tuning.",
+            "Train on it with `medst sft --dataset {id}`.",
+        ),
         marker="messages",
-        card=KindCard(
-            about="Conversations about medical images, for instruction tuning.",
-            use="Train on it with `medst sft --dataset {id}`.",
-            columns=_INSTRUCT_MEANINGS,
-        ),
-    )
-)
-KINDS.register(
+    ),
     Kind(
-        name="images",
-        maker="prepare",
-        columns=instruct_features,
-        card=KindCard(
-            about="Medical images without labels, to ask questions about.",
-            use="Ask questions about them with `medst generate --images {id}`.",
-            columns=_INSTRUCT_MEANINGS,
+        "images",
+        "prepare",
+        instruct_features,
+        KindCard(
+            "Medical images without labels, to ask questions about.",
+            "Ask questions about them with `medst generate --images {id}`.",
         ),
-    )
-)
-KINDS.register(
+    ),
     Kind(
-        name="benchmark",
-        maker="prepare",
-        columns=benchmark_features,
+        "benchmark",
+        "prepare",
+        benchmark_features,
+        KindCard(
+            "Questions about medical images with reference answers, for evaluation.",
+            "Evaluate on it with `medst evaluate --benchmark {id}`.",
+        ),
         marker="questions",
-        card=KindCard(
-            about="Questions about medical images with reference answers, for evaluation.",
-            use="Evaluate on it with `medst evaluate --benchmark {id}`.",
-            columns={
-                "image_id": "SHA-256 of the pixels of the image",
-                "image": "the image",
-                "questions": "`question`, `answer`, `answer_type` (open, closed), `question_type`, `link` (shared by "
-                "paraphrases)",
-            },
-        ),
-    )
-)
-KINDS.register(
+    ),
     Kind(
-        name="candidates",
-        maker="generate",
-        columns=candidate_features,
+        "candidates",
+        "generate",
+        candidate_features,
+        KindCard(
+            "Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
+            "Judge them with `medst judge --candidates {id}`.",
+        ),
         marker="answers",
-        card=KindCard(
-            about="Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
-            use="Judge them with `medst judge --candidates {id}`.",
-            columns=_IMAGE_MEANINGS
-            | {
-                "prompt": "messages up to the question",
-                "answers": "the answers; the first and second are compared",
-                "generation": "how question and answers were sampled, as JSON",
-            },
-        ),
-    )
-)
-KINDS.register(
+    ),
     Kind(
-        name="preferences",
-        maker="judge",
-        columns=preference_features,
+        "preferences",
+        "judge",
+        preference_features,
+        KindCard(
+            "Preference pairs about medical images: a question and two answers, the better one chosen.",
+            "Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
+        ),
         marker="chosen",
         optional={"score_chosen": None, "score_rejected": None, "judge": None},
-        card=KindCard(
-            about="Preference pairs about medical images: a question and two answers, the better one chosen.",
-            use="Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
-            columns=_IMAGE_MEANINGS
-            | {
-                "prompt": "messages up to the question",
-                "chosen": "the better answer, as a message",
-                "rejected": "the worse answer, as a message",
-                "score_chosen": "the judge's mean score of the better answer",
-                "score_rejected": "the judge's mean score of the worse answer",
-                "judge": "the judge and its replies in both orders, as JSON",
-            },
-        ),
-    )
-)
-KINDS.register(
+    ),
     Kind(
-        name="predictions",
-        maker="evaluate",
-        columns=prediction_features,
-        card=KindCard(
-            about="Answers of a model to the questions of a benchmark, with the reference answers.",
-            use="Score them with `medst evaluate --predictions FILE`.",
-            columns={
-                "id": "name of the question",
-                "image_id": "SHA-256 of the pixels of the image",
-                "question": "the question",
-                "answer": "the reference answer",
-                "answer_type": "open or closed",
-                "question_type": "the type of the question, as the benchmark names it",
-                "prediction": "the answer of the model",
-                "generation": "how the answer was decoded, as JSON",
-            },
+        "predictions",
+        "evaluate",
+        prediction_features,
+        KindCard(
+            "Answers of a model to the questions of a benchmark, with the reference answers.",
+            "Score them with `medst evaluate --predictions FILE`.",
         ),
-    )
-)
+    ),
+):
+    KINDS.register(_kind)
 
 
 def image_part() -> dict:
@@ -311,12 +285,16 @@ def check_columns(dataset: "Dataset", kind: str) -> None:
             )
 
 
-def fill_columns(dataset: "Dataset", kind: str) -> "Dataset":
-    """Add the optional columns that a dataset of a kind lacks, with their default values."""
-    features = features_of(kind)
-    for name, default in KINDS.get(kind).optional.items():
+def kind_of(columns: Collection[str]) -> Kind | None:
+    """The kind of the dataset that has these columns, or None. Unlabelled images count as `"instruct"`."""
+    return next((kind for kind in reversed(KINDS.values()) if kind.marker in columns), None)
+
+
+def _fill_columns(dataset: "Dataset") -> "Dataset":
+    kind = kind_of(dataset.features)
+    for name, default in kind.optional.items() if kind else ():
         if name not in dataset.features:
-            dataset = dataset.add_column(name, [default] * len(dataset), feature=features[name])
+            dataset = dataset.add_column(name, [default] * len(dataset), feature=kind.columns()[name])
     return dataset
 
 
@@ -331,7 +309,8 @@ def _shape(feature) -> object:
 
 def load_records(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
     """
-    Open one split of a dataset that a stage wrote or that is on the Hub. Images are decoded when they are read.
+    Open one split of a dataset that a stage wrote or that is on the Hub. Images are decoded when they are read, and
+    optional columns that are missing are filled in.
 
     Args:
         path_or_hub_id (`str` or `os.PathLike`):
@@ -349,10 +328,10 @@ def load_records(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
     directory = Path(path_or_hub_id)
     if directory.is_dir():
         shards = [str(path) for path in complete_shards(directory, split)]
-        return load_dataset("parquet", data_files={split: shards}, split=split)
+        return _fill_columns(load_dataset("parquet", data_files={split: shards}, split=split))
     try:
         hub_id, revision = split_revision(str(path_or_hub_id))
-        return load_dataset(hub_id, split=split, revision=revision)
+        return _fill_columns(load_dataset(hub_id, split=split, revision=revision))
     except (DatasetNotFoundError, FileNotFoundError):
         raise UserError(
             f"{path_or_hub_id} is neither a directory nor a dataset on the Hub that you may read. "

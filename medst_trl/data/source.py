@@ -39,7 +39,6 @@ from typing import Any
 from medst_trl.base.registry import Registry
 
 from .images import DICOM_SUFFIXES, FolderImages, ImageReader
-from .schema import ANSWER_TYPES
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions of a benchmark, as releases come
@@ -313,14 +312,6 @@ def text_value(value: Any, missing: str) -> str:
 def optional_text(value: Any) -> str | None:
     """[`text_value`] of a field that may be missing."""
     return None if value is None or value == "" else text_value(value, missing="not_text")
-
-
-def answer_type_of(value: Any) -> str:
-    """The answer type that a benchmark states. VQA-RAD has `"CLOSED "` with a blank."""
-    kind = value.strip().lower() if isinstance(value, str) else value
-    if kind not in ANSWER_TYPES:
-        raise BadRecord("bad_answer_type", value)
-    return kind
 
 
 def guess_answer_type(answer: str) -> str:

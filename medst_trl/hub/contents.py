@@ -10,7 +10,7 @@ from typing import Literal
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.data.schema import KINDS, complete_shards, splits_in
+from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.record import FILE_NAME
 
 
@@ -103,12 +103,13 @@ def _dataset(folder: Path) -> Contents:
 
     shards = [shard for split in splits_in(folder) for shard in complete_shards(folder, split)]
     columns = pq.read_schema(shards[0]).names
-    kind = next((kind.name for kind in reversed(KINDS.values()) if kind.marker in columns), None)
+    kind = kind_of(columns)
     if kind is None:
         raise UserError(
             f"{folder} has the columns {', '.join(columns)}, which no stage of medst writes. Other datasets are "
             "published with `datasets.Dataset.push_to_hub` or `hf upload`."
         )
+    kind = kind.name
     if kind == "instruct" and not any(
         pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"].to_pylist()
     ):

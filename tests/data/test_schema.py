@@ -1,6 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+import errno
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,12 +12,16 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import (
+    KINDS,
     benchmark_features,
     check_columns,
+    features_of,
     image_part,
     instruct_features,
+    kind_of,
     load_records,
     message,
+    preference_features,
     text_of,
     text_part,
     write_split,
@@ -95,6 +102,32 @@ def test_missing_and_incomplete_datasets_are_explained(tmp_path):
         load_records(tmp_path / "data", "train")
 
 
+def test_optional_columns_that_are_missing_are_filled_in(tmp_path):
+    from datasets import Features
+
+    columns = {name: preference_features()[name] for name in ("id", "images", "image_ids", "prompt")}
+    columns |= {name: preference_features()[name] for name in ("chosen", "rejected")}
+    row = {"id": "1", "images": [], "image_ids": [], "prompt": [], "chosen": [], "rejected": []}
+    write_split(tmp_path / "data", "train", [row], dict, Features(columns), rows_per_shard=2)
+    dataset = load_records(tmp_path / "data", "train")
+    check_columns(dataset, "preferences")
+    assert dataset.features == preference_features()
+    assert [dataset[0][name] for name in ("score_chosen", "score_rejected", "judge")] == [None, None, None]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_explains_its_columns(name):
+    kind = KINDS.get(name)
+    assert set(kind.columns()) <= set(kind.card.columns) and set(kind.optional) <= set(kind.columns())
+    assert (kind.card.about and "{id}" in kind.card.use) or name == "predictions"
+    assert kind.marker is None or kind_of(kind.columns()) is kind
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="Unknown kind of dataset 'preference'. Did you mean 'preferences'"):
+        features_of("preference")
+
+
 def test_jsonl_appears_whole_or_not_at_all(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "é\n"}])
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == {"text": "é\n"}
@@ -106,3 +139,81 @@ def test_jsonl_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_jsonl(tmp_path / "b.jsonl", rows())
     assert not (tmp_path / "b.jsonl").exists()
+
+
+def row(n):
+    return {"id": str(n), "images": [], "image_ids": [], "messages": []}
+
+
+def write(directory, make_row=row, n=10, workers=1):
+    write_split(directory, "train", range(n), make_row, instruct_features(), rows_per_shard=4, num_workers=workers)
+
+
+def files(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def test_fixed_number_of_rows_and_the_same_bytes_each_time(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b", workers=3)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert sorted(files(tmp_path / "a")) == [f"train-0000{n}-of-00003.parquet" for n in range(3)]
+
+
+def test_nothing_gives_no_file(tmp_path):
+    write(tmp_path, n=0)
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")])
+def test_cut_short_and_continued_equals_never_cut(tmp_path, error):
+    write(tmp_path / "whole")
+    made = []
+
+    def stops(n):
+        if n == 6:
+            raise error
+        return row(n)
+
+    def counts(n):
+        made.append(n)
+        return row(n)
+
+    with pytest.raises(type(error)):
+        write(tmp_path / "cut", stops)
+    assert list(files(tmp_path / "cut")) == ["train-00000-of-00003.parquet"], "no half file, under no name"
+    write(tmp_path / "cut", counts)
+    assert made == list(range(4, 10)), "finished shards are not made again"
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_explained_and_keeps_what_is_finished(tmp_path, monkeypatch, number):
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "whole")
+    real, calls = pq.ParquetWriter.write_table, []
+
+    def full(self, table):
+        calls.append(table)
+        if len(calls) == 2:
+            raise OSError(number, "No space left on device")
+        real(self, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(UserError, match=r"is full.*it resumes"):
+            write(tmp_path / "full")
+    assert list(files(tmp_path / "full")) == ["train-00000-of-00003.parquet"]
+    write(tmp_path / "full")
+    assert files(tmp_path / "full") == files(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
+def test_arrow_tells_a_full_disk_by_its_number():
+    import pyarrow as pa
+
+    # Not through pq.write_table: it deletes the file it could not write, and root may delete a device.
+    with pytest.raises(OSError) as caught, pa.OSFile("/dev/full", "wb") as file:
+        file.write(b"x" * 100_000)
+    assert caught.value.errno == errno.ENOSPC

@@ -6,17 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medst_trl.data.reading import find_file
-from medst_trl.data.source import (
-    IMAGE_FOLDERS,
-    SOURCES,
-    Question,
-    Records,
-    Source,
-    SourceCard,
-    answer_type_of,
-    optional_text,
-    text_value,
-)
+from medst_trl.data.source import IMAGE_FOLDERS, SOURCES, Records, Source, SourceCard
 
 from .vqa_rad import collect_questions
 
@@ -34,27 +24,21 @@ class SlakeSettings:
 
 def read_slake(path: Path, image_folder: Path, language: str = "en") -> Records:
     """Read a directory with `train.json`, `validate.json` (or `validation.json`) and `test.json`, one language."""
-    records = Records("slake", image_folder)
-    others = 0
+    records, others = Records("slake", image_folder), 0
 
-    def question(record: dict, split: str) -> Question | None:
+    def is_wanted(record: dict) -> bool:
         nonlocal others
-        if record.get("q_lang") != language:
-            others += 1
-            return None
-        return Question(
-            id=f"slake-{text_value(record.get('qid'), missing='no_id')}",
-            image=text_value(record.get("img_name"), missing="no_image"),
-            split=split,
-            question=text_value(record.get("question"), missing="no_question"),
-            answer=text_value(record.get("answer"), missing="no_answer"),
-            answer_type=answer_type_of(record.get("answer_type")),
-            question_type=optional_text(record.get("content_type")),
-        )
+        others += record.get("q_lang") != language
+        return record.get("q_lang") == language
 
     for split, name in SLAKE_FILES.items():
-        file = find_file(path, name)
-        collect_questions(records, file, lambda _, record, split=split: question(record, split))
+        collect_questions(
+            records,
+            find_file(path, name),
+            ("slake", "img_name", "content_type"),
+            split=lambda _, split=split: split,
+            is_wanted=is_wanted,
+        )
     records.counts["questions_in_other_languages"] = others
     return records
 

@@ -3,19 +3,22 @@
 """VQA-RAD as its authors publish it, and in MEVF's split, which most papers use."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from medst_trl.data.assemble import plain_question
 from medst_trl.data.reading import find_file, read_json_records
+from medst_trl.data.schema import ANSWER_TYPES
 from medst_trl.data.source import (
     IMAGE_FOLDERS,
     SOURCES,
+    BadRecord,
     Question,
     Records,
     Source,
     SourceCard,
-    answer_type_of,
     optional_text,
     text_value,
 )
@@ -24,6 +27,8 @@ from medst_trl.data.source import (
 RELEASE_FILE = "VQA_RAD Dataset Public.json"
 # The test split first: of two records with one id, the later one is rejected.
 MEVF_FILES = {"test": "*testset.json", "train": "*trainset.json"}
+
+_FIELDS = ("vqa_rad", "image_name", "question_type")
 
 
 @dataclass
@@ -45,11 +50,13 @@ def read_vqa_rad(path: Path, image_folder: Path) -> Records:
     records = Records("vqa_rad", image_folder)
     file = find_file(path, RELEASE_FILE) if path.is_dir() else path
 
-    def question(_, record: dict) -> Question:
-        split = "test" if str(record.get("phrase_type")).startswith("test") else "train"
-        return _question(record, split, optional_text(record.get("qid_linked_id")))
-
-    collect_questions(records, file, question)
+    collect_questions(
+        records,
+        file,
+        _FIELDS,
+        split=lambda record: "test" if str(record.get("phrase_type")).startswith("test") else "train",
+        link=lambda record: optional_text(record.get("qid_linked_id")),
+    )
     return records
 
 
@@ -72,32 +79,64 @@ def read_vqa_rad_mevf(path: Path, image_folder: Path, release: Path | None = Non
         return links.get((str(record.get("image_name")), plain_question(str(record.get("question")))))
 
     for split, pattern in MEVF_FILES.items():
-        file = find_file(path, pattern)
-        collect_questions(records, file, lambda _, record, split=split: _question(record, split, link(record)))
+        collect_questions(records, find_file(path, pattern), _FIELDS, split=lambda _, split=split: split, link=link)
     records.counts["questions_without_link"] = sum(question.link is None for question in records.questions)
     return records
 
 
-def collect_questions(records: Records, file: Path, make) -> None:
-    """Add the questions of a JSON file whose records have a `qid`, as those of VQA-RAD and SLAKE do."""
+def collect_questions(
+    records: Records,
+    file: Path,
+    fields: tuple[str, str, str],
+    split: Callable[[dict], str],
+    link: Callable[[dict], str | None] = lambda record: None,
+    is_wanted: Callable[[dict], bool] = lambda record: True,
+) -> None:
+    """
+    Add the questions of a JSON file in the format of VQA-RAD, which SLAKE shares.
+
+    Args:
+        records ([`Records`]):
+            Where to add them.
+        file (`pathlib.Path`):
+            Records with `qid`, `question`, `answer`, `answer_type`, and those of `fields`.
+        fields (`tuple` of `str`):
+            The prefix of the ids, and the names of the fields for the image and the question type.
+        split, link (`Callable`):
+            From a record to its split and its link.
+        is_wanted (`Callable`, *optional*):
+            Whether to use a record.
+    """
+    prefix, image, question_type = fields
+
+    def question(_, record: dict) -> Question | None:
+        if not is_wanted(record):
+            return None
+        linked = link(record)
+        return Question(
+            id=f"{prefix}-{text_value(record.get('qid'), missing='no_id')}",
+            image=text_value(record.get(image), missing="no_image"),
+            split=split(record),
+            question=text_value(record.get("question"), missing="no_question"),
+            answer=text_value(record.get("answer"), missing="no_answer"),
+            answer_type=_answer_type(record.get("answer_type")),
+            question_type=optional_text(record.get(question_type)),
+            link=linked,
+        )
+
     records.collect(
         read_json_records(file, known_by="question"),
-        make,
+        question,
         default_id=lambda position, record: str(record.get("qid", f"{file.name}#{position}")),
     )
 
 
-def _question(record: dict, split: str, link: str | None) -> Question:
-    return Question(
-        id=f"vqa_rad-{text_value(record.get('qid'), missing='no_id')}",
-        image=text_value(record.get("image_name"), missing="no_image"),
-        split=split,
-        question=text_value(record.get("question"), missing="no_question"),
-        answer=text_value(record.get("answer"), missing="no_answer"),
-        answer_type=answer_type_of(record.get("answer_type")),
-        question_type=optional_text(record.get("question_type")),
-        link=link,
-    )
+def _answer_type(value: Any) -> str:
+    """VQA-RAD has `"CLOSED "` with a blank."""
+    kind = value.strip().lower() if isinstance(value, str) else value
+    if kind not in ANSWER_TYPES:
+        raise BadRecord("bad_answer_type", value)
+    return kind
 
 
 def _links(release: Path) -> dict[tuple[str, str], str]:

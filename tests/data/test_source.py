@@ -1,0 +1,153 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A source is one object in one file, and appears wherever sources appear."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+
+import pytest
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.source import SOURCES, Records, Source, SourceCard
+from medst_trl.pipeline.stages.prepare import PrepareArguments, main
+
+
+PLUGIN = """
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from medst_trl.data.images import MemoryImages
+from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.data.source import SOURCES, Conversation, Records, Source, SourceCard
+
+
+@dataclass
+class ToySettings:
+    toy_scans: int = field(default=3, metadata={"help": "Number of grey squares."})
+
+
+def read(request):
+    names = [f"toy-{number}" for number in range(request.settings.toy_scans)]
+    talks = [
+        Conversation(
+            name,
+            (name,),
+            [message("user", [image_part(), text_part("Shade?")]), message("assistant", [text_part("Grey.")])],
+        )
+        for name in names
+    ]
+    images = {name: Image.new("L", (8, 8), number) for number, name in enumerate(names)}
+    return Records("toys", conversations=talks), MemoryImages(images)
+
+
+SOURCES.register(
+    Source(
+        name="toys",
+        summary="grey squares for this test",
+        read=read,
+        card=SourceCard("Grey squares", homepage="https://example.org/toys", licence="CC0 1.0", synthetic=True),
+        settings=ToySettings,
+        count=lambda settings, kind, split: settings.toy_scans if (kind, split) == ("instruct", "train") else None,
+        needs_data=False,
+    )
+)
+"""
+
+
+def medst(tmp_path, *words):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    environment.pop("MEDST_PLUGINS", None)
+    command = [sys.executable, "-m", "medst_trl.cli", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_source_from_a_plugin_file_appears_everywhere(tmp_path):
+    (tmp_path / "toys.py").write_text(PLUGIN)
+    (tmp_path / "toys.yaml").write_text("output_dir: run\nprepare:\n  source: toys\n  toy_scans: 5\n")
+    plugins = ("--plugins", "toys.py")
+
+    text = medst(tmp_path, *plugins, "prepare", "--help")
+    assert "toys (grey squares for this test)" in " ".join(text.split())
+    assert "settings of the source toys:" in text and "--toy_scans" in text
+
+    assert "toys.yaml is valid" in medst(tmp_path, *plugins, "recipes", "validate", "toys.yaml")
+    assert "5 rows of instruct/train" in medst(tmp_path, *plugins, "run", "toys.yaml", "--dry_run")
+
+    text = medst(tmp_path, *plugins, "run", "toys.yaml")
+    assert "5 conversations" in text
+    record = json.loads((tmp_path / "run" / "prepare" / "stage.json").read_text())
+    assert record["counts"]["datasets"]["instruct/train"] == {"images": 5, "conversations": 5, "answers": 5}
+    assert record["settings"]["toy_scans"] == 5 and "num_phantoms" not in record["settings"]
+    assert record["source_card"]["title"] == "Grey squares" and record["source_card"]["licence"] == "CC0 1.0"
+
+    script = "import sys; from pathlib import Path; from medst_trl.hub.cards import dataset_card; "
+    script += "from medst_trl.hub.contents import find_contents; from medst_trl.base.registry import add_plugins; "
+    script += "add_plugins(sys.argv[1:]); print(dataset_card(find_contents(Path('run/prepare/instruct')), 'org/toys'))"
+    card = subprocess.run(
+        [sys.executable, "-c", script, *plugins], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert "[Grey squares](https://example.org/toys)" in card
+
+
+def test_an_unknown_source_is_refused_with_the_closest_name(tmp_path):
+    with pytest.raises(UserError, match="Unknown source 'slak'. Did you mean 'slake'.*Choose one of .*llava"):
+        main(PrepareArguments(output_dir=str(tmp_path / "out"), source="slak"))
+
+
+def test_a_source_that_lacks_a_part_is_refused():
+    with pytest.raises(UserError, match="source 'toys' .* lacks card"):
+        SOURCES.register(Source("toys", "grey squares", read=lambda request: None, card=None))
+    assert "toys" not in SOURCES
+
+
+def test_two_sources_with_a_setting_of_one_name_are_refused(monkeypatch):
+    from medst_trl.pipeline.stages import prepare
+
+    @dataclass
+    class OtherSettings:
+        language: str = "en"
+
+    other = Source("other", "a test", lambda request: None, SourceCard("A test"), settings=OtherSettings)
+    monkeypatch.setattr(SOURCES, "_objects", dict(SOURCES._objects) | {"other": other})
+    with pytest.raises(UserError, match="'slake' and 'other' both have a setting 'language'"):
+        prepare.STAGE.make_parser()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_has_a_card_and_help_for_its_settings(name):
+    source = SOURCES.get(name)
+    assert source.summary and source.card.title
+    settings = fields(source.settings) if source.settings else ()
+    assert all(item.metadata["help"] for item in settings)
+    assert set(source.files) <= {item.name for item in settings}
+
+
+def test_records_that_lack_settings_of_other_sources_are_resumed(tmp_path, capsys):
+    """An earlier version recorded the settings of all sources."""
+    arguments = PrepareArguments(output_dir=str(tmp_path / "out"), source="phantoms", num_workers=1)
+    settings = SOURCES.get("phantoms").settings_from({"num_phantoms": 2, "num_test_phantoms": 1})
+    main(arguments, settings)
+    path = tmp_path / "out" / "stage.json"
+    record = json.loads(path.read_text())
+    others = {"language": "zh", "image_pattern": "{img_id}.png", "release_path": None}
+    path.write_text(json.dumps(record | {"settings": record["settings"] | others}))
+    main(arguments, settings)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="num_phantoms: 2 before, 3 now"):
+        main(arguments, SOURCES.get("phantoms").settings_from({"num_phantoms": 3, "num_test_phantoms": 1}))
+
+
+def test_records_are_cut_by_image_and_by_conversation():
+    from medst_trl.data.source import Conversation, Question
+
+    questions = [Question(str(n), f"{n // 2}.png", "test", "What?", "That.", "open") for n in range(6)]
+    records = Records("x", conversations=[Conversation(str(n), (), []) for n in range(5)], questions=questions)
+    first = records.first(2)
+    assert len(first.conversations) == 2 and [question.id for question in first.questions] == ["0", "1", "2", "3"]
+    assert records.first(None) is records
