@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A few records of each data source, in the files that its release has."""
+"""A few records of each source, in the files of its release."""
 
 import csv
 import json
@@ -19,18 +19,18 @@ SPLITS = {"train": 6, "validation": 2, "test": 2}  # images
 
 
 class Drawn:
-    """Pictures of plain brightness with a little noise, no two alike, and what can be said of them."""
+    """Draw uniform images with a little noise, no two alike, and questions about them."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.number = folder, 0
+    def __init__(self, directory: Path):
+        self.directory, self.number = directory, 0
 
     def next(self, name: str) -> list[tuple[str, str]]:
-        """Draw one under a file name; its questions with their answers."""
+        """Draw one image under a file name, and return its questions with their answers."""
         look = LOOKS[self.number % 2]
-        pixels = np.random.default_rng((self.number, crc32(str(self.folder).encode()))).integers(
+        pixels = np.random.default_rng((self.number, crc32(str(self.directory).encode()))).integers(
             0, 60, (24, 24), dtype=np.uint8
         )
-        path = self.folder / name
+        path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels + (190 if look == "bright" else 0)).save(path)
         self.number += 1
@@ -39,7 +39,7 @@ class Drawn:
 
 
 def write_source(settings: Mapping[str, Any]) -> None:
-    """Write what a `prepare` section reads: `source`, `data_path`, `image_folder`, `image_pattern`."""
+    """Write the files that a `prepare` section with these settings reads."""
     data = Path(settings["data_path"])
     if settings["source"] in ("llava", "captions"):
         data.parent.mkdir(parents=True, exist_ok=True)

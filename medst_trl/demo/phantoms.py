@@ -1,10 +1,11 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn scans with known truth, so that everything can be tried and measured without medical data.
+"""
+The source `phantoms`: drawn scans with known truth, to try and to measure everything without medical data.
 
-A phantom is a 64 x 64 grey picture that looks a little like a CT, MRI or ultrasound scan, with or without one round
+A phantom is a 64 x 64 grey image that looks a little like a CT, MRI or ultrasound scan, with or without one round
 lesion. Because it is drawn, every question about it has one right answer, and an oracle can tell a right answer from
-a wrong one. Left and right are those of the picture, not of the patient.
+a wrong one. Left and right are those of the image, not of the patient.
 
 Example:
 
@@ -34,7 +35,7 @@ MODALITIES = ("CT", "MRI", "ultrasound")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 SIZES = ("small", "large")
 BRIGHTNESSES = ("dark", "bright")
-# A phantom's random stream starts from (split, seed, position), so no two splits and no two seeds share a picture.
+# A phantom's random stream starts from (split, seed, position), so no two splits and no two seeds share an image.
 SPLITS = {"train": 0, "validation": 1, "test": 2, "unlabelled": 3}
 
 
@@ -51,7 +52,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Phantom:
-    """A drawn picture (mode "L", 64 x 64), its truth and its questions in the benchmark's form."""
+    """A drawn image (mode "L", 64 x 64), its truth and its questions in the format of a benchmark."""
 
     id: str
     image: Image.Image
@@ -60,7 +61,7 @@ class Phantom:
 
 
 # Every wording of every kind of question; {view} stands for any word of VIEWS. The kinds "bright" and "dark" are the
-# two ways round of one closed question, so that neither "Yes" nor "No" is the safer guess.
+# two forms of one closed question, so that neither "Yes" nor "No" is the safer guess.
 VIEWS = ("image", "scan")
 QUESTIONS = {
     "presence": (
@@ -108,14 +109,13 @@ _KINDS = {
 
 
 def question_kind(question: str) -> str | None:
-    """
-    The kind of a question (a key of `QUESTIONS`), whatever its wording; `None` for text that is no such question.
-    """
+    """The kind of a question (a key of `QUESTIONS`) in any wording; `None` for other text."""
     return _KINDS.get(_normalise(question))
 
 
 def is_well_formed(question: str, truth: Truth | None = None) -> bool:
-    """Whether the text is a question that a phantom answers; with `truth`, that this very phantom answers.
+    """
+    Whether the text is a question that phantoms answer; with `truth`, whether that phantom answers it.
 
     A scan without a lesion does not answer where the lesion is or what it looks like.
     """
@@ -124,55 +124,55 @@ def is_well_formed(question: str, truth: Truth | None = None) -> bool:
 
 
 def answer(question: str, truth: Truth) -> str:
-    """The right answer to a question about a phantom with this truth.
+    """
+    The right answer to a question about a phantom with this truth.
 
     Raises:
-        ValueError: If the phantom cannot answer the question (see `is_well_formed`).
+        ValueError: if the phantom cannot answer the question (see `is_well_formed`).
     """
     if not is_well_formed(question, truth):
         raise ValueError(f"A phantom with {truth} does not answer {question!r}.")
     kind = question_kind(question)
-    if kind == "presence":
-        return "Yes" if truth.lesion else "No"
-    if kind in BRIGHTNESSES:
-        return "Yes" if truth.brightness == kind else "No"
-    if kind == "modality":
-        return truth.modality
-    if kind == "location":
-        return f"In the {truth.quadrant} quadrant."
-    if kind == "appearance":
-        return f"It is {truth.size} and {truth.brightness}."
-    if not truth.lesion:
-        return f"The {truth.modality} scan shows no lesion."
-    return (
-        f"The {truth.modality} scan shows a {truth.size} {truth.brightness} lesion in the {truth.quadrant} quadrant."
-    )
+    lesion = f"a {truth.size} {truth.brightness} lesion in the {truth.quadrant} quadrant"
+    return {
+        "presence": "Yes" if truth.lesion else "No",
+        "bright": "Yes" if truth.brightness == "bright" else "No",
+        "dark": "Yes" if truth.brightness == "dark" else "No",
+        "modality": truth.modality,
+        "location": f"In the {truth.quadrant} quadrant.",
+        "appearance": f"It is {truth.size} and {truth.brightness}.",
+        "description": f"The {truth.modality} scan shows {lesion if truth.lesion else 'no lesion'}.",
+    }[kind]
 
 
 def make_phantoms(n: int, seed: int, split: str = "train") -> list[Phantom]:
-    """Draws `n` phantoms with balanced truths.
+    """
+    Draw `n` phantoms with balanced truths.
 
-    Among any 81 that follow each other from a multiple of 81, each of the 48 truths with a lesion stands once and each
-    modality stands 11 times without one. The first phantoms of a longer list are those of a shorter one.
+    Each block of 81 phantoms has each of the 48 truths with a lesion once, and each modality 11 times without one. The
+    first phantoms of a longer list are those of a shorter one.
 
     Args:
-        n (`int`): How many.
-        seed (`int`): Not negative. Other seeds give other pictures.
-        split (`str`): "train", "validation", "test" or "unlabelled". The splits share no picture at any seed.
+        n (`int`):
+            Number of phantoms.
+        seed (`int`):
+            Seed, not negative. Other seeds give other images.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"`, `"validation"`, `"test"` or `"unlabelled"`. The splits share no image at any seed.
 
     Returns:
-        `list[Phantom]`, their ids unique over splits and seeds.
+        `list[Phantom]`, with ids that are unique over splits and seeds.
 
     Raises:
-        ValueError: If there is no such split.
+        ValueError: for an unknown split.
     """
     return list(islice(draw_phantoms(seed, split), n))
 
 
 def draw_phantoms(seed: int, split: str = "train") -> Iterator[Phantom]:
-    """The phantoms of [`make_phantoms`] one after another, without end."""
+    """Yield the phantoms of [`make_phantoms`] one after another, without end."""
     if split not in SPLITS:
-        raise ValueError(f"There is no split {split!r} of phantoms: {', '.join(SPLITS)}.")
+        raise ValueError(f"Unknown split {split!r} of phantoms. Choose one of {', '.join(SPLITS)}.")
     for position in count():
         if position % len(_TRUTHS) == 0:
             order = np.random.default_rng((SPLITS[split], seed, 1, position)).permutation(len(_TRUTHS))
@@ -183,18 +183,22 @@ def draw_phantoms(seed: int, split: str = "train") -> Iterator[Phantom]:
 
 
 def benchmark_rows(phantoms: Iterable[Phantom]) -> Iterator[dict]:
-    """One row an image in the benchmark's columns: `image_id`, `image`, `questions`."""
+    """Yield one row per image in the columns of a benchmark: `image_id`, `image`, `questions`."""
     for phantom in phantoms:
         yield {"image_id": image_id(phantom.image), "image": phantom.image, "questions": phantom.questions}
 
 
 def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = None) -> Iterator[dict]:
-    """One conversation an image in the instruct columns: `id`, `images`, `image_ids`, `messages`.
+    """
+    Yield one conversation per image in the instruct columns: `id`, `images`, `image_ids`, `messages`.
 
     Args:
-        phantoms (`Iterable[Phantom]`): The pictures.
-        seed (`int`): Shuffles the order of the questions, for each picture on its own.
-        turns (`int`, *optional*): Keep only so many questions. All by default: three without a lesion, else six.
+        phantoms (iterable of [`Phantom`]):
+            The phantoms.
+        seed (`int`):
+            Seed of the order of the questions, which is drawn for each image separately.
+        turns (`int`, *optional*):
+            Maximum number of questions. All by default: three without a lesion, otherwise six.
     """
     for phantom in phantoms:
         rng = np.random.default_rng((seed, *phantom.id.encode()))
@@ -217,7 +221,7 @@ _TRUTHS += [Truth(m, False) for m in MODALITIES for _ in range(11)]
 
 
 def _ask(name: str, truth: Truth, rng: np.random.Generator) -> list[dict]:
-    """One question of each kind the picture answers, its wording drawn; "bright" and "dark" share one place."""
+    """One question of each kind that the image answers, in a drawn wording; only one of "bright" and "dark"."""
     kinds = ["presence", "modality", "description"]
     if truth.lesion:
         kinds += ["location", "appearance", str(rng.choice(BRIGHTNESSES))]
@@ -238,10 +242,10 @@ def _ask(name: str, truth: Truth, rng: np.random.Generator) -> list[dict]:
 
 
 def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
-    """Pixels, uint8 of shape (64, 64): background, tissue in the manner of the modality, lesion, noise."""
+    """Pixels, uint8 of shape (64, 64): background, tissue as the modality shows it, lesion, noise."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float64)
     centre_x, centre_y = SIZE / 2 + rng.uniform(-3, 3, size=2)
-    if truth.modality == "ultrasound":  # a fan of speckle, as a curved probe above the picture gives
+    if truth.modality == "ultrasound":  # a fan of speckle, as from a curved probe above the image
         depth, angle = np.hypot(x - centre_x, y + 26), np.arctan2(x - centre_x, y + 26)
         tissue = (depth > 29) & (depth < 86) & (np.abs(angle) < 0.62)
         pixels = np.where(tissue, 75 * rng.rayleigh(0.9, size=(SIZE, SIZE)), 0)
@@ -249,7 +253,7 @@ def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
         width, height = SIZE * rng.uniform(0.40, 0.46, size=2)
         radius = np.hypot((x - centre_x) / width, (y - centre_y) / height)
         tissue = radius <= 1
-        if truth.modality == "CT":  # even tissue inside a bright ring of bone
+        if truth.modality == "CT":  # uniform tissue inside a bright ring of bone
             pixels = np.where(tissue, np.where(radius > 0.92, 220, 110), 0)
         else:  # MRI: folded soft tissue without bone
             pixels = np.where(tissue, 110 + 40 * np.cos(12 * radius), 0)

@@ -12,7 +12,7 @@ def question(name, image="a", split="train", text=None, link=None):
     return Question(name, image, split, text or f"{name}?", f"answer {name}", "open", None, link)
 
 
-def test_pairs_are_compared_by_pixels_and_plain_words():
+def test_pairs_are_compared_by_pixels_and_normalised_text():
     ids = {"a": "1", "copy of a": "1", "b": "2"}
     questions = [
         question("held", "a", "test", "Is it  normal?"),
@@ -32,7 +32,7 @@ def test_pairs_are_compared_by_pixels_and_plain_words():
     assert splits.counts["questions_removed_for_images_in_train_and_test"] == 1
 
 
-def test_overlap_is_told_even_when_there_is_none():
+def test_overlap_is_reported_even_if_there_is_none():
     assert hold_out([question("x")], {"a": "1"}).counts == {"images_in_train_and_test": 0}
 
 
@@ -41,7 +41,7 @@ talks = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
 
 @given(talks, st.floats(0, 0.9), st.integers(0, 5), st.randoms())
 def test_validation_shares_no_image_with_train(images, fraction, seed, random):
-    ids = {str(n): f"id{n % 20}" for n in range(31)}  # some pictures have two names
+    ids = {str(n): f"id{n % 20}" for n in range(31)}  # some images have two names
     conversations = [Conversation(f"c{n}", tuple(map(str, names)), []) for n, names in enumerate(images)]
     split = split_off_validation(conversations, ids, fraction, seed)
     assert [talk.id for talk in split] == [talk.id for talk in conversations]
@@ -54,7 +54,7 @@ def test_validation_shares_no_image_with_train(images, fraction, seed, random):
     assert places == {talk.id: talk.split for talk in split}
 
 
-def test_about_the_fraction_asked_for():
+def test_validation_has_about_the_requested_fraction():
     conversations = [Conversation(str(n), (str(n),), []) for n in range(2000)]
     ids = {str(n): f"{n:064d}" for n in range(2000)}
     for seed in (0, 1):
@@ -63,13 +63,13 @@ def test_about_the_fraction_asked_for():
     assert all(talk.split == "train" for talk in split_off_validation(conversations, ids, 0.0, 0))
 
 
-def test_kth_conversation_takes_the_kth_wording():
+def test_the_kth_conversation_takes_the_kth_wording():
     questions = [
         question("a1", link="A"), question("b1", link="B"), question("a2", link="A"), question("c"),
         question("a3", link="A3", text="A1?"), question("b2", link="B"),
     ]  # fmt: skip
     talks = conversations_about_image("x", questions)
     asked = [[text_of(m["content"]) for m in talk.messages if m["role"] == "user"] for talk in talks]
-    # a3 has the words of a1, so it is one question with it whatever the links say.
+    # a3 has the words of a1, so both are one question, whatever their links are.
     assert asked == [["a1?", "b1?", "c?"], ["a2?", "b2?"], ["A1?"]]
     assert [talk.id for talk in talks] == ["x-0", "x-1", "x-2"]

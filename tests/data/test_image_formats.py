@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM files become the picture a radiologist sees, and nothing else of them stays."""
+"""DICOM files become the image that a radiologist sees, and nothing of their header stays."""
 
 import io
 import sys
@@ -53,7 +53,7 @@ def picture(path) -> np.ndarray:
 RAMP = np.arange(0, 4096, 4096 // 64, dtype=np.int16).reshape(8, 8)
 
 
-def test_window_in_hounsfield_units(tmp_path):
+def test_the_window_is_applied_in_hounsfield_units(tmp_path):
     path = save(
         tmp_path / "a.dcm", RAMP, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40, 0], WindowWidth=[400, 9]
     )
@@ -68,13 +68,13 @@ def test_a_window_that_the_pixels_do_not_fill_stays_absolute(tmp_path):
     assert abs(int(picture(path)[0, 0]) - 128) <= 1
 
 
-def test_a_negative_slope_does_not_turn_the_picture_round(tmp_path):
+def test_a_negative_slope_does_not_invert_the_image(tmp_path):
     path = save(tmp_path / "a.dcm", RAMP, RescaleSlope=-1, RescaleIntercept=0, WindowCenter=-2000, WindowWidth=1000)
     shown = picture(path)
     assert shown[0, 0] == 255 and shown[-1, -1] == 0  # value 0 is the largest after the slope
 
 
-def test_without_a_window_its_own_range(tmp_path):
+def test_without_a_window_the_own_range_is_used(tmp_path):
     shown = picture(save(tmp_path / "a.dcm", RAMP))
     assert (shown[0, 0], shown[-1, -1]) == (0, 255) and (np.diff(shown.ravel().astype(int)) >= 0).all()
 
@@ -84,17 +84,17 @@ def test_monochrome1_is_inverted(tmp_path):
     assert np.array_equal(picture(plain), 255 - picture(inverted))
 
 
-def test_colour(tmp_path):
+def test_colour_is_kept(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert np.array_equal(picture(save(tmp_path / "a.dcm", values, "RGB")), values)
 
 
-def test_found_by_content_without_its_suffix(tmp_path):
+def test_dicom_is_recognised_by_content_without_its_suffix(tmp_path):
     path = save(tmp_path / "a.dcm", RAMP)
     assert np.array_equal(picture(path.rename(tmp_path / "IM000001")), picture(save(tmp_path / "b.dcm", RAMP)))
 
 
-def test_unusable_ones_have_a_reason(tmp_path):
+def test_unusable_dicom_files_have_a_reason(tmp_path):
     whole = save(tmp_path / "whole.dcm", RAMP).read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[:-50])
     (tmp_path / "header.dcm").write_bytes(whole[:200])
@@ -115,7 +115,7 @@ def test_unusable_ones_have_a_reason(tmp_path):
     assert found == expected
 
 
-def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_pydicom_the_message_names_the_extra(tmp_path, monkeypatch):
     path = save(tmp_path / "a.dcm", RAMP)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UserError, match=r"medst_trl\[dicom\]"):

@@ -27,7 +27,7 @@ class Images:
         return "id of " + name
 
 
-def test_each_name_once_in_a_file_that_is_complete_or_not_there(tmp_path):
+def test_each_name_is_read_once_into_a_file_that_appears_complete(tmp_path):
     images = Images()
     good, bad = index_images(["a", "bad", "a", "b\udc80"], images, tmp_path / "index.jsonl", num_workers=2)
     assert good == {"a": "id of a", "b\udc80": "id of b\udc80"}
@@ -36,7 +36,7 @@ def test_each_name_once_in_a_file_that_is_complete_or_not_there(tmp_path):
     assert [entry["image"] for entry in entries] == ["a", "bad", "b\udc80"]
 
 
-def test_a_cut_run_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_run_resumes_where_it_stopped(tmp_path):
     names, path = [f"image {n}" for n in range(50)], tmp_path / "index.jsonl"
     with pytest.raises(KeyboardInterrupt):
         index_images(names, Images(stops_at="image 30"), path, num_workers=2)
@@ -50,7 +50,7 @@ def test_a_cut_run_goes_on_where_it_was(tmp_path):
     assert index_images(names, third, path, num_workers=1) == (good, {}) and third.read == []
 
 
-def test_with_or_without_room_the_same_bytes(tmp_path):
+def test_the_room_for_images_does_not_change_the_bytes(tmp_path):
     pictures = {f"{n}.jpg": Image.new("RGB", (9, 9), (n, n, n)) for n in range(4)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name, comment=b"SECRET")

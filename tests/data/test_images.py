@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels stay, metadata goes, and nothing from outside does harm."""
+"""Pixels are kept, metadata is removed, and hostile files do no harm."""
 
 import hashlib
 import io
@@ -62,7 +62,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_8_bit_pictures_keep_their_pixels(tmp_path, name):
+def test_8_bit_images_keep_their_pixels(tmp_path, name):
     mode, options = SAVED[name]
     path = tmp_path / name
     picture(mode).save(path, **options)
@@ -79,7 +79,7 @@ def test_8_bit_pictures_keep_their_pixels(tmp_path, name):
 
 
 @pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("I;16", "a.tif"), ("I", "a.tif"), ("F", "a.tif")])
-def test_deep_grey_is_rescaled_in_order_to_the_whole_range(tmp_path, mode, name):
+def test_deep_grey_is_rescaled_to_the_whole_range_in_order(tmp_path, mode, name):
     source = picture(mode)
     source.save(tmp_path / name)
     stored = np.asarray(Image.open(io.BytesIO(load_image(tmp_path / name).bytes)))
@@ -88,7 +88,7 @@ def test_deep_grey_is_rescaled_in_order_to_the_whole_range(tmp_path, mode, name)
     assert (np.diff(stored.ravel()[order].astype(int)) >= 0).all()
 
 
-def test_deep_grey_that_is_even_or_not_finite(tmp_path):
+def test_deep_grey_that_is_uniform_or_not_finite(tmp_path):
     assert np.asarray(Image.open(io.BytesIO(store_image(Image.new("I;16", (4, 4), 900)).bytes))).max() == 0
     odd = Image.fromarray(np.array([[np.nan, 0, 1, np.inf, -np.inf]], np.float32))
     assert pixels(store_image(odd).bytes)[0, :, 0].tolist() == [0, 0, 255, 255, 0]
@@ -109,7 +109,7 @@ def test_a_transparent_colour_is_laid_on_black(tmp_path):
     assert pixels(load_image(tmp_path / "key.png").bytes)[0].tolist() == [[9, 9, 9], [0, 0, 0]]
 
 
-def test_one_picture_has_one_id_whatever_holds_it(tmp_path):
+def test_an_image_has_one_id_in_every_format(tmp_path):
     grey = picture("L")
     ids = {image_id(grey), image_id(grey.convert("RGB")), store_image(grey).image_id}
     for name in ("a.png", "a.bmp", "a.tif", "a.gif"):
@@ -120,7 +120,7 @@ def test_one_picture_has_one_id_whatever_holds_it(tmp_path):
     assert ids == {hashlib.sha256(struct.pack(">II", *rgb.size) + rgb.tobytes()).hexdigest()}
 
 
-def test_id_tells_pixels_and_shape():
+def test_the_id_depends_on_pixels_and_shape():
     flat = np.zeros(24, np.uint8)
     shapes = [(4, 6), (6, 4), (2, 12), (24, 1)]
     assert len({image_id(Image.fromarray(flat.reshape(shape))) for shape in shapes}) == len(shapes)
@@ -179,7 +179,7 @@ def test_orientation_is_applied(tmp_path, name, orientation):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_segment_anywhere_in_a_jpeg_goes(data):
+def test_any_segment_anywhere_in_a_jpeg_is_removed(data):
     file = io.BytesIO()
     picture(data.draw(st.sampled_from(["L", "RGB"]))).save(file, "JPEG", progressive=data.draw(st.booleans()))
     clean = file.getvalue()
@@ -198,7 +198,7 @@ def test_any_segment_anywhere_in_a_jpeg_goes(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 2**16), st.sampled_from(["JPEG", "PNG"]))
-def test_stripping_never_fails_on_damage(noise, at, kind):
+def test_stripping_never_fails_on_damaged_files(noise, at, kind):
     from medst_trl.data.image_formats import strip_jpeg, strip_png
 
     file = io.BytesIO()
@@ -231,14 +231,14 @@ def test_unusable_files_have_a_reason(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.tif", "a.webp", "a.gif", "progressive.jpg"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_truncated_files_are_set_aside(tmp_path, name, part):
+def test_truncated_files_are_rejected(tmp_path, name, part):
     picture("RGB", (200, 150)).save(tmp_path / name, **({"progressive": True} if name[0] == "p" else {}))
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(len(data) * part)])
     assert reason(tmp_path / name) in ("truncated", "not_an_image")
 
 
-def test_bombs_are_refused_by_their_header(tmp_path):
+def test_decompression_bombs_are_rejected_by_their_header(tmp_path):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -253,12 +253,12 @@ def test_bombs_are_refused_by_their_header(tmp_path):
     picture("L", (101, 100)).save(tmp_path / "large.png")
     assert reason(tmp_path / "large.png", max_pixels=10_000) == "too_large"
     assert load_image(tmp_path / "large.png", max_pixels=10_100).width == 101
-    with open(tmp_path / "padded.png", "wb") as file:  # a small picture before a mountain of nothing
+    with open(tmp_path / "padded.png", "wb") as file:  # a huge file of zeros
         file.truncate(2_000_000_000)
     assert reason(tmp_path / "padded.png") == "too_large"
 
 
-def test_names_stay_in_their_folder(tmp_path):
+def test_names_stay_in_their_directory(tmp_path):
     folder, outside = tmp_path / "images", tmp_path / "secret.png"
     (folder / "sub").mkdir(parents=True)
     picture().save(outside)

@@ -26,11 +26,11 @@ def read(tmp_path, text: str | bytes, name: str = "a.json"):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_array(tmp_path, indent):
+def test_an_array_is_read(tmp_path, indent):
     assert read(tmp_path, json.dumps(GOOD, indent=indent)) == (GOOD, [])
 
 
-def test_lines_whatever_the_suffix(tmp_path):
+def test_json_lines_are_read_with_any_suffix(tmp_path):
     text = "\ufeff" + "\r\n".join(map(json.dumps, GOOD)) + "\n\n"
     assert read(tmp_path, text) == read(tmp_path, text, "a.jsonl") == (GOOD, [])
 
@@ -50,7 +50,7 @@ BROKEN = [
 @pytest.mark.parametrize("broken", BROKEN)
 @pytest.mark.parametrize("place", range(6))
 @pytest.mark.parametrize("form", ["array", "indented", "lines"])
-def test_a_broken_record_anywhere_costs_only_itself(tmp_path, broken, place, form):
+def test_a_broken_record_costs_only_itself(tmp_path, broken, place, form):
     texts = [json.dumps(record, indent=2 if form == "indented" else None) for record in GOOD]
     texts.insert(place, broken)
     if form == "lines":
@@ -67,7 +67,7 @@ def test_a_broken_record_anywhere_costs_only_itself(tmp_path, broken, place, for
 
 @settings(max_examples=60, deadline=None)
 @given(cut=st.integers(1, 10**6), indent=st.sampled_from([None, 1]))
-def test_a_cut_file_gives_its_complete_records(tmp_path_factory, cut, indent):
+def test_a_truncated_file_gives_its_complete_records(tmp_path_factory, cut, indent):
     texts = [json.dumps(record, indent=indent) for record in GOOD]
     text = "[" + ", ".join(texts) + "]"
     cut = 1 + cut % (len(text) - 1)
@@ -76,7 +76,7 @@ def test_a_cut_file_gives_its_complete_records(tmp_path_factory, cut, indent):
     assert good == GOOD[:whole] and len(bad) <= 1
 
 
-def test_two_records_on_a_line_are_two(tmp_path):
+def test_two_records_on_one_line_are_both_read(tmp_path):
     """A file without a last line break was appended to."""
     one, two, three = map(json.dumps, GOOD[:3])
     assert read(tmp_path, f"{one}{two}\n{three}", "a.jsonl") == (GOOD[:3], [])
@@ -92,27 +92,27 @@ def test_two_records_on_a_line_are_two(tmp_path):
         (json.dumps(GOOD).encode("utf-16"), "UTF-16.*save it as UTF-8"),
     ],
 )
-def test_what_is_no_text_is_said_to_be_so(tmp_path, content, message):
+def test_files_that_are_not_text_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
 
-def test_what_is_no_object_is_set_aside(tmp_path):
+def test_values_that_are_not_objects_are_rejected(tmp_path):
     good, bad = read(tmp_path, '[1, {"question": 1}, null, "x"]')
     assert good == [{"question": 1}] and [item.reason for item in bad] == ["not_an_object"] * 3
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "question,answer\n1,2\n", "\x89PNG"])
-def test_a_file_without_records_is_the_users_mistake(tmp_path, text):
+def test_a_file_without_records_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"a\.json"):
         read(tmp_path, text)
 
 
-def test_a_missing_file_is_the_users_mistake(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.json"):
         list(read_json_records(tmp_path / "none.json", known_by="question"))
 
 
-def test_bytes_that_are_no_utf8_spoil_only_their_text(tmp_path):
+def test_bytes_that_are_not_utf8_affect_only_their_text(tmp_path):
     good, bad = read(tmp_path, b'[{"question": "caf\xe9"}, {"question": "ok"}]')
     assert good[1] == {"question": "ok"} and len(good) == 2 and not bad

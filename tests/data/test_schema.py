@@ -45,7 +45,7 @@ def write_instruct(folder, split="train", n=3):
     write_split(folder, split, range(n), row, instruct_features(), rows_per_shard=2)
 
 
-def test_what_is_written_reads_back_with_decoded_images(tmp_path):
+def test_a_written_split_reads_back_with_decoded_images(tmp_path):
     write_instruct(tmp_path / "data")
     dataset = load_records(tmp_path / "data", "train")
     check_columns(dataset, "instruct")
@@ -56,7 +56,7 @@ def test_what_is_written_reads_back_with_decoded_images(tmp_path):
     assert text_of(first["content"]) == text_of("What?") == "What?"
 
 
-def test_stock_load_dataset_reads_the_folder(tmp_path):
+def test_load_dataset_reads_the_directory(tmp_path):
     from datasets import load_dataset
 
     write_instruct(tmp_path / "data")
@@ -67,7 +67,7 @@ def test_stock_load_dataset_reads_the_folder(tmp_path):
     assert both["train"][2]["images"][0].size == (5, 4)
 
 
-def test_benchmark_columns(tmp_path):
+def test_a_benchmark_has_its_columns(tmp_path):
     questions = [dict.fromkeys(("id", "question", "answer", "answer_type", "question_type"), "x") | {"link": None}]
 
     def row(n):
@@ -128,7 +128,7 @@ def test_an_unknown_kind_is_refused():
         features_of("preference")
 
 
-def test_jsonl_appears_whole_or_not_at_all(tmp_path):
+def test_jsonl_appears_complete_or_not_at_all(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "é\n"}])
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == {"text": "é\n"}
 
@@ -153,20 +153,20 @@ def files(directory):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_fixed_number_of_rows_and_the_same_bytes_each_time(tmp_path):
+def test_shards_have_a_fixed_number_of_rows_and_the_same_bytes_each_time(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", workers=3)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert sorted(files(tmp_path / "a")) == [f"train-0000{n}-of-00003.parquet" for n in range(3)]
 
 
-def test_nothing_gives_no_file(tmp_path):
+def test_without_records_no_file_is_written(tmp_path):
     write(tmp_path, n=0)
     assert files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")])
-def test_cut_short_and_continued_equals_never_cut(tmp_path, error):
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, error):
     write(tmp_path / "whole")
     made = []
 
@@ -188,7 +188,7 @@ def test_cut_short_and_continued_equals_never_cut(tmp_path, error):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_explained_and_keeps_what_is_finished(tmp_path, monkeypatch, number):
+def test_a_full_disk_is_explained_and_finished_files_stay(tmp_path, monkeypatch, number):
     import pyarrow.parquet as pq
 
     write(tmp_path / "whole")
@@ -210,7 +210,7 @@ def test_a_full_disk_is_explained_and_keeps_what_is_finished(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
-def test_arrow_tells_a_full_disk_by_its_number():
+def test_arrow_reports_a_full_disk_by_its_error_number():
     import pyarrow as pa
 
     # Not through pq.write_table: it deletes the file it could not write, and root may delete a device.

@@ -39,7 +39,7 @@ def tissue_means(phantom) -> dict[str, float]:
     return {quadrant: mean - middle for quadrant, mean in means.items()}
 
 
-def test_the_odd_quadrant_of_the_pixels_is_that_of_the_truth():
+def test_the_quadrant_that_stands_out_is_that_of_the_truth():
     with_lesion = [phantom for phantom in PHANTOMS if phantom.truth.lesion]
     assert with_lesion
     for phantom in with_lesion:
@@ -74,7 +74,7 @@ def test_modalities_differ_in_their_pixels():
     assert max(even) < min(speckle)
 
 
-def test_same_seed_same_phantoms_other_seed_others():
+def test_the_seed_decides_the_phantoms():
     again, other = make_phantoms(20, seed=3), make_phantoms(20, seed=4)
     for first, second, third in zip(PHANTOMS, again, other, strict=False):
         assert first.image.tobytes() == second.image.tobytes()
@@ -82,7 +82,7 @@ def test_same_seed_same_phantoms_other_seed_others():
         assert first.image.tobytes() != third.image.tobytes()
 
 
-def test_no_picture_and_no_id_is_shared_between_splits_or_seeds():
+def test_no_image_and_no_id_is_shared_between_splits_or_seeds():
     drawn = [p for split in SPLITS for seed in (0, 1, 2) for p in make_phantoms(60, seed, split)]
     assert len({p.image.tobytes() for p in drawn}) == len(drawn)
     assert len({p.id for p in drawn}) == len(drawn)
@@ -155,7 +155,7 @@ def test_a_scan_without_a_lesion_does_not_say_where_it_is():
         answer("Where is the lesion?", truth)
 
 
-def test_the_two_ways_round_of_a_closed_question_disagree():
+def test_the_two_forms_of_a_closed_question_disagree():
     for brightness in BRIGHTNESSES:
         truth = Truth("CT", True, "lower left", "large", brightness)
         assert answer(f"Is the lesion {brightness}?", truth) == "Yes"
@@ -163,7 +163,7 @@ def test_the_two_ways_round_of_a_closed_question_disagree():
         assert answer(f"Is the lesion {other}?", truth) == "No"
 
 
-def test_instruct_rows_are_conversations_about_one_picture():
+def test_instruct_rows_are_conversations_about_one_image():
     for phantom, row in zip(PHANTOMS, instruct_rows(PHANTOMS, seed=0), strict=True):
         assert (row["id"], row["images"]) == (phantom.id, [phantom.image])
         roles = [message["role"] for message in row["messages"]]
@@ -176,21 +176,21 @@ def test_instruct_rows_are_conversations_about_one_picture():
         assert not any(message["vusr"] for message in row["messages"])
 
 
-def test_the_order_of_questions_hangs_on_the_seed_alone():
+def test_the_order_of_questions_depends_on_the_seed_alone():
     def order(seed, chosen):
         return [[m["content"][-1]["text"] for m in row["messages"]] for row in instruct_rows(chosen, seed)]
 
     assert order(0, PHANTOMS[:20]) == order(0, PHANTOMS)[:20]
     assert order(0, PHANTOMS) != order(1, PHANTOMS)
     first = Counter(question_kind(texts[0]) for texts in order(0, PHANTOMS))
-    assert len(first) == len(QUESTIONS)  # every kind opens some conversation
+    assert len(first) == len(QUESTIONS)  # every kind comes first in some conversation
 
 
-def test_turns_cut_a_conversation_short():
+def test_turns_limit_a_conversation():
     assert {len(row["messages"]) for row in instruct_rows(PHANTOMS, seed=0, turns=2)} == {4}
 
 
-def test_rows_fit_the_columns():
+def test_rows_have_the_columns_of_their_kind():
     from datasets import Dataset
 
     from medst_trl.data.schema import benchmark_features, instruct_features

@@ -31,7 +31,7 @@ def asked(talk):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_each_caption_answers_a_request_of_its_length(tmp_path, suffix):
+def test_each_caption_answers_a_request_for_its_length(tmp_path, suffix):
     rows = [{"id": f"r{n}", "image": f"{n}.png", "caption": LONG if n % 2 else SHORT} for n in range(100)]
     talks = read_captions(write(tmp_path / f"table{suffix}", rows), tmp_path).conversations
     for row, talk in zip(rows, talks, strict=True):
@@ -41,10 +41,10 @@ def test_each_caption_answers_a_request_of_its_length(tmp_path, suffix):
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert text_of(assistant["content"]) == row["caption"]
         assert asked(talk) in (DETAILED if row["caption"] == LONG else BRIEF)
-    assert {asked(talk) for talk in talks} == {*BRIEF, *DETAILED}  # drawn, and all of them
+    assert {asked(talk) for talk in talks} == {*BRIEF, *DETAILED}  # every wording is drawn
 
 
-def test_a_records_request_hangs_on_its_id_and_the_seed_alone(tmp_path):
+def test_the_request_of_a_record_depends_on_its_id_and_the_seed_alone(tmp_path):
     rows = [{"id": f"r{n}", "image": "a.png", "caption": SHORT} for n in range(40)]
     read = lambda rows, seed: {  # noqa: E731
         talk.id: asked(talk) for talk in read_captions(write(tmp_path / "t.csv", rows), tmp_path, seed).conversations
@@ -55,7 +55,7 @@ def test_a_records_request_hangs_on_its_id_and_the_seed_alone(tmp_path):
     assert instruction("r0", SHORT, 0) == whole["r0"]
 
 
-def test_bad_records_are_set_aside(tmp_path):
+def test_bad_records_are_rejected(tmp_path):
     lines = [
         {"id": "1", "image": "a.png", "caption": "A scan."}, {"id": "1", "image": "b.png", "caption": "Again."},
         {"image": "", "caption": "x"}, {"image": "a.png", "caption": "  "}, {"image": "a.png"},
@@ -71,7 +71,7 @@ def test_bad_records_are_set_aside(tmp_path):
     assert [talk.id for talk in source.conversations] == ["1"]
 
 
-def test_the_stage_makes_instruct_data_of_them(tmp_path):
+def test_prepare_makes_instruct_data_of_captions(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("L", (20, 20), ord(name[0])).save(tmp_path / name)
     rows = [{"image": name, "caption": SHORT} for name in ("a.png", "b.png", "missing.png")]

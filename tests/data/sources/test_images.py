@@ -9,7 +9,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.sources.images import read_folder, read_table
 
 
-def test_a_folder_gives_every_visible_file_in_order(tmp_path):
+def test_a_directory_gives_every_visible_file_in_order(tmp_path):
     for name in ("b.png", "a/c.dcm", "a/IM0001", ".hidden.png", ".git/x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -21,7 +21,7 @@ def test_a_folder_gives_every_visible_file_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_questions_and_plain_images(tmp_path, suffix):
+def test_a_table_gives_questions_and_plain_images(tmp_path, suffix):
     rows = [
         {"image": "a.png", "question": 'What, "exactly"?', "answer": "a\nliver", "split": "test"},
         {"image": "a.png", "question": "Normal?", "answer": "Yes", "split": ""},
@@ -43,7 +43,7 @@ def test_questions_and_plain_images(tmp_path, suffix):
     assert [talk.images for talk in source.conversations] == [("b.png",)] and not source.rejected
 
 
-def test_bad_rows_are_set_aside(tmp_path):
+def test_bad_rows_are_rejected(tmp_path):
     lines = [
         "id,image,question,answer,split,answer_type", "1,a.png,q,a,,", "1,a.png,q2,a,,", "2,,q,a,,", "3,a.png,q,,,",
         "4,a.png,,a,,", "5,a.png,q,a,dev,", "6,a.png,q,a,,maybe", "7,a.png", "", "8,b.png,,,,",
@@ -57,7 +57,7 @@ def test_bad_rows_are_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "file,question\na.png,x\n"])
-def test_a_table_without_images_is_the_users_mistake(tmp_path, text):
+def test_a_table_without_images_is_refused(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=r"a\.csv"):
         read_table(tmp_path / "a.csv", tmp_path)
@@ -78,7 +78,7 @@ def test_a_header_that_would_lose_something_is_refused(tmp_path, name, text, mes
         read_table(tmp_path / name, tmp_path)
 
 
-def test_only_line_breaks_break_lines(tmp_path):
+def test_only_line_breaks_end_a_row(tmp_path):
     rows = [["a.png", "Is it\x85?", "yes\u2028"], ["b.png", "one\ntwo", "\x0c"]]
     with open(tmp_path / "a.csv", "w", newline="") as file:
         csv.writer(file).writerows([["image", "question", "answer"], *rows])

@@ -34,11 +34,11 @@ def kinds(message):
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=5))
-def test_parts_joined_give_back_the_text(pieces):
+def test_joined_parts_give_the_text(pieces):
     text = "<image>".join(pieces)
     parts = split_at_images(text)
     joined = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
-    # Apart from what the docstring says is dropped: breaks around placeholders, blanks around all, parts of blanks.
+    # Except what the docstring says is dropped: breaks around placeholders, whitespace around the text, empty parts.
     tidy = re.sub(r"[\r\n]*<image>[\r\n]*", "<image>", text.strip())
     tidy = "<image>".join(piece if piece.strip() else "" for piece in tidy.split("<image>"))
     assert joined == tidy
@@ -46,7 +46,7 @@ def test_parts_joined_give_back_the_text(pieces):
     assert all(part["text"].strip() for part in parts if part["type"] == "text")
 
 
-def test_turns_and_images_keep_their_places(tmp_path):
+def test_turns_and_images_keep_their_order(tmp_path):
     source = read(
         tmp_path,
         {
@@ -69,7 +69,7 @@ def test_turns_and_images_keep_their_places(tmp_path):
     assert text_of(talk.messages[3]["content"]) == "No."
 
 
-def test_without_placeholder_the_images_come_first(tmp_path):
+def test_without_placeholders_the_images_come_first(tmp_path):
     source = read(
         tmp_path,
         {"image": "a.png", "conversations": [human("What?"), gpt("That."), human("More?"), gpt("No.")]},
@@ -81,7 +81,7 @@ def test_without_placeholder_the_images_come_first(tmp_path):
     assert [talk.id for talk in source.conversations] == [f"record-00000{n}" for n in range(4)]
 
 
-def test_numbers_are_text(tmp_path):
+def test_numbers_become_text(tmp_path):
     (talk,) = read(tmp_path, {"conversations": [human("How many?"), gpt(4)]}).conversations
     assert text_of(talk.messages[1]["content"]) == "4"
 
@@ -101,7 +101,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("expected", BAD)
-def test_bad_records_are_set_aside_with_their_reason(tmp_path, expected):
+def test_bad_records_are_rejected_with_their_reason(tmp_path, expected):
     good = {"id": "good", "conversations": [human("x"), gpt("y")]}
     source = read(tmp_path, BAD[expected] | {"id": "bad"}, good)
     assert [(item.id, item.reason) for item in source.rejected] == [("bad", expected)]
@@ -109,7 +109,7 @@ def test_bad_records_are_set_aside_with_their_reason(tmp_path, expected):
     json.dumps(source.rejected[0].as_row()).encode()
 
 
-def test_more_bad_records(tmp_path):
+def test_further_bad_records_are_rejected(tmp_path):
     only_image = {"image": "a.png", "conversations": [human("<image>\n"), gpt("y")]}
     no_image = {"conversations": [human("<image> what?"), gpt("y")]}
     turn = {"conversations": ["x"]}
@@ -119,14 +119,14 @@ def test_more_bad_records(tmp_path):
     ]  # fmt: skip
 
 
-def test_of_two_records_with_one_id_the_first_stays(tmp_path):
+def test_of_two_records_with_one_id_the_first_is_kept(tmp_path):
     good = {"conversations": [human("x"), gpt("y")]}
     source = read(tmp_path, good | {"id": 1}, good | {"id": "1"}, good | {"id": ""}, good | {"id": None})
     assert [item.reason for item in source.rejected] == ["duplicate_id"]
     assert [talk.id for talk in source.conversations] == ["1", "record-000002", "record-000003"]
 
 
-def test_real_conversations(shared_data, tmp_path):
+def test_real_conversations_are_read(shared_data, tmp_path):
     path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
     source = read_llava(path, shared_data / "vqa_rad" / "images")
     assert len(source.conversations) + len(source.rejected) == 1797
@@ -147,7 +147,7 @@ def test_real_conversations(shared_data, tmp_path):
         ("scan.PNG", (), False),
     ],
 )
-def test_ids_that_tell_a_file_name_are_hashed(name, images, stays):
+def test_ids_that_reveal_a_file_name_are_hashed(name, images, stays):
     published = published_id(name, images)
     assert (published == name) == stays
     assert stays or re.fullmatch(r"id-[0-9a-f]{16}", published)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The counts that the benchmarks' authors and users report, and the quirks on the way there."""
+"""The sources of VQA benchmarks give the counts that papers report, despite the quirks of their files."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from medst_trl.data.sources.slake import read_slake
 from medst_trl.data.sources.vqa_rad import read_vqa_rad, read_vqa_rad_mevf
 
 
-def test_counts(source, expected):
+def test_counts_are_those_that_papers_report(source, expected):
     test = [question for question in source.questions if question.split == "test"]
     kinds = Counter(question.answer_type for question in test)
     assert (len({question.image for question in test}), len(test), kinds["open"], kinds["closed"]) == expected
@@ -56,7 +56,7 @@ def test_every_record_is_accounted_for(shared_data):
     assert {question.image.partition("/")[0] for question in path.questions} == {"train", "val", "test"}
 
 
-def test_mevf_takes_what_stands_in_both_splits_from_train(shared_data):
+def test_mevf_questions_in_both_splits_are_removed_from_train(shared_data):
     source = read_vqa_rad_mevf(shared_data / "vqa_rad", shared_data)
     names = {question.image: question.image for question in source.questions}
     splits = hold_out(source.questions, names)
@@ -79,7 +79,7 @@ def test_mevf_links_come_from_the_release(shared_data, tmp_path):
     assert given.questions == source.questions
     alone = read_vqa_rad_mevf(tmp_path, shared_data)
     assert alone.counts["questions_without_link"] == 0
-    # Without the release: nothing that the release links and answers alike stands apart.
+    # Without the release: questions that the release links and that have one answer are linked as well.
     by_id = {question.id: question for question in alone.questions}
     apart = 0
     for group in _groups(question for question in source.questions if question.split == "train"):
@@ -89,7 +89,7 @@ def test_mevf_links_come_from_the_release(shared_data, tmp_path):
 
 
 def test_no_answer_is_given_away(source):
-    """In a conversation no two turns are wordings of one question; all data is used, once."""
+    """No two turns of a conversation are paraphrases of one question, and all data is used once."""
     train = [question for question in source.questions if question.split == "train"]
     for questions in by_image(train, {question.image: question.image for question in train}).values():
         talks = conversations_about_image("x", questions)
@@ -117,7 +117,7 @@ def record(qid, **changes):
     } | changes  # fmt: skip
 
 
-def test_quirks_and_bad_records(tmp_path):
+def test_quirks_of_vqa_rad_and_bad_records(tmp_path):
     records = [
         record(1, answer=4), record("2", phrase_type="test_para"), record(3, answer=" "), record(1),
         record(5, answer_type="MAYBE"), record(6, image_name=None), record(7, question=["x"]), {"question": "bare"},
@@ -133,7 +133,7 @@ def test_quirks_and_bad_records(tmp_path):
     ]  # fmt: skip
 
 
-def test_pathvqa_entries_that_do_not_fit(tmp_path):
+def test_malformed_pathvqa_entries_are_rejected(tmp_path):
     def entry(questions, labels):
         return {"img_id": "test_1", "sentf": {"pvqa": questions}, "labelf": {"pvqa": labels}}
 
@@ -152,7 +152,7 @@ def test_pathvqa_entries_that_do_not_fit(tmp_path):
     }  # fmt: skip
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_message_names_a_missing_file(tmp_path):
     for reader in (read_vqa_rad, read_vqa_rad_mevf, read_slake, read_pathvqa):
         with pytest.raises(UserError, match="must hold one file"):
             reader(tmp_path, tmp_path)

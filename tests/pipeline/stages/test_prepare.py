@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The whole stage on small data, killed and continued, and on the real VQA-RAD."""
+"""The stage `prepare` on small data, killed and resumed, and on the real VQA-RAD."""
 
 import hashlib
 import io
@@ -66,7 +66,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_conversations_with_good_and_bad_images(tmp_path, capsys):
+def test_conversations_with_bad_images_are_rejected(tmp_path, capsys):
     for n in range(6):
         save(tmp_path / "images" / f"Doe_{n}.png", n)
     (tmp_path / "images" / "empty.png").write_bytes(b"")
@@ -88,7 +88,7 @@ def test_conversations_with_good_and_bad_images(tmp_path, capsys):
     counts = json.loads((folder / "stage.json").read_text())["counts"]
     assert counts["rejected"] == {"duplicate_id": 1, "empty": 1, "missing": 1, "outside_image_folder": 1}
     assert "rejected: " in capsys.readouterr().out
-    # No file name in what may be published, in whatever column; beside it they are.
+    # No column of what may be published holds a file name; the index beside it does.
     published = b"".join(path.read_bytes() for path in folder.rglob("*.parquet"))
     import pyarrow.parquet as pq
 
@@ -97,7 +97,7 @@ def test_conversations_with_good_and_bad_images(tmp_path, capsys):
     assert {row["image"] for row in lines(folder / "image_index.jsonl")} >= {"Doe_0.png", "empty.png"}
 
 
-def test_killed_after_any_file_and_continued_equals_never_killed(tmp_path, monkeypatch):
+def test_interrupted_after_any_file_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     for n in range(7):
         save(tmp_path / "images" / f"{n}.png", n)
     arguments = llava(tmp_path, [talk(f"t{n}", f"{n % 7}.png") for n in range(20)])
@@ -126,7 +126,7 @@ def test_killed_after_any_file_and_continued_equals_never_killed(tmp_path, monke
     assert kills >= 8
 
 
-def test_a_killed_process_is_continued(tmp_path):
+def test_a_killed_process_is_resumed(tmp_path):
     arguments = ["--source", "phantoms", "--num_phantoms", "400", "--num_test_phantoms", "0", "--rows_per_shard", "10"]
     code = "from medst_trl.pipeline.stages.prepare import *; main(*STAGE.make_parser().parse_args_and_config())"
     killed = tmp_path / "killed"
@@ -144,7 +144,7 @@ def test_a_killed_process_is_continued(tmp_path):
     assert unseen == contents(prepare(tmp_path, to="whole", **shared))
 
 
-def test_finished_is_skipped_and_changed_is_refused(tmp_path, capsys):
+def test_a_finished_run_is_skipped_and_a_changed_one_refused(tmp_path, capsys):
     save(tmp_path / "images" / "a.png", 0)
     arguments = llava(tmp_path, [talk("t", "a.png")])
     before = contents(prepare(tmp_path, **arguments))
@@ -158,7 +158,7 @@ def test_finished_is_skipped_and_changed_is_refused(tmp_path, capsys):
     assert contents(prepare(tmp_path, **arguments, overwrite=True)) != before
 
 
-def test_a_full_disk_is_explained_and_continued(tmp_path, monkeypatch):
+def test_a_run_resumes_after_a_full_disk(tmp_path, monkeypatch):
     save(tmp_path / "images" / "a.png", 0)
     arguments = llava(tmp_path, [talk(f"t{n}", "a.png") for n in range(5)])
 
@@ -172,7 +172,7 @@ def test_a_full_disk_is_explained_and_continued(tmp_path, monkeypatch):
     assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 5
 
 
-def test_mistakes_of_the_user(tmp_path):
+def test_invalid_settings_are_refused(tmp_path):
     save(tmp_path / "images" / "a.png", 0)
     good = llava(tmp_path, [talk("t", "a.png")])
     for changes, match in (
@@ -190,7 +190,7 @@ def test_mistakes_of_the_user(tmp_path):
     assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 2
 
 
-def test_a_folder_of_images_each_picture_once(tmp_path):
+def test_a_directory_of_images_gives_each_image_once(tmp_path):
     for name, seed in (("b.png", 1), ("a/c.bmp", 1), ("d.png", 2)):
         save(tmp_path / "images" / name, seed)
     (tmp_path / "images" / "notes.txt").write_text("no image")
@@ -202,7 +202,7 @@ def test_a_folder_of_images_each_picture_once(tmp_path):
     assert reasons == {"a/c.bmp": "duplicate_image", "notes.txt": "not_an_image"}
 
 
-def test_a_table_with_questions(tmp_path):
+def test_a_table_with_questions_becomes_three_datasets(tmp_path):
     save(tmp_path / "a.png", 0)
     save(tmp_path / "b.png", 1)
     rows = [
@@ -220,7 +220,7 @@ def test_a_table_with_questions(tmp_path):
     assert len(load_records(folder / "images", "train")) == 1
 
 
-def test_phantoms(tmp_path):
+def test_phantoms_become_three_datasets(tmp_path):
     numbers = {"num_phantoms": 60, "num_test_phantoms": 20, "num_unlabelled_phantoms": 10, "phantom_turns": 2}
     folder = prepare(tmp_path, source="phantoms", **numbers, validation_fraction=0.3)
     train, validation = (load_records(folder / "instruct", split) for split in ("train", "validation"))
@@ -234,7 +234,7 @@ def test_phantoms(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["vqa_rad", "vqa_rad_mevf"])
-def test_vqa_rad(tmp_path, shared_data, source, capsys):
+def test_vqa_rad_has_its_counts_and_pixels(tmp_path, shared_data, source, capsys):
     folder = prepare(tmp_path, source=source, data_path=str(shared_data / "vqa_rad"), image_disjoint=True)
     counts = json.loads((folder / "stage.json").read_text())["counts"]
     assert counts["datasets"]["benchmark/test"] == {"images": 203, "questions": 451, "open": 179, "closed": 272}
@@ -244,7 +244,7 @@ def test_vqa_rad(tmp_path, shared_data, source, capsys):
     benchmark, train = load_records(folder / "benchmark", "test"), load_records(folder / "instruct", "train")
     held = set(benchmark["image_id"])
     assert held.isdisjoint(image for row in train for image in row["image_ids"])
-    # Pixel for pixel what is on the disk, in the same JPEG coding.
+    # Every pixel is that of the file on disk, in the same JPEG encoding.
     from datasets import Image as ImageFeature
 
     names = {row["image_id"]: row["image"] for row in lines(folder / "image_index.jsonl")}
@@ -264,7 +264,7 @@ def test_mevf_without_the_release_publishes_no_file_name_as_link(tmp_path):
     assert question["link"].startswith("id-")
 
 
-def test_help_and_files_import_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys, medst_trl.pipeline.stages.prepare as p; p.STAGE.make_parser(prog='x').format_help(); "
         "print([name for name in ('torch', 'datasets', 'pyarrow') if name in sys.modules])"
@@ -272,7 +272,7 @@ def test_help_and_files_import_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_parser_reads_what_a_recipe_gives(tmp_path):
+def test_the_parser_reads_settings(tmp_path):
     args, *_ = STAGE.make_parser().parse_args_and_config(
         ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
     )

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Real records of SLAKE and PathVQA, with images drawn under their names, from `prepare` to the scores of answers."""
+"""Real records of SLAKE and PathVQA, with drawn images under their names, from `prepare` to the scores."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from medst_trl.pipeline.stages import evaluate, prepare
 
 
 def draw(folder: Path, names) -> None:
-    """One image a name, no two alike."""
+    """Draw one image per name, no two alike."""
     for number, name in enumerate(sorted(set(names))):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,8 +31,8 @@ def slake(shared_data, tmp_path_factory):
     for split, pattern in SLAKE_FILES.items():
         (source,) = (shared_data / "slake").glob(pattern)
         rows = json.loads(source.read_text(encoding="utf-8"))
-        records[split] = rows[-20:] + rows[:40]  # Chinese questions stand behind the English ones
-        (folder / f"{split}.json").write_text(json.dumps(records[split]))  # so they are called on the Hub
+        records[split] = rows[-20:] + rows[:40]  # Chinese questions follow the English ones
+        (folder / f"{split}.json").write_text(json.dumps(records[split]))  # the names of the copy on the Hub
     draw(folder / "imgs", [record["img_name"] for rows in records.values() for record in rows])
     prepare.main(
         prepare.PrepareArguments(
@@ -69,8 +69,8 @@ def scores_of(folder, predictions, **arguments):
     return json.loads((out / "scores.json").read_text())
 
 
-def test_slake_answered_in_medevalkit(slake):
-    """It asks in both languages, in the order of the file; the English questions are ours."""
+def test_slake_predictions_of_medevalkit_are_scored(slake):
+    """MedEvalKit asks in both languages, in the order of the file; our benchmark has the English questions."""
     folder, records = slake
     keys = {"question": "question", "answer": "answer", "answer_type": "answer_type", "lang": "q_lang"}
     results = [
@@ -92,7 +92,7 @@ def test_slake_answered_in_medevalkit(slake):
         assert figure["n"] == len(of_kind)
 
 
-def test_pathvqa_answered_in_vlmevalkit(pathvqa):
+def test_pathvqa_predictions_of_vlmevalkit_are_scored(pathvqa):
     asked = questions_of(load_dataset(str(pathvqa / "out" / "benchmark"), split="test"))
     assert len(asked) > 10 and len({question["image_id"] for question in asked}) > 3
     path = pathvqa / "model_PathVQA_TEST.tsv"
@@ -108,7 +108,8 @@ def test_pathvqa_answered_in_vlmevalkit(pathvqa):
     assert content["scores"]["strict"]["open"]["exact_match"] == {
         "value": 0, "n": sum(question["answer_type"] == "open" for question in asked), "interval": [0, 0],
     } | {"majority": content["scores"]["strict"]["open"]["exact_match"]["majority"]}  # fmt: skip
-    # without the benchmark: the same, since PathVQA's closed questions are those of yes and no, but no image is known
+    # Without the benchmark the scores are the same, because PathVQA's closed questions are those answered by yes or no;
+    # only the images are unknown.
     path = path.rename(path.with_name("alone.tsv"))
     alone = scores_of(pathvqa, path, benchmark=[])
     assert alone["counts"]["answer_types_guessed"] == len(asked)
