@@ -108,7 +108,7 @@ def test_pathvqa_predictions_of_vlmevalkit_are_scored(pathvqa):
     assert content["scores"]["strict"]["open"]["exact_match"] == {
         "value": 0, "n": sum(question["answer_type"] == "open" for question in asked), "interval": [0, 0],
     } | {"majority": content["scores"]["strict"]["open"]["exact_match"]["majority"]}  # fmt: skip
-    # Without the benchmark the scores are the same, because PathVQA's closed questions are those answered by yes or no;
+    # Without the benchmark the scores are the same, because PathVQA's closed questions are those of yes and no;
     # only the images are unknown.
     path = path.rename(path.with_name("alone.tsv"))
     alone = scores_of(pathvqa, path, benchmark=[])
