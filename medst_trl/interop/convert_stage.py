@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Turns a checkpoint of the original LLaVA code into a Hugging Face one: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med.
+Convert a checkpoint of the original LLaVA code to a Hugging Face one: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med.
 
 ```bash
 medst convert \
@@ -15,10 +15,10 @@ A training output (adapter_config.json, adapter_model.bin, non_lora_trainables.b
 medst convert --source checkpoints/stllava-lora --base models/sqllava-7b --output_dir models/stllava-med-7b
 ```
 
-Output in `output_dir`: a model and its processor that every other command takes as `model_name_or_path`. Weights are
-safetensors; `.bin` files are read without running what code may be in them. Every tensor has to be accounted for: what
-is missing, left over or of another shape is listed, and nothing is written. Cut short, it goes on behind the last
-whole shard.
+Writes a model and its processor to `output_dir`; every other command takes it as `model_name_or_path`. Weights are
+safetensors; `.bin` files are read without running any code in them. Every tensor has to be accounted for: if one is
+missing, left over or of another shape, it is listed and nothing is written. An interrupted conversion resumes after
+the last complete shard.
 """
 
 from collections.abc import Mapping
@@ -39,39 +39,43 @@ INPUTS = ("source", "base", "projector", "vision_tower", "vision_lora")
 class ConvertArguments:
     """Arguments of `medst convert`."""
 
-    source: str = field(metadata={"help": "Folder or Hub id of a full model or of a training output."})
-    output_dir: str = field(metadata={"help": "Folder for the converted model."})
+    source: str = field(metadata={"help": "Directory or Hub id of a full model or of a training output."})
+    output_dir: str = field(metadata={"help": "Directory for the converted model."})
     base: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of the model a training output was trained from, original or converted."},
+        metadata={
+            "help": "Directory or Hub id of the model a training output was trained from, original or converted."
+        },
     )
     projector: str | None = field(
         default=None,
-        metadata={"help": "File, folder or Hub id of a projector that is published on its own (mm_projector.bin)."},
+        metadata={"help": "File, directory or Hub id of a projector that is published separately (mm_projector.bin)."},
     )
     vision_tower: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the CLIP tower. Default: mm_vision_tower of config.json."}
+        default=None,
+        metadata={"help": "Directory or Hub id of the CLIP tower. Defaults to mm_vision_tower of config.json."},
     )
     vision_lora: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of LoRA layers of the vision tower. Default: Vit-lora inside source."},
+        metadata={
+            "help": "Directory or Hub id of LoRA layers of the vision tower. Defaults to Vit-lora inside source."
+        },
     )
     vusr_role: str | None = field(
         default=None,
         metadata={
-            "help": "How the model is told to ask: text (the words VUSER:) or token (<vusr>, to be trained). Default: "
-            "text with a prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else token."
+            "help": "How the model is made to ask: text (the words VUSER:) or token (<vusr>, to be trained). Defaults to "
+            "text with a prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else to token."
         },
     )
     dtype: str = field(
-        default="auto", metadata={"help": "Weights' type: auto (the language model's), float32, bfloat16, float16."}
+        default="auto",
+        metadata={"help": "Type of the weights: auto (the language model's), float32, bfloat16, float16."},
     )
     max_shard_size: str = field(
-        default="5GB", metadata={"help": "Largest file of weights; about the memory that is needed."}
+        default="5GB", metadata={"help": "Largest size of a file of weights; about the memory needed."}
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
-    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete the output of an earlier run and start again."})
 
 
 def main(args: ConvertArguments) -> None:
@@ -101,14 +105,14 @@ def main(args: ConvertArguments) -> None:
     print(
         f"convert: {converted.model_type}, {converted.parameters:,} parameters in {converted.dtype}, every tensor "
         f"accounted for ({converted.changed} merged with LoRA, {converted.changed_in_vision} of them in the vision "
-        f"tower; {len(converted.left_out)} left out as harmless), in {args.output_dir}."
+        f"tower; {len(converted.left_out)} left out because the model does not need them), in {args.output_dir}."
     )
     if family_of(converted.model_type).is_own:
-        print("convert: only transformers with medst_trl loads a prototype extractor; vLLM and SGLang cannot.")
+        print("convert: only transformers with medst_trl loads this model; vLLM and SGLang cannot.")
     if converted.vusr_role == "text":
-        print("convert: it asks by the text role VUSER: with its system prompt (--vusr_role token for the token).")
+        print("convert: it asks with the text role VUSER: and its system prompt (--vusr_role token for the token).")
     else:
-        print("convert: it asks by the token <vusr>, once stage 1 has trained that (--vusr_role text for VUSER:).")
+        print("convert: it asks with the token <vusr> once stage 1 has trained it (--vusr_role text for VUSER:).")
 
 
 def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":

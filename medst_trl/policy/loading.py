@@ -14,7 +14,7 @@ from medst_trl.base.fingerprints import split_revision
 from .adapters import DAMAGED, SHOWN, load_adapter, read_adapter_config, retie_lm_head
 from .base_weights import check_base, hub_commit
 from .families import check_family
-from .parts import model_parts
+from .parts import model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
 
@@ -278,11 +278,9 @@ def four_bit_config(name_or_path: str, dtype: "str | torch.dtype", **kwargs: Any
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('load_in_4bit needs bitsandbytes, which is not installed: pip install "medst_trl[qlora]"')
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
-    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    model = on_meta(AutoConfig.from_pretrained(name_or_path, **kwargs))
     language_model = model_parts(model).language_model
     return BitsAndBytesConfig(
         load_in_4bit=True,

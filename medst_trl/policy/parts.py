@@ -10,7 +10,7 @@ at the end of the vision tower (Qwen).
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 
@@ -19,7 +19,7 @@ from .families import check_architecture, tested_families
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _MERGERS = ("merger", "deepstack_merger_list", "connector")
 # What PEFT adds to the names of the parameters that it wraps.
@@ -54,6 +54,15 @@ class ModelParts:
         if any(name.startswith(f"{projector}.") for projector in self.projectors):
             return "projector"
         return "vision" if name.startswith(f"{self.vision_tower}.") else "language"
+
+
+def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
+    """Build the vision-language model of a configuration on the meta device, without memory for its weights."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, **kwargs)
 
 
 def model_parts(model: "PreTrainedModel") -> ModelParts:

@@ -1,8 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The whole of a conversion: what there is, whether it fits, the processor, the files."""
+"""Convert a checkpoint: open it, check that it is complete, build the processor, write the files."""
 
-import os
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,25 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import atomic_path, move_files, write_json
 from medst_trl.policy.families import family_of
-from medst_trl.policy.merging import check_shard_size
+from medst_trl.policy.merging import check_shard_size, remove_model
+from medst_trl.policy.parts import on_meta
 from medst_trl.policy.vusr import VUSR_ROLES
 
-from .assembling import EMBEDDING, HEAD, Parts, model_on_meta
+from .assembling import EMBEDDING, HEAD, VISION, Parts, published_name
+from .files import local_directory
 from .model_config import llava_config, vision_config
-from .names import VISION
-from .processor import build_processor
+from .processor import IMAGE, build_processor, read_tokenizer
 from .reading import VISION_LORA, Checkpoint, open_checkpoint, original_config
-from .sources import local_folder
-from .tokenizer import IMAGE, read_tokenizer
-from .writing import staging_folder, write_weights
 
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlavaConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-ROWS_MULTIPLE = 64  # of the embedding, for fast kernels and for tokens to come
+ROWS_MULTIPLE = 64  # of the embedding, for fast kernels and for tokens added later
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Converted:
     Args:
         model_type (`str`): `"llava"` or `"prototype_llava"`.
         vusr_role (`str`): `"token"` or `"text"`.
-        parameters (`int`): Parameters of the model.
-        changed (`int`): Weights that LoRA layers were merged into.
-        changed_in_vision (`int`): How many of them are the vision tower's.
-        left_out (`list[str]`): Names of the tensors that nothing is lost without.
+        parameters (`int`): Number of parameters of the model.
+        changed (`int`): Number of weights that LoRA layers were merged into.
+        changed_in_vision (`int`): Number of those in the vision tower.
+        left_out (`list[str]`): Names of the tensors that the model does not need.
         dtype (`str`): Type of the weights.
     """
 
@@ -68,34 +69,35 @@ def convert_checkpoint(
     max_shard_size: str = "5GB",
 ) -> Converted:
     """
-    Writes a checkpoint of the original LLaVA code, or of one built on it, as a model that transformers loads.
+    Convert a checkpoint of the original LLaVA code, or of one built on it, to a model that transformers loads.
 
     A training output is merged with its base (in float32, then back to the checkpoint's type). Nothing is written
-    unless every tensor is accounted for. Cut short and called again with the same arguments, it goes on behind the
-    last whole shard; with others it starts anew, and no file of another model stays.
+    unless every tensor is accounted for. An interrupted conversion resumes after the last complete shard when it is
+    called with the same arguments; with others it starts again, and no file of another model stays.
 
     Args:
         source (`str`):
-            Folder or Hub id of a full model (LLaVA-1.5, SQ-LLaVA, STLLaVA-Med) or of a training output
+            Directory or Hub id of a full model (LLaVA-1.5, SQ-LLaVA, STLLaVA-Med) or of a training output
             (`adapter_config.json`, `adapter_model.bin`, `non_lora_trainables.bin`, `Vit-lora/`).
         output_dir (`str` or `Path`):
-            Folder to write to. Its `config.json` comes last.
+            Directory to write to. Its `config.json` comes last.
         base (`str`, *optional*):
-            Folder or Hub id of the model that a training output was trained from, in the original layout or converted.
+            Directory or Hub id of the model that a training output was trained from, in the original layout or
+            converted.
         projector (`str`, *optional*):
-            File, or folder or Hub id with `mm_projector.bin`, where the projector is published on its own.
+            File, or directory or Hub id with `mm_projector.bin`, if the projector is published separately.
         vision_tower (`str`, *optional*):
-            Folder or Hub id of the CLIP vision tower. By default what `mm_vision_tower` in config.json says. Its
-            weights are read only where the checkpoint holds none.
+            Directory or Hub id of the CLIP vision tower. Defaults to `mm_vision_tower` in config.json. Its weights are
+            read only if the checkpoint holds none.
         vision_lora (`str`, *optional*):
-            Folder or Hub id of LoRA layers for the vision tower. By default `Vit-lora` inside a training output.
+            Directory or Hub id of LoRA layers for the vision tower. Defaults to `Vit-lora` inside a training output.
         vusr_role (`str`, *optional*):
             `"text"` for a chat template with the text role `VUSER:`, `"token"` for one that gets `<vusr>` when it is
-            loaded. By default as the checkpoint was trained: text with a prototype extractor or a ViT LoRA.
+            loaded. Defaults to how the checkpoint was trained: text with a prototype extractor or a ViT LoRA.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the written weights; `"auto"` takes that of the language model.
+            Type of the written weights; `"auto"` keeps that of the language model.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Largest size of one file of weights, and about the memory that is needed.
+            Largest size of a file of weights, and about the memory needed.
 
     Returns:
         [`Converted`]
@@ -103,31 +105,33 @@ def convert_checkpoint(
     Raises:
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
     """
-    _check_choices(vusr_role, dtype)
+    for name, value, choices in (("vusr_role", vusr_role, (None, *VUSR_ROLES)), ("dtype", dtype, DTYPES)):
+        if value not in choices:
+            raise UserError(f"Unknown {name} {value!r}. Choose one of {', '.join(filter(None, choices))}.")
     check_shard_size(max_shard_size)
     checkpoint = open_checkpoint(source, base, projector, vision_tower, vision_lora)
     config = _fitting_config(checkpoint)
-    tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
-    _take_tokens(config, tokenizer)
+    tokenizer = read_tokenizer(checkpoint.tokenizer_directory)
+    _set_tokens(config, tokenizer)
     role = _role(vusr_role, config, checkpoint.has_vision_lora)
     processor = build_processor(
         tokenizer,
         config,
-        vision_folder=checkpoint.vision_folder,
+        vision_directory=checkpoint.vision_directory,
         pad_to_square=checkpoint.config.get("image_aspect_ratio") == "pad",
         text_role=role == "text",
     )
-    model = model_on_meta(config)
-    torch_dtype = _dtype(dtype, checkpoint.parts)
+    model, changes = on_meta(config), checkpoint.parts.changes
+    torch_dtype = _torch_dtype(dtype, checkpoint.parts)
     sources = (source, base, projector, vision_tower, vision_lora)
-    staging = staging_folder(Path(output_dir), sources, (role, dtype, max_shard_size))
+    staging = _staging_directory(Path(output_dir), sources, (role, dtype, max_shard_size))
     _write(staging, model, checkpoint.parts, processor, torch_dtype, max_shard_size)
     return Converted(
         model_type=config.model_type,
         vusr_role=role,
         parameters=model.num_parameters(),
-        changed=len(checkpoint.parts.changes),
-        changed_in_vision=sum(name.startswith(VISION) for name in checkpoint.parts.changes),
+        changed=len(changes),
+        changed_in_vision=sum(name.startswith(VISION) for name in changes),
         left_out=sorted(checkpoint.parts.left_out),
         dtype=str(torch_dtype).removeprefix("torch."),
     )
@@ -153,47 +157,40 @@ def planned_config(
     source, base = settings["source"], settings.get("base") or settings["source"]
     if not (is_available(source) and is_available(base)):
         return None
-    folder, base_folder = (local_folder(name, "The checkpoint", weights=False) for name in (source, base))
-    original = original_config(folder, base_folder)
+    directory, base_directory = (local_directory(name, "The checkpoint", weights=False) for name in (source, base))
+    original = original_config(directory, base_directory)
     tower = settings.get("vision_tower") or original.get("mm_vision_tower")
     if tower is None or not is_available(tower):
         return None
-    vision = vision_config(local_folder(tower, "The vision tower", weights=False))
+    vision = vision_config(local_directory(tower, "The vision tower", weights=False))
     config = llava_config(original, vision, original.get("vocab_size", 32000))
-    has_vision_lora = bool(settings.get("vision_lora")) or (folder / VISION_LORA).is_dir()
+    has_vision_lora = bool(settings.get("vision_lora")) or (directory / VISION_LORA).is_dir()
     return config, _role(settings.get("vusr_role"), config, has_vision_lora) == "text"
 
 
 def _role(given: str | None, config: "LlavaConfig", has_vision_lora: bool) -> str:
-    """How the model asks: as it was trained, unless it is given."""
+    """How the model asks: as given, or else as it was trained."""
     return given or ("text" if family_of(config.model_type).text_role or has_vision_lora else "token")
 
 
-def _check_choices(vusr_role: str | None, dtype: str) -> None:
-    known = {"vusr_role": (vusr_role, VUSR_ROLES), "dtype": (dtype, ("auto", "float32", "bfloat16", "float16"))}
-    for name, (value, choices) in known.items():
-        if value is not None and value not in choices:
-            raise UserError(f"There is no {value!r} for {name}; choose from {', '.join(choices)}.")
-
-
 def _fitting_config(checkpoint: Checkpoint) -> "LlavaConfig":
-    """The configuration whose model the tensors are, one for one."""
+    """The configuration of the model, checked against the tensors one by one."""
     embedding = checkpoint.parts.weights.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise UserError("The checkpoint holds no embedding (model.embed_tokens.weight), so it is no language model.")
-    rows = embedding.shape[0]  # whatever vocab_size says: embeddings get resized
+    rows = embedding.shape[0]  # not vocab_size: embeddings get resized
     config = llava_config(checkpoint.config, checkpoint.vision, rows)
-    checkpoint.parts.check(model_on_meta(config))
+    checkpoint.parts.check(on_meta(config))
     return config
 
 
-def _take_tokens(config: "LlavaConfig", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Tells a configuration of the tokenizer's tokens, in place; where they lack rows, with some to spare."""
+def _set_tokens(config: "LlavaConfig", tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Set the ids of the special tokens, and more rows (with some to spare) if tokens lack them, in place."""
     rows = config.text_config.vocab_size
     if len(tokenizer) - rows > ROWS_MULTIPLE:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it is of another model. Put "
-            "that of the language model into the checkpoint's folder."
+            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it belongs to another model. "
+            "Put that of the language model into the checkpoint's directory."
         )
     if len(tokenizer) > rows:
         config.text_config.vocab_size = -(-(len(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE  # `<vusr>` fits, too
@@ -203,12 +200,27 @@ def _take_tokens(config: "LlavaConfig", tokenizer: "PreTrainedTokenizerFast") ->
             setattr(part, name, getattr(tokenizer, name))
 
 
-def _dtype(dtype: str, parts: Parts) -> "torch.dtype":
+def _torch_dtype(dtype: str, parts: Parts) -> "torch.dtype":
     import torch
 
     if dtype == "auto":
         return parts.weights["model.language_model.norm.weight"].read().dtype
     return getattr(torch, dtype)
+
+
+def _staging_directory(output_dir: Path, sources: tuple[str | None, ...], settings: tuple[str, ...]) -> Path:
+    """A directory for the files until all are complete. Only the same conversion resumes what it holds."""
+    for source in filter(None, sources):
+        if output_dir.is_dir() and Path(source).exists() and output_dir.samefile(source):
+            raise UserError(f"output_dir {output_dir} is also the input. Choose another one.")
+    digest = hashlib.sha256(json.dumps([*sources, *settings]).encode()).hexdigest()
+    staging = output_dir / f".saving-{digest[:16]}"
+    if not staging.is_dir():  # no file of another model may be taken for one of this model
+        remove_model(output_dir)
+        for other in output_dir.glob(".saving-*"):
+            shutil.rmtree(other)
+        staging.mkdir(parents=True)
+    return staging
 
 
 def _write(
@@ -219,23 +231,16 @@ def _write(
     dtype: "torch.dtype",
     max_shard_size: str,
 ) -> None:
-    """Every file appears whole, config.json last: a folder that has it is complete."""
+    """Write model and processor so that `config.json` appears last: a directory that has it is complete."""
     from transformers import GenerationConfig
 
-    config, output_dir = model.config, staging.parent
+    config = model.config
     for path in staging.iterdir():
-        if path.suffix != ".safetensors":  # half a file of a run that was cut short
+        if path.suffix != ".safetensors":  # incomplete, of an interrupted run
             path.unlink()
     try:
-        write_weights(
-            staging,
-            model,
-            lambda name: _with_rows(name, parts.read(name), config.text_config.vocab_size),
-            dtype,
-            max_shard_size,
-            is_written=lambda file: (staging / file).exists() or (output_dir / file).exists(),
-        )
-    except UserError:  # going on would end the same way
+        _write_weights(staging, model, parts, dtype, max_shard_size)
+    except UserError:  # resuming would end the same way
         shutil.rmtree(staging)
         raise
     processor.save_pretrained(staging)
@@ -243,16 +248,50 @@ def _write(
     GenerationConfig(**special).save_pretrained(staging)
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output_dir / path.name)
-    shutil.rmtree(staging)
+    move_files(staging, staging.parent)
 
 
-def _with_rows(name: str, weight: "torch.Tensor", rows: int) -> "torch.Tensor":
-    """An embedding or output layer with rows for new tokens: the mean of the others, as [`load_policy`] does it."""
+def _write_weights(
+    staging: Path, model: "PreTrainedModel", parts: Parts, dtype: "torch.dtype", max_shard_size: str
+) -> None:
+    """Write safetensors shards and their index, with one shard in memory; shards of an interrupted run are kept."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD)
+    # Names published for LLaVA are of no use where only transformers with medst_trl loads the model.
+    is_own = family_of(model.config.model_type).is_own
+    names = {name if is_own else published_name(name): name for name in state}
+    split = split_torch_state_dict_into_shards(
+        {written: state[name].to(dtype) for written, name in names.items()}, max_shard_size=max_shard_size
+    )
+    rows = model.config.text_config.vocab_size
+    with tqdm(total=len(names), desc="Writing weights", unit="tensor", disable=None) as bar:
+        for file, members in split.filename_to_tensors.items():
+            if not (staging / file).exists() and not (staging.parent / file).exists():
+                shard = {written: _weight(names[written], parts, dtype, rows) for written in members}
+                with atomic_path(staging / file) as temporary:
+                    save_file(shard, temporary, metadata={"format": "pt"})
+                del shard
+            bar.update(len(members))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(staging / "model.safetensors.index.json", index)
+
+
+def _weight(name: str, parts: Parts, dtype: "torch.dtype", rows: int) -> "torch.Tensor":
+    """A weight to write. New rows of embedding and output layer are the mean of the others, as in [`load_policy`]."""
     import torch
 
-    if name not in (EMBEDDING, HEAD) or len(weight) == rows:
-        return weight
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+    stored = parts.read(name)
+    if name in (EMBEDDING, HEAD) and len(stored) < rows:
+        mean = stored.float().mean(0, keepdim=True).to(stored.dtype)
+        stored = torch.cat([stored, mean.expand(rows - len(stored), -1)])
+    tensor = stored.to(dtype).contiguous()
+    if not tensor.isfinite().all():
+        reason = f"too large for {dtype}: choose another --dtype" if stored.isfinite().all() else "not finite"
+        raise UserError(f"{name} has values that are {reason}. The checkpoint was not converted.")
+    return tensor

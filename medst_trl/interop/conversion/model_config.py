@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Hugging Face configuration that says what an original one does."""
+"""Translate an original configuration to that of Hugging Face's model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,33 +11,36 @@ from huggingface_hub.errors import StrictDataclassError
 
 from medst_trl.base.errors import UserError
 
+from .files import read_json
+
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlavaConfig
 
 PROJECTORS = ("mlp2x_gelu", "cluster")
 LANGUAGE_MODELS = ("llava", "llava_llama", "llama")  # the last as the base of a training output
-# Of which positions of the vision tower the features are: all, or without the class token.
+# Which positions of the vision tower give the features: all, or those without the class token.
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
 def llava_config(original: dict[str, Any], vision: "CLIPVisionConfig", rows: int) -> "LlavaConfig":
     """
-    Configuration of a model.
+    Build the configuration of a model.
 
     Args:
         original (`dict`):
-            Original config.json; that of a converted base with the projector's keys of its training output.
+            Original config.json; for a training output on a converted base, that of the base with the projector's keys
+            of the training output.
         vision ([`~transformers.CLIPVisionConfig`]):
             Configuration of the vision tower.
         rows (`int`):
-            Rows of the embedding.
+            Number of rows of the embedding.
 
     Returns:
         [`~transformers.LlavaConfig`] or [`PrototypeLlavaConfig`]
 
     Raises:
-        UserError: if the projector or another setting is of a kind that is not known here.
+        UserError: if the projector or another setting is unknown.
     """
     from transformers import LlamaConfig, LlavaConfig
 
@@ -47,11 +50,11 @@ def llava_config(original: dict[str, Any], vision: "CLIPVisionConfig", rows: int
     text = original.get("text_config") or original
     known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "head_dim"}
     kept = {key: value for key, value in text.items() if key in known - {"architectures", "dtype", "model_type"}}
-    cls = PrototypeLlavaConfig if original["mm_projector_type"] == "cluster" else LlavaConfig
+    config_class = PrototypeLlavaConfig if original["mm_projector_type"] == "cluster" else LlavaConfig
     side, layer = vision.image_size // vision.patch_size, original.get("mm_vision_select_layer", -2)
     strategy = _STRATEGIES[original.get("mm_vision_select_feature") or "patch"]
     with _explained("config.json"):
-        return cls(
+        return config_class(
             vision_config=vision.to_dict(),
             text_config={**kept, "model_type": "llama", "vocab_size": rows},
             vision_feature_layer=layer,
@@ -63,31 +66,33 @@ def llava_config(original: dict[str, Any], vision: "CLIPVisionConfig", rows: int
 
 @contextmanager
 def _explained(file: str) -> Iterator[None]:
-    """Values that no model can have, as [`UserError`]."""
+    """Turn the errors for values that no model can have into a [`UserError`]."""
     try:
         yield
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{file} describes no model that there can be: {told}") from error
+        raise UserError(f"{file} describes an impossible model: {' '.join(str(error).split())}") from error
 
 
 def _check(original: dict[str, Any], vision: "CLIPVisionConfig") -> None:
     projector = original.get("mm_projector_type")
     if projector not in PROJECTORS:
         raise UserError(
-            f"The projector of this checkpoint is of the type {projector!r} (mm_projector_type in config.json). "
-            f"Converted are {' and '.join(PROJECTORS)}: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med."
+            f"The projector of this checkpoint is of the type {projector!r} (mm_projector_type in config.json). Only "
+            f"{' and '.join(PROJECTORS)} can be converted: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med."
         )
+    layers, count = original.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
+    layers = layers if isinstance(layers, list) else [layers]
     refused = {
         "mm_vision_select_feature": (original.get("mm_vision_select_feature") or "patch") not in _STRATEGIES,
         "mm_use_im_start_end": bool(original.get("mm_use_im_start_end")),
         "image_aspect_ratio": original.get("image_aspect_ratio") not in (None, "square", "pad"),
         "hidden_act": original.get("hidden_act", "silu") != "silu",
-        "mm_vision_select_layer": not _are_layers(original.get("mm_vision_select_layer", -2), vision),
+        # hidden states are those of the layers, and their input
+        "mm_vision_select_layer": not all(isinstance(layer, int) and -count <= layer < count for layer in layers),
     }
-    if wrong := [key for key, is_refused in refused.items() if is_refused]:
-        key = wrong[0]
-        raise UserError(f"{key} is {original[key]!r} in config.json, which no model of LLaVA-1.5's kind has.")
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise UserError(f"{key} is {original[key]!r} in config.json, which no model like LLaVA-1.5 has.")
     width = original.get("mm_hidden_size", vision.hidden_size)
     if width != vision.hidden_size:
         raise UserError(
@@ -96,30 +101,21 @@ def _check(original: dict[str, Any], vision: "CLIPVisionConfig") -> None:
         )
 
 
-def _are_layers(selected: Any, vision: "CLIPVisionConfig") -> bool:
-    """Whether the hidden states that a projector reads exist: those of the layers, and their input."""
-    count = vision.num_hidden_layers + 1
-    layers = selected if isinstance(selected, list) else [selected]
-    return all(isinstance(layer, int) and -count <= layer < count for layer in layers)
-
-
-def vision_config(folder: Path) -> "CLIPVisionConfig":
+def vision_config(directory: Path) -> "CLIPVisionConfig":
     """
-    Configuration of the vision tower in a CLIP folder.
+    Read the configuration of the vision tower from a CLIP directory.
 
     Raises:
         UserError: if there is none, or it is of another family.
     """
     from transformers import CLIPVisionConfig
 
-    from .sources import read_json
-
-    content = read_json(folder / "config.json", "the vision tower's configuration")
+    content = read_json(directory / "config.json", "the vision tower's configuration")
     content = content.get("vision_config", content) if content.get("model_type") == "clip" else content
     if content.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise UserError(
-            f"{folder} holds a model of the type {content['model_type']!r}; the vision tower has to be CLIP."
+            f"{directory} holds a model of the type {content['model_type']!r}. The vision tower has to be CLIP."
         )
     known = CLIPVisionConfig().to_dict().keys() - {"model_type", "dtype", "transformers_version"}
-    with _explained(str(folder / "config.json")):
+    with _explained(str(directory / "config.json")):
         return CLIPVisionConfig(**{key: value for key, value in content.items() if key in known})

@@ -1,37 +1,43 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The processor of a converted checkpoint: tokenizer, images as in training, chat template."""
+"""Build the processor of a converted checkpoint: a fast tokenizer, images as in training, and the chat template."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import vicuna_template
 
-from .sources import read_json
+from .files import read_json
 
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+
+IMAGE, PAD = "<image>", "<pad>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def build_processor(
     tokenizer: "PreTrainedTokenizerFast",
     config: "LlavaConfig",
     *,
-    vision_folder: Path,
+    vision_directory: Path,
     pad_to_square: bool,
     text_role: bool,
 ) -> "LlavaProcessor":
     """
-    Puts a processor together.
+    Build a processor.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
             From [`read_tokenizer`].
         config ([`~transformers.LlavaConfig`]):
             The model's configuration.
-        vision_folder (`Path`):
-            Folder of the vision tower, for the colours in its `preprocessor_config.json` or `processor_config.json`.
+        vision_directory (`Path`):
+            Directory of the vision tower, for the colours in its `preprocessor_config.json` or
+            `processor_config.json`.
         pad_to_square (`bool`):
             Whether images are padded with the mean colour to a square, as in the training of LLaVA-1.5. The first
             implementation did so in training only; here every stage does what the processor says.
@@ -50,7 +56,7 @@ def build_processor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         **({"do_pad": True} if pad_to_square else {}),
-        **_colours(vision_folder),
+        **_colours(vision_directory),
     )
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return LlavaProcessor(
@@ -63,12 +69,182 @@ def build_processor(
     )
 
 
-def _colours(folder: Path) -> dict[str, Any]:
-    """Mean and deviation of colours, where a vision tower has its own; CLIP's otherwise."""
+def _colours(directory: Path) -> dict[str, Any]:
+    """Mean and deviation of colours if a vision tower has its own; CLIP's otherwise."""
     found = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name, "how images are prepared")
+        if (directory / name).is_file():
+            content = read_json(directory / name, "the image processor")
             content = content.get("image_processor", content)
             found |= {key: content[key] for key in ("image_mean", "image_std") if key in content}
     return found
+
+
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    """
+    Read a tokenizer as a fast one with `<image>` and a pad token.
+
+    It writes the tokens of the original code, which tokenized the text before and after an image separately.
+
+    Args:
+        directory (`Path`): Directory with `tokenizer.json` or `tokenizer.model`, and `tokenizer_config.json`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]
+
+    Raises:
+        UserError: if there is none, or it is not Llama's.
+    """
+    from tokenizers import AddedToken
+
+    if (directory / "tokenizer.json").is_file():
+        tokenizer = _from_json(directory)
+    elif (directory / "tokenizer.model").is_file():
+        try:
+            tokenizer = _from_sentencepiece(directory)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"The tokenizer in {directory} cannot be read: {error} (tokenizer_config.json or added_tokens.json)"
+            ) from error
+    else:
+        raise UserError(
+            f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy that of the language model there, "
+            "for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
+        )
+    if None in (tokenizer.bos_token, tokenizer.eos_token):
+        raise UserError(f"The tokenizer in {directory} names no bos_token or no eos_token (tokenizer_config.json).")
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [AddedToken(IMAGE, special=True, normalized=False)]},
+        replace_extra_special_tokens=False,
+    )
+    # Vicuna pads with <unk>, which would then count as padding inside a text.
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
+        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = None  # the processor has it
+    _restart_after_images(tokenizer)
+    return tokenizer
+
+
+def _from_json(directory: Path) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain ones on a damaged file
+        raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
+
+
+def _from_sentencepiece(directory: Path) -> "PreTrainedTokenizerFast":
+    from tokenizers import AddedToken
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import generate_merges
+
+    path = directory / "tokenizer_config.json"
+    config = read_json(path, "special tokens") if path.is_file() else {}
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
+    for key, default in special.items():
+        value = config.get(key) or default
+        special[key] = value["content"] if isinstance(value, dict) else value
+    vocab = {piece: index for index, piece in enumerate(read_pieces(directory / "tokenizer.model"))}
+    llama = LlamaTokenizer(
+        vocab=vocab,
+        merges=generate_merges(vocab),
+        # What the slow tokenizer did without these keys. "Legacy": a space after every special token.
+        legacy=config.get("legacy", True),
+        add_bos_token=config.get("add_bos_token", True),
+        add_eos_token=False,
+        **special,
+    )
+    for index, token in _added_tokens(directory, config.get("added_tokens_decoder") or {}):
+        if token in vocab:
+            continue
+        llama.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+        if llama.convert_tokens_to_ids(token) != index:
+            raise UserError(f"{directory}: the added token {token!r} has the id {index}, which leaves a gap.")
+    # With the general class the file tokenizer.json alone decides how text is split.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=llama.backend_tokenizer,
+        model_max_length=config.get("model_max_length") or 2048,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _added_tokens(directory: Path, decoder: dict) -> list[tuple[int, str]]:
+    """Tokens after the pieces in order of their ids, which are listed in one of two places."""
+    path = directory / "added_tokens.json"
+    listed = read_json(path, "added tokens") if not decoder and path.is_file() else {}
+    found = [(int(index), token["content"]) for index, token in decoder.items()]
+    return sorted(found or [(index, token) for token, index in listed.items()])
+
+
+def _restart_after_images(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """
+    Make a tokenizer treat the line after an image as the original code does, in place.
+
+    That cut the text at images and tokenized each piece separately, so that sentencepiece put a space before the
+    newline after an image. A tokenizer that reads the whole text puts a space only before its first word.
+    """
+    from tokenizers import Regex, normalizers
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if ids(f"{IMAGE}\nWhat")[1:] != ids("\nWhat"):
+        backend = tokenizer.backend_tokenizer
+        steps = [normalizers.Replace(Regex(r"\A\n"), " \n"), *([backend.normalizer] if backend.normalizer else [])]
+        backend.normalizer = normalizers.Sequence(steps)
+
+
+# transformers needs the packages sentencepiece and protobuf to read a sentencepiece model. The pieces, which are all
+# that a byte-pair tokenizer needs, are a few fields of a protocol buffer
+# (https://protobuf.dev/programming-guides/encoding): each field has a number, a kind and a value.
+_PIECES, _TRAINER = 1, 2  # fields of the file
+_PIECE, _MODEL_TYPE, _BYTE_PAIRS = 1, 3, 2  # a field of a piece, a field of the trainer's settings and its value
+
+
+def read_pieces(path: Path) -> list[str]:
+    """
+    Read the pieces of a byte-pair sentencepiece model, in order of their ids.
+
+    Raises:
+        UserError: if the file is not such a model.
+    """
+    pieces, model_type = [], 1
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == _PIECES:
+                pieces.append(dict(_fields(value))[_PIECE].decode("utf-8"))
+            elif number == _TRAINER:
+                model_type = dict(_fields(value)).get(_MODEL_TYPE, model_type)
+    except (IndexError, KeyError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is not a sentencepiece model, or it is damaged. Download it again.") from None
+    if not pieces or model_type != _BYTE_PAIRS:
+        raise UserError(f"{path} is not a byte-pair model like Llama's. Put a tokenizer.json into the directory.")
+    return pieces
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+        else:
+            length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+            if at + length > len(data):
+                raise ValueError("incomplete")
+            value, at = data[at : at + length], at + length
+        yield number, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

@@ -3,17 +3,18 @@
 """Models without weights: built from a configuration alone on torch's meta device, where tensors have only a shape."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import split_revision
+from medst_trl.policy.parts import on_meta
 
 from .hub import hub_answers, is_hub_id
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 class NotKnownYet(UserError):
@@ -52,15 +53,6 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> "PreTraine
         return on_meta(config, **common)
     except ValueError as error:
         raise UserError(f"{name_or_path!r} is no vision-language model: {error}") from None
-
-
-def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
-    """A vision-language model of this configuration on the meta device."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, **kwargs)
 
 
 def adapter_config_of(name_or_path: str) -> "LoraConfig | None":

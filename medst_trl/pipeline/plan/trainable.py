@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.policy.parts import on_meta
+
 from .meta import (
     NotKnownYet,
     adapter_config_of,
     asks_by_words,
     make_room_for_vusr,
     meta_model,
-    on_meta,
 )
 from .settings import stage_arguments
 

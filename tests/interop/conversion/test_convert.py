@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medst_trl.base.errors import UserError
 from medst_trl.interop.conversion import convert_checkpoint
-from medst_trl.interop.conversion.weights import open_weights
+from medst_trl.interop.conversion.files import open_weights
 
 
 CLIP = "vision_model."
@@ -250,14 +250,14 @@ def test_damaged_and_incomplete_downloads(tmp_path, form):
     shard = next(source.glob(f"*-00002-of-00002.{form}"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    assert shard.name in refusal() and "damaged or cut short" in refusal()
+    assert shard.name in refusal() and "damaged or incomplete" in refusal()
     shard.unlink()
     assert f"lacks 1 of the 2 shards that its index lists: {shard.name}" in refusal()
     shard.write_bytes(whole)
     index = next(source.glob("*.index.json"))
     kept = index.read_text()
     index.write_text(kept.replace(shard.name, f"../{shard.name}"))
-    assert "points out of its folder" in refusal()
+    assert "names a file outside its directory" in refusal()
     index.unlink()
     assert f"not their index {index.name}" in refusal()
     index.write_text(kept)
@@ -281,9 +281,9 @@ def test_damaged_and_incomplete_downloads(tmp_path, form):
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"mm_vision_select_layer": 99}, "mm_vision_select_layer is 99"),
         ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer is '-2'"),
-        ({"hidden_size": "forty"}, "no model that there can be.*hidden_size"),
-        ({"num_attention_heads": 7}, "no model that there can be.*attention heads"),
-        ({"num_attention_heads": 0}, "no model that there can be"),
+        ({"hidden_size": "forty"}, "impossible model.*hidden_size"),
+        ({"num_attention_heads": 7}, "impossible model.*attention heads"),
+        ({"num_attention_heads": 0}, "impossible model"),
         ({"mm_vision_tower": 3}, "names no mm_vision_tower"),
         ({"mm_hidden_size": 1024}, "size 1024.*writes 32.*--vision_tower"),
         ({"mm_vision_tower": "/home/author/clip"}, "--vision_tower"),
@@ -308,20 +308,20 @@ def test_other_kinds_of_models_are_refused_by_name(tmp_path, config, message):
 def test_from_the_hub_only_what_is_read_is_downloaded(tmp_path, monkeypatch, files, weights):
     import huggingface_hub
 
-    from medst_trl.interop.conversion.sources import local_folder
+    from medst_trl.interop.conversion.files import local_directory
 
     asked = []
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
-    assert local_folder("org/name@v1", "It") == tmp_path
+    assert local_directory("org/name@v1", "It") == tmp_path
     assert asked[0][0] == ("org/name",) and asked[0][1]["revision"] == "v1"
     assert set(asked[0][1]["allow_patterns"]) == {"*.json", "*.model"} | weights
-    local_folder("org/name", "It", weights=False)
+    local_directory("org/name", "It", weights=False)
     assert set(asked[1][1]["allow_patterns"]) == {"*.json", "*.model"}
 
 
 def test_no_checkpoint_there():
-    with pytest.raises(UserError, match="neither a folder nor to be had from the Hub"):
+    with pytest.raises(UserError, match="neither a directory nor available on the Hub"):
         convert_checkpoint("org/is-not-there", "out")
 
 
@@ -358,7 +358,7 @@ def test_the_stage_finishes_once_and_refuses_other_settings(tmp_path, capsys):
     original.write_clip(tmp_path / "clip")
     original.write_checkpoint(tmp_path / "source", full_model("cluster"), "cluster")
     arguments = {"source": str(tmp_path / "source"), "output_dir": str(tmp_path / "out")}
-    with pytest.raises(UserError, match="no 'word' for vusr_role"):
+    with pytest.raises(UserError, match="Unknown vusr_role 'word'"):
         main(ConvertArguments(**arguments, vusr_role="word"))
     main(ConvertArguments(**arguments))
     assert "VUSER:" in capsys.readouterr().out
@@ -386,7 +386,7 @@ def test_tensors_that_are_no_plain_numbers_are_listed(tmp_path, change, kind):
     message = listed(tmp_path, {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
     assert "model.language_model.norm.weight" in message  # as missing
     torch.save(weights, tmp_path / "source" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=rf"no plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
+    with pytest.raises(UserError, match=rf"not plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
         convert_checkpoint(str(tmp_path / "source"), tmp_path / "out")
 
 
@@ -411,7 +411,7 @@ def test_a_training_output_without_its_projector_is_incomplete(tmp_path):
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
     (output / "non_lora_trainables.bin").unlink()
-    with pytest.raises(UserError, match=r"lacks what was trained in full \(non_lora_trainables\.bin\)"):
+    with pytest.raises(UserError, match=r"lacks the projector, .* in full \(non_lora_trainables\.bin\)"):
         convert_checkpoint(str(output), tmp_path / "out", base=str(base))
 
 
@@ -435,7 +435,7 @@ def test_a_folder_never_holds_two_models(tmp_path):
     convert_checkpoint(str(other), tmp_path / "out", max_shard_size="40KB")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert_computes(tmp_path / "out", second, "mlp2x_gelu")
-    with pytest.raises(UserError, match="what is read"):
+    with pytest.raises(UserError, match="is also the input"):
         convert_checkpoint(str(one), one)
     assert (one / "pytorch_model.bin").is_file()
 

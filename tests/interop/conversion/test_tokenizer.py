@@ -8,8 +8,7 @@ import original_checkpoints as original
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.interop.conversion.sentencepiece_file import read_pieces
-from medst_trl.interop.conversion.tokenizer import _from_sentencepiece, read_tokenizer
+from medst_trl.interop.conversion.processor import _from_sentencepiece, read_pieces, read_tokenizer
 from medst_trl.policy.chat_template import VICUNA_SYSTEM
 
 
@@ -72,7 +71,7 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 
 def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(original.sentencepiece(["a", "b"], model_type=1))
-    with pytest.raises(UserError, match="no byte-pair model"):
+    with pytest.raises(UserError, match="not a byte-pair model"):
         read_pieces(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
