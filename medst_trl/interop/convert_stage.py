@@ -64,8 +64,8 @@ class ConvertArguments:
     vusr_role: str | None = field(
         default=None,
         metadata={
-            "help": "How the model is made to ask: text (VUSER:) or token (<vusr>, to be trained). Defaults to text with "
-            "a prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else to token."
+            "help": "How the model is made to ask: text (VUSER:) or token (<vusr>, to be trained). Defaults to text "
+            "with a prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else to token."
         },
     )
     dtype: str = field(
