@@ -15,7 +15,7 @@ from medst_trl.policy.auto_classes import register_with_transformers
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "CandidateGenerator": "medst_trl.selftrain.generate",
+    "CandidateGenerator": "medst_trl.selftrain.candidates",
     "DataCollatorForSelfQuestioning": "medst_trl.training.collator",
     "MultimodalDPOConfig": "medst_trl.training.dpo",
     "MultimodalDPOTrainer": "medst_trl.training.dpo",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from medst_trl.policy.adapters import adapter_config as adapter_config
     from medst_trl.policy.loading import load_policy as load_policy
     from medst_trl.policy.prototype_llava import PrototypeExtractor as PrototypeExtractor
-    from medst_trl.selftrain.generate import CandidateGenerator as CandidateGenerator
+    from medst_trl.selftrain.candidates import CandidateGenerator as CandidateGenerator
     from medst_trl.selftrain.judge import PairwiseJudge as PairwiseJudge
     from medst_trl.selftrain.preferences import build_preferences as build_preferences
     from medst_trl.training.collator import DataCollatorForSelfQuestioning as DataCollatorForSelfQuestioning

@@ -96,6 +96,7 @@ def write_texts(
     max_new_tokens: int,
     sampler: "LogitsProcessor | None" = None,
     draws: Sequence[int] | None = None,
+    **generates: Any,
 ) -> list[tuple[str, bool]]:
     """
     Let the model write behind each prompt of a batch.
@@ -114,6 +115,8 @@ def write_texts(
         draws (sequence of `int`, *optional*):
             How many texts to write behind each prompt, which the model reads once for all of them; for models that
             [`shares_prompts`] accepts. One by default.
+        **generates:
+            Further arguments of `generate`, where `draws` is None.
 
     Returns:
         `list[tuple[str, bool]]`: each text, and whether it ended by itself. All texts behind the first prompt come
@@ -141,6 +144,7 @@ def write_texts(
                 max_new_tokens=max_new_tokens,
                 logits_processor=None if sampler is None else [sampler],
                 return_dict_in_generate=False,
+                **generates,
             )
             tokens = output[:, inputs["input_ids"].shape[1] :]
         else:

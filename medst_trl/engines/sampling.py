@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWar
 
 from medst_trl.base.errors import UserError
 
-from .prompts import Sampling
+from .engine import Sampling
 
 
 class SeededSampler(LogitsProcessor):

@@ -7,54 +7,69 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-import openai
-from PIL import Image
-
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, closest
 from medst_trl.base.redaction import hide_secrets
-from medst_trl.data.parallel import ordered_map
 from medst_trl.data.source import printable
 from medst_trl.policy.chat_template import VUSR
 
-from .prompts import OpenedImage, Prompt, Reply, Sampling
+from .engine import ENGINES, Engine, EngineKind, OpenedImage, Prompt, Reply, Request, Sampling, nothing_follows
 
+
+if TYPE_CHECKING:
+    import openai
 
 RETRIES = 5  # by the openai client: connection errors, time-outs, 408, 409, 429 and 5xx, heeding Retry-After
-REFUSED = (400, 413, 422)  # what a server says to a request that it could read and will not answer
+REFUSED = (400, 413, 422)  # statuses of a request that the server could read and will not answer
 
 # The server's tokenizer is not known here, so whatever looks like a control token is kept from becoming one.
 _CONTROL = re.compile(r"<(?=[|/]?\w[^<>\s]*>)|\[(?=/?[A-Z_]+\])")
 
 
-def _vllm(sampling: Sampling) -> dict[str, Any]:
-    """vLLM and SGLang: OpenAI's fields, and top-k beside them."""
+@dataclass
+class ServerSettings:
+    """Settings of the engine `server`."""
+
+    base_url: str | None = field(
+        default=None, metadata={"help": "Address of its API. Its key is OPENAI_API_KEY in the environment."}
+    )
+    server_kind: str = field(
+        default="vllm", metadata={"help": "How it takes sampling settings: vllm, sglang, transformers, openai."}
+    )
+    concurrency: int = field(default=32, metadata={"help": "Requests under way at the same time, on each process."})
+
+
+def _openai(sampling: Sampling) -> dict[str, Any]:
+    """OpenAI's own fields. There is no top-k among them."""
     if sampling.temperature == 0:
         return {"temperature": 0.0, "max_tokens": sampling.max_new_tokens}
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
-        "extra_body": {"top_k": sampling.top_k or -1},
-    }
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+
+
+def _vllm(sampling: Sampling) -> dict[str, Any]:
+    """vLLM and SGLang: OpenAI's fields, and top-k beside them."""
+    top_k = {} if sampling.temperature == 0 else {"extra_body": {"top_k": sampling.top_k or -1}}
+    return _openai(sampling) | top_k
 
 
 def _transformers(sampling: Sampling) -> dict[str, Any]:
-    """`transformers serve` reads no top-k of its own and never starts to sample: it gets a generation config."""
+    """`transformers serve` has no field for top-k and never starts to sample: it gets a generation config."""
     config = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
     if sampling.temperature > 0:
         config |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     return {"extra_body": {"generation_config": json.dumps(config)}}
 
 
-SERVER_KINDS = {"vllm": _vllm, "sglang": _vllm, "transformers": _transformers}
+SERVER_KINDS = {"vllm": _vllm, "sglang": _vllm, "transformers": _transformers, "openai": _openai}
 
 
-class ChatServer:
+class ServerEngine(Engine):
     """
-    Writes texts by requests to a server. The seed of a run has no say in what it draws.
+    Writes texts by requests to a server. The seed of a run does not decide what it samples.
 
     Args:
         base_url (`str`):
@@ -73,7 +88,7 @@ class ChatServer:
     Example:
 
     ```python
-    >>> server = ChatServer("http://localhost:8000/v1", model="runs/demo/merged", kind="vllm")
+    >>> server = ServerEngine("http://localhost:8000/v1", model="runs/demo/merged", kind="vllm")
     >>> candidates = list(CandidateGenerator(server, num_questions=2)(images))
     ```
     """
@@ -81,11 +96,11 @@ class ChatServer:
     name = "server"
 
     def __init__(self, base_url: str, model: str, kind: str = "vllm", concurrency: int = 32, timeout: float = 600):
-        if kind not in SERVER_KINDS:
-            raise UserError(f"There is no server_kind {kind!r}; choose from {', '.join(SERVER_KINDS)}.")
+        import openai
+
         self.base_url = base_url
         self.model = model
-        self.batch_size = concurrency
+        self.concurrency = concurrency
         self._settings = SERVER_KINDS[kind]
         self._client = openai.OpenAI(
             base_url=base_url,
@@ -101,6 +116,8 @@ class ChatServer:
         Raises:
             UserError: if not.
         """
+        import openai
+
         try:
             self._complete([{"role": "user", "content": "Hello"}], Sampling(max_new_tokens=1))
         except openai.APIStatusError as error:
@@ -112,27 +129,47 @@ class ChatServer:
                 f"({', '.join(SERVER_KINDS)})."
             ) from None
 
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+    def run(self, first, then=nothing_follows):
         """
-        One text for each prompt; a request that the server refuses is a reply with the problem `request_failed`.
+        Answer requests, and what follows from their replies, as soon as the server has room. See [`Engine.run`].
+
+        A request that the server refuses has a reply with the problem `request_failed`.
 
         Raises:
-            UserError: if the server cannot be reached, does not let us in, or speaks something else.
+            UserError: if the server cannot be reached, refuses the API key, or is no chat API.
         """
-        failed = []
+        first, finished, under_way = iter(first), SimpleQueue(), 0
+        with ThreadPoolExecutor(self.concurrency) as executor:
 
-        def write_one(prompt: Prompt) -> Reply:
-            if failed:  # the requests that are waiting shall not each try for themselves
-                raise failed[0]
+            def start(request: Request) -> None:
+                future = executor.submit(self._write_one, request.prompt, request.sampling)
+                future.add_done_callback(lambda done: finished.put((request, done)))
+
             try:
-                return self._write_one(prompt, sampling)
-            except UserError as error:
-                failed.append(error)
-                raise
+                while True:
+                    while under_way < self.concurrency and (request := next(first, None)) is not None:
+                        start(request)
+                        under_way += 1
+                    if not under_way:
+                        return
+                    request, done = finished.get()
+                    reply = done.result()
+                    under_way -= 1
+                    for following in then(request, reply):
+                        start(following)
+                        under_way += 1
+                    yield request, reply
+            finally:
+                executor.shutdown(
+                    cancel_futures=True
+                )  # after an error, waiting requests shall not each try for themselves
 
-        return list(ordered_map(write_one, prompts, self.batch_size))
+    def describe(self) -> dict[str, Any]:
+        return {"model": self.model, "engine": self.name}
 
     def _write_one(self, prompt: Prompt, sampling: Sampling) -> Reply:
+        import openai
+
         try:
             completion = self._complete(_messages(prompt), sampling)
         except openai.APIStatusError as error:
@@ -143,6 +180,8 @@ class ChatServer:
         return Reply(printable(choice.message.content or "").strip(), ended=choice.finish_reason != "length")
 
     def _complete(self, messages: list[dict[str, Any]], sampling: Sampling) -> "openai.types.chat.ChatCompletion":
+        import openai
+
         try:
             completion = self._client.chat.completions.create(
                 model=self.model, messages=messages, **self._settings(sampling)
@@ -172,7 +211,7 @@ class ChatServer:
             )
         return completion
 
-    def _failed(self, error: openai.APIStatusError) -> UserError:
+    def _failed(self, error: "openai.APIStatusError") -> UserError:
         return UserError(
             f"The server at {self._where()} failed {RETRIES + 1} times ({_status(error)}). What is finished is kept: "
             "look at the server's own log, and run the same command again."
@@ -199,9 +238,16 @@ def _messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def _image(opened: OpenedImage) -> dict[str, Any]:
-    with Image.open(io.BytesIO(opened.bytes)) as image:
+    from PIL import Image
+
+    content = opened.bytes
+    if not content:
+        file = io.BytesIO()
+        opened.image.save(file, "PNG")
+        content = file.getvalue()
+    with Image.open(io.BytesIO(content)) as image:
         kind = image.get_format_mimetype()
-    url = f"data:{kind};base64,{base64.b64encode(opened.bytes).decode()}"
+    url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -211,8 +257,37 @@ def _neutralised(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0] + ZERO_WIDTH_NON_JOINER, text)
 
 
-def _status(error: openai.APIStatusError) -> str:
+def _status(error: "openai.APIStatusError") -> str:
     """What the server says, short and without secrets."""
     body = error.body if isinstance(error.body, dict) else {}
     said = body.get("message") or body.get("detail") or error.message
     return f"{error.status_code}: {hide_secrets(printable(str(said)))[:200]}"
+
+
+def _check(settings: ServerSettings) -> None:
+    if settings.server_kind not in SERVER_KINDS:
+        near = closest(settings.server_kind, SERVER_KINDS)
+        raise UserError(
+            f"Unknown server_kind {settings.server_kind!r}.{near} Choose one of {', '.join(SERVER_KINDS)}."
+        )
+    if not settings.base_url:
+        raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
+    if settings.concurrency < 1:
+        raise UserError(f"concurrency is {settings.concurrency}; it has to be at least 1.")
+
+
+def _open(model_name_or_path: str, settings: ServerSettings) -> ServerEngine:
+    return ServerEngine(settings.base_url, model_name_or_path, settings.server_kind, settings.concurrency)
+
+
+ENGINES.register(
+    EngineKind(
+        name="server",
+        summary="an OpenAI-compatible server",
+        settings=ServerSettings,
+        open=_open,
+        check=_check,
+        address=lambda settings: f"{settings.base_url} ({settings.server_kind})",
+        operational=frozenset({"base_url", "concurrency"}),
+    )
+)

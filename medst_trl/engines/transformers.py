@@ -1,79 +1,108 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `transformers`: the policy in this process, in batches of like length."""
+"""The engine `transformers`: the policy in this process, in batches of prompts of similar length."""
 
-import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, closest
+from medst_trl.base.processes import process_state, rank
 from medst_trl.data.schema import text_of
 
-from .batch_size import MOST, largest_batch
 from .decoding import chat_inputs, write_texts
+from .engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling, without_margins
 from .image_features import ImageMemory
-from .prompts import OpenedImage, Prompt, Reply, Sampling, to_ask
 from .shared_prompts import shares_prompts
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-ON_CPU = 16  # also on a device that does not tell how much memory is free
-# Where as many texts are written at a time as fit, windows go by this number: what fits differs between processes and
-# from run to run, and all processes have to share the same windows.
+    from .sampling import SeededSampler
+
+ON_CPU = 16  # default batch size, also on a device that does not report its free memory
+# Where the default is as many texts as fit, windows of records are made for this batch size: what fits differs between
+# processes and between runs, and all processes have to share the same windows.
 NOMINAL = 64
-ENCODED_AT_ONCE = 32  # images; more do not make a vision tower faster
+ENCODED_TOGETHER = 32  # images; more do not make a vision tower faster
+
+MOST = 256  # larger batches are hardly faster: reading the cache then takes the time, and that grows with the batch
+SHARE_OF_FREE = 0.8  # allocators leave gaps, and a layer of the cache is in memory twice while it grows
+# For each token of the vocabulary: scores in float32, warped, sorted, and cumulated in float64.
+BYTES_PER_SCORE = 64
 
 
-class TransformersEngine:
+@dataclass
+class TransformersSettings:
+    """Settings of the engine `transformers`."""
+
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model of an adapter, if it has moved from where the adapter says."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Type of the weights: auto (the checkpoint's), float32, bfloat16."}
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Texts per batch on each process. Default: as many as fit into memory, 16 on a CPU."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository to run."})
+
+
+class TransformersEngine(BatchEngine):
     """
-    Writes texts with a model in this process. A text depends on its prompt and its random stream alone, not on what
-    else is in the batch (up to floating-point ties).
+    Writes texts with a model in this process. A text depends on its prompt and its random stream alone, not on the
+    rest of its batch (up to floating-point ties).
 
-    An image is preprocessed and encoded once for as long as its [`OpenedImage`] lives, if [`ImageMemory`] has room for
-    it, and equal prompts of a batch are read once. Families that are not proven to write the same that way
+    An image is preprocessed and encoded once as long as its [`OpenedImage`] exists, if [`ImageMemory`] has room for
+    it, and equal prompts of a batch are read once. Families without a proof that this changes nothing
     ([`shares_prompts`]) do without.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Policy, as [`load_policy`] gives it, on the device it shall run on.
+            Policy, as [`load_policy`] returns it, on its device.
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
         batch_size (`int`, *optional*):
-            Texts written at a time; where they do not fit into memory it is halved, for good. By default 16 on a CPU,
-            and on an accelerator as many as fit.
+            Texts per batch; halved for the rest of the run when they do not fit into memory. Defaults to 16 on a CPU
+            and to as many as fit on an accelerator.
     """
 
     name = "transformers"
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin", batch_size: int | None = None):
-        # An adapter's layers are inside its base model, and that is the one whose `forward` says what it takes.
+        # An adapter's layers are inside its base model, and that is the one whose `forward` has the arguments.
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
-        tells = self.model.device.type not in ("cpu", "mps")
-        self.batch_size = batch_size or (NOMINAL if tells else ON_CPU)
-        self._estimates = batch_size is None and tells
-        # At a time; less, for good, where that has run out of memory.
+        reports_memory = self.model.device.type not in ("cpu", "mps")
+        self.batch_size = batch_size or (NOMINAL if reports_memory else ON_CPU)
+        self._estimates = batch_size is None and reports_memory
+        # Per batch; less, for the rest of the run, once that has run out of memory.
         self._most = {
             "texts": MOST if self._estimates else self.batch_size,
-            "images": min(self.batch_size, ENCODED_AT_ONCE),
+            "images": min(self.batch_size, ENCODED_TOGETHER),
         }
-        self._images = ImageMemory(self.model, processor) if shares_prompts(self.model) else None
-        self._image_lengths = {}
-        if self._images is None and int(os.environ.get("RANK", "0")) == 0:
+        self._images = None
+        if shares_prompts(self.model):
+            self._images = ImageMemory(self.model, processor)
+        elif rank() == 0:
             print(
-                f"generate: models of the type {self.model.config.model_type} read a prompt, with its images, for "
-                "each text behind it: that once would be the same is not proven for them."
+                f"Models of the type {self.model.config.model_type} read each prompt and its images once per text: "
+                "reading them once for several texts is not proven to give the same texts."
             )
+        self._image_lengths: dict[Any, int] = {}
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """
-        One text for each prompt.
+        Write one text for each prompt and return the replies in the order of the prompts.
 
         Raises:
-            UserError: if not even one fits into memory, or the model's scores are no numbers.
+            UserError: if not even one text fits into memory, or the model's scores are not numbers.
         """
         if not prompts:
             return []
@@ -86,7 +115,7 @@ class TransformersEngine:
 
         def next_batch(start: int) -> list[int]:
             size = self._most["texts"]
-            if self._estimates:  # the first is the longest
+            if self._estimates:  # the first prompt is the longest
                 size = min(size, largest_batch(self.model, lengths[order[start]], sampling.max_new_tokens))
             end = start + size
             whole = end
@@ -100,6 +129,49 @@ class TransformersEngine:
         texts = self._in_batches(len(order), next_batch, write_batch, "texts")
         replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """Yield the text of one prompt while the model writes it. Closing the iterator stops the model."""
+        import torch
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed = Event()
+
+        def is_closed(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+            return torch.full((len(ids),), closed.is_set(), device=ids.device)
+
+        def write() -> None:
+            sampler = self._sampler([prompt], sampling)
+            inputs = chat_inputs(self.processor, [prompt.messages], [[opened.image for opened in prompt.images]])
+            generates = {"streamer": streamer, "stopping_criteria": [is_closed]}
+            try:
+                write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, **generates)
+            finally:
+                streamer.end()
+            if sampler is not None:
+                sampler.check()
+
+        with ThreadPoolExecutor(1) as executor:
+            written = executor.submit(write)
+            try:
+                yield from without_margins(streamer)
+            finally:
+                closed.set()
+            written.result()
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": getattr(self.model.config, "name_or_path", None) or None, "engine": self.name}
+
+    def batches(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+        """Divide prompts by their length, the longest first: a batch that is too large fails at the start of a run."""
+        texts, images = [], []
+        for prompt in prompts:
+            texts.append(_text_of(prompt))
+            images.append(self._length_by_size(prompt))
+        lengths = [one + other for one, other in zip(images, self._text_lengths(texts), strict=True)]
+        order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def _encode(self, opened: Iterable[OpenedImage], keep: Container = ()) -> None:
         opened = list(opened)
@@ -117,13 +189,13 @@ class TransformersEngine:
         self, total: int, next_batch: Callable[[int], list], work: Callable[[list], list], what: str
     ) -> list:
         """
-        What `work` makes of all batches, one behind the other.
+        Work through batches, halving them when memory runs out, and return all results.
 
         Args:
-            total (`int`): Items in all batches.
-            next_batch (`Callable`): From the number of items that are done to the next batch.
+            total (`int`): Number of items in all batches.
+            next_batch (`Callable`): From the number of finished items to the next batch.
             work (`Callable`): From a batch to as many results.
-            what (`str`): How to call the items.
+            what (`str`): Name of the items in messages.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -135,7 +207,7 @@ class TransformersEngine:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-            if done is None:  # outside of `except`: the error holds on to what takes the memory
+            if done is None:  # outside of `except`: the error keeps references to what fills the memory
                 self._halve(len(batch), what)
                 clear_device_cache(garbage_collection=True)
             else:
@@ -143,13 +215,9 @@ class TransformersEngine:
         return results
 
     def _write_batch(self, prompts: list[Prompt], groups: list[int], sampling: Sampling) -> list[tuple[str, bool]]:
-        from .sampling import SeededSampler
-
-        sampler = None
-        if sampling.temperature > 0:
-            sampler = SeededSampler(sampling, [prompt.stream for prompt in prompts])
+        sampler = self._sampler(prompts, sampling)
         draws = None
-        if self._images is not None:  # the first of each group stands for all
+        if self._images is not None:  # the first of each group is read for all of it
             draws = list(Counter(groups).values())
             prompts = [prompt for place, prompt in enumerate(prompts) if groups.index(groups[place]) == place]
         conversations = [prompt.messages for prompt in prompts]
@@ -165,40 +233,140 @@ class TransformersEngine:
             sampler.check()
         return texts
 
-    def _lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """About how many tokens each prompt has: those of its texts and of its images."""
-        texts = [" ".join(text_of(message["content"]) for message in prompt.messages) for prompt in prompts]
-        tokens = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [self._image_length(prompt) + len(own) for prompt, own in zip(prompts, tokens, strict=True)]
+    def _sampler(self, prompts: list[Prompt], sampling: Sampling) -> "SeededSampler | None":
+        from .sampling import SeededSampler
 
-    def _image_length(self, prompt: Prompt) -> int:
-        if self._images is not None:
-            return sum(self._images.tokens[opened] for opened in prompt.images)
+        return SeededSampler(sampling, [prompt.stream for prompt in prompts]) if sampling.temperature > 0 else None
+
+    def _lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Return about how many tokens each prompt has: those of its texts and of its images."""
+        texts = self._text_lengths([_text_of(prompt) for prompt in prompts])
+        if self._images is None:
+            return [self._length_by_size(prompt) + own for prompt, own in zip(prompts, texts, strict=True)]
+        tokens = self._images.tokens
+        return [sum(tokens[image] for image in prompt.images) + own for prompt, own in zip(prompts, texts)]
+
+    def _text_lengths(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def _length_by_size(self, prompt: Prompt) -> int:
+        """Return the number of tokens that the images and the template add: it depends on the images' sizes alone."""
         sizes = tuple(opened.image.size for opened in prompt.images)
         if sizes not in self._image_lengths:
-            bare = chat_inputs(self.processor, [to_ask([], len(sizes))], [[opened.image for opened in prompt.images]])
-            self._image_lengths[sizes] = bare["input_ids"].shape[1]
+            inputs = chat_inputs(self.processor, [prompt.messages], [[opened.image for opened in prompt.images]])
+            (own,) = self._text_lengths([_text_of(prompt)])
+            self._image_lengths[sizes] = inputs["input_ids"].shape[1] - own
         return self._image_lengths[sizes]
 
     def _halve(self, tried: int, what: str) -> None:
         if tried == 1:
             raise UserError(
-                f"Not even one of the {what} at a time fits into memory. Use a smaller model or --dtype bfloat16, "
-                "images of fewer pixels (the size or max_pixels of the model's processor), shorter texts "
-                "(max_new_tokens, max_question_tokens), or a machine with more memory. If it is main memory that is "
-                "short, a smaller --batch_size helps: fewer images are held at a time. What is finished is kept."
+                f"Not enough memory for a batch of one of the {what}. Use a smaller model or --dtype bfloat16, images "
+                "with fewer pixels (the size or max_pixels of the model's processor), shorter texts (max_new_tokens, "
+                "max_question_tokens), or a machine with more memory. If main memory is what runs out, a smaller "
+                "--batch_size helps: fewer images are in memory together. Finished work is kept."
             )
         self._most[what] = tried // 2
-        print(f"generate: not enough memory for {tried} {what} at a time, going on with {self._most[what]}.")
+        print(f"Not enough memory for {tried} {what} per batch. Continuing with {self._most[what]}.")
+
+
+def _text_of(prompt: Prompt) -> str:
+    return " ".join(text_of(message["content"]) for message in prompt.messages)
 
 
 def _images_of(prompts: Sequence[Prompt]) -> dict[OpenedImage, None]:
-    """Each image once, in order."""
+    """Return each image once, in order."""
     return dict.fromkeys(image for prompt in prompts for image in prompt.images)
 
 
 def _groups(prompts: Sequence[Prompt]) -> list[int]:
-    """For each prompt, the place of the first one that reads the same: only their random streams differ."""
+    """Return for each prompt the place of the first one that reads the same: only their random streams differ."""
     first: dict[Any, int] = {}
     read = [(repr(prompt.messages), *map(id, prompt.images)) for prompt in prompts]
     return [first.setdefault(key, place) for place, key in enumerate(read)]
+
+
+def largest_batch(model: "PreTrainedModel", prompt_tokens: int, max_new_tokens: int) -> int:
+    """
+    Estimate how many texts fit into the memory of an accelerator. An estimate that is too high ends in an error.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model on an accelerator.
+        prompt_tokens (`int`):
+            Number of tokens of the longest prompt.
+        max_new_tokens (`int`):
+            Largest number of tokens of a text.
+
+    Returns:
+        `int`: size of a batch, from 1 to `MOST`.
+    """
+    config = model.config.get_text_config(decoder=True)
+    deepstack = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    need = bytes_of_a_text(config, model.dtype, prompt_tokens, max_new_tokens, 1 + len(deepstack))
+    return max(1, min(MOST, int(SHARE_OF_FREE * free_bytes(model.device)) // need))
+
+
+def bytes_of_a_text(
+    config: "PreTrainedConfig", dtype: "torch.dtype", prompt_tokens: int, max_new_tokens: int, image_layers: int = 1
+) -> int:
+    """
+    Return the bytes that a row of a batch takes at most: keys and values, features of its images and a layer's
+    activations while the prompt is read, and scores.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Configuration of the language model.
+        dtype (`torch.dtype`): Type of the weights.
+        prompt_tokens, max_new_tokens (`int`): Length of a row.
+        image_layers (`int`, *optional*, defaults to `1`): Number of layers with image features (Qwen3-VL: several).
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cached = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    at_work = (8 + image_layers) * config.hidden_size + 3 * config.intermediate_size
+    numbers = cached * (prompt_tokens + max_new_tokens) + at_work * prompt_tokens
+    return numbers * dtype.itemsize + BYTES_PER_SCORE * config.vocab_size
+
+
+def free_bytes(device: "torch.device") -> int:
+    """Return the free bytes of an accelerator, including what PyTorch has reserved there and does not use."""
+    import torch
+
+    free, _ = torch.accelerator.get_memory_info(device)
+    return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+
+
+def _check(settings: TransformersSettings) -> None:
+    from medst_trl.policy.loading import DTYPES
+
+    if settings.dtype not in DTYPES:
+        raise UserError(
+            f"Unknown dtype {settings.dtype!r}.{closest(settings.dtype, DTYPES)} Choose one of {', '.join(DTYPES)}."
+        )
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise UserError(f"batch_size is {settings.batch_size}; it has to be at least 1.")
+
+
+def _open(model_name_or_path: str, settings: TransformersSettings) -> TransformersEngine:
+    from medst_trl.policy.loading import load_policy
+
+    model, processor = load_policy(
+        model_name_or_path,
+        base_model_name_or_path=settings.base_model_name_or_path,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return TransformersEngine(model.to(process_state().device), processor, settings.batch_size)
+
+
+ENGINES.register(
+    EngineKind(
+        name="transformers",
+        summary="the model in this process",
+        settings=TransformersSettings,
+        open=_open,
+        check=_check,
+        loads_model=True,
+        operational=frozenset({"batch_size"}),
+    )
+)

@@ -13,7 +13,7 @@ from medst_trl.data.assemble import DisjointSets, draw, plain_question
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
-from .generate.filters import normalised
+from .filters import normalised
 
 
 if TYPE_CHECKING:

@@ -29,11 +29,11 @@ from flops import Layout, decoding_bytes, forward, weights_of
 from measure import Machine, PeakMemory, Row, Run, add_common_arguments, alternate, report, synchronise
 from shapes import PROMPT_TOKENS, SHAPES, build_model, build_processor, unlabelled_images
 
-from medst_trl.engines.batch_size import largest_batch
 from medst_trl.engines.decoding import chat_inputs
-from medst_trl.engines.prompts import Sampling, to_answer, to_ask
+from medst_trl.engines.engine import Sampling, to_answer, to_ask
+from medst_trl.engines.transformers import largest_batch
 from medst_trl.policy.loading import prepare_policy
-from medst_trl.selftrain.generate import CandidateGenerator
+from medst_trl.selftrain.candidates import CandidateGenerator
 
 
 NUM_ANSWERS = 2

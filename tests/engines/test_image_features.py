@@ -13,8 +13,8 @@ from PIL import Image
 
 from medst_trl.engines import image_features
 from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.engine import OpenedImage, to_answer
 from medst_trl.engines.image_features import ImageMemory
-from medst_trl.engines.prompts import OpenedImage, to_answer
 
 
 def opened(number, size=(32, 32)):

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from medst_trl.base.errors import UserError
-from medst_trl.engines.prompts import Sampling, random_stream
+from medst_trl.engines.engine import Sampling, random_stream
 from medst_trl.engines.sampling import SeededSampler, warpers
 
 

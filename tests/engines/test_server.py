@@ -21,11 +21,11 @@ from medst_trl import CandidateGenerator, adapter_config
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, message, text_part
 from medst_trl.engines import server as server_module
-from medst_trl.engines.prompts import Prompt, Sampling, open_images, to_answer, to_ask, to_describe
-from medst_trl.engines.server import ChatServer
+from medst_trl.engines.engine import Prompt, Sampling, open_images, to_answer, to_ask, to_describe
+from medst_trl.engines.server import ServerEngine
 from medst_trl.engines.transformers import TransformersEngine
 from medst_trl.policy.vusr import VUSR, add_vusr
-from medst_trl.selftrain.generate.filters import QuestionFilter
+from medst_trl.selftrain.filters import QuestionFilter
 
 
 def stored(number, format="PNG"):
@@ -81,7 +81,7 @@ def fake(monkeypatch):
 def test_what_is_sent(fake, format):
     history = [*to_answer([], 1, "What <image> is </s> this?"), message("assistant", [text_part(f"A {VUSR} scan.")])]
     ask = prompt(to_ask(history, 1), format=format)
-    (reply,) = ChatServer(fake.url, "m").write([ask], Sampling(max_new_tokens=9))
+    (reply,) = ServerEngine(fake.url, "m").write([ask], Sampling(max_new_tokens=9))
     assert (reply.text, reply.ended, reply.problem) == ("Where is it?", True, None)
     ((path, headers, body),) = fake.requests
     assert path == "/v1/chat/completions"
@@ -110,7 +110,7 @@ def test_what_is_sent(fake, format):
     ],
 )  # fmt: skip
 def test_each_kind_in_its_own_way(fake, kind, sampling, sent):
-    ChatServer(fake.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
+    ServerEngine(fake.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
     body = {key: value for key, value in fake.requests[0][2].items() if key not in ("model", "messages")}
     if "generation_config" in body:
         body["generation_config"] = json.loads(body["generation_config"])
@@ -123,7 +123,7 @@ def test_replies_are_in_order_and_cut_ones_are_known(fake):
         return 200, chat(body["messages"][0]["content"][-1]["text"], "length")
 
     fake.reply = reply
-    replies = ChatServer(fake.url, "m", concurrency=4).write(
+    replies = ServerEngine(fake.url, "m", concurrency=4).write(
         [prompt(to_answer([], 1, str(number))) for number in range(9)], Sampling()
     )
     assert [reply.text for reply in replies] == list("012345678")
@@ -132,14 +132,14 @@ def test_replies_are_in_order_and_cut_ones_are_known(fake):
 
 def test_odd_texts(fake):
     fake.reply = lambda body: (200, chat(None))
-    assert ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
+    assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
     fake.reply = lambda body: (200, chat("half a character: \ud800"))
-    ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
+    ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
 
 
 def test_errors_that_pass_are_tried_again(fake):
     fake.reply = lambda body: (503, {"error": "busy"}) if len(fake.requests) == 1 else (200, chat("ok?"))
-    assert ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
     assert len(fake.requests) == 2
 
 
@@ -149,7 +149,7 @@ def test_a_refused_request_is_set_aside(fake):
         if "b'" in body["messages"][0]["content"][-1]["text"]
         else (200, chat("Yes"))
     )
-    replies = ChatServer(fake.url, "m").write(
+    replies = ServerEngine(fake.url, "m").write(
         [prompt(to_answer([], 1, text)) for text in ("a", "b'", "c")], Sampling()
     )
     assert [reply.problem for reply in replies] == [None, "request_failed", None]
@@ -175,19 +175,19 @@ def test_what_stops_the_run(fake, reply, kind, message, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuv")
     fake.reply, fake.kind = lambda body: reply, kind
     with pytest.raises(UserError, match=message) as error:
-        ChatServer(fake.url, "m").check()
+        ServerEngine(fake.url, "m").check()
     assert "sk-abc" not in str(error.value) and error.value.__cause__ is None
     assert fake.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuv"
     if reply[0] != 400:
         with pytest.raises(UserError):
-            ChatServer(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())
+            ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())
 
 
 def test_one_failure_ends_all(fake):
     """A key that is refused is not tried for every image."""
     fake.reply = lambda body: (401, {})
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        ChatServer(fake.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
+        ServerEngine(fake.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
     assert len(fake.requests) <= 2
 
 
@@ -197,13 +197,13 @@ def test_no_server(monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=f"No server answers at http://<hidden>@127.0.0.1:{port}/v1"):
-        ChatServer(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
+        ServerEngine(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
 
 
 def test_a_server_that_hangs(fake):
     fake.reply = lambda body: time.sleep(0.5) or (200, chat("late"))
     with pytest.raises(UserError, match="No server answers"):
-        ChatServer(fake.url, "m", timeout=0.05).check()
+        ServerEngine(fake.url, "m", timeout=0.05).check()
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_real_server_reads_the_same_prompts(merged, served):
     described = [*to_describe(1), message("assistant", [text_part("It is dark.")])]
     kinds = (to_ask([], 1), to_answer([], 1, "Where is it?"), to_ask(described, 1), to_answer(described, 1, "Is it?"))
     prompts = [prompt(messages, number) for number in range(2) for messages in kinds]
-    server, local = ChatServer(served, folder, "transformers", concurrency=3), TransformersEngine(model, processor)
+    server, local = ServerEngine(served, folder, "transformers", concurrency=3), TransformersEngine(model, processor)
     server.check()
     for sampling in (Sampling(temperature=0.0, max_new_tokens=12), Sampling(top_k=1, max_new_tokens=12)):
         replies = server.write(prompts, sampling)
@@ -248,7 +248,7 @@ def test_real_server_gives_candidates(merged, served):
     rows = [{"id": f"r{n}", "images": [stored(n)], "image_ids": [str(n)], "messages": []} for n in range(4)]
     short = Sampling(max_new_tokens=16)
     generate = CandidateGenerator(
-        ChatServer(served, merged[0], "transformers"),
+        ServerEngine(served, merged[0], "transformers"),
         num_questions=3,
         question_sampling=short,
         answer_sampling=short,
@@ -263,6 +263,6 @@ def test_real_server_gives_candidates(merged, served):
 
 def test_real_server_refuses(merged, served):
     with pytest.raises(UserError, match="as model 'other'"):
-        ChatServer(served, "other", "transformers").check()
+        ServerEngine(served, "other", "transformers").check()
     with pytest.raises(UserError, match="top_k"):
-        ChatServer(served, merged[0], "vllm").check()
+        ServerEngine(served, merged[0], "vllm").check()

@@ -10,8 +10,8 @@ from PIL import Image
 
 from medst_trl.engines import shared_prompts
 from medst_trl.engines.decoding import GREEDY, chat_inputs, write_texts
+from medst_trl.engines.engine import OpenedImage, Sampling, to_answer, to_ask
 from medst_trl.engines.image_features import ImageMemory
-from medst_trl.engines.prompts import OpenedImage, Sampling, to_answer, to_ask
 from medst_trl.engines.sampling import SeededSampler
 from medst_trl.engines.shared_prompts import read_once, shares_prompts
 from medst_trl.policy.families import FAMILIES

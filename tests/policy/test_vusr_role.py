@@ -12,7 +12,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs, write_texts
-from medst_trl.engines.prompts import to_ask
+from medst_trl.engines.engine import to_ask
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import VUSR, add_vusr, set_vusr_role, stop_token_ids

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medst_trl.engines.engine import loads_model
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.stage import Count
 from medst_trl.pipeline.stages.generate import images_to_ask_about
@@ -171,7 +172,7 @@ def _prepare_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
 
 def _model_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
     args = plan.arguments[0]
-    if args.model_name_or_path is not None and getattr(args, "engine", "transformers") == "transformers":
+    if args.model_name_or_path is not None and loads_model(vars(args)):
         size = f", {_size(plan.weights)} of weights" if plan.weights else ""
         yield "model", f"{args.model_name_or_path}{size}"
 

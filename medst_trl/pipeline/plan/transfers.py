@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.engines.engine import ENGINES
 from medst_trl.pipeline.stage import FILE, RUN, Count
 from medst_trl.pipeline.stages.judge import pairs_to_judge
 
@@ -44,8 +45,10 @@ def requests(step: "Step", arguments: tuple[Any, ...], steps: Sequence["Step"]) 
     from medst_trl.selftrain.judge.server import chosen_server
 
     args = arguments[0]
-    if step.stage.name == "generate" and args.engine == "server":
-        return [f"{args.base_url} ({args.server_kind}), model {args.model_name_or_path}"]
+    if hasattr(args, "engine"):
+        kind = ENGINES.get(args.engine)
+        address = kind.address(kind.settings_among(arguments))
+        return [f"{address}, model {args.model_name_or_path}"] if address else []
     if step.stage.name != "judge":
         return []
     if served := chosen_server(arguments):

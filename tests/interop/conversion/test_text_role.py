@@ -83,7 +83,7 @@ def test_it_trains_in_both_stages_without_a_token(converted, tmp_path):
 
 def test_it_generates_questions_and_answers(converted):
     from medst_trl.engines.decoding import chat_inputs, write_texts
-    from medst_trl.engines.prompts import to_answer, to_ask
+    from medst_trl.engines.engine import to_answer, to_ask
 
     model, processor = load_policy(str(converted / "text"))
     inputs = chat_inputs(processor, [to_ask([], 1), to_answer([], 1, "q?")], [[Image.new("RGB", (9, 9))]] * 2)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import check_columns, instruct_features, load_records
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.engines.server import ServerSettings
+from medst_trl.engines.transformers import TransformersSettings
 from medst_trl.pipeline.stages.generate import STAGE, GenerateArguments, main
 from medst_trl.policy.loading import prepare_policy
-from medst_trl.selftrain.generate import CandidateGenerator
+from medst_trl.selftrain.candidates import CandidateGenerator
 
 
 FAST = {
@@ -29,7 +32,7 @@ RECORDS = 14
 SCRIPT = """
 import os, signal, sys
 from medst_trl.base.processes import process_state
-from medst_trl.selftrain.generate import CandidateGenerator
+from medst_trl.selftrain.candidates import CandidateGenerator
 from medst_trl.pipeline.stages.generate import STAGE, main
 
 state, outcomes = process_state(), CandidateGenerator.outcomes
@@ -40,7 +43,7 @@ def dying(self, *args):
         yield outcome
 if int(sys.argv[1]):
     CandidateGenerator.outcomes = dying
-main(STAGE.make_parser().parse_args_into_dataclasses(sys.argv[2:])[0])
+main(*STAGE.make_parser().parse_args_into_dataclasses(sys.argv[2:])[:-1])
 print("world", state.num_processes)
 """
 
@@ -70,13 +73,15 @@ def inputs(tmp_path_factory):
 
 
 def arguments(inputs, folder, **kwargs):
-    return GenerateArguments(output_dir=str(folder), **inputs | FAST | kwargs)
+    given = inputs | FAST | {"output_dir": str(folder)} | kwargs
+    classes = (GenerateArguments, TransformersSettings, ServerSettings)
+    return [cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given}) for cls in classes]
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    main(arguments(inputs, folder))
+    main(*arguments(inputs, folder))
     return folder
 
 
@@ -114,11 +119,11 @@ def test_what_is_written(finished, inputs):
 
 def test_finished_is_left_alone(finished, inputs, capsys):
     before = files(finished)
-    main(arguments(inputs, finished, batch_size=7))
+    main(*arguments(inputs, finished, batch_size=7))
     assert files(finished) == before
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="temperature: 1.2 before, 0.9 now"):
-        main(arguments(inputs, finished, temperature=0.9))
+        main(*arguments(inputs, finished, temperature=0.9))
 
 
 @pytest.mark.parametrize("after", [1, 6])
@@ -135,12 +140,12 @@ def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch, after)
     outcomes, window, looked_at = CandidateGenerator.outcomes, CandidateGenerator._window, []
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(CandidateGenerator, "outcomes", dying)
-        main(arguments(inputs, tmp_path / "out"))
+        main(*arguments(inputs, tmp_path / "out"))
     assert not (tmp_path / "out" / "candidates").exists()
     monkeypatch.setattr(
         CandidateGenerator, "_window", lambda self, records: looked_at.append(len(records)) or window(self, records)
     )
-    main(arguments(inputs, tmp_path / "out"))
+    main(*arguments(inputs, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished)
     assert sum(looked_at) == RECORDS - after // 4 * 4, "whole windows are not computed again"
 
@@ -160,9 +165,9 @@ def test_cut_short_while_files_are_written(finished, inputs, tmp_path, monkeypat
     write = shards._write_shard
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shards, "_write_shard", dying)
-        main(arguments(inputs, tmp_path / "out"))
+        main(*arguments(inputs, tmp_path / "out"))
     monkeypatch.setattr(CandidateGenerator, "_window", None)
-    main(arguments(inputs, tmp_path / "out"))
+    main(*arguments(inputs, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished)
 
 
@@ -170,7 +175,7 @@ def test_rounds_share_no_images(inputs, tmp_path):
     seen = []
     for round_number in range(2):
         folder = tmp_path / f"round_{round_number}"
-        main(arguments(inputs, folder, skip_records=4 * round_number, max_records=4))
+        main(*arguments(inputs, folder, skip_records=4 * round_number, max_records=4))
         assert json.loads((folder / "stage.json").read_text())["counts"]["records"] == 4
         seen.append({image for row in load_records(folder / "candidates", "train")["image_ids"] for image in row})
     assert seen[0] and seen[1] and not seen[0] & seen[1]
@@ -184,7 +189,7 @@ def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
             UserError,
             match=r"No candidate is left of 12 questions about 6 images: .*not_a_question.*add --overwrite true",
         ):
-            main(args)
+            main(*args)
         monkeypatch.setattr(CandidateGenerator, "_window", None)
     reasons = [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
     assert len(reasons) == 12 + 1
@@ -201,12 +206,12 @@ def test_a_start_that_wrote_nothing_does_not_hold_the_folder(finished, inputs, t
         raise UserError("no memory")
 
     with pytest.raises(UserError, match="model"):
-        main(arguments(inputs, out, model_name_or_path=str(broken)))
+        main(*arguments(inputs, out, model_name_or_path=str(broken)))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
         patch.setattr(CandidateGenerator, "_window", failing)
-        main(arguments(inputs, out, temperature=0.7))
+        main(*arguments(inputs, out, temperature=0.7))
     assert not files(out)
-    main(arguments(inputs, out))
+    main(*arguments(inputs, out))
     assert files(out) == files(finished)
 
 
@@ -219,9 +224,9 @@ def test_texts_that_were_written_hold_the_folder(inputs, tmp_path, monkeypatch):
     window = CandidateGenerator._window
     monkeypatch.setattr(CandidateGenerator, "_window", failing)
     with pytest.raises(UserError, match="no memory"):
-        main(arguments(inputs, tmp_path / "out"))
+        main(*arguments(inputs, tmp_path / "out"))
     with pytest.raises(UserError, match="temperature: 1.2 before, 0.7 now"):
-        main(arguments(inputs, tmp_path / "out", temperature=0.7))
+        main(*arguments(inputs, tmp_path / "out", temperature=0.7))
 
 
 @pytest.mark.parametrize("status", ["complete", "running"])
@@ -233,14 +238,14 @@ def test_images_of_a_prepared_benchmark(inputs, tmp_path, capsys, status):
     args = arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4)
     if status == "running":
         with pytest.raises(UserError, match="images"):
-            main(args)
+            main(*args)
         return
-    main(args)
-    assert capsys.readouterr().out.count(f"the images of {prepare / 'instruct'} are taken") == 1
+    main(*args)
+    assert capsys.readouterr().out.count(f"Using the images of {prepare / 'instruct'}") == 1
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     assert record["settings"]["images"] == str(prepare / "instruct")
     assert [Path(item["path"]).name for item in record["inputs"]["images"]] == ["instruct"]
-    main(arguments(inputs, tmp_path / "out", images=str(prepare / "instruct"), max_records=4))
+    main(*arguments(inputs, tmp_path / "out", images=str(prepare / "instruct"), max_records=4))
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -249,7 +254,7 @@ def test_images_are_preferred_where_they_are(inputs, tmp_path):
     shutil.copytree(inputs["images"], prepare / "images")
     (prepare / "instruct").mkdir()
     (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": "complete"}))
-    main(arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4))
+    main(*arguments(inputs, tmp_path / "out", images=str(prepare / "images"), max_records=4))
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     assert record["settings"]["images"] == str(prepare / "images")
 
@@ -257,15 +262,15 @@ def test_images_are_preferred_where_they_are(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"engine": "vllm"}, "no engine 'vllm'"),
+        ({"engine": "vllm"}, "Unknown engine 'vllm'"),
         ({"engine": "server"}, "base_url"),
         ({"engine": "server", "base_url": "http://localhost:1/v1", "server_kind": "x"}, "server_kind 'x'"),
-        ({"num_answers": 1}, "num_answers is 1; it has to be at least 2"),
+        ({"num_answers": 1}, "num_answers is 1. It must be at least 2"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5; it has to be at least 0.01 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5. It must be at least 0.01 and at most 1"),
         ({"max_question_words": 2, "min_question_words": 3}, "max_question_words is 2"),
         ({"skip_records": 99}, "skip_records is 99.*in a run of several rounds.*lower max_records"),
-        ({"dtype": "float17"}, "no dtype 'float17'; choose from auto, float32"),
+        ({"dtype": "float17"}, "Unknown dtype 'float17'.*auto, float32"),
         ({"split": "test"}, "no split 'test'"),
         ({"images": "/nowhere/images"}, "/nowhere/images"),
     ],
@@ -273,28 +278,32 @@ def test_images_are_preferred_where_they_are(inputs, tmp_path):
 def test_wrong_settings(inputs, change, message, tmp_path):
     """Told before anything is written."""
     with pytest.raises(UserError, match=message):
-        main(arguments(inputs, tmp_path / "out", **change))
+        main(*arguments(inputs, tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
-    from medst_trl.engines.prompts import Reply
-    from medst_trl.engines.server import ChatServer
+    from medst_trl.engines.engine import BatchEngine, Reply
+    from medst_trl.engines.server import ServerEngine
 
     texts = iter(range(10**6))
-    monkeypatch.setattr(ChatServer, "check", lambda self: None)
-    monkeypatch.setattr(ChatServer, "write", lambda self, prompts, _: [Reply(f"Text {next(texts)}") for _ in prompts])
+    monkeypatch.setattr(ServerEngine, "check", lambda self: None)
+    monkeypatch.setattr(ServerEngine, "run", BatchEngine.run)
+    monkeypatch.setattr(
+        ServerEngine, "write", lambda self, prompts, _: [Reply(f"Text {next(texts)}") for _ in prompts]
+    )
     settings = {"engine": "server", "base_url": "http://127.0.0.1:9/v1", "model_name_or_path": "a name: of any kind"}
-    main(arguments(inputs, tmp_path / "out", **settings))
+    main(*arguments(inputs, tmp_path / "out", **settings))
     before = files(tmp_path / "out")
     monkeypatch.undo()
-    main(arguments(inputs, tmp_path / "out", **settings | {"base_url": "http://127.0.0.1:10/v1"}))
+    main(*arguments(inputs, tmp_path / "out", **settings | {"base_url": "http://127.0.0.1:10/v1"}))
     assert files(tmp_path / "out") == before
 
 
 def test_parser():
-    assert "nearly identical" in " ".join(STAGE.make_parser().format_help().split())
-    args, _ = STAGE.make_parser().parse_args_into_dataclasses(
+    help = " ".join(STAGE.make_parser().format_help().split())
+    assert "nearly identical" in help and "the model in this process" in help and "--server_kind" in help
+    args, *_ = STAGE.make_parser().parse_args_into_dataclasses(
         ["--model_name_or_path", "m", "--images", "i", "--output_dir", "o", "--describe_first"]
     )
     assert (args.temperature, args.top_k, args.top_p, args.describe_first) == (1.2, 100, 0.95, True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from family_models import MODELS, tiny_model
 
-from medst_trl.engines import batch_size
-from medst_trl.engines.batch_size import MOST, bytes_of_a_text, largest_batch
+from medst_trl.engines import transformers as transformers_engine
+from medst_trl.engines.transformers import MOST, bytes_of_a_text, largest_batch
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -30,7 +30,9 @@ def test_features_of_images_are_counted(monkeypatch):
     config = model.config.get_text_config(decoder=True)
     one, three = (bytes_of_a_text(config, model.dtype, 100, 50, layers) for layers in (1, 3))
     assert three - one == 2 * 100 * config.hidden_size * model.dtype.itemsize
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: int(20 * three / batch_size.SHARE_OF_FREE) + 1)
+    monkeypatch.setattr(
+        transformers_engine, "free_bytes", lambda device: int(20 * three / transformers_engine.SHARE_OF_FREE) + 1
+    )
     assert largest_batch(model, 100, 50) == 20
     model.config.vision_config.deepstack_visual_indexes = []
     assert largest_batch(model, 100, 50) == int(20 * three / one) > 20
@@ -49,6 +51,6 @@ def test_llava_7b():
 def test_largest_batch(texts_free, expected, monkeypatch):
     model, _ = tiny_model("vicuna")
     need = bytes_of_a_text(model.config.get_text_config(), model.dtype, 30, 20)
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: int(texts_free * need))
+    monkeypatch.setattr(transformers_engine, "free_bytes", lambda device: int(texts_free * need))
     assert largest_batch(model, 30, 20) == expected
     assert largest_batch(model, 60, 40) <= expected

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import candidate_features, write_split
-from medst_trl.engines.prompts import bytes_of
+from medst_trl.engines.engine import bytes_of
 
 
 if TYPE_CHECKING:

@@ -21,18 +21,19 @@ from tiny_run import small_policy
 from medst_trl import CandidateGenerator
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
+from medst_trl.data.parallel import ordered_map
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
 from medst_trl.engines import decoding, image_features, shared_prompts
 from medst_trl.engines import transformers as transformers_engine
 from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
 from medst_trl.engines.image_features import ImageMemory
-from medst_trl.engines.prompts import DESCRIBE, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
 from medst_trl.engines.sampling import SeededSampler
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
-from medst_trl.selftrain.generate import generator
-from medst_trl.selftrain.generate.files import select_records, undecoded
-from medst_trl.selftrain.generate.filters import QuestionFilter
+from medst_trl.selftrain import candidates as candidates_module
+from medst_trl.selftrain.candidate_files import select_records, undecoded
+from medst_trl.selftrain.filters import QuestionFilter
 
 
 ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights asks nothing better
@@ -98,7 +99,7 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
     shares = []
     for rank in range(ranks):
         state = type("State", (), {"process_index": rank, "num_processes": ranks, "is_main_process": not rank})
-        monkeypatch.setattr(generator, "process_state", state)
+        monkeypatch.setattr(candidates_module, "process_state", state)
         shares.append(outcomes(policy, images, batch_size=1))
     together = {outcome["id"]: outcome for share in shares for outcome in share}
     assert sum(map(len, shares)) == len(together) == len(expected)
@@ -109,7 +110,7 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
 def test_all_ranks_have_something_to_do(policy, images, expected, monkeypatch):
     """Though one window would hold all records."""
     state = type("State", (), {"process_index": 6, "num_processes": 7, "is_main_process": False})
-    monkeypatch.setattr(generator, "process_state", state)
+    monkeypatch.setattr(candidates_module, "process_state", state)
     assert outcomes(policy, images, batch_size=16) == expected[6:]
 
 
@@ -152,7 +153,7 @@ def test_nothing_is_lost(expected):
         assert sorted(numbers) == [f"{outcome['id']}#0", f"{outcome['id']}#1"]
 
 
-class Script:
+class Script(BatchEngine):
     """An engine that says what it is told to, and remembers what it was asked."""
 
     name, batch_size = "script", 2
@@ -305,7 +306,7 @@ def test_out_of_memory_halves_the_batch(policy, images, expected, monkeypatch, c
     assert outcomes(policy, images, batch_size=16) == expected
     assert sizes[:3] == [14, 6, 2], "7 fit, of which the seventh would be half of a question's two draws"
     assert max(sizes[3:]) == 3
-    assert "not enough memory for 14 texts at a time, going on with 7" in capsys.readouterr().out
+    assert "Not enough memory for 14 texts per batch. Continuing with 7" in capsys.readouterr().out
 
 
 def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkeypatch, capsys):
@@ -326,7 +327,7 @@ def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkey
     monkeypatch.setattr(ImageMemory, "encode", encode)
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     assert outcomes(policy, images, batch_size=16) == expected
-    assert "not enough memory for 8 images at a time, going on with 4" in capsys.readouterr().out
+    assert "Not enough memory for 8 images per batch. Continuing with 4" in capsys.readouterr().out
     assert encoded == [2, 2, 2, 2] and written[0] == 14
 
 
@@ -359,7 +360,7 @@ def test_the_plain_way_gives_the_same(policy, images, expected, monkeypatch, cap
     """In which each text has a prompt and pixels of its own, as for a family that is not proven to share them."""
     in_the_plain_way(monkeypatch)
     assert outcomes(policy, images, batch_size=batch_size) == expected
-    assert capsys.readouterr().out.count("models of the type llava read a prompt, with its images, for each text") == 1
+    assert capsys.readouterr().out.count("Models of the type llava read each prompt and its images once per text") == 1
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
@@ -512,7 +513,7 @@ def test_windows_do_not_go_by_what_fits(policy):
 
 def test_images_of_the_next_window_are_opened_meanwhile(images, monkeypatch):
     opened, four = [], threading.Event()
-    open_images = generator.open_images
+    open_images = candidates_module.open_images
 
     def counting(stored):
         opened.append(stored)
@@ -525,7 +526,7 @@ def test_images_of_the_next_window_are_opened_meanwhile(images, monkeypatch):
             assert four.wait(timeout=30), "nothing is opened while texts are written"
         return Reply("Where is the lesion?")
 
-    monkeypatch.setattr(generator, "open_images", counting)
+    monkeypatch.setattr(candidates_module, "open_images", counting)
     engine = Script(say)
     engine.batch_size = 1  # windows of two records
     assert len(list(CandidateGenerator(engine).outcomes(images))) == 7
@@ -534,7 +535,7 @@ def test_images_of_the_next_window_are_opened_meanwhile(images, monkeypatch):
 def test_no_more_than_one_window_ahead():
     begun = []
     items = (begun.append(number) or number for number in range(5))
-    assert [(item, len(begun)) for item in generator._one_ahead(str, items)] == [
+    assert [(item, len(begun)) for item in ordered_map(str, items, num_workers=1, ahead=1)] == [
         ("0", 2), ("1", 3), ("2", 4), ("3", 5), ("4", 5)]  # fmt: skip
 
 
@@ -543,7 +544,7 @@ def test_not_even_one_fits(policy, images, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
-    with pytest.raises(UserError, match="Not even one of the texts.*a smaller --batch_size"):
+    with pytest.raises(UserError, match="Not enough memory for a batch of one of the texts.*a smaller --batch_size"):
         outcomes(policy, images)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from medst_trl.engines.prompts import Reply
+from medst_trl.engines.engine import Reply
 
 
 _QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # also full-width and Arabic

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.demo.phantoms import QUESTIONS, VIEWS
-from medst_trl.engines.prompts import Reply
-from medst_trl.selftrain.generate.filters import QuestionFilter, is_question, normalised, pair_answers, same_answer
+from medst_trl.engines.engine import Reply
+from medst_trl.selftrain.filters import QuestionFilter, is_question, normalised, pair_answers, same_answer
 
 
 STATEMENTS = [

@@ -1,0 +1,337 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The engine interface: prompts in, replies out, whether the model runs in this process or on a server.
+
+Generation, evaluation and chat know engines only through [`Engine`]. A new one is a class and one line that registers
+its [`EngineKind`]:
+
+```python
+class Echo(BatchEngine):
+    name, batch_size = "echo", 8
+
+    def write(self, prompts, sampling):
+        return [Reply(text_of(prompt.messages[-1]["content"])) for prompt in prompts]
+
+
+ENGINES.register(EngineKind("echo", "repeat each prompt", EchoSettings, open=lambda model, settings: Echo()))
+```
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.base.registry import Registry
+from medst_trl.data.schema import image_part, message, text_part
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# The first implementation's request for a description.
+DESCRIBE = "Can you describe the image in detail?"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How texts are sampled. The defaults are the paper's.
+
+    Args:
+        temperature (`float`, *optional*, defaults to `1.2`):
+            0 decodes greedily.
+        top_k (`int`, *optional*, defaults to `100`):
+            Sample from the k most likely tokens; 0 for all.
+        top_p (`float`, *optional*, defaults to `0.95`):
+            Sample from the most likely tokens that together have this probability; 1 for all.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Number of tokens after which a text is cut off.
+    """
+
+    temperature: float = 1.2
+    top_k: int = 100
+    top_p: float = 0.95
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedImage:
+    """
+    An image of a prompt. Each is equal to itself alone, and an engine remembers its features as long as it exists.
+
+    Args:
+        bytes (`bytes`): The file as the dataset holds it; empty for an image that is only in memory.
+        image (`PIL.Image.Image`): The decoded, upright image.
+    """
+
+    bytes: bytes
+    image: "Image.Image"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A conversation that the model is to continue.
+
+    Args:
+        messages (`list[dict]`):
+            Messages as [`~medst_trl.data.schema.message`] makes them. A last message with `vusr` is a question that
+            the model writes.
+        images (`list[OpenedImage]`):
+            The images in the order of the image parts.
+        stream (`str`):
+            Name of the random stream the text is sampled with.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[OpenedImage] = field(repr=False)
+    stream: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """
+    What came back for a prompt.
+
+    Args:
+        text (`str`): The text without surrounding whitespace.
+        ended (`bool`): Whether the model ended the text; otherwise it was cut off.
+        problem (`str`, *optional*): Why there is no text, in one word for counting; `text` then has the details.
+    """
+
+    text: str
+    ended: bool = True
+    problem: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """
+    A prompt with its sampling.
+
+    Args:
+        prompt ([`Prompt`]): The conversation.
+        sampling ([`Sampling`]): How to sample the text.
+        tag (*optional*): Anything by which the caller recognises the request.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    tag: Any = None
+
+
+def nothing_follows(request: Request, reply: Reply) -> Iterable[Request]:
+    """The default of [`Engine.run`]: a reply leads to no further request."""
+    return ()
+
+
+class Engine(ABC):
+    """
+    Writes texts. Everything that needs texts calls one of these methods and asks for nothing else.
+
+    Attributes:
+        name (`str`):
+            Name of its [`EngineKind`].
+        batch_size (`int`, *optional*):
+            Number of requests that are written together: callers hand [`Engine.run`] a few batches per call. None for
+            an engine that starts each request when it has room: callers hand it all requests in one call.
+    """
+
+    name: str
+    batch_size: int | None = None
+
+    @abstractmethod
+    def run(
+        self, first: Iterable[Request], then: Callable[[Request, Reply], Iterable[Request]] = nothing_follows
+    ) -> Iterator[tuple[Request, Reply]]:
+        """
+        Answer requests, and those that follow from their replies.
+
+        Args:
+            first (iterable of [`Request`]):
+                The first requests. They are taken one after another, when there is room for them.
+            then (`Callable`, *optional*):
+                From a request and its reply to the requests that follow. It is called once for each reply, in the
+                caller's thread, before the reply is yielded.
+
+        Yields:
+            `tuple[Request, Reply]`: each request with its reply, in any order. A request that the model refuses has a
+            reply with a `problem`.
+
+        Raises:
+            UserError: if no request can succeed, for example because the server cannot be reached.
+        """
+
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+        """Write one text for each prompt and return the replies in the order of the prompts."""
+        requests = [Request(prompt, sampling, number) for number, prompt in enumerate(prompts)]
+        replies = {request.tag: reply for request, reply in self.run(requests)}
+        return [replies[number] for number in range(len(requests))]
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """Yield the text of one prompt piece by piece, as it is written. The pieces make up the reply's text."""
+        yield self.write([prompt], sampling)[0].text
+
+    def check(self) -> None:  # noqa: B027 (an engine that needs no test has none)
+        """
+        Test whether the engine can write before anything depends on it.
+
+        Raises:
+            UserError: if it cannot, saying why.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the column `generation` says about the engine: its `model` and its name."""
+        return {"model": None, "engine": self.name}
+
+    def batches(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+        """
+        Divide prompts that are all known in advance, so that each batch has prompts of similar length.
+
+        Args:
+            prompts (iterable of [`Prompt`]):
+                All prompts. Each is looked at once and not kept, so that images need not be in memory together.
+
+        Returns:
+            `list[list[int]]`: the numbers of the prompts in each batch, in the order in which to run the batches.
+        """
+        return [[number] for number, _ in enumerate(prompts)]
+
+
+class BatchEngine(Engine):
+    """An engine that writes whole batches: it needs only `write`."""
+
+    @abstractmethod
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]: ...
+
+    def run(self, first, then=nothing_follows):
+        """Write all first requests, then all requests that follow from them, and so on. See [`Engine.run`]."""
+        wave = list(first)
+        while wave:
+            following = []
+            for sampling in dict.fromkeys(request.sampling for request in wave):
+                requests = [request for request in wave if request.sampling == sampling]
+                replies = self.write([request.prompt for request in requests], sampling)
+                for request, reply in zip(requests, replies, strict=True):
+                    following += then(request, reply)
+                    yield request, reply
+            wave = following
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """
+    What `--engine NAME` stands for.
+
+    Args:
+        name (`str`):
+            Its name.
+        summary (`str`):
+            What it is, for `--help`.
+        settings (`type`):
+            Dataclass of its settings, whose names no other engine has.
+        open (`Callable`):
+            From `model_name_or_path` and settings to the [`Engine`].
+        check (`Callable`, *optional*):
+            Raises a `UserError` for settings that cannot work, before anything is written or loaded.
+        loads_model (`bool`, *optional*, defaults to `False`):
+            Whether `model_name_or_path` is loaded in this process; otherwise it is only a name.
+        address (`Callable`, *optional*):
+            From settings to where prompts are sent, for the plan of a run.
+        operational (`frozenset[str]`, *optional*):
+            Settings that do not change a text and may differ when a run is resumed.
+    """
+
+    name: str
+    summary: str
+    settings: type
+    open: Callable[[str, Any], Engine]
+    check: Callable[[Any], None] = lambda settings: None
+    loads_model: bool = False
+    address: Callable[[Any], str | None] = lambda settings: None
+    operational: frozenset[str] = frozenset()
+
+    def settings_among(self, given: Iterable[Any]) -> Any:
+        """Return this engine's settings among those of all engines, or its defaults."""
+        return next((settings for settings in given if isinstance(settings, self.settings)), None) or self.settings()
+
+
+ENGINES: Registry[EngineKind] = Registry(
+    "engine", ("medst_trl.engines.transformers", "medst_trl.engines.server"), ("summary", "settings", "open")
+)
+
+
+def settings_of_others(kind: EngineKind) -> frozenset[str]:
+    """Return the names of the settings of all other engines, which change nothing for this one."""
+    return frozenset(item.name for other in ENGINES.values() if other is not kind for item in fields(other.settings))
+
+
+def loads_model(settings: Mapping[str, Any]) -> bool:
+    """Return whether the engine that a stage's settings name loads its model in this process."""
+    name = settings.get("engine") or "transformers"
+    return name not in ENGINES or ENGINES.get(name).loads_model
+
+
+def without_margins(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces of a text without the whitespace around it, so that they make up a reply's text."""
+    held = ""  # whitespace that may turn out to be the end
+    has_begun = False
+    for piece in pieces:
+        text = held + piece if has_begun else piece.lstrip()
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        has_begun = has_begun or bool(shown)
+        if shown:
+            yield shown
+
+
+def random_stream(seed: int, record_id: str, purpose: str, *numbers: int) -> str:
+    """Return the name of one text's random stream, different for any two texts."""
+    return repr((seed, record_id, purpose, *numbers))
+
+
+def to_describe(images: int) -> list[dict[str, Any]]:
+    """Return the messages that ask for a description of that number of images."""
+    return [message("user", [image_part()] * images + [text_part(DESCRIBE)])]
+
+
+def to_ask(history: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
+    """Return the messages that make the model ask: an empty `<vusr>` turn after the images or the history."""
+    return [*history, message("user", [] if history else [image_part()] * images, vusr=True)]
+
+
+def to_answer(history: list[dict[str, Any]], images: int, question: str) -> list[dict[str, Any]]:
+    """Return the messages that ask a question in an ordinary user turn."""
+    return [*history, message("user", ([] if history else [image_part()] * images) + [text_part(question)])]
+
+
+def open_images(stored: Sequence[dict[str, Any]]) -> list[OpenedImage]:
+    """
+    Open the images of a record, `{"bytes", "path"}` as an undecoded column holds them.
+
+    Raises:
+        ValueError: if one cannot be read, saying why.
+    """
+    from datasets import Image
+
+    opened = []
+    for item in stored:
+        try:
+            content = bytes_of(item)
+            # Decoded the way training and evaluation read the dataset.
+            opened.append(OpenedImage(content, Image().decode_example({"bytes": content, "path": None})))
+        except Exception as error:  # PIL's parsers raise almost anything on a damaged file
+            said = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))  # a memory address differs in each run
+            raise ValueError(f"{type(error).__name__}: {said}") from None
+    return opened
+
+
+def bytes_of(stored: dict[str, Any]) -> bytes:
+    """Return the file of an undecoded image, from the dataset or from its path."""
+    if stored["bytes"] is not None:
+        return stored["bytes"]
+    with open(stored["path"], "rb") as file:
+        return file.read()

@@ -1,0 +1,360 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates for preference pairs: the policy asks about images and answers its own questions more than once."""
+
+import json
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.processes import process_state
+from medst_trl.data.parallel import ordered_map
+from medst_trl.data.schema import check_columns, message, text_part
+from medst_trl.data.source import printable
+from medst_trl.engines.engine import (
+    Engine,
+    OpenedImage,
+    Prompt,
+    Reply,
+    Request,
+    Sampling,
+    open_images,
+    random_stream,
+    to_answer,
+    to_ask,
+    to_describe,
+)
+from medst_trl.engines.transformers import TransformersEngine
+
+from .candidate_files import candidate_row, undecoded
+from .filters import QuestionFilter, normalised, pair_answers
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, ProcessorMixin
+
+BATCHES_PER_WINDOW = 2  # a window is written to disk at once: it is what an interrupted run computes again
+OPENING_THREADS = 2  # for engines without windows
+SHOWN = 500  # characters of a rejected text that are kept
+
+
+@dataclass
+class _Record:
+    """
+    A record while candidates are made from it.
+
+    Args:
+        id (`str`): Its id.
+        images (`list[OpenedImage]`): Its images.
+        history (`list[dict]`): The messages that describe them, with `describe_first`.
+        open_requests (`int`): Number of requests without a reply.
+        drawn (`int`): Number of questions sampled.
+        questions (`dict[int, str]`): The questions that are kept, by their numbers.
+        answers (`dict[int, dict[int, Reply]]`): The answers to them so far, by question and number.
+        candidates (`dict[int, dict]`): `id`, `prompt`, `answers` of questions whose answers can be compared.
+        rejected (`list[dict]`): `id`, `reason`, `value` of the others.
+    """
+
+    id: str
+    images: list[OpenedImage] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    open_requests: int = 0
+    drawn: int = 0
+    questions: dict[int, str] = field(default_factory=dict)
+    answers: dict[int, dict[int, Reply]] = field(default_factory=dict)
+    candidates: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, row: dict[str, Any]) -> "_Record":
+        """Open a row's images, or reject it."""
+        record = cls(row["id"])
+        try:
+            record.images = open_images(row["images"])
+        except ValueError as error:
+            record.reject("unreadable_image", str(error))
+        else:
+            if not record.images:
+                record.reject("no_image", "")
+        return record
+
+    def reject(self, reason: str, value: str, number: int | None = None) -> None:
+        """Reject the record, or its question of that number."""
+        row_id = self.id if number is None else f"{self.id}#{number}"
+        self.rejected.append({"id": row_id, "reason": reason, "value": printable(value[:SHOWN])})
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the results in JSON types."""
+        candidates = [self.candidates[number] for number in sorted(self.candidates)]
+        return {"id": self.id, "drawn": self.drawn, "candidates": candidates, "rejected": self.rejected}
+
+
+class CandidateGenerator:
+    """
+    Makes questions with several answers each out of images (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
+
+    For each image the policy asks by a bare `<vusr>` turn; each question is then put to it as an ordinary user turn
+    and answered several times, independently. Questions that are none, and answers that say the same, are set aside
+    with their reason. With a model in this process every text has a random stream of its own, named by seed, record id
+    and number: the candidates are the same whatever the number of processes or the point a run goes on from, and up to
+    floating-point ties whatever the batch size.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`ChatServer`]):
+            Policy, as [`load_policy`] gives it, on the device it shall run on; or a server that runs one.
+        processor ([`~transformers.ProcessorMixin`], *optional*):
+            The policy's processor; none for a server.
+        num_questions (`int`, *optional*, defaults to `1`):
+            Questions for each image, drawn independently.
+        num_answers (`int`, *optional*, defaults to `2`):
+            Answers to each question, at least 2. The first and second, third and fourth, ... make a pair.
+        question_sampling ([`Sampling`], *optional*):
+            How questions are drawn: the paper's temperature 1.2, top-k 100, top-p 0.95, at most 128 tokens.
+        answer_sampling ([`Sampling`], *optional*):
+            How answers are drawn: the same, at most 256 tokens.
+        describe_first (`bool`, *optional*, defaults to `False`):
+            Whether the policy describes the image first, greedily, and asks and answers with that as history.
+        question_filter ([`QuestionFilter`], *optional*):
+            Which questions are kept.
+        max_answer_similarity (`float`, *optional*, defaults to `0.95`):
+            Answers that share more of their words are nearly identical, see [`same_answer`].
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of all draws. A server makes no promise about it.
+        batch_size (`int`, *optional*):
+            Texts written at a time; halved where they do not fit into memory. By default 16 on a CPU, and on an
+            accelerator as many as fit.
+        model_name (`str`, *optional*):
+            How to name the model in `generation`.
+
+    Attributes:
+        rejected (`list[dict]`):
+            `id`, `reason` and `value` of what the last call set aside.
+
+    Raises:
+        UserError: for numbers that cannot give pairs.
+
+    Example:
+
+    ```python
+    >>> model, processor = load_policy("runs/demo/sft")
+    >>> images = load_dataset("runs/demo/prepare/images", split="train")
+    >>> generate = CandidateGenerator(model, processor, num_questions=2, seed=7)
+    >>> candidates = Dataset.from_list(list(generate(images)), features=candidate_features())
+    ```
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | Engine",
+        processor: "ProcessorMixin | None" = None,
+        num_questions: int = 1,
+        num_answers: int = 2,
+        *,
+        question_sampling: Sampling | None = None,
+        answer_sampling: Sampling | None = None,
+        describe_first: bool = False,
+        question_filter: QuestionFilter | None = None,
+        max_answer_similarity: float = 0.95,
+        seed: int = 0,
+        batch_size: int | None = None,
+        model_name: str | None = None,
+    ):
+        if num_questions < 1 or num_answers < 2:
+            raise UserError(
+                f"num_questions is {num_questions} and num_answers is {num_answers}; at least one question with two "
+                "answers is needed to compare them."
+            )
+        self.num_questions = num_questions
+        self.num_answers = num_answers
+        self.question_sampling = question_sampling or Sampling(max_new_tokens=128)
+        self.answer_sampling = answer_sampling or Sampling()
+        if self.answer_sampling.temperature == 0:
+            raise UserError("At temperature 0 all answers to a question are the same. Give a temperature above 0.")
+        self.describe_first = describe_first
+        self.question_filter = question_filter or QuestionFilter()
+        self.max_answer_similarity = max_answer_similarity
+        self.seed = seed
+        self.model_name = model_name
+        self.engine: Engine = model if processor is None else TransformersEngine(model, processor, batch_size)
+        self.rejected: list[dict[str, Any]] = []
+
+    def __call__(self, dataset: "Dataset") -> Iterator[dict[str, Any]]:
+        """
+        Ask about every record and answer. Under a distributed launch each process yields the candidates of its share.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Columns `id`, `images`, `image_ids`, `messages` (not looked at; may be empty).
+
+        Yields:
+            `dict`: a row of candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages, the question
+            last), `answers`, `generation` (JSON: model, engine, seed, sampling).
+
+        Raises:
+            UserError: for other columns, or ids that repeat.
+        """
+        self.rejected = []
+        rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
+        for outcome in self.outcomes(dataset):
+            self.rejected += outcome["rejected"]
+            for candidate in outcome["candidates"]:
+                (record,) = undecoded(dataset, [rows[outcome["id"]]])
+                yield candidate_row(candidate, record, self.generation())
+
+    def outcomes(self, dataset: "Dataset", done: Collection[str] = frozenset()) -> Iterator[dict[str, Any]]:
+        """
+        What became of every record, as JSON can hold it: [`CandidateGenerator.__call__`] without the images.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                As in [`CandidateGenerator.__call__`].
+            done (collection of `str`, *optional*):
+                Record ids that need not be looked at again. Batches are made as if they did, so that a continued run
+                computes the same numbers as one that was never cut.
+
+        Yields:
+            `dict`: `id` of the record, `drawn` (number of questions), `candidates` (id, prompt, answers) and
+            `rejected` (id, reason, value).
+        """
+        from tqdm.auto import tqdm
+
+        check_columns(dataset, "instruct")
+        ids = dataset["id"][:]
+        record_id, times = next(iter(Counter(ids).most_common(1)), (None, 0))
+        if times > 1:
+            raise UserError(f"{times} records have the id {record_id!r}. Give each its own, or they would draw alike.")
+        state = process_state()
+        windows = self._windows(len(ids), state.num_processes)[state.process_index :: state.num_processes]
+        left = [window for window in windows if any(ids[row] not in done for row in window)]
+        total, still = (sum(map(len, some)) for some in (windows, left))
+        with tqdm(
+            total=total, initial=total - still, desc="candidates", unit="image", disable=not state.is_main_process
+        ) as bar:
+            for outcome in self._outcomes(dataset, left):
+                if outcome["id"] not in done:
+                    yield outcome
+                bar.update()
+
+    def generation(self) -> str:
+        """Return how the candidates are made, as the column `generation` has it."""
+        described = self.engine.describe()
+        settings = {
+            "model": self.model_name or described.get("model"),
+            "seed": self.seed,
+            "question_sampling": asdict(self.question_sampling),
+            "answer_sampling": asdict(self.answer_sampling),
+            "describe_first": self.describe_first,
+        }
+        return json.dumps(described | settings)
+
+    def _windows(self, records: int, processes: int) -> list[range]:
+        """Divide the records, equally on all processes, and so that each process has a window if there are enough."""
+        size = 1
+        if self.engine.batch_size is not None:
+            size = max(1, min(BATCHES_PER_WINDOW * self.engine.batch_size, -(-records // processes)))
+        return [range(start, min(start + size, records)) for start in range(0, records, size)]
+
+    def _outcomes(self, dataset: "Dataset", windows: Sequence[range]) -> Iterator[dict[str, Any]]:
+        if self.engine.batch_size is None:
+            rows = undecoded(dataset, chain.from_iterable(windows))
+            for record in self._finished(ordered_map(_Record.open, rows, OPENING_THREADS)):
+                yield record.outcome()
+            return
+
+        def opened(window: range) -> list[_Record]:
+            return list(map(_Record.open, undecoded(dataset, window)))
+
+        for records in ordered_map(opened, windows, num_workers=1, ahead=1):
+            yield from self._window(records)
+
+    def _window(self, records: Sequence[_Record]) -> list[dict[str, Any]]:
+        """Complete some records, each step in batches over all of them."""
+        deque(self._finished(records), maxlen=0)
+        return [record.outcome() for record in records]
+
+    def _finished(self, records: Iterable[_Record]) -> Iterator[_Record]:
+        """Let the engine complete the records, and yield each as soon as it is complete."""
+        without_requests: deque[_Record] = deque()
+
+        def first() -> Iterator[Request]:
+            for record in records:
+                requests = self._first(record)
+                record.open_requests = len(requests)
+                if not requests:
+                    without_requests.append(record)
+                yield from requests
+
+        def then(request: Request, reply: Reply) -> list[Request]:
+            record, *numbers = request.tag
+            following = self._following(request, reply, record, *numbers)
+            record.open_requests += len(following) - 1
+            return following
+
+        for request, _ in self.engine.run(first(), then):
+            while without_requests:
+                yield without_requests.popleft()
+            if not request.tag[0].open_requests:
+                yield request.tag[0]
+        yield from without_requests
+
+    def _first(self, record: _Record) -> list[Request]:
+        if not record.images:
+            return []
+        if not self.describe_first:
+            return self._questions(record)
+        greedy = Sampling(temperature=0.0, max_new_tokens=self.answer_sampling.max_new_tokens)
+        return [Request(Prompt(to_describe(len(record.images)), record.images), greedy, (record,))]
+
+    def _following(
+        self, request: Request, reply: Reply, record: _Record, question: int | None = None, answer: int | None = None
+    ) -> list[Request]:
+        """Take a reply, and return what to ask next: questions after a description, answers after a question."""
+        if question is None:
+            if problem := reply.problem or (not reply.text and "empty_description"):
+                record.reject(problem, reply.text)
+                return []
+            record.history = [*request.prompt.messages, message("assistant", [text_part(reply.text)])]
+            return self._questions(record)
+        if answer is None:
+            record.drawn += 1
+            earlier = {normalised(text) for text in record.questions.values()}
+            if problem := self.question_filter.problem(reply, earlier):
+                record.reject(problem, reply.text, question)
+                return []
+            record.questions[question] = reply.text
+            return self._answers(record, question)
+        record.answers.setdefault(question, {})[answer] = reply
+        if len(record.answers[question]) == self.num_answers:
+            self._pair(record, question, request.prompt.messages)
+        return []
+
+    def _questions(self, record: _Record) -> list[Request]:
+        messages = to_ask(record.history, len(record.images))
+        streams = [random_stream(self.seed, record.id, "question", number) for number in range(self.num_questions)]
+        return [
+            Request(Prompt(messages, record.images, stream), self.question_sampling, (record, number))
+            for number, stream in enumerate(streams)
+        ]
+
+    def _answers(self, record: _Record, question: int) -> list[Request]:
+        messages = to_answer(record.history, len(record.images), record.questions[question])
+        numbers = range(self.num_answers)
+        streams = [random_stream(self.seed, record.id, "answer", question, number) for number in numbers]
+        return [
+            Request(Prompt(messages, record.images, stream), self.answer_sampling, (record, question, number))
+            for number, stream in enumerate(streams)
+        ]
+
+    def _pair(self, record: _Record, question: int, prompt: list[dict[str, Any]]) -> None:
+        drawn = [record.answers[question][number] for number in range(self.num_answers)]
+        answers, problem = pair_answers(drawn, self.max_answer_similarity)
+        if problem:
+            texts = [record.questions[question], *(reply.text for reply in drawn)]
+            record.reject(problem, "\n".join(texts), question)
+        else:
+            candidate = {"id": f"{record.id}#{question}", "prompt": prompt, "answers": answers}
+            record.candidates[question] = candidate
