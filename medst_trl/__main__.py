@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Recipes under a launcher already chosen:
+Run recipes under a launcher that is already chosen:
 
 ```bash
 accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
@@ -9,22 +9,22 @@ accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is it
 python -m medst_trl recipes/demo.yaml                           # without one: all stages, in this process
 ```
 
-Options are those of `medst run`. Stages that run in a single process run on rank 0, while the others wait.
+Options are those of `medst run`. Stages that use a single process run on rank 0, while the other ranks wait.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.processes import launched_kind, world_size
+from medst_trl.base.processes import launched_kind, leave_peers, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.cli import RUN_HELP, guarded, run_stage
-from medst_trl.pipeline.arguments import parse
-from medst_trl.pipeline.launch import check_launched, leave_peers, use_one_gpu, without_launcher
-from medst_trl.pipeline.options import Option, read_options, take, take_flag
+from medst_trl.pipeline.launch import check_launched, use_one_gpu, without_launcher
 from medst_trl.pipeline.recipe import Step, read_recipe
+from medst_trl.pipeline.settings import Option, parse, read_options, take
 
 
 def main(argv: list[str]) -> None:
@@ -34,10 +34,10 @@ def main(argv: list[str]) -> None:
         return
     paths, options = read_options(argv)
     which, options = take(options, "stage")
-    if take_flag(options, "dry_run")[0]:
+    if take(options, "dry_run", is_flag=True)[0]:
         raise UserError(f"A plan needs no launcher: medst run {' '.join(paths)} --dry_run --num_processes N")
     if not paths:
-        raise UserError("which recipe? accelerate launch -m medst_trl recipes/demo.yaml")
+        raise UserError("No recipe is given. For example: accelerate launch -m medst_trl recipes/demo.yaml")
     for path in paths:
         recipe = read_recipe(path, options)
         steps = recipe.steps(which)
@@ -50,18 +50,20 @@ def main(argv: list[str]) -> None:
     leave_peers()
 
 
-def _check_together(steps: list[Step], path: str) -> None:
+def _check_together(steps: Sequence[Step], path: str) -> None:
     """
-    A stage that trains ends its processes' group. Made again in the same launch, DeepSpeed (0.19) fails, and torch
-    (2.13) may find the first group's addresses in the launcher's store: after hours, and with a traceback.
+    Refuse several distributed stages in one launch if one of them trains, because it ends the process group.
+
+    If it is made again in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may find the first group's
+    addresses in the launcher's store: after hours, and with a traceback.
     """
     shared = [step.label for step in steps if step.stage.distributed]
     trains = any(step.stage.trains for step in steps)
     if trains and len(shared) > 1 and (world_size() > 1 or launched_kind().startswith("DeepSpeed")):
         raise UserError(
-            f"{path}: a launch of several processes, or under DeepSpeed, is for one stage where there is training, "
-            f"and {', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), or let "
-            f"`medst run {path}` do so."
+            f"{path}: with several processes or DeepSpeed, a launch can run only one distributed stage if there is "
+            f"training, and {', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), "
+            f"or let `medst run {path}` do so."
         )
 
 
@@ -73,7 +75,7 @@ def _run(step: Step) -> None:
 
 
 def _run_on_rank_0(step: Step, program: list[str], options: list[Option], number: int) -> None:
-    """In a process outside the launcher: within it, libraries would wait for the other ranks to take part."""
+    """Run a step in a process outside the launcher: inside it, libraries would wait for the other ranks."""
     import torch.distributed
 
     # The store the launcher keeps, rather than a barrier: nothing times out, and no process group is made too early.

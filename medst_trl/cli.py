@@ -9,14 +9,21 @@ import shutil
 import signal
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, closest
 from medst_trl.base.files import is_full_disk
+from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.registry import add_plugins, plugin_files
+from medst_trl.pipeline.settings import Option, actions_of, as_count, parse, read_options, refuse_secrets, take
 from medst_trl.pipeline.stage import STAGES, Stage
+
+
+if TYPE_CHECKING:
+    from medst_trl.pipeline.recipe import Step
 
 
 HELP = """\
@@ -25,16 +32,16 @@ usage: medst COMMAND [options]
 Self-questioning and preference training for medical vision-language models.
 
 A whole run, stage by stage, as a recipe describes it:
-  run RECIPE            run every stage of a recipe, skipping what is done (medst run --help)
-  recipes ls            list the recipes that come with the package; also: show, cp, validate
+  run RECIPE            run every stage of a recipe and skip finished ones (medst run --help)
+  recipes ls            list the packaged recipes; also: show, cp, validate
 
 One stage (medst STAGE --help lists its settings):
 {stages}
-Every command takes --plugins FILE (repeatable): a Python file that registers stages, sources, judge prompts, engines,
-model families, metrics or losses of your own. MEDST_PLUGINS in the environment does the same.
+Every command takes --plugins FILE (repeatable): a Python file that registers your own stages, sources, judge prompts,
+engines, model families, metrics or losses. MEDST_PLUGINS in the environment does the same.
 
 Examples:
-  medst run demo                                     the whole way on drawn images: minutes, no GPU
+  medst run demo                                     the whole loop on drawn images: minutes, no GPU
   medst recipes cp demo && medst run demo.yaml       a copy of your own to change
   medst run demo.yaml --stage sft --sft.learning_rate 1e-4 --overwrite
   medst sft --config demo.yaml --learning_rate 1e-4  one stage in this process
@@ -44,18 +51,19 @@ Examples:
 RUN_HELP = """\
 usage: medst run RECIPE [--stage STAGE] [--overwrite] [--accelerate_config CONFIG] [--key value ...]
 
-Runs the stages of a recipe one after another, each in a process of its own. A stage that is finished is skipped, one
-that was cut short continues, one whose settings have changed is refused.
+Runs the stages of a recipe one after another, each in its own process. A finished stage is skipped, an interrupted one
+resumes, and one whose settings have changed is refused.
 
   RECIPE                     a YAML file, or the name of a packaged recipe (medst recipes ls)
   --stage STAGE              only this stage, or one item of it: sft, prepare/slake, round_2, round_2/dpo
   --rounds N                 ask, judge and align N times, each round with the policy of the one before
-  --overwrite                delete the results of the stages that run, and make them anew
-  --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: what the machine has)
-  --num_processes N          processes of the stages that can use several
-  --dry_run                  print what the stages would train, take, download and upload, and run nothing
-  --throughput N             with --dry_run: examples a second, for the time it takes; --sft.throughput N for one stage
-  --key value                a setting for every stage that knows it; --output_dir is the folder of the whole run
+  --overwrite                delete the results of the stages that run, and start again
+  --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: suits the machine)
+  --num_processes N          number of processes of the stages that can use several
+  --dry_run                  print what the stages would train, download, ask and upload, and run nothing
+  --throughput N             with --dry_run: examples per second, to show the time; --sft.throughput N for one stage
+  --plugins FILE             a Python file that registers your own stages, sources, ... (medst --help)
+  --key value                a setting for every stage that knows it; --output_dir is the run directory
   --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
 
 Examples:
@@ -69,11 +77,11 @@ RECIPES_HELP = """\
 usage: medst recipes ls | show NAME | cp NAME [FILE]
        medst recipes validate RECIPE [--stage STAGE] [--num_processes N] [--key value ...]
 
-The recipes that come with the package: list them, print one, or copy one to change it (by default into this folder).
+The packaged recipes: list them, print one, or copy one to change it (by default into the current directory).
 
-`validate` checks a file or a recipe of that name, with the options that `medst run` is to get: keys and types, that
-inputs exist or are made by an earlier section, columns of datasets, accelerate configurations, and the batch on 1, 4
-and 8 processes or the number given. It needs no GPU, no Hub and no weights.
+`validate` checks a file or a packaged recipe, with the options of `medst run`: keys and types, whether inputs exist or
+are made by an earlier section, columns of datasets, accelerate configurations, and the batch on 1, 4 and 8 processes
+or on the given number. It needs no GPU, no Hub and no weights.
 """
 
 
@@ -83,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(function: Callable[..., int | None], *arguments) -> int:
-    """Run a command; what the user can put right ends in one message instead of a traceback."""
+    """Run a command. What the user can fix ends in one message instead of a traceback."""
     try:
         return function(*arguments) or 0
     except UserError as error:
@@ -93,15 +101,15 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        return 128 + signal.SIGPIPE  # as any command before `| head` that has seen enough
+        return 128 + signal.SIGPIPE  # as any command before `| head` that has read enough
     except Exception as error:
         if not is_full_disk(error):
             raise
-        return _complain("the disk is full. What was finished is kept: make room and run the same command again.", 2)
+        return _complain("the disk is full. Finished work is kept: make room and run the same command again.", 2)
 
 
 def _reader_is_gone() -> bool:
-    """Whether what this prints goes into a pipe that nobody reads any more."""
+    """Whether this prints into a pipe that nobody reads any more."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     is_gone = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -111,107 +119,120 @@ def _reader_is_gone() -> bool:
 
 
 def _complain(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
     sys.stdout.flush()
-    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    print(f"error on rank {rank()}: {message}" if rank() else f"error: {message}", file=sys.stderr, flush=True)
     return code
 
 
 def _dispatch(words: Sequence[str]) -> int | None:
     command, *argv = add_plugins(words) or ["--help"]
-    commands = {"run": _run, "recipes": _recipes} | {
-        stage.name: lambda argv, stage=stage: _stage(stage, argv) for stage in STAGES.values()
-    }
     if command in ("-h", "--help", "help"):
-        width = max(map(len, STAGES.names())) + 2
+        width = max(map(len, STAGES)) + 2
         print(HELP.format(stages="".join(f"  {s.name:<{width}}{s.summary}\n" for s in STAGES.values())), end="")
     elif command in ("-V", "--version"):
         from . import __version__
 
         print(f"medst {__version__}")
-    elif command in commands:
-        return commands[command](argv)
+    elif command == "run":
+        return _run(argv)
+    elif command == "recipes":
+        return _recipes(argv)
+    elif command in STAGES:
+        return _stage(STAGES.get(command), argv)
     else:
-        from medst_trl.base.errors import closest
+        near = closest(command, ["run", "recipes", *STAGES])
+        raise UserError(f"Unknown command {command!r}.{near} `medst --help` lists them.")
 
-        raise UserError(f"unknown command {command!r}.{closest(command, commands)} `medst --help` lists them.")
+
+# medst run
 
 
 def _run(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(RUN_HELP, end="")
         return 0
-    from medst_trl.pipeline.launch import is_launched, launch_command, run
-    from medst_trl.pipeline.options import read_options, take, take_flag
+    from medst_trl.pipeline.launch import is_launched
     from medst_trl.pipeline.recipe import read_recipe
 
     words, options = read_options(argv)
     which, options = take(options, "stage")
-    is_plan, options = take_flag(options, "dry_run")
+    is_plan, options = take(options, "dry_run", is_flag=True)
     if len(words) != 1:
         raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
     if is_launched():
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
-
     if is_plan:
         from medst_trl.pipeline.plan.text import print_plan
 
         return print_plan(words[0], options, which)
-    begun = time.monotonic()
+    start = time.monotonic()
     recipe = read_recipe(words[0], options)
     steps = recipe.steps(which)
+    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], argv)
+    if code == 0:
+        minutes, seconds = divmod(round(time.monotonic() - start), 60)
+        duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        print(f"\nDone in {duration}. Everything is in {recipe.output_dir}:")
+        width = max(len(step.label) for step in steps) + 2
+        print(*(f"  {step.label:<{width}}{step.settings['output_dir']}" for step in steps), sep="\n")
+    return code
+
+
+def _command(path: str, step: "Step", options: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a step in a process of its own, and its environment."""
+    from medst_trl.pipeline.launch import launch_command
+
     settings = [word for option in options for word in option.as_words()]
-    commands = []  # all of them before the first runs: a machine without GPUs shows itself here
-    for step in steps:
-        program = ["medst_trl", recipe.path, "--stage", step.label, *settings]
-        if step.stage.distributed:
-            commands.append(launch_command(program, step.accelerate_config, step.num_processes))
-        else:
-            commands.append(([sys.executable, "-m", *program], dict(os.environ)))
-    for number, (step, (command, environment)) in enumerate(zip(steps, commands), 1):
+    program = ["medst_trl", path, "--stage", step.label, *settings]
+    if step.stage.distributed:
+        return launch_command(program, step.accelerate_config, step.num_processes)
+    return [sys.executable, "-m", *program], dict(os.environ)
+
+
+def _run_steps(steps: Sequence["Step"], commands: Sequence[tuple[list[str], dict[str, str]]], argv: list[str]) -> int:
+    """Run steps one after another, until one fails. `argv` is what to repeat to continue."""
+    from medst_trl.pipeline.launch import run
+
+    for number, (step, (command, environment)) in enumerate(zip(steps, commands, strict=True), 1):
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
         code = run(command, environment | {"PYTHONUNBUFFERED": "1"})
         if code != 0:
             plugins = [word for path in plugin_files() for word in ("--plugins", path)]
             again = shlex.join(["medst", "run", *(word for word in argv if word != "--overwrite"), *plugins])
-            print(f"\nStopped in {step.label}. What is done is kept; continue with:\n  {again}", file=sys.stderr)
+            print(f"\nStopped in {step.label}. Finished work is kept. To continue:\n  {again}", file=sys.stderr)
             return code if code > 0 else 128 - code
-    print(f"\nDone in {_duration(time.monotonic() - begun)}. Everything is in {recipe.output_dir}:")
-    width = max(len(step.label) for step in steps) + 2
-    for step in steps:
-        print(f"  {step.label:<{width}}{step.settings['output_dir']}")
+    return 0
+
+
+# medst STAGE
 
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:
-    from medst_trl.pipeline.arguments import parse
-    from medst_trl.pipeline.launch import check_launched, is_launched, launch_command, leave_peers, run, use_one_gpu
-    from medst_trl.pipeline.options import refuse_secrets, take_word
-    from medst_trl.pipeline.recipe import as_count, step_of_file
+    from medst_trl.pipeline.launch import check_launched, is_launched, launch_command, run, use_one_gpu
+    from medst_trl.pipeline.recipe import step_of_file
 
+    name = f"medst {stage.name}"
     options = [word for word in argv if word.startswith("--")]
     refuse_secrets(option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options)
-    parser = stage.make_parser(f"medst {stage.name}")
+    parser = stage.make_parser(name)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0
-    file, given = take_word(argv, "--config")
-    config, given = take_word(given, "--accelerate_config")
-    num_processes, given = take_word(given, "--num_processes")
-    num_processes = as_count(num_processes, f"medst {stage.name}")
-    if file is not None:
-        step = step_of_file(stage, file)
+    shared, given = _read_launch(stage, argv)
+    config, num_processes = shared.accelerate_config, as_count(shared.num_processes, "num_processes", name)
+    if shared.config is not None:
+        step = step_of_file(stage, shared.config)
         config, num_processes = config or step.accelerate_config, num_processes or step.num_processes
         parser.set_defaults_with_config(**step.settings)
     given, launch_options = _divide(stage, parser, given)
     if (config or num_processes or launch_options) and not stage.distributed:
-        raise UserError(f"medst {stage.name} runs in a single process and takes no options of accelerate launch.")
-
+        raise UserError(f"{name} runs in a single process and takes no options of accelerate launch.")
     if is_launched():
-        check_launched(config, num_processes, f"medst {stage.name}")
+        check_launched(config, num_processes, name)
     elif config or num_processes or launch_options:
         return run(*launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes, launch_options))
     use_one_gpu()
-    run_stage(stage, parse(parser, {}, f"medst {stage.name}", given))
+    run_stage(stage, parse(parser, {}, name, given))
     leave_peers()
     return 0
 
@@ -225,51 +246,55 @@ def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
     push.run()
 
 
-def _divide(stage: Stage, parser, argv: list[str]) -> tuple[list[str], list[str]]:
-    """What is the stage's, and what it does not know and `accelerate launch` does."""
+def _read_launch(stage: Stage, argv: list[str]) -> tuple[Namespace, list[str]]:
+    """The options that every stage has besides its settings, and the rest of the command line."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--accelerate_config", "--num_processes"):
+        parser.add_argument(name)
+    parser.error = stage.refuse
+    return parser.parse_known_args(argv)
+
+
+def _divide(stage: Stage, parser: ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words that are the stage's, and those that only `accelerate launch` knows."""
     required = [action for action in parser._actions if action.required]
-    for action in required:  # a misspelt option first, then what is missing for want of it
+    for action in required:  # an unknown option is reported before a missing one
         action.required = False
     rest = parser.parse_known_args(argv)[1]
     for action in required:
         action.required = True
     if not rest:
         return argv, []
-    from medst_trl.base.errors import closest
-    from medst_trl.pipeline.arguments import keys_of
-
-    known = {f"--{key}" for key in keys_of(parser)}
+    options: set[str] = set()
     if stage.distributed:
         from accelerate.commands.launch import launch_command_parser
 
-        options = launch_command_parser()._option_string_actions
-        known |= set(options)
-    else:
-        options = ()
+        options = set(launch_command_parser()._option_string_actions)
     for word in rest:
         name = word.partition("=")[0]
         if (word.startswith("-") and name not in options) or (word is rest[0] and not word.startswith("-")):
-            raise UserError(f"medst {stage.name}: unknown option {name!r}.{closest(name, known)}")
-    left = iter(rest)
-    waiting = next(left, None)
-    own = []
+            near = closest(name, options | {f"--{key}" for key in actions_of(parser)})
+            raise UserError(f"medst {stage.name}: unknown option {name!r}.{near}")
+    left, own = list(rest), []
     for word in argv:
-        if word == waiting:
-            waiting = next(left, None)
+        if left and word == left[0]:
+            left.pop(0)
         else:
             own.append(word)
     return own, rest
 
 
+# medst recipes
+
+
 def _recipes(argv: list[str]) -> int | None:
-    from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
+    from medst_trl.pipeline.recipe import find_recipe, packaged_recipes, summary
 
     match argv:
         case ["ls"]:
             recipes = packaged_recipes()
             width = max(map(len, recipes), default=0) + 2
-            for name, path in recipes.items():
-                print(f"{name:<{width}}{summary(path)}")
+            print("".join(f"{name:<{width}}{summary(path)}\n" for name, path in recipes.items()), end="")
         case ["show", name]:
             print(find_recipe(name).read_text(encoding="utf-8"), end="")
         case ["cp", name, *target] if len(target) < 2:
@@ -277,36 +302,29 @@ def _recipes(argv: list[str]) -> int | None:
             copy = Path(target[0] if target else source.name)
             copy = copy / source.name if copy.is_dir() else copy
             if copy.exists():
-                raise UserError(f"{copy} exists already: medst recipes cp {name} ANOTHER_FILE")
-            shutil.copy(source, copy)  # with its run bit
+                raise UserError(f"{copy} already exists: medst recipes cp {name} ANOTHER_FILE")
+            shutil.copy(source, copy)  # with its executable bit
             print(f"{copy}: change it, then `medst run {copy}`.")
         case ["show" | "cp" | "validate"]:
-            raise UserError(f"medst recipes {argv[0]} takes a recipe. `medst recipes ls` lists those there are.")
-        case ["validate", source, *options]:
-            _validate(source, options)
+            raise UserError(f"medst recipes {argv[0]} takes a recipe. `medst recipes ls` lists them.")
+        case ["validate", *words]:
+            _validate(words)
         case [] | ["-h" | "--help"]:
             print(RECIPES_HELP, end="")
         case _:
-            raise UserError(f"medst recipes does not know {' '.join(argv)!r}. See `medst recipes --help`.")
+            raise UserError(f"Unknown command: medst recipes {' '.join(argv)}. See `medst recipes --help`.")
 
 
-def _validate(source: str, argv: list[str]) -> None:
-    from medst_trl.pipeline.options import read_options, take
+def _validate(argv: list[str]) -> None:
     from medst_trl.pipeline.plan.validate import validate
     from medst_trl.pipeline.recipe import read_recipe
 
-    words, options = read_options([source, *argv])
+    words, options = read_options(argv)
     which, options = take(options, "stage")
     if len(words) != 1:
         raise UserError(f"medst recipes validate takes one recipe, not {len(words)}.")
-    recipe = read_recipe(source, options)
-    lines = validate(recipe, which)
-    print(*lines, f"{recipe.path} is valid.", sep="\n")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    recipe = read_recipe(words[0], options)
+    print(*validate(recipe, which), f"{recipe.path} is valid.", sep="\n")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_recipes_are_found_in_an_installed_copy(wheel, tmp_path):
     code = """
 import medst_trl, sys
 from medst_trl.pipeline.launch import find_config
-from medst_trl.pipeline.recipe_files import find_recipe
+from medst_trl.pipeline.recipe import find_recipe
 print(medst_trl.__file__, find_recipe("for_this_test"), find_config("zero2"))
 """
     result = subprocess.run(
@@ -121,7 +121,7 @@ def test_ci_is_executable():
 
 
 def test_recipes_are_executable_and_say_what_they_are():
-    from medst_trl.pipeline.recipe_files import packaged_recipes, summary
+    from medst_trl.pipeline.recipe import packaged_recipes, summary
 
     for name, path in packaged_recipes().items():
         assert path.read_text().startswith("#!/usr/bin/env -S python -m medst_trl\n#"), name

@@ -30,7 +30,7 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Pat
             Whether the content must survive a crash of the machine.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes of a launch may write the same file
     try:
         yield temporary
         if fsync:

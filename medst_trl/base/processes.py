@@ -31,6 +31,15 @@ def launched_kind() -> str:
     return "DDP" if world_size() > 1 else NOT_DISTRIBUTED
 
 
+def leave_peers() -> None:
+    """Leave the process group before the process ends: otherwise gloo's threads sometimes abort it."""
+    if world_size() > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def process_state() -> "PartialState":
     """accelerate's state of this process, made so that it also sees its peers where they run on CPUs."""
     from accelerate import PartialState

@@ -1,70 +1,74 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A recipe: one run in one YAML file, a section a stage.
+A recipe: one run in one YAML file, with a section for each stage.
 
 ```yaml
-output_dir: runs/demo            # each stage writes to a folder of its own in here, such as runs/demo/sft
+output_dir: runs/demo            # each stage writes to its own directory in here, such as runs/demo/sft
 seed: 0                          # shared: every stage that knows the key takes it
 prepare:
   source: phantoms
-sft:                             # reads runs/demo/prepare/instruct, as nothing else is said
-  accelerate_config: multi_gpu   # a name of medst_trl/accelerate_configs, or a path
+sft:                             # reads runs/demo/prepare/instruct by default
+  accelerate_config: multi_gpu   # a name from medst_trl/accelerate_configs, or a path
   learning_rate: 1e-4
-evaluate:                        # a list runs the stage once an item, into runs/demo/evaluate/<name>
+evaluate:                        # a list runs the stage once per item, into runs/demo/evaluate/<name>
   - name: benchmark
   - name: blank
     control: blank
 ```
 
-`{sft}` in a value stands for the folder of that section, `{prepare/slake}` for that of one item, `{run}` for the
-folder of the run. With `rounds: 3` (or `--rounds 3`) the sections generate, judge, dpo, and the evaluations that read
-from them, run three times, into `round_1/`, `round_2/`, `round_3/`: each round's policy asks and answers for the next
-one, about the images that follow those of the round before. What a section says of its model is for the first round.
+`{sft}` in a value stands for the directory of that section, `{prepare/slake}` for that of one item, `{run}` for the
+run directory. With `rounds: 3` (or `--rounds 3`) the stages that repeat (generate, judge, dpo), and the evaluations
+that read from them, run three times, into `round_1/`, `round_2/` and `round_3/`. Each round's policy asks and answers
+in the next one, about the images after those of the round before. The model that a section names is the one for the
+first round.
 
-Relative paths are relative to the current folder, as in TRL; neither `~` nor `$VARIABLES` in them are expanded. Of two
-settings the more particular wins (an item or section over a shared one), and the command line over the file.
+Relative paths are relative to the current directory, as in TRL; neither `~` nor `$VARIABLES` are expanded. Of two
+settings the more specific one applies (an item or section over a shared one), and the command line over the file.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.registry import PLUGINS_VARIABLE
 
-from .arguments import convert, keys_of, require
-from .options import Option, refuse_secrets
-from .recipe_files import find_recipe, read_yaml
+from .settings import Option, actions_of, as_count, convert, refuse_secrets, require
 from .stage import MODEL, RUN, STAGES, Stage
 
 
-LAUNCH_KEYS = ("accelerate_config", "num_processes")  # shared or of a section; they are for the launcher
+if TYPE_CHECKING:
+    from trl.scripts.utils import TrlParser
+
+LAUNCH_KEYS = ("accelerate_config", "num_processes")  # shared or in a section; they are for the launcher
 RECIPE_KEYS = ("output_dir", "env", "rounds", *LAUNCH_KEYS)
 
 
 @dataclass(frozen=True)
 class Step:
     """
-    One run of one stage, with everything it needs to be told.
+    One run of one stage, with all its settings.
 
     Args:
         stage ([`~medst_trl.pipeline.stage.Stage`]):
             The stage.
         label (`str`):
-            `"sft"`, `"prepare/<name>"` where the section is a list, or `"round_1/dpo"`.
+            `"sft"`, `"prepare/<name>"` if the section is a list, or `"round_1/dpo"`.
         settings (`dict`):
-            Its arguments, in the types that its parser declares.
+            Its settings, in the types that its parser declares.
         where (`str`):
             The file and section they come from, for messages.
         accelerate_config (`str`, *optional*):
-            Name or path of the launcher's configuration, if one is asked for.
+            Name or path of the launcher's configuration, if one is given.
         num_processes (`int`, *optional*):
-            Number of processes, if one is asked for.
+            Number of processes, if one is given.
     """
 
     stage: Stage
@@ -75,16 +79,42 @@ class Step:
     num_processes: int | None = None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One run of a stage before its settings are known: the stage, an item of its section, and a round."""
+
+    stage: Stage
+    item: dict[str, Any]
+    round: int | None = None
+
+    @property
+    def section(self) -> str:
+        return f"{self.stage.name}/{self.item['name']}" if "name" in self.item else self.stage.name
+
+    @property
+    def label(self) -> str:
+        return self.section if self.round is None else f"round_{self.round}/{self.section}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What chooses it: its stage, its item, its round, or its label."""
+        return (self.stage.name, self.section, self.label, f"round_{self.round}")
+
+    @property
+    def own(self) -> dict[str, Any]:
+        return {key: value for key, value in self.item.items() if key != "name"}
+
+
 class Recipe:
     """
     A recipe with the options of the command line laid over it. Made by [`read_recipe`].
 
     Args:
         path (`str`):
-            Where it comes from, for messages.
+            The file, for messages.
         content (`dict`):
             What the file holds.
-        options (sequence of [`~medst_trl.pipeline.options.Option`], *optional*):
+        options (sequence of [`~medst_trl.pipeline.settings.Option`], *optional*):
             Settings from the command line.
     """
 
@@ -93,7 +123,7 @@ class Recipe:
         self.sections = {name: _items(path, name, content[name]) for name in STAGES if name in content}
         self.shared = {key: value for key, value in content.items() if key not in STAGES}
         self.options = options
-        self._parsers = {}
+        self._parsers: dict[str, TrlParser] = {}
         if not self.sections:
             raise UserError(
                 f"{path}: a recipe needs a section for at least one stage ({', '.join(STAGES)}). "
@@ -103,42 +133,40 @@ class Recipe:
             if option.target is not None and option.target not in self.labels:
                 raise UserError(f"--{option.target}.{option.key}: {self._no_section(option.target)}")
 
-    @property
-    def labels(self) -> list[str]:
-        """The sections, their items where they are lists, and the rounds."""
-        items = [f"{name}/{item['name']}" for name, items in self.sections.items() for item in items if "name" in item]
-        stages = {name: STAGES.get(name) for name in self.sections}
-        of_rounds = {name for name, stage in stages.items() if stage.repeats or stage.joins_rounds}
-        names = [name for name in (*self.sections, *items) if name.partition("/")[0] in of_rounds]
-        rounds = [f"round_{number}" for number in range(1, (self.rounds or 0) + 1)]
-        return [*self.sections, *items, *rounds, *(f"{number}/{name}" for number in rounds for name in names)]
-
     @cached_property
     def output_dir(self) -> str:
-        """The folder of the run: from the command line, the recipe, or after the recipe's name."""
+        """The run directory: from the command line, from the recipe, or named after the recipe."""
         given = self._given(None).get("output_dir") or self.shared.get("output_dir")
         return str(given or Path("runs", Path(self.path).stem))
 
     @cached_property
     def rounds(self) -> int | None:
-        """How often generate, judge, dpo and what evaluates them are repeated; None for once, without rounds."""
-        value = self._given(None).get("rounds", self.shared.get("rounds"))
-        if value is None or (str(value).isdecimal() and int(value) > 0):
-            return None if value is None else int(value)
-        raise UserError(f"{self.path}: rounds: {value!r} is not a number of rounds.")
+        """The number of rounds; None to run every stage once, without rounds."""
+        return as_count(self._given(None).get("rounds", self.shared.get("rounds")), "rounds", self.path)
+
+    @property
+    def labels(self) -> list[str]:
+        """The sections, the items of those that are lists, and the rounds."""
+        jobs = self._jobs_without_rounds
+        in_rounds = [job for job in jobs if job.stage.repeats or job.stage.joins_rounds]
+        labels = [*self.sections, *(job.section for job in jobs)]
+        for number in range(1, (self.rounds or 0) + 1):
+            names = [name for job in in_rounds for name in (job.stage.name, job.section)]
+            labels += [f"round_{number}", *(f"round_{number}/{name}" for name in names)]
+        return list(dict.fromkeys(labels))
 
     def steps(self, which: str | None = None, complete: bool = True) -> list[Step]:
         """
-        What there is to run, in the order of the data's way, each step checked.
+        The steps to run, in pipeline order, each checked.
 
         Args:
             which (`str`, *optional*):
-                A stage (`"prepare"`) or one item of it (`"prepare/slake"`). All by default.
+                A stage (`"prepare"`), an item (`"prepare/slake"`), a round or a label. All by default.
             complete (`bool`, *optional*, defaults to `True`):
-                Whether settings that a stage cannot do without have to be there.
+                Whether required settings must be there.
 
         Raises:
-            UserError: for a key or value in the recipe or on the command line that cannot be meant.
+            UserError: for an unknown key or an invalid value in the recipe or on the command line.
         """
         chosen = [job for job in self._jobs() if which in (None, *job.names)]
         if not chosen:
@@ -149,150 +177,148 @@ class Recipe:
             require(self._parser(step.stage), step.settings, step.where)
         return steps
 
-    def _jobs(self) -> list["_Job"]:
-        """Every run of a stage, in its order: what is done once, the rounds, what is made of all of them."""
-        order = list(STAGES)  # of which the sections are a part, in the same order
-        once = [_Job(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
+    # Which steps there are, and in which order
+
+    @property
+    def _jobs_without_rounds(self) -> list[_Job]:
+        return [_Job(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
+
+    def _jobs(self) -> list[_Job]:
+        """Every run of a stage in its order: what runs once, then the rounds, then what uses all of them."""
+        once = self._jobs_without_rounds
         if self.rounds is None:
             return once
-        repeats = [stage.name for stage in STAGES.values() if stage.repeats]
+        order, repeats = list(STAGES), [stage.name for stage in STAGES.values() if stage.repeats]
         repeated = [job for job in once if job.stage.repeats or self._reads_a_round(job)]
         if not repeated:
             raise UserError(f"{self.path}: rounds repeat {', '.join(repeats)}, and it has a section for none of them.")
         if any(job.stage.repeats and "name" in job.item for job in once):
-            raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} have to be one section each, not lists.")
+            raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} must be one section each, not lists.")
         behind = order[order.index(repeats[-1]) + 1 :]
         last = [job for job in once if job.stage.name in behind and not job.stage.joins_rounds]
-        jobs = [job for job in once if job not in repeated and job not in last]
-        jobs += [replace(job, round=number) for number in range(1, self.rounds + 1) for job in repeated]
-        return jobs + last
+        first = [job for job in once if job not in repeated and job not in last]
+        return [*first, *(replace(job, round=n) for n in range(1, self.rounds + 1) for job in repeated), *last]
 
-    def _reads_a_round(self, job: "_Job") -> bool:
+    def _reads_a_round(self, job: _Job) -> bool:
         """Whether a stage that joins rounds reads what a round makes. Otherwise it needs to run only once."""
         if not job.stage.joins_rounds:
             return False
-        folder = self._folder_of_round(1)
+        directory = self._directory_of_round(1)
         settings = self._settings(replace(job, round=1)) | {"output_dir": None}
         items = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
-        return any(isinstance(item, str) and Path(item).is_relative_to(folder) for item in items)
+        return any(isinstance(item, str) and Path(item).is_relative_to(directory) for item in items)
 
-    def _step(self, job: "_Job") -> Step:
+    # The settings of a step
+
+    def _step(self, job: _Job) -> Step:
         where = f"{self.path}, section {job.label}"
-        settings = self._settings(job)
-        if job.round is not None and "output_dir" in self._own(job):
-            raise UserError(f"{where}: with rounds its output_dir is in that of the round, so leave it out.")
+        own = job.own | self._given_to(job)
+        if job.round is not None and "output_dir" in own:
+            raise UserError(f"{where}: with rounds, output_dir lies in the directory of the round. Remove it.")
         for key in LAUNCH_KEYS:
-            if key in self._own(job) and not job.stage.distributed:
+            if key in own and not job.stage.distributed:
                 raise UserError(f"{where}: {job.stage.name} runs in a single process and takes no {key}.")
-        launch = {key: settings.pop(key, None) for key in LAUNCH_KEYS}
-        launch["num_processes"] = as_count(launch["num_processes"], where)
-        return Step(job.stage, job.label, convert(self._parser(job.stage), settings, where), where, **launch)
+        settings = self._settings(job)
+        config, number = (settings.pop(key, None) for key in LAUNCH_KEYS)
+        settings = convert(self._parser(job.stage), settings, where)
+        return Step(job.stage, job.label, settings, where, config, as_count(number, "num_processes", where))
 
-    def _settings(self, job: "_Job") -> dict[str, Any]:
-        """What a run of a stage is told: defaults of the recipe, shared settings, its own, the command line's."""
-        stage = job.stage
-        known = keys_of(self._parser(stage)) - {"output_dir"} | set(LAUNCH_KEYS if stage.distributed else ())
-        shared = {key: value for key, value in self.shared.items() if key in known}
-        given = {key: value for key, value in self._given(None).items() if key in known}
-        own = {key: value for key, value in job.item.items() if key != "name"}
-        settings = {"output_dir": str(Path(self.output_dir, job.label))} | shared | own | given | self._given_to(job)
+    def _settings(self, job: _Job) -> dict[str, Any]:
+        """Defaults, then shared settings, then the section's own, then the command line's: the last one applies."""
+        known = self._keys(job.stage) - {"output_dir"} | set(LAUNCH_KEYS if job.stage.distributed else ())
+        shared, given = (
+            {key: value for key, value in settings.items() if key in known}
+            for settings in (self.shared, self._given(None))
+        )
+        settings = {"output_dir": str(Path(self.output_dir, job.label))}
+        settings |= shared | job.own | given | self._given_to(job)
         settings = self._inputs(job, settings) | settings
-        if job.round is not None and stage.repeats:
+        if job.round is not None and job.stage.repeats:
             settings |= self._inputs_of_round(job, settings) | self._given(job.label)
         return {key: self._resolved(value, job) for key, value in settings.items()}
 
-    def _given_to(self, job: "_Job") -> dict[str, Any]:
-        """Settings that the command line has for this section, its item or this round."""
-        given = {}
-        for name in dict.fromkeys([job.stage.name, _label(job.stage.name, job.item), job.label]):
-            given |= self._given(name)
-        return given
+    def _given(self, target: str | None) -> dict[str, Any]:
+        return {option.key: option.value for option in self.options if option.target == target}
 
-    def _own(self, job: "_Job") -> dict[str, Any]:
-        """Settings of the section itself, in the file and on the command line."""
-        return {key: value for key, value in job.item.items() if key != "name"} | self._given_to(job)
+    def _given_to(self, job: _Job) -> dict[str, Any]:
+        """Settings from the command line for this section, its item or this round."""
+        names = dict.fromkeys([job.stage.name, job.section, job.label])
+        return {key: value for name in names for key, value in self._given(name).items()}
 
-    def _inputs(self, job: "_Job", settings: Mapping[str, Any]) -> dict[str, str]:
-        """Where the sections before this one leave what it reads. Where that is a list, it has to be said."""
+    def _inputs(self, job: _Job, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Inputs from the output of other sections. If such a section is a list, the input has to be given."""
         inputs = {}
         for item in job.stage.inputs:
             if item.unless is not None and settings.get(item.unless) is not None:
                 continue
-            for source, folder in item.sources:
+            for source, directory in item.sources:
                 items = self.sections.get(source, [])
                 if source == RUN or (len(items) == 1 and "name" not in items[0]):
-                    inputs.setdefault(item.key, str(Path(self._folder_of(source, job), folder)))
+                    inputs.setdefault(item.key, str(Path(self._directory_of(source, job), directory)))
         return inputs
 
-    def _inputs_of_round(self, job: "_Job", settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a round takes from the one before: its policy, and the place among the images where it stopped."""
-        inputs = {}
-        name, trained = job.stage.name, self._trained_by_a_round()
+    def _inputs_of_round(self, job: _Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What a round takes from the one before: its policy, and the record at which it stopped."""
+        inputs, where = {}, f"{self.path}, section {job.stage.name}"
+        stages = map(STAGES.get, self.sections)
+        trained = next((stage.name for stage in stages if stage.repeats and stage.makes(MODEL)), None)
         policy = next((item for item in job.stage.inputs if item.kind == MODEL and item.sources), None)
         if job.round > 1 and trained is not None and policy is not None:
-            inputs[policy.key] = str(self._folder_of_round(job.round - 1) / trained)
+            inputs[policy.key] = str(self._directory_of_round(job.round - 1) / trained)
             if policy.is_remote(settings) and policy.key not in self._given(job.label):
+                name = f"--round_2/{job.stage.name}"
                 raise UserError(
-                    f"{self.path}, section {name}: a server cannot be told to run the policy of the round before. Use "
-                    f"engine: transformers, or run the rounds one by one with --round_2/{name}.base_url and "
-                    f"--round_2/{name}.{policy.key}."
+                    f"{where}: a server cannot be told to run the policy of the round before. Use engine: "
+                    f"transformers, or run the rounds one by one with {name}.base_url and {name}.{policy.key}."
                 )
         if job.stage.advances is not None and self.rounds > 1:
             skipped, used = job.stage.advances
             size = settings.get(used)
             if not str(size).isdecimal():
-                raise UserError(
-                    f"{self.path}, section {name}: each round uses other records, so set the number that a round "
-                    f"uses: {used}."
-                )
+                raise UserError(f"{where}: each round uses other records. Set the number per round: {used}.")
             inputs[skipped] = int(settings.get(skipped) or 0) + (job.round - 1) * int(size)
         return inputs
 
-    def _trained_by_a_round(self) -> str | None:
-        """The section whose model the next round starts from."""
-        sections = [STAGES.get(name) for name in self.sections]
-        return next((stage.name for stage in sections if stage.repeats and stage.makes(MODEL)), None)
-
-    def _folder_of(self, label: str, job: "_Job") -> str:
-        """The folder of a section (or of one of its items), seen from a run of a stage."""
-        name, _, item_name = label.partition("/")
-        if label == RUN:
-            return self.output_dir
-        item = next((item for item in self.sections.get(name, []) if item.get("name", "") == item_name), None)
-        if item is None:
-            raise UserError(f"{self.path}, section {job.label}: {{{label}}}: {self._no_section(label)}")
-        of_round = self.rounds is not None and STAGES.get(name).repeats
-        number = (job.round or self.rounds) if of_round else None
-        own = self._own(_Job(STAGES.get(name), item))
-        return str(own.get("output_dir") or Path(self._folder_of_round(number), label))
-
-    def _folder_of_round(self, number: int | None) -> Path:
-        return Path(self.output_dir) if number is None else Path(self.output_dir, f"round_{number}")
-
-    def _resolved(self, value: Any, job: "_Job") -> Any:
-        """A setting whose `{section}` is replaced by that section's folder."""
+    def _resolved(self, value: Any, job: _Job) -> Any:
+        """A setting with each `{section}` replaced by that section's directory."""
         if isinstance(value, list):
             return [self._resolved(item, job) for item in value]
         if not isinstance(value, str):
             return value
-        folder = re.compile(rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}")
-        return folder.sub(lambda match: self._folder_of(match[1], job), value)
+        sections = rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}"
+        return re.sub(sections, lambda match: self._directory_of(match[1], job), value)
 
-    def _given(self, target: str | None) -> dict[str, Any]:
-        return {option.key: option.value for option in self.options if option.target == target}
+    def _directory_of(self, label: str, job: _Job) -> str:
+        """The directory of a section (or of one of its items), as a run of a stage sees it."""
+        if label == RUN:
+            return self.output_dir
+        found = next((other for other in self._jobs_without_rounds if other.section == label), None)
+        if found is None:
+            raise UserError(f"{self.path}, section {job.label}: {{{label}}}: {self._no_section(label)}")
+        number = (job.round or self.rounds) if found.stage.repeats else None
+        own = found.own | self._given_to(found)
+        return str(own.get("output_dir") or Path(self._directory_of_round(number), label))
 
-    def _parser(self, stage: Stage):
-        if stage.name not in self._parsers:  # the one of sft imports torch
+    def _directory_of_round(self, number: int | None) -> Path:
+        return Path(self.output_dir) if number is None else Path(self.output_dir, f"round_{number}")
+
+    # Checks
+
+    def _parser(self, stage: Stage) -> "TrlParser":
+        if stage.name not in self._parsers:  # those of the training stages import torch
             self._parsers[stage.name] = stage.make_parser(f"medst {stage.name}")
         return self._parsers[stage.name]
 
+    def _keys(self, stage: Stage) -> set[str]:
+        return set(actions_of(self._parser(stage)))
+
     def _check_shared_keys(self, first: Sequence[str]) -> None:
-        """Each shared key has to mean something to a stage of this recipe; `first` are asked first, to import less."""
+        """Each shared key must be a setting of some stage here; `first` are asked first, to import less."""
         stages = [STAGES.get(name) for name in dict.fromkeys([*first, *self.sections])]
         for key in {**self.shared, **self._given(None)}:
-            if key in RECIPE_KEYS or any(key in keys_of(self._parser(stage)) for stage in stages):
+            if key in RECIPE_KEYS or any(key in self._keys(stage) for stage in stages):
                 continue
-            known = {*STAGES, *RECIPE_KEYS}.union(*(keys_of(self._parser(stage)) for stage in stages))
+            known = {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages))
             raise UserError(
                 f"{self.path}: {key!r} is neither a section nor a setting of any stage here.{closest(key, known)}"
             )
@@ -301,24 +327,27 @@ class Recipe:
         return f"{self.path} has no section {name!r}, it has {', '.join(self.labels)}.{closest(name, self.labels)}"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One run of a stage before its settings are known."""
+def _items(path: str, name: str, section: Any) -> list[dict[str, Any]]:
+    """The settings in a section, once per item if it is a list."""
+    if section is None:
+        return [{}]  # `base:` alone: run it with its defaults
+    if isinstance(section, dict):
+        return [section]
+    if not isinstance(section, list) or not section or not all(isinstance(item, dict) for item in section):
+        raise UserError(
+            f"{path}, section {name}: must hold `key: value` settings, or a list of such settings with a name each."
+        )
+    names = [str(item.get("name", "")) for item in section]
+    for item_name in names:
+        if not re.fullmatch(r"\w[\w-]*", item_name) or names.count(item_name) > 1:
+            raise UserError(
+                f"{path}, section {name}: each item of a list needs a different `name` of letters, digits, _ and -. "
+                f"Found {item_name!r}."
+            )
+    return [item | {"name": item_name} for item, item_name in zip(section, names)]
 
-    stage: Stage
-    item: dict[str, Any]
-    round: int | None = None
 
-    @property
-    def label(self) -> str:
-        label = _label(self.stage.name, self.item)
-        return label if self.round is None else f"round_{self.round}/{label}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """By what it can be chosen: its stage, its item, its round, or exactly."""
-        label = _label(self.stage.name, self.item)
-        return (self.stage.name, label, self.label, *([] if self.round is None else [f"round_{self.round}"]))
+# Reading
 
 
 def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Recipe:
@@ -327,21 +356,20 @@ def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Re
 
     Args:
         source (`str` or `os.PathLike`):
-            A file, or the name of a recipe that comes with the package (`"demo"`).
-        options (sequence of [`~medst_trl.pipeline.options.Option`], *optional*):
+            A file, or the name of a packaged recipe (`"demo"`).
+        options (sequence of [`~medst_trl.pipeline.settings.Option`], *optional*):
             Settings from the command line.
 
     Raises:
-        UserError: if there is no such recipe, it is no valid YAML, or its sections are not what they should be.
+        UserError: if there is no such recipe, it is not valid YAML, or a section is invalid.
     """
     path = find_recipe(source)
-    content = _read(path)
-    return Recipe(str(path), content, options)
+    return Recipe(str(path), _read(path), options)
 
 
 def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
     """
-    The settings that a file holds for one stage: its section of a recipe, or all of a file of TRL's flat kind.
+    The settings for one stage in a file: its section of a recipe, or the whole of a flat file as TRL has them.
 
     Raises:
         UserError: if it is a recipe for other stages, or one that runs this stage several times.
@@ -356,8 +384,8 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
         return steps[0]
     settings = {key: value for key, value in content.items() if key not in ("env", *LAUNCH_KEYS)}
     settings = convert(stage.make_parser(f"medst {stage.name}"), settings, str(path))
-    num_processes = as_count(content.get("num_processes"), str(path))
-    return Step(stage, stage.name, settings, str(path), content.get("accelerate_config"), num_processes)
+    number = as_count(content.get("num_processes"), "num_processes", str(path))
+    return Step(stage, stage.name, settings, str(path), content.get("accelerate_config"), number)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -365,7 +393,7 @@ def _read(path: Path) -> dict[str, Any]:
     refuse_secrets(_all_keys(content))
     env = content.get("env") or {}
     if not isinstance(env, dict):
-        raise UserError(f"{path}: env has to map names of environment variables to their values.")
+        raise UserError(f"{path}: env must map names of environment variables to their values.")
     if PLUGINS_VARIABLE in env:
         raise UserError(
             f"{path}: env cannot set {PLUGINS_VARIABLE}: a recipe from a stranger must not choose code to run. Use "
@@ -375,37 +403,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _items(path: str, name: str, section: Any) -> list[dict[str, Any]]:
-    if section is None:
-        return [{}]  # `base:` alone: run it, nothing to change
-    if isinstance(section, dict):
-        return [section]
-    if not isinstance(section, list) or not section or not all(isinstance(item, dict) for item in section):
-        raise UserError(
-            f"{path}, section {name}: has to hold `key: value` settings, or a list of such with a name each."
-        )
-    names = [str(item.get("name", "")) for item in section]
-    for item_name in names:
-        if not re.fullmatch(r"\w[\w-]*", item_name) or names.count(item_name) > 1:
-            raise UserError(
-                f"{path}, section {name}: each item of a list needs a `name` of its own, of letters, digits, _ and -; "
-                f"found {item_name!r}."
-            )
-    return [item | {"name": item_name} for item, item_name in zip(section, names)]
-
-
-def _label(stage: str, item: Mapping[str, Any]) -> str:
-    return f"{stage}/{item['name']}" if "name" in item else stage
-
-
-def as_count(value: Any, where: str) -> int | None:
-    """A number of processes, or None for none given."""
-    if value is None or (str(value).isdecimal() and int(value) > 0):
-        return value if value is None else int(value)
-    raise UserError(f"{where}: num_processes: {value!r} is not a number of processes.")
-
-
-def _all_keys(content: Any):
+def _all_keys(content: Any) -> Iterator[str]:
     if isinstance(content, dict):
         for key, value in content.items():
             yield str(key)
@@ -413,3 +411,83 @@ def _all_keys(content: Any):
     elif isinstance(content, list):
         for item in content:
             yield from _all_keys(item)
+
+
+# Files
+
+
+def recipes_directory() -> Path:
+    """The packaged recipes: inside the package once it is installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name to file."""
+    return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
+
+
+def find_recipe(source: str | os.PathLike) -> Path:
+    """
+    Resolve a path, or the name of a packaged recipe.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    packaged = packaged_recipes()
+    if str(source) in packaged:
+        return packaged[str(source)]
+    raise UserError(
+        f"{source}: no such file or packaged recipe.{closest(path.stem, packaged)} See `medst recipes ls`."
+    )
+
+
+def summary(path: Path) -> str:
+    """The first line of the comment at the top of a recipe."""
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
+    first = next(lines, "")
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Read a mapping from YAML, with `1e-4` as a number and `no` as a word.
+
+    Raises:
+        UserError: if it is not YAML, is not a mapping, or has a key twice.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings of the form `key: value`, found {content!s:.60}.")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where PyYAML's 1.1 surprises: there `1e-4` is text, `eval_strategy: no` is False, and 1:30 is 90."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_RESOLVED = {
+    "tag:yaml.org,2002:bool": r"(true|True|TRUE|false|False|FALSE)\Z",
+    "tag:yaml.org,2002:int": r"([-+]?[0-9]+|0x[0-9a-fA-F]+)\Z",
+    "tag:yaml.org,2002:float": r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_RESOLVED, "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _RESOLVED.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), None)

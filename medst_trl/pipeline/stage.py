@@ -29,7 +29,7 @@ import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.registry import Registry
@@ -254,7 +254,7 @@ class Stage:
         parser = TrlParser(
             self.arguments(), prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
         )  # an abbreviation could be meant for the launcher
-        parser.error = self._refuse
+        parser.error = self.refuse
         for key, registry in self.registries.items():
             action = parser._option_string_actions[f"--{key}"]
             names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())
@@ -270,7 +270,8 @@ class Stage:
             )
         return parser
 
-    def _refuse(self, message: str) -> None:
+    def refuse(self, message: str) -> NoReturn:
+        """Report a wrong command line of the stage."""
         raise UserError(f"medst {self.name}: {message}. See `medst {self.name} --help`.")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.launch import leave_peers
+from medst_trl.base.processes import leave_peers
 
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
-from medst_trl.pipeline.recipe_files import read_yaml
+from medst_trl.pipeline.recipe import read_yaml
 from medst_trl.pipeline.stages import policy_for_training
 
 

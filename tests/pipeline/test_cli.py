@@ -104,19 +104,19 @@ for stage in ("base", "prepare", "evaluate"):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sfft"], "unknown command 'sfft'. Did you mean 'sft'?"),
+        (["sfft"], "Unknown command 'sfft'. Did you mean 'sft'?"),
         (["base", "--output_dri", "x"], "unknown option '--output_dri'. Did you mean '--output_dir'?"),
         (["base"], "required: --output_dir"),
         (["base", "--output_dir", "x", "--warmup_steps", "many"], "invalid int value: 'many'"),
         (["base", "--output_dir", "x", "--warmup_step", "3"], "Did you mean '--warmup_steps'?"),  # no abbreviations
         (["base", "stray"], "unknown option 'stray'"),
         (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
-        (["base", "--config"], "--config takes a value"),
+        (["base", "--config"], "argument --config: expected one argument"),
         (["base", "--api_key=very-secret"], "secrets do not belong"),
-        (["run", "no_such_recipe"], "no such file"),
+        (["run", "no_such_recipe"], "no such file or packaged recipe"),
         (["run", "a.yaml", "b.yaml"], "takes one recipe, not 2"),
         (["run", "--stage", "sft"], "takes one recipe, not 0"),
-        (["recipes", "rm", "demo"], "does not know 'rm demo'"),
+        (["recipes", "rm", "demo"], "Unknown command: medst recipes rm demo"),
         (["recipes", "validate"], "medst recipes validate takes a recipe. `medst recipes ls` lists"),
     ],
 )
@@ -150,7 +150,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     shelf.mkdir()
     (shelf / "mini.yaml").write_text(RECIPE)
     (shelf / "mini.yaml").chmod(0o755)
-    monkeypatch.setattr("medst_trl.pipeline.recipe_files.recipes_folder", lambda: shelf)
+    monkeypatch.setattr("medst_trl.pipeline.recipe.recipes_directory", lambda: shelf)
     assert main(["recipes", "ls"]) == 0
     assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take a moment.\n"]
     assert main(["recipes", "show", "mini"]) == 0

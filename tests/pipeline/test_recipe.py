@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.arguments import keys_of
-from medst_trl.pipeline.options import Option, read_options
-from medst_trl.pipeline.recipe import read_recipe, step_of_file
-from medst_trl.pipeline.recipe_files import _Loader, find_recipe, packaged_recipes, read_yaml
+from medst_trl.pipeline.recipe import _Loader, find_recipe, packaged_recipes, read_recipe, read_yaml, step_of_file
+from medst_trl.pipeline.settings import Option, actions_of, read_options
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -99,7 +97,7 @@ def test_base_is_evaluated_where_nothing_is_trained(tmp_path):
 
 def test_what_a_stage_reads_are_settings_it_has():
     for stage in STAGES.values():
-        keys = keys_of(stage.make_parser())
+        keys = set(actions_of(stage.make_parser()))
         records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()  # made anew each time
         named = {name for item in stage.inputs for name in (item.key, item.split, item.unless) if name is not None}
         assert named | records | stage.operational <= keys
@@ -206,7 +204,7 @@ def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
         ("base:", ["--base.warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
         ("base:", ["--bse.warmup_steps", "3"], r"no section 'bse', it has base. Did you mean 'base'\?"),
         ("base:", ["--warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
-        ("base:\nenv: [A]", [], "env has to map"),
+        ("base:\nenv: [A]", [], "env must map"),
         ("base: {hub_token: x}", [], "secrets do not belong"),
         ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
     ],
@@ -380,7 +378,7 @@ def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
         (LOOP, ["--rounds", "two"], "not a number of rounds"),
         (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot be told"),
         (FULL, ["--rounds", "2"], "none of them"),
-        (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "leave it out"),
+        (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "Remove it"),
         (LOOP.replace("dpo: {beta: 0.2}", "dpo: [{name: a}, {name: b}]"), ["--rounds", "2"], "not lists"),
         (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
     ],

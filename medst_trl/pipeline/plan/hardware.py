@@ -55,19 +55,17 @@ def hardware_of(step: "Step") -> Hardware:
         return Hardware("one process", NOT_DISTRIBUTED, 1, gpus > 0)
     config = step.accelerate_config or default_config(step.num_processes)
     asked = read_config(config)
-    on_gpu, kind = not asked["use_cpu"], asked["kind"]
-    processes = step.num_processes or asked["num_processes"] or max(1, gpus) * asked["num_machines"]
-    if kind == NOT_DISTRIBUTED and processes > 1:
-        if on_gpu:
-            raise UserError(
-                f"{step.where}: accelerate_config {config} is for one process, not for {processes}: use multi_gpu."
-            )
-        kind = "DDP"
+    on_gpu = not asked.use_cpu
+    processes = step.num_processes or asked.num_processes or max(1, gpus) * asked.num_machines
+    try:
+        kind = asked.kind_on(processes)
+    except UserError as error:
+        raise UserError(f"{step.where}: {error}") from None
     shortages = []
-    if on_gpu and gpus < processes // asked["num_machines"]:
+    if on_gpu and gpus < processes // asked.num_machines:
         had = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "none"
         shortages.append(f"planned for {processes} GPU{'s' if processes > 1 else ''}, and this machine has {had}")
-        if step.num_processes is None and asked["num_processes"] is None and kind != NOT_DISTRIBUTED:
+        if step.num_processes is None and asked.num_processes is None and kind != NOT_DISTRIBUTED:
             shortages.append("--num_processes N plans for N GPUs")
     if kind.startswith("DeepSpeed") and find_spec("deepspeed") is None:
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')

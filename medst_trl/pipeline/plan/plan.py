@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.settings import Option
 from medst_trl.pipeline.stage import Count
 
 from .batches import Batch, batch_of

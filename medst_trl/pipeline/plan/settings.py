@@ -5,7 +5,7 @@
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.arguments import parse
+from medst_trl.pipeline.settings import parse
 
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from .steps import Rows, benchmark_questions
 
 
 if TYPE_CHECKING:
-    from medst_trl.pipeline.options import Option
     from medst_trl.pipeline.recipe import Recipe, Step
+    from medst_trl.pipeline.settings import Option
 
 LABEL = 12  # width of the words on the left
 

@@ -112,7 +112,7 @@ def test_one_process_where_the_launcher_is_for_one(check):
             'dataset: "{generate}/candidates"',
             "dataset: out/generate/candidates is not pre",
         ),
-        ("org/benchmark", "org/benchmark, controls: [blurred]", "There is no 'blurred' for controls"),
+        ("org/benchmark", "org/benchmark, controls: [blurred]", "Unknown control 'blurred'"),
         ("{judge}/preferences", "{judge}x/y", "section push: source: out/judgex/y does not exist"),
     ],
 )

@@ -1,0 +1,204 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Settings on their way to a stage: read from a command line or a YAML file, converted, checked, made into dataclasses.
+
+TRL's own `--config` passes values on as YAML reads them. Here a value takes the same path whether it is in a file or
+on the command line, so a wrong one is reported with its key and file before anything runs.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medst_trl.base.errors import UserError, closest
+from medst_trl.base.redaction import is_secret_key
+
+
+# Options of `medst run` and `python -m medst_trl`
+
+
+@dataclass(frozen=True)
+class Option:
+    """
+    One setting on the command line of a recipe.
+
+    Args:
+        target (`str` or `None`):
+            `"sft"` or `"prepare/<name>"` for `--sft.key` or `--prepare/<name>.key`; None for a plain `--key`, which
+            applies to every stage that knows it.
+        key (`str`):
+            The setting.
+        value (`str`, `list` of `str` or `bool`):
+            The text; True for a flag without a value.
+    """
+
+    target: str | None
+    key: str
+    value: Any
+
+    def as_words(self) -> list[str]:
+        """The option as words of another command line."""
+        name = f"--{self.target}.{self.key}" if self.target else f"--{self.key}"
+        if isinstance(self.value, list):
+            return [name, *self.value]
+        return [name] if self.value is True else [f"{name}={self.value}"]
+
+
+_ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
+
+
+def read_options(argv: Sequence[str]) -> tuple[list[str], list[Option]]:
+    """
+    Divide the command line of a recipe into leading words and options.
+
+    Args:
+        argv (sequence of `str`):
+            `recipe [recipe ...] [--key value] [--key=value] [--flag] [--section.key value] [section.key=value]`
+
+    Returns:
+        The words before the first option, and the options in their order.
+
+    Raises:
+        UserError: for a secret, which other users of the machine could read.
+    """
+    rest = list(argv)
+    words, options = [], []
+    while rest and not _opens_option(rest[0]):
+        words.append(rest.pop(0))
+    while rest:
+        name, equals, text = rest.pop(0).removeprefix("--").partition("=")
+        values = [text] if equals else []
+        while not equals and rest and not _opens_option(rest[0]):
+            values.append(rest.pop(0))
+        value = values if len(values) > 1 else values[0] if values else True
+        target, _, key = name.rpartition(".")
+        options.append(Option(target or None, key.replace("-", "_"), value))
+    refuse_secrets(option.key for option in options)
+    return words, options
+
+
+def _opens_option(word: str) -> bool:
+    return word.startswith("--") or bool(_ASSIGNMENT.fullmatch(word))
+
+
+def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple[Any, list[Option]]:
+    """The value of one plain option, None (or False, for a flag) if it is not given, and the other options."""
+    own = [option.value for option in options if option.target is None and option.key == key]
+    rest = [option for option in options if option.target is not None or option.key != key]
+    if not is_flag:
+        if not all(isinstance(value, str) for value in own):
+            raise UserError(f"--{key} takes one value.")
+        return own[-1] if own else None, rest
+    if wrong := [value for value in own if str(value).lower() not in ("true", "false")]:
+        raise UserError(f"--{key} is either on or off and takes no {wrong[0]!r}.")
+    return bool(own) and str(own[-1]).lower() == "true", rest
+
+
+def refuse_secrets(keys: Iterable[str]) -> None:
+    """Raise a [`UserError`] if one of these keys of a command line or file holds a secret."""
+    for key in keys:
+        if is_secret_key(key):
+            raise UserError(
+                f"{key}: secrets do not belong on a command line or in a recipe, where others can read them. "
+                "Set them in the environment instead (HF_TOKEN, OPENAI_API_KEY), or use `hf auth login`."
+            )
+
+
+def as_count(value: Any, key: str, where: str) -> int | None:
+    """A number of at least 1 (such as `num_processes`), or None."""
+    if value is None or (str(value).isdecimal() and int(value) > 0):
+        return value if value is None else int(value)
+    raise UserError(f"{where}: {key}: {value!r} is not a number of {key.removeprefix('num_')}.")
+
+
+# Settings of one stage
+
+
+def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The settings that a parser takes, by the name they have in recipes."""
+    actions = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # the first: `--no_x` shares the dest of `--x`
+    actions.pop("help", None)
+    return actions
+
+
+def convert(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """
+    Check settings against a parser and convert each to its declared type.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            A stage's parser.
+        settings (`dict`):
+            Key to value, as read from YAML or as text from the command line.
+        where (`str`):
+            The file and section of the settings. Every message starts with it.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type, or one that is not among the choices.
+    """
+    actions = actions_of(parser)
+    for key in settings:
+        if key not in actions:
+            raise UserError(f"{where}: unknown key {key!r}.{closest(key, actions) or f' See `{parser.prog} --help`.'}")
+    return {key: _convert(actions[key], value, f"{where}: {key}") for key, value in settings.items()}
+
+
+def require(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str) -> None:
+    """Raise a [`UserError`] if a required setting is missing."""
+    missing = [key for key, action in actions_of(parser).items() if action.required and settings.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: {' and '.join(missing)} must be set. See `{parser.prog} --help`.")
+
+
+def parse(
+    parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str, argv: Iterable[str] = ()
+) -> tuple[Any, ...]:
+    """
+    The parser's dataclasses, filled from converted `settings` and then from `argv`, which takes precedence.
+
+    Raises:
+        UserError: for what a dataclass itself refuses.
+    """
+    parser.set_defaults_with_config(**settings)
+    try:
+        return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
+    except ValueError as error:  # a dataclass's own checks, such as those of TrainingArguments
+        raise UserError(f"{where}: {error}") from error
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    if value is None or isinstance(value, dict):
+        return value
+    if action.nargs == "+":
+        return [_convert_text(action, item, where) for item in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, list) else _convert_text(action, value, where)
+
+
+def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
+    try:
+        converted = _typed(action.type, value)
+    except UserError as error:  # of a registry, which lists the names
+        raise UserError(f"{where}: {error}") from None
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        name = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)
+        raise UserError(f"{where}: {value!r} is not a valid {name}.") from None
+    if action.choices is not None and converted not in action.choices:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}.")
+    return converted
+
+
+def _typed(convert_text, value: Any) -> Any:
+    """Convert through text: what a setting may be must not depend on whether it is in YAML or on a command line."""
+    if convert_text is None:
+        return value
+    if isinstance(value, float) and value.is_integer():  # `max_steps: 1e3`
+        try:
+            return convert_text(str(int(value)))
+        except ValueError:
+            pass
+    return convert_text(str(value))
