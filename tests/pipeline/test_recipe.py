@@ -196,7 +196,7 @@ def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
         ("zzz: 1\nbase:", [], "'zzz' is neither a section nor a setting"),
         ("base: {warmup_steps: many}", [], "warmup_steps: 'many' is not a valid int"),
         ("base: {overwrite: perhaps}", [], "overwrite: 'perhaps' is not a valid bool"),
-        ("prepare: {source: phantom}", [], "'phantom' is not one of .*phantoms"),
+        ("prepare: {source: phantom}", [], "source: Unknown source 'phantom'. Did you mean 'phantoms'"),
         ("prepare: {seed: 1}", [], "section prepare: source must be set"),
         ("prepare: {source: phantoms, accelerate_config: zero2}", [], "single process"),
         ("sft: {num_processes: some}", [], "not a number of processes"),
