@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Preference pairs of other projects' JSON files for `medst dpo`, and back.
+Convert preference pairs from other projects' JSON files for `medst dpo`, and back.
 
 ```bash
 python examples/convert_preferences.py mmedpo_vqa-rad_dpo_weighted.json vqa_rad/images runs/mmedpo/preferences
@@ -20,7 +20,7 @@ from medst_trl.selftrain.preferences import select_preferences
 
 
 def main(path: str, image_folder: str, folder: str, benchmark: str | None = None) -> dict:
-    """From a file of either format to a dataset, without what a benchmark asks; 5% of the images for validation."""
+    """Convert a file to a dataset, with 5% of the images for validation and without images of a benchmark."""
     file = read_preference_file(path, image_folder)
     benchmarks = [load_records(benchmark, "test")] if benchmark else []
     preferences = select_preferences(file.pairs, file.rejected, benchmarks=benchmarks, validation_share=0.05)
@@ -31,19 +31,19 @@ def main(path: str, image_folder: str, folder: str, benchmark: str | None = None
 
 
 def back(folder: str, path: str, image_folder: str, format: str = "stllava_med") -> None:
-    """From a dataset to a file (`stllava_med` or `mmedpo`) with its images beside it."""
+    """Convert a dataset to a file (`stllava_med` or `mmedpo`) and a directory of images."""
     dataset = load_records(folder, "train")
     write_preference_file(dataset, path, image_folder, format)
-    print(f"{path}: {len(dataset)} pairs, their images in {image_folder}")
+    print(f"{path}: {len(dataset)} pairs, with images in {image_folder}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--back", action="store_true", help="from a dataset to a file: FOLDER FILE IMAGES [FORMAT]")
+    parser.add_argument("--back", action="store_true", help="convert a dataset to a file: FOLDER FILE IMAGES [FORMAT]")
     parser.add_argument("paths", nargs="+", help="FILE IMAGES FOLDER [BENCHMARK]", metavar="PATH")
     args = parser.parse_args()
     if len(args.paths) not in (3, 4):
-        parser.error("three paths are needed, see --help")
+        parser.error("give three or four paths, see --help")
     try:
         (back if args.back else main)(*args.paths)
     except UserError as error:

@@ -1,14 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Have a vision-language model say which of two answers is better, both ways round.
+Compare pairs of answers with a vision-language model, in both orders.
 
 ```bash
-python examples/judge_pairs.py                                     # the judge: an oracle on this machine
+python examples/judge_pairs.py                                     # judged by the oracle, on this machine
 OPENAI_API_KEY=... python examples/judge_pairs.py --model gpt-4o   # a few cents
 ```
 
-A local model is a judge, too. Start any OpenAI-compatible server, then name the model as the server does; no key:
+A local model can be the judge, too. Start any OpenAI-compatible server; it needs no key:
 
 ```bash
 vllm serve Qwen/Qwen2.5-VL-7B-Instruct                             # or: transformers serve --port 8000
@@ -30,7 +30,7 @@ from medst_trl.selftrain.judge.judgements import format_statistics, judge_statis
 
 
 def make_candidates(n: int) -> list[dict[str, Any]]:
-    """A question about each of `n` drawn scans, with its true answer and a made-up one."""
+    """Return a question about each of `n` phantoms, with its true answer and an invented one."""
     candidates = []
     for row in benchmark_rows(make_phantoms(n, seed=0, split="unlabelled")):
         question = row["questions"][-1]
@@ -54,7 +54,7 @@ def main(model: str | None = None, base_url: str | None = None, pairs: int = 6) 
             model or "phantom-oracle",
             base_url=base_url,
             prompt_version="rubric",  # "paper" for the prompt of STLLaVA-Med
-            order="both",  # a verdict that does not survive the swap is dropped
+            order="both",  # drops verdicts that change when the answers are swapped
             concurrency=4,
         )
         print(judge.estimate(candidates))

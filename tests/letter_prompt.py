@@ -9,12 +9,12 @@ from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 PLUGIN = """
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, image_parts, user_text
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, user_message, user_text
 
 
 def messages(question, answers, image_urls, history, captions):
     text = "\\n".join(["Which is better?", question, *answers])
-    return [{"role": "user", "content": [*image_parts(image_urls), {"type": "text", "text": text}]}]
+    return [user_message(image_urls, text)]
 
 
 def shown(messages):

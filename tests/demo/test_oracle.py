@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle knows the truth, errs as often as it is told to, and speaks the protocol of real judges."""
+"""The oracle knows the truth, errs at its error rate, and answers the same requests as real judges."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ HEALTHY = Truth("MRI", False)
 
 
 @pytest.mark.parametrize("split", ["train", "unlabelled"])
-def test_the_right_answer_has_ten_and_nothing_else_does(split):
+def test_only_the_right_answer_scores_ten(split):
     for phantom in make_phantoms(81, 1, split):
         for question in phantom.questions:
             assert score(question["question"], question["answer"], phantom.truth) == 10
@@ -45,11 +45,11 @@ def test_the_right_answer_has_ten_and_nothing_else_does(split):
         ("Is the lesion bright?", "Yes", "No", LESION),
     ],
 )  # fmt: skip
-def test_better_answers_have_more(question, better, worse, truth):
+def test_better_answers_score_higher(question, better, worse, truth):
     assert score(question, better, truth) > score(question, worse, truth)
 
 
-def test_what_a_scan_cannot_answer_is_worth_nothing():
+def test_answers_to_impossible_questions_score_one():
     assert score("Where is the lesion?", "upper left", HEALTHY) == 1
     assert score("Nonsense", "upper left", LESION) == 1
 
@@ -64,7 +64,7 @@ def ask(base_url: str, version: str, question: str, answers: list[str], phantom)
     return prompt.read(reply.choices[0].message.content)
 
 
-def test_it_is_served_as_a_judge_and_errs_at_its_rate_alike_in_both_orders():
+def test_served_verdicts_err_at_the_error_rate_in_both_orders_alike():
     phantoms = make_phantoms(60, 2, "unlabelled")
     candidates = Dataset.from_list([{"image_ids": [image_id(phantom.image)]} for phantom in phantoms])
     question, wrong = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Preference files of other projects: what is read, what is set aside, and that writing brings it back."""
+"""Preference files of other projects: what is read, what is rejected, and round trips."""
 
 import json
 
@@ -48,7 +48,7 @@ def without_file_names(pairs):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_round_trip(tmp_path, images, format):
+def test_a_round_trip_changes_nothing(tmp_path, images, format):
     records = [
         record(0, format, chosen=" Yes", weighted_score=0.8),
         record("b", format, "deeper/b.jpg", "Look: <image>\nWhat is <vusr>?", "left </s> \U0001fac1", "<image> right"),
@@ -82,14 +82,14 @@ def test_round_trip(tmp_path, images, format):
     ]
 
 
-def test_no_file_name_and_no_metadata_remains(tmp_path, images):
+def test_no_file_name_and_no_metadata_is_published(tmp_path, images):
     file = read(tmp_path, [record("jones_1957.png"), record("x", image="deeper/b.jpg")], images)
     write_preferences(tmp_path / "dataset", select_preferences(file.pairs, file.rejected), file)
     [parquet] = (tmp_path / "dataset").glob("*.parquet")
     assert b"ones" not in parquet.read_bytes() and b"b.jpg" not in parquet.read_bytes()
 
 
-def test_bad_records_are_set_aside(tmp_path, images):
+def test_unusable_records_are_rejected_with_a_reason(tmp_path, images):
     (images / "broken.png").write_bytes((images / "jones_1957.png").read_bytes()[:60])
     (images.parent / "secret.png").write_bytes((images / "jones_1957.png").read_bytes())
     other_prompt = record("prompt")
@@ -121,7 +121,7 @@ def test_bad_records_are_set_aside(tmp_path, images):
     ]  # fmt: skip
 
 
-def test_one_broken_record_costs_no_other(tmp_path, images):
+def test_a_broken_record_costs_no_other(tmp_path, images):
     text = json.dumps([record(name) for name in "abc"], indent=1)
     (tmp_path / "pairs.json").write_text(text.replace('"id": "b",', '"id": b",'))
     file = read_preference_file(tmp_path / "pairs.json", images)
@@ -129,14 +129,14 @@ def test_one_broken_record_costs_no_other(tmp_path, images):
     assert [item.reason for item in file.rejected] == ["malformed_json"]
 
 
-def test_nothing_usable(tmp_path, images):
+def test_a_file_without_usable_pairs_is_refused(tmp_path, images):
     file = read(tmp_path, [record("equal", rejected="Yes"), record("gone", image="none.png")], images)
     with pytest.raises(UserError, match="1 chosen_equals_rejected, 1 missing"):
         write_preferences(tmp_path / "dataset", select_preferences(file.pairs, file.rejected), file)
     assert len((tmp_path / "dataset" / "rejected.jsonl").read_text().splitlines()) == 2
 
 
-def test_wrong_arguments(tmp_path, images):
+def test_invalid_arguments_are_refused(tmp_path, images):
     with pytest.raises(UserError, match="image_folder"):
         read_preference_file(tmp_path / "pairs.json", tmp_path / "nowhere")
     with pytest.raises(UserError, match="cannot be read"):
@@ -145,7 +145,7 @@ def test_wrong_arguments(tmp_path, images):
         write_preference_file(None, tmp_path / "x.json", images, "csv")
 
 
-def test_the_pairs_of_mmedpo(tmp_path, shared_data):
+def test_the_pairs_of_mmedpo_make_a_round_trip(tmp_path, shared_data):
     path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
     originals = json.loads(path.read_text())
     file = read_preference_file(path, shared_data / "vqa_rad" / "images")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which pairs stay, where they go, and what is said of them."""
+"""Which pairs are kept, in which split, and how they are counted."""
 
 import json
 import random
@@ -78,8 +78,8 @@ def test_four_answers_make_two_pairs_of_one_question():
     assert [text_of(row["chosen"][0]["content"]) for row in rows] == ["a", "d"]
 
 
-def test_a_pair_is_not_taken_twice():
-    """Not of one candidate, not of two, whichever answer was chosen; another prompt or image makes another pair."""
+def test_a_pair_is_used_once():
+    """Whichever candidate it comes from and whichever answer was chosen. Another prompt or image is another pair."""
     asked = {"image_ids": ["one"], "question": "Is it dark?"}
     many = [
         candidate(0, answers=("Yes", "No", "no", "Yes."), **asked),
@@ -100,10 +100,10 @@ def test_a_pair_is_not_taken_twice():
     assert {row["value"] for row in preferences.rejected} == {"r0#0/1"}
     assert preferences.counts["rejected"] == {"duplicate_pair": 2}
     assert preferences.counts["train"]["pairs"] == len(preferences.train) == 4
-    assert reasons(build(many[:1], judgements[:2])) == {"r0#0/0": "duplicate_pair"}, "nor where near duplicates go"
+    assert reasons(build(many[:1], judgements[:2])) == {"r0#0/0": "duplicate_pair"}, "also by default"
 
 
-def test_nothing_vanishes():
+def test_every_pair_is_kept_or_rejected_with_a_reason():
     many = [candidate(number) for number in range(8)]
     equal = candidate(8, answers=("same  words", "same words"))
     stranger = candidate(9)
@@ -125,7 +125,7 @@ def test_nothing_vanishes():
     assert preferences.counts["pairs"] == len(judgements) == 1 + sum(preferences.counts["rejected"].values())
 
 
-def test_all_tied_is_empty_and_says_why():
+def test_only_ties_leave_no_pair_and_the_reason():
     many = [candidate(number) for number in range(3)]
     preferences = build(many, [judgement(one, dropped="tie") for one in many])
     assert preferences.train == preferences.validation == []
@@ -133,7 +133,7 @@ def test_all_tied_is_empty_and_says_why():
     assert build([candidate(0)], [judgement(candidate(1))]).counts["rejected"] == {"unknown_candidate": 1}
 
 
-def test_split_by_image():
+def test_the_split_goes_by_image():
     rng = random.Random(0)
     # Pairs about two images tie groups of images together.
     images = [sorted(rng.sample(range(400), k=rng.choice([1, 1, 1, 2]))) for _ in range(900)]
@@ -150,12 +150,12 @@ def test_split_by_image():
     assert {row["id"] for row in other_seed.validation} != {row["id"] for row in preferences.validation}
 
 
-def test_share_of_validation():
+def test_validation_has_its_share_of_the_images():
     many = [candidate(number) for number in range(2000)]
     assert len(build(many, validation_share=0.1).validation) == pytest.approx(200, abs=40)
     assert build(many).validation == []
-    assert len(build(many[:3], validation_share=0.001).validation) == 1  # asked for some, so not none
-    assert build(many[:1], validation_share=0.5).validation == []  # nor all
+    assert len(build(many[:3], validation_share=0.001).validation) == 1  # a share above 0 is at least one image
+    assert build(many[:1], validation_share=0.5).validation == []  # but never all
 
 
 def test_benchmark_images_are_kept_out():
@@ -170,7 +170,7 @@ def test_benchmark_images_are_kept_out():
     assert kept.counts["shared_with_benchmarks"] == preferences.counts["shared_with_benchmarks"]
 
 
-def test_near_duplicate_questions_of_one_image():
+def test_near_duplicate_questions_about_one_image_are_dropped():
     questions = ["Is the lung clear?", "is a lung, clear", "Is the left lung clear?"]
     many = [candidate(number, ["one"], question) for number, question in enumerate(questions)]
     many.append(candidate(3, ["another"], questions[0]))
@@ -194,7 +194,7 @@ WORDS = st.lists(st.sampled_from(["is", "the", "lung", "left", "clear", "dark"])
 
 
 @given(st.lists(st.tuples(WORDS, st.integers(0, 3)), max_size=8))
-def test_what_goes_has_a_better_one_that_stays(questions):
+def test_a_dropped_question_has_a_better_one_that_is_kept(questions):
     pairs = [
         {"image_ids": ["one"], "prompt": [{"role": "user", "content": [text_part(f"{' '.join(words)} {number}")]}],
          "row": number, "score_chosen": float(score), "score_rejected": 0.0}
@@ -206,7 +206,7 @@ def test_what_goes_has_a_better_one_that_stays(questions):
         assert winner in kept and kept[winner]["score_chosen"] >= pairs[place]["score_chosen"]
 
 
-def test_length_statistics():
+def test_lengths_are_counted_in_words():
     answers = [("one two three", "one"), ("one", "one two"), ("one two", "three four"), ("1 2 3 4 5", "1 2 3")]
     many = [candidate(number, answers=texts) for number, texts in enumerate(answers)]
     assert build(many).counts["lengths"]["train"] == {
@@ -215,7 +215,7 @@ def test_length_statistics():
     }  # fmt: skip
 
 
-def test_length_balance_in_each_split():
+def test_each_split_is_balanced_by_length():
     many = [
         candidate(number, answers=("long answer", "short") if number % 5 else ("no", "long answer"))
         for number in range(300)

@@ -197,7 +197,6 @@ def check(args: JudgeArguments, *servers: Any) -> None:
 
 def _server_settings(servers: tuple[Any, ...]) -> dict[str, Any]:
     """Return the settings of all judge servers, those not given with their defaults."""
-
     kinds = [server.settings for server in JUDGE_SERVERS.values()]
     given = [settings for settings in servers if type(settings) in kinds]
     return {name: value for item in [*(kind() for kind in kinds), *given] for name, value in asdict(item).items()}
@@ -255,20 +254,15 @@ def _open_benchmark(name: str) -> "Dataset":
 
 def _read_captions(path: str | None) -> dict[str, str]:
     """Return captions by image_id from JSON lines, none without a file."""
+    from medst_trl.data.reading import read_json_records
 
     captions = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else ()
-        for number, line in enumerate(lines, start=1):  # noqa: B007 (for the message)
-            if line.strip():
-                row = json.loads(line)
-                captions[row["image_id"]] = str(row["caption"])
-    except OSError as error:
-        raise UserError(f"reference_captions {path} cannot be read: {error.strerror}. Correct the path.") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path}, line {number}: not a JSON object with image_id and caption. Correct or delete the line."
-        ) from None
+    for position, row in read_json_records(Path(path), known_by="image_id") if path else ():
+        if not (isinstance(row, dict) and isinstance(row.get("image_id"), str) and "caption" in row):
+            raise UserError(
+                f"{path}, line {position + 1}: not an object with image_id and caption. Correct or delete the line."
+            )
+        captions[row["image_id"]] = str(row["caption"])
     return captions
 
 

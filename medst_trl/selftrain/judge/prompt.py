@@ -11,8 +11,6 @@ from medst_trl.base.registry import Registry
 
 MAX_CHARS = 12_000  # about 3,000 tokens; a longer text is cut, and the prompt says so
 
-Messages = list[dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -65,7 +63,7 @@ class JudgePrompt:
 
     name: str
     summary: str
-    messages: Callable[..., Messages]
+    messages: Callable[..., list[dict[str, Any]]]
     read: Callable[[str], Reading | None]
     reminder: str
     reply_tokens: int
@@ -91,9 +89,10 @@ def fit(text: str) -> str:
     return f"{text[:MAX_CHARS]}\n(cut here: {len(text) - MAX_CHARS:,} more characters are not shown)"
 
 
-def image_parts(image_urls: Sequence[str]) -> Messages:
-    """Return the content parts that show images."""
-    return [{"type": "image_url", "image_url": {"url": url}} for url in image_urls]
+def user_message(image_urls: Sequence[str], text: str) -> dict[str, Any]:
+    """Return a message that shows images, then a text."""
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in image_urls]
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
 
 
 def user_text(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -42,7 +42,7 @@ def read_jsonl(path):
 
 
 def write_candidates(folder, n, split="unlabelled", answers=None):
-    """Questions about phantoms; the first answer is the right one, and for every second also the longer one."""
+    """Write questions about phantoms. The first answer is right, and for every second question also longer."""
     rows = []
     for number, phantom in enumerate(make_phantoms(n, seed=0, split=split)):
         record = next(iter(benchmark_rows([phantom])))
@@ -86,7 +86,7 @@ def finished(candidates, tmp_path_factory):
     return folder
 
 
-def test_what_is_written(finished, candidates):
+def test_outputs_are_complete(finished, candidates):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {"judgements.jsonl", "preferences", "rejected.jsonl", "stage.json", FILE_NAME}
     judgements, record = read_jsonl(finished / "judgements.jsonl"), json.loads((finished / "stage.json").read_text())
@@ -128,7 +128,7 @@ def test_a_changed_setting_is_refused_and_overwriting_costs_nothing(candidates, 
         assert len(server.bodies) == 24
 
 
-def test_a_shared_cache(candidates, tmp_path):
+def test_runs_share_a_cache(candidates, tmp_path):
     with JudgeServer() as server:
         for name in "ab":
             run(candidates, tmp_path / name, server, cache_dir=str(tmp_path / "cache"))
@@ -137,7 +137,7 @@ def test_a_shared_cache(candidates, tmp_path):
     assert (tmp_path / "a/judgements.jsonl").read_bytes() != b""
 
 
-def test_images_of_a_benchmark_stay_out(candidates, tmp_path):
+def test_images_of_a_benchmark_are_kept_out(candidates, tmp_path):
     rows = list(benchmark_rows(make_phantoms(4, seed=0, split="unlabelled")))
     (tmp_path / "benchmark").mkdir()
     path = tmp_path / "benchmark" / "test-00000-of-00001.parquet"
@@ -162,7 +162,7 @@ def test_the_oracle_judges_phantoms_by_their_truth(candidates, tmp_path, version
         assert "oracle" in read_jsonl(folder / "judgements.jsonl")[0]["model"]
 
 
-def test_dry_run(candidates, tmp_path, capsys):
+def test_a_dry_run_prints_the_estimate_and_a_request(candidates, tmp_path, capsys):
     main(JudgeArguments(candidates, str(tmp_path / "out"), model="gpt-4o", dry_run=True))
     printed = capsys.readouterr().out
     assert "12 pairs, 24 calls" in printed and "about $" in printed and "answer_1" in printed
@@ -170,7 +170,7 @@ def test_dry_run(candidates, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_batch(candidates, tmp_path, capsys, finished):
+def test_batch_files_give_the_same_judgements(candidates, tmp_path, capsys, finished):
     arguments = {
         "candidates": candidates,
         "output_dir": str(tmp_path / "out"),
@@ -194,7 +194,7 @@ def test_batch(candidates, tmp_path, capsys, finished):
     assert [[row[key] for key in keys] for row in live] == [[row[key] for key in keys] for row in batch]
 
 
-def test_reference_captions(candidates, tmp_path):
+def test_reference_captions_are_sent(candidates, tmp_path):
     source = load_records(candidates, "train")
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps({"image_id": source[0]["image_ids"][0], "caption": "A drawn scan of nothing."}) + "\n")
@@ -210,7 +210,7 @@ def test_reference_captions(candidates, tmp_path):
     ("answer", "said"),
     [(lambda body: reply_with("rubric", (7, 7)), "temperature"), (prefers_first, "stronger judge")],
 )
-def test_nothing_left_says_what_to_do_and_keeps_the_judgements(candidates, tmp_path, answer, said):
+def test_an_empty_result_comes_with_advice_and_keeps_the_judgements(candidates, tmp_path, answer, said):
     with JudgeServer(answer=answer) as server:
         for _ in range(2):  # the second time costs nothing
             with pytest.raises(UserError, match=said) as error:
@@ -228,19 +228,19 @@ def test_the_advice_to_lower_the_margin_can_be_followed(candidates, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "goes_on"),
+    ("record", "is_skipped"),
     [
         ({"stage": "prepare", "status": "complete"}, True), ({"stage": "prepare", "status": "running"}, False),
         ({"stage": "sft", "status": "complete"}, False), ([], False), (None, False),
     ],
 )  # fmt: skip
-def test_a_benchmark_that_prepare_did_not_make(candidates, tmp_path, capsys, record, goes_on):
+def test_a_benchmark_that_prepare_had_no_data_for_is_skipped(candidates, tmp_path, capsys, record, is_skipped):
     (tmp_path / "prepare").mkdir()
     if record is not None:
         (tmp_path / "prepare/stage.json").write_text(json.dumps(record))
     with JudgeServer() as server:
         settings = {"benchmarks": [str(tmp_path / "prepare/benchmark")]}
-        if goes_on:
+        if is_skipped:
             run(candidates, tmp_path / "out", server, **settings)
             assert "without a benchmark" in capsys.readouterr().out
             run(candidates, tmp_path / "out", server)  # the same as naming none
@@ -248,7 +248,7 @@ def test_a_benchmark_that_prepare_did_not_make(candidates, tmp_path, capsys, rec
         else:
             with pytest.raises(UserError, match=r"benchmarks: \[\]"):
                 run(candidates, tmp_path / "out", server, **settings)
-        if goes_on:
+        if is_skipped:
             with pytest.raises(UserError, match=r"benchmarks: \[\]"):
                 run(candidates, tmp_path / "out2", server, benchmarks=[str(tmp_path / "prepare/bench")])
 
@@ -265,7 +265,7 @@ def test_a_key_in_the_address_is_written_nowhere(candidates, tmp_path):
         assert path.is_dir() or b"abcdefsecret" not in path.read_bytes()
 
 
-def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
+def test_a_judge_that_often_flips_causes_a_warning(candidates, tmp_path, capsys):
     def answer(body):
         return prefers_first(body) if sum(map(ord, str(body["messages"][1]["content"][-1]))) % 2 else steady(body)
 
@@ -288,7 +288,7 @@ def test_a_judge_that_often_flips_is_warned_of(candidates, tmp_path, capsys):
         ({"oracle_error_rate": 0.2, "image_size": 32}, "image_size is 32.*64"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_before_a_record_is_written(candidates, tmp_path, wrong, said):
+def test_mistakes_are_reported_before_a_record_is_written(candidates, tmp_path, wrong, said):
     settings = {"candidates": candidates, "output_dir": str(tmp_path / "out"), "model": "judge"}
     settings |= {"base_url": "http://127.0.0.1:9/v1"} | wrong
     oracle = OracleArguments(settings.pop("oracle_error_rate", None))
@@ -297,7 +297,7 @@ def test_mistakes_are_told_before_a_record_is_written(candidates, tmp_path, wron
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_a_single_reply_leaves_the_folder_free(candidates, tmp_path):
+def test_a_run_without_any_reply_does_not_claim_the_directory(candidates, tmp_path):
     with JudgeServer(fault=lambda number, body: "404_model") as server, pytest.raises(UserError, match="judge-1"):
         run(candidates, tmp_path / "out", server, model="jugde")
     with JudgeServer() as server:
@@ -305,13 +305,13 @@ def test_a_run_without_a_single_reply_leaves_the_folder_free(candidates, tmp_pat
     assert (tmp_path / "out/judgements.jsonl").exists()
 
 
-def test_no_candidates(tmp_path):
+def test_an_empty_candidates_directory_is_refused(tmp_path):
     (tmp_path / "candidates").mkdir()
     with pytest.raises(UserError, match="no candidates"):
         main(JudgeArguments(str(tmp_path / "candidates"), str(tmp_path / "out"), model="judge"))
 
 
-def test_help_tells_the_command_and_every_setting():
+def test_help_shows_the_command_and_every_setting():
     text = STAGE.make_parser("medst judge").format_help()
     assert "medst judge" in text
     for name in (*JudgeArguments.__dataclass_fields__, "oracle_error_rate"):
@@ -327,7 +327,7 @@ def judge_process(candidates, output_dir, base_url, **settings):
 
 
 def judge_killed(candidates, folder, server, kills, **settings):
-    """Run, kill after so many replies, run again; what lies in the cache is the server's only memory of it."""
+    """Run, kill after each of these numbers of replies, and run again to the end."""
     in_flight = 0
     for replies in (*kills, None):
         process = judge_process(candidates, folder, server.base_url, **settings)
@@ -352,7 +352,7 @@ def check_complete(folder, server, n, allowed_twice):
     return judgements
 
 
-def test_killed_and_run_again(candidates, tmp_path):
+def test_a_killed_run_resumes(candidates, tmp_path):
     with JudgeServer(latency=0.05) as server:
         judge_killed(candidates, tmp_path / "out", server, kills=(6,), concurrency=2)
         judgements = check_complete(tmp_path / "out", server, 12, allowed_twice=2)
@@ -360,8 +360,8 @@ def test_killed_and_run_again(candidates, tmp_path):
 
 
 @pytest.mark.slow
-def test_2000_pairs_against_a_bad_server_killed_twice(tmp_path):
-    """Every pair ends judged or dropped with its reason; only what was under way at a kill is paid for twice."""
+def test_2000_pairs_survive_a_bad_server_and_two_kills(tmp_path):
+    """Every pair is judged or dropped with a reason; only calls in progress at a kill are paid for twice."""
     candidates = write_candidates(tmp_path / "candidates", 2000)
     rates = {"429": 0.10, "500": 0.05, "hang": 0.05, "garbage": 0.025, "nonsense": 0.025, "truncate": 0.02}
     with JudgeServer(fault=RandomFaults(rates), latency=0.1, retry_after="0.2") as server:
@@ -375,7 +375,7 @@ def test_2000_pairs_against_a_bad_server_killed_twice(tmp_path):
     assert record["counts"]["judge"]["judged"] + sum(record["counts"]["judge"]["dropped"].values()) == 2000
 
 
-def test_a_prompt_of_a_plugin_is_known_everywhere(candidates, tmp_path, monkeypatch, capsys):
+def test_a_prompt_of_a_plugin_appears_everywhere(candidates, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = f"""
 output_dir: run
@@ -384,12 +384,12 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
     (tmp_path / "my.yaml").write_text(recipe)
     with pytest.raises(UserError, match="Unknown judge prompt 'letter'. Choose one of"):
         JUDGE_PROMPTS.get("letter")
-    with letter_prompt(tmp_path, monkeypatch):
+    with letter_prompt(tmp_path, monkeypatch) as plugin:
         assert "letter (one letter for the better answer)" in " ".join(
             STAGE.make_parser("medst judge").format_help().split()
         )
-        assert command(["recipes", "validate", "my.yaml"]) == 0
-        assert command(["run", "my.yaml", "--dry_run"]) == 0
+        assert command(["recipes", "validate", "my.yaml", "--plugins", str(plugin)]) == 0
+        assert command(["run", "my.yaml", "--dry_run", "--plugins", str(plugin)]) == 0
         assert "US dollars for all of them" in capsys.readouterr().out
         assert (
             PairwiseJudge("m", prompt_version="letter").estimate(load_records(candidates, "train")).output_tokens == 24

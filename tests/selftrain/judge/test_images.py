@@ -25,7 +25,7 @@ def sent(image):
 
 
 @pytest.mark.parametrize(("format", "kind"), [("PNG", "data:image/png"), ("JPEG", "data:image/jpeg")])
-def test_a_small_image_is_sent_as_it_is(format, kind):
+def test_a_small_image_is_sent_unchanged(format, kind):
     data = picture(40, 30, format=format)
     assert sent(JudgeImage.read({"bytes": data, "path": None}, 64)) == (kind, data)
 
@@ -34,7 +34,7 @@ def test_a_small_image_is_sent_as_it_is(format, kind):
     ("format", "kind"), [("PNG", "data:image/png"), ("JPEG", "data:image/jpeg"), ("TIFF", "data:image/png")]
 )
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (65, 3)])
-def test_a_large_image_is_made_smaller(format, kind, size):
+def test_a_large_image_is_scaled_down(format, kind, size):
     image = JudgeImage.read(picture(*size, format=format), 64)
     type_said, data = sent(image)
     decoded = Image.open(io.BytesIO(data))
@@ -43,7 +43,7 @@ def test_a_large_image_is_made_smaller(format, kind, size):
     assert decoded.size[0] / decoded.size[1] == pytest.approx(size[0] / size[1], rel=0.4)
 
 
-def test_every_form_of_an_image(tmp_path):
+def test_every_form_of_an_image_is_read(tmp_path):
     data = picture(20, 20)
     (tmp_path / "a.png").write_bytes(data)
     for image in (
@@ -60,19 +60,19 @@ def test_every_form_of_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
-def test_every_mode_can_be_made_smaller(mode):
+def test_every_mode_can_be_scaled_down(mode):
     assert max(Image.open(io.BytesIO(sent(JudgeImage.read(picture(90, 90, mode), 32))[1])).size) == 32
 
 
 @pytest.mark.parametrize(
     "image", [b"", b"no image", picture(90, 90)[:200], {"bytes": None, "path": "/nowhere.png"}, None, 7]
 )
-def test_what_is_no_image(image):
+def test_unreadable_images_raise_an_image_problem(image):
     with pytest.raises(ImageProblem):
         _ = JudgeImage.read(image, 32).data_url
 
 
-def test_a_shown_request_holds_no_image_bytes():
+def test_a_displayed_request_has_no_image_bytes():
     body = {"messages": paper_messages("Q?", ["a", "b"], [JudgeImage.read(picture(20, 20), 64).data_url])}
     shown = str(without_image_bytes(body))
     assert "base64" not in shown and "bytes of image/png" in shown and "[Question]" in shown

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The judge against a server on loopback that answers, misbehaves or is away."""
+"""The judge against a server on loopback that answers, fails or is missing."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def test_the_better_answer_wins_in_both_orders(version):
         assert body["temperature"] == 0 and ("response_format" in body) == (version == "rubric")
 
 
-def test_single_order_as_in_the_paper():
+def test_a_single_order_is_asked_as_in_the_paper():
     with JudgeServer(answer=prefers_first) as server:
         judgements = list(judge_with(server, order="single", prompt_version="paper")(candidates(20)))
     assert {judgement["verdict"] for judgement in judgements} == {0} and len(server.bodies) == 20
@@ -86,7 +86,7 @@ def test_single_order_as_in_the_paper():
     assert statistics["flip_rate"] is None and "order=both" in warnings_of(statistics)[0]
 
 
-def test_a_judge_that_prefers_the_first_answer_surfaces_as_flips():
+def test_a_preference_for_the_first_answer_shows_as_flips():
     with JudgeServer(answer=prefers_first) as server:
         judgements = list(judge_with(server)(candidates(5)))
     assert {judgement["dropped"] for judgement in judgements} == {"flip"}
@@ -103,13 +103,13 @@ def test_a_judge_that_prefers_the_first_answer_surfaces_as_flips():
         ((5, 8), (8, 5), 1, None, 1),
         ((8, 5), (8, 5), 1, "flip", None),
         ((7, 7), (7, 7), 1, "tie", None),
-        ((8, 5), (7, 7), 1, "tie", None),  # a win and a tie are no agreement
+        ((8, 5), (7, 7), 1, "tie", None),  # a win and a tie do not agree
         ((8, 7), (7, 9), 2, "small_margin", None),
         ((8, 7), (7, 9), 1.5, None, 0),
         ((8, 7.5), (7.5, 8), 1, "small_margin", None),
     ],
 )
-def test_agreement_ties_and_margins(in_order, swapped, margin, dropped, verdict):
+def test_only_agreement_above_the_margin_gives_a_verdict(in_order, swapped, margin, dropped, verdict):
     def answer(body):
         return reply_with("paper", in_order if shown_texts(body["messages"])[2] == "one" else swapped)
 
@@ -134,13 +134,13 @@ def test_several_answers_make_disjoint_pairs():
     assert judgements[1]["answers"] == ["a b c", "a b c d"] and judgements[1]["candidate"] == "r1#0"
 
 
-def test_the_same_pair_twice_is_asked_once():
+def test_a_repeated_pair_is_asked_once():
     with JudgeServer(latency=0.02) as server:
         judgements = list(judge_with(server)([candidate(1)] * 5))
     assert len(server.bodies) == 2 and len(judgements) == 5
 
 
-def test_a_request_of_several_pairs_is_counted_once():
+def test_a_request_shared_by_pairs_is_counted_once():
     prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 10.0}
     with JudgeServer(latency=0.02) as server:
         judge = judge_with(server, **prices)
@@ -149,7 +149,7 @@ def test_a_request_of_several_pairs_is_counted_once():
     assert usage == {"all": paid, "this_run": paid}
 
 
-def test_a_filtered_reply_is_paid_too():
+def test_a_filtered_reply_is_paid_for():
     prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 10.0}
     with JudgeServer(fault=lambda number, body: "filtered_reply" if number % 2 else None) as server:
         judge = judge_with(server, **prices)
@@ -163,7 +163,7 @@ def test_a_filtered_reply_is_paid_too():
      ("filtered_reply", USAGE, 0.0015), ("filtered_reply", None, 0.0065)],
 )  # fmt: skip
 def test_max_cost_holds_over_all_runs(tmp_path, fault, usage, at_least):
-    """Whatever may be on the bill counts in later runs, also where no reply tells of it."""
+    """Calls that may have been charged count in later runs, even without a reply."""
     # The first call judges, so that "html" is a server that broke and not a wrong address.
     with JudgeServer(fault=lambda number, body: fault if number else None, usage=usage) as server:
         for _ in range(4):
@@ -198,7 +198,7 @@ def test_a_second_run_costs_nothing(tmp_path):
         assert judge_with(server, cache_dir=tmp_path, order="single", min_margin=3).estimate(candidates(1)).calls == 0
 
 
-def test_another_image_is_another_question():
+def test_another_image_makes_another_request():
     other = candidate(0) | {"images": [{"bytes": png(99), "path": None}]}
     with JudgeServer() as server:
         judge = judge_with(server)
@@ -206,7 +206,7 @@ def test_another_image_is_another_question():
         assert judge.estimate([other]).calls == 2
 
 
-def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):
+def test_the_key_is_sent_and_written_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secretsecretsecretsecret99")
     with JudgeServer() as server:
         judgements = list(judge_with(server, key_variable="MY_KEY", cache_dir=tmp_path)(candidates(2)))
@@ -258,7 +258,7 @@ def test_a_pair_that_cannot_be_judged_is_dropped_with_its_reason(fault, dropped)
 @pytest.mark.parametrize(
     "fault", ["401", "403", "404_model", "404", "quota", "html", "error_body", "filter", "image", "nonsense"]
 )
-def test_a_run_that_cannot_work_stops_early(fault):
+def test_a_run_that_cannot_succeed_stops_early(fault):
     with JudgeServer(fault=lambda number, body: fault) as server:
         judge = judge_with(server, max_retries=1)
         with pytest.raises(UserError, match="kept") as error:
@@ -267,19 +267,19 @@ def test_a_run_that_cannot_work_stops_early(fault):
     assert len(server.bodies) < 150 and "secret" not in str(error.value)
 
 
-def test_no_server():
+def test_an_unreachable_server_is_reported():
     with JudgeServer() as server:
         gone = server.base_url
     with pytest.raises(UserError, match="cannot be reached"):
         list(PairwiseJudge("judge", base_url=gone, max_retries=1)(candidates(3)))
 
 
-def test_no_key_is_told_before_the_first_call():
+def test_a_missing_key_is_reported_before_the_first_call():
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         next(PairwiseJudge("gpt-4o")(candidates(1)))
 
 
-def test_what_is_in_flight_when_a_run_stops_is_kept(tmp_path):
+def test_calls_in_progress_are_kept_when_a_run_stops(tmp_path):
     with JudgeServer(fault=lambda number, body: "401" if number >= 10 else None, latency=0.02) as server:
         with pytest.raises(UserError):
             list(judge_with(server, cache_dir=tmp_path)(candidates(50)))
@@ -317,7 +317,7 @@ def test_concurrency_is_used_and_not_exceeded():
     assert server.most_at_once == 6
 
 
-def test_a_server_that_takes_few_calls_at_a_time_gets_fewer(monkeypatch):
+def test_concurrency_falls_if_the_server_rejects_calls(monkeypatch):
     slots = []
 
     class WatchedPace(Pace):
@@ -335,7 +335,7 @@ def test_a_server_that_takes_few_calls_at_a_time_gets_fewer(monkeypatch):
     assert min(slots) < 24
 
 
-def test_every_fault_at_once_leaves_nothing_unjudged():
+def test_all_faults_together_leave_no_pair_unjudged():
     rates = dict.fromkeys(("429", "500", "garbage", "nonsense", "truncate", "reset", "hang"), 0.04)
     with JudgeServer(fault=RandomFaults(rates)) as server:
         judgements = list(judge_with(server, concurrency=16, timeout=0.5)(candidates(60)))
@@ -350,13 +350,13 @@ def test_every_fault_at_once_leaves_nothing_unjudged():
      {"timeout": 0}, {"min_margin": float("nan")}, {"max_cost": 1},
      {"captions": {"a": "b"}, "prompt_version": "paper"}, {"model": ""}],
 )  # fmt: skip
-def test_settings_that_cannot_work(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(UserError):
         PairwiseJudge(**{"model": "judge", **wrong})
 
 
 def batch_results(paths, answer, statuses=None):
-    """As the Batch API would return the requests, in another order."""
+    """Results as the Batch API returns them, in another order."""
     lines = []
     for path in paths:
         for number, line in enumerate(map(json.loads, path.read_text().splitlines())):
@@ -390,7 +390,7 @@ def test_batch_gives_the_same_judgements_as_live_calls(tmp_path):
     assert write_batch(batch, candidates(7), tmp_path / "more.jsonl") == [] and not (tmp_path / "more.jsonl").exists()
 
 
-def test_batch_errors(tmp_path):
+def test_batch_errors_drop_their_pairs_or_are_asked_again(tmp_path):
     batch = PairwiseJudge("judge", prompt_version="paper", cache_dir=tmp_path / "cache")
     files = write_batch(batch, candidates(4), tmp_path / "requests.jsonl", max_bytes=10_000)
     everything = tmp_path / "all.jsonl"
@@ -411,7 +411,7 @@ def test_batch_errors(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "not json\n"])
-def test_a_file_that_holds_no_results(tmp_path, content):
+def test_a_file_without_results_is_refused(tmp_path, content):
     path = tmp_path / "results.jsonl"
     if content is not None:
         path.write_text(content)

@@ -40,7 +40,7 @@ FORMS = [
 
 
 @given(st.sampled_from(FORMS), SCORES, SCORES)
-def test_what_judges_write_is_read(form, a, b):
+def test_replies_of_real_judges_are_read(form, a, b):
     assert parse_scores(form.format(a=a, b=b)) == (a, b)
 
 
@@ -79,7 +79,7 @@ def test_any_text_is_none_or_two_scores(text):
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=("Nd", "No", "Nl", "Lo", "So", "Cs")), max_size=300))
-def test_text_without_figures_is_none(text):
+def test_text_without_digits_is_none(text):
     assert parse_scores(text) is None
 
 
@@ -88,20 +88,20 @@ def test_text_without_figures_is_none(text):
         st.sampled_from(["Answer 1", "answer 2", ":", "8", "9.5", "/10", "the ", "\n", "score", ",", "(", ")", " "])
     )
 )
-def test_crossed_wires_never_leave_the_scale(parts):
+def test_shuffled_parts_never_leave_the_scale(parts):
     scores = parse_scores("".join(parts))
     assert scores is None or all(0 <= score <= 10 for score in scores)
 
 
-def test_scores_in_full_width_figures():
+def test_full_width_digits_are_read():
     assert parse_scores("\uff18 \uff19") == (8, 9)
 
 
-def test_a_zero_is_a_score():
+def test_zero_is_a_score():
     assert parse_scores("0 9\n\nAnswer 1 is empty.") == (0, 9)
 
 
-def test_real_replies(shared_data):
+def test_scores_of_real_reviews_are_read(shared_data):
     """All stored scores but one: there the stored one (10, 2) is not what the reply says (10, 4)."""
     folder, disagree, not_first = shared_data / "gpt4_reviews", [], 0
     for name in ("review_gpt35_vicuna-13b.jsonl", "review_llama-13b_vicuna-13b.jsonl"):
@@ -114,7 +114,7 @@ def test_real_replies(shared_data):
     assert not_first == 6  # 3 of each 80 put them at the end
 
 
-def test_real_medical_replies(shared_data):
+def test_scores_of_real_medical_reviews_are_read(shared_data):
     path = shared_data / "gpt4_reviews" / "llava_med_eval_qa50_gpt4_judged.jsonl"
     replies = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(replies) == 192

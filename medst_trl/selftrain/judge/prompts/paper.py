@@ -12,16 +12,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medst_trl.selftrain.judge.prompt import (
-    JUDGE_PROMPTS,
-    JudgePrompt,
-    Messages,
-    Reading,
-    fit,
-    image_parts,
-    user_text,
-    winner,
-)
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, user_text, winner
 from medst_trl.selftrain.judge.replies import parse_scores
 
 
@@ -63,17 +54,11 @@ _LOOK_ALIKES = str.maketrans(
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 
-def paper_messages(
-    question: str,
-    answers: Sequence[str],
-    image_urls: Sequence[str],
-    history: Sequence[tuple[str, str]] = (),
-    captions: Sequence[str] = (),
-) -> Messages:
+def paper_messages(question, answers, image_urls, history=(), captions=()) -> list[dict[str, Any]]:
     """Return the messages of one request. The paper shows neither earlier turns nor captions."""
     question, first, second = (neutralise_marks(fit(text)) for text in (question, *answers))
     text = TEMPLATE.format(question=question, first=first, second=second)
-    return [{"role": "user", "content": [*image_parts(image_urls), {"type": "text", "text": text}]}]
+    return [user_message(image_urls, text)]
 
 
 def read_paper(text: str) -> Reading | None:

@@ -14,16 +14,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge.prompt import (
-    JUDGE_PROMPTS,
-    JudgePrompt,
-    Messages,
-    Reading,
-    fit,
-    image_parts,
-    user_text,
-    winner,
-)
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, user_text, winner
 from medst_trl.selftrain.judge.replies import THOUGHTS, find_json, valid_scores
 
 
@@ -54,36 +45,21 @@ Reply with one JSON object and nothing else:
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    required = list(properties)
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 _SCORES = _object({name: {"type": "integer", "minimum": 1, "maximum": 10} for name in _SCORED})
-_REPLY = _object(
-    {
-        "comparison": {"type": "string"},
-        "answer_1": _SCORES,
-        "answer_2": _SCORES,
-        "verdict": {"type": "string", "enum": list(_VERDICTS)},
-    }
-)
+_VERDICT = {"type": "string", "enum": list(_VERDICTS)}
+_REPLY = {"comparison": {"type": "string"}, "answer_1": _SCORES, "answer_2": _SCORES, "verdict": _VERDICT}
+_FORMAT = {"name": "comparison", "strict": True, "schema": _object(_REPLY)}
 _CODE = re.compile(r"The code of this request is ([0-9a-f]{16})\.[^<]*\Z")
 _SHOWN = re.compile(
     r"<(?P<name>question|answer_1|answer_2) (?P<code>[0-9a-f]{16})>\n(?P<text>.*?)\n</(?P=name) (?P=code)>", re.DOTALL
 )
 
 
-def rubric_messages(
-    question: str,
-    answers: Sequence[str],
-    image_urls: Sequence[str],
-    history: Sequence[tuple[str, str]] = (),
-    captions: Sequence[str] = (),
-) -> Messages:
+def rubric_messages(question, answers, image_urls, history=(), captions=()) -> list[dict[str, Any]]:
     """Return the messages of one request: the rubric, then images and marked texts."""
     parts = [("earlier_turn", f"{role}: {fit(text)}") for role, text in history]
     parts += [("reference_caption", fit(caption)) for caption in captions]
@@ -91,10 +67,7 @@ def rubric_messages(
     code = sha256(json.dumps(parts).encode()).hexdigest()[:16]
     text = "\n\n".join(f"<{name} {code}>\n{body}\n</{name} {code}>" for name, body in parts)
     text += f"\n\nThe code of this request is {code}. Compare answer_1 with answer_2 and reply with the JSON object."
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": [*image_parts(image_urls), {"type": "text", "text": text}]},
-    ]
+    return [{"role": "system", "content": SYSTEM}, user_message(image_urls, text)]
 
 
 def read_rubric(text: str) -> Reading | None:
@@ -141,10 +114,7 @@ JUDGE_PROMPTS.register(
         "its verdict has to agree with the overall scores.",
         reply_tokens=160,
         uses=frozenset({"history", "captions"}),
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": "comparison", "strict": True, "schema": _REPLY},
-        },
+        response_format={"type": "json_schema", "json_schema": _FORMAT},
         shown=shown_texts,
         write=write_rubric,
     )
