@@ -187,10 +187,24 @@ def _conversation(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def drawn_examples(count: int = 2) -> list[dict[str, Any]]:
-    """Conversations about drawn scans."""
-    from medst_trl.demo.phantoms import instruct_rows, make_phantoms
+    """Draw conversations about scans, with the source `phantoms`."""
+    from io import BytesIO
 
-    return list(instruct_rows(make_phantoms(count, seed=0), seed=0, turns=1))
+    from PIL import Image
+
+    from medst_trl.data.source import SOURCES, SourceRequest
+
+    source = SOURCES.get("phantoms")
+    settings = source.settings_from({"num_phantoms": count, "num_test_phantoms": 0, "phantom_turns": 1})
+    records, images = source.read(SourceRequest(settings=settings))
+    return [
+        {
+            "id": conversation.id,
+            "images": [Image.open(BytesIO(images.stored_bytes(name))) for name in conversation.images],
+            "messages": conversation.messages,
+        }
+        for conversation in records.conversations
+    ]
 
 
 def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) -> list[dict[str, "torch.Tensor"]]:
