@@ -159,3 +159,19 @@ def test_the_ten_commands(desk):
     mine = desk / "runs/mine"
     assert (mine / "merged/model.safetensors").is_file() and (mine / "dpo/adapter_model.safetensors").is_file()
     assert (mine / "report/index.html").is_file() and (mine / "evaluate/scores.json").is_file()
+
+
+def test_examples_of_contributing_work_as_plugins(tmp_path):
+    examples = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block.language == "python"]
+    files = [tmp_path / f"example_{number}.py" for number in range(len(examples))]
+    for file, block in zip(files, examples):
+        file.write_text(block.text, encoding="utf-8")
+    text = "\n".join(block.text for block in examples)
+    registries = sorted(set(re.findall(r"^from (medst_trl[\w.]+) import ([A-Z_]+),", text, re.MULTILINE)))
+    code = "from importlib import import_module\n" + "".join(
+        f"print(*import_module({module!r}).{name})\n" for module, name in registries
+    )
+    environment = os.environ | {"MEDST_PLUGINS": os.pathsep.join(map(str, files))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    names = {"".join(found) for found in re.findall(r'\bname="(\w+)"|Metric\("(\w+)"', text)}
+    assert len(names) == len(examples) and names <= set(done.stdout.split())
