@@ -19,7 +19,7 @@ from medst_trl.data.schema import benchmark_features, candidate_features, messag
 from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
 from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.controls import CONTROLS
-from medst_trl.evaluation.predictions import control_path, score_files
+from medst_trl.evaluation.predictions import control_path, read_predictions, score_predictions
 from medst_trl.selftrain.judge.judgements import judge_statistics
 
 
@@ -184,7 +184,8 @@ def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, cha
         "model": str(run / model),
     }
     path = folder / "predictions.jsonl"
-    scores, _ = score_files(path, variants=("strict",), controls=CONTROLS, bootstrap_samples=100)
+    answers = {control: read_predictions(control_path(path, control))[0] for control in (None, *CONTROLS)}
+    scores = score_predictions(answers.pop(None), answers, variants=("strict",), bootstrap_samples=100)
     write_json(folder / "scores.json", about | scores)
     return folder
 

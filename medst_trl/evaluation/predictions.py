@@ -9,7 +9,6 @@ themselves in `PREDICTION_FORMATS`.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,38 +216,37 @@ def control_path(path: str | os.PathLike, control: str | None) -> Path:
     return path.with_name(f"{path.stem}_{control}{path.suffix}") if control else path
 
 
-def score_files(
-    path: str | os.PathLike,
+def score_predictions(
+    records: Collection[Mapping[str, Any]],
+    controls: Mapping[str, Collection[Mapping[str, Any]]],
     *,
     variants: Collection[str] = ("strict", "llava_med"),
     settings: Mapping[str, Any] | None = None,
-    controls: Collection[str] = (),
     bootstrap_samples: int = 1000,
     seed: int = 0,
-) -> tuple[dict[str, Any], list[dict[str, str]]]:
+) -> dict[str, Any]:
     """
-    Score a predictions file of our format and the files of controls beside it.
+    Score predictions and their controls with several metrics.
 
     Args:
-        path (`str` or `os.PathLike`):
-            Predictions file.
+        records (collection of `dict`):
+            Predictions.
+        controls (`dict`):
+            Name of each control to its predictions. Those of other questions than `records` are left out.
         variants (collection of `str`, *optional*):
             Names of metrics.
         settings (`dict`, *optional*):
             Settings of metrics, for example `{"closed_rule": "gated"}`. Each metric takes its own.
-        controls (collection of `str`, *optional*):
-            Controls whose files (see [`control_path`]) are compared.
         bootstrap_samples, seed:
             As in [`~medst_trl.evaluation.scoring.score_vqa`].
 
     Returns:
-        `tuple`: the content of `scores.json`, `{"counts", "scores": {variant: ...}, "controls": {control: {variant:
-        ...}}, "figures"}`, and the rejected lines, see [`read_predictions`].
+        `dict`: the content of `scores.json`: `counts`, `scores` (by metric), `controls` (by control and metric) and
+        `figures` (see [`~medst_trl.evaluation.metric.describe_figures`]).
 
     Raises:
-        UserError: if a file cannot be used, or a control does not answer the same questions.
+        UserError: if a control does not answer the same questions.
     """
-    records, rejected = read_predictions(path, "medst")
     common = {"bootstrap_samples": bootstrap_samples, "seed": seed}
     arguments = {
         variant: common | {name: (settings or {}).get(name) for name in setting_names(METRICS.get(variant))}
@@ -256,19 +254,20 @@ def score_files(
     }
     ids = {record.get("id") for record in records}
     compared = {}
-    for control in controls:
-        others = [row for row in read_predictions(control_path(path, control), "medst")[0] if row.get("id") in ids]
+    for control, others in controls.items():
+        others = [row for row in others if row.get("id") in ids]
         compared[control] = {name: compare_vqa(records, others, name, **kwargs) for name, kwargs in arguments.items()}
-    counts = {
-        "records": len(records),
-        "rejected": dict(Counter(line["reason"] for line in rejected)),
-        "cut_off": sum(_was_cut_off(record.get("generation")) for record in records),
-    }
+    counts = {"records": len(records), "cut_off": sum(_generation(record).get("ended") is False for record in records)}
     if guessed := sum(record.get("answer_type_guessed") is True for record in records):
         counts["answer_types_guessed"] = guessed
-    scores = {name: score_vqa(records, name, **kwargs) for name, kwargs in arguments.items()}
-    return {"counts": counts, "scores": scores, "controls": compared, "figures": describe_figures(variants)}, rejected
+    return {
+        "counts": counts,
+        "scores": {name: score_vqa(records, name, **kwargs) for name, kwargs in arguments.items()},
+        "controls": compared,
+        "figures": describe_figures(variants),
+    }
 
 
-def _was_cut_off(generation: Any) -> bool:
-    return isinstance(generation, dict) and generation.get("ended") is False
+def _generation(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    generation = record.get("generation")
+    return generation if isinstance(generation, Mapping) else {}

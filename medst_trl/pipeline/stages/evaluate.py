@@ -42,7 +42,7 @@ from medst_trl.evaluation.predictions import (
     control_path,
     guess_format,
     read_predictions,
-    score_files,
+    score_predictions,
 )
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Input, Output, Stage
 
@@ -249,7 +249,7 @@ def _run(
             )
         if state.is_main_process:
             about = {"benchmark": name, "data": data, "split": args.split, "model": args.model_name_or_path}
-            scores, _ = score_files(path, controls=args.controls, **scoring)
+            scores, _, _ = _score(path, args.controls, scoring, format="medst")
             write_json(directory / "scores.json", about | scores)
             counts[name] = scores["counts"]
         state.wait_for_everyone()
@@ -261,13 +261,12 @@ def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, A
 
     directory = Path(args.output_dir)
     controls = [control for control in args.controls if control_path(args.predictions, control).is_file()]
-    path, rejected = args.predictions, []
-    format = args.predictions_format or guess_format(path)
-    if format != "medst" or args.benchmark:
-        path, rejected = _convert(args, format, controls)
-    scores, more = score_files(path, controls=controls, **scoring)
-    rejected += more
-    scores["counts"]["rejected"] = dict(Counter(line["reason"] for line in rejected))
+    format, benchmark = args.predictions_format or guess_format(args.predictions), next(iter(args.benchmark), None)
+    source = {"format": format, "benchmark": benchmark, "split": args.split}
+    scores, answers, rejected = _score(args.predictions, controls, scoring, **source)
+    if format != "medst":
+        for control, records in answers.items():
+            write_jsonl(control_path(directory / "predictions.jsonl", control), records)
     write_json(directory / "scores.json", {"predictions": args.predictions, "format": format} | scores)
     if rejected:
         write_jsonl(directory / "rejected.jsonl", rejected)
@@ -281,17 +280,15 @@ def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, A
     return scores["counts"]
 
 
-def _convert(args: EvaluateArguments, format: str, controls: list[str]) -> tuple[Path, list[dict[str, str]]]:
-    """Write another project's predictions and controls as `predictions*.jsonl`; the path and the rejected rows."""
-    from medst_trl.base.files import write_jsonl
-
-    path, rejected = Path(args.output_dir) / "predictions.jsonl", []
-    benchmark = next(iter(args.benchmark), None)
-    for control in [*controls, None]:
-        source = control_path(args.predictions, control)
-        records, rejected = read_predictions(source, format, benchmark=benchmark, split=args.split)
-        write_jsonl(control_path(path, control), records)
-    return path, rejected
+def _score(
+    path: str | Path, controls: list[str], scoring: dict[str, Any], **source: Any
+) -> tuple[dict[str, Any], dict[str | None, list[dict[str, Any]]], list[dict[str, str]]]:
+    """Scores of a predictions file and its controls, the records of each, and the rejected rows of the file."""
+    found = {control: read_predictions(control_path(path, control), **source) for control in (None, *controls)}
+    answers, rejected = {control: records for control, (records, _) in found.items()}, found[None][1]
+    scores = score_predictions(answers[None], {control: answers[control] for control in controls}, **scoring)
+    scores["counts"]["rejected"] = dict(Counter(line["reason"] for line in rejected))
+    return scores, answers, rejected
 
 
 STAGE = STAGES.register(
