@@ -258,6 +258,8 @@ def score_predictions(
         others = [row for row in others if row.get("id") in ids]
         compared[control] = {name: compare_vqa(records, others, name, **kwargs) for name, kwargs in arguments.items()}
     counts = {"records": len(records), "cut_off": sum(_generation(record).get("ended") is False for record in records)}
+    if refused := sum("problem" in _generation(record) for record in records):
+        counts["refused"] = refused
     if guessed := sum(record.get("answer_type_guessed") is True for record in records):
         counts["answer_types_guessed"] = guessed
     return {

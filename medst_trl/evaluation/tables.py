@@ -70,6 +70,8 @@ def format_file(content: Mapping[str, Any]) -> str:
         blocks.append(format_scores(scores, controls, content.get("figures")))
     if cut_off := content["counts"]["cut_off"]:
         blocks.append(f"{cut_off} answers were cut off at max_new_tokens.")
+    if refused := content["counts"].get("refused"):
+        blocks.append(f"{refused} questions were refused and count as wrong.")
     return "\n\n".join(blocks)
 
 

@@ -1,32 +1,31 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A policy's greedy answers to a benchmark: in batches of similar length, resumable, on one or several processes."""
+"""Greedy answers to a benchmark by any engine: resumable, on one or several processes."""
 
 from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
-from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.engines.decoding import chat_inputs, write_texts
+from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Request, Sampling, open_images, to_answer
 
 from .controls import blank_image, shown_rows
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL import Image
-    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+OPENED = 64  # images in memory, since questions about one image follow each other or share a batch
 
 
 def answer_benchmark(
-    model: "PreTrainedModel",
-    processor: "ProcessorMixin",
+    engine: Engine,
     benchmark: "Dataset",
     *,
-    batch_size: int = 16,
     max_new_tokens: int = 64,
     control: str | None = None,
     seed: int = 0,
@@ -37,18 +36,14 @@ def answer_benchmark(
     """
     Ask every question of a benchmark, each on its own, and decode the answer greedily.
 
-    Questions of similar length (image tokens included) share a batch, the longest first, so rows are not in the
-    benchmark's order. Under a distributed launch each process yields the answers to its share of the batches.
+    Rows come in the order of the answers. A model in this process answers questions of similar length in one batch,
+    the longest first. Under a distributed launch each process yields the answers to its share of the batches.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Policy, as [`load_policy`] returns it, on its device.
-        processor ([`~transformers.ProcessorMixin`]):
-            Its processor.
+        engine ([`~medst_trl.engines.engine.Engine`]):
+            Answers the questions: a model in this process, or one on a server.
         benchmark ([`~datasets.Dataset`]):
             One row per image: `image_id`, `image`, `questions` (id, question, answer, answer_type, question_type).
-        batch_size (`int`, *optional*, defaults to `16`):
-            Questions per batch.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Maximum length of an answer.
         control (`str`, *optional*):
@@ -61,22 +56,23 @@ def answer_benchmark(
             Ids that are already answered. They still take part in batching, so that a resumed run computes the same
             numbers as an uninterrupted one.
         model_name (`str`, *optional*):
-            Name of the model in `generation`.
+            Name of the model in `generation`. Defaults to the engine's.
 
     Yields:
         `dict`: a row of the predictions file: id, image_id, question, answer, answer_type, question_type,
         `prediction`, `generation` (model, max_new_tokens, control, the image shown, and whether the answer ended
-        before `max_new_tokens`).
+        before `max_new_tokens`). If the engine refuses a question, the prediction is empty and `generation` has the
+        reason as `problem`.
 
     Raises:
-        UserError: for an unknown control, repeated ids, a benchmark whose images cannot be shuffled, or too little
-            memory for the batch size.
+        UserError: for an unknown control, repeated ids, a benchmark whose images cannot be shuffled, or an engine that
+            cannot answer.
 
     Example:
 
     ```python
-    >>> model, processor = load_policy("runs/demo/sft")
-    >>> rows = list(answer_benchmark(model, processor, load_dataset("runs/demo/prepare/benchmark", split="test")))
+    >>> engine = TransformersEngine(*load_policy("runs/demo/sft"))
+    >>> rows = list(answer_benchmark(engine, load_dataset("runs/demo/prepare/benchmark", split="test")))
     >>> score_vqa(rows)["exact_match"]
     ```
     """
@@ -84,37 +80,58 @@ def answer_benchmark(
 
     state = process_state()
     questions = questions_of(benchmark, max_records)
-    image_ids = list(benchmark["image_id"])
+    image_ids = benchmark["image_id"][:]
     shown = shown_rows(image_ids, control, seed)
+    prompt = _prompts(benchmark, shown, control)
+    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    settings = {
+        "model": model_name or engine.describe()["model"],
+        "decoding": "greedy",
+        "max_new_tokens": max_new_tokens,
+        "control": control,
+        **({} if engine.name == "transformers" else {"engine": engine.name}),  # as in files of earlier versions
+    }
+    batches = engine.batches(map(prompt, questions))[state.process_index :: state.num_processes]
+    batches = [[questions[number] for number in batch] for batch in batches]
+    total = sum(map(len, batches))
+    # A batch with any question left is computed as a whole, so that its numbers stay the same.
+    batches = [batch for batch in batches if any(question["id"] not in done for question in batch)]
+    left = sum(map(len, batches))
+    calls = batches if engine.batch_size else [list(chain.from_iterable(batches))]
+    title, is_hidden = control or "answers", not state.is_main_process
+    with tqdm(total=total, initial=total - left, desc=title, unit="question", disable=is_hidden) as bar:
+        for call in calls:
+            for request, reply in engine.run(Request(prompt(question), sampling, question) for question in call):
+                bar.update()
+                question = request.tag
+                if question["id"] in done:
+                    continue
+                row = {key: value for key, value in question.items() if key not in ("row", "link")}
+                image_shown = None if control == "blank" else image_ids[shown[question["row"]]]
+                generation = settings | {"image_shown": image_shown, "ended": reply.ended}
+                if reply.problem:
+                    generation["problem"] = f"{reply.problem}: {reply.text}"
+                yield row | {"prediction": "" if reply.problem else reply.text, "generation": generation}
 
-    def image(question: dict[str, Any]) -> "Image.Image":
-        found = benchmark[shown[question["row"]]]["image"]
-        return blank_image(found) if control == "blank" else found
 
-    batches = _batches(processor, questions, image, batch_size)[state.process_index :: state.num_processes]
-    name = model_name or getattr(model.config, "name_or_path", None) or None
-    settings = {"model": name, "decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
-    total, title = sum(map(len, batches)), control or "answers"
-    with tqdm(total=total, desc=title, unit="question", disable=not state.is_main_process) as bar:
-        for batch in batches:
-            if any(question["id"] not in done for question in batch):
-                texts = [question["question"] for question in batch]
-                answers = greedy_answers(model, processor, texts, list(map(image, batch)), max_new_tokens)
-                for question, (prediction, ended) in zip(batch, answers):
-                    if question["id"] in done:
-                        continue
-                    row = {key: value for key, value in question.items() if key not in ("row", "link")}
-                    shown_id = image_ids[shown[question["row"]]] if control != "blank" else None
-                    yield row | {
-                        "prediction": prediction,
-                        "generation": settings | {"image_shown": shown_id, "ended": ended},
-                    }
-            bar.update(len(batch))
+def _prompts(benchmark: "Dataset", shown: list[int], control: str | None) -> Callable[[dict[str, Any]], Prompt]:
+    """From a question to its prompt: the question and the image that is shown for it."""
+    from datasets import Image
+
+    stored = benchmark.cast_column("image", Image(decode=False))
+
+    @lru_cache(OPENED)
+    def opened(row: int) -> OpenedImage:
+        try:
+            (image,) = open_images([stored[row]["image"]])
+        except ValueError as error:
+            raise UserError(f"Image {stored[row]['image_id']} of the benchmark cannot be read: {error}.") from None
+        return OpenedImage(b"", blank_image(image.image)) if control == "blank" else image
+
+    return lambda question: Prompt(to_answer([], 1, question["question"]), [opened(shown[question["row"]])])
 
 
-def write_predictions(
-    path: str | Path, model: "PreTrainedModel", processor: "ProcessorMixin", benchmark: "Dataset", **kwargs: Any
-) -> None:
+def write_predictions(path: str | Path, engine: Engine, benchmark: "Dataset", **kwargs: Any) -> None:
     """
     Write the answers of [`answer_benchmark`] to `path` in the benchmark's order; an interrupted run resumes.
 
@@ -122,11 +139,11 @@ def write_predictions(
         path (`str` or `pathlib.Path`):
             Predictions file. It appears once it is complete; until then rows are in `<path>.incomplete`. If it exists,
             nothing is done.
-        model, processor, benchmark, **kwargs:
+        engine, benchmark, **kwargs:
             As in [`answer_benchmark`].
     """
     ids = [question["id"] for question in questions_of(benchmark, kwargs.get("max_records"))]
-    RowLog.fill(Path(path), ids, lambda done: answer_benchmark(model, processor, benchmark, done=done, **kwargs))
+    RowLog.fill(Path(path), ids, lambda done: answer_benchmark(engine, benchmark, done=done, **kwargs))
 
 
 def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:
@@ -149,70 +166,3 @@ def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[d
     if not questions:
         raise UserError("The benchmark holds no questions. See its rejected.jsonl, or choose another split.")
     return questions[:max_records]
-
-
-def _batches(
-    processor: "ProcessorMixin", questions: list[dict], image: Callable[[dict], "Image.Image"], batch_size: int
-) -> list[list[dict]]:
-    """Questions of similar length together, the longest first: a batch that is too large fails at once."""
-    asked = [question["question"] for question in questions]
-    texts = processor.tokenizer(asked, add_special_tokens=False)["input_ids"]
-    # The tokens that an image (and the template) add depend on its size alone: one question per size tells it.
-    sizes, added, lengths = {}, {}, []
-    for question, text in zip(questions, texts):
-        if question["row"] not in sizes:
-            sizes[question["row"]] = image(question).size
-        size = sizes[question["row"]]
-        if size not in added:
-            prompt = prompts(processor, [question["question"]], [image(question)])["input_ids"]
-            added[size] = prompt.shape[1] - len(text)
-        lengths.append(added[size] + len(text))
-    order = sorted(range(len(questions)), key=lambda place: (-lengths[place], place))
-    return [[questions[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-
-
-def greedy_answers(
-    model: "PreTrainedModel",
-    processor: "ProcessorMixin",
-    questions: list[str],
-    images: list["Image.Image"],
-    max_new_tokens: int,
-) -> list[tuple[str, bool]]:
-    """
-    Answer each question about its image, in one batch.
-
-    Returns:
-        `list[tuple[str, bool]]`: each answer, and whether it ended before `max_new_tokens`.
-
-    Raises:
-        UserError: if the batch does not fit into memory.
-    """
-    import torch
-
-    try:
-        return write_texts(model, processor, prompts(processor, questions, images), max_new_tokens)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"Not enough memory for {len(questions)} questions per batch. Run the same command with a smaller "
-            "--batch_size: it resumes."
-        ) from None
-
-
-def prompts(processor: "ProcessorMixin", questions: list[str], images: list["Image.Image"]) -> "BatchFeature":
-    """
-    What the model reads: the chat template over one user turn of image and question, see [`chat_inputs`].
-
-    Args:
-        processor ([`~transformers.ProcessorMixin`]):
-            The policy's processor.
-        questions (`list[str]`):
-            Questions; text that spells a control token is neutralised.
-        images (`list[PIL.Image.Image]`):
-            The image of each.
-
-    Returns:
-        [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` of shape (batch, length), and the pixel
-        inputs.
-    """
-    conversations = [[message("user", [image_part(), text_part(question)])] for question in questions]
-    return chat_inputs(processor, conversations, [[image] for image in images])

@@ -86,6 +86,7 @@ class StageRecord:
         settings: Mapping[str, Any],
         inputs: Mapping[str, Any] | None = None,
         operational: Collection[str] = (),
+        earlier_defaults: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> "StageRecord":
         """
@@ -105,6 +106,8 @@ class StageRecord:
                 the same name is not compared as text.
             operational (collection of `str`, *optional*):
                 Keys of `settings` that change no result (workers, logging) and so may differ from an earlier run.
+            earlier_defaults (`dict`, *optional*):
+                Values of settings that records of earlier versions lack, see [`~medst_trl.pipeline.stage.Stage`].
             overwrite (`bool`, *optional*, defaults to `False`):
                 Delete what an earlier run of this stage left in `output_dir` and start again.
 
@@ -112,7 +115,7 @@ class StageRecord:
             UserError: if the folder holds something else, another process is writing it, an input is missing, or a
                 setting or input that affects the result has changed (naming each, with its old and new value).
         """
-        arguments = (Path(output_dir), stage, settings, inputs or {}, set(operational), overwrite)
+        arguments = (Path(output_dir), stage, settings, inputs or {}, set(operational), earlier_defaults, overwrite)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls._decide(*arguments)
         return cls._decide_for_all_ranks(*arguments)
@@ -150,7 +153,7 @@ class StageRecord:
             (self.output_dir / FILE_NAME).unlink()
 
     @classmethod
-    def _decide(cls, folder, stage, settings, inputs, operational, overwrite) -> "StageRecord":
+    def _decide(cls, folder, stage, settings, inputs, operational, earlier_defaults, overwrite) -> "StageRecord":
         new = {
             "stage": stage,
             "status": "running",
@@ -166,7 +169,8 @@ class StageRecord:
             lock = _lock(folder)
             _empty(folder)
         elif old is not None:
-            _refuse_changes(folder, old, new, operational | set(inputs) | ALWAYS_OPERATIONAL)
+            completed = old | {"settings": {**(earlier_defaults or {}), **old["settings"]}}
+            _refuse_changes(folder, completed, new, operational | set(inputs) | ALWAYS_OPERATIONAL)
             _warn_of_versions(folder, old["versions"], new["versions"])
             if old["status"] == "complete":
                 print(f"{stage}: {folder} is finished and unchanged, nothing to do.")

@@ -12,10 +12,13 @@ from medst_trl.base.row_log import RowLog
 from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.engine import BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer
+from medst_trl.engines.transformers import TransformersEngine
 from medst_trl.evaluation import vqa
 from medst_trl.evaluation.predictions import read_predictions
 from medst_trl.evaluation.scoring import score_vqa
-from medst_trl.evaluation.vqa import answer_benchmark, greedy_answers, prompts, questions_of, write_predictions
+from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
 from medst_trl.policy.loading import prepare_policy
 
 
@@ -35,12 +38,46 @@ def benchmark():
     )
 
 
+@pytest.fixture
+def engine(policy):
+    return TransformersEngine(*policy, batch_size=4)
+
+
+class Scripted(BatchEngine):
+    """Batches like `transformers`; replies with what a function makes of each prompt; remembers the prompts."""
+
+    name = "transformers"
+
+    def __init__(self, policy, batch_size=4, reply=lambda prompt: ""):
+        self.inner = TransformersEngine(*policy, batch_size=batch_size)
+        self.batch_size, self.reply, self.written = batch_size, reply, []
+        self.batches, self.describe = self.inner.batches, self.inner.describe
+
+    def write(self, prompts, sampling):
+        self.written.append(prompts)
+        return [Reply(self.reply(prompt)) for prompt in prompts]
+
+
+def question_of(prompt):
+    return prompt.messages[-1]["content"][-1]["text"]
+
+
+def answer(model, processor, image, max_new_tokens):
+    prompt = Prompt(to_answer([], 1, "What?"), [OpenedImage(b"", image)])
+    (reply,) = TransformersEngine(model, processor, 1).write([prompt], Sampling(0, max_new_tokens=max_new_tokens))
+    return reply
+
+
+def prompts(processor, questions, images):
+    return chat_inputs(processor, [to_answer([], 1, text) for text in questions], [[image] for image in images])
+
+
 def without_settings(rows):
     return {row["id"]: (row["prediction"], row["generation"]["ended"]) for row in rows}
 
 
-def test_rows_have_the_columns_of_predictions(policy, benchmark):
-    rows = list(answer_benchmark(*policy, benchmark, batch_size=4, max_new_tokens=6, model_name="tiny"))
+def test_rows_have_the_columns_of_predictions(engine, benchmark):
+    rows = list(answer_benchmark(engine, benchmark, max_new_tokens=6, model_name="tiny"))
     asked = {question["id"]: (row["image_id"], question) for row in benchmark for question in row["questions"]}
     assert {row["id"] for row in rows} == asked.keys()
     for row in rows:
@@ -48,25 +85,28 @@ def test_rows_have_the_columns_of_predictions(policy, benchmark):
         assert tuple(row) == PREDICTION_COLUMNS
         assert (row["image_id"], row["answer"]) == (image_id, question["answer"])
         assert row["generation"]["image_shown"] == image_id
+        assert list(row["generation"]) == [
+            "model", "decoding", "max_new_tokens", "control", "image_shown", "ended"
+        ]  # fmt: skip
         assert row["generation"]["model"] == "tiny"
     assert score_vqa(rows, bootstrap_samples=0)["n"] == len(asked)
 
 
 def test_the_batch_size_changes_nothing(policy, benchmark):
     one, some, all_ = (
-        without_settings(answer_benchmark(*policy, benchmark, batch_size=size, max_new_tokens=8))
+        without_settings(answer_benchmark(TransformersEngine(*policy, size), benchmark, max_new_tokens=8))
         for size in (1, 5, 100)
     )
     assert one == some == all_
     assert len({prediction for prediction, _ in one.values()}) > 1, "equal answers test nothing"
 
 
-def test_batches_have_questions_of_similar_length(policy, benchmark, monkeypatch):
-    batches = []
-    answer = lambda model, processor, questions, images, n: batches.append(questions) or [("", True)] * len(images)  # noqa: E731
-    monkeypatch.setattr(vqa, "greedy_answers", answer)
-    list(answer_benchmark(*policy, benchmark, batch_size=4))
-    lengths = [[len(policy[1].tokenizer(question)["input_ids"]) for question in batch] for batch in batches]
+def test_batches_have_questions_of_similar_length(policy, benchmark):
+    engine = Scripted(policy)
+    list(answer_benchmark(engine, benchmark))
+    lengths = [
+        [len(policy[1].tokenizer(question_of(prompt))["input_ids"]) for prompt in batch] for batch in engine.written
+    ]
     assert [len(batch) for batch in lengths[:-1]] == [4] * (len(lengths) - 1)
     flat = [length for batch in lengths for length in batch]
     assert flat == sorted(flat, reverse=True)
@@ -109,18 +149,18 @@ def test_vusr_is_never_written(policy, benchmark):
     seen = []
     decode = processor.batch_decode
     processor.batch_decode = lambda tokens, **kwargs: seen.append(tokens) or decode(tokens, **kwargs)
-    greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 5)
+    answer(model, processor, benchmark[0]["image"], 5)
     hook.remove()
     assert (seen[0] != vusr).all()
 
 
 def test_decoding_ignores_the_generation_config(policy, benchmark):
-    model, processor = policy
-    before = without_settings(answer_benchmark(model, processor, benchmark, max_records=5, max_new_tokens=5))
+    model, engine = policy[0], TransformersEngine(*policy)
+    before = without_settings(answer_benchmark(engine, benchmark, max_records=5, max_new_tokens=5))
     saved = model.generation_config.to_dict()
     model.generation_config.update(do_sample=True, temperature=1.2, top_k=7, repetition_penalty=3.0)
     try:
-        after = without_settings(answer_benchmark(model, processor, benchmark, max_records=5, max_new_tokens=5))
+        after = without_settings(answer_benchmark(engine, benchmark, max_records=5, max_new_tokens=5))
     finally:
         model.generation_config.update(**saved)
     assert before == after
@@ -129,26 +169,20 @@ def test_decoding_ignores_the_generation_config(policy, benchmark):
 def test_rows_say_whether_the_answer_ended(policy, benchmark):
     model, processor = policy
     stop = model.generation_config.eos_token_id
-    (text, ended), *_ = greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 4)
-    assert not ended
-    first = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    reply = answer(model, processor, benchmark[0]["image"], 4)
+    assert not reply.ended
+    first = processor.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
     try:
         model.generation_config.eos_token_id = [*stop, *first]  # its own first words end the answer
-        assert greedy_answers(model, processor, ["What?"], [benchmark[0]["image"]], 4)[0][1]
+        assert answer(model, processor, benchmark[0]["image"], 4).ended
     finally:
         model.generation_config.eos_token_id = stop
 
 
-def test_controls_show_other_images(policy, benchmark, monkeypatch):
-    shown = {}
-
-    def answer(model, processor, questions, images, max_new_tokens):
-        shown.update(zip(questions, images))
-        return [(image.tobytes().hex(), True) for image in images]
-
-    monkeypatch.setattr(vqa, "greedy_answers", answer)
+def test_controls_show_other_images(policy, benchmark):
+    engine = Scripted(policy, reply=lambda prompt: prompt.images[0].image.tobytes().hex())
     real, blank, shuffled = (
-        {row["id"]: row for row in answer_benchmark(*policy, benchmark, control=control)}
+        {row["id"]: row for row in answer_benchmark(engine, benchmark, control=control)}
         for control in (None, "blank", "shuffled")
     )
     assert real.keys() == blank.keys() == shuffled.keys()
@@ -160,11 +194,11 @@ def test_controls_show_other_images(policy, benchmark, monkeypatch):
     assert len(by_image) == len(benchmark), "all questions of an image must be about the same other image"
 
 
-def test_bad_benchmarks_are_refused(policy, benchmark):
+def test_bad_benchmarks_are_refused(engine, benchmark):
     with pytest.raises(UserError, match="cannot be shuffled"):
-        next(answer_benchmark(*policy, benchmark.select([0]), control="shuffled"))
+        next(answer_benchmark(engine, benchmark.select([0]), control="shuffled"))
     with pytest.raises(UserError, match="Unknown control 'noise'"):
-        next(answer_benchmark(*policy, benchmark, control="noise"))
+        next(answer_benchmark(engine, benchmark, control="noise"))
     with pytest.raises(UserError, match="have the id"):
         questions_of(benchmark.select([0, 0]))
     with pytest.raises(UserError, match="no questions"):
@@ -177,10 +211,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [0, 1, 7, 10])
 @pytest.mark.parametrize("cut", [0, 9])
-def test_a_killed_run_resumes(policy, benchmark, tmp_path, monkeypatch, after, cut):
-    settings = {"batch_size": 4, "max_new_tokens": 4}
+def test_a_killed_run_resumes(engine, benchmark, tmp_path, monkeypatch, after, cut):
+    settings = {"max_new_tokens": 4}
     whole, path = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    write_predictions(whole, *policy, benchmark, **settings)
+    write_predictions(whole, engine, benchmark, **settings)
 
     def killed(*args, **kwargs):
         yield from islice(answer_benchmark(*args, **kwargs), after)
@@ -188,29 +222,31 @@ def test_a_killed_run_resumes(policy, benchmark, tmp_path, monkeypatch, after, c
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(vqa, "answer_benchmark", killed)
-        write_predictions(path, *policy, benchmark, **settings)
+        write_predictions(path, engine, benchmark, **settings)
     part = tmp_path / "killed.jsonl.incomplete"
     if cut and after:
         part.write_bytes(part.read_bytes()[:-cut])  # an incomplete last line
     assert not path.exists()
 
     asked = []
-    answers = vqa.greedy_answers
+    write = TransformersEngine.write
     with monkeypatch.context() as patch:
         patch.setattr(
-            vqa, "greedy_answers", lambda m, p, texts, *rest: asked.append(len(texts)) or answers(m, p, texts, *rest)
+            TransformersEngine,
+            "write",
+            lambda self, prompts, sampling: asked.append(len(prompts)) or write(self, prompts, sampling),
         )
-        write_predictions(path, *policy, benchmark, **settings)
+        write_predictions(path, engine, benchmark, **settings)
     assert path.read_bytes() == whole.read_bytes()
     assert not part.exists()
     kept = max(0, after - bool(cut))
     assert sum(asked) == len(questions_of(benchmark)) - kept // 4 * 4, "complete batches must not be computed again"
 
 
-def test_a_finished_file_is_left_alone(policy, benchmark, tmp_path):
+def test_a_finished_file_is_left_alone(benchmark, tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text("mine")
-    write_predictions(path, None, None, benchmark)
+    write_predictions(path, None, benchmark)
     assert path.read_text() == "mine"
 
 
@@ -228,20 +264,17 @@ def test_parts_of_several_ranks_make_one_file(tmp_path):
 
 
 def test_ranks_share_the_batches(policy, benchmark, monkeypatch):
-    monkeypatch.setattr(
-        vqa, "greedy_answers", lambda model, processor, questions, *rest: [("", True)] * len(questions)
-    )
     shares = []
     for rank in range(2):
         state = type("State", (), {"process_index": rank, "num_processes": 2, "is_main_process": not rank})
         monkeypatch.setattr(vqa, "process_state", state)
-        shares.append({row["id"] for row in answer_benchmark(*policy, benchmark, batch_size=4)})
+        shares.append({row["id"] for row in answer_benchmark(Scripted(policy), benchmark)})
     assert not shares[0] & shares[1]
     assert shares[0] | shares[1] == {question["id"] for question in questions_of(benchmark)}
 
 
-def test_only_the_first_records_are_asked(policy, benchmark):
-    rows = list(answer_benchmark(*policy, benchmark, max_records=4, max_new_tokens=2))
+def test_only_the_first_records_are_asked(engine, benchmark):
+    rows = list(answer_benchmark(engine, benchmark, max_records=4, max_new_tokens=2))
     assert {row["id"] for row in rows} == {question["id"] for question in questions_of(benchmark)[:4]}
 
 
@@ -281,12 +314,12 @@ def test_files_without_predictions_are_refused(tmp_path, content):
         read_predictions(path)
 
 
-def test_a_full_disk_keeps_complete_lines(policy, benchmark, tmp_path):
+def test_a_full_disk_keeps_complete_lines(engine, benchmark, tmp_path):
     """Lines written before the disk was full are used; the incomplete one is not."""
-    settings = {"batch_size": 4, "max_new_tokens": 2}
-    rows = list(answer_benchmark(*policy, benchmark, **settings))
+    settings = {"max_new_tokens": 2}
+    rows = list(answer_benchmark(engine, benchmark, **settings))
     whole, path, part = (tmp_path / name for name in ("whole.jsonl", "full.jsonl", "full.jsonl.incomplete"))
-    write_predictions(whole, *policy, benchmark, **settings)
+    write_predictions(whole, engine, benchmark, **settings)
     limit = sum(len(json.dumps(row)) + 1 for row in rows[:5]) + 20
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -296,5 +329,5 @@ def test_a_full_disk_keeps_complete_lines(policy, benchmark, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert part.stat().st_size == limit
-    write_predictions(path, *policy, benchmark, **settings)
+    write_predictions(path, engine, benchmark, **settings)
     assert path.read_bytes() == whole.read_bytes()

@@ -15,6 +15,14 @@ model or an adapter. Output in `output_dir`: `predictions.jsonl` (id, image_id, 
 question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` of the two controls,
 `scores.json`, and a table on the terminal. Several benchmarks get a directory each. An interrupted run resumes.
 
+A model on an OpenAI-compatible server is evaluated with the same questions, images and controls. Questions that it
+refuses count as wrong:
+
+```bash
+medst evaluate --engine server --base_url https://api.openai.com/v1 --server_kind openai --model_name_or_path gpt-4o \
+    --benchmark runs/vqa_rad/prepare/benchmark --output_dir runs/gpt_4o
+```
+
 Scoring a predictions file needs no model. Controls are compared if their files are beside it:
 
 ```bash
@@ -28,13 +36,16 @@ Predictions of other projects are read too and kept as `predictions.jsonl` in ou
 """
 
 import json
-import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_json, write_jsonl
+from medst_trl.base.processes import process_state, rank
+from medst_trl.engines.engine import ENGINES, EngineKind, loads_model, settings_of_others
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS, setting_names
 from medst_trl.evaluation.predictions import (
@@ -44,26 +55,29 @@ from medst_trl.evaluation.predictions import (
     read_predictions,
     score_predictions,
 )
+from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Input, Output, Stage
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from medst_trl.pipeline.record import StageRecord
+BATCH_SIZE = 16
 
 
 @dataclass
 class EvaluateArguments:
-    """Arguments of `medst evaluate`, besides the settings of metrics."""
+    """Arguments of `medst evaluate`, besides the settings of engines and metrics."""
 
     output_dir: str = field(metadata={"help": "Directory for predictions and scores."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory or Hub id of a vision-language model or an adapter."}
+        default=None,
+        metadata={
+            "help": "Directory or Hub id of a vision-language model or an adapter. With engine server, the name under "
+            "which it is served."
+        },
     )
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model of an adapter, if it is not where the adapter says."}
-    )
+    engine: str = field(default="transformers", metadata={"help": "What answers the questions."})
     benchmark: list[str] = field(
         default_factory=list, metadata={"help": "Directories or Hub ids of benchmarks (`medst prepare` writes them)."}
     )
@@ -81,7 +95,6 @@ class EvaluateArguments:
     variants: list[str] = field(
         default_factory=lambda: ["strict", "llava_med"], metadata={"help": "Metrics to score by."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Questions per batch on each process."})
     max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of an answer in tokens."})
     max_records: int | None = field(
         default=None, metadata={"help": "Ask only the first N questions of each benchmark."}
@@ -90,10 +103,6 @@ class EvaluateArguments:
         default=1000, metadata={"help": "Resamples for each confidence interval; 0 for no intervals."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the shuffled images and of the resamples."})
-    dtype: str = field(
-        default="auto", metadata={"help": "Data type of the weights: auto (the checkpoint's), float32, bfloat16."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
     overwrite: bool = field(
         default=False, metadata={"help": "Delete the results of an earlier run in output_dir and start again."}
     )
@@ -106,44 +115,48 @@ class EvaluateArguments:
             self.controls = []
 
 
-def main(args: EvaluateArguments, *metric_settings: Any) -> None:
+def main(args: EvaluateArguments, *settings: Any) -> None:
     """
     Run the stage.
 
     Args:
         args ([`EvaluateArguments`]): Arguments.
-        *metric_settings: Settings of metrics; those left out keep their defaults.
+        *settings: Settings of engines and metrics; those left out keep their defaults.
     """
     from medst_trl.evaluation.tables import format_file
-    from medst_trl.pipeline.record import StageRecord
 
-    check(args)
+    check(args, *settings)
     benchmarks = _open_benchmarks(args)
-    settings, unused = _settings_of_metrics(args, metric_settings)
+    kind = ENGINES.get(args.engine)
+    engine_settings = _engine_settings(kind, settings)
+    metric_settings, unused = _metric_settings(args, settings)
+    inputs = ["benchmark", "predictions", *(["model_name_or_path"] if kind.loads_model else [])]
     record = StageRecord.open(
         args.output_dir,
         stage="evaluate",
-        settings=asdict(args) | settings,
-        inputs={name: getattr(args, name) for name in ("model_name_or_path", "benchmark", "predictions")},
-        operational=STAGE.operational | unused,  # earlier versions recorded the settings of all metrics
+        settings=asdict(args) | asdict(engine_settings) | metric_settings,
+        inputs={name: getattr(args, name) for name in inputs},
+        # Earlier versions recorded the settings of all engines and metrics.
+        operational=kind.operational | settings_of_others(kind) | unused,
+        earlier_defaults=STAGE.earlier_defaults,
         overwrite=args.overwrite,
     )
     directories = _output_directories(args)
     scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
-    scoring["settings"] = settings
+    scoring["settings"] = metric_settings
     if record.status != "finished":
         if args.predictions:
             counts = _score_file(args, scoring)
         else:
-            counts = _run(args, scoring, record, directories, benchmarks)
+            counts = _run(args, engine_settings, scoring, record, list(zip(directories, benchmarks)))
         record.finish(counts=counts)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         for directory in directories:
             print(format_file(json.loads((directory / "scores.json").read_text(encoding="utf-8"))))
         print(f"Scores are in {', '.join(str(directory / 'scores.json') for directory in directories)}.")
 
 
-def check(args: EvaluateArguments, *metric_settings: Any) -> None:
+def check(args: EvaluateArguments, *settings: Any) -> None:
     """Raise a `UserError` for arguments that contradict each other or are invalid."""
     if args.predictions and (args.model_name_or_path or len(args.benchmark) > 1):
         raise UserError(
@@ -154,19 +167,28 @@ def check(args: EvaluateArguments, *metric_settings: Any) -> None:
         raise UserError("predictions_format needs predictions. Give that file, or leave the format out.")
     if not args.predictions and not (args.model_name_or_path and args.benchmark):
         raise UserError("Nothing to evaluate. Give model_name_or_path and benchmark, or predictions to score a file.")
+    kind = ENGINES.get(args.engine)
+    if not args.predictions:
+        kind.check(_engine_settings(kind, settings))
     for control in args.controls:
         shown_rows([], control)
     for name in args.variants:
         METRICS.get(name)
     if args.predictions_format:
         PREDICTION_FORMATS.get(args.predictions_format)
-    for name, minimum in {"batch_size": 1, "max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0}.items():
+    for name, minimum in {"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0}.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserError(f"{name} is {value}. It must be at least {minimum}.")
 
 
-def _settings_of_metrics(args: EvaluateArguments, given: tuple[Any, ...]) -> tuple[dict[str, Any], set[str]]:
+def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
+    """The settings of an engine, with the batch size of earlier versions: it changes the last digits of an answer."""
+    settings = kind.settings_among(given)
+    return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
+
+
+def _metric_settings(args: EvaluateArguments, given: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
     """The settings of the metrics in `variants`, defaults included, and the names of the other metrics' settings."""
     settings, unused = {}, set()
     for metric in METRICS.values():
@@ -213,34 +235,28 @@ def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
 
 def _run(
     args: EvaluateArguments,
+    engine_settings: Any,
     scoring: dict[str, Any],
-    record: "StageRecord",
-    directories: list[Path],
-    benchmarks: list["Dataset"],
+    record: StageRecord,
+    benchmarks: list[tuple[Path, "Dataset"]],
 ) -> dict[str, Any]:
-    from medst_trl import load_policy
-    from medst_trl.base.files import write_json
-    from medst_trl.base.processes import process_state
     from medst_trl.evaluation.vqa import write_predictions
 
     state = process_state()
-    model, processor = load_policy(
-        args.model_name_or_path,
-        base_model_name_or_path=args.base_model_name_or_path,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
-    model.to(state.device)
+    try:
+        engine = ENGINES.get(args.engine).open(args.model_name_or_path, engine_settings)
+        engine.check()
+    except UserError:
+        record.forget()  # the corrected command must not be refused
+        raise
     counts, sources = {}, record.content["inputs"]["benchmark"]
-    for name, data, benchmark, directory in zip(args.benchmark, sources, benchmarks, directories):
+    for name, data, (directory, benchmark) in zip(args.benchmark, sources, benchmarks):
         path = directory / "predictions.jsonl"
         for control in [None, *args.controls]:
             write_predictions(
                 control_path(path, control),
-                model,
-                processor,
+                engine,
                 benchmark,
-                batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
                 control=control,
                 seed=args.seed,
@@ -257,8 +273,6 @@ def _run(
 
 
 def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, Any]:
-    from medst_trl.base.files import write_json, write_jsonl
-
     directory = Path(args.output_dir)
     controls = [control for control in args.controls if control_path(args.predictions, control).is_file()]
     format, benchmark = args.predictions_format or guess_format(args.predictions), next(iter(args.benchmark), None)
@@ -299,7 +313,10 @@ STAGE = STAGES.register(
         after=("merge",),
         joins_rounds=True,
         distributed=True,
-        arguments=lambda: (EvaluateArguments, *(metric.settings for metric in METRICS.values() if metric.settings)),
+        arguments=lambda: (
+            EvaluateArguments,
+            *(item.settings for item in (*ENGINES.values(), *METRICS.values()) if item.settings),
+        ),
         check=check,
         main=main,
         inputs=(
@@ -308,6 +325,7 @@ STAGE = STAGES.register(
                 MODEL,
                 sources=(("dpo", ""), ("sft", ""), ("convert", ""), ("base", "")),
                 unless="predictions",
+                is_remote=lambda settings: not loads_model(settings),
             ),
             Input("base_model_name_or_path", MODEL),
             Input(
@@ -321,7 +339,7 @@ STAGE = STAGES.register(
             Input("predictions", FILE),
         ),
         outputs=(Output("", "predictions", is_published=False),),
-        operational=frozenset({"batch_size"}),
-        registries={"variants": METRICS, "predictions_format": PREDICTION_FORMATS},
+        earlier_defaults={"engine": "transformers"},
+        registries={"engine": ENGINES, "variants": METRICS, "predictions_format": PREDICTION_FORMATS},
     )
 )

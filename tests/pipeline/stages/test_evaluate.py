@@ -4,20 +4,37 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from itertools import chain
 
 import pytest
 from datasets import Dataset
+from judge_server import JudgeServer
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.engines.server import ServerSettings
+from medst_trl.engines.transformers import TransformersSettings
 from medst_trl.evaluation import vqa
 from medst_trl.evaluation.metrics.llava_med import LlavaMedSettings
 from medst_trl.pipeline.stages.evaluate import STAGE, EvaluateArguments, main
 
 
 FAST = {"batch_size": 8, "max_new_tokens": 3, "bootstrap_samples": 20}
+
+
+def evaluate(**settings):
+    classes = (EvaluateArguments, TransformersSettings, ServerSettings)
+    names = [[item.name for item in fields(cls)] for cls in classes]
+    assert settings.keys() <= set(chain(*names))
+    main(
+        *(
+            cls(**{name: settings[name] for name in own if name in settings})
+            for cls, own in zip(classes, names, strict=True)
+        )
+    )
 
 
 def read_jsonl(path):
@@ -43,7 +60,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    main(EvaluateArguments(output_dir=str(folder), **inputs, **FAST))
+    evaluate(output_dir=str(folder), **inputs, **FAST)
     return folder
 
 
@@ -87,7 +104,7 @@ def test_a_run_writes_predictions_controls_and_scores(finished):
 
 def test_a_finished_run_prints_its_table_again(finished, inputs, capsys):
     before = (finished / "scores.json").stat().st_mtime_ns
-    main(EvaluateArguments(output_dir=str(finished), **inputs, **FAST | {"batch_size": 3}))
+    evaluate(output_dir=str(finished), **inputs, **FAST | {"batch_size": 3})
     printed = capsys.readouterr().out
     assert (finished / "scores.json").stat().st_mtime_ns == before
     for shown in ("exact match", "majority", "real - blank", "real - shuffled", "strict", "llava_med", "split test"):
@@ -96,7 +113,7 @@ def test_a_finished_run_prints_its_table_again(finished, inputs, capsys):
 
 def test_a_changed_setting_is_refused(finished, inputs):
     with pytest.raises(UserError, match="max_new_tokens"):
-        main(EvaluateArguments(output_dir=str(finished), **inputs, **FAST | {"max_new_tokens": 9}))
+        evaluate(output_dir=str(finished), **inputs, **FAST | {"max_new_tokens": 9})
 
 
 def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch):
@@ -110,12 +127,12 @@ def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch):
             yield row
 
     vqa_answers = vqa.answer_benchmark
-    args = EvaluateArguments(output_dir=str(tmp_path / "out"), **inputs, **FAST)
+    args = {"output_dir": str(tmp_path / "out"), **inputs, **FAST}
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(vqa, "answer_benchmark", dies_in_a_control)
-        main(args)
+        evaluate(**args)
     assert not (tmp_path / "out" / "scores.json").exists()
-    main(args)
+    evaluate(**args)
     for name in ("predictions.jsonl", "predictions_blank.jsonl", "predictions_shuffled.jsonl", "scores.json"):
         assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -145,7 +162,7 @@ def test_several_benchmarks_get_a_directory_each(inputs, tmp_path):
     other = write_benchmark(tmp_path / "other" / "benchmark", 3)
     benchmark = [*inputs["benchmark"], other]
     args = inputs | {"benchmark": benchmark, "output_dir": str(tmp_path / "out"), "controls": "none"}
-    main(EvaluateArguments(**args, **FAST))
+    evaluate(**args, **FAST)
     counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
     names = [os.path.basename(os.path.dirname(name)) for name in benchmark]
     assert set(counts) == set(benchmark)
@@ -157,16 +174,12 @@ def test_several_benchmarks_get_a_directory_each(inputs, tmp_path):
 def test_a_single_image_is_refused_before_anything_is_computed(inputs, tmp_path):
     benchmark = write_benchmark(tmp_path / "benchmark", 1)
     with pytest.raises(UserError, match="'shuffled'"):
-        main(EvaluateArguments(output_dir=str(tmp_path / "out"), **inputs | {"benchmark": benchmark}, **FAST))
+        evaluate(output_dir=str(tmp_path / "out"), **inputs | {"benchmark": benchmark}, **FAST)
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
 def test_rescoring_gives_the_same_scores(finished, tmp_path):
-    main(
-        EvaluateArguments(
-            predictions=str(finished / "predictions.jsonl"), output_dir=str(tmp_path), bootstrap_samples=20
-        )
-    )
+    evaluate(predictions=str(finished / "predictions.jsonl"), output_dir=str(tmp_path), bootstrap_samples=20)
     first, again = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path))
     for key in ("counts", "scores", "controls"):
         assert first[key] == again[key]
@@ -191,7 +204,7 @@ def test_scoring_a_file_needs_no_model(predictions, tmp_path):
 def test_malformed_lines_are_rejected(predictions, tmp_path, capsys):
     lines = predictions.read_text().splitlines()
     predictions.write_text("\n".join([lines[0], lines[1][:30], *lines[2:], '{"id": "x"}']))
-    main(EvaluateArguments(predictions=str(predictions), output_dir=str(tmp_path / "out")))
+    evaluate(predictions=str(predictions), output_dir=str(tmp_path / "out"))
     rejected = read_jsonl(tmp_path / "out" / "rejected.jsonl")
     assert [(row["id"], row["reason"]) for row in rejected] == [("line 2", "not JSON"), ("x", "no answer")]
     counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
@@ -209,8 +222,8 @@ def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
         (tmp_path / path.name).write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     common = {"predictions": str(tmp_path / "predictions.jsonl"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match="Give the benchmark that it answers"):
-        main(EvaluateArguments(**common))  # leaves nothing behind that would refuse the next
-    main(EvaluateArguments(**common, benchmark=inputs["benchmark"], bootstrap_samples=20))
+        evaluate(**common)  # leaves nothing behind that would refuse the next
+    evaluate(**common, benchmark=inputs["benchmark"], bootstrap_samples=20)
     before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path / "out"))
     assert after["scores"] == before["scores"] and after["controls"] == before["controls"]
     assert after["format"] == "llava_med"
@@ -222,18 +235,18 @@ def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
     results = [{"question": row["question"], "answer": row["answer"], "response": row["prediction"]} for row in asked]
     (tmp_path / "results.json").write_text(json.dumps(results))
     common = {"predictions": str(tmp_path / "results.json"), "output_dir": str(tmp_path / "guessed")}
-    main(EvaluateArguments(**common, predictions_format="medevalkit", bootstrap_samples=0, controls=["none"]))
+    evaluate(**common, predictions_format="medevalkit", bootstrap_samples=0, controls=["none"])
     assert f"{len(asked)} count as closed if" in capsys.readouterr().out
     assert json.loads((tmp_path / "guessed" / "scores.json").read_text())["scores"]["strict"]["n"] == len(asked)
     with pytest.raises(UserError, match="holds no prediction.*LLaVA-Med's answer files"):
-        main(EvaluateArguments(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med"))
+        evaluate(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med")
 
 
 def test_control_files_of_other_questions_are_refused(predictions, tmp_path):
     first, *_ = predictions.read_text().splitlines()
     (predictions.parent / "predictions_blank.jsonl").write_text(first)
     with pytest.raises(UserError, match="same questions"):
-        main(EvaluateArguments(predictions=str(predictions), output_dir=str(tmp_path / "out")))
+        evaluate(predictions=str(predictions), output_dir=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -248,12 +261,15 @@ def test_control_files_of_other_questions_are_refused(predictions, tmp_path):
         ({"predictions": "p", "controls": ["noise"]}, "control 'noise'"),
         ({"predictions": "p", "variants": "loose"}, "metric 'loose'"),
         ({"predictions": "p", "bootstrap_samples": -1}, "bootstrap_samples"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "engine": "servr"}, "engine 'servr'. Did you mean 'server'"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "engine": "server"}, "needs base_url"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "batch_size": 0}, "batch_size is 0"),
         ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),
     ],
 )
 def test_wrong_settings_are_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        main(EvaluateArguments(output_dir=str(tmp_path / "out"), **change))
+        evaluate(output_dir=str(tmp_path / "out"), **change)
 
 
 def test_unknown_closed_rule_is_refused():
@@ -269,4 +285,97 @@ def test_the_parser_reads_lists_and_metric_settings():
     assert "shuffled" in STAGE.make_parser().format_help()
     args, *settings = STAGE.make_parser().parse_args_into_dataclasses(words)
     assert (args.benchmark, args.controls, args.variants) == (["a", "b"], [], ["strict", "llava_med"])
-    assert settings == [LlavaMedSettings(closed_rule="gated")]
+    for defaults in (TransformersSettings(), ServerSettings(), LlavaMedSettings(closed_rule="gated")):
+        assert defaults in settings
+
+
+def request_of(body):
+    """The question of a request and the URL of its image. None for the request that tests the server."""
+    content = body["messages"][-1]["content"]
+    if isinstance(content, str):
+        return None
+    image, text = content
+    return text["text"], image["image_url"]["url"]
+
+
+def asked(server):
+    return [request for body in server.bodies if (request := request_of(body))]
+
+
+def served(server, inputs, folder, **settings):
+    evaluate(
+        output_dir=str(folder), engine="server", model_name_or_path="gpt-4o",
+        concurrency=2, benchmark=inputs["benchmark"], max_new_tokens=3, bootstrap_samples=20,
+        **{"base_url": server.base_url} | settings,
+    )  # fmt: skip
+
+
+def test_a_hosted_model_is_evaluated_with_controls(finished, inputs, tmp_path):
+    with JudgeServer(answer=lambda body: str(hash(request_of(body)) % 7)) as server:
+        served(server, inputs, tmp_path / "out")
+        requests = asked(server)
+        assert {body["model"] for body in server.bodies} == {"gpt-4o"}
+        assert all(body["temperature"] == 0 for body in server.bodies[1:])
+    rows = {
+        control: read_jsonl(tmp_path / "out" / f"predictions{control and '_' + control}.jsonl")
+        for control in ("", "blank", "shuffled")
+    }
+    n = len(rows[""])
+    assert [row["id"] for row in rows[""]] == [row["id"] for row in read_jsonl(finished / "predictions.jsonl")]
+    real, blank, shuffled = requests[:n], requests[n : 2 * n], requests[2 * n :]
+    assert len(shuffled) == n and len({image for _, image in blank}) == 1
+    assert {image for _, image in shuffled} == {image for _, image in real} and set(shuffled) != set(real)
+    for control, found in rows.items():
+        for row in found:
+            assert row["generation"]["engine"] == "server" and row["generation"]["model"] == "gpt-4o"
+            assert row["generation"]["control"] == (control or None)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["controls"].keys() == {"blank", "shuffled"} and scores["model"] == "gpt-4o"
+    settings = json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]
+    assert settings["engine"] == "server" and "dtype" not in settings
+
+
+def test_an_interrupted_hosted_run_asks_only_what_is_left(inputs, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dies(*args, control=None, **kwargs):
+        for place, row in enumerate(answers(*args, control=control, **kwargs)):
+            if control == "blank" and place == 5:
+                raise Killed
+            yield row
+
+    answers = vqa.answer_benchmark
+    with JudgeServer(answer=lambda body: "yes") as server:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(vqa, "answer_benchmark", dies)
+            served(server, inputs, tmp_path / "out")
+        before = len(asked(server))
+        served(server, inputs, tmp_path / "out", base_url=f"{server.base_url}/")
+        n = len(read_jsonl(tmp_path / "out" / "predictions.jsonl"))
+        assert len(asked(server)) - before == 2 * n - 5
+        served(server, inputs, tmp_path / "out")  # finished
+        assert len(asked(server)) - before == 2 * n - 5
+
+
+def test_refused_questions_count_as_wrong(inputs, tmp_path, capsys):
+    def fault(number, body):
+        return "image" if "modality" in json.dumps(body["messages"]) else None
+
+    with JudgeServer(answer=lambda body: "yes", fault=fault) as server:
+        served(server, inputs, tmp_path / "out", controls="none")
+    rows = read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    refused = [row for row in rows if "problem" in row["generation"]]
+    assert refused and all("modality" in row["question"] and row["prediction"] == "" for row in refused)
+    assert refused[0]["generation"]["problem"].startswith("request_failed: 400")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["counts"]["refused"] == len(refused) and scores["counts"]["records"] == len(rows)
+    assert f"{len(refused)} questions were refused and count as wrong" in capsys.readouterr().out
+
+
+def test_a_wrong_server_leaves_no_record(inputs, tmp_path):
+    with JudgeServer(fault=lambda number, body: "404_model") as server, pytest.raises(UserError, match="no model"):
+        served(server, inputs, tmp_path / "out")
+    with JudgeServer(answer=lambda body: "yes") as server:
+        served(server, inputs, tmp_path / "out", controls="none", max_records=2)
+    assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 2
