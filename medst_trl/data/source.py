@@ -34,11 +34,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.registry import Registry
 
-from .images import DICOM_SUFFIXES, FolderImages, ImageReader
+
+if TYPE_CHECKING:
+    from .images import ImageReader  # imports PIL, which reading and scoring predictions do without
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions of a benchmark, as releases come
@@ -233,8 +235,10 @@ class SourceRequest:
     seed: int = 0
     max_pixels: int = 100_000_000
 
-    def images(self) -> ImageReader:
+    def images(self) -> "ImageReader":
         """Reader of the image files in `image_folder`."""
+        from .images import FolderImages
+
         return FolderImages(self.image_folder, self.max_pixels)
 
 
@@ -268,7 +272,7 @@ class Source:
 
     name: str
     summary: str
-    read: Callable[[SourceRequest], tuple[Records, ImageReader]]
+    read: Callable[[SourceRequest], "tuple[Records, ImageReader]"]
     card: SourceCard
     settings: type | None = None
     count: Callable[[Any, str, str], int | None] | None = None
@@ -333,6 +337,8 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
     hand, the same rule finds the record again.
     """
     from PIL import Image
+
+    from .images import DICOM_SUFFIXES
 
     suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES}
     stems = {PurePosixPath(image.replace("\\", "/")).name.split(".")[0] for image in images}
