@@ -62,7 +62,7 @@ from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Input, Output, Stage
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # of a model in this process, unless batch_size is given; the same as in earlier versions
 
 
 @dataclass
@@ -183,7 +183,7 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
 
 
 def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
-    """The settings of an engine, with the batch size of earlier versions: it changes the last digits of an answer."""
+    """The settings of the engine. The batch size changes the last digits of scores, so it does not depend on memory."""
     settings = kind.settings_among(given)
     return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
 
@@ -201,7 +201,6 @@ def _metric_settings(args: EvaluateArguments, given: Sequence[Any]) -> tuple[dic
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
     """Output directory of each benchmark: several benchmarks get one each, by their names."""
-
     output_dir = Path(args.output_dir)
     if len(args.benchmark) < 2:
         return [output_dir]
