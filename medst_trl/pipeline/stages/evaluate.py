@@ -183,7 +183,7 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
 
 
 def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
-    """The settings of the engine. The batch size changes the last digits of scores, so it does not depend on memory."""
+    """The settings of the engine, with a batch size that does not depend on memory: it changes the last digits."""
     settings = kind.settings_among(given)
     return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
 
