@@ -99,7 +99,7 @@ def _trainer(args: BaseArguments, model, processor):
     from transformers import Trainer, TrainingArguments
 
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
-    from medst_trl.training.resume import LoadsPublishedNames
+    from medst_trl.training.upstream import LoadsPublishedNames
 
     # Stage 1's collator for its rendering. It adds `<vusr>` to its processor, so it gets a copy.
     collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)

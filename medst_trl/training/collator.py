@@ -13,28 +13,28 @@ from medst_trl.base.errors import UserError
 from medst_trl.policy.spans import can_be_asked
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
-from .encoding import TOKEN_INPUTS, Conversation, as_conversation, encode, id_of
-from .input_pipeline import TakesStoredImages, with_decoded_images
-from .packing import IGNORED, pack
+from .encoding import IGNORED, TOKEN_INPUTS, Conversation, as_conversation, encode, id_of
+from .images import DecodesImages, with_decoded_images
+from .packing import pack
 
 
 @dataclass
-class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLanguageModeling):
+class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguageModeling):
     """
     Data collator of self-questioning (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 
-    In every conversation some user turns become `<vusr>` turns, in which the question is a training target. Which ones
-    is drawn anew in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
+    In every conversation some user turns become `<vusr>` turns, in which the question is a training target. They are
+    drawn again in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
     terminator and, in a `<vusr>` turn, the question with its terminator; never the token itself, role tags, the system
     prompt, image positions or padding. Text from data that spells a control token is neutralised.
 
     A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer
-    that fits; one whose first answer does not fit is left out of its batch, as is one without anything to train or
-    with an image that cannot be read.
+    that fits. It is rejected if its first answer does not fit, if it has nothing to train, or if an image cannot be
+    read.
 
     Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
-    `images` (a list, may be empty, decoded or as `datasets` stores them) and `id` (drawn from the text where it is
-    missing). Prompt-completion examples go to TRL's collator.
+    `images` (a list, may be empty, decoded or as `datasets` stores them) and `id` (a hash of the text if missing).
+    Prompt-completion examples go to TRL's collator.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -44,20 +44,19 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
         sq_ratio (`float`, *optional*, defaults to `0.5`):
             Share of the eligible user turns that become `<vusr>` turns. `1.0` is the paper's setting.
         sq_first_turn (`bool`, *optional*, defaults to `True`):
-            Whether the first user turn takes part, which is what a bare `<vusr>` after the image asks for. The paper:
-            no.
+            Whether the first user turn is eligible, which a bare `<vusr>` after the image asks for. The paper: no.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
         pad_to_multiple_of (`int`, *optional*):
             If set, sequences are padded to a multiple of it.
         packing (`float`, *optional*):
-            Packs the conversations of a batch into fewer rows, given what [`packing_cost`] says of the model:
-            `position_ids` and `token_mask` then stand in the place of `attention_mask`, see [`pack`].
+            If set, conversations of a batch are packed into fewer rows, given the model's [`packing_cost`]:
+            `position_ids` and `token_mask` then replace `attention_mask`, see [`pack`].
 
     Returns of a call:
-        `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and what else
-        the processor gives, and `question_mask` of the same shape: `True` where a label belongs to a question. Where
-        there are any, `set_aside` maps the ids of examples left out to the reason (`too_long`, `nothing_to_train`,
+        `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and the
+        processor's other outputs, and `question_mask` (batch, length): `True` where a label belongs to a question. If
+        there are any, `rejected` maps the ids of rejected examples to the reason (`too_long`, `nothing_to_train`,
         `unreadable_image`), `truncated` lists those that end early, and `neutralised` counts control tokens in data.
 
     Raises:
@@ -78,18 +77,18 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
 
     def __post_init__(self):
         if not 0 <= self.sq_ratio <= 1:
-            raise UserError(f"sq_ratio is a share of turns, between 0 and 1, not {self.sq_ratio}.")
+            raise UserError(f"sq_ratio is {self.sq_ratio}. It must be between 0 and 1.")
         add_vusr(self.processor)
-        # In shared memory, so that the workers of a data loader that outlive an epoch see the next one.
+        # In shared memory, so that persistent workers of a data loader see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the `<vusr>` turns of another epoch from now on, in data loader workers too."""
+        """Draw the `<vusr>` turns of another epoch from now on, in data loader workers too."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "DataCollatorForSelfQuestioning":
         """A padding collator with the same settings whose draws stay those of epoch 0."""
-        # The Trainer weighs evaluation batches by their rows, which have to be examples.
+        # The Trainer weights evaluation batches by their rows, which must be examples.
         return replace(self, packing=None)
 
     def asked_turns(self, example_id: str, messages: list[dict[str, Any]]) -> frozenset[int]:
@@ -116,15 +115,15 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
         return frozenset(asked)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        readable, set_aside = [], {}
+        readable, rejected = [], {}
         for example in examples:
             try:
                 readable.append(with_decoded_images(example))
             except Exception:  # Pillow's parsers raise almost anything on a damaged file
-                set_aside[id_of(example)] = "unreadable_image"
+                rejected[id_of(example)] = "unreadable_image"
         batch = super().torch_call(readable) if readable else self._empty_batch()
-        if set_aside:
-            batch["set_aside"] = batch.get("set_aside", {}) | set_aside
+        if rejected:
+            batch["rejected"] = batch.get("rejected", {}) | rejected
         return batch
 
     def _collate_prompt_completion(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,28 +134,28 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
     def _collate_language_modeling(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         all_conversations = [self._conversation(example) for example in examples]
         conversations = [conversation for conversation in all_conversations if _targets(conversation)]
-        set_aside = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
+        rejected = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
         truncated = set()
         while conversations:
             batch, target_ends, neutralised = self._encode(conversations)
             fitting = [self._fit(*row) for row in zip(conversations, target_ends, strict=True)]
             if fitting == conversations:
                 break
-            set_aside |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
+            rejected |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
             truncated |= {new.id for old, new in zip(conversations, fitting, strict=True) if new not in (None, old)}
             conversations = [conversation for conversation in fitting if conversation is not None]
         else:
             batch, neutralised = self._empty_batch(), 0
         if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
-            for name in TOKEN_INPUTS:  # only the template's closing text stands behind the last target
+            for name in TOKEN_INPUTS:  # only the template's closing text comes after the last target
                 if name in batch:
                     batch[name] = batch[name][:, : self.max_length]
         if self.packing is not None:
             images = [len(conversation.images) for conversation in conversations]
             pack(batch, self.packing, images, tokenizer_of(self.processor).pad_token_id, self.pad_to_multiple_of)
-        if set_aside:
-            batch["set_aside"] = set_aside
-        if truncated := truncated - set_aside.keys():
+        if rejected:
+            batch["rejected"] = rejected
+        if truncated := truncated - rejected.keys():
             batch["truncated"] = sorted(truncated)
         if neutralised:
             batch["neutralised"] = neutralised
@@ -195,7 +194,7 @@ class DataCollatorForSelfQuestioning(TakesStoredImages, DataCollatorForVisionLan
         return _until(conversation, fitting[-1] + 1) if fitting else None
 
     def _empty_batch(self) -> dict[str, Any]:
-        """One token without a label: a rank whose whole batch was set aside still takes part in the step."""
+        """One token without a label: a rank whose whole batch was rejected still takes part in the step."""
         token = torch.tensor([[self.processor.tokenizer.eos_token_id]])
         return {
             "input_ids": token,
@@ -215,7 +214,7 @@ def _targets(conversation: Conversation) -> list[int]:
 
 
 def _until(conversation: Conversation, end: int) -> Conversation:
-    """The first `end` messages, with the images that stand in them."""
+    """The first `end` messages and their images."""
     kept = conversation.messages[:end]
     images = sum(part["type"] == "image" for message in kept for part in message["content"])
     return replace(conversation, messages=kept, images=conversation.images[:images])

@@ -1,8 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to tokens: each rendered once, tokenised once, its questions and answers located by offsets.
+"""From conversations to tokens: each is rendered and tokenized once, and offsets locate its questions and answers.
 
-Both collators stand on this, so that a prompt reads the same in stage 1 and in stage 2.
+Both collators use this, so that a prompt reads the same in stage 1 and in stage 2.
 """
 
 import bisect
@@ -20,14 +20,15 @@ from medst_trl.policy.families import tested_families
 from medst_trl.policy.spans import RenderedConversation, Span, render_conversation, typed_parts
 from medst_trl.policy.vusr import adds_special_tokens, tokenizer_of
 
-from .example_images import images_of
+from .images import images_of
 
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature, ProcessorMixin
 
-# Inputs with one entry a token, cut together when a row is cut.
+IGNORED = -100  # label of a token that is no target
+# Inputs with one entry per token, truncated together.
 TOKEN_INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels",
     "question_mask", "completion_mask",
@@ -45,7 +46,7 @@ class TokenSpan(NamedTuple):
 @dataclass(frozen=True)
 class Conversation:
     """
-    Messages on their way into a batch.
+    A conversation to be put in a batch.
 
     Args:
         id (`str`): Id of the example.
@@ -63,7 +64,7 @@ class Conversation:
 @dataclass(frozen=True)
 class Encoded:
     """
-    A batch of conversations as the processor gives it.
+    A batch of conversations as the processor returns it.
 
     Args:
         batch ([`~transformers.BatchFeature`]): `input_ids`, `attention_mask` (batch, length), `pixel_values`, ...
@@ -77,13 +78,13 @@ class Encoded:
 
     @property
     def neutralised(self) -> int:
-        """Places where data text spelled a control token."""
+        """Number of places where data text spelled a control token."""
         return sum(conversation.neutralised for conversation in self.rendered)
 
 
 def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
     """
-    An example's `messages` with its `images` (or `image`) and `id` (drawn from the text where it is missing).
+    An example's `messages` with its `images` (or `image`) and its `id` (a hash of the text if it has none).
 
     Raises:
         UserError: if images and image parts differ in number.
@@ -98,7 +99,7 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
         )
     except ValueError as error:
         raise UserError(f"Record {example_id!r} cannot be collated: {error}") from error
-    # The images travel beside the messages: the template needs to know only where they stand.
+    # The images are kept beside the messages: the template needs only their positions.
     bare = [
         {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
         for message in prepared
@@ -107,7 +108,7 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
 
 
 def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None) -> str:
-    """The id of an example, drawn from the text of its `messages` where it has none."""
+    """The id of an example, or a hash of the text of its `messages` if it has none."""
     if example.get("id"):
         return str(example["id"])
     texts = [text_of(message["content"]) for message in messages or example.get("messages") or ()]
@@ -118,10 +119,10 @@ def encode(
     processor: "ProcessorMixin", conversations: Collection[Conversation], pad_to_multiple_of: int | None = None
 ) -> Encoded:
     """
-    Renders, tokenises and pads (on the right) a batch of conversations.
+    Render, tokenize and pad (on the right) a batch of conversations.
 
     Raises:
-        UserError: if the template cannot render one, or the processor does not tell where it writes out images.
+        UserError: if the template cannot render one, or the processor does not report where it expands images.
     """
     rendered = [render_conversation(processor, c.messages, c.asked) for c in conversations]
     images = [conversation.images for conversation in conversations]
@@ -142,7 +143,7 @@ def encode(
     spans = []
     for row, conversation in enumerate(rendered):
         _check_offsets(processor, conversation.text, offsets[row], replaced[row], len(batch["input_ids"][row]))
-        expanded = _behind_expanded_images(conversation.spans, replaced[row])
+        expanded = _after_expanding_images(conversation.spans, replaced[row])
         spans.append([_in_tokens(span, offsets[row]) for span in expanded])
     return Encoded(batch, spans, rendered)
 
@@ -150,7 +151,7 @@ def encode(
 def tokens_without_images(
     processor: "ProcessorMixin", rendered: list[RenderedConversation]
 ) -> list[tuple[list[int], TokenSpan]]:
-    """The tokens of rendered conversations, each image a placeholder, and where their last answers stand in them."""
+    """The tokens of rendered conversations, each image a placeholder, and the span of their last answers."""
     encoded = tokenizer_of(processor)(
         [conversation.text for conversation in rendered],
         add_special_tokens=adds_special_tokens(processor, rendered[0].text),
@@ -165,18 +166,18 @@ def tokens_without_images(
 def _check_offsets(
     processor: "ProcessorMixin", text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int
 ) -> None:
-    """Refuses a processor that makes the text longer without saying where: labels would land on other tokens."""
+    """Refuse a processor that makes the text longer without reporting where: labels would land on wrong tokens."""
     gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
     if len(offsets) != length or int(offsets.max()) > len(text) + gained:
         raise UserError(
-            f"{type(processor).__name__} writes out image placeholders without telling where "
+            f"{type(processor).__name__} expands image placeholders without reporting where "
             "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
-            f"family cannot be trained here with the installed transformers. {tested_families()}"
+            f"family cannot be trained with the installed transformers. {tested_families()}"
         )
 
 
-def _behind_expanded_images(spans: list[Span], replaced: list[dict[str, Any]]) -> list[Span]:
-    """Moves spans of the rendered text to where they stand once image placeholders are written out."""
+def _after_expanding_images(spans: list[Span], replaced: list[dict[str, Any]]) -> list[Span]:
+    """Shift spans of the rendered text to their positions after image placeholders are expanded."""
     placeholder_ends = [item["span"][1] for item in replaced]
     gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
     return [

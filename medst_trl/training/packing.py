@@ -1,52 +1,68 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The conversations of a batch in fewer, fuller rows: the same step without the padding.
+"""Batches with little padding: conversations packed into fewer rows, and examples of similar length in one batch.
 
-A conversation is a document whose positions start at zero. Without an attention mask and without a cache,
+Packed, a conversation is a document whose positions start at zero. Without an attention mask and without a cache,
 transformers takes restarted positions for the border of documents, which then do not see each other. Packing stays
-within one batch, so that a step trains on the conversations it would train on anyway.
+within one batch, so that a step trains on the same conversations.
+
+Grouping by length in transformers needs a column of lengths. Adding one to a dataset from which rows were selected
+copies all its images, so the lengths are kept beside the dataset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 
 from medst_trl.policy.families import family_of
+from medst_trl.policy.spans import render_conversation
+from medst_trl.policy.vusr import tokenizer_of
 
-from .encoding import TOKEN_INPUTS
+from .encoding import IGNORED, TOKEN_INPUTS, as_conversation
+from .images import UnreadableImage, image_size, images_of, with_images, with_stored_images
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel, ProcessorMixin
 
-IGNORED = -100
+logger = get_logger(__name__)
+
+UNREADABLE_SIDE = 224  # assumed for an image without a readable header, in pixels: its example will be rejected
 
 
 def packing_cost(model: "PreTrainedModel") -> tuple[float | None, str]:
     """
-    What long rows cost a model, which decides how batches are packed, see [`rows_of`].
+    Cost of long rows for a model, which decides how batches are packed, see [`rows_of`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model without adapter.
 
     Returns:
-        `tuple[float or None, str]`: What attending to one token of its row costs a token, in units of the rest of its
-        computation: 0 for FlashAttention, which separates documents within one row and computes nothing between them;
-        `None` where documents cannot be told apart, with the reason.
+        `tuple[float or None, str]`: The cost of attending to one token of its row for a token, in units of the rest of
+        its computation: 0 for FlashAttention, which separates documents within one row and computes nothing between
+        them; `None` if documents cannot be separated, with the reason.
     """
     language = model.config.get_text_config()
     kind = model.config.model_type
     if language.model_type not in family_of(kind).packs_with:
-        return None, f"documents in one row are not known to stay apart in {kind} with {language.model_type}"
+        return None, f"documents in one row are not known to stay separate in {kind} with {language.model_type}"
     attention = language._attn_implementation
     if attention in ("sdpa", "eager", "flex_attention"):
-        # Under a mask all of the row is computed: 4 x size operations a pair of tokens and layer, beside 24 x size^2
+        # Under a mask all of the row is computed: 4 x size operations per pair of tokens and layer, beside 24 x size^2
         # for a token's projections. Attention runs at about half the rate of those.
         return 2 * 4 / (24 * language.hidden_size), ""
     if "flash" in attention:
         return 0.0, ""
-    return None, f"documents in one row are not known to stay apart under the attention {attention!r}"
+    return None, f"documents in one row are not known to stay separate under the attention {attention!r}"
 
 
 def pack(
@@ -57,21 +73,21 @@ def pack(
     pad_to_multiple_of: int | None = None,
 ) -> None:
     """
-    Packs a padded batch in place.
+    Pack a padded batch, in place.
 
-    The attention mask goes, because beside one restarted positions mean nothing; `position_ids` (rows, length) come,
-    as does `token_mask` of the same shape, `False` in what fills up a row. That is a document of its own, without
-    labels. The first token of a document is no target, because the last one of its neighbour would have to predict it.
+    The attention mask is removed, because with one restarted positions mean nothing. Added are `position_ids`
+    (rows, length) and `token_mask` of the same shape, `False` in the padding of a row, which is a document of its own
+    without labels. The first token of a document is no target, because the last one of its neighbor would predict it.
 
     Args:
         batch (`dict`):
             Inputs padded on the right, with labels.
         cost (`float`):
-            That of long rows, see [`packing_cost`].
+            Cost of long rows, see [`packing_cost`].
         images (`Sequence[int]`):
             Number of images of each conversation.
         pad_token_id (`int`):
-            What rows are filled up with.
+            Token that pads rows.
         pad_to_multiple_of (`int`, *optional*):
             If set, the rows' length is a multiple of it.
     """
@@ -106,7 +122,8 @@ def pack(
 
 def rows_of(lengths: Sequence[int], cost: float) -> list[list[int]]:
     """
-    Documents in as many rows as cost least: few long rows have little padding, many short ones little attention.
+    Divide documents into the cheapest number of rows: few long rows have little padding, many short ones little
+    attention.
 
     Args:
         lengths (`Sequence[int]`): Length of each document.
@@ -124,7 +141,7 @@ def rows_of(lengths: Sequence[int], cost: float) -> list[list[int]]:
 
 
 def _balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """`count` rows of about equal length: each document, the longest first, goes in the shortest row so far."""
+    """`count` rows of about equal length: each document, longest first, joins the shortest row so far."""
     if count == 1:
         return [list(range(len(lengths)))]
     rows, fills = [[] for _ in range(count)], [0] * count
@@ -137,7 +154,7 @@ def _balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 def rope_positions(model: "PreTrainedModel", batch: dict[str, Any]) -> torch.Tensor:
     """
-    Positions of a packed batch as the model wants them.
+    Positions of a packed batch in the form the model takes.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model without adapter.
@@ -145,7 +162,7 @@ def rope_positions(model: "PreTrainedModel", batch: dict[str, Any]) -> torch.Ten
 
     Returns:
         `torch.Tensor`: The batch's `position_ids` (rows, length); for a model with m-RoPE (4, rows, length): first
-        those, which tell the documents, then time, height and width, starting at zero in each document.
+        those, which separate the documents, then time, height and width, starting at zero in each document.
     """
     positions = batch["position_ids"]
     count = getattr(model.base_model, "get_rope_index", None)
@@ -154,14 +171,14 @@ def rope_positions(model: "PreTrainedModel", batch: dict[str, Any]) -> torch.Ten
     if "image_grid_thw" not in batch:
         return positions.expand(4, -1, -1)
     rope, _ = count(batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"])
-    # Counted through each row. A document begins with text, at which time, height and width are one number.
+    # Counted along each row. A document begins with text, where time, height and width are one number.
     first = torch.arange(positions.shape[1], device=positions.device) - positions
     rope = rope - rope.gather(2, first.expand(3, -1, -1))
     return torch.cat([positions[None], rope])
 
 
 def _reorder_images(batch: dict[str, Any], order: Sequence[int], images: Sequence[int]) -> None:
-    """Brings images into the order in which their conversations now stand; `images` are numbers by conversation."""
+    """Put images in the order of their conversations; `images` is the number of images per conversation."""
     if "pixel_values" not in batch or list(order) == sorted(order):
         return
     if "pixel_attention_mask" in batch:  # Idefics3, SmolVLM: a row of image tiles for each conversation
@@ -177,3 +194,139 @@ def _reorder_images(batch: dict[str, Any], order: Sequence[int], images: Sequenc
         return
     for name in {"pixel_values", "image_sizes"} & batch.keys():
         batch[name] = batch[name][places]
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """
+    [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on seed and epoch alone.
+
+    Without its own generator it draws from torch's global one, which may differ between ranks: one example would be
+    trained on twice and another not at all. It receives the epoch like accelerate's seeded random sampler.
+
+    Args:
+        batch_size (`int`):
+            Number of examples to group, that of one optimizer step.
+        lengths (`list[int]`):
+            Length of each example of the dataset, in tokens.
+        seed (`int`):
+            Seed of the first epoch's order.
+    """
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class GroupsByLength:
+    """
+    Mixin for a [`~transformers.Trainer`] that holds `train_lengths`, the number of tokens of each training example.
+
+    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of similar length, or in random
+    order if the lengths are not those of its dataset. With any other strategy, and on a stream, the Trainer's own
+    sampler stays.
+    """
+
+    train_lengths: Sequence[int] | None = None
+    _length_sampler: SeededLengthGroupedSampler | None = None
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        if self.train_lengths is None or len(self.train_lengths) != len(dataset):
+            logger.warning(
+                f"group_by_length: the lengths of the {len(dataset):,} training examples are unknown, because they "
+                "are not those the trainer was created with. They are trained on in random order."
+            )
+            return RandomSampler(dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        # Of a whole optimizer step: ranks do not wait for one with longer examples, and the order is the same for any
+        # number of them. The Trainer's own grouping ignores the number of ranks.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._length_sampler = SeededLengthGroupedSampler(batch_size, self.train_lengths, seed)
+        return self._length_sampler
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        # The Trainer would group these too and need their lengths; this is what it does with every other strategy.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def get_train_dataloader(self) -> "DataLoader":
+        self._length_sampler = None  # it may be of another dataset
+        dataloader = super().get_train_dataloader()
+        if self._length_sampler is not None:
+            # As accelerate does with its own seeded sampler. Otherwise several ranks that resume within an epoch would
+            # not learn its number: https://github.com/modelscope/ms-swift/pull/9658
+            dataloader.set_sampler(self._length_sampler)
+        return dataloader
+
+
+def conversation_lengths(
+    dataset: Dataset, processor: "ProcessorMixin", max_length: int | None = None
+) -> list[int] | None:
+    """
+    Approximate number of tokens of each conversation, at the cost of one tokenization. No image is decoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Conversations, see [`DataCollatorForSelfQuestioning`].
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor prepared by [`add_vusr`].
+        max_length (`int`, *optional*):
+            Longest conversation.
+
+    Returns:
+        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` if the data is not a
+        dataset with a length.
+
+    Raises:
+        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
+    """
+    if not has_length(dataset) or isinstance(dataset, dict):
+        return None
+
+    @cache
+    def image_tokens(height: int, width: int) -> int:
+        count = getattr(processor, "_get_num_multimodal_tokens", None)
+        # Without it, images are read by cross-attention, or the length is that of the text: enough to group by.
+        return count(image_sizes=[(height, width)])["num_image_tokens"][0] if count is not None else 0
+
+    lengths, tokenizer = [], tokenizer_of(processor)
+    for examples in _chunks(with_stored_images(dataset), 256):
+        conversations = [as_conversation(_with_sizes(example), _messages(example)) for example in examples]
+        texts = [render_conversation(processor, conversation.messages).text for conversation in conversations]
+        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for ids, conversation in zip(tokens, conversations, strict=True):
+            length = len(ids) + sum(image_tokens(*size) for size in conversation.images)
+            lengths.append(length if max_length is None else min(length, max_length))
+    return lengths
+
+
+def _messages(example: dict[str, Any]) -> list[dict[str, Any]]:
+    return example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+
+
+def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    examples = iter(examples)
+    while chunk := list(islice(examples, size)):
+        yield chunk
+
+
+def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
+    """An example with its images replaced by their (height, width)."""
+    sizes = []
+    for image in images_of(example):
+        try:
+            sizes.append(image_size(image)[::-1])
+        except UnreadableImage:  # the collator will reject its example
+            sizes.append((UNREADABLE_SIDE, UNREADABLE_SIDE))
+    return with_images(example, sizes)

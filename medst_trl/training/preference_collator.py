@@ -1,43 +1,57 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From preference pairs to batches, in which prompts read as in stage 1 and images are processed once."""
+"""From preference pairs to batches, in which prompts read as in stage 1 and images are processed once.
 
-from dataclasses import dataclass, field
+Which pairs can be trained on is decided before the first step, at the cost of one tokenization: a pair left out of a
+batch would leave ranks with batches of different size, which TRL gathers as if they were equal.
+"""
+
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from datasets import Dataset
+from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.schema import text_of
 from medst_trl.policy.spans import RenderedConversation, render_conversation
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
-from .encoding import (
-    TOKEN_INPUTS,
-    Conversation,
-    Encoded,
-    TokenSpan,
-    as_conversation,
-    encode,
-    tokens_without_images,
+from .encoding import TOKEN_INPUTS, Conversation, Encoded, TokenSpan, as_conversation, encode, tokens_without_images
+from .images import (
+    DecodesImages,
+    UnreadableImage,
+    check_image,
+    image_size,
+    images_of,
+    with_decoded_images,
+    with_images,
+    with_stored_images,
 )
-from .example_images import with_images
-from .input_pipeline import TakesStoredImages, with_decoded_images
 
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature
+    from transformers import BatchFeature, ProcessorMixin
+
+REJECTION_REASONS = {
+    "chosen_equals_rejected": "both answers say the same, so there is nothing to prefer",
+    "malformed": "prompt, answers and images do not make a conversation",
+    "unreadable_image": "one of its images is missing, truncated or of an unknown format",
+    "too_long": "its prompt and image alone fill max_length={max_length} tokens",
+}
 
 
 class PairOfRows(NamedTuple):
     """
-    A pair as two rows of tokens that begin alike.
+    A pair as two rows of tokens with a common prefix.
 
     Args:
-        prefix_length (`int`): Tokens that both rows begin with: the prompt and its images.
-        tails (`tuple[torch.Tensor, torch.Tensor]`): The tokens behind them, of the chosen and the rejected row.
-        answers (`tuple[TokenSpan, TokenSpan]`): Where the answers stand in their rows.
+        prefix_length (`int`): Number of tokens in the prefix: the prompt and its images.
+        tails (`tuple[torch.Tensor, torch.Tensor]`): The tokens after it, of the chosen and the rejected row.
+        answers (`tuple[TokenSpan, TokenSpan]`): Spans of the answers in their rows.
     """
 
     prefix_length: int
@@ -46,18 +60,18 @@ class PairOfRows(NamedTuple):
 
 
 @dataclass
-class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisionPreference):
+class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPreference):
     """
     Data collator for preference pairs about images.
 
-    TRL's own collator tokenises prompt and completion apart and adds no beginning-of-sequence token; for LLaVA-1.5 the
-    first log-probabilities would then be those of another text than the model was trained on and sampled from. Here
-    prompt and answer are rendered and tokenised together, and what data says of control tokens is neutralised, as in
-    [`DataCollatorForSelfQuestioning`]. The images of a pair go through the processor once, not twice.
+    TRL's own collator tokenizes prompt and completion separately and adds no beginning-of-sequence token; for
+    LLaVA-1.5 the first log-probabilities would then be those of another text than the model was trained on and sampled
+    from. Here prompt and answer are rendered and tokenized together, and control tokens spelled in data are
+    neutralised, as in [`DataCollatorForSelfQuestioning`]. The images of a pair are processed once, not twice.
 
     Each example has `prompt` (messages, the last one a user's), `chosen` and `rejected` (one assistant message each),
-    `images` (a list, may be empty, decoded or as `datasets` stores them) and optionally `id`. An answer is cut at
-    `max_length`.
+    `images` (a list, may be empty, decoded or as `datasets` stores them) and optionally `id`, `weight` and
+    `probability`. An answer is truncated at `max_length`.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -67,14 +81,15 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
         pad_to_multiple_of (`int`, *optional*):
             If set, sequences are padded to a multiple of it.
         share_prefix (`bool`, *optional*, defaults to `False`):
-            Gives the images of each pair once, for a model under [`PrefixSharing`], and what it needs to know.
+            Whether the images of each pair are given once, with the lengths that [`PrefixSharing`] needs.
 
     Returns of a call:
         `dict`: `input_ids`, `attention_mask`, `completion_mask` (1 on the answer and its terminator) of shape
         (2 x batch, length), first all chosen, then all rejected; `pixel_values` and what else the processor gives,
         for all rows, or with `share_prefix` for those of the chosen answers alone, and then `prefix_length` of shape
-        (batch,), the tokens both rows of a pair begin with, and `shared_length`, those of the longest pair as one
-        sequence. `neutralised` counts control tokens in data, where there are any.
+        (batch,), the length of the common prefix of each pair, and `shared_length`, that of the longest pair as one
+        sequence. `weight` and `probability`, float32 of shape (batch,), if every example has them. `neutralised`
+        counts control tokens in data, if there are any.
 
     Raises:
         UserError: if a prompt leaves no room for its answer, or images and placeholders differ in number.
@@ -88,7 +103,7 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         examples = [with_decoded_images(example) for example in examples]
         chosen = [pair_as_conversation(example, "chosen") for example in examples]
-        # The images are in mode RGB by now, and not converted a second time.
+        # The images are now in mode RGB and not converted a second time.
         rejected = [
             pair_as_conversation(with_images(example, conversation.images), "rejected")
             for example, conversation in zip(examples, chosen, strict=True)
@@ -104,6 +119,9 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
         else:
             images = {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
             batch |= {name: torch.cat([value, value]) for name, value in images.items()}
+        for name in ("weight", "probability"):
+            if all(example.get(name) is not None for example in examples):
+                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
         if neutralised := sum(conversation.neutralised for conversation in [*encoded.rendered, *rendered]):
             batch["neutralised"] = neutralised
         return batch
@@ -111,13 +129,13 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
     def _pairs(
         self, chosen: list[Conversation], encoded: Encoded, rejected: list[RenderedConversation]
     ) -> list[PairOfRows]:
-        """The rejected rows from their text alone: their images stand in the chosen rows already."""
+        """The rejected rows come from their text alone, because the chosen rows have their images."""
         pairs = []
         lengths = encoded.batch["attention_mask"].sum(1).tolist()
         texts = tokens_without_images(self.processor, [*encoded.rendered, *rejected])
         texts = zip(texts[: len(chosen)], texts[len(chosen) :], strict=True)
         for row, (conversation, ((one, one_answer), (other, other_answer))) in enumerate(zip(chosen, texts)):
-            images = lengths[row] - len(one)  # tokens they add in front of the answers
+            images = lengths[row] - len(one)  # tokens that they add before the answers
             shared = min(one_answer.start, other_answer.start)
             shared = next((place for place in range(shared) if one[place] != other[place]), shared)
             pair = PairOfRows(
@@ -130,13 +148,13 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
             )
             if not torch.equal(encoded.batch["input_ids"][row, pair.prefix_length : lengths[row]], pair.tails[0]):
                 raise UserError(
-                    f"Record {conversation.id!r}: {type(self.processor).__name__} tokenises the text behind an image "
-                    "otherwise than without the image, so the two answers cannot be put behind one prompt."
+                    f"Record {conversation.id!r}: {type(self.processor).__name__} tokenizes the text after an image "
+                    "differently without the image, so the two answers cannot share one prompt."
                 )
             if self.max_length is not None and max(answer.start for answer in pair.answers) >= self.max_length:
                 raise UserError(
                     f"Record {conversation.id!r}: its prompt and image take {pair.answers[0].start} tokens, so no "
-                    f"answer fits into max_length={self.max_length}. Raise max_length, or leave the record out."
+                    f"answer fits into max_length={self.max_length}. Raise max_length, or remove the record."
                 )
             pairs.append(pair)
         return pairs
@@ -150,9 +168,9 @@ class DataCollatorForMultimodalPreference(TakesStoredImages, DataCollatorForVisi
                 prefix, tail, answer = pair.prefix_length, pair.tails[which], pair.answers[which]
                 for name in rows.keys() - {"completion_mask"}:
                     own = encoded[name][row, :prefix]
-                    # what is said of the last prompt token (text, not padding) holds for the answer
-                    behind = tail if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
-                    rows[name].append(torch.cat([own, behind])[: self.max_length])
+                    # the other inputs of the last prompt token (text, not padding) hold for the answer
+                    answer_part = tail if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
+                    rows[name].append(torch.cat([own, answer_part])[: self.max_length])
                 completion_mask = torch.zeros(prefix + len(tail), dtype=torch.long)
                 completion_mask[answer.start : answer.end] = 1
                 rows["completion_mask"].append(completion_mask[: self.max_length])
@@ -168,6 +186,99 @@ def pair_as_conversation(example: dict[str, Any], key: str) -> Conversation:
     answer = example[key]
     if not answer or answer[-1]["role"] != "assistant" or not example["prompt"]:
         raise UserError(
-            f"Record {example.get('id')!r}: `{key}` has to be one assistant message behind a `prompt` of messages."
+            f"Record {example.get('id')!r}: `{key}` must be one assistant message after a `prompt` of messages."
         )
     return as_conversation(example, [*example["prompt"], *answer])
+
+
+@dataclass(frozen=True)
+class UsablePairs:
+    """
+    Preference pairs that can be trained on, and why the others cannot.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Pairs that can be trained on.
+        rejected_records (`dict[str, str]`): The reason of each other pair, by id (or index).
+        truncated (`int`): Number of pairs in the dataset with an answer that is truncated at `max_length`.
+        lengths (`list[int]`): Tokens of each pair of the dataset, its prompt counted once.
+    """
+
+    dataset: Dataset
+    rejected_records: dict[str, str]
+    truncated: int
+    lengths: list[int]
+
+
+def check_is_dataset(dataset: Any, name: str) -> None:
+    """Raise a [`UserError`] for pairs that cannot all be checked before the first step."""
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"The dataset {name!r} is of type {type(dataset).__name__}. DPO does not support streaming here, because "
+            "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
+        )
+
+
+def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int | None) -> UsablePairs:
+    """
+    Reject the pairs that cannot be trained on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Preference pairs, see [`DataCollatorForMultimodalPreference`].
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor prepared by [`add_vusr`].
+        max_length (`int` or `None`):
+            Longest sequence in tokens, image tokens included.
+
+    Returns:
+        [`UsablePairs`]
+
+    Raises:
+        UserError: if none is left.
+    """
+    from tqdm.auto import tqdm
+
+    kept, lengths, reasons, truncated, image_tokens = [], [], {}, 0, {}
+    for place, example in enumerate(tqdm(with_stored_images(dataset), "checking pairs", unit="pair", disable=None)):
+        reason, answers = _check_pair(example, processor, max_length, image_tokens)
+        if reason is None:
+            kept.append(place)
+            ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
+            lengths.append(sum(ends) - answers[0].start)
+            truncated += any(end < answer.end for end, answer in zip(ends, answers, strict=True))
+        else:
+            reasons[str(example.get("id") or place)] = reason
+    if not kept:
+        counts = {reason: list(reasons.values()).count(reason) for reason in REJECTION_REASONS}
+        found = "; ".join(
+            f"{n} because {REJECTION_REASONS[r].format(max_length=max_length)}" for r, n in counts.items() if n
+        )
+        raise UserError(f"No preference pair can be trained on: {found or 'the dataset is empty'}.")
+    return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)
+
+
+def _check_pair(
+    example: dict[str, Any], processor: "ProcessorMixin", max_length: int | None, image_tokens: dict[tuple, int]
+) -> tuple[str | None, list[TokenSpan]]:
+    """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
+    try:
+        for image in images_of(example):
+            check_image(image)
+        sizes = [image_size(image) for image in images_of(example)]
+        pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
+    except UnreadableImage:
+        return "unreadable_image", []
+    except (UserError, KeyError, TypeError):
+        return "malformed", []
+    if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
+        return "chosen_equals_rejected", []
+    rendered = [render_conversation(processor, conversation.messages) for conversation in pair]
+    answers = [answer for _, answer in tokens_without_images(processor, rendered)]
+    # What images add before an answer depends on their sizes alone, so one blank pair is enough for each.
+    if (key := tuple(sizes)) not in image_tokens:
+        blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
+        image_tokens[key] = encode(processor, [blank]).spans[0][-1].start - answers[0].start
+    answers = [TokenSpan(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
+    if max_length is not None and any(answer.start >= max_length for answer in answers):
+        return "too_long", []
+    return None, answers

@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass over image and prompt for both answers of a preference pair.
 
-Stock DPO encodes prompt and image with the chosen answer and once more with the rejected one. Here a pair is one
+Stock DPO encodes prompt and image with the chosen answer and again with the rejected one. Here a pair is one
 sequence, `[prompt | chosen | last prompt token, rejected]`, in which the rejected answer does not see the chosen one
-and positions go on from the prompt for both (https://huggingface.co/papers/2410.20305). The last prompt token stands
-twice because the first token of each answer is predicted from it.
+and the positions of both continue those of the prompt (https://huggingface.co/papers/2410.20305). The last prompt
+token appears twice because the first token of each answer is predicted from it.
 
-The trainer's loss knows nothing of this: [`PrefixSharing`] takes the rows of the stock layout, runs the model on the
-shared one, and hands back log-probabilities in the stock layout.
+The trainer's loss does not know about this: [`PrefixSharing`] takes the rows of the stock layout, runs the model on
+the shared one, and returns log-probabilities in the stock layout.
 """
 
 import functools
@@ -25,35 +25,42 @@ from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_fo
 
 from medst_trl.policy.families import family_of
 
-from .attention_masks import FLEX_BLOCK, attention_for, branch_masks, layer_types
 from .encoding import TOKEN_INPUTS
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = get_logger(__name__)
 
 PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# Nats by which a token's log-probability may differ between the two layouts. What a wrong mask or
-# wrong positions do is larger; half precision rounds so much that only the mean tells.
+# Nats by which a token's log-probability may differ between the two layouts. A wrong mask or wrong positions make a
+# larger difference; half precision rounds so much that only the mean is informative.
 FULL_PRECISION = (torch.float32, torch.float64)
 LARGEST_DIFFERENCE = 1e-3
 MEAN_DIFFERENCE_IN_HALF_PRECISION = 0.05
+
+# A dense mask is faster below about this length and FlexAttention above, see
+# https://github.com/KempnerInstitute/KempnerForge/pull/207 (0.72x at 512, 1.31x at 2048, H200).
+FLEX_FROM = 1024
+FLEX_BLOCK = 128  # lengths are rounded up to its block size, so that it is compiled for few of them
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class SharedLayout:
     """
-    Where the tokens of the stock layout (2 x batch, length) stand in the shared one (batch, shared length).
+    Where the tokens of the stock layout (2 x batch, length) are in the shared one (batch, shared length).
 
     Args:
         source (`torch.Tensor` of shape (batch, shared length)): Flat index into the stock layout; 0 in padding.
-        column (`torch.Tensor` of shape (batch, shared length)): Place of each token in its row of the stock layout.
+        column (`torch.Tensor` of shape (batch, shared length)): Column of each token in its row of the stock layout.
         branch (`torch.Tensor` of shape (batch, shared length)): 0 prompt, 1 chosen, 2 rejected, -1 padding. The last
             prompt token is the first of each branch.
         scored (`torch.Tensor` of shape (2 x batch, length - 1)): Flat index, into (batch, shared length - 1), of the
-            score of each token but the first of a row. Right for the tokens of both answers.
+            score of each token but the first of a row. Correct for the tokens of both answers.
     """
 
     source: torch.Tensor
@@ -90,29 +97,29 @@ class SharedLayout:
 
 class PrefixSharing:
     """
-    Makes a model with TRL's fused LM head take batches of [`DataCollatorForMultimodalPreference`] with
-    `share_prefix=True`: rows of the stock layout, the images of each pair once. Other batches it takes as before.
+    Make a model with TRL's fused LM head accept batches of [`DataCollatorForMultimodalPreference`] with
+    `share_prefix=True`: rows of the stock layout, the images of each pair once. Other batches work as before.
 
     The first batch is computed in both layouts, as are the first with images, the first without, and the first of each
-    attention implementation. Where the two do not agree, such batches are computed in the stock layout from then on
-    (with the images preprocessed once) and a warning says so.
+    attention implementation. If the two do not agree, such batches are computed in the stock layout from then on
+    (with the images preprocessed once), with a warning.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Model whose `forward` TRL has given a fused LM head; it is patched in place.
         is_sharded (`bool`, *optional*, defaults to `False`):
-            Whether ranks hold parts of the weights (ZeRO-3, FSDP), so that all have to run the model equally often.
+            Whether ranks hold parts of the weights (ZeRO-3, FSDP), so that all must run the model equally often.
             Then only the first batch is compared, and batches of another kind stay in the stock layout.
     """
 
     def __init__(self, model: "PreTrainedModel", is_sharded: bool = False):
-        PartialState()  # the logger asks it for the rank; under a trainer it is there
+        PartialState()  # the logger asks it for the rank; with a trainer it exists already
         self.config = model.config.get_text_config()
         self.is_causal = family_of(model.config.model_type).causal
         self.attention = self.config._attn_implementation
         self.is_sharded = is_sharded
         self.agrees: dict[tuple[bool, str], bool] = {}  # by whether there are images, and attention implementation
-        # The function, not the method of this model: a copy of the model has to run its own weights.
+        # The function, not the method of this model: a copy of the model must run its own weights.
         self.forward = getattr(model.forward, "__func__", None) or _without_model(model.forward)
         # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
         model.forward = types.MethodType(self._patched(), model)
@@ -122,7 +129,7 @@ class PrefixSharing:
         def forward(model, *args, prefix_length=None, shared_length=None, **inputs):
             if prefix_length is None:
                 if inputs.get("fused_lm_head"):
-                    logger.warning_once("share_prefix: the batches of this data_collator share nothing.")
+                    logger.warning_once("share_prefix: this data_collator makes no batches with a shared prefix.")
                 return self._stock(model, *args, **inputs)
             if not inputs.get("fused_lm_head"):
                 return self._stock(model, *args, **with_images_twice(inputs))
@@ -168,13 +175,13 @@ class PrefixSharing:
         if not self.is_causal and "token_type_ids" in tokens:
             blocks = get_block_sequence_ids_for_mask(tokens["token_type_ids"])
         mask = branch_masks(self.config, attention, layout.branch, layout.column, blocks)
-        # It stays so until the next forward: gradient checkpointing runs the layers again in backward.
+        # Until the next forward: gradient checkpointing runs the layers again in backward.
         self.config._attn_implementation = attention
         output = self.forward(model, **{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
         return _in_stock_layout(output, layout, labels)
 
     def _compare(self, model: "PreTrainedModel", inputs: dict[str, Any], *how_to_share) -> bool:
-        """Whether both layouts give the same log-probabilities; a warning if not."""
+        """Whether both layouts give the same log-probabilities. Warns if not."""
         training = model.training
         model.eval()  # dropout would differ
         try:
@@ -193,8 +200,8 @@ class PrefixSharing:
             model.train(training)
         if problem is not None:
             logger.warning(
-                f"share_prefix: {type(model).__name__} goes on with a sequence for each answer, because with a shared "
-                f"prompt {problem}. What is learned is right, a step takes longer."
+                f"share_prefix: {type(model).__name__} continues with a sequence for each answer, because with a "
+                f"shared prompt {problem}. Training is correct, but a step takes longer."
             )
         return problem is None
 
@@ -228,16 +235,16 @@ def _is_exact(model: "PreTrainedModel") -> bool:
 
 
 def _disagreement(stock: torch.Tensor, shared: torch.Tensor, scored: torch.Tensor, exact: bool) -> str | None:
-    """In what way log-probabilities of the two layouts differ too much; `None` if they do not."""
+    """How log-probabilities of the two layouts differ too much; `None` if they do not."""
     difference = (stock - shared)[scored].float().abs()
     if exact:
         found, allowed, kind = difference.max(), LARGEST_DIFFERENCE, "by up to"
     else:
         found, allowed, kind = difference.mean(), MEAN_DIFFERENCE_IN_HALF_PRECISION, "on average by"
-    if found <= allowed:  # not where it is NaN
-        logger.info(f"share_prefix: both layouts give the same log-probabilities ({kind} {found:.2g} nats a token).")
+    if found <= allowed:  # false for NaN
+        logger.info(f"share_prefix: both layouts give the same log-probabilities ({kind} {found:.2g} nats per token).")
         return None
-    return f"log-probabilities differ {kind} {found:.2g} nats a token (allowed: {allowed:g})"
+    return f"log-probabilities differ {kind} {found:.2g} nats per token (allowed: {allowed:g})"
 
 
 def _without_model(forward: Callable) -> Callable:
@@ -246,7 +253,7 @@ def _without_model(forward: Callable) -> Callable:
 
 def cannot_share(model: "PreTrainedModel") -> str | None:
     """
-    Why a model cannot read two answers behind one prompt, `None` if it may be able to.
+    Why a model cannot read two answers after one prompt; `None` if it may be able to.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Policy without adapter.
@@ -254,11 +261,11 @@ def cannot_share(model: "PreTrainedModel") -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         return (
-            f"attention {config._attn_implementation!r} takes no mask that keeps them apart (sdpa, eager and "
+            f"attention {config._attn_implementation!r} accepts no mask that separates them (sdpa, eager and "
             "flex_attention do)"
         )
     if unknown := layer_types(config) - {"full_attention", "sliding_attention"}:
-        return f"its layers of type {', '.join(sorted(unknown))} read the one through the other"
+        return f"its layers of type {', '.join(sorted(unknown))} would mix the two answers"
     if getattr(config, "cross_attention_layers", None):
         return "its images are read by cross-attention"
     if family_of(model.config.model_type).shares_prefix is False:
@@ -267,7 +274,7 @@ def cannot_share(model: "PreTrainedModel") -> str | None:
 
 
 def with_images_twice(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of the stock layout in which the images of the chosen rows are there for the rejected rows, too."""
+    """Inputs of the stock layout with the images of the chosen rows repeated for the rejected rows."""
     return {
         name: torch.cat([value, value]) if torch.is_tensor(value) and name not in TOKEN_INPUTS else value
         for name, value in inputs.items()
@@ -275,7 +282,7 @@ def with_images_twice(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_stock_layout(output: Any, layout: SharedLayout, labels: torch.Tensor) -> Any:
-    """The fused LM head's output with its scores at the places of the stock layout, 0 where there is no label."""
+    """The fused LM head's output with its scores in the stock layout, 0 without a label."""
     is_scored = labels[:, 1:] != -100
     for name in PER_TOKEN_OUTPUTS:
         score = getattr(output, name)
@@ -283,3 +290,88 @@ def _in_stock_layout(output: Any, layout: SharedLayout, labels: torch.Tensor) ->
             setattr(output, name, score.reshape(-1)[layout.scored].masked_fill(~is_scored, 0))
     output.label_mask = is_scored
     return output
+
+
+# The attention mask: one rule in the form FlexAttention takes (`mask_mod`), evaluated to a dense mask for SDPA and
+# eager attention. A four-dimensional mask, or a dict of them by layer type, passes through transformers unchanged.
+
+
+def layer_types(config: "PreTrainedConfig") -> set[str]:
+    """
+    The types of attention in a language model's layers.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Configuration of the text model.
+
+    Returns:
+        `set[str]`: `full_attention`, `sliding_attention`, or another type of transformers.
+    """
+    if getattr(config, "layer_types", None):
+        return set(config.layer_types)
+    return {_FULL if getattr(config, "sliding_window", None) is None else _SLIDING}
+
+
+def attention_for(own: str, length: int, device: torch.device) -> str:
+    """
+    The attention implementation for masks of this length: the model's `own`. A model loaded with `flex_attention` gets
+    dense masks where those are faster, and on a CPU, where FlexAttention cannot train.
+    """
+    if own == "flex_attention" and (device.type == "cpu" or length < FLEX_FROM):
+        return "sdpa"
+    return own
+
+
+def branch_masks(
+    config: "PreTrainedConfig",
+    implementation: str,
+    branches: torch.Tensor,
+    positions: torch.Tensor,
+    blocks: torch.Tensor | None = None,
+) -> "torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]":
+    """
+    Attention mask in which every branch sees the trunk and itself, and no other branch.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the text model: its layer types and sliding window.
+        implementation (`str`):
+            `sdpa`, `eager` or `flex_attention`.
+        branches (`torch.Tensor` of shape (batch, length)):
+            0 for the trunk, another number for each branch (padding is one).
+        positions (`torch.Tensor` of shape (batch, length)):
+            Position of each token in its own sequence, which a sliding window counts by.
+        blocks (`torch.Tensor` of shape (batch, length), *optional*):
+            Tokens with the same number, 0 or more, see each other in both directions (Gemma 3's images); -1 elsewhere.
+
+    Returns:
+        A mask of shape (batch, 1, length, length), boolean for SDPA and additive for eager attention, or a
+        `BlockMask`; if layers differ in type, a dict of them by type.
+    """
+
+    def allowed(batch, head, query, key):
+        sees = (query >= key) & ((branches[batch, key] == 0) | (branches[batch, key] == branches[batch, query]))
+        if blocks is not None:
+            sees = sees | ((blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0))
+        return sees
+
+    def in_window(batch, head, query, key):
+        near = positions[batch, query] - positions[batch, key] < config.sliding_window
+        return allowed(batch, head, query, key) & near
+
+    rules = {_FULL: allowed, _SLIDING: in_window}
+    masks = {
+        kind: _evaluate(rules[kind], implementation, *branches.shape, branches.device) for kind in layer_types(config)
+    }
+    return next(iter(masks.values())) if len(masks) == 1 else masks
+
+
+def _evaluate(rule, implementation: str, batch: int, length: int, device: torch.device) -> "torch.Tensor | BlockMask":
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(rule, batch, None, length, length, device=device)
+    index = torch.arange(length, device=device)
+    mask = rule(torch.arange(batch, device=device)[:, None, None, None], 0, index[:, None], index[None, :])
+    if implementation == "eager":  # it adds the mask, so a boolean mask would be silently wrong
+        return torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return mask

@@ -1,37 +1,46 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`precompute_ref_log_probs` for images: the reference reads each pair once and is then no longer held in memory.
+"""`precompute_ref_log_probs` for images: the reference reads each pair once and is then removed from memory.
 
 TRL (1.16) refuses the option for images, because it keeps the numbers as columns of a dataset that it would have to
-copy. Here they stay beside the dataset, in a [`ReferenceCache`], and the collator adds them to each batch.
+copy. Here they are in a file beside the dataset, which later runs, also of other people, can trust: the file's name is
+the hash of the reference and of all settings that affect the numbers, a row's key that of messages and pixels. After
+any change the key is simply not found. The collator adds the numbers to each batch.
 """
 
 import hashlib
 import json
+import logging
 import math
 import os
+import platform
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch.utils.data import ConcatDataset, DataLoader
+from tqdm.auto import tqdm
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import explain_full_disk
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.pipeline.record import package_versions
+from medst_trl.data.images import image_id
 from medst_trl.policy.adapters import retie_lm_head
 from medst_trl.policy.vusr import tokenizer_of
 
-from .input_pipeline import TakesStoredImages, with_decoded_images, with_stored_images
-from .reference_cache import ReferenceCache, ReferenceLogProbs, pair_key, sha256_of
+from .images import DecodesImages, images_of, with_decoded_images, with_stored_images
+from .trainer import base_of
 
 
 if TYPE_CHECKING:
@@ -39,12 +48,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
     from trl import DPOConfig, DPOTrainer
 
-REFERENCE_INPUTS = {"ref_chosen_logps", "ref_rejected_logps"}  # of a batch, as TRL calls them
-# Of a model's configuration, what says where it came from or how it is run, not what it computes.
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # to be raised when the numbers of earlier files must no longer be used
+_METADATA = b"medst_trl"
+_WHAT = (
+    "Log-probabilities of preference pairs under a reference model: natural logarithm, summed over the tokens of the "
+    "answer, its prompt given. A pair's key is the SHA-256 of its messages and pixels (medst_trl pair_key); the file "
+    "is named by the SHA-256 of `settings`."
+)
+# Entries of a model's configuration that say where it came from or how it is run, not what it computes.
 _NOT_COMPUTED = {
     "_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "id2label", "label2id",
     "base_model_name_or_path", "revision", "inference_mode", "peft_version", "lora_dropout", "init_lora_weights",
 }  # fmt: skip
+
+
+class ReferenceLogProbs(NamedTuple):
+    """
+    Log-probabilities of a pair under the reference.
+
+    Args:
+        id (`str`): Its id when they were computed, for people; pairs are looked up by [`pair_key`].
+        chosen, rejected (`float`): Log-probability of each answer given the prompt, in nats.
+    """
+
+    id: str
+    chosen: float
+    rejected: float
+
+
+def pair_key(example: Mapping[str, Any]) -> str:
+    """
+    Identify a preference pair by its content: SHA-256, in hexadecimal, of its messages and decoded pixels.
+
+    Args:
+        example (`dict`):
+            `prompt`, `chosen`, `rejected` (messages) and `images` or `image` (PIL), as a dataset gives them.
+    """
+    images = [image_id(image) for image in images_of(example)]
+    return sha256_of([example["prompt"], example["chosen"], example["rejected"], images])
+
+
+def sha256_of(content: Any) -> str:
+    """SHA-256, in hexadecimal, of anything JSON can hold, regardless of the order of keys and of sets."""
+    text = json.dumps(
+        content, sort_keys=True, default=lambda item: sorted(item) if isinstance(item, set) else str(item)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_precompute(args: "DPOConfig") -> None:
@@ -52,28 +103,28 @@ def check_precompute(args: "DPOConfig") -> None:
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if zero3 or args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise UserError(
-            f"precompute_ref_log_probs does not go with {'ZeRO-3' if zero3 else 'FSDP'}, which cuts the weights up. "
-            "Leave the option out, or train with ZeRO-2 or on one GPU."
+            f"precompute_ref_log_probs does not work with {'ZeRO-3' if zero3 else 'FSDP'}, which shards the weights. "
+            "Remove the option, or train with ZeRO-2 or on one GPU."
         )
 
 
 def sharing_weights(model: torch.nn.Module) -> "PreTrainedModel":
     """
-    A second model over the same weights, in evaluation mode: the policy as it is now, before anything is added to it.
+    A second model with the same weights, in evaluation mode: the policy as it is now, before anything is added to it.
 
-    For an adapter it is the base model with the adapter's layers inside. It takes no memory of its own, and TRL makes
-    no reference beside it; it has to be dropped before the weights are trained.
+    For an adapter it is the base model with the adapter's layers inside. It takes no memory, and TRL makes no other
+    reference. It must be dropped before the weights are trained.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The policy.
 
     Raises:
-        UserError: for a kind of adapter that is not part of the layers (prompt or prefix tuning).
+        UserError: for an adapter that is not part of the layers (prompt or prefix tuning).
     """
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise UserError(
-                "precompute_ref_log_probs knows adapters inside the layers only, such as LoRA. Leave it out."
+                "precompute_ref_log_probs supports adapters inside the layers only, such as LoRA. Remove it."
             )
         retie_lm_head(model)
         model = model.get_base_model()
@@ -83,11 +134,11 @@ def sharing_weights(model: torch.nn.Module) -> "PreTrainedModel":
 
 def cache_of_reference(
     model: torch.nn.Module, processor: "ProcessorMixin", collator: Any, args: "DPOConfig"
-) -> ReferenceCache:
+) -> "ReferenceCache":
     """
     The cache of a reference, in `args.ref_log_probs_dir` or `output_dir`.
 
-    To be called on every rank, before anything is done to the model: its weights are what the cache goes by.
+    Call it on every rank, before the model is changed: its weights identify the cache.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The reference.
@@ -96,16 +147,16 @@ def cache_of_reference(
         args ([`~trl.DPOConfig`]): Configuration.
     """
     settings = [settings_of_reference(model, processor, collator, args) if args.process_index == 0 else None]
-    folder = args.ref_log_probs_dir or Path(args.output_dir) / REFERENCE_FOLDER
-    return ReferenceCache(folder, broadcast_object_list(settings)[0], about_reference(model))
+    directory = args.ref_log_probs_dir or Path(args.output_dir) / REFERENCE_FOLDER
+    return ReferenceCache(directory, broadcast_object_list(settings)[0], about_reference(model))
 
 
 def settings_of_reference(
     model: torch.nn.Module, processor: "ProcessorMixin", collator: Any, args: "DPOConfig"
 ) -> dict[str, Any]:
-    """All that the log-probabilities of a pair hang on beside the pair itself, as JSON can hold it."""
+    """Everything that affects the log-probabilities of a pair except the pair, in a form that JSON can hold."""
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-    base = model.get_base_model() if adapters else model
+    base = base_of(model)
     tokenizer = json.loads(tokenizer_of(processor).backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of the last call
         tokenizer.pop(state)
@@ -120,26 +171,27 @@ def settings_of_reference(
         "max_length": args.max_length,
         "ld_alpha": args.ld_alpha,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "deepspeed": args.deepspeed_plugin is not None,  # which rounds the weights, too
+        "deepspeed": args.deepspeed_plugin is not None,  # which rounds the weights too
     }
 
 
 def about_reference(model: torch.nn.Module) -> dict[str, Any]:
     """For people: what the reference is called, and what computed it. No paths."""
-    from medst_trl.hub.provenance import looks_local
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     name = base.config._name_or_path or ""
-    name = Path(name).name if looks_local(name) or os.path.exists(name) else name
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name)
+    packages = [
+        import_module(name) for name in ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
+    ]
     return {
-        "base_model": name or type(base).__name__,
+        "base_model": (name if is_hub_id else Path(name).name) or type(base).__name__,
         "adapter": hasattr(model, "get_base_model"),
-        "versions": package_versions(),
+        "versions": {"python": platform.python_version()} | {item.__name__: item.__version__ for item in packages},
     }
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256, in hexadecimal, of names, types, shapes and values; tensors are read on several threads."""
+    """SHA-256, in hexadecimal, of names, types, shapes and values. Tensors are read on several threads."""
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
@@ -152,24 +204,14 @@ def hash_weights(model: torch.nn.Module) -> str:
         return hashlib.sha256(b"".join(threads.map(digest, tensors))).hexdigest()
 
 
-@contextmanager
-def without_precompute(args: "DPOConfig") -> Iterator[None]:
-    """`precompute_ref_log_probs` is off inside: TRL (1.16) refuses it for images. To be removed once it does not."""
-    asked, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
-    try:
-        yield
-    finally:
-        args.precompute_ref_log_probs = asked
-
-
 @dataclass
-class DataCollatorWithReference(TakesStoredImages):
+class DataCollatorWithReference(DecodesImages):
     """
-    Adds the reference's log-probabilities to each batch of another collator.
+    Collator that adds the reference's log-probabilities to each batch of another collator.
 
     Args:
         collator (`Callable`): Collator of preference pairs.
-        log_probs (`dict[str, ReferenceLogProbs]`): Those of each pair, by [`pair_key`].
+        log_probs (`dict[str, ReferenceLogProbs]`): Log-probabilities of each pair, by [`pair_key`].
 
     Returns of a call:
         `dict`: The collator's batch with `ref_chosen_logps` and `ref_rejected_logps`, float32 of shape (batch,).
@@ -195,25 +237,25 @@ class DataCollatorWithReference(TakesStoredImages):
         except KeyError:
             raise UserError(
                 f"Record {example.get('id')!r} has no log-probabilities under the reference, which reads the training "
-                "and the evaluation set before the first step. Give the trainer its dataset as eval_dataset when it "
-                "is made, or leave precompute_ref_log_probs out."
+                "and the evaluation set before the first step. Pass its dataset as eval_dataset when you create the "
+                "trainer, or remove precompute_ref_log_probs."
             ) from None
 
 
 def log_probs_of_reference(
-    trainer: "DPOTrainer", cache: ReferenceCache, datasets: "Sequence[Dataset]", lengths: Sequence[int]
+    trainer: "DPOTrainer", cache: "ReferenceCache", datasets: "Sequence[Dataset]", lengths: Sequence[int]
 ) -> dict[str, ReferenceLogProbs]:
     """
-    What `trainer.ref_model` says of each pair, read from the cache where it is known, else computed and kept there.
+    Log-probabilities of each pair under `trainer.ref_model`, read from the cache, or else computed and kept there.
 
-    To be called on every rank, before the first step. Each rank computes a share, all get all. A run that is cut
-    short loses one batch of each rank.
+    Call it on every rank, before the first step. Each rank computes a share, and all get everything. A run that is
+    interrupted loses one batch of each rank.
 
     Args:
         trainer ([`~trl.DPOTrainer`]): Its `ref_model` is the reference, its `data_collator` makes the batches.
-        cache ([`ReferenceCache`]): What is known and where to keep the rest.
+        cache ([`ReferenceCache`]): Known numbers, and where the others are kept.
         datasets (sequence of [`~datasets.Dataset`]): Preference pairs.
-        lengths (sequence of `int`): About how long the pairs of all datasets are, to keep padding small.
+        lengths (sequence of `int`): Approximate lengths of the pairs of all datasets, to keep padding small.
 
     Returns:
         `dict[str, ReferenceLogProbs]`: By [`pair_key`].
@@ -245,14 +287,12 @@ def log_probs_of_reference(
 
 def _keys_of(pairs: ConcatDataset, trainer: "DPOTrainer") -> list[str]:
     """The key of each pair; images are decoded in the workers of the data loader."""
-    from tqdm.auto import tqdm
-
     accelerator = trainer.accelerator
     mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
     loader = DataLoader(
         pairs, batch_size=16, sampler=mine, collate_fn=_pair_keys, num_workers=trainer.args.dataloader_num_workers
     )
-    found = chain.from_iterable(tqdm(loader, "looking pairs up", unit="batch", disable=_quiet(trainer)))
+    found = chain.from_iterable(tqdm(loader, "looking up pairs", unit="batch", disable=_quiet(trainer)))
     return [key for _, key in sorted(gather_object(list(zip(mine, found, strict=True))))]
 
 
@@ -261,11 +301,9 @@ def _pair_keys(examples: list[dict[str, Any]]) -> list[str]:
 
 
 def _compute(
-    trainer: "DPOTrainer", cache: ReferenceCache, pairs: ConcatDataset, keys: list[str], batches: list[list[int]]
+    trainer: "DPOTrainer", cache: "ReferenceCache", pairs: ConcatDataset, keys: list[str], batches: list[list[int]]
 ) -> dict[str, ReferenceLogProbs]:
-    """This rank's share."""
-    from tqdm.auto import tqdm
-
+    """Compute this rank's share."""
     computed = {}
     collate = partial(_with_ids, trainer.data_collator)
     workers = trainer.args.dataloader_num_workers
@@ -273,7 +311,8 @@ def _compute(
     progress = tqdm(loader, "reference log-probabilities", unit="batch", disable=_quiet(trainer))
     with cache.append() as file:
         for places, (ids, batch) in zip(batches, progress, strict=True):
-            batch.pop("neutralised", None)
+            for name in ("neutralised", "weight", "probability"):
+                batch.pop(name, None)
             batch = trainer._prepare_inputs(batch)
             log_probs = (part.float().tolist() for part in trainer.compute_ref_log_probs(trainer.ref_model, batch))
             rows = {}
@@ -282,7 +321,7 @@ def _compute(
                 if not all(math.isfinite(number) for number in row[1:]):
                     raise UserError(
                         f"Record {row[0]!r}: its log-probabilities under the reference are {row[1]} (chosen) and "
-                        f"{row[2]} (rejected). Compute in float32 or bf16, or leave the record out."
+                        f"{row[2]} (rejected). Compute in float32 or bf16, or remove the record."
                     )
             cache.write_lines(file, rows)
             computed |= rows
@@ -302,3 +341,144 @@ def _without(config: Any) -> Any:
     if isinstance(config, Mapping):
         return {name: _without(value) for name, value in config.items() if name not in _NOT_COMPUTED}
     return [_without(item) for item in config] if isinstance(config, list | tuple) else config
+
+
+class ReferenceCache:
+    """
+    The file of one reference.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            Directory of the files of all references, created when something is written.
+        settings (`dict`):
+            Everything that affects the numbers except the pair: the reference's weights, template, length, ...
+        about (`dict`, *optional*):
+            Information for people. Not compared.
+
+    Attributes:
+        path (`pathlib.Path`): The file. It appears complete under this name.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    ):
+        self.settings = {"format": FORMAT, **settings}
+        self.about = dict(about or {})
+        self.key = sha256_of(self.settings)[:32]
+        self.directory = Path(directory)
+        self.path = self.directory / f"{self.key}.parquet"
+
+    def read(self) -> dict[str, ReferenceLogProbs]:
+        """
+        Known log-probabilities by pair key: the file's rows, and those that interrupted runs left. A file that cannot
+        be read, or does not match its name, is renamed to `*.broken`.
+        """
+        known = self._read_file()
+        for part in self.parts():
+            known |= _read_part(part)
+        return known
+
+    def parts(self) -> list[Path]:
+        """Files that runs left that did not reach [`ReferenceCache.write`]."""
+        return sorted(self.directory.glob(f".{self.key}.*.part"))
+
+    @contextmanager
+    def append(self) -> Iterator[TextIO]:
+        """A file of this process for [`write_lines`], which remains if the process is killed."""
+        with self._explain_directory():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{self.key}.", suffix=".part", dir=self.directory)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            yield file
+            path = Path(name)
+            if file.tell() == 0:
+                path.unlink(missing_ok=True)
+
+    def write_lines(self, file: TextIO, rows: Mapping[str, ReferenceLogProbs]) -> None:
+        """Append what was just computed, so that it is kept if the process is killed."""
+        with explain_full_disk(self.directory):
+            file.writelines(json.dumps([key, *row]) + "\n" for key, row in rows.items())
+            file.flush()
+
+    def write(self, rows: Mapping[str, ReferenceLogProbs]) -> None:
+        """Write `rows` and everything else that is known to the file, and remove the parts."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        parts = self.parts()
+        rows = dict(rows) | {key: row for key, row in self.read().items() if key not in rows}
+        metadata = {"what": _WHAT, "settings": self.settings, "about": self.about}
+        table = pa.table(
+            {
+                "pair": pa.array(rows),
+                "id": pa.array([row.id for row in rows.values()], pa.string()),
+                "chosen": pa.array([row.chosen for row in rows.values()], pa.float32()),
+                "rejected": pa.array([row.rejected for row in rows.values()], pa.float32()),
+            },
+            metadata={_METADATA: json.dumps(metadata, ensure_ascii=False)},
+        )
+        with self._explain_directory(), explain_full_disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary = self.directory / f".{self.key}.{os.getpid()}.tmp"
+            pq.write_table(table, temporary, write_page_checksum=True)
+            os.replace(temporary, self.path)
+        for part in parts:
+            with suppress(OSError):  # of another user, or gone
+                part.unlink()
+
+    def _read_file(self) -> dict[str, ReferenceLogProbs]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self.path.exists():
+            return {}
+        try:
+            table = pq.read_table(self.path, page_checksum_verification=True)
+            written_for = json.loads(table.schema.metadata[_METADATA])["settings"]
+            columns = (table[name].to_pylist() for name in ("pair", "id", "chosen", "rejected"))
+            rows = {key: ReferenceLogProbs(*row) for key, *row in zip(*columns, strict=True)}
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            return self._discard(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
+        if sha256_of(written_for) != sha256_of(self.settings):
+            return self._discard("it was written for another reference, and renamed")
+        return {key: row for key, row in rows.items() if _is_sound(key, row)}
+
+    def _discard(self, problem: str) -> dict[str, ReferenceLogProbs]:
+        broken = self.path.with_name(f"{self.path.name}.broken")
+        with self._explain_directory():
+            os.replace(self.path, broken)
+        logger.warning("Renamed %s to %s: %s. Its numbers are computed again.", self.path, broken.name, problem)
+        return {}
+
+    @contextmanager
+    def _explain_directory(self) -> Iterator[None]:
+        try:
+            yield
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(
+                f"The reference's log-probabilities cannot be written to {self.directory} ({error.strerror}). Set "
+                "another directory with ref_log_probs_dir."
+            ) from None
+
+
+def _read_part(path: Path) -> dict[str, ReferenceLogProbs]:
+    """The complete lines of a part; the last may be truncated."""
+    rows = {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # its run has just finished
+        return {}
+    for line in lines:
+        try:
+            key, *row = json.loads(line)
+            row = ReferenceLogProbs(*row)
+        except (ValueError, TypeError):
+            continue
+        if _is_sound(key, row):
+            rows[key] = row
+    return rows
+
+
+def _is_sound(key: Any, row: ReferenceLogProbs) -> bool:
+    numbers = (row.chosen, row.rejected)
+    return isinstance(key, str) and len(key) == 64 and all(isinstance(n, float) and math.isfinite(n) for n in numbers)

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming a run: from its newest complete checkpoint, with all its weights.
+"""Resuming a run from its newest complete checkpoint.
 
-The Trainer writes `checkpoint-N` in place, `trainer_state.json` last, and its own look-up takes the largest number
-whether complete or not. A run killed while it wrote would not start again, or start from half a state.
+The Trainer writes `checkpoint-N` in place, `trainer_state.json` last, and its own `get_last_checkpoint` takes the
+largest number, complete or not. A run killed while it wrote one would not start again, or start from half a state.
 """
 
 import json
@@ -29,53 +29,52 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 def resume_checkpoint(output_dir: str | Path, accelerator: "Accelerator") -> str | None:
     """
-    [`newest_complete_checkpoint`] for every rank: the main process looks and sets aside, the others are told.
+    [`newest_complete_checkpoint`] for every rank: the main process looks for it and broadcasts the result.
 
     Raises:
         UserError: if this launch cannot read the optimizer's state in it.
     """
-    news = [None]
+    found = [None]
     if accelerator.is_main_process:
         try:
-            news = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
-            if news[0] is not None:
-                _check_optimizer(Path(news[0]), accelerator)
-        except UserError as error:  # the other ranks would wait for ever
-            news = [error]
-    broadcast_object_list(news)
-    if isinstance(news[0], UserError):
-        leave_peers()  # on all ranks alike, so the group can be left in order
-        raise news[0]
-    return news[0]
+            found = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
+            if found[0] is not None:
+                _check_optimizer(Path(found[0]), accelerator)
+        except UserError as error:  # the other ranks would wait forever
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        leave_peers()  # on all ranks: otherwise gloo's threads may abort the process
+        raise found[0]
+    return found[0]
 
 
 def _check_optimizer(checkpoint: Path, accelerator: "Accelerator") -> None:
-    """DeepSpeed fails on a checkpoint of another launch with a traceback; the Trainer forgets the optimizer."""
+    """Refuse a checkpoint of another kind of launch: DeepSpeed fails on it, and the Trainer drops the optimizer."""
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
     if not parts and not uses_deepspeed:
         return
     if parts and uses_deepspeed and parts == accelerator.num_processes:
         return
-    way = f"{parts} process{'es' * (parts > 1)} of DeepSpeed" if parts else "processes without DeepSpeed"
+    writers = f"{parts} process{'es' * (parts > 1)} of DeepSpeed" if parts else "processes without DeepSpeed"
     remedy = f"with as many (--num_processes {parts})" if parts else "without it (--accelerate_config multi_gpu)"
     raise UserError(
-        f"{checkpoint} was written by {way}, and its optimizer can be read by no others. Go on {remedy}, or start "
-        "again with --overwrite."
+        f"{checkpoint} was written by {writers}, and only such processes can read its optimizer. Resume {remedy}, or "
+        "start again with --overwrite."
     )
 
 
 def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> str | None:
     """
-    Finds the checkpoint to resume from and sets broken ones aside, as `checkpoint-N.broken`.
+    Find the checkpoint to resume from, and rename broken ones to `checkpoint-N.broken`.
 
-    A checkpoint that another number of processes wrote is complete: the run goes on from it, but each process has
-    drawn other random numbers, so the result is no longer exactly that of the run that was not interrupted. A warning
-    says so.
+    A checkpoint that another number of processes wrote is complete: the run resumes from it, with a warning, but each
+    process has drawn other random numbers, so the result is not exactly that of an uninterrupted run.
 
     Args:
         output_dir (`str` or `Path`):
-            The run's folder.
+            The run directory.
         num_processes (`int`, *optional*, defaults to `1`):
             Number of ranks that will resume.
 
@@ -102,32 +101,16 @@ def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -
         while broken.exists():
             broken, number = path.with_name(f"{path.name}.broken-{number}"), number + 1
         path.rename(broken)
-        logger.warning("Set the checkpoint %s aside as %s: %s.", path, broken.name, problem)
+        logger.warning("Renamed the checkpoint %s to %s: %s.", path, broken.name, problem)
     return None
 
 
-class LoadsPublishedNames:
-    """
-    Mixin for a [`~transformers.Trainer`] that resumes a model trained in all its weights.
-
-    Checkpoints keep a model's weights under their published names. Trainer does not translate them back (transformers
-    5.23): it warns of missing keys and goes on from the weights the model came with. To be removed once it does.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model = model or self.model
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded or hasattr(model, "peft_config"):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
-
-
 def _incomplete(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being resumed, in words; `None` if nothing does."""
+    """Why a checkpoint cannot be resumed; `None` if it can."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"trainer_state.json is missing or cut short ({error})"
+        return f"trainer_state.json is missing or truncated ({error})"
     if checkpoint.name != f"checkpoint-{state.get('global_step')}":
         return f"trainer_state.json is of step {state.get('global_step')}"
     random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
@@ -143,8 +126,8 @@ def _incomplete(checkpoint: Path) -> str | None:
     for path in states:
         if not path.is_file():
             return f"{path.name} is missing"
-        if not zipfile.is_zipfile(path):  # what torch.save writes; its directory stands at the end
-            return f"{path.name} is cut short"
+        if not zipfile.is_zipfile(path):  # as torch.save writes them; their directory is at the end
+            return f"{path.name} is truncated"
     return next((problem for path in weights if (problem := _unreadable(path))), None)
 
 
@@ -160,5 +143,5 @@ def _unreadable(weights: Path) -> str | None:
         with safe_open(weights, framework="numpy") as file:  # checks the header against the file's length
             file.keys()
     except (SafetensorError, OSError) as error:
-        return f"{weights.name} is cut short ({error})"
+        return f"{weights.name} is truncated ({error})"
     return None

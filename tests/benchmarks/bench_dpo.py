@@ -51,8 +51,7 @@ from steps import (
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.training.displacement import WarnOfDisplacement
-from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
+from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer, WarnOfDisplacement
 
 
 WAYS = ("stock", "ours", "ours, cached")

@@ -19,7 +19,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
 from medst_trl.pipeline.recipe import read_yaml
-from medst_trl.pipeline.stages import policy_for_training
+from medst_trl.pipeline.stages import training
 
 
 ENVIRONMENT = without_launcher(os.environ) | {
@@ -189,11 +189,11 @@ def test_configs_leave_to_the_training_arguments_what_is_theirs(path):
     ],
 )
 def test_what_cannot_run_together_is_refused_before_anything_is_loaded(monkeypatch, options, stage, message):
-    monkeypatch.setattr(policy_for_training, "_has_gpu", lambda: False)
+    monkeypatch.setattr(training, "_has_gpu", lambda: False)
     args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
     training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp_plugin_args=None)
     if message is None:
-        policy_for_training.check_how_it_runs(args, training_args)
+        training.check_settings(args, training_args)
     else:
         with pytest.raises(UserError, match=message):
-            policy_for_training.check_how_it_runs(args, training_args)
+            training.check_settings(args, training_args)

@@ -116,7 +116,7 @@ def assert_trained_alike(one, two, tolerance=2e-5):
 
 
 ADAPTER = {"lora_r": 4, "vision_lora_r": 2, "lora_dropout": 0.0}
-STEP = {"sft": "8 conversations a step", "dpo": "8 pairs a step"}
+STEP = {"sft": "8 conversations per step", "dpo": "8 pairs per step"}
 
 
 def recipe(inputs, folder, **launch):

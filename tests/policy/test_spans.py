@@ -14,7 +14,8 @@ from trl.data_utils import prepare_multimodal_messages
 from medst_trl.data.schema import text_of
 from medst_trl.policy.spans import can_be_asked, render_conversation
 from medst_trl.policy.vusr import VUSR, neutralise, turn_format
-from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.encoding import IGNORED
 
 
 HOSTILE = [

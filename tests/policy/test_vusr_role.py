@@ -16,7 +16,8 @@ from medst_trl.engines.engine import to_ask
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import VUSR, add_vusr, set_vusr_role, stop_token_ids
-from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.encoding import IGNORED
 
 
 SYSTEM = (

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from medst_trl.base.errors import UserError
-from medst_trl.training.collator import IGNORED, DataCollatorForSelfQuestioning
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.encoding import IGNORED
 
 
 def _collator(family="vicuna", **kwargs):
@@ -72,11 +73,11 @@ def test_an_unreadable_image_costs_its_example_alone(damage):
     bad["images"][0].save(stored, "PNG")
     bad["images"] = [{"bytes": damage(stored.getvalue()), "path": None}]
     batch = _collator()([good, bad])
-    assert batch.pop("set_aside") == {"r1": "unreadable_image"}
+    assert batch.pop("rejected") == {"r1": "unreadable_image"}
     expected = _collator()([good])
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
     alone = _collator()([bad])
-    assert alone["set_aside"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
+    assert alone["rejected"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
 
 
 def test_draws_follow_seed_epoch_id_and_turn_alone():
@@ -140,8 +141,8 @@ def test_truncation_ends_behind_an_answer_and_never_in_an_image(family, turns, i
     example, ratio = _long_conversation(turns, images), float(asked)
     whole = _collator(family, sq_ratio=ratio)([example])
     batch = _collator(family, sq_ratio=ratio, max_length=max_length)([example])
-    if "set_aside" in batch:
-        assert batch["set_aside"] == {"r1": "too_long"} and (batch["labels"] == IGNORED).all()
+    if "rejected" in batch:
+        assert batch["rejected"] == {"r1": "too_long"} and (batch["labels"] == IGNORED).all()
         one_turn = {**example, "messages": example["messages"][:2]}
         first_answer_ends = int((_collator(family, sq_ratio=ratio)([one_turn])["labels"][0] != IGNORED).nonzero()[-1])
         assert first_answer_ends >= max_length
@@ -192,10 +193,10 @@ def test_examples_that_do_not_fit_leave_the_others_alone():
     long = tiny_run.conversation(3)
     long["messages"][1]["content"][0]["text"] = "very " * 100
     batch = _collator(max_length=30)([long, short])
-    assert batch["set_aside"] == {"r3": "too_long"}
+    assert batch["rejected"] == {"r3": "too_long"}
     assert torch.equal(batch["input_ids"], alone["input_ids"])
     nothing = _collator(max_length=30)([long])
-    assert nothing["set_aside"] == {"r3": "too_long"} and nothing["input_ids"].shape == (1, 1)
+    assert nothing["rejected"] == {"r3": "too_long"} and nothing["input_ids"].shape == (1, 1)
     assert (nothing["labels"] == IGNORED).all()
 
 
@@ -206,12 +207,12 @@ def test_what_is_cut_is_named():
     assert "truncated" not in _collator(sq_ratio=0.0)([example])
 
 
-def test_an_example_without_a_target_is_set_aside():
+def test_an_example_without_a_target_is_rejected():
     example = tiny_run.conversation(0)
     question = {**example, "messages": example["messages"][:1]}
     batch = _collator(sq_ratio=0.0)([question, tiny_run.conversation(1)])
-    assert batch["set_aside"] == {"r0": "nothing_to_train"} and len(batch["input_ids"]) == 1
-    assert "set_aside" not in _collator(sq_ratio=1.0)([question])
+    assert batch["rejected"] == {"r0": "nothing_to_train"} and len(batch["input_ids"]) == 1
+    assert "rejected" not in _collator(sq_ratio=1.0)([question])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,7 +238,7 @@ def test_a_processor_that_does_not_say_where_images_stand_is_refused(monkeypatch
         return batch
 
     monkeypatch.setattr(type(processor), "__call__", silent)
-    with pytest.raises(UserError, match="without telling where"):
+    with pytest.raises(UserError, match="without reporting where"):
         DataCollatorForSelfQuestioning(processor)([tiny_run.conversation(0)])
 
 

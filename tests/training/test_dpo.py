@@ -17,9 +17,7 @@ from transformers import TrainerCallback
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.adapters import freeze_vision
-from medst_trl.training.displacement import WarnOfDisplacement
-from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
-from medst_trl.training.end_of_log import end_of_log
+from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer, WarnOfDisplacement
 from medst_trl.training.prefix_sharing import with_images_twice
 
 
@@ -108,13 +106,13 @@ def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
         make_trainer(tmp_path, policy=(model, processor))
 
 
-def test_pairs_that_cannot_be_trained_on_are_set_aside(tmp_path):
+def test_pairs_that_cannot_be_trained_on_are_rejected(tmp_path):
     rows = [pair(number) for number in range(6)]
     rows[1]["rejected"] = rows[1]["chosen"]
     rows[2]["prompt"][0]["content"][1]["text"] = "long " * 400
     rows[3]["images"] = rows[3]["images"] * 2
     trainer = make_trainer(tmp_path, rows=rows, max_length=100, max_steps=1, per_device_train_batch_size=3)
-    assert trainer.pairs.set_aside == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
+    assert trainer.pairs.rejected_records == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
     trainer.train()
 
     with pytest.raises(UserError, match="1 because both answers say the same"):
@@ -126,7 +124,7 @@ def test_answers_that_do_not_fit_are_cut_and_counted(tmp_path):
     rows[2]["chosen"][0]["content"][0]["text"] = "long " * 400
     trainer = make_trainer(tmp_path, rows=rows, max_length=80, max_steps=1)
     trainer.train()
-    assert trainer.pairs.truncated == 1 and not trainer.pairs.set_aside
+    assert trainer.pairs.truncated == 1 and not trainer.pairs.rejected_records
 
 
 def test_logs_have_lengths_and_log_ratios(tmp_path):
@@ -305,11 +303,3 @@ def test_two_ranks_equal_one(tmp_path, loss_type, zero_2):
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in runs.values()]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     assert difference < (1e-5 if loss_type == ["sigmoid"] else 0.05)
-
-
-def test_the_end_of_a_log_is_a_mean_and_the_last_evaluation():
-    log = [{"loss": float(number), "rewards/margins": 2.0 * number, "step": number} for number in range(10)]
-    log[4:4] = [{"eval_loss": 7.0}]
-    end = end_of_log([*log, {"eval_loss": 3.0}, {"train_loss": 4.5}])
-    assert (end["loss"], end["rewards/margins"], end["eval_loss"], end["train_loss"]) == (8.5, 17.0, 3.0, 4.5)
-    assert end_of_log([]) == {}

@@ -13,12 +13,20 @@ import torch
 from family_models import MODELS, tiny_model
 from tiny_dpo import adapter_policy, make_trainer, pair
 from tiny_run import text
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from medst_trl.policy.parts import model_parts
 from medst_trl.training import prefix_sharing
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
-from medst_trl.training.prefix_sharing import PrefixSharing, SharedLayout, cannot_share
+from medst_trl.training.prefix_sharing import (
+    PrefixSharing,
+    SharedLayout,
+    attention_for,
+    branch_masks,
+    cannot_share,
+    layer_types,
+)
 
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -169,7 +177,7 @@ def test_a_model_on_which_it_is_not_exact_goes_on_with_separate_sequences(tmp_pa
     with caplog.at_level(logging.WARNING):
         trainer.train()
     (said,) = warnings_of(caplog)
-    assert "LlavaForConditionalGeneration goes on with a sequence for each answer" in said
+    assert "LlavaForConditionalGeneration continues with a sequence for each answer" in said
     ours, theirs = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, exact))
     assert ours == pytest.approx(theirs, abs=1e-6)
 
@@ -299,7 +307,9 @@ def test_a_collator_that_shares_nothing_is_noticed(tmp_path, caplog):
             tmp_path, max_steps=2, data_collator=DataCollatorForMultimodalPreference(processor, max_length=100)
         )
         plain = losses_of(trainer)
-    assert [message for message in warnings_of(caplog) if "data_collator share nothing" in message]
+    assert [
+        message for message in warnings_of(caplog) if "data_collator makes no batches with a shared prefix" in message
+    ]
     collator = DataCollatorForMultimodalPreference(processor, max_length=100, share_prefix=True)
     wrapped = make_trainer(tmp_path, max_steps=2, data_collator=lambda examples: collator(examples))
     assert losses_of(wrapped) == pytest.approx(plain, abs=1e-6)
@@ -372,3 +382,54 @@ def test_flex_attention_scores_the_same(family, monkeypatch):
             scores[attention] = model(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
     assert sharing.agrees == {(True, "flex_attention"): True}
     assert torch.allclose(scores["flex_attention"], scores["sdpa"], atol=1e-5)
+
+
+# two tokens of prompt, then twice a last prompt token with an answer behind it, then padding
+BRANCHES = torch.tensor([[0, 0, 1, 1, 2, 2, 2, -1, -1]])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0, 0]])
+
+
+def seen(mask: torch.Tensor, query: int) -> list[int]:
+    return mask[0, 0, query].nonzero().flatten().tolist()
+
+
+def test_a_branch_sees_the_trunk_and_itself():
+    mask = branch_masks(LlamaConfig(), "sdpa", BRANCHES, POSITIONS)
+    assert mask.shape == (1, 1, 9, 9) and mask.dtype == torch.bool
+    assert [seen(mask, query) for query in (1, 3, 4, 6)] == [[0, 1], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5, 6]]
+    assert mask.any(-1).all()  # a token that sees nothing would be NaN
+
+
+def test_a_window_counts_by_positions_and_not_by_places():
+    mask = branch_masks(MistralConfig(sliding_window=3), "sdpa", BRANCHES, POSITIONS)
+    assert [seen(mask, query) for query in (3, 4, 5, 6)] == [[1, 2, 3], [0, 1, 4], [1, 4, 5], [4, 5, 6]]
+
+
+def test_layers_of_two_types_get_a_mask_each_and_blocks_look_both_ways():
+    config = Gemma3TextConfig(
+        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=2
+    )
+    blocks = torch.tensor([[3, 3, -1, -1, -1, -1, -1, -1, -1]])
+    masks = branch_masks(config, "sdpa", BRANCHES, POSITIONS, blocks)
+    assert set(masks) == layer_types(config) == {"full_attention", "sliding_attention"}
+    assert seen(masks["full_attention"], 0) == seen(masks["sliding_attention"], 0) == [0, 1]
+    assert seen(masks["full_attention"], 6) == [0, 1, 4, 5, 6] and seen(masks["sliding_attention"], 6) == [5, 6]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(sliding_window=3)])
+def test_eager_and_flex_attention_see_the_same(config):
+    from torch.nn.attention.flex_attention import create_mask
+
+    dense = branch_masks(config, "sdpa", BRANCHES, POSITIONS)
+    eager = branch_masks(config, "eager", BRANCHES, POSITIONS)
+    assert eager.dtype == torch.float32 and torch.equal(eager == 0, dense)
+    flex = branch_masks(config, "flex_attention", BRANCHES, POSITIONS)
+    assert torch.equal(create_mask(flex.mask_mod, 1, None, 9, 9, device="cpu"), dense)
+
+
+def test_flex_attention_is_for_long_sequences_on_an_accelerator():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention_for("flex_attention", 4096, gpu) == "flex_attention"
+    assert attention_for("flex_attention", 512, gpu) == attention_for("flex_attention", 4096, cpu) == "sdpa"
+    for own in ("sdpa", "eager"):
+        assert attention_for(own, 4096, gpu) == attention_for(own, 512, cpu) == own

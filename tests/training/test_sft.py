@@ -19,8 +19,8 @@ from medst_trl.data.schema import instruct_features
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import add_vusr
-from medst_trl.training.collator import IGNORED
-from medst_trl.training.length_grouping import conversation_lengths
+from medst_trl.training.encoding import IGNORED
+from medst_trl.training.packing import conversation_lengths
 from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer
 
 

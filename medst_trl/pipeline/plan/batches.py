@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.training.batch_size import set_accumulation
+from medst_trl.pipeline.stages.batch_size import set_accumulation
 
 from .settings import stage_arguments
 

@@ -117,8 +117,8 @@ def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, 
     from peft import get_peft_model
     from trl.trainer.utils import disable_dropout_in_model
 
+    from medst_trl.pipeline.stages.training import keep_shape
     from medst_trl.policy.adapters import adapter_config, freeze_vision
-    from medst_trl.training.continued_adapter import keep_shape
 
     args, training = arguments or stage_arguments(step)
     policy = model_at(

@@ -14,242 +14,164 @@ medst dpo \
 ```
 
 Input: preference pairs with columns `id`, `images`, `prompt`, `chosen`, `rejected` (see `medst judge`), and an adapter
-or a model. An adapter is trained further, its frozen copy being the reference; a model gets a new adapter, the model
-without it being the reference. Output: an adapter with its processor and template in `output_dir`, for
-[`load_policy`]; checkpoints beside it; `rejected.jsonl` if pairs could not be used. Run again after a crash, it goes
-on from the newest complete checkpoint.
+or a model. An adapter is trained further, with a frozen copy of it as the reference. A model gets a new adapter, with
+the model alone as the reference. Output: an adapter with its processor and template in `output_dir`, for
+[`load_policy`]; checkpoints; `rejected.jsonl` if pairs could not be used. An interrupted run resumes from the newest
+complete checkpoint.
 
-`--precompute_ref_log_probs true` has the reference read all pairs first and needs it in memory no more. What it says
-is kept in `reference_log_probs` beside the pairs: later runs from the same policy take it from there, `medst push`
-takes it along, and for a dataset of the Hub it is downloaded.
+With `--precompute_ref_log_probs true` the reference reads all pairs first and is then removed from memory. Its
+log-probabilities are kept in `reference_log_probs` beside the pairs: later runs from the same policy read them there,
+`medst push` publishes them, and for a dataset on the Hub they are downloaded.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
+
+from .training import PolicyArguments, check_settings, end_of_log, load_trainable_policy, new_adapter, train_policy
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from datasets import Dataset
+
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
 @dataclass
-class DpoArguments:
-    """What `medst dpo` needs beside the training arguments of [`MultimodalDPOConfig`]."""
+class DpoArguments(PolicyArguments):
+    """Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`]."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of an adapter (or of a model) to align."})
-    dataset: str = field(metadata={"help": "Folder or Hub id of preference pairs (`medst judge` makes them)."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str = field(default="validation", metadata={"help": "Split for eval_strategy steps or epoch."})
-    max_records: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
-    use_lora: bool = field(
-        default=True, metadata={"help": "Give a model without an adapter a new one; false trains every weight."}
-    )
-    lora_r: int = field(default=128, metadata={"help": "LoRA rank in the language model, for a new adapter."})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA scale in the language model, for a new adapter."})
-    vision_lora_r: int = field(
-        default=32, metadata={"help": "LoRA rank in the vision tower, for a new adapter; 0 leaves it frozen."}
-    )
-    vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale there, for a new adapter."})
+    dataset: str = field(metadata={"help": "Directory or Hub id of preference pairs (`medst judge` makes them)."})
     train_vision: bool = field(
-        default=True, metadata={"help": "Whether the adapter's part in the vision tower goes on training."}
-    )
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base of an adapter, where it has moved from the place the adapter names."}
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the frozen weights: float32, bfloat16. Default: that of the training arguments bf16 and "
-            "fp16, and float32 where every weight trains. What an adapter trains is kept in float32."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={
-            "help": "QLoRA: hold the frozen language model in 4 bits (NF4), for a small GPU. Needs bitsandbytes "
-            "(extra qlora)."
-        },
-    )
-    effective_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs of a step over all processes: gradient_accumulation_steps follows from it, from "
-            "per_device_train_batch_size and from the number of processes."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start anew."}
+        default=True, metadata={"help": "Whether the adapter's part in the vision tower is trained further."}
     )
 
 
 def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
-    from medst_trl.base.files import explain_full_disk
-    from medst_trl.training.batch_size import set_accumulation
-    from medst_trl.training.end_of_log import end_of_log
-    from medst_trl.training.resume import resume_checkpoint
-
-    from .run_directory import load_splits, open_record, save_adapter, write_model_card
-
     check(args, training_args)
-    set_accumulation(args, training_args)
-    datasets = load_splits(args, training_args, "preferences")
-    record = open_record(args, training_args, "dpo")
-    if record.status == "finished":
-        return
+    train_policy(
+        args,
+        training_args,
+        stage="dpo",
+        kind="preferences",
+        examples="pairs",
+        make_trainer=partial(make_trainer, args, training_args),
+        summarize=summarize,
+    )
+
+
+def make_trainer(
+    args: DpoArguments, training_args: "MultimodalDPOConfig", datasets: "dict[str, Dataset]"
+) -> "MultimodalDPOTrainer":
+    from medst_trl import MultimodalDPOTrainer
+    from medst_trl.policy.adapters import freeze_vision
 
     if training_args.precompute_ref_log_probs:
-        training_args.ref_log_probs_dir = _reference_folder(args.dataset, training_args)
-    try:
-        trainer = _make_trainer(args, training_args, datasets["train"], datasets.get("eval"))
-    except Exception:
-        record.forget()
-        raise
-    checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
-    with explain_full_disk(training_args.output_dir):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.accelerator.wait_for_everyone()
-        set_aside = _write_set_aside(trainer)
-        save_adapter(trainer)
-    metrics = _figures(end_of_log(trainer.state.log_history))
-    record.finish(
-        counts={
-            "pairs": len(datasets["train"]),
-            "set_aside": set_aside,
-            "truncated": trainer.pairs.truncated,
-            "steps": trainer.state.global_step,
-        },
-        metrics=metrics,
+        training_args.ref_log_probs_dir = _reference_directory(args.dataset, training_args)
+    model, processor = load_trainable_policy(args, training_args)
+    if not args.train_vision:
+        freeze_vision(model)
+    # DPO compares log-probabilities with and without the adapter, so dropout is off.
+    changes = {"lora_dropout": 0.0} if args.train_vision else {"lora_dropout": 0.0, "vision_r": 0}
+    return MultimodalDPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+        processing_class=processor,
+        peft_config=new_adapter(args, model, processor, **changes),
     )
-    write_model_card(trainer)
-    trainer.accelerator.print(
-        f"Stage 2 is done: {trainer.state.global_step} steps on {len(trainer.train_dataset)} preference pairs"
-        + "".join(f", {count} set aside as {reason} (rejected.jsonl)" for reason, count in set_aside.items())
-        + (f", {trainer.pairs.truncated} with an answer cut at max_length" if trainer.pairs.truncated else "")
-        + f".{_ending(metrics)} Adapter and processor are in {training_args.output_dir}."
+
+
+def summarize(trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
+    """Counts, metrics and a summary of a finished run; `rejected.jsonl` is written."""
+    from medst_trl.base.files import write_jsonl
+
+    reasons, truncated = trainer.pairs.rejected_records, trainer.pairs.truncated
+    if reasons and trainer.accelerator.is_main_process:
+        path = os.path.join(trainer.args.output_dir, "rejected.jsonl")
+        write_jsonl(path, ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items()))
+    rejected, usable = dict(Counter(reasons.values())), len(trainer.train_dataset)
+    kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
+    means = end_of_log(trainer.state.log_history)
+    metrics = {name: mean for name, mean in means.items() if name in ("train_loss", "loss") or name.startswith(kinds)}
+    summary = (
+        f"Stage 2 is done: {trainer.state.global_step} steps on {usable} preference pairs"
+        + "".join(f", {count} rejected as {reason} (rejected.jsonl)" for reason, count in rejected.items())
+        + (f", {truncated} with an answer cut at max_length" if truncated else "")
+        + f".{_outcome(metrics)}"
     )
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
-    trainer.end()
+    counts = {"pairs": records, "set_aside": rejected, "truncated": truncated}
+    return counts, metrics, summary
 
 
-def check(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
-    """Refuse settings that cannot work together."""
-    from .policy_for_training import check_how_it_runs
+def _outcome(metrics: dict[str, float]) -> str:
+    """How training ended, in a sentence; empty if nothing was logged."""
+    if "logratios/chosen" not in metrics:
+        return ""
+    change = metrics["logratios/chosen"]
+    return (
+        f" At the end {metrics['rewards/accuracies']:.0%} of the pairs are in the judge's order, and the chosen "
+        f"answers are {'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats)."
+    )
 
-    check_how_it_runs(args, training_args)
 
-
-def _reference_folder(dataset: str, training_args: "MultimodalDPOConfig") -> str:
-    """Where the reference's log-probabilities are kept, with those in it that came with the dataset."""
-    from medst_trl.base.fingerprints import REFERENCE_FOLDER
-
+def _reference_directory(dataset: str, training_args: "MultimodalDPOConfig") -> str:
+    """The directory of the reference's log-probabilities, with those that came with the dataset copied into it."""
     beside, own = Path(dataset, REFERENCE_FOLDER), Path(training_args.output_dir, REFERENCE_FOLDER)
     writable = os.path.isdir(dataset) and os.access(beside if beside.exists() else dataset, os.W_OK)
-    folder = Path(training_args.ref_log_probs_dir or (beside if writable else own))
-    if folder != beside and int(os.environ.get("RANK", "0")) == 0:  # the main process reads the cache for all
-        _copy_new(beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset), folder)
-    return str(folder)
+    directory = Path(training_args.ref_log_probs_dir or (beside if writable else own))
+    if directory != beside and int(os.environ.get("RANK", "0")) == 0:  # the main process reads the cache for all
+        _copy_new(beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset), directory)
+    return str(directory)
 
 
 def _downloaded(hub_id: str) -> "Iterable[Path]":
-    """The files of log-probabilities in a dataset on the Hub; none where it has none or the Hub cannot be asked."""
+    """The files of log-probabilities in a Hub dataset; none if it has none or the Hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-
-    from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
 
     name, revision = split_revision(hub_id)
     files = f"{REFERENCE_FOLDER}/*.parquet"
     try:
         found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)
     except (OSError, HfHubHTTPError) as error:
-        print(f"dpo: the reference's log-probabilities of {hub_id} cannot be fetched ({str(error).splitlines()[0]}).")
+        print(f"dpo: the reference's log-probabilities of {hub_id} cannot be downloaded: {str(error).splitlines()[0]}")
         return ()
     return Path(found).glob(files)
 
 
-def _copy_new(files: "Iterable[Path]", folder: Path) -> None:
+def _copy_new(files: "Iterable[Path]", directory: Path) -> None:
     import shutil
 
+    from medst_trl.base.files import atomic_path
+
     for path in files:
-        if not (folder / path.name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / f".{path.name}.tmp")
-            os.replace(folder / f".{path.name}.tmp", folder / path.name)
+        if not (directory / path.name).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            with atomic_path(directory / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
-def _make_trainer(args, training_args, train_dataset, eval_dataset) -> "MultimodalDPOTrainer":
-    from medst_trl import MultimodalDPOTrainer, adapter_config
-    from medst_trl.policy.adapters import freeze_vision
-    from medst_trl.policy.vusr import add_vusr
-
-    from .policy_for_training import load_trainable_policy, say_what_trains
-
-    model, processor = load_trainable_policy(args, training_args)
-    if not args.train_vision:
-        freeze_vision(model)
-    config = None
-    if args.use_lora and not hasattr(model, "peft_config"):
-        config = adapter_config(
-            model,
-            vusr_token_id=add_vusr(processor),
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=0.0,  # DPO compares log-probabilities with and without the adapter
-            vision_r=args.vision_lora_r if args.train_vision else 0,
-            vision_lora_alpha=args.vision_lora_alpha,
-        )
-    trainer = MultimodalDPOTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        peft_config=config,
-    )
-    say_what_trains(trainer, "pairs")
-    return trainer
-
-
-def _write_set_aside(trainer: "MultimodalDPOTrainer") -> dict[str, int]:
-    """Writes `rejected.jsonl` and counts by reason."""
-    from medst_trl.base.files import write_jsonl
-
-    reasons = trainer.pairs.set_aside
-    if reasons and trainer.accelerator.is_main_process:
-        path = os.path.join(trainer.args.output_dir, "rejected.jsonl")
-        write_jsonl(path, ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items()))
-    return {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}
-
-
-def _figures(means: dict[str, float]) -> dict[str, float]:
-    kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
-    return {name: value for name, value in means.items() if name in ("train_loss", "loss") or name.startswith(kinds)}
-
-
-def _ending(metrics: dict[str, float]) -> str:
-    """How training ended, in a sentence; nothing where nothing was logged."""
-    if "logratios/chosen" not in metrics:
-        return ""
-    change = metrics["logratios/chosen"]
-    return (
-        f" At the end {metrics['rewards/accuracies']:.0%} of the pairs are ordered as the judge has them, and the "
-        f"chosen answers are {'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats)."
-    )
+def check(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
+    """Raise a [`UserError`] for settings that cannot work, before anything is read or loaded."""
+    check_settings(args, training_args)
 
 
 def _arguments() -> tuple[type, ...]:
     from medst_trl import MultimodalDPOConfig
+    from medst_trl.training.losses import loss_help
 
+    # The registry is complete only now, after the plugins.
+    MultimodalDPOConfig.__dataclass_fields__["loss_type"].metadata = {"help": loss_help()}
     return DpoArguments, MultimodalDPOConfig
 
 

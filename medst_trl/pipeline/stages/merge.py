@@ -220,7 +220,7 @@ def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) 
     collators = [DataCollatorForSelfQuestioning(processor, sq_ratio=ratio) for ratio in (0.0, 1.0)]
     batches = [collator([example]) for example in examples for collator in collators]
     for batch in batches:
-        for name in ("question_mask", "set_aside", "truncated", "neutralised"):
+        for name in ("question_mask", "rejected", "truncated", "neutralised"):
             batch.pop(name, None)
     batches = [batch for batch in batches if (batch["labels"] != -100).any()]
     if not batches:

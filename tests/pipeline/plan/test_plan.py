@@ -151,7 +151,7 @@ def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path
     [
         (["--sft.learning_rat", "1"], "unknown key 'learning_rat'"),
         (["--sft.learning_rate", "fast"], "'fast' is not a valid float"),
-        (["--num_processes", "3"], "section sft: effective_batch_size 128 cannot be made"),
+        (["--num_processes", "3"], "section sft: effective_batch_size 128 cannot be divided"),
         (["--sft.throughput", "fast"], "'fast' is not a number of examples a second"),
         (["--throughput"], "is not a number of examples a second"),
         (["--sfft.throughput", "2"], "has no section 'sfft'"),

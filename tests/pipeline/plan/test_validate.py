@@ -69,12 +69,14 @@ def test_a_good_recipe_gets_a_line_for_each_step(check):
 def test_the_number_of_processes_that_is_asked_for(check):
     assert "batch 64 on 2 (8 x 4)\n" in check("--num_processes", "2")[1]
     code, said = check("--num_processes", "3")
-    assert code == 2 and "section sft: effective_batch_size 64 cannot be made of batches of 8 on 3 processes" in said
+    assert (
+        code == 2 and "section sft: effective_batch_size 64 cannot be divided into batches of 8 on 3 processes" in said
+    )
     assert "section dpo: effective_batch_size 32" in said  # all of them at once
     code, said = check("--sft.per_device_train_batch_size=16")
     assert code == 0 and "64 on 4 (16 x 1), cannot be met on 8\n" in said
     code, said = check("--sft.per_device_train_batch_size=7")
-    assert code == 2 and "effective_batch_size 64 cannot be made of batches of 7" in said
+    assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in said
 
 
 def test_one_process_where_the_launcher_is_for_one(check):

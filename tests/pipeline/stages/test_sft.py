@@ -156,9 +156,9 @@ def test_what_trains_can_be_chosen(inputs, tmp_path, options, parts):
 def test_a_step_of_so_many_conversations_however_it_is_divided(inputs, tmp_path, capsys):
     options = {"max_steps": 2, "effective_batch_size": 6, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1e-2}
     whole, _ = _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=6)
-    assert "6 conversations a step: 6 x 1 process x 1 accumulated." in capsys.readouterr().out
+    assert "6 conversations per step: 6 x 1 process x 1 accumulated." in capsys.readouterr().out
     divided, _ = _run(inputs, tmp_path / "divided", **options, per_device_train_batch_size=2)
-    assert "6 conversations a step: 2 x 1 process x 3 accumulated." in capsys.readouterr().out
+    assert "6 conversations per step: 2 x 1 process x 3 accumulated." in capsys.readouterr().out
     assert all(torch.allclose(whole[name], divided[name], atol=1e-5) for name in whole)
     _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=3)  # the same run, and it is finished
     assert "nothing to do" in capsys.readouterr().out

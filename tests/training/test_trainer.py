@@ -13,11 +13,13 @@ from datasets.features.image import Image as ImageFeature
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
-from medst_trl.training import input_pipeline
+from medst_trl.training import arguments, trainer
+from medst_trl.training.arguments import default_workers
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.input_pipeline import DataWait, default_workers, with_stored_images
-from medst_trl.training.length_grouping import conversation_lengths
+from medst_trl.training.images import with_stored_images
+from medst_trl.training.packing import conversation_lengths
 from medst_trl.training.sft import SelfQuestioningConfig
+from medst_trl.training.trainer import DataWait
 
 
 class Clock:
@@ -25,7 +27,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(input_pipeline.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(trainer.time, "monotonic", lambda: self.now)
 
     def slow(self, function, seconds):
         def call(*args, **kwargs):
@@ -136,7 +138,7 @@ def test_two_workers_train_as_none_do(tmp_path):
 @pytest.mark.parametrize(("accelerator", "use_cpu"), [(True, False), (True, True), (False, False)])
 def test_workers_are_started_where_something_else_computes(monkeypatch, tmp_path, accelerator, use_cpu):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    monkeypatch.setattr(input_pipeline.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none", use_cpu=use_cpu)
     starts = accelerator and not use_cpu
     assert args.dataloader_num_workers == (8 if starts else 0)
@@ -144,7 +146,7 @@ def test_workers_are_started_where_something_else_computes(monkeypatch, tmp_path
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(input_pipeline.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert default_workers() == 4
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.training.batch_size import accumulation_steps, division_of, set_accumulation
+from medst_trl.pipeline.stages.batch_size import accumulation_steps, division_of, set_accumulation
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
@@ -19,9 +19,9 @@ def test_a_step_has_as_many_examples_on_any_number_of_processes(per_device, proc
     ("effective", "per_device", "processes"), [(128, 8, 3), (128, 6, 4), (12, 8, 3), (7, 3, 2), (4, 8, 1)]
 )
 def test_what_does_not_divide_is_refused_with_what_would(effective, per_device, processes):
-    with pytest.raises(UserError, match="These would do") as raised:
+    with pytest.raises(UserError, match="These work") as raised:
         accumulation_steps(effective, per_device, processes)
-    said = str(raised.value).partition("These would do")[2]
+    said = str(raised.value).partition("These work")[2]
     sizes = re.search(r"per_device_train_batch_size ([\d, or]+) on", said)
     for size in re.findall(r"\d+", sizes[1]) if sizes else ():
         assert accumulation_steps(effective, int(size), processes)
@@ -50,6 +50,6 @@ def test_arguments_of_a_stage():
     assert training_args.gradient_accumulation_steps == 1
     set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
     assert training_args.gradient_accumulation_steps == 4
-    assert division_of(training_args, "pairs") == "128 pairs a step: 8 x 4 processes x 4 accumulated."
-    with pytest.raises(UserError, match="Leave out gradient_accumulation_steps"):
+    assert division_of(training_args, "pairs") == "128 pairs per step: 8 x 4 processes x 4 accumulated."
+    with pytest.raises(UserError, match="Remove gradient_accumulation_steps"):
         set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)

@@ -1,13 +1,21 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+"""A batch without an image runs the vision tower all the same, and nothing else changes."""
+
 import io
 
 import numpy as np
 import pytest
+import torch
 from datasets.features.image import Image as ImageFeature
+from family_models import MODELS, tiny_model
 from PIL import Image, ImageFile
+from tiny_run import conversation
 
-from medst_trl.training.example_images import UnreadableImage, check_image, image_size
+from medst_trl.policy.loading import prepare_policy
+from medst_trl.policy.parts import model_parts
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.images import UnreadableImage, check_image, encode_blank_images, image_size
 
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8)
@@ -81,3 +89,32 @@ def test_what_pillow_reads_though_it_does_not_end_well_is_kept():
 def test_what_is_no_image_is_told(image):
     with pytest.raises(UnreadableImage, match="cannot be read"):
         image_size(image)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family(family):
+    model, processor = tiny_model(family)
+    prepare_policy(model, processor).train()
+    collator = DataCollatorForSelfQuestioning(processor)
+    with_image, without = (collator([conversation(number, with_image=number == 0)]) for number in (0, 1))
+    for batch in (with_image, without):
+        batch.pop("question_mask")
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in (with_image, without)]
+    encode_blank_images(model, processor)
+
+    parts, runs = model_parts(model), []
+    model.get_submodule(parts.vision_tower).register_forward_pre_hook(lambda *_: runs.append(True))
+    for batch, logits in zip((with_image, without, without), [*expected, expected[1]]):
+        model.zero_grad()
+        output = model(**batch)
+        assert torch.equal(output.logits, logits)
+        output.loss.backward()
+    assert len(runs) == 3  # once a batch, whether it has an image or not
+    gradients = {"vision": [], "projector": [], "language": []}
+    for name, parameter in model.named_parameters():
+        gradients[parts.part_of(name)].append(parameter.grad)
+    assert all(gradient is not None and not gradient.any() for gradient in gradients["projector"])
+    reached = [gradient for gradient in gradients["vision"] if gradient is not None]
+    assert len(reached) > len(gradients["vision"]) / 2 and not any(gradient.any() for gradient in reached)
+    assert any(gradient is not None and gradient.any() for gradient in gradients["language"])

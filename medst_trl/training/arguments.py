@@ -1,0 +1,123 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the two trainers beside TRL's, apart from TRL, so that `--help` can read them without torch."""
+
+import os
+from dataclasses import dataclass, field
+
+
+MAX_WORKERS = 8  # with more, decoding is faster than any model here trains, and each worker holds batches in memory
+
+
+def default_workers() -> int:
+    """Default number of data loader workers with an accelerator: this process's share of the CPU cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@dataclass
+class PolicySettings:
+    """Mixin for [`~transformers.TrainingArguments`]: learning rates by part, and defaults that suit the machine."""
+
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector. Default: learning_rate."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that decode and resize images ahead of the step. Default: with an accelerator this "
+            "process's share of the CPU cores, at most 8; without one 0."
+        },
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Whether workers are kept between epochs. Default: with an accelerator."}
+    )
+
+    def __post_init__(self):
+        import torch
+
+        from medst_trl.base.processes import backend_on_cpus
+
+        if self.bf16 is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
+            self.bf16 = False  # TRL's default of True suits accelerators; on a CPU it is slow and less exact
+        # Without an accelerator, workers would take the cores from the model. And starting them draws from the random
+        # numbers of a CPU's dropout: a resumed run, which starts them again, would differ if they were persistent.
+        has_accelerator = torch.accelerator.is_available() and not self.use_cpu
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_workers() if has_accelerator else 0
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = has_accelerator and self.dataloader_num_workers > 0
+        if not has_accelerator:
+            self.dataloader_pin_memory = False  # of no use, and torch warns of it for every loader
+        if self.ddp_backend is None:
+            self.ddp_backend = backend_on_cpus()
+        super().__post_init__()
+
+
+@dataclass
+class SelfQuestioningSettings(PolicySettings):
+    """Settings of [`SelfQuestioningConfig`] beside those of [`~trl.SFTConfig`]."""
+
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Whether a resumed run continues to count the patience of early stopping."},
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Longest sequence in tokens, with image tokens. Longer conversations end after an answer."},
+    )
+    sq_ratio: float = field(
+        default=0.5,
+        metadata={"help": "Share of the eligible user turns that become <vusr> turns, drawn again in each epoch."},
+    )
+    sq_first_turn: bool = field(
+        default=True, metadata={"help": "Whether the first user turn can become a <vusr> turn. The paper: false."}
+    )
+    question_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss on question tokens, relative to answer tokens."}
+    )
+    pack_sequences: bool = field(
+        default=False,
+        metadata={"help": "Pack the conversations of a batch into fewer rows without padding: the same step, faster."},
+    )
+
+
+@dataclass
+class MultimodalDPOSettings(PolicySettings):
+    """Settings of [`MultimodalDPOConfig`] beside those of [`~trl.DPOConfig`]."""
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate (the paper: 5e-6)."})
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Longest sequence in tokens, with image tokens. Longer answers are truncated."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Which pairs share a batch: `group_by_length` (pairs of similar length), `random` or `sequential`."
+        },
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Loss, or several to add up with loss_weights: those of TRL and of plugins."},
+    )
+    share_prefix: bool = field(
+        default=True, metadata={"help": "Read image and prompt of a pair once for both answers, if the model can."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the reference read all pairs before the first step, keep its log-probabilities in a file for "
+            "later runs, and remove it from memory."
+        },
+    )
+    ref_log_probs_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory of the reference's log-probabilities. Default: reference_log_probs in a local "
+            "dataset's directory (`medst dpo`), or in output_dir."
+        },
+    )

@@ -1,0 +1,254 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Images of training examples: stored and decoded, their size and whether they can be read, and blank ones."""
+
+import inspect
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, Features, List
+from datasets import Image as ImageFeature
+from PIL import ExifTags, Image
+
+from medst_trl.base.errors import UserError
+from medst_trl.policy.parts import model_parts
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin, Trainer
+
+BLANK_SIDE = 64  # pixels; processors that resize images need no more
+
+
+class UnreadableImage(UserError):
+    """An image that is missing, truncated, or of an unknown format."""
+
+
+class DecodesImages:
+    """
+    Mixin for TRL's data collators: takes images as a dataset stores them, or decoded, and decodes each once. Left to
+    `datasets`, the first image of every list is decoded twice (its `decode_nested_example` tries one to find out
+    whether the list has to be decoded).
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return super().torch_call([with_decoded_images(example) for example in examples])
+
+
+def images_of(example: Mapping[str, Any]) -> list[Any]:
+    """The images of an example, from its column `images` or `image`."""
+    return [example["image"]] if "image" in example else list(example.get("images") or [])
+
+
+def with_images(example: Mapping[str, Any], images: list[Any]) -> dict[str, Any]:
+    """The same example with its images replaced."""
+    return {**{name: value for name, value in example.items() if name != "image"}, "images": images}
+
+
+def with_stored_images(dataset: Any) -> Any:
+    """The same rows with images as they are stored (`bytes` and `path`); anything but a plain dataset as it is."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
+        return dataset
+    dataset = dataset.with_format(None)  # a copy of what describes the rows, not of the rows
+    # Not by casting a column, which would write all images again.
+    dataset.info.features = Features({name: _stored(feature) for name, feature in dataset.features.items()})
+    return dataset
+
+
+def _stored(feature: Any) -> Any:
+    if isinstance(feature, List) and isinstance(feature.feature, ImageFeature):
+        return List(ImageFeature(decode=False))
+    return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
+
+
+def with_decoded_images(example: dict[str, Any]) -> dict[str, Any]:
+    """The same example with each of its images decoded, if it is not yet."""
+    decode = ImageFeature().decode_example
+    if isinstance(example.get("image"), dict):
+        example = {**example, "image": decode(example["image"])}
+    if any(isinstance(image, dict) for image in example.get("images") or []):
+        images = [decode(image) if isinstance(image, dict) else image for image in example["images"]]
+        example = {**example, "images": images}
+    return example
+
+
+def check_has_images(dataset: Any) -> None:
+    """Raise a [`UserError`] for data without a column of images, which TRL would tokenize as text."""
+    example = next(iter(with_stored_images(dataset) or ()), None)
+    if isinstance(example, Mapping) and not {"image", "images"} & example.keys():
+        raise UserError(
+            f"The training data has columns {', '.join(example)}, but no `images`. Text without images needs it, too: "
+            'add `images: []` to every row, for instance by dataset.add_column("images", [[]] * len(dataset)).'
+        )
+
+
+def image_size(image: "Image.Image | dict[str, Any]") -> tuple[int, int]:
+    """
+    Width and height in pixels after decoding. Of a stored image only the header is read.
+
+    Args:
+        image (`PIL.Image.Image` or `dict`): An image, or its `bytes` and `path` as a dataset stores them.
+
+    Raises:
+        UnreadableImage: if there is no header of a known format.
+    """
+    with _explained(image):
+        if not isinstance(image, dict):
+            return image.size
+        if not _is_local(image):
+            return ImageFeature().decode_example(image).size
+        with Image.open(_file(image)) as opened:
+            return opened.size[::-1] if _is_transposed(opened, image) else opened.size
+
+
+def check_image(image: "Image.Image | dict[str, Any]") -> None:
+    """Raise [`UnreadableImage`] if an image is incomplete. A JPEG or PNG that ends correctly is not decoded."""
+    if not isinstance(image, dict):
+        return
+    with _explained(image):
+        if not (_is_local(image) and _ends_correctly(image)):
+            ImageFeature().decode_example(image)
+
+
+def _is_transposed(opened: Image.Image, image: dict[str, Any]) -> bool:
+    """Whether `datasets`, which applies the EXIF orientation, swaps width and height of this image."""
+    if opened.format == "TIFF":  # Pillow reports the size after orientation
+        return False
+    # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is nothing to find.
+    if opened.format == "PNG" and not {b"eXIf", b"tEXt", b"zTXt", b"iTXt"} & set(_png_chunks(image)):
+        return False
+    return opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+def _png_chunks(image: dict[str, Any]) -> Iterator[bytes]:
+    """The types of all chunks of a PNG file, whose content is not read."""
+    with BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            yield kind
+            file.seek(length + 4, os.SEEK_CUR)
+
+
+def _ends_correctly(image: dict[str, Any]) -> bool:
+    """Whether a JPEG has its end marker, a PNG all its chunks with their checksums; `False` for other formats."""
+    data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    try:
+        with Image.open(BytesIO(data)) as opened:
+            if opened.format == "PNG":
+                opened.verify()
+                return True
+            return opened.format in ("JPEG", "MPO") and data[-4096:].rstrip(b"\0").endswith(b"\xff\xd9")
+    except Exception:  # Pillow may still decode it, so it is asked
+        return False
+
+
+def _is_local(image: dict[str, Any]) -> bool:
+    return image["bytes"] is not None or os.path.isfile(image["path"])
+
+
+def _file(image: dict[str, Any]) -> BytesIO | str:
+    return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+
+
+@contextmanager
+def _explained(image: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow's parsers raise almost anything on a damaged file
+        path = image.get("path") if isinstance(image, dict) else None
+        reason = " ".join(str(error).split())[:200]
+        raise UnreadableImage(
+            f"the image {path or ''}".rstrip() + f" cannot be read ({type(error).__name__}: {reason})"
+        ) from error
+
+
+# Blank images. DeepSpeed and FSDP exchange gradients, and ZeRO-3 and FSDP weights, in the order in which layers run. A
+# rank whose batch is text alone would skip the vision tower: the ranks then wait for each other forever, or add up
+# gradients of different layers (https://github.com/hiyouga/LLaMA-Factory/issues/5616). So that rank encodes a blank
+# image and adds nothing of it to its tokens: every trained weight has a gradient, which is zero there.
+
+
+def encode_blank_images_if_needed(trainer: "Trainer", *models: Any) -> None:
+    """
+    Make models run their vision tower in every batch if the trainer's ranks would otherwise diverge, in place.
+
+    DDP that looks for unused parameters (TRL's default with images) is left alone: it exchanges zeros itself.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer with an accelerator.
+        *models ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `None`):
+            What it runs: the policy and, if it is a model of its own, the reference.
+    """
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if trainer.accelerator.num_processes == 1 or not (sharded or trainer.args.ddp_find_unused_parameters is False):
+        return
+    for model in models:
+        if model is not None:
+            model = trainer.accelerator.unwrap_model(model)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            encode_blank_images(base, trainer.processing_class)
+
+
+def encode_blank_images(model: "PreTrainedModel", processor: "ProcessorMixin") -> None:
+    """
+    Make a model encode a blank image whenever it runs without one, in place. Its outputs stay the same.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Vision-language model, not wrapped by PEFT. One that reads images by cross-attention, without
+            `get_image_features`, is left as it is.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+    """
+    backbone = model.base_model
+    if not hasattr(backbone, "get_image_features"):
+        return
+    parts = model_parts(model)
+    decoder, tower = model.get_submodule(parts.language_model), model.get_submodule(parts.vision_tower)
+    pixels = processor.image_processor(images=[Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))], return_tensors="pt")
+    wanted = [name for name in inspect.signature(backbone.get_image_features).parameters if name in pixels]
+    has_run = False
+
+    def begin(module, args):
+        nonlocal has_run
+        has_run = False
+
+    def note(module, args):
+        nonlocal has_run
+        has_run = True
+
+    def add_nothing(module, args, kwargs):
+        if has_run or kwargs.get("inputs_embeds") is None:
+            return None
+        embeddings, dtype = kwargs["inputs_embeds"], next(tower.parameters()).dtype
+        blank = {name: _like(pixels[name], embeddings.device, dtype) for name in wanted}
+        features = backbone.get_image_features(**blank, return_dict=True)
+        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+        nothing = sum((rows.float() * 0).sum() for rows in _tensors(layers))
+        return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
+
+    backbone.register_forward_pre_hook(begin)
+    tower.register_forward_pre_hook(note)
+    # Before the decoder, where images are encoded otherwise, so that every rank runs its layers in one order.
+    decoder.register_forward_pre_hook(add_nothing, with_kwargs=True)
+
+
+def _like(value: "torch.Tensor", device: "torch.device", dtype: "torch.dtype") -> "torch.Tensor":
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def _tensors(features: Any) -> "Iterator[torch.Tensor]":
+    """All tensors of the features: families return one, or one for each image or layer."""
+    if isinstance(features, list | tuple):
+        for item in features:
+            yield from _tensors(item)
+    else:
+        yield features

@@ -1,0 +1,161 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Preference losses beside those of TRL, for `loss_type`.
+
+```python
+class Margin(PreferenceLoss):
+    name = "margin"
+    paper = "https://huggingface.co/papers/..."
+
+    def __call__(self, pairs, args):
+        ratios = pairs.log_ratios()
+        return torch.relu(1 - args.beta * (ratios.chosen - ratios.rejected))
+
+
+LOSSES.register(Margin())
+```
+
+In a file, `medst dpo --plugins margin.py --loss_type sigmoid margin --loss_weights 1 0.5` adds it to TRL's sigmoid.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from medst_trl.base.errors import closest
+from medst_trl.base.registry import Registry
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .dpo import MultimodalDPOConfig
+
+TRUE_VIEW = "image"
+COMPUTED_VIEWS = frozenset({TRUE_VIEW})  # what the trainer gives a loss
+
+
+class Answers(NamedTuple):
+    """One number for the chosen and one for the rejected answer of each pair, each of shape (pairs,)."""
+
+    chosen: "Tensor"
+    rejected: "Tensor"
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """
+    What a loss knows of a batch of preference pairs.
+
+    Args:
+        policy (`dict[str, Answers]`):
+            By view of the image (`"image"` is the true one), log-probabilities of the answers given the prompt under
+            the policy, in nats, summed over their tokens.
+        reference (`dict[str, Answers]`):
+            The same under the reference, without gradients.
+        lengths (`Answers`):
+            Tokens of the answers, with their terminators.
+        weight (`torch.Tensor` of shape (pairs,), *optional*):
+            Weight of each pair, if the dataset has a column `weight`. The trainer multiplies by it.
+        flip_probability (`torch.Tensor` of shape (pairs,), *optional*):
+            Probability that the rejected answer is the better one, if the dataset has a column `probability` (that the
+            chosen one is).
+    """
+
+    policy: Mapping[str, Answers]
+    reference: Mapping[str, Answers]
+    lengths: Answers
+    weight: "Tensor | None" = None
+    flip_probability: "Tensor | None" = None
+
+    def log_ratios(self, view: str = TRUE_VIEW) -> Answers:
+        """How much more likely the answers are under the policy than under the reference, in nats."""
+        pairs = zip(self.policy[view], self.reference[view], strict=True)
+        return Answers(*(policy - reference for policy, reference in pairs))
+
+
+class PreferenceLoss(Protocol):
+    """
+    A loss on preference pairs.
+
+    Attributes:
+        name (`str`): Name in `loss_type`.
+        paper (`str`): Where it is described.
+        views (`tuple[str, ...]`): Views of the image it compares besides the true one: `blank`, `shuffled`,
+            `corrupted`. None of them is computed yet.
+    """
+
+    name: str
+    paper: str
+    views: tuple[str, ...] = ()
+
+    def __call__(self, pairs: PairLogProbs, args: "MultimodalDPOConfig") -> "Tensor":
+        """
+        Args:
+            pairs ([`PairLogProbs`]): Log-probabilities of a batch.
+            args ([`MultimodalDPOConfig`]): Settings, such as `beta` and `label_smoothing`.
+
+        Returns:
+            `torch.Tensor` of shape (pairs,): The loss of each pair, before weights.
+        """
+        ...
+
+
+LOSSES: Registry[PreferenceLoss] = Registry("loss", [], ["paper", "__call__"])
+
+
+def trl_losses() -> list[str]:
+    """
+    Names of the losses that the installed `DPOTrainer` computes; empty if they cannot be read.
+
+    Read from its source file, because importing it would import torch.
+    """
+    try:
+        source = Path(find_spec("trl").origin).with_name("trainer").joinpath("dpo_trainer.py").read_text("utf-8")
+    except (AttributeError, TypeError, OSError):
+        return []
+    return list(dict.fromkeys(re.findall(r"loss_type == ['\"](\w+)['\"]", source)))
+
+
+def check_losses(names: Sequence[str], args: Any = None) -> None:
+    """
+    Check a `loss_type` before a model is loaded.
+
+    Args:
+        names (sequence of `str`):
+            Values of `loss_type`.
+        args ([`MultimodalDPOConfig`], *optional*):
+            The other settings.
+
+    Raises:
+        ValueError: for an unknown loss, naming the known ones; for one that shares its name with one of TRL's; for one
+            that needs a view of the image that is not computed, or a setting that only TRL's losses support.
+    """
+    theirs = trl_losses()
+    for name in names:
+        if name not in LOSSES:
+            if theirs and name not in theirs:
+                known = sorted({*theirs, *LOSSES})
+                raise ValueError(f"Unknown loss_type {name!r}.{closest(name, known)} Choose from {', '.join(known)}.")
+            continue
+        if name in theirs:
+            raise ValueError(f"The loss {name!r} of a plugin shares its name with one of TRL's. Rename it.")
+        if missing := set(getattr(LOSSES.get(name), "views", ())) - COMPUTED_VIEWS:
+            raise ValueError(
+                f"The loss {name!r} compares the image view {', '.join(sorted(missing))}, which is not computed. "
+                f"Computed: {', '.join(sorted(COMPUTED_VIEWS))}."
+            )
+        for setting in ("ld_alpha", "use_weighting"):
+            if getattr(args, setting, None):
+                raise ValueError(f"{setting} works with TRL's losses only. Remove it, or the loss {name!r}.")
+
+
+def loss_help() -> str:
+    """The help of `loss_type`, with all known losses."""
+    registered = "".join(f", {loss.name} ({loss.paper})" for loss in LOSSES.values())
+    known = ", ".join(trl_losses()) or "those of TRL"
+    return f"Loss, or several to add up with loss_weights: {known}{registered}."

@@ -1,0 +1,295 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What both trainers do beside their loss: load and save a policy, train its parts at their own rates, feed images."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
+from trl.trainer.utils import get_config_model_id
+
+from medst_trl.base.files import write_jsonl
+from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision
+from medst_trl.policy.base_weights import write_base_file
+from medst_trl.policy.loading import load_policy, prepare_policy
+from medst_trl.policy.parts import ModelParts, model_parts
+
+from .images import DecodesImages, encode_blank_images, with_stored_images
+from .packing import GroupsByLength
+from .upstream import UpstreamFixes, name_fsdp_layers
+
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin, TrainingArguments
+
+logger = get_logger(__name__)
+
+LONG_WAIT = 0.1  # share of the time above which the step waits too long for data
+PATIENCE = 3  # logs in a row; workers may start during the first ones
+
+REJECTION_REASONS = {
+    "too_long": "with its image, not even its first answer fits into max_length={max_length} tokens",
+    "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
+    "nothing_to_train": "it has neither an answer nor a question that can be asked",
+}
+
+
+def base_of(model: torch.nn.Module) -> PreTrainedModel:
+    """The model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class PolicyTrainer(GroupsByLength, UpstreamFixes):
+    """
+    Mixin for TRL's trainers that train a policy on images, whose arguments are [`PolicySettings`].
+
+    Weights that train are kept in float32, each part of the model trains at its own learning rate, and a checkpoint
+    holds an adapter without PEFT's copy of the embedding and with the fingerprint of its base. Logs have the learning
+    rate of each part and `data_wait`, the share (0 to 1) of the time since the last log in which the main process
+    waited for data; a warning explains what to do if it stays above a tenth.
+    """
+
+    extra_columns: tuple[str, ...] = ("id",)  # what the collators read beside TRL's columns
+
+    @staticmethod
+    def load_model(
+        model: Any, processing_class: "ProcessorMixin | None", args: "TrainingArguments"
+    ) -> "tuple[torch.nn.Module, ProcessorMixin]":
+        """The model and its processor, loaded if they are given by name, with `<vusr>` token and template."""
+        if isinstance(model, str):
+            model_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            model, loaded = load_policy(model, is_trainable=True, **model_kwargs)
+            processing_class = processing_class or loaded
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                get_config_model_id(base_of(model).config), trust_remote_code=args.trust_remote_code
+            )
+        prepare_policy(base_of(model), processing_class)
+        return model, processing_class
+
+    def prepare_for_training(self, *others: torch.nn.Module | None, **save_kwargs: Any) -> None:
+        """
+        Prepare the model after TRL, in place.
+
+        Args:
+            *others ([`~transformers.PreTrainedModel`] or `None`):
+                Other models that the trainer runs, such as the reference.
+            **save_kwargs:
+                Arguments of the adapter's `save_pretrained`.
+        """
+        if hasattr(self.model, "peft_config"):
+            retie_lm_head(self.model)
+            if not self.is_zero_3():  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
+                train_in_full_precision(self.model)
+            # PEFT would store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
+            self.model.save_pretrained = partial(
+                self.model.save_pretrained, save_embedding_layers=False, **save_kwargs
+            )
+        name_fsdp_layers(self)
+        # DDP that looks for unused parameters (TRL's default with images) exchanges zeros itself.
+        diverges = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.ddp_find_unused_parameters is False
+        if self.accelerator.num_processes > 1 and diverges:
+            for model in (self.model, *others):
+                if model is not None:
+                    encode_blank_images(base_of(self.accelerator.unwrap_model(model)), self.processing_class)
+
+    def is_zero_3(self) -> bool:
+        """Whether DeepSpeed shards the weights."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    def model_parts(self) -> ModelParts:
+        """The parts of the model under PEFT and distributed wrappers."""
+        return model_parts(base_of(self.accelerator.unwrap_model(self.model)))
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Number of trained parameters of each part."""
+        parts, counts = self.model_parts(), {}
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.requires_grad:
+                part = parts.part_of(name)
+                counts[part] = counts.get(part, 0) + parameter.numel()
+        return counts
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer with its groups split by part; a group's `part` names it."""
+        # Here for both trainers, because TRL's DPOTrainer takes no `optimizer_cls_and_kwargs`. Schedulers scale each
+        # group's own rate, and the groups pass through DDP and DeepSpeed like any others.
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        parts = self.model_parts()
+        rates = {"vision": self.args.vision_learning_rate, "projector": self.args.projector_learning_rate}
+        names = {id(p): name.removeprefix("module.") for name, p in (model or self.model).named_parameters()}
+        groups = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                # PEFT stores trained token rows whole, so decay would pull them towards zero.
+                is_token_row = "trainable_tokens" in name
+                settings = {**group, "params": [], "part": parts.part_of(name)}
+                settings["weight_decay"] = 0.0 if is_token_row else group["weight_decay"]
+                rate = rates.get(settings["part"])
+                settings["lr"] = group["lr"] if rate is None else rate
+                groups.setdefault((index, is_token_row, settings["part"]), settings)["params"].append(parameter)
+        # The language model first: the Trainer logs the first group's rate as `learning_rate`.
+        optimizer.param_groups = sorted(groups.values(), key=lambda group: group["part"] != "language")
+        return optimizer
+
+    def learning_rates(self) -> dict[str, float]:
+        """The current learning rate of each part that trains."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return {group["part"]: group["lr"] for group in groups if "part" in group}
+
+    def _get_learning_rate(self):
+        # The Trainer asks before the scheduler's step, and logs later: the rates of the other parts belong to it.
+        self._rates_of_step = self.learning_rates()
+        return super()._get_learning_rate()
+
+    def train(self, *args, **kwargs):
+        # Non-blocking copies wait for nothing, so there is no need to wait for the device either.
+        blocking = not self.accelerator.non_blocking
+        self._data_wait = DataWait(self.args.device.type not in ("cpu", "meta") and blocking)
+        self._has_hinted = False
+        return super().train(*args, **kwargs)
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if isinstance(self.data_collator, DecodesImages):
+            dataset = with_stored_images(dataset)
+        if self.args.dataloader_num_workers:
+            # tokenizers warns in each process forked after it has used threads. Batches need none of them.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self._data_wait.timed(epoch_iterator), num_batches, device)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.extra_columns]))
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # every rank comes here under DDP, and the directory may not exist yet
+            write_base_file(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "learning_rate" in logs:  # a log of training steps
+            rates = self._rates_of_step
+            logs |= {f"learning_rate_{part}": rate for part, rate in rates.items() if part != "language"}
+            logs["data_wait"] = self._data_wait.share()
+            if self._data_wait.long_waits >= PATIENCE and not self._has_hinted:
+                self._has_hinted = True
+                logger.warning(
+                    f"Training has waited for data {100 * logs['data_wait']:.0f}% of the time since the last log, and "
+                    f"above {100 * LONG_WAIT:.0f}% for {PATIENCE} logs. Raise dataloader_num_workers (now "
+                    f"{self.args.dataloader_num_workers}), or store the images at the size the model reads."
+                )
+        super().log(logs, start_time)
+
+
+class DataWait:
+    """
+    Measures how long a training loop waits for its batches.
+
+    Args:
+        waits_for_device (`bool`, *optional*, defaults to `False`):
+            Whether a batch is copied to an accelerator before it is returned. The copy waits for all work queued on
+            the accelerator before it, which is not waiting for data, so that work is awaited first.
+    """
+
+    def __init__(self, waits_for_device: bool = False):
+        self.waits_for_device = waits_for_device
+        self.waited = 0.0
+        self.since = time.monotonic()
+        self.long_waits = 0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, with the wait for each of them measured."""
+        while True:
+            if self.waits_for_device:
+                torch.accelerator.synchronize()
+            begun = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.monotonic() - begun
+            yield batch
+
+    def share(self) -> float:
+        """Share of the time since the last call, or the start, that was spent waiting; from 0 to 1."""
+        now = time.monotonic()
+        share = self.waited / max(now - self.since, 1e-9)
+        self.waited, self.since = 0.0, now
+        self.long_waits = self.long_waits + 1 if share > LONG_WAIT else 0
+        return min(share, 1.0)
+
+
+class RejectedExamples(TrainerCallback):
+    """
+    Training examples that the collator rejects, kept in `rejected.jsonl` of the output directory, and truncated ones.
+
+    The collator meets them again in every epoch; each is written once. The file is updated with each checkpoint, so
+    that a run that is interrupted and resumed still names all of them.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            To gather the ids of all ranks.
+        max_length (`int` or `None`):
+            Longest sequence in tokens.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_length: int | None):
+        self.accelerator = accelerator
+        self.max_length = max_length
+        self.reasons: dict[str, str] = {}
+        self.truncated: set[str] = set()
+
+    def add(self, rejected: Mapping[str, str], truncated: Iterable[str]) -> None:
+        """Add examples of this rank, with a warning the first time each is rejected."""
+        for example_id, reason in rejected.items():
+            if example_id not in self.reasons:
+                why = REJECTION_REASONS[reason].format(max_length=self.max_length)
+                logger.warning(f"Record {example_id!r} is rejected: {why}.", main_process_only=False)
+        self.reasons |= rejected
+        self.truncated.update(truncated)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write(Path(args.output_dir))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.write(Path(args.output_dir))
+
+    def write(self, directory: Path) -> dict[str, int]:
+        """
+        Write `rejected.jsonl`, keeping what an earlier part of the run wrote. To be called on every rank.
+
+        Returns:
+            `dict[str, int]`: The number of examples by reason.
+        """
+        reasons = dict(gather_object(list(self.reasons.items())))
+        path = directory / "rejected.jsonl"
+        if path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            reasons = {row["id"]: row["reason"] for row in rows} | reasons
+        if reasons and self.accelerator.is_main_process:
+            values = {"too_long": f"max_length={self.max_length}"}
+            rows = ({"id": key, "reason": why, "value": values.get(why, "")} for key, why in sorted(reasons.items()))
+            write_jsonl(path, rows)
+        return {
+            reason: list(reasons.values()).count(reason) for reason in REJECTION_REASONS if reason in reasons.values()
+        }
+
+    def count_truncated(self) -> int:
+        """Number of examples truncated at `max_length` on any rank. To be called on every rank."""
+        return len(set(gather_object(sorted(self.truncated))))

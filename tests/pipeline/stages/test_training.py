@@ -1,0 +1,164 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What both training stages share: joined datasets, bounds of settings, a continued adapter, the end of a log."""
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import tiny_dpo
+import tiny_run
+from datasets import Dataset, Features, List, Value
+from peft import get_peft_model
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import instruct_features
+from medst_trl.pipeline.stages import training
+from medst_trl.pipeline.stages.dpo import DpoArguments
+from medst_trl.pipeline.stages.sft import SftArguments
+from medst_trl.pipeline.stages.training import check_bounds, end_of_log, keep_shape, load_splits
+from medst_trl.policy.adapters import adapter_config
+from medst_trl.training.dpo import MultimodalDPOConfig
+from medst_trl.training.sft import SelfQuestioningConfig
+
+
+def write(folder, numbers, split="train", features=None, **columns):
+    """An instruct dataset of conversations about these numbers, whose ids are `r<number>`."""
+    rows = [{**tiny_run.conversation(n), "image_ids": [str(n)], **columns} for n in numbers]
+    for message in (message for row in rows for message in row["messages"]):
+        message["vusr"] = False
+    folder.mkdir(exist_ok=True)
+    extra = {name: Value("string") for name in columns}
+    dataset = Dataset.from_list(rows, features=Features({**instruct_features(), **(features or {}), **extra}))
+    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def load(*names, max_records=None, eval_strategy="no"):
+    args = SimpleNamespace(
+        dataset=list(names), train_split="train", validation_split="validation", max_records=max_records
+    )
+    return load_splits(args, SimpleNamespace(eval_strategy=eval_strategy), "instruct")
+
+
+def test_several_datasets_become_one_in_their_order(tmp_path):
+    first, second = write(tmp_path / "a", range(3)), write(tmp_path / "b", range(10, 12), source="elsewhere")
+    joined = load(first, second)["train"]
+    assert joined["id"] == ["r0", "r1", "r2", "r10", "r11"]
+    for row, number in zip(joined, (0, 1, 2, 10, 11)):
+        expected = tiny_run.conversation(number)
+        assert row["images"][0].tobytes() == expected["images"][0].tobytes()
+        assert row["messages"][0]["content"] == expected["messages"][0]["content"]
+        assert row["image_ids"] == [str(number)]
+    assert load(first, second, max_records=4)["train"]["id"] == ["r0", "r1", "r2", "r10"]
+
+
+def test_ids_that_two_datasets_share_are_told_apart(tmp_path):
+    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(1, 3))
+    assert load(first, second, first)["train"]["id"] == ["r0", "r1", "r1@2", "r2", "r0@3", "r1@3"]
+    assert load(first)["train"]["id"] == ["r0", "r1"]
+
+
+def test_large_strings_of_another_writer_are_no_obstacle(tmp_path):
+    large = {"id": Value("large_string"), "image_ids": List(Value("large_string"))}
+    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(5, 7), features=large)
+    assert load(first, second)["train"]["id"] == ["r0", "r1", "r5", "r6"]
+
+
+def test_each_of_them_has_to_be_complete(tmp_path):
+    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(2))
+    write(tmp_path / "a", range(20, 22), split="validation")
+    with pytest.raises(UserError, match="b has no split 'validation'"):
+        load(first, second, eval_strategy="steps")
+    assert load(first, eval_strategy="steps")["eval"]["id"] == ["r20", "r21"]
+    bare = tmp_path / "c"
+    bare.mkdir()
+    Dataset.from_list([{"id": "x"}]).to_parquet(bare / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=f"{bare}: .*lacks the columns images, image_ids, messages"):
+        load(first, str(bare))
+
+
+def check(**changes):
+    args = SftArguments("m", ["d"])
+    training_args = SimpleNamespace(
+        num_train_epochs=3, max_steps=-1, max_length=None, learning_rate=2e-4, sq_ratio=0.5
+    )
+    for name, value in changes.items():
+        setattr(args if hasattr(args, name) else training_args, name, value)
+    check_bounds(args, training_args)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_r": -4}, {"vision_lora_r": -1}, {"lora_dropout": 2.0}, {"lora_dropout": -0.1}, {"max_records": 0},
+        {"max_length": 0}, {"max_length": -5}, {"sq_ratio": 1.5}, {"learning_rate": float("nan")},
+        {"learning_rate": -1e-4}, {"learning_rate": float("inf")}, {"num_train_epochs": 0}, {"num_train_epochs": -1},
+        {"dtype": "float8"}, {"vusr_role": "bogus"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_out_of_bounds_is_named(change):
+    ((name, value),) = change.items()
+    with pytest.raises(UserError, match=name) as told:
+        check(**change)
+    assert str(value) in str(told.value)
+
+
+def test_what_is_within_them_passes():
+    check()
+    check(lora_r=0, vision_lora_r=0, lora_dropout=0.0, sq_ratio=1.0, learning_rate=0.0, max_length=1, max_records=1)
+    check(num_train_epochs=0, max_steps=5)
+
+
+def test_every_bound_is_of_a_setting_that_there_is():
+    known = [set(kind.__dataclass_fields__) for kind in (SftArguments, SelfQuestioningConfig)]
+    known += [set(kind.__dataclass_fields__) for kind in (DpoArguments, MultimodalDPOConfig)]
+    assert training._AT_LEAST.keys() | training._AT_MOST.keys() <= set().union(*known)
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = "runs/x/sft"
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    vision_lora_r: int = 32
+    vision_lora_alpha: int = 64
+
+
+def test_the_defaults_are_those_of_the_stage():
+    own = {name: field.default for name, field in Arguments.__dataclass_fields__.items() if "lora" in name}
+    assert own == {name: SftArguments.__dataclass_fields__[name].default for name in own}
+
+
+def test_its_own_shape_is_kept_and_said():
+    model, _ = tiny_dpo.adapter_policy()
+    said = keep_shape(Arguments(), model)
+    for own in ("own lora_r 8, vision_lora_r 4", " lora_alpha 16", " vision_lora_alpha 8", " lora_dropout 0.0."):
+        assert own in said
+    assert keep_shape(Arguments(lora_r=8, vision_lora_alpha=8, lora_dropout=0.0), model) == said
+
+
+@pytest.mark.parametrize("other", [{"lora_r": 16}, {"vision_lora_r": 0}, {"lora_alpha": 8}, {"lora_dropout": 0.1}])
+def test_another_shape_is_refused(other):
+    model, _ = tiny_dpo.adapter_policy()
+    (name, value), *_ = other.items()
+    with pytest.raises(UserError, match=rf"runs/x/sft is an adapter with {name} .*\. {name} {value} would need a new"):
+        keep_shape(replace(Arguments(), **other), model)
+
+
+def test_a_projector_alone():
+    model, _ = tiny_run.small_policy()
+    model = get_peft_model(model, adapter_config(model, r=0, vision_r=0))
+    assert keep_shape(Arguments(), model).endswith("lora_r 0, vision_lora_r 0.")
+    with pytest.raises(UserError, match="lora_r 0, which"):
+        keep_shape(Arguments(lora_r=8), model)
+
+
+def test_the_end_of_a_log_is_a_mean_and_the_last_evaluation():
+    log = [{"loss": float(number), "rewards/margins": 2.0 * number, "step": number} for number in range(10)]
+    log[4:4] = [{"eval_loss": 7.0}]
+    end = end_of_log([*log, {"eval_loss": 3.0}, {"train_loss": 4.5}])
+    assert (end["loss"], end["rewards/margins"], end["eval_loss"], end["train_loss"]) == (8.5, 17.0, 3.0, 4.5)
+    assert end_of_log([]) == {}
