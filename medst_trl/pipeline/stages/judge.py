@@ -56,13 +56,8 @@ class JudgeArguments:
     candidates: str = field(metadata={"help": "Directory or Hub id of candidates (`medst generate` writes them)."})
     output_dir: str = field(metadata={"help": "Directory for judgements and preference pairs."})
     model: str | None = field(default=None, metadata={"help": "Name of the judge on its server, such as gpt-4o."})
-    base_url: str | None = field(
-        default=None,
-        metadata={"help": "An OpenAI-compatible API, such as http://localhost:8000/v1. Defaults to OpenAI's."},
-    )
-    key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Name of the environment variable that holds the API key."}
-    )
+    base_url: str | None = field(default=None, metadata={"help": "An OpenAI-compatible API. Defaults to OpenAI's."})
+    key_variable: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
     split: str = field(default="train", metadata={"help": "Split of the candidates."})
     prompt_version: str = field(default="rubric", metadata={"help": "How the judge is asked."})
     order: str = field(
@@ -76,10 +71,7 @@ class JudgeArguments:
     image_size: int = field(default=768, metadata={"help": "Maximum side of an image as sent, in pixels."})
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the judge."})
     max_tokens: int = field(default=600, metadata={"help": "Maximum number of tokens of a reply."})
-    max_cost: float | None = field(
-        default=None,
-        metadata={"help": "Budget in US dollars for these judgements, earlier runs included; a hard stop."},
-    )
+    max_cost: float | None = field(default=None, metadata={"help": "Budget in US dollars, earlier runs included."})
     price_per_million_input_tokens: float | None = field(
         default=None, metadata={"help": "US dollars. Known for gpt-4o, gpt-4.1 and their small versions."}
     )
@@ -88,39 +80,24 @@ class JudgeArguments:
     timeout: float = field(default=120.0, metadata={"help": "Seconds for one call."})
     max_retries: int = field(default=6, metadata={"help": "Retries of a call after 429, 5xx or a timeout."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Directory of judge_cache.jsonl, to share it. Defaults to output_dir."}
+        default=None,
+        metadata={"help": "Directory of judge_cache.jsonl, which runs can share. Defaults to output_dir."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the estimate and the first request, send nothing."})
-    write_batch: str | None = field(
-        default=None, metadata={"help": "Write the calls to this input file of the Batch API, send nothing."}
-    )
-    read_batch: list[str] = field(
-        default_factory=list, metadata={"help": "Result files of the Batch API, in place of calls."}
-    )
-    benchmarks: list[str] = field(
-        default_factory=list, metadata={"help": "Benchmarks whose images are kept out of the preference pairs."}
-    )
-    keep_benchmark_images: bool = field(
-        default=False, metadata={"help": "Allow images of the benchmarks in the preference pairs all the same."}
-    )
+    write_batch: str | None = field(default=None, metadata={"help": "Write the calls to a Batch API file instead."})
+    read_batch: list[str] = field(default_factory=list, metadata={"help": "Result files of the Batch API."})
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Benchmarks whose images are kept out."})
+    keep_benchmark_images: bool = field(default=False, metadata={"help": "Keep pairs about images of the benchmarks."})
     duplicate_similarity: float = field(
         default=0.9,
         metadata={"help": "Keep one of the questions about an image that share this part of their words."},
     )
-    validation_share: float = field(
-        default=0.0, metadata={"help": "Share of the images that become validation data, with all their pairs."}
-    )
-    length_balanced: bool = field(
-        default=False, metadata={"help": "Drop pairs until the longer answer is chosen as often as it is rejected."}
-    )
-    seed: int = field(
-        default=0, metadata={"help": "Seed of validation images, of the balance, and of the oracle's phantoms."}
-    )
+    validation_share: float = field(default=0.0, metadata={"help": "Share of the images that become validation data."})
+    length_balanced: bool = field(default=False, metadata={"help": "Keep as many longer as shorter chosen answers."})
+    seed: int = field(default=0, metadata={"help": "Seed of validation images, balance and the oracle's phantoms."})
     rows_per_shard: int = field(default=512, metadata={"help": "Rows per Parquet file."})
     num_workers: int = field(default=1, metadata={"help": "Threads that write Parquet files."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete the results of an earlier run and start again. Keeps its replies."}
-    )
+    overwrite: bool = field(default=False, metadata={"help": "Start again, but keep the replies already paid for."})
 
     def __post_init__(self):
         for name in ("benchmarks", "read_batch"):  # a recipe may give a single one without a list

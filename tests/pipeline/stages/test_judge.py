@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import pytest
 from datasets import Dataset
@@ -29,6 +31,8 @@ from medst_trl.engines.reply_cache import FILE_NAME
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
+from medst_trl.selftrain.judge.server import JUDGE_SERVERS
+from medst_trl.selftrain.judge.server import JudgeServer as JudgeServerKind
 
 
 @pytest.fixture(autouse=True)
@@ -406,3 +410,49 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
             with pytest.raises(UserError, match="stronger judge"):
                 run(candidates, tmp_path / "flips", server, prompt_version="letter")
             assert {body["seed"] for body in server.bodies} == {7}, "fields of the prompt are in the request"
+
+
+@dataclass
+class CoinArguments:
+    coin_side: str | None = field(default=None, metadata={"help": "Answer every request with this letter."})
+
+
+def test_a_registered_judge_server_appears_everywhere(candidates, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(
+        f"output_dir: run\njudge: {{coin_side: A, prompt_version: letter, candidates: {candidates}, benchmarks: []}}\n"
+    )
+
+    @contextmanager
+    def serve(settings, args, candidates):
+        with JudgeServer(answer=lambda body: settings.coin_side) as server:
+            yield server.base_url
+
+    def check(settings, args):
+        if settings.coin_side not in ("A", "B"):
+            raise UserError("coin_side must be A or B.")
+
+    coin = JudgeServerKind(
+        name="coin",
+        summary="a coin",
+        settings=CoinArguments,
+        is_chosen=lambda settings: settings.coin_side is not None,
+        check=check,
+        model=lambda settings, args: f"coin-{settings.coin_side}",
+        serve=serve,
+    )
+    with letter_prompt(tmp_path, monkeypatch):
+        JUDGE_SERVERS.register(coin)
+        try:
+            assert "--coin_side" in STAGE.make_parser("medst judge").format_help()
+            assert command(["recipes", "validate", "my.yaml"]) == 0
+            assert command(["run", "my.yaml", "--dry_run"]) == 0
+            assert "none: a coin" in capsys.readouterr().out
+            with pytest.raises(UserError, match="must be A or B"):
+                main(JudgeArguments(candidates, "run/judge"), CoinArguments("C"))
+            main(JudgeArguments(candidates, "run/judge", prompt_version="letter", order="single"), CoinArguments("A"))
+        finally:
+            del JUDGE_SERVERS._objects["coin"]
+    judgements = read_jsonl(tmp_path / "run/judge/judgements.jsonl")
+    assert {(judgement["verdict"], judgement["model"]) for judgement in judgements} == {(0, "coin-A")}
+    assert json.loads((tmp_path / "run/judge/stage.json").read_text())["settings"]["coin_side"] == "A"
