@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base of the modules that Hugging Face's `evaluate` loads: [`medst_trl.score_vqa`] with its interface."""
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,26 +11,6 @@ import evaluate
 
 from .metric import METRICS
 from .scoring import score_vqa
-
-
-ARGUMENTS = """
-    Args:
-        predictions (`list[str]`):
-            The model's answers.
-        references (`list[str]`):
-            The right answers.
-        answer_types (`list[str]`):
-            `"open"` or `"closed"` for each.
-        question_types, image_ids (`list[str]`, *optional*):
-            For scores by type, and for intervals that resample whole images.
-        bootstrap_samples (`int`, *optional*, defaults to `1000`), seed (`int`, *optional*, defaults to `0`):
-            Number of resamples for each interval, and their seed.
-        **settings:
-            Settings of the metric, such as `closed_rule` of `llava_med`.
-
-    Returns:
-        `dict`: see [`medst_trl.score_vqa`].
-"""
 
 
 class VqaMetric(evaluate.Metric, ABC):
@@ -45,7 +26,7 @@ class VqaMetric(evaluate.Metric, ABC):
         return evaluate.MetricInfo(
             description=METRICS.get(self.variant).summary,
             citation="https://huggingface.co/papers/2406.19973",
-            inputs_description=ARGUMENTS,
+            inputs_description=inspect.getdoc(self._compute),
             features=datasets.Features({name: datasets.Value("string") for name in names}),
         )
 
@@ -58,6 +39,24 @@ class VqaMetric(evaluate.Metric, ABC):
         image_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> dict:
+        """
+        Score predictions, open and closed questions apart.
+
+        Args:
+            predictions (`list[str]`):
+                The model's answers.
+            references (`list[str]`):
+                The right answers.
+            answer_types (`list[str]`):
+                `"open"` or `"closed"` for each.
+            question_types, image_ids (`list[str]`, *optional*):
+                For scores by type, and for intervals that resample whole images.
+            **kwargs:
+                `bootstrap_samples`, `seed` and settings of the metric, as for [`medst_trl.score_vqa`].
+
+        Returns:
+            `dict`: see [`medst_trl.score_vqa`].
+        """
         columns = {"prediction": predictions, "answer": references, "answer_type": answer_types}
         columns |= {"question_type": question_types} if question_types is not None else {}
         columns |= {"image_id": image_ids} if image_ids is not None else {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
-from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Request, Sampling, open_images, to_answer
+from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Reply, Request, Sampling, open_images, to_answer
 
 from .controls import blank_image, shown_rows
 
@@ -103,15 +103,18 @@ def answer_benchmark(
         for call in calls:
             for request, reply in engine.run(Request(prompt(question), sampling, question) for question in call):
                 bar.update()
-                question = request.tag
-                if question["id"] in done:
-                    continue
-                row = {key: value for key, value in question.items() if key not in ("row", "link")}
-                image_shown = None if control == "blank" else image_ids[shown[question["row"]]]
-                generation = settings | {"image_shown": image_shown, "ended": reply.ended}
-                if reply.problem:
-                    generation["problem"] = f"{reply.problem}: {reply.text}"
-                yield row | {"prediction": "" if reply.problem else reply.text, "generation": generation}
+                if request.tag["id"] not in done:
+                    image_shown = None if control == "blank" else image_ids[shown[request.tag["row"]]]
+                    yield _prediction(request.tag, reply, settings | {"image_shown": image_shown})
+
+
+def _prediction(question: dict[str, Any], reply: Reply, generation: dict[str, Any]) -> dict[str, Any]:
+    """A row of the predictions file."""
+    row = {key: value for key, value in question.items() if key not in ("row", "link")}
+    generation["ended"] = reply.ended
+    if reply.problem:
+        generation["problem"] = f"{reply.problem}: {reply.text}"
+    return row | {"prediction": "" if reply.problem else reply.text, "generation": generation}
 
 
 def _prompts(benchmark: "Dataset", shown: list[int], control: str | None) -> Callable[[dict[str, Any]], Prompt]:

@@ -170,12 +170,9 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
     kind = ENGINES.get(args.engine)
     if not args.predictions:
         kind.check(_engine_settings(kind, settings))
+    _metric_settings(args, settings)
     for control in args.controls:
         shown_rows([], control)
-    for name in args.variants:
-        METRICS.get(name)
-    if args.predictions_format:
-        PREDICTION_FORMATS.get(args.predictions_format)
     for name, minimum in {"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0}.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -190,13 +187,11 @@ def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
 
 def _metric_settings(args: EvaluateArguments, given: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
     """The settings of the metrics in `variants`, defaults included, and the names of the other metrics' settings."""
-    settings, unused = {}, set()
-    for metric in METRICS.values():
-        if metric.name not in args.variants:
-            unused.update(setting_names(metric))
-        elif metric.settings:
+    settings, chosen = {}, [METRICS.get(name) for name in args.variants]
+    for metric in chosen:
+        if metric.settings:
             settings |= asdict(next((one for one in given if isinstance(one, metric.settings)), metric.settings()))
-    return settings, unused
+    return settings, {name for metric in METRICS.values() if metric not in chosen for name in setting_names(metric)}
 
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
