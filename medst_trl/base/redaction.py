@@ -1,7 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps secrets out of everything that is written down."""
+"""Keeps secrets, and paths of this machine, out of what is written down or published."""
 
+import os
 import re
 from typing import Any
 
@@ -36,3 +37,10 @@ def hide_secrets(value: Any, key: str = "") -> Any:
             return HIDDEN
         return _SECRET_PARAMETER.sub(rf"\g<1>{HIDDEN}", _SECRET_VALUE.sub(HIDDEN, value))
     return value
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a path on this machine, and not a Hub id or the name of a model on a server."""
+    if name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name:
+        return True
+    return name.count("/") > 1 or ("/" in name and os.path.exists(name))

@@ -135,3 +135,8 @@ def describe_figures(names: Collection[str]) -> list[dict[str, Any]]:
         for name in names
         for figure in METRICS.get(name).figures
     ]
+
+
+def recorded_figures(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures that a `scores.json` describes; those of the registered metrics if an earlier version wrote it."""
+    return content.get("figures") or describe_figures([name for name in content["scores"] if name in METRICS])

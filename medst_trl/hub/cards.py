@@ -1,62 +1,69 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The cards (README.md) of what is published: what it is, how it is used, how it was made, what it scores."""
+"""The cards (README.md) of what is published: what it is, how to use it, how it was made and what it scores."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.base.redaction import looks_local
 from medst_trl.data.schema import KINDS, complete_shards, splits_in
-from medst_trl.data.source import SOURCES, SourceCard
 
-from .card_texts import ABOUT
-from .contents import Contents
-from .merged import is_plain, merged_from, named
-from .provenance import Step, looks_local, steps_to
-from .results import Results, eval_results, read_results
+from .contents import Contents, base_of, find_contents
+from .provenance import hub_id_text, read_merged, steps_to
+from .results import eval_results, read_results
 
 
-TEMPLATES = Path(__file__).parent / "cards"
-KIND = "medst_trl_kind"  # in a card's metadata; says that a repository is ours, and what is in it
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
+
+KIND = "medst_trl_kind"  # in a card's metadata: shows that a repository is ours, and what it holds
+
+_URL = re.compile(r"https?://[\w./?&=#%~+:-]+")
 
 
 def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None, run: Path | None = None) -> str:
-    """The README.md of a dataset."""
+    """
+    The README.md of a dataset.
+
+    Args:
+        contents ([`Contents`]): The dataset.
+        repo_id (`str`): Its repository.
+        license (`str`, *optional*): Identifier of its licence on the Hub. Synthetic images have the source's.
+        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
+    """
+    import pyarrow.parquet as pq
     from huggingface_hub import DatasetCardData
 
-    steps, card = steps_to(contents.folder, run), KINDS.get(contents.kind).card
-    splits = [_split(contents.folder, split) for split in splits_in(contents.folder)]
-    rows = sum(split["rows"] for split in splits)
-    license = license or _own_license(steps)
+    sources = _sources(contents, run)
+    licences = {source.get("licence") if source.get("synthetic") else None for source in sources}
+    license = license or (licences.pop() if len(licences) == 1 else None)
+    splits = [_split(contents.directory, name) for name in splits_in(contents.directory)]
+    files = [{"split": split["name"], "path": f"{split['name']}-*.parquet"} for split in splits]
+    columns = pq.read_schema(contents.directory / contents.files[0]).names
     data = DatasetCardData(
         license=license,
         pretty_name=_title(repo_id),
-        size_categories=[_size(rows)],
+        size_categories=[_size(sum(split["rows"] for split in splits))],
         task_categories=["visual-question-answering"] if contents.kind != "images" else None,
-        tags=["medst_trl", "medical", "trl", *(["preference", "dpo"] if contents.kind == "preferences" else [])],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": split["name"], "path": f"{split['name']}-*.parquet"} for split in splits],
-            }
-        ],
+        tags=["medst_trl", "medical", "trl", *(["preference", "dpo"] if "chosen" in columns else [])],
+        configs=[{"config_name": "default", "data_files": files}],
         **{KIND: contents.kind},
     )
     return _render(
-        "dataset",
+        "dataset.md",
         data,
-        kind=contents.kind,
-        title=_title(repo_id),
-        about=card.about,
-        use=card.use.format(id=repo_id),
+        kind=KINDS.get(contents.kind).card,
         repo_id=repo_id,
         has_references=any(name.startswith(REFERENCE_FOLDER) for name in contents.files),
         splits=splits,
-        columns=[(name, card.columns.get(name, "")) for name in _columns(contents)],
-        sources=_sources(steps),
-        licence=_licence(license),
-        **_history(steps),
+        columns=columns,
+        sources=sources,
+        steps=steps_to(contents.directory, run),
     )
 
 
@@ -73,19 +80,20 @@ def model_card(
     The README.md of an adapter or a model.
 
     Args:
-        base_model (`str`, *optional*): Hub id of the base of an adapter, or of what was merged.
-        evaluations: Folders with `scores.json`.
+        contents ([`Contents`]): The adapter or model.
+        repo_id (`str`): Its repository.
+        base_model (`str`, *optional*): Hub id of the base of an adapter or of a merged model.
+        evaluations (sequence of `Path`): Directories with `scores.json`.
+        license, run: As in [`dataset_card`].
     """
     from huggingface_hub import ModelCardData
 
-    results = [result for folder in evaluations for result in read_results(folder, contents.folder)]
-    steps = steps_to(contents.folder, run)
-    adapter = contents.kind == "adapter"
-    merged = merged_from(contents.folder)
+    results = [result for directory in evaluations for result in read_results(directory, contents.directory)]
+    steps, merged = steps_to(contents.directory, run), read_merged(contents.directory)
     base_model = base_model or (merged.base if merged else None)
     data = ModelCardData(
         license=license,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if contents.kind == "adapter" else "transformers",
         pipeline_tag="image-text-to-text",
         base_model=base_model.partition("@")[0] if base_model and not looks_local(base_model) else None,
         tags=["medst_trl", "medical", "trl", "self-questioning", *(step.stage for step in steps[-1:])],
@@ -94,100 +102,70 @@ def model_card(
         **{KIND: contents.kind},
     )
     return _render(
-        "model",
+        "model.md",
         data,
         kind=contents.kind,
-        title=_title(repo_id),
-        about=ABOUT[contents.kind],
         repo_id=repo_id,
         base_model=base_model,
+        base_text=hub_id_text(base_model) if base_model else merged and merged.base_text,
         merged=merged,
-        base_text=named(base_model, None) if base_model else merged and merged.base_text,
         is_plain=is_plain(contents),
-        results=[_tables(result) for result in results],
-        sources=_sources(steps),
-        licence=_licence(license, base_model),
-        **_history(steps),
+        results=results,
+        sources=_sources(contents, run),
+        steps=steps,
     )
 
 
-def write_card(folder: str | Path) -> None:
-    """The model card of a run's folder, in the place of the one that PEFT and TRL leave there (for a text model)."""
-    import os
-
-    from .contents import find_contents
-    from .staging import base_of
-
-    folder = Path(folder)
-    card = model_card(find_contents(folder), str(folder), base_model=base_of(folder))
-    temporary = folder / ".README.md.tmp"
-    temporary.write_text(card, encoding="utf-8")
-    os.replace(temporary, folder / "README.md")
+def write_card(directory: str | Path) -> None:
+    """Write the model card of a stage's output. It replaces those of PEFT and TRL, which are for text models."""
+    card = model_card(find_contents(Path(directory)), str(directory), base_model=base_of(Path(directory)))
+    write_text(Path(directory) / "README.md", card)
 
 
-def _render(template: str, data, **values: Any) -> str:
-    from jinja2 import Environment, StrictUndefined
+def is_plain(contents: Contents) -> bool:
+    """Whether a model loads and asks questions without medst_trl: its template opens the turn that it writes."""
+    from medst_trl.policy.chat_template import has_text_role, is_wrapped
+    from medst_trl.policy.families import family_of
 
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
-    source = (TEMPLATES / f"{template}.md").read_text(encoding="utf-8")
-    return environment.from_string(source).render(card_data=data.to_yaml(), **values)
-
-
-def _history(steps: list[Step]) -> dict[str, Any]:
-    return {
-        "steps": [
-            {
-                "stage": step.stage,
-                "inputs": [(_cell(name), _cell(value)) for name, value in step.inputs.items()],
-                "settings": [(_cell(name), _cell(value)) for name, value in step.settings.items()],
-                "counts": [(_cell(name), _cell(value)) for name, value in _flat(step.counts | step.metrics)],
-            }
-            for step in steps
-        ],
-        "versions": ", ".join(f"{name} {version}" for name, version in steps[-1].versions.items()) if steps else "",
-    }
+    template = contents.directory / "chat_template.jinja"
+    if contents.kind != "model" or not template.is_file():
+        return False
+    model_type = json.loads((contents.directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    text = template.read_text(encoding="utf-8")
+    return (is_wrapped(text) or has_text_role(text)) and not family_of(model_type).is_own
 
 
-def _flat(counts: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    """Nested counts as lines; long numbers lose the digits that mean nothing."""
-    lines = []
-    for name, value in counts.items():
-        if isinstance(value, Mapping):
-            lines += _flat(value, f"{above}{name} / ")
-        elif isinstance(value, float):
-            lines.append((f"{above}{name}", f"{value:.4g}"))
-        elif isinstance(value, int | str):
-            lines.append((f"{above}{name}", value))
-    return lines
+def _render(template: str, data: "CardData", **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("medst_trl.hub", "cards"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # it is Markdown
+    )
+    environment.filters |= {"cell": _cell, "flat": _flat, "link": _link}
+    values |= {"title": _title(values["repo_id"]), "license": data.license}
+    return environment.get_template(template).render(card_data=data.to_yaml(), **values)
 
 
-def _cell(value: Any) -> str:
-    """A text in a table of Markdown: what data says can neither break the table nor become markup."""
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
-    return text.replace("[", "&#91;").replace("`", "&#96;")
+def _sources(contents: Contents, run: Path | None) -> list[dict[str, Any]]:
+    """What the sources of the data say about themselves, each once."""
+    cards = (step.source for step in steps_to(contents.directory, run) if step.source)
+    return list({card["title"]: card for card in cards}.values())
 
 
-def _split(folder: Path, split: str) -> dict[str, Any]:
+def _split(directory: Path, split: str) -> dict[str, Any]:
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    rows, images = 0, set()
-    for shard in complete_shards(folder, split):
-        file = pq.ParquetFile(shard)
-        rows += file.metadata.num_rows
-        for column in {"image_id", "image_ids"} & set(file.schema_arrow.names):
-            for value in file.read(columns=[column])[column].to_pylist():
-                images.update([value] if isinstance(value, str) else value)
-    return {"name": split, "rows": rows, "images": len(images)}
-
-
-def _columns(contents: Contents) -> list[str]:
-    import pyarrow.parquet as pq
-
-    return pq.read_schema(contents.folder / contents.files[0]).names
-
-
-def _title(repo_id: str) -> str:
-    return repo_id.rpartition("/")[2].replace("_", " ").replace("-", " ")
+    shards = complete_shards(directory, split)
+    column = next(name for name in ("image_ids", "image_id") if name in pq.read_schema(shards[0]).names)
+    ids = pq.read_table(shards, columns=[column], partitioning=None)[column]
+    images = pc.count_distinct(pc.list_flatten(ids) if column == "image_ids" else ids).as_py()
+    return {"name": split, "rows": len(ids), "images": images}
 
 
 def _size(rows: int) -> str:
@@ -195,44 +173,26 @@ def _size(rows: int) -> str:
     return next((name for name, limit in limits if rows < limit), "10M<n<100M")
 
 
-def _source_cards(steps: list[Step]) -> list[SourceCard]:
-    names = dict.fromkeys(step.settings["source"] for step in steps if step.settings.get("source") in SOURCES)
-    return [SOURCES.get(name).card for name in names]
+def _title(repo_id: str) -> str:
+    return repo_id.rpartition("/")[2].replace("_", " ").replace("-", " ")
 
 
-def _sources(steps: list[Step]) -> str:
-    cards = _source_cards(steps)
-    if not cards:
-        return "The records do not say where the images come from."
-    return "\n".join(f"- {_source_text(card)}" for card in cards)
+def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested counts as rows of a table. Floats are rounded to four digits."""
+    rows = []
+    for name, value in counts.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name} / ")
+        elif isinstance(value, int | float | str):
+            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else value))
+    return rows
 
 
-def _source_text(card: SourceCard) -> str:
-    parts = [f"[{card.title}]({card.homepage})" if card.homepage else card.title]
-    if card.licence:
-        parts.append(f"licence: {card.licence}")
-    if card.citation:
-        parts.append(f"please cite {card.citation}")
-    return "; ".join(parts)
+def _cell(value: Any) -> str:
+    """Text for a cell of a Markdown table. What data says can neither break the table nor become markup."""
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+    return text.replace("[", "&#91;").replace("`", "&#96;")
 
 
-def _own_license(steps: list[Step]) -> str | None:
-    """The licence of data of which nothing belongs to others: drawn by one synthetic source."""
-    cards = _source_cards(steps)
-    return cards[0].licence if len(cards) == 1 and cards[0].synthetic else None
-
-
-def _licence(license: str | None, base_model: str | None = None) -> str:
-    own = f"Licence: {license}." if license else "No licence was stated for this repository."
-    base = f" The base model {base_model} has a licence of its own." if base_model else ""
-    return f"{own}{base} Images and labels keep the licences of their sources, which bind whoever uses them."
-
-
-def _tables(result: Results) -> dict[str, Any]:
-    return {
-        "title": _cell(result.name),
-        "questions": result.questions,
-        "images": result.images,
-        "controls": [_cell(name) for name in result.controls],
-        "rows": [[_cell(cell) for cell in row] for row in result.rows()],
-    }
+def _link(text: str, url: str | None) -> str:
+    return f"[{_cell(text)}]({url})" if url and _URL.fullmatch(url) else _cell(text)

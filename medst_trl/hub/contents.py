@@ -1,23 +1,24 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder is that is to be published, and which of its files go with it."""
+"""What a push uploads: the files of a dataset, adapter or model, and copies of the few that name this machine."""
 
 import json
-from contextlib import suppress
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.base.files import write_json
+from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
+from medst_trl.base.redaction import looks_local
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
-from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.stage import STAGES
+
+from .provenance import read_record
 
 
-# Folders that hold one dataset for others to read, and what it is called inside.
-INSIDE = ("preferences", "candidates")
-
-# What a processor is made of. Nothing else is taken from a run's folder: it also holds records, checkpoints, a log.
+# The files of a processor. Nothing else of a stage's directory is published: records, checkpoints and logs stay.
 PROCESSOR_FILES = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
@@ -29,26 +30,28 @@ MODEL_FILES = (
     "model.safetensors.index.json", *PROCESSOR_FILES,
 )  # fmt: skip
 
+JSON_COLUMNS = ("generation", "judge")  # texts that may name a model by its path
+PATH_KEYS = ("name_or_path", "_name_or_path")  # where transformers notes what a file was loaded from
+
 
 @dataclass(frozen=True)
 class Contents:
     """
-    A folder to publish.
+    A directory to publish.
 
     Attributes:
-        folder (`pathlib.Path`): Where its files lie; perhaps inside the folder that was named.
-        kind (`str`): `"adapter"`, `"model"`, or the kind of dataset: `"instruct"`, `"images"`, `"benchmark"`,
-            `"candidates"`, `"preferences"`.
-        files (`list[str]`): Names in the folder and in the repository.
+        directory (`pathlib.Path`): Where the files are; perhaps inside the directory that was named.
+        kind (`str`): `"adapter"`, `"model"`, or the kind of dataset, such as `"preferences"`.
+        files (`list[str]`): Names in the directory and in the repository.
     """
 
-    folder: Path
+    directory: Path
     kind: str
     files: list[str]
 
     @property
     def title(self) -> str:
-        """Its kind in a sentence."""
+        """The kind as words of a sentence."""
         return self.kind if self.repo_type == "model" else f"{self.kind} dataset"
 
     @property
@@ -56,63 +59,158 @@ class Contents:
         return "model" if self.kind in ("adapter", "model") else "dataset"
 
 
-def find_contents(folder: Path) -> Contents:
+def find_contents(directory: Path) -> Contents:
     """
     Recognise a dataset, an adapter or a model.
 
     Raises:
-        UserError: if the folder is none of them, holds several, or is not complete.
+        UserError: if the directory holds none of them, holds several, or is incomplete.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. `medst push` publishes a dataset, an adapter or a model from one.")
-    _refuse_unfinished(folder)
-    if (folder / "adapter_config.json").is_file():
-        return Contents(folder, "adapter", _weights(folder, ADAPTER_FILES, "adapter_model.safetensors"))
-    if (folder / "config.json").is_file():
-        return Contents(folder, "model", _weights(folder, MODEL_FILES, "*.safetensors"))
-    if splits_in(folder):
-        return _dataset(folder)
-    datasets = [child for child in sorted(folder.iterdir()) if child.is_dir() and splits_in(child)]
-    if len(datasets) == 1 and datasets[0].name in INSIDE:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory. Give the directory of a dataset, an adapter or a model.")
+    path, record = read_record(directory)
+    if record.get("status") == "running":  # half a result can look like a whole one
+        raise UserError(f"{path.parent} is not finished. Run its stage again, it resumes where it stopped; then push.")
+    if (directory / "adapter_config.json").is_file():
+        return Contents(directory, "adapter", _weights(directory, ADAPTER_FILES, "adapter_model.safetensors"))
+    if (directory / "config.json").is_file():
+        return Contents(directory, "model", _weights(directory, MODEL_FILES, "*.safetensors"))
+    if splits_in(directory):
+        return _dataset(directory)
+    datasets = [child for child in sorted(directory.iterdir()) if child.is_dir() and splits_in(child)]
+    only_outputs = {stage.outputs[0].directory for stage in STAGES.values() if len(stage.outputs) == 1}
+    if len(datasets) == 1 and datasets[0].name in only_outputs:
         return _dataset(datasets[0])
     if datasets:
-        raise UserError(f"{folder} holds several datasets. Push one of them: {', '.join(map(str, datasets))}.")
+        raise UserError(f"{directory} holds several datasets. Push one of them: {', '.join(map(str, datasets))}.")
     raise UserError(
-        f"{folder} holds nothing to publish: no adapter (adapter_config.json), no model (config.json) and no dataset "
-        "(*.parquet). Name the folder that a stage wrote."
+        f"{directory} holds nothing to publish: no adapter (adapter_config.json), no model (config.json) and no "
+        "dataset (*.parquet). Give the output directory of a stage."
     )
 
 
-def _refuse_unfinished(folder: Path) -> None:
-    """Half a result may look like a whole one: the files of one split, but not yet of the other."""
-    path = next((place / FILE_NAME for place in (folder, folder.parent) if (place / FILE_NAME).is_file()), None)
-    with suppress(ValueError, AttributeError):  # a damaged record or another tool's: the files have to speak
-        if path is not None and json.loads(path.read_text(encoding="utf-8")).get("status") == "running":
-            raise UserError(f"{path.parent} is not finished. Run its stage again, it goes on where it was; then push.")
+def _weights(directory: Path, patterns: tuple[str, ...], weights: str) -> list[str]:
+    if not any(directory.glob(weights)):
+        raise UserError(f"{directory} has no weights ({weights}). Let the stage that writes it finish first.")
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
-def _weights(folder: Path, patterns: tuple[str, ...], weights: str) -> list[str]:
-    if not any(folder.glob(weights)):
-        raise UserError(f"{folder} has no weights ({weights}). Let the stage that writes it finish first.")
-    found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    return sorted(name for name in found if (folder / name).is_file())
-
-
-def _dataset(folder: Path) -> Contents:
+def _dataset(directory: Path) -> Contents:
     import pyarrow.parquet as pq
 
-    shards = [shard for split in splits_in(folder) for shard in complete_shards(folder, split)]
+    shards = [shard for split in splits_in(directory) for shard in complete_shards(directory, split)]
     columns = pq.read_schema(shards[0]).names
     kind = kind_of(columns)
     if kind is None:
         raise UserError(
-            f"{folder} has the columns {', '.join(columns)}, which no stage of medst writes. Other datasets are "
-            "published with `datasets.Dataset.push_to_hub` or `hf upload`."
+            f"{directory} has the columns {', '.join(columns)}, which no stage of medst writes. Publish other "
+            "datasets with `datasets.Dataset.push_to_hub` or `hf upload`."
         )
-    kind = kind.name
-    if kind == "instruct" and not any(
+    name = kind.name
+    if name == "instruct" and not any(
         pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"].to_pylist()
     ):
-        kind = "images"  # unlabelled ones
-    references = sorted(folder.glob(f"{REFERENCE_FOLDER}/*.parquet")) if kind == "preferences" else []
-    return Contents(folder, kind, [path.relative_to(folder).as_posix() for path in [*shards, *references]])
+        name = "images"  # without labels
+    references = sorted(directory.glob(f"{REFERENCE_FOLDER}/*.parquet")) if name == "preferences" else []
+    return Contents(directory, name, [path.relative_to(directory).as_posix() for path in [*shards, *references]])
+
+
+def stage_files(contents: Contents, target: Path, card: str, base_model: str | None = None) -> None:
+    """
+    Fill an empty directory with what is to be uploaded: links to the originals, and copies of files that name paths.
+
+    Args:
+        contents ([`Contents`]): What is published. Its files are not changed.
+        target (`Path`): The empty directory.
+        card (`str`): README.md.
+        base_model (`str`, *optional*): Hub id of an adapter's base, which replaces a local path.
+    """
+    for name in contents.files:
+        source, path = contents.directory / name, target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("config.json"):
+            config = json.loads(source.read_text(encoding="utf-8"))
+            public = _without_paths(config)
+            if name == "adapter_config.json" and base_model is not None:
+                public["base_model_name_or_path"], public["revision"] = split_revision(base_model)
+            if public != config:  # other files stay as they are, byte for byte
+                write_json(path, public)
+        elif name.endswith(".parquet"):
+            _write_without_local_models(source, path)
+        if not path.exists():
+            path.symlink_to(source.resolve())
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def base_of(directory: Path) -> str | None:
+    """The base that an adapter names, with its revision (`org/name@revision`) if it has one."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{base}@{revision}" if base and revision else base
+
+
+def public_base(directory: Path, given: str | None) -> str | None:
+    """
+    The Hub id of an adapter's base: the one given, or the adapter's own.
+
+    Raises:
+        UserError: if the base is a local directory, which nobody else could load.
+    """
+    base = given or base_of(directory)
+    if base is None:
+        return None
+    if looks_local(base) or Path(base).exists() or base.count("/") != 1:
+        raise UserError(
+            f"The base of the adapter in {directory} is {base}, a local model that nobody else can load. Push the "
+            f"base first (`medst push --source {base} --repo_id ORG/BASE`), then push the adapter with "
+            "--base_model_name_or_path ORG/BASE."
+        )
+    return base
+
+
+def _without_paths(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            key: _without_paths(value)
+            for key, value in config.items()
+            if not (key in PATH_KEYS and isinstance(value, str) and looks_local(value))
+        }
+    return [_without_paths(item) for item in config] if isinstance(config, list) else config
+
+
+def _write_without_local_models(source: Path, path: Path) -> None:
+    """Write a copy of a shard that names local models by their last part. Writes nothing if no row names one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(source)
+    names = [name for name in JSON_COLUMNS if name in file.schema_arrow.names]
+    texts = file.read(columns=names).to_pydict()
+    public = {name: [_public_model(text) for text in texts[name]] for name in names}
+    if public == texts:
+        return
+    start = 0
+    with pq.ParquetWriter(path, file.schema_arrow) as writer:
+        for number in range(file.num_row_groups):  # one at a time: all images do not fit into memory
+            table = file.read_row_group(number)
+            for name in names:
+                index, column = table.schema.get_field_index(name), table.schema.field(name)
+                values = pa.array(public[name][start : start + len(table)], column.type)
+                table = table.set_column(index, column, values)
+            writer.write_table(table)
+            start += len(table)
+
+
+def _public_model(text: str | None) -> str | None:
+    try:
+        content = json.loads(text or "")
+    except ValueError:
+        return text
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, str) or not (looks_local(model) or os.path.exists(model)):
+        return text
+    return json.dumps(content | {"model": Path(model).name}, ensure_ascii=False)

@@ -1,19 +1,20 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a result was made, told by the `stage.json` of its folder and of the folders it was made from."""
+"""How a result was made, as the `stage.json` of its directory and of its inputs' directories say."""
 
 import json
-import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medst_trl.base.redaction import hide_secrets, is_secret_key
+from medst_trl.base.redaction import hide_secrets, is_secret_key, looks_local
+from medst_trl.data.source import SOURCES
 from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.stage import STAGES
 
 
-# Of the many arguments of a Trainer, those that say what was learned.
+# Of the many arguments of a Trainer, those that determine the result.
 TRAINING_SETTINGS = (
     "learning_rate", "vision_learning_rate", "projector_learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
@@ -22,100 +23,162 @@ TRAINING_SETTINGS = (
     "vision_lora_r", "vision_lora_alpha", "train_vision", "load_in_4bit", "bf16", "fp16", "seed",
 )  # fmt: skip
 
-# Settings of the other stages that say where things lie or how a run was carried out.
-_NOT_TOLD = re.compile(
+# Settings of other stages that name places or say how a run was carried out.
+_NOT_PUBLIC = re.compile(
     r"path|folder|dir$|url|file|cache|variable|workers|overwrite|concurrency|_batch$|_pattern$|dry_run"
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """
-    One stage on the way to a result, as it may be published: without paths, names of files or secrets.
+    One stage that led to a result, in a form that can be published: without paths, file names and secrets.
 
     Attributes:
         stage (`str`): Its name.
-        settings, counts, metrics, versions (`dict`): From its record.
-        inputs (`dict[str, str]`): What it read: a Hub id with its revision, or a local folder by its SHA-256.
+        settings, versions (`dict`): From its record.
+        inputs (`dict[str, str]`): What it read: a Hub id with its revision, or a local directory by its SHA-256.
+        counts (`dict`): Its counts and metrics.
+        source (`dict`, *optional*): Fields of the [`~medst_trl.data.source.SourceCard`] of the data that it read.
     """
 
     stage: str
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def steps_to(folder: Path, run: Path | None = None) -> list[Step]:
+def read_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Path and content of the `stage.json` of a directory or of its parent. The content is empty if it is damaged."""
+    path = next((place / FILE_NAME for place in (directory, directory.parent) if (place / FILE_NAME).is_file()), None)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path else None
+    except ValueError:
+        record = None
+    return path, record if isinstance(record, dict) else {}
+
+
+def steps_to(directory: Path, run: Path | None = None) -> list[Step]:
     """
-    The stages that led to `folder`, in the order of the data's way, as far as their folders are still there.
+    The stages that led to a result, in pipeline order, as far as their directories still exist.
 
     Args:
-        folder (`Path`): A stage's folder, or a dataset inside it.
-        run (`Path`, *optional*): Folder of the run, to look in for inputs that have moved.
+        directory (`Path`): Output of a stage, or a dataset inside it.
+        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
     """
     steps: dict[Path, Step] = {}
-    _collect(folder, run, steps)
+    _collect(directory, run, steps)
     return list(steps.values())
 
 
-def looks_local(value: str) -> bool:
-    """Whether a text names a place on this machine (a Hub id or the name of a model does not)."""
-    if value.startswith(("/", "~", "./", "../", "file:")) or "\\" in value:
-        return True
-    return value.count("/") > 1 or ("/" in value and os.path.exists(value))
-
-
-def _collect(folder: Path, run: Path | None, steps: dict[Path, Step]) -> None:
-    record_path = next((place / FILE_NAME for place in (folder, folder.parent) if (place / FILE_NAME).is_file()), None)
-    if record_path is None or record_path.resolve() in steps:
+def _collect(directory: Path, run: Path | None, steps: dict[Path, Step]) -> None:
+    path, record = read_record(directory)
+    if path is None or path.resolve() in steps:
         return
     try:
-        step, inputs = _step(json.loads(record_path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError):  # not ours, or damaged: the card says less
+        step = _step(record)
+        inputs = [source["path"] for sources in record["inputs"].values() for source in sources if "path" in source]
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another program: the card says less
         return
-    steps[record_path.resolve()] = step  # before its inputs: no way leads back here
-    for sources in inputs.values():
-        for source in sources:
-            if "path" in source:
-                _collect(_found(Path(source["path"]), run), run, steps)
-    steps[record_path.resolve()] = steps.pop(record_path.resolve())  # they come first
+    steps[path.resolve()] = step  # before its inputs, in case of a circle
+    for source in map(Path, inputs):
+        moved = [run / Path(*source.parts[-2:]), run / source.name] if run else []
+        _collect(next((place for place in (source, *moved) if place.exists()), source), run, steps)
+    steps[path.resolve()] = steps.pop(path.resolve())  # its inputs come first
 
 
-def _step(record: dict) -> tuple[Step, dict[str, list[dict]]]:
-    stage, inputs = record["stage"], record["inputs"]
-    step = Step(
-        stage=stage,
-        settings=_public_settings(stage, record.get("settings", {}), inputs),
+def _step(record: dict[str, Any]) -> Step:
+    inputs = record["inputs"]
+    return Step(
+        stage=record["stage"],
+        settings=_public_settings(record["stage"], record.get("settings", {}), inputs),
         inputs={name: ", ".join(map(_describe, sources)) for name, sources in inputs.items() if sources},
-        counts=record.get("counts", {}),
-        metrics=record.get("metrics", {}),
-        versions={name: value for name, value in record.get("versions", {}).items() if value},
+        counts=record.get("counts", {}) | record.get("metrics", {}),
+        source=_source_card(record),
+        versions={name: version for name, version in record.get("versions", {}).items() if version},
     )
-    return step, inputs
 
 
-def _found(path: Path, run: Path | None) -> Path:
-    """Where an input lies now: where it was, or under its last names in the folder of the run."""
-    places = [path] + ([run / Path(*path.parts[-2:]), run / path.name] if run else [])
-    return next((place for place in places if place.exists()), path)
-
-
-def _public_settings(stage: str, settings: dict[str, Any], inputs: dict) -> dict[str, Any]:
-    if stage in ("sft", "dpo"):
-        told = {name: settings.get(name) for name in TRAINING_SETTINGS}
+def _public_settings(stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Settings that affect the result, as single values, without paths and secrets."""
+    if stage in STAGES and STAGES.get(stage).trains:
+        names, types = TRAINING_SETTINGS, str | int | float | list
     else:
-        told = {name: value for name, value in settings.items() if not _NOT_TOLD.search(name) and name not in inputs}
+        names = [name for name in settings if not _NOT_PUBLIC.search(name) and name not in inputs]
+        types = str | int | float
     return {
         name: hide_secrets(value)
-        for name, value in told.items()
-        if isinstance(value, str | int | float) or (value and isinstance(value, list) and name in TRAINING_SETTINGS)
-        if not is_secret_key(name) and not (isinstance(value, str) and looks_local(value))
+        for name in names
+        if isinstance(value := settings.get(name), types) and value != [] and not is_secret_key(name)
+        if not (isinstance(value, str) and looks_local(value))
     }
 
 
-def _describe(source: dict) -> str:
+def _source_card(record: dict[str, Any]) -> dict[str, Any] | None:
+    """As `prepare` recorded it, or as the source is registered if an earlier version wrote the record."""
+    card, name = record.get("source_card"), record.get("settings", {}).get("source")
+    if card is None and name in SOURCES:
+        card = asdict(SOURCES.get(name).card)
+    return card if isinstance(card, dict) and isinstance(card.get("title"), str) else None
+
+
+def _describe(source: dict[str, Any]) -> str:
     if "hub_id" in source:
         return f"{source['hub_id']} at {source['revision'] or 'an unknown revision'}"
-    return f"a local folder or file (SHA-256 {str(source.get('sha256'))[:12]})"
+    return f"a local directory or file (SHA-256 {str(source.get('sha256'))[:12]})"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """
+    What the record of `medst merge` says. Without paths of this machine, except `adapter_path`, which no card shows.
+
+    Attributes:
+        base (`str`, *optional*): Hub id of the base, with its revision.
+        base_text, adapter_text (`str`): Both as Markdown.
+        adapter_path (`str`, *optional*): Directory of the adapter.
+        dtype (`str`): Type of the weights.
+        float32_difference, stored_difference (`float`): Largest differences of log-probabilities from the adapter's.
+        trained_in_4bit (`bool`): Whether the adapter's base was quantized to 4 bits while it was trained.
+    """
+
+    base: str | None
+    base_text: str
+    adapter_text: str
+    adapter_path: str | None
+    dtype: str
+    float32_difference: float
+    stored_difference: float
+    trained_in_4bit: bool
+
+
+def read_merged(directory: Path) -> Merged | None:
+    """What a model was merged from; `None` if it was not made by `medst merge` or its record is missing."""
+    _, record = read_record(directory)
+    try:
+        merged, (adapter,) = record["merged"], record["inputs"]["model_name_or_path"]
+        proof = merged["proof"]
+        base = None if looks_local(merged["base"]) or Path(merged["base"]).exists() else merged["base"]
+        return Merged(
+            base=f"{base}@{merged['base_revision']}" if base and merged["base_revision"] else base,
+            base_text=hub_id_text(base, merged["base_revision"]) if base else "a local base",
+            adapter_text=hub_id_text(adapter["hub_id"], merged["adapter_revision"])
+            if "hub_id" in adapter
+            else f"a local adapter (SHA-256 {str(adapter.get('sha256'))[:12]})",
+            adapter_path=adapter.get("path"),
+            dtype=merged["dtype"],
+            float32_difference=proof["float32_difference"],
+            stored_difference=proof["stored_difference"],
+            trained_in_4bit=merged["trained_in_4bit"],
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def hub_id_text(hub_id: str, revision: str | None = None) -> str:
+    """A Hub id as Markdown, with the revision that it carries or that is given."""
+    name, _, own = hub_id.partition("@")
+    revision = revision or own
+    return f"`{name}`" + (f" (revision {revision[:12]})" if revision else "")

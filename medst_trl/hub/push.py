@@ -1,39 +1,48 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Publishing what a stage wrote, as a repository on the Hub."""
+"""Publishing the output of a stage as a repository on the Hub, by `medst push` or at the end of a stage."""
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.redaction import hide_secrets
 
 from .cards import KIND, dataset_card, model_card
-from .contents import Contents, find_contents
-from .hub_errors import explain_hub_errors
-from .staging import public_base, stage_files
+from .contents import Contents, find_contents, public_base, stage_files
 
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# Files of an earlier push that this one may have no more: a dataset of fewer shards, a model in fewer files.
+# Files of an earlier push that a later one may not have: a dataset of fewer shards, a model in fewer files.
 REPLACED = {"dataset": ["*.parquet"], "model": ["*.safetensors", "*.safetensors.index.json"]}
+
+
+@dataclass
+class HubArguments:
+    """Where a stage that makes datasets publishes them. The training stages use TRL's arguments instead."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the stage's datasets, each with a card."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Repository to publish to, OWNER/NAME."})
+    hub_private_repo: bool = field(default=True, metadata={"help": "Make the repository private."})
 
 
 @dataclass(frozen=True)
 class Pushed:
     """
-    What a push did.
+    The result of a push.
 
     Attributes:
         url (`str`): Address of the repository.
-        title (`str`): What it is, such as `"preferences dataset"`.
+        title (`str`): What it holds, such as `"preferences dataset"`.
         commit (`str`): The revision that holds it, for `org/name@commit`.
         files (`int`), bytes (`int`): What was published, unchanged files of earlier pushes included.
     """
@@ -45,8 +54,8 @@ class Pushed:
     bytes: int
 
 
-def push_folder(
-    folder: str | os.PathLike,
+def push_directory(
+    directory: str | os.PathLike,
     repo_id: str,
     *,
     private: bool = True,
@@ -61,84 +70,68 @@ def push_folder(
     """
     Publish a dataset, an adapter or a model with its card. Nothing that names this machine is uploaded.
 
-    The token comes from `hf auth login` or HF_TOKEN. Interrupted, the same call goes on: what the Hub has already is
-    not sent again. A repository that holds something else is left alone: it has to be new, empty, or have the card of
-    an earlier push of the same kind. `upload_folder` sends the files; it commits large folders in parts by itself.
+    The token comes from `hf auth login` or HF_TOKEN. If a push is interrupted, the same call resumes it: files that
+    the Hub already has are not sent again. A repository with other content is left alone: it must be new, empty, or
+    have the card of an earlier push of the same kind.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            What a stage wrote: a folder with Parquet files, an adapter or a model; of `medst judge` and `medst
-            generate` also the output folder.
+        directory (`str` or `os.PathLike`):
+            Output of a stage: a directory of Parquet files, an adapter or a model. The output directory of a stage
+            that makes a single dataset stands for that dataset.
         repo_id (`str`):
-            `"org/name"`. The repository is made if there is none.
+            `"org/name"`. The repository is created if it does not exist.
         private (`bool`, *optional*, defaults to `True`):
             Whether a new repository is private. With `True`, an existing public one is refused.
         evaluation (sequence of `str` or `os.PathLike`, *optional*):
-            Folders of `medst evaluate` whose scores go onto a model's card.
+            Outputs of `medst evaluate` whose scores are added to a model's card.
         run (`str` or `os.PathLike`, *optional*):
-            Folder of the run, to find the records of inputs that have moved.
+            The run directory, to find the records of inputs that have moved.
         base_model_name_or_path (`str`, *optional*):
-            Hub id of the base of an adapter or of a merged model (`"org/name"`, `"org/name@revision"`), where that
-            names a local folder.
+            Hub id of the base of an adapter or of a merged model (`"org/name"`, `"org/name@revision"`), if that
+            names a local directory.
         license (`str`, *optional*):
-            The Hub's name of a licence, such as `"cc-by-4.0"`.
+            Identifier of a licence on the Hub, such as `"cc-by-4.0"`.
         revision (`str`, *optional*):
-            Branch to push to; made if there is none.
+            Branch to push to; created if it does not exist.
         commit_message (`str`, *optional*):
-            Of the commit.
+            Message of the commit.
         replace_content (`bool`, *optional*, defaults to `False`):
-            Push into a repository of other content all the same, and delete that there (older revisions keep it).
+            Whether to push to a repository with other content and delete that there (older revisions keep it).
 
     Raises:
-        UserError: for a folder that cannot be published, a repository that may not or must not be written, no or a
-            wrong token, no network; each with what to do next.
+        UserError: for a directory that cannot be published, a repository that cannot or must not be written, a
+            missing or invalid token, or no network; each with what to do next.
 
     Example:
 
     ```python
-    >>> push_folder("runs/vqa_rad/judge/preferences", "my-org/vqa-rad-preferences")
+    >>> push_directory("runs/vqa_rad/judge/preferences", "my-org/vqa-rad-preferences")
     ```
     """
-    from huggingface_hub import HfApi
-
     check_repo_id(repo_id, "repo_id")
-    contents = find_contents(Path(folder))
+    contents = find_contents(Path(directory))
+    settings = {"license": license, "run": Path(run) if run else None}
     base_model = base_model_name_or_path
-    if contents.kind == "adapter":
-        base_model = public_base(contents.folder, base_model_name_or_path)
-    run = Path(run) if run else None
-    if contents.repo_type == "dataset":
-        if evaluation:
-            raise UserError(f"{folder} is a dataset; scores (--evaluation) go onto the card of a model or an adapter.")
-        card = dataset_card(contents, repo_id, license=license, run=run)
-    else:
+    if contents.repo_type == "model":
+        if contents.kind == "adapter":
+            base_model = public_base(contents.directory, base_model)
         evaluations = [Path(path) for path in evaluation]
-        card = model_card(contents, repo_id, base_model=base_model, evaluations=evaluations, license=license, run=run)
+        card = model_card(contents, repo_id, base_model=base_model, evaluations=evaluations, **settings)
+    elif evaluation:
+        raise UserError(f"{directory} is a dataset. Scores (--evaluation) are for the card of a model or an adapter.")
+    else:
+        card = dataset_card(contents, repo_id, **settings)
     check_token()
     with TemporaryDirectory(prefix="medst_push_") as staging, explain_hub_errors(repo_id):
         stage_files(contents, Path(staging), card, base_model)
-        api = HfApi(library_name="medst_trl")
-        url, is_new = _open_repository(api, contents, repo_id, private, revision, replace_content)
-        target = {"repo_id": repo_id, "repo_type": contents.repo_type, "revision": revision}
-        if is_new:
-            # The card first: if the upload of a large folder is cut short, the repository is known as ours.
-            message = "Add the card"
-            api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message=message, **target)
-        api.upload_folder(
-            folder_path=staging,
-            commit_message=commit_message or f"Upload {contents.title} with medst_trl",
-            delete_patterns=["*"] if replace_content else REPLACED[contents.repo_type],
-            **target,
-        )
-        commit = api.repo_info(repo_id, repo_type=contents.repo_type, revision=revision).sha
-        files = [path for path in Path(staging).rglob("*") if path.is_file()]
-        return Pushed(url, contents.title, commit, len(files), sum(path.stat().st_size for path in files))
+        message = commit_message or f"Upload {contents.title} with medst_trl"
+        return _upload(contents, Path(staging), repo_id, private, revision, message, replace_content)
 
 
 def check_repo_id(repo_id: str, key: str) -> None:
     """Raise a [`UserError`] if the setting `key` is not an owner and a name."""
     if not _REPO_ID.fullmatch(repo_id):
-        raise UserError(f"{key} is {repo_id!r}; it has to be OWNER/NAME, such as my-org/vqa-rad-preferences.")
+        raise UserError(f"{key} is {repo_id!r}. It must be OWNER/NAME, such as my-org/vqa-rad-preferences.")
 
 
 def check_token() -> None:
@@ -147,59 +140,200 @@ def check_token() -> None:
 
     if get_token() is None:
         raise UserError(
-            "There is no Hub token. Make one with write access at https://huggingface.co/settings/tokens, then log in "
-            "with `hf auth login`, or set HF_TOKEN in the environment."
+            "No Hub token was found. Make one with write access at https://huggingface.co/settings/tokens, then log "
+            "in with `hf auth login`, or set HF_TOKEN in the environment."
         )
+
+
+class PushAfterStage:
+    """
+    The push that a stage's settings ask for. Created before the stage runs, so that a push that cannot work is refused
+    before hours are spent on what it would publish.
+
+    Args:
+        directories (sequence of `str`):
+            What the stage makes inside its `output_dir`; `""` for `output_dir` itself.
+        arguments (sequence):
+            The stage's dataclasses. `push_to_hub` is cleared in a trainer's, which would upload its whole directory.
+    """
+
+    def __init__(self, directories: Sequence[str], arguments: Sequence[Any]):
+        self.settings = next((a for a in arguments if getattr(a, "push_to_hub", False)), None)
+        if self.settings is None:
+            return
+        output_dir = next(a.output_dir for a in arguments if hasattr(a, "output_dir"))
+        self.directories = [Path(output_dir, directory) for directory in directories]
+        key = "hub_dataset_id" if isinstance(self.settings, HubArguments) else "hub_model_id"
+        self.repo_id = getattr(self.settings, key)
+        self.settings.push_to_hub = False
+        check_push(self.repo_id, key)
+
+    def run(self) -> None:
+        """Publish each directory that exists. Of a stage with several, each goes to a repository of its own."""
+        if self.settings is None:
+            return
+        private, revision = self.settings.hub_private_repo is not False, getattr(self.settings, "hub_revision", None)
+        for directory in filter(Path.is_dir, self.directories):
+            repo_id = self.repo_id if len(self.directories) == 1 else f"{self.repo_id}-{directory.name}"
+            push_after_stage(directory, repo_id, private=private, revision=revision)
+
+
+def check_push(repo_id: str | None, key: str) -> None:
+    """
+    Refuse a push that cannot work.
+
+    Args:
+        repo_id (`str` or `None`): The repository.
+        key (`str`): The setting that names it: `"hub_model_id"` or `"hub_dataset_id"`.
+
+    Raises:
+        UserError: if the repository or the token is missing, or the repository's name is invalid.
+    """
+    if repo_id is None:
+        raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
+    check_repo_id(repo_id, key)
+    check_token()
+
+
+def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any) -> None:
+    """
+    [`push_directory`] for a stage that is finished; under a launcher only the first process pushes.
+
+    If the push fails, the stage stays finished, and running it again repeats the push only.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    try:
+        pushed = push_directory(directory, repo_id, **settings)
+    except UserError as error:
+        raise UserError(
+            f"{Path(directory)} is finished, but was not pushed. {error}\nThen run the same command, or "
+            f"`medst push --source {directory} --repo_id {repo_id}`."
+        ) from None
+    print(f"The {pushed.title} is at {pushed.url}, revision {pushed.commit[:12]}.")
+
+
+def _upload(
+    contents: Contents,
+    staging: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    message: str,
+    replace_content: bool,
+) -> Pushed:
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="medst_trl")
+    target = {"repo_id": repo_id, "repo_type": contents.repo_type, "revision": revision}
+    url, is_empty = _open_repository(api, contents, repo_id, private, revision, replace_content)
+    if is_empty:
+        # The card first: if the upload of a large directory is interrupted, the repository is recognised as ours.
+        card = staging / "README.md"
+        api.upload_file(path_or_fileobj=card, path_in_repo=card.name, commit_message="Add the card", **target)
+    api.upload_folder(
+        folder_path=staging,
+        commit_message=message,
+        delete_patterns=["*"] if replace_content else REPLACED[contents.repo_type],
+        **target,
+    )
+    sizes = [path.stat().st_size for path in staging.rglob("*") if path.is_file()]
+    return Pushed(url, contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
 
 
 def _open_repository(
     api: "HfApi", contents: Contents, repo_id: str, private: bool, revision: str | None, replace_content: bool
 ) -> tuple[str, bool]:
-    """Its address, and whether it has no content yet. Makes it where there is none."""
+    """Create the repository and the branch if they do not exist. Returns its address, and whether it is empty."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    where = {"repo_id": repo_id, "repo_type": contents.repo_type}
+    target = {"repo_id": repo_id, "repo_type": contents.repo_type}
     try:
-        info = api.repo_info(**where)
+        info = api.repo_info(**target)
     except RepositoryNotFoundError:
-        url = str(api.create_repo(**where, private=private, exist_ok=True))
-        info = api.repo_info(**where)
-    else:
-        url = f"{api.endpoint}/{'datasets/' if contents.repo_type == 'dataset' else ''}{repo_id}"
+        api.create_repo(**target, private=private, exist_ok=True)
+        info = api.repo_info(**target)
     if private and info.private is False:
         raise UserError(
-            f"{repo_id} is public, and pushes are private unless told otherwise. Make the repository private in its "
-            f"settings, push to another one, or publish with --private false."
+            f"{repo_id} is public, and pushes are private by default. Make the repository private in its settings, "
+            "push to another one, or publish with --private false."
         )
     if revision is not None:
         try:
-            info = api.repo_info(**where, revision=revision)
+            info = api.repo_info(**target, revision=revision)
         except RevisionNotFoundError:
-            api.create_branch(**where, branch=revision, exist_ok=True)
-            info = api.repo_info(**where, revision=revision)
+            api.create_branch(**target, branch=revision, exist_ok=True)
+            info = api.repo_info(**target, revision=revision)
     names = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
     if names and not replace_content:
         _check_ours(api, contents, repo_id, info.sha, names)
-    return url, not names
+    return f"{api.endpoint}/{'datasets/' if contents.repo_type == 'dataset' else ''}{repo_id}", not names
 
 
 def _check_ours(api: "HfApi", contents: Contents, repo_id: str, revision: str, names: set[str]) -> None:
-    """Refuse a repository whose content no push of this kind has made."""
+    """Refuse a repository whose content was not pushed by us as the same kind."""
+    from huggingface_hub import metadata_load
+
     kind = None
     if "README.md" in names:
-        from huggingface_hub import metadata_load
-
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as directory:
             path = api.hf_hub_download(
-                repo_id, "README.md", repo_type=contents.repo_type, revision=revision, local_dir=folder
+                repo_id, "README.md", repo_type=contents.repo_type, revision=revision, local_dir=directory
             )
             kind = (metadata_load(path) or {}).get(KIND)
     if kind == contents.kind:
         return
-    what = (
-        f"another kind of content ({kind})" if kind else f"content of another origin ({', '.join(sorted(names)[:3])})"
-    )
+    what = f"another kind of content ({kind})" if kind else f"other content ({', '.join(sorted(names)[:3])})"
     raise UserError(
-        f"{repo_id} holds {what}, which a push of {contents.kind} would mix with or replace. Nothing was touched. "
-        "Choose another --repo_id, or replace what it holds with --replace_content true (older revisions keep it)."
+        f"{repo_id} holds {what}, which a push of {contents.kind} would mix with or replace. Nothing was changed. "
+        "Choose another --repo_id, or replace its content with --replace_content true (older revisions keep it)."
     )
+
+
+# What a status of the Hub means, and what to do next.
+_REFUSALS = {
+    401: "The Hub does not accept the token: it is invalid or has expired. Make one at "
+    "https://huggingface.co/settings/tokens and log in with `hf auth login`, or set HF_TOKEN.",
+    403: "The token may not write to {repo_id}. Use one with write access to {owner} "
+    "(https://huggingface.co/settings/tokens; then `hf auth login` or HF_TOKEN), or push to a namespace of your own "
+    "with --repo_id.",
+    404: "The Hub has no {repo_id} that the token can see, or not that revision. Check both names.",
+    429: "The Hub accepts no more calls for now. Push again later: uploaded files are kept.",
+    500: "The Hub has a problem ({status}). Push again later: uploaded files are kept.",
+}
+
+
+@contextmanager
+def explain_hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn the errors of a push to `repo_id` into a [`UserError`]. Files that were uploaded are not lost."""
+    import httpx2
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except UserError:
+        raise
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is not a valid name of a Hub repository: {error}") from None
+    except OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and push again.") from None
+    except Exception as error:
+        for cause in (error, error.__cause__, error.__context__):  # uploads wrap the cause in errors of their own
+            if isinstance(cause, HfHubHTTPError):
+                raise UserError(_refusal(repo_id, cause)) from None
+            if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
+                raise UserError(
+                    f"No connection to the Hub at {ENDPOINT} ({type(cause).__name__}). Check the network and push "
+                    "again: uploaded files are kept."
+                ) from None
+        raise
+
+
+def _refusal(repo_id: str, error) -> str:
+    status = error.response.status_code
+    default = "The Hub refuses the push to {repo_id} ({status}). Correct what it reports and push again."
+    meaning = _REFUSALS.get(500 if status > 500 else status, default)
+    reply = hide_secrets(str(error.server_message or "").strip())
+    owner = repo_id.partition("/")[0]
+    return meaning.format(repo_id=repo_id, owner=owner, status=status) + (f" The Hub says: {reply}" if reply else "")

@@ -1,26 +1,22 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of `medst evaluate`, as a card tells them."""
+"""Scores of `medst evaluate`, as a model card shows them."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.redaction import looks_local
+from medst_trl.evaluation.metric import recorded_figures
 
-from .provenance import looks_local
+from .provenance import read_merged, steps_to
 
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-# (rules, part, figure): what papers report, and the strict rules to trust.
-FIGURES = (
-    ("strict", None, "exact_match"), ("strict", "open", "f1"), ("strict", "open", "recall"),
-    ("strict", "closed", "accuracy"), ("llava_med", "open", "recall"), ("llava_med", "open", "f1"),
-    ("llava_med", "closed", "accuracy"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,148 +25,118 @@ class Results:
     One `scores.json`.
 
     Attributes:
-        name (`str`): Of the benchmark, never a path.
-        dataset (`str`): Its Hub id, or the name again.
-        split (`str`): Of the benchmark.
-        scores, controls (`dict`): As the file has them.
-        model (`str`, *optional*): Folder or Hub id of what was evaluated.
+        name (`str`): Hub id of the benchmark, or its source; never a path.
+        content (`dict`): The content of the file.
     """
 
     name: str
-    dataset: str
-    split: str
-    scores: dict[str, Any]
-    controls: dict[str, Any]
-    model: str | None = None
+    content: dict[str, Any]
 
     @property
     def questions(self) -> int:
-        return next(iter(self.scores.values()))["n"]
+        return next(iter(self.content["scores"].values()))["n"]
 
     @property
     def images(self) -> int:
-        return next(iter(self.scores.values()))["n_images"]
+        return next(iter(self.content["scores"].values()))["n_images"]
 
-    def figures(self) -> list[tuple[str, str, str, dict]]:
-        """Rules, part, figure and its values, for the figures that there are."""
-        found = []
-        for rules, part, figure in FIGURES:
-            value = _at(self.scores, rules, part, figure)
-            if value and value.get("value") is not None:
-                found.append((rules, part, figure, value))
-        return found
+    @property
+    def controls(self) -> dict[str, Any]:
+        return self.content.get("controls") or {}
+
+    def figures(self) -> Iterator[tuple[str, Sequence[str], str, dict[str, Any]]]:
+        """Metric, path, label and values of each figure for cards that has a value."""
+        for figure in recorded_figures(self.content):
+            leaf = _leaf(self.content["scores"], figure["metric"], figure["path"])
+            if figure["in_card"] and leaf.get("value") is not None:
+                yield figure["metric"], figure["path"], figure["label"].replace(": ", " "), leaf
 
     def rows(self) -> list[list[str]]:
-        """Lines of the card's table: rules, figure, value, n, majority, one column a control."""
-        lines = []
-        for rules, part, figure, value in self.figures():
-            controls = [_at(scores, rules, part, figure) for scores in self.controls.values()]
-            lines.append(
-                [
-                    rules,
-                    f"{part} {figure}" if part else figure,
-                    f"{value['value']:.1f}" + _interval(value.get("interval")),
-                    str(value.get("n", "")),
-                    _number(value.get("majority")),
-                    *(_number(control and control.get("value")) for control in controls),
-                ]
-            )
-        return lines
+        """Rows of the card's table: metric, figure, value with its interval, n, majority, one column per control."""
+        rows = []
+        for metric, path, label, leaf in self.figures():
+            interval = leaf.get("interval")
+            value = _number(leaf["value"]) + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
+            controls = [_leaf(scores, metric, path).get("value") for scores in self.controls.values()]
+            others = map(_number, (leaf.get("majority"), *controls))
+            rows.append([metric, label, value, str(leaf.get("n", "")), *others])
+        return rows
 
 
-def read_results(folder: Path, model: Path) -> list[Results]:
+def read_results(directory: Path, model: Path) -> list[Results]:
     """
-    The scores in a folder of `medst evaluate`, or in the folders that it has for several benchmarks.
+    Read the scores in an output directory of `medst evaluate`, which has subdirectories for several benchmarks.
 
     Args:
-        folder (`Path`): Where the scores are.
-        model (`Path`): The folder of the model that they have to be of, as far as they say.
+        directory (`Path`): Where the scores are.
+        model (`Path`): Directory of the model that must have been evaluated, if the scores name one that exists.
 
     Raises:
-        UserError: if there are none, they cannot be read, or are of another model.
+        UserError: if there are no scores, they cannot be read, or another model was evaluated.
     """
-    paths = sorted(folder.glob("scores.json")) or sorted(folder.glob("*/scores.json"))
+    paths = sorted(directory.glob("scores.json")) or sorted(directory.glob("*/scores.json"))
     if not paths:
-        raise UserError(f"{folder} has no scores.json. `medst evaluate` writes one.")
+        raise UserError(f"{directory} has no scores.json. Give an output directory of `medst evaluate`.")
     results = [_read(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
-        if result.model and Path(result.model).exists() and not _is_of(model, Path(result.model)):
-            raise UserError(
-                f"{path} has the scores of {result.model}, not of {model}. Leave it out, or push that model."
-            )
+        evaluated = Path(result.content.get("model") or "")
+        if result.content.get("model") and evaluated.exists() and not _is_model(evaluated, model):
+            raise UserError(f"{path} has the scores of {evaluated}, not of {model}. Leave it out, or push that model.")
     return results
 
 
-def _is_of(model: Path, evaluated: Path) -> bool:
-    """Whether what was evaluated is the model, or the adapter merged into it, which says the same."""
-    from .merged import merged_from
-
-    merged = merged_from(model)
-    adapter = Path(merged.adapter_path) if merged and merged.adapter_path else model
-    return evaluated.samefile(model) or (adapter.exists() and evaluated.samefile(adapter))
-
-
 def eval_results(results: list[Results]) -> list["EvalResult"]:
-    """The scores as the Hub shows them beside a model card."""
+    """The scores in the form that the Hub shows beside a model card."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
             task_type="visual-question-answering",
-            dataset_type=result.dataset,
+            dataset_type=result.name,
             dataset_name=result.name,
-            dataset_split=result.split,
-            metric_type=figure,
-            metric_name=" ".join(filter(None, (rules, part, figure))),
-            metric_value=round(value["value"], 2),
+            dataset_split=result.content.get("split") or "test",
+            metric_type=path[-1],
+            metric_name=f"{metric} {label}",
+            metric_value=round(leaf["value"], 2),
         )
         for result in results
-        for rules, part, figure, value in result.figures()
+        for metric, path, label, leaf in result.figures()
     ]
+
+
+def _is_model(evaluated: Path, model: Path) -> bool:
+    """Whether the evaluated model is this one, or the adapter that was merged into it: their answers are the same."""
+    merged = read_merged(model)
+    adapter = Path(merged.adapter_path) if merged and merged.adapter_path else model
+    return evaluated.samefile(model) or (adapter.exists() and evaluated.samefile(adapter))
 
 
 def _read(path: Path) -> Results:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         benchmark = content.get("benchmark") or ""
-        name = _name(benchmark, path)
-        results = Results(
-            name=name,
-            dataset=benchmark.partition("@")[0] if benchmark and not _is_path(benchmark) else name,
-            split=content.get("split") or "test",
-            scores=content["scores"],
-            controls=content.get("controls") or {},
-            model=content.get("model"),
-        )
-        _ = results.questions, results.images, results.rows()  # a wrong shape shows here
+        is_hub_id = benchmark.count("/") == 1 and not looks_local(benchmark) and not Path(benchmark).exists()
+        name = benchmark.partition("@")[0] if is_hub_id else _local_name(benchmark, path)
+        results = Results(name, content)
+        _ = results.questions, results.images, results.rows()  # raises if something is missing
         return results
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise UserError(f"{path} was not written by `medst evaluate`. Evaluate again, or leave it out.") from None
 
 
-def _name(benchmark: str, path: Path) -> str:
-    """What the benchmark's own record calls its source; else the last name that says something."""
-    from .provenance import steps_to
-
-    if benchmark and not _is_path(benchmark):
-        return benchmark.partition("@")[0]
+def _local_name(benchmark: str, path: Path) -> str:
+    """The source that the benchmark's record names, or else the directory of the scores."""
     sources = [step.settings.get("source") for step in (steps_to(Path(benchmark)) if benchmark else [])]
     if sources and sources[-1]:
         return sources[-1]
     return "benchmark" if path.parent.name == "evaluate" else path.parent.name
 
 
-def _is_path(name: str) -> bool:
-    return looks_local(name) or name.count("/") != 1 or Path(name).exists()
-
-
-def _at(scores: dict, rules: str, part: str | None, figure: str) -> dict | None:
-    found = scores.get(rules) or {}
-    return (found.get(part) or {} if part else found).get(figure)
-
-
-def _interval(interval: list[float] | None) -> str:
-    return f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+def _leaf(scores: Mapping[str, Any], metric: str, path: Sequence[str]) -> dict[str, Any]:
+    found = scores.get(metric)
+    for key in path:
+        found = (found or {}).get(key)
+    return found or {}
 
 
 def _number(value: float | None) -> str:

@@ -1,24 +1,24 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Charts as inline SVG: lines over steps, and bars with error bars.
+Charts as inline SVG: lines over steps, and horizontal bars with error bars.
 
-An SVG stands by itself. Its colours are variables with a default, so that a page may set its own for a dark screen
-(`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's template has both sets). The
-colour-blind can tell the colours apart and do not have to: lines carry their names and differ in dashes, bars carry
-their names.
+Each SVG is self-contained. Its colours are CSS variables with a default, so that a page can set its own for a dark
+screen (`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's template has both sets). No
+chart relies on colour alone: lines are labelled and differ in dashes, and bars are labelled.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 from markupsafe import Markup
 
 from .text import clean, number
 
 
-WIDTH = 400  # units of the viewBox, about a pixel each: a phone shows a chart unscaled
+WIDTH = 400  # units of the viewBox, about one pixel each: a phone shows a chart unscaled
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 INK, MUTED, GRID = "var(--ink, #1d2530)", "var(--muted, #566170)", "var(--grid, #dfe3e8)"
 COLOURS = tuple(
@@ -26,8 +26,10 @@ COLOURS = tuple(
     for place, colour in enumerate(("#0068a8", "#c04a00", "#007a5a", "#9a4a86", "#6b6b6b"), start=1)
 )
 DASHES = ("none", "6 3", "2 3", "9 3 2 3", "1 4")
-MOST_POINTS = 200  # of a line; more are averaged
-LETTER = 6.2  # width of a letter at 11 px, generously
+MAX_POINTS = 200  # per line; longer ones are averaged
+LETTER = 6.2  # width of a letter at 11 px, an upper estimate
+
+Limits = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Line:
     One line of a [`line_chart`].
 
     Args:
-        name (`str`): Stands at the end of the line.
-        points (sequence of `(x, y)`): In the order of x. Those that are not finite are left out.
-        dashed (`bool`, *optional*): For a line of another kind, such as a loss on validation data.
+        name (`str`): Label at the end of the line.
+        points (sequence of `(x, y)`): Sorted by x. Points that are not finite are left out.
+        dashed (`bool`, *optional*): Whether it is dashed, such as a validation loss. By default, lines differ.
     """
 
     name: str
@@ -52,10 +54,10 @@ class Bar:
     One bar of a [`bar_chart`].
 
     Args:
-        name (`str`): Bars of one name have one colour in the whole chart.
+        name (`str`): Its label. Bars with the same name have the same colour.
         value (`float`): Its length.
         low, high (`float`, *optional*): Ends of its error bar.
-        muted (`bool`, *optional*, defaults to `False`): Grey, for what is only there to compare with.
+        muted (`bool`, *optional*, defaults to `False`): Whether it is grey, as a baseline.
     """
 
     name: str
@@ -64,10 +66,19 @@ class Bar:
     high: float | None = None
     muted: bool = False
 
+    def label(self, digits: int | None) -> str:
+        """Name and value, with the interval if there is one."""
+        interval = f" ({number(self.low, digits)} to {number(self.high, digits)})" if self.has_interval else ""
+        return f"{clean(self.name)} {number(self.value, digits)}{interval}"
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low is not None and self.high is not None
+
 
 @dataclass(frozen=True)
 class Group:
-    """Bars under one heading, with a mark across them (a baseline) if there is one."""
+    """Bars under one heading, with an optional mark across them, such as a baseline."""
 
     name: str
     bars: Sequence[Bar]
@@ -81,74 +92,53 @@ def line_chart(
     x_label: str,
     y_label: str,
     level: tuple[float, str] | None = None,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
 ) -> Markup:
     """
-    Lines over a common x axis, each with its name and last value at its end.
+    Draw lines over a common x axis, each labelled with its name and last value.
 
     Args:
-        title (`str`): Stands above the chart.
+        title (`str`): Heading of the chart.
         lines (sequence of [`Line`]): At most five.
         x_label, y_label (`str`): What the axes show, with the unit.
-        level (`tuple`, *optional*): A value of y that is drawn through, and what it is.
-        limits (`tuple`, *optional*): Least and greatest y; by default what there is to show.
+        level (`tuple`, *optional*): A value of y to mark with a horizontal line, and its label.
+        limits (`tuple`, *optional*): Smallest and largest y. Defaults to the range of the values.
 
     Returns:
-        `Markup`: the `<svg>` element; empty where no line has a point.
+        `Markup`: the `<svg>` element; empty if no line has a point.
     """
-    lines = [Line(line.name, _thin(line.points), line.dashed) for line in lines]
-    lines = [line for line in lines if line.points]
+    lines = [replace(line, points=points) for line in lines if (points := _thin(line.points))]
     if not lines:
         return Markup("")
-    last = [f"{clean(line.name)} {number(float(line.points[-1][1]))}" for line in lines]
-    height, top, bottom, left = 236, 46, 34, 46
-    right = min(150, 14 + LETTER * max(map(len, last)))
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + ([] if level is None else [level[0]])
-    x_ticks, (x_low, x_high) = _ticks(min(xs), max(xs), 4), (min(xs), max(xs))
-    y_ticks = _ticks(*(limits or (min(ys), max(ys))), 4)
-    y_low, y_high = min(y_ticks[0], *(limits or ys)), max(y_ticks[-1], *(limits or ys))
-    x_at = _scale(x_low, x_high, left, WIDTH - right)
-    y_at = _scale(y_low, y_high, height - bottom, top)
+    lasts = [number(line.points[-1][1]) for line in lines]
+    labels = [f"{clean(line.name)} {last}" for line, last in zip(lines, lasts)]
+    left, right, top, bottom = 46, WIDTH - min(150, 14 + LETTER * max(map(len, labels))), 46, 202
+    xs, ys = zip(*(point for line in lines for point in line.points))
+    y_limits = limits or _range([*ys, *([] if level is None else [level[0]])])
+    x = _Axis(_range(xs), left, right)
+    y = _Axis(y_limits, bottom, top, widen=True)
 
-    parts = [_heading(title, y_label)]
-    for tick in y_ticks:
-        parts.append(_rule(left, y_at(tick), WIDTH - right, y_at(tick)))
-        parts.append(_text(left - 6, y_at(tick) + 4, _tick(tick, y_ticks), anchor="end"))
-    for tick in x_ticks:
-        if x_low <= tick <= x_high:
-            parts.append(_rule(x_at(tick), height - bottom, x_at(tick), height - bottom + 4, MUTED))
-            parts.append(_text(x_at(tick), height - bottom + 16, _tick(tick, x_ticks), anchor="middle"))
-    parts.append(_rule(left, height - bottom, WIDTH - right, height - bottom, MUTED))
-    parts.append(_text(WIDTH - right, height - 4, x_label, anchor="end"))
+    chart = _Chart(title, y_label)
+    for tick, text in y.ticks():
+        chart.rule(left, y(tick), right, y(tick))
+        chart.text(left - 6, y(tick) + 4, text, anchor="end")
+    chart.x_ticks(x, bottom, bottom + 4, MUTED)
+    chart.rule(left, bottom, right, bottom, MUTED)
+    chart.text(right, bottom + 30, x_label, anchor="end")
     if level is not None:
-        y = y_at(level[0])
-        parts.append(_rule(left, y, WIDTH - right, y, MUTED, dash="3 3"))
-        parts.append(_text(WIDTH - right - 4, y + 12 if y < top + 14 else y - 4, level[1], anchor="end", halo=True))
-    ends = _spread([y_at(line.points[-1][1]) for line in lines], 14, top, height - bottom)
-    for place, (line, label, end) in enumerate(zip(lines, last, ends)):
+        at = y(level[0])
+        chart.rule(left, at, right, at, MUTED, dash="3 3")
+        chart.text(right - 4, at + 12 if at < top + 14 else at - 4, level[1], anchor="end", halo=True)
+    ends = _keep_apart([y(line.points[-1][1]) for line in lines], 14, top, bottom)
+    for place, (line, label, end) in enumerate(zip(lines, labels, ends)):
         colour = COLOURS[place % len(COLOURS)]
         dash = DASHES[place % len(DASHES)] if line.dashed is None else "5 3" if line.dashed else "none"
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in line.points)
-        parts.append(
-            Markup(
-                '<polyline points="{}" style="fill:none;stroke:{};stroke-width:1.8;stroke-dasharray:{};'
-                'stroke-linejoin:round"/>'
-            ).format(path, Markup(colour), dash)
-        )
-        if len(line.points) == 1:
-            x, y = line.points[0]
-            parts.append(
-                Markup('<circle cx="{}" cy="{}" r="3" style="fill:{}"/>').format(
-                    round(x_at(x), 1), round(y_at(y), 1), Markup(colour)
-                )
-            )
-        parts.append(_text(WIDTH - right + 6, end + 4, label, colour))
-    told = "; ".join(
-        f"{clean(line.name)} from {number(float(line.points[0][1]))} to {number(float(line.points[-1][1]))}"
-        for line in lines
+        chart.line([(x(a), y(b)) for a, b in line.points], colour, dash)
+        chart.text(right + 6, end + 4, label, colour)
+    changes = (
+        f"{clean(line.name)} from {number(float(line.points[0][1]))} to {end}" for line, end in zip(lines, lasts)
     )
-    return _svg(height, title, f"{y_label} over {x_label}: {told}.", parts)
+    return chart.finish(236, f"{y_label} over {x_label}: {'; '.join(changes)}.")
 
 
 def bar_chart(
@@ -156,155 +146,185 @@ def bar_chart(
     groups: Sequence[Group],
     *,
     unit: str = "",
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     mark_name: str = "",
     digits: int | None = 1,
     axis: bool = True,
 ) -> Markup:
     """
-    Bars lying on their side, with error bars and their values, in groups.
+    Draw horizontal bars in groups, with error bars and values.
 
     Args:
-        title (`str`): Stands above the chart.
+        title (`str`): Heading of the chart.
         groups (sequence of [`Group`]): From top to bottom.
         unit (`str`, *optional*): What the axis shows.
-        limits (`tuple`, *optional*): Ends of the axis; by default from 0 to what there is to show.
-        mark_name (`str`, *optional*): What the groups' marks are.
+        limits (`tuple`, *optional*): Ends of the axis. Defaults to 0 and the largest value.
+        mark_name (`str`, *optional*): What the marks of the groups are.
         digits (`int`, *optional*, defaults to `1`): Decimals of the values; None for whole numbers.
-        axis (`bool`, *optional*, defaults to `True`): Whether to draw the axis; every bar has its value beside it.
+        axis (`bool`, *optional*, defaults to `True`): Whether to draw the axis. Every bar has its value beside it.
 
     Returns:
-        `Markup`: the `<svg>` element; empty where there is no bar.
+        `Markup`: the `<svg>` element; empty if there is no bar.
     """
-    names = list(dict.fromkeys(bar.name for group in groups for bar in group.bars if not bar.muted))
     bars = [bar for group in groups for bar in group.bars]
     if not bars:
         return Markup("")
-    shown = [value for bar in bars for value in (bar.value, bar.low, bar.high) if value is not None]
-    low, high = limits or (min(0, *shown), max(0, *shown) or 1)
-    ticks = _ticks(low, high, 4)
-    if limits is None and axis:
-        low, high = min(low, ticks[0]), max(high, ticks[-1])
-    labels = [clean(bar.name) for bar in bars]
-    left = min(150, 12 + LETTER * max(map(len, labels)))
-    right = 14 + LETTER * max(len(number(bar.value, digits)) for bar in bars)
-    at = _scale(low, high, left, WIDTH - right)
+    names = list(dict.fromkeys(bar.name for bar in bars if not bar.muted))
+    values = [value for bar in bars for value in (bar.value, bar.low, bar.high) if value is not None]
+    left = min(150, 12 + LETTER * max(len(clean(bar.name)) for bar in bars))
+    right = WIDTH - 14 - LETTER * max(len(number(bar.value, digits)) for bar in bars)
+    x = _Axis(limits or (min(0, *values), max(0, *values) or 1), left, right, widen=limits is None and axis)
 
-    y, parts = 46 if unit else 30, []
-    top = y
+    chart = _Chart(title, unit)
+    y = 46 if unit else 30
+    if axis:  # the grid is drawn first, under the bars
+        bottom = y + sum(7 + 19 * len(group.bars) + 18 * bool(group.name) for group in groups)
+        chart.x_ticks(x, y, bottom, GRID)
     for group in groups:
-        if group.name:
-            parts.append(_text(0, y + 12, _short(clean(group.name), 58), INK))
-            y += 18
-        begin, values = y, []
-        for bar in group.bars:
-            colour = MUTED if bar.muted else COLOURS[names.index(bar.name) % len(COLOURS)]
-            parts += _bar(bar, y, at, min(max(0, low), high), colour, left)
-            reach = at(max(0, bar.value, bar.value if bar.high is None else bar.high))
-            values.append(_text(reach + 5, y + 12, number(bar.value, digits), INK, halo=True))
-            y += 19
-        if group.mark is not None:
-            parts.append(_rule(at(group.mark), begin - 1, at(group.mark), y - 2, INK, dash="3 2"))
-        parts += values
-        y += 7
-    grid = []
-    if axis:
-        grid = [_rule(at(tick), top, at(tick), y) for tick in ticks]
-        grid += [_text(at(tick), y + 14, _tick(tick, ticks), anchor="middle") for tick in ticks]
-        y += 20
-    if any(group.mark is not None for group in groups) and mark_name:
-        parts.append(_rule(4, y + 2, 4, y + 14, INK, dash="3 2"))
-        parts.append(_text(11, y + 12, mark_name))
+        y = _draw_group(chart, group, y, x, names, digits)
+    y += 20 if axis else 0
+    if mark_name and any(group.mark is not None for group in groups):
+        chart.rule(4, y + 2, 4, y + 14, INK, dash="3 2")
+        chart.text(11, y + 12, mark_name)
         y += 18
-    told = ". ".join(
-        f"{clean(group.name) or title}: "
-        + ", ".join(
-            f"{clean(bar.name)} {number(bar.value, digits)}{_told_interval(bar, digits)}" for bar in group.bars
-        )
-        for group in groups
-    )
-    return _svg(y + 2, title, f"{unit + '. ' if unit else ''}{told}.", [_heading(title, unit), *grid, *parts])
+    rows = [f"{clean(g.name) or title}: {', '.join(bar.label(digits) for bar in g.bars)}" for g in groups]
+    return chart.finish(y + 2, f"{unit + '. ' if unit else ''}{'. '.join(rows)}.")
 
 
-def _bar(bar: Bar, y: float, at: Callable[[float], float], zero: float, colour: str, left: float) -> list[Markup]:
-    start, end = sorted((at(zero), at(bar.value)))
-    parts = [
-        _text(left - 8, y + 12, _short(clean(bar.name), int((left - 8) / LETTER) + 1), anchor="end"),
-        Markup('<rect x="{}" y="{}" width="{}" height="13" rx="1.5" style="fill:{};fill-opacity:{}"/>').format(
-            round(start, 1), y + 1, round(max(end - start, 0.8), 1), Markup(colour), 0.45 if bar.muted else 0.85
-        ),
-    ]
-    if bar.low is not None and bar.high is not None:
-        parts.append(_rule(at(bar.low), y + 7.5, at(bar.high), y + 7.5, INK, 1.3))
-        parts += [_rule(at(edge), y + 4.5, at(edge), y + 10.5, INK, 1.3) for edge in (bar.low, bar.high)]
-    return parts
+def _draw_group(chart: "_Chart", group: Group, y: float, x: "_Axis", names: list[str], digits: int | None) -> float:
+    """Draw a group below `y` and return its lower end. The values are drawn last, over the mark."""
+    if group.name:
+        chart.text(0, y + 12, _short(clean(group.name), 58), INK)
+        y += 18
+    rows = [(y + 19 * place, bar) for place, bar in enumerate(group.bars)]
+    end = y + 19 * len(rows)
+    for top, bar in rows:
+        chart.bar(bar, top, x, MUTED if bar.muted else COLOURS[names.index(bar.name) % len(COLOURS)])
+    if group.mark is not None:
+        chart.rule(x(group.mark), y - 1, x(group.mark), end - 2, INK, dash="3 2")
+    for top, bar in rows:
+        reach = max(0, bar.value, bar.value if bar.high is None else bar.high)
+        chart.text(x(reach) + 5, top + 12, number(bar.value, digits), INK, halo=True)
+    return end + 7
 
 
-def _told_interval(bar: Bar, digits: int | None) -> str:
-    both = None not in (bar.low, bar.high)
-    return f" ({number(bar.low, digits)} to {number(bar.high, digits)})" if both else ""
+class _Axis:
+    """
+    Maps values to positions, and has round values for its ticks.
+
+    Args:
+        limits (`tuple`): Smallest and largest value. Other values are clipped.
+        start, end (`float`): Positions of these.
+        widen (`bool`): Whether the axis reaches to the ticks outside of `limits`.
+    """
+
+    def __init__(self, limits: Limits, start: float, end: float, widen: bool = False):
+        self.values, self.step = _round_values(*limits)
+        self.low = min(self.values[0], limits[0]) if widen else limits[0]
+        self.high = max(self.values[-1], limits[1]) if widen else limits[1]
+        self.start, self.end = start, end
+
+    def __call__(self, value: float) -> float:
+        share = (min(max(value, self.low), self.high) - self.low) / ((self.high - self.low) or 1)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Values and their labels, with the decimals that the step needs."""
+        digits = max(0, math.ceil(-math.log10(self.step) - 1e-9))
+        if round(self.step, digits) != round(self.step, digits + 2):  # steps of 2.5
+            digits += 1
+        if self.step < 1e-4 or abs(self.values[-1]) >= 1e6:
+            return [(value, f"{value:.1e}".replace("-", "−")) for value in self.values]
+        return [(value, number(round(value, digits) + 0.0, digits)) for value in self.values]
 
 
-def _svg(height: float, title: str, told: str, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" role="img" aria-label="{}" font-family="{}">'
-        "<title>{}</title><desc>{}</desc>{}</svg>"
-    ).format(WIDTH, round(height), clean(title), FONT, clean(title), clean(told), Markup("").join(parts))
+class _Chart:
+    """The elements of one chart, in drawing order."""
+
+    def __init__(self, title: str, unit: str):
+        self.title = clean(title)
+        self.svg = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "font-family": FONT})
+        self.svg.set("aria-label", self.title)
+        SubElement(self.svg, "title").text = self.title
+        self.description = SubElement(self.svg, "desc")
+        self._add("text", f"font-size:13px;font-weight:600;fill:{INK}", x=0, y=14).text = self.title
+        if unit:
+            self.text(0, 31, unit)
+
+    def _add(self, tag: str, style: str, **attributes: float | str) -> Element:
+        shown = {key: str(round(v, 1) if isinstance(v, float) else v) for key, v in attributes.items()}
+        return SubElement(self.svg, tag, shown | {"style": style})
+
+    def text(
+        self, x: float, y: float, text: str, colour: str = MUTED, anchor: str = "start", halo: bool = False
+    ) -> None:
+        around = ";paint-order:stroke;stroke:var(--halo, #ffffff);stroke-width:3px" if halo else ""
+        element = self._add("text", f"font-size:11px;fill:{colour}{around}", x=x, y=y)
+        element.set("text-anchor", anchor)
+        element.text = clean(text)
+
+    def rule(
+        self, x1: float, y1: float, x2: float, y2: float, colour: str = GRID, width: float = 1, dash: str = "none"
+    ) -> None:
+        self._add("line", f"stroke:{colour};stroke-width:{width};stroke-dasharray:{dash}", x1=x1, y1=y1, x2=x2, y2=y2)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, dash: str) -> None:
+        style = f"fill:none;stroke:{colour};stroke-width:1.8;stroke-dasharray:{dash};stroke-linejoin:round"
+        self._add("polyline", style, points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points))
+        if len(points) == 1:  # a line of one point cannot be seen
+            self._add("circle", f"fill:{colour}", cx=points[0][0], cy=points[0][1], r=3)
+
+    def x_ticks(self, axis: _Axis, start: float, end: float, colour: str) -> None:
+        """Vertical rules from `start` to `end` at the ticks of the x axis, with the values below."""
+        for tick, text in axis.ticks():
+            if axis.low <= tick <= axis.high:
+                self.rule(axis(tick), start, axis(tick), end, colour)
+                self.text(axis(tick), end + 13, text, anchor="middle")
+
+    def bar(self, bar: Bar, y: float, x: _Axis, colour: str) -> None:
+        """A bar of 13 units below `y`, from zero to its value, with its name to the left of the axis."""
+        start, end = sorted((x(0), x(bar.value)))
+        label_end = x.start - 8
+        self.text(label_end, y + 12, _short(clean(bar.name), int(label_end / LETTER) + 1), anchor="end")
+        style = f"fill:{colour};fill-opacity:{0.45 if bar.muted else 0.85}"
+        self._add("rect", style, x=start, y=y + 1, width=max(end - start, 0.8), height=13, rx=1.5)
+        if bar.has_interval:
+            self.rule(x(bar.low), y + 7.5, x(bar.high), y + 7.5, INK, 1.3)
+            for edge in (x(bar.low), x(bar.high)):
+                self.rule(edge, y + 4.5, edge, y + 10.5, INK, 1.3)
+
+    def finish(self, height: float, description: str) -> Markup:
+        self.svg.set("viewBox", f"0 0 {WIDTH} {round(height)}")
+        self.description.text = clean(description)
+        return Markup(tostring(self.svg, encoding="unicode"))
 
 
-def _heading(title: str, unit: str) -> Markup:
-    head = Markup('<text x="0" y="14" style="font-size:13px;font-weight:600;fill:{}">{}</text>')
-    return head.format(Markup(INK), clean(title)) + (_text(0, 31, unit) if unit else Markup(""))
+def _range(values: Sequence[float]) -> Limits:
+    return min(values), max(values)
 
 
-def _text(x: float, y: float, text: str, colour: str = MUTED, anchor: str = "start", halo: bool = False) -> Markup:
-    around = Markup(";paint-order:stroke;stroke:var(--halo, #ffffff);stroke-width:3px") if halo else ""
-    return Markup('<text x="{}" y="{}" text-anchor="{}" style="font-size:11px;fill:{}{}">{}</text>').format(
-        round(x, 1), round(y, 1), anchor, Markup(colour), around, clean(text)
-    )
-
-
-def _rule(x1, y1, x2, y2, colour: str = GRID, width: float = 1, dash: str = "none") -> Markup:
-    return Markup(
-        '<line x1="{}" y1="{}" x2="{}" y2="{}" style="stroke:{};stroke-width:{};stroke-dasharray:{}"/>'
-    ).format(*(round(value, 1) for value in (x1, y1, x2, y2)), Markup(colour), width, dash)
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = (high - low) or 1
-    return lambda value: start + (min(max(value, low), high) - low) / span * (end - start)
-
-
-def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values that reach from at or under `low` to at or over `high`."""
+def _round_values(low: float, high: float) -> tuple[list[float], float]:
+    """About four round values from at or below `low` to at or above `high`, and the step between them."""
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / about
+    rough = (high - low) / 4
     power = 10 ** math.floor(math.log10(rough))
     step = power * next(nice for nice in (1, 2, 2.5, 5, 10) if nice * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [place * step for place in range(first, last + 1)]
+    return [place * step for place in range(first, last + 1)], step
 
 
-def _tick(value: float, ticks: Sequence[float]) -> str:
-    step = ticks[1] - ticks[0]
-    digits = max(0, math.ceil(-math.log10(step) - 1e-9))
-    if round(step, digits) != round(step, digits + 2):  # steps of 2.5
-        digits += 1
-    if step < 1e-4 or abs(ticks[-1]) >= 1e6:
-        return f"{value:.1e}".replace("-", "−")
-    return number(round(value, digits) + 0.0, digits)
-
-
-def _spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
-    """Places near the wanted ones that keep a gap between them."""
+def _keep_apart(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
+    """Positions near the wanted ones that are at least `gap` apart: pushed down from the top, then up from below."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    places = list(wanted)
-    for before, place in zip([None, *order], order):
-        places[place] = max(top, wanted[place]) if before is None else max(wanted[place], places[before] + gap)
-    over = max(0.0, places[order[-1]] - bottom)
-    for after, place in zip([None, *reversed(order)], reversed(order)):
-        places[place] = min(places[place], bottom if after is None else places[after] - gap) if over else places[place]
+    places, limit = list(wanted), top
+    for place in order:
+        places[place] = limit = max(wanted[place], limit)
+        limit += gap
+    limit = bottom
+    for place in reversed(order):
+        places[place] = limit = min(places[place], limit)
+        limit -= gap
     return places
 
 
@@ -313,10 +333,8 @@ def _short(text: str, letters: int) -> str:
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Finite points, averaged in equal runs where they are too many to see."""
+    """Finite points, averaged in runs of equal length if there are more than can be seen."""
     points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    size = math.ceil(len(points) / MOST_POINTS)
-    runs = (
-        [points[start : start + size] for start in range(0, len(points), size)] if size > 1 else [[p] for p in points]
-    )
-    return [(math.fsum(x for x, _ in run) / len(run), math.fsum(y for _, y in run) / len(run)) for run in runs]
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
+    runs = [points[start : start + size] for start in range(0, len(points), size)]
+    return [tuple(math.fsum(values) / len(run) for values in zip(*run)) for run in runs]

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training curves of a stage, from the log that its trainer keeps."""
+"""Training curves of a stage, from the log of its trainer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,46 +9,43 @@ from typing import Any
 from markupsafe import Markup
 
 from .charts import Line, line_chart
-from .run_folder import Run, StageRun
+from .run_directory import Run, StageRun
 from .text import number
 
 
-DISPLACED = 0.05  # nats: what the chosen answers have to lose before it is called a displacement
-DEFAULT_BETA = 0.1  # TRL's, where a log has rewards only and the bound has to be in nats × beta
-LAST_PART = 0.2  # of the logged values, averaged for what is said of the end of training
+DISPLACED = 0.05  # nats: a smaller loss of log-probability is not called a displacement
+DEFAULT_BETA = 0.1  # TRL's; scales the threshold for logs with rewards only, which are in nats × beta
+LAST_PART = 0.2  # of the logged values, averaged for statements about the end of training
 
-# Title, unit of y, keys of the log, a level to draw and its name. Of two with one title, the first that has values.
-_CHARTS = {
-    "sft": (
-        ("Loss", "nats per token", ("loss", "loss_question", "loss_answer", "eval_loss"), None),
-        ("Next-token accuracy", "share of tokens", ("question_accuracy", "answer_accuracy"), None),
+Log = Sequence[Mapping[str, Any]]
+
+# Title, unit of y, keys of the log, and a level to draw with its name. Of several with one title, the first that has
+# values is drawn. The log of preference training has rewards.
+_SUPERVISED = (
+    ("Loss", "nats per token", ("loss", "loss_question", "loss_answer", "eval_loss"), None),
+    ("Next-token accuracy", "share of tokens", ("question_accuracy", "answer_accuracy"), None),
+)
+_PREFERENCE = (
+    ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2, a sigmoid loss at its start")),
+    ("Reward margin", "nats × beta", ("rewards/margins", "eval_rewards/margins"), (0.0, "")),
+    (
+        "Pairs in the judge's order",
+        "share",
+        ("rewards/accuracies", "eval_rewards/accuracies"),
+        (0.5, "by chance"),
     ),
-    "dpo": (
-        ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2, a sigmoid loss at its start")),
-        ("Reward margin", "nats × beta", ("rewards/margins", "eval_rewards/margins"), (0.0, "")),
-        (
-            "Pairs ordered as the judge has them",
-            "share",
-            ("rewards/accuracies", "eval_rewards/accuracies"),
-            (0.5, "by chance"),
-        ),
-        ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
-        ("Its change against the reference", "nats", ("logratios/chosen", "logratios/rejected"), (0.0, "")),
-        ("Its change against the reference", "nats × beta", ("rewards/chosen", "rewards/rejected"), (0.0, "")),
-        ("Length of an answer", "tokens", ("lengths/chosen", "lengths/rejected"), None),
-    ),
-}
+    ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
+    ("Change from the reference", "nats", ("logratios/chosen", "logratios/rejected"), (0.0, "")),
+    ("Change from the reference", "nats × beta", ("rewards/chosen", "rewards/rejected"), (0.0, "")),
+    ("Length of an answer", "tokens", ("lengths/chosen", "lengths/rejected"), None),
+)
 
 
 def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
-    """A trainer's log: of the finished run, or of the newest checkpoint of one that is not."""
-    found = [stage.folder / "trainer_state.json"]
-    checkpoints = [path for path in stage.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    found += sorted(
-        (path / "trainer_state.json" for path in checkpoints),
-        key=lambda path: -int(path.parent.name.rpartition("-")[2]),
-    )
-    for path in found:
+    """The log of a trainer: of the finished run, or of the newest checkpoint of an unfinished one."""
+    checkpoints = [path for path in stage.directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    checkpoints.sort(key=lambda path: -int(path.name.rpartition("-")[2]))
+    for path in (place / "trainer_state.json" for place in (stage.directory, *checkpoints)):
         content = run.read_json(path)
         if content is None:
             continue
@@ -58,60 +55,59 @@ def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
     return []
 
 
-def training_charts(stage: str, log: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """The charts of `"sft"` or `"dpo"` for which the log has values."""
-    charts = {}
-    for title, unit, keys, level in _CHARTS[stage]:
+def training_charts(log: Log) -> list[Markup]:
+    """The charts of supervised or preference training for which the log has values."""
+    charts: dict[str, Markup] = {}
+    for title, unit, keys, level in _PREFERENCE if _points(log, "rewards/margins") else _SUPERVISED:
         lines = [Line(key, _points(log, key), dashed=True if key.startswith("eval_") else None) for key in keys]
-        if title not in charts and (
-            chart := line_chart(title, lines, x_label="optimizer step", y_label=unit, level=level)
-        ):
-            charts[title] = chart
-    return list(charts.values())
+        if not charts.get(title):
+            charts[title] = line_chart(title, lines, x_label="optimizer step", y_label=unit, level=level)
+    return [chart for chart in charts.values() if chart]
 
 
-def displacement(log: Sequence[Mapping[str, Any]]) -> str | None:
+def displacement(log: Log) -> str | None:
     """
-    Whether the chosen answers became less likely than under the reference, told for the page; None where the log says
-    nothing of it.
+    A statement whether the chosen answers became less likely than under the reference (likelihood displacement); None
+    if the log does not show it.
     """
-    kind, unit, least = "logratios", "nats", DISPLACED
+    kind, unit, threshold = "logratios", "nats", DISPLACED
     if not _points(log, "logratios/chosen"):
-        kind, unit, least = "rewards", "nats × beta", DISPLACED * DEFAULT_BETA
-    ends = last_values(log, (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins"))
-    chosen, rejected, margin = (ends.get(key) for key in (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins"))
+        kind, unit, threshold = "rewards", "nats × beta", DISPLACED * DEFAULT_BETA
+    keys = (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins")
+    ends = last_values(log, keys)
+    chosen, rejected, margin = map(ends.get, keys)
     if chosen is None:
         return None
-    if chosen >= -least:
+    if chosen >= -threshold:
         likely = "no less likely than" if chosen >= 0 else "about as likely as"
         return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} {unit})."
-    why = ""
+    reason = ""
     if margin is not None and margin > 0 and rejected is not None and rejected < chosen:
-        why = (
-            "The margin grows because the rejected ones fall further; a margin that looks well is then no sign of a "
-            "better model. "
+        reason = (
+            "The margin grows because the rejected answers lose even more, so a growing margin does not show a better "
+            "model here. "
         )
     elif margin is not None and margin <= 0:
-        why = "The margin has not grown either: the rejected ones have not lost more. "
+        reason = "The margin has not grown either: the rejected answers have not lost more. "
     return (
-        f"Likelihood displacement: at the end the chosen answers are less likely than under the reference, by "
-        f"{number(-chosen, 3)} {unit} on average. {why}What helps: the sft term in the loss (loss_type: "
+        "Likelihood displacement: at the end of training the chosen answers are less likely than under the reference, "
+        f"by {number(-chosen, 3)} {unit} on average. {reason}Possible remedies: the sft term in the loss (loss_type: "
         "[sigmoid, sft]), a lower learning rate, a higher beta."
     )
 
 
-def last_values(log: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
-    """Mean of each figure over the end of training."""
-    found = {key: [y for _, y in _points(log, key)] for key in keys}
-    return {key: mean_of_end(values) for key, values in found.items() if values}
+def last_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
+    """The mean of each figure over the end of training."""
+    means = {}
+    for key in keys:
+        values = [y for _, y in _points(log, key)]
+        if values:
+            last = values[-max(1, round(LAST_PART * len(values))) :]
+            means[key] = math.fsum(last) / len(last)
+    return means
 
 
-def mean_of_end(values: Sequence[float]) -> float:
-    values = values[-max(1, round(LAST_PART * len(values))) :]
-    return math.fsum(values) / len(values)
-
-
-def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+def _points(log: Log, key: str) -> list[tuple[float, float]]:
     pairs = [(entry.get("step"), entry.get(key)) for entry in log]
     return [(x, y) for x, y in pairs if _is_number(x) and _is_number(y)]
 

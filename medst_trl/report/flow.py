@@ -1,26 +1,30 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The way of the data: what each stage made, and what it left out for which reason."""
+"""The data flow of a run: what each stage made and left out, and how the judge decided."""
 
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup
 
+from medst_trl.data.schema import KINDS
+from medst_trl.pipeline.stage import STAGES, Stage
+from medst_trl.selftrain.judge.judgements import judge_statistics, warnings_of
+
 from .charts import Bar, Group, bar_chart
-from .judging import Judging
-from .run_folder import Run, StageRun
-from .text import place, words
+from .run_directory import Run, StageRun
+from .text import place, sentence, words
 
 
-WAY = ("prepare", "sft", "generate", "judge", "dpo", "evaluate")
-DROPPED = ("rejected", "set_aside", "dropped")  # in `counts`: reason to number
-UNNAMED = ("datasets", "notes")  # headings in `counts` that say nothing more
-MOST_REASONS = 12
+KEPT = "kept"
+LEFT_OUT = ("rejected", "set_aside", "dropped")  # keys in `counts` that map reasons to numbers
+UNNAMED = ("datasets", "notes")  # keys in `counts` that only group others
+MAX_REASONS = 12
 
-# Settings worth a place on the page; all of them are in each stage's stage.json.
+# Settings that the page shows; all of them are in each stage's stage.json.
 SHOWN = (
     "source", "num_phantoms", "num_test_phantoms", "num_unlabelled_phantoms", "validation_fraction", "image_disjoint",
     "model_name_or_path", "base_model_name_or_path", "model", "dataset", "images", "candidates", "benchmark",
@@ -36,102 +40,195 @@ SHOWN = (
 
 
 @dataclass
-class Step:
+class Judging:
     """
-    One stage on the way.
+    What one run of a judge did.
 
     Attributes:
-        stage ([`StageRun`]): The stage.
-        made (`list`): What it made: name and number.
-        dropped (`dict`): Reason to number.
-        chart (`Markup`): What was kept and dropped, as bars.
+        statistics (`dict`): See [`~medst_trl.selftrain.judge.judgements.judge_statistics`].
+        cost (`float`, *optional*): Cost of all its replies in dollars, if the stage knew the prices.
+        models (`Counter`): Judging model and prompt version.
+        offsets (`dict`): `"kept"` or the reason to drop, to the byte offsets of its lines in the file.
     """
 
-    stage: StageRun
+    statistics: dict[str, Any] = field(default_factory=dict)
+    cost: float | None = None
+    models: Counter = field(default_factory=Counter)
+    offsets: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def pairs(self) -> int:
+        return self.statistics["pairs"]
+
+    @property
+    def kept(self) -> int:
+        return self.statistics["judged"]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return self.statistics["dropped"]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [sentence(warning) for warning in warnings_of(self.statistics)]
+
+
+@dataclass
+class Step:
+    """
+    One stage of the data flow.
+
+    Attributes:
+        run ([`StageRun`]): The stage.
+        made (`list`): Name and number of what it made.
+        left_out (`Counter`): Reason to number.
+        chart (`Markup`): What was kept and left out, as bars.
+    """
+
+    run: StageRun
     made: list[tuple[str, float]] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
     chart: Markup | None = None
 
 
-def way(run: Run, judgings: Mapping[str, Judging | None]) -> list[tuple[int, list[list[Step]]]]:
+def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[Step]]]]]:
     """
-    The stages in the order in which data goes through them: by round, and in a round by kind of stage, of which there
-    may be several (evaluations).
+    The stages in pipeline order, by round and within a round by stage, of which there may be several (evaluations).
 
     Args:
         run ([`Run`]): The run.
-        judgings (`dict`): Statistics of its judge stages by their names.
+        judgings (`dict`): Judge statistics by the names of stages.
     """
-    found = [_step(run, stage, judgings.get(stage.name)) for stage in run.stages if stage.stage in WAY]
+    found = [_step(run, stage, judgings) for stage in run.stages]
     return [
-        (number, [list(same) for _, same in groupby(steps, lambda step: step.stage.stage)])
-        for number, steps in groupby(found, lambda step: step.stage.round)
+        (round, [(stage, list(steps)) for stage, steps in groupby(steps, lambda step: step.run.stage)])
+        for round, steps in groupby(found, lambda step: step.run.round)
     ]
 
 
-def missing(run: Run) -> list[str]:
-    """Stages of the way that the run does not have (yet)."""
-    return [stage for stage in WAY if not run.of(stage)]
-
-
-def _step(run: Run, stage: StageRun, judging: Judging | None) -> Step:
-    step = Step(stage)
-    counts = stage.counts
-    kept = None
-    if stage.stage == "judge":
-        preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
-        counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *DROPPED)}
-        if judging:
-            step.made.append(("pairs of answers", judging.pairs))
-    _add(run, step, "", counts)
-    if stage.stage == "generate" and _is_count(counts.get("candidates")):
-        kept = counts["candidates"]
-    if judging:
-        step.dropped = step.dropped or judging.dropped
-        kept = judging.pairs - sum(step.dropped.values())
-    step.chart = _bars(step.dropped, kept)
-    return step
-
-
-def _add(run: Run, step: Step, name: str, value: Any) -> None:
-    """Sort what a stage counted, at whatever depth, into what it made and what it left out."""
-    if _is_count(value):
-        step.made.append((name, value))
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            if key in DROPPED and isinstance(inner, dict):
-                for reason, n in inner.items():
-                    if _is_count(n) and n:
-                        step.dropped[reason] = step.dropped.get(reason, 0) + n
-            else:
-                prefix = f"{name}: " if name else ""
-                told = words(place(key, run.folder))
-                _add(run, step, name if key in UNNAMED else prefix + told, inner)
-
-
-def _bars(dropped: Mapping[str, int], kept: int | None) -> Markup | None:
-    if not dropped and kept is None:
-        return None
-    ordered = sorted(dropped.items(), key=lambda item: -item[1])
-    bars = [] if kept is None else [Bar("kept", kept)]
-    bars += [Bar(words(reason), n, muted=True) for reason, n in ordered[:MOST_REASONS]]
-    if rest := sum(n for _, n in ordered[MOST_REASONS:]):
-        bars.append(Bar(f"{len(ordered) - MOST_REASONS} other reasons", rest, muted=True))
-    title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
-    return bar_chart(title, [Group("", bars)], digits=None, axis=False)
+def missing_stages(run: Run) -> list[str]:
+    """Names of the stages that read or make datasets and are not in the run (yet)."""
+    return [
+        stage.name
+        for stage in STAGES.values()
+        if any(item.kind in KINDS for item in (*stage.inputs, *stage.outputs))
+        if not any(stage_run.stage is stage for stage_run in run.stages)
+    ]
 
 
 def settings(run: Run, stage: StageRun) -> list[tuple[str, str]]:
-    """Name and value of the settings that matter, those left empty or off not among them."""
+    """Names and values of the settings to show, without those that are empty or off."""
     shown = []
     for key in SHOWN:
         value = stage.settings.get(key)
         if value is None or value is False or value in ("", [], -1) or isinstance(value, dict):
             continue
         items = value if isinstance(value, list) else [value]
-        shown.append((key, ", ".join(place(item, run.folder) for item in items)))
+        shown.append((key, ", ".join(place(item, run.directory) for item in items)))
     return shown
+
+
+def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> Step:
+    step, judging, counts = Step(stage), judgings.get(stage.name), stage.counts
+    kept = counts.get("candidates") if _is_count(counts.get("candidates")) else None
+    if "judge" in counts:  # statistics with a section of their own
+        preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
+        counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *LEFT_OUT)}
+    if judging:
+        step.made.append(("pairs of answers", judging.pairs))
+    _add(run, step, "", counts)
+    if judging:
+        step.left_out = step.left_out or Counter(judging.dropped)
+        kept = judging.pairs - step.left_out.total()
+    step.chart = _bars(step.left_out, kept)
+    return step
+
+
+def _add(run: Run, step: Step, name: str, value: Any) -> None:
+    """Sort what a stage counted, at any depth, into what it made and what it left out."""
+    if _is_count(value):
+        step.made.append((name, value))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key in LEFT_OUT and isinstance(inner, dict):
+                step.left_out.update({reason: n for reason, n in inner.items() if _is_count(n) and n})
+            else:
+                prefix = f"{name}: " if name else ""
+                _add(run, step, name if key in UNNAMED else prefix + words(place(key, run.directory)), inner)
+
+
+def _bars(left_out: Counter, kept: int | None) -> Markup | None:
+    if not left_out and kept is None:
+        return None
+    ordered = left_out.most_common()
+    bars = [] if kept is None else [Bar("kept", kept)]
+    bars += [Bar(words(reason), n, muted=True) for reason, n in ordered[:MAX_REASONS]]
+    if rest := sum(n for _, n in ordered[MAX_REASONS:]):
+        bars.append(Bar(f"{len(ordered) - MAX_REASONS} other reasons", rest, muted=True))
+    title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
+    return bar_chart(title, [Group("", bars)], digits=None, axis=False)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_judgings(run: Run) -> dict[str, Judging]:
+    """What each judge did, by the names of stages, from `judgements.jsonl`, which is read once, line by line."""
+    found = {stage.name: _read_judging(run, stage) for stage in run.stages}
+    return {name: judging for name, judging in found.items() if judging.pairs}
+
+
+def _read_judging(run: Run, stage: StageRun) -> Judging:
+    judging = Judging()
+    judging.statistics = judge_statistics(_judgements(run, stage, judging))
+    cost = stage.counts.get("judge")
+    for key in ("usage", "all", "cost"):
+        cost = cost.get(key) if isinstance(cost, dict) else None
+    judging.cost = float(cost) if isinstance(cost, int | float) else None
+    return judging
+
+
+def _judgements(run: Run, stage: StageRun, judging: Judging) -> Iterator[dict[str, Any]]:
+    invalid = 0
+    for offset, row in run.read_lines(stage.directory / "judgements.jsonl"):
+        if is_judgement(row):
+            judging.offsets[row["dropped"] or KEPT].append(offset)
+            judging.models[str(row.get("model")), str(row.get("prompt_version"))] += 1
+            yield row
+        else:
+            invalid += 1
+    if invalid:
+        run.notes.append(f"{stage.name}/judgements.jsonl: {invalid:,} lines are not judgements and are left out.")
+
+
+def is_judgement(row: Mapping[str, Any]) -> bool:
+    """Whether a line has everything that the page reads, with the right types."""
+    answers, scores, dropped, orders = (row.get(key) for key in ("answers", "scores", "dropped", "orders"))
+    if not is_pair(answers, str):
+        return False
+    if dropped is None and not (is_pair(scores, int | float) and _is_winner(row.get("verdict"))):
+        return False
+    known_reason = dropped is None or (isinstance(dropped, str) and dropped not in ("", KEPT))
+    return known_reason and isinstance(orders, list) and all(map(_is_order, orders))
+
+
+def _is_order(order: Any) -> bool:
+    if not isinstance(order, dict) or order.get("shown") not in ([0, 1], [1, 0]):
+        return False
+    usage, verdict = order.get("usage", ()), order.get("verdict", ())
+    known_usage = usage is None or (isinstance(usage, dict) and all(type(count) is int for count in usage.values()))
+    return known_usage and "cached" in order and (verdict is None or verdict == "tie" or _is_winner(verdict))
+
+
+def is_pair(value: Any, kind: type = object) -> bool:
+    """Whether a value is a list of two items of a type, which is not `bool`."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+    )
+
+
+def _is_winner(value: Any) -> bool:
+    return type(value) is int and value in (0, 1)

@@ -1,19 +1,31 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Single cases to look at: judged pairs, kept and dropped, and benchmark questions answered before and after."""
+"""Single cases with their images: judged pairs, and benchmark questions answered before and after training."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.images import MAX_PIXELS
 
-from .judging import KEPT, Judging, is_judgement
-from .pictures import find_pictures
-from .run_folder import Run, StageRun, parse_line
+from .flow import KEPT, Judging, is_judgement, is_pair
+from .run_directory import Run, StageRun, parse_line
 from .scores import Comparison, Evaluation, is_right, read_answers
+
+
+JPEG_QUALITY = 85
+
+OUTCOMES = {
+    (False, True): "wrong before, right after",
+    (True, False): "right before, wrong after",
+    (False, False): "wrong both times",
+    (True, True): "right both times",
+}
 
 
 @dataclass
@@ -22,16 +34,16 @@ class Case:
     A judged pair.
 
     Attributes:
-        pictures (`list[str]`): Data URLs.
-        question (`str`): What the policy asked.
+        images (`list[str]`): Data URLs.
+        question (`str`): The question that the policy asked.
         answers (`list[str]`): Its two answers.
-        scores (`list`): A score for each, or None.
-        chosen (`int`, *optional*): Which one the judge preferred; None for a pair that was dropped.
-        dropped (`str`, *optional*): Why.
-        replies (`list[dict]`): `order` (which answer was shown first), `scores`, `verdict`, `reply` of each call.
+        scores (`list`): A score for each answer, or None.
+        chosen (`int`, *optional*): The answer that the judge preferred; None for a dropped pair.
+        dropped (`str`, *optional*): The reason to drop it.
+        replies (`list[dict]`): `first` (the answer shown first), `scores`, `verdict` and `reply` of each call.
     """
 
-    pictures: list[str]
+    images: list[str]
     question: str
     answers: list[str]
     scores: list[Any]
@@ -42,9 +54,9 @@ class Case:
 
 @dataclass
 class Answered:
-    """A benchmark question with the right answer, and what was answered before and after."""
+    """A benchmark question with its reference answer, and the answers before and after training."""
 
-    pictures: list[str]
+    images: list[str]
     question: str
     answer: str
     before: str
@@ -53,7 +65,7 @@ class Answered:
 
 @dataclass
 class Crossing:
-    """How the answers of two policies to the same questions differ in being right."""
+    """How many questions two policies answer right and wrong, with cases of each outcome."""
 
     before: Evaluation
     after: Evaluation
@@ -61,106 +73,153 @@ class Crossing:
     cases: dict[str, list[Answered]]
 
 
-CROSSINGS = {
-    (False, True): "wrong before, right after",
-    (True, False): "right before, wrong after",
-    (False, False): "wrong both times",
-    (True, True): "right both times",
-}
-
-
-def judged_cases(run: Run, judge: StageRun, judging: Judging, most: int, size: int) -> list[Case]:
-    """At most `most` pairs of a judge stage: half of them kept, the others dropped, each reason in turn."""
-    dropped = [_spread(offsets, most) for outcome, offsets in judging.offsets.items() if outcome != KEPT]
+def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: int) -> list[Case]:
+    """At most `limit` pairs of a judge: half of them kept, the others dropped, with all reasons in turn."""
+    dropped = [_spread(offsets, limit) for outcome, offsets in judging.offsets.items() if outcome != KEPT]
     in_turn = [offset for offset in chain(*zip_longest(*dropped)) if offset is not None]
-    kept = _spread(judging.offsets.get(KEPT, []), max((most + 1) // 2, most - len(in_turn)))
+    kept = _spread(judging.offsets.get(KEPT, []), max((limit + 1) // 2, limit - len(in_turn)))
     rows = []
-    with open(judge.folder / "judgements.jsonl", "rb") as file:
-        for offset in [*kept, *in_turn[: most - len(kept)]]:
+    with open(judge.directory / "judgements.jsonl", "rb") as file:
+        for offset in [*kept, *in_turn[: limit - len(kept)]]:
             file.seek(offset)
             rows.append(parse_line(file.readline()) or {})
     rows = [row for row in rows if is_judgement(row)]
-    folders = _candidates(run, judge)
-    names = {str(row.get("candidate")) for row in rows}
-    pictures = find_pictures(run, folders, "id", "images", names, size)
-    return [_case(row, pictures.get(str(row.get("candidate")), [])) for row in rows]
+    # What the stages of the same round made comes first: the run directory may have moved.
+    places = [*run.datasets("candidates", judge.round), *_paths(judge.settings.get("candidates"))]
+    names = [str(row.get("candidate")) for row in rows]
+    images = find_images(run, places, "id", "images", names, size)
+    return [_case(row, images.get(name, [])) for row, name in zip(rows, names)]
 
 
-def crossings(run: Run, comparison: Comparison, most: int, size: int) -> Crossing | None:
-    """The newest policy beside the one before, on the questions of a benchmark."""
+def crossings(run: Run, comparison: Comparison, limit: int, size: int) -> Crossing | None:
+    """The newest policy beside the one before training, on the questions of a benchmark."""
     if not comparison.compared:
         return None
     before, after = comparison.before, comparison.compared[-1]
     old, new = read_answers(run, before), read_answers(run, after)
-    kinds: dict[str, list[str]] = {name: [] for name in CROSSINGS.values()}
+    by_outcome: dict[str, list[str]] = {name: [] for name in OUTCOMES.values()}
     try:
-        for key, row in new.items():
-            if key in old:
-                kinds[CROSSINGS[is_right(old[key]), is_right(row)]].append(key)
+        for key in (key for key in new if key in old):
+            by_outcome[OUTCOMES[is_right(old[key]), is_right(new[key])]].append(key)
     except UserError:
         return None
-    shown = {name: _spread(keys, most // 3) for name, keys in list(kinds.items())[:3]}
+    shown = {name: _spread(keys, limit // 3) for name, keys in list(by_outcome.items())[:3]}
+    places = [*run.datasets("benchmark"), *_paths(after.content.get("benchmark"))]
     wanted = {str(new[key].get("image_id")) for keys in shown.values() for key in keys}
-    pictures = find_pictures(run, _benchmarks(run, after), "image_id", "image", wanted, size)
+    images = find_images(run, places, "image_id", "image", wanted, size)
+    cases = {
+        name: [
+            Answered(
+                images.get(str(new[key].get("image_id")), []),
+                str(new[key].get("question", "")),
+                str(new[key]["answer"]),
+                str(old[key]["prediction"]),
+                str(new[key]["prediction"]),
+            )
+            for key in keys
+        ]
+        for name, keys in shown.items()
+    }
+    return Crossing(before, after, {name: len(keys) for name, keys in by_outcome.items()}, cases)
 
-    def answered(key: str) -> Answered:
-        row = new[key]
-        return Answered(
-            pictures.get(str(row.get("image_id")), []),
-            str(row.get("question", "")),
-            str(row["answer"]),
-            str(old[key]["prediction"]),
-            str(row["prediction"]),
-        )
 
-    cases = {name: [answered(key) for key in keys] for name, keys in shown.items()}
-    return Crossing(before, after, {name: len(keys) for name, keys in kinds.items()}, cases)
-
-
-def _case(row: Mapping[str, Any], pictures: list[str]) -> Case:
-    kept = row["dropped"] is None
+def _case(row: Mapping[str, Any], images: list[str]) -> Case:
     replies = [
         {
             "first": order["shown"][0],
-            "scores": order["scores"] if _are_two(order.get("scores")) else None,
+            "scores": order["scores"] if is_pair(order.get("scores")) else None,
             "verdict": order["verdict"],
             "reply": order.get("reply") or "",
         }
         for order in row["orders"]
     ]
     return Case(
-        pictures=pictures,
+        images=images,
         question=str(row.get("question", "")),
-        answers=[str(answer) for answer in row["answers"]],
-        scores=row["scores"] if _are_two(row.get("scores")) else [None, None],
-        chosen=row["verdict"] if kept else None,
+        answers=row["answers"],
+        scores=row["scores"] if is_pair(row.get("scores")) else [None, None],
+        chosen=row["verdict"] if row["dropped"] is None else None,
         dropped=row["dropped"],
         replies=replies,
     )
 
 
-def _are_two(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2
-
-
-def _candidates(run: Run, judge: StageRun) -> list[Path]:
-    """Where the pairs' pictures lie: what the judge read, or what stands beside it after a move."""
-    beside = [stage.folder / "candidates" for stage in run.of("generate", judge.round)]
-    return [*beside, *_local(judge.settings.get("candidates"))]
-
-
-def _benchmarks(run: Run, evaluation: Evaluation) -> list[Path]:
-    beside = [stage.folder / "benchmark" for stage in run.of("prepare")]
-    return [*beside, *_local(evaluation.content.get("benchmark"))]
-
-
-def _local(setting: Any) -> list[Path]:
+def _paths(setting: Any) -> list[Path]:
     names = setting if isinstance(setting, list) else [setting]
     return [Path(name) for name in names if isinstance(name, str) and name]
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly from first to last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[place * len(items) // most] for place in range(most)] if most > 0 else []
+def _spread(items: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` of the items, evenly from first to last."""
+    count = min(limit, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+def find_images(
+    run: Run, directories: Iterable[Path], key: str, column: str, wanted: Collection[str], size: int
+) -> dict[str, list[str]]:
+    """
+    Read the images of a few rows of datasets, without reading the others.
+
+    Args:
+        run ([`Run`]): Receives notes about files that cannot be read.
+        directories (iterable of `pathlib.Path`): Directories of `*.parquet` files. Missing ones are skipped.
+        key (`str`): Column that names a row, such as `"id"`.
+        column (`str`): Column of an image or of a list of images.
+        wanted (collection of `str`): Names of rows.
+        size (`int`): Longest side in pixels. Larger images are scaled down.
+
+    Returns:
+        `dict`: name to the data URLs of its images; an empty string for an image that cannot be read.
+    """
+    missing, found = set(wanted), {}
+    for path in (path for place in directories if place.is_dir() for path in sorted(place.glob("*.parquet"))):
+        if not missing:
+            break
+        try:
+            rows = _read_rows(path, key, column, missing)
+        except Exception as error:  # pyarrow has an exception for each way in which a file can be damaged
+            name = run.name(path) if path.is_relative_to(run.directory) else path.name
+            run.notes.append(f"The images in {name} cannot be read ({type(error).__name__}).")
+            continue
+        for name, images in rows.items():
+            images = images if isinstance(images, list) else [images]
+            found[name] = [data_url((image or {}).get("bytes"), size) for image in images]
+        missing -= rows.keys()
+    return found
+
+
+def data_url(image: bytes | None, size: int) -> str:
+    """An image as a data URL, its longest side at most `size` pixels; empty if it cannot be read."""
+    from PIL import Image
+
+    if not image:
+        return ""
+    try:
+        with Image.open(io.BytesIO(image), formats=["PNG", "JPEG"]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                return ""
+            picture.draft("RGB", (size, size))  # decodes a JPEG at a fraction of its size
+            small = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+            small.thumbnail((size, size))
+            file = io.BytesIO()
+            clean = Image.new(small.mode, small.size)  # without EXIF, comments and profiles
+            clean.paste(small)
+            clean.save(file, "JPEG", quality=JPEG_QUALITY)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _read_rows(path: Path, key: str, column: str, wanted: Collection[str]) -> dict[str, list[dict] | dict]:
+    import pyarrow.parquet as pq
+
+    rows = {}
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):  # names first: images are large
+            names = file.read_row_group(group, columns=[key]).column(key).to_pylist()
+            places = [place for place, name in enumerate(names) if name in wanted]
+            if places:
+                table = file.read_row_group(group, columns=[column]).take(places)
+                rows |= zip((names[place] for place in places), table.column(column).to_pylist())
+    return rows

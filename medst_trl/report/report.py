@@ -1,8 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page on a run: no network, no script, no other file, nothing of the machine it ran on."""
+"""A self-contained HTML page about a run: no network, no script, no other file, no path of this machine."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,47 +13,67 @@ from markupsafe import Markup
 
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_text
 from medst_trl.evaluation.tables import align
-from medst_trl.pipeline.stage import STAGES
 
 from . import text
 from .curves import displacement, last_values, read_log, training_charts
-from .flow import missing, settings, way
+from .flow import Judging, data_flow, missing_stages, read_judgings, settings
 from .gallery import Case, crossings, judged_cases
-from .judging import Judging, read_judging
-from .rounds import judge_rows, side_by_side
-from .run_folder import Run, StageRun, read_run
-from .scores import compare, figure_name, read_evaluations, terminal_table
+from .run_directory import Run, StageRun, read_run
+from .scores import Comparison, compare, read_evaluations
+from .text import number, words
 
 
 TEMPLATE = "report.html.jinja"
-GENERATOR = "medst_trl report"  # stands in the page, so that a page of ours is known when it is written again
+GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
+
+# Rows of the table of rounds: values at the end of training.
+_TRAINED = {
+    "loss at the end, nats": "loss",
+    "reward margin at the end": "rewards/margins",
+    "pairs in the judge's order at the end": "rewards/accuracies",
+    "change of the chosen answers, nats": "logratios/chosen",
+    "change of the rejected answers, nats": "logratios/rejected",
+}
 
 
 @dataclass
 class Training:
     """A training stage with its curves."""
 
-    stage: StageRun
+    run: StageRun
     charts: list[Markup]
     ends: dict[str, float]
     displacement: str | None
 
 
 @dataclass
-class Lap:
-    """What was generated, judged and learned in one round; round 0 stands outside of rounds."""
+class Round:
+    """What was generated, judged and learned in one round; number 0 holds what belongs to no round."""
 
-    round: int
+    number: int
     judge: StageRun | None
     judging: Judging | None
-    training: Training | None
+    trainings: list[Training]
     cases: list[Case]
+
+    @property
+    def ends(self) -> dict[str, float]:
+        return self.trainings[0].ends if self.trainings else {}
+
+
+@dataclass
+class Row:
+    """A figure and its value in each round, as text; empty if the round has none."""
+
+    name: str
+    cells: list[str]
 
 
 @dataclass
 class Report:
-    """A finished page, and the scores before and after as a table for the terminal."""
+    """A finished page, and the scores before and after training as a table for the terminal."""
 
     html: str
     table: str
@@ -68,25 +89,25 @@ def make_report(
     bootstrap_samples: int = 1000,
 ) -> Report:
     """
-    Report on the folder of a run. Stages that are missing or not finished are said to be so.
+    Make a page about a run. Stages that are missing or not finished are named as such.
 
     Args:
         run (`str` or `os.PathLike`):
-            The folder that holds the stages' folders, and the rounds'.
+            The run directory.
         title (`str`, *optional*):
-            Heading of the page; by default the folder's name.
+            Heading of the page. Defaults to the directory's name.
         gallery (`int`, *optional*, defaults to `12`):
-            How many judged pairs of each round, and how many benchmark questions, are shown with their images.
+            Number of judged pairs per round, and of benchmark questions, that are shown with their images.
         image_size (`int`, *optional*, defaults to `320`):
-            Longest side of a shown image, in pixels.
+            Longest side of an image, in pixels.
         bootstrap_samples (`int`, *optional*, defaults to `1000`):
-            Resamples behind the interval of each difference between evaluations; 0 for none.
+            Bootstrap samples for the interval of each difference between evaluations; 0 for no intervals.
 
     Returns:
         [`Report`]: the page as text.
 
     Raises:
-        UserError: if there is no such folder, or no stage in it.
+        UserError: if there is no such directory, or no stage in it.
 
     Example:
 
@@ -96,53 +117,94 @@ def make_report(
     ```
     """
     run = read_run(run)
-    judgings = {stage.name: read_judging(run, stage) for stage in run.of("judge")}
+    judgings = read_judgings(run)
     comparisons = compare(run, read_evaluations(run), bootstrap_samples)
-    laps = [_lap(run, number, judgings, gallery, image_size) for number in run.rounds]
+    rounds = [_round(run, number, judgings, gallery, image_size) for number in run.rounds]
     page = {
-        "title": title or run.folder.name,
+        "title": title or run.directory.name,
         "run": run,
         "generator": f"{GENERATOR} {__version__}",
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "way": way(run, judgings),
-        "summaries": {stage.name: stage.summary for stage in STAGES.values()},
+        "flow": data_flow(run, judgings),
         "settings": [(stage, settings(run, stage)) for stage in run.stages],
-        "missing": missing(run),
+        "missing": missing_stages(run),
         "comparisons": comparisons,
         "crossings": [crossing for c in comparisons if (crossing := crossings(run, c, gallery, image_size))],
-        "stage_1": [_training(run, stage) for stage in run.of("sft")],
-        "laps": laps,
-        "judge_rows": judge_rows(laps),
-        "rounds": side_by_side(laps, comparisons),
+        "supervised": [_training(run, one) for one in run.select(lambda stage: stage.trains and not stage.repeats)],
+        "rounds": rounds,
+        "judge_rows": judge_rows(rounds),
+        "round_rows": round_rows(rounds, comparisons),
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
     html = _environment(run).get_template(TEMPLATE).render(page)
-    return Report(html, "\n\n".join(terminal_table(c, align) for c in comparisons), run.notes)
+    return Report(html, "\n\n".join(comparison.terminal_table(align) for comparison in comparisons), run.notes)
 
 
 def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
     """
-    Write `index.html` into a folder, in one piece.
+    Write `index.html` into a directory, atomically.
 
     Raises:
-        UserError: if an `index.html` lies there that is no report.
+        UserError: if there is an `index.html` that is not a report.
     """
     path = Path(output_dir) / "index.html"
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise UserError(f"{output_dir} is a file; output_dir has to be a folder.")
-    if path.exists() and not _is_report(path):
-        raise UserError(f"{path} is not a report of medst_trl and was not touched. Choose another output_dir.")
+        raise UserError(f"output_dir is not a directory: {output_dir}")
+    if path.exists() and f'content="{GENERATOR}'.encode() not in path.read_bytes()[:2000]:
+        raise UserError(f"{path} is not a report of medst_trl and was not changed. Choose another output_dir.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(report.html, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, report.html)
     return path
 
 
-def _is_report(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return f'content="{GENERATOR}'.encode() in file.read(2000)
+def judge_rows(rounds: Sequence[Round]) -> list[Row]:
+    """What the judge did in each round."""
+    reasons = dict.fromkeys(reason for one in rounds if one.judging for reason in one.judging.dropped)
+
+    def row(name: str, cell: Callable[[Judging], str]) -> Row:
+        return Row(name, [cell(one.judging) if one.judging else "" for one in rounds])
+
+    def rate(name: str, key: str) -> Row:
+        return row(name, lambda judging: _percent(judging.statistics[key]))
+
+    def usage(name: str, key: str) -> Row:
+        return row(name, lambda judging: number(judging.statistics["usage"]["all"][key]))
+
+    rows = [
+        row("judge", lambda j: "; ".join(f"{model}, prompt {version}" for model, version in j.models)),
+        row("pairs of answers", lambda j: number(j.pairs)),
+        row("judged", lambda j: _share(j.kept, j.pairs)),
+        *(row(f"dropped: {words(r)}", lambda j, r=r: _share(j.dropped.get(r, 0), j.pairs)) for r in reasons),
+        rate("verdicts that flip with the order, of pairs with two", "flip_rate"),
+        rate("ties, of replies that could be read", "tie_rate"),
+        rate("answer shown first wins, of replies with a winner (fair: 50%)", "first_place_rate"),
+        rate("longer answer wins, of judged pairs of unequal length", "longer_wins"),
+        row("chosen minus rejected answer, words, mean", lambda j: number(j.statistics["length_gap"], 2, "+")),
+        row("chosen minus rejected answer, score, mean", lambda j: number(j.statistics["mean_margin"], 2, "+")),
+        usage("replies", "replies"),
+        usage("tokens in prompts", "prompt_tokens"),
+        usage("tokens in replies", "completion_tokens"),
+        row("cost", lambda j: "unknown" if j.cost is None else f"${j.cost:,.4f}"),
+    ]
+    return [row for row in rows if any(row.cells)]
+
+
+def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[Row]:
+    """Judge, training and scores of every round in brief, without rows that have no value."""
+    judgings = [one.judging for one in rounds]
+    rows = [
+        Row("pairs kept", [number(j.kept) if j else "" for j in judgings]),
+        Row("verdicts that flip with the order", [_percent(j.statistics["flip_rate"]) if j else "" for j in judgings]),
+    ]
+    for name, key in _TRAINED.items():
+        rows.append(Row(name, [number(one.ends[key], 3) if key in one.ends else "" for one in rounds]))
+    for comparison in comparisons:
+        for metric, path in comparison.charted():
+            last = {e.run.round: leaf for e in comparison.evaluations if (leaf := e.leaf(metric, path))}
+            cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
+            rows.append(Row(f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
+    return [row for row in rows if any(row.cells)]
 
 
 def _environment(run: Run):
@@ -155,44 +217,51 @@ def _environment(run: Run):
         loader=PackageLoader("medst_trl", "report"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=shown,  # of whatever the page shows
+        finalize=shown,  # cleans every value
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(text, name) for name in ("cut", "duration", "number", "words")}
+    environment.filters |= {name: getattr(text, name) for name in ("cut", "duration", "number", "sentence", "words")}
     environment.filters |= {
         "score": lambda value: f"{value:g}" if isinstance(value, int | float) else text.cut(value, 20),
-        "figure": figure_name,
-        "place": lambda value: text.place(value, run.folder),
-        "without_paths": lambda value: text.without_paths(value, run.folder),
+        "without_paths": lambda value: text.without_paths(value, run.directory),
     }
     return environment
 
 
 def _training(run: Run, stage: StageRun) -> Training:
     log = read_log(run, stage)
-    keys = ("loss", "rewards/margins", "rewards/accuracies", "logratios/chosen", "logratios/rejected")
-    told = displacement(log) if stage.stage == "dpo" else None
-    return Training(stage, training_charts(stage.stage, log), last_values(log, keys), told)
+    return Training(stage, training_charts(log), last_values(log, list(_TRAINED.values())), displacement(log))
 
 
-def _lap(run: Run, number: int, judgings: dict[str, Judging | None], gallery: int, image_size: int) -> Lap:
-    judge, dpo = ((run.of(stage, number) or [None])[0] for stage in ("judge", "dpo"))
-    judging = judgings[judge.name] if judge else None
-    return Lap(
-        round=number,
+def _round(run: Run, number: int, judgings: dict[str, Judging], gallery: int, image_size: int) -> Round:
+    # A stage that makes preferences without a judge, such as a filter, records no judge statistics.
+    judges = run.select(lambda stage: stage.makes("preferences"), number)
+    judges = [one for one in judges if one.name in judgings or one.state != "complete" or "judge" in one.counts]
+    judge = judges[0] if judges else None
+    judging = judgings.get(judge.name) if judge else None
+    return Round(
+        number=number,
         judge=judge,
         judging=judging,
-        training=_training(run, dpo) if dpo else None,
+        trainings=[_training(run, one) for one in run.select(lambda stage: stage.trains and stage.repeats, number)],
         cases=judged_cases(run, judge, judging, gallery, image_size) if judging else [],
     )
 
 
 def _versions(run: Run) -> dict[str, list[str]]:
-    """Package to the versions that the stages ran with: several where they differ."""
+    """Packages and the versions that the stages ran with: several if they differ."""
     found: dict[str, dict[str, None]] = {}
     for stage in run.stages:
         for name, version in stage.record.get("versions", {}).items():
             if version:
                 found.setdefault(name, {})[str(version)] = None
     return {name: list(versions) for name, versions in found.items()}
+
+
+def _share(part: int, total: int) -> str:
+    return f"{number(part)} of {number(total)} ({100 * part / total:.1f}%)" if total else "–"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Text from data and settings as a page may show it: nothing invisible, nothing secret, no path of this machine."""
+"""Text of data and settings for a page: without invisible characters, secrets and paths of this machine."""
 
 import os
 import re
@@ -10,23 +10,23 @@ from typing import Any
 from medst_trl.base.redaction import hide_secrets
 
 
-# Control characters, and those that turn the direction of writing: what is shown would not be what is there.
+# Control characters, and those that change the direction of writing: the text would not look like what it is.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
 )
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# Not the tail of a URL or of a relative path, and not "and/or" or "5/10"
+# Not the end of a URL or of a relative path, and not "and/or" or "5/10".
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>:,;]+[/\\])+([^\s/\\'\"<>:,;]*)")
 
 
 def clean(text: Any) -> str:
-    """The text with secrets hidden and invisible characters spelled out (`U+202E`); markup stays for the escaping."""
+    """The text with secrets hidden and invisible characters spelled out (`U+202E`). Markup is left to the escaping."""
     text = _LONE_SURROGATE.sub("\ufffd", hide_secrets(str(text))).replace("\r\n", "\n")
     return _INVISIBLE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
 
 
 def cut(text: Any, limit: int) -> str:
-    """The first `limit` characters, and how many more there are."""
+    """The first `limit` characters, and the number of the others."""
     text = str(text)
     more = len(text) - limit
     return text if more <= 0 else f"{text[:limit]} … ({more:,} more characters)"
@@ -34,8 +34,7 @@ def cut(text: Any, limit: int) -> str:
 
 def place(value: Any, run: Path) -> str:
     """
-    A path as the page may name it: relative to the run, by its last part where it lies outside, and a Hub id or any
-    other word as it is.
+    A path relative to the run directory, or its last part if it is outside. A Hub id and other names are unchanged.
     """
     text = str(value)
     if not text or "://" in text or not (os.sep in text or text.startswith("~")):
@@ -49,17 +48,22 @@ def place(value: Any, run: Path) -> str:
 
 
 def without_paths(text: str, run: Path) -> str:
-    """A message with every absolute path in it made relative to the run, or cut to its last part."""
+    """A message with each absolute path made relative to the run directory, or cut to its last part."""
     return _ABSOLUTE_PATH.sub(lambda match: place(match[0], run), str(text))
 
 
 def words(name: str) -> str:
-    """`no_verdict` as a reader would write it."""
+    """A name as words: `no verdict` for `no_verdict`."""
     return name.replace("_", " ")
 
 
+def sentence(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
 def number(value: float | None, digits: int | None = None, sign: str = "") -> str:
-    """A number for reading: `12,345`, `0.693`, `1.0e-05`; with so many decimals if asked for; a dash for none."""
+    """A number for readers: `12,345`, `0.693`, `1.0e-05`, with `digits` decimals if given; a dash for None and NaN."""
     if value is None or value != value:
         return "–"
     if digits is not None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cards say what was done and what came out, and nothing that data or paths could smuggle in."""
+"""Cards show how a result was made and what it scores, and nothing that data or paths could inject."""
 
 import json
 
@@ -11,7 +11,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import preference_features, write_split
 from medst_trl.hub.cards import dataset_card, model_card, write_card
 from medst_trl.hub.contents import find_contents
-from medst_trl.hub.provenance import looks_local, steps_to
+from medst_trl.hub.provenance import read_merged, steps_to
+from medst_trl.policy.chat_template import MARK, TEXT_ROLE_MARK
 
 
 ROW = {"id": "a", "images": [], "image_ids": ["i"], "prompt": [], "chosen": [], "rejected": []}
@@ -30,7 +31,7 @@ def reads(*folders):
 
 @pytest.fixture
 def preferences(tmp_path):
-    """A dataset that came the whole way, from the images of a benchmark."""
+    """Preference pairs about the images of a benchmark, with the records of all stages."""
     prepare = stage(tmp_path / "prepare", "prepare", settings={"source": "slake", "data_path": "/hospital/slake"})
     generate = stage(
         tmp_path / "generate", "generate", {"images": reads(prepare / "images")}, {"top_k": 100}, rejected={"empty": 3}
@@ -48,7 +49,7 @@ def preferences(tmp_path):
     return judge / "preferences"
 
 
-def test_the_way_of_the_data(preferences):
+def test_a_dataset_card_lists_the_stages_in_pipeline_order_without_paths(preferences):
     assert [step.stage for step in steps_to(preferences)] == ["prepare", "generate", "judge"]
     text = dataset_card(find_contents(preferences), "org/name", license="cc-by-4.0")
     card = DatasetCard(text)
@@ -67,18 +68,18 @@ def test_the_way_of_the_data(preferences):
         assert hidden not in text
 
 
-def test_what_references_say_is_told_and_is_no_data(preferences):
+def test_reference_log_probs_are_mentioned_and_are_not_a_data_file(preferences):
     without = dataset_card(find_contents(preferences), "org/name")
     assert "reference_log_probs" not in without
     (preferences / "reference_log_probs").mkdir()
     (preferences / "reference_log_probs" / "a.parquet").write_bytes(b"")
     card = dataset_card(find_contents(preferences), "org/name")
-    told = [line for line in card.splitlines() if line not in without.splitlines()]
-    assert 1 <= len(told) <= 2 and "`reference_log_probs`" in told[0]
+    added = [line for line in card.splitlines() if line not in without.splitlines()]
+    assert 1 <= len(added) <= 2 and "`reference_log_probs`" in added[0]
     assert DatasetCard(card).data.configs == DatasetCard(without).data.configs
 
 
-def test_inputs_that_have_moved_are_found_in_the_run(preferences, tmp_path):
+def test_inputs_that_have_moved_are_found_in_the_run_directory(preferences, tmp_path):
     run = tmp_path / "moved"
     run.mkdir()
     for name in ("prepare", "generate"):
@@ -87,7 +88,7 @@ def test_inputs_that_have_moved_are_found_in_the_run(preferences, tmp_path):
     assert [step.stage for step in steps_to(preferences, run)] == ["prepare", "generate", "judge"]
 
 
-def test_nothing_known_is_no_error(tmp_path):
+def test_a_missing_or_damaged_record_shortens_the_card(tmp_path):
     write_split(tmp_path, "train", [ROW], dict, preference_features(), 2)
     for record in (None, "{", "[]", '{"stage": "judge", "inputs": []}', '{"stage": "judge"}'):
         if record is not None:
@@ -96,13 +97,13 @@ def test_nothing_known_is_no_error(tmp_path):
         assert "How it was made" not in card and DatasetCard(card).data.license is None
 
 
-def test_phantoms_have_a_licence(tmp_path):
+def test_synthetic_images_have_the_licence_of_their_source(tmp_path):
     stage(tmp_path, "prepare", settings={"source": "phantoms"})
     write_split(tmp_path / "data", "train", [ROW], dict, preference_features(), 2)
     assert DatasetCard(dataset_card(find_contents(tmp_path / "data"), "org/name")).data.license == "apache-2.0"
 
 
-def test_values_stay_values(tmp_path):
+def test_values_from_data_cannot_become_markup(tmp_path):
     bad = "<script>alert(1)</script> | [x](http://evil) \n# Heading `{{ 7 * 7 }}`"
     stage(tmp_path, "judge", settings={"model": bad}, **{bad: 1})
     write_split(tmp_path / "data", "train", [ROW], dict, preference_features(), 2)
@@ -126,7 +127,7 @@ def scores(folder, benchmark, **more):
     return folder
 
 
-def test_scores_are_evaluation_results(tmp_path):
+def test_scores_become_evaluation_results_of_the_hub(tmp_path):
     prepare = stage(tmp_path / "prepare", "prepare", settings={"source": "vqa_rad"})
     (prepare / "benchmark").mkdir()
     blank = {"blank": {"strict": {"closed": {"accuracy": {"value": 54.0}}}}}
@@ -145,17 +146,17 @@ def test_scores_are_evaluation_results(tmp_path):
     assert "| strict | closed accuracy | 61.5 (50.0 to 70.0) | 30 | 55.0 | 54.0 |" in text and "gone" not in text
 
 
-def test_scores_of_another_model(tmp_path):
+def test_scores_of_another_model_are_refused(tmp_path):
     contents = find_contents(model(tmp_path / "model"))
     own = scores(tmp_path / "own", "org/bench", model=str(contents.folder))
-    moved = scores(tmp_path / "moved", "org/bench", model="runs/gone/sft")  # cannot be told
+    moved = scores(tmp_path / "moved", "org/bench", model="runs/gone/sft")  # cannot be compared
     other = scores(tmp_path / "other", "org/bench", model=str(model(tmp_path / "stage_1")))
     assert model_card(contents, "org/name", evaluations=[own, moved])
     with pytest.raises(UserError, match="scores of .*stage_1, not of"):
         model_card(contents, "org/name", evaluations=[other])
 
 
-def test_broken_scores(tmp_path):
+def test_damaged_scores_are_refused(tmp_path):
     contents = find_contents(model(tmp_path / "model"))
     with pytest.raises(UserError, match="no scores.json"):
         model_card(contents, "org/name", evaluations=[tmp_path])
@@ -165,7 +166,7 @@ def test_broken_scores(tmp_path):
             model_card(contents, "org/name", evaluations=[tmp_path])
 
 
-def test_the_card_of_a_run(tmp_path):
+def test_the_card_of_a_run_replaces_a_stock_card(tmp_path):
     folder = model(tmp_path / "sft")
     stage(folder, "sft", settings={"learning_rate": 2e-4, "logging_steps": 7, "output_dir": str(folder)})
     (folder / "README.md").write_text("a stock card")
@@ -175,11 +176,44 @@ def test_the_card_of_a_run(tmp_path):
     assert 'load_policy("' in text and "<vusr>" in text and "medst_trl_kind: model" in text
 
 
-@pytest.mark.parametrize("name", ["/data/x", "~/x", "./x", "../x", "runs/demo/sft", "C:\\models\\x", "file:/x"])
-def test_local_names(name):
-    assert looks_local(name)
+def merged(folder, model_type="llava", template=MARK, **facts):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "chat_template.jinja").write_text(template)
+    proof = {"float32_difference": 2e-6, "stored_difference": 0.03}
+    record = {
+        "stage": "merge", "inputs": {"model_name_or_path": [{"hub_id": "org/adapter", "revision": "abc"}]},
+        "settings": {}, "merged": {
+            "base": "org/base", "base_revision": "0123456789abcdef", "adapter_revision": "fedcba9876543210",
+            "dtype": "float16", "trained_in_4bit": False, "proof": proof, **facts,
+        },
+    }  # fmt: skip
+    (folder / "stage.json").write_text(json.dumps(record))
+    return model_card(find_contents(folder), "org/name")
 
 
-@pytest.mark.parametrize("name", ["gpt-4o", "org/name", "org/name@main", "some judge"])
-def test_public_names(name):
-    assert not looks_local(name)
+def test_the_card_of_a_merged_model_names_base_and_adapter_with_revisions(tmp_path):
+    card = merged(tmp_path)
+    assert "Merged from `org/base` (revision 0123456789ab) and `org/adapter` (revision fedcba987654)" in card
+    assert "to 2e-06 in float32, and to 3e-02 as stored" in card and "4 bits" not in card
+    assert "base_model: org/base\n" in card
+    assert "4 bits" in merged(tmp_path, trained_in_4bit=True)
+
+
+@pytest.mark.parametrize("template", [MARK, TEXT_ROLE_MARK])
+def test_a_model_that_needs_no_medst_trl_is_loaded_without_it(tmp_path, template):
+    card = merged(tmp_path, template=template)
+    assert 'pipeline("image-text-to-text", model="org/name")' in card and "load_policy" not in card
+
+
+def test_a_model_of_our_own_architecture_is_loaded_with_medst_trl(tmp_path):
+    card = merged(tmp_path, model_type="prototype_llava")
+    assert 'load_policy("org/name")' in card and "other engines cannot load it" in card
+
+
+def test_a_model_without_a_merge_record_is_not_called_merged(tmp_path):
+    merged(tmp_path)
+    for record in ("{", "{}", '{"merged": {}, "inputs": {}}'):
+        (tmp_path / "stage.json").write_text(record)
+        assert read_merged(tmp_path) is None
+        assert "Merged from" not in model_card(find_contents(tmp_path), "org/name")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder is taken for, and what of it is published."""
+"""How directories are recognised, and which of their files are published."""
 
 import json
 
@@ -15,8 +15,7 @@ from medst_trl.data.schema import (
     preference_features,
     write_split,
 )
-from medst_trl.hub.contents import find_contents
-from medst_trl.hub.staging import public_base, stage_files
+from medst_trl.hub.contents import find_contents, public_base, stage_files
 
 
 ROW = {
@@ -43,7 +42,7 @@ BENCHMARK = {"image_id": "a", "image": None, "questions": []}
         ("images", instruct_features, ROW),
     ],
 )
-def test_datasets(tmp_path, kind, features, row):
+def test_each_kind_of_dataset_is_recognised(tmp_path, kind, features, row):
     for split in ("train", "test"):
         write_split(tmp_path / "data", split, [row] * 3, dict, features(), 2)
     contents = find_contents(tmp_path / "data")
@@ -51,7 +50,7 @@ def test_datasets(tmp_path, kind, features, row):
 
 
 @pytest.mark.parametrize(("features", "row", "taken"), [(preference_features, ROW, 2), (instruct_features, TALK, 0)])
-def test_what_references_say_goes_with_preference_pairs(tmp_path, features, row, taken):
+def test_reference_log_probs_belong_to_preference_pairs(tmp_path, features, row, taken):
     write_split(tmp_path, "train", [row], dict, features(), 2)
     cache = tmp_path / "reference_log_probs"
     cache.mkdir()
@@ -62,7 +61,7 @@ def test_what_references_say_goes_with_preference_pairs(tmp_path, features, row,
     assert files[1:] == ["reference_log_probs/a.parquet", "reference_log_probs/b.parquet"][:taken]
 
 
-def test_the_only_dataset_of_a_stage_may_lie_inside(tmp_path):
+def test_a_stage_directory_stands_for_its_only_dataset(tmp_path):
     write_split(tmp_path / "preferences", "train", [ROW], dict, preference_features(), 2)
     assert find_contents(tmp_path) == find_contents(tmp_path / "preferences")
     write_split(tmp_path / "instruct", "train", [TALK], dict, instruct_features(), 2)
@@ -71,7 +70,7 @@ def test_the_only_dataset_of_a_stage_may_lie_inside(tmp_path):
 
 
 @pytest.mark.parametrize("made", ["nothing", "config_alone", "adapter_alone", "shards_missing", "foreign", "running"])
-def test_refused(tmp_path, made):
+def test_directories_without_complete_contents_are_refused(tmp_path, made):
     folder, message = tmp_path / "folder", "holds nothing to publish"
     folder.mkdir()
     if made == "config_alone":
@@ -93,7 +92,7 @@ def test_refused(tmp_path, made):
         message = "is not finished"
     with pytest.raises(UserError, match=message):
         find_contents(folder)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a directory"):
         find_contents(tmp_path / "nowhere")
 
 
@@ -110,7 +109,7 @@ def adapter(folder, base, revision=None):
     return folder
 
 
-def test_what_is_published_of_an_adapter(tmp_path):
+def test_only_weights_processor_and_card_of_an_adapter_are_published(tmp_path):
     folder = adapter(tmp_path / "adapter", "/private/base")
     target = tmp_path / "staged"
     stage_files(find_contents(folder), target, "# Card", "org/base@abc")
@@ -120,10 +119,10 @@ def test_what_is_published_of_an_adapter(tmp_path):
     config = json.loads(files["adapter_config.json"])
     assert config == {"base_model_name_or_path": "org/base", "revision": "abc", "r": 8}
     assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
-    assert str(folder) in (folder / "tokenizer_config.json").read_text()  # here it is as it was
+    assert str(folder) in (folder / "tokenizer_config.json").read_text()  # the original is unchanged
 
 
-def test_the_base_of_an_adapter(tmp_path):
+def test_the_base_of_an_adapter_must_be_on_the_hub(tmp_path):
     folder = adapter(tmp_path / "adapter", "org/base", "c0ffee")
     assert public_base(folder, None) == "org/base@c0ffee"
     assert public_base(folder, "org/other") == "org/other"

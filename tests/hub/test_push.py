@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pushed to a Hub, deleted here and pulled again, everything is what it was; and what must not be pushed is not."""
+"""What is pushed and pulled again is unchanged, and what must stay here is not pushed. Against a Hub on loopback."""
 
 import json
 import shutil
@@ -11,8 +11,10 @@ import pytest
 from fake_hub import EXPIRED, READER, WRITER, FakeHub, client, serve_hub
 from PIL import Image
 
+from medst_trl.base.errors import UserError
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part, write_split
+from medst_trl.hub.push import HubArguments, PushAfterStage, Pushed, check_push, push_after_stage
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,8 @@ def pair(number: int, model: str = "judge-1") -> dict:
     }  # fmt: skip
 
 
-def judge_folder(folder: Path, rows_per_shard: int = 2, **settings) -> Path:
-    """As `medst judge` leaves it, in a run whose other folders are there."""
+def judge_directory(folder: Path, rows_per_shard: int = 2, **settings) -> Path:
+    """The output of `medst judge`, in a run directory with the record of `generate`."""
     for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
         rows = [pair(number) for number in numbers]
         write_split(folder / "preferences", split, rows, dict, preference_features(), rows_per_shard)
@@ -99,10 +101,10 @@ def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict
     ]
 
 
-def test_data_comes_back_as_it_was(hub, tmp_path):
-    folder = judge_folder(tmp_path / "run" / "judge")
+def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
+    folder = judge_directory(tmp_path / "run" / "judge")
     shards = {path.name: path.read_bytes() for path in (folder / "preferences").iterdir()}
-    done = push(hub, tmp_path / "home", folder, "org/data")  # the stage's folder will do
+    done = push(hub, tmp_path / "home", folder, "org/data")  # the stage's directory stands for its dataset
     shutil.rmtree(tmp_path / "run")
     files = hub.files("dataset", "org/data")
     assert {name: files[name] for name in shards} == shards and set(files) == {*shards, "README.md"}
@@ -121,8 +123,8 @@ def test_data_comes_back_as_it_was(hub, tmp_path):
     assert len(pull(hub, tmp_path / "third", f"org/data@{first}", "train")) == 5
 
 
-def test_the_card_tells_how_it_was_made_and_nothing_of_this_machine(hub, tmp_path):
-    folder = judge_folder(tmp_path / "run" / "judge", reference_captions="/data/jones.jsonl")
+def test_the_card_lists_stages_and_names_nothing_of_this_machine(hub, tmp_path):
+    folder = judge_directory(tmp_path / "run" / "judge", reference_captions="/data/jones.jsonl")
     push(hub, tmp_path / "home", folder, "org/card", "--license", "cc-by-4.0")
     card = hub.files("dataset", "org/card")["README.md"].decode()
     for text in ("judge-1", "0.125", "org/model at c0ffee", "temperature | 1.2", "cc-by-4.0", "| train | 5 | 5 |"):
@@ -133,7 +135,7 @@ def test_the_card_tells_how_it_was_made_and_nothing_of_this_machine(hub, tmp_pat
             assert secret.encode() not in content
 
 
-def test_names_of_local_models_stay_here(hub, tmp_path):
+def test_paths_of_local_models_are_not_pushed(hub, tmp_path):
     rows = [pair(number, model=f"{tmp_path}/jones/judge" if number == 3 else "org/judge") for number in range(40)]
     write_split(tmp_path / "data", "train", rows, dict, preference_features(), 40)
     push(hub, tmp_path / "home", tmp_path / "data", "org/local")
@@ -144,9 +146,9 @@ def test_names_of_local_models_stay_here(hub, tmp_path):
 
 
 def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
-    hub, folder = fresh_hub, judge_folder(tmp_path / "run" / "judge")
+    hub, folder = fresh_hub, judge_directory(tmp_path / "run" / "judge")
     hub.broken_after = 2
-    # The library would wait and try again for a minute.
+    # The library would retry for a minute.
     impatient = (
         "import sys, huggingface_hub.lfs as lfs\n"
         "from functools import partial\n"
@@ -156,8 +158,8 @@ def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
     )
     command = ["-c", impatient, "push", "--source", str(folder), "--repo_id", "org/data"]
     done = client(hub.url, tmp_path / "home", *command, check=False)
-    assert done.returncode == 2 and "what is uploaded is kept" in done.stderr and "Traceback" not in done.stderr
-    # three where two threads were at the door when it broke
+    assert done.returncode == 2 and "uploaded files are kept" in done.stderr and "Traceback" not in done.stderr
+    # three if two threads were uploading when the connection broke
     assert 2 <= len(hub.uploads) <= 3 and set(hub.files("dataset", "org/data")) == {"README.md"}
     hub.broken_after = None
     push(hub, tmp_path / "home", folder, "org/data")
@@ -168,15 +170,15 @@ def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
     assert len(hub.repositories["dataset", "org/data"].commits) == commits and len(hub.uploads) == 4
 
 
-def test_other_content_is_not_touched(hub, tmp_path):
-    folder = judge_folder(tmp_path / "run" / "judge") / "preferences"
+def test_a_repository_of_other_content_is_not_changed(hub, tmp_path):
+    folder = judge_directory(tmp_path / "run" / "judge") / "preferences"
     write_split(tmp_path / "benchmark", "test", [benchmark_row()], dict, benchmark_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "benchmark", "org/benchmark")
     hub.add("dataset", "org/theirs", {"README.md": b"# Mine", "data.csv": b"1,2"})
     hub.add("dataset", "org/public", {}, private=False)
     for repo_id, reason in (
         ("org/benchmark", "another kind of content (benchmark)"),
-        ("org/theirs", "content of another origin (README.md, data.csv)"),
+        ("org/theirs", "other content (README.md, data.csv)"),
         ("org/public", "is public"),
     ):
         before = hub.files("dataset", repo_id)
@@ -196,7 +198,7 @@ def benchmark_row() -> dict:
     return {"image_id": image.image_id, "image": {"bytes": image.bytes, "path": None}, "questions": [question]}
 
 
-def test_a_branch(hub, tmp_path):
+def test_a_revision_is_a_branch(hub, tmp_path):
     write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "data", "org/branches", "--revision", "round_2")
     assert "train-00000-of-00001.parquet" in hub.files("dataset", "org/branches", "round_2")
@@ -209,15 +211,15 @@ def test_a_branch(hub, tmp_path):
     [
         ({"token": READER}, "org/new", "write access to org"),
         ({"token": EXPIRED}, "org/new", "does not accept the token"),
-        ({"token": None}, "org/new", "There is no Hub token"),
+        ({"token": None}, "org/new", "No Hub token was found"),
         ({"HF_HUB_OFFLINE": "1"}, "org/new", "HF_HUB_OFFLINE is set"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "org/new", "No connection to the Hub at http://127.0.0.1:9"),
         ({}, "new", "OWNER/NAME"),
         ({}, "org/what is this", "OWNER/NAME"),
-        ({}, "org/-x-", "cannot be the name"),
+        ({}, "org/-x-", "is not a valid name"),
     ],
 )  # fmt: skip
-def test_refusals(hub, tmp_path, settings, repo_id, message):
+def test_a_push_that_cannot_work_is_refused_with_a_reason(hub, tmp_path, settings, repo_id, message):
     write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
     done = push(hub, tmp_path / "home", tmp_path / "data", repo_id, check=False, **settings)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -226,13 +228,13 @@ def test_refusals(hub, tmp_path, settings, repo_id, message):
 
 
 @pytest.mark.parametrize("settings", [{"token": EXPIRED}, {"HF_HUB_OFFLINE": "1"}])
-def test_the_hub_cannot_be_read(hub, tmp_path, settings):
+def test_a_dataset_that_cannot_be_read_from_the_hub_is_refused_with_a_reason(hub, tmp_path, settings):
     done = client(hub.url, tmp_path, "-c", PULL, "org/none", "train", "preferences", check=False, **settings)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("medst_trl.base.errors.UserError")]
     assert "the Hub cannot be asked for it" in line and "hf auth login" in line
 
 
-def test_a_token_loses_its_rights(hub, tmp_path):
+def test_a_token_without_write_access_is_refused(hub, tmp_path):
     write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "data", "org/rights")
     write_split(tmp_path / "more", "train", [pair(1)], dict, preference_features(), 2)
@@ -261,7 +263,7 @@ torch.save(logits, "logits.pt")
 """
 
 
-def test_policies_come_back_with_the_same_logits(hub, tmp_path):
+def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_path):
     import torch
     from tiny_dpo import adapter_policy
     from transformers import AutoModelForImageTextToText
@@ -336,10 +338,10 @@ def test_policies_come_back_with_the_same_logits(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_reference_says_travels_with_its_pairs(hub, tmp_path):
+def test_reference_log_probs_are_pushed_with_their_pairs(hub, tmp_path):
     from tiny_dpo import adapter_policy
 
-    local, pairs = tmp_path / "local", judge_folder(tmp_path / "run" / "judge") / "preferences"
+    local, pairs = tmp_path / "local", judge_directory(tmp_path / "run" / "judge") / "preferences"
     model, processor = adapter_policy(save_to=local)
     model.save_pretrained(local / "adapter", save_embedding_layers=False)
     processor.save_pretrained(local / "adapter")
@@ -422,3 +424,99 @@ def test_a_recipe_reads_from_the_hub(hub, tmp_path):
     assert "model.safetensors" in hub.files("model", "org/from_recipe")
     pushed = json.loads((tmp_path / "run" / "push" / "model" / "stage.json").read_text())
     assert pushed["status"] == "complete" and pushed["url"].endswith("org/from_recipe")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = []
+
+    def push_directory(directory, repo_id, **settings):
+        made.append((directory, repo_id, settings))
+        return Pushed("https://hub/org/name", "adapter", "c0ffee" * 7, 3, 10)
+
+    monkeypatch.setattr("medst_trl.hub.push.push_directory", push_directory)
+    return made
+
+
+@pytest.mark.parametrize(("repo_id", "message"), [(None, "add hub_model_id"), ("name", "hub_model_id is 'name'")])
+def test_a_push_without_a_valid_repository_is_refused(monkeypatch, repo_id, message):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef0123")
+    check_push("org/name", "hub_model_id")
+    with pytest.raises(UserError, match=message):
+        check_push(repo_id, "hub_model_id")
+
+
+def test_a_push_without_a_token_is_refused(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="hf auth login"):
+        check_push("org/name", "hub_model_id")
+
+
+def test_only_the_first_process_pushes(calls, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    push_after_stage("runs/dpo", "org/name", private=True)
+    assert not calls
+    monkeypatch.setenv("RANK", "0")
+    push_after_stage("runs/dpo", "org/name", private=True)
+    assert calls == [("runs/dpo", "org/name", {"private": True})]
+    assert "https://hub/org/name" in capsys.readouterr().out
+
+
+def test_a_failed_push_after_a_stage_says_that_the_stage_is_finished(monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("The token may not write.")
+
+    monkeypatch.setattr("medst_trl.hub.push.push_directory", refuse)
+    with pytest.raises(UserError, match=r"is finished, but was not pushed. The token may not write.\n.*medst push"):
+        push_after_stage("runs/dpo", "org/name")
+
+
+class Settings:
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+def test_push_to_hub_is_cleared_in_the_arguments_of_a_trainer(calls, monkeypatch, tmp_path):
+    monkeypatch.setattr("medst_trl.hub.push.check_token", lambda: None)
+    training = Settings(
+        push_to_hub=True, hub_model_id="org/aligned", hub_private_repo=None, hub_revision="v2", output_dir=tmp_path
+    )
+    after = PushAfterStage(("",), [Settings(dataset="x"), training])
+    assert training.push_to_hub is False  # TRL would upload the whole folder of the run
+    after.run()
+    assert calls == [(tmp_path, "org/aligned", {"private": True, "revision": "v2"})]
+
+
+def test_each_dataset_that_exists_is_pushed_to_its_own_repository(calls, monkeypatch, tmp_path):
+    monkeypatch.setattr("medst_trl.hub.push.check_token", lambda: None)
+    for name in ("instruct", "images"):
+        (tmp_path / name).mkdir()
+    hub = HubArguments(push_to_hub=True, hub_dataset_id="org/vqa", hub_private_repo=False)
+    PushAfterStage(("instruct", "benchmark", "images"), [Settings(output_dir=tmp_path), hub]).run()
+    assert [(repo_id, settings["private"]) for _, repo_id, settings in calls] == [
+        ("org/vqa-instruct", False), ("org/vqa-images", False),
+    ]  # fmt: skip
+
+
+def test_nothing_is_pushed_unless_asked(calls, tmp_path):
+    PushAfterStage(("",), [Settings(output_dir=tmp_path, push_to_hub=False), HubArguments()]).run()
+    assert not calls
+
+
+def test_prepare_with_push_to_hub_publishes_its_datasets(tmp_path):
+    with serve_hub() as hub:
+        command = [
+            "-m", "medst_trl.cli", "prepare", "--source", "phantoms", "--num_phantoms", "3", "--num_test_phantoms",
+            "2", "--num_unlabelled_phantoms", "4", "--output_dir", str(tmp_path / "prepare"), "--push_to_hub", "true",
+            "--hub_dataset_id", "me/scans",
+        ]  # fmt: skip
+        refused = client(hub.url, tmp_path / "home", *command, token=None, check=False)
+        assert refused.returncode == 2 and "hf auth login" in refused.stderr and not (tmp_path / "prepare").exists()
+        for _ in range(2):  # a finished stage is pushed again, in case the push failed
+            pushed = client(hub.url, tmp_path / "home", *command)
+            assert pushed.returncode == 0, pushed.stderr
+            assert pushed.stdout.count("The instruct dataset is at") == 1
+        read = 'from datasets import load_dataset; print(len(load_dataset("me/scans-images", split="train")))'
+        assert client(hub.url, tmp_path / "other_home", "-c", read).stdout.split()[-1] == "4"

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from medst_trl.report.charts import MOST_POINTS, WIDTH, Bar, Group, Line, bar_chart, line_chart
+from medst_trl.report.charts import MAX_POINTS, WIDTH, Bar, Group, Line, bar_chart, line_chart
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -77,7 +77,7 @@ def test_without_points_there_is_no_chart():
 
 def test_long_logs_are_averaged():
     (points,) = polylines(draw_lines(Line("x", [(x, x % 2) for x in range(10_000)])))
-    assert len(points) <= MOST_POINTS
+    assert len(points) <= MAX_POINTS
     assert max(y for _, y in points) - min(y for _, y in points) < 1e-6
 
 

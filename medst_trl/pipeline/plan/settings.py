@@ -48,7 +48,7 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
 
 def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
     """What the stage looks at before it opens anything."""
-    from medst_trl.hub.after_stage import HubArguments
+    from medst_trl.hub.push import HubArguments
 
     if step.stage.check is not None:
         step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))

@@ -38,7 +38,7 @@ from medst_trl.base.files import explain_full_disk
 from medst_trl.base.processes import rank, world_size
 from medst_trl.base.row_log import RowLog
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model, settings_of_others
-from medst_trl.hub.after_stage import HubArguments
+from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.record import FILE_NAME, StageRecord
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.filters import QuestionFilter

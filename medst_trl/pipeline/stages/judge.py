@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.hub.after_stage import HubArguments
+from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 from medst_trl.selftrain.judge.server import JUDGE_SERVERS, chosen_server

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.source import SOURCES, Records, Source, SourceRequest
-from medst_trl.hub.after_stage import HubArguments
+from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, Stage
 
 

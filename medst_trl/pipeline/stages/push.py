@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Publishes a dataset, an adapter or a model on the Hub, with its card. Private unless told otherwise.
+Publish a dataset, an adapter or a model on the Hub, with its card. Repositories are private by default.
 
 ```bash
 hf auth login
@@ -9,12 +9,12 @@ medst push --source runs/vqa_rad/judge/preferences --repo_id my-org/vqa-rad-pref
 medst push --source runs/vqa_rad/dpo --repo_id my-org/vqa-rad-aligned --evaluation runs/vqa_rad/evaluate
 ```
 
-The folder says what it is: Parquet files of `prepare`, `generate` or `judge`, an adapter of `sft` or `dpo`, or a
-model. Uploaded are the Parquet files, or weights, processor and chat template, and a card with counts, sources,
-settings, statistics and scores; no checkpoints, no records of the run, no paths. An adapter of a local base needs that
-base on the Hub first: push it, and name it with `--base_model_name_or_path`. Interrupted, the same command goes on.
+The source is the output of a stage: a dataset (Parquet files), an adapter or a model. What is uploaded: the Parquet
+files, or weights, processor and chat template, and a card with sources, settings, statistics and scores. Checkpoints,
+records and paths stay on this machine. If the base of an adapter is a local model, push the base first and name it
+with `--base_model_name_or_path`. If a push is interrupted, the same command resumes it.
 
-Afterwards the Hub id stands wherever a folder can: `medst dpo --dataset my-org/vqa-rad-preferences`.
+Afterwards, use the Hub id in place of the directory: `medst dpo --dataset my-org/vqa-rad-preferences`.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -24,41 +24,44 @@ from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
 @dataclass
 class PushArguments:
-    """Arguments of `medst push`. There is none for the token: `hf auth login`, or HF_TOKEN in the environment."""
+    """Arguments of `medst push`. The token comes from `hf auth login`, or from HF_TOKEN in the environment."""
 
-    source: str = field(metadata={"help": "Folder of a dataset, an adapter or a model."})
-    repo_id: str = field(metadata={"help": "Repository, OWNER/NAME; made if there is none."})
+    source: str = field(metadata={"help": "Directory of a dataset, an adapter or a model."})
+    repo_id: str = field(metadata={"help": "Repository, OWNER/NAME. Created if it does not exist."})
     private: bool = field(
-        default=True, metadata={"help": "Make it private, and refuse one that is public. False: publish."}
+        default=True, metadata={"help": "Create a private repository, and refuse a public one. false: publish."}
     )
     evaluation: list[str] = field(
-        default_factory=list, metadata={"help": "Folders of `medst evaluate` whose scores go onto a model's card."}
+        default_factory=list,
+        metadata={"help": "Outputs of `medst evaluate` whose scores are added to a model's card."},
     )
     run: str | None = field(
-        default=None, metadata={"help": "Folder of the run, to find the records of inputs that have moved."}
+        default=None, metadata={"help": "The run directory, to find the records of inputs that have moved."}
     )
     base_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id of the base of an adapter or merged model, where that names a local folder."},
+        metadata={"help": "Hub id of the base of an adapter or merged model, if that names a local directory."},
     )
-    license: str | None = field(default=None, metadata={"help": "The Hub's name of a licence, such as cc-by-4.0."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if there is none."})
+    license: str | None = field(
+        default=None, metadata={"help": "Identifier of a licence on the Hub, such as cc-by-4.0."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Created if it does not exist."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     replace_content: bool = field(
         default=False,
-        metadata={"help": "Push into a repository of other content, and delete that there (its history keeps it)."},
+        metadata={"help": "Push to a repository with other content and delete that there (older revisions keep it)."},
     )
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder for the record of the push, as a recipe has one. Default: none."},
+        metadata={"help": "Directory for the record of the push, which recipes set. Default: no record."},
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Push again although output_dir has the record of an earlier push."}
+        default=False, metadata={"help": "Push again even if output_dir has the record of an earlier push."}
     )
 
 
 def main(args: PushArguments) -> None:
-    from medst_trl.hub.push import push_folder
+    from medst_trl.hub.push import push_directory
     from medst_trl.pipeline.record import StageRecord
 
     settings = asdict(args)
@@ -74,9 +77,8 @@ def main(args: PushArguments) -> None:
         )
         if record.status == "finished":
             return
-    for name in ("source", "output_dir", "overwrite"):
-        del settings[name]
-    pushed = push_folder(args.source, **settings)
+    settings = {name: value for name, value in settings.items() if name not in ("source", "output_dir", "overwrite")}
+    pushed = push_directory(args.source, **settings)
     if record is not None:
         record.finish(counts={"files": pushed.files, "bytes": pushed.bytes}, url=pushed.url, commit=pushed.commit)
     print(

@@ -1,18 +1,18 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-One HTML page on a whole run: the way of the data, training curves, scores, the judge, and cases to look at.
+Write one HTML page about a run: scores, data flow, training curves, judge statistics, and single cases.
 
 ```bash
 medst report --run runs/demo
 ```
 
-Input: the folder of a run with whatever stages it has so far. Output: `index.html` in `output_dir` (by default
-`report` in the run), a single file without network, scripts or paths of this machine, and the scores before and after
-as a table on the terminal. The page is made anew each time.
+Input: a run directory with the stages that it has so far. Output: `index.html` in `output_dir` (by default `report` in
+the run directory), a single file without scripts, network access or paths of this machine, and a table of the scores
+before and after training on the terminal. The page is written again each time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from medst_trl.pipeline.stage import RUN, STAGES, Input, Stage
@@ -22,52 +22,48 @@ from medst_trl.pipeline.stage import RUN, STAGES, Input, Stage
 class ReportArguments:
     """Arguments of `medst report`."""
 
-    run: str = field(metadata={"help": "Folder of the run, with its stages' folders in it."})
+    run: str = field(metadata={"help": "The run directory, which holds the directories of its stages."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for index.html. Default: the folder report in the run."}
+        default=None, metadata={"help": "Directory for index.html. Default: report in the run directory."}
     )
-    title: str | None = field(default=None, metadata={"help": "Heading of the page. Default: the run folder's name."})
+    title: str | None = field(
+        default=None, metadata={"help": "Heading of the page. Default: the name of the run directory."}
+    )
     gallery: int = field(
         default=12,
-        metadata={"help": "Judged pairs of each round, and benchmark questions, shown with images; 0 for none."},
+        metadata={"help": "Number of judged pairs per round, and of benchmark questions, to show with their images."},
     )
-    image_size: int = field(default=320, metadata={"help": "Longest side of the images in the page, in pixels."})
+    image_size: int = field(default=320, metadata={"help": "Longest side of the images on the page, in pixels."})
     bootstrap_samples: int = field(
-        default=1000, metadata={"help": "Resamples behind the interval of each difference; 0 for none."}
+        default=1000, metadata={"help": "Bootstrap samples for the interval of each difference; 0 for no intervals."}
     )
 
 
 def main(args: ReportArguments) -> None:
-    # No StageRecord: a page is made in seconds and has to follow a run that grows, so there is nothing to skip,
-    # continue or refuse.
+    # No StageRecord: a page takes seconds and follows a run that grows, so nothing is skipped, resumed or refused.
     from medst_trl.base.errors import UserError
     from medst_trl.base.files import explain_full_disk
     from medst_trl.report.report import make_report, write_report
 
     for name, least in {"gallery": 0, "image_size": 16, "bootstrap_samples": 0}.items():
         if getattr(args, name) < least:
-            raise UserError(f"{name} is {getattr(args, name)}; it has to be at least {least}.")
-    report = make_report(
-        args.run,
-        title=args.title,
-        gallery=args.gallery,
-        image_size=args.image_size,
-        bootstrap_samples=args.bootstrap_samples,
-    )
-    output_dir = args.output_dir or Path(args.run, "report")
+            raise UserError(f"{name} is {getattr(args, name)}; it must be at least {least}.")
+    settings = asdict(args)
+    output_dir = settings.pop("output_dir") or Path(args.run, "report")
+    report = make_report(**settings)
     with explain_full_disk(output_dir):
         path = write_report(report, output_dir)
     for note in report.notes:
         print(f"report: {note}")
     if report.table:
         print(f"{report.table}\n")
-    print(f"The report is {path} ({len(report.html) / 1e6:.1f} MB): open it in a browser, it needs no other file.")
+    print(f"The report is {path} ({len(report.html) / 1e6:.1f} MB): open it in a browser. It needs no other file.")
 
 
 STAGE = STAGES.register(
     Stage(
         name="report",
-        summary="one HTML page on a whole run: data, curves, scores, judge, gallery",
+        summary="write an HTML page about a run: scores, data, curves, judge, cases",
         help=__doc__,
         after=("evaluate",),
         arguments=lambda: (ReportArguments,),

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The stage: its arguments, and the record that a recipe keeps of it."""
+"""The stage `push`: its arguments and its record."""
 
 import json
 
@@ -15,14 +15,14 @@ from medst_trl.pipeline.stages.push import PushArguments, main
 
 @pytest.fixture
 def pushed(monkeypatch):
-    """What would be pushed; the pushing itself is tested against a Hub in tests/hub."""
+    """Calls of `push_directory`, which tests/hub tests against a Hub."""
     calls = []
 
-    def push_folder(folder, repo_id, **settings):
-        calls.append((folder, repo_id, settings))
+    def push_directory(directory, repo_id, **settings):
+        calls.append((directory, repo_id, settings))
         return push.Pushed("https://hub/org/name", "preferences dataset", "c0ffee" * 7, 3, 1_500_000)
 
-    monkeypatch.setattr(push, "push_folder", push_folder)
+    monkeypatch.setattr(push, "push_directory", push_directory)
     return calls
 
 
@@ -34,7 +34,7 @@ def arguments(*given: str) -> PushArguments:
     )
 
 
-def test_private_unless_told_otherwise(pushed, capsys):
+def test_pushes_are_private_by_default(pushed, capsys):
     main(arguments())
     main(arguments("--private", "false", "--evaluation", "a", "b"))
     assert [settings["private"] for _, _, settings in pushed] == [True, False]
@@ -42,14 +42,14 @@ def test_private_unless_told_otherwise(pushed, capsys):
     assert "https://hub/org/name (3 files, 1.5 MB), revision c0ffee" in capsys.readouterr().out
 
 
-def test_no_argument_takes_a_token(pushed, capsys):
+def test_no_argument_accepts_a_token(pushed, capsys):
     given = ["push", "--source", "data", "--repo_id", "org/name", "--token", "hf_0123456789abcdef0123"]
     assert cli.main(given) == 2 and not pushed
     said = capsys.readouterr()
     assert "token" in said.err and "hf_0123456789abcdef0123" not in said.err + said.out
 
 
-def test_the_record(pushed, tmp_path):
+def test_a_recorded_push_is_repeated_only_if_its_input_changed_and_with_overwrite(pushed, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("1")
     args = PushArguments(str(tmp_path / "data"), "org/name", output_dir=str(tmp_path / "push"))
@@ -65,14 +65,14 @@ def test_the_record(pushed, tmp_path):
     assert len(pushed) == 2
 
 
-def test_a_refused_push_is_not_recorded_as_done(pushed, tmp_path, monkeypatch):
+def test_a_refused_push_is_not_recorded_as_finished(pushed, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise UserError("no")
 
     (tmp_path / "data").mkdir()
     args = PushArguments(str(tmp_path / "data"), "org/name", output_dir=str(tmp_path / "push"))
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr(push, "push_folder", refuse)
+        patch.setattr(push, "push_directory", refuse)
         main(args)
     main(args)
     assert len(pushed) == 1
