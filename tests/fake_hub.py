@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A Hub on loopback, as far as huggingface_hub and datasets ask it: repositories with commits, branches and private ones,
-LFS uploads, downloads by range, tokens with and without write rights.
+A Hub on loopback with the routes that huggingface_hub and datasets call: public and private repositories with commits
+and branches, LFS uploads, downloads by range, tokens with and without write access.
 
-The endpoint is read when huggingface_hub is imported, so its clients run in processes of their own, see [`client`].
+huggingface_hub reads the endpoint when it is imported, so clients run in processes of their own, see [`client`].
 """
 
 import base64
@@ -51,14 +51,14 @@ class Repository:
 @dataclass
 class FakeHub:
     """
-    What the Hub holds, and what was asked of it.
+    What the Hub holds, and the calls that it received.
 
     Attributes:
         repositories: By (`"model"` or `"dataset"`, `"org/name"`).
-        uploads: Paths of the LFS objects that were sent, in their order.
-        calls: `"METHOD path"` of each.
-        broken_after: So many LFS uploads are taken; then each connection for one is dropped. None: no limit.
-        failing: Status with which all calls are answered, or None.
+        uploads: SHA-256 of the LFS objects that were sent, in order.
+        calls: `"METHOD path"` of each call.
+        broken_after: Number of LFS uploads after which connections are dropped. None: no limit.
+        failing: Status of all replies, or None.
     """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
@@ -103,8 +103,8 @@ def client(
     cwd: Path | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    """Run a Python command (`"-m", "medst_trl", ...` or `"-c", code`) whose Hub this is, with caches of its own."""
-    # Whatever the session says of the Hub (its tokens, caches, that it is offline) is not for these processes.
+    """Run a Python command (`"-m", "medst_trl", ...` or `"-c", code`) with this Hub and its own caches."""
+    # Without the Hub settings of this process: tokens, caches, offline mode.
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     settings |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repository, commit
 
-    # What is asked for.
+    # One method per route.
 
     def create(self) -> None:
         if not self._may_write():
@@ -317,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(name: str, content: bytes | None) -> str | None:
-    """As git names it; LFS files by the SHA-256 of their content."""
+    """The object id that git uses; the SHA-256 of the content for LFS files."""
     if content is None:
         return None
     if name.endswith(LFS_SUFFIXES):

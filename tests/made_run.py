@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A run's folder as the stages would leave it, written without any model: small, but with every kind of file.
+A run directory as the stages write it, made without a model: small, but with every kind of file.
 
-As a script it writes one to look at: `python tests/made_run.py FOLDER`
+`python tests/made_run.py DIRECTORY` writes one to look at.
 """
 
 import json
@@ -27,7 +27,7 @@ VERSIONS = {"python": "3.11.9", "medst_trl": "0.1.0", "torch": "2.13.0", "trl": 
 
 
 def write_stage(folder: Path, stage: str, *, status: str = "complete", settings=None, counts=None, **extra) -> Path:
-    """A stage's folder with its record."""
+    """Write the directory of a stage with its record."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "stage": stage, "status": status, "started": "2026-01-01T10:00:00+00:00", "seconds": 61.5,
@@ -74,7 +74,7 @@ def sft(run: Path, steps: int = 20) -> None:
 
 
 def generate(run: Path, phantoms: list, round: str = "") -> list[dict]:
-    """Candidates: two questions an image, the second answer of each a wrong one."""
+    """Candidates: two questions per image, each with a right and a wrong answer."""
     folder = write_stage(
         run / round / "generate",
         "generate",
@@ -158,7 +158,7 @@ def dpo(run: Path, round: str = "", chosen: float = -1.0, steps: int = 15) -> No
 
 
 def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, change=None) -> Path:
-    """Predictions of a model that knows the truth with probability `skill`, scored as the stage would."""
+    """Predictions of a model that is right with probability `skill`, scored as the stage scores them."""
     n = sum(len(phantom.questions) for phantom in phantoms)
     counts = {str(run / "prepare" / "benchmark"): {"records": n, "rejected": {}, "cut_off": 0}}
     started = f"2026-01-01T{10 + ('aligned' in name)}:00:00+00:00"

@@ -148,7 +148,7 @@ def test_scores_become_evaluation_results_of_the_hub(tmp_path):
 
 def test_scores_of_another_model_are_refused(tmp_path):
     contents = find_contents(model(tmp_path / "model"))
-    own = scores(tmp_path / "own", "org/bench", model=str(contents.folder))
+    own = scores(tmp_path / "own", "org/bench", model=str(contents.directory))
     moved = scores(tmp_path / "moved", "org/bench", model="runs/gone/sft")  # cannot be compared
     other = scores(tmp_path / "other", "org/bench", model=str(model(tmp_path / "stage_1")))
     assert model_card(contents, "org/name", evaluations=[own, moved])

@@ -231,7 +231,7 @@ def test_a_push_that_cannot_work_is_refused_with_a_reason(hub, tmp_path, setting
 def test_a_dataset_that_cannot_be_read_from_the_hub_is_refused_with_a_reason(hub, tmp_path, settings):
     done = client(hub.url, tmp_path, "-c", PULL, "org/none", "train", "preferences", check=False, **settings)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("medst_trl.base.errors.UserError")]
-    assert "the Hub cannot be asked for it" in line and "hf auth login" in line
+    assert "the Hub cannot be reached" in line and "hf auth login" in line
 
 
 def test_a_token_without_write_access_is_refused(hub, tmp_path):

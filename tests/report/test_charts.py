@@ -32,21 +32,21 @@ def polylines(svg):
     ]
 
 
-def test_a_falling_line_falls_on_the_page():
+def test_points_are_drawn_to_scale_from_left_to_right():
     (points,) = polylines(draw_lines(Line("loss", [(0, 3.0), (50, 2.0), (100, 1.0)])))
     xs, ys = zip(*points)
     assert list(xs) == sorted(xs) and list(ys) == sorted(ys)  # y grows downwards
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
 
 
-def test_a_line_has_its_name_and_last_value_the_axes_their_units():
+def test_lines_are_labelled_with_name_and_last_value_and_axes_with_units():
     svg = draw_lines(Line("loss", [(0, 3.0), (10, 0.25)]), Line("other", [(0, 1.0), (10, 0.26)]))
     assert {"A title", "nats", "step", "loss 0.25", "other 0.26"} <= set(texts(svg))
     assert svg.find(f"{SVG}title").text == "A title"
     assert "loss from 3 to 0.25" in svg.find(f"{SVG}desc").text
 
 
-def test_names_of_close_lines_do_not_overlap():
+def test_labels_of_close_lines_do_not_overlap():
     svg = draw_lines(*(Line(f"line{n}", [(0, 0), (1, 1 + n / 1000)]) for n in range(4)))
     places = sorted(float(e.get("y")) for e in svg.iter(f"{SVG}text") if (e.text or "").startswith("line"))
     assert all(after - before >= 13 for before, after in pairwise(places))
@@ -64,13 +64,13 @@ def test_names_of_close_lines_do_not_overlap():
         [(1, math.nan), (2, 1.0), (3, math.inf)],
     ],
 )
-def test_any_points_stay_inside_the_picture(points):
+def test_all_points_are_inside_the_chart(points):
     svg = draw_lines(Line("x", points))
     assert all(0 <= x <= WIDTH and 0 <= y <= 240 for line in polylines(svg) for x, y in line)
     assert "nan" not in ET.tostring(svg, encoding="unicode") and "inf" not in ET.tostring(svg, encoding="unicode")
 
 
-def test_without_points_there_is_no_chart():
+def test_no_points_make_no_chart():
     assert line_chart("t", [Line("x", []), Line("y", [(1, math.nan)])], x_label="", y_label="") == ""
     assert bar_chart("t", [Group("g", [])]) == ""
 
@@ -81,13 +81,13 @@ def test_long_logs_are_averaged():
     assert max(y for _, y in points) - min(y for _, y in points) < 1e-6
 
 
-def test_bars_are_as_long_as_their_values():
+def test_the_length_of_a_bar_is_its_value():
     svg = draw_bars(Bar("a", 20), Bar("b", 40), limits=(0, 100))
     lengths = [float(rect.get("width")) for rect in svg.iter(f"{SVG}rect")]
     assert lengths[1] == pytest.approx(2 * lengths[0], abs=0.3)
 
 
-def test_error_bars_and_mark():
+def test_error_bars_and_marks_are_drawn_to_scale():
     svg = draw_bars(Bar("a", 50, 25, 75), mark=50, limits=(0, 100), mark_name="baseline")
     (rect,) = svg.iter(f"{SVG}rect")
     rules = [tuple(float(line.get(key)) for key in ("x1", "y1", "x2", "y2")) for line in svg.iter(f"{SVG}line")]
@@ -101,13 +101,13 @@ def test_error_bars_and_mark():
     assert "(25.0 to 75.0)" in svg.find(f"{SVG}desc").text
 
 
-def test_negative_values_lie_on_the_other_side_of_zero():
+def test_negative_bars_are_on_the_other_side_of_zero():
     svg = draw_bars(Bar("loss", -10, -12, -8), Bar("gain", 10))
     loss, gain = svg.iter(f"{SVG}rect")
     assert float(loss.get("x")) + float(loss.get("width")) == pytest.approx(float(gain.get("x")), abs=0.2)
 
 
-def test_one_name_has_one_colour():
+def test_bars_of_one_name_have_one_colour():
     groups = [Group("one", [Bar("a", 1), Bar("b", 2)]), Group("two", [Bar("b", 1), Bar("a", 2)])]
     svg = ET.fromstring(bar_chart("t", groups))
     colours = [re.search(r"--series-\d", rect.get("style"))[0] for rect in svg.iter(f"{SVG}rect")]
@@ -117,7 +117,7 @@ def test_one_name_has_one_colour():
 @pytest.mark.parametrize(
     "evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</svg></style>", "\u202e"]
 )
-def test_names_from_data_are_only_text(evil):
+def test_names_from_data_cannot_become_markup(evil):
     lines = line_chart(evil, [Line(evil, [(0, 1), (1, 2)])], x_label=evil, y_label=evil, level=(1.5, evil))
     bars = bar_chart(evil, [Group(evil, [Bar(evil, 1, 0, 2)], 1)], unit=evil, mark_name=evil)
     for svg in (lines, bars):

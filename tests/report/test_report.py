@@ -24,12 +24,12 @@ EVIL = (
     "\u202eabc\u2066",
     "\x00\x1b[31m",
 )
-VOID = {"meta", "img"}  # elements without an end
+VOID = {"meta", "img"}  # elements without an end tag
 FAST = {"bootstrap_samples": 10, "gallery": 6}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text without that of the style sheet."""
+    """Elements with their attributes, and the text without the style sheet."""
 
     def __init__(self, html):
         super().__init__()
@@ -78,7 +78,7 @@ def page(original):
     return report_on(original)[1]
 
 
-def test_the_page_stands_by_itself(page):
+def test_the_page_is_self_contained(page):
     assert not page.unbalanced and not page.open
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed", "form", "video", "audio", "base", "use"}
@@ -91,7 +91,7 @@ def test_the_page_stands_by_itself(page):
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_what_can_be_seen_can_be_heard(page):
+def test_images_charts_and_tables_are_labelled_for_screen_readers(page):
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {a["href"][1:] for tag, a in page.elements if tag == "a"} <= set(ids)
@@ -104,8 +104,8 @@ def test_what_can_be_seen_can_be_heard(page):
             assert attributes["scope"] in ("col", "row", "rowgroup")
 
 
-def test_every_room_is_on_the_page(page):
-    for told in (
+def test_the_page_shows_all_sections(page):
+    for text in (
         "Made 20", "prepare/benchmark, split test", "majority", "real − blank", "real − shuffled",
         "turn medical images", "truncated", "not a question", "near duplicate question",
         "loss_question", "loss_answer", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
@@ -114,10 +114,10 @@ def test_every_room_is_on_the_page(page):
         "Dropped: unparsable", "Kept: answer 1 is preferred", "The first answer is right.",
         "Wrong before, right after", "learning_rate 0.0007", "seed 0", "torch 2.13.0", "1 min 2 s",
     ):  # fmt: skip
-        assert told in page.words, told
+        assert text in page.words, text
 
 
-def test_scores_stand_beside_their_differences(original, page):
+def test_scores_and_their_differences_are_shown(original, page):
     before, after = (
         json.loads((original / "evaluate" / name / "scores.json").read_text())["scores"]["strict"]
         for name in ("stage_1", "aligned")
@@ -129,7 +129,7 @@ def test_scores_stand_beside_their_differences(original, page):
     assert f"{difference:+.1f} [".replace("-", "−") in page.words
 
 
-def test_the_table_of_the_terminal(original):
+def test_the_terminal_table_has_scores_and_differences(original):
     report, _ = report_on(original)
     header, *lines = report.table.splitlines()[1:]
     names = ("aligned", "round 1", "round 2")
@@ -138,7 +138,7 @@ def test_the_table_of_the_terminal(original):
     assert not report.notes
 
 
-def test_counts_of_what_became_of_the_answers(original, page):
+def test_answers_that_became_right_are_counted(original, page):
     rows = {}
     for name in ("stage_1", "aligned"):
         lines = (original / "evaluate" / name / "predictions.jsonl").read_text().splitlines()
@@ -150,7 +150,7 @@ def test_counts_of_what_became_of_the_answers(original, page):
     assert f"{gained} wrong before, right after" in page.words
 
 
-def test_pictures_are_those_of_the_run_and_small(run):
+def test_images_of_the_run_are_scaled_down(run):
     _, page = report_on(run, image_size=20)
     urls = [a["src"] for tag, a in page.elements if tag == "img"]
     assert len(urls) > 6
@@ -159,8 +159,7 @@ def test_pictures_are_those_of_the_run_and_small(run):
         assert max(picture.size) == 20 and not picture.info.get("exif")
 
 
-def test_candidates_with_several_pairs(tmp_path):
-    """Each pair is a case of its own, with the candidate's picture."""
+def test_each_pair_of_a_candidate_is_a_case_of_its_own(tmp_path):
     run = tmp_path / "run"
     candidates = made_run.generate(run, made_run.make_phantoms(2, seed=0, split="test"))
     rows = [
@@ -175,20 +174,20 @@ def test_candidates_with_several_pairs(tmp_path):
     assert all(page.words.count(answer) == 1 for row in rows for answer in row["answers"])
 
 
-def test_gallery_keeps_its_bounds(original):
+def test_the_gallery_shows_the_number_of_cases_asked_for(original):
     for most in (0, 1, 5):
         _, page = report_on(original, gallery=most)
         shown = page.words.count("Dropped: ") + page.words.count("Kept: answer")
         assert shown == 3 * most  # three rounds: outside, 1, 2
 
 
-def test_nothing_of_the_machine_is_on_the_page(original):
+def test_no_path_of_this_machine_is_on_the_page(original):
     report, _ = report_on(original)
     for hidden in (str(original), str(original.parent), str(Path.home()), "/tmp"):
         assert hidden not in report.html
 
 
-def test_secrets_stay_out(run):
+def test_secrets_are_not_on_the_page(run):
     key = "hf_" + "a" * 30
     path = run / "judge" / "stage.json"
     record = json.loads(path.read_text())
@@ -204,8 +203,8 @@ def test_secrets_stay_out(run):
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_data_stays_text(tmp_path, evil, page):
-    """All that data can put on the page, at once; its elements and attributes stay those of an honest run."""
+def test_text_from_data_cannot_become_markup(tmp_path, evil, page):
+    """All that data can put on the page at once. Elements and attributes stay those of an ordinary run."""
     run = tmp_path / "run"
     counts = {"rejected": {evil: 3}, "datasets": {evil: {evil: 2}}}
     made_run.write_stage(run / "prepare", "prepare", counts=counts, settings={"source": evil})
@@ -222,25 +221,25 @@ def test_data_stays_text(tmp_path, evil, page):
         run / "sft", [{"step": 1, "loss": 1.0, evil: 3}, {"step": 2, "loss": 0.5}, {"step": evil, "loss": evil}, evil]
     )
 
-    def spoil(predictions):
+    def replace_texts(predictions):
         return [row | {"question": evil, "prediction": evil, "question_type": evil} for row in predictions]
 
     made_run.evaluate(run, "evaluate/stage_1", phantoms, "sft", 0.5)
-    made_run.evaluate(run, "evaluate/aligned", phantoms, "dpo", 0.5, spoil)
-    report, spoilt = report_on(run, title=evil, gallery=12)
+    made_run.evaluate(run, "evaluate/aligned", phantoms, "dpo", 0.5, replace_texts)
+    report, hostile = report_on(run, title=evil, gallery=12)
     write_report(report, tmp_path / "out")
-    assert not spoilt.unbalanced and not spoilt.open
-    assert {tag for tag, _ in spoilt.elements} <= {tag for tag, _ in page.elements}
+    assert not hostile.unbalanced and not hostile.open
+    assert {tag for tag, _ in hostile.elements} <= {tag for tag, _ in page.elements}
     known = {(tag, name) for tag, attributes in page.elements for name in attributes}
-    assert {(tag, name) for tag, attributes in spoilt.elements for name in attributes} <= known
-    for _, attributes in spoilt.elements:
+    assert {(tag, name) for tag, attributes in hostile.elements for name in attributes} <= known
+    for _, attributes in hostile.elements:
         assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "#").startswith("#")
     visible = evil.translate({c: f"⟨U+{c:04X}⟩" for c in (0x202E, 0x2066, 0x00, 0x1B)})
-    assert spoilt.text.count(visible) > 20
-    assert "\u202e" not in spoilt.text and "\x00" not in report.html
+    assert hostile.text.count(visible) > 20
+    assert "\u202e" not in hostile.text and "\x00" not in report.html
 
 
-def test_half_of_a_surrogate_pair(run, tmp_path):
+def test_lone_surrogates_can_be_written(run, tmp_path):
     path = run / "judge" / "judgements.jsonl"
     path.write_text(path.read_text().replace("The first answer", "\\ud83d"))
     report, page = report_on(run)
@@ -248,7 +247,7 @@ def test_half_of_a_surrogate_pair(run, tmp_path):
     assert "\ufffd is right." in page.text
 
 
-def test_endless_answers_are_cut_with_a_count(run):
+def test_long_answers_are_cut_with_a_count(run):
     lines = (run / "judge" / "judgements.jsonl").read_text().splitlines()
     rows = [json.loads(line) | {"answers": ["word " * 10_000, "b"], "question": "q" * 50_000} for line in lines]
     (run / "judge" / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -257,29 +256,28 @@ def test_endless_answers_are_cut_with_a_count(run):
     assert len(report.html) < 400_000
 
 
-def test_a_run_that_is_still_going_on(run):
-    """Stages appear one after another: the page says what is missing, and which one is not finished."""
+def test_missing_and_unfinished_stages_are_named(run):
     for name in ("judge", "dpo", "round_1", "round_2", "evaluate/aligned"):
         shutil.rmtree(run / name)
     made_run.write_stage(run / "judge", "judge", status="running")
     made_run.write_stage(run / "evaluate" / "aligned", "evaluate", status="running")
     report, page = report_on(run)
     assert "not finished" in page.words and "judge has no judgements yet" in page.words
-    assert "Not in this run (yet): dpo" in page.words and "No stage dpo here" in page.words
+    assert "Not in this run (yet): dpo" in page.words and "No preference training here" in page.words
     assert any("evaluate/aligned has no scores yet" in note for note in report.notes)
 
 
-def test_only_prepared(run):
+def test_a_run_with_prepare_only_has_a_page(run):
     for child in run.iterdir():
         if child.name != "prepare":
             shutil.rmtree(child)
     report, page = report_on(run)
     assert report.table == ""
-    for told in ("No evaluation has finished yet", "The run has no stage sft", "The run has no stage judge"):
-        assert told in page.words
+    for text in ("No evaluation has finished yet", "This run has no supervised training", "This run has no judge"):
+        assert text in page.words
 
 
-def test_training_that_is_not_finished_shows_its_newest_checkpoint(run):
+def test_unfinished_training_shows_the_log_of_its_newest_checkpoint(run):
     state = json.loads((run / "sft" / "trainer_state.json").read_text())
     (run / "sft" / "trainer_state.json").unlink()
     for step in (90, 100):
@@ -309,7 +307,7 @@ DAMAGES = {
         "prepare/benchmark/test-00000-of-00001.parquet",
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_said_and_the_rest_is_shown(run, name, damage):
+def test_a_damaged_file_is_noted_and_the_rest_is_shown(run, name, damage):
     path = run / name
     path.write_bytes(damage(path.read_bytes()))
     report, page = report_on(run)
@@ -322,7 +320,7 @@ def test_a_damaged_file_is_said_and_the_rest_is_shown(run, name, damage):
     assert all(str(run) not in note for note in report.notes)
 
 
-def test_lines_that_are_no_judgements_are_counted(run):
+def test_lines_that_are_not_judgements_are_counted(run):
     path = run / "judge" / "judgements.jsonl"
     lines = path.read_text().splitlines()
     good = json.loads(lines[0])
@@ -332,11 +330,11 @@ def test_lines_that_are_no_judgements_are_counted(run):
         lines.append(json.dumps(good | {"orders": [good["orders"][0] | change]}))
     path.write_text("\n".join(lines) + "\n")
     report, page = report_on(run)
-    assert report.notes == ["judge/judgements.jsonl: 8 lines are no judgements and are left out."]
+    assert report.notes == ["judge/judgements.jsonl: 8 lines are not judgements and are left out."]
     assert "of 16 (" in page.words
 
 
-def test_evaluations_of_other_questions_have_no_difference(run):
+def test_evaluations_of_different_questions_have_no_difference(run):
     path = run / "evaluate" / "aligned" / "predictions.jsonl"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[1:]))
     report, _ = report_on(run)
@@ -344,12 +342,12 @@ def test_evaluations_of_other_questions_have_no_difference(run):
     assert any("did not answer the same questions" in note for note in report.notes)
 
 
-def test_evaluations_of_other_data_stand_apart(run):
+def test_evaluations_of_different_data_are_not_compared(run):
     path = run / "evaluate" / "aligned" / "scores.json"
     path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
     report, page = report_on(run)
     assert len(report.table.split("\n\n")) == 2 and "aligned - stage 1" not in report.table
-    assert page.words.count("(the one to trust)") == 2
+    assert page.words.count("Metric strict (") == 2
 
 
 def test_a_moved_run_gives_the_same_page(run, tmp_path):
@@ -362,7 +360,7 @@ def test_a_moved_run_gives_the_same_page(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty", "file", "other files", "a stage"])
-def test_where_there_is_no_run(tmp_path, kind):
+def test_a_path_without_a_run_is_refused(tmp_path, kind):
     run = tmp_path / "run"
     if kind == "file":
         run.write_text("x")
@@ -377,12 +375,12 @@ def test_where_there_is_no_run(tmp_path, kind):
         make_report(run)
 
 
-def test_links_in_a_circle(run):
+def test_links_in_a_circle_are_not_followed_forever(run):
     (run / "round_1" / "again").symlink_to(run)
     assert report_on(run)[0].html
 
 
-def test_a_page_of_someone_else_is_not_overwritten(original, tmp_path):
+def test_only_a_page_of_ours_is_replaced(original, tmp_path):
     report, _ = report_on(original)
     for _ in range(2):
         path = write_report(report, tmp_path / "out")

@@ -9,11 +9,11 @@ from medst_trl.report.text import clean, cut, duration, number, place, without_p
 
 
 @pytest.mark.parametrize("code", [0x00, 0x07, 0x1B, 0x85, 0x202E, 0x2066, 0x200F, 0xFEFF])
-def test_what_cannot_be_seen_is_spelled_out(code):
+def test_invisible_characters_are_spelled_out(code):
     assert clean(f"a{chr(code)}b") == f"a⟨U+{code:04X}⟩b"
 
 
-def test_ordinary_writing_stays():
+def test_ordinary_text_is_unchanged():
     for text in ("Ödem, µm, ±5 %", "肺结节\n第二行", "نعم", "क्ष", "👩‍⚕️", "a\tb"):
         assert clean(text) == text
     assert clean("a\r\nb") == "a\nb"
@@ -27,7 +27,7 @@ def test_secrets_are_hidden():
     assert "abcdefghijklmnop" not in clean("the key hf_abcdefghijklmnop and sk-abcdefghijklmnopq")
 
 
-def test_cut_says_how_much_is_missing():
+def test_cut_text_ends_with_the_number_of_missing_characters():
     assert cut("short", 600) == "short"
     shown = cut("x" * 50_000, 600)
     assert shown.startswith("x" * 600) and "49,400 more characters" in shown and len(shown) < 700
@@ -48,13 +48,13 @@ def test_cut_says_how_much_is_missing():
         ("", ""),
     ],
 )
-def test_places_are_named_from_the_run(value, shown):
+def test_paths_are_relative_to_the_run_directory(value, shown):
     assert place(value, Path("/data/run")) == shown
 
 
-def test_paths_in_messages_are_cut():
-    told = without_paths("cannot read /home/someone/run/x.json, and /data/run/sft/stage.json.", Path("/data/run"))
-    assert "/home" not in told and "/data" not in told and "x.json" in told and "sft/stage.json" in told
+def test_paths_in_messages_are_shortened():
+    text = without_paths("cannot read /home/someone/run/x.json, and /data/run/sft/stage.json.", Path("/data/run"))
+    assert "/home" not in text and "/data" not in text and "x.json" in text and "sft/stage.json" in text
     assert without_paths("5/10 and/or a/b", Path("/data/run")) == "5/10 and/or a/b"
 
 
@@ -65,7 +65,7 @@ def test_paths_in_messages_are_cut():
         (None, "–"), (math.nan, "–"),
     ],
 )  # fmt: skip
-def test_numbers(value, shown):
+def test_numbers_are_readable(value, shown):
     assert number(value) == shown
 
 
@@ -76,5 +76,5 @@ def test_numbers_with_decimals():
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(2.34, "2.3 s"), (59, "59 s"), (192, "3 min 12 s"), (7500, "2 h 5 min"), (None, "–")]
 )
-def test_durations(seconds, shown):
+def test_durations_are_readable(seconds, shown):
     assert duration(seconds) == shown

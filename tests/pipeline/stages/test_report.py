@@ -18,8 +18,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_page_that_follows_the_run(run, capsys):
-    """No record stands in the way when the run has grown."""
+def test_the_page_is_written_again_when_the_run_has_grown(run, capsys):
     args = ReportArguments(run=str(run), bootstrap_samples=20)
     main(args)
     page = run / "report" / "index.html"
@@ -34,20 +33,20 @@ def test_a_page_that_follows_the_run(run, capsys):
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
 
 
-def test_notes_are_printed(run, capsys):
+def test_notes_about_damaged_files_are_printed(run, capsys):
     (run / "evaluate" / "stage_1" / "scores.json").write_text("{")
     main(ReportArguments(run=str(run)))
     assert "report: evaluate/stage_1/scores.json is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [{"gallery": -1}, {"image_size": 3}, {"bootstrap_samples": -1}])
-def test_wrong_settings(run, change):
+def test_settings_below_their_minimum_are_refused(run, change):
     with pytest.raises(UserError, match=next(iter(change))):
         main(ReportArguments(run=str(run), **change))
     assert not (run / "report").exists()
 
 
-def test_a_report_needs_no_torch(run, tmp_path):
+def test_a_report_imports_no_torch(run, tmp_path):
     code = (
         "import sys; from medst_trl.pipeline.stages.report import ReportArguments, main;"
         f"main(ReportArguments(run={str(run)!r}, output_dir={str(tmp_path / 'out')!r}, bootstrap_samples=5));"
@@ -59,7 +58,7 @@ def test_a_report_needs_no_torch(run, tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
 
 
-def test_parser():
+def test_the_parser_has_defaults_and_help():
     (args,) = STAGE.make_parser().parse_args_into_dataclasses(["--run", "runs/demo"])
     assert (args.run, args.output_dir) == ("runs/demo", None)
     assert "index.html" in STAGE.make_parser().format_help()
