@@ -1,16 +1,17 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-`stage.json`: what a stage was asked to do, with what, and how far it came.
+`stage.json`, the record of a stage: what it was asked to do, with which inputs, and how far it got.
 
-It is written when a stage starts and again when it ends, so that a second run knows whether to skip, to continue or to
-refuse. A folder without one is not ours, and nothing in it is ever deleted.
+It is written when a stage starts and again when it ends, so that a second run knows whether to skip, to resume or to
+refuse. A directory without one is not ours, and nothing in it is ever deleted.
 """
 
 import json
 import os
 import platform
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Collection, Mapping
@@ -20,20 +21,25 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, same_source
+from medst_trl.base.processes import process_state, world_size
 from medst_trl.base.redaction import hide_secrets
+
+from .stage import STAGES
 
 
 FILE_NAME = "stage.json"
+LOCK = ".stage.lock"
 PACKAGES = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
-# Never part of a result: where it lies, and how the run was asked to treat what lay there.
+# Never part of a result: where it is, and what the run was asked to do with an earlier one there.
 ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 
-# May lie in a folder before a stage starts there, and stays when the stage is overwritten (besides *.log).
-NOT_RESULTS = frozenset(
-    {".stage.lock", ".stage.json.tmp", ".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl", REFERENCE_FOLDER}
-)
+# May be in a directory before a stage starts there, and stay when the stage is overwritten (besides *.log, .stage.*).
+NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl", REFERENCE_FOLDER})
+
+_MISSING = "(not set)"
 
 
 class StageRecord:
@@ -42,10 +48,10 @@ class StageRecord:
 
     Attributes:
         status (`str`):
-            `"new"`: start from nothing. `"continue"`: an earlier run with the same settings was cut short, go on from
-            what it left. `"finished"`: everything is there, return.
+            `"new"`: start from nothing. `"continue"`: an earlier run with the same settings was interrupted, resume
+            from what it left. `"finished"`: everything is there, return.
         output_dir (`pathlib.Path`):
-            The stage's folder.
+            The stage's directory.
         content (`dict`):
             What `stage.json` holds.
 
@@ -75,7 +81,7 @@ class StageRecord:
         self.content = content
         self._writes = writes
         self._lock = lock
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
 
     @classmethod
     def open(
@@ -86,49 +92,46 @@ class StageRecord:
         settings: Mapping[str, Any],
         inputs: Mapping[str, Any] | None = None,
         operational: Collection[str] = (),
-        earlier_defaults: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> "StageRecord":
         """
-        Begin, continue or recognise a stage in `output_dir`, and write its record.
+        Begin, resume or recognise a stage in `output_dir`, and write its record.
 
-        Under a distributed launch every rank has to call this; rank 0 decides and writes, the others follow.
+        Under a distributed launch every rank has to call this. Rank 0 decides and writes, the others follow.
 
         Args:
             output_dir (`str` or `os.PathLike`):
-                Folder of the stage; made if it is missing.
+                Directory of the stage; created if it is missing.
             stage (`str`):
-                Name of the stage, for example `"sft"`.
+                Name of the stage, for example `"sft"`. Its `operational` settings may differ from an earlier run, and
+                its `earlier_defaults` fill in what the record of an earlier version lacks.
             settings (`dict`):
                 All settings, as JSON can hold them. Secrets are stored as `"<hidden>"` and never compared.
             inputs (`dict`, *optional*):
                 Name to path, Hub id, list of these, or None. They are compared by content or revision, so a setting of
                 the same name is not compared as text.
             operational (collection of `str`, *optional*):
-                Keys of `settings` that change no result (workers, logging) and so may differ from an earlier run.
-            earlier_defaults (`dict`, *optional*):
-                Values of settings that records of earlier versions lack, see [`~medst_trl.pipeline.stage.Stage`].
+                More keys of `settings` that may differ: those that change no result in this run, such as the settings
+                of a source or engine that it does not use.
             overwrite (`bool`, *optional*, defaults to `False`):
                 Delete what an earlier run of this stage left in `output_dir` and start again.
 
         Raises:
-            UserError: if the folder holds something else, another process is writing it, an input is missing, or a
+            UserError: if the directory holds something else, another process is writing it, an input is missing, or a
                 setting or input that affects the result has changed (naming each, with its old and new value).
         """
-        arguments = (Path(output_dir), stage, settings, inputs or {}, set(operational), earlier_defaults, overwrite)
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls._decide(*arguments)
-        return cls._decide_for_all_ranks(*arguments)
+        arguments = (Path(output_dir), stage, settings, inputs or {}, operational, overwrite)
+        return cls._decide(*arguments) if world_size() == 1 else cls._decide_for_all_ranks(*arguments)
 
     def finish(self, counts: Mapping[str, Any] | None = None, **extra: Any) -> None:
         """
-        Mark the stage complete: nothing that follows may change its results.
+        Mark the stage complete. Nothing may change its results afterwards.
 
         Args:
             counts (`dict`, *optional*):
-                Numbers worth keeping (records read, rejected by reason, steps taken).
+                Numbers to keep (records read, rejected by reason, steps taken).
             **extra:
-                Further entries of `stage.json`.
+                More entries of `stage.json`.
         """
         if not self._writes:
             return
@@ -137,7 +140,7 @@ class StageRecord:
             inputs[name] = [fingerprint(item["hub_id"]) if "hub_id" in item else item for item in value]
         self.content |= _plain({"counts": counts or {}} | extra)
         self.content["status"] = "complete"
-        self.content["seconds"] = round(self.content["seconds"] + time.monotonic() - self._begun, 3)
+        self.content["seconds"] = round(self.content["seconds"] + time.monotonic() - self._start, 3)
         self.content["finished"] = _now()
         _write(self.output_dir, self.content)
         if self._lock is not None:
@@ -145,7 +148,7 @@ class StageRecord:
 
     def forget(self) -> None:
         """
-        Takes the record back where a new run has failed before it left anything: settings that were the reason of the
+        Remove the record of a new run that has failed before it left anything: settings that may be the reason of the
         failure must not stand in the way of better ones.
         """
         left = [child for child in self.output_dir.iterdir() if child.name != FILE_NAME and not _is_ignorable(child)]
@@ -153,7 +156,8 @@ class StageRecord:
             (self.output_dir / FILE_NAME).unlink()
 
     @classmethod
-    def _decide(cls, folder, stage, settings, inputs, operational, earlier_defaults, overwrite) -> "StageRecord":
+    def _decide(cls, directory, stage, settings, inputs, operational, overwrite) -> "StageRecord":
+        declared = STAGES.get(stage) if stage in STAGES else None
         new = {
             "stage": stage,
             "status": "running",
@@ -164,174 +168,72 @@ class StageRecord:
             "settings": hide_secrets(_plain(settings)),
             "counts": {},
         }
-        old = _read(folder, stage, overwrite)
-        if old is not None and overwrite:
-            lock = _lock(folder)
-            _empty(folder)
-        elif old is not None:
-            completed = old | {"settings": {**(earlier_defaults or {}), **old["settings"]}}
-            _refuse_changes(folder, completed, new, operational | set(inputs) | ALWAYS_OPERATIONAL)
-            _warn_of_versions(folder, old["versions"], new["versions"])
-            if old["status"] == "complete":
-                print(f"{stage}: {folder} is finished and unchanged, nothing to do.")
-                return cls(folder, "finished", old, writes=False)
-            lock = _lock(folder)
-            print(f"{stage}: continuing {folder}, begun {old['started']}.")
-            new |= {"started": old["started"], "seconds": old["seconds"] + _seconds_of_cut_run(folder)}
+        old = _read(directory, stage, overwrite)
+        if old is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            status, lock = "new", _lock(directory)
+        elif overwrite:
+            status, lock = "new", _lock(directory)
+            _empty(directory)
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
-        _write(folder, new)
-        return cls(folder, "new" if old is None or overwrite else "continue", new, writes=True, lock=lock)
+            earlier, free = (declared.earlier_defaults, declared.operational) if declared else ({}, ())
+            old_settings = {key: value for key, value in earlier.items() if key in new["settings"]} | old["settings"]
+            compared = (old_settings.keys() | new["settings"].keys()) - {*operational, *free, *inputs}
+            _refuse_changes(directory, old | {"settings": old_settings}, new, compared - ALWAYS_OPERATIONAL)
+            _warn_of_versions(directory, old["versions"], new["versions"])
+            if old["status"] == "complete":
+                print(f"{stage}: {directory} is finished and unchanged, nothing to do.")
+                return cls(directory, "finished", old, writes=False)
+            status, lock = "continue", _lock(directory)
+            print(f"{stage}: resuming {directory}, started {old['started']}.")
+            new |= {"started": old["started"], "seconds": old["seconds"] + _seconds_of_interrupted_run(directory)}
+        _write(directory, new)
+        return cls(directory, status, new, writes=True, lock=lock)
 
     @classmethod
-    def _decide_for_all_ranks(cls, folder, *arguments) -> "StageRecord":
-        """Rank 0 alone looks at the folder: what it writes there would mislead a rank that comes a moment later."""
+    def _decide_for_all_ranks(cls, directory, *arguments) -> "StageRecord":
+        """Rank 0 alone reads the directory: what it writes there would mislead a rank that comes a moment later."""
         import torch.distributed
         from accelerate.utils import broadcast_object_list
 
-        from medst_trl.base.processes import process_state
-
         state = process_state()
-        if not torch.distributed.is_initialized():  # each would take itself for the only one
+        if not torch.distributed.is_initialized():  # each rank would take itself for the only one
             raise UserError(
-                f"{os.environ['WORLD_SIZE']} processes were started, but there are no GPUs for them. To use CPUs: "
+                f"{world_size()} processes were started, but there are no GPUs for them. To use CPUs: "
                 "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
             )
-        record, news = None, [None]
+        record, message = None, [None]
         if state.is_main_process:
             try:
-                record = cls._decide(folder, *arguments)
-                news = [(record.status, record.content)]
+                record = cls._decide(directory, *arguments)
+                message = [(record.status, record.content)]
             except Exception as error:  # the other ranks would wait for ever
-                news = [error]
-        broadcast_object_list(news)
-        if isinstance(news[0], Exception):  # on all ranks alike, so the group can be left in order
+                message = [error]
+        broadcast_object_list(message)
+        if isinstance(message[0], Exception):  # on all ranks alike, so they can leave the group in order
             torch.distributed.destroy_process_group()
-            raise news[0]
-        return record or cls(folder, *news[0], writes=False)
+            raise message[0]
+        return record or cls(directory, *message[0], writes=False)
 
 
-def _read(folder: Path, stage: str, overwrite: bool) -> dict[str, Any] | None:
-    """The record of an earlier run of this stage; None where there is nothing at all."""
-    path = folder / FILE_NAME
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; output_dir has to be a folder.")
-    if not path.exists():
-        if folder.exists() and (theirs := [child.name for child in folder.iterdir() if not _is_ignorable(child)]):
-            raise UserError(
-                f"{folder} is not empty and holds no {FILE_NAME}, so it is not the output of a stage "
-                f"(it has {', '.join(sorted(theirs)[:3])}{', ...' if len(theirs) > 3 else ''}). "
-                "Nothing in it was touched. Choose another output_dir."
-            )
-        return None
+def read_record(directory: str | os.PathLike) -> dict[str, Any]:
+    """What the record in a directory holds; empty if there is none, or none that can be read."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # cut off by a crash of the machine: it was ours, but no longer says with which settings
-        if overwrite:
-            return {}
-        raise UserError(
-            f"{path} is damaged, so it cannot be told how the files beside it were made. "
-            f"Choose another output_dir, or start again with --overwrite (deletes the contents of {folder})."
-        ) from None
-    if not isinstance(record, dict) or not {"stage", "status", "versions", "inputs", "settings"} <= record.keys():
-        raise UserError(f"{path} was not written by medst_trl. Nothing was touched. Choose another output_dir.")
-    if record["stage"] != stage:
-        raise UserError(
-            f"{folder} holds the output of stage {record['stage']!r}, not of {stage!r}. Nothing was touched. "
-            "Choose another output_dir."
-        )
-    return record
+        content = json.loads(Path(directory, FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _refuse_changes(folder: Path, old: dict, new: dict, not_compared: set[str]) -> None:
-    lines = []
-    for key in sorted((old["settings"].keys() | new["settings"].keys()) - not_compared):
-        before, now = (side["settings"].get(key, "(not set)") for side in (old, new))
-        came_or_went = (key in old["settings"]) != (key in new["settings"])  # with another version of this package
-        is_off = any(value is None or value is False for value in (before, now))
-        if before != now and not (came_or_went and is_off):
-            lines.append(f"  {key}: {_short(before)} before, {_short(now)} now")
-    for name in sorted(old["inputs"].keys() | new["inputs"].keys()):
-        before, now = (side["inputs"].get(name, []) for side in (old, new))
-        if len(before) != len(now) or not all(map(same_source, before, now)):
-            lines.append(f"  input {name}: {_describe(before)} before, {_describe(now)} now")
-    if lines:
-        raise UserError(
-            f"{folder} was made with other settings:\n" + "\n".join(lines) + "\nPut the old ones back, choose another "
-            f"output_dir, or start again with --overwrite (deletes the contents of {folder})."
-        )
-
-
-def _warn_of_versions(folder: Path, old: dict, new: dict) -> None:
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    if changed:
-        warnings.warn(f"{folder} was made with other versions: {', '.join(changed)}.", stacklevel=5)
-
-
-def _empty(folder: Path) -> None:
-    nested = [path for path in folder.rglob(FILE_NAME) if path.parent != folder]
-    if nested:
-        raise UserError(
-            f"--overwrite would delete {nested[0].parent} too, which is the output of another stage. Nothing was "
-            "touched. Move it, or choose another output_dir."
-        )
-    record = folder / FILE_NAME
-    for child in folder.iterdir():
-        if child == record or _is_ignorable(child):
-            continue
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
-    record.unlink()  # last: a run killed in here leaves a folder that is still known as ours
-
-
-def _lock(folder: Path) -> TextIO | None:
-    """Keep a second process out for as long as this one lives; the system lets go of it whatever happens."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    file = open(folder / ".stage.lock", "w")  # noqa: SIM115 (held until the stage or the process ends)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"Another process is writing {folder}. Wait for it, or choose another output_dir.") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
-def _write(folder: Path, content: dict) -> None:
-    temporary = folder / f".{FILE_NAME}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())  # unlike other files: whether the rest can be trusted hangs on this one
-    os.replace(temporary, folder / FILE_NAME)
-
-
-def _seconds_of_cut_run(folder: Path) -> float:
-    """A killed run could not say how long it took: from its record to the last thing it wrote."""
-    begun = (folder / FILE_NAME).stat().st_mtime
-    written = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file() and not _is_ignorable(path)]
-    return round(max(0.0, max(written) - begun), 3)
-
-
-def _is_ignorable(path: Path) -> bool:
-    return path.name in NOT_RESULTS or path.suffix == ".log"
-
-
-def _fingerprints(source: Any) -> list[dict]:
-    sources = source if isinstance(source, list | tuple) else [source]
-    return [fingerprint(item) for item in sources if item is not None]
+def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
+    """Whether a directory holds the finished output of a stage, of any stage by default."""
+    record = read_record(directory)
+    return record.get("status") == "complete" and stage in (None, record.get("stage"))
 
 
 def package_versions() -> dict[str, str | None]:
-    """Python's version and those of the packages that a result hangs on; None for one that is not installed."""
-    versions = {"python": platform.python_version()}
+    """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
@@ -340,13 +242,144 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
+# An earlier run in the directory
+
+
+def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None:
+    """The record of an earlier run of this stage; None if the directory is empty or missing."""
+    path = directory / FILE_NAME
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output_dir is a file, not a directory: {directory}.")
+    if not path.exists():
+        _refuse_other_files(directory)
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # truncated by a crash of the machine: ours, but it no longer says with which settings
+        if overwrite:
+            return {}
+        raise UserError(
+            f"{path} is damaged, so it is unknown how the files beside it were made. Choose another output_dir, or "
+            f"start again with --overwrite (deletes the contents of {directory})."
+        ) from None
+    if not isinstance(record, dict) or not {"stage", "status", "versions", "inputs", "settings"} <= record.keys():
+        raise UserError(f"{path} was not written by medst_trl. Nothing was touched. Choose another output_dir.")
+    if record["stage"] != stage:
+        raise UserError(
+            f"{directory} holds the output of stage {record['stage']!r}, not of {stage!r}. Nothing was touched. "
+            "Choose another output_dir."
+        )
+    return record
+
+
+def _refuse_other_files(directory: Path) -> None:
+    others = sorted(path.name for path in directory.glob("*") if not _is_ignorable(path))
+    if others:
+        raise UserError(
+            f"{directory} is not empty and holds no {FILE_NAME}, so it is not the output of a stage "
+            f"(it has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Nothing in it was touched. Choose "
+            "another output_dir."
+        )
+
+
+def _refuse_changes(directory: Path, old: dict, new: dict, compared: Collection[str]) -> None:
+    lines = []
+    for key in sorted(compared):
+        before, now = (side["settings"].get(key, _MISSING) for side in (old, new))
+        is_in_one = (key in old["settings"]) != (key in new["settings"])  # added or removed by another version
+        is_off = any(value is None or value is False for value in (before, now))
+        if before != now and not (is_in_one and is_off):
+            lines.append(f"  {key}: {_short(before)} before, {_short(now)} now")
+    for name in sorted(old["inputs"].keys() | new["inputs"].keys()):
+        before, now = (side["inputs"].get(name, []) for side in (old, new))
+        if len(before) != len(now) or not all(map(same_source, before, now)):
+            lines.append(f"  input {name}: {_describe(before)} before, {_describe(now)} now")
+    if lines:
+        raise UserError(
+            f"{directory} was made with other settings:\n" + "\n".join(lines) + "\nRestore the old ones, choose "
+            f"another output_dir, or start again with --overwrite (deletes the contents of {directory})."
+        )
+
+
+def _warn_of_versions(directory: Path, old: dict, new: dict) -> None:
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    if changed:
+        warnings.warn(f"{directory} was made with other versions: {', '.join(changed)}.", stacklevel=5)
+
+
+def _empty(directory: Path) -> None:
+    nested = [path for path in directory.rglob(FILE_NAME) if path.parent != directory]
+    if nested:
+        raise UserError(
+            f"--overwrite would also delete {nested[0].parent}, which is the output of another stage. Nothing was "
+            "touched. Move it, or choose another output_dir."
+        )
+    record = directory / FILE_NAME
+    for child in directory.iterdir():
+        if child == record or _is_ignorable(child):
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+    record.unlink()  # last: a run killed in here leaves a directory that is still known as ours
+
+
+def _seconds_of_interrupted_run(directory: Path) -> float:
+    """From the record of a killed run to the last file it wrote: it could not say itself how long it took."""
+    start = (directory / FILE_NAME).stat().st_mtime
+    written = [path.stat().st_mtime for path in directory.rglob("*") if path.is_file() and not _is_ignorable(path)]
+    return round(max(0.0, max(written) - start), 3)
+
+
+def _is_ignorable(path: Path) -> bool:
+    return path.name in NOT_RESULTS or path.suffix == ".log" or path.name.startswith(".stage.")
+
+
+# Writing
+
+
+def _lock(directory: Path) -> TextIO | None:
+    """Keep other processes out for as long as this one lives; the system releases the lock whatever happens."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    file = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held until the stage or the process ends)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"Another process is writing {directory} ({holder}). Wait for it, or choose another output_dir."
+        ) from None
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _write(directory: Path, content: dict) -> None:
+    # Unlike other files, this one must survive a crash of the machine: it says whether the rest can be trusted.
+    write_json(directory / FILE_NAME, content, fsync=True)
+
+
+def _fingerprints(source: Any) -> list[dict]:
+    sources = source if isinstance(source, list | tuple) else [source]
+    return [fingerprint(item) for item in sources if item is not None]
+
+
 def _plain(value: Any) -> Any:
-    """As it will read back from JSON, so that old and new compare as equals."""
+    """The value as it will read back from JSON, so that old and new can be compared."""
     return json.loads(json.dumps(value, default=lambda item: sorted(item) if isinstance(item, set) else str(item)))
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False) if value != "(not set)" else value
+    text = value if value == _MISSING else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

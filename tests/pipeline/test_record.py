@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.redaction import HIDDEN, hide_secrets
 from medst_trl.pipeline import record as stage_record
-from medst_trl.pipeline.record import StageRecord
+from medst_trl.pipeline.record import StageRecord, is_complete, read_record
+from medst_trl.pipeline.stage import STAGES, Stage
 
 
 def open_record(folder, overwrite=False, stage="prepare", inputs=None, **settings):
@@ -26,7 +28,7 @@ def stored(folder):
     return json.loads((folder / "stage.json").read_text())
 
 
-def test_first_run_writes_what_it_will_do_before_doing_it(tmp_path):
+def test_a_first_run_writes_its_record_before_it_works(tmp_path):
     record = open_record(tmp_path / "out")
     assert record.status == "new"
     content = stored(tmp_path / "out")
@@ -36,7 +38,7 @@ def test_first_run_writes_what_it_will_do_before_doing_it(tmp_path):
     )
 
 
-def test_finished_and_unchanged_is_skipped_and_left_as_it_is(tmp_path):
+def test_a_finished_and_unchanged_stage_is_skipped_and_not_rewritten(tmp_path):
     open_record(tmp_path).finish(counts={"records": 3}, rejected={"blank": 1})
     before = (tmp_path / "stage.json").read_bytes()
     again = open_record(tmp_path, num_workers=8)  # an operational key
@@ -46,7 +48,7 @@ def test_finished_and_unchanged_is_skipped_and_left_as_it_is(tmp_path):
     assert (tmp_path / "stage.json").read_bytes() == before
 
 
-def test_cut_short_is_continued_and_seconds_add_up(tmp_path):
+def test_an_interrupted_run_is_resumed_and_its_seconds_add_up(tmp_path):
     open_record(tmp_path)
     content = stored(tmp_path) | {"seconds": 100.0}
     (tmp_path / "stage.json").write_text(json.dumps(content))
@@ -61,7 +63,7 @@ def test_cut_short_is_continued_and_seconds_add_up(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_changed_setting_is_refused_with_old_and_new_value(tmp_path, finished):
+def test_a_changed_setting_is_refused_with_its_old_and_new_value(tmp_path, finished):
     record = open_record(tmp_path, seed=7)
     if finished:
         record.finish()
@@ -70,7 +72,7 @@ def test_changed_setting_is_refused_with_old_and_new_value(tmp_path, finished):
     assert "num_workers" not in str(error.value)
 
 
-def test_a_setting_that_came_with_another_version_matters_only_where_it_is_on(tmp_path):
+def test_a_setting_added_by_another_version_matters_only_if_it_is_on(tmp_path):
     open_record(tmp_path).finish()
     assert open_record(tmp_path, new_option=None, other=False).status == "finished"
     with pytest.raises(UserError, match=r"new_option: \(not set\) before, 0 now"):
@@ -80,13 +82,47 @@ def test_a_setting_that_came_with_another_version_matters_only_where_it_is_on(tm
         open_record(tmp_path / "next", new_option=False)
 
 
-def test_tuples_sets_and_paths_equal_what_json_kept_of_them(tmp_path):
+def test_a_stage_declares_what_records_of_earlier_versions_lack(tmp_path, monkeypatch):
+    toy = Stage(
+        name="toy", summary="", arguments=tuple, main=print, operational=frozenset({"workers"}),
+        earlier_defaults={"rate": 0.5},
+    )  # fmt: skip
+    monkeypatch.setitem(STAGES._objects, "toy", toy)
+    open_record(tmp_path, stage="toy", workers=1).finish()
+    assert open_record(tmp_path, stage="toy", rate=0.5, workers=2).status == "finished"
+    with pytest.raises(UserError, match="rate: 0.5 before, 0.6 now"):
+        open_record(tmp_path, stage="toy", rate=0.6)
+
+
+def test_settings_of_objects_that_are_not_used_are_not_compared(tmp_path):
+    def start(*unused, **settings):
+        return StageRecord.open(tmp_path, stage="prepare", settings=settings, operational=unused)
+
+    start("language", source="vqa_rad", language="en").finish()
+    assert start("language", source="vqa_rad", language="zh").status == "finished"
+    assert start("language", source="vqa_rad").status == "finished"
+    with pytest.raises(UserError, match='source: "vqa_rad" before, "slake" now'):
+        start(source="slake", language="en")
+
+
+def test_records_are_read_in_one_place(tmp_path):
+    assert read_record(tmp_path) == {} and not is_complete(tmp_path)
+    record = open_record(tmp_path)
+    assert read_record(tmp_path)["stage"] == "prepare" and not is_complete(tmp_path)
+    record.finish()
+    assert is_complete(tmp_path) and is_complete(tmp_path, "prepare") and not is_complete(tmp_path, "sft")
+    for damaged in ("[]", '{"stage": "pre'):
+        (tmp_path / "stage.json").write_text(damaged)
+        assert read_record(tmp_path) == {} and not is_complete(tmp_path)
+
+
+def test_tuples_sets_and_paths_equal_their_json_form(tmp_path):
     settings = {"betas": (0.9, 0.99), "kinds": {"b", "a"}, "path": tmp_path}
     open_record(tmp_path / "out", **settings).finish()
     assert open_record(tmp_path / "out", **settings).status == "finished"
 
 
-def test_input_goes_by_content_not_by_place(tmp_path):
+def test_inputs_are_compared_by_content_not_by_path(tmp_path):
     source = tmp_path / "data.json"
     source.write_text("[1]")
     out = tmp_path / "out"
@@ -98,13 +134,13 @@ def test_input_goes_by_content_not_by_place(tmp_path):
         open_record(out, inputs={"source": moved}, source=str(moved))
 
 
-def test_missing_input_is_an_error_before_anything_is_written(tmp_path):
+def test_a_missing_input_is_an_error_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         open_record(tmp_path / "out", inputs={"source": tmp_path / "missing.json"})
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_fingerprint_sees_every_change_of_a_result(tmp_path):
+def test_the_fingerprint_of_a_directory_sees_every_change_of_a_result(tmp_path):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "weights").write_bytes(bytes(5 << 20))
@@ -133,7 +169,7 @@ def test_folder_fingerprint_sees_every_change_of_a_result(tmp_path):
     assert same_source(fingerprint(folder), fingerprint(tmp_path / "copy"))
 
 
-def test_hub_id_is_compared_by_the_revision_in_the_cache(tmp_path, monkeypatch):
+def test_a_hub_id_is_compared_by_its_revision_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     reference = tmp_path / "hub" / "models--org--name" / "refs" / "main"
     out = tmp_path / "out"
@@ -148,7 +184,7 @@ def test_hub_id_is_compared_by_the_revision_in_the_cache(tmp_path, monkeypatch):
         open_record(out, inputs={"model": "org/name"})
 
 
-def test_overwrite_starts_from_an_empty_folder(tmp_path):
+def test_overwrite_starts_from_an_empty_directory(tmp_path):
     open_record(tmp_path, seed=1).finish()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a").write_text("old")
@@ -160,7 +196,7 @@ def test_overwrite_starts_from_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_folder_of_the_user_is_never_touched(tmp_path, overwrite):
+def test_a_directory_of_the_user_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"not empty and holds no stage.json.*thesis.tex"):
         open_record(tmp_path, overwrite=overwrite)
@@ -168,14 +204,14 @@ def test_folder_of_the_user_is_never_touched(tmp_path, overwrite):
 
 
 @pytest.mark.parametrize("content", ["[]", '{"name": "a theatre"}'])
-def test_stage_json_of_somebody_else_is_not_ours(tmp_path, content):
+def test_a_stage_json_of_another_tool_is_refused(tmp_path, content):
     (tmp_path / "stage.json").write_text(content)
     with pytest.raises(UserError, match="not written by medst_trl"):
         open_record(tmp_path, overwrite=True)
     assert (tmp_path / "stage.json").read_text() == content
 
 
-def test_overwrite_spares_the_output_of_other_stages(tmp_path):
+def test_overwrite_does_not_delete_the_output_of_other_stages(tmp_path):
     open_record(tmp_path).finish()
     with pytest.raises(UserError, match="holds the output of stage 'prepare', not of 'sft'"):
         open_record(tmp_path, stage="sft", overwrite=True)
@@ -186,7 +222,7 @@ def test_overwrite_spares_the_output_of_other_stages(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 40])
-def test_damaged_record_is_neither_trusted_nor_stuck(tmp_path, length):
+def test_a_damaged_record_is_refused_and_can_be_overwritten(tmp_path, length):
     open_record(tmp_path).finish()
     (tmp_path / "stage.json").write_bytes((tmp_path / "stage.json").read_bytes()[:length])
     with pytest.raises(UserError, match=r"damaged[\s\S]*--overwrite"):
@@ -194,13 +230,13 @@ def test_damaged_record_is_neither_trusted_nor_stuck(tmp_path, length):
     assert open_record(tmp_path, overwrite=True).status == "new"
 
 
-def test_killed_while_writing_leaves_the_old_record(tmp_path, monkeypatch):
+def test_a_run_killed_while_writing_leaves_the_old_record(tmp_path, monkeypatch):
     open_record(tmp_path).finish(counts={"n": 1})
     (tmp_path / ".stage.json.tmp").write_text('{"status": "comp')
     assert open_record(tmp_path).status == "finished"
 
 
-def test_version_difference_warns(tmp_path, monkeypatch):
+def test_another_version_of_a_package_is_a_warning(tmp_path, monkeypatch):
     open_record(tmp_path).finish()
     real = stage_record.version
     monkeypatch.setattr(stage_record, "version", lambda name: "9.9" if name == "torch" else real(name))
@@ -221,12 +257,12 @@ def test_secrets_are_never_written_nor_compared(tmp_path):
     assert open_record(tmp_path, **(secrets | {"hub_token": "another"})).status == "finished"
 
 
-def test_settings_that_only_sound_secret_stay():
+def test_settings_that_only_sound_secret_are_kept():
     settings = {"max_new_tokens": 64, "eos_token": "</s>", "average_tokens_across_devices": True, "hub_token": None}
     assert hide_secrets(settings) == settings
 
 
-def test_second_process_is_kept_out_until_the_first_is_gone(tmp_path):
+def test_a_second_process_is_refused_with_the_host_and_pid_of_the_first(tmp_path):
     record = open_record(tmp_path)  # held by this process
     code = f"""
 from medst_trl.base.errors import UserError
@@ -238,9 +274,10 @@ except UserError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Another process is writing" in result.stdout and record.status == "new"
+    assert f"host {socket.gethostname()}, pid {os.getpid()}" in result.stdout
 
 
-def test_reading_and_writing_a_record_imports_no_heavy_package(tmp_path):
+def test_a_record_imports_no_heavy_package(tmp_path):
     code = f"""
 import sys
 from medst_trl.pipeline.record import StageRecord
@@ -251,13 +288,13 @@ print([name for name in ("torch", "transformers", "datasets", "trl", "peft") if 
     assert result.stdout.strip() == "[]"
 
 
-def test_a_run_that_failed_before_it_began_is_forgotten(tmp_path):
-    def begin(**settings):
+def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_path):
+    def start(**settings):
         return StageRecord.open(tmp_path / "out", stage="sft", settings=settings)
 
-    begin(rate=1).forget()
-    record = begin(rate=2)  # not refused
+    start(rate=1).forget()
+    record = start(rate=2)  # not refused
     (tmp_path / "out" / "checkpoint").touch()
     record.forget()
     with pytest.raises(UserError, match="rate: 2 before, 3 now"):
-        begin(rate=3)
+        start(rate=3)

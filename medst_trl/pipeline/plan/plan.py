@@ -2,15 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a recipe: each step with all that can be said of it before it runs."""
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.record import is_complete
 from medst_trl.pipeline.settings import Option
 from medst_trl.pipeline.stage import Count
 
@@ -146,7 +144,10 @@ class _Planner:
     def plan(self, step: "Step") -> StepPlan:
         hardware = hardware_of(step)
         arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
-        name, is_done = step.stage.name, _is_done(step)
+        name, is_done = (
+            step.stage.name,
+            is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"),
+        )
         trains, answers = step.stage.trains, name in ("generate", "evaluate")
         for_all = self.throughput.get(None) if trains else None
         return StepPlan(
@@ -213,11 +214,3 @@ def check_sharding(step: "Step", arguments: tuple[Any, ...], hardware: Hardware)
                     f"{step.where}: {name} does not go with {hardware.kind}, which divides the weights. "
                     "Use zero2 or multi_gpu, or leave it out."
                 )
-
-
-def _is_done(step: "Step") -> bool:
-    try:
-        record = json.loads(Path(step.settings["output_dir"], FILE_NAME).read_text(encoding="utf-8"))
-        return record["status"] == "complete" and not step.settings.get("overwrite")
-    except (OSError, ValueError, LookupError, TypeError):
-        return False

@@ -138,7 +138,6 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
         inputs={name: getattr(args, name) for name in inputs},
         # Earlier versions recorded the settings of all engines and metrics.
         operational=kind.operational | settings_of_others(kind) | unused,
-        earlier_defaults=STAGE.earlier_defaults,
         overwrite=args.overwrite,
     )
     directories = _output_directories(args)

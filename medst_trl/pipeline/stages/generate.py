@@ -39,7 +39,7 @@ from medst_trl.base.processes import rank, world_size
 from medst_trl.base.row_log import RowLog
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model, settings_of_others
 from medst_trl.hub.push import HubArguments
-from medst_trl.pipeline.record import FILE_NAME, StageRecord
+from medst_trl.pipeline.record import FILE_NAME, StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.filters import QuestionFilter
 
@@ -195,12 +195,7 @@ def _find_images(images: str) -> str:
     instruct = directory.parent / "instruct"
     if directory.name != "images" or directory.exists() or not instruct.is_dir():
         return images
-    try:
-        record = json.loads((directory.parent / FILE_NAME).read_text(encoding="utf-8"))
-        is_finished = (record["stage"], record["status"]) == ("prepare", "complete")
-    except (OSError, ValueError, LookupError, TypeError):
-        is_finished = False
-    if not is_finished:
+    if not is_complete(directory.parent, "prepare"):
         return images
     if rank() == 0:
         print(f"generate: {images} does not exist. Using the images of {instruct} (not its messages).")

@@ -181,15 +181,12 @@ def _server_settings(servers: tuple[Any, ...]) -> dict[str, Any]:
 
 def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
     """Leave out benchmarks that a finished `prepare` had no data for: recipes name them in any case."""
-    from medst_trl.pipeline.record import FILE_NAME
+    from medst_trl.pipeline.record import is_complete
 
     existing = []
     for name in benchmarks:
-        path, record = Path(name), {}
-        if path.name == "benchmark" and not path.exists():
-            with suppress(OSError, ValueError):
-                record = json.loads((path.parent / FILE_NAME).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and (record.get("stage"), record.get("status")) == ("prepare", "complete"):
+        path = Path(name)
+        if path.name == "benchmark" and not path.exists() and is_complete(path.parent, "prepare"):
             print(f"judge: {path.parent} was prepared without a benchmark, so no images are kept out for it.")
         else:
             existing.append(name)
