@@ -22,12 +22,13 @@ defaults are for answering (temperature 0.2); to let the model ask, send tempera
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 
 
@@ -36,36 +37,55 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
+@documented
 @dataclass
 class MergeArguments:
-    """Arguments of `medst merge`."""
+    """
+    Arguments of `medst merge`.
 
-    model_name_or_path: str = field(metadata={"help": "Directory or Hub id of an adapter."})
-    output_dir: str = field(metadata={"help": "Directory for the model."})
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Its base model, if it is no longer where the adapter's configuration says."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the saved weights: float32, bfloat16, float16. auto: that of the base."},
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory or Hub id of conversations, preference pairs or a benchmark to compare on. Defaults to "
-            "the data the adapter was trained on if its record names an existing directory, else to drawn scans."
-        },
-    )
-    split: str = field(default="train", metadata={"help": "Split of that dataset."})
-    num_examples: int = field(default=4, metadata={"help": "Number of its records to compare on."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file of weights."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let code from the base's repository run. Only for sources you trust."}
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the model, with its card."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository for it, OWNER/NAME."})
-    hub_private_repo: bool = field(default=True, metadata={"help": "Make it private; false publishes it."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the output of an earlier run and start again."})
+    Args:
+        model_name_or_path (`str`):
+            Directory or Hub id of an adapter.
+        output_dir (`str`):
+            Directory for the model.
+        base_model_name_or_path (`str`, *optional*):
+            Its base model, if it is no longer where the adapter's configuration says.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the saved weights: float32, bfloat16, float16. auto: that of the base.
+        dataset (`str`, *optional*):
+            Directory or Hub id of conversations, preference pairs or a benchmark to compare on. Defaults to the data
+            the adapter was trained on if its record names an existing directory, else to drawn scans.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of that dataset.
+        num_examples (`int`, *optional*, defaults to `4`):
+            Number of its records to compare on.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`):
+            Largest size of a file of weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Let code from the base's repository run. Only for sources you trust.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Publish the model, with its card.
+        hub_model_id (`str`, *optional*):
+            Repository for it, OWNER/NAME.
+        hub_private_repo (`bool`, *optional*, defaults to `True`):
+            Make it private; false publishes it.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the output of an earlier run and start again.
+    """
+
+    model_name_or_path: str
+    output_dir: str
+    base_model_name_or_path: str | None = None
+    dtype: str = "auto"
+    dataset: str | None = None
+    split: str = "train"
+    num_examples: int = 4
+    max_shard_size: str = "5GB"
+    trust_remote_code: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = True
+    overwrite: bool = False
 
 
 def main(args: MergeArguments) -> None:

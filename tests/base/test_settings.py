@@ -1,0 +1,91 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Help texts come from docstrings, and say what the code does."""
+
+import ast
+import importlib
+import re
+from dataclasses import MISSING, dataclass, field, fields
+
+import pytest
+from code_size import PACKAGE, module_name
+from transformers import HfArgumentParser
+
+from medst_trl.base.settings import documented
+
+
+@documented
+@dataclass
+class Example:
+    """
+    Settings of an example.
+
+    Args:
+        first (`str`):
+            What comes first, in two
+            lines.
+        second (`int`, *optional*, defaults to `2`): On the line of its name.
+    """
+
+    first: str
+    second: int = 2
+    third: bool = field(default=False, metadata={"help": "Its own text."})
+
+
+def test_help_is_the_entry_of_the_docstring():
+    assert [item.metadata["help"] for item in fields(Example)] == [
+        "What comes first, in two lines.",
+        "On the line of its name.",
+        "Its own text.",
+    ]
+    text = " ".join(HfArgumentParser(Example).format_help().split())
+    assert "What comes first, in two lines." in text and "Its own text." in text
+
+
+def test_a_field_without_an_entry_is_refused():
+    with pytest.raises(TypeError, match=r"Lacking\.second has no entry"):
+
+        @documented
+        @dataclass
+        class Lacking:
+            """
+            Args:
+                first (`str`): There.
+            """
+
+            first: str
+            second: int = 2
+
+
+def test_inherited_fields_keep_their_help():
+    @documented
+    @dataclass
+    class More(Example):
+        """
+        Args:
+            fourth (`str`, *optional*): New.
+        """
+
+        fourth: str | None = None
+
+    assert [item.metadata["help"] for item in fields(More)][-2:] == ["Its own text.", "New."]
+
+
+def _documented_classes():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(d) == "documented" for d in node.decorator_list):
+                yield module_name(path), node.name
+
+
+@pytest.mark.parametrize(("module", "name"), _documented_classes())
+def test_documented_defaults_are_the_real_ones(module, name):
+    cls = getattr(importlib.import_module(module), name)
+    own = {item.name: item for item in fields(cls) if item.name in cls.__annotations__}
+    said = dict(re.findall(r"^ +(\w+) \(.*defaults to `(.*?)`\)", cls.__doc__, re.MULTILINE))
+    for key, item in own.items():
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if key in said:
+            assert ast.literal_eval(said[key]) == default, key
+        else:
+            assert default in (MISSING, None), key
