@@ -13,43 +13,32 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from .schema import image_part, message, text_part
-from .source import Conversation, Question, Records, Rejected, published_id
+from .source import Conversation, Question, Records, Rejected
 
 
 @dataclass(frozen=True)
 class Datasets:
     """
-    Rows in the columns of `schema.py`, with names of images in place of the images.
+    What is made of the records of a source.
 
     Attributes:
-        train, validation (`list[dict]`): Instruct rows.
-        unlabelled (`list[dict]`): Instruct rows without messages, each image once.
-        benchmark (`list[dict]`): Benchmark rows of the test split.
-        rejected (`list[Rejected]`): What cannot be used, from the reader and from here.
-        notes (`dict[str, int]`): Overlap between splits and what was removed for it, and the counts of the reader.
+        rows (`dict[tuple[str, str], list[dict]]`):
+            Rows by kind of dataset and split, in the order in which they are written. They have the columns of
+            `schema.py`, with names of images in place of the images.
+        rejected (`list[Rejected]`):
+            What cannot be used, from the reader and from here.
+        notes (`dict[str, int]`):
+            Overlap between splits and what was removed for it, and the counts of the reader.
     """
 
-    train: list[dict]
-    validation: list[dict]
-    unlabelled: list[dict]
-    benchmark: list[dict]
+    rows: dict[tuple[str, str], list[dict]]
     rejected: list[Rejected]
     notes: dict[str, int]
-
-    @property
-    def splits(self) -> dict[tuple[str, str], list[dict]]:
-        """Rows by kind of dataset and split, in the order in which they are written."""
-        return {
-            ("benchmark", "test"): self.benchmark,
-            ("instruct", "train"): self.train,
-            ("instruct", "validation"): self.validation,
-            ("images", "train"): self.unlabelled,
-        }
 
     def counts(self) -> dict[str, dict]:
         """Numbers by dataset, the notes, and the number of rejected records by reason, most frequent first."""
         return {
-            "datasets": {f"{kind}/{split}": _count(rows) for (kind, split), rows in self.splits.items() if rows},
+            "datasets": {f"{kind}/{split}": _count(rows) for (kind, split), rows in self.rows.items() if rows},
             "notes": self.notes,
             "rejected": dict(Counter(rejected.reason for rejected in self.rejected).most_common()),
         }
@@ -87,44 +76,45 @@ def assemble(
             See [`hold_out`].
     """
     talks, unlabelled, rejected = _usable_conversations(records, image_ids, problems)
-    questions = [question for question in records.questions if question.image not in problems]
+    usable = [question for question in records.questions if question.image not in problems]
     for question in records.questions:
         if question.image in problems:
             rejected.append(replace(problems[question.image], id=question.id))
-    splits = hold_out(questions, image_ids, image_disjoint)
+    splits = hold_out(usable, image_ids, image_disjoint)
     for split in ("validation", "train"):
-        for image, about in by_image(splits.questions[split], image_ids).items():
-            talks += conversations_about_image(f"{records.name}-{split}-{image[:16]}", about)
+        for image, questions in by_image(splits.questions[split], image_ids).items():
+            talks += conversations_about_image(f"{records.name}-{split}-{image[:16]}", questions)
     talks = split_off_validation(talks, image_ids, validation_fraction, seed)
+    rows = {("benchmark", "test"): _benchmark_rows(records, splits.questions["test"], image_ids)}
+    for split in ("train", "validation"):
+        rows["instruct", split] = _instruct_rows(records, [talk for talk in talks if talk.split == split], image_ids)
+    rows["images", "train"] = _instruct_rows(records, unlabelled, image_ids)
+    return Datasets(rows, rejected, records.counts | (splits.counts if records.questions else {}))
 
-    def row_id(name: str, *images: str) -> str:
-        return published_id(name, images) if records.image_folder else name  # images in memory have no file names
 
-    def instruct_row(talk: Conversation) -> dict:
-        return {
-            "id": row_id(talk.id, *talk.images),
+def _instruct_rows(records: Records, talks: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
+    return [
+        {
+            "id": records.published_id(talk.id, talk.images),
             "images": list(talk.images),
             "image_ids": [image_ids[name] for name in talk.images],
             "messages": talk.messages,
         }
+        for talk in talks
+    ]
 
+
+def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
     def question_row(question: Question) -> dict:
-        row = asdict(question) | {"id": row_id(question.id, question.image)}
-        row["link"] = row_id(question.link, question.image) if question.link else None
-        return {name: value for name, value in row.items() if name not in ("image", "split")}
+        row = {name: value for name, value in asdict(question).items() if name not in ("image", "split")}
+        for name in ("id", "link"):
+            row[name] = row[name] and records.published_id(row[name], (question.image,))
+        return row
 
-    benchmark = by_image(splits.questions["test"], image_ids)
-    return Datasets(
-        train=[instruct_row(talk) for talk in talks if talk.split == "train"],
-        validation=[instruct_row(talk) for talk in talks if talk.split == "validation"],
-        unlabelled=[instruct_row(talk) for talk in unlabelled],
-        benchmark=[
-            {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}
-            for image, about in benchmark.items()
-        ],
-        rejected=rejected,
-        notes=records.counts | (splits.counts if records.questions else {}),
-    )
+    return [
+        {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}
+        for image, about in by_image(questions, image_ids).items()
+    ]
 
 
 def _usable_conversations(

@@ -173,6 +173,16 @@ class Records:
                 taken.add(record.id)
                 (self.questions if isinstance(record, Question) else self.conversations).append(record)
 
+    @property
+    def image_names(self) -> list[str]:
+        """Names of the images of all records, with repetitions."""
+        names = [name for conversation in self.conversations for name in conversation.images]
+        return names + [question.image for question in self.questions]
+
+    def published_id(self, name: str, images: tuple[str, ...]) -> str:
+        """[`published_id`] of a record or link. Images in memory have no file names to reveal."""
+        return published_id(name, images) if self.image_folder else name
+
     def first(self, number: int | None) -> "Records":
         """The first `number` conversations, and questions about the first `number` images per split. None: all."""
         if number is None:

@@ -19,14 +19,14 @@ Writes to `output_dir`, as far as the source has it:
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.source import SOURCES, Records, Source, SourceRequest
+from medst_trl.data.source import SOURCES, Source, SourceRequest
 from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, Stage
 
@@ -34,6 +34,7 @@ from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, Stage
 if TYPE_CHECKING:
     from medst_trl.data.assemble import Datasets
     from medst_trl.data.images import ImageReader
+    from medst_trl.pipeline.record import StageRecord
 
 
 @dataclass
@@ -80,51 +81,28 @@ def main(args: PrepareArguments, *others: Any) -> None:
         args ([`PrepareArguments`]):
             Its arguments.
         *others:
-            Settings of sources, of which those of the chosen source are used. They default to its defaults.
+            Settings of sources. Those of the chosen source are used; if they are not given, its defaults.
     """
     from medst_trl.base.files import explain_full_disk, write_jsonl
     from medst_trl.data.assemble import assemble
     from medst_trl.data.image_index import index_images
-    from medst_trl.pipeline.record import StageRecord
 
-    source = SOURCES.get(args.source)
-    data_path, image_folder = check(args)
-    settings = settings_of(source, others)
-    own = asdict(settings) if settings is not None else {}
-    record = StageRecord.open(
-        args.output_dir,
-        stage="prepare",
-        settings=asdict(args) | own,
-        inputs=_inputs(source, data_path, image_folder) | {name: own[name] for name in source.files},
-        operational=STAGE.operational | _settings_of_other_sources(source),
-        overwrite=args.overwrite,
-    )
+    source, request = SOURCES.get(args.source), check(args, *others)
+    record = _open_record(args, source, request)
     if record.status == "finished":
         return
-
     output_dir = Path(args.output_dir)
     num_workers = args.num_workers or _number_of_cores()
     if source.needs_data:
         _set_limits_of_pil(args.max_pixels)
-    records, reader = source.read(
-        SourceRequest(
-            data_path=Path(data_path) if data_path else None,
-            image_folder=Path(image_folder) if image_folder else None,
-            settings=settings,
-            seed=args.seed,
-            max_pixels=args.max_pixels,
-        )
-    )
+    records, reader = source.read(request)
     if source.needs_data:  # the others have settings for their sizes
         records = records.first(args.max_records)
     with explain_full_disk(output_dir):
-        image_ids, problems = index_images(
-            _image_names(records), reader, output_dir / "image_index.jsonl", num_workers
-        )
+        index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
         datasets = assemble(
             records,
-            image_ids,
-            problems,
+            *index,
             validation_fraction=args.validation_fraction,
             image_disjoint=args.image_disjoint,
             seed=args.seed,
@@ -133,24 +111,36 @@ def main(args: PrepareArguments, *others: Any) -> None:
         counts = datasets.counts()
         if not counts["datasets"]:
             raise UserError(
-                f"Nothing in {data_path} can be used: {_reasons(counts)}. Each record is listed with its reason "
-                f"in {output_dir / 'rejected.jsonl'}."
+                f"Nothing in {request.data_path} can be used: {_reasons(counts)}. Each record is listed with its "
+                f"reason in {output_dir / 'rejected.jsonl'}."
             )
         _write(datasets, reader, output_dir, args.rows_per_shard, num_workers)
     record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
 
-def check(args: PrepareArguments) -> tuple[str | None, str | None]:
-    """The data and its image folder, both of which exist. None for a source that needs no data."""
+def check(args: PrepareArguments, *others: Any) -> SourceRequest:
+    """
+    Check the arguments, and find the data and its images.
+
+    Returns:
+        [`SourceRequest`]: without paths for a source that needs no data.
+
+    Raises:
+        UserError: for an invalid value or a missing path.
+    """
     source = SOURCES.get(args.source)
     if not 0 <= args.validation_fraction < 1:
         raise UserError(f"validation_fraction must be at least 0 and less than 1, not {args.validation_fraction}.")
     for name in ("max_records", "max_pixels", "rows_per_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(args, name)}.")
+    settings = [item for item in others if source.settings is not None and isinstance(item, source.settings)]
+    request = SourceRequest(
+        settings=settings[0] if settings else source.settings_from({}), seed=args.seed, max_pixels=args.max_pixels
+    )
     if not source.needs_data:
-        return None, None
+        return request
     if args.data_path is None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
     data_path = Path(args.data_path)
@@ -161,27 +151,27 @@ def check(args: PrepareArguments) -> tuple[str | None, str | None]:
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]
     if not image_folder.is_dir():
         raise UserError(f"image_folder is not a directory: {image_folder}. Correct the path to the images.")
-    return str(data_path), str(image_folder)
+    return replace(request, data_path=data_path, image_folder=image_folder)
 
 
-def settings_of(source: Source, arguments: Sequence[Any]) -> Any:
-    """The settings of a source among the arguments of the stage, or its defaults; None for a source without any."""
-    if source.settings is None:
-        return None
-    return next((item for item in arguments if isinstance(item, source.settings)), None) or source.settings()
+def _open_record(args: PrepareArguments, source: Source, request: SourceRequest) -> "StageRecord":
+    from medst_trl.pipeline.record import StageRecord
 
-
-def _settings_of_other_sources(source: Source) -> set[str]:
-    """Settings that do not count for this source. Records of earlier versions hold those of all sources."""
+    own = asdict(request.settings) if request.settings is not None else {}
+    # Settings of other sources do not count. Records of version 0.1.0 hold those of all sources.
     others = {other.settings for other in SOURCES.values()} - {source.settings, None}
-    return {item.name for settings in others for item in fields(settings)}
-
-
-def _inputs(source: Source, data_path: str | None, image_folder: str | None) -> dict[str, str | None]:
-    """What the result depends on; a directory of images inside the data is read once."""
-    if data_path and Path(image_folder).resolve().is_relative_to(Path(data_path).resolve()):
-        image_folder = None
-    return {"data_path": data_path, "image_folder": image_folder}
+    data_path, image_folder = request.data_path, request.image_folder
+    if data_path and image_folder.resolve().is_relative_to(data_path.resolve()):
+        image_folder = None  # a directory of images inside the data is hashed once
+    paths = {"data_path": data_path, "image_folder": image_folder}
+    return StageRecord.open(
+        args.output_dir,
+        stage="prepare",
+        settings=asdict(args) | own,
+        inputs=paths | {name: own[name] for name in source.files},
+        operational=STAGE.operational | {item.name for settings in others for item in fields(settings)},
+        overwrite=args.overwrite,
+    )
 
 
 def _set_limits_of_pil(max_pixels: int) -> None:
@@ -195,11 +185,6 @@ def _set_limits_of_pil(max_pixels: int) -> None:
 
 def _number_of_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _image_names(records: Records) -> list[str]:
-    names = [name for conversation in records.conversations for name in conversation.images]
-    return names + [question.image for question in records.questions]
 
 
 def _write(
@@ -222,7 +207,7 @@ def _write(
             return row | {"image": image(row["image"])}
         return row | {"images": [image(name) for name in row["images"]]}
 
-    for (kind, split), rows in datasets.splits.items():
+    for (kind, split), rows in datasets.rows.items():
         write_split(output_dir / kind, split, rows, with_images, features_of(kind), rows_per_shard, num_workers)
 
 
@@ -262,7 +247,7 @@ def _arguments() -> tuple[type, ...]:
 def _check_before(args: PrepareArguments, *others: Any) -> None:
     """[`check`], but a plan may be made on a machine without the data."""
     if args.data_path is None or Path(args.data_path).exists():
-        check(args)
+        check(args, *others)
 
 
 def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
