@@ -108,7 +108,7 @@ def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: 
     def question_row(question: Question) -> dict:
         row = {name: value for name, value in asdict(question).items() if name not in ("image", "split")}
         for name in ("id", "link"):
-            row[name] = row[name] and records.published_id(row[name], (question.image,))
+            row[name] = records.published_id(row[name], (question.image,)) if row[name] else None
         return row
 
     return [

@@ -416,6 +416,8 @@ def write_split(
     if not records:
         return
     directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f".{split}-*.tmp"):  # of a killed run; this one may give its file another name
+        leftover.unlink()
     total = -(-len(records) // rows_per_shard)
     shards = [directory / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
     for number, path in enumerate(tqdm(shards, f"{directory.name}/{split}", unit="file", disable=None)):
