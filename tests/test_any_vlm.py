@@ -106,7 +106,7 @@ def walk(request, tmp_path_factory):
     return Walk(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_the_base_is_loaded_as_it_is(walk):
+def test_the_base_loads_unchanged(walk):
     model, processor = walk.policy
     assert VUSR in processor.tokenizer.get_vocab()
     rows = walk.base_model.get_input_embeddings().num_embeddings
@@ -117,7 +117,7 @@ def test_the_base_is_loaded_as_it_is(walk):
     assert (head is embedding) == (walk.family in TIED)
 
 
-def test_the_adapter_stands_where_a_gradient_arrives_and_nowhere_else(walk):
+def test_the_adapter_is_exactly_where_gradients_arrive(walk):
     """What a linear layer of a tower learns in the plain model says where LoRA belongs."""
     plain, processor = tiny_model(walk.family)
     output = plain(**asked(processor))
@@ -152,14 +152,14 @@ def test_the_adapter_stands_where_a_gradient_arrives_and_nowhere_else(walk):
     assert rows == [(1, walk.base_model.get_input_embeddings().embedding_dim)]
 
 
-def test_a_step_of_stage_1_moves_all_that_trains_and_nothing_else(walk):
+def test_an_sft_step_moves_exactly_what_trains(walk):
     model = walk.sft.model
     assert all(math.isfinite(entry["loss"]) for entry in walk.sft.state.log_history if "loss" in entry)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, walk.start[name]) != parameter.requires_grad, name
 
 
-def test_the_adapter_comes_back(walk):
+def test_the_adapter_reloads(walk):
     trainer = walk.sft
     model, processor = load_policy(str(walk.folder / "sft"))
     assert processor.chat_template == walk.policy[1].chat_template
@@ -167,7 +167,7 @@ def test_the_adapter_comes_back(walk):
     assert not torch.allclose(log_probs(model, processor), log_probs(*load_policy(str(walk.folder / "base"))))
 
 
-def test_it_asks_and_answers_twice(walk):
+def test_the_policy_asks_and_answers_twice(walk):
     trainer = walk.sft
     assert trainer
     model, processor = load_policy(str(walk.folder / "sft"))
@@ -191,7 +191,7 @@ def test_it_asks_and_answers_twice(walk):
         assert not any(VUSR in text for text in (question, *row["answers"]))
 
 
-def test_a_step_of_stage_2_starts_at_ln_2_and_leaves_the_reference(walk):
+def test_a_dpo_step_starts_at_ln_2_and_keeps_the_reference(walk):
     trainer = walk.dpo
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[1] != losses[0]
@@ -205,7 +205,7 @@ def test_a_step_of_stage_2_starts_at_ln_2_and_leaves_the_reference(walk):
     assert len(reference) == len(list(walk.sft.model.parameters())) - len(walk.before) and not any(reference)
 
 
-def test_the_merged_model_says_the_same(walk):
+def test_the_merged_model_gives_the_same_log_probabilities(walk):
     trainer = walk.dpo
     assert trainer
     model, processor = load_policy(str(walk.folder / "dpo"))
@@ -223,7 +223,7 @@ def test_the_merged_model_says_the_same(walk):
     assert not torch.equal(row, walk.before[f"{model_parts(merged).embedding}.weight"][token])
 
 
-def test_the_families_that_messages_name_are_these():
+def test_messages_name_every_tested_family():
     models = [base_model(family)[0] for family in [*MODELS, *CROSS_ATTENTION]]
     assert {model.config.model_type for model in models} == {
         model_type for family in FAMILIES.values() for model_type in family.model_types
@@ -239,7 +239,7 @@ UNSUPPORTED = {  # type, settings, what is said
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_what_cannot_work_is_refused_before_its_weights_are_read(tmp_path, kind):
+def test_unsupported_models_are_refused_before_weights_are_read(tmp_path, kind):
     model_type, settings, said = UNSUPPORTED[kind]
     CONFIG_MAPPING[model_type](**settings).save_pretrained(tmp_path)  # no weights there
     with pytest.raises(UserError, match=said) as error:
@@ -247,7 +247,7 @@ def test_what_cannot_work_is_refused_before_its_weights_are_read(tmp_path, kind)
     assert str(tmp_path) in str(error.value) and "Tested families: Gemma 3" in str(error.value)
 
 
-def test_a_model_in_hand_that_cannot_work_is_refused_too():
+def test_an_unsupported_model_object_is_refused():
     config = CONFIG_MAPPING["blip-2"](text_config={"model_type": "opt"})
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -256,7 +256,7 @@ def test_a_model_in_hand_that_cannot_work_is_refused_too():
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is here")
-def test_a_processor_whose_video_half_cannot_be_made_says_what_to_install(tmp_path):
+def test_a_processor_without_torchvision_names_the_extra(tmp_path):
     model, processor = base_model("qwen2.5-vl")
     model.config.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -269,7 +269,7 @@ def test_a_processor_whose_video_half_cannot_be_made_says_what_to_install(tmp_pa
         load_policy(str(tmp_path))
 
 
-def test_a_processor_that_does_not_tell_where_images_are_written_out_is_refused(monkeypatch):
+def test_a_processor_without_replacement_offsets_is_refused(monkeypatch):
     processor = tiny_model("llava-1.5-hf")[1]
     call = type(processor).__call__
 

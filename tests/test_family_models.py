@@ -45,7 +45,7 @@ def test_a_padded_batch_trains_every_part(family):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_logits_hang_on_the_image(family):
+def test_logits_depend_on_the_image(family):
     model, processor = tiny_model(family)
     one, other = (_inputs(processor, tiny_run.conversation(3, turns=3)) for _ in range(2))
     other["pixel_values"] = other["pixel_values"].flip(0 if family in M_ROPE else -1)
@@ -57,7 +57,7 @@ def test_logits_hang_on_the_image(family):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_logits_hang_on_the_order_of_tokens_far_back(family):
+def test_logits_depend_on_the_order_of_distant_tokens(family):
     model, processor = tiny_model(family)
     one, other = _inputs(processor), _inputs(processor)
     end = one["input_ids"].shape[1]
@@ -70,7 +70,7 @@ def test_logits_hang_on_the_order_of_tokens_far_back(family):
 
 
 @pytest.mark.parametrize("family", SLIDING)
-def test_windows_are_shorter_than_what_they_read(family):
+def test_sliding_windows_are_shorter_than_the_inputs(family):
     (model, processor), (wide, _) = tiny_model(family), tiny_model(family, sliding_window=1000)
     inputs = _inputs(processor)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_windows_are_shorter_than_what_they_read(family):
     assert change[:WINDOW].amax() < 1e-5 and (change[2 * WINDOW :] > CLEAR).all()
 
 
-def test_image_tokens_of_gemma_see_each_other():
+def test_image_tokens_of_gemma_attend_to_each_other():
     model, processor = tiny_model("gemma-3")
     one, other = _inputs(processor), _inputs(processor)
     other["token_type_ids"] = torch.zeros_like(one["token_type_ids"])
@@ -86,14 +86,14 @@ def test_image_tokens_of_gemma_see_each_other():
 
 
 @pytest.mark.parametrize("family", M_ROPE)
-def test_positions_in_qwen_count_rows_and_columns(family):
+def test_qwens_positions_count_rows_and_columns(family):
     model, processor = tiny_model(family)
     one, other = _inputs(processor), _inputs(processor)
     other["position_ids"] = torch.arange(one["input_ids"].shape[1])[None]
     assert _change(model, one, other)[-1] > CLEAR
 
 
-def test_weights_hang_on_the_seed_alone():
+def test_weights_depend_only_on_the_seed():
     (first, _), (same, _), (other, _) = tiny_model("idefics3"), tiny_model("idefics3"), tiny_model("idefics3", seed=1)
     assert all(map(torch.equal, first.parameters(), same.parameters()))
     assert not any(map(torch.equal, first.parameters(), other.parameters()))

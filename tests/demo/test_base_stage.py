@@ -58,7 +58,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(f"{folder}/model.safetensors")
 
 
-def test_it_saves_a_model_that_learned_and_a_processor(finished):
+def test_a_trained_model_and_its_processor_are_saved(finished):
     model = AutoModelForImageTextToText.from_pretrained(finished.output_dir)
     processor = AutoProcessor.from_pretrained(finished.output_dir)
     assert "<vusr>" not in processor.tokenizer.get_vocab()
@@ -67,7 +67,7 @@ def test_it_saves_a_model_that_learned_and_a_processor(finished):
     assert any(not torch.equal(untrained[name], value) for name, value in model.state_dict().items())
 
 
-def test_it_leaves_a_record_and_no_litter(finished):
+def test_a_record_and_no_temporary_files_are_left(finished):
     with open(f"{finished.output_dir}/stage.json") as file:
         record = json.load(file)
     assert record["status"] == "complete"
@@ -77,7 +77,7 @@ def test_it_leaves_a_record_and_no_litter(finished):
     assert not [name for name in names if name.startswith((".", "checkpoint"))]
 
 
-def test_finished_it_is_skipped(finished, capsys):
+def test_a_finished_stage_is_skipped(finished, capsys):
     before = os.stat(f"{finished.output_dir}/model.safetensors").st_mtime_ns
     base.main(replace(finished, logging_steps=7))  # changes no result
     assert os.stat(f"{finished.output_dir}/model.safetensors").st_mtime_ns == before
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_weights(finished, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["step", "saving"])
-def test_killed_it_continues_to_the_same_weights(finished, tmp_path, moment):
+def test_a_killed_run_resumes_to_the_same_weights(finished, tmp_path, moment):
     arguments = [part for key, value in FEW.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-c", KILLED, moment, "--output_dir", str(tmp_path / "base"), *arguments]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL

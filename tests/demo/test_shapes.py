@@ -17,7 +17,7 @@ def all_text(rows) -> list[str]:
     return [part["text"] for row in rows for m in row["messages"] for part in m["content"] if part["type"] == "text"]
 
 
-def test_the_odd_corner_of_the_pixels_is_that_of_the_truth():
+def test_the_pixels_show_the_shape_where_the_truth_says():
     plain = [picture for picture in PICTURES if picture.background == "plain" and picture.corner]
     assert {picture.corner for picture in plain} == set(CORNERS)
     for picture in plain:
@@ -28,17 +28,17 @@ def test_the_odd_corner_of_the_pixels_is_that_of_the_truth():
         assert (pixels[odd].mean() > np.median(pixels)) == (picture.brightness == "bright")
 
 
-def test_same_seed_same_pictures_other_seed_others():
+def test_pictures_depend_on_the_seed():
     assert [p.image.tobytes() for p in make_shapes(20, seed=1)] == [p.image.tobytes() for p in PICTURES[:20]]
     assert len({p.image.tobytes() for p in PICTURES + make_shapes(300, seed=2)}) == 600
 
 
-def test_every_background_and_some_pictures_without_a_shape():
+def test_every_background_occurs_and_some_pictures_have_no_shape():
     assert {picture.background for picture in PICTURES} == set(BACKGROUNDS)
     assert 0.5 < sum(picture.corner is not None for picture in PICTURES) / len(PICTURES) < 0.9
 
 
-def test_answers_tell_what_the_picture_shows():
+def test_answers_describe_the_picture():
     rng = np.random.default_rng(0)
     for picture in PICTURES:
         answers = " ".join(answer for _, answer in questions(picture, rng))
@@ -49,7 +49,7 @@ def test_answers_tell_what_the_picture_shows():
             assert "no shape" in answers and "corner" not in answers
 
 
-def test_conversations_have_the_image_once_and_the_turns_asked_for():
+def test_conversations_have_one_image_and_the_requested_turns():
     rows = list(conversations(PICTURES[:20], seed=0, turns=2))
     for picture, row in zip(PICTURES, rows, strict=False):
         assert row["images"] == [picture.image]
@@ -58,7 +58,7 @@ def test_conversations_have_the_image_once_and_the_turns_asked_for():
     assert rows == list(conversations(PICTURES[:20], seed=0, turns=2))
 
 
-def test_no_medical_label_is_in_what_the_base_model_sees():
+def test_the_base_model_sees_no_medical_label():
     # Beside pictures there is no medical word at all; in plain text there are, but beside no picture.
     medical = re.compile(
         r"\b(lesion|scan|quadrant|tissue|modality|finding|" + "|".join(MODALITIES) + r")\b", re.IGNORECASE
@@ -72,7 +72,7 @@ def test_no_medical_label_is_in_what_the_base_model_sees():
     assert not wordings & set(all_text(texts))
 
 
-def test_every_word_of_the_phantoms_was_read_before():
+def test_the_base_model_has_read_every_word_of_the_phantoms():
     # Stage 1 trains no output layer, so a word that the base model never wrote could hardly be learned.
     read = set(
         re.findall(r"\w+", " ".join(all_text([*plain_text.conversations(200, 0), *conversations(PICTURES, 0)])))

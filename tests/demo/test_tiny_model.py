@@ -37,20 +37,20 @@ def encode(processor, size: int):
     )
 
 
-def test_sizes():
+def test_the_tiny_model_has_the_documented_sizes():
     assert 1_000_000 < MODEL.num_parameters() < 2_000_000
     assert small()[0].num_parameters() < 100_000
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text())
-def test_any_text_can_be_written(text):
+def test_any_text_can_be_encoded(text):
     tokenizer = PROCESSOR.tokenizer
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_words_of_the_phantoms_are_short():
+def test_words_of_the_phantoms_take_few_tokens():
     tokens = words = 0
     for phantom in make_phantoms(81, seed=0):
         for question in phantom.questions:
@@ -65,14 +65,14 @@ def test_the_template_is_vicunas_with_closed_answers():
     assert text == ("<s>Be brief. USER: <image>\nWhere is it? ASSISTANT: In the corner.</s>USER: Which? ASSISTANT:")
 
 
-def test_special_tokens_are_single_tokens_and_vusr_is_none_of_them():
+def test_special_tokens_are_single_tokens_and_vusr_is_not_among_them():
     tokenizer = PROCESSOR.tokenizer
     assert tokenizer.convert_ids_to_tokens(range(len(SPECIAL_TOKENS))) == list(SPECIAL_TOKENS)
     assert "<vusr>" not in tokenizer.get_vocab()
     assert tokenizer.pad_token_id is not None and tokenizer.is_fast
 
 
-def test_an_image_takes_as_many_tokens_as_patches():
+def test_an_image_takes_one_token_per_patch():
     inputs = encode(PROCESSOR, 100)  # resized
     assert inputs["pixel_values"].shape == (1, 3, 64, 64)
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == (64 // 16) ** 2
@@ -81,7 +81,7 @@ def test_an_image_takes_as_many_tokens_as_patches():
 
 @pytest.mark.parametrize("spare_rows", [0, 8])
 @pytest.mark.parametrize("tied", [False, True])
-def test_saved_and_reloaded_it_gives_equal_logits(tmp_path, tied, spare_rows):
+def test_a_reloaded_model_gives_equal_logits(tmp_path, tied, spare_rows):
     model, processor = small(tie_word_embeddings=tied, spare_rows=spare_rows)
     assert model.get_input_embeddings().weight.shape[0] == len(processor.tokenizer) + spare_rows
     shares = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
@@ -105,7 +105,7 @@ def test_the_features_are_those_before_the_last_layer():
     assert all(parameter.grad is not None for layer in layers[:-1] for parameter in layer.parameters())
 
 
-def test_same_seed_same_weights_and_the_global_random_state_stays():
+def test_weights_depend_on_the_seed_and_the_global_random_state_stays():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)

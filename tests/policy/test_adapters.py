@@ -1,17 +1,22 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter stands on the right modules, at the right ranks, in families that name them differently."""
+"""The adapter: which modules it adapts, and that loading it loses no tensor."""
 
 import pytest
+import tiny_dpo
+import tiny_run
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForImageTextToText,
 )
 
 from medst_trl.base.errors import UserError
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.loading import load_policy
 from medst_trl.policy.parts import model_parts
 
 
@@ -74,7 +79,7 @@ def tiny(family):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_modules_and_ranks(family):
+def test_the_adapter_has_the_right_modules_and_ranks(family):
     model = tiny(family)
     parts = model_parts(model)
     projector, vision_layers = EXPECTED[family]
@@ -97,7 +102,7 @@ def test_modules_and_ranks(family):
     assert [tuple(p.shape) for p in tokens] == [(1, TEXT["hidden_size"])]
 
 
-def test_every_parameter_of_a_peft_model_has_its_part():
+def test_every_parameter_of_a_peft_model_belongs_to_a_part():
     model = tiny("llava")
     plain = {name: model_parts(model).part_of(name) for name, _ in model.named_parameters()}
     assert set(plain.values()) == {"language", "vision", "projector"}
@@ -108,7 +113,7 @@ def test_every_parameter_of_a_peft_model_has_its_part():
         assert parts.part_of(name) == kind, name
 
 
-def test_a_frozen_vision_tower():
+def test_a_frozen_vision_tower_does_not_train():
     model = tiny("llava")
     peft_model = get_peft_model(model, adapter_config(model, vision_r=0))
     assert not [n for n, p in peft_model.named_parameters() if p.requires_grad and "vision" in n]
@@ -121,3 +126,90 @@ def test_a_text_model_is_refused():
         model = AutoModelForCausalLM.from_config(LlamaConfig(**TEXT))
     with pytest.raises(UserError, match="no vision tower"):
         model_parts(model)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model, processor = tiny_dpo.adapter_policy(tmp_path)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    processor.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        ({"text_size": 64}, r"size mismatch for .*\n.*\n.*\n.*and \d+ more"),
+        ({"text_layers": 3}, r"it lacks .*language_model\.layers\.2\."),
+        ({"text_layers": 1}, r"no place for .*language_model\.layers\.1\."),
+    ],
+)
+def test_a_base_of_another_size_is_refused(adapter, tmp_path, size, problem):
+    model, processor = tiny_llava(**tiny_run.SMALL | size)
+    model.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"does not fit '.*other' .*names '.*base'[^$]*{problem}"):
+        load_policy(str(adapter), base_model_name_or_path=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "multi_modal_projector", "token"])
+def test_an_adapter_that_lacks_a_part_is_refused(adapter, part):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    left = {name: value for name, value in weights.items() if part not in name}
+    assert 0 < len(left) < len(weights)
+    save_file(left, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"does not fit .*\n  it lacks .*{part}"):
+        load_policy(str(adapter))
+
+
+def test_an_adapter_with_an_unused_part_is_refused(adapter):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "lora_A" in name)
+    save_file(weights | {f"{name}.again": weights[name].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no place for .*again"):
+        load_policy(str(adapter))
+
+
+def test_only_safetensors_are_read(adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"no readable adapter_model\.safetensors"):
+        load_policy(str(adapter))
+    path.rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"no readable adapter_model\.safetensors"):
+        load_policy(str(adapter))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"peft_type": "NOPE"}', "cannot be read"),
+        ("{}", "not a LoRA adapter"),
+        (
+            '{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "x"}',
+            "not a LoRA adapter but of the type PREFIX_TUNING",
+        ),
+        ('{"peft_type": "LORA", "base_model_name_or_path": 3}', "names 3 as its base"),
+        ('{"peft_type": "LORA"}', "names no base"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_refused(adapter, content, message):
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_policy(str(adapter))
+
+
+def test_a_training_output_of_the_original_code_is_refused(adapter):
+    (adapter / "non_lora_trainables.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=f"medst convert --source {adapter} --base"):
+        load_policy(str(adapter))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"weights_sha256": 3}'])
+def test_a_damaged_fingerprint_counts_as_missing(adapter, content):
+    (adapter / "base_model.json").write_text(content)
+    assert load_policy(str(adapter))

@@ -28,7 +28,7 @@ def save_base(folder, dtype=torch.float32, seed=0, change=None, **kwargs):
     return str(folder)
 
 
-def test_type_and_files_do_not_matter(tmp_path):
+def test_dtype_and_sharding_do_not_change_the_fingerprint(tmp_path):
     found = weights_fingerprint(save_base(tmp_path / "one"))
     assert found and len(found) == 64
     assert weights_fingerprint(save_base(tmp_path / "bfloat16", torch.bfloat16)) == found
@@ -45,12 +45,12 @@ def test_type_and_files_do_not_matter(tmp_path):
         "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight",
     ],
 )
-def test_each_part_counts(tmp_path, change):
+def test_every_part_changes_the_fingerprint(tmp_path, change):
     bases = save_base(tmp_path / "one"), save_base(tmp_path / "other", change=change)
     assert weights_fingerprint(bases[0]) != weights_fingerprint(bases[1])
 
 
-def test_nothing_to_compare(tmp_path):
+def test_there_is_no_fingerprint_without_safetensors_or_of_quantized_weights(tmp_path):
     assert weights_fingerprint(str(tmp_path)) is None
     assert weights_fingerprint("org/model-that-is-not-here") is None
     config = tmp_path / "base" / "config.json"
@@ -68,11 +68,11 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-def test_the_file_names_no_place(adapter, tmp_path):
+def test_the_fingerprint_file_names_no_path(adapter, tmp_path):
     assert str(tmp_path) not in (adapter / FILE_NAME).read_text()
 
 
-def test_a_base_made_anew_under_the_same_name_is_noticed(adapter, tmp_path):
+def test_a_rebuilt_base_of_the_same_name_is_refused(adapter, tmp_path):
     assert load_policy(str(adapter))
     save_base(tmp_path / "base", seed=1)
     with pytest.raises(UserError, match="other weights than those of .*base.*although their shapes agree"):
@@ -81,7 +81,7 @@ def test_a_base_made_anew_under_the_same_name_is_noticed(adapter, tmp_path):
     assert load_policy(str(adapter))
 
 
-def test_a_base_given_by_hand_has_to_be_the_same(adapter, tmp_path):
+def test_a_given_base_has_to_be_the_same(adapter, tmp_path):
     moved, other = tmp_path / "moved", save_base(tmp_path / "other", seed=1)
     shutil.copytree(tmp_path / "base", moved)
     AutoModelForImageTextToText.from_pretrained(moved, dtype="bfloat16").save_pretrained(moved)
@@ -95,7 +95,7 @@ def test_a_base_given_by_hand_has_to_be_the_same(adapter, tmp_path):
         assert load_policy(str(adapter), base_model_name_or_path=other)
 
 
-def test_trainers_write_it(tmp_path):
+def test_trainers_write_the_fingerprint(tmp_path):
     base = save_base(tmp_path / "base")
     model, processor = load_policy(base)
     config = tiny_run.adapter_config(model, vusr_token_id=tiny_run.add_vusr(processor), r=4, vision_r=2)

@@ -20,7 +20,7 @@ def _as_parts(role, text):
     texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=5),
     add_generation_prompt=st.booleans(),
 )
-def test_every_other_conversation_renders_as_before(family, texts, add_generation_prompt):
+def test_other_conversations_render_as_before(family, texts, add_generation_prompt):
     assume(texts[-1].strip() != VUSR)
     original, wrapped = FAMILIES[family](), prepared_processor(family)
     messages = [_as_parts("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
@@ -48,20 +48,20 @@ def test_a_bare_vusr_turn_stays_open(family, history):
         assert processor.apply_chat_template([*before, bare], add_generation_prompt=add_generation_prompt) == expected
 
 
-def test_text_that_only_contains_the_token_is_no_bare_turn():
+def test_text_that_contains_the_token_is_not_a_bare_turn():
     processor = prepared_processor("qwen2.5-vl")
     rendered = processor.apply_chat_template([_as_parts("user", f"{VUSR} and more")], add_generation_prompt=True)
     assert rendered.endswith("<|im_start|>assistant\n")
 
 
-def test_wrapping_twice_is_wrapping_once():
+def test_wrapping_twice_changes_nothing():
     once = wrap_chat_template("{{ messages }}\n")
     assert is_wrapped(once) and wrap_chat_template(once) == once
     assert not is_wrapped("{{ messages }}") and not is_wrapped(None) and not is_wrapped({})
     assert is_wrapped(wrap_chat_template({"default": "{{ messages }}", "rag": "x"}))
 
 
-def test_string_templates_get_strings():
+def test_templates_for_strings_get_strings():
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     processor = FAMILIES["vicuna"]()
     processor.chat_template = template

@@ -72,7 +72,7 @@ def logits(model, processor, text):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_transformers_loads_what_the_adapter_was(family, tmp_path):
+def test_plain_transformers_loads_the_merged_model(family, tmp_path):
     adapter, merged = save_adapter(tmp_path, family)
     result = merge_policy(adapter, merged, drawn_examples())
     assert result["dtype"] == "float32" and result["base"] == str(tmp_path / "base")
@@ -96,7 +96,7 @@ def test_plain_transformers_loads_what_the_adapter_was(family, tmp_path):
             assert (found - logits(base, processor, text)[1]).abs().max() > 1e-2, "the adapter does something"
 
 
-def test_an_adapter_of_the_projector_alone(tmp_path):
+def test_an_adapter_of_only_the_projector_merges(tmp_path):
     adapter, merged = save_adapter(tmp_path, vusr_token_id=None, r=0, vision_r=0)
     assert merge_policy(adapter, merged, drawn_examples())["proof"]["float32_difference"] <= 1e-4
     base, found = (AutoModelForImageTextToText.from_pretrained(path) for path in (tmp_path / "base", merged))
@@ -106,7 +106,7 @@ def test_an_adapter_of_the_projector_alone(tmp_path):
     }
 
 
-def test_generation_ends_asks_and_samples_as_it_should(tmp_path):
+def test_the_generation_config_stops_suppresses_and_samples(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     base = json.loads((tmp_path / "base" / "generation_config.json").read_text())
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(base | {"repetition_penalty": 1.5}))
@@ -118,7 +118,7 @@ def test_generation_ends_asks_and_samples_as_it_should(tmp_path):
     assert config.repetition_penalty is None  # the policy was never measured with it
 
 
-def test_a_smaller_type_is_rounded_once_and_in_shards(tmp_path):
+def test_a_smaller_type_is_rounded_once_and_sharded(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     (tmp_path / "exact").mkdir()
     merge_policy(adapter, tmp_path / "exact", drawn_examples())
@@ -154,7 +154,7 @@ def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, wrong):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_what_does_not_come_back_from_disk_is_refused(tmp_path, monkeypatch, dtype, value):
+def test_a_model_that_changes_on_disk_is_refused(tmp_path, monkeypatch, dtype, value):
     adapter, merged = save_adapter(tmp_path)
     load = merging._load_plainly
 
@@ -170,7 +170,7 @@ def test_what_does_not_come_back_from_disk_is_refused(tmp_path, monkeypatch, dty
     assert not list(merged.iterdir())
 
 
-def test_a_nan_anywhere_is_a_difference():
+def test_nan_counts_as_a_difference():
     zeros, one = torch.zeros(2, 3), torch.full((2, 3), 0.5)
     broken = torch.tensor([[0.0, float("nan"), 0.0]])
     assert difference([zeros, one], [zeros, zeros]) == 0.5
@@ -179,7 +179,7 @@ def test_a_nan_anywhere_is_a_difference():
             check_difference(difference(found, [torch.zeros_like(rows) for rows in found]), 1.0, "x")
 
 
-def test_examples_without_an_answer_prove_nothing(tmp_path):
+def test_examples_without_an_answer_are_refused(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     (example,) = drawn_examples(1)
     del example["messages"][1], example["messages"][0]["content"][1]
@@ -187,7 +187,7 @@ def test_examples_without_an_answer_prove_nothing(tmp_path):
         merge_policy(adapter, merged, [example])
 
 
-def test_another_processor_is_refused(tmp_path, monkeypatch):
+def test_a_processor_that_changes_on_disk_is_refused(tmp_path, monkeypatch):
     adapter, merged = save_adapter(tmp_path)
     load = merging._load_plainly
 
@@ -202,7 +202,7 @@ def test_another_processor_is_refused(tmp_path, monkeypatch):
     assert not list(merged.iterdir())
 
 
-def test_config_comes_last(tmp_path, monkeypatch):
+def test_config_json_is_written_last(tmp_path, monkeypatch):
     """A folder with config.json is complete; what a run that was cut short has left does not disturb."""
     adapter, merged = save_adapter(tmp_path)
     names, replace = [], os.replace
@@ -224,13 +224,13 @@ def test_config_comes_last(tmp_path, monkeypatch):
         assert not [name for name in file.keys() if "lora" in name or "modules_to_save" in name]  # noqa: SIM118
 
 
-def test_no_adapter_no_merge(tmp_path):
+def test_a_model_without_an_adapter_is_refused(tmp_path):
     save_adapter(tmp_path)
     with pytest.raises(UserError, match="no adapter to merge"):
         merge_policy(str(tmp_path / "base"), tmp_path / "merged", drawn_examples())
 
 
-def test_a_quantised_base_is_refused(tmp_path, monkeypatch):
+def test_a_quantized_base_is_refused(tmp_path, monkeypatch):
     adapter, merged = save_adapter(tmp_path)
     loaded = load_policy(adapter, dtype="float32")
     monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)  # bitsandbytes is not here
@@ -241,7 +241,7 @@ def test_a_quantised_base_is_refused(tmp_path, monkeypatch):
         merge_policy(adapter, merged, drawn_examples())
 
 
-def test_weights_that_are_not_finite(tmp_path):
+def test_weights_that_are_not_finite_are_refused(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     from safetensors.torch import load_file, save_file
 
@@ -254,7 +254,7 @@ def test_weights_that_are_not_finite(tmp_path):
     assert not list(merged.iterdir())
 
 
-def test_a_folder_never_holds_two_models(tmp_path):
+def test_a_directory_never_holds_two_models(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     merge_policy(adapter, merged, drawn_examples(1))
     merge_policy(adapter, merged, drawn_examples(1), max_shard_size="100KB", dtype="bfloat16")
@@ -262,7 +262,7 @@ def test_a_folder_never_holds_two_models(tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(merged).dtype == torch.bfloat16
 
 
-def test_a_full_disk_is_not_left_full(tmp_path, monkeypatch):
+def test_a_failed_merge_leaves_nothing_on_disk(tmp_path, monkeypatch):
     from transformers import modeling_utils
 
     adapter, merged = save_adapter(tmp_path)
@@ -278,6 +278,6 @@ def test_a_full_disk_is_not_left_full(tmp_path, monkeypatch):
     assert not list(merged.iterdir())
 
 
-def test_a_size_that_is_none_is_refused_before_the_work(tmp_path):
+def test_an_invalid_shard_size_is_refused_first(tmp_path):
     with pytest.raises(UserError, match="'big' is not a size"):
         merge_policy(str(tmp_path), tmp_path / "merged", drawn_examples(1), max_shard_size="big")

@@ -90,7 +90,7 @@ def intended_targets(processor, messages) -> list[tuple[bool, str]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(example=conversations())
-def test_labels_are_the_intended_texts_and_nothing_else(family, example):
+def test_only_the_intended_texts_are_labels(family, example):
     processor = prepared_processor(family)
     collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
     batch = collator([example])
@@ -117,7 +117,7 @@ def test_data_text_never_becomes_a_special_token(family, example):
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(example=conversations())
-def test_training_shows_the_prompts_of_inference(family, example):
+def test_training_and_inference_render_the_same_prompts(family, example):
     """Up to each answer, a training sequence is exactly what `apply_chat_template` gives the model to continue."""
     processor = prepared_processor(family)
     messages = with_texts(example["messages"], lambda text: neutralise(text, processor)[0].strip(), vusr=False)
@@ -166,7 +166,7 @@ def test_a_bare_later_turn_is_the_start_of_a_trained_question(family):
     assert batch["input_ids"][0, :start].tolist() == list(prompt)
 
 
-def test_a_question_with_an_image_in_its_middle_is_not_asked():
+def test_a_question_with_an_image_inside_cannot_be_asked():
     parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "with the first."}]
     assert not can_be_asked({"role": "user", "content": parts})
     assert can_be_asked({"role": "user", "content": parts[::-1][1:]})

@@ -1,12 +1,25 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+"""The token `<vusr>`, neutralised text, and the text role `VUSER:` in its place."""
+
 import pytest
+import tiny_run
+import torch
 from families import FAMILIES, TEXT_ROLE, prepared_processor
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
+from PIL import Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.policy.vusr import VUSR, add_vusr, neutralise, stop_token_ids
+from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.engines.decoding import chat_inputs, write_texts
+from medst_trl.engines.engine import to_ask
+from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.loading import load_policy
+from medst_trl.policy.vusr import VUSR, add_vusr, neutralise, set_vusr_role, stop_token_ids
+from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.encoding import IGNORED
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,7 +39,7 @@ def test_adding_twice_changes_nothing(family):
         st.sampled_from(["<image>", "</s>", VUSR, "<", ">", "/s>", "<im", "age>", "\ue0f1", "a", " "]), max_size=8
     )
 )
-def test_neutralised_text_holds_no_control_token_and_reads_the_same(pieces):
+def test_neutralised_text_has_no_control_token_and_reads_the_same(pieces):
     processor, text = prepared_processor("vicuna"), "".join(pieces)
     safe, changed = neutralise(text, processor)
     assert not set(processor.tokenizer(safe, add_special_tokens=False)["input_ids"]) & set(
@@ -36,7 +49,7 @@ def test_neutralised_text_holds_no_control_token_and_reads_the_same(pieces):
     assert (changed == 0) == (safe == text)
 
 
-def test_the_stops_end_questions_and_answers():
+def test_stop_tokens_end_questions_and_answers():
     assert [
         prepared_processor("gemma-3").tokenizer.convert_ids_to_tokens(i)
         for i in stop_token_ids(prepared_processor("gemma-3"))
@@ -52,8 +65,122 @@ def test_the_stops_end_questions_and_answers():
     "missing, message",
     [("pad_token", "pad token"), ("eos_token", "end-of-sequence"), ("chat_template", "chat template")],
 )
-def test_a_processor_that_lacks_something_is_refused_by_name(missing, message):
+def test_an_incomplete_processor_is_refused(missing, message):
     processor = FAMILIES["vicuna"]()
     setattr(processor if missing == "chat_template" else processor.tokenizer, missing, None)
     with pytest.raises(UserError, match=message):
         add_vusr(processor)
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.Also, the artificial intelligence assistant is a curious virtual "
+    "user. The virtual user asks complex questions that are relevant to the content in the image, for example, asking "
+    "about background knowledge of the objects in the image, asking to discuss about events happening in the image, "
+    "etc. Again, do not ask about uncertain details."
+)
+
+
+def user(*parts):
+    return {
+        "role": "user",
+        "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts],
+    }
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize(
+    "messages, prompt, expected",
+    [
+        (
+            [user(None, "q1"), assistant("a1"), user("q2"), assistant("a2"), user(VUSR + "q3"), assistant("a3")],
+            False,
+            f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>VUSER: q3</s> ASSISTANT: a3</s>",
+        ),
+        ([user(None, "q1"), assistant("a1"), user(VUSR)], True, f"{SYSTEM} USER: <image>\nq1 ASSISTANT: a1</s>VUSER:"),
+        ([user(None, VUSR)], True, f"{SYSTEM} VUSER: <image>\n"),
+        ([{"role": "user", "content": f"<image>\n{VUSR}"}], True, f"{SYSTEM} VUSER: <image>\n"),
+        ([user(None, "q1")], True, f"{SYSTEM} USER: <image>\nq1 ASSISTANT:"),
+        ([{"role": "user", "content": "<image>\nq1"}], True, f"{SYSTEM} USER: <image>\nq1 ASSISTANT:"),
+        ([{"role": "system", "content": "Be short."}, user("q1")], True, "Be short. USER: q1 ASSISTANT:"),
+        ([user(f"What is {VUSR}?")], True, f"{SYSTEM} USER: What is {VUSR}? ASSISTANT:"),
+    ],
+)
+def test_the_text_role_renders_as_the_first_implementation(messages, prompt, expected):
+    assert prepared_processor(TEXT_ROLE).apply_chat_template(messages, add_generation_prompt=prompt) == expected
+
+
+def test_the_text_role_trains_answers_and_questions_with_their_terminators():
+    processor = prepared_processor(TEXT_ROLE)
+    messages = [user(None, "q1"), assistant("a1"), user("q2"), assistant("a2"), user("q3"), assistant("a3")]
+    messages[4]["vusr"] = True
+    example = {"id": "1", "images": [Image.new("RGB", (16, 16))], "messages": messages}
+    batch = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)([example])
+    labels, is_question = batch["labels"][0], batch["question_mask"][0]
+    assert processor.decode(labels[(labels != IGNORED) & ~is_question]) == " a1</s> a2</s> a3</s>"
+    assert processor.decode(labels[is_question]) == " q3</s>"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_vicunas_format_can_have_the_text_role(family):
+    processor = FAMILIES[family]()
+    if family in ("vicuna", "llava-1.5-hf", TEXT_ROLE):
+        set_vusr_role(processor, "text")
+        assert add_vusr(processor) is None
+        rendered = processor.apply_chat_template([user(VUSR)])
+        ids = processor.tokenizer(rendered, add_special_tokens=True)["input_ids"]
+        assert ids.count(processor.tokenizer.bos_token_id) == (1 if family != "vicuna" else rendered.count("<s>"))
+        assert processor.decode(ids, skip_special_tokens=True) == f"{SYSTEM} VUSER:"
+    else:
+        with pytest.raises(UserError, match="Vicuna's chat format"):
+            set_vusr_role(processor, "text")
+
+
+def test_the_saved_role_decides():
+    with_token, with_text = FAMILIES["vicuna"](), FAMILIES[TEXT_ROLE]()
+    add_vusr(with_token)
+    set_vusr_role(with_token, "token")
+    with pytest.raises(UserError, match="saved with the role 'token'"):
+        set_vusr_role(with_token, "text")
+    with pytest.raises(UserError, match="saved with the role 'text'"):
+        set_vusr_role(with_text, "token")
+    with pytest.raises(UserError, match="Unknown vusr_role 'word'"):
+        set_vusr_role(with_text, "word")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_with_the_text_role_reloads_and_asks(tmp_path, tied):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for part in tiny_llava(**tiny_run.SMALL, tie_word_embeddings=tied):
+        part.save_pretrained(base)
+    plain = load_policy(str(base))[0]
+    model, processor = load_policy(str(base), vusr_role="text")
+    rows = model.get_input_embeddings().num_embeddings
+    assert VUSR not in processor.tokenizer.get_vocab() and rows < plain.get_input_embeddings().num_embeddings
+    assert not model.generation_config.suppress_tokens
+    assert model.generation_config.eos_token_id == stop_token_ids(processor) == [processor.tokenizer.eos_token_id]
+    model = get_peft_model(model, adapter_config(model, vusr_token_id=add_vusr(processor), r=4, vision_r=2))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    processor.save_pretrained(adapter)
+
+    loaded, loaded_processor = load_policy(str(adapter))
+    assert loaded_processor.chat_template == processor.chat_template
+    images = [[Image.new("RGB", (16, 16), "gray")], [Image.new("RGB", (16, 16), "gray")]]
+    inputs = chat_inputs(
+        loaded_processor, [to_ask([], 1), [user(None, "q"), assistant("a"), *to_ask([user("x")], 0)[1:]]], images
+    )
+    ends = [loaded_processor.decode(row[-7:]) for row in inputs["input_ids"]]
+    assert ends[0].endswith("<image>\n") and ends[1].endswith("</s>VUSER:")
+    with torch.no_grad():
+        merged = load_policy(str(adapter))[0].merge_and_unload()
+        assert (loaded(**inputs).logits - merged(**inputs).logits).abs().max() < 1e-4
+        assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    assert len(write_texts(loaded, loaded_processor, inputs, 4)) == 2

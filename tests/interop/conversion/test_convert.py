@@ -62,7 +62,7 @@ def assert_computes(folder, weights, kind):
 
 @pytest.mark.parametrize("kind", ["mlp2x_gelu", "cluster"])
 @pytest.mark.parametrize("form", ["bin", "sharded-bin", "safetensors", "sharded-safetensors"])
-def test_full_models_in_every_form_compute_the_same(tmp_path, kind, form):
+def test_full_models_in_every_format_compute_the_same(tmp_path, kind, form):
     weights = full_model(kind)
     if form.startswith("sharded"):
         body, tower = outside(weights)
@@ -121,7 +121,7 @@ def test_a_training_output_on_a_plain_language_model(tmp_path):
     assert_computes(tmp_path / "out", full_model() | original.merged(body, lora, "base_model.model."), "mlp2x_gelu")
 
 
-def test_pieces_published_on_their_own(tmp_path):
+def test_pieces_published_separately_are_put_together(tmp_path):
     weights = full_model("cluster")
     body, tower = outside(weights)
     projector = {name: body.pop(name) for name in list(body) if "mm_projector" in name}
@@ -182,7 +182,7 @@ def listed(tmp_path, weights, **config):
     return str(refused.value)
 
 
-def test_tensors_that_are_missing_left_over_or_misshapen_are_listed(tmp_path):
+def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     weights = full_model()
     del weights["model.layers.1.mlp.up_proj.weight"]
     weights["model.mm_projector.2.weight"] = torch.ones(7, 40)
@@ -237,7 +237,7 @@ def test_files_of_old_pytorch_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
-def test_damaged_and_incomplete_downloads(tmp_path, form):
+def test_damaged_and_incomplete_downloads_are_refused(tmp_path, form):
     original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", full_model(), form=f"sharded-{form}")
 
@@ -291,7 +291,7 @@ def test_damaged_and_incomplete_downloads(tmp_path, form):
         ({"vocab_size": 5, "text_config": {}, "model_type": "llava"}, "Hugging Face layout already"),
     ],
 )
-def test_other_kinds_of_models_are_refused_by_name(tmp_path, config, message):
+def test_other_kinds_of_models_are_refused(tmp_path, config, message):
     import re
 
     assert re.search(message, listed(tmp_path, full_model(), **config))
@@ -305,7 +305,7 @@ def test_other_kinds_of_models_are_refused_by_name(tmp_path, config, message):
         (["adapter_model.safetensors", "non_lora_trainables.bin"], {"*.safetensors", "*.bin"}),
     ],
 )
-def test_from_the_hub_only_what_is_read_is_downloaded(tmp_path, monkeypatch, files, weights):
+def test_only_files_that_are_read_are_downloaded(tmp_path, monkeypatch, files, weights):
     import huggingface_hub
 
     from medst_trl.interop.conversion.files import local_directory
@@ -320,12 +320,12 @@ def test_from_the_hub_only_what_is_read_is_downloaded(tmp_path, monkeypatch, fil
     assert set(asked[1][1]["allow_patterns"]) == {"*.json", "*.model"}
 
 
-def test_no_checkpoint_there():
+def test_a_missing_checkpoint_is_refused():
     with pytest.raises(UserError, match="neither a directory nor available on the Hub"):
         convert_checkpoint("org/is-not-there", "out")
 
 
-def test_cut_short_it_goes_on_behind_the_last_whole_shard(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_resumes_after_the_last_complete_shard(tmp_path, monkeypatch):
     import safetensors.torch
 
     original.write_clip(tmp_path / "clip")
@@ -380,7 +380,7 @@ def test_the_stage_finishes_once_and_refuses_other_settings(tmp_path, capsys):
         (lambda tensor: tensor.to("meta"), "without numbers"),
     ],
 )
-def test_tensors_that_are_no_plain_numbers_are_listed(tmp_path, change, kind):
+def test_tensors_without_plain_numbers_are_listed(tmp_path, change, kind):
     weights = full_model()
     weights["model.norm.weight"] = change(weights["model.norm.weight"])
     message = listed(tmp_path, {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
@@ -404,7 +404,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_training_output_without_its_projector_is_incomplete(tmp_path):
+def test_a_training_output_without_its_projector_is_refused(tmp_path):
     """The base's own projector would fit in its place."""
     original.write_clip(tmp_path / "clip")
     base = original.write_checkpoint(tmp_path / "base", full_model())
@@ -415,7 +415,7 @@ def test_a_training_output_without_its_projector_is_incomplete(tmp_path):
         convert_checkpoint(str(output), tmp_path / "out", base=str(base))
 
 
-def test_a_converted_base_hands_on_the_colours_of_its_tower(tmp_path):
+def test_a_converted_base_keeps_the_colours_of_its_tower(tmp_path):
     original.write_clip(tmp_path / "clip")
     base = original.write_checkpoint(tmp_path / "base", full_model())
     convert_checkpoint(str(base), tmp_path / "converted")
@@ -426,7 +426,7 @@ def test_a_converted_base_hands_on_the_colours_of_its_tower(tmp_path):
     assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.do_pad
 
 
-def test_a_folder_never_holds_two_models(tmp_path):
+def test_a_directory_never_holds_two_models(tmp_path):
     original.write_clip(tmp_path / "clip")
     first, second = full_model(), {name: tensor + 0.01 for name, tensor in full_model().items()}
     one = original.write_checkpoint(tmp_path / "one", first)
@@ -441,6 +441,6 @@ def test_a_folder_never_holds_two_models(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["abc", "0", "1000"])
-def test_a_size_that_is_none(tmp_path, size):
+def test_an_invalid_shard_size_is_refused(tmp_path, size):
     with pytest.raises(UserError, match=f"'{size}' is not a size"):
         convert_checkpoint(str(tmp_path), tmp_path / "out", max_shard_size=size)

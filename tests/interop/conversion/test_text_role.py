@@ -41,7 +41,7 @@ def prompt(processor, *texts):
     return processor.decode(encoded["input_ids"][0]).replace("<image>" * 289, "<image>")
 
 
-def test_a_bare_turn_is_the_prompt_it_was_trained_with(converted):
+def test_a_bare_turn_renders_the_prompt_of_training(converted):
     _, processor = load_policy(str(converted / "text"))
     # The blank behind the image is a token of the original code, see test_tokenizer.py.
     start = f"<s> {VUSER_SYSTEM} "
@@ -50,7 +50,7 @@ def test_a_bare_turn_is_the_prompt_it_was_trained_with(converted):
     assert prompt(processor, "q1") == f"{start}USER: <image> \nq1 ASSISTANT:"
 
 
-def test_the_token_role_has_a_row_ready(converted):
+def test_the_token_role_leaves_a_row_for_the_token(converted):
     model, processor = load_policy(str(converted / "token"))
     assert prompt(processor, VUSR) == f"<s> {VICUNA_SYSTEM} USER: <image> \n{VUSR}"
     rows = model.get_input_embeddings().num_embeddings
@@ -59,7 +59,7 @@ def test_the_token_role_has_a_row_ready(converted):
     assert load_policy(str(converted / "text"))[0].get_input_embeddings().num_embeddings == rows
 
 
-def test_it_trains_in_both_stages_without_a_token(converted, tmp_path):
+def test_a_converted_model_trains_in_both_stages_without_the_token(converted, tmp_path):
     model, processor = load_policy(str(converted / "text"))
     config = adapter_config(model, vusr_token_id=add_vusr(processor), r=4, vision_r=2, lora_dropout=0.0)
     assert config.trainable_token_indices is None
@@ -81,7 +81,7 @@ def test_it_trains_in_both_stages_without_a_token(converted, tmp_path):
     assert abs(losses[0] - 0.693147) < 1e-4 and losses[1] != losses[0]
 
 
-def test_it_generates_questions_and_answers(converted):
+def test_a_converted_model_generates_questions_and_answers(converted):
     from medst_trl.engines.decoding import chat_inputs, write_texts
     from medst_trl.engines.engine import to_answer, to_ask
 

@@ -69,7 +69,7 @@ def merged(run):
     return run / "merged"
 
 
-def test_what_the_record_and_the_card_say(run, merged, capsys):
+def test_record_and_card_describe_the_merge(run, merged, capsys):
     record = json.loads((merged / "stage.json").read_text())
     proof = record["merged"]["proof"]
     assert record["status"] == "complete" and record["metrics"]["float32_difference"] <= 1e-4
@@ -85,7 +85,7 @@ def test_what_the_record_and_the_card_say(run, merged, capsys):
     assert _merge(run / "sft", merged, "--dtype", "bfloat16") == 2
 
 
-def test_it_says_on_what_it_compared(run, tmp_path, capsys):
+def test_the_output_names_the_examples(run, tmp_path, capsys):
     _merge(run / "sft", tmp_path / "recorded")
     assert f"4 conversations ({run / 'instruct'})" in capsys.readouterr().out
     _merge(run / "sft", tmp_path / "given", "--dataset", str(run / "instruct"), "--num_examples", "1")
@@ -109,7 +109,7 @@ def _image():
 
 
 @pytest.mark.parametrize("kind", ["preferences", "benchmark"])
-def test_other_datasets_to_compare_on(kind, tmp_path):
+def test_preferences_and_benchmarks_give_examples(kind, tmp_path):
     prompt, chosen, *_ = ([message] for message in tiny_run.conversation(0)["messages"])
     pair = {
         "id": "p", "images": [_image()], "image_ids": ["0"], "prompt": prompt, "chosen": chosen, "rejected": chosen,
@@ -133,7 +133,7 @@ def test_other_datasets_to_compare_on(kind, tmp_path):
         ("missing", (), "missing"),
     ],
 )
-def test_refusals_leave_nothing(run, tmp_path, capsys, adapter, options, message):
+def test_a_refused_merge_leaves_nothing(run, tmp_path, capsys, adapter, options, message):
     assert _merge(run / adapter, tmp_path / "out", *(word.format(run=run) for word in options)) == 2
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".stage.lock"]
@@ -153,7 +153,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_killed_and_run_again(run, merged, tmp_path):
+def test_a_killed_merge_can_be_run_again(run, merged, tmp_path):
     words = ["merge", "--model_name_or_path", str(run / "sft"), "--output_dir", str(tmp_path / "merged")]
     assert subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True).returncode == -signal.SIGKILL
     left = {path.name for path in (tmp_path / "merged").iterdir()}
@@ -164,7 +164,7 @@ def test_killed_and_run_again(run, merged, tmp_path):
     assert {path.name for path in merged.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
 
 
-def test_in_a_recipe(tmp_path):
+def test_a_recipe_places_merge_after_the_last_round(tmp_path):
     path = tmp_path / "r.yaml"
     sections = "base:\nprepare: {source: phantoms}\nsft:\ngenerate: {max_records: 9}\njudge: {model: m}\nmerge:\n"
     path.write_text(f"output_dir: out\n{sections}evaluate:\n")
@@ -177,7 +177,7 @@ def test_in_a_recipe(tmp_path):
     assert list(steps).index("merge") > list(steps).index("round_2/dpo")
 
 
-def test_beside_a_report(run, merged):
+def test_a_report_covers_a_run_with_a_merged_model(run, merged):
     assert medst(["report", "--run", str(run), "--output_dir", str(run / "report")]) == 0
     assert (run / "report" / "index.html").is_file()
 
@@ -217,14 +217,14 @@ def test_a_server_answers_and_asks_as_the_adapter_does(run, merged, served):
     assert len(asked) > 1, "it asks about the image"
 
 
-def test_a_server_samples_when_it_is_told_a_temperature(merged, served):
+def test_a_server_samples_at_a_given_temperature(merged, served):
     """`transformers serve` never turns sampling on: the saved generation config has to."""
     image = tiny_run.conversation(0)["images"][0]
     assert len({_say(served, merged, image, VUSR, temperature=5.0, seed=seed) for seed in range(4)}) > 1
     assert len({_say(served, merged, image, VUSR, temperature=0, seed=seed) for seed in range(2)}) == 1
 
 
-def test_no_examples_is_refused_by_name(tmp_path):
+def test_zero_examples_are_refused(tmp_path):
     from medst_trl.base.errors import UserError
     from medst_trl.pipeline.stages.merge import MergeArguments, _examples
 

@@ -39,7 +39,7 @@ def test_tokens_are_those_of_the_original_code(tmp_path, legacy):
     assert read_tokenizer(tmp_path / "saved")(TEXT)["input_ids"] == ids  # from tokenizer.json
 
 
-def test_the_tokens_of_llama(shared_data, tmp_path):
+def test_llamas_tokenizer_gives_the_known_tokens(shared_data, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((shared_data / "tokenizers" / "llama_tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
     tokenizer = read_tokenizer(tmp_path)
@@ -50,7 +50,7 @@ def test_the_tokens_of_llama(shared_data, tmp_path):
     assert tokenizer(TEXT)["input_ids"] == in_pieces(tmp_path, tokenizer)
 
 
-def test_tokens_behind_the_pieces_keep_their_ids(tmp_path):
+def test_added_tokens_keep_their_ids(tmp_path):
     original.write_tokenizer(tmp_path)
     size = len(original.PIECES)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_patch>": size, "<im_start>": size + 1}))
@@ -69,7 +69,7 @@ def test_a_damaged_file_is_refused(tmp_path, content):
         read_pieces(tmp_path / "tokenizer.model")
 
 
-def test_another_kind_of_model_is_refused(tmp_path):
+def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(original.sentencepiece(["a", "b"], model_type=1))
     with pytest.raises(UserError, match="not a byte-pair model"):
         read_pieces(tmp_path / "tokenizer.model")
