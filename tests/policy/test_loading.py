@@ -222,6 +222,7 @@ def test_the_original_layout_is_refused(base):
 
 CODE = """
 import sys
+from medst_trl import load_policy
 from medst_trl.base.errors import UserError
 try:
     load_policy(sys.argv[1])
