@@ -7,6 +7,7 @@ import select
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -35,7 +36,7 @@ A whole run, stage by stage, as a recipe describes it:
   run RECIPE            run every stage of a recipe and skip finished ones (medst run --help)
   recipes ls            list the packaged recipes; also: show, cp, validate
 
-One stage (medst STAGE --help lists its settings):
+One stage (medst STAGE --help lists its settings, --help all those of TRL too):
 {stages}
 Every command takes --plugins FILE (repeatable): a Python file that registers your own stages, sources, judge prompts,
 engines, model families, metrics or losses. MEDST_PLUGINS in the environment does the same.
@@ -214,10 +215,10 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     name = f"medst {stage.name}"
     options = [word for word in argv if word.startswith("--")]
     refuse_secrets(option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options)
-    parser = stage.make_parser(name)
     if {"-h", "--help"} & set(argv):
-        parser.print_help()
+        stage.make_parser(name, is_listing="all" not in argv).print_help()
         return 0
+    parser = stage.make_parser(name)
     shared, given = _read_launch(stage, argv)
     config, num_processes = shared.accelerate_config, as_count(shared.num_processes, "num_processes", name)
     if shared.config is not None:
@@ -308,14 +309,21 @@ def _recipes(argv: list[str]) -> int | None:
         case ["show" | "cp" | "validate"]:
             raise UserError(f"medst recipes {argv[0]} takes a recipe. `medst recipes ls` lists them.")
         case ["validate", *words]:
-            _validate(words)
+            return _validate(words)
         case [] | ["-h" | "--help"]:
             print(RECIPES_HELP, end="")
         case _:
             raise UserError(f"Unknown command: medst recipes {' '.join(argv)}. See `medst recipes --help`.")
 
 
-def _validate(argv: list[str]) -> None:
+def _validate(argv: list[str]) -> int:
+    if "torch" not in sys.modules:  # only TRL can check TRL's settings, and it imports torch: not into this process
+        code = "import sys, torch; from medst_trl.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "recipes", "validate", *argv]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout, end="")
+        print(done.stderr, end="", file=sys.stderr)
+        return done.returncode
     from medst_trl.pipeline.plan.validate import validate
     from medst_trl.pipeline.recipe import read_recipe
 
@@ -325,6 +333,7 @@ def _validate(argv: list[str]) -> None:
         raise UserError(f"medst recipes validate takes one recipe, not {len(words)}.")
     recipe = read_recipe(words[0], options)
     print(*validate(recipe, which), f"{recipe.path} is valid.", sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -179,6 +179,9 @@ class Stage:
             The text above the settings in `medst NAME --help`: the module's docstring.
         arguments (`Callable`):
             Returns the dataclasses of its settings. Called when they are needed, so it may import heavy modules.
+        listed (`Callable`, *optional*):
+            Returns the dataclasses that `--help` shows, if it should not show all (`--help all` does) or `arguments`
+            imports torch.
         main (`Callable`):
             Runs the stage. Takes one object of each dataclass, without `HubArguments`.
         check (`Callable`, *optional*):
@@ -214,6 +217,7 @@ class Stage:
     arguments: Callable[[], Sequence[type]]
     main: Callable[..., None]
     help: str = ""
+    listed: Callable[[], Sequence[type]] | None = None
     check: Callable[..., Any] | None = None
     after: tuple[str, ...] = ()
     repeats: bool = False
@@ -245,14 +249,23 @@ class Stage:
         """Whether one of its outputs is of that kind."""
         return any(output.kind == kind for output in self.outputs)
 
-    def make_parser(self, prog: str | None = None) -> "TrlParser":
-        """The parser of its settings. Raises a [`UserError`] where argparse prints all options and exits."""
+    def make_parser(self, prog: str | None = None, *, is_listing: bool = False) -> "TrlParser":
+        """
+        The parser of its settings. Raises a [`UserError`] where argparse prints all options and exits.
+
+        Args:
+            prog (`str`, *optional*):
+                The command, for its help and messages.
+            is_listing (`bool`, *optional*, defaults to `False`):
+                Whether it is only for `--help`, which shows the settings in `listed`.
+        """
         from trl.scripts.utils import TrlParser
 
         # TRL 1.16 and PEFT 0.21 use a name that transformers 5.23 has deprecated. Users can do nothing about it.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        arguments = self.listed if is_listing and self.listed is not None else self.arguments
         parser = TrlParser(
-            self.arguments(), prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
+            arguments(), prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
         )  # an abbreviation could be meant for the launcher
         parser.error = self.refuse
         for key, registry in self.registries.items():
@@ -268,6 +281,8 @@ class Stage:
                 "and other options of `accelerate launch` start the stage under that launcher; without any it runs in "
                 "this process."
             )
+        if self.listed is not None:
+            parser.epilog += f" --help all lists more settings of {self.name}: all those of TRL and transformers."
         return parser
 
     def refuse(self, message: str) -> NoReturn:

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the two trainers beside TRL's, apart from TRL, so that `--help` can read them without torch."""
+"""Settings of the two trainers, our own and the usual ones of TRL, apart from TRL: `--help` needs no torch."""
 
 import os
 from dataclasses import dataclass, field
@@ -121,3 +121,53 @@ class MultimodalDPOSettings(PolicySettings):
             "dataset's directory (`medst dpo`), or in output_dir."
         },
     )
+
+
+@dataclass
+class UsualSettings:
+    """
+    The settings of TRL's configurations that most runs need, for `--help`, which does not import TRL.
+
+    Types and defaults are those of [`~trl.SFTConfig`] and [`~trl.DPOConfig`]; a test compares them.
+    """
+
+    output_dir: str | None = field(default=None, metadata={"help": "Directory of adapter, processor and checkpoints."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "Schedule of the learning rate: linear, cosine, constant_with_warmup, ..."}
+    )
+    warmup_steps: float = field(
+        default=0, metadata={"help": "Steps until the peak, or below 1 their share of all steps."}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs."})
+    max_steps: int = field(default=-1, metadata={"help": "Number of optimizer steps; overrides num_train_epochs."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples per batch of one process."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches of each process per step. Set it, or effective_batch_size."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm that gradients are clipped to; 0 for none."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16. Default: with an accelerator, unless fp16 is set."}
+    )
+    fp16: bool = field(default=False, metadata={"help": "Compute in float16."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    report_to: str | None = field(default="none", metadata={"help": "Where to log: none, trackio, wandb, ..."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps, epoch, best."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=None, metadata={"help": "Number of checkpoints to keep."})
+    eval_strategy: str = field(default="no", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Steps between evaluations. Default: logging_steps."}
+    )
+    load_best_model_at_end: bool = field(default=False, metadata={"help": "Keep the one with the best eval_loss."})
+    seed: int = field(default=42, metadata={"help": "Seed of all random numbers in training."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the adapter, with its card, when it is done."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository for it, OWNER/NAME."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether the repository is private. Default: private."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code from the model's repository run."})

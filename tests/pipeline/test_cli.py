@@ -22,6 +22,7 @@ from medst_trl.pipeline.launch import (
     use_one_gpu,
     without_launcher,
 )
+from medst_trl.pipeline.settings import actions_of
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -88,17 +89,52 @@ print({"torch", "transformers", "trl", "accelerate", "datasets", "peft"} & set(s
     assert all(f"  {name} " in result.stdout for name in (*STAGES, "run", "recipes"))
 
 
-def test_help_of_light_stages_imports_no_torch():
+def test_help_of_stages_imports_no_torch():
     code = """
 import sys
 from medst_trl.cli import main
-for stage in ("base", "prepare", "evaluate"):
+from medst_trl.pipeline.stage import STAGES
+for stage in STAGES:
     assert main([stage, "--help"]) == 0
-    assert "torch" not in sys.modules and "datasets" not in sys.modules, stage
+    assert not {"torch", "datasets", "accelerate"} & set(sys.modules), stage
 """
     result = run(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
-    assert "--config FILE" in result.stdout and "--num_phantoms" in result.stdout
+    assert "--config FILE" in result.stdout and "--num_phantoms" in result.stdout and "--sq_ratio" in result.stdout
+
+
+def test_validate_imports_no_torch_in_this_process():
+    code = """
+import sys
+from medst_trl.cli import main
+assert main(["recipes", "validate", "demo"]) == 0
+assert main(["recipes", "validate", "demo", "--sft.learning_rat", "1"]) == 2
+assert main(["recipes", "validate", "demo", "--sft.max_grad_norm", "many"]) == 2  # a setting of transformers
+assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("demo.yaml is valid.\n")
+    assert "unknown key 'learning_rat'. Did you mean 'learning_rate'?" in result.stderr
+    assert "section sft: max_grad_norm: 'many' is not a valid float" in result.stderr
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_help_lists_the_usual_settings_and_help_all_the_rest(stage, capsys):
+    assert main([stage, "--help"]) == 0
+    usual = capsys.readouterr().out
+    assert main([stage, "--help", "all"]) == 0
+    complete = capsys.readouterr().out
+    assert "--learning_rate" in usual and "--adam_beta2" not in usual and "--help all" in usual
+    assert "--learning_rate" in complete and "--adam_beta2" in complete and len(complete) > 2 * len(usual)
+    listed = actions_of(STAGES.get(stage).make_parser(is_listing=True))
+    actions = actions_of(STAGES.get(stage).make_parser())
+    assert listed.keys() < actions.keys() and len(listed) < len(actions) / 2
+    for key, action in listed.items():
+        real = actions[key]
+        assert (action.default, action.required, action.nargs) == (real.default, real.required, real.nargs), key
+        if action.type in (int, float):
+            assert real.type is action.type, key
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch  # noqa: F401 (so that a recipe is validated in this process)
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stage import MODEL, NO_DATASETS, STAGES, Stage, _in_pipeline_order

@@ -33,8 +33,17 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
+from medst_trl.training.arguments import MultimodalDPOSettings
 
-from .training import PolicyArguments, check_settings, end_of_log, load_trainable_policy, new_adapter, train_policy
+from .training import (
+    PolicyArguments,
+    check_settings,
+    end_of_log,
+    listed_settings,
+    load_trainable_policy,
+    new_adapter,
+    train_policy,
+)
 
 
 if TYPE_CHECKING:
@@ -185,6 +194,7 @@ STAGE = STAGES.register(
         distributed=True,
         trains=True,
         arguments=_arguments,
+        listed=lambda: (DpoArguments, listed_settings(MultimodalDPOSettings)),
         check=check,
         main=main,
         inputs=(

@@ -28,8 +28,17 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
+from medst_trl.training.arguments import SelfQuestioningSettings
 
-from .training import PolicyArguments, check_settings, keep_shape, load_trainable_policy, new_adapter, train_policy
+from .training import (
+    PolicyArguments,
+    check_settings,
+    keep_shape,
+    listed_settings,
+    load_trainable_policy,
+    new_adapter,
+    train_policy,
+)
 
 
 if TYPE_CHECKING:
@@ -154,6 +163,7 @@ STAGE = STAGES.register(
         distributed=True,
         trains=True,
         arguments=_arguments,
+        listed=lambda: (SftArguments, listed_settings(SelfQuestioningSettings)),
         check=check,
         main=main,
         inputs=(

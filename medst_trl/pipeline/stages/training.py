@@ -4,11 +4,12 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.training.arguments import UsualSettings
 
 from .batch_size import DIVISION_SETTINGS, division_of, set_accumulation
 
@@ -95,6 +96,11 @@ class PolicyArguments:
     overwrite: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir and start again."}
     )
+
+
+def listed_settings(own: type) -> type:
+    """A trainer's own settings and the usual ones of TRL, for `--help`."""
+    return make_dataclass("TrainingSettings", [], bases=(own, UsualSettings))
 
 
 def train_policy(

@@ -1,12 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst recipes validate`: what it lets pass, and each mistake with its place."""
+"""`medst recipes validate`: what it accepts, and each mistake with its place."""
 
 import socket
 import warnings
 from unittest.mock import Mock
 
 import pytest
+import torch  # noqa: F401 (so that the recipe is validated in this process)
 from datasets import Dataset
 from recipe_data import write_source
 
@@ -32,7 +33,7 @@ push: {source: "{judge}/preferences", repo_id: me/pairs}
 
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
-    """Exit code and what was said of a recipe in a folder with its data."""
+    """Exit code and output for a recipe in a directory with its data."""
     monkeypatch.chdir(tmp_path)
     write_source({"source": "llava", "data_path": "talks.json"})
 
