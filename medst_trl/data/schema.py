@@ -10,6 +10,7 @@ their positions: the n-th image part stands for the n-th of `images`. See `KINDS
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -89,9 +90,9 @@ class Kind:
             Its name, for example `"instruct"`.
         maker (`str`):
             The stage that writes it.
-        columns (`Callable`):
-            Returns its columns as `datasets.Features`; a function, so that the package can be imported without
-            `datasets`.
+        columns (`dict`):
+            Its columns as plain data, so that the package can be imported without `datasets`: `"image"` or the name of
+            a [`~datasets.Value`], `[...]` for a list, a dict for a struct.
         card ([`KindCard`]):
             What the card of a published dataset says.
         marker (`str`, *optional*):
@@ -102,77 +103,41 @@ class Kind:
 
     name: str
     maker: str
-    columns: Callable[[], "Features"]
+    columns: Mapping[str, Any]
     card: KindCard
     marker: str | None = None
     optional: Mapping[str, Any] = field(default_factory=dict)
+
+    def features(self) -> "Features":
+        """Its columns as `datasets.Features`."""
+        from datasets import Features
+
+        return Features({name: _feature(column) for name, column in self.columns.items()})
+
+
+def _feature(column: Any) -> Any:
+    from datasets import Image, List, Value
+
+    if isinstance(column, Mapping):
+        return {name: _feature(inner) for name, inner in column.items()}
+    if isinstance(column, list):
+        return List(_feature(column[0]))
+    return Image() if column == "image" else Value(column)
 
 
 KINDS: Registry[Kind] = Registry("kind of dataset", (), ("maker", "columns", "card"))
 
 
-def instruct_features() -> "Features":
-    """Columns of conversations, and of unlabelled images, whose `messages` are empty."""
-    from datasets import Features, Value
-
-    return Features(_image_columns() | {"messages": _messages(vusr=Value("bool"))})
-
-
-def benchmark_features() -> "Features":
-    """Columns of a benchmark, one row per image."""
-    from datasets import Features, Image, List, Value
-
-    question = _texts("id", "question", "answer", "answer_type", "question_type", "link")
-    return Features({"image_id": Value("string"), "image": Image(), "questions": List(question)})
-
-
-def candidate_features() -> "Features":
-    """Columns of questions with their sampled answers."""
-    from datasets import Features, List, Value
-
-    answers = {"prompt": _messages(), "answers": List(Value("string")), "generation": Value("string")}
-    return Features(_image_columns() | answers)
-
-
-def preference_features() -> "Features":
-    """Columns of preference pairs, as TRL's DPOTrainer reads them."""
-    from datasets import Features, Value
-
-    pair = {name: _messages() for name in ("prompt", "chosen", "rejected")}
-    scores = {name: Value("float64") for name in ("score_chosen", "score_rejected")}
-    return Features(_image_columns() | pair | scores | {"judge": Value("string")})
-
-
-def prediction_features() -> "Features":
-    """Columns of predictions, which are stored as JSON lines."""
-    from datasets import Features
-
-    return Features(_texts(*PREDICTION_COLUMNS))
-
-
-def _texts(*names: str) -> dict:
-    from datasets import Value
-
-    return {name: Value("string") for name in names}
-
-
-def _image_columns() -> dict:
-    from datasets import Image, List, Value
-
-    return {"id": Value("string"), "images": List(Image()), "image_ids": List(Value("string"))}
-
-
-def _messages(**more):
-    from datasets import List, Value
-
-    return List({"role": Value("string"), "content": List(_texts("type", "text")), **more})
-
+_IMAGES = {"id": "string", "images": ["image"], "image_ids": ["string"]}
+_MESSAGE = {"role": "string", "content": [{"type": "string", "text": "string"}]}
+_INSTRUCT = _IMAGES | {"messages": [_MESSAGE | {"vusr": "bool"}]}
+_QUESTION = dict.fromkeys(("id", "question", "answer", "answer_type", "question_type", "link"), "string")
 
 for _kind in (
     Kind(
         "instruct",
         "prepare",
-        instruct_features,
+        _INSTRUCT,
         KindCard(
             "Conversations about medical images, for instruction tuning.",
             "Train on it with `medst sft --dataset {id}`.",
@@ -182,7 +147,7 @@ for _kind in (
     Kind(
         "images",
         "prepare",
-        instruct_features,
+        _INSTRUCT,
         KindCard(
             "Medical images without labels, to ask questions about.",
             "Ask questions about them with `medst generate --images {id}`.",
@@ -191,7 +156,7 @@ for _kind in (
     Kind(
         "benchmark",
         "prepare",
-        benchmark_features,
+        {"image_id": "string", "image": "image", "questions": [_QUESTION]},
         KindCard(
             "Questions about medical images with reference answers, for evaluation.",
             "Evaluate on it with `medst evaluate --benchmark {id}`.",
@@ -201,7 +166,7 @@ for _kind in (
     Kind(
         "candidates",
         "generate",
-        candidate_features,
+        _IMAGES | {"prompt": [_MESSAGE], "answers": ["string"], "generation": "string"},
         KindCard(
             "Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
             "Judge them with `medst judge --candidates {id}`.",
@@ -211,7 +176,9 @@ for _kind in (
     Kind(
         "preferences",
         "judge",
-        preference_features,
+        _IMAGES
+        | {"prompt": [_MESSAGE], "chosen": [_MESSAGE], "rejected": [_MESSAGE]}
+        | {"score_chosen": "float64", "score_rejected": "float64", "judge": "string"},
         KindCard(
             "Preference pairs about medical images: a question and two answers, the better one chosen.",
             "Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
@@ -222,7 +189,7 @@ for _kind in (
     Kind(
         "predictions",
         "evaluate",
-        prediction_features,
+        dict.fromkeys(PREDICTION_COLUMNS, "string"),
         KindCard(
             "Answers of a model to the questions of a benchmark, with the reference answers.",
             "Score them with `medst evaluate --predictions FILE`.",
@@ -254,7 +221,13 @@ def text_of(content: str | list[dict]) -> str:
 
 def features_of(kind: str) -> "Features":
     """The columns of a kind of dataset, see `KINDS`."""
-    return KINDS.get(kind).columns()
+    return KINDS.get(kind).features()
+
+
+instruct_features = partial(features_of, "instruct")
+benchmark_features = partial(features_of, "benchmark")
+candidate_features = partial(features_of, "candidates")
+preference_features = partial(features_of, "preferences")
 
 
 def check_columns(dataset: "Dataset", kind: str) -> None:
@@ -294,7 +267,7 @@ def _fill_columns(dataset: "Dataset") -> "Dataset":
     kind = kind_of(dataset.features)
     for name, default in kind.optional.items() if kind else ():
         if name not in dataset.features:
-            dataset = dataset.add_column(name, [default] * len(dataset), feature=kind.columns()[name])
+            dataset = dataset.add_column(name, [default] * len(dataset), feature=kind.features()[name])
     return dataset
 
 
