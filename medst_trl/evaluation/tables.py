@@ -5,7 +5,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metric import FigurePath, describe_figures
+from .metric import FigurePath, describe_figures, recorded_figures
 from .scoring import figures
 
 
@@ -67,7 +67,7 @@ def format_file(content: Mapping[str, Any]) -> str:
     blocks = [", ".join(source)]
     for variant, scores in content["scores"].items():
         controls = {name: by_variant[variant] for name, by_variant in content["controls"].items()}
-        blocks.append(format_scores(scores, controls, content.get("figures")))
+        blocks.append(format_scores(scores, controls, recorded_figures(content)))
     if cut_off := content["counts"]["cut_off"]:
         blocks.append(f"{cut_off} answers were cut off at max_new_tokens.")
     if refused := content["counts"].get("refused"):

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A metric of one plugin file appears in help, recipes, tables and `scores.json`."""
+"""A metric of one plugin file appears in help, recipes, tables, `scores.json`, cards and reports."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import pytest
 from medst_trl.base.errors import UserError
 from medst_trl.base.registry import Registry
 from medst_trl.evaluation.metric import METRICS, Figure, Metric, describe_figures
+from medst_trl.hub.cards import model_card
+from medst_trl.hub.contents import find_contents
 
 
 PLUGIN = """
@@ -104,6 +106,24 @@ def test_recipes_take_a_plugin_metric(medst, tmp_path):
     done = medst("recipes", "validate", "bad.yaml")
     assert done.returncode == 2
     assert "Unknown metric 'brevty'. Did you mean 'brevity'?" in done.stderr
+
+
+def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(medst, tmp_path):
+    words = ["--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", "run/evaluate"]
+    assert medst("evaluate", *words).returncode == 0
+    command = [sys.executable, "-m", "medst_trl.cli", "report", "--run", "run", "--output_dir", "run/report"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "short answers" in done.stdout
+    page = (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Short answers, 2 questions" in page  # the title of a chart
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    card = model_card(find_contents(model), "org/name", evaluations=[tmp_path / "run" / "evaluate"])
+    assert "| brevity | short answers | 50.0 " in card
 
 
 def test_runs_without_the_metric_do_not_depend_on_the_plugin(medst, tmp_path):

@@ -16,7 +16,6 @@ from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer
 from medst_trl.engines.transformers import TransformersEngine
 from medst_trl.evaluation import vqa
-from medst_trl.evaluation.predictions import read_predictions
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
 from medst_trl.policy.loading import prepare_policy
@@ -276,42 +275,6 @@ def test_ranks_share_the_batches(policy, benchmark, monkeypatch):
 def test_only_the_first_records_are_asked(engine, benchmark):
     rows = list(answer_benchmark(engine, benchmark, max_records=4, max_new_tokens=2))
     assert {row["id"] for row in rows} == {question["id"] for question in questions_of(benchmark)[:4]}
-
-
-def test_malformed_lines_are_rejected(tmp_path):
-    good = {"id": "a", "answer": "yes", "answer_type": "closed", "prediction": "yes"}
-    lines = [
-        json.dumps(good),
-        '{"id": "b", "answer": "ye',
-        "",
-        "[1, 2]",
-        json.dumps(good | {"id": "c", "prediction": None}),
-        json.dumps(good | {"id": "d", "answer_type": "both"}),
-        json.dumps(good),
-        json.dumps(good | {"id": "e", "answer": "\ud800"}),
-    ]
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\n\xff\xfe\n")
-    records, rejected = read_predictions(path)
-    assert [row["id"] for row in records] == ["a", "e"]
-    assert [(row["id"], row["reason"]) for row in rejected] == [
-        ("line 2", "not JSON"),
-        ("line 4", "not a JSON object"),
-        ("c", "no prediction"),
-        ("d", "unknown answer_type"),
-        ("a", "repeated id"),
-        ("line 9", "not JSON"),
-    ]
-    json.dumps(rejected).encode()
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"no json", None])
-def test_files_without_predictions_are_refused(tmp_path, content):
-    path = tmp_path / "p.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"p\.jsonl"):
-        read_predictions(path)
 
 
 def test_a_full_disk_keeps_complete_lines(engine, benchmark, tmp_path):
