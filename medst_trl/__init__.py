@@ -19,7 +19,7 @@ _MODULE_OF = {
     "DataCollatorForSelfQuestioning": "medst_trl.training.collator",
     "MultimodalDPOConfig": "medst_trl.training.dpo",
     "MultimodalDPOTrainer": "medst_trl.training.dpo",
-    "PairwiseJudge": "medst_trl.selftrain.judge",
+    "PairwiseJudge": "medst_trl.selftrain.judge.pairwise",
     "PrototypeExtractor": "medst_trl.policy.prototype_llava",
     "SelfQuestioningConfig": "medst_trl.training.sft",
     "SelfQuestioningTrainer": "medst_trl.training.sft",
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from medst_trl.policy.loading import load_policy as load_policy
     from medst_trl.policy.prototype_llava import PrototypeExtractor as PrototypeExtractor
     from medst_trl.selftrain.candidates import CandidateGenerator as CandidateGenerator
-    from medst_trl.selftrain.judge import PairwiseJudge as PairwiseJudge
+    from medst_trl.selftrain.judge.pairwise import PairwiseJudge as PairwiseJudge
     from medst_trl.selftrain.preferences import build_preferences as build_preferences
     from medst_trl.training.collator import DataCollatorForSelfQuestioning as DataCollatorForSelfQuestioning
     from medst_trl.training.dpo import MultimodalDPOConfig as MultimodalDPOConfig

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from medst_trl.pipeline.record import StageRecord
-    from medst_trl.selftrain.judge import PairwiseJudge
+    from medst_trl.selftrain.judge.pairwise import PairwiseJudge
     from medst_trl.selftrain.preferences import Preferences
 
 
@@ -245,7 +245,7 @@ def _open_judge(args: JudgeArguments, servers: tuple[Any, ...], candidates: "Dat
     """Yield the judge, while its server runs if it is one of ours."""
     from inspect import signature
 
-    from medst_trl.selftrain.judge import PairwiseJudge
+    from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
     names = {item.name for item in fields(args)} & set(signature(PairwiseJudge).parameters)
     settings = {name: getattr(args, name) for name in names} | {"cache_dir": args.cache_dir or args.output_dir}

@@ -16,9 +16,9 @@ from medst_trl.data.schema import candidate_features
 from medst_trl.engines.cost import Prices
 from medst_trl.engines.pace import Pace
 from medst_trl.engines.reply_cache import FILE_NAME
-from medst_trl.selftrain.judge import PairwiseJudge
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
+from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
 
 KEYS = {

@@ -9,7 +9,7 @@ from hashlib import sha256
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.selftrain.judge import PairwiseJudge
+from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 
 

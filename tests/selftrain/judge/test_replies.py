@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from medst_trl.selftrain.judge import parse_scores
+from medst_trl.selftrain.judge.replies import parse_scores
 
 
 SCORES = st.sampled_from([score / 2 for score in range(2, 21)])
