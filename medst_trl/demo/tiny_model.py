@@ -78,24 +78,15 @@ def tiny_llava(
     ```
     """
     import torch
-    from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration
 
-    processor = LlavaProcessor(
-        # The other image processor needs torchvision.
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        ),
-        tokenizer=train_tokenizer([*plain_text.all_texts(), *texts], vocab_size),
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the select strategy drops again
-        chat_template=CHAT_TEMPLATE,
-    )
+    tokenizer = train_tokenizer([*plain_text.all_texts(), *texts], vocab_size)
+    processor = _processor(tokenizer, image_size, patch_size)
     config = _config(
         processor,
         {"image_size": image_size, "patch_size": patch_size, **_tower(vision_size, vision_layers, head_size)},
         {
-            "vocab_size": len(processor.tokenizer) + spare_rows,
+            "vocab_size": len(tokenizer) + spare_rows,
             "tie_word_embeddings": tie_word_embeddings,
             **_tower(text_size, text_layers, head_size),
         },
@@ -112,6 +103,22 @@ def tiny_llava(
             # probability near one, and sampling would pick nonsense.
             model.lm_head.weight.mul_(4)
     return model.eval(), processor
+
+
+def _processor(tokenizer: "PreTrainedTokenizerFast", image_size: int, patch_size: int) -> "LlavaProcessor":
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    return LlavaProcessor(
+        # The other image processor needs torchvision.
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which the select strategy drops again
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def _tower(size: int, layers: int, head_size: int) -> dict[str, int]:

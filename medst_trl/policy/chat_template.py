@@ -41,7 +41,7 @@ _LAST_USER_TEXT = """\
 {%- set vusr_t = vusr_c if vusr_c is string else
     (vusr_c | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) -%}
 """
-# The wrapped template is rendered with the turn in place and cut behind the token. Everything else takes the verbatim
+# The wrapped template is rendered with the turn in place and cut after the token. Everything else takes the verbatim
 # copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+`
 # signs keep the newlines that trim_blocks would remove at the seams.
 _OPEN_TURN = """\

@@ -90,46 +90,35 @@ def merge_policy(
     check_shard_size(max_shard_size)
     check_dtype(dtype)
     examples = list(examples)
-    name, revision = split_revision(model_name_or_path)
-    check_reachable(name)
-    if not has_file(name, "adapter_config.json", revision):
-        raise UserError(
-            f"{model_name_or_path!r} has no adapter to merge (adapter_config.json): a full model already stands alone."
-        )
     load = partial(
         load_policy,
         model_name_or_path,
         base_model_name_or_path=base_model_name_or_path,
         trust_remote_code=trust_remote_code,
     )
+    _check_adapter(model_name_or_path)
     model, processor = load(dtype="float32")
-    facts = _facts(model, name, revision, trust_remote_code)
-    facts["dtype"] = facts["dtype"] if dtype == "auto" else dtype
-    if facts["dtype"] not in DTYPES[1:]:
-        raise UserError(
-            f"The base is in {facts['dtype']}, which cannot be merged. Set dtype to one of {', '.join(DTYPES[1:])}."
-        )
+    facts = _facts(model, model_name_or_path, dtype, trust_remote_code)
     batches = batches_of(processor, examples)
     expected = log_probs(model, batches)
     model = _merged(model)
     proof = {"examples": len(examples), "tokens": sum(len(rows) for rows in expected)}
     proof["float32_difference"] = difference(log_probs(model, batches), expected)
     check_difference(proof["float32_difference"], TOLERANCE, "merged in memory, in float32")
-    facts["parameters"] = model.num_parameters()
+    facts["parameters"], dtype = model.num_parameters(), facts["dtype"]
     with _staging(Path(output_dir)) as staging:
-        _save(model, processor, staging, facts["dtype"], max_shard_size)
+        _save(model, processor, staging, dtype, max_shard_size)
         del model  # one copy in memory at a time
-        saved, saved_processor = _load_plainly(staging, facts["dtype"], trust_remote_code)
+        saved, saved_processor = _load_plainly(staging, dtype, trust_remote_code)
         check_same_inputs(batches, batches_of(saved_processor, examples))
         proof["stored_difference"] = difference(log_probs(saved, batches), expected)
         del saved
         proof["stored_tolerance"] = TOLERANCE
-        if facts["dtype"] in ("bfloat16", "float16"):
-            adapter, _ = load(dtype=facts["dtype"])
+        if dtype in ("bfloat16", "float16"):
+            adapter, _ = load(dtype=dtype)
             proof["stored_tolerance"] = ROUNDING_FACTOR * difference(log_probs(adapter, batches), expected)
-        how = f"loaded from disk, in {facts['dtype']}"
-        check_difference(proof["stored_difference"], proof["stored_tolerance"], how)
-    if facts["dtype"] == "float32":
+        check_difference(proof["stored_difference"], proof["stored_tolerance"], f"loaded from disk, in {dtype}")
+    if dtype == "float32":
         proof["float32_difference"] = proof["stored_difference"]
     return facts | {"proof": proof}
 
@@ -149,8 +138,15 @@ def check_shard_size(size: str) -> None:
         raise UserError(f"max_shard_size {size!r} is not a size. Give one such as 5GB or 500MB.") from error
 
 
-def _facts(model, adapter: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What is merged, with the commits from which the Hub cache loaded it, and the type of the base's checkpoint."""
+def _check_adapter(adapter: str) -> None:
+    name, revision = split_revision(adapter)
+    check_reachable(name)
+    if not has_file(name, "adapter_config.json", revision):
+        raise UserError(f"{adapter!r} has no adapter to merge (adapter_config.json). A full model needs no merging.")
+
+
+def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
+    """What is merged, with the commits from which the Hub cache loaded it, and the type to save."""
     from transformers import AutoConfig
 
     base = model.get_base_model()
@@ -162,12 +158,18 @@ def _facts(model, adapter: str, revision: str | None, trust_remote_code: bool) -
             f"{base.name_or_path!r} is quantized, and a merged weight would be rounded to its few values. Pass the "
             "model it was made from as base_model_name_or_path."
         )
-    dtype = config.dtype or config.get_text_config().dtype
+    if dtype == "auto":
+        dtype = str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
+    if dtype not in DTYPES[1:]:
+        raise UserError(
+            f"The base is in {dtype}, which cannot be merged. Set dtype to one of {', '.join(DTYPES[1:])}."
+        )
+    name, revision = split_revision(adapter)
     return {
         "base": base.name_or_path,
         "base_revision": base.hub_commit,
-        "adapter_revision": hub_commit(adapter, "adapter_config.json", revision),
-        "dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "adapter_revision": hub_commit(name, "adapter_config.json", revision),
+        "dtype": dtype,
     }
 
 

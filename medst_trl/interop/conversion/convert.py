@@ -111,16 +111,8 @@ def convert_checkpoint(
     check_shard_size(max_shard_size)
     checkpoint = open_checkpoint(source, base, projector, vision_tower, vision_lora)
     config = _fitting_config(checkpoint)
-    tokenizer = read_tokenizer(checkpoint.tokenizer_directory)
-    _set_tokens(config, tokenizer)
     role = _role(vusr_role, config, checkpoint.has_vision_lora)
-    processor = build_processor(
-        tokenizer,
-        config,
-        vision_directory=checkpoint.vision_directory,
-        pad_to_square=checkpoint.config.get("image_aspect_ratio") == "pad",
-        text_role=role == "text",
-    )
+    processor = _processor(checkpoint, config, role)
     model, changes = on_meta(config), checkpoint.parts.changes
     torch_dtype = _torch_dtype(dtype, checkpoint.parts)
     sources = (source, base, projector, vision_tower, vision_lora)
@@ -182,6 +174,19 @@ def _fitting_config(checkpoint: Checkpoint) -> "LlavaConfig":
     config = llava_config(checkpoint.config, checkpoint.vision, rows)
     checkpoint.parts.check(on_meta(config))
     return config
+
+
+def _processor(checkpoint: Checkpoint, config: "LlavaConfig", role: str) -> "ProcessorMixin":
+    """The processor; its tokens are set in the configuration, in place."""
+    tokenizer = read_tokenizer(checkpoint.tokenizer_directory)
+    _set_tokens(config, tokenizer)
+    return build_processor(
+        tokenizer,
+        config,
+        vision_directory=checkpoint.vision_directory,
+        pad_to_square=checkpoint.config.get("image_aspect_ratio") == "pad",
+        text_role=role == "text",
+    )
 
 
 def _set_tokens(config: "LlavaConfig", tokenizer: "PreTrainedTokenizerFast") -> None:

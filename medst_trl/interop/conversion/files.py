@@ -240,8 +240,8 @@ def _load_pickle(file: Path):
             if re.search(r"Weights only load failed(?s:.)*(?:GLOBAL|Unsupported (?:class|oper|operand))", str(error)):
                 raise UserError(
                     f"{file} holds more than tensors, perhaps code, so it was refused and nothing of it was run "
-                    f"({_reason(error)}). Get the weights as safetensors, or as a plain state dict from whoever "
-                    "published them."
+                    f"({_reason(error)}). Ask for the weights as safetensors, or as a plain state "
+                    "dict."
                 ) from None
             raise UserError(f"{file} is damaged or incomplete ({_reason(error)}). Download it again.") from None
 
