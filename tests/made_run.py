@@ -26,19 +26,19 @@ from medst_trl.selftrain.judge.judgements import judge_statistics
 VERSIONS = {"python": "3.11.9", "medst_trl": "0.1.0", "torch": "2.13.0", "trl": "1.16.0"}
 
 
-def write_stage(folder: Path, stage: str, *, status: str = "complete", settings=None, counts=None, **extra) -> Path:
+def write_stage(directory: Path, stage: str, *, status: str = "complete", settings=None, counts=None, **extra) -> Path:
     """Write the directory of a stage with its record."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     record = {
         "stage": stage, "status": status, "started": "2026-01-01T10:00:00+00:00", "seconds": 61.5,
         "versions": VERSIONS, "inputs": {}, "settings": settings or {}, "counts": counts or {}, **extra,
     }  # fmt: skip
-    (folder / "stage.json").write_text(json.dumps(record), encoding="utf-8")
-    return folder
+    (directory / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    return directory
 
 
-def write_log(folder: Path, log: list[dict]) -> None:
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}), encoding="utf-8")
+def write_log(directory: Path, log: list[dict]) -> None:
+    (directory / "trainer_state.json").write_text(json.dumps({"log_history": log}), encoding="utf-8")
 
 
 def prepare(run: Path, n: int = 8) -> list:
@@ -49,19 +49,19 @@ def prepare(run: Path, n: int = 8) -> list:
         "rejected": {"truncated": 3, "missing": 1},
     }
     settings = {"source": "phantoms", "num_phantoms": 225, "seed": 0}
-    folder = write_stage(run / "prepare", "prepare", settings=settings, counts=counts) / "benchmark"
-    folder.mkdir()
+    directory = write_stage(run / "prepare", "prepare", settings=settings, counts=counts) / "benchmark"
+    directory.mkdir()
     dataset = Dataset.from_list(list(benchmark_rows(phantoms)), features=benchmark_features())
-    dataset.to_parquet(folder / "test-00000-of-00001.parquet")
+    dataset.to_parquet(directory / "test-00000-of-00001.parquet")
     return phantoms
 
 
 def sft(run: Path, steps: int = 20) -> None:
     settings = {"model_name_or_path": str(run / "base"), "learning_rate": 7e-4, "sq_ratio": 0.5, "seed": 0}
     counts = {"records": 225, "set_aside": {"too_long": 2}, "truncated": 0, "steps": steps * 10}
-    folder = write_stage(run / "sft", "sft", settings=settings, counts=counts)
+    directory = write_stage(run / "sft", "sft", settings=settings, counts=counts)
     write_log(
-        folder,
+        directory,
         [
             {
                 "step": 10 * i, "loss": 3 * math.exp(-i / 6) + 0.3, "loss_question": 3.4 * math.exp(-i / 5) + 0.5,
@@ -75,7 +75,7 @@ def sft(run: Path, steps: int = 20) -> None:
 
 def generate(run: Path, phantoms: list, round: str = "") -> list[dict]:
     """Candidates: two questions per image, each with a right and a wrong answer."""
-    folder = write_stage(
+    directory = write_stage(
         run / round / "generate",
         "generate",
         settings={"engine": "transformers", "temperature": 1.2, "top_k": 100, "top_p": 0.95},
@@ -103,9 +103,9 @@ def generate(run: Path, phantoms: list, round: str = "") -> list[dict]:
     for row in rows:
         for turn in row["prompt"]:
             turn.pop("vusr")
-    (folder / "candidates").mkdir()
+    (directory / "candidates").mkdir()
     dataset = Dataset.from_list(rows, features=candidate_features())
-    dataset.to_parquet(folder / "candidates" / "train-00000-of-00001.parquet")
+    dataset.to_parquet(directory / "candidates" / "train-00000-of-00001.parquet")
     return rows
 
 
@@ -132,17 +132,17 @@ def judge(run: Path, candidates: list[dict], round: str = "", rows: list[dict] |
     train = {"pairs": len(rows) - sum(rejected.values()), "images": 5}
     counts = {"judge": statistics, "preferences": {"pairs": len(rows), "train": train, "rejected": rejected}}
     settings = {"candidates": "generate/candidates", "prompt_version": "rubric", "seed": 0}
-    folder = write_stage(run / round / "judge", "judge", settings=settings, counts=counts)
-    write_jsonl(folder / "judgements.jsonl", rows)
+    directory = write_stage(run / round / "judge", "judge", settings=settings, counts=counts)
+    write_jsonl(directory / "judgements.jsonl", rows)
 
 
 def dpo(run: Path, round: str = "", chosen: float = -1.0, steps: int = 15) -> None:
-    folder = write_stage(
+    directory = write_stage(
         run / round / "dpo", "dpo", settings={"beta": 0.1, "learning_rate": 5e-6}, counts={"pairs": 8, "steps": steps}
     )
     rng = random.Random(0)
     write_log(
-        folder,
+        directory,
         [
             {
                 "step": i, "loss": math.log(2) * math.exp(-i / 20), "rewards/margins": 0.1 * i / 5,
@@ -163,7 +163,7 @@ def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, cha
     counts = {str(run / "prepare" / "benchmark"): {"records": n, "rejected": {}, "cut_off": 0}}
     started = f"2026-01-01T{10 + ('aligned' in name)}:00:00+00:00"
     settings = {"model_name_or_path": str(run / model)}
-    folder = write_stage(run / name, "evaluate", settings=settings, counts=counts, started=started)
+    directory = write_stage(run / name, "evaluate", settings=settings, counts=counts, started=started)
     rng = random.Random(name)
     for control in [None, *CONTROLS]:
         rows = []
@@ -176,18 +176,18 @@ def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, cha
                 rows.append(row | {"image_id": image_id, "prediction": said, "generation": {"ended": True}})
         if change and control is None:
             rows = change(rows)
-        write_jsonl(control_path(folder / "predictions.jsonl", control), rows)
+        write_jsonl(control_path(directory / "predictions.jsonl", control), rows)
     about = {
         "benchmark": str(run / "prepare" / "benchmark"),
         "data": {"path": str(run), "sha256": "ab" * 32},
         "split": "test",
         "model": str(run / model),
     }
-    path = folder / "predictions.jsonl"
+    path = directory / "predictions.jsonl"
     answers = {control: read_predictions(control_path(path, control))[0] for control in (None, *CONTROLS)}
     scores = score_predictions(answers.pop(None), answers, variants=("strict",), bootstrap_samples=100)
-    write_json(folder / "scores.json", about | scores)
-    return folder
+    write_json(directory / "scores.json", about | scores)
+    return directory
 
 
 def whole_run(run: Path, n: int = 8, rounds: int = 0) -> Path:

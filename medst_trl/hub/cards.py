@@ -41,7 +41,8 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
 
     sources = _sources(contents, run)
     licences = {source.get("licence") if source.get("synthetic") else None for source in sources}
-    license = license or (licences.pop() if len(licences) == 1 else None)
+    if license is None and len(licences) == 1 and (name := licences.pop()):
+        license = name.lower().replace(" ", "-")  # as the Hub spells it: cc-by-4.0
     splits = [_split(contents.directory, name) for name in splits_in(contents.directory)]
     files = [{"split": split["name"], "path": f"{split['name']}-*.parquet"} for split in splits]
     columns = pq.read_schema(contents.directory / contents.files[0]).names

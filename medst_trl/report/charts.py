@@ -29,8 +29,6 @@ DASHES = ("none", "6 3", "2 3", "9 3 2 3", "1 4")
 MAX_POINTS = 200  # per line; longer ones are averaged
 LETTER = 6.2  # width of a letter at 11 px, an upper estimate
 
-Limits = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class Line:
@@ -92,7 +90,6 @@ def line_chart(
     x_label: str,
     y_label: str,
     level: tuple[float, str] | None = None,
-    limits: Limits | None = None,
 ) -> Markup:
     """
     Draw lines over a common x axis, each labelled with its name and last value.
@@ -102,7 +99,6 @@ def line_chart(
         lines (sequence of [`Line`]): At most five.
         x_label, y_label (`str`): What the axes show, with the unit.
         level (`tuple`, *optional*): A value of y to mark with a horizontal line, and its label.
-        limits (`tuple`, *optional*): Smallest and largest y. Defaults to the range of the values.
 
     Returns:
         `Markup`: the `<svg>` element; empty if no line has a point.
@@ -110,13 +106,12 @@ def line_chart(
     lines = [replace(line, points=points) for line in lines if (points := _thin(line.points))]
     if not lines:
         return Markup("")
-    lasts = [number(line.points[-1][1]) for line in lines]
-    labels = [f"{clean(line.name)} {last}" for line, last in zip(lines, lasts)]
+    labels = [f"{clean(line.name)} {number(line.points[-1][1])}" for line in lines]
     left, right, top, bottom = 46, WIDTH - min(150, 14 + LETTER * max(map(len, labels))), 46, 202
     xs, ys = zip(*(point for line in lines for point in line.points))
-    y_limits = limits or _range([*ys, *([] if level is None else [level[0]])])
-    x = _Axis(_range(xs), left, right)
-    y = _Axis(y_limits, bottom, top, widen=True)
+    levels = () if level is None else (level[0],)
+    x = _Axis(min(xs), max(xs), left, right)
+    y = _Axis(min(ys + levels), max(ys + levels), bottom, top, widen=True)
 
     chart = _Chart(title, y_label)
     for tick, text in y.ticks():
@@ -135,9 +130,8 @@ def line_chart(
         dash = DASHES[place % len(DASHES)] if line.dashed is None else "5 3" if line.dashed else "none"
         chart.line([(x(a), y(b)) for a, b in line.points], colour, dash)
         chart.text(right + 6, end + 4, label, colour)
-    changes = (
-        f"{clean(line.name)} from {number(float(line.points[0][1]))} to {end}" for line, end in zip(lines, lasts)
-    )
+    ends = [tuple(number(y) for _, y in (line.points[0], line.points[-1])) for line in lines]
+    changes = (f"{clean(line.name)} from {first} to {last}" for line, (first, last) in zip(lines, ends))
     return chart.finish(236, f"{y_label} over {x_label}: {'; '.join(changes)}.")
 
 
@@ -146,7 +140,7 @@ def bar_chart(
     groups: Sequence[Group],
     *,
     unit: str = "",
-    limits: Limits | None = None,
+    limits: tuple[float, float] | None = None,
     mark_name: str = "",
     digits: int | None = 1,
     axis: bool = True,
@@ -173,7 +167,8 @@ def bar_chart(
     values = [value for bar in bars for value in (bar.value, bar.low, bar.high) if value is not None]
     left = min(150, 12 + LETTER * max(len(clean(bar.name)) for bar in bars))
     right = WIDTH - 14 - LETTER * max(len(number(bar.value, digits)) for bar in bars)
-    x = _Axis(limits or (min(0, *values), max(0, *values) or 1), left, right, widen=limits is None and axis)
+    low, high = limits or (min(0, *values), max(0, *values) or 1)
+    x = _Axis(low, high, left, right, widen=limits is None and axis)
 
     chart = _Chart(title, unit)
     y = 46 if unit else 30
@@ -213,15 +208,15 @@ class _Axis:
     Maps values to positions, and has round values for its ticks.
 
     Args:
-        limits (`tuple`): Smallest and largest value. Other values are clipped.
-        start, end (`float`): Positions of these.
-        widen (`bool`): Whether the axis reaches to the ticks outside of `limits`.
+        low, high (`float`): Smallest and largest value. Other values are clipped.
+        start, end (`float`): Their positions.
+        widen (`bool`, *optional*, defaults to `False`): Whether the axis is extended to the ticks outside.
     """
 
-    def __init__(self, limits: Limits, start: float, end: float, widen: bool = False):
-        self.values, self.step = _round_values(*limits)
-        self.low = min(self.values[0], limits[0]) if widen else limits[0]
-        self.high = max(self.values[-1], limits[1]) if widen else limits[1]
+    def __init__(self, low: float, high: float, start: float, end: float, widen: bool = False):
+        self.values, self.step = _round_values(low, high)
+        self.low = min(self.values[0], low) if widen else low
+        self.high = max(self.values[-1], high) if widen else high
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
@@ -297,10 +292,6 @@ class _Chart:
         self.svg.set("viewBox", f"0 0 {WIDTH} {round(height)}")
         self.description.text = clean(description)
         return Markup(tostring(self.svg, encoding="unicode"))
-
-
-def _range(values: Sequence[float]) -> Limits:
-    return min(values), max(values)
 
 
 def _round_values(low: float, high: float) -> tuple[list[float], float]:

@@ -57,18 +57,6 @@ class Judging:
     offsets: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     @property
-    def pairs(self) -> int:
-        return self.statistics["pairs"]
-
-    @property
-    def kept(self) -> int:
-        return self.statistics["judged"]
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        return self.statistics["dropped"]
-
-    @property
     def warnings(self) -> list[str]:
         return [sentence(warning) for warning in warnings_of(self.statistics)]
 
@@ -135,11 +123,11 @@ def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> Step:
         preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
         counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *LEFT_OUT)}
     if judging:
-        step.made.append(("pairs of answers", judging.pairs))
+        step.made.append(("pairs of answers", judging.statistics["pairs"]))
     _add(run, step, "", counts)
     if judging:
-        step.left_out = step.left_out or Counter(judging.dropped)
-        kept = judging.pairs - step.left_out.total()
+        step.left_out = step.left_out or Counter(judging.statistics["dropped"])
+        kept = judging.statistics["pairs"] - step.left_out.total()
     step.chart = _bars(step.left_out, kept)
     return step
 
@@ -176,7 +164,7 @@ def _is_count(value: Any) -> bool:
 def read_judgings(run: Run) -> dict[str, Judging]:
     """What each judge did, by the names of stages, from `judgements.jsonl`, which is read once, line by line."""
     found = {stage.name: _read_judging(run, stage) for stage in run.stages}
-    return {name: judging for name, judging in found.items() if judging.pairs}
+    return {name: judging for name, judging in found.items() if judging.statistics["pairs"]}
 
 
 def _read_judging(run: Run, stage: StageRun) -> Judging:
@@ -185,7 +173,7 @@ def _read_judging(run: Run, stage: StageRun) -> Judging:
     cost = stage.counts.get("judge")
     for key in ("usage", "all", "cost"):
         cost = cost.get(key) if isinstance(cost, dict) else None
-    judging.cost = float(cost) if isinstance(cost, int | float) else None
+    judging.cost = float(cost) if _is_count(cost) else None
     return judging
 
 

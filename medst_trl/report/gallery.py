@@ -4,7 +4,7 @@
 
 import base64
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import MAX_PIXELS
 
-from .flow import KEPT, Judging, is_judgement, is_pair
+from .flow import KEPT, Judging, is_judgement
 from .run_directory import Run, StageRun, parse_line
 from .scores import Comparison, Evaluation, is_right, read_answers
 
@@ -29,52 +29,29 @@ OUTCOMES = {
 
 
 @dataclass
-class Case:
+class Crossing:
     """
-    A judged pair.
+    How two policies answer the questions of a benchmark.
 
     Attributes:
-        images (`list[str]`): Data URLs.
-        question (`str`): The question that the policy asked.
-        answers (`list[str]`): Its two answers.
-        scores (`list`): A score for each answer, or None.
-        chosen (`int`, *optional*): The answer that the judge preferred; None for a dropped pair.
-        dropped (`str`, *optional*): The reason to drop it.
-        replies (`list[dict]`): `first` (the answer shown first), `scores`, `verdict` and `reply` of each call.
+        before, after ([`Evaluation`]): The two.
+        counts (`dict`): Outcome, see `OUTCOMES`, to the number of questions.
+        cases (`dict`): Outcome to some predictions of the newer policy, each with `images`, `before` and `after`.
     """
-
-    images: list[str]
-    question: str
-    answers: list[str]
-    scores: list[Any]
-    chosen: int | None
-    dropped: str | None
-    replies: list[dict[str, Any]]
-
-
-@dataclass
-class Answered:
-    """A benchmark question with its reference answer, and the answers before and after training."""
-
-    images: list[str]
-    question: str
-    answer: str
-    before: str
-    after: str
-
-
-@dataclass
-class Crossing:
-    """How many questions two policies answer right and wrong, with cases of each outcome."""
 
     before: Evaluation
     after: Evaluation
     counts: dict[str, int]
-    cases: dict[str, list[Answered]]
+    cases: dict[str, list[dict[str, Any]]]
 
 
-def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: int) -> list[Case]:
-    """At most `limit` pairs of a judge: half of them kept, the others dropped, with all reasons in turn."""
+def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: int) -> list[dict[str, Any]]:
+    """
+    At most `limit` pairs of a judge: half of them kept, the others dropped, with all reasons in turn.
+
+    Returns:
+        `list[dict]`: lines of `judgements.jsonl`, each with the data URLs of its `images`.
+    """
     dropped = [_spread(offsets, limit) for outcome, offsets in judging.offsets.items() if outcome != KEPT]
     in_turn = [offset for offset in chain(*zip_longest(*dropped)) if offset is not None]
     kept = _spread(judging.offsets.get(KEPT, []), max((limit + 1) // 2, limit - len(in_turn)))
@@ -86,9 +63,8 @@ def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: 
     rows = [row for row in rows if is_judgement(row)]
     # What the stages of the same round made comes first: the run directory may have moved.
     places = [*run.datasets("candidates", judge.round), *_paths(judge.settings.get("candidates"))]
-    names = [str(row.get("candidate")) for row in rows]
-    images = find_images(run, places, "id", "images", names, size)
-    return [_case(row, images.get(name, [])) for row, name in zip(rows, names)]
+    images = find_images(run, places, "id", "images", [str(row.get("candidate")) for row in rows], size)
+    return [row | {"images": images.get(str(row.get("candidate")), [])} for row in rows]
 
 
 def crossings(run: Run, comparison: Comparison, limit: int, size: int) -> Crossing | None:
@@ -107,41 +83,13 @@ def crossings(run: Run, comparison: Comparison, limit: int, size: int) -> Crossi
     places = [*run.datasets("benchmark"), *_paths(after.content.get("benchmark"))]
     wanted = {str(new[key].get("image_id")) for keys in shown.values() for key in keys}
     images = find_images(run, places, "image_id", "image", wanted, size)
-    cases = {
-        name: [
-            Answered(
-                images.get(str(new[key].get("image_id")), []),
-                str(new[key].get("question", "")),
-                str(new[key]["answer"]),
-                str(old[key]["prediction"]),
-                str(new[key]["prediction"]),
-            )
-            for key in keys
-        ]
-        for name, keys in shown.items()
-    }
+
+    def case(key: str) -> dict[str, Any]:
+        pictures = images.get(str(new[key].get("image_id")), [])
+        return new[key] | {"images": pictures, "before": old[key]["prediction"], "after": new[key]["prediction"]}
+
+    cases = {name: [case(key) for key in keys] for name, keys in shown.items()}
     return Crossing(before, after, {name: len(keys) for name, keys in by_outcome.items()}, cases)
-
-
-def _case(row: Mapping[str, Any], images: list[str]) -> Case:
-    replies = [
-        {
-            "first": order["shown"][0],
-            "scores": order["scores"] if is_pair(order.get("scores")) else None,
-            "verdict": order["verdict"],
-            "reply": order.get("reply") or "",
-        }
-        for order in row["orders"]
-    ]
-    return Case(
-        images=images,
-        question=str(row.get("question", "")),
-        answers=row["answers"],
-        scores=row["scores"] if is_pair(row.get("scores")) else [None, None],
-        chosen=row["verdict"] if row["dropped"] is None else None,
-        dropped=row["dropped"],
-        replies=replies,
-    )
 
 
 def _paths(setting: Any) -> list[Path]:

@@ -18,8 +18,8 @@ from medst_trl.evaluation.tables import align
 
 from . import text
 from .curves import displacement, last_values, read_log, training_charts
-from .flow import Judging, data_flow, missing_stages, read_judgings, settings
-from .gallery import Case, crossings, judged_cases
+from .flow import Judging, data_flow, is_pair, missing_stages, read_judgings, settings
+from .gallery import crossings, judged_cases
 from .run_directory import Run, StageRun, read_run
 from .scores import Comparison, compare, read_evaluations
 from .text import number, words
@@ -28,7 +28,16 @@ from .text import number, words
 TEMPLATE = "report.html.jinja"
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
 
-# Rows of the table of rounds: values at the end of training.
+Row = tuple[str, list[str]]
+"""A figure and its value in each round, as text; empty if the round has none."""
+
+_RATES = {
+    "verdicts that flip with the order, of pairs with two": "flip_rate",
+    "ties, of replies that could be read": "tie_rate",
+    "answer shown first wins, of replies with a winner (fair: 50%)": "first_place_rate",
+    "longer answer wins, of judged pairs of unequal length": "longer_wins",
+}
+# Values at the end of training.
 _TRAINED = {
     "loss at the end, nats": "loss",
     "reward margin at the end": "rewards/margins",
@@ -56,19 +65,11 @@ class Round:
     judge: StageRun | None
     judging: Judging | None
     trainings: list[Training]
-    cases: list[Case]
+    cases: list[dict[str, Any]]
 
     @property
     def ends(self) -> dict[str, float]:
         return self.trainings[0].ends if self.trainings else {}
-
-
-@dataclass
-class Row:
-    """A figure and its value in each round, as text; empty if the round has none."""
-
-    name: str
-    cells: list[str]
 
 
 @dataclass
@@ -160,51 +161,50 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
 
 def judge_rows(rounds: Sequence[Round]) -> list[Row]:
     """What the judge did in each round."""
-    reasons = dict.fromkeys(reason for one in rounds if one.judging for reason in one.judging.dropped)
+    statistics = [one.judging.statistics if one.judging else None for one in rounds]
+    reasons = dict.fromkeys(reason for one in statistics if one for reason in one["dropped"])
 
-    def row(name: str, cell: Callable[[Judging], str]) -> Row:
-        return Row(name, [cell(one.judging) if one.judging else "" for one in rounds])
-
-    def rate(name: str, key: str) -> Row:
-        return row(name, lambda judging: _percent(judging.statistics[key]))
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> Row:
+        return name, [cell(one) if one else "" for one in statistics]
 
     def usage(name: str, key: str) -> Row:
-        return row(name, lambda judging: number(judging.statistics["usage"]["all"][key]))
+        return row(name, lambda one: number(one["usage"]["all"][key]))
 
+    models = [one.judging.models if one.judging else () for one in rounds]
     rows = [
-        row("judge", lambda j: "; ".join(f"{model}, prompt {version}" for model, version in j.models)),
-        row("pairs of answers", lambda j: number(j.pairs)),
-        row("judged", lambda j: _share(j.kept, j.pairs)),
-        *(row(f"dropped: {words(r)}", lambda j, r=r: _share(j.dropped.get(r, 0), j.pairs)) for r in reasons),
-        rate("verdicts that flip with the order, of pairs with two", "flip_rate"),
-        rate("ties, of replies that could be read", "tie_rate"),
-        rate("answer shown first wins, of replies with a winner (fair: 50%)", "first_place_rate"),
-        rate("longer answer wins, of judged pairs of unequal length", "longer_wins"),
-        row("chosen minus rejected answer, words, mean", lambda j: number(j.statistics["length_gap"], 2, "+")),
-        row("chosen minus rejected answer, score, mean", lambda j: number(j.statistics["mean_margin"], 2, "+")),
+        ("judge", ["; ".join(f"{model}, prompt {version}" for model, version in one) for one in models]),
+        row("pairs of answers", lambda one: number(one["pairs"])),
+        row("judged", lambda one: _share(one["judged"], one["pairs"])),
+        *(
+            row(f"dropped: {words(r)}", lambda one, r=r: _share(one["dropped"].get(r, 0), one["pairs"]))
+            for r in reasons
+        ),
+        *(row(name, lambda one, key=key: _percent(one[key])) for name, key in _RATES.items()),
+        row("chosen minus rejected answer, words, mean", lambda one: number(one["length_gap"], 2, "+")),
+        row("chosen minus rejected answer, score, mean", lambda one: number(one["mean_margin"], 2, "+")),
         usage("replies", "replies"),
         usage("tokens in prompts", "prompt_tokens"),
         usage("tokens in replies", "completion_tokens"),
-        row("cost", lambda j: "unknown" if j.cost is None else f"${j.cost:,.4f}"),
+        ("cost", ["" if one.judging is None else _dollars(one.judging.cost) for one in rounds]),
     ]
-    return [row for row in rows if any(row.cells)]
+    return [(name, cells) for name, cells in rows if any(cells)]
 
 
 def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[Row]:
     """Judge, training and scores of every round in brief, without rows that have no value."""
-    judgings = [one.judging for one in rounds]
+    judged = [one.judging.statistics if one.judging else None for one in rounds]
     rows = [
-        Row("pairs kept", [number(j.kept) if j else "" for j in judgings]),
-        Row("verdicts that flip with the order", [_percent(j.statistics["flip_rate"]) if j else "" for j in judgings]),
+        ("pairs kept", [number(one["judged"]) if one else "" for one in judged]),
+        ("verdicts that flip with the order", [_percent(one["flip_rate"]) if one else "" for one in judged]),
     ]
     for name, key in _TRAINED.items():
-        rows.append(Row(name, [number(one.ends[key], 3) if key in one.ends else "" for one in rounds]))
+        rows.append((name, [number(one.ends[key], 3) if key in one.ends else "" for one in rounds]))
     for comparison in comparisons:
         for metric, path in comparison.charted():
             last = {e.run.round: leaf for e in comparison.evaluations if (leaf := e.leaf(metric, path))}
             cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
-            rows.append(Row(f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
-    return [row for row in rows if any(row.cells)]
+            rows.append((f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
+    return [(name, cells) for name, cells in rows if any(cells)]
 
 
 def _environment(run: Run):
@@ -221,6 +221,7 @@ def _environment(run: Run):
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["pair"] = is_pair
     environment.filters |= {name: getattr(text, name) for name in ("cut", "duration", "number", "sentence", "words")}
     environment.filters |= {
         "score": lambda value: f"{value:g}" if isinstance(value, int | float) else text.cut(value, 20),
@@ -261,6 +262,10 @@ def _versions(run: Run) -> dict[str, list[str]]:
 
 def _share(part: int, total: int) -> str:
     return f"{number(part)} of {number(total)} ({100 * part / total:.1f}%)" if total else "–"
+
+
+def _dollars(cost: float | None) -> str:
+    return "unknown" if cost is None else f"${cost:,.4f}"
 
 
 def _percent(share: float | None) -> str:

@@ -159,7 +159,7 @@ def read_run(directory: str | os.PathLike) -> Run:
         raise UserError(f"{path} is the directory of a single stage. Give the run directory: --run {path.parent}")
     run = Run(Path(os.path.abspath(path)))
     run.stages = [
-        stage for place in _stage_directories(run.directory, DEPTH) if (stage := _read_stage(run, place)) is not None
+        stage for place in _stage_directories(run.directory) if (stage := _read_stage(run, place)) is not None
     ]
     if not run.stages:
         raise UserError(
@@ -171,16 +171,10 @@ def read_run(directory: str | os.PathLike) -> Run:
     return run
 
 
-def _stage_directories(directory: Path, depth: int) -> Iterator[Path]:
-    try:
-        children = sorted(child for child in directory.iterdir() if child.is_dir() and child.name[0] != ".")
-    except OSError:
-        return
-    for child in children:
-        if (child / FILE_NAME).is_file():
-            yield child
-        if depth > 1 and not child.name.startswith("checkpoint-"):
-            yield from _stage_directories(child, depth - 1)
+def _stage_directories(directory: Path) -> list[Path]:
+    found = {path.parent for depth in range(1, DEPTH + 1) for path in directory.glob("*/" * depth + FILE_NAME)}
+    hidden = (".", "checkpoint-")
+    return sorted(p for p in found if not any(part.startswith(hidden) for part in p.relative_to(directory).parts))
 
 
 def _read_stage(run: Run, directory: Path) -> StageRun | None:

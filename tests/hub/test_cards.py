@@ -18,15 +18,15 @@ from medst_trl.policy.chat_template import MARK, TEXT_ROLE_MARK
 ROW = {"id": "a", "images": [], "image_ids": ["i"], "prompt": [], "chosen": [], "rejected": []}
 
 
-def stage(folder, name, inputs=None, settings=None, **counts):
-    folder.mkdir(parents=True, exist_ok=True)
+def stage(directory, name, inputs=None, settings=None, **counts):
+    directory.mkdir(parents=True, exist_ok=True)
     record = {"stage": name, "status": "complete", "versions": {"trl": "1.16.0"}, "inputs": inputs or {}}
-    (folder / "stage.json").write_text(json.dumps(record | {"settings": settings or {}, "counts": counts}))
-    return folder
+    (directory / "stage.json").write_text(json.dumps(record | {"settings": settings or {}, "counts": counts}))
+    return directory
 
 
 def reads(*folders):
-    return [{"path": str(folder), "sha256": "0" * 64} for folder in folders]
+    return [{"path": str(directory), "sha256": "0" * 64} for directory in folders]
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def preferences(tmp_path):
         {"model": "gpt-4o", "base_url": "http://10.0.0.1/v1", "cache_dir": "x", "benchmarks": ["/hospital"]},
         judge={"flip_rate": 0.123456, "dropped": {"tie": 5}},
     )
-    for folder in (prepare / "images", prepare / "benchmark", generate / "candidates"):
-        folder.mkdir()
+    for directory in (prepare / "images", prepare / "benchmark", generate / "candidates"):
+        directory.mkdir()
     write_split(judge / "preferences", "train", [ROW] * 2, dict, preference_features(), 2)
     return judge / "preferences"
 
@@ -112,19 +112,19 @@ def test_values_from_data_cannot_become_markup(tmp_path):
     assert "{{ 7 * 7 }}" in text and "49" not in text
 
 
-def model(folder):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
-    return folder
+def model(directory):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"")
+    return directory
 
 
-def scores(folder, benchmark, **more):
-    folder.mkdir(parents=True)
+def scores(directory, benchmark, **more):
+    directory.mkdir(parents=True)
     value = {"value": 61.5, "n": 30, "interval": [50.0, 70.04], "majority": 55.0}
     content = {"scores": {"strict": {"n": 30, "n_images": 9, "closed": {"accuracy": value}}}, "split": "test"}
-    (folder / "scores.json").write_text(json.dumps(content | {"benchmark": benchmark} | more))
-    return folder
+    (directory / "scores.json").write_text(json.dumps(content | {"benchmark": benchmark} | more))
+    return directory
 
 
 def test_scores_become_evaluation_results_of_the_hub(tmp_path):
@@ -133,7 +133,7 @@ def test_scores_become_evaluation_results_of_the_hub(tmp_path):
     blank = {"blank": {"strict": {"closed": {"accuracy": {"value": 54.0}}}}}
     evaluations = [
         scores(tmp_path / "evaluate", str(prepare / "benchmark"), controls=blank),
-        scores(tmp_path / "others" / "a", "org/bench@main").parent,  # several benchmarks: a folder each
+        scores(tmp_path / "others" / "a", "org/bench@main").parent,  # several benchmarks: a directory each
         scores(tmp_path / "others" / "b", "/gone/benchmark").parent,
     ]
     text = model_card(find_contents(model(tmp_path / "model")), "org/name", evaluations=evaluations[:2])
@@ -167,19 +167,19 @@ def test_damaged_scores_are_refused(tmp_path):
 
 
 def test_the_card_of_a_run_replaces_a_stock_card(tmp_path):
-    folder = model(tmp_path / "sft")
-    stage(folder, "sft", settings={"learning_rate": 2e-4, "logging_steps": 7, "output_dir": str(folder)})
-    (folder / "README.md").write_text("a stock card")
-    write_card(folder)
-    text = (folder / "README.md").read_text()
+    directory = model(tmp_path / "sft")
+    stage(directory, "sft", settings={"learning_rate": 2e-4, "logging_steps": 7, "output_dir": str(directory)})
+    (directory / "README.md").write_text("a stock card")
+    write_card(directory)
+    text = (directory / "README.md").read_text()
     assert "| learning_rate | 0.0002 |" in text and "logging_steps" not in text
     assert 'load_policy("' in text and "<vusr>" in text and "medst_trl_kind: model" in text
 
 
-def merged(folder, model_type="llava", template=MARK, **facts):
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    (folder / "model.safetensors").write_bytes(b"")
-    (folder / "chat_template.jinja").write_text(template)
+def merged(directory, model_type="llava", template=MARK, **facts):
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (directory / "model.safetensors").write_bytes(b"")
+    (directory / "chat_template.jinja").write_text(template)
     proof = {"float32_difference": 2e-6, "stored_difference": 0.03}
     record = {
         "stage": "merge", "inputs": {"model_name_or_path": [{"hub_id": "org/adapter", "revision": "abc"}]},
@@ -188,8 +188,8 @@ def merged(folder, model_type="llava", template=MARK, **facts):
             "dtype": "float16", "trained_in_4bit": False, "proof": proof, **facts,
         },
     }  # fmt: skip
-    (folder / "stage.json").write_text(json.dumps(record))
-    return model_card(find_contents(folder), "org/name")
+    (directory / "stage.json").write_text(json.dumps(record))
+    return model_card(find_contents(directory), "org/name")
 
 
 def test_the_card_of_a_merged_model_names_base_and_adapter_with_revisions(tmp_path):

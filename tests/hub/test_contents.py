@@ -71,61 +71,61 @@ def test_a_stage_directory_stands_for_its_only_dataset(tmp_path):
 
 @pytest.mark.parametrize("made", ["nothing", "config_alone", "adapter_alone", "shards_missing", "foreign", "running"])
 def test_directories_without_complete_contents_are_refused(tmp_path, made):
-    folder, message = tmp_path / "folder", "holds nothing to publish"
-    folder.mkdir()
+    directory, message = tmp_path / "directory", "holds nothing to publish"
+    directory.mkdir()
     if made == "config_alone":
-        (folder / "config.json").write_text("{}")
+        (directory / "config.json").write_text("{}")
         message = "no weights"
     elif made == "adapter_alone":
-        (folder / "adapter_config.json").write_text("{}")
+        (directory / "adapter_config.json").write_text("{}")
         message = "no weights"
     elif made == "shards_missing":
-        write_split(folder, "train", [ROW] * 3, dict, preference_features(), 1)
-        (folder / "train-00001-of-00003.parquet").unlink()
+        write_split(directory, "train", [ROW] * 3, dict, preference_features(), 1)
+        (directory / "train-00001-of-00003.parquet").unlink()
         message = "2 of 3 files"
     elif made == "foreign":
-        Dataset.from_list([{"text": "a"}]).to_parquet(folder / "train-00000-of-00001.parquet")
+        Dataset.from_list([{"text": "a"}]).to_parquet(directory / "train-00000-of-00001.parquet")
         message = "no stage of medst writes"
     elif made == "running":
-        write_split(folder, "train", [ROW], dict, preference_features(), 1)
+        write_split(directory, "train", [ROW], dict, preference_features(), 1)
         (tmp_path / "stage.json").write_text(json.dumps({"status": "running"}))
         message = "is not finished"
     with pytest.raises(UserError, match=message):
-        find_contents(folder)
+        find_contents(directory)
     with pytest.raises(UserError, match="is not a directory"):
         find_contents(tmp_path / "nowhere")
 
 
-def adapter(folder, base, revision=None):
-    folder.mkdir(exist_ok=True)
+def adapter(directory, base, revision=None):
+    directory.mkdir(exist_ok=True)
     config = {"base_model_name_or_path": base, "revision": revision, "r": 8}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(folder), "eos_token": "</s>"}))
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(directory), "eos_token": "</s>"}))
     for name in ("README.md", "stage.json", "trainer_state.json", "rejected.jsonl", "optimizer.pt", "run.log"):
-        (folder / name).write_text(str(folder))
-    (folder / "checkpoint-5").mkdir(exist_ok=True)
-    (folder / "checkpoint-5" / "adapter_model.safetensors").write_bytes(b"old")
-    return folder
+        (directory / name).write_text(str(directory))
+    (directory / "checkpoint-5").mkdir(exist_ok=True)
+    (directory / "checkpoint-5" / "adapter_model.safetensors").write_bytes(b"old")
+    return directory
 
 
 def test_only_weights_processor_and_card_of_an_adapter_are_published(tmp_path):
-    folder = adapter(tmp_path / "adapter", "/private/base")
+    directory = adapter(tmp_path / "adapter", "/private/base")
     target = tmp_path / "staged"
-    stage_files(find_contents(folder), target, "# Card", "org/base@abc")
+    stage_files(find_contents(directory), target, "# Card", "org/base@abc")
     files = {path.name: path.read_text() for path in target.iterdir()}
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"}
     assert not any(str(tmp_path) in content or "/private" in content for content in files.values())
     config = json.loads(files["adapter_config.json"])
     assert config == {"base_model_name_or_path": "org/base", "revision": "abc", "r": 8}
     assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
-    assert str(folder) in (folder / "tokenizer_config.json").read_text()  # the original is unchanged
+    assert str(directory) in (directory / "tokenizer_config.json").read_text()  # the original is unchanged
 
 
 def test_the_base_of_an_adapter_must_be_on_the_hub(tmp_path):
-    folder = adapter(tmp_path / "adapter", "org/base", "c0ffee")
-    assert public_base(folder, None) == "org/base@c0ffee"
-    assert public_base(folder, "org/other") == "org/other"
+    directory = adapter(tmp_path / "adapter", "org/base", "c0ffee")
+    assert public_base(directory, None) == "org/base@c0ffee"
+    assert public_base(directory, "org/other") == "org/other"
     (tmp_path / "base").mkdir()
     for local in (str(tmp_path / "base"), "runs/demo/base", "base"):
         with pytest.raises(UserError, match="--base_model_name_or_path ORG/BASE"):

@@ -51,26 +51,28 @@ def pair(number: int, model: str = "judge-1") -> dict:
     }  # fmt: skip
 
 
-def judge_directory(folder: Path, rows_per_shard: int = 2, **settings) -> Path:
+def judge_directory(directory: Path, rows_per_shard: int = 2, **settings) -> Path:
     """The output of `medst judge`, in a run directory with the record of `generate`."""
     for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
         rows = [pair(number) for number in numbers]
-        write_split(folder / "preferences", split, rows, dict, preference_features(), rows_per_shard)
-    (folder / "rejected.jsonl").write_text('{"id": "patient-jones", "reason": "flip", "value": ""}\n')
-    (folder / "judgements.jsonl").write_text('{"id": "patient-jones"}\n')
-    generate = folder.parent / "generate"
+        write_split(directory / "preferences", split, rows, dict, preference_features(), rows_per_shard)
+    (directory / "rejected.jsonl").write_text('{"id": "patient-jones", "reason": "flip", "value": ""}\n')
+    (directory / "judgements.jsonl").write_text('{"id": "patient-jones"}\n')
+    generate = directory.parent / "generate"
     generate.mkdir()
     record = {"status": "complete", "versions": {"trl": "1.16"}, "counts": {"judge": {"flip_rate": 0.125}}}
     inputs = {"candidates": [{"path": str(generate / "candidates"), "sha256": "ab" * 32}]}
-    settings = {"model": "judge-1", "output_dir": str(folder), "api_key": "sk-0123456789abcdef0123"} | settings
-    (folder / "stage.json").write_text(json.dumps(record | {"stage": "judge", "inputs": inputs, "settings": settings}))
+    settings = {"model": "judge-1", "output_dir": str(directory), "api_key": "sk-0123456789abcdef0123"} | settings
+    (directory / "stage.json").write_text(
+        json.dumps(record | {"stage": "judge", "inputs": inputs, "settings": settings})
+    )
     (generate / "candidates").mkdir()
     model = {"model_name_or_path": [{"hub_id": "org/model", "revision": "c0ffee"}]}
-    asked = {"temperature": 1.2, "images": str(folder.parent / "images")}
+    asked = {"temperature": 1.2, "images": str(directory.parent / "images")}
     (generate / "stage.json").write_text(
         json.dumps(record | {"stage": "generate", "inputs": model, "settings": asked})
     )
-    return folder
+    return directory
 
 
 def push(hub: FakeHub, home: Path, source: Path, repo_id: str, *more: str, **kwargs):
@@ -102,9 +104,9 @@ def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict
 
 
 def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
-    folder = judge_directory(tmp_path / "run" / "judge")
-    shards = {path.name: path.read_bytes() for path in (folder / "preferences").iterdir()}
-    done = push(hub, tmp_path / "home", folder, "org/data")  # the stage's directory stands for its dataset
+    directory = judge_directory(tmp_path / "run" / "judge")
+    shards = {path.name: path.read_bytes() for path in (directory / "preferences").iterdir()}
+    done = push(hub, tmp_path / "home", directory, "org/data")  # the stage's directory stands for its dataset
     shutil.rmtree(tmp_path / "run")
     files = hub.files("dataset", "org/data")
     assert {name: files[name] for name in shards} == shards and set(files) == {*shards, "README.md"}
@@ -124,8 +126,8 @@ def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
 
 
 def test_the_card_lists_stages_and_names_nothing_of_this_machine(hub, tmp_path):
-    folder = judge_directory(tmp_path / "run" / "judge", reference_captions="/data/jones.jsonl")
-    push(hub, tmp_path / "home", folder, "org/card", "--license", "cc-by-4.0")
+    directory = judge_directory(tmp_path / "run" / "judge", reference_captions="/data/jones.jsonl")
+    push(hub, tmp_path / "home", directory, "org/card", "--license", "cc-by-4.0")
     card = hub.files("dataset", "org/card")["README.md"].decode()
     for text in ("judge-1", "0.125", "org/model at c0ffee", "temperature | 1.2", "cc-by-4.0", "| train | 5 | 5 |"):
         assert text in card
@@ -146,7 +148,7 @@ def test_paths_of_local_models_are_not_pushed(hub, tmp_path):
 
 
 def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
-    hub, folder = fresh_hub, judge_directory(tmp_path / "run" / "judge")
+    hub, directory = fresh_hub, judge_directory(tmp_path / "run" / "judge")
     hub.broken_after = 2
     # The library would retry for a minute.
     impatient = (
@@ -156,22 +158,22 @@ def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
         "from medst_trl.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    command = ["-c", impatient, "push", "--source", str(folder), "--repo_id", "org/data"]
+    command = ["-c", impatient, "push", "--source", str(directory), "--repo_id", "org/data"]
     done = client(hub.url, tmp_path / "home", *command, check=False)
     assert done.returncode == 2 and "uploaded files are kept" in done.stderr and "Traceback" not in done.stderr
     # three if two threads were uploading when the connection broke
     assert 2 <= len(hub.uploads) <= 3 and set(hub.files("dataset", "org/data")) == {"README.md"}
     hub.broken_after = None
-    push(hub, tmp_path / "home", folder, "org/data")
+    push(hub, tmp_path / "home", directory, "org/data")
     assert len(hub.uploads) == 4  # the four shards, each once
     assert len(hub.files("dataset", "org/data")) == 5
     commits = len(hub.repositories["dataset", "org/data"].commits)
-    push(hub, tmp_path / "home", folder, "org/data")  # nothing has changed
+    push(hub, tmp_path / "home", directory, "org/data")  # nothing has changed
     assert len(hub.repositories["dataset", "org/data"].commits) == commits and len(hub.uploads) == 4
 
 
 def test_a_repository_of_other_content_is_not_changed(hub, tmp_path):
-    folder = judge_directory(tmp_path / "run" / "judge") / "preferences"
+    directory = judge_directory(tmp_path / "run" / "judge") / "preferences"
     write_split(tmp_path / "benchmark", "test", [benchmark_row()], dict, benchmark_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "benchmark", "org/benchmark")
     hub.add("dataset", "org/theirs", {"README.md": b"# Mine", "data.csv": b"1,2"})
@@ -182,12 +184,12 @@ def test_a_repository_of_other_content_is_not_changed(hub, tmp_path):
         ("org/public", "is public"),
     ):
         before = hub.files("dataset", repo_id)
-        done = push(hub, tmp_path / "home", folder, repo_id, check=False)
+        done = push(hub, tmp_path / "home", directory, repo_id, check=False)
         assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
         assert hub.files("dataset", repo_id) == before
-    push(hub, tmp_path / "home", folder, "org/theirs", "--replace_content", "true")
+    push(hub, tmp_path / "home", directory, "org/theirs", "--replace_content", "true")
     assert "data.csv" not in hub.files("dataset", "org/theirs")
-    push(hub, tmp_path / "home", folder, "org/public", "--private", "false")
+    push(hub, tmp_path / "home", directory, "org/public", "--private", "false")
     assert len(hub.files("dataset", "org/public")) == 5
 
 
@@ -484,7 +486,7 @@ def test_push_to_hub_is_cleared_in_the_arguments_of_a_trainer(calls, monkeypatch
         push_to_hub=True, hub_model_id="org/aligned", hub_private_repo=None, hub_revision="v2", output_dir=tmp_path
     )
     after = PushAfterStage(("",), [Settings(dataset="x"), training])
-    assert training.push_to_hub is False  # TRL would upload the whole folder of the run
+    assert training.push_to_hub is False  # TRL would upload the whole directory of the run
     after.run()
     assert calls == [(tmp_path, "org/aligned", {"private": True, "revision": "v2"})]
 
