@@ -1,23 +1,28 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls to the judge: each until it is answered, given up or the run has to stop; every answer paid for is kept."""
+"""
+The one client for everything that calls a server: the engine `server`, the judge, and whatever comes later.
+
+It retries, keeps a pace that the server can follow, speaks the server's dialect, stays within a budget, caches every
+reply that was paid for, and stops the run with one clear message when nothing can succeed.
+"""
 
 import asyncio
-import json
 import math
 import os
+import random
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 
-from .client_errors import Trouble, clean, trouble_of
-from .cost import Budget, RequestSize
-from .pace import Pace, wait_before
-from .reply_cache import ReplyCache
-from .requests import Answer, Dialect, Request, Stopped, row_of_body
+from .cost import Budget, Prices, ReplyCache, RequestSize
+from .trouble import Dialect, Trouble, clean, row_of_content, trouble_of
 
 
 if TYPE_CHECKING:
@@ -25,71 +30,141 @@ if TYPE_CHECKING:
 
 RE_ASKS = 2  # further attempts at a request whose reply cannot be read
 GIVE_UP_AFTER = 8  # calls given up in a row, all for one cause, before the run stops
-RECENTLY = 10.0  # seconds; a server that answered others since is well, and a failed call need not wait long
-LONGEST_RETRY_AFTER = 300.0  # seconds; a server that asks for more is told of, not waited for
+RECENTLY = 10.0  # seconds; a server that answered others since works, and a failed call need not wait long
+LONGEST_RETRY_AFTER = 300.0  # seconds; a longer wait is reported instead
+
+TOO_MANY = 0.35  # share of recent calls turned away from which the server counts as overloaded
+MIN_SEEN = 10  # number of calls that the share is taken of; two for each slot if that is more
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none
+
+NO_SIZE = RequestSize(0, 0)  # of calls without a budget
 
 
-class JudgeClient:
+@dataclass
+class Call:
     """
-    Asks a judge over an OpenAI-compatible API. One instance serves one event loop.
+    One request to a chat API.
+
+    Attributes:
+        body (`Callable`): Makes the body of the request; images are encoded only then.
+        key (`str`, *optional*): Hash of everything that decides the reply. None: the reply is not cached.
+        size (`RequestSize`): Tokens of its prompt, for the budget.
+        read (`Callable`): From a reply to its meaning, or None if it cannot be read. By default the reply itself.
+        reminder (`str`): User message after a reply that cannot be read.
+        tag: Anything by which the caller recognises the call.
+        on_piece (`Callable`, *optional*): Called with each piece of the reply as the server writes it.
+    """
+
+    body: Callable[[], dict[str, Any]]
+    key: str | None = None
+    size: RequestSize = NO_SIZE
+    read: Callable[[str], Any | None] = str
+    reminder: str = ""
+    tag: Any = None
+    on_piece: Callable[[str], None] | None = None
+
+
+@dataclass
+class Answer:
+    """
+    The outcome of a call.
+
+    Attributes:
+        reading: What [`Call.read`] made of the reply, or None.
+        reason (`str` or `None`): Why there is no reading, in one word.
+        attempts (`list[dict]`): The replies so far, as the cache keeps them.
+        cached (`bool`): Whether no call had to be made.
+        detail (`str`): The server's message, if there is no reply.
+        trouble (`Trouble` or `None`): The trouble that ended it, if the server gave no reply in this run.
+        charges (`list[dict]`): All calls for it that may have been charged.
+    """
+
+    reading: Any | None
+    reason: str | None
+    attempts: list[dict[str, Any]]
+    cached: bool
+    detail: str = ""
+    trouble: Trouble | None = None
+    charges: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Stopped(Exception):
+    """The run is being stopped; no further call is made."""
+
+
+class Client:
+    """
+    Calls a model over an OpenAI-compatible API. One instance serves one event loop.
 
     Args:
         model (`str`):
-            For messages; the bodies of requests carry it.
-        cache (`ReplyCache`):
-            Where replies are looked for and kept.
-        budget (`Budget`):
-            What may be spent.
-        max_tokens (`int`):
-            Of a reply, for the budget.
+            Name of the model, for messages; the bodies of the calls carry it.
+        cache (`ReplyCache`, *optional*):
+            Where replies are looked up and kept, for calls with a key. By default in memory.
+        budget (`Budget`, *optional*):
+            What may be spent. By default there is no limit.
         base_url (`str`, *optional*):
-            Of the API. None: `OPENAI_BASE_URL`, else OpenAI's.
+            Address of the API. Defaults to `OPENAI_BASE_URL`, then to OpenAI's.
         key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the API key.
         concurrency (`int`, *optional*, defaults to `16`):
-            Calls under way at most.
+            Maximum number of calls in flight.
         timeout (`float`, *optional*, defaults to `120`):
             Seconds for one call.
         max_retries (`int`, *optional*, defaults to `6`):
-            Repetitions of a call that failed for a passing cause.
+            Number of retries of a call that failed for a passing cause.
         offline (`bool`, *optional*, defaults to `False`):
             Make no calls: what the cache lacks is counted in `missing`.
+        advice (`Mapping[str, str]`, *optional*):
+            Messages for kinds of refusals (`"content_filter"`, `"bad_request"` ...) that stop the run when every call
+            meets them. Other refusals never stop it.
+        setting (`str`, *optional*, defaults to `"model"`):
+            Name of the setting that names the model, for messages.
         http_client (`httpx2.AsyncClient`, *optional*):
-            For tests.
+            Replaces the client's own, for proxies and tests.
+
+    Attributes:
+        events (`Counter`): Calls, and their problems.
+        missing (`int`): Number of calls that were not made because of `offline`.
+        stop_error (`UserError` or `None`): Why the run has to stop.
     """
 
     def __init__(
         self,
         model: str,
-        cache: ReplyCache,
-        budget: Budget,
-        max_tokens: int,
+        cache: ReplyCache | None = None,
+        budget: Budget | None = None,
+        *,
         base_url: str | None = None,
         key_variable: str = "OPENAI_API_KEY",
         concurrency: int = 16,
         timeout: float = 120.0,
         max_retries: int = 6,
         offline: bool = False,
+        advice: Mapping[str, str] | None = None,
+        setting: str = "model",
         http_client: Any = None,
     ):
-        self.model, self.cache, self.budget, self.max_tokens = model, cache, budget, max_tokens
-        self.variable, self.max_retries, self.offline, self.timeout = key_variable, max_retries, offline, timeout
+        self.model, self.variable, self.setting, self.advice = model, key_variable, setting, advice or {}
+        self.cache = ReplyCache() if cache is None else cache
+        self.budget = Budget(Prices(None, None)) if budget is None else budget
+        self.max_retries, self.offline, self.timeout = max_retries, offline, timeout
         self.pace = Pace(concurrency)
-        self.events: Counter[str] = Counter()  # calls, and what went wrong with them
+        self.events: Counter[str] = Counter()
         self.missing = 0
         self.stop_error: UserError | None = None
-        self._stopping = asyncio.Event()
+        self._stopping, self._explained = asyncio.Event(), asyncio.Event()
         self._settled = asyncio.Condition()
         self._locks: dict[str, asyncio.Lock] = {}
         self._dialect = Dialect()
         self._ever_read = False  # in this run or an earlier one
         self._works = False  # a reply was read in this run
-        self._held: dict[str, list[dict[str, Any]]] = {}  # refusals until then, by the key of their request
+        self._held: list[dict[str, Any]] = []  # refusals until then
         self._last_answer = -math.inf
         self._in_a_row: Counter[str] = Counter()
         self._secret = None if offline else api_key(key_variable, base_url)
         self._openai = None if offline else self._connect(base_url, http_client)
-        self.base_url = clean(str(self._openai.base_url if self._openai else base_url))
+        self.base_url = clean(str(self._openai.base_url if self._openai else base_url)).rstrip("/")
 
     def _connect(self, base_url: str | None, http_client: Any) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
@@ -102,24 +177,25 @@ class JudgeClient:
         if self._openai is not None:
             await self._openai.close()
 
-    async def ask(self, request: Request) -> Answer:
+    async def ask(self, call: Call) -> Answer:
         """
-        The judge's answer, from the cache if it is there.
+        Return the answer to a call, from the cache if it is there.
 
         Raises:
-            Stopped: if the run has to end; `stop_error` says why.
+            Stopped: if the run has to stop; `stop_error` says why.
         """
-        lock = self._locks.setdefault(request.key, asyncio.Lock())
-        async with lock:  # the same question twice at a time is asked once
-            answer = await self._ask(request)
-            answer.charges = self.cache.charges(request.key)
+        if call.key is None:
+            return await self._ask(call, [])
+        async with self._locks.setdefault(call.key, asyncio.Lock()):  # calls with the same key are made once
+            held = [row for row in self._held if row["key"] == call.key]
+            answer = await self._ask(call, self.cache.attempts(call.key) + held)
+            answer.charges = self.cache.charges(call.key)
             return answer
 
-    async def _ask(self, request: Request) -> Answer:
-        attempts = self.cache.attempts(request.key) + self._held.get(request.key, [])
+    async def _ask(self, call: Call, attempts: list[dict[str, Any]]) -> Answer:
         cached = True
         while True:
-            answer = self._settle(request, attempts, cached)
+            answer = self._settle(call, attempts, cached)
             if answer is not None:
                 return answer
             if self.offline:
@@ -127,35 +203,29 @@ class JudgeClient:
                 return Answer(None, "request_failed", attempts, cached, "no result")
             cached = False
             try:
-                row = await self._call_until_answered(request, attempts)
+                row = await self._call_until_answered(call, attempts)
             except Trouble as trouble:
-                if trouble.reason == "request_failed":
-                    return Answer(None, trouble.reason, attempts, cached, trouble.detail)
+                if call.key is None or trouble.reason == "request_failed":
+                    return Answer(None, trouble.reason, attempts, cached, trouble.detail, trouble)
                 row = {"error": trouble.reason, "detail": trouble.detail}
-            row = {"key": request.key, "attempt": len(attempts)} | row
+            row = {"key": call.key, "attempt": len(attempts)} | row
             self._keep(row)
             attempts = [*attempts, row]
 
     def _keep(self, row: dict[str, Any]) -> None:
-        """Into the cache, but a refusal only once the server has shown that it can judge at all."""
+        """Add to the cache, but a refusal only once the server has shown that it can answer at all."""
         if "error" in row and not self._works:
-            self._held[row["key"]] = [row]
-        else:
+            self._held.append(row)
+        elif row["key"] is not None:
             self.cache.add(row)
 
-    def _keep_held(self) -> None:
-        self._works = True
-        for [row] in self._held.values():
-            self.cache.add(row)
-        self._held.clear()
-
-    def _settle(self, request: Request, attempts: list[dict[str, Any]], cached: bool) -> Answer | None:
-        """What the attempts so far amount to; None where another one is due."""
+    def _settle(self, call: Call, attempts: list[dict[str, Any]], cached: bool) -> Answer | None:
+        """Return what the attempts so far amount to; None if another one is due."""
         if not attempts:
             return None
         if "error" in attempts[-1]:
             return Answer(None, attempts[-1]["error"], attempts, cached, attempts[-1].get("detail") or "")
-        reading = request.read(attempts[-1]["reply"])
+        reading = call.read(attempts[-1]["reply"])
         if reading is None and len(attempts) <= RE_ASKS and not self.offline:
             return None
         if reading is None:
@@ -164,68 +234,73 @@ class JudgeClient:
             return Answer(None, "unparsable", attempts, cached)
         self._ever_read = True
         if not cached:
-            self._keep_held()
+            self._works = True
+            for row in self._held:
+                self.cache.add(row)
+            self._held.clear()
         return Answer(reading, None, attempts, cached)
 
-    async def _call_until_answered(self, request: Request, attempts: list[dict[str, Any]]) -> dict[str, Any]:
-        """One reply, whatever it says. Raises `Trouble` when the call is given up."""
-        body = await asyncio.to_thread(request.body)
-        at_most = request.size.at_most
-        if attempts:  # told that its reply was no good, a judge at temperature 0 has a reason to write another
+    async def _call_until_answered(self, call: Call, attempts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return one reply, whatever it says. Raises `Trouble` when the call is given up."""
+        body = await asyncio.to_thread(call.body)
+        prompt_tokens = call.size.at_most
+        if attempts:  # a model at temperature 0 needs a reason to write something else
             last = {"role": "assistant", "content": attempts[-1]["reply"][:2000] or "(nothing)"}
-            reminder = {"role": "user", "content": request.reminder}
+            reminder = {"role": "user", "content": call.reminder}
             body = body | {"messages": [*body["messages"], last, reminder]}
-            at_most = at_most + RequestSize.of([last, reminder], 0).at_most
+            prompt_tokens = prompt_tokens + RequestSize.of([last, reminder], 0).at_most
+        at_most = {"prompt_tokens": prompt_tokens, "completion_tokens": body.get("max_tokens", 0)}
         attempt = 0
         while True:
             sent = {}
             try:
                 async with self.pace.slot():
                     sent = self._dialect.apply(body)
-                    row = await self._paid_call(request.key, at_most, sent)
+                    return await self._paid_call(call, {"at_most": at_most}, sent)
             except Trouble as trouble:
                 if self._dialect.learn(trouble, sent):
                     continue
-                self.events[trouble.kind] += 1
-                if trouble.action == "stop":
-                    await self._explain_and_stop(trouble)
-                    raise Stopped from None
-                if trouble.action == "drop" or attempt >= self.max_retries:
-                    self._gave_up(trouble)
-                    raise
-                if (trouble.retry_after or 0) > LONGEST_RETRY_AFTER:
-                    self._stop(
-                        f"The judge's server asks to wait {trouble.retry_after / 60:.0f} minutes before the next call "
-                        f"({trouble.detail}). What was judged is kept: run the same command again then."
-                    )
-                    raise Stopped from None
-                well = time.monotonic() - self._last_answer < RECENTLY
-                await self._sleep(wait_before(min(attempt, 1) if well else attempt, trouble.retry_after))
+                await self._check_retry(trouble, attempt)
+                works = time.monotonic() - self._last_answer < RECENTLY
+                await self._sleep(wait_before(min(attempt, 1) if works else attempt, trouble.retry_after))
                 attempt += 1
-            else:
-                return row
 
-    async def _paid_call(self, key: str, input_tokens: int, body: dict[str, Any]) -> dict[str, Any]:
-        """One HTTP call inside a slot, within the budget. What it cost is kept, so that later runs know of it."""
+    async def _check_retry(self, trouble: Trouble, attempt: int) -> None:
+        """Return to retry the call, raise `Stopped` if the run has to stop, or `Trouble` to give the call up."""
+        self.events[trouble.kind] += 1
+        if trouble.action == "stop":
+            await self._explain_and_stop(trouble)
+            raise Stopped from None
+        if trouble.action == "drop" or attempt >= self.max_retries:
+            self._gave_up(trouble)
+            raise trouble
+        if (trouble.retry_after or 0) > LONGEST_RETRY_AFTER:
+            self._stop(
+                f"The server at {self.base_url} asks to wait {trouble.retry_after / 60:.0f} minutes before the next "
+                f"call ({trouble.detail}). Finished work is kept: run the same command again then."
+            )
+            raise Stopped from None
+
+    async def _paid_call(self, call: Call, at_most: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        """Make one HTTP call inside a slot, within the budget. Its cost is kept, so that later runs know it."""
         if self._stopping.is_set():
             raise Stopped
-        at_most = {"at_most": {"prompt_tokens": input_tokens, "completion_tokens": self.max_tokens}}
         reserved = self.budget.prices.cost_of(at_most)
         await self._reserve(reserved)
         try:
-            row = await self._send(body)
+            row = await self._send(body, call.on_piece)
         except Trouble as trouble:
             if trouble.usage:
-                self._lost(key, trouble.kind, {"usage": trouble.usage}, reserved)
+                self._lost(call.key, trouble.kind, {"usage": trouble.usage}, reserved)
             elif trouble.charged:
-                self._lost(key, trouble.kind, at_most, reserved)
+                self._lost(call.key, trouble.kind, at_most, reserved)
             else:
                 self.budget.settle(reserved, 0)
             if trouble.is_pushback:
                 self.pace.pushed_back(trouble.retry_after)
             raise
         except BaseException:  # cancelled: the server may have been at work
-            self._lost(key, "cancelled", at_most, reserved)
+            self._lost(call.key, "cancelled", at_most, reserved)
             raise
         else:
             row = row if row["usage"] else row | at_most
@@ -238,41 +313,48 @@ class JudgeClient:
             async with self._settled:
                 self._settled.notify_all()
 
-    def _lost(self, key: str, kind: str, bill: dict[str, Any], reserved: float) -> None:
-        """A call left no reply, but may be on the bill."""
+    def _lost(self, key: str | None, kind: str, bill: dict[str, Any], reserved: float) -> None:
+        """Account for a call that left no reply but may be charged."""
         if "usage" in bill:
             self.budget.settle(reserved, self.budget.prices.cost_of(bill))
         else:
             self.budget.leave_open(reserved)
-        self.cache.add_lost({"key": key, "lost": kind} | bill)
+        if key is not None:
+            self.cache.add_lost({"key": key, "lost": kind} | bill)
 
-    async def _send(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _send(self, body: dict[str, Any], on_piece: Callable[[str], None] | None) -> dict[str, Any]:
         import openai
 
         self.events["calls"] += 1
+        pieces: list[str] = []
         try:
-            response = await asyncio.wait_for(
-                self._openai.chat.completions.with_raw_response.create(**body),
-                self.timeout,  # httpx2's own limits start anew with every byte
-            )
-            content = response.content
+            async with asyncio.timeout(self.timeout):  # httpx2's own limits start anew with every byte
+                if on_piece is not None:
+                    return await self._stream(body, pieces, on_piece)
+                response = await self._openai.chat.completions.with_raw_response.create(**body)
+                return row_of_content(response.content, self._secret)
         except TimeoutError:
-            raise Trouble("timeout", f"no answer within {self.timeout:g} s", charged=True) from None
+            trouble = Trouble("timeout", f"no answer within {self.timeout:g} s", charged=True)
         except openai.APIError as error:
-            raise trouble_of(error, self._secret) from None
-        return self._row(content)
+            trouble = trouble_of(error, self._secret)
+        if pieces:  # what the caller has shown cannot be taken back
+            trouble = Trouble("interrupted", trouble.detail, charged=True)
+        raise trouble
 
-    def _row(self, content: bytes) -> dict[str, Any]:
-        """A reply as the cache keeps it, or the trouble that came under status 200."""
-        try:
-            return row_of_body(json.loads(content), self._secret)
-        except (ValueError, RecursionError):
-            start = content[:60].decode("utf-8", "replace")
-            detail = "an HTML page" if start.lstrip()[:1] == "<" else clean(start, self._secret) or "nothing"
-            raise Trouble("not_json", f"it sends {detail}", charged=True) from None
+    async def _stream(
+        self, body: dict[str, Any], pieces: list[str], on_piece: Callable[[str], None]
+    ) -> dict[str, Any]:
+        finish_reason = None
+        async for chunk in await self._openai.chat.completions.create(**body, stream=True):
+            for choice in chunk.choices:
+                finish_reason = choice.finish_reason or finish_reason
+                if choice.delta.content:
+                    pieces.append(choice.delta.content)
+                    on_piece(choice.delta.content)
+        return {"reply": "".join(pieces), "finish_reason": finish_reason, "usage": None}
 
     async def _reserve(self, amount: float) -> None:
-        """Set money apart; where there is not enough, wait for what calls in flight give back."""
+        """Reserve money. If there is not enough, wait for what calls in flight release."""
         async with self._settled:
             while not self.budget.reserve(amount):
                 if self._stopping.is_set():
@@ -281,43 +363,52 @@ class JudgeClient:
                     spent = self.budget.spent + self.budget.uncertain
                     self._stop(
                         f"The budget is used up: ${spent:.4f} of max_cost {self.budget.max_cost:g} are spent, and the "
-                        f"next call may cost ${amount:.4f}. What was judged is kept: raise --max_cost and run the "
-                        "same command again, it goes on from there."
+                        f"next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same "
+                        "command again to go on."
                     )
                     self._settled.notify_all()
                     raise Stopped
                 await self._settled.wait()
 
     def _gave_up(self, trouble: Trouble) -> None:
-        """Stop the run where nothing but this ever happens."""
+        """Count a call that was given up, and stop the run if nothing else ever happens."""
         cause = "server" if trouble.action == "retry" else trouble.kind
         self._in_a_row[cause] += 1
         if trouble.action == "retry":
             unreachable = trouble.kind in ("connection", "not_json", "error_body") and self._last_answer == -math.inf
             hopeless = self._in_a_row[cause] >= (1 if unreachable else GIVE_UP_AFTER)
         else:
-            hopeless = not self._ever_read and self._in_a_row[cause] >= GIVE_UP_AFTER
+            hopeless = cause in self.advice and not self._ever_read and self._in_a_row[cause] >= GIVE_UP_AFTER
         if hopeless:
-            self._stop(trouble.next_step(self.model, self.base_url, self.variable))
+            self._stop(self.next_step(trouble))
+
+    def next_step(self, trouble: Trouble, offers: str = "") -> str:
+        """Return the message of a run that this trouble stops."""
+        return trouble.next_step(self.model, self.base_url, self.variable, offers, self.setting, self.advice)
 
     async def _explain_and_stop(self, trouble: Trouble) -> None:
-        if self._stopping.is_set():  # another call met the same and is about to say so
+        if self._stopping.is_set():  # another call met the same trouble and is about to explain it
             return
         self._stopping.set()
-        offers = await self._offered_models() if trouble.kind == "model" else ""
-        self._stop(trouble.next_step(self.model, self.base_url, self.variable, offers))
+        self._stop(self.next_step(trouble, await self._offered_models() if trouble.kind == "model" else ""))
 
     async def _offered_models(self) -> str:
         try:
             page = await asyncio.wait_for(self._openai.models.list(), 10)
             names = [model.id for model in page.data]
-        except Exception:  # a courtesy: many servers have no such list
+        except Exception:  # many servers have no such list
             return ""
         return f"; the server has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
     def _stop(self, message: str) -> None:
         self.stop_error = self.stop_error or UserError(message)
         self._stopping.set()
+        self._explained.set()
+
+    async def why_stopped(self) -> UserError:
+        """Return the reason of a [`Stopped`], which another call may still be finding out."""
+        await self._explained.wait()
+        return self.stop_error
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, unless the run is stopped meanwhile."""
@@ -330,21 +421,77 @@ class JudgeClient:
 
 def api_key(variable: str, base_url: str | None) -> str:
     """
-    The API key from the environment. A server of one's own needs none.
+    Return the API key from the environment. Your own server needs none.
 
     Raises:
-        UserError: if it is missing, or if the key itself was given in place of the variable's name.
+        UserError: if it is missing, or if the key itself was given instead of the variable's name.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", variable):
-        raise UserError("key_variable has to be the name of an environment variable, not the key itself.")
+        raise UserError("key_variable must be the name of an environment variable, not the key itself.")
     value = os.environ.get(variable, "").strip()
     if not value and base_url is None and not os.environ.get("OPENAI_BASE_URL"):
         raise UserError(
-            f"There is no API key: put it into the environment variable {variable} (export {variable}=...), or give "
-            "base_url for a server of your own."
+            f"No API key. Set the environment variable {variable} (export {variable}=...), or give base_url for your "
+            "own server."
         )
     if not value.isascii() or not value.isprintable():
-        raise UserError(
-            f"The API key in the environment variable {variable} holds characters no key has. Copy it anew."
-        )
+        raise UserError(f"The API key in the environment variable {variable} has invalid characters. Copy it again.")
     return value or "none"
+
+
+class Pace:
+    """
+    A number of slots that adapts: halved when the server turns away many calls, one more for each round that it takes.
+
+    A single 429 among successes holds back its own call only: a server that fails now and then is not overloaded, and
+    slowing down would not help it. When a good part of recent calls is turned away, the number of slots is halved, and
+    no call starts before the time the server named.
+
+    Args:
+        most (`int`):
+            Number of slots at the start, which is never exceeded.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.slots = float(most)
+        self._active = 0
+        self._pause_until = 0.0
+        self._recent: deque[bool] = deque(maxlen=max(MIN_SEEN, 2 * most))
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self):
+        """Wait for a slot and hold it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._active < int(self.slots))
+            self._active += 1
+        try:
+            while (left := self._pause_until - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+            yield
+        finally:
+            self._active -= 1
+            async with self._changed:
+                self._changed.notify(max(0, int(self.slots) - self._active))
+
+    def went_well(self) -> None:
+        """Record that the server answered."""
+        self._recent.append(False)
+        if self.slots < self.most:
+            self.slots = min(self.most, self.slots + 1 / self.slots)
+
+    def pushed_back(self, retry_after: float | None) -> None:
+        """Record that the server turned a call away: 429, overloaded, or no answer in time."""
+        self._recent.append(True)
+        if sum(self._recent) / self._recent.maxlen > TOO_MANY:  # of few calls, chance alone can fail many
+            self.slots = max(1.0, self.slots / 2)
+            self._pause_until = max(self._pause_until, time.monotonic() + (retry_after or 0))
+            self._recent.clear()  # the calls in flight say nothing about the new pace
+
+
+def wait_before(attempt: int, retry_after: float | None) -> float:
+    """Return the seconds before a retry: what the server asks for, else doubling from half a second, with jitter."""
+    if retry_after is not None:
+        return retry_after + random.uniform(0, 0.1)
+    return min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)

@@ -1,22 +1,29 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What judging costs: prices, tokens of a request before it is sent, and a budget that is never overdrawn."""
+"""What calls to a server cost: prices, tokens before a call, a budget that holds, and a cache of what was paid for."""
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import explain_full_disk
 
 
-BYTES_PER_TOKEN = 4.0  # of English in UTF-8, for estimates
-MESSAGE_TOKENS = 40  # roles, separators and the schema's name
+FILE_NAME = "judge_cache.jsonl"
+
+
+BYTES_PER_TOKEN = 4.0  # English in UTF-8, for estimates
+MESSAGE_TOKENS = 40  # roles, separators, name of the schema
 
 
 @dataclass(frozen=True)
 class Prices:
-    """US dollars per million tokens; None where unknown."""
+    """Prices in US dollars per million tokens; None if unknown."""
 
     input: float | None
     output: float | None
@@ -26,11 +33,11 @@ class Prices:
         return self.input is not None and self.output is not None
 
     def cost(self, input_tokens: float, output_tokens: float) -> float:
-        """Dollars; 0 where a price is unknown."""
+        """Return dollars; 0 if a price is unknown."""
         return ((self.input or 0) * input_tokens + (self.output or 0) * output_tokens) / 1e6
 
     def cost_of(self, row: Mapping[str, Any]) -> float:
-        """Dollars that a call in the cache cost: by its `usage` or, where the server told none, by its `at_most`."""
+        """Return what a cached call cost in dollars, by its `usage` or, if the server reported none, its `at_most`."""
         tokens = row.get("usage") or row.get("at_most") or {}
         return self.cost(tokens.get("prompt_tokens", 0), tokens.get("completion_tokens", 0))
 
@@ -46,7 +53,7 @@ _KNOWN: dict[str, tuple[float, float, int, int]] = {
 
 
 def prices_of(model: str, input: float | None = None, output: float | None = None) -> Prices:
-    """The prices given, else those known of a model (also of a dated one, `gpt-4o-2024-08-06`)."""
+    """Return the given prices, else the known prices of a model (also of a dated one, `gpt-4o-2024-08-06`)."""
     known = _known(model)
     return Prices(
         input if input is not None else known and known[0], output if output is not None else known and known[1]
@@ -62,7 +69,7 @@ def _known(model: str) -> tuple[float, float, int, int] | None:
 
 
 def image_tokens(model: str, width: int, height: int) -> int:
-    """Tokens of one image: by tiles as OpenAI counts them, 28 x 28 pixels a token for other models."""
+    """Return the tokens of one image: OpenAI's tiles, or 28 x 28 pixels per token for other models."""
     known = _known(model)
     if known is None:
         return math.ceil(width / 28) * math.ceil(height / 28) + 2
@@ -72,7 +79,7 @@ def image_tokens(model: str, width: int, height: int) -> int:
 
 
 def text_bytes(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Length of all text in a request. No tokenizer in use makes more tokens than bytes."""
+    """Return the bytes of all text in a request. No tokenizer in use makes more tokens than bytes."""
     texts = []
     for message in messages:
         content = message["content"]
@@ -83,11 +90,11 @@ def text_bytes(messages: Sequence[Mapping[str, Any]]) -> int:
 @dataclass(frozen=True)
 class RequestSize:
     """
-    Tokens of a request before it is sent.
+    Number of tokens of a request before it is sent.
 
     Attributes:
-        likely (`int`): For the estimate.
-        at_most (`int`): For the budget.
+        likely (`int`): An estimate.
+        at_most (`int`): An upper bound, for the budget.
     """
 
     likely: int
@@ -102,18 +109,18 @@ class RequestSize:
 
 class Budget:
     """
-    Spends no more than `max_cost`, calls in flight included.
+    Budget that is never exceeded, calls in flight included.
 
-    A call reserves the most it can cost before it is sent and settles what it did cost afterwards. One whose outcome
-    is unknown (a time-out) keeps its reservation, since the server may have charged it.
+    A call reserves the most it can cost before it is sent and settles its real cost afterwards. A call whose outcome
+    is unknown (a timeout) keeps its reservation, since the server may have charged it.
 
     Args:
         prices (`Prices`):
-            Of the judge.
+            Prices of the model.
         max_cost (`float`, *optional*):
-            In US dollars. None for no limit.
+            Limit in US dollars. None for no limit.
         spent (`float`, *optional*, defaults to `0.0`):
-            By earlier runs.
+            Dollars that earlier runs spent.
 
     Raises:
         UserError: for a limit without prices.
@@ -122,8 +129,8 @@ class Budget:
     def __init__(self, prices: Prices, max_cost: float | None = None, spent: float = 0.0):
         if max_cost is not None and not prices.known:
             raise UserError(
-                "max_cost needs the judge's prices, which are not known for this model: give "
-                "price_per_million_input_tokens and price_per_million_output_tokens (0 for a server of your own)."
+                "max_cost needs prices, which are unknown for this model. Set price_per_million_input_tokens and "
+                "price_per_million_output_tokens (0 for your own server)."
             )
         self.prices, self.max_cost = prices, max_cost
         self.spent = spent
@@ -131,18 +138,112 @@ class Budget:
         self.reserved = 0.0
 
     def reserve(self, amount: float) -> bool:
-        """Set `amount` apart, if there is still so much."""
+        """Reserve an amount, and return whether there was enough."""
         if self.max_cost is not None and self.spent + self.uncertain + self.reserved + amount > self.max_cost + 1e-12:
             return False
         self.reserved += amount
         return True
 
     def settle(self, reserved: float, cost: float) -> None:
-        """A call was answered and cost so much."""
+        """Release a reservation and spend the real cost."""
         self.reserved = max(0.0, self.reserved - reserved)
         self.spent += cost
 
     def leave_open(self, reserved: float) -> None:
-        """Nobody knows whether a call was charged."""
+        """Keep the reservation of a call that may have been charged."""
         self.reserved = max(0.0, self.reserved - reserved)
         self.uncertain += reserved
+
+
+class ReplyCache:
+    """
+    Replies by the key of their request, in a file that only grows: no reply in it is ever paid for again.
+
+    A line is `{"key", "attempt", "reply", "finish_reason", "usage"}`, or `{"key", "attempt", "error", "detail"}` for a
+    request that was refused for its content. `{"key", "lost", "usage"}` is a call that may have been charged and left
+    no reply: a timeout, or a reply that was filtered. If the server reported no usage, `at_most` holds an upper bound
+    of the tokens; dollars are not kept, since prices can be corrected. An incomplete line of a killed run is skipped.
+    Neither requests nor API keys are in the file.
+
+    Args:
+        directory (`str` or `os.PathLike`, *optional*):
+            Directory of `judge_cache.jsonl`. Stages may share one. None keeps replies in memory.
+
+    Attributes:
+        added (`int`):
+            Number of replies that this run added.
+    """
+
+    def __init__(self, directory: str | os.PathLike | None = None):
+        self.path = Path(directory, FILE_NAME) if directory is not None else None
+        self._rows: dict[str, dict[int, dict[str, Any]]] = {}
+        self._lost: dict[str, list[dict[str, Any]]] = {}
+        self._file = None
+        self.added = 0
+        if self.path is not None and self.path.exists():
+            with open(self.path, "rb") as file:
+                for line in file:
+                    self._take(line)
+
+    def attempts(self, key: str) -> list[dict[str, Any]]:
+        """Return the replies to a request in order: unreadable ones, then perhaps one that can be read."""
+        rows = self._rows.get(key, {})
+        return [rows[attempt] for attempt in sorted(rows)]
+
+    def charges(self, key: str) -> list[dict[str, Any]]:
+        """Return all calls for a request that may have been charged: its replies, and the calls without one."""
+        return self.attempts(key) + self._lost.get(key, [])
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """
+        Keep a reply, in memory and on disk.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        row = dict(row)
+        self.added += 1
+        self._rows.setdefault(row["key"], {})[row["attempt"]] = row
+        self._write(row)
+
+    def add_lost(self, row: Mapping[str, Any]) -> None:
+        """Keep what a call without a reply may have cost, in memory and on disk."""
+        row = dict(row)
+        self._lost.setdefault(row["key"], []).append(row)
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        with explain_full_disk(self.path.parent):
+            if self._file is None:
+                self._file = self._open()
+            # One write per line: another process that shares the file cannot interleave.
+            data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            while data:
+                data = data[os.write(self._file, data) :]
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":  # an incomplete line of a killed run: end it
+            os.write(file, b"\n")
+        return file
+
+    def _take(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            if isinstance(row["key"], str) and "lost" in row:
+                self._lost.setdefault(row["key"], []).append(row)
+            elif (
+                isinstance(row["key"], str) and isinstance(row["attempt"], int) and ("reply" in row or "error" in row)
+            ):
+                self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)
+        except (ValueError, KeyError, TypeError):
+            return

@@ -5,26 +5,38 @@
 import base64
 import io
 import json
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, closest
-from medst_trl.base.redaction import hide_secrets
 from medst_trl.data.source import printable
 from medst_trl.policy.chat_template import VUSR
 
-from .engine import ENGINES, Engine, EngineKind, OpenedImage, Prompt, Reply, Request, Sampling, nothing_follows
+from .client import Answer, Call, Client, Stopped
+from .engine import (
+    ENGINES,
+    Engine,
+    EngineKind,
+    OpenedImage,
+    Prompt,
+    Reply,
+    Request,
+    Sampling,
+    nothing_follows,
+    without_margins,
+)
 
 
 if TYPE_CHECKING:
-    import openai
+    from concurrent.futures import Future
 
-RETRIES = 5  # by the openai client: connection errors, time-outs, 408, 409, 429 and 5xx, heeding Retry-After
-REFUSED = (400, 413, 422)  # statuses of a request that the server could read and will not answer
+    from anyio.from_thread import BlockingPortal
+
+RETRIES = 5  # of a request that fails for a passing cause
 
 # The server's tokenizer is not known here, so whatever looks like a control token is kept from becoming one.
 _CONTROL = re.compile(r"<(?=[|/]?\w[^<>\s]*>)|\[(?=/?[A-Z_]+\])")
@@ -40,7 +52,7 @@ class ServerSettings:
     server_kind: str = field(
         default="vllm", metadata={"help": "How it takes sampling settings: vllm, sglang, transformers, openai."}
     )
-    concurrency: int = field(default=32, metadata={"help": "Requests under way at the same time, on each process."})
+    concurrency: int = field(default=32, metadata={"help": "Maximum number of requests in flight on each process."})
 
 
 def _openai(sampling: Sampling) -> dict[str, Any]:
@@ -73,17 +85,17 @@ class ServerEngine(Engine):
 
     Args:
         base_url (`str`):
-            Where its API begins, for example `"http://localhost:8000/v1"`.
+            Address of its API, for example `"http://localhost:8000/v1"`.
         model (`str`):
-            The policy's name there.
+            Name of the policy on the server.
         kind (`str`, *optional*, defaults to `"vllm"`):
-            How it takes sampling settings: `"vllm"`, `"sglang"`, `"transformers"` (`transformers serve`).
+            How it takes sampling settings: `"vllm"`, `"sglang"`, `"transformers"` (`transformers serve`), `"openai"`.
         concurrency (`int`, *optional*, defaults to `32`):
-            Requests at a time.
+            Maximum number of requests in flight.
         timeout (`float`, *optional*, defaults to `600`):
-            Seconds after which a request is tried again.
+            Seconds after which a request is retried.
 
-    The API key is `OPENAI_API_KEY` of the environment, for servers that want one.
+    Servers that need an API key get `OPENAI_API_KEY` of the environment.
 
     Example:
 
@@ -96,38 +108,29 @@ class ServerEngine(Engine):
     name = "server"
 
     def __init__(self, base_url: str, model: str, kind: str = "vllm", concurrency: int = 32, timeout: float = 600):
-        import openai
-
         self.base_url = base_url
         self.model = model
         self.concurrency = concurrency
+        self.timeout = timeout
         self._settings = SERVER_KINDS[kind]
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=RETRIES,
-            timeout=timeout,
-        )
 
     def check(self) -> None:
         """
-        Ask for one token, to see that the server is there, knows the model and takes the settings.
+        Ask for one token to test whether the server is there, knows the model and takes the settings.
 
         Raises:
             UserError: if not.
         """
-        import openai
-
-        try:
-            self._complete([{"role": "user", "content": "Hello"}], Sampling(max_new_tokens=1))
-        except openai.APIStatusError as error:
-            if error.status_code not in REFUSED:
-                raise self._failed(error) from None
+        with self._connection() as (client, portal):
+            body = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}]}
+            call = Call(lambda: body | self._settings(Sampling(max_new_tokens=1)))
+            reply = self._reply(client, portal.start_task_soon(client.ask, call))
+        if reply.problem:
             raise UserError(
-                f"The server at {self._where()} does not answer as model {self.model!r} ({_status(error)}). Give the "
-                "name it serves the model under as model_name_or_path, and its kind as server_kind "
+                f"The server at {client.base_url} does not answer as model {self.model!r} ({reply.text}). Set "
+                f"model_name_or_path to the name under which it serves the model, and server_kind to its kind "
                 f"({', '.join(SERVER_KINDS)})."
-            ) from None
+            )
 
     def run(self, first, then=nothing_follows):
         """
@@ -136,93 +139,78 @@ class ServerEngine(Engine):
         A request that the server refuses has a reply with the problem `request_failed`.
 
         Raises:
-            UserError: if the server cannot be reached, refuses the API key, or is no chat API.
+            UserError: if the server cannot be reached, refuses the API key, has no such model, or keeps failing.
         """
-        first, finished, under_way = iter(first), SimpleQueue(), 0
-        with ThreadPoolExecutor(self.concurrency) as executor:
+        first, finished, in_flight = iter(first), SimpleQueue(), 0
+        with self._connection() as (client, portal):
 
             def start(request: Request) -> None:
-                future = executor.submit(self._write_one, request.prompt, request.sampling)
+                nonlocal in_flight
+                in_flight += 1
+                future = portal.start_task_soon(client.ask, Call(lambda: self._body(request.prompt, request.sampling)))
                 future.add_done_callback(lambda done: finished.put((request, done)))
 
-            try:
-                while True:
-                    while under_way < self.concurrency and (request := next(first, None)) is not None:
-                        start(request)
-                        under_way += 1
-                    if not under_way:
-                        return
-                    request, done = finished.get()
-                    reply = done.result()
-                    under_way -= 1
-                    for following in then(request, reply):
-                        start(following)
-                        under_way += 1
-                    yield request, reply
-            finally:
-                executor.shutdown(
-                    cancel_futures=True
-                )  # after an error, waiting requests shall not each try for themselves
+            while True:
+                while in_flight < self.concurrency and (request := next(first, None)) is not None:
+                    start(request)
+                if not in_flight:
+                    return
+                request, done = finished.get()
+                in_flight -= 1
+                reply = self._reply(client, done)
+                for following in then(request, reply):
+                    start(following)
+                yield request, reply
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """Yield the text of one prompt as the server sends it. Closing the iterator ends the request."""
+        pieces = SimpleQueue()
+        with self._connection() as (client, portal):
+            call = Call(lambda: self._body(prompt, sampling), on_piece=pieces.put)
+            done = portal.start_task_soon(client.ask, call)
+            done.add_done_callback(lambda _: pieces.put(None))
+            yield from without_margins(map(printable, iter(pieces.get, None)))
+            reply = self._reply(client, done)
+        if reply.problem:
+            raise UserError(f"The server at {client.base_url} refuses the request: {reply.text}.")
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.model, "engine": self.name}
 
-    def _write_one(self, prompt: Prompt, sampling: Sampling) -> Reply:
-        import openai
+    @contextmanager
+    def _connection(self) -> "Iterator[tuple[Client, BlockingPortal]]":
+        """Run an event loop on its own thread. Leaving it with an error cancels what is in flight."""
+        from anyio.from_thread import start_blocking_portal
 
-        try:
-            completion = self._complete(_messages(prompt), sampling)
-        except openai.APIStatusError as error:
-            if error.status_code in REFUSED:
-                return Reply(_status(error), problem="request_failed")
-            raise self._failed(error) from None
-        choice = completion.choices[0]
-        return Reply(printable(choice.message.content or "").strip(), ended=choice.finish_reason != "length")
+        client = Client(
+            self.model, base_url=self.base_url, concurrency=self.concurrency, timeout=self.timeout,
+            max_retries=RETRIES, setting="model_name_or_path",
+        )  # fmt: skip
+        with start_blocking_portal() as portal:
+            try:
+                yield client, portal
+            except Stopped:
+                raise portal.call(client.why_stopped) from None
+            finally:
+                portal.call(client.close)
 
-    def _complete(self, messages: list[dict[str, Any]], sampling: Sampling) -> "openai.types.chat.ChatCompletion":
-        import openai
+    def _reply(self, client: Client, done: "Future[Answer]") -> Reply:
+        """Return the reply of a call. Raises `Stopped` or a `UserError` if no call can succeed."""
+        answer = done.result()
+        if answer.trouble is None:
+            finish_reason = answer.attempts[-1]["finish_reason"]
+            return Reply(printable(answer.reading).strip(), ended=finish_reason != "length")
+        if answer.trouble.action == "drop":
+            status = f"{answer.trouble.status}: " if answer.trouble.status else ""
+            return Reply(f"{status}{answer.detail}", problem="request_failed")
+        raise UserError(client.next_step(answer.trouble))
 
-        try:
-            completion = self._client.chat.completions.create(
-                model=self.model, messages=messages, **self._settings(sampling)
-            )
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(
-                f"The server at {self._where()} does not let us in ({error.status_code}). Put its key into the "
-                "environment as OPENAI_API_KEY."
-            ) from None
-        except openai.NotFoundError as error:
-            raise UserError(
-                f"The server at {self._where()} has no model {self.model!r}, or base_url is wrong ({_status(error)}; "
-                "most end in /v1). Give the name that the server lists under /v1/models as model_name_or_path."
-            ) from None
-        except openai.APIConnectionError as error:  # time-outs too
-            raise UserError(
-                f"No server answers at {self._where()} ({type(error.__cause__ or error).__name__}). Start it, or "
-                "correct base_url; what is finished is kept."
-            ) from None
-        except (openai.APIResponseValidationError, json.JSONDecodeError):
-            completion = None
-        if not getattr(completion, "choices", None) or completion.choices[0].message is None:
-            error = hide_secrets(printable(str(getattr(completion, "error", None) or "")))[:200]
-            raise UserError(
-                f"What answers at {self._where()} does not send a chat completion{error and f' but {error}'}. Correct "
-                "base_url (most end in /v1), and look at the server's own log."
-            )
-        return completion
-
-    def _failed(self, error: "openai.APIStatusError") -> UserError:
-        return UserError(
-            f"The server at {self._where()} failed {RETRIES + 1} times ({_status(error)}). What is finished is kept: "
-            "look at the server's own log, and run the same command again."
-        )
-
-    def _where(self) -> str:
-        return hide_secrets(self.base_url)
+    def _body(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+        return {"model": self.model, "messages": _messages(prompt), **self._settings(sampling)}
 
 
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt as the API has it, each image in its place as a data URL."""
+    """Return a prompt as the API takes it, each image in its place as a data URL."""
     images, messages = iter(prompt.images), []
     for turn in prompt.messages:
         content = [
@@ -257,13 +245,6 @@ def _neutralised(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0] + ZERO_WIDTH_NON_JOINER, text)
 
 
-def _status(error: "openai.APIStatusError") -> str:
-    """What the server says, short and without secrets."""
-    body = error.body if isinstance(error.body, dict) else {}
-    said = body.get("message") or body.get("detail") or error.message
-    return f"{error.status_code}: {hide_secrets(printable(str(said)))[:200]}"
-
-
 def _check(settings: ServerSettings) -> None:
     if settings.server_kind not in SERVER_KINDS:
         near = closest(settings.server_kind, SERVER_KINDS)
@@ -273,7 +254,7 @@ def _check(settings: ServerSettings) -> None:
     if not settings.base_url:
         raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
     if settings.concurrency < 1:
-        raise UserError(f"concurrency is {settings.concurrency}; it has to be at least 1.")
+        raise UserError(f"concurrency is {settings.concurrency}. It must be at least 1.")
 
 
 def _open(model_name_or_path: str, settings: ServerSettings) -> ServerEngine:

@@ -344,7 +344,7 @@ def _check(settings: TransformersSettings) -> None:
             f"Unknown dtype {settings.dtype!r}.{closest(settings.dtype, DTYPES)} Choose one of {', '.join(DTYPES)}."
         )
     if settings.batch_size is not None and settings.batch_size < 1:
-        raise UserError(f"batch_size is {settings.batch_size}; it has to be at least 1.")
+        raise UserError(f"batch_size is {settings.batch_size}. It must be at least 1.")
 
 
 def _open(model_name_or_path: str, settings: TransformersSettings) -> TransformersEngine:

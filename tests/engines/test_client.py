@@ -13,15 +13,13 @@ import pytest
 
 from medst_trl.base.errors import UserError
 from medst_trl.engines import client as judge_client
-from medst_trl.engines.client import JudgeClient, api_key
-from medst_trl.engines.client_errors import trouble_in_body, trouble_of_status
-from medst_trl.engines.cost import Budget, Prices, RequestSize
-from medst_trl.engines.pace import Pace, retry_after_of, wait_before
-from medst_trl.engines.reply_cache import ReplyCache
-from medst_trl.engines.requests import Request, Stopped
+from medst_trl.engines.client import Call, Client, Pace, Stopped, api_key, wait_before
+from medst_trl.engines.cost import Budget, Prices, ReplyCache, RequestSize
+from medst_trl.engines.trouble import retry_after_of, trouble_in_body, trouble_of_status
 from medst_trl.selftrain.judge.prompts.paper import read_paper
 
 
+ADVICE = dict.fromkeys(["content_filter", "image_refused", "bad_request", "unparsable"], "Nothing works: {detail}")
 KEY = "sk-a-very-secret-key-0123456789"
 
 
@@ -34,13 +32,14 @@ def completion(text="8 5", **message):
 
 def request(key="k", **body):
     body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "temperature": 0.0, "max_tokens": 50} | body
-    return Request(key, "Two numbers, please.", (0, 1), lambda: body, RequestSize(100, 100), read_paper)
+    size, reminder = RequestSize(100, 100), "Two numbers, please."
+    return Call(lambda: body, key=key, size=size, read=read_paper, reminder=reminder)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("medst_trl.engines.pace.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.001)
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):
@@ -63,9 +62,7 @@ def ask(responses, requests=None, cache=None, budget=None, **settings):
 
     async def run():
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
-        client = JudgeClient(
-            "m", cache or ReplyCache(), budget or Budget(Prices(None, None)), 50, http_client=http, **settings
-        )
+        client = Client("m", cache, budget, http_client=http, **{"advice": ADVICE} | settings)
         answers = []
         for item in requests or [request()]:
             try:
@@ -236,7 +233,7 @@ def test_a_killed_run_goes_on_after_the_last_attempt():
         ("'temperature' does not support 0 with this model", None),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The judge takes no temperature")
+@pytest.mark.filterwarnings("ignore:The server takes no temperature")
 def test_a_server_that_takes_less_is_asked_for_less(words, left):
     body = {"response_format": {"type": "json_schema", "json_schema": {}}}
     requests = [request("a", **body), request("b", **body)]
@@ -293,9 +290,7 @@ def test_a_hanging_server_is_left_after_the_timeout():
             await asyncio.sleep(60)
 
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(hang))
-        client = JudgeClient(
-            "m", ReplyCache(), Budget(Prices(1, 1)), 50, http_client=http, timeout=0.05, max_retries=1
-        )
+        client = Client("m", ReplyCache(), Budget(Prices(1, 1)), http_client=http, timeout=0.05, max_retries=1)
         return client, await client.ask(request())
 
     client, answer = asyncio.run(run())

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
-from medst_trl.engines.cost import Budget, Prices, RequestSize, image_tokens, prices_of
-from medst_trl.engines.reply_cache import FILE_NAME, ReplyCache
+from medst_trl.engines.cost import FILE_NAME, Budget, Prices, ReplyCache, RequestSize, image_tokens, prices_of
 
 
 def row(key, attempt=0, reply="8 9"):

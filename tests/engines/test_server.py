@@ -21,7 +21,16 @@ from medst_trl import CandidateGenerator, adapter_config
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, message, text_part
 from medst_trl.engines import server as server_module
-from medst_trl.engines.engine import Prompt, Sampling, open_images, to_answer, to_ask, to_describe
+from medst_trl.engines.engine import (
+    OpenedImage,
+    Prompt,
+    Request,
+    Sampling,
+    open_images,
+    to_answer,
+    to_ask,
+    to_describe,
+)
 from medst_trl.engines.server import ServerEngine
 from medst_trl.engines.transformers import TransformersEngine
 from medst_trl.policy.vusr import VUSR, add_vusr
@@ -62,6 +71,8 @@ def fake(monkeypatch):
             self.send_response(status)
             self.send_header("Content-Type", http.kind or kind)
             self.send_header("Content-Length", str(len(content)))
+            for name, value in http.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 
@@ -70,6 +81,7 @@ def fake(monkeypatch):
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.requests, http.reply, http.kind = [], lambda body: (200, chat(" Where is it? ")), None
+    http.headers = {}
     http.url = f"http://127.0.0.1:{http.server_port}/v1"
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     yield http
@@ -159,15 +171,15 @@ def test_a_refused_request_is_set_aside(fake):
 @pytest.mark.parametrize(
     ("reply", "kind", "message"),
     [
-        ((200, "<html>login</html>"), None, "does not send a chat completion"),
-        ((200, "<html>"), "application/json", "does not send a chat completion"),
+        ((200, "<html>login</html>"), None, "is not a chat API"),
+        ((200, "<html>"), "application/json", "is not a chat API"),
         ((200, {"error": "quota is used up"}), None, "quota is used up"),
-        ((200, {"choices": []}), None, "does not send a chat completion"),
+        ((200, {"choices": []}), None, "no choices.*its log"),
         ((401, {"error": {"message": "bad key sk-abcdefghijklmnopqrstuv"}}), None, "OPENAI_API_KEY"),
         ((403, {}), None, "OPENAI_API_KEY"),
         ((404, {"error": {"message": "The model `m` does not exist."}}), None, "has no model 'm'.*does not exist"),
-        ((500, {"error": "boom"}), None, "500.*server's own log"),
-        ((502, "<html>Bad gateway</html>"), None, "502.*server's own log"),
+        ((500, {"error": "boom"}), None, "500.*its log"),
+        ((502, "<html>Bad gateway</html>"), None, "502.*its log"),
         ((400, {"detail": "unknown field top_k, key sk-abcdefghijklmnopqrstuv"}), None, "unknown field top_k"),
     ],
 )
@@ -191,18 +203,123 @@ def test_one_failure_ends_all(fake):
     assert len(fake.requests) <= 2
 
 
+def test_a_server_that_names_its_wait_is_given_it(fake):
+    def reply(body):
+        times.append(time.monotonic())
+        return (429, {"error": "busy"}) if len(times) == 1 else (200, chat("ok?"))
+
+    times, fake.reply, fake.headers = [], reply, {"Retry-After": "0.7"}
+    assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    assert 0.7 <= times[1] - times[0] < 1.5
+
+
+def test_a_server_of_reasoning_models_is_asked_in_its_own_fields(fake):
+    def reply(body):
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}}
+        if "temperature" in body:
+            return 400, {"error": {"message": "temperature: only the default (1) is supported"}}
+        return 200, chat("Yes")
+
+    fake.reply = reply
+    with pytest.warns(UserWarning, match="takes no temperature"):
+        replies = ServerEngine(fake.url, "m", "openai", concurrency=1).write(
+            [prompt(to_answer([], 1, text)) for text in "ab"], Sampling(temperature=0.0, max_new_tokens=8)
+        )
+    assert [reply.text for reply in replies] == ["Yes", "Yes"]
+    assert len(fake.requests) == 4, "each field is refused once"
+    assert fake.requests[-1][2]["max_completion_tokens"] == 8
+
+
+def test_follow_up_requests_start_as_soon_as_their_reply_is_there(fake):
+    """They do not wait for the slowest of the first requests."""
+    last = threading.Event()
+
+    def reply(body):
+        text = body["messages"][0]["content"][-1]["text"]
+        if text == "slow":
+            assert last.wait(10), "the others wait for it"
+        if text == "fast again and again":
+            last.set()
+        return 200, chat(text)
+
+    def then(request, reply):
+        words = reply.text.split()
+        again = {1: " again", 2: " and again"}.get(len(words)) if words[0] == "fast" else None
+        return [ask(reply.text + again)] if again else []
+
+    def ask(text):
+        return Request(prompt(to_answer([], 1, text)), Sampling(), text)
+
+    fake.reply = reply
+    run = ServerEngine(fake.url, "m", concurrency=2).run(map(ask, ["slow", "fast"]), then)
+    assert sorted(request.tag for request, _ in run) == ["fast", "fast again", "fast again and again", "slow"]
+
+
+def test_first_requests_are_made_when_there_is_room_for_them(fake):
+    made = []
+
+    def requests():
+        for number in range(20):
+            made.append(number)
+            yield Request(prompt(to_ask([], 1)), Sampling())
+
+    run = ServerEngine(fake.url, "m", concurrency=3).run(requests())
+    next(run)
+    assert len(made) == 3
+    run.close()
+    assert len(fake.requests) <= 3
+
+
+def test_an_image_without_a_file_is_sent_as_png(fake):
+    image = Image.new("RGB", (4, 3), (128, 128, 128))
+    ServerEngine(fake.url, "m").write([Prompt(to_ask([], 1), [OpenedImage(b"", image)])], Sampling())
+    url = fake.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"]
+    assert Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))).size == (4, 3)
+
+
+def chunks(*texts):
+    """A reply as servers stream it."""
+    lines = [
+        {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m",
+         "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+        for text in texts
+    ]  # fmt: skip
+    return "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
+
+
+def test_a_reply_is_streamed(fake):
+    fake.reply, fake.kind = lambda body: (200, chunks(" ", "Where ", "is it?", " ", "\n")), "text/event-stream"
+    assert list(ServerEngine(fake.url, "m").stream(prompt(to_ask([], 1)), Sampling())) == ["Where", " is it?"]
+    assert fake.requests[0][2]["stream"] is True
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((400, {"error": {"message": "image too large"}}), "refuses the request: 400: image too large"),
+        ((401, {}), "OPENAI_API_KEY"),
+        ((500, {"error": "boom"}), "500.*its log"),
+    ],
+)
+def test_what_stops_a_stream(fake, reply, message):
+    fake.reply = lambda body: reply
+    with pytest.raises(UserError, match=message):
+        list(ServerEngine(fake.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
+
+
 def test_no_server(monkeypatch):
     monkeypatch.setattr(server_module, "RETRIES", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(UserError, match=f"No server answers at http://<hidden>@127.0.0.1:{port}/v1"):
+    with pytest.raises(UserError, match=f"The server at http://<hidden>@127.0.0.1:{port}/v1 cannot be reached"):
         ServerEngine(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
 
 
 def test_a_server_that_hangs(fake):
     fake.reply = lambda body: time.sleep(0.5) or (200, chat("late"))
-    with pytest.raises(UserError, match="No server answers"):
+    with pytest.raises(UserError, match="did not answer in time"):
         ServerEngine(fake.url, "m", timeout=0.05).check()
 
 
@@ -259,6 +376,21 @@ def test_real_server_gives_candidates(merged, served):
     assert candidates and all(len(set(row["answers"])) == 2 for row in candidates)
     assert {json.loads(row["generation"])["engine"] for row in candidates} == {"server"}
     assert "request_failed" not in {row["reason"] for row in generate.rejected}
+
+
+def test_real_server_streams_what_it_writes(merged, served):
+    """As the model in this process does."""
+    folder, model, processor = merged
+    greedy, local = Sampling(temperature=0.0, max_new_tokens=12), TransformersEngine(model, processor)
+    prompts = [prompt(to_answer([], 1, f"Where is {number}?"), number) for number in range(6)]
+    expected = [reply.text for reply in local.write(prompts, greedy)]
+    streamed = [list(local.stream(one, greedy)) for one in prompts]
+    assert list(map("".join, streamed)) == expected
+    assert max(map(len, streamed)) > 1
+    served_pieces = [list(ServerEngine(served, folder, "transformers").stream(one, greedy)) for one in prompts]
+    # `transformers serve` leaves out half a character at the end of a stream.
+    assert list(map("".join, served_pieces)) == [text.rstrip("\ufffd") for text in expected]
+    assert max(map(len, served_pieces)) > 1
 
 
 def test_real_server_refuses(merged, served):

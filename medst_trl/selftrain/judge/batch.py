@@ -13,9 +13,8 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, explain_full_disk
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.engines.client_errors import Trouble, trouble_of_status
-from medst_trl.engines.reply_cache import ReplyCache
-from medst_trl.engines.requests import row_of_body
+from medst_trl.engines.cost import ReplyCache
+from medst_trl.engines.trouble import Trouble, row_of_body, trouble_of_status
 
 from .pairwise import PairwiseJudge
 

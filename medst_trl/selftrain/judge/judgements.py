@@ -10,8 +10,8 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of
+from medst_trl.engines.client import Answer, Call
 from medst_trl.engines.cost import Prices
-from medst_trl.engines.requests import Answer, Request
 
 from .prompt import MAX_CHARS, JudgePrompt, fit
 
@@ -76,7 +76,7 @@ def pairs_of(candidate: Mapping[str, Any]) -> Iterator[Pair]:
 
 def make_judgement(
     pair: Pair,
-    asked: Sequence[tuple[Request, Answer]],
+    asked: Sequence[tuple[Call, Answer]],
     *,
     model: str,
     prompt: JudgePrompt,
@@ -89,7 +89,7 @@ def make_judgement(
 
     Args:
         pair ([`Pair`]): The answers that were compared.
-        asked (sequence of `(Request, Answer)`): The outcome of each order.
+        asked (sequence of `(Call, Answer)`): The outcome of each order.
         model (`str`): Name of the judge.
         prompt ([`JudgePrompt`]): How it was asked.
         prices ([`Prices`]): For the cost.
@@ -126,14 +126,14 @@ def _is_neutralised(prompt: JudgePrompt, texts: tuple[str, str, str]) -> bool:
     return prompt.shown(prompt.messages(texts[0], texts[1:], [], [], [])) != tuple(map(fit, texts))
 
 
-def _order(request: Request, answer: Answer, prices: Prices) -> dict[str, Any]:
+def _order(request: Call, answer: Answer, prices: Prices) -> dict[str, Any]:
     """Return the outcome of one order, with scores and verdict by answer instead of by position."""
     last = answer.attempts[-1] if answer.attempts else {}
     usage = Counter()
     for call in answer.charges:
         usage.update(call.get("usage") or {})
     order = {
-        "shown": list(request.shown),
+        "shown": list(request.tag),
         "scores": None,
         "verdict": None,
         "reply": last.get("reply") or answer.detail,
@@ -144,10 +144,10 @@ def _order(request: Request, answer: Answer, prices: Prices) -> dict[str, Any]:
         "request": request.key,
     }
     if reading := answer.reading:
-        order["scores"] = _by_answer(reading.scores, request.shown)
-        order["verdict"] = "tie" if reading.verdict == "tie" else request.shown[reading.verdict]
+        order["scores"] = _by_answer(reading.scores, request.tag)
+        order["verdict"] = "tie" if reading.verdict == "tie" else request.tag[reading.verdict]
         if reading.criteria is not None:
-            order["criteria"] = {name: _by_answer(pair, request.shown) for name, pair in reading.criteria.items()}
+            order["criteria"] = {name: _by_answer(pair, request.tag) for name, pair in reading.criteria.items()}
     return order
 
 

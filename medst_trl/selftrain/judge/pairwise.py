@@ -16,10 +16,8 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.engines.client import JudgeClient, api_key
-from medst_trl.engines.cost import Budget, RequestSize, image_tokens, prices_of
-from medst_trl.engines.reply_cache import ReplyCache
-from medst_trl.engines.requests import Request, Stopped
+from medst_trl.engines.client import Call, Client, Stopped, api_key
+from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens, prices_of
 
 from .images import JudgeImage
 from .judgements import Pair, make_judgement, pairs_of
@@ -28,6 +26,14 @@ from .prompt import JUDGE_PROMPTS
 
 ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
 PAIRS_PER_SLOT = 3  # pairs in progress per concurrent call: those that wait for a retry leave no slot empty
+# Messages for a run in which the judge refuses everything.
+_ADVICE = {
+    "content_filter": "The judge refuses every pair for its content. Choose another --model",
+    "image_refused": "The judge refuses every image: {detail}. Choose a --model that sees images",
+    "bad_request": "The judge's server refuses every request: {detail}. Look at one with --dry_run true",
+    "unparsable": "None of the judge's replies could be read; the last one began with: {detail}. Choose a stronger "
+    "--model, another --prompt_version, or more --max_tokens",
+}
 _AT_LEAST = {
     "concurrency": 1, "image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0, "max_cost": 0,
     "max_retries": 0, "timeout": 0.01,
@@ -234,7 +240,7 @@ class PairwiseJudge:
         cost = self.prices.cost(counts["input"], output) if self.prices.known else None
         return Estimate(counts["pairs"], counts["calls"], counts["cached"], counts["input"], output, cost, paid)
 
-    def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Request]]]:
+    def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Call]]]:
         """Yield each pair with its requests, none if there is nothing to ask or an image cannot be read."""
         for candidate in candidates:
             for pair in pairs_of(candidate):
@@ -243,7 +249,7 @@ class PairwiseJudge:
                 except ImageProblem:
                     yield pair, []
 
-    def requests_of(self, pair: Pair) -> list[Request]:
+    def requests_of(self, pair: Pair) -> list[Call]:
         """
         Return the requests of one pair, one for each order; none for two equal answers, which are a tie.
 
@@ -256,7 +262,7 @@ class PairwiseJudge:
         tokens = sum(image_tokens(self.model, *image.size) for image in images)
         return [self._request(pair, shown, images, tokens) for shown in ORDERS[self.order]]
 
-    def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[JudgeImage], tokens: int) -> Request:
+    def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[JudgeImage], tokens: int) -> Call:
         answers = [pair.answers[place] for place in shown]
         history = pair.history if "history" in self.prompt.uses else ()
         captions = [self.captions[name] for name in pair.image_ids if name in self.captions]
@@ -270,10 +276,10 @@ class PairwiseJudge:
 
         # The key is made of the body with the hashes of the images. Changing it loses every existing cache.
         named = body([f"{image.sha256}@{self.image_size}" for image in images])
-        return Request(
+        return Call(
             key=sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
             reminder=self.prompt.reminder,
-            shown=shown,
+            tag=shown,
             body=lambda: body([image.data_url for image in images]),
             size=RequestSize.of(named["messages"], tokens),
             read=self.prompt.read,
@@ -286,10 +292,10 @@ class PairwiseJudge:
             problem=problem,
         )  # fmt: skip
 
-    def _client(self, offline: bool, spent: float) -> JudgeClient:
+    def _client(self, offline: bool, spent: float) -> Client:
         """Return a client for one event loop. `spent` is the part of the budget that earlier runs used."""
-        return JudgeClient(
-            self.model, self.cache, Budget(self.prices, self.max_cost, spent), self.max_tokens, offline=offline,
+        return Client(
+            self.model, self.cache, Budget(self.prices, self.max_cost, spent), offline=offline, advice=_ADVICE,
             concurrency=self.concurrency, timeout=self.timeout, max_retries=self.max_retries, **self._connection,
         )  # fmt: skip
 
@@ -301,7 +307,7 @@ class _Run:
         self,
         judge: PairwiseJudge,
         candidates: Iterable[Mapping[str, Any]],
-        make_client: Callable[[], JudgeClient],
+        make_client: Callable[[], Client],
     ):
         self.judge, self.make_client = judge, make_client
         self.pairs = (pair for candidate in candidates for pair in pairs_of(candidate))
@@ -376,7 +382,7 @@ class _Run:
                 "--write_batch, or send them live by leaving out --read_batch."
             )
 
-    async def _judge(self, client: JudgeClient, index: int, pair: Pair, room: asyncio.Semaphore) -> None:
+    async def _judge(self, client: Client, index: int, pair: Pair, room: asyncio.Semaphore) -> None:
         try:
             requests = await asyncio.to_thread(self.judge.requests_of, pair)
             # Wait for all of them, even if one is stopped: calls in progress are paid for.

@@ -27,7 +27,7 @@ from medst_trl.data.schema import (
 )
 from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
-from medst_trl.engines.reply_cache import FILE_NAME
+from medst_trl.engines.cost import FILE_NAME
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS

@@ -13,9 +13,8 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import candidate_features
-from medst_trl.engines.cost import Prices
-from medst_trl.engines.pace import Pace
-from medst_trl.engines.reply_cache import FILE_NAME
+from medst_trl.engines.client import Pace
+from medst_trl.engines.cost import FILE_NAME, Prices
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
@@ -31,7 +30,7 @@ KEYS = {
 def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("medst_trl.engines.pace.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.001)
 
 
 def png(number, size=16):

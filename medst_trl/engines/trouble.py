@@ -1,0 +1,323 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What chat servers send back: a reply, or trouble, sorted by what to do: stop the run, retry, or drop the call."""
+
+import json
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+from medst_trl.base.redaction import HIDDEN, hide_secrets
+
+
+SHOWN = 300  # characters of a server's message that are kept
+Action = Literal["stop", "retry", "drop"]
+
+_ACTIONS: dict[str, Action] = {
+    "auth": "stop",
+    "quota": "stop",
+    "model": "stop",
+    "address": "stop",
+    "no_images": "stop",
+    "rate_limit": "retry",
+    "server_error": "retry",
+    "timeout": "retry",
+    "connection": "retry",
+    "not_json": "retry",
+    "error_body": "retry",
+    "interrupted": "drop",
+    "content_filter": "drop",
+    "image_refused": "drop",
+    "bad_request": "drop",
+    "unparsable": "drop",
+}
+
+_NEXT_STEPS = {
+    "auth": "{base_url} refused the API key{code}. Set a valid one in the environment variable {variable}",
+    "quota": "The account has no quota or credit left. Top it up or raise its limit",
+    "model": "The server at {base_url} has no model {model!r} ({detail}). Correct --{setting}{offers}",
+    "address": "There is no chat API at {base_url}. Correct --base_url; it usually ends in /v1",
+    "no_images": "The server takes no images for {model!r}: {detail}. Choose a --{setting} that sees images, or allow "
+    "images in the server's settings (vLLM: --limit-mm-per-prompt)",
+    "connection": "The server at {base_url} cannot be reached ({detail}). Start it, or correct --base_url",
+    "timeout": "The server at {base_url} did not answer in time. Check its load, or allow it more time",
+    "not_json": "{base_url} is not a chat API ({detail}). Correct --base_url; it usually ends in /v1",
+    "error_body": "The server at {base_url} answers with an error: {detail}. Look at its log",
+    "server_error": "The server at {base_url} fails{code}: {detail}. Look at its log, or try later",
+    "interrupted": "The server at {base_url} broke off its reply: {detail}. Look at its log, or try again",
+    "rate_limit": "The server at {base_url} turns every call away: {detail}. Lower --concurrency, or try later",
+}
+
+# Parts of servers' messages, in lower case.
+_NO_IMAGES = re.compile(
+    r"at most 0 image|not a multi-?modal model|no endpoints? found that support image"
+    r"|(?:not|n['\u2019]t) support (?:image|vision|multi-?modal) inputs?\b"
+)
+_NO_MODEL = re.compile(
+    r"\b(?:unknown|no such) model\b"
+    r"|\bmodel\b(?:(?! image | file | url ).){0,200}?(?:\bnot|n['\u2019]t) (?:be )?(?:exist|found)\b"
+)
+_TOO_LONG = re.compile(
+    r"context (?:length|window|size)|maximum (?:model|input|prompt|sequence) length|max_model_len|too many tokens"
+    r"|\b(?:prompt|input)\b.{0,40}\btoo long"
+)
+_OF_IMAGE = re.compile(r"\bimages?\b|\bimage_url\b|\bvision\b|\bmulti-?modal\b")
+_OF_FILTER = re.compile(r"content (management )?policy|content filter|safety system|flagged")
+_OF_FORMAT = re.compile(r"response_format|json_schema|json_object|structured|guided")
+
+
+class Trouble(Exception):
+    """
+    A call without a usable reply.
+
+    Attributes:
+        kind (`str`): One word, a key of `_ACTIONS`.
+        detail (`str`): The server's message, shortened and without secrets.
+        status (`int` or `None`): HTTP status, if there was one.
+        retry_after (`float` or `None`): Seconds the server asked to wait.
+        charged (`bool`): Whether the server may have written (and charged for) a reply.
+        usage (`dict` or `None`): Tokens of that reply, if the server reported them.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        detail: str = "",
+        status: int | None = None,
+        retry_after: float | None = None,
+        charged: bool = False,
+        usage: dict[str, int] | None = None,
+    ):
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail, self.status = kind, detail, status
+        self.retry_after, self.charged, self.usage = retry_after, charged, usage
+
+    @property
+    def action(self) -> Action:
+        return _ACTIONS[self.kind]
+
+    @property
+    def is_pushback(self) -> bool:
+        """Whether the server could not keep up, so that the pace may have to fall."""
+        return self.kind in ("rate_limit", "timeout") or self.status in (503, 529)
+
+    @property
+    def reason(self) -> str:
+        """The trouble as judgements name it."""
+        return self.kind if self.kind in ("content_filter", "image_refused", "unparsable") else "request_failed"
+
+    def next_step(
+        self,
+        model: str,
+        base_url: str,
+        variable: str,
+        offers: str = "",
+        setting: str = "model",
+        advice: Mapping[str, str] | None = None,
+    ) -> str:
+        """
+        Return the message of a run that this trouble stops.
+
+        Args:
+            model (`str`): Name of the model.
+            base_url (`str`): Address of the API.
+            variable (`str`): Environment variable of the API key.
+            offers (`str`, *optional*): The models that the server offers, as the end of a sentence.
+            setting (`str`, *optional*, defaults to `"model"`): Name of the setting that names the model.
+            advice (`Mapping`, *optional*): Messages for further kinds of trouble.
+        """
+        steps = _NEXT_STEPS | dict(advice or {})
+        text = steps.get(self.kind, "The server refuses every request: {detail}").format(
+            model=model, base_url=base_url, variable=variable, offers=offers, setting=setting,
+            detail=self.detail or "no details", code=f" ({self.status})" if self.status else "",
+        )  # fmt: skip
+        return f"{text.rstrip('.')}. Finished work is kept: run the same command again to resume."
+
+
+def trouble_of(error: Exception, secret: str | None = None) -> Trouble:
+    """Sort an exception of the openai client."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return Trouble("timeout", "no answer in time", charged=True)
+    if isinstance(error, openai.APIStatusError):
+        body = error.body if isinstance(error.body, dict) else {"message": _text_of(error.response)}
+        return trouble_of_status(error.status_code, body, error.response.headers, secret)
+    cause = error.__cause__ or error
+    # If data had begun to flow, or the request was out, the server may have done its work.
+    charged = type(cause).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
+    return Trouble("connection", clean(str(cause) or type(cause).__name__, secret), charged=charged)
+
+
+def trouble_of_status(
+    status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None, secret: str | None = None
+) -> Trouble:
+    """Sort an HTTP status (or one that an error body names) together with the body's `error` object."""
+    code = f"{error.get('code') or ''} {error.get('type') or ''}".lower()
+    message = str(error.get("message") or error.get("detail") or "")
+    return Trouble(
+        _kind_of(status, code, message.lower()),
+        clean(message or f"status {status}", secret),
+        status,
+        retry_after_of(headers or {}),
+    )
+
+
+def trouble_in_body(error: Any, secret: str | None = None) -> Trouble:
+    """Sort the `error` of a body that came with status 200."""
+    error = error if isinstance(error, dict) else {"message": str(error)}
+    status = error.get("status") or error.get("status_code") or error.get("code")
+    status = int(status) if str(status).isdigit() else 200
+    return trouble_of_status(status, error, None, secret)
+
+
+def clean(text: str, secret: str | None = None) -> str:
+    """Return a server's message on one line, short, without the key."""
+    if secret and len(secret) > 3:
+        text = text.replace(secret, HIDDEN)
+    text = hide_secrets(" ".join(text.split()))
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def _kind_of(status: int, code: str, message: str) -> str:
+    if any(word in code for word in ("content_filter", "content_policy", "moderation")) or _OF_FILTER.search(message):
+        return "content_filter"
+    if "insufficient_quota" in code or "billing" in code or status == 402:
+        return "quota"
+    if status < 500 and _NO_IMAGES.search(message):
+        return "no_images"
+    if "model_not_found" in code or (status in (400, 404) and _NO_MODEL.search(message)):
+        return "model"
+    if status in (401, 403) or "invalid_api_key" in code or "authentication" in code:
+        return "auth"
+    if status == 404 or status == 405:
+        return "model" if "model" in message else "address"
+    if status == 429 or "rate_limit" in code:
+        return "rate_limit"
+    if status in (408, 409, 425) or status >= 500 or "server_error" in code or "overloaded" in code:
+        return "server_error"
+    if status == 200:
+        return "error_body"
+    if "context_length" in code or _TOO_LONG.search(message):  # such messages often count the images' tokens, too
+        return "bad_request"
+    return "image_refused" if "image" in code or _OF_IMAGE.search(message) else "bad_request"
+
+
+def _text_of(response: Any) -> str:
+    try:
+        text = response.text
+    except Exception:
+        return ""
+    return "an HTML page" if text.lstrip()[:1] == "<" else text
+
+
+def retry_after_of(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of `Retry-After` (or OpenAI's `retry-after-ms`), given as a number or as a date."""
+    try:
+        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    except (KeyError, ValueError):
+        pass
+    text = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(text)
+        return max(0.0, seconds) if seconds < float("inf") else None
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def row_of_content(content: bytes, secret: str | None = None) -> dict[str, Any]:
+    """
+    Return reply, finish reason and usage of the content of a response with status 200.
+
+    Raises:
+        Trouble: if it is not a chat completion.
+    """
+    try:
+        return row_of_body(json.loads(content), secret)
+    except (ValueError, RecursionError):
+        start = content[:60].decode("utf-8", "replace")
+        detail = "an HTML page" if start.lstrip()[:1] == "<" else clean(start, secret) or "nothing"
+        raise Trouble("not_json", f"it sends {detail}", charged=True) from None
+
+
+def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
+    """
+    Return reply, finish reason and usage of a chat completion.
+
+    Raises:
+        Trouble: if the body is an error or a refusal.
+    """
+    if isinstance(body, dict) and body.get("error"):
+        raise trouble_in_body(body["error"], secret)
+    try:
+        choice = body["choices"][0]
+        message = choice["message"]
+        content, refusal = message.get("content"), message.get("refusal")
+    except (TypeError, KeyError, IndexError, AttributeError):
+        usage = _usage(body.get("usage")) if isinstance(body, dict) else None
+        said = f"no choices in {clean(json.dumps(body)[:100], secret)}"
+        raise Trouble("error_body", said, charged=True, usage=usage) from None
+    usage = _usage(body.get("usage"))
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    finish_reason = choice.get("finish_reason")
+    if refusal or finish_reason == "content_filter":
+        said = clean(str(refusal or "the reply was filtered"), secret)
+        raise Trouble("content_filter", said, charged=True, usage=usage)
+    return {"reply": content or "", "finish_reason": finish_reason, "usage": usage}
+
+
+def _usage(usage: Any) -> dict[str, int] | None:
+    names = ("prompt_tokens", "completion_tokens")
+    if not isinstance(usage, dict) or not all(isinstance(usage.get(name), int) for name in names):
+        return None
+    return {name: usage[name] for name in names}
+
+
+@dataclass
+class Dialect:
+    """The fields of a request that this server has refused so far."""
+
+    formats: list[str | None] = field(default_factory=lambda: ["json_schema", "json_object", None])
+    renamed: bool = False
+    no_temperature: bool = False
+
+    def apply(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return a request in the fields that this server takes."""
+        body = dict(body)
+        if "response_format" in body and self.formats[0] != "json_schema":
+            body["response_format"] = {"type": self.formats[0]}
+        if "response_format" in body and self.formats[0] is None:
+            del body["response_format"]
+        if self.renamed and "max_tokens" in body:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        if self.no_temperature:
+            body.pop("temperature", None)
+        return body
+
+    def learn(self, trouble: Trouble, sent: dict[str, Any]) -> bool:
+        """Return whether a refused request can be put in other fields. Calls in flight meanwhile agree."""
+        if trouble.status not in (400, 422):
+            return False
+        text = trouble.detail
+        if "response_format" in sent and _OF_FORMAT.search(text):
+            if self.apply(sent).get("response_format") == sent["response_format"]:
+                self.formats.pop(0)
+            return True
+        if "max_tokens" in sent and "max_completion_tokens" in text:
+            self.renamed = True
+            return True
+        if "temperature" in sent and "temperature" in text:
+            if not self.no_temperature:
+                warnings.warn("The server takes no temperature: it samples as its own settings say.", stacklevel=2)
+            self.no_temperature = True
+            return True
+        return False
