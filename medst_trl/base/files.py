@@ -30,7 +30,9 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Pat
             Whether the content must survive a crash of the machine.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes of a launch may write the same file
+    # The same name in every run, so that what a killed run left is overwritten. Ranks may write the same file.
+    rank = os.environ.get("RANK", "0")
+    temporary = path.with_name(f".{path.name}.tmp" if rank == "0" else f".{path.name}.{rank}.tmp")
     try:
         yield temporary
         if fsync:

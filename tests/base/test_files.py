@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import os
 import resource
 import signal
 
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk, is_full_disk
+from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, move_files, write_text
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,37 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
     assert not is_full_disk(error)
     with pytest.raises(type(error)), explain_full_disk(tmp_path):
         raise error
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_is_overwritten(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a.txt").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+    (tmp_path / ".a.txt.tmp").write_text("left by kill -9")
+    monkeypatch.setenv("RANK", "0")
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_ranks_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    with atomic_path(tmp_path / "a.txt") as first:
+        monkeypatch.setenv("RANK", "1")
+        with atomic_path(tmp_path / "a.txt") as second:
+            assert first != second
+            first.touch()
+            second.touch()
+
+
+def test_moved_files_end_with_the_one_that_marks_a_complete_directory(tmp_path, monkeypatch):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    for name in ("config.json", "a", "z"):
+        (tmp_path / "from" / name).touch()
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
+    move_files(tmp_path / "from", tmp_path / "to")
+    assert moved == ["a", "z", "config.json"] and not (tmp_path / "from").exists()
