@@ -1,10 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny processors of the families medst_trl is proven on, built in code: real templates, real special tokens, no
-weights.
+"""Tiny processors of the tested families, built in code: real templates, real special tokens, no weights.
 
-Templates come from the installed TRL, which ships those of many families; those of LLaVA-1.5, Llama 3.2-Vision and
-InternVL, which it does not, are written here after their published behaviour.
+Templates come from the installed TRL, which has those of many families. Those of LLaVA-1.5, Llama 3.2-Vision and
+InternVL, which it lacks, are written here after their published behaviour.
 """
 
 import re
@@ -161,7 +160,7 @@ def _llava_next() -> ProcessorMixin:
 
 
 class _Qwen2_5_VLWithoutVideo(Qwen2_5_VLProcessor):
-    """Its video processor needs torchvision, which has no build beside a CPU torch; images work without."""
+    """Its video processor needs torchvision, which has no build for a CPU torch; images work without it."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -255,7 +254,7 @@ def _vuser_text_role() -> ProcessorMixin:
     return processor
 
 
-TEXT_ROLE = "vuser-text-role"  # the family without the token `<vusr>`
+TEXT_ROLE = "vuser-text-role"  # has no token `<vusr>`
 FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
     "vicuna": _tiny,  # LLaVA-1.5's original format, answers closed by </s>
     "llava-1.5-hf": partial(_llava, LLAVA_15_HF),

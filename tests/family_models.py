@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of the families medst_trl is proven on, fitting the processors of `families.py`.
+"""Tiny random models of the tested families, for the processors of `families.py`.
 
-Their weights are drawn so that every logit hangs on the image, on positions and on tokens far back: a wrong mask or a
-wrong position shows.
+Their weights make every logit depend on the image, on positions and on distant tokens, so that a wrong mask or a wrong
+position shows.
 """
 
 import math
@@ -64,7 +64,7 @@ def _from_config(
 
 
 def _draw_weights(model: PreTrainedModel) -> None:
-    """Keeps activations near one at every layer, where the usual 0.02 of large models would let little pass."""
+    """Keep activations near one at every layer; the usual 0.02 of large models would let little pass through."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -74,7 +74,7 @@ def _draw_weights(model: PreTrainedModel) -> None:
 
 
 def _vicuna(processor: ProcessorMixin, seed: int, **overrides) -> PreTrainedModel:
-    """LLaVA-1.5 as the package itself builds it; `overrides` are those of `tiny_llava`."""
+    """LLaVA-1.5 as the package builds it; `overrides` are arguments of `tiny_llava`."""
     settings = {"image_size": 16, "patch_size": 8, "vision_size": 32, "text_size": 32, "head_size": 16} | overrides
     return tiny_llava(seed=seed, **settings)[0]
 
@@ -138,7 +138,7 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {  # builder(processor, seed
         _qwen, "qwen2_vl", {}, {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
     ),
     "qwen2.5-vl": partial(_qwen, "qwen2_5_vl", {}, {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]}),
-    "qwen3-vl": partial(  # features of both vision layers enter behind the first two layers of the language model
+    "qwen3-vl": partial(  # features of both vision layers are added after the first two layers of the language model
         _qwen, "qwen3_vl", {"num_hidden_layers": 3},
         {**QWEN_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     ),
@@ -169,7 +169,7 @@ def _mllama(*args, **kwargs) -> PreTrainedModel:
     return model
 
 
-# Their images are no tokens of the prompt: nothing that shares prompts or packs documents is for them.
+# Their images are not tokens of the prompt, so they neither share prompts nor pack documents.
 CROSS_ATTENTION: dict[str, Callable[..., PreTrainedModel]] = {"llama-3.2-vision": _mllama}
 # Qwen2-VL's published template is byte for byte that of Qwen2.5-VL
 _PROCESSORS = {"qwen2-vl": "qwen2.5-vl", "llava-mistral": "llava-1.5-hf", "prototype-llava": "vicuna"}

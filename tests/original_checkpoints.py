@@ -92,7 +92,7 @@ def projector_weights(kind: str, prefix: str = "model.mm_projector.", seed: int 
 
 
 def lora_weights(weights: dict[str, torch.Tensor], start: str, seed: int = 3) -> dict[str, torch.Tensor]:
-    """LoRA on every linear layer of `weights`, under PEFT's names; `start` replaces nothing but stands in front."""
+    """LoRA on every linear layer of `weights`, under PEFT's names with the prefix `start`."""
     random, made = _normal(seed), {}
     for name, weight in weights.items():
         if name.endswith(("_proj.weight", ".fc1.weight", ".fc2.weight")):
@@ -116,7 +116,7 @@ def merged(weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], star
 def write_checkpoint(
     folder: Path, weights: dict[str, torch.Tensor], kind: str = "mlp2x_gelu", form: str = "bin", **config
 ) -> Path:
-    """A folder as the original code saves it: weights, config.json and tokenizer."""
+    """Write a directory as the original code saves it: weights, config.json and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, weights, form)
     content = {
@@ -147,7 +147,7 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], form: str, ste
 
 
 def write_clip(folder: Path, weights: dict[str, torch.Tensor] | None = None, form: str = "bin") -> Path:
-    """A folder as openai/clip-vit-large-patch14-336 is published: both halves of CLIP."""
+    """Write a directory as openai/clip-vit-large-patch14-336 is published: both halves of CLIP."""
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         text = {"text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(8, 8)}
@@ -162,7 +162,7 @@ def write_clip(folder: Path, weights: dict[str, torch.Tensor] | None = None, for
 def write_training_output(
     folder: Path, lora: dict, trainables: dict, vision_lora: dict | None = None, kind: str = "cluster"
 ) -> Path:
-    """A folder as the original training code leaves it."""
+    """Write a directory as the original training code leaves it."""
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "base_model_name_or_path": "/home/author/base"}
     (folder / "Vit-lora").mkdir(parents=True)
     for where, weights in ((folder, lora), (folder / "Vit-lora", vision_lora)):
@@ -264,12 +264,12 @@ def _prototypes(weights, at, x):
 def _llama(weights, x):
     heads, keys = TEXT["num_attention_heads"], TEXT["num_key_value_heads"]
     size = TEXT["hidden_size"] // heads
-    # in float32 whatever the weights are: an angle of hundreds is off by 1e-5 there, the same 1e-5 in every Llama
+    # in float32 for any weights: an angle of hundreds is off by 1e-5, as in every Llama
     angles = torch.arange(len(x))[:, None].float() * (1 / TEXT["rope_theta"] ** (torch.arange(0, size, 2) / size))
     cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
 
     def norm(name, y):
-        exact = y.float()  # as every Llama does
+        exact = y.float()  # as in every Llama
         exact = exact * (exact.pow(2).mean(-1, keepdim=True) + TEXT["rms_norm_eps"]).rsqrt()
         return exact.to(y.dtype) * weights[f"{name}.weight"]
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The prototype extractor written out plainly, to compare the one in use with: the same values, in far more memory."""
+"""The prototype extractor in its plain form, for comparison: the same values with far more memory."""
 
 import torch
 from torch.nn import functional as F

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way with every family: adapter, stage 1, questions and answers, stage 2, saved, loaded, merged.
+"""Every family completes every stage: adapter, stage 1, questions and answers, stage 2, saving, loading, merging.
 
-The models of `family_models.py` are saved as a base would be and loaded by `load_policy`, without `<vusr>` until then.
-Each family walks once; the tests look at where it came by.
+The models of `family_models.py` are saved like a published base, without `<vusr>`, and loaded by `load_policy`. Each
+family runs once, and the tests look at its results.
 """
 
 import json
@@ -53,8 +53,8 @@ def log_probs(model, processor) -> torch.Tensor:
         return torch.cat([model(**asked(processor, vusr)).logits[0] for vusr in (False, True)]).log_softmax(-1)
 
 
-class Walk:
-    """One family's way from a base to a merged model; each part of it happens when it is first looked at."""
+class Run:
+    """A run of one family from base to merged model; each stage runs when it is first accessed."""
 
     def __init__(self, family: str, folder: Path):
         self.family, self.folder = family, folder
@@ -69,8 +69,8 @@ class Walk:
 
     @cached_property
     def sft(self):
-        """The trainer of stage 1 after two steps (in the first the half of LoRA that starts at zero has none), and
-        the weights before."""
+        """The trainer of stage 1 after two steps (in the first, the half of LoRA that starts at zero blocks the
+        gradient of the other)."""
         model, processor = self.policy
         token = processor.tokenizer.convert_tokens_to_ids(VUSR)
         self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -102,24 +102,24 @@ class Walk:
 
 
 @pytest.fixture(scope="module", params=[*MODELS, *CROSS_ATTENTION])
-def walk(request, tmp_path_factory):
-    return Walk(request.param, tmp_path_factory.mktemp(request.param))
+def run(request, tmp_path_factory):
+    return Run(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_the_base_loads_unchanged(walk):
-    model, processor = walk.policy
+def test_the_base_loads_unchanged(run):
+    model, processor = run.policy
     assert VUSR in processor.tokenizer.get_vocab()
-    rows = walk.base_model.get_input_embeddings().num_embeddings
-    for name, parameter in walk.base_model.named_parameters():
+    rows = run.base_model.get_input_embeddings().num_embeddings
+    for name, parameter in run.base_model.named_parameters():
         loaded = model.get_parameter(name)
         assert torch.equal(loaded[: len(parameter)] if len(parameter) == rows else loaded, parameter), name
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert (head is embedding) == (walk.family in TIED)
+    assert (head is embedding) == (run.family in TIED)
 
 
-def test_the_adapter_is_exactly_where_gradients_arrive(walk):
-    """What a linear layer of a tower learns in the plain model says where LoRA belongs."""
-    plain, processor = tiny_model(walk.family)
+def test_the_adapter_is_exactly_where_gradients_arrive(run):
+    """LoRA belongs on the linear layers of a tower that receive a gradient in the plain model."""
+    plain, processor = tiny_model(run.family)
     output = plain(**asked(processor))
     output.logits.square().sum().backward()
     parts = model_parts(plain)
@@ -133,7 +133,7 @@ def test_the_adapter_is_exactly_where_gradients_arrive(walk):
             expected[name] = (4, 12 / 4) if part == "vision" else (8, 16 / 8)
     projector = {name for name, _ in plain.named_parameters() if parts.part_of(name) == "projector"}
 
-    model = walk.sft.model
+    model = run.sft.model
     assert isinstance(model, PeftModel)
     found = {
         name.removeprefix("base_model.model."): (module.lora_A["default"].out_features, module.scaling["default"])
@@ -149,28 +149,28 @@ def test_the_adapter_is_exactly_where_gradients_arrive(walk):
         elif parameter.requires_grad and ".lora_" not in name:
             other.add(name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""))
     assert other == projector
-    assert rows == [(1, walk.base_model.get_input_embeddings().embedding_dim)]
+    assert rows == [(1, run.base_model.get_input_embeddings().embedding_dim)]
 
 
-def test_an_sft_step_moves_exactly_what_trains(walk):
-    model = walk.sft.model
-    assert all(math.isfinite(entry["loss"]) for entry in walk.sft.state.log_history if "loss" in entry)
+def test_an_sft_step_moves_exactly_what_trains(run):
+    model = run.sft.model
+    assert all(math.isfinite(entry["loss"]) for entry in run.sft.state.log_history if "loss" in entry)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, walk.start[name]) != parameter.requires_grad, name
+        assert torch.equal(parameter, run.start[name]) != parameter.requires_grad, name
 
 
-def test_the_adapter_reloads(walk):
-    trainer = walk.sft
-    model, processor = load_policy(str(walk.folder / "sft"))
-    assert processor.chat_template == walk.policy[1].chat_template
-    assert torch.equal(log_probs(model, processor), log_probs(trainer.model, walk.policy[1]))
-    assert not torch.allclose(log_probs(model, processor), log_probs(*load_policy(str(walk.folder / "base"))))
+def test_the_adapter_reloads(run):
+    trainer = run.sft
+    model, processor = load_policy(str(run.folder / "sft"))
+    assert processor.chat_template == run.policy[1].chat_template
+    assert torch.equal(log_probs(model, processor), log_probs(trainer.model, run.policy[1]))
+    assert not torch.allclose(log_probs(model, processor), log_probs(*load_policy(str(run.folder / "base"))))
 
 
-def test_the_policy_asks_and_answers_twice(walk):
-    trainer = walk.sft
+def test_the_policy_asks_and_answers_twice(run):
+    trainer = run.sft
     assert trainer
-    model, processor = load_policy(str(walk.folder / "sft"))
+    model, processor = load_policy(str(run.folder / "sft"))
     model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 8)]
     pictures = [
         Image.fromarray(np.random.default_rng(n).integers(0, 255, (16, 20, 3), dtype=np.uint8)) for n in (1, 2)
@@ -191,36 +191,36 @@ def test_the_policy_asks_and_answers_twice(walk):
         assert not any(VUSR in text for text in (question, *row["answers"]))
 
 
-def test_a_dpo_step_starts_at_ln_2_and_keeps_the_reference(walk):
-    trainer = walk.dpo
+def test_a_dpo_step_starts_at_ln_2_and_keeps_the_reference(run):
+    trainer = run.dpo
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[1] != losses[0]
     reference = []
     for name, parameter in trainer.model.named_parameters():
-        moved = not torch.equal(parameter, walk.dpo_start[name])
-        # Pairs never hold a `<vusr>`; only as a row of a tied output layer does it count.
-        trains = parameter.requires_grad and (walk.family in TIED or "trainable_tokens" not in name)
+        moved = not torch.equal(parameter, run.dpo_start[name])
+        # Pairs never contain `<vusr>`; its row only matters in a tied output layer.
+        trains = parameter.requires_grad and (run.family in TIED or "trainable_tokens" not in name)
         assert moved == trains, name
         reference += [moved] if "ref" in name.split(".") else []
-    assert len(reference) == len(list(walk.sft.model.parameters())) - len(walk.before) and not any(reference)
+    assert len(reference) == len(list(run.sft.model.parameters())) - len(run.before) and not any(reference)
 
 
-def test_the_merged_model_gives_the_same_log_probabilities(walk):
-    trainer = walk.dpo
+def test_the_merged_model_gives_the_same_log_probabilities(run):
+    trainer = run.dpo
     assert trainer
-    model, processor = load_policy(str(walk.folder / "dpo"))
-    assert torch.equal(log_probs(model, processor), log_probs(trainer.model, walk.policy[1]))
+    model, processor = load_policy(str(run.folder / "dpo"))
+    assert torch.equal(log_probs(model, processor), log_probs(trainer.model, run.policy[1]))
     facts = merge_policy(
-        str(walk.folder / "dpo"), walk.folder / "merged", [tiny_run.conversation(7)], batches_of=batches_of
+        str(run.folder / "dpo"), run.folder / "merged", [tiny_run.conversation(7)], batches_of=batches_of
     )
     assert facts["proof"]["stored_difference"] <= 1e-4
-    merged, merged_processor = load_policy(str(walk.folder / "merged"))
-    assert type(merged) is type(walk.base_model)
+    merged, merged_processor = load_policy(str(run.folder / "merged"))
+    assert type(merged) is type(run.base_model)
     assert merged_processor.chat_template == processor.chat_template
     torch.testing.assert_close(log_probs(merged, merged_processor), log_probs(model, processor), rtol=0, atol=1e-4)
     token = merged_processor.tokenizer.convert_tokens_to_ids(VUSR)
     row = merged.get_input_embeddings().weight[token]
-    assert not torch.equal(row, walk.before[f"{model_parts(merged).embedding}.weight"][token])
+    assert not torch.equal(row, run.before[f"{model_parts(merged).embedding}.weight"][token])
 
 
 def test_messages_name_every_tested_family():
@@ -230,7 +230,7 @@ def test_messages_name_every_tested_family():
     }
 
 
-UNSUPPORTED = {  # type, settings, what is said
+UNSUPPORTED = {  # type, settings, message
     "text alone": ("llama", {}, "`llama`, which has no vision tower"),
     "Q-Former": ("blip-2", {"text_config": {"model_type": "opt"}}, "`blip-2`, whose images pass through a Q-Former"),
     "Q-Former with text": ("instructblip", {"text_config": {"model_type": "opt"}}, "through a Q-Former"),
@@ -241,7 +241,7 @@ UNSUPPORTED = {  # type, settings, what is said
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_unsupported_models_are_refused_before_weights_are_read(tmp_path, kind):
     model_type, settings, said = UNSUPPORTED[kind]
-    CONFIG_MAPPING[model_type](**settings).save_pretrained(tmp_path)  # no weights there
+    CONFIG_MAPPING[model_type](**settings).save_pretrained(tmp_path)  # without weights
     with pytest.raises(UserError, match=said) as error:
         load_policy(str(tmp_path))
     assert str(tmp_path) in str(error.value) and "Tested families: Gemma 3" in str(error.value)

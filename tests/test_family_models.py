@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny models hang on what tests of masks and positions vary; else those tests could not fail."""
+"""The tiny models depend on what the tests of masks and positions vary; otherwise those tests could not fail."""
 
 import pytest
 import tiny_run
@@ -23,7 +23,7 @@ def _inputs(processor, *rows):
 
 
 def _change(model, one: dict, other: dict) -> torch.Tensor:
-    """By how much the logits of each position of the first row differ."""
+    """The difference of the logits at each position of the first row."""
     with torch.no_grad():
         difference = model(**one).logits - model(**other).logits
     return difference[0].abs().amax(-1)
@@ -50,7 +50,7 @@ def test_logits_depend_on_the_image(family):
     one, other = (_inputs(processor, tiny_run.conversation(3, turns=3)) for _ in range(2))
     other["pixel_values"] = other["pixel_values"].flip(0 if family in M_ROPE else -1)
     assert _change(model, one, other).amax() > CLEAR
-    # in each place: every layer of a window hands the image on by its length
+    # at every position within reach of the image: each layer passes it on by the length of a window
     reach = slice(None) if family != "llava-mistral" else slice(WINDOW)
     image = (one["input_ids"][0] == model.config.image_token_id).nonzero()
     assert (_change(model, one, other)[int(image[-1]) + 1 :][reach] > CLEAR).all()
@@ -61,7 +61,7 @@ def test_logits_depend_on_the_order_of_distant_tokens(family):
     model, processor = tiny_model(family)
     one, other = _inputs(processor), _inputs(processor)
     end = one["input_ids"].shape[1]
-    back = WINDOW + 6 if family == "llava-mistral" else 40  # behind the window, within reach of two layers
+    back = WINDOW + 6 if family == "llava-mistral" else 40  # outside the window, within reach of two layers
     first, second = end - back, end - back + 1
     assert one["input_ids"][0, first] != one["input_ids"][0, second]
     other["input_ids"][0, [first, second]] = one["input_ids"][0, [second, first]]

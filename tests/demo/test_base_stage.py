@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, tmp_path, moment):
     arguments = [part for key, value in FEW.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-c", KILLED, moment, "--output_dir", str(tmp_path / "base"), *arguments]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    assert not (tmp_path / "base/config.json").exists()  # what is not complete does not look complete
+    assert not (tmp_path / "base/config.json").exists()  # an incomplete model does not look complete
     base.main(replace(finished, output_dir=str(tmp_path / "base")))
     again = weights(tmp_path / "base")
     assert all(torch.equal(value, again[name]) for name, value in weights(finished.output_dir).items())

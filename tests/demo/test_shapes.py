@@ -59,7 +59,7 @@ def test_conversations_have_one_image_and_the_requested_turns():
 
 
 def test_the_base_model_sees_no_medical_label():
-    # Beside pictures there is no medical word at all; in plain text there are, but beside no picture.
+    # Conversations with pictures have no medical word; only plain text has some.
     medical = re.compile(
         r"\b(lesion|scan|quadrant|tissue|modality|finding|" + "|".join(MODALITIES) + r")\b", re.IGNORECASE
     )
@@ -73,7 +73,7 @@ def test_the_base_model_sees_no_medical_label():
 
 
 def test_the_base_model_has_read_every_word_of_the_phantoms():
-    # Stage 1 trains no output layer, so a word that the base model never wrote could hardly be learned.
+    # Stage 1 does not train the output layer, so a word that the base model never wrote could hardly be learned.
     read = set(
         re.findall(r"\w+", " ".join(all_text([*plain_text.conversations(200, 0), *conversations(PICTURES, 0)])))
     )

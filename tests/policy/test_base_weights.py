@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The same weights have one fingerprint however they are stored, others another; an adapter knows its base by it."""
+"""The same weights have the same fingerprint however they are stored, and an adapter recognises its base by it."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_a_rebuilt_base_of_the_same_name_is_refused(adapter, tmp_path):
     save_base(tmp_path / "base", seed=1)
     with pytest.raises(UserError, match="other weights than those of .*base.*although their shapes agree"):
         load_policy(str(adapter))
-    (adapter / FILE_NAME).unlink()  # as the message says
+    (adapter / FILE_NAME).unlink()  # as the message suggests
     assert load_policy(str(adapter))
 
 
@@ -90,7 +90,7 @@ def test_a_given_base_has_to_be_the_same(adapter, tmp_path):
         assert load_policy(str(adapter), base_model_name_or_path=str(moved))
     with pytest.raises(UserError, match="trained on other weights than those of .*other"):
         load_policy(str(adapter), base_model_name_or_path=other)
-    (adapter / FILE_NAME).write_text("{")  # damaged: as good as none
+    (adapter / FILE_NAME).write_text("{")  # damaged counts as missing
     with pytest.warns(UserWarning, match="Cannot verify that .*other.* is the base"):
         assert load_policy(str(adapter), base_model_name_or_path=other)
 

@@ -25,7 +25,7 @@ def test_other_conversations_render_as_before(family, texts, add_generation_prom
     original, wrapped = FAMILIES[family](), prepared_processor(family)
     messages = [_as_parts("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     closed = messages
-    if not turn_format(original).answer_end:  # the wrapper closes what the template leaves open
+    if not turn_format(original).answer_end:  # the wrapper closes turns that the template leaves open
         eos = original.tokenizer.eos_token
         closed = [
             _as_parts(m["role"], m["content"][0]["text"] + eos) if m["role"] == "assistant" else m for m in messages

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of families is what docs/models.md says, and a family registered by a plugin counts everywhere."""
+"""docs/models.md agrees with the registry of families, and a family registered by a plugin counts everywhere."""
 
 import os
 import re

@@ -233,14 +233,14 @@ except UserError as error:
 
 @pytest.fixture
 def nowhere():
-    """An address at which nobody listens."""
+    """An address without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 def test_an_unreachable_model_is_refused_at_once(nowhere, tmp_path):
-    # In a process of its own: huggingface_hub reads both when it is imported. It would try for minutes.
+    # In a separate process: huggingface_hub reads both variables on import. Without the check it retries for minutes.
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": nowhere, "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", CODE, "org/not-here"], env=environment, capture_output=True, text=True, timeout=60
@@ -256,7 +256,7 @@ def test_directories_offline_mode_and_cached_models_pass(nowhere, tmp_path, monk
     from medst_trl.base.errors import UserError
     from medst_trl.policy.loading import check_reachable
 
-    check_reachable("org/not-here")  # offline, as the tests are: transformers says it at once
+    check_reachable("org/not-here")  # the tests are offline: transformers reports it at once
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -338,7 +338,7 @@ def test_trained_weights_are_in_full_precision_and_load_with_either_base(inputs,
         with torch.no_grad():
             logits[four_bit] = model(**inputs_of_model).logits.flatten()
     alike = torch.nn.functional.cosine_similarity(logits[True], logits[False], dim=0).item()
-    assert 0.9 < alike < 0.9999  # as near as 4 bits are
+    assert 0.9 < alike < 0.9999  # the precision of 4 bits
 
 
 @needs_bitsandbytes

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A merged model is the adapter on its base, for tools that know nothing of adapters; and a wrong one is refused."""
+"""A merged model equals the adapter on its base for tools that do not know adapters, and a wrong one is refused."""
 
 import json
 import os
@@ -38,7 +38,7 @@ FAMILIES = {  # the model and its overrides
 
 
 def save_adapter(folder, family="llava", **ranks):
-    """A base on disk and an adapter of it whose every part has moved."""
+    """Save a base and an adapter of it in which every part has changed."""
     name, overrides = FAMILIES[family]
     if family == "text role":
         processor = processors[name]()
@@ -112,10 +112,10 @@ def test_the_generation_config_stops_suppresses_and_samples(tmp_path):
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(base | {"repetition_penalty": 1.5}))
     merge_policy(adapter, merged, drawn_examples())
     config, (policy, processor) = GenerationConfig.from_pretrained(merged), load_policy(adapter)
-    assert config.do_sample and config.temperature < 1 and config.top_k == 100  # a server turns it off, never on
+    assert config.do_sample and config.temperature < 1 and config.top_k == 100  # a server can turn it off, not on
     assert config.eos_token_id == policy.generation_config.eos_token_id
     assert processor.tokenizer.convert_tokens_to_ids(VUSR) in config.suppress_tokens
-    assert config.repetition_penalty is None  # the policy was never measured with it
+    assert config.repetition_penalty is None  # the policy was not evaluated with it
 
 
 def test_a_smaller_type_is_rounded_once_and_sharded(tmp_path):
@@ -203,7 +203,7 @@ def test_a_processor_that_changes_on_disk_is_refused(tmp_path, monkeypatch):
 
 
 def test_config_json_is_written_last(tmp_path, monkeypatch):
-    """A folder with config.json is complete; what a run that was cut short has left does not disturb."""
+    """A directory with config.json is complete; files of an interrupted run do no harm."""
     adapter, merged = save_adapter(tmp_path)
     names, replace = [], os.replace
 
@@ -233,7 +233,7 @@ def test_a_model_without_an_adapter_is_refused(tmp_path):
 def test_a_quantized_base_is_refused(tmp_path, monkeypatch):
     adapter, merged = save_adapter(tmp_path)
     loaded = load_policy(adapter, dtype="float32")
-    monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)  # bitsandbytes is not here
+    monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)  # bitsandbytes is not installed
     config = tmp_path / "base" / "config.json"
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     config.write_text(json.dumps(json.loads(config.read_text()) | quantised))

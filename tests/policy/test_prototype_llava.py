@@ -77,7 +77,7 @@ def test_the_extractor_gives_values_and_gradients_of_the_plain_form(length, num_
 
 def test_ties_go_to_the_first_center():
     extractor = made(num_centers=6)
-    x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 6, 8)  # all centers are the same
+    x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 6, 8)  # all centers are equal
     torch.testing.assert_close(extractor(x), plain(extractor, x), rtol=1e-9, atol=1e-10)
 
 
@@ -96,7 +96,7 @@ def test_the_extractor_runs_in_half_precision():
     output.float().sum().backward()
     assert output.dtype == torch.bfloat16 and x.grad.isfinite().all()
     exact = extractor.double()(x.double())
-    # a position between two centers may go to the other one
+    # a position between two centers may choose the other one
     assert (output - exact).norm() < 0.05 * exact.norm()
 
 
@@ -179,7 +179,7 @@ def test_the_model_runs_in_half_precision():
         exact = model(**inputs).logits
         half = model.to(torch.bfloat16)(**inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}).logits
     assert half.dtype == torch.bfloat16
-    assert (half - exact).norm() < 0.25 * exact.norm()  # of unrelated logits it would be 1.4
+    assert (half - exact).norm() < 0.25 * exact.norm()  # 1.4 for unrelated logits
 
 
 @pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"bf16": True, "use_cpu": True}], ids=str)

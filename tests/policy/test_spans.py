@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The loss stands on the intended questions and answers, for every family and whatever the data says."""
+"""The loss covers exactly the intended questions and answers, for every family and any data."""
 
 from itertools import groupby
 
@@ -33,14 +33,14 @@ TEXTS = st.lists(
 
 @st.composite
 def pieces(draw, text):
-    """A text in one part or two, cut anywhere."""
+    """A text in one part, or cut anywhere into two."""
     cut = draw(st.integers(0, len(text)))
     return [text[:cut], text[cut:]] if draw(st.booleans()) else [text]
 
 
 @st.composite
 def conversations(draw):
-    """An example as a dataset has it, and the image it may start with."""
+    """An example of a dataset, with the image it may start with."""
     turns = draw(st.lists(st.tuples(TEXTS, TEXTS, st.booleans()), min_size=1, max_size=3))
     messages = []
     for question, answer, vusr in turns:
@@ -55,7 +55,7 @@ def conversations(draw):
 
 
 def with_texts(messages, change, **keys) -> list[dict]:
-    """The messages with the text of each in one part, and changed."""
+    """The messages with the text of each in one part and changed."""
 
     def content(message):
         images = [{"type": "image"} for part in message["content"] if part["type"] == "image"]

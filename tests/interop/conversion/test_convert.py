@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A converted checkpoint computes what the original does, or nothing is written and it is said why."""
+"""A converted checkpoint computes what the original computes, or nothing is written and the error says why."""
 
 import json
 import os
@@ -26,21 +26,21 @@ ROWS = len(original.PIECES)
 
 
 def full_model(kind="mlp2x_gelu", rows=ROWS):
-    """All weights under original names, the vision tower inside."""
+    """All weights under original names, with the vision tower inside."""
     return (
         original.language_weights(rows) | original.projector_weights(kind) | original.vision_weights(original.INSIDE)
     )
 
 
 def outside(weights):
-    """The same in two: without the vision tower, and the tower as CLIP is published."""
+    """The same weights in two parts: without the vision tower, and the tower as CLIP is published."""
     tower = {name.replace(original.INSIDE, CLIP): t for name, t in weights.items() if name.startswith(original.INSIDE)}
     return {name: t for name, t in weights.items() if not name.startswith(original.INSIDE)}, tower
 
 
 def assert_computes(folder, weights, kind):
-    """The converted model's logits are those of the original's forward written out."""
-    # In float32 the extractor may choose another of two centers that are equally near.
+    """Check that the converted model gives the logits of the original's forward pass."""
+    # In float32 the extractor may choose the other of two equally similar centers.
     dtype = torch.float64 if kind == "cluster" else torch.float32
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -67,7 +67,7 @@ def test_full_models_in_every_format_compute_the_same(tmp_path, kind, form):
     if form.startswith("sharded"):
         body, tower = outside(weights)
         original.write_clip(tmp_path / "clip", tower, form.removeprefix("sharded-"))
-    else:  # the tower inside: of CLIP's folder only the configuration is read
+    else:  # the tower inside: only the configuration of CLIP's directory is read
         body = weights | {
             f"{original.INSIDE}embeddings.position_ids": torch.arange(290)[None],
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5),
@@ -109,7 +109,7 @@ def test_a_training_output_is_merged_with_its_base(tmp_path, base_form, prefixes
 
 
 def test_a_training_output_on_a_plain_language_model(tmp_path):
-    """As LLaVA-1.5 publishes its LoRA: Vicuna, CLIP, and what was trained."""
+    """LLaVA-1.5 publishes its LoRA in this form: Vicuna, CLIP, and the trained weights."""
     body, tower = outside(full_model())
     projector = {f"base_model.model.{name}": body.pop(name) for name in list(body) if "mm_projector" in name}
     base = original.write_checkpoint(tmp_path / "vicuna", body, None, model_type="llama", mm_vision_tower=None)
@@ -169,7 +169,7 @@ def test_images_are_padded_as_in_training_at_every_stage(tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     wide = processor(Image.new("RGB", (272, 136), "white"), return_tensors="pt")["pixel_values"][0]
     assert wide.shape == (3, 136, 136)
-    # above and below is the mean colour of this tower, which is about zero once normalised; white is not
+    # the padding is the mean colour of this tower, about zero once normalised; white would not be
     assert wide[:, :30].abs().max() < 0.05 and wide[:, 60:76].min() > 1
 
 
@@ -384,7 +384,7 @@ def test_tensors_without_plain_numbers_are_listed(tmp_path, change, kind):
     weights = full_model()
     weights["model.norm.weight"] = change(weights["model.norm.weight"])
     message = listed(tmp_path, {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
-    assert "model.language_model.norm.weight" in message  # as missing
+    assert "model.language_model.norm.weight" in message  # listed as missing
     torch.save(weights, tmp_path / "source" / "pytorch_model.bin")
     with pytest.raises(UserError, match=rf"not plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
         convert_checkpoint(str(tmp_path / "source"), tmp_path / "out")

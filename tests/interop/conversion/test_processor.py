@@ -18,7 +18,7 @@ TEXT = (
 
 
 def in_pieces(folder, tokenizer) -> list[int]:
-    """As the original code tokenises: each piece between images on its own, the first token of the others dropped."""
+    """Tokenize as the original code: each piece between images separately, without the first token of later ones."""
     plain = _from_sentencepiece(folder)
     before, behind = TEXT.split("<image>")
     image = tokenizer.convert_tokens_to_ids("<image>")
@@ -34,7 +34,7 @@ def test_tokens_are_those_of_the_original_code(tmp_path, legacy):
     assert tokenizer.decode(ids[1:]) == TEXT.replace("<image>\n", "<image> \n") or legacy
     at = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
     assert tokenizer.convert_ids_to_tokens(ids[at + 1 : at + 3]) == ["▁", "<0x0A>"]
-    assert ("▁VUSER" in tokenizer.convert_ids_to_tokens(ids)) == legacy  # there is no blank in `</s>VUSER`
+    assert ("▁VUSER" in tokenizer.convert_ids_to_tokens(ids)) == legacy  # there is no space in `</s>VUSER`
     tokenizer.save_pretrained(tmp_path / "saved")
     assert read_tokenizer(tmp_path / "saved")(TEXT)["input_ids"] == ids  # from tokenizer.json
 
@@ -44,7 +44,7 @@ def test_llamas_tokenizer_gives_the_known_tokens(shared_data, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
     tokenizer = read_tokenizer(tmp_path)
     assert len(tokenizer) == 32002 and tokenizer.is_fast
-    # the ids that LLaVA-1.5 prints for its best-known prompt, -200 standing for the image
+    # the ids that LLaVA-1.5 gives for its best-known prompt, with -200 for the image
     ids = tokenizer("USER: <image>\nWhat is it? ASSISTANT:")["input_ids"]
     assert ids == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 5618, 338, 372, 29973, 319, 1799, 9047, 13566, 29901]
     assert tokenizer(TEXT)["input_ids"] == in_pieces(tmp_path, tokenizer)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A converted STLLaVA-Med asks as it was trained, and goes on training in both stages."""
+"""A converted STLLaVA-Med asks as it was trained, and can be trained further in both stages."""
 
 import original_checkpoints as original
 import pytest
@@ -28,7 +28,7 @@ def converted(tmp_path_factory):
 
 
 def prompt(processor, *texts):
-    """The decoded prompt of a conversation whose first turn has the image; the tokens of the image are one."""
+    """The decoded prompt of a conversation whose first turn has the image, shown as one token."""
     image = {"type": "image", "image": Image.new("RGB", (40, 20), "gray")}
     messages = [
         {
@@ -43,7 +43,7 @@ def prompt(processor, *texts):
 
 def test_a_bare_turn_renders_the_prompt_of_training(converted):
     _, processor = load_policy(str(converted / "text"))
-    # The blank behind the image is a token of the original code, see test_tokenizer.py.
+    # The space after the image is a token of the original code, see test_processor.py.
     start = f"<s> {VUSER_SYSTEM} "
     assert prompt(processor, VUSR) == f"{start}VUSER: <image> \n"
     assert prompt(processor, "q1", "a1", VUSR) == f"{start}USER: <image> \nq1 ASSISTANT: a1</s>VUSER:"

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst merge` after `medst sft`: proven on the training data, and served by a real server that answers and asks."""
+"""`medst merge` after `medst sft`: checked on the training data, then served by a real server."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ from medst_trl.policy.vusr import VUSR
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose stage 1 has learned its few questions and answers by heart."""
+    """A run whose stage 1 has memorised its few questions and answers."""
     folder = tmp_path_factory.mktemp("run")
     model, processor = tiny_llava(**tiny_run.SMALL)
     model.save_pretrained(folder / "base")
@@ -218,7 +218,7 @@ def test_a_server_answers_and_asks_as_the_adapter_does(run, merged, served):
 
 
 def test_a_server_samples_at_a_given_temperature(merged, served):
-    """`transformers serve` never turns sampling on: the saved generation config has to."""
+    """`transformers serve` never turns sampling on: the saved generation config does."""
     image = tiny_run.conversation(0)["images"][0]
     assert len({_say(served, merged, image, VUSR, temperature=5.0, seed=seed) for seed in range(4)}) > 1
     assert len({_say(served, merged, image, VUSR, temperature=0, seed=seed) for seed in range(2)}) == 1
