@@ -234,14 +234,17 @@ def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) 
     Raises:
         UserError: if no example has an answer.
     """
+    import torch
+
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
     processor = deepcopy(processor)
     collators = [DataCollatorForSelfQuestioning(processor, sq_ratio=ratio) for ratio in (0.0, 1.0)]
     batches = [collator([example]) for example in examples for collator in collators]
-    for batch in batches:
-        for name in ("question_mask", "rejected", "truncated", "neutralised"):
-            batch.pop(name, None)
+    batches = [  # without what the collator reports for the trainer
+        {name: value for name, value in batch.items() if torch.is_tensor(value) and name != "question_mask"}
+        for batch in batches
+    ]
     batches = [batch for batch in batches if (batch["labels"] != -100).any()]
     if not batches:
         raise UserError("The examples to compare the merged model on have no answer to compare. Give another dataset.")
