@@ -14,10 +14,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from medst_trl.base.errors import UserError, closest
+from medst_trl.base.settings import documented
 from medst_trl.evaluation.metric import METRICS, Answered, Figure, FigurePath, Metric
 
 
@@ -56,6 +57,7 @@ def normalize_word(text: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in numbered if word not in ("a", "an", "the"))
 
 
+@documented
 @dataclass
 class LlavaMedSettings:
     """
@@ -63,18 +65,12 @@ class LlavaMedSettings:
 
     Args:
         closed_rule (`str`, *optional*, defaults to `"gated"`):
-            When a closed prediction is right. `"substring"` (run_eval_batch.py): it contains the right answer.
-            `"gated"`: it contains "yes" or "no" too. `"drop_misses"` (run_eval.py as released): as gated, but a wrong
-            prediction that contains "yes" or "no" leaves the denominator.
+            Metric llava_med: when a closed prediction is right. substring (run_eval_batch.py): it contains the right
+            answer. gated: it contains yes or no too. drop_misses (run_eval.py as released): as gated, but a wrong
+            prediction that contains yes or no leaves the denominator.
     """
 
-    closed_rule: ClosedRule = field(
-        default="gated",
-        metadata={
-            "help": "Metric llava_med: a closed prediction is right if it contains the answer (substring), and yes or "
-            "no too (gated). With drop_misses, wrong ones with yes or no are not counted."
-        },
-    )
+    closed_rule: ClosedRule = "gated"
 
     def __post_init__(self):
         if self.closed_rule not in CLOSED_RULES:

@@ -8,16 +8,16 @@ They hold no right answers. Ours carry them in `metadata`, which is empty in LLa
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
 from medst_trl.evaluation.scoring import RecordError
 
-from .questions import json_rows, read_with_answers, write_json, write_text
+from .questions import json_rows, read_with_answers
 
 
 _GOLD = ("image_id", "question", "answer", "answer_type", "question_type")
@@ -39,9 +39,8 @@ def _rows(path: Path) -> Iterator[Row]:
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
     """Write an answer file, and `answers_questions.json`, against which LLaVA-Med's `run_eval.py` scores it."""
-    write_text(path, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in records))
-    questions = [_question(record) for record in records]
-    write_json(path.with_name(f"{path.stem}_questions.json"), questions, indent=1)
+    write_jsonl(path, map(_row, records))
+    write_json(path.with_name(f"{path.stem}_questions.json"), [_question(record) for record in records])
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.files import write_json
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
 from medst_trl.evaluation.scoring import RecordError
 
-from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers, write_json
+from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -60,7 +61,7 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
         }
         for record in records
     ]
-    write_json(path, rows, indent=4)
+    write_json(path, rows)
 
 
 def _record(row: dict[str, Any], number: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ LLaVA-Med's id 13 is another question there. Order means nothing once a file is 
 text ("Is this an axial plane?"). Rows are therefore joined only if the text of every question agrees.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import Benchmark, Row, check_unicode
@@ -48,17 +46,6 @@ def answer_type(answer: Any, given: Any) -> dict[str, Any]:
         return {"answer_type": kind}
     closed = str(answer).strip().lower() in ("yes", "no")
     return {"answer_type": "closed" if closed else "open", "answer_type_guessed": True}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, with line breaks unchanged."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
-def write_json(path: Path, content: Any, indent: int) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
 
 
 def read_with_answers(

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_json, write_text
 from medst_trl.data.reading import check_header, read_text_file
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
 from medst_trl.evaluation.scoring import RecordError
 
-from .questions import answer_type, json_rows, read_with_answers, write_json, write_text
+from .questions import answer_type, json_rows, read_with_answers
 
 
 _DELIMITERS = {".tsv": "\t", ".csv": ",", ".xlsx": None}
@@ -56,7 +57,7 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     ]
     suffix = path.suffix.lower()
     if suffix == ".json":
-        write_json(path, rows, indent=4)
+        write_json(path, rows)
         return
     if not _DELIMITERS.get(suffix):
         raise UserError(f"VLMEvalKit's predictions are written as .tsv, .csv or .json. Rename {path}.")

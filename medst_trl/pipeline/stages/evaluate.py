@@ -13,7 +13,8 @@ medst evaluate \
 Input: a benchmark, one row per image with columns `image_id`, `image`, `questions` (`medst prepare` writes one), and a
 model or an adapter. Output in `output_dir`: `predictions.jsonl` (id, image_id, question, answer, answer_type,
 question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` of the two controls,
-`scores.json`, and a table on the terminal. Several benchmarks get a directory each. An interrupted run resumes.
+`scores.json`, and a table on the terminal. Several benchmarks get a directory each. An interrupted run resumes. A model
+in this process answers 16 questions per batch, unless `batch_size` is set.
 
 A model on an OpenAI-compatible server is evaluated with the same questions, images and controls. Questions that it
 refuses count as wrong:
@@ -45,6 +46,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
+from medst_trl.base.settings import documented
 from medst_trl.engines.engine import ENGINES, EngineKind, loads_model, settings_of_others
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS, setting_names
@@ -65,47 +67,58 @@ if TYPE_CHECKING:
 BATCH_SIZE = 16  # of a model in this process, unless batch_size is given; the same as in earlier versions
 
 
+@documented
 @dataclass
 class EvaluateArguments:
-    """Arguments of `medst evaluate`, besides the settings of engines and metrics."""
+    """
+    Arguments of `medst evaluate`, besides the settings of engines and metrics.
 
-    output_dir: str = field(metadata={"help": "Directory for predictions and scores."})
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory or Hub id of a vision-language model or an adapter. With engine server, the name under "
-            "which it is served."
-        },
-    )
-    engine: str = field(default="transformers", metadata={"help": "What answers the questions."})
-    benchmark: list[str] = field(
-        default_factory=list, metadata={"help": "Directories or Hub ids of benchmarks (`medst prepare` writes them)."}
-    )
-    split: str = field(default="test", metadata={"help": "Split of the benchmarks."})
-    predictions: str | None = field(
-        default=None, metadata={"help": "Score this predictions file instead of running a model."}
-    )
-    predictions_format: str | None = field(
-        default=None, metadata={"help": "Format of the predictions file. Default: the one that its keys match."}
-    )
-    controls: list[str] = field(
-        default_factory=lambda: ["blank", "shuffled"],
-        metadata={"help": "Runs with images that do not help, beside the real one: blank, shuffled, or none."},
-    )
-    variants: list[str] = field(
-        default_factory=lambda: ["strict", "llava_med"], metadata={"help": "Metrics to score by."}
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of an answer in tokens."})
-    max_records: int | None = field(
-        default=None, metadata={"help": "Ask only the first N questions of each benchmark."}
-    )
-    bootstrap_samples: int = field(
-        default=1000, metadata={"help": "Resamples for each confidence interval; 0 for no intervals."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the shuffled images and of the resamples."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete the results of an earlier run in output_dir and start again."}
-    )
+    Args:
+        output_dir (`str`):
+            Directory for predictions and scores.
+        model_name_or_path (`str`, *optional*):
+            Directory or Hub id of a vision-language model or an adapter. With engine server, the name under which it
+            is served.
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            What answers the questions.
+        benchmark (`list[str]`, *optional*):
+            Directories or Hub ids of benchmarks (`medst prepare` writes them).
+        split (`str`, *optional*, defaults to `"test"`):
+            Split of the benchmarks.
+        predictions (`str`, *optional*):
+            Score this predictions file instead of running a model.
+        predictions_format (`str`, *optional*):
+            Format of the predictions file. Defaults to the one that its keys match.
+        controls (`list[str]`, *optional*, defaults to `["blank", "shuffled"]`):
+            Runs with images that do not help, beside the real one: blank, shuffled, or none.
+        variants (`list[str]`, *optional*, defaults to `["strict", "llava_med"]`):
+            Metrics to score by.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Maximum length of an answer in tokens.
+        max_records (`int`, *optional*):
+            Ask only the first N questions of each benchmark.
+        bootstrap_samples (`int`, *optional*, defaults to `1000`):
+            Resamples for each confidence interval; 0 for no intervals.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the shuffled images and of the resamples.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier run in output_dir and start again.
+    """
+
+    output_dir: str
+    model_name_or_path: str | None = None
+    engine: str = "transformers"
+    benchmark: list[str] = field(default_factory=list)
+    split: str = "test"
+    predictions: str | None = None
+    predictions_format: str | None = None
+    controls: list[str] = field(default_factory=lambda: ["blank", "shuffled"])
+    variants: list[str] = field(default_factory=lambda: ["strict", "llava_med"])
+    max_new_tokens: int = 64
+    max_records: int | None = None
+    bootstrap_samples: int = 1000
+    seed: int = 0
+    overwrite: bool = False
 
     def __post_init__(self):
         for name in ("benchmark", "controls", "variants"):  # a recipe may give a single one without a list
