@@ -13,8 +13,8 @@ medst evaluate \
 Input: a benchmark, one row per image with columns `image_id`, `image`, `questions` (`medst prepare` writes one), and a
 model or an adapter. Output in `output_dir`: `predictions.jsonl` (id, image_id, question, answer, answer_type,
 question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` of the two controls,
-`scores.json`, and a table on the terminal. Several benchmarks get a directory each. An interrupted run resumes. A model
-in this process answers 16 questions per batch, unless `batch_size` is set.
+`scores.json`, and a table on the terminal. Several benchmarks get a directory each. An interrupted run resumes. Unless
+`batch_size` is set, a model in this process answers 16 questions per batch.
 
 A model on an OpenAI-compatible server is evaluated with the same questions, images and controls. Questions that it
 refuses count as wrong:
