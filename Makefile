@@ -1,18 +1,18 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes the .venv it needs.
+# Two commands are enough on a fresh machine: `make demo` and `make test`. Each creates the .venv it needs.
 #
-#   make demo                    the whole loop of a tiny model on drawn images, and its report (recipes/demo.yaml)
+#   make demo                    the whole loop with a tiny model on drawn images, and its report (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
-#   make test-slow               the long ones, marked `slow`, with DeepSpeed and bitsandbytes: half an hour
+#   make test-slow               the slow tests, with DeepSpeed and bitsandbytes: half an hour
 #   make bench                   speed (tests/benchmarks) against stock TRL on this machine's CPU, under 10 minutes
-#   make bench DATA=vqa_rad      the same on the real images of VQA-RAD's folder, and how fast they are prepared
-#   make bench-gpu               speed of LLaVA-1.5-7B with random weights on a GPU, and what the paper's recipe takes
+#   make bench DATA=vqa_rad      the same with the real images in VQA-RAD's directory, and the speed of `medst prepare`
+#   make bench-gpu               speed of LLaVA-1.5-7B with random weights on a GPU, and the time of the paper's recipe
 #   make lint                    ruff
 #
 # Settings, on the command line or in the environment:
-#   PYTHON=python3.12            the interpreter to make .venv with (3.11 or later)
+#   PYTHON=python3.12            the interpreter that creates .venv (3.11 or later)
 #   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-#                                where torch comes from, for a small CPU build or a certain CUDA version
-#   JOBS=8                       test processes
+#                                where torch comes from, for a small CPU build or another CUDA version
+#   JOBS=8                       number of test processes
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -27,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: .venv/.ready
 	$(BIN)/medst run recipes/demo.yaml
 	@echo && $(BIN)/python examples/ask_questions.py runs/demo/dpo
-	@echo "All of it is in runs/demo: dpo/ has the aligned adapter, report/index.html what happened."
+	@echo "Everything is in runs/demo: the aligned adapter in dpo/, the report in report/index.html."
 
 test: .venv/.ready
 	$(PYTEST) -n $(JOBS)
@@ -35,7 +35,7 @@ test: .venv/.ready
 test-slow: .venv/.extras
 	$(PYTEST) -m slow --durations 10
 
-# Tables on stdout, all figures in runs/bench. Nothing else may run beside it.
+# Tables on stdout, all figures in runs/bench. Nothing else may run at the same time.
 BENCH := TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks
 IMAGES := $(if $(DATA),--images $(DATA)/images)
 
@@ -71,7 +71,7 @@ format: .venv/.ready
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# torch first and alone: only it has builds of its own for each kind of machine.
+# torch first and alone: only torch has a build for each kind of machine.
 .venv/.ready: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "medst_trl needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }

@@ -2,17 +2,18 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 #
-# A stage of a recipe on several nodes of a SLURM cluster, under DeepSpeed ZeRO-2:
+# Run a stage of a recipe on several nodes of a SLURM cluster, under DeepSpeed ZeRO-2:
 #
 #   sbatch examples/slurm_several_nodes.sh recipes/stllava_med_7b.yaml sft
 #   sbatch --nodes 4 examples/slurm_several_nodes.sh recipes/stllava_med_7b.yaml dpo --dpo.num_train_epochs 2
 #
-# One job a stage: `sbatch --dependency=afterok:JOB` lets the next one wait. Stages for one process (prepare, judge,
-# merge, report, push) need none of this: medst run RECIPE --stage judge. Recipe, output_dir and caches have to lie on a
-# file system that all nodes see. A recipe with `effective_batch_size` learns the same on any number of nodes.
+# Start one job per stage: `sbatch --dependency=afterok:JOB` makes the next one wait. Stages that use one process
+# (prepare, judge, merge, report, push) do not need this script: medst run RECIPE --stage judge. Recipe, output_dir and
+# caches must be on a file system that all nodes share. A recipe with `effective_batch_size` learns the same on any
+# number of nodes.
 #
-# A job that is requeued, or started again with the same command, goes on from its newest complete checkpoint. DeepSpeed
-# keeps its optimizer in parts: go on with as many processes as wrote it.
+# A job that is requeued, or started again with the same command, resumes from its newest complete checkpoint. DeepSpeed
+# saves its optimizer in parts: resume with the number of processes that wrote it.
 
 #SBATCH --job-name=medst
 #SBATCH --nodes=2
@@ -27,16 +28,16 @@
 
 set -euo pipefail
 
-RECIPE=${1:?which recipe? sbatch $0 RECIPE STAGE [--key value ...]}
-STAGE=${2:?which stage? sbatch $0 RECIPE STAGE [--key value ...]}
+RECIPE=${1:?no recipe given: sbatch $0 RECIPE STAGE [--key value ...]}
+STAGE=${2:?no stage given: sbatch $0 RECIPE STAGE [--key value ...]}
 shift 2
 
-# Models and datasets are downloaded once. Compute nodes without internet: fill the cache on a login node before, with
+# Models and datasets are downloaded once. If compute nodes have no internet, fill the cache on a login node first with
 # `hf download llava-hf/llava-1.5-7b-hf`, and set HF_HUB_OFFLINE=1.
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 export TOKENIZERS_PARALLELISM=false
 # export HF_HUB_OFFLINE=1
-# export NCCL_SOCKET_IFNAME=ib0   # where nodes have several networks
+# export NCCL_SOCKET_IFNAME=ib0   # if nodes have several networks
 
 GPUS=${MEDST_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 CONFIG=${MEDST_ACCELERATE_CONFIG:-$(python -c 'import medst_trl.pipeline.launch as l; print(l.find_config("zero2"))')}
@@ -44,8 +45,8 @@ MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / GPUS))}
 
-# One launcher on each node; SLURM_NODEID, known only there, is its rank. `--num_processes` counts those of all nodes.
-# --kill-on-bad-exit: a node that fails ends the others, which would wait for it.
+# One launcher per node; SLURM_NODEID, known only there, is its rank. `--num_processes` counts the processes of all
+# nodes. --kill-on-bad-exit: a node that fails ends the others, which would otherwise wait for it.
 srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch \
         --config_file "$0" \

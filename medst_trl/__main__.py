@@ -21,7 +21,7 @@ from datetime import timedelta
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import launched_kind, leave_peers, world_size
 from medst_trl.base.registry import add_plugins
-from medst_trl.cli import RUN_HELP, guarded, run_stage
+from medst_trl.cli import guarded, help_in, run_recipe, run_stage
 from medst_trl.pipeline.launch import check_launched, use_one_gpu, without_launcher
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.settings import Option, parse, read_options, take
@@ -30,7 +30,7 @@ from medst_trl.pipeline.settings import Option, parse, read_options, take
 def main(argv: list[str]) -> None:
     argv = add_plugins(argv)
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__.strip(), RUN_HELP.partition("\n")[2], sep="\n", end="")
+        print(__doc__.strip(), help_in(run_recipe).partition("\n")[2], sep="\n")
         return
     paths, options = read_options(argv)
     which, options = take(options, "stage")

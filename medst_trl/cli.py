@@ -1,7 +1,31 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command `medst`. Nothing heavy is imported before a stage needs it."""
+"""
+The command `medst`. Nothing heavy is imported before a stage needs it.
 
+usage: medst COMMAND [options]
+
+Self-questioning and preference training for medical vision-language models.
+
+A whole run, stage by stage, as a recipe describes it:
+  run RECIPE            run every stage of a recipe and skip finished ones (medst run --help)
+  recipes ls            list the packaged recipes; also: show, cp, validate
+
+One stage (medst STAGE --help lists its settings, --help all includes all of TRL's):
+{stages}
+
+Every command takes --plugins FILE (repeatable): a Python file that registers your own stages, sources, judge prompts,
+engines, model families, metrics or losses. MEDST_PLUGINS in the environment does the same.
+
+Examples:
+  medst run demo                                     the whole loop on drawn images: minutes, no GPU
+  medst recipes cp demo && medst run demo.yaml       a copy of your own to change
+  medst run demo.yaml --stage sft --sft.learning_rate 1e-4 --overwrite
+  medst sft --config demo.yaml --learning_rate 1e-4  one stage in this process
+  medst sft --config demo.yaml --accelerate_config multi_gpu --num_processes 4
+"""
+
+import inspect
 import os
 import select
 import shlex
@@ -25,65 +49,6 @@ from medst_trl.pipeline.stage import STAGES, Stage
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
-
-
-HELP = """\
-usage: medst COMMAND [options]
-
-Self-questioning and preference training for medical vision-language models.
-
-A whole run, stage by stage, as a recipe describes it:
-  run RECIPE            run every stage of a recipe and skip finished ones (medst run --help)
-  recipes ls            list the packaged recipes; also: show, cp, validate
-
-One stage (medst STAGE --help lists its settings, --help all those of TRL too):
-{stages}
-Every command takes --plugins FILE (repeatable): a Python file that registers your own stages, sources, judge prompts,
-engines, model families, metrics or losses. MEDST_PLUGINS in the environment does the same.
-
-Examples:
-  medst run demo                                     the whole loop on drawn images: minutes, no GPU
-  medst recipes cp demo && medst run demo.yaml       a copy of your own to change
-  medst run demo.yaml --stage sft --sft.learning_rate 1e-4 --overwrite
-  medst sft --config demo.yaml --learning_rate 1e-4  one stage in this process
-  medst sft --config demo.yaml --accelerate_config multi_gpu --num_processes 4
-"""
-
-RUN_HELP = """\
-usage: medst run RECIPE [--stage STAGE] [--overwrite] [--accelerate_config CONFIG] [--key value ...]
-
-Runs the stages of a recipe one after another, each in its own process. A finished stage is skipped, an interrupted one
-resumes, and one whose settings have changed is refused.
-
-  RECIPE                     a YAML file, or the name of a packaged recipe (medst recipes ls)
-  --stage STAGE              only this stage, or one item of it: sft, prepare/slake, round_2, round_2/dpo
-  --rounds N                 ask, judge and align N times, each round with the policy of the one before
-  --overwrite                delete the results of the stages that run, and start again
-  --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: suits the machine)
-  --num_processes N          number of processes of the stages that can use several
-  --dry_run                  print what the stages would train, download, ask and upload, and run nothing
-  --throughput N             with --dry_run: examples per second, to show the time; --sft.throughput N for one stage
-  --plugins FILE             a Python file that registers your own stages, sources, ... (medst --help)
-  --key value                a setting for every stage that knows it; --output_dir is the run directory
-  --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
-
-Examples:
-  medst run demo
-  medst run recipes/vqa_rad_tiny.yaml --output_dir /scratch/vqa_rad --seed 1
-  medst run my.yaml --stage sft --accelerate_config zero2 --sft.num_train_epochs 1 --overwrite
-  medst run my.yaml --dry_run --accelerate_config zero2 --num_processes 8
-"""
-
-RECIPES_HELP = """\
-usage: medst recipes ls | show NAME | cp NAME [FILE]
-       medst recipes validate RECIPE [--stage STAGE] [--num_processes N] [--key value ...]
-
-The packaged recipes: list them, print one, or copy one to change it (by default into the current directory).
-
-`validate` checks a file or a packaged recipe, with the options of `medst run`: keys and types, whether inputs exist or
-are made by an earlier section, columns of datasets, accelerate configurations, and the batch on 1, 4 and 8 processes
-or on the given number. It needs no GPU, no Hub and no weights.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,13 +94,14 @@ def _dispatch(words: Sequence[str]) -> int | None:
     command, *argv = add_plugins(words) or ["--help"]
     if command in ("-h", "--help", "help"):
         width = max(map(len, STAGES)) + 2
-        print(HELP.format(stages="".join(f"  {s.name:<{width}}{s.summary}\n" for s in STAGES.values())), end="")
+        stages = "\n".join(f"  {stage.name:<{width}}{stage.summary}" for stage in STAGES.values())
+        print(help_in(sys.modules[__name__]).replace("{stages}", stages))
     elif command in ("-V", "--version"):
         from . import __version__
 
         print(f"medst {__version__}")
     elif command == "run":
-        return _run(argv)
+        return run_recipe(argv)
     elif command == "recipes":
         return _recipes(argv)
     elif command in STAGES:
@@ -145,12 +111,43 @@ def _dispatch(words: Sequence[str]) -> int | None:
         raise UserError(f"Unknown command {command!r}.{near} `medst --help` lists them.")
 
 
+def help_in(item: Any) -> str:
+    """The help text in a docstring: all behind its first line."""
+    return inspect.getdoc(item).partition("\n\n")[2]
+
+
 # medst run
 
 
-def _run(argv: list[str]) -> int | None:
+def run_recipe(argv: list[str]) -> int | None:
+    """
+    Run the stages of a recipe, each in its own process.
+
+    usage: medst run RECIPE [--stage STAGE] [--overwrite] [--accelerate_config CONFIG] [--key value ...]
+
+    Runs the stages of a recipe one after another, each in its own process. A finished stage is skipped, an
+    interrupted one resumes, and one whose settings have changed is refused.
+
+      RECIPE                     a YAML file, or the name of a packaged recipe (medst recipes ls)
+      --stage STAGE              only this stage, or one item of it: sft, prepare/slake, round_2, round_2/dpo
+      --rounds N                 ask, judge and align N times, each round with the policy of the one before
+      --overwrite                delete the results of the stages that run, and start again
+      --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: by the machine)
+      --num_processes N          number of processes of the stages that can use several
+      --dry_run                  print what the stages would train, download, ask and upload, and run nothing
+      --throughput N             with --dry_run: examples per second, for the time; --sft.throughput N for one stage
+      --plugins FILE             a Python file that registers your own stages, sources, ... (medst --help)
+      --key value                a setting for every stage that knows it; --output_dir is the run directory
+      --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
+
+    Examples:
+      medst run demo
+      medst run recipes/vqa_rad_tiny.yaml --output_dir /scratch/vqa_rad --seed 1
+      medst run my.yaml --stage sft --accelerate_config zero2 --sft.num_train_epochs 1 --overwrite
+      medst run my.yaml --dry_run --accelerate_config zero2 --num_processes 8
+    """
     if not argv or {"-h", "--help"} & set(argv):
-        print(RUN_HELP, end="")
+        print(help_in(run_recipe))
         return 0
     from medst_trl.pipeline.launch import is_launched
     from medst_trl.pipeline.recipe import read_recipe
@@ -289,6 +286,18 @@ def _divide(stage: Stage, parser: ArgumentParser, argv: list[str]) -> tuple[list
 
 
 def _recipes(argv: list[str]) -> int | None:
+    """
+    List, show, copy or validate recipes.
+
+    usage: medst recipes ls | show NAME | cp NAME [FILE]
+           medst recipes validate RECIPE [--stage STAGE] [--num_processes N] [--key value ...]
+
+    The packaged recipes: list them, print one, or copy one to change it (by default into the current directory).
+
+    `validate` checks a file or a packaged recipe, with the options of `medst run`: keys and types, whether inputs
+    exist or are made by an earlier section, columns of datasets, accelerate configurations, and the batch on 1, 4
+    and 8 processes or on the given number. It needs no GPU, no Hub and no weights.
+    """
     from medst_trl.pipeline.recipe import find_recipe, packaged_recipes, summary
 
     match argv:
@@ -311,7 +320,7 @@ def _recipes(argv: list[str]) -> int | None:
         case ["validate", *words]:
             return _validate(words)
         case [] | ["-h" | "--help"]:
-            print(RECIPES_HELP, end="")
+            print(help_in(_recipes))
         case _:
             raise UserError(f"Unknown command: medst recipes {' '.join(argv)}. See `medst recipes --help`.")
 
