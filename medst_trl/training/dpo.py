@@ -73,7 +73,7 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
             if strategy == "batch_rebalance":
                 hint = " It needs a column of lengths, which pairs with images do not have. Use group_by_length."
             raise ValueError(
-                f"Unknown train_sampling_strategy {strategy!r}. Choose from {', '.join(SAMPLING_STRATEGIES)}.{hint}"
+                f"Unknown train_sampling_strategy {strategy!r}. Choose one of {', '.join(SAMPLING_STRATEGIES)}.{hint}"
             )
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}. It must be above 0.")

@@ -20,6 +20,7 @@ In a file, `medst dpo --plugins margin.py --loss_type sigmoid margin --loss_weig
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -93,6 +94,7 @@ class PreferenceLoss(Protocol):
     paper: str
     views: tuple[str, ...] = ()
 
+    @abstractmethod
     def __call__(self, pairs: PairLogProbs, args: "MultimodalDPOConfig") -> "Tensor":
         """
         Args:
@@ -140,7 +142,9 @@ def check_losses(names: Sequence[str], args: Any = None) -> None:
         if name not in LOSSES:
             if theirs and name not in theirs:
                 known = sorted({*theirs, *LOSSES})
-                raise ValueError(f"Unknown loss_type {name!r}.{closest(name, known)} Choose from {', '.join(known)}.")
+                raise ValueError(
+                    f"Unknown loss_type {name!r}.{closest(name, known)} Choose one of {', '.join(known)}."
+                )
             continue
         if name in theirs:
             raise ValueError(f"The loss {name!r} of a plugin shares its name with one of TRL's. Rename it.")

@@ -1,0 +1,219 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Registered losses: equal to TRL's where they compute the same, alone or added up, and refused before training."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import tiny_dpo
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from trl import DPOTrainer
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.schema import preference_features
+from medst_trl.training import losses
+from medst_trl.training.dpo import MultimodalDPOConfig
+from medst_trl.training.losses import LOSSES, PreferenceLoss, trl_losses
+
+
+SIGMOID = """
+import torch.nn.functional as F
+
+from medst_trl.training.losses import LOSSES, PreferenceLoss
+
+class MySigmoid(PreferenceLoss):
+    name = "my_sigmoid"
+    paper = "https://example.org/paper"
+
+    def __call__(self, pairs, args):
+        ratios = pairs.log_ratios()
+        return -F.logsigmoid(args.beta * (ratios.chosen - ratios.rejected))
+
+LOSSES.register(MySigmoid())
+"""
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers losses until the test ends."""
+    monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
+    monkeypatch.setattr(LOSSES, "_origins", dict(LOSSES._origins))
+    return LOSSES.register
+
+
+class Sigmoid(PreferenceLoss):
+    name, paper = "toy", "https://example.org/paper"
+    seen = None
+
+    def __call__(self, pairs, args):
+        Sigmoid.seen = pairs
+        ratios = pairs.log_ratios()
+        return -F.logsigmoid(args.beta * (ratios.chosen - ratios.rejected))
+
+
+def run(folder, **settings):
+    """The losses and gradient norms of a short run, and the gradients of its first step."""
+    trainer = tiny_dpo.make_trainer(folder, **settings)
+    gradients = {}
+
+    def note(name, parameter):
+        gradients.setdefault(name, parameter.grad.clone())
+
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(partial(note, name))
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry], gradients
+
+
+@pytest.mark.parametrize("policy", ["continued_adapter", "new_adapter", "full"])
+@pytest.mark.parametrize("way", ["shared prefix", "separate rows", "cached reference"])
+@pytest.mark.parametrize(
+    "losses",
+    [{"loss_type": ["toy"]}, {"loss_type": ["toy", "sigmoid"], "loss_weights": [0.25, 0.75]}],
+    ids=["alone", "mixed"],
+)
+def test_a_loss_equal_to_sigmoid_takes_the_steps_of_sigmoid(tmp_path, registered, policy, way, losses):
+    registered(Sigmoid())
+    settings = {"policy": policy, "share_prefix": way != "separate rows"}
+    if way == "cached reference":
+        settings |= {"precompute_ref_log_probs": True, "ref_log_probs_dir": str(tmp_path / "cache")}
+    expected, expected_gradients = run(tmp_path / "sigmoid", **settings)
+    found, gradients = run(tmp_path / "toy", **settings, **losses)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected_gradients[name], atol=1e-6), name
+
+
+def test_the_weights_of_losses_and_pairs_multiply_the_loss(tmp_path, registered):
+    registered(Sigmoid())
+    plain, _ = run(tmp_path, loss_type=["toy"], max_steps=1)
+    half, _ = run(tmp_path, loss_type=["toy"], loss_weights=[0.5], max_steps=1)
+    assert Sigmoid.seen.weight is None and Sigmoid.seen.flip_probability is None
+    rows = [tiny_dpo.pair(number) | {"weight": 3.0, "probability": 0.9} for number in range(12)]
+    weighted, _ = run(tmp_path, loss_type=["toy"], rows=rows, max_steps=1)
+    assert half[0][0] == pytest.approx(0.5 * plain[0][0], abs=1e-6)
+    assert weighted[0][0] == pytest.approx(3 * plain[0][0], abs=1e-6)
+    assert Sigmoid.seen.weight.tolist() == [3.0] * 4
+    assert Sigmoid.seen.flip_probability.tolist() == pytest.approx([0.1] * 4)
+
+
+def test_a_loss_sees_log_probabilities_and_lengths_of_each_pair(tmp_path, registered):
+    registered(Sigmoid())
+    trainer = tiny_dpo.make_trainer(tmp_path, loss_type=["toy"], max_steps=1)
+    trainer.train()
+    seen, log = Sigmoid.seen, trainer.state.log_history[0]
+    assert seen.policy["image"].chosen.requires_grad and not seen.reference["image"].chosen.requires_grad
+    for kind in ("chosen", "rejected"):
+        assert getattr(seen.policy["image"], kind).mean().item() == pytest.approx(log[f"logps/{kind}"], abs=1e-4)
+        assert getattr(seen.lengths, kind).float().mean().item() == log[f"lengths/{kind}"]
+
+
+def test_evaluation_uses_the_registered_loss(tmp_path, registered):
+    registered(Sigmoid())
+    rows = [tiny_dpo.pair(number) for number in (50, 51)]
+    found = [
+        tiny_dpo.make_trainer(tmp_path, loss_type=[name], eval_rows=rows).evaluate() for name in ("toy", "sigmoid")
+    ]
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], abs=1e-6)
+
+
+def test_the_losses_of_trl_are_read_from_its_source():
+    import inspect
+
+    message = re.search(r"Unknown loss type.*?\]", inspect.getsource(DPOTrainer._compute_loss), re.DOTALL)[0]
+    assert set(re.findall(r"'(\w+)'", message)) == set(trl_losses()) >= {"sigmoid", "ipo", "sft"}
+    for name in trl_losses():
+        MultimodalDPOConfig(loss_type=[name])
+
+
+def test_an_unknown_loss_lists_all_and_the_closest(registered):
+    registered(Sigmoid())
+    with pytest.raises(ValueError, match=r"Unknown loss_type 'sigmoit'. Did you mean 'sigmoid'\? .*hinge.*, toy\."):
+        MultimodalDPOConfig(loss_type=["sft", "sigmoit"])
+    with pytest.raises(ValueError, match="Unknown loss_type 'toyy'. Did you mean 'toy'"):
+        MultimodalDPOConfig(loss_type="toyy")
+
+
+def test_a_name_passes_if_the_losses_of_trl_cannot_be_read(monkeypatch):
+    monkeypatch.setattr(losses, "find_spec", lambda name: None)
+    assert trl_losses() == []
+    assert MultimodalDPOConfig(loss_type=["of_next_year"]).loss_type == ["of_next_year"]
+
+
+def test_a_loss_that_cannot_be_computed_is_refused_before_training(registered):
+    class Contrast(Sigmoid):
+        name, views = "contrast", ("image", "blank")
+
+    class Clash(Sigmoid):
+        name = "hinge"
+
+    for loss in (Sigmoid(), Contrast(), Clash()):
+        registered(loss)
+    with pytest.raises(ValueError, match="'contrast' compares the image view blank, which is not computed"):
+        MultimodalDPOConfig(loss_type=["contrast"])
+    with pytest.raises(ValueError, match="'hinge' of a plugin shares its name with one of TRL's"):
+        MultimodalDPOConfig(loss_type=["hinge"])
+    for setting in ({"ld_alpha": 0.5}, {"use_weighting": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} works with TRL's losses only"):
+            MultimodalDPOConfig(loss_type=["sigmoid", "toy"], **setting)
+
+
+def test_a_loss_that_lacks_a_part_is_refused_when_it_is_registered(registered):
+    class Unpublished(PreferenceLoss):
+        name = "unpublished"
+
+        def __call__(self, pairs, args):
+            return pairs.log_ratios().chosen
+
+    class Idle(PreferenceLoss):
+        name, paper = "idle", "https://example.org/paper"
+
+    with pytest.raises(UserError, match="The loss 'unpublished' .* lacks paper"):
+        registered(Unpublished())
+    with pytest.raises(TypeError, match="__call__"):
+        registered(Idle())
+
+
+def test_a_loss_from_a_plugin_file_appears_everywhere(tmp_path):
+    model, processor = tiny_dpo.adapter_policy(save_to=tmp_path)
+    model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
+    processor.save_pretrained(tmp_path / "sft")
+    known = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
+    rows = Dataset.from_list([tiny_dpo.pair(number) | known for number in range(4)], features=preference_features())
+    (tmp_path / "pairs").mkdir()
+    rows.to_parquet(tmp_path / "pairs" / "train-00000-of-00001.parquet")
+    (tmp_path / "mine.py").write_text(SIGMOID)
+    (tmp_path / "mine.yaml").write_text(
+        "output_dir: run\ndpo: {model_name_or_path: sft, dataset: pairs, max_steps: 1, report_to: none, "
+        "per_device_train_batch_size: 4, loss_type: [sigmoid, my_sigmoid], loss_weights: [0.5, 0.5]}\n"
+    )
+
+    def medst(*words, code=0):
+        command = [sys.executable, "-m", "medst_trl.cli", *words]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
+        environment.pop("MEDST_PLUGINS", None)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == code, done.stderr
+        return " ".join((done.stdout if code == 0 else done.stderr).split())
+
+    plugins = ("--plugins", "mine.py")
+    assert "my_sigmoid (https://example.org/paper)" in medst("dpo", "--help", *plugins)
+    assert "mine.yaml is valid" in medst("recipes", "validate", "mine.yaml", *plugins)
+    assert "Unknown loss_type 'my_sigmoid'" in medst("recipes", "validate", "mine.yaml", code=2)
+    assert "sigmoid + my_sigmoid, beta 0.1" in medst("run", "mine.yaml", "--dry_run", *plugins)
+    assert "Stage 2 is done: 1 steps" in medst("run", "mine.yaml", *plugins)
+    record = json.loads((tmp_path / "run" / "dpo" / "stage.json").read_text())
+    assert record["settings"]["loss_type"] == ["sigmoid", "my_sigmoid"]
+    assert "my_sigmoid" in (tmp_path / "run" / "dpo" / "README.md").read_text()
+    medst("report", "--run", "run")
+    assert "my_sigmoid" in (tmp_path / "run" / "report" / "index.html").read_text()
