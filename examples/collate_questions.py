@@ -1,15 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The self-questioning collator by itself: which tokens of a conversation are trained, and which of them are a
-question's.
+The self-questioning collator alone: which tokens of a conversation are trained on, and which of them belong to a
+question.
 
 ```bash
 python examples/collate_questions.py
 ```
 
-The collator fits any trainer that takes TRL's vision collator; only `question_mask` has to be taken out of the batch
-before it goes into the model.
+The collator works with any trainer that takes TRL's vision collator; only `question_mask` must be removed from the
+batch before the model runs.
 """
 
 from medst_trl import DataCollatorForSelfQuestioning
@@ -23,7 +23,7 @@ def main() -> dict[str, list[str]]:
     conversation = next(iter(instruct_rows(make_phantoms(1, seed=0), seed=0)))
 
     trained = {}
-    for epoch in range(2):  # the turns that the model asks are drawn anew in every epoch
+    for epoch in range(2):  # the turns that the model asks are drawn again in every epoch
         collator.set_epoch(epoch)
         batch = collator([conversation])
         questions = batch.pop("question_mask")[0]
@@ -37,7 +37,7 @@ def main() -> dict[str, list[str]]:
 
 
 def shorten(text: str, image: str = "<image>") -> str:
-    """One image placeholder instead of one for each patch."""
+    """One image placeholder instead of one per patch."""
     before, _, after = text.partition(image)
     return before + image + after[after.rfind(image) + len(image) if image in after else 0 :].replace("\n", " ")
 

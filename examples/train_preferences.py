@@ -1,14 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Stage 2 from Python: a policy draws answers, a judge compares them, DPO teaches the better ones.
+Stage 2 from Python: DPO teaches a policy to prefer the better of two answers.
 
 ```bash
 python examples/train_preferences.py
 python examples/train_preferences.py --model runs/demo/sft --dataset runs/demo/judge/preferences --max_steps 100
 ```
 
-Without arguments a tiny model with random weights learns, in a few steps, to prefer the right answers about drawn
+Without arguments a tiny model with random weights learns, in a few steps, to prefer right answers about synthetic
 scans to wrong ones.
 """
 
@@ -24,7 +24,7 @@ from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.vusr import add_vusr
 
 
-def drawn_pairs(count: int) -> Dataset:
+def synthetic_pairs(count: int) -> Dataset:
     """Preference pairs in TRL's columns: the right modality of a scan against a wrong one."""
     rows = []
     for phantom in make_phantoms(count, seed=0, split="unlabelled"):
@@ -49,7 +49,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
         model, processor = tiny_llava()
         prepare_policy(model, processor)
     new_adapter = None
-    if not hasattr(model, "peft_config"):  # an adapter of stage 1 goes on training, and its copy is the reference
+    if not hasattr(model, "peft_config"):  # an adapter of stage 1 is trained further, and its copy is the reference
         new_adapter = adapter_config(model, vusr_token_id=add_vusr(processor))
 
     trainer = MultimodalDPOTrainer(
@@ -66,7 +66,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
             save_strategy="no",
             report_to="none",
         ),
-        train_dataset=load_dataset(dataset_name, split="train") if dataset_name else drawn_pairs(64),
+        train_dataset=load_dataset(dataset_name, split="train") if dataset_name else synthetic_pairs(64),
         processing_class=processor,
         peft_config=new_adapter,
     )
@@ -79,8 +79,8 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a policy; a tiny model with random weights without it")
-    parser.add_argument("--dataset", help="folder or Hub id of preference pairs; drawn ones without it")
+    parser.add_argument("--model", help="directory or Hub id of a policy; default: a tiny model with random weights")
+    parser.add_argument("--dataset", help="directory or Hub id of preference pairs; default: synthetic ones")
     parser.add_argument("--output_dir", default="runs/example_preferences")
     parser.add_argument("--max_steps", type=int, default=20)
     args = parser.parse_args()

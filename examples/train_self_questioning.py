@@ -8,7 +8,7 @@ python examples/train_self_questioning.py
 python examples/train_self_questioning.py --model llava-hf/llava-1.5-7b-hf --dataset runs/vqa_rad/prepare/instruct
 ```
 
-Without arguments it trains a tiny model on drawn scans for a few steps: it shows the calls, and learns next to
+Without arguments it trains a tiny model on synthetic scans for a few steps: it shows the calls, but learns almost
 nothing.
 """
 
@@ -46,7 +46,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
             learning_rate=2e-4,  # language model; the paper's rates
             vision_learning_rate=5e-5,
             projector_learning_rate=2e-5,
-            sq_ratio=0.5,  # half of the questions are the model's own to write
+            sq_ratio=0.5,  # the model learns to write half of the questions
             logging_steps=5,
             save_strategy="no",
             report_to="none",
@@ -56,7 +56,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
         peft_config=adapter_config(model, vusr_token_id=add_vusr(processor)),
     )
     trainer.train()
-    trainer.save_model(output_dir)  # the adapter, its processor and template: load_policy(output_dir) brings them back
+    trainer.save_model(output_dir)  # adapter, processor and template, for load_policy(output_dir)
 
     image = dataset[0]["images"][0].convert("RGB")
     bare = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": VUSR}]}]
@@ -69,8 +69,8 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id; a tiny model with random weights without it")
-    parser.add_argument("--dataset", help="folder or Hub id of an instruct dataset; drawn scans without it")
+    parser.add_argument("--model", help="directory or Hub id; default: a tiny model with random weights")
+    parser.add_argument("--dataset", help="directory or Hub id of an instruct dataset; default: synthetic scans")
     parser.add_argument("--output_dir", default="runs/example")
     parser.add_argument("--max_steps", type=int, default=20)
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from medst_trl.policy.parts import model_parts
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, ProcessorMixin, Trainer
+    from transformers import PreTrainedModel, ProcessorMixin
 
 BLANK_SIDE = 64  # pixels; processors that resize images need no more
 
@@ -173,28 +173,6 @@ def _explained(image: Any) -> Iterator[None]:
 # rank whose batch is text alone would skip the vision tower: the ranks then wait for each other forever, or add up
 # gradients of different layers (https://github.com/hiyouga/LLaMA-Factory/issues/5616). So that rank encodes a blank
 # image and adds nothing of it to its tokens: every trained weight has a gradient, which is zero there.
-
-
-def encode_blank_images_if_needed(trainer: "Trainer", *models: Any) -> None:
-    """
-    Make models run their vision tower in every batch if the trainer's ranks would otherwise diverge, in place.
-
-    DDP that looks for unused parameters (TRL's default with images) is left alone: it exchanges zeros itself.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Trainer with an accelerator.
-        *models ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `None`):
-            What it runs: the policy and, if it is a model of its own, the reference.
-    """
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if trainer.accelerator.num_processes == 1 or not (sharded or trainer.args.ddp_find_unused_parameters is False):
-        return
-    for model in models:
-        if model is not None:
-            model = trainer.accelerator.unwrap_model(model)
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            encode_blank_images(base, trainer.processing_class)
 
 
 def encode_blank_images(model: "PreTrainedModel", processor: "ProcessorMixin") -> None:

@@ -32,7 +32,7 @@ def checkpoints(tmp_path):
     return tmp_path
 
 
-def test_an_optimizer_that_deepspeed_has_divided_needs_as_many_processes(checkpoints):
+def test_a_sharded_optimizer_needs_the_same_number_of_processes(checkpoints):
     parts = checkpoints / "checkpoint-1" / "global_step1"
     parts.mkdir()
     for rank in range(2):
@@ -44,14 +44,14 @@ def test_an_optimizer_that_deepspeed_has_divided_needs_as_many_processes(checkpo
             resume_checkpoint(checkpoints, other)
 
 
-def test_deepspeed_cannot_go_on_from_another_optimizer(checkpoints):
+def test_deepspeed_cannot_resume_another_optimizer(checkpoints):
     with pytest.raises(UserError, match="without DeepSpeed"):
         resume_checkpoint(checkpoints, accelerator(DistributedType.DEEPSPEED, 1))
     assert resume_checkpoint(checkpoints, accelerator(DistributedType.MULTI_GPU, 2)) is not None
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_under_zero_2_end_as_if_they_had_not_been(tmp_path):
+def test_two_ranks_killed_under_zero_2_resume_to_the_same_weights(tmp_path):
     pytest.importorskip("deepspeed")
     settings = {
         "max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2,

@@ -71,7 +71,7 @@ def test_a_shared_prefix(tmp_path, policy, loss_types):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_shared_prefix_where_answers_are_cut(tmp_path, policy):
+def test_a_shared_prefix_with_truncated_answers(tmp_path, policy):
     settings = {"policy": policy, "max_length": 80}
     trainer = make_trainer(tmp_path / "shared", rows=pairs(), **DESCENT, **settings)
     assert 0 < trainer.pairs.truncated < len(trainer.train_dataset)

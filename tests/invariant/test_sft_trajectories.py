@@ -54,7 +54,7 @@ def test_packing(tmp_path, lora):
     assert_same(packed, plain(lora), TOLERANCE)
 
 
-def test_packing_where_conversations_are_cut_and_set_aside(tmp_path):
+def test_packing_with_truncated_and_rejected_conversations(tmp_path):
     rows = conversations()
     rows[5]["messages"][1]["content"][0]["text"] = "very " * 200
     packed, padded = (
@@ -65,7 +65,7 @@ def test_packing_where_conversations_are_cut_and_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in MODELS if family not in ("gemma-3", "internvl")])
-def test_packing_in_every_family_that_tells_conversations_apart(tmp_path, family):
+def test_packing_in_every_family_that_separates_conversations(tmp_path, family):
     packed, padded = (
         sft(tmp_path / str(pack), policy=(*tiny_model(family), None), lora=False, pack_sequences=pack)
         for pack in (True, False)

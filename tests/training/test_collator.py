@@ -26,7 +26,7 @@ def _long_conversation(turns, images=1):
     return example
 
 
-def test_questions_and_answers_are_told_apart():
+def test_question_and_answer_tokens_are_distinguished():
     batch = _collator(sq_ratio=1.0)([tiny_run.conversation(0), tiny_run.conversation(3, turns=3)])
     labelled = batch["labels"] != IGNORED
     assert (batch["question_mask"] & ~labelled).sum() == 0
@@ -45,7 +45,7 @@ def test_text_only_and_image_examples_share_a_batch():
     assert "pixel_values" not in _collator()([plain, plain])
 
 
-def test_string_content_gets_its_images_in_front():
+def test_images_come_before_string_content():
     parts = tiny_run.conversation(0)
     strings = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in parts["messages"]]
     ours, theirs = (
@@ -67,7 +67,7 @@ def test_a_wrong_number_of_images_names_the_record():
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"GIF89a"])
-def test_an_unreadable_image_costs_its_example_alone(damage):
+def test_an_unreadable_image_rejects_only_its_example(damage):
     good, bad = tiny_run.conversation(0), tiny_run.conversation(1)
     stored = BytesIO()
     bad["images"][0].save(stored, "PNG")
@@ -80,7 +80,7 @@ def test_an_unreadable_image_costs_its_example_alone(damage):
     assert alone["rejected"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
 
 
-def test_draws_follow_seed_epoch_id_and_turn_alone():
+def test_draws_depend_only_on_seed_epoch_id_and_turn():
     examples = [tiny_run.conversation(i, turns=4) for i in range(60)]
     draw = lambda collator: [collator.asked_turns(e["id"], e["messages"]) for e in examples]  # noqa: E731
     first = _collator(seed=1)
@@ -103,7 +103,7 @@ def test_the_ratio_is_the_share_of_questions(ratio):
     assert abs(sum(asked) / 2000 - ratio) < 0.04  # four standard errors at 0.5
 
 
-def test_the_first_turn_can_be_left_out():
+def test_the_first_turn_can_be_excluded():
     examples = [tiny_run.conversation(i, turns=3)["messages"] for i in range(20)]
     assert all(_collator(sq_ratio=1.0, sq_first_turn=False).asked_turns("x", e) == {2, 4} for e in examples)
     assert all(_collator(sq_ratio=1.0).asked_turns("x", e) == {0, 2, 4} for e in examples)
@@ -116,7 +116,7 @@ def test_a_turn_marked_on_disk_is_always_asked():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_workers_that_outlive_an_epoch_see_the_next_one(workers):
+def test_persistent_workers_see_the_next_epoch(workers):
     collator = _collator()
     loader = DataLoader(
         [tiny_run.conversation(i, turns=3) for i in range(8)], collate_fn=collator, batch_size=8, num_workers=workers,
@@ -137,7 +137,7 @@ def test_workers_that_outlive_an_epoch_see_the_next_one(workers):
 @pytest.mark.parametrize("family", ["vicuna", "llava-1.5-hf", "qwen2.5-vl", "gemma-3", "idefics3", "llama-3.2-vision"])
 @settings(max_examples=40, deadline=None)
 @given(turns=st.integers(1, 6), images=st.integers(0, 2), max_length=st.integers(1, 400), asked=st.booleans())
-def test_truncation_ends_behind_an_answer_and_never_in_an_image(family, turns, images, max_length, asked):
+def test_truncation_ends_after_an_answer_and_never_inside_an_image(family, turns, images, max_length, asked):
     example, ratio = _long_conversation(turns, images), float(asked)
     whole = _collator(family, sq_ratio=ratio)([example])
     batch = _collator(family, sq_ratio=ratio, max_length=max_length)([example])
@@ -171,7 +171,7 @@ def test_the_longest_fitting_part_is_kept():
         assert batch["input_ids"].shape[1] == length, turns
 
 
-def test_images_of_turns_that_were_cut_go_too():
+def test_images_of_truncated_turns_are_removed():
     example = _long_conversation(3)
     example["messages"][4]["content"].insert(0, {"type": "image", "text": None})
     example["images"] = example["images"] * 2
@@ -183,7 +183,7 @@ def test_images_of_turns_that_were_cut_go_too():
     assert torch.equal(batch["pixel_values"], two_turns["pixel_values"])
 
 
-def test_examples_that_do_not_fit_leave_the_others_alone():
+def test_an_example_that_does_not_fit_does_not_affect_the_others():
     short = {
         "id": "short",
         "images": [],
@@ -200,7 +200,7 @@ def test_examples_that_do_not_fit_leave_the_others_alone():
     assert (nothing["labels"] == IGNORED).all()
 
 
-def test_what_is_cut_is_named():
+def test_truncated_examples_are_listed():
     example = _long_conversation(4)
     length = _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][:4]}])["input_ids"].shape[1]
     assert _collator(sq_ratio=0.0, max_length=length)([example])["truncated"] == ["r1"]
@@ -228,7 +228,7 @@ def test_any_mixture_of_rows_with_and_without_images(family):
         assert together["labels"][index][: len(alone)].tolist() == alone.tolist()
 
 
-def test_a_processor_that_does_not_say_where_images_stand_is_refused(monkeypatch):
+def test_a_processor_that_does_not_report_image_positions_is_refused(monkeypatch):
     processor = prepared_processor("vicuna")
     call = type(processor).__call__
 
@@ -267,6 +267,6 @@ def test_prompt_completion_examples_have_no_questions():
     assert not batch["question_mask"].any() and batch["question_mask"].shape == batch["labels"].shape
 
 
-def test_a_ratio_is_between_zero_and_one():
+def test_a_ratio_outside_zero_to_one_is_refused():
     with pytest.raises(UserError, match="sq_ratio"):
         _collator(sq_ratio=50)

@@ -119,7 +119,7 @@ def test_pairs_that_cannot_be_trained_on_are_rejected(tmp_path):
         make_trainer(tmp_path, rows=[rows[1]])
 
 
-def test_answers_that_do_not_fit_are_cut_and_counted(tmp_path):
+def test_answers_that_do_not_fit_are_truncated_and_counted(tmp_path):
     rows = [pair(number) for number in range(4)]
     rows[2]["chosen"][0]["content"][0]["text"] = "long " * 400
     trainer = make_trainer(tmp_path, rows=rows, max_length=80, max_steps=1)
@@ -137,7 +137,7 @@ def test_logs_have_lengths_and_log_ratios(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", [["sigmoid", "sft"], ["ipo"], ["hinge"], ["robust"]])
-def test_other_losses_of_trl_and_their_sums_stay_available(tmp_path, loss_type):
+def test_every_loss_of_trl_and_their_sums_work(tmp_path, loss_type):
     trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type, label_smoothing=0.1)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
@@ -158,7 +158,7 @@ def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
-def test_the_orders_that_can_be_are_trained_in(tmp_path, strategy):
+def test_every_sampling_strategy_trains_on_every_pair(tmp_path, strategy):
     trainer = make_trainer(tmp_path, train_sampling_strategy=strategy, max_steps=-1, num_train_epochs=1)
     assert sorted(trainer._get_train_sampler()) == list(range(12))
     trainer.train()
@@ -208,7 +208,7 @@ def test_datasets_that_cannot_be_checked_are_refused_at_once(tmp_path):
             MultimodalDPOTrainer("no/such-model", args, train_dataset=train, eval_dataset=evaluation)
 
 
-def test_text_without_a_column_of_images_is_told_to_have_one(tmp_path):
+def test_text_without_an_images_column_is_refused_with_the_remedy(tmp_path):
     rows = [pair(number) for number in range(4)]
     for row in rows:
         del row["images"], row["prompt"][0]["content"][0]
@@ -221,7 +221,7 @@ def test_text_without_a_column_of_images_is_told_to_have_one(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_displacement_is_said_once_and_only_when_it_lasts(caplog):
+def test_displacement_is_warned_of_once_and_only_if_it_persists(caplog):
     class State:
         global_step, is_world_process_zero = 30, True
 
@@ -274,7 +274,7 @@ def run_script(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = run_script(tmp_path / "whole", **settings)
     assert whole.returncode == 0, whole.stderr

@@ -45,7 +45,7 @@ def test_the_size_is_that_of_the_decoded_image(tmp_path, kind, orientation):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_no_usual_image_is_decoded(monkeypatch, tmp_path, kind):
+def test_the_size_of_common_formats_is_read_without_decoding(monkeypatch, tmp_path, kind):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     whole = stored(kind)
     for image in (whole, on_disk(whole, tmp_path)):
@@ -53,7 +53,7 @@ def test_no_usual_image_is_decoded(monkeypatch, tmp_path, kind):
         check_image(image)
 
 
-def test_exif_behind_the_pixels_of_a_png_is_found():
+def test_exif_after_the_pixels_of_a_png_is_found():
     data, turned = stored("PNG")["bytes"], stored("PNG", 6)["bytes"]
     start = turned.index(b"eXIf") - 4
     chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4])]
@@ -63,7 +63,7 @@ def test_exif_behind_the_pixels_of_a_png_is_found():
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("kept", [0.95, 0.5, 0.02])
-def test_an_image_that_is_cut_short_is_told(tmp_path, kind, kept):
+def test_a_truncated_image_is_reported(tmp_path, kind, kept):
     cut = stored(kind)
     check_image(cut)
     cut["bytes"] = cut["bytes"][: int(len(cut["bytes"]) * kept)]
@@ -77,7 +77,7 @@ def test_an_image_that_is_cut_short_is_told(tmp_path, kind, kept):
             check_image(image)
 
 
-def test_what_pillow_reads_though_it_does_not_end_well_is_kept():
+def test_an_image_without_an_end_marker_that_pillow_reads_is_kept():
     image = stored("JPEG")
     check_image({**image, "bytes": image["bytes"] + b"a note of the scanner"})
 
@@ -86,13 +86,13 @@ def test_what_pillow_reads_though_it_does_not_end_well_is_kept():
     "image",
     [{"bytes": b"", "path": None}, {"bytes": None, "path": "/no/such.png"}, {"bytes": None, "path": None}, None],
 )
-def test_what_is_no_image_is_told(image):
+def test_data_that_is_not_an_image_is_reported(image):
     with pytest.raises(UnreadableImage, match="cannot be read"):
         image_size(image)
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_every_family(family):
+def test_every_family_encodes_a_blank_image_without_changing_its_outputs(family):
     model, processor = tiny_model(family)
     prepare_policy(model, processor).train()
     collator = DataCollatorForSelfQuestioning(processor)

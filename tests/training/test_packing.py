@@ -89,7 +89,7 @@ def _gradients(trainer, loss):
 
 
 @pytest.mark.parametrize(("family", "cost", "settings"), CASES, ids=NAMES)
-def test_a_packed_step_is_the_padded_one(tmp_path, family, cost, settings):
+def test_a_packed_step_equals_the_padded_step(tmp_path, family, cost, settings):
     trainer = _trainer(tmp_path, family, settings)
     trainer.model.train()
     collator = replace(trainer.data_collator, packing=cost)
@@ -132,7 +132,7 @@ def test_conversations_do_not_see_each_other(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", [family for family in PACKED if family.startswith("qwen")])
-def test_every_conversation_has_the_rope_positions_it_has_alone(tmp_path, family):
+def test_rope_positions_of_a_packed_conversation_are_those_it_has_alone(tmp_path, family):
     trainer = _trainer(tmp_path, family)
     batch = trainer.data_collator(_rows())
     positions = rope_positions(trainer.model, batch)
@@ -147,7 +147,7 @@ def test_every_conversation_has_the_rope_positions_it_has_alone(tmp_path, family
         assert trainer.model.model.get_rope_index(*inputs)[0][:, 0].tolist() in found
 
 
-def test_the_first_token_of_a_conversation_is_no_target_of_its_neighbour():
+def test_the_first_token_of_a_conversation_is_not_a_target_of_its_neighbor():
     tokens = torch.arange(1, 13).view(2, 6)
     lengths = torch.tensor([4, 2])
     mask = torch.arange(6) < lengths[:, None]
@@ -161,7 +161,7 @@ def test_the_first_token_of_a_conversation_is_no_target_of_its_neighbour():
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2-vl", "smolvlm"])
-def test_batches_without_images_and_without_anything(tmp_path, family):
+def test_batches_without_images_and_batches_without_examples_pack(tmp_path, family):
     rows = [{**tiny_run.conversation(i, turns=1 + 2 * i, with_image=False)} for i in range(4)]
     trainer = _trainer(tmp_path, family, rows=rows, max_steps=1)
     collator = replace(trainer.data_collator)
@@ -174,7 +174,7 @@ def test_batches_without_images_and_without_anything(tmp_path, family):
     assert trainer.compute_loss(trainer.model, nothing) == 0
 
 
-def test_what_was_left_out_and_cut_is_named_in_packed_batches(tmp_path):
+def test_packed_batches_list_rejected_and_truncated_examples(tmp_path):
     collator = _trainer(tmp_path, "vicuna").data_collator
     rows = _rows()
     rows[0]["messages"][1]["content"][0]["text"] = "very " * 100
@@ -185,7 +185,7 @@ def test_what_was_left_out_and_cut_is_named_in_packed_batches(tmp_path):
     assert (packed["labels"] != IGNORED).sum() == (padded["labels"] != IGNORED).sum()
 
 
-def test_a_packed_run_logs_what_the_padded_one_does(tmp_path):
+def test_a_packed_run_logs_the_same_as_a_padded_run(tmp_path):
     logs = []
     for packed in (True, False):
         settings = {"pack_sequences": packed, "rows": None, "gradient_accumulation_steps": 2, "lora_dropout": 0.0}
@@ -198,7 +198,7 @@ def test_a_packed_run_logs_what_the_padded_one_does(tmp_path):
             assert packed[name] == pytest.approx(padded[name], abs=2e-5), name
 
 
-def test_rows_grow_to_a_multiple_and_evaluation_stays_padded(tmp_path):
+def test_rows_are_padded_to_a_multiple_and_evaluation_stays_padded(tmp_path):
     trainer = _trainer(tmp_path, "vicuna", pad_to_multiple_of=64)
     assert trainer.data_collator(_rows())["input_ids"].shape[1] % 64 == 0
     loader = trainer.get_eval_dataloader(trainer.train_dataset)
@@ -218,7 +218,7 @@ def test_a_model_that_sees_images_in_both_directions_gets_grouped_batches(tmp_pa
     ("attention", "kind"),
     [("sdpa", True), ("flex_attention", True), ("flash_attention_2", False), ("unknown", None)],
 )
-def test_long_rows_cost_where_attention_has_a_mask(attention, kind):
+def test_long_rows_cost_more_if_attention_uses_a_mask(attention, kind):
     model, _ = tiny_model("vicuna")
     model.config.get_text_config()._attn_implementation_internal = attention
     cost, why = packing_cost(model)
@@ -226,13 +226,13 @@ def test_long_rows_cost_where_attention_has_a_mask(attention, kind):
 
 
 @pytest.mark.parametrize("name", ["packing", "padding_free"])
-def test_packing_of_text_is_refused_with_the_name_of_ours(tmp_path, name):
+def test_packing_of_trl_is_refused_in_favor_of_pack_sequences(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}.*pack_sequences"):
         _trainer(tmp_path, "vicuna", **{name: True})
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
-def test_rows_hold_everything_once_and_cost_no_more_than_padding(lengths, cost):
+def test_rows_hold_every_document_once_and_cost_no_more_than_padding(lengths, cost):
     rows = rows_of(lengths, cost)
     fills = [sum(lengths[item] for item in row) for row in rows]
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
@@ -295,7 +295,7 @@ def _padding(batches):
     return sum(sum(max(LENGTHS[i] for i in batch) - LENGTHS[i] for i in batch) for batch in batches)
 
 
-def test_every_example_once_an_epoch_with_little_padding(tmp_path):
+def test_every_example_appears_once_per_epoch_with_little_padding(tmp_path):
     grouped, shuffled = grouping_trainer(tmp_path), grouping_trainer(tmp_path, train_sampling_strategy="random")
     for trainer in (grouped, shuffled):
         trainer.train()
@@ -307,12 +307,12 @@ def test_every_example_once_an_epoch_with_little_padding(tmp_path):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_one_step_of_several_micro_batches_is_a_group(tmp_path):
+def test_the_micro_batches_of_a_step_form_one_group(tmp_path):
     trainer = grouping_trainer(tmp_path, gradient_accumulation_steps=3)
     assert trainer._get_train_sampler().batch_size == 12
 
 
-def test_the_order_follows_from_the_seed_and_not_from_other_draws(tmp_path):
+def test_the_order_depends_on_the_seed_and_not_on_other_draws(tmp_path):
     def order(**settings):
         trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
         torch.rand(settings["seed"])
@@ -322,7 +322,7 @@ def test_the_order_follows_from_the_seed_and_not_from_other_draws(tmp_path):
 
 
 @pytest.mark.parametrize("dies_after", [7, 25], ids=["first epoch", "second epoch"])
-def test_a_resumed_run_goes_on_in_the_same_order(tmp_path, dies_after):
+def test_a_resumed_run_continues_in_the_same_order(tmp_path, dies_after):
     whole = grouping_trainer(tmp_path / "whole")
     whole.train()
     settings = {"save_strategy": "steps", "save_steps": 3}
@@ -369,7 +369,7 @@ def test_evaluation_keeps_its_order_and_other_strategies_their_sampler(tmp_path)
 
 
 @pytest.mark.parametrize("count", [20, 90])
-def test_another_dataset_is_trained_on_whole_and_in_the_random_order(tmp_path, caplog, count):
+def test_another_dataset_is_trained_on_completely_in_random_order(tmp_path, caplog, count):
     def trained(settings):
         trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
         list(trainer.get_train_dataloader())  # of the first dataset

@@ -36,7 +36,7 @@ def examples() -> list[dict]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_rows_are_what_the_conversations_are_alone(family):
+def test_both_rows_equal_their_conversations_encoded_alone(family):
     processor = prepared_processor(family)
     rows = examples()
     shared = DataCollatorForMultimodalPreference(processor, share_prefix=True)(rows)
@@ -62,7 +62,7 @@ def test_both_rows_are_what_the_conversations_are_alone(family):
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen3-vl"])
-def test_the_prefix_is_the_prompt_and_the_longest_pair_is_told(family):
+def test_the_prefix_is_the_prompt_and_the_longest_pair_sets_the_shared_length(family):
     processor, rows = prepared_processor(family), examples()
     batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)(rows)
     pairs = []
@@ -75,7 +75,7 @@ def test_the_prefix_is_the_prompt_and_the_longest_pair_is_told(family):
     assert batch["shared_length"] == max(pairs)
 
 
-def test_an_answer_that_does_not_fit_is_cut_and_a_prompt_that_fills_all_is_refused():
+def test_a_long_answer_is_truncated_and_a_prompt_without_room_is_refused():
     processor, rows = prepared_processor("vicuna"), examples()
     whole = DataCollatorForMultimodalPreference(processor)(rows)
     longest = int(whole["attention_mask"].sum(1).max())
@@ -156,7 +156,7 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["stored", "image column", "files", "in memory"])
 @pytest.mark.parametrize("family", ["vicuna", "qwen3-vl", "idefics3"])
-def test_pairs_are_as_long_as_in_the_batch_and_no_image_is_decoded(tmp_path, decoded, kind, family):
+def test_lengths_of_pairs_match_the_batch_and_no_image_is_decoded(tmp_path, decoded, kind, family):
     processor, dataset = prepared_processor(family), Dataset.from_list(rows())
     if kind == "image column":
         dataset = as_image_column(dataset)

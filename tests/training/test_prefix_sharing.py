@@ -48,7 +48,7 @@ PAIRS = [
 ]
 
 
-def test_the_layout_is_prompt_chosen_and_again_from_the_last_prompt_token_rejected():
+def test_the_layout_is_prompt_chosen_last_prompt_token_rejected():
     prompt, chosen, rejected = [3, 4, 2], [1, 5, 2], [4, 1, 1]
     length = 9
     rows = torch.zeros(6, length, dtype=torch.long)
@@ -123,7 +123,7 @@ def test_scores_and_gradients_are_those_of_separate_sequences(family, attention)
     ],
     ids=["very unequal", "truncated", "no image", "one without image", "padded"],
 )
-def test_unusual_batches_too(family, examples, settings):
+def test_unusual_batches_give_the_same_scores(family, examples, settings):
     model, processor = tiny_model(family)
     (ours, _, labels), (theirs, _, _) = shared_and_separate(model, processor, examples, **settings)
     assert (labels != -100).any(1).all()
@@ -166,7 +166,7 @@ def warnings_of(caplog) -> list[str]:
     return [record.message for record in caplog.records if "share_prefix" in record.message]
 
 
-def test_a_model_on_which_it_is_not_exact_goes_on_with_separate_sequences(tmp_path, monkeypatch, caplog):
+def test_a_model_that_disagrees_continues_with_separate_sequences(tmp_path, monkeypatch, caplog):
     exact = make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3)
     exact.train()
     leaking = prefix_sharing.branch_masks
@@ -232,7 +232,7 @@ def test_a_policy_whose_language_model_alone_has_flex_attention_trains_on_a_cpu(
     assert losses_of(trainer) == pytest.approx(plain, abs=1e-6)
 
 
-def test_a_model_that_takes_no_such_mask_goes_on_too(tmp_path, monkeypatch, caplog):
+def test_a_model_that_rejects_the_mask_continues_with_separate_sequences(tmp_path, monkeypatch, caplog):
     plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3))
     trainer = make_trainer(tmp_path / "shared", max_steps=3)
     language = trainer.model.get_base_model().model.language_model
@@ -250,7 +250,7 @@ def test_a_model_that_takes_no_such_mask_goes_on_too(tmp_path, monkeypatch, capl
     assert "ValueError: a mask of two dimensions is wanted" in said
 
 
-def test_another_attention_implementation_is_compared_anew(tmp_path, monkeypatch, caplog):
+def test_another_attention_implementation_is_compared_again(tmp_path, monkeypatch, caplog):
     """As where FlexAttention takes over for the first long batch."""
     plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=4))
     right = prefix_sharing.branch_masks
@@ -271,7 +271,7 @@ def test_another_attention_implementation_is_compared_anew(tmp_path, monkeypatch
     assert len(warnings_of(caplog)) == 1
 
 
-def test_ranks_with_parts_of_the_weights_run_the_model_equally_often():
+def test_ranks_with_sharded_weights_run_the_model_equally_often():
     model, processor = tiny_model("vicuna")
     add_fused_lm_head(model)
     PrefixSharing(model, is_sharded=True)
@@ -300,7 +300,7 @@ def test_a_copy_of_the_model_runs_its_own_weights():
     assert torch.allclose(scores[labels[:, 1:] != -100], torch.tensor(-math.log(copy.lm_head.out_features)))
 
 
-def test_a_collator_that_shares_nothing_is_noticed(tmp_path, caplog):
+def test_a_collator_without_shared_prefixes_is_warned_of(tmp_path, caplog):
     processor = adapter_policy()[1]
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(
@@ -315,7 +315,7 @@ def test_a_collator_that_shares_nothing_is_noticed(tmp_path, caplog):
     assert losses_of(wrapped) == pytest.approx(plain, abs=1e-6)
 
 
-def test_attention_without_masks_of_its_own_is_not_tried(tmp_path, caplog):
+def test_attention_without_custom_masks_is_not_tried(tmp_path, caplog):
     model, processor = adapter_policy()
     model.get_base_model().config.get_text_config()._attn_implementation = "flash_attention_2"
     assert "flash_attention_2" in cannot_share(model.get_base_model())
@@ -334,7 +334,7 @@ def test_layers_that_carry_state_and_cross_attention_are_not_tried():
     assert "cross-attention" in cannot_share(model)
 
 
-def test_the_forward_without_a_pair_is_the_models_own():
+def test_the_forward_without_a_pair_is_unchanged():
     model, processor = tiny_model("vicuna")
     batch = DataCollatorForMultimodalPreference(processor)([*PAIRS])
     batch.pop("completion_mask")
@@ -400,12 +400,12 @@ def test_a_branch_sees_the_trunk_and_itself():
     assert mask.any(-1).all()  # a token that sees nothing would be NaN
 
 
-def test_a_window_counts_by_positions_and_not_by_places():
+def test_a_sliding_window_counts_positions_and_not_columns():
     mask = branch_masks(MistralConfig(sliding_window=3), "sdpa", BRANCHES, POSITIONS)
     assert [seen(mask, query) for query in (3, 4, 5, 6)] == [[1, 2, 3], [0, 1, 4], [1, 4, 5], [4, 5, 6]]
 
 
-def test_layers_of_two_types_get_a_mask_each_and_blocks_look_both_ways():
+def test_each_layer_type_gets_its_mask_and_blocks_attend_both_ways():
     config = Gemma3TextConfig(
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=2
     )
@@ -427,7 +427,7 @@ def test_eager_and_flex_attention_see_the_same(config):
     assert torch.equal(create_mask(flex.mask_mod, 1, None, 9, 9, device="cpu"), dense)
 
 
-def test_flex_attention_is_for_long_sequences_on_an_accelerator():
+def test_flex_attention_is_used_for_long_sequences_on_an_accelerator():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert attention_for("flex_attention", 4096, gpu) == "flex_attention"
     assert attention_for("flex_attention", 512, gpu) == attention_for("flex_attention", 4096, cpu) == "sdpa"

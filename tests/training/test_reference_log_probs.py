@@ -77,7 +77,7 @@ def figures(trainer) -> list[dict[str, float]]:
         ("full", {"loss_type": ["ipo"]}),
     ],
 )
-def test_training_is_that_with_a_live_reference(tmp_path, computed, policy, settings):
+def test_training_equals_that_with_a_live_reference(tmp_path, computed, policy, settings):
     settings |= {"policy": policy, "eval_rows": [pair(50), pair(51)]}
     live = make_trainer(tmp_path / "live", **settings)
     live.train()
@@ -133,7 +133,7 @@ def test_a_tied_head_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_an_own_reference_is_read_as_it_is_and_let_go(tmp_path, computed, dtype, tolerance):
+def test_a_given_reference_is_read_unchanged_and_released(tmp_path, computed, dtype, tolerance):
     reference, _ = adapter_policy()
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -291,7 +291,7 @@ def other_layer(model, processor):
         {"bf16": True},
     ],
 )
-def test_another_reference_or_setting_is_another_file(other):
+def test_another_reference_or_setting_uses_another_file(other):
     assert key_of(**other) != key_of()
 
 
@@ -305,7 +305,7 @@ def moved(model, processor):
     "other",
     [{"change": moved}, {"beta": 0.5}, {"share_prefix": False}, {"learning_rate": 1.0}, {"pad_to_multiple_of": 8}],
 )
-def test_what_changes_no_number_changes_no_file(other):
+def test_settings_that_change_no_number_use_the_same_file(other):
     assert key_of(**other) == key_of()
 
 
@@ -321,7 +321,7 @@ def test_numbers_of_another_reference_or_setting_are_not_used(written, tmp_path,
     assert sum(computed) == 12 and len(files(tmp_path)) == 2
 
 
-def test_numbers_do_not_hang_on_how_they_are_used(written, tmp_path, computed):
+def test_numbers_do_not_depend_on_training_settings(written, tmp_path, computed):
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     cached(tmp_path, share_prefix=False, per_device_train_batch_size=3, beta=0.5)
     assert not computed and len(files(tmp_path)) == 1
@@ -356,13 +356,13 @@ def test_share_prefix_gives_the_same_numbers(written, tmp_path):
         assert (ours["chosen"], ours["rejected"]) == pytest.approx((theirs["chosen"], theirs["rejected"]), rel=1e-6)
 
 
-def test_a_new_adapter_and_full_training_have_one_reference(tmp_path, computed):
+def test_a_new_adapter_and_full_training_share_one_reference(tmp_path, computed):
     cached(tmp_path, policy="new_adapter")
     cached(tmp_path, policy="full")
     assert sum(computed) == 12 and len(files(tmp_path)) == 1
 
 
-def test_a_cut_computation_goes_on_where_it_was(tmp_path, monkeypatch, computed, capsys):
+def test_an_interrupted_computation_resumes_where_it_stopped(tmp_path, monkeypatch, computed, capsys):
     counted = MultimodalDPOTrainer.compute_ref_log_probs
 
     def breaks(self, model, inputs):
@@ -384,7 +384,7 @@ def test_a_cut_computation_goes_on_where_it_was(tmp_path, monkeypatch, computed,
     assert computed == [4, 4, 4] and "12 of 12 pairs" in capsys.readouterr().out
 
 
-def test_a_run_killed_before_the_file_was_there_has_lost_nothing(tmp_path, monkeypatch, computed):
+def test_a_run_killed_before_the_file_exists_loses_nothing(tmp_path, monkeypatch, computed):
     from medst_trl.training.reference_log_probs import ReferenceCache
 
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
@@ -395,7 +395,7 @@ def test_a_run_killed_before_the_file_was_there_has_lost_nothing(tmp_path, monke
     assert not computed and [path.suffix for path in files(tmp_path)] == [".parquet"]
 
 
-def test_numbers_that_are_none_stop_the_run(tmp_path, monkeypatch):
+def test_non_finite_numbers_stop_the_run(tmp_path, monkeypatch):
     def overflows(self, model, inputs):
         rows = len(inputs["input_ids"]) // 2
         return torch.zeros(rows), torch.full((rows,), float("nan"))
@@ -416,7 +416,7 @@ def test_a_pair_that_the_reference_has_not_read_is_named(tmp_path):
     ("settings", "environment", "message"),
     [({"fsdp": "full_shard"}, {}, "FSDP"), ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP")],
 )
-def test_weights_cut_up_are_refused(tmp_path, monkeypatch, settings, environment, message):
+def test_sharded_weights_are_refused(tmp_path, monkeypatch, settings, environment, message):
     from medst_trl.training.reference_log_probs import check_precompute
 
     args = MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True)
@@ -432,7 +432,7 @@ def test_weights_cut_up_are_refused(tmp_path, monkeypatch, settings, environment
         check_precompute(args)
 
 
-def test_deepspeed_does_not_round_what_the_reference_says(tmp_path, monkeypatch):
+def test_deepspeed_does_not_round_reference_log_probs(tmp_path, monkeypatch):
     trainer = cached(tmp_path)
     config = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
@@ -449,7 +449,7 @@ def test_a_reference_that_changes_is_refused(tmp_path):
         MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, sync_ref_model=True)
 
 
-def test_weights_are_known_by_name_type_shape_and_value():
+def test_the_hash_of_weights_depends_on_name_type_shape_and_value():
     def of(**tensors):
         module = torch.nn.Module()
         for name, tensor in tensors.items():
@@ -510,7 +510,7 @@ def run(output_dir: Path, batches: int = 99, ranks: int = 1) -> subprocess.Compl
 
 
 @pytest.mark.slow
-def test_kill_9_loses_at_most_a_batch(tmp_path):
+def test_a_killed_computation_loses_at_most_one_batch(tmp_path):
     assert run(tmp_path / "cut", batches=4).returncode == -9
     done = run(tmp_path / "cut")
     assert done.returncode == 0, done.stderr
@@ -521,7 +521,7 @@ def test_kill_9_loses_at_most_a_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_file_of_one(tmp_path):
+def test_two_ranks_write_the_same_file_as_one(tmp_path):
     one, two = run(tmp_path / "one"), run(tmp_path / "two", ranks=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert "FORWARDS 6 1" in one.stdout and "FORWARDS 3 2" in two.stdout
@@ -571,7 +571,7 @@ def other_image() -> Image.Image:
         changed(images=[]),
     ],
 )
-def test_another_content_is_another_pair_whatever_its_id(other):
+def test_other_content_is_another_pair_with_any_id(other):
     assert other["id"] == "p1" and pair_key(other) != pair_key(pair(1))
 
 
@@ -583,7 +583,7 @@ def test_the_same_content_is_the_same_pair():
     assert pair_key({**without, "image": pair(1)["images"][0]}) == pair_key(pair(1))
 
 
-def test_numbers_come_back_and_a_person_can_read_what_they_are(tmp_path):
+def test_numbers_are_read_back_and_the_file_describes_itself(tmp_path):
     cache = ReferenceCache(tmp_path / "new", SETTINGS, {"base_model": "org/model"})
     assert cache.read() == {}
     cache.write(rows(1, 2))
@@ -597,14 +597,14 @@ def test_numbers_come_back_and_a_person_can_read_what_they_are(tmp_path):
     assert metadata["settings"].items() >= SETTINGS.items()
 
 
-def test_other_settings_are_another_file(tmp_path):
+def test_other_settings_use_another_file(tmp_path):
     ReferenceCache(tmp_path, SETTINGS).write(rows(1))
     for other in ({"weights": "cd" * 32}, {"max_length": 1024}, {"max_length": None}, {"ld_alpha": 0.5}):
         assert ReferenceCache(tmp_path, SETTINGS | other).read() == {}
     assert ReferenceCache(tmp_path, dict(reversed(SETTINGS.items()))).read() == rows(1)
 
 
-def test_a_renamed_file_of_another_reference_is_set_aside(tmp_path, caplog):
+def test_a_renamed_file_of_another_reference_is_marked_broken(tmp_path, caplog):
     other, cache = ReferenceCache(tmp_path, {"weights": "cd" * 32}), ReferenceCache(tmp_path, SETTINGS)
     other.write(rows(1))
     other.path.rename(cache.path)
@@ -613,7 +613,7 @@ def test_a_renamed_file_of_another_reference_is_set_aside(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "no_metadata", "other_columns"])
-def test_a_damaged_file_is_set_aside_in_one_line_and_written_again(tmp_path, caplog, damage):
+def test_a_damaged_file_is_marked_broken_and_written_again(tmp_path, caplog, damage):
     cache = ReferenceCache(tmp_path, SETTINGS)
     cache.write(rows(*range(20)))
     content, table = cache.path.read_bytes(), pq.read_table(cache.path)
@@ -635,7 +635,7 @@ def test_a_damaged_file_is_set_aside_in_one_line_and_written_again(tmp_path, cap
     assert cache.read() == rows(4)
 
 
-def test_what_a_cut_run_has_left_is_known_but_for_a_damaged_line(tmp_path):
+def test_lines_of_an_interrupted_run_are_read_except_damaged_ones(tmp_path):
     cache = ReferenceCache(tmp_path, SETTINGS)
     cache.write(rows(1))
     append(cache, rows(2, 3))
@@ -649,7 +649,7 @@ def test_what_a_cut_run_has_left_is_known_but_for_a_damaged_line(tmp_path):
     assert ReferenceCache(tmp_path, {}).read() == rows(8)
 
 
-def test_numbers_that_are_none_are_not_taken(tmp_path):
+def test_non_finite_numbers_are_not_read(tmp_path):
     cache, (key,) = ReferenceCache(tmp_path, SETTINGS), rows(1)
     with cache.append() as file:
         for value in ("NaN", "Infinity", "null", '"-1"'):
@@ -659,12 +659,12 @@ def test_numbers_that_are_none_are_not_taken(tmp_path):
     assert cache.read() == {}
 
 
-def test_nothing_computed_leaves_nothing(tmp_path):
+def test_no_file_is_left_if_nothing_is_computed(tmp_path):
     append(ReferenceCache(tmp_path / "new", SETTINGS), {})
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").touch()
     for cache in (ReferenceCache(tmp_path / "file", SETTINGS), ReferenceCache(tmp_path / "file" / "in", SETTINGS)):
         with pytest.raises(UserError, match="ref_log_probs_dir"):

@@ -43,7 +43,7 @@ def _killed(folder: Path, *how: str) -> None:
     [(("--kill_after_step", "5"), 3), (("--kill_while_saving", "6"), 3)],
     ids=["training", "saving"],
 )
-def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, how, resumed_from):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, never_killed, how, resumed_from):
     _killed(tmp_path, *how)
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{resumed_from}")
     trainer = tiny_run.train(tmp_path, **SETTINGS)
@@ -61,7 +61,7 @@ def checkpoints(never_killed, tmp_path):
     return tmp_path
 
 
-def test_the_newest_is_taken(checkpoints):
+def test_the_newest_checkpoint_is_used(checkpoints):
     assert newest_complete_checkpoint(checkpoints) == str(checkpoints / "checkpoint-6")
 
 
@@ -69,7 +69,7 @@ def test_the_newest_is_taken(checkpoints):
     "name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_a_broken_checkpoint_is_set_aside(checkpoints, name, damage):
+def test_a_broken_checkpoint_is_renamed(checkpoints, name, damage):
     path = checkpoints / "checkpoint-6" / name
     if damage == "missing":
         path.unlink()
@@ -86,18 +86,18 @@ def test_a_second_broken_checkpoint_of_the_same_step_keeps_the_first(checkpoints
     assert (checkpoints / "checkpoint-6.broken-2" / "optimizer.pt").exists()
 
 
-def test_a_run_may_go_on_with_another_number_of_processes(checkpoints, caplog):
+def test_a_run_can_resume_with_another_number_of_processes(checkpoints, caplog):
     assert newest_complete_checkpoint(checkpoints, num_processes=2) == str(checkpoints / "checkpoint-6")
     assert "written by 1 processes and is resumed by 2" in caplog.text
 
 
-def test_a_rank_that_had_not_written_yet_is_missed(checkpoints):
+def test_a_missing_random_state_of_a_rank_is_noticed(checkpoints):
     folder = checkpoints / "checkpoint-6"
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")  # the first of several
     assert newest_complete_checkpoint(checkpoints, num_processes=2) == str(checkpoints / "checkpoint-3")
 
 
-def test_nothing_to_resume(tmp_path):
+def test_an_empty_directory_has_nothing_to_resume(tmp_path):
     assert newest_complete_checkpoint(tmp_path) is None
     assert newest_complete_checkpoint(tmp_path / "missing") is None
 
@@ -117,7 +117,7 @@ class _Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_early_stopping_goes_on_counting(tmp_path):
+def test_early_stopping_continues_to_count_after_resuming(tmp_path):
     rows = [tiny_run.conversation(i) for i in range(8)]
     for message in rows[0]["messages"][1::2]:  # what no training answer says: its loss rises as those are learned
         message["content"] = tiny_run.text("zq xv wj zq")

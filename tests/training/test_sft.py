@@ -74,7 +74,7 @@ def test_every_group_trains_at_its_own_rate_and_nothing_else_moves(tmp_path, lor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_trains_is_kept_in_full_precision(tmp_path, dtype):
+def test_trained_weights_are_kept_in_full_precision(tmp_path, dtype):
     """At the paper's rate for the projector most steps are smaller than the distance between two 16-bit numbers."""
     model, processor = tiny_run.small_policy()
     model.to(dtype)
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, use_reentrant):
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_an_unreadable_image_is_set_aside_and_training_goes_on(tmp_path, strategy):
+def test_an_unreadable_image_is_rejected_and_training_continues(tmp_path, strategy):
     rows = [tiny_run.conversation(number) for number in range(8)]
     for row in rows:
         stored = BytesIO()
@@ -131,7 +131,7 @@ def test_an_unreadable_image_is_set_aside_and_training_goes_on(tmp_path, strateg
     assert {row["id"]: row["reason"] for row in rejected} == {"r3": "unreadable_image", "r5": "unreadable_image"}
 
 
-def test_the_evaluation_loss_leaves_out_what_was_set_aside(tmp_path):
+def test_the_evaluation_loss_excludes_rejected_examples(tmp_path):
     rows = [tiny_run.conversation(i) for i in range(4)]
     rows[2]["messages"][1]["content"][0]["text"] = "very " * 200
     settings = {"max_length": 100, "per_device_eval_batch_size": 1}
@@ -161,7 +161,7 @@ def _with_dataset(output_dir, dataset, **settings) -> SelfQuestioningTrainer:
     )
 
 
-def test_text_without_a_column_of_images_is_told_to_have_one(tmp_path):
+def test_text_without_an_images_column_is_refused_with_the_remedy(tmp_path):
     dataset = Dataset.from_list([tiny_run.conversation(i, with_image=False) for i in range(4)]).remove_columns(
         "images"
     )
@@ -174,14 +174,14 @@ def test_text_without_a_column_of_images_is_told_to_have_one(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
-def test_a_stream_is_trained_on_in_its_order_and_that_is_said_where_another_was_asked_for(tmp_path, caplog, strategy):
+def test_a_stream_is_trained_on_in_order_with_a_warning_if_another_was_requested(tmp_path, caplog, strategy):
     dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)]).to_iterable_dataset()
     _with_dataset(tmp_path, dataset, train_sampling_strategy=strategy).train()
     said = [record for record in caplog.records if "group_by_length" in record.message]
     assert len(said) == (strategy == "group_by_length")
 
 
-def test_prompts_with_completions_are_not_packed_and_that_is_said(tmp_path, caplog):
+def test_prompts_with_completions_are_not_packed_with_a_warning(tmp_path, caplog):
     rows = [tiny_run.conversation(i, turns=1) for i in range(8)]
     for row in rows:
         row["prompt"], row["completion"] = row["messages"][:1], row.pop("messages")[1:]
@@ -191,7 +191,7 @@ def test_prompts_with_completions_are_not_packed_and_that_is_said(tmp_path, capl
     trainer.train()
 
 
-def test_lengths_are_those_of_one_dataset_and_several_are_evaluated_on(tmp_path):
+def test_only_a_dataset_has_lengths_and_several_can_be_evaluated(tmp_path):
     dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)])
     processor = tiny_run.small_policy()[1]
     for data in (DatasetDict(train=dataset), {"train": dataset}, dataset.to_iterable_dataset()):
@@ -218,7 +218,7 @@ def test_the_log_names_each_part_and_kind(tmp_path):
         assert 0 <= entry[f"{kind}_accuracy"] <= 1
 
 
-def test_the_kinds_of_tokens_are_those_of_the_batch(tmp_path):
+def test_token_counts_match_the_batch(tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, n=4, max_steps=1, sq_ratio=1.0)
     batch = trainer.data_collator([tiny_run.conversation(i) for i in range(4)])
     trainer.train()
@@ -252,7 +252,7 @@ def test_weight_decay_leaves_the_token_row_alone(tmp_path):
             assert decay[id(parameter)] == (0.0 if no_decay else 0.1), name
 
 
-def test_evaluation_asks_the_same_questions_in_every_epoch(tmp_path):
+def test_evaluation_draws_the_same_turns_in_every_epoch(tmp_path):
     rows = [tiny_run.conversation(i, turns=3) for i in range(8)]
     trainer = tiny_run.make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows))
     first = trainer.evaluate()
@@ -282,7 +282,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     assert losses[-1] > min(losses)
 
 
-def test_what_does_not_fit_is_written_down_once(tmp_path):
+def test_a_rejected_example_is_written_once(tmp_path):
     rows = [tiny_run.conversation(i) for i in range(8)]
     rows[5]["messages"][1]["content"][0]["text"] = "very " * 200
     trainer = tiny_run.make_trainer(tmp_path, rows=rows, max_length=100, num_train_epochs=2, max_steps=-1)
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_written_down_once(tmp_path):
     assert lines == [{"id": "r5", "reason": "too_long", "value": "max_length=100"}]
 
 
-def test_a_saved_adapter_loads_as_the_policy_it_was(tmp_path):
+def test_a_saved_adapter_loads_as_the_same_policy(tmp_path):
     model, processor = tiny_run.small_policy()
     base = tmp_path / "base"
     model.save_pretrained(base)

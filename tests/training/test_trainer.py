@@ -38,7 +38,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("settings", [{}, {"train_sampling_strategy": "group_by_length"}, {"pack_sequences": True}])
-def test_every_image_is_decoded_and_resized_once_an_epoch(tmp_path, monkeypatch, settings):
+def test_every_image_is_decoded_and_resized_once_per_epoch(tmp_path, monkeypatch, settings):
     rows = [tiny_run.conversation(i, with_image=i % 3 != 1) for i in range(9)]
     counts = Counter()
 
@@ -71,7 +71,7 @@ def test_stored_and_decoded_images_make_the_same_batch(monkeypatch):
     assert torch.equal(collator(list(with_stored_images(one)))["pixel_values"], collator([dataset[0]])["pixel_values"])
 
 
-def test_lengths_are_found_without_decoding_an_image(monkeypatch):
+def test_lengths_are_computed_without_decoding_an_image(monkeypatch):
     _, processor = tiny_run.small_policy()
     rows = [tiny_run.conversation(i, turns=1 + i % 4, with_image=i % 3 != 1) for i in range(40)]
     dataset = Dataset.from_list(rows).select(range(39, 2, -1))  # with an indices mapping
@@ -84,7 +84,7 @@ def test_lengths_are_found_without_decoding_an_image(monkeypatch):
     assert conversation_lengths(list(rows), processor)[::-1][: len(lengths)] == lengths
 
 
-def test_an_image_without_a_head_leaves_the_lengths_of_others_as_they_are():
+def test_an_image_without_a_header_does_not_affect_other_lengths():
     rows = [tiny_run.conversation(number, turns=number) for number in (1, 2, 3)]
     processor = tiny_run.small_policy()[1]
     expected = conversation_lengths(rows, processor)
@@ -121,7 +121,7 @@ def test_the_collator_pickles():
     assert torch.equal(ours["question_mask"], theirs(rows)["question_mask"])
 
 
-def test_two_workers_train_as_none_do(tmp_path):
+def test_two_workers_train_the_same_as_none(tmp_path):
     logs = []
     for workers in (0, 2):
         trainer = tiny_run.make_trainer(
@@ -136,7 +136,7 @@ def test_two_workers_train_as_none_do(tmp_path):
 
 
 @pytest.mark.parametrize(("accelerator", "use_cpu"), [(True, False), (True, True), (False, False)])
-def test_workers_are_started_where_something_else_computes(monkeypatch, tmp_path, accelerator, use_cpu):
+def test_workers_are_used_only_with_an_accelerator(monkeypatch, tmp_path, accelerator, use_cpu):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none", use_cpu=use_cpu)
@@ -145,13 +145,13 @@ def test_workers_are_started_where_something_else_computes(monkeypatch, tmp_path
     assert args.dataloader_persistent_workers is starts
 
 
-def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert default_workers() == 4
 
 
-def test_what_is_set_stays_set(tmp_path):
+def test_explicit_worker_settings_are_kept(tmp_path):
     args = SelfQuestioningConfig(
         output_dir=str(tmp_path), dataloader_num_workers=3, dataloader_persistent_workers=False, report_to="none"
     )
@@ -160,7 +160,7 @@ def test_what_is_set_stays_set(tmp_path):
     assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (0, False)
 
 
-def test_the_share_is_that_of_waiting(monkeypatch):
+def test_the_wait_share_is_the_time_spent_waiting(monkeypatch):
     clock, wait = Clock(monkeypatch), DataWait()
     batches = iter(map(clock.slow(lambda x: x, 3.0), range(3)))
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_the_share_is_that_of_waiting(monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "hints"), [(0.5, 1), (0.01, 0)])
-def test_a_run_that_waits_for_data_says_so_once(tmp_path, monkeypatch, caplog, seconds, hints):
+def test_a_run_that_waits_for_data_warns_once(tmp_path, monkeypatch, caplog, seconds, hints):
     clock = Clock(monkeypatch)
     trainer = tiny_run.make_trainer(tmp_path, max_steps=9)
     trainer.data_collator.torch_call = clock.slow(trainer.data_collator.torch_call, seconds)

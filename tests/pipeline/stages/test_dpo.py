@@ -49,7 +49,7 @@ def run(inputs, output_dir, **options):
     return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
 
 
-def test_the_adapter_goes_on_training_and_is_kept_with_its_record(inputs, tmp_path, capsys):
+def test_the_adapter_is_trained_further_and_saved_with_its_record(inputs, tmp_path, capsys):
     weights, record = run(inputs, tmp_path / "dpo", eval_strategy="steps", eval_steps=3)
     before = load_file(inputs / "sft" / "adapter_model.safetensors")
     assert set(weights) == set(before)
@@ -70,7 +70,7 @@ def test_the_card_is_for_an_image_model(inputs, tmp_path):
     assert not re.search(r"pipeline\(.text-generation", card)
 
 
-def test_finished_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
+def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     run(inputs, tmp_path / "dpo")
     stamp = (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns
     run(inputs, tmp_path / "dpo", logging_steps=2)
@@ -91,7 +91,7 @@ def test_a_model_without_an_adapter_gets_one(inputs, tmp_path):
     assert any("vision_tower" in name and "lora_A" in name and len(w) == 2 for name, w in weights.items())
 
 
-def test_pairs_that_say_the_same_are_set_aside_and_a_file_of_only_such_is_refused(inputs, tmp_path):
+def test_identical_answers_are_rejected_and_a_dataset_of_only_such_pairs_is_refused(inputs, tmp_path):
     rows = [tiny_dpo.pair(number) for number in range(8)]
     rows[3]["rejected"] = rows[3]["chosen"]
     pairs = write_pairs(tmp_path / "pairs", rows)
@@ -106,7 +106,7 @@ def test_pairs_that_say_the_same_are_set_aside_and_a_file_of_only_such_is_refuse
     run(inputs, tmp_path / "none")  # what has failed before it began does not stand in the way
 
 
-def test_other_data_is_refused_before_a_folder_is_made(inputs, tmp_path):
+def test_a_wrong_dataset_is_refused_before_a_directory_is_created(inputs, tmp_path):
     with pytest.raises(UserError, match="medst judge"):
         wrong = tmp_path / "wrong"
         wrong.mkdir()
@@ -119,7 +119,7 @@ def cache_of(folder):
     return sorted(path.name for path in (folder / "reference_log_probs").iterdir())
 
 
-def test_what_the_reference_says_lies_beside_the_pairs_and_is_used_again(inputs, tmp_path, capsys):
+def test_reference_log_probs_are_kept_beside_the_pairs_and_reused(inputs, tmp_path, capsys):
     pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
     before = fingerprint(pairs)
     options = {"dataset": pairs, "precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 3}
@@ -139,7 +139,7 @@ def test_what_the_reference_says_lies_beside_the_pairs_and_is_used_again(inputs,
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_beside_pairs_that_cannot_be_written_to_it_is_read_and_kept_with_the_run(
+def test_reference_log_probs_beside_read_only_pairs_are_read_and_kept_with_the_run(
     inputs, tmp_path, capsys, monkeypatch
 ):
     pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
@@ -157,7 +157,7 @@ def test_beside_pairs_that_cannot_be_written_to_it_is_read_and_kept_with_the_run
     assert "12 of 12 pairs are known" in capsys.readouterr().out
 
 
-def test_another_folder_can_be_named(inputs, tmp_path):
+def test_another_directory_for_reference_log_probs_can_be_set(inputs, tmp_path):
     pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
     options = {"dataset": pairs, "precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "shared" / "cache"}
     run(inputs, tmp_path / "dpo", **options)
@@ -165,7 +165,7 @@ def test_another_folder_can_be_named(inputs, tmp_path):
     assert not (pairs / "reference_log_probs").exists()
 
 
-def test_a_pair_with_a_broken_image_is_written_down(inputs, tmp_path):
+def test_a_pair_with_a_broken_image_is_listed_as_rejected(inputs, tmp_path):
     rows = [tiny_dpo.pair(number) for number in range(8)]
     rows[3]["images"] = [{"bytes": b"not an image", "path": None}]
     _, record = run(inputs, tmp_path / "dpo", dataset=write_pairs(tmp_path / "pairs", rows))

@@ -44,7 +44,7 @@ def _run(inputs, output_dir, **options):
     return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
 
 
-def test_an_adapter_with_its_record(inputs, tmp_path, capsys):
+def test_a_run_leaves_an_adapter_and_its_record(inputs, tmp_path, capsys):
     weights, record = _run(inputs, tmp_path / "sft")
     assert record["status"] == "complete"
     assert record["counts"] == {"records": 12, "set_aside": {}, "truncated": 0, "steps": 3}
@@ -63,7 +63,7 @@ def test_the_text_role_needs_no_token(inputs, tmp_path):
     assert load_policy(str(tmp_path / "sft"))[1].apply_chat_template(bare).endswith(" VUSER:")
 
 
-def test_finished_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
+def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     before, _ = _run(inputs, tmp_path / "sft")
     stamp = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
     _run(inputs, tmp_path / "sft", logging_steps=1, dataloader_num_workers=1)  # changes no result
@@ -74,7 +74,7 @@ def test_finished_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     assert not torch.equal(*(next(v for k, v in w.items() if "projector" in k) for w in (before, after)))
 
 
-def test_a_run_that_was_cut_short_continues(inputs, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(inputs, tmp_path, monkeypatch):
     whole, _ = _run(inputs, tmp_path / "whole", save_steps=2)
     from medst_trl.training.sft import SelfQuestioningTrainer
 
@@ -102,7 +102,7 @@ def test_an_adapter_is_trained_further(inputs, tmp_path):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_best_checkpoint_by_evaluation_loss(inputs, tmp_path):
+def test_the_best_checkpoint_by_evaluation_loss_is_kept(inputs, tmp_path):
     _, record = _run(
         inputs, tmp_path / "sft", eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
         load_best_model_at_end=True, early_stopping_patience=1,
@@ -110,19 +110,19 @@ def test_the_best_checkpoint_by_evaluation_loss(inputs, tmp_path):
     assert record["metrics"]["eval_loss"] > 0
 
 
-def test_early_stopping_says_what_it_needs(inputs, tmp_path):
+def test_early_stopping_without_its_settings_is_refused(inputs, tmp_path):
     with pytest.raises(UserError, match="load_best_model_at_end"):
         _run(inputs, tmp_path / "sft", early_stopping_patience=1)
     assert not (tmp_path / "sft").exists()
 
 
-def test_a_split_that_is_not_there_is_named(inputs, tmp_path):
+def test_a_missing_split_is_named(inputs, tmp_path):
     with pytest.raises(UserError, match="dev"):
         _run(inputs, tmp_path / "sft", train_split="dev")
     _run(inputs, tmp_path / "sft")  # nothing stands in the way of the corrected command
 
 
-def test_the_projector_alone(inputs, tmp_path):
+def test_the_projector_can_train_alone(inputs, tmp_path):
     alone = {"lora_r": 0, "vision_lora_r": 0, "train_vusr": False}
     weights, _ = _run(inputs, tmp_path / "sft", **alone)
     assert weights and all("multi_modal_projector" in name for name in weights)
@@ -147,13 +147,13 @@ def test_the_projector_alone(inputs, tmp_path):
     ],
     ids=["frozen_language_model", "projector_and_token", "frozen_token"],
 )
-def test_what_trains_can_be_chosen(inputs, tmp_path, options, parts):
+def test_the_trained_parts_can_be_chosen(inputs, tmp_path, options, parts):
     weights, _ = _run(inputs, tmp_path / "sft", **options, max_steps=1)
     kinds = ("vision_tower", "multi_modal_projector", "trainable_tokens", "language_model")
     assert {next(kind for kind in kinds if kind in name) for name in weights} == parts
 
 
-def test_a_step_of_so_many_conversations_however_it_is_divided(inputs, tmp_path, capsys):
+def test_a_step_is_the_same_however_it_is_divided(inputs, tmp_path, capsys):
     options = {"max_steps": 2, "effective_batch_size": 6, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1e-2}
     whole, _ = _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=6)
     assert "6 conversations per step: 6 x 1 process x 1 accumulated." in capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_a_step_of_so_many_conversations_however_it_is_divided(inputs, tmp_path,
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_goes_on_with_its_steps_divided_otherwise(inputs, tmp_path, monkeypatch):
+def test_a_run_resumes_with_its_steps_divided_differently(inputs, tmp_path, monkeypatch):
     options = {
         "max_steps": 4, "effective_batch_size": 6, "lora_dropout": 0.0, "save_steps": 1, "optim": "sgd",
         "learning_rate": 1e-2, "train_sampling_strategy": "group_by_length",

@@ -41,7 +41,7 @@ def load(*names, max_records=None, eval_strategy="no"):
     return load_splits(args, SimpleNamespace(eval_strategy=eval_strategy), "instruct")
 
 
-def test_several_datasets_become_one_in_their_order(tmp_path):
+def test_several_datasets_are_concatenated_in_order(tmp_path):
     first, second = write(tmp_path / "a", range(3)), write(tmp_path / "b", range(10, 12), source="elsewhere")
     joined = load(first, second)["train"]
     assert joined["id"] == ["r0", "r1", "r2", "r10", "r11"]
@@ -53,19 +53,19 @@ def test_several_datasets_become_one_in_their_order(tmp_path):
     assert load(first, second, max_records=4)["train"]["id"] == ["r0", "r1", "r2", "r10"]
 
 
-def test_ids_that_two_datasets_share_are_told_apart(tmp_path):
+def test_ids_shared_by_two_datasets_are_made_unique(tmp_path):
     first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(1, 3))
     assert load(first, second, first)["train"]["id"] == ["r0", "r1", "r1@2", "r2", "r0@3", "r1@3"]
     assert load(first)["train"]["id"] == ["r0", "r1"]
 
 
-def test_large_strings_of_another_writer_are_no_obstacle(tmp_path):
+def test_datasets_with_large_strings_can_be_concatenated(tmp_path):
     large = {"id": Value("large_string"), "image_ids": List(Value("large_string"))}
     first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(5, 7), features=large)
     assert load(first, second)["train"]["id"] == ["r0", "r1", "r5", "r6"]
 
 
-def test_each_of_them_has_to_be_complete(tmp_path):
+def test_every_dataset_needs_its_split_and_columns(tmp_path):
     first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(2))
     write(tmp_path / "a", range(20, 22), split="validation")
     with pytest.raises(UserError, match="b has no split 'validation'"):
@@ -98,20 +98,20 @@ def check(**changes):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_out_of_bounds_is_named(change):
+def test_a_setting_out_of_bounds_is_named(change):
     ((name, value),) = change.items()
     with pytest.raises(UserError, match=name) as told:
         check(**change)
     assert str(value) in str(told.value)
 
 
-def test_what_is_within_them_passes():
+def test_settings_within_bounds_pass():
     check()
     check(lora_r=0, vision_lora_r=0, lora_dropout=0.0, sq_ratio=1.0, learning_rate=0.0, max_length=1, max_records=1)
     check(num_train_epochs=0, max_steps=5)
 
 
-def test_every_bound_is_of_a_setting_that_there_is():
+def test_every_bound_belongs_to_an_existing_setting():
     known = [set(kind.__dataclass_fields__) for kind in (SftArguments, SelfQuestioningConfig)]
     known += [set(kind.__dataclass_fields__) for kind in (DpoArguments, MultimodalDPOConfig)]
     assert training._AT_LEAST.keys() | training._AT_MOST.keys() <= set().union(*known)
@@ -127,12 +127,12 @@ class Arguments:
     vision_lora_alpha: int = 64
 
 
-def test_the_defaults_are_those_of_the_stage():
+def test_the_default_adapter_settings_match_the_stage():
     own = {name: field.default for name, field in Arguments.__dataclass_fields__.items() if "lora" in name}
     assert own == {name: SftArguments.__dataclass_fields__[name].default for name in own}
 
 
-def test_its_own_shape_is_kept_and_said():
+def test_a_continued_adapter_keeps_its_shape():
     model, _ = tiny_dpo.adapter_policy()
     said = keep_shape(Arguments(), model)
     for own in ("own lora_r 8, vision_lora_r 4", " lora_alpha 16", " vision_lora_alpha 8", " lora_dropout 0.0."):
@@ -141,14 +141,14 @@ def test_its_own_shape_is_kept_and_said():
 
 
 @pytest.mark.parametrize("other", [{"lora_r": 16}, {"vision_lora_r": 0}, {"lora_alpha": 8}, {"lora_dropout": 0.1}])
-def test_another_shape_is_refused(other):
+def test_another_adapter_shape_is_refused(other):
     model, _ = tiny_dpo.adapter_policy()
     (name, value), *_ = other.items()
     with pytest.raises(UserError, match=rf"runs/x/sft is an adapter with {name} .*\. {name} {value} would need a new"):
         keep_shape(replace(Arguments(), **other), model)
 
 
-def test_a_projector_alone():
+def test_a_projector_without_lora_keeps_its_shape():
     model, _ = tiny_run.small_policy()
     model = get_peft_model(model, adapter_config(model, r=0, vision_r=0))
     assert keep_shape(Arguments(), model).endswith("lora_r 0, vision_lora_r 0.")
@@ -156,7 +156,7 @@ def test_a_projector_alone():
         keep_shape(Arguments(lora_r=8), model)
 
 
-def test_the_end_of_a_log_is_a_mean_and_the_last_evaluation():
+def test_the_end_of_a_log_averages_the_last_steps():
     log = [{"loss": float(number), "rewards/margins": 2.0 * number, "step": number} for number in range(10)]
     log[4:4] = [{"eval_loss": 7.0}]
     end = end_of_log([*log, {"eval_loss": 3.0}, {"train_loss": 4.5}])
