@@ -177,11 +177,16 @@ def check(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
 
 def _arguments() -> tuple[type, ...]:
     from medst_trl import MultimodalDPOConfig
+
+    return DpoArguments, _with_losses(MultimodalDPOConfig)
+
+
+def _with_losses(settings: type) -> type:
+    """The same settings, with all losses in their help: the registry is complete only after the plugins."""
     from medst_trl.training.losses import loss_help
 
-    # The registry is complete only now, after the plugins.
-    MultimodalDPOConfig.__dataclass_fields__["loss_type"].metadata = {"help": loss_help()}
-    return DpoArguments, MultimodalDPOConfig
+    settings.__dataclass_fields__["loss_type"].metadata = {"help": loss_help().replace("%", "%%")}
+    return settings
 
 
 STAGE = STAGES.register(
@@ -194,7 +199,7 @@ STAGE = STAGES.register(
         distributed=True,
         trains=True,
         arguments=_arguments,
-        listed=lambda: (DpoArguments, listed_settings(MultimodalDPOSettings)),
+        listed=lambda: (DpoArguments, listed_settings(_with_losses(MultimodalDPOSettings))),
         check=check,
         main=main,
         inputs=(
