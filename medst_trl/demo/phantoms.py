@@ -19,12 +19,13 @@ Example:
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice, product
 
 import numpy as np
 from PIL import Image
 
+from medst_trl.base.settings import documented
 from medst_trl.data.images import MemoryImages, image_id
 from medst_trl.data.schema import image_part, message, text_part
 from medst_trl.data.source import SOURCES, Conversation, Question, Records, Source, SourceCard, SourceRequest
@@ -266,18 +267,27 @@ def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
     return np.clip(pixels + rng.normal(0, 8, size=(SIZE, SIZE)), 0, 255).astype(np.uint8)
 
 
+@documented
 @dataclass
 class PhantomSettings:
-    """Settings of the source `phantoms`."""
+    """
+    Settings of the source `phantoms`.
 
-    num_phantoms: int = field(
-        default=1000, metadata={"help": "Number of scans with conversations, before the validation split."}
-    )
-    num_test_phantoms: int = field(default=300, metadata={"help": "Number of scans in the benchmark."})
-    num_unlabelled_phantoms: int = field(default=0, metadata={"help": "Number of scans without conversations."})
-    phantom_turns: int | None = field(
-        default=None, metadata={"help": "Maximum number of questions per conversation. Default: all."}
-    )
+    Args:
+        num_phantoms (`int`, *optional*, defaults to `1000`):
+            Number of scans with conversations, before the validation split.
+        num_test_phantoms (`int`, *optional*, defaults to `300`):
+            Number of scans in the benchmark.
+        num_unlabelled_phantoms (`int`, *optional*, defaults to `0`):
+            Number of scans without conversations.
+        phantom_turns (`int`, *optional*):
+            Maximum number of questions per conversation. Default: all.
+    """
+
+    num_phantoms: int = 1000
+    num_test_phantoms: int = 300
+    num_unlabelled_phantoms: int = 0
+    phantom_turns: int | None = None
 
 
 def read_phantoms(request: SourceRequest) -> tuple[Records, MemoryImages]:

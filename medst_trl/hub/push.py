@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import hide_secrets
+from medst_trl.base.settings import documented
 
 from .cards import KIND, dataset_card, model_card
 from .contents import Contents, find_contents, public_base, stage_files
@@ -26,13 +27,24 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 REPLACED = {"dataset": ["*.parquet"], "model": ["*.safetensors", "*.safetensors.index.json"]}
 
 
+@documented
 @dataclass
 class HubArguments:
-    """Where a stage that makes datasets publishes them. The training stages use TRL's arguments instead."""
+    """
+    Where a stage that makes datasets publishes them. The training stages use TRL's arguments instead.
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the stage's datasets, each with a card."})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "Repository to publish to, OWNER/NAME."})
-    hub_private_repo: bool = field(default=True, metadata={"help": "Make the repository private."})
+    Args:
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Publish the stage's datasets, each with a card.
+        hub_dataset_id (`str`, *optional*):
+            Repository to publish to, OWNER/NAME.
+        hub_private_repo (`bool`, *optional*, defaults to `True`):
+            Make the repository private.
+    """
+
+    push_to_hub: bool = False
+    hub_dataset_id: str | None = None
+    hub_private_repo: bool = True
 
 
 @dataclass(frozen=True)

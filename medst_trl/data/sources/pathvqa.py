@@ -4,9 +4,10 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from medst_trl.base.settings import documented
 from medst_trl.data.reading import find_file, read_json_records
 from medst_trl.data.source import (
     IMAGE_FOLDERS,
@@ -25,14 +26,18 @@ from medst_trl.data.source import (
 PATHVQA_FILES = {"test": "*test.json", "validation": "*val.json", "train": "*train.json"}
 
 
+@documented
 @dataclass
 class PathVqaSettings:
-    """Settings of the source `pathvqa`."""
+    """
+    Settings of the source `pathvqa`.
 
-    image_pattern: str = field(
-        default="{img_id}.jpg",
-        metadata={"help": "File name of an image, for example {split}/{img_id}.png (split: train, val, test)."},
-    )
+    Args:
+        image_pattern (`str`, *optional*, defaults to `"{img_id}.jpg"`):
+            File name of an image, for example {split}/{img_id}.png (split: train, val, test).
+    """
+
+    image_pattern: str = "{img_id}.jpg"
 
 
 def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.jpg") -> Records:

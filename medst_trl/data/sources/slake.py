@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SLAKE as its authors publish it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from medst_trl.base.settings import documented
 from medst_trl.data.reading import find_file
 from medst_trl.data.source import IMAGE_FOLDERS, SOURCES, Records, Source, SourceCard
 
@@ -15,11 +16,18 @@ from .vqa_rad import collect_questions
 SLAKE_FILES = {"test": "test.json", "validation": "validat*.json", "train": "train.json"}
 
 
+@documented
 @dataclass
 class SlakeSettings:
-    """Settings of the source `slake`."""
+    """
+    Settings of the source `slake`.
 
-    language: str = field(default="en", metadata={"help": "Language of the questions, en or zh."})
+    Args:
+        language (`str`, *optional*, defaults to `"en"`):
+            Language of the questions, en or zh.
+    """
+
+    language: str = "en"
 
 
 def read_slake(path: Path, image_folder: Path, language: str = "en") -> Records:

@@ -4,10 +4,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.settings import documented
 from medst_trl.data.assemble import plain_question
 from medst_trl.data.reading import find_file, read_json_records
 from medst_trl.data.schema import ANSWER_TYPES
@@ -31,14 +32,18 @@ MEVF_FILES = {"test": "*testset.json", "train": "*trainset.json"}
 _FIELDS = ("vqa_rad", "image_name", "question_type")
 
 
+@documented
 @dataclass
 class MevfSettings:
-    """Settings of the source `vqa_rad_mevf`."""
+    """
+    Settings of the source `vqa_rad_mevf`.
 
-    release_path: str | None = field(
-        default=None,
-        metadata={"help": "JSON file of the official release, for links of paraphrases. Default: beside the data."},
-    )
+    Args:
+        release_path (`str`, *optional*):
+            JSON file of the official release, for links of paraphrases. Default: beside the data.
+    """
+
+    release_path: str | None = None
 
 
 def read_vqa_rad(path: Path, image_folder: Path) -> Records:

@@ -20,12 +20,13 @@ Writes to `output_dir`, as far as the source has it:
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
 from medst_trl.data.source import SOURCES, Source, SourceRequest
 from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, Stage
@@ -37,40 +38,52 @@ if TYPE_CHECKING:
     from medst_trl.pipeline.record import StageRecord
 
 
+@documented
 @dataclass
 class PrepareArguments:
-    """Arguments of `medst prepare`, besides those of its sources."""
+    """
+    Arguments of `medst prepare`, besides those of its sources.
 
-    output_dir: str = field(metadata={"help": "Directory for the datasets."})
-    source: str = field(metadata={"help": "What the data is."})
-    data_path: str | None = field(
-        default=None, metadata={"help": "File or directory of the data. Phantoms need none."}
-    )
-    image_folder: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory that image file names start from, and that none may leave. Default: images/ beside the "
-            "questions of a benchmark, otherwise the data's own directory."
-        },
-    )
-    validation_fraction: float = field(
-        default=0.0,
-        metadata={"help": "Fraction of the training images to use for validation, with all their records."},
-    )
-    image_disjoint: bool = field(
-        default=False, metadata={"help": "Drop training questions about images that are also in test or validation."}
-    )
-    max_records: int | None = field(
-        default=None,
-        metadata={"help": "Use only the first N conversations, and the first N images with questions of each split."},
-    )
-    max_pixels: int = field(default=100_000_000, metadata={"help": "Reject larger images before decoding them."})
-    rows_per_shard: int = field(default=512, metadata={"help": "Rows per Parquet file."})
-    seed: int = field(
-        default=0, metadata={"help": "Seed of the validation split, of requests for captions, of phantoms."}
-    )
-    num_workers: int = field(default=0, metadata={"help": "Threads that decode images. 0: one per core."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the results of an earlier run and start again."})
+    Args:
+        output_dir (`str`):
+            Directory for the datasets.
+        source (`str`):
+            What the data is.
+        data_path (`str`, *optional*):
+            File or directory of the data. Phantoms need none.
+        image_folder (`str`, *optional*):
+            Directory that image file names start from, and that none may leave. Default: images/ beside the questions
+            of a benchmark, otherwise the data's own directory.
+        validation_fraction (`float`, *optional*, defaults to `0.0`):
+            Fraction of the training images to use for validation, with all their records.
+        image_disjoint (`bool`, *optional*, defaults to `False`):
+            Drop training questions about images that are also in test or validation.
+        max_records (`int`, *optional*):
+            Use only the first N conversations, and the first N images with questions of each split.
+        max_pixels (`int`, *optional*, defaults to `100000000`):
+            Reject larger images before decoding them.
+        rows_per_shard (`int`, *optional*, defaults to `512`):
+            Rows per Parquet file.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the validation split, of requests for captions, of phantoms.
+        num_workers (`int`, *optional*, defaults to `0`):
+            Threads that decode images. 0: one per core.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier run and start again.
+    """
+
+    output_dir: str
+    source: str
+    data_path: str | None = None
+    image_folder: str | None = None
+    validation_fraction: float = 0.0
+    image_disjoint: bool = False
+    max_records: int | None = None
+    max_pixels: int = 100_000_000
+    rows_per_shard: int = 512
+    seed: int = 0
+    num_workers: int = 0
+    overwrite: bool = False
 
 
 def main(args: PrepareArguments, *others: Any) -> None:

@@ -19,45 +19,55 @@ Afterwards, use the Hub id in place of the directory: `medst dpo --dataset my-or
 
 from dataclasses import asdict, dataclass, field
 
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
 
+@documented
 @dataclass
 class PushArguments:
-    """Arguments of `medst push`. The token comes from `hf auth login`, or from HF_TOKEN in the environment."""
+    """
+    Arguments of `medst push`. The token comes from `hf auth login`, or from HF_TOKEN in the environment.
 
-    source: str = field(metadata={"help": "Directory of a dataset, an adapter or a model."})
-    repo_id: str = field(metadata={"help": "Repository, OWNER/NAME. Created if it does not exist."})
-    private: bool = field(
-        default=True, metadata={"help": "Create a private repository, and refuse a public one. false: publish."}
-    )
-    evaluation: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Outputs of `medst evaluate` whose scores are added to a model's card."},
-    )
-    run: str | None = field(
-        default=None, metadata={"help": "The run directory, to find the records of inputs that have moved."}
-    )
-    base_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Hub id of the base of an adapter or merged model, if that names a local directory."},
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "Identifier of a licence on the Hub, such as cc-by-4.0."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Created if it does not exist."})
-    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
-    replace_content: bool = field(
-        default=False,
-        metadata={"help": "Push to a repository with other content and delete that there (older revisions keep it)."},
-    )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Directory for the record of the push, which recipes set. Default: no record."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Push again even if output_dir has the record of an earlier push."}
-    )
+    Args:
+        source (`str`):
+            Directory of a dataset, an adapter or a model.
+        repo_id (`str`):
+            Repository, OWNER/NAME. Created if it does not exist.
+        private (`bool`, *optional*, defaults to `True`):
+            Create a private repository, and refuse a public one. false: publish.
+        evaluation (`list[str]`, *optional*, defaults to `[]`):
+            Outputs of `medst evaluate` whose scores are added to a model's card.
+        run (`str`, *optional*):
+            The run directory, to find the records of inputs that have moved.
+        base_model_name_or_path (`str`, *optional*):
+            Hub id of the base of an adapter or merged model, if that names a local directory.
+        license (`str`, *optional*):
+            Identifier of a licence on the Hub, such as cc-by-4.0.
+        revision (`str`, *optional*):
+            Branch to push to. Created if it does not exist.
+        commit_message (`str`, *optional*):
+            Message of the commit.
+        replace_content (`bool`, *optional*, defaults to `False`):
+            Push to a repository with other content and delete that there (older revisions keep it).
+        output_dir (`str`, *optional*):
+            Directory for the record of the push, which recipes set. Default: no record.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Push again even if output_dir has the record of an earlier push.
+    """
+
+    source: str
+    repo_id: str
+    private: bool = True
+    evaluation: list[str] = field(default_factory=list)
+    run: str | None = None
+    base_model_name_or_path: str | None = None
+    license: str | None = None
+    revision: str | None = None
+    commit_message: str | None = None
+    replace_content: bool = False
+    output_dir: str | None = None
+    overwrite: bool = False
 
 
 def main(args: PushArguments) -> None:

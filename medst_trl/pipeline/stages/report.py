@@ -12,31 +12,40 @@ the run directory), a single file without scripts, network access or paths of th
 before and after training on the terminal. The page is written again each time.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import RUN, STAGES, Input, Stage
 
 
+@documented
 @dataclass
 class ReportArguments:
-    """Arguments of `medst report`."""
+    """
+    Arguments of `medst report`.
 
-    run: str = field(metadata={"help": "The run directory, which holds the directories of its stages."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Directory for index.html. Default: report in the run directory."}
-    )
-    title: str | None = field(
-        default=None, metadata={"help": "Heading of the page. Default: the name of the run directory."}
-    )
-    gallery: int = field(
-        default=12,
-        metadata={"help": "Number of judged pairs per round, and of benchmark questions, to show with their images."},
-    )
-    image_size: int = field(default=320, metadata={"help": "Longest side of the images on the page, in pixels."})
-    bootstrap_samples: int = field(
-        default=1000, metadata={"help": "Bootstrap samples for the interval of each difference; 0 for no intervals."}
-    )
+    Args:
+        run (`str`):
+            The run directory, which holds the directories of its stages.
+        output_dir (`str`, *optional*):
+            Directory for index.html. Default: report in the run directory.
+        title (`str`, *optional*):
+            Heading of the page. Default: the name of the run directory.
+        gallery (`int`, *optional*, defaults to `12`):
+            Number of judged pairs per round, and of benchmark questions, to show with their images.
+        image_size (`int`, *optional*, defaults to `320`):
+            Longest side of the images on the page, in pixels.
+        bootstrap_samples (`int`, *optional*, defaults to `1000`):
+            Bootstrap samples for the interval of each difference; 0 for no intervals.
+    """
+
+    run: str
+    output_dir: str | None = None
+    title: str | None = None
+    gallery: int = 12
+    image_size: int = 320
+    bootstrap_samples: int = 1000
 
 
 def main(args: ReportArguments) -> None:
