@@ -1,3 +1,3 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Hub: publishing datasets, adapters and models with their cards."""
+"""Publishing datasets, adapters and models on the Hub, with their cards."""

@@ -140,8 +140,10 @@ def push_directory(
         return _upload(contents, Path(staging), repo_id, private, revision, message, replace_content)
 
 
-def check_repo_id(repo_id: str, key: str) -> None:
-    """Raise a [`UserError`] if the setting `key` is not an owner and a name."""
+def check_repo_id(repo_id: str | None, key: str) -> None:
+    """Raise a [`UserError`] if the setting `key` is missing, or not an owner and a name."""
+    if repo_id is None:
+        raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
     if not _REPO_ID.fullmatch(repo_id):
         raise UserError(f"{key} is {repo_id!r}. It must be OWNER/NAME, such as my-org/vqa-rad-preferences.")
 
@@ -175,10 +177,9 @@ class PushAfterStage:
             return
         output_dir = next(a.output_dir for a in arguments if hasattr(a, "output_dir"))
         self.directories = [Path(output_dir, directory) for directory in directories]
-        key = "hub_dataset_id" if isinstance(self.settings, HubArguments) else "hub_model_id"
-        self.repo_id = getattr(self.settings, key)
         self.settings.push_to_hub = False
-        check_push(self.repo_id, key)
+        self.repo_id = check_push(self.settings)
+        check_token()
 
     def run(self) -> None:
         """Publish each directory that exists. Of a stage with several, each goes to a repository of its own."""
@@ -190,21 +191,16 @@ class PushAfterStage:
             push_after_stage(directory, repo_id, private=private, revision=revision)
 
 
-def check_push(repo_id: str | None, key: str) -> None:
+def check_push(settings: Any) -> str:
     """
-    Refuse a push that cannot work.
-
-    Args:
-        repo_id (`str` or `None`): The repository.
-        key (`str`): The setting that names it: `"hub_model_id"` or `"hub_dataset_id"`.
+    The repository that a stage's dataclass names, its own [`HubArguments`] or a trainer's arguments.
 
     Raises:
-        UserError: if the repository or the token is missing, or the repository's name is invalid.
+        UserError: if it is missing or not an owner and a name.
     """
-    if repo_id is None:
-        raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
-    check_repo_id(repo_id, key)
-    check_token()
+    key = "hub_dataset_id" if isinstance(settings, HubArguments) else "hub_model_id"
+    check_repo_id(getattr(settings, key), key)
+    return getattr(settings, key)
 
 
 def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any) -> None:

@@ -1,3 +1,3 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page on a run."""
+"""An HTML page about a run."""

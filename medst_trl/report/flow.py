@@ -193,7 +193,7 @@ def _judgements(run: Run, stage: StageRun, judging: Judging) -> Iterator[dict[st
 def is_judgement(row: Mapping[str, Any]) -> bool:
     """Whether a line has everything that the page reads, with the right types."""
     answers, scores, dropped, orders = (row.get(key) for key in ("answers", "scores", "dropped", "orders"))
-    if not is_pair(answers, str):
+    if "dropped" not in row or not is_pair(answers, str):
         return False
     if dropped is None and not (is_pair(scores, int | float) and _is_winner(row.get("verdict"))):
         return False

@@ -5,6 +5,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part, write_split
-from medst_trl.hub.push import HubArguments, PushAfterStage, Pushed, check_push, push_after_stage
+from medst_trl.hub.push import HubArguments, PushAfterStage, Pushed, push_after_stage
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,7 @@ def test_a_token_without_write_access_is_refused(hub, tmp_path):
 FORWARD = """
 import re, sys, torch
 from pathlib import Path
+from types import SimpleNamespace
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from medst_trl import load_policy
@@ -440,12 +442,16 @@ def calls(monkeypatch):
     return made
 
 
+def training(repo_id: str | None) -> SimpleNamespace:
+    return SimpleNamespace(push_to_hub=True, hub_model_id=repo_id, output_dir="runs/dpo")
+
+
 @pytest.mark.parametrize(("repo_id", "message"), [(None, "add hub_model_id"), ("name", "hub_model_id is 'name'")])
 def test_a_push_without_a_valid_repository_is_refused(monkeypatch, repo_id, message):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef0123")
-    check_push("org/name", "hub_model_id")
+    assert PushAfterStage(("",), [training("org/name")]).repo_id == "org/name"
     with pytest.raises(UserError, match=message):
-        check_push(repo_id, "hub_model_id")
+        PushAfterStage(("",), [training(repo_id)])
 
 
 def test_a_push_without_a_token_is_refused(monkeypatch, tmp_path):
@@ -453,7 +459,7 @@ def test_a_push_without_a_token_is_refused(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
-        check_push("org/name", "hub_model_id")
+        PushAfterStage(("",), [training("org/name")])
 
 
 def test_only_the_first_process_pushes(calls, monkeypatch, capsys):
@@ -475,18 +481,13 @@ def test_a_failed_push_after_a_stage_says_that_the_stage_is_finished(monkeypatch
         push_after_stage("runs/dpo", "org/name")
 
 
-class Settings:
-    def __init__(self, **values):
-        vars(self).update(values)
-
-
 def test_push_to_hub_is_cleared_in_the_arguments_of_a_trainer(calls, monkeypatch, tmp_path):
     monkeypatch.setattr("medst_trl.hub.push.check_token", lambda: None)
-    training = Settings(
+    arguments = SimpleNamespace(
         push_to_hub=True, hub_model_id="org/aligned", hub_private_repo=None, hub_revision="v2", output_dir=tmp_path
     )
-    after = PushAfterStage(("",), [Settings(dataset="x"), training])
-    assert training.push_to_hub is False  # TRL would upload the whole directory of the run
+    after = PushAfterStage(("",), [SimpleNamespace(dataset="x"), arguments])
+    assert arguments.push_to_hub is False  # TRL would upload the whole output directory
     after.run()
     assert calls == [(tmp_path, "org/aligned", {"private": True, "revision": "v2"})]
 
@@ -496,14 +497,14 @@ def test_each_dataset_that_exists_is_pushed_to_its_own_repository(calls, monkeyp
     for name in ("instruct", "images"):
         (tmp_path / name).mkdir()
     hub = HubArguments(push_to_hub=True, hub_dataset_id="org/vqa", hub_private_repo=False)
-    PushAfterStage(("instruct", "benchmark", "images"), [Settings(output_dir=tmp_path), hub]).run()
+    PushAfterStage(("instruct", "benchmark", "images"), [SimpleNamespace(output_dir=tmp_path), hub]).run()
     assert [(repo_id, settings["private"]) for _, repo_id, settings in calls] == [
         ("org/vqa-instruct", False), ("org/vqa-images", False),
     ]  # fmt: skip
 
 
 def test_nothing_is_pushed_unless_asked(calls, tmp_path):
-    PushAfterStage(("",), [Settings(output_dir=tmp_path, push_to_hub=False), HubArguments()]).run()
+    PushAfterStage(("",), [SimpleNamespace(output_dir=tmp_path, push_to_hub=False), HubArguments()]).run()
     assert not calls
 
 

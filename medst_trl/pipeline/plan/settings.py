@@ -48,20 +48,10 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
 
 def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
     """What the stage looks at before it opens anything."""
-    from medst_trl.hub.push import HubArguments
+    from medst_trl.hub.push import HubArguments, check_push
 
     if step.stage.check is not None:
         step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
     for settings in arguments:
         if getattr(settings, "push_to_hub", False):
-            _check_target(settings, step.where)
-
-
-def _check_target(settings: Any, where: str) -> None:
-    from medst_trl.hub.push import check_repo_id
-
-    key = "hub_dataset_id" if hasattr(settings, "hub_dataset_id") else "hub_model_id"
-    repo_id = getattr(settings, key)
-    if repo_id is None:
-        raise UserError(f"{where}: push_to_hub is set, but not where to: add {key}: OWNER/NAME.")
-    check_repo_id(repo_id, key)
+            check_push(settings)
