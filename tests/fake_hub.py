@@ -268,19 +268,19 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{repo_id}/commit/{commit}"
         self._send(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
-    def tree(self, kind: str, repo_id: str, revision: str, folder: str | None = None) -> None:
+    def tree(self, kind: str, repo_id: str, revision: str, directory: str | None = None) -> None:
         if (found := self._files(kind, repo_id, revision)) is None:
             return
-        files, prefix = found[0].commits[found[1]], f"{folder}/" if folder else ""
+        files, prefix = found[0].commits[found[1]], f"{directory}/" if directory else ""
         below = {name: content for name, content in files.items() if name.startswith(prefix)}
-        if folder and not below:
-            return self._send(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+        if directory and not below:
+            return self._send(404, {"error": "no such directory"}, {"X-Error-Code": "EntryNotFound"})
         recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
         entries = [
             _entry(name, content) for name, content in below.items() if recursive or "/" not in name[len(prefix) :]
         ]
-        folders = {prefix + name[len(prefix) :].split("/")[0] for name in below if "/" in name[len(prefix) :]}
-        entries += [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(folders)]
+        directories = {prefix + name[len(prefix) :].split("/")[0] for name in below if "/" in name[len(prefix) :]}
+        entries += [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(directories)]
         return self._send(200, entries)
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> None:
@@ -340,7 +340,7 @@ _ROUTES = (
     ("POST", rf"{_API}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"{_API}/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", rf"{_API}/paths-info/(?P<revision>.+)", _Handler.paths_info),
-    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<directory>.+))?", _Handler.tree),
     ("GET", rf"{_API}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
     ("POST", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]+)", _Handler.put),
