@@ -185,11 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         asked = json.loads(self.body)
         kind, repo_id = asked.get("type") or "model", f"{asked.get('organization') or 'me'}/{asked['name']}"
+        url = f"{self.hub.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
         if (kind, repo_id) in self.hub.repositories:
-            return self._send(409, {"error": "You already created this repo"})
+            return self._send(409, {"error": "You already created this repo", "url": url})
         private = asked.get("private") or asked.get("visibility") == "private"
         self.hub.add(kind, repo_id, {}, bool(private))
-        return self._send(200, {"url": f"{self.hub.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"})
+        return self._send(200, {"url": url})
 
     def validate(self) -> None:
         self._send(200, {"warnings": [], "errors": []})

@@ -136,8 +136,9 @@ def push_directory(
     check_token()
     with TemporaryDirectory(prefix="medst_push_") as staging, explain_hub_errors(repo_id):
         stage_files(contents, Path(staging), card, base_model)
+        target = {"repo_id": repo_id, "repo_type": contents.repo_type, "revision": revision}
         message = commit_message or f"Upload {contents.title} with medst_trl"
-        return _upload(contents, Path(staging), repo_id, private, revision, message, replace_content)
+        return _upload(contents, Path(staging), target, private, message, replace_content)
 
 
 def check_repo_id(repo_id: str | None, key: str) -> None:
@@ -222,45 +223,32 @@ def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any
 
 
 def _upload(
-    contents: Contents,
-    staging: Path,
-    repo_id: str,
-    private: bool,
-    revision: str | None,
-    message: str,
-    replace_content: bool,
+    contents: Contents, staging: Path, target: dict[str, Any], private: bool, message: str, replace_content: bool
 ) -> Pushed:
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="medst_trl")
-    target = {"repo_id": repo_id, "repo_type": contents.repo_type, "revision": revision}
-    url, is_empty = _open_repository(api, contents, repo_id, private, revision, replace_content)
-    if is_empty:
+    url, names = _open_repository(api, **target, private=private)
+    if names and not replace_content:
+        _check_ours(api, contents, target, names)
+    if not names:
         # The card first: if the upload of a large directory is interrupted, the repository is recognised as ours.
         card = staging / "README.md"
         api.upload_file(path_or_fileobj=card, path_in_repo=card.name, commit_message="Add the card", **target)
-    api.upload_folder(
-        folder_path=staging,
-        commit_message=message,
-        delete_patterns=["*"] if replace_content else REPLACED[contents.repo_type],
-        **target,
-    )
+    patterns = ["*"] if replace_content else REPLACED[contents.repo_type]
+    api.upload_folder(folder_path=staging, commit_message=message, delete_patterns=patterns, **target)
     sizes = [path.stat().st_size for path in staging.rglob("*") if path.is_file()]
     return Pushed(url, contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
 
 
 def _open_repository(
-    api: "HfApi", contents: Contents, repo_id: str, private: bool, revision: str | None, replace_content: bool
-) -> tuple[str, bool]:
-    """Create the repository and the branch if they do not exist. Returns its address, and whether it is empty."""
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    api: "HfApi", repo_id: str, repo_type: str, revision: str | None, private: bool
+) -> tuple[str, set[str]]:
+    """Create repository and branch if they do not exist. Returns the address and the names of the files there."""
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    target = {"repo_id": repo_id, "repo_type": contents.repo_type}
-    try:
-        info = api.repo_info(**target)
-    except RepositoryNotFoundError:
-        api.create_repo(**target, private=private, exist_ok=True)
-        info = api.repo_info(**target)
+    url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    info = api.repo_info(repo_id, repo_type=repo_type)
     if private and info.private is False:
         raise UserError(
             f"{repo_id} is public, and pushes are private by default. Make the repository private in its settings, "
@@ -268,33 +256,29 @@ def _open_repository(
         )
     if revision is not None:
         try:
-            info = api.repo_info(**target, revision=revision)
+            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         except RevisionNotFoundError:
-            api.create_branch(**target, branch=revision, exist_ok=True)
-            info = api.repo_info(**target, revision=revision)
-    names = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
-    if names and not replace_content:
-        _check_ours(api, contents, repo_id, info.sha, names)
-    return f"{api.endpoint}/{'datasets/' if contents.repo_type == 'dataset' else ''}{repo_id}", not names
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    return str(url), {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
 
 
-def _check_ours(api: "HfApi", contents: Contents, repo_id: str, revision: str, names: set[str]) -> None:
+def _check_ours(api: "HfApi", contents: Contents, target: dict[str, Any], names: set[str]) -> None:
     """Refuse a repository whose content was not pushed by us as the same kind."""
     from huggingface_hub import metadata_load
 
     kind = None
     if "README.md" in names:
         with TemporaryDirectory() as directory:
-            path = api.hf_hub_download(
-                repo_id, "README.md", repo_type=contents.repo_type, revision=revision, local_dir=directory
-            )
+            path = api.hf_hub_download(filename="README.md", local_dir=directory, **target)
             kind = (metadata_load(path) or {}).get(KIND)
     if kind == contents.kind:
         return
     what = f"another kind of content ({kind})" if kind else f"other content ({', '.join(sorted(names)[:3])})"
     raise UserError(
-        f"{repo_id} holds {what}, which a push of {contents.kind} would mix with or replace. Nothing was changed. "
-        "Choose another --repo_id, or replace its content with --replace_content true (older revisions keep it)."
+        f"{target['repo_id']} holds {what}, which a push of {contents.kind} would mix with or replace. Nothing was "
+        "changed. Choose another --repo_id, or replace its content with --replace_content true (older revisions keep "
+        "it)."
     )
 
 
