@@ -25,6 +25,7 @@ from .metric import METRICS, describe_figures, setting_names
 from .scoring import RecordError, read_record, score_vqa
 
 
+OWN_FORMAT = "medst"
 MAX_SHOWN = 200  # characters of an offending value that are kept
 
 Row = tuple[str, dict[str, Any] | RecordError]
@@ -65,7 +66,7 @@ PREDICTION_FORMATS: Registry[PredictionFormat] = Registry(
     "predictions format",
     modules=("medst_trl.interop.predictions",),
     parts=("summary", "expected", "guess", "read", "write"),
-    order=lambda formats: sorted(formats, key=lambda format: (format.name != "medst", format.name)),
+    order=lambda formats: sorted(formats, key=lambda format: (format.name != OWN_FORMAT, format.name)),
 )
 
 
@@ -175,13 +176,13 @@ def check_unicode(record: dict[str, Any], name: str) -> None:
 
 
 def guess_format(path: str | os.PathLike) -> str:
-    """The format that matches a file's name and the keys of its first record; `"medst"` if none does."""
+    """The format that matches a file's name and the keys of its first record; our own if none does."""
     path = Path(path)
     try:
         first = next((row for _, row in read_json_records(path, known_by="question") if isinstance(row, dict)), {})
     except UserError:
         first = {}
-    return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), "medst")
+    return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), OWN_FORMAT)
 
 
 def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test") -> Iterator[Row]:
@@ -200,7 +201,7 @@ def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test
 
 PREDICTION_FORMATS.register(
     PredictionFormat(
-        name="medst",
+        name=OWN_FORMAT,
         summary="ours, JSON lines",
         expected="A predictions file is JSON lines: one object per line with answer, answer_type and prediction.",
         guess=lambda path, first: False,  # the default

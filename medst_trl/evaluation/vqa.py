@@ -19,6 +19,7 @@ from .controls import blank_image, shown_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
+ENGINE_IF_MISSING = "transformers"  # predictions of earlier versions do not name their engine
 OPENED = 64  # images in memory, since questions about one image follow each other or share a batch
 
 
@@ -89,7 +90,7 @@ def answer_benchmark(
         "decoding": "greedy",
         "max_new_tokens": max_new_tokens,
         "control": control,
-        **({} if engine.name == "transformers" else {"engine": engine.name}),  # as in files of earlier versions
+        **({} if engine.name == ENGINE_IF_MISSING else {"engine": engine.name}),
     }
     batches = engine.batches(map(prompt, questions))[state.process_index :: state.num_processes]
     batches = [[questions[number] for number in batch] for batch in batches]

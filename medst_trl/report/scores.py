@@ -12,7 +12,7 @@ from markupsafe import Markup
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import compare_vqa
 from medst_trl.evaluation.metric import METRICS, recorded_figures, setting_names
-from medst_trl.evaluation.predictions import read_predictions
+from medst_trl.evaluation.predictions import OWN_FORMAT, read_predictions
 from medst_trl.evaluation.scoring import figures, score_records
 from medst_trl.pipeline.stage import STAGES
 
@@ -222,7 +222,8 @@ def compare(run: Run, evaluations: Sequence[Evaluation], bootstrap_samples: int)
 def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """The predictions of an evaluation by id; empty, with a note, if they cannot be read."""
     try:
-        return {str(row["id"]): row for row in read_predictions(evaluation.directory / "predictions.jsonl")[0]}
+        records, _ = read_predictions(evaluation.directory / "predictions.jsonl", OWN_FORMAT)
+        return {str(row["id"]): row for row in records}
     except (UserError, KeyError):
         path = f"{run.name(evaluation.directory)}/predictions.jsonl"
         note = f"{path} is missing or damaged, so its answers and their differences are left out."

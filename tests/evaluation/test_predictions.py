@@ -3,6 +3,9 @@
 """Predictions files in our own format. Those of other projects: tests/interop/predictions."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +47,43 @@ def test_files_without_predictions_are_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"p\.jsonl"):
         read_predictions(path)
+
+
+PLUGIN = """
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
+
+
+def read(path, benchmark, split):
+    for number, line in enumerate(path.read_text().splitlines()):
+        answer, prediction = line.split("|")
+        yield f"row {number}", {"id": str(number), "answer": answer, "answer_type": "open", "prediction": prediction}
+
+
+PREDICTION_FORMATS.register(
+    PredictionFormat(
+        name="bars",
+        summary="answer and prediction between bars",
+        expected="Each line has an answer, a bar and a prediction.",
+        guess=lambda path, first: path.suffix == ".bars",
+        read=read,
+        write=lambda records, path: None,
+    )
+)
+"""
+
+
+def test_a_format_of_a_plugin_is_detected_and_scored(tmp_path):
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "p.bars").write_text("lung|a lung\nleft|right\n")
+    command = [sys.executable, "-m", "medst_trl.cli", "evaluate", "--plugins", "plugin.py"]
+
+    def medst(*words):
+        return subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path, env=os.environ.copy())
+
+    assert "bars (answer and prediction between bars)" in " ".join(medst("--help").stdout.split())
+    done = medst("--predictions", "p.bars", "--output_dir", "out", "--variants", "strict")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert content["format"] == "bars" and content["scores"]["strict"]["exact_match"]["value"] == 50
+    kept = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in kept] == ["a lung", "right"]

@@ -51,6 +51,7 @@ from medst_trl.engines.engine import ENGINES, EngineKind, loads_model, settings_
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS, setting_names
 from medst_trl.evaluation.predictions import (
+    OWN_FORMAT,
     PREDICTION_FORMATS,
     control_path,
     guess_format,
@@ -271,7 +272,7 @@ def _run(
             )
         if state.is_main_process:
             about = {"benchmark": name, "data": data, "split": args.split, "model": args.model_name_or_path}
-            scores, _, _ = _score(path, args.controls, scoring, format="medst")
+            scores, _, _ = _score(path, args.controls, scoring, format=OWN_FORMAT)
             write_json(directory / "scores.json", about | scores)
             counts[name] = scores["counts"]
         state.wait_for_everyone()
@@ -284,7 +285,7 @@ def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, A
     format, benchmark = args.predictions_format or guess_format(args.predictions), next(iter(args.benchmark), None)
     source = {"format": format, "benchmark": benchmark, "split": args.split}
     scores, answers, rejected = _score(args.predictions, controls, scoring, **source)
-    if format != "medst":
+    if format != OWN_FORMAT:
         for control, records in answers.items():
             write_jsonl(control_path(directory / "predictions.jsonl", control), records)
     write_json(directory / "scores.json", {"predictions": args.predictions, "format": format} | scores)
