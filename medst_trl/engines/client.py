@@ -14,8 +14,8 @@ import random
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from .trouble import Dialect, Trouble, clean, row_of_content, trouble_of
 
 
 if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
     from openai import AsyncOpenAI
 
 RE_ASKS = 2  # further attempts at a request whose reply cannot be read
@@ -417,6 +418,22 @@ class Client:
         except TimeoutError:
             return
         raise Stopped
+
+
+@contextmanager
+def open_portal(client: Client) -> Iterator["BlockingPortal"]:
+    """
+    Run an event loop on its own thread, from which synchronous code (also in a notebook) starts a client's calls.
+
+    Leaving it with an error, or early, cancels the calls in flight. The client is closed in any case.
+    """
+    from anyio.from_thread import start_blocking_portal
+
+    with start_blocking_portal() as portal:
+        try:
+            yield portal
+        finally:
+            portal.call(client.close)
 
 
 def api_key(variable: str, base_url: str | None) -> str:

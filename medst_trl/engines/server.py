@@ -16,7 +16,7 @@ from medst_trl.base.errors import UserError, closest
 from medst_trl.data.source import printable
 from medst_trl.policy.chat_template import VUSR
 
-from .client import Answer, Call, Client, Stopped
+from .client import Answer, Call, Client, Stopped, open_portal
 from .engine import (
     ENGINES,
     Engine,
@@ -179,20 +179,15 @@ class ServerEngine(Engine):
 
     @contextmanager
     def _connection(self) -> "Iterator[tuple[Client, BlockingPortal]]":
-        """Run an event loop on its own thread. Leaving it with an error cancels what is in flight."""
-        from anyio.from_thread import start_blocking_portal
-
         client = Client(
             self.model, base_url=self.base_url, concurrency=self.concurrency, timeout=self.timeout,
             max_retries=RETRIES, setting="model_name_or_path",
         )  # fmt: skip
-        with start_blocking_portal() as portal:
+        with open_portal(client) as portal:
             try:
                 yield client, portal
             except Stopped:
                 raise portal.call(client.why_stopped) from None
-            finally:
-                portal.call(client.close)
 
     def _reply(self, client: Client, done: "Future[Answer]") -> Reply:
         """Return the reply of a call. Raises `Stopped` or a `UserError` if no call can succeed."""

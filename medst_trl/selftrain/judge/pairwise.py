@@ -4,19 +4,16 @@
 
 import asyncio
 import json
-import queue
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
+from queue import SimpleQueue
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.engines.client import Call, Client, Stopped, api_key
+from medst_trl.engines.client import Call, Client, Stopped, api_key, open_portal
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens, prices_of
 
 from .images import JudgeImage
@@ -71,6 +68,7 @@ class Estimate:
         )
 
 
+@dataclass(eq=False, repr=False)
 class PairwiseJudge:
     """
     Compare the answers of each candidate with a vision-language model behind an OpenAI-compatible API.
@@ -135,38 +133,34 @@ class PairwiseJudge:
     ```
     """
 
-    def __init__(
-        self,
-        model: str,
-        base_url: str | None = None,
-        prompt_version: str = "rubric",
-        order: str = "both",
-        min_margin: float = 1.0,
-        captions: Mapping[str, str] | None = None,
-        concurrency: int = 16,
-        max_cost: float | None = None,
-        price_per_million_input_tokens: float | None = None,
-        price_per_million_output_tokens: float | None = None,
-        image_size: int = 768,
-        temperature: float = 0.0,
-        max_tokens: int = 600,
-        cache_dir: str | None = None,
-        timeout: float = 120.0,
-        max_retries: int = 6,
-        key_variable: str = "OPENAI_API_KEY",
-        http_client: Any = None,
-    ):
-        self.model, self.prompt, self.order = model, JUDGE_PROMPTS.get(prompt_version), order
-        self.min_margin, self.image_size = min_margin, image_size
-        self.temperature, self.max_tokens, self.max_cost = temperature, max_tokens, max_cost
-        self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
-        self.captions = dict(captions or {})
-        self.prices = prices_of(model, price_per_million_input_tokens, price_per_million_output_tokens)
+    model: str
+    base_url: str | None = None
+    prompt_version: str = "rubric"
+    order: str = "both"
+    min_margin: float = 1.0
+    captions: Mapping[str, str] | None = None
+    concurrency: int = 16
+    max_cost: float | None = None
+    price_per_million_input_tokens: float | None = None
+    price_per_million_output_tokens: float | None = None
+    image_size: int = 768
+    temperature: float = 0.0
+    max_tokens: int = 600
+    cache_dir: str | None = None
+    timeout: float = 120.0
+    max_retries: int = 6
+    key_variable: str = "OPENAI_API_KEY"
+    http_client: Any = None
+
+    def __post_init__(self):
+        self.captions = dict(self.captions or {})
+        self.prompt = JUDGE_PROMPTS.get(self.prompt_version)
+        prices = self.price_per_million_input_tokens, self.price_per_million_output_tokens
+        self.prices = prices_of(self.model, *prices)
         self.events: Counter[str] = Counter()
         self._check()
-        Budget(self.prices, max_cost)
-        self.cache = ReplyCache(cache_dir)
-        self._connection = {"base_url": base_url, "key_variable": key_variable, "http_client": http_client}
+        Budget(self.prices, self.max_cost)
+        self.cache = ReplyCache(self.cache_dir)
 
     def _check(self) -> None:
         if not self.model:
@@ -215,13 +209,13 @@ class PairwiseJudge:
                 candidates = candidates if isinstance(candidates, Sized) else list(candidates)
                 spent = self.estimate(candidates).paid
         try:
-            yield from _Run(self, candidates, partial(self._client, offline, spent))
+            yield from self._run(candidates, offline, spent)
         finally:
             self.cache.close()
 
     def check_key(self) -> None:
         """Raise a [`UserError`] if the API key is missing."""
-        api_key(self._connection["key_variable"], self._connection["base_url"])
+        api_key(self.key_variable, self.base_url)
 
     def estimate(self, candidates: Iterable[Mapping[str, Any]]) -> Estimate:
         """Estimate what judging `candidates` will take."""
@@ -285,95 +279,33 @@ class PairwiseJudge:
             read=self.prompt.read,
         )
 
-    def judgement(self, pair: Pair, *asked, problem: str | None = None) -> dict[str, Any]:
-        """Return the judgement on a pair from its requests and their answers. See [`make_judgement`]."""
-        return make_judgement(
-            pair, asked, model=self.model, prompt=self.prompt, prices=self.prices, min_margin=self.min_margin,
-            problem=problem,
+    def _run(self, candidates: Iterable[Mapping[str, Any]], offline: bool, spent: float) -> Iterator[dict[str, Any]]:
+        """Yield judgements in the order of the pairs, and raise an error after all that are finished."""
+        client = Client(
+            self.model, self.cache, Budget(self.prices, self.max_cost, spent), base_url=self.base_url,
+            key_variable=self.key_variable, concurrency=self.concurrency, timeout=self.timeout,
+            max_retries=self.max_retries, offline=offline, advice=_ADVICE, http_client=self.http_client,
         )  # fmt: skip
-
-    def _client(self, offline: bool, spent: float) -> Client:
-        """Return a client for one event loop. `spent` is the part of the budget that earlier runs used."""
-        return Client(
-            self.model, self.cache, Budget(self.prices, self.max_cost, spent), offline=offline, advice=_ADVICE,
-            concurrency=self.concurrency, timeout=self.timeout, max_retries=self.max_retries, **self._connection,
-        )  # fmt: skip
-
-
-class _Run:
-    """One run over candidates, with its event loop on its own thread, so that it also works in a notebook."""
-
-    def __init__(
-        self,
-        judge: PairwiseJudge,
-        candidates: Iterable[Mapping[str, Any]],
-        make_client: Callable[[], Client],
-    ):
-        self.judge, self.make_client = judge, make_client
-        self.pairs = (pair for candidate in candidates for pair in pairs_of(candidate))
-        self.results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task | None = None
-        self.cancelled = False
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield judgements in the order of the pairs, and raise an error after all of them."""
-        thread = threading.Thread(target=self._start, name="medst-judge", daemon=True)
-        thread.start()
-        waiting, due = {}, 0
-        try:
+        self.events = client.events
+        pairs = enumerate(pair for candidate in candidates for pair in pairs_of(candidate))
+        finished, waiting, in_flight, due = SimpleQueue(), {}, 0, 0
+        with open_portal(client) as portal:
             while True:
-                index, result = self.results.get()
-                if index < 0:
-                    if result is not None:
-                        raise result
-                    return
-                waiting[index] = result
-                while due in waiting:
-                    yield waiting.pop(due)
-                    due += 1
-        finally:
-            self._cancel()
-            thread.join()
-
-    def _start(self) -> None:
-        error = None
-        try:
-            asyncio.run(self._main())
-        except asyncio.CancelledError:
-            pass
-        except BaseException as raised:
-            error = raised
-        self.results.put((-1, error))
-
-    def _cancel(self) -> None:
-        """Stop early if the consumer wants no more."""
-        self.cancelled = True
-        if self.loop is not None and not self.loop.is_closed():
-            with suppress(RuntimeError):  # it ended in the meantime
-                self.loop.call_soon_threadsafe(self.task.cancel)
-
-    async def _main(self) -> None:
-        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
-        if self.cancelled:
-            return
-        client = self.make_client()
-        room = asyncio.Semaphore(PAIRS_PER_SLOT * self.judge.concurrency)
-        try:
-            async with asyncio.TaskGroup() as group:
-                index = 0
-                while client.stop_error is None:
-                    await room.acquire()
-                    pair = await asyncio.to_thread(next, self.pairs, None)
+                while in_flight < PAIRS_PER_SLOT * self.concurrency and client.stop_error is None:
+                    index, pair = next(pairs, (None, None))
                     if pair is None:
                         break
-                    group.create_task(self._judge(client, index, pair, room))
-                    index += 1
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
-        finally:
-            self.judge.events = client.events
-            await client.close()
+                    future = portal.start_task_soon(self._judge, client, pair)
+                    future.add_done_callback(lambda done, index=index: finished.put((index, done)))
+                    in_flight += 1
+                if not in_flight:
+                    break
+                index, done = finished.get()
+                in_flight -= 1
+                waiting[index] = done.result()
+                while waiting.get(due) is not None:
+                    yield waiting.pop(due)
+                    due += 1
         if client.stop_error is not None:
             raise client.stop_error
         if client.missing:
@@ -382,17 +314,20 @@ class _Run:
                 "--write_batch, or send them live by leaving out --read_batch."
             )
 
-    async def _judge(self, client: Client, index: int, pair: Pair, room: asyncio.Semaphore) -> None:
+    async def _judge(self, client: Client, pair: Pair) -> dict[str, Any] | None:
+        """Return the judgement on a pair, or `None` if the run is being stopped."""
+        problem, calls, answers = None, [], []
         try:
-            requests = await asyncio.to_thread(self.judge.requests_of, pair)
+            calls = await asyncio.to_thread(self.requests_of, pair)
             # Wait for all of them, even if one is stopped: calls in progress are paid for.
-            answers = await asyncio.gather(*map(client.ask, requests), return_exceptions=True)
+            answers = await asyncio.gather(*map(client.ask, calls), return_exceptions=True)
             if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
                 raise errors[0]
-            self.results.put((index, self.judge.judgement(pair, *zip(requests, answers, strict=True))))
         except ImageProblem:
-            self.results.put((index, self.judge.judgement(pair, problem="image_unreadable")))
+            problem, calls, answers = "image_unreadable", [], []
         except Stopped:
-            pass
-        finally:
-            room.release()
+            return None
+        return make_judgement(
+            pair, list(zip(calls, answers, strict=True)), model=self.model, prompt=self.prompt, prices=self.prices,
+            min_margin=self.min_margin, problem=problem,
+        )  # fmt: skip
