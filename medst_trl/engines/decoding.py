@@ -1,32 +1,44 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to what the model reads, and from what it writes to text. Evaluation and generation share it."""
+"""
+From conversations to the model's input, and from its tokens to texts: what all local generation shares.
 
-from collections.abc import Sequence
+A prompt is read once however many texts follow it ([`read_once`]), texts that have ended leave their batch
+([`continue_texts`]), and each text is sampled from its own random stream ([`SeededSampler`]), so that it does not
+depend on its batch.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import VUSR
+from medst_trl.policy.families import family_of
 from medst_trl.policy.spans import in_form, typed_parts
 from medst_trl.policy.vusr import neutralise_parts, turn_format
 
-from .shared_prompts import read_once, write_on
+from .engine import Sampling
 
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from transformers import BatchFeature, LogitsProcessor, PreTrainedModel, ProcessorMixin
 
-# Whatever the model's own generation config says. What is left of that is which tokens end a text, and which never
-# stand in one (`suppress_tokens`, `bad_words_ids`, `sequence_bias`).
+STEPS_PER_CALL = 32  # few, so that a text that has ended does not stay long; many, since each call takes time to start
+
+# Overrides the model's own generation config, of which remain the tokens that end a text and those that a text never
+# contains (`suppress_tokens`, `bad_words_ids`, `sequence_bias`).
 GREEDY = {
-    # transformers' default values: it warns of others that have no effect without sampling
+    # transformers' defaults: it warns of other values, which have no effect without sampling
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
     # another distribution, or another way of decoding
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None,
     "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
     "force_words_ids": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
     "use_mtp": None,
-    # what counts from where `generate` is called, and a text may be written in several calls (`write_on`)
+    # what counts from the call of `generate`: a text may take several calls (`continue_texts`)
     "min_length": None, "min_new_tokens": None, "max_time": None, "forced_eos_token_id": None,
     "begin_suppress_tokens": None, "exponential_decay_length_penalty": None, "encoder_repetition_penalty": None,
     "encoder_no_repeat_ngram_size": None, "token_healing": None,
@@ -39,19 +51,19 @@ def chat_inputs(
     images: "Sequence[list[Image.Image]]",
 ) -> "BatchFeature":
     """
-    What the model reads: each conversation through the chat template, open for the model's turn, padded on the left.
+    Render conversations with the chat template, open for the model's turn, and pad them on the left.
 
-    Whether the tokenizer adds a beginning-of-sequence token is left to transformers, as it is in a pipeline: templates
-    such as LLaVA-1.5's do not write one.
+    transformers decides whether the tokenizer adds a beginning-of-sequence token, as in a pipeline: templates such as
+    LLaVA-1.5's do not write one.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
             The policy's processor.
         conversations (sequence of `list[dict]`):
-            Messages whose content is a list of typed parts. A last message with `vusr: True` and no text is one that
-            the model is to write. Text that spells a control token is neutralised.
+            Messages whose content is a list of typed parts. The model writes a last message with `vusr: True` and no
+            text. Text that spells a control token is neutralised.
         images (sequence of `list[PIL.Image.Image]`):
-            The images of each, in the order of its image parts.
+            The images of each conversation, in the order of its image parts.
 
     Returns:
         [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` of shape (batch, length), and the pixel
@@ -99,28 +111,27 @@ def write_texts(
     **generates: Any,
 ) -> list[tuple[str, bool]]:
     """
-    Let the model write behind each prompt of a batch.
+    Let the model write one or several texts for each prompt of a batch.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Policy on its device; its generation config says which tokens end a text.
+            Policy on its device. Its generation config has the tokens that end a text.
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
         inputs ([`~transformers.BatchFeature`]):
             From [`chat_inputs`].
         max_new_tokens (`int`):
-            Where a text that does not end is cut off.
+            Maximum length of a text.
         sampler ([`~transformers.LogitsProcessor`], *optional*):
-            Chooses the tokens, by leaving one with a finite score. The likeliest token by default.
+            Chooses the tokens, by leaving one of them a finite score. By default the most likely token.
         draws (sequence of `int`, *optional*):
-            How many texts to write behind each prompt, which the model reads once for all of them; for models that
-            [`shares_prompts`] accepts. One by default.
+            Number of texts for each prompt, which the model reads once; only for models that [`shares_prompts`]
+            accepts. By default one text, and nothing is shared.
         **generates:
             Further arguments of `generate`, where `draws` is None.
 
     Returns:
-        `list[tuple[str, bool]]`: each text, and whether it ended by itself. All texts behind the first prompt come
-        first.
+        `list[tuple[str, bool]]`: each text, and whether the model ended it. The texts of the first prompt come first.
     """
     import torch
 
@@ -128,10 +139,10 @@ def write_texts(
     tokenizer, config = processor.tokenizer, model.generation_config
     ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends)
-    vusr = tokenizer.get_vocab().get(VUSR)  # read, never written
+    vusr = tokenizer.get_vocab().get(VUSR)  # read, never predicted
     never = {*(config.suppress_tokens or []), *([] if vusr is None else [vusr])}
     settings = GREEDY | {
-        "use_cache": True,  # configurations that were saved after gradient checkpointing may say no
+        "use_cache": True,  # configurations saved after gradient checkpointing may disable it
         "eos_token_id": ends,
         "pad_token_id": tokenizer.pad_token_id,
         "suppress_tokens": sorted(never) or None,
@@ -150,6 +161,197 @@ def write_texts(
         else:
             if max(draws) > 1:
                 inputs = read_once(model, inputs, draws, **settings)
-            tokens = write_on(model, inputs, max_new_tokens, sampler, **settings)
+            tokens = continue_texts(model, inputs, max_new_tokens, sampler, **settings)
     ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(1).tolist()
     return [(text.strip(), end) for text, end in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended)]
+
+
+def shares_prompts(model: "PreTrainedModel") -> bool:
+    """
+    Return whether a model writes the same texts from one reading of a prompt ([`read_once`]) and from image features
+    instead of pixels ([`ImageMemory`]).
+    """
+    # Gemma 3 was published with "hybrid"; `generate` treats it as none.
+    cache = model.generation_config.cache_implementation
+    return family_of(model.config.model_type).shares_prompts and cache in (None, "hybrid")
+
+
+def read_once(
+    model: "PreTrainedModel", inputs: "Mapping[str, Any]", draws: Sequence[int], **settings: Any
+) -> "dict[str, torch.Tensor]":
+    """
+    Read each prompt of a batch once, and repeat its cache for each of its texts.
+
+    All tokens but the last are read: `generate` needs one to continue from. (`num_return_sequences` would repeat the
+    prompts before they are read.)
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model that [`shares_prompts`] accepts.
+        inputs (`Mapping`):
+            Inputs of `generate`, padded on the left.
+        draws (sequence of `int`):
+            Number of texts for each prompt.
+        **settings:
+            Further arguments of `generate`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` of shape (sum of draws, length), and
+        `past_key_values`, for `generate`.
+    """
+    import torch
+
+    ids = inputs["input_ids"]
+    is_read = {
+        name: value[:, :-1] if isinstance(value, torch.Tensor) and value.shape == ids.shape else value
+        for name, value in inputs.items()
+    }
+    cache = model.generate(**is_read, **settings, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(torch.tensor(draws, device=ids.device))
+    return _rows(model, ids, inputs["attention_mask"], cache, rows)
+
+
+def continue_texts(
+    model: "PreTrainedModel", inputs: "Mapping[str, Any]", max_new_tokens: int, sampler: Any = None, **settings: Any
+) -> "torch.Tensor":
+    """
+    `generate`, from which texts that have ended are removed every `STEPS_PER_CALL` steps.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model that [`shares_prompts`] accepts.
+        inputs (`Mapping`):
+            Inputs of `generate`, padded on the left.
+        max_new_tokens (`int`):
+            Maximum length of a text.
+        sampler ([`SeededSampler`], *optional*):
+            Chooses the tokens.
+        **settings:
+            Further arguments of `generate`, with `eos_token_id` (a list) and `pad_token_id`.
+
+    Returns:
+        `torch.Tensor` of shape (rows, `max_new_tokens`): the new tokens, padded on the right.
+    """
+    import torch
+
+    ids = inputs["input_ids"]
+    left = torch.arange(len(ids), device=ids.device)
+    ends = torch.tensor(settings["eos_token_id"], device=ids.device)
+    tokens = ids.new_full((len(ids), max_new_tokens), settings["pad_token_id"])
+    done = 0
+    while True:
+        output = model.generate(
+            **inputs,
+            **settings,
+            max_new_tokens=min(STEPS_PER_CALL, max_new_tokens - done),
+            logits_processor=None if sampler is None else [sampler],
+            return_dict_in_generate=True,
+        )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        tokens[left, done : done + new.shape[1]] = new
+        done += new.shape[1]
+        is_open = ~torch.isin(new, ends).any(1)
+        if done == max_new_tokens or not is_open.any():
+            return tokens
+        rows = is_open.nonzero()[:, 0]
+        left = left[rows]
+        if sampler is not None:
+            sampler.keep(rows)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+        inputs = _rows(model, output.sequences, mask, output.past_key_values, rows)
+
+
+def _rows(model, ids, mask, cache, rows: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    """Return the inputs with which `generate` continues some rows of a batch."""
+    cache.batch_select_indices(rows)
+    inner = model.base_model
+    if getattr(inner, "rope_deltas", None) is not None:  # m-RoPE models store the position shift of each row
+        inner.rope_deltas = inner.rope_deltas[rows]
+    return {"input_ids": ids[rows], "attention_mask": mask[rows], "past_key_values": cache}
+
+
+class SeededSampler:
+    """
+    A logits processor that samples the next token of each row of a batch with that row's own random numbers.
+
+    transformers' own sampling uses one global stream for the whole batch, so a text would change with the rest of the
+    batch. Here temperature, top-k and top-p (transformers' warpers) make the distribution, and one uniform number per
+    row and step picks from it by the inverse of its cumulative distribution, in the order of the vocabulary. The
+    picked token is the only one with a finite score, so `generate(do_sample=False)` takes it.
+
+    Args:
+        sampling ([`Sampling`]):
+            Temperature above 0, top-k, top-p, and the maximum number of tokens.
+        streams (sequence of `str`):
+            One for each row. The same stream gives the same numbers on any machine.
+
+    Example:
+
+    ```python
+    >>> sampler = SeededSampler(Sampling(temperature=1.2), streams=["record 1", "record 2"])
+    >>> model.generate(**inputs, do_sample=False, logits_processor=[sampler], max_new_tokens=64)
+    ```
+    """
+
+    def __init__(self, sampling: Sampling, streams: Sequence[str]):
+        self.warpers = warpers(sampling)
+        import torch
+
+        # Python's generator, not torch's: its numbers are guaranteed to stay the same.
+        rows = [random.Random(stream) for stream in streams]
+        uniforms = [[row.random() for _ in range(sampling.max_new_tokens)] for row in rows]
+        self._uniforms = torch.tensor(uniforms, dtype=torch.float64)
+        self._step = 0
+        self._broken = None
+
+    def __call__(self, input_ids: "torch.LongTensor", scores: "torch.FloatTensor") -> "torch.FloatTensor":
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape (batch, length)): Tokens so far.
+            scores (`torch.FloatTensor` of shape (batch, vocabulary)): Scores of the next token.
+
+        Returns:
+            `torch.FloatTensor`: 0 for the sampled token and minus infinity for all others.
+        """
+        import torch
+
+        if self._step == 0:
+            self._uniforms = self._uniforms.to(scores.device)
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        # In float64, so that rounding in the sum does not move the borders between tokens.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        # There is one step too many when `generate` notices late that all rows have ended.
+        uniform = self._uniforms[:, min(self._step, self._uniforms.shape[1] - 1), None]
+        below_total = torch.nextafter(total, torch.zeros_like(total))  # `uniform * total` may round up to it
+        token = torch.searchsorted(cumulative, torch.minimum(uniform * total, below_total), right=True)
+        # Read only after generation: on a GPU each read would wait for it.
+        broken = ~total.isfinite().all()
+        self._broken = broken if self._broken is None else self._broken | broken
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp(max=scores.shape[1] - 1), 0.0)
+
+    def keep(self, rows: "torch.LongTensor") -> None:
+        """Continue with some rows of the batch, given by their numbers."""
+        self._uniforms = self._uniforms[rows]
+
+    def check(self) -> None:
+        """Raise a `UserError` if the model's scores were NaN or infinite at some step."""
+        if self._broken is not None and bool(self._broken):
+            raise UserError(
+                "The model's scores are not numbers (NaN or infinity), so nothing can be sampled. Load it with "
+                "--dtype bfloat16 or float32. If that does not help, its training has diverged."
+            )
+
+
+def warpers(sampling: Sampling) -> "list[LogitsProcessor]":
+    """Return transformers' warpers in transformers' order."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    chosen = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k > 0:
+        chosen.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chosen.append(TopPLogitsWarper(sampling.top_p))
+    return chosen

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images that are preprocessed and encoded once, however many prompts are about them."""
+"""A memory of image features: each image is preprocessed and encoded once, however many prompts show it."""
 
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 
-# Of features that are remembered. LLaVA-1.5 makes 4.5 MB of an image, Qwen2.5-VL-7B 46 MB of one of 5 megapixels.
+# Limit of the features in memory. LLaVA-1.5 has 4.5 MB per image, Qwen2.5-VL-7B 46 MB for 5 megapixels.
 MOST_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True)
 class EncodedImage:
     """
-    What a prompt needs of an image, in main memory.
+    The features of an image, in main memory, and what its prompt needs beside them.
 
     Args:
         placeholder (`str`):
-            What stands for it in the text of a prompt.
+            Its placeholder in the text of a prompt.
         features (`torch.Tensor` of shape (image tokens, hidden size)):
-            What stands for it in the language model.
+            Its features in the language model.
         deepstack (`list[torch.Tensor]`):
-            The same for each layer that gets features of its own (Qwen3-VL).
+            The features of each further layer that has its own (Qwen3-VL).
         grid (`torch.Tensor` of shape (3,), *optional*):
-            Its patches in time, height and width, by which m-RoPE models number the tokens.
+            Number of its patches in time, height and width, which m-RoPE models use for positions.
         tiles (`int`, *optional*):
-            How many pieces it was cut into, where the processor asks for it (InternVL).
+            Number of tiles it was cut into, if the processor needs it (InternVL).
     """
 
     placeholder: str
@@ -48,27 +48,27 @@ class EncodedImage:
 
     @property
     def bytes(self) -> int:
-        """Of its features."""
+        """Size of its features."""
         return sum(rows.nbytes for rows in (self.features, *self.deepstack))
 
 
 class ImageMemory:
     """
-    The features of images that are being worked on.
+    The features of the images in use.
 
-    An image is known by an object, its key, and forgotten when that is: who holds the keys of a window holds the
-    features of a window, and no more. They are kept in main memory: on an accelerator there are only those of the
-    prompts that are being read.
+    The key of an image is an object, and its features are freed with that object: a caller that holds the keys of a
+    window holds the features of a window. They are kept in main memory; the accelerator has only those of the prompts
+    that are being read.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A model that [`shares_prompts`].
+            A model that [`shares_prompts`] accepts.
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
 
     Attributes:
         tokens (mapping of keys to `int`):
-            How many tokens each image has that was ever encoded.
+            Number of tokens of each image that was ever encoded.
     """
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin"):
@@ -87,16 +87,16 @@ class ImageMemory:
 
     def encode(self, keys: Sequence[Any], images: "Sequence[Image.Image]", keep: Container = ()) -> None:
         """
-        Preprocess and encode images, and remember them: for good as far as they fit into `MOST_BYTES`, and otherwise
-        up to the next call.
+        Preprocess and encode images, and keep their features: as long as their keys exist if they fit into
+        `MOST_BYTES`, otherwise until the next call.
 
         Args:
             keys (sequence of objects):
                 One for each image.
             images (sequence of `PIL.Image.Image`):
-                At least one.
+                The images, at least one.
             keep (container of objects, *optional*):
-                The keys of images that must not be forgotten yet.
+                Keys of images that must stay in memory.
         """
         import torch
 
@@ -110,7 +110,7 @@ class ImageMemory:
             tiles.extend(processed.get("num_patches", ()))
             return processed, texts
 
-        # Prompts of nothing but an image: their tokens say which features are whose.
+        # Prompts with nothing but an image: the numbers of their tokens divide the features among the images.
         bare = [{"role": "user", "content": [{"type": "image"}], "vusr": True}]
         process = self.processor._process_images
         with _processing_images_by(self.processor, listen):
@@ -120,11 +120,11 @@ class ImageMemory:
         wanted = [name for name in inspect.signature(get_features).parameters if name in inputs]
         with torch.inference_mode():
             output = get_features(**{name: inputs[name] for name in wanted}, return_dict=True)
-        # The model takes what it makes: this kind of output, with one tensor in it or a list of them.
+        # The model takes the type of output that it makes, with one tensor in it or a list of tensors.
         self._output_type, self._is_tensor = type(output), isinstance(output.pooler_output, torch.Tensor)
         tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
         features, *deepstack = (
-            [rows.clone() for rows in _flat(layer).cpu().split(tokens)]  # a view would keep what is encoded beside it
+            [rows.clone() for rows in _flat(layer).cpu().split(tokens)]  # a view would keep the whole batch in memory
             for layer in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
         )
         for number, (key, placeholder) in enumerate(zip(keys, placeholders, strict=True)):
@@ -135,8 +135,8 @@ class ImageMemory:
             self.tokens[key] = tokens[number]
 
     def _trim(self, keep: Container) -> None:
-        """Forget the images that came last, where all would take more than `MOST_BYTES`."""
-        # The first are what stays: all are gone through in the same order again.
+        """Free the last images if all together take more than `MOST_BYTES`."""
+        # The first ones stay: they are also the first to be needed again.
         held = 0
         for key, image in list(self._known.items()):
             held += image.bytes
@@ -150,15 +150,15 @@ class ImageMemory:
         images: "Sequence[list[Image.Image]]",
     ) -> "BatchFeature":
         """
-        What [`chat_inputs`] gives, with the remembered features (`mm_encoder_outputs`) in the place of pixels.
+        Return [`chat_inputs`] with the features (`mm_encoder_outputs`) instead of pixels.
 
         Args:
             conversations (sequence of `list[dict]`):
                 See [`chat_inputs`].
             keys (sequence of sequences of objects):
-                The keys of the images of each, in the order of its image parts. All have to be remembered.
+                The keys of the images of each conversation, in the order of its image parts. All must be in memory.
             images (sequence of `list[PIL.Image.Image]`):
-                The images. Their pixels are not looked at.
+                The images. Their pixels are not used.
         """
         import torch
 
@@ -167,7 +167,7 @@ class ImageMemory:
 
         def answer(*args, **kwargs):
             processed = {"image_grid_thw": torch.stack(grids)} if grids else {}
-            if known[0].tiles is not None:  # InternVL's processor cuts pixels by them, of which there are none
+            if known[0].tiles is not None:  # InternVL's processor cuts the pixels into tiles; there are none
                 processed = {"num_patches": [image.tiles for image in known], "pixel_values": torch.empty(0)}
             return processed, [image.placeholder for image in known]
 
@@ -189,7 +189,7 @@ class ImageMemory:
 
 
 def _flat(features: "torch.Tensor | Sequence[torch.Tensor]") -> "torch.Tensor":
-    """One row for each image token. Families split their features by image, by crop or by prompt, or not at all."""
+    """Return one row per image token. Families split their features by image, crop or prompt, or not at all."""
     import torch
 
     return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
@@ -198,12 +198,12 @@ def _flat(features: "torch.Tensor | Sequence[torch.Tensor]") -> "torch.Tensor":
 @contextmanager
 def _processing_images_by(processor: "ProcessorMixin", function: Callable) -> Iterator[None]:
     """
-    Within it, a processor learns from a function what there is to know of images.
+    Replace the step in which a processor processes images.
 
-    `ProcessorMixin._process_images` is the one step of a processor that looks at pixels. Placeholders, tokens and
-    token types follow from what it returns.
+    `ProcessorMixin._process_images` is the only step of a processor that reads pixels. Placeholders, tokens and token
+    types follow from what it returns.
     """
-    processor._process_images = function  # hides the method of the class
+    processor._process_images = function  # shadows the method of the class
     try:
         yield
     finally:

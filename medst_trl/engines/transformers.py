@@ -13,17 +13,14 @@ from medst_trl.base.errors import UserError, closest
 from medst_trl.base.processes import process_state, rank
 from medst_trl.data.schema import text_of
 
-from .decoding import chat_inputs, write_texts
+from .decoding import SeededSampler, chat_inputs, shares_prompts, write_texts
 from .engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling, without_margins
 from .image_features import ImageMemory
-from .shared_prompts import shares_prompts
 
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-
-    from .sampling import SeededSampler
 
 ON_CPU = 16  # default batch size, also on a device that does not report its free memory
 # Where the default is as many texts as fit, windows of records are made for this batch size: what fits differs between
@@ -233,9 +230,7 @@ class TransformersEngine(BatchEngine):
             sampler.check()
         return texts
 
-    def _sampler(self, prompts: list[Prompt], sampling: Sampling) -> "SeededSampler | None":
-        from .sampling import SeededSampler
-
+    def _sampler(self, prompts: list[Prompt], sampling: Sampling) -> SeededSampler | None:
         return SeededSampler(sampling, [prompt.stream for prompt in prompts]) if sampling.temperature > 0 else None
 
     def _lengths(self, prompts: Sequence[Prompt]) -> list[int]:

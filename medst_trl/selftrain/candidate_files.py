@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which records candidates are made of, and the files they are written to. Image bytes pass through undecoded."""
+"""Selection of records for candidates, and the files of candidates. Image bytes pass through undecoded."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +16,11 @@ from medst_trl.engines.engine import bytes_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# What to try when one reason takes everything.
+# Advice for the most frequent reason when everything is rejected.
 _ADVICE = {
     "not_a_question": (
-        "Train stage 1 longer, or ask at a lower --question_temperature; for other languages than English set "
-        "--english_questions false; a server has to use the policy's own chat template."
+        "Train stage 1 longer, or lower --question_temperature. For languages other than English set "
+        "--english_questions false. A server has to use the policy's own chat template."
     ),
     "unfinished": "Raise --max_question_tokens.",
     "unfinished_answer": "Raise --max_new_tokens.",
@@ -36,19 +36,19 @@ def select_records(
     dataset: "Dataset", skip: int = 0, most: int | None = None
 ) -> tuple["Dataset", list[dict[str, str]]]:
     """
-    The records `skip` to `skip + most` of those that have images of their own.
+    Return the records `skip` to `skip + most` among those with different images.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Columns `id`, `image_ids`.
         skip (`int`, *optional*, defaults to `0`):
-            Records that earlier rounds have used.
+            Number of records that earlier rounds have used.
         most (`int`, *optional*):
-            All that are left by default.
+            Maximum number of records; all by default.
 
     Returns:
-        `tuple[Dataset, list[dict]]`: the records, and `id`, `reason`, `value` of those whose images an earlier record
-        has shown already.
+        `tuple[Dataset, list[dict]]`: the records, and `id`, `reason`, `value` of those with the images of an earlier
+        record.
 
     Raises:
         UserError: if none is left.
@@ -64,9 +64,9 @@ def select_records(
     chosen = rows[skip:] if most is None else rows[skip : skip + most]
     if not chosen:
         raise UserError(
-            f"No images are left to ask about: {len(dataset)} records hold {len(rows)} different sets of images, and "
-            f"skip_records is {skip}. Prepare more images, or lower skip_records; in a run of several rounds, where "
-            "it stands for what the earlier ones took, lower max_records so that every round has images."
+            f"No images are left to ask about: {len(dataset)} records have {len(rows)} different sets of images, and "
+            f"skip_records is {skip}. Prepare more images, or lower skip_records; in a run of several rounds, which "
+            "skip the images of earlier rounds, lower max_records so that every round has images."
         )
     return dataset.select(chosen), rejected
 
@@ -84,23 +84,23 @@ def write_candidates(
 
     Args:
         output_dir (`pathlib.Path`):
-            Folder of the stage.
+            Output directory of the stage.
         dataset ([`~datasets.Dataset`]):
             The records.
         outcomes (sequence of `dict`):
-            What became of each, in their order, see [`CandidateGenerator.outcomes`].
+            The outcome of each record, in order; see [`CandidateGenerator.outcomes`].
         rejected (sequence of `dict`):
-            What was set aside before.
+            Records that were rejected before.
         generation (`str`):
             See [`CandidateGenerator.generation`].
         rows_per_shard (`int`):
-            Candidates in one Parquet file.
+            Number of candidates per Parquet file.
 
     Returns:
         `dict`: counts for `stage.json`.
 
     Raises:
-        UserError: if there is no candidate, saying why.
+        UserError: if there is no candidate, with the reasons.
     """
     rows = {outcome["id"]: row for row, outcome in enumerate(outcomes)}
     candidates = [(outcome["id"], candidate) for outcome in outcomes for candidate in outcome["candidates"]]
@@ -129,7 +129,7 @@ def write_candidates(
 
 def candidate_row(candidate: dict[str, Any], record: dict[str, Any], generation: str) -> dict[str, Any]:
     """
-    A row of candidates, its images as the record holds them.
+    Return a row of candidates, with the images as the record stores them.
 
     Args:
         candidate (`dict`): One of the `candidates` of an outcome.
@@ -147,7 +147,7 @@ def candidate_row(candidate: dict[str, Any], record: dict[str, Any], generation:
 
 
 def undecoded(dataset: "Dataset", rows: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Rows of a dataset with their images as `{"bytes", "path"}`, without the copy that a cast would write."""
+    """Yield rows of a dataset with images as `{"bytes", "path"}`, without the copy that a cast would write."""
     stored = dataset.with_format("arrow")
     for row in rows:
         yield stored[row].to_pylist()[0]
@@ -157,8 +157,8 @@ def _why_none(counts: dict[str, Any], output_dir: Path) -> str:
     reasons = counts["rejected"]
     advice = _ADVICE.get(next(iter(reasons), ""), "")
     return (
-        f"No candidate is left of {counts['questions']} questions about {counts['images']} images: "
+        f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
         + ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-        + f". They are in {output_dir / 'rejected.jsonl'}. {advice}".rstrip()
-        + " To ask anew, add --overwrite true."
+        + f". See {output_dir / 'rejected.jsonl'}. {advice}".rstrip()
+        + " To ask again, add --overwrite true."
     )

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates for preference pairs: the policy asks about images and answers its own questions more than once."""
+"""Candidates for preference pairs: the policy asks about images and answers its own questions several times."""
 
 import json
 from collections import Counter, deque
@@ -95,47 +95,47 @@ class _Record:
 
 class CandidateGenerator:
     """
-    Makes questions with several answers each out of images (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
+    Makes questions with several answers each from images (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 
-    For each image the policy asks by a bare `<vusr>` turn; each question is then put to it as an ordinary user turn
-    and answered several times, independently. Questions that are none, and answers that say the same, are set aside
-    with their reason. With a model in this process every text has a random stream of its own, named by seed, record id
-    and number: the candidates are the same whatever the number of processes or the point a run goes on from, and up to
-    floating-point ties whatever the batch size.
+    For each image the policy asks in an empty `<vusr>` turn. Each question is then asked in an ordinary user turn and
+    answered several times, independently. Texts that are no questions, and answers that say the same, are rejected
+    with their reason. With a model in this process each text has its own random stream, named by seed, record id and
+    number: the candidates do not depend on the number of processes, on interruptions, or (up to floating-point ties)
+    on the batch size.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`ChatServer`]):
-            Policy, as [`load_policy`] gives it, on the device it shall run on; or a server that runs one.
+        model ([`~transformers.PreTrainedModel`] or [`Engine`]):
+            Policy, as [`load_policy`] returns it, on its device; or any engine, such as a server that runs the policy.
         processor ([`~transformers.ProcessorMixin`], *optional*):
-            The policy's processor; none for a server.
+            The policy's processor; None for an engine.
         num_questions (`int`, *optional*, defaults to `1`):
-            Questions for each image, drawn independently.
+            Questions about each image, sampled independently.
         num_answers (`int`, *optional*, defaults to `2`):
             Answers to each question, at least 2. The first and second, third and fourth, ... make a pair.
         question_sampling ([`Sampling`], *optional*):
-            How questions are drawn: the paper's temperature 1.2, top-k 100, top-p 0.95, at most 128 tokens.
+            Sampling of questions. Defaults to the paper's temperature 1.2, top-k 100, top-p 0.95, and 128 tokens.
         answer_sampling ([`Sampling`], *optional*):
-            How answers are drawn: the same, at most 256 tokens.
+            Sampling of answers. Defaults to the same with 256 tokens.
         describe_first (`bool`, *optional*, defaults to `False`):
             Whether the policy describes the image first, greedily, and asks and answers with that as history.
         question_filter ([`QuestionFilter`], *optional*):
             Which questions are kept.
         max_answer_similarity (`float`, *optional*, defaults to `0.95`):
-            Answers that share more of their words are nearly identical, see [`same_answer`].
+            Answers that share more of their words are nearly identical; see [`same_answer`].
         seed (`int`, *optional*, defaults to `0`):
-            Seed of all draws. A server makes no promise about it.
+            Seed of all sampling. A server may ignore it.
         batch_size (`int`, *optional*):
-            Texts written at a time; halved where they do not fit into memory. By default 16 on a CPU, and on an
-            accelerator as many as fit.
+            Texts per batch, for a model; halved when they do not fit into memory. Defaults to 16 on a CPU and to as
+            many as fit on an accelerator.
         model_name (`str`, *optional*):
-            How to name the model in `generation`.
+            Name of the model in `generation`. Defaults to the engine's.
 
     Attributes:
         rejected (`list[dict]`):
-            `id`, `reason` and `value` of what the last call set aside.
+            `id`, `reason` and `value` of what the last call rejected.
 
     Raises:
-        UserError: for numbers that cannot give pairs.
+        UserError: for settings that cannot give pairs.
 
     Example:
 
@@ -165,15 +165,15 @@ class CandidateGenerator:
     ):
         if num_questions < 1 or num_answers < 2:
             raise UserError(
-                f"num_questions is {num_questions} and num_answers is {num_answers}; at least one question with two "
-                "answers is needed to compare them."
+                f"num_questions is {num_questions} and num_answers is {num_answers}. At least one question with two "
+                "answers is needed."
             )
         self.num_questions = num_questions
         self.num_answers = num_answers
         self.question_sampling = question_sampling or Sampling(max_new_tokens=128)
         self.answer_sampling = answer_sampling or Sampling()
         if self.answer_sampling.temperature == 0:
-            raise UserError("At temperature 0 all answers to a question are the same. Give a temperature above 0.")
+            raise UserError("At temperature 0 all answers to a question are the same. Set a temperature above 0.")
         self.describe_first = describe_first
         self.question_filter = question_filter or QuestionFilter()
         self.max_answer_similarity = max_answer_similarity
@@ -188,14 +188,14 @@ class CandidateGenerator:
 
         Args:
             dataset ([`~datasets.Dataset`]):
-                Columns `id`, `images`, `image_ids`, `messages` (not looked at; may be empty).
+                Columns `id`, `images`, `image_ids`, `messages` (not used; may be empty).
 
         Yields:
             `dict`: a row of candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages, the question
             last), `answers`, `generation` (JSON: model, engine, seed, sampling).
 
         Raises:
-            UserError: for other columns, or ids that repeat.
+            UserError: for other columns, or repeated ids.
         """
         self.rejected = []
         rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
@@ -207,14 +207,14 @@ class CandidateGenerator:
 
     def outcomes(self, dataset: "Dataset", done: Collection[str] = frozenset()) -> Iterator[dict[str, Any]]:
         """
-        What became of every record, as JSON can hold it: [`CandidateGenerator.__call__`] without the images.
+        Yield the outcome of each record in JSON types: [`CandidateGenerator.__call__`] without the images.
 
         Args:
             dataset ([`~datasets.Dataset`]):
                 As in [`CandidateGenerator.__call__`].
             done (collection of `str`, *optional*):
-                Record ids that need not be looked at again. Batches are made as if they did, so that a continued run
-                computes the same numbers as one that was never cut.
+                Ids of finished records. They still take part in batching, so that a resumed run computes the same
+                numbers as an uninterrupted one.
 
         Yields:
             `dict`: `id` of the record, `drawn` (number of questions), `candidates` (id, prompt, answers) and
@@ -226,7 +226,7 @@ class CandidateGenerator:
         ids = dataset["id"][:]
         record_id, times = next(iter(Counter(ids).most_common(1)), (None, 0))
         if times > 1:
-            raise UserError(f"{times} records have the id {record_id!r}. Give each its own, or they would draw alike.")
+            raise UserError(f"{times} records have the id {record_id!r}. Give each its own id.")
         state = process_state()
         windows = self._windows(len(ids), state.num_processes)[state.process_index :: state.num_processes]
         left = [window for window in windows if any(ids[row] not in done for row in window)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which sampled questions are worth answering, and which answers are different enough to be compared."""
+"""Filters: which sampled questions are answered, and which answers differ enough to be compared."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?:;。])\s+|\n")
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
 _BLANKS_AND_CLOSING = " \t\r\n\"'”’)]}*_.:"
 
-# First words of what asks without a question mark. "When" opens statements as well: "When the lesion is large, ...".
+# First words of questions without a question mark. "When" opens statements as well: "When the lesion is large, ...".
 _QUESTION_WORDS = frozenset("what which where who whom whose why how".split())  # noqa: SIM905
 _AUXILIARIES = frozenset(
     """is are was were am do does did can could has have had will would shall should may might must isn't aren't wasn't
@@ -33,7 +33,7 @@ _REQUESTS = frozenset(
 _POLITE = frozenset("please kindly now then and so also briefly".split())  # noqa: SIM905
 _MORE_POLITE = re.compile(r"(?:can|could|would|will) you\b|i (?:want|would like) you to\b|let us\b|let's\b")
 
-# Words that turn a finding. Texts that differ in one of them are never nearly identical, however long they are.
+# Words that change a finding. Texts that differ in one of them are never nearly identical, however long they are.
 _DECISIVE = frozenset(
     """no not without none never nor neither yes absent present absence presence left right bilateral unilateral upper
     lower superior inferior anterior posterior medial lateral central peripheral proximal distal normal abnormal
@@ -45,15 +45,15 @@ _DECISIVE = frozenset(
 @dataclass(frozen=True)
 class QuestionFilter:
     """
-    Tells a question from everything else that a policy may write in its place.
+    Filter for the questions that a policy writes.
 
     Args:
         min_words (`int`, *optional*, defaults to `3`):
-            Shorter questions are set aside.
+            Reject shorter questions.
         max_words (`int`, *optional*, defaults to `60`):
-            Longer questions are set aside.
+            Reject longer questions.
         english (`bool`, *optional*, defaults to `True`):
-            Whether a text also has to read as an English question or request; switch it off for other languages.
+            Whether a text must also read as an English question or request. Disable it for other languages.
     """
 
     min_words: int = 3
@@ -62,11 +62,11 @@ class QuestionFilter:
 
     def problem(self, reply: Reply, earlier: Collection[str] = ()) -> str | None:
         """
-        Why a question cannot be used, in one word for counting, or None.
+        Return why a question cannot be used, in one word for counting, or None.
 
         Args:
-            reply ([`Reply`]): The question as it was drawn.
-            earlier (collection of `str`): Questions kept for the same image, each through [`normalised`].
+            reply ([`Reply`]): The sampled question.
+            earlier (collection of `str`): Questions kept for the same image, as [`normalised`] returns them.
         """
         if reply.problem:
             return reply.problem
@@ -86,10 +86,10 @@ class QuestionFilter:
 
 def is_question(text: str) -> bool:
     """
-    Whether a text reads as a question or a request, by its last sentence.
+    Return whether a text reads as a question or a request, judged by its last sentence.
 
-    A question mark at the end decides; without one the first words do ("Is there a lesion", "Please describe the
-    scan."). A question that is followed by something else, such as its own answer, is none.
+    A question mark at the end decides, otherwise the first words ("Is there a lesion", "Please describe the scan.").
+    A question followed by something else, such as its own answer, does not count.
     """
     bare = text.strip().rstrip(_BLANKS_AND_CLOSING)
     if bare.endswith(_QUESTION_MARKS):
@@ -107,25 +107,25 @@ def is_question(text: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """The words of a text in lower case, a blank between them, without punctuation; all of it if it has no words."""
+    """Return the words of a text in lower case without punctuation; the whole text if it has no words."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_WORD.findall(plain)) or plain.strip()
 
 
 def same_answer(first: str, second: str, max_similarity: float = 0.95) -> str | None:
     """
-    Whether two answers say the same.
+    Return whether two answers say the same.
 
     Args:
         first, second (`str`):
             Answers.
         max_similarity (`float`, *optional*, defaults to `0.95`):
-            Answers are nearly identical when more than this share of their words, in order, is the same, and none of
-            the others is a number or one that turns the finding, such as "no" or "left".
+            Answers are nearly identical if they share more than this part of their words, in order, and none of the
+            other words is a number or changes the finding, such as "no" or "left".
 
     Returns:
-        `str`, *optional*: `"identical_answers"` (up to case, punctuation and blanks), `"nearly_identical_answers"`, or
-        None for answers that differ.
+        `str`, *optional*: `"identical_answers"` (up to case, punctuation and whitespace),
+        `"nearly_identical_answers"`, or None for answers that differ.
     """
     one, two = sorted((normalised(first).split(), normalised(second).split()))  # `ratio` depends on the order
     if one == two:
@@ -134,7 +134,7 @@ def same_answer(first: str, second: str, max_similarity: float = 0.95) -> str | 
     if any(word in _DECISIVE or word[0].isdigit() for word in differing):
         return None
     matcher = SequenceMatcher(None, one, two, autojunk=False)
-    # The cheap upper bound first: long answers have a costly ratio.
+    # The cheap upper bound first: the ratio of long answers is expensive.
     if matcher.quick_ratio() <= max_similarity or matcher.ratio() <= max_similarity:
         return None
     return "nearly_identical_answers"
@@ -144,16 +144,16 @@ def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tupl
     """
     Sort the answers to one question so that the first and second, third and fourth, ... can be compared.
 
-    No two pairs set the same two texts against each other, and answers that find no partner are left out.
+    No two pairs have the same two texts, and answers without a partner are left out.
 
     Args:
         replies (sequence of [`Reply`]):
-            The answers as they were drawn.
+            The sampled answers.
         max_similarity (`float`, *optional*, defaults to `0.95`):
             See [`same_answer`].
 
     Returns:
-        `tuple[list[str], str | None]`: the answers of all pairs that differ, and, where there is none, why.
+        `tuple[list[str], str | None]`: the answers of all pairs, and why there is none.
     """
     usable, problems, pairs, made = [], [], [], set()
     for reply in replies:

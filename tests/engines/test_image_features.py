@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of an image. That models make the same of it is shown in test_shared_prompts.py."""
+"""What is remembered of an image. That models make the same of it is shown in test_decoding.py."""
 
 import gc
 import weakref

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AyaVisionConfig, GenerationConfig
 from medst_trl.base.errors import UserError
-from medst_trl.engines.shared_prompts import shares_prompts
+from medst_trl.engines.decoding import shares_prompts
 from medst_trl.policy.families import check_family
 from medst_trl.training.packing import packing_cost
 from medst_trl.training.prefix_sharing import cannot_share

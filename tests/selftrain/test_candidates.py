@@ -23,12 +23,11 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.parallel import ordered_map
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
-from medst_trl.engines import decoding, image_features, shared_prompts
+from medst_trl.engines import decoding, image_features
 from medst_trl.engines import transformers as transformers_engine
-from medst_trl.engines.decoding import chat_inputs
+from medst_trl.engines.decoding import SeededSampler, chat_inputs
 from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
 from medst_trl.engines.image_features import ImageMemory
-from medst_trl.engines.sampling import SeededSampler
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain import candidates as candidates_module
@@ -147,7 +146,7 @@ def test_rows(policy, images, expected):
 
 
 def test_nothing_is_lost(expected):
-    """Every question drawn is a candidate or set aside with a reason."""
+    """Every sampled question is a candidate or rejected with a reason."""
     for outcome in expected:
         numbers = [item["id"] for item in outcome["candidates"] + outcome["rejected"]]
         assert sorted(numbers) == [f"{outcome['id']}#0", f"{outcome['id']}#1"]
@@ -449,8 +448,9 @@ def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
 
     def read_once(model, inputs, draws, **settings):
         reads.append((len(inputs["input_ids"]), list(draws)))
-        return shared_prompts.read_once(model, inputs, draws, **settings)
+        return read_shared(model, inputs, draws, **settings)
 
+    read_shared = decoding.read_once
     monkeypatch.setattr(decoding, "read_once", read_once)
     assert outcomes(policy, images, batch_size=16) == expected
     asked = sum(len(outcome["candidates"]) for outcome in expected)

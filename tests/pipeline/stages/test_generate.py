@@ -187,7 +187,7 @@ def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(
             UserError,
-            match=r"No candidate is left of 12 questions about 6 images: .*not_a_question.*add --overwrite true",
+            match=r"All of 12 questions about 6 images were rejected: .*not_a_question.*add --overwrite true",
         ):
             main(*args)
         monkeypatch.setattr(CandidateGenerator, "_window", None)
