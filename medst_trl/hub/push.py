@@ -88,8 +88,8 @@ def push_directory(
 
     Args:
         directory (`str` or `os.PathLike`):
-            Output of a stage: a directory of Parquet files, an adapter or a model. The output directory of a stage
-            that makes a single dataset stands for that dataset.
+            Output of a stage: a directory of Parquet files, an adapter or a model. If a stage makes a single dataset,
+            the stage's output directory can be given, too.
         repo_id (`str`):
             `"org/name"`. The repository is created if it does not exist.
         private (`bool`, *optional*, defaults to `True`):

@@ -84,12 +84,7 @@ class Group:
 
 
 def line_chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    level: tuple[float, str] | None = None,
+    title: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[float, str] | None = None
 ) -> Markup:
     """
     Draw lines over a common x axis, each labelled with its name and last value.

@@ -28,12 +28,7 @@ _SUPERVISED = (
 _PREFERENCE = (
     ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2, a sigmoid loss at its start")),
     ("Reward margin", "nats × beta", ("rewards/margins", "eval_rewards/margins"), (0.0, "")),
-    (
-        "Pairs in the judge's order",
-        "share",
-        ("rewards/accuracies", "eval_rewards/accuracies"),
-        (0.5, "by chance"),
-    ),
+    ("Pairs in the judge's order", "share", ("rewards/accuracies", "eval_rewards/accuracies"), (0.5, "by chance")),
     ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
     ("Change from the reference", "nats", ("logratios/chosen", "logratios/rejected"), (0.0, "")),
     ("Change from the reference", "nats × beta", ("rewards/chosen", "rewards/rejected"), (0.0, "")),

@@ -107,7 +107,7 @@ def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict
 def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
     directory = judge_directory(tmp_path / "run" / "judge")
     shards = {path.name: path.read_bytes() for path in (directory / "preferences").iterdir()}
-    done = push(hub, tmp_path / "home", directory, "org/data")  # the stage's directory stands for its dataset
+    done = push(hub, tmp_path / "home", directory, "org/data")  # the stage's directory, not the dataset's
     shutil.rmtree(tmp_path / "run")
     files = hub.files("dataset", "org/data")
     assert {name: files[name] for name in shards} == shards and set(files) == {*shards, "README.md"}
@@ -303,7 +303,7 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
     base = f"org/base@{hub.repositories['model', 'org/base'].branches['main']}"
     more = ("--base_model_name_or_path", base, "--evaluation", str(scores))
     push(hub, tmp_path / "home", local / "adapter", "org/adapter", *more)
-    # What the adapter scored stands for the merged model.
+    # The adapter's scores are those of the merged model.
     push(hub, tmp_path / "home", merged, "org/merged", *more)
     shutil.rmtree(local)
     shutil.rmtree(merged)
