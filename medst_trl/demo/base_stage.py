@@ -16,6 +16,7 @@ run resumes from its newest checkpoint.
 
 import random
 import shutil
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.files import move_files
-from medst_trl.pipeline.stage import MODEL, STAGES, Output, Stage
+from medst_trl.pipeline.stage import MODEL, STAGES, Counter, Output, Stage
 
 
 if TYPE_CHECKING:
@@ -179,6 +180,11 @@ def _prepared_config() -> "PreTrainedConfig":
     return prepare_policy(*tiny_llava()).config
 
 
+def plan(counter: Counter, args: BaseArguments) -> Iterator[tuple[str, str]]:
+    """The stage's rows in a plan."""
+    yield "trains", f"a tiny model on {args.num_texts:,} texts and {args.num_pictures:,} pictures, one epoch"
+
+
 STAGE = STAGES.register(
     Stage(
         name="base",
@@ -187,6 +193,7 @@ STAGE = STAGES.register(
         after=("convert",),
         arguments=lambda: (BaseArguments,),
         main=main,
+        plan=plan,
         outputs=(Output("", MODEL, config=_config, is_published=False),),
         operational=frozenset({"save_steps", "logging_steps"}),
     )

@@ -21,12 +21,12 @@ missing, left over or of another shape, it is listed and nothing is written. An 
 the last complete shard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Input, Output, Stage
+from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Counter, Input, Output, Stage
 
 
 if TYPE_CHECKING:
@@ -130,6 +130,11 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
     return planned_config(settings, is_available)
 
 
+def plan(counter: Counter, args: ConvertArguments) -> Iterator[tuple[str, str]]:
+    """The stage's rows in a plan."""
+    yield "reads", args.source + (f" on {args.base}" if args.base else "")
+
+
 STAGE = STAGES.register(
     Stage(
         name="convert",
@@ -137,6 +142,7 @@ STAGE = STAGES.register(
         help=__doc__,
         arguments=lambda: (ConvertArguments,),
         main=main,
+        plan=plan,
         inputs=tuple(Input(key, CHECKPOINT) for key in INPUTS),
         outputs=(Output("", MODEL, config=_config, is_published=False),),
     )

@@ -27,7 +27,7 @@ heavy at the top: `arguments` and `main` may import what they need when they are
 
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -73,15 +73,24 @@ class Count:
         left = max(0, self.number - skipped)
         return replace(self, number=left if limit is None else min(left, limit))
 
+    def of(self, what: str) -> str:
+        """The count in words: `at most 200 pairs`."""
+        if self.number is None:
+            return f"all {what} of {self.depends_on}"
+        return f"{'at most ' if self.at_most else ''}{self.number:,} {what}"
+
 
 class Counter(Protocol):
-    """What `Output.count` can ask of the plan about the stage's own inputs."""
+    """What `Output.count` and `Stage.plan` can ask about the other steps of the recipe."""
 
     def rows(self, directory: str, split: str) -> Count:
         """Rows in a split of a dataset, on disk or made by an earlier step."""
 
     def settings_behind(self, directory: str) -> Mapping[str, Any]:
         """Settings of the step that makes a dataset; empty if no step of the recipe does."""
+
+    def time(self, number: int | None, unit: str) -> Iterable[tuple[str, str]]:
+        """The row about how long the step takes for that number of units, if the user has given its throughput."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,8 @@ class Output:
         config (`Callable`, *optional*):
             For a new model: from the settings to its configuration and whether it has the text role `VUSER:`, for
             `--dry_run`; None if that is not known before the stage has run.
+        merges (`str`, *optional*):
+            For a new model that is one of the inputs with its adapter merged: the setting that names that input.
         is_published (`bool`):
             Whether `push_to_hub` uploads it.
     """
@@ -162,6 +173,7 @@ class Output:
     kind: str
     count: Callable[[Mapping[str, Any], str, Counter], Count] | None = None
     config: Callable[[Mapping[str, Any]], "tuple[PreTrainedConfig, bool] | None"] | None = None
+    merges: str | None = None
     is_published: bool = True
 
 
@@ -198,8 +210,12 @@ class Stage:
             before.
         distributed (`bool`):
             Whether it can use several processes. The others run in one.
-        trains (`bool`):
-            Whether its last dataclass is a `TrainingArguments`: a plan then shows parameters, batch, steps and memory.
+        trains (`str`, *optional*):
+            For a stage that trains a policy, what its examples are called, such as `"pairs"`. Its dataclasses are then
+            a `PolicyArguments` and a `TrainingArguments`, and `--dry_run` shows parameters, batch, steps and memory.
+        plan (`Callable`, *optional*):
+            Its own rows in the plan of a recipe (`--dry_run`): from a [`Counter`] and what `main` takes to pairs of a
+            label and a text. Rows of the same label are shown as one.
         inputs (`tuple` of [`Input`]):
             What it reads.
         outputs (`tuple` of [`Output`]):
@@ -224,7 +240,8 @@ class Stage:
     joins_rounds: bool = False
     advances: tuple[str, str] | None = None
     distributed: bool = False
-    trains: bool = False
+    trains: str | None = None
+    plan: Callable[..., Iterable[tuple[str, str]]] | None = None
     inputs: tuple[Input, ...] = ()
     outputs: tuple[Output, ...] = ()
     operational: frozenset[str] = frozenset()

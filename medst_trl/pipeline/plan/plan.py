@@ -148,7 +148,7 @@ class _Planner:
             step.stage.name,
             is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"),
         )
-        trains, answers = step.stage.trains, name in ("generate", "evaluate")
+        trains, answers = step.stage.trains, hasattr(arguments[0], "engine")
         for_all = self.throughput.get(None) if trains else None
         return StepPlan(
             step,
@@ -159,7 +159,7 @@ class _Planner:
             weights=self._weights(step) if answers and not is_done else None,
             throughput=self.throughput.get(step.label, self.throughput.get(name, for_all)),
             downloads=[] if is_done else downloads(step, self.steps, self.fetched),
-            requests=[] if is_done else requests(step, arguments, self.steps),
+            requests=[] if is_done else requests(arguments),
             uploads=uploads(step, arguments),
         )
 

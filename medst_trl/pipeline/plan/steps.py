@@ -3,7 +3,7 @@
 """How many examples a step reads and writes, and how many optimizer steps that makes, as far as it can be known."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,9 @@ def training_examples(args: Any, steps: Sequence["Step"]) -> Count:
 class Rows:
     """Counts rows for a plan: of datasets on disk, and of those that a step of the recipe will make."""
 
-    def __init__(self, steps: Sequence["Step"] = ()):
+    def __init__(self, steps: Sequence["Step"] = (), throughput: float | None = None):
         self.steps = steps
+        self.throughput = throughput
 
     def rows(self, directory: str, split: str) -> Count:
         """See [`~medst_trl.pipeline.stage.Counter`]."""
@@ -87,6 +88,15 @@ class Rows:
         step, _ = self._maker(directory)
         return {} if step is None else step.settings
 
+    def time(self, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
+        """See [`~medst_trl.pipeline.stage.Counter`]."""
+        if self.throughput is None:
+            return
+        if number is None:
+            yield "time", f"unknown: the number of {unit} is not known yet"
+        else:
+            yield "time", f"{_duration(number / self.throughput)} at {self.throughput:g} {unit} per second"
+
     def _maker(self, directory: str) -> "tuple[Step, Output] | tuple[None, None]":
         for step in self.steps:
             for output in step.stage.outputs:
@@ -95,15 +105,9 @@ class Rows:
         return None, None
 
 
-def benchmark_questions(folder: str, split: str) -> Count:
-    """Questions of a benchmark that is here."""
-    from pyarrow import parquet
-
-    files = _shards(Path(folder), split)
-    if files is None:
-        return Count(None, depends_on=folder)
-    columns = [parquet.read_table(path, columns=["questions"])["questions"] for path in files]
-    return Count(sum(len(questions) for column in columns for questions in column.to_pylist()))
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 def _parquet_rows(folder: Path, split: str) -> int | None:

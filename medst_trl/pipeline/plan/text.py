@@ -6,14 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medst_trl.engines.engine import loads_model
 from medst_trl.pipeline.recipe import read_recipe
-from medst_trl.pipeline.stage import Count
-from medst_trl.pipeline.stages.generate import images_to_ask_about
 
 from .memory import GIB
 from .plan import StepPlan, Training, plan_recipe, read_throughput
-from .steps import Rows, benchmark_questions
+from .steps import Rows
 
 
 if TYPE_CHECKING:
@@ -59,26 +56,17 @@ def _heading(plan: StepPlan) -> str:
 
 
 def _rows(plan: StepPlan, steps: Sequence["Step"]) -> Iterator[tuple[str, str]]:
-    name, args = plan.step.stage.name, plan.arguments[0]
+    from medst_trl.hub.push import HubArguments
+
+    stage, name = plan.step.stage, getattr(plan.arguments[0], "model_name_or_path", None)
     if plan.training is not None:
         yield from _training_rows(plan, plan.training)
-    elif name == "base":
-        yield "trains", f"a tiny model on {args.num_texts:,} texts and {args.num_pictures:,} pictures, one epoch"
-    elif name == "prepare":
-        yield from _prepare_rows(plan)
-    elif name == "convert":
-        yield "reads", args.source + (f" on {args.base}" if args.base else "")
-    elif name == "generate":
-        yield from _model_rows(plan)
-        rows, candidates = Rows(steps), Path(args.output_dir, "candidates")
-        images = images_to_ask_about(plan.step.settings, rows)
-        yield "asks", f"{_many(images, 'images')}, {args.num_questions} x a question and {args.num_answers} answers"
-        yield "writes", _many(rows.rows(str(candidates), "train"), "candidates")
-        yield from _time_rows(plan, images.number, "images")
-    elif name == "evaluate":
-        yield from _evaluate_rows(plan)
-    elif getattr(args, "model_name_or_path", None):
-        yield "model", args.model_name_or_path
+    elif name is not None and not stage.input("model_name_or_path").is_remote(plan.step.settings):
+        size = f", {_size(plan.weights)} of weights" if plan.weights else ""
+        yield "model", f"{name}{size}"
+    if stage.plan is not None:
+        arguments = (item for item in plan.arguments if not isinstance(item, HubArguments))
+        yield from stage.plan(Rows(steps, plan.throughput), *arguments)
     for label, texts in (("downloads", plan.downloads), ("asks", plan.requests), ("uploads", plan.uploads)):
         for text in texts:
             yield label, text
@@ -105,12 +93,12 @@ def _training_rows(plan: StepPlan, training: Training) -> Iterator[tuple[str, st
     where = "GPU" if plan.hardware.on_gpu else "process"
     accumulated = f"{batch.accumulation} accumulated x " if batch.accumulation > 1 else ""
     yield "batch", f"{batch.per_device} a {where} x {accumulated}{_devices(plan)} = {batch.effective}"
-    yield "data", _many(training.examples, "pairs" if plan.step.stage.name == "dpo" else "conversations")
+    yield "data", training.examples.of(plan.step.stage.trains)
     yield "steps", _steps(training) + _warm_up(settings)
     if training.memory:
         yield from _memory_rows(plan, training)
     steps = training.schedule.steps
-    yield from _time_rows(plan, None if steps is None else steps * batch.effective, "examples")
+    yield from Rows((), plan.throughput).time(None if steps is None else steps * batch.effective, "examples")
 
 
 def _reference(plan: StepPlan) -> str:
@@ -153,55 +141,6 @@ def _memory_rows(plan: StepPlan, training: Training) -> Iterator[tuple[str, str]
     yield "memory", ", ".join(f"{name} {_size(size)}" for name, size in longest.parts.items())
 
 
-def _prepare_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
-    from medst_trl.data.source import SOURCES
-
-    args, source = plan.arguments[0], SOURCES.get(plan.arguments[0].source)
-    if source.needs_data:
-        here = "" if args.data_path and Path(args.data_path).exists() else "; not on this machine"
-        limit = f"; {args.max_records:,} records at most" if args.max_records is not None else ""
-        yield "reads", f"{args.data_path} ({args.source}{limit}{here})"
-    if source.count is not None:
-        rows, datasets = Rows([plan.step]), [("instruct", "train"), ("instruct", "validation"), ("images", "train")]
-        counts = {
-            f"{kind}/{split}": rows.rows(str(Path(args.output_dir, kind)), split).number
-            for kind, split in (*datasets, ("benchmark", "test"))
-        }
-        yield "writes", ", ".join(f"{number:,} rows of {name}" for name, number in counts.items() if number)
-
-
-def _model_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
-    args = plan.arguments[0]
-    if args.model_name_or_path is not None and loads_model(vars(args)):
-        size = f", {_size(plan.weights)} of weights" if plan.weights else ""
-        yield "model", f"{args.model_name_or_path}{size}"
-
-
-def _evaluate_rows(plan: StepPlan) -> Iterator[tuple[str, str]]:
-    args = plan.arguments[0]
-    yield from _model_rows(plan)
-    if args.predictions:
-        yield "scores", args.predictions
-        return
-    again = f", each again for {' and '.join(args.controls)}" if args.controls else ""
-    total = 0
-    for folder in args.benchmark:
-        questions = benchmark_questions(folder, args.split).capped(args.max_records)
-        total = None if total is None or questions.number is None else total + questions.number
-        number = "its questions" if questions.number is None else _many(questions, "questions")
-        yield "answers", f"{folder}: {number}{again}"
-    yield from _time_rows(plan, None if total is None else total * (1 + len(args.controls)), "questions")
-
-
-def _time_rows(plan: StepPlan, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
-    if plan.throughput is None:
-        return
-    if number is None:
-        yield "time", f"unknown, as the number of {unit} is"
-    else:
-        yield "time", f"{_duration(number / plan.throughput)} at {plan.throughput:g} {unit} a second"
-
-
 def _footer(plans: Sequence[StepPlan]) -> Iterator[str]:
     trainings = [plan for plan in plans if plan.training is not None]
     if any(plan.training.memory for plan in trainings):
@@ -218,12 +157,6 @@ def _devices(plan: StepPlan) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}{'s' if plan.hardware.on_gpu else 'es'}"
 
 
-def _many(count: Count, what: str) -> str:
-    if count.number is None:
-        return f"{what}, as many as {count.depends_on} will hold"
-    return f"{'at most ' if count.at_most else ''}{count.number:,} {what}"
-
-
 def _short(number: int) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6)):
         if number >= size:
@@ -238,9 +171,3 @@ def _rate(rate: float) -> str:
 
 def _size(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

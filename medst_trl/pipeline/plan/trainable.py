@@ -172,18 +172,18 @@ def model_at(
 
 def _made_by(step: "Step", steps: Sequence["Step"]) -> Policy:
     """What a step that has not run yet will leave in its folder."""
-    if step.stage.name in ("sft", "dpo"):
+    if step.stage.trains:
         policy = policy_of(step, steps)
         if policy.is_adapter:
             policy.model.train()
             for name, parameter in policy.model.named_parameters():  # loaded again, all of an adapter trains
                 parameter.requires_grad_(is_of_adapter(name))
         return Policy(policy.model, policy.base, continues_adapter=policy.is_adapter)
-    if step.stage.name == "merge":
-        policy = model_at(step.settings["model_name_or_path"], steps)
-        return Policy(policy.model.unload() if policy.is_adapter else policy.model, step.settings["output_dir"])
     output = step.stage.output("")
-    if output and output.config and (known := output.config(step.settings)) is not None:
+    if output is not None and output.merges:
+        policy = model_at(step.settings[output.merges], steps)
+        return Policy(policy.model.unload() if policy.is_adapter else policy.model, step.settings["output_dir"])
+    if output is not None and output.config and (known := output.config(step.settings)) is not None:
         return Policy(on_meta(known[0]), step.settings["output_dir"], text_role=known[1])
     raise NotKnownYet(f"not known before {step.label} has run: {step.settings['output_dir']}")
 

@@ -71,7 +71,7 @@ def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
         training_args,
         stage="dpo",
         kind="preferences",
-        examples="pairs",
+        examples=STAGE.trains,
         make_trainer=partial(make_trainer, args, training_args),
         summarize=summarize,
     )
@@ -197,7 +197,7 @@ STAGE = STAGES.register(
         after=("judge",),
         repeats=True,
         distributed=True,
-        trains=True,
+        trains="pairs",
         arguments=_arguments,
         listed=lambda: (DpoArguments, listed_settings(_with_losses(MultimodalDPOSettings))),
         check=check,

@@ -38,7 +38,7 @@ Predictions of other projects are read too and kept as `predictions.jsonl` in ou
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ from medst_trl.evaluation.predictions import (
     score_predictions,
 )
 from medst_trl.pipeline.record import StageRecord
-from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Input, Output, Stage
+from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, Stage
+from medst_trl.pipeline.stage import Counter as PlanCounter
 
 
 if TYPE_CHECKING:
@@ -312,6 +313,33 @@ def _score(
     return scores, answers, rejected
 
 
+def plan(counter: PlanCounter, args: EvaluateArguments, *settings: Any) -> Iterator[tuple[str, str]]:
+    """The stage's rows in a plan."""
+    if args.predictions:
+        yield "scores", args.predictions
+        return
+    again = f", each again for {' and '.join(args.controls)}" if args.controls else ""
+    counts = [_count_questions(name, args.split).capped(args.max_records) for name in args.benchmark]
+    for name, count in zip(args.benchmark, counts):
+        yield "answers", f"{name}: {'its questions' if count.number is None else count.of('questions')}{again}"
+    numbers = [count.number for count in counts]
+    yield from counter.time(None if None in numbers else sum(numbers) * (1 + len(args.controls)), "questions")
+
+
+def _count_questions(benchmark: str, split: str) -> Count:
+    """Count the questions of a benchmark that is on this machine."""
+    from pyarrow import compute, parquet
+
+    from medst_trl.data.schema import complete_shards
+
+    try:
+        files = complete_shards(Path(benchmark), split)
+    except (UserError, OSError):
+        return Count(None)
+    columns = [parquet.read_table(path, columns=["questions"])["questions"] for path in files]
+    return Count(sum(compute.sum(compute.list_value_length(column)).as_py() or 0 for column in columns))
+
+
 STAGE = STAGES.register(
     Stage(
         name="evaluate",
@@ -326,6 +354,7 @@ STAGE = STAGES.register(
         ),
         check=check,
         main=main,
+        plan=plan,
         inputs=(
             Input(
                 "model_name_or_path",

@@ -28,7 +28,7 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,6 +259,14 @@ def images_to_ask_about(settings: Mapping[str, Any], counter: Counter) -> Count:
     return images.capped(settings.get("max_records"), settings.get("skip_records", 0))
 
 
+def plan(counter: Counter, args: GenerateArguments, *engine_settings: Any) -> Iterator[tuple[str, str]]:
+    """Return the stage's rows in a plan."""
+    images = images_to_ask_about(vars(args), counter)
+    yield "asks", f"{images.of('images')}, {args.num_questions} x a question and {args.num_answers} answers"
+    yield "writes", counter.rows(str(Path(args.output_dir, "candidates")), "train").of("candidates")
+    yield from counter.time(images.number, "images")
+
+
 STAGE = STAGES.register(
     Stage(
         name="generate",
@@ -271,6 +279,7 @@ STAGE = STAGES.register(
         arguments=lambda: (GenerateArguments, *(kind.settings for kind in ENGINES.values()), HubArguments),
         check=check,
         main=main,
+        plan=plan,
         inputs=(
             Input(
                 "model_name_or_path",

@@ -27,6 +27,7 @@ OpenAI's Batch API costs half: `--write_batch requests.jsonl` writes its input f
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -377,6 +378,38 @@ def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
     return replace(pairs_to_judge(settings, counter), at_most=True)  # ties and disagreements are dropped
 
 
+def plan(counter: Counter, args: JudgeArguments, *servers: Any) -> Iterator[tuple[str, str]]:
+    """Return the stage's rows in a plan: the requests, and what they may cost."""
+    if served := chosen_server(servers):
+        yield "asks", f"none: {served[0].summary}"
+    elif args.read_batch:
+        yield "asks", "none: replies come from read_batch"
+    elif args.write_batch:
+        yield "asks", f"none: they are written to {args.write_batch}"
+    else:
+        count = pairs_to_judge(vars(args), counter).times(2 if args.order == "both" else 1)
+        requests = "requests" if count.number is None else f"at most {count.number:,} requests"
+        url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        yield "asks", f"{requests} to {url}, model {args.model}"
+        if count.number is None:
+            yield "asks", f"their number depends on {count.depends_on}"
+        stop = f"stops at {args.max_cost:g} US dollars" if args.max_cost is not None else "no max_cost is set"
+        yield "asks", stop + _expected_cost(args, count)
+
+
+def _expected_cost(args: JudgeArguments, count: Count) -> str:
+    """Return what the requests may cost together, empty if that is not known."""
+    from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
+
+    prices = prices_of(args.model, args.price_per_million_input_tokens, args.price_per_million_output_tokens)
+    if not prices.known or count.number is None:
+        return ""
+    text = 4000 / BYTES_PER_TOKEN  # instructions, question and two answers
+    question = image_tokens(args.model, args.image_size, args.image_size) + text
+    reply = min(args.max_tokens, JUDGE_PROMPTS.get(args.prompt_version).reply_tokens)
+    return f"; about {count.number * prices.cost(question, reply):,.0f} US dollars for all of them"
+
+
 STAGE = STAGES.register(
     Stage(
         name="judge",
@@ -387,6 +420,7 @@ STAGE = STAGES.register(
         arguments=lambda: (JudgeArguments, *(server.settings for server in JUDGE_SERVERS.values()), HubArguments),
         check=check,
         main=main,
+        plan=plan,
         registries={"prompt_version": JUDGE_PROMPTS},
         inputs=(
             Input("candidates", "candidates", sources=(("generate", "candidates"),), split="split"),

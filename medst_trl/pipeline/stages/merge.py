@@ -285,7 +285,7 @@ STAGE = STAGES.register(
             Input("base_model_name_or_path", MODEL),
             Input("dataset", ANY, split="split"),
         ),
-        outputs=(Output("", MODEL),),
+        outputs=(Output("", MODEL, merges="model_name_or_path"),),
         operational=frozenset({"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo"}),
     )
 )

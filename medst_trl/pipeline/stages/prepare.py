@@ -19,7 +19,7 @@ Writes to `output_dir`, as far as the source has it:
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented
 from medst_trl.data.source import SOURCES, Source, SourceRequest
 from medst_trl.hub.push import HubArguments
-from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, Stage
+from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 
 
 if TYPE_CHECKING:
@@ -276,6 +276,22 @@ def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
     return Count(number).capped(limit)
 
 
+def plan(counter: Counter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:
+    """Return the stage's rows in a plan."""
+    source = SOURCES.get(args.source)
+    if source.needs_data:
+        missing = "" if args.data_path and Path(args.data_path).exists() else "; not on this machine"
+        limit = f"; {args.max_records:,} records at most" if args.max_records is not None else ""
+        yield "reads", f"{args.data_path} ({args.source}{limit}{missing})"
+    if source.count is not None:
+        splits = [("instruct", "train"), ("instruct", "validation"), ("images", "train"), ("benchmark", "test")]
+        counts = {pair: counter.rows(str(Path(args.output_dir, pair[0])), pair[1]) for pair in splits}
+        yield (
+            "writes",
+            ", ".join(count.of(f"rows of {'/'.join(pair)}") for pair, count in counts.items() if count.number),
+        )
+
+
 STAGE = STAGES.register(
     Stage(
         name="prepare",
@@ -285,6 +301,7 @@ STAGE = STAGES.register(
         arguments=_arguments,
         check=_check_before,
         main=main,
+        plan=plan,
         inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder", "release_path")),
         outputs=tuple(
             Output(kind, kind, count=lambda settings, split, counter, kind=kind: _count(settings, split, kind))

@@ -17,10 +17,11 @@ with `--base_model_name_or_path`. If a push is interrupted, the same command res
 Afterwards, use the Hub id in place of the directory: `medst dpo --dataset my-org/vqa-rad-preferences`.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from medst_trl.base.settings import documented
-from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
+from medst_trl.pipeline.stage import FILE, STAGES, Counter, Input, Stage
 
 
 @documented
@@ -97,6 +98,11 @@ def main(args: PushArguments) -> None:
     )
 
 
+def plan(counter: Counter, args: PushArguments) -> Iterator[tuple[str, str]]:
+    """Return the stage's rows in a plan."""
+    yield "uploads", f"{args.source} to {args.repo_id}, {'private' if args.private else 'PUBLIC'}"
+
+
 STAGE = STAGES.register(
     Stage(
         name="push",
@@ -105,6 +111,7 @@ STAGE = STAGES.register(
         after=("report",),
         arguments=lambda: (PushArguments,),
         main=main,
+        plan=plan,
         inputs=(Input("source", FILE), Input("evaluation", FILE)),
         operational=frozenset({"commit_message", "run"}),
     )

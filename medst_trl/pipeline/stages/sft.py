@@ -90,7 +90,7 @@ def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
         training_args,
         stage="sft",
         kind="instruct",
-        examples="conversations",
+        examples=STAGE.trains,
         make_trainer=partial(make_trainer, args, training_args),
         summarize=summarize,
     )
@@ -161,7 +161,7 @@ STAGE = STAGES.register(
         help=__doc__,
         after=("prepare",),
         distributed=True,
-        trains=True,
+        trains="conversations",
         arguments=_arguments,
         listed=lambda: (SftArguments, listed_settings(SelfQuestioningSettings)),
         check=check,

@@ -12,7 +12,7 @@ from recipe_models import CONFIGS, config_folder
 from medst_trl.__main__ import main as launched
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
-from medst_trl.pipeline.plan.transfers import requests
+from medst_trl.pipeline.plan.steps import Rows
 from medst_trl.pipeline.recipe import read_recipe
 
 
@@ -82,7 +82,7 @@ def test_it_says_what_will_happen(recipe, tmp_path, capsys):
     assert sft["batch"] == ["8 a GPU x 4 accumulated x 4 GPUs = 128"]
     assert sft["data"] == ["at most 1,280 conversations"]
     assert sft["steps"][0].startswith("at most 10: 1 epoch of 10")
-    assert sft["time"] == ["11 min at 2 examples a second"]
+    assert sft["time"] == ["11 min at 2 examples per second"]
     assert "GiB on each GPU at 2,048 tokens" in sft["memory"][0] and "weights" in sft["memory"][1]
     assert sft["downloads"] == ["dataset some-org/conversations (size unknown: the Hub cannot be asked)"]
     assert told["generate"]["writes"] == ["at most 200 candidates"]
@@ -99,7 +99,7 @@ def test_without_a_throughput_there_is_no_time(recipe, capsys):
     told = plan(capsys, recipe)
     assert not any("time" in rows for rows in told.values())
     told = plan(capsys, recipe, "--dpo.throughput", "1", "--generate.throughput", "0.5")
-    assert told["generate"]["time"] == ["3 min at 0.5 images a second"]
+    assert told["generate"]["time"] == ["3 min at 0.5 images per second"]
     assert "time" in told["dpo"] and "time" not in told["sft"]
 
 
@@ -205,7 +205,8 @@ def test_whom_the_judge_asks(recipe, tmp_path, settings, line):
     (tmp_path / recipe).write_text(text)
     steps = read_recipe(recipe).steps()
     step = next(step for step in steps if step.label == "judge")
-    assert requests(step, stage_arguments(step), steps)[0].startswith(line)
+    args, *servers, _ = stage_arguments(step)
+    assert next(iter(step.stage.plan(Rows(steps), args, *servers)))[1].startswith(line)
 
 
 @pytest.mark.slow
