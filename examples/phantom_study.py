@@ -7,9 +7,9 @@ Does self-training help? The arms of `recipes/phantom_study.yaml` over several s
 python examples/phantom_study.py --output_dir runs/study --seeds 101 102 103 104 105
 ```
 
-Every seed has its own base model, scans, draws and test images, none of which any setting was chosen on (those were
-chosen at seed 0). A seed takes about 20 minutes on one core; `--jobs 2` runs two side by side. What is finished is not
-run again, so the command can be stopped at any time. It writes `results.json` and `index.html`.
+Every seed has its own base model, scans, random draws and test images. Settings were chosen at seed 0, which is not
+among them. One seed takes about 20 minutes on one core; `--jobs 2` runs two in parallel. The command can be interrupted
+and re-run: it skips what is finished. It writes `results.json` and `index.html`.
 """
 
 import argparse
@@ -55,7 +55,7 @@ ARMS = {
     "stage_1": "stage 1 on 9% of the labels",
     "all_labels": "stage 1 on all labels",
     "with_sft": "DPO with an SFT term",
-    "only_sft": "SFT on the chosen answers alone",
+    "only_sft": "SFT on the chosen answers only",
     "without_sft": "the same DPO without the SFT term",
     "paper": "DPO as in the paper",
     "frozen_vision": "DPO with an SFT term, vision tower frozen",
@@ -67,9 +67,9 @@ ARMS = {
     "paper_errs_30": "DPO as in the paper, judge errs in 30%",
     "with_sft_random": "DPO with an SFT term, pairs swapped at random",
 }
-# In charts: the judge, and the arm in a few letters.
+# Labels in charts: the judge, then the arm.
 BARS = {
-    "labels alone": {"stage_1": "9% of them", "all_labels": "all of them"},
+    "labels only": {"stage_1": "9%", "all_labels": "100%"},
     "judge is right": {
         "with_sft": "DPO and SFT", "only_sft": "SFT", "without_sft": "DPO", "paper": "paper's DPO",
         "frozen_vision": "vision frozen",
@@ -88,51 +88,51 @@ MEASURES = {
     "open_recall": "open recall, %",
     "closed_accuracy": "closed accuracy, %",
     "asked_well": "sampled questions that are well-formed, %",
-    "asked_answerable": "sampled questions that their scan answers, %",
+    "asked_answerable": "sampled questions that the scan answers, %",
     "chosen": "log-probability of the chosen answers against the reference, nats",
     "rejected": "log-probability of the rejected answers against the reference, nats",
 }
 
 
-def run_seed(seed: int, folder: Path) -> None:
-    """All arms of one seed, in a process with one thread."""
-    folder.mkdir(parents=True, exist_ok=True)
+def run_seed(seed: int, directory: Path) -> None:
+    """Run all arms of one seed in a process with one thread."""
+    directory.mkdir(parents=True, exist_ok=True)
     recipe = str(find_recipe("phantom_study"))
-    command = [sys.executable, "-m", "medst_trl", recipe, "--seed", str(seed), "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "medst_trl", recipe, "--seed", str(seed), "--output_dir", str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    with open(folder / "study.log", "a") as log:
+    with open(directory / "study.log", "a") as log:
         print(f"seed {seed}: running, see {log.name}", flush=True)
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
     for arm in ARMS:
-        measure_questions(folder, arm)
+        measure_questions(directory, arm)
     print(f"seed {seed}: done", flush=True)
 
 
-def measure_questions(folder: Path, arm: str) -> None:
-    """Samples 400 questions as the paper does, about scans that no arm has trained on."""
-    path = folder / f"questions_{arm}.json"
+def measure_questions(directory: Path, arm: str) -> None:
+    """Sample 400 questions with the paper's settings, about scans that no arm was trained on."""
+    path = directory / f"questions_{arm}.json"
     if path.exists():
         return
     measure = runpy.run_path(str(Path(__file__).with_name("ask_questions.py")))["measure"]
-    shares = measure(str(adapter(folder, arm)), 400, seed=10_000, temperature=1.2, top_k=100, top_p=0.95)
+    shares = measure(str(adapter(directory, arm)), 400, seed=10_000, temperature=1.2, top_k=100, top_p=0.95)
     path.write_text(json.dumps(dict(zip(("asked_well", "asked_answerable"), shares, strict=True))))
 
 
-def adapter(folder: Path, arm: str) -> Path:
-    return folder / {"stage_1": "sft/few", "all_labels": "sft/all"}.get(arm, f"dpo/{arm}")
+def adapter(directory: Path, arm: str) -> Path:
+    return directory / {"stage_1": "sft/few", "all_labels": "sft/all"}.get(arm, f"dpo/{arm}")
 
 
-def read_arm(folder: Path, arm: str) -> dict[str, float]:
-    scores = json.loads((folder / "evaluate" / arm / "scores.json").read_text())["scores"]["strict"]
+def read_arm(directory: Path, arm: str) -> dict[str, float]:
+    scores = json.loads((directory / "evaluate" / arm / "scores.json").read_text())["scores"]["strict"]
     figures = {
         "exact_match": scores["exact_match"]["value"],
         "open_f1": scores["open"]["f1"]["value"],
         "open_recall": scores["open"]["recall"]["value"],
         "closed_accuracy": scores["closed"]["accuracy"]["value"],
     }
-    questions = json.loads((folder / f"questions_{arm}.json").read_text())
+    questions = json.loads((directory / f"questions_{arm}.json").read_text())
     figures |= {name: 100 * share for name, share in questions.items()}
-    state = json.loads((adapter(folder, arm) / "trainer_state.json").read_text())
+    state = json.loads((adapter(directory, arm) / "trainer_state.json").read_text())
     end = end_of_log(state["log_history"])
     return figures | {kind: end[f"logratios/{kind}"] for kind in ("chosen", "rejected") if f"logratios/{kind}" in end}
 
@@ -144,7 +144,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def collect(seeds: dict[int, Path]) -> dict:
-    runs = {seed: {arm: read_arm(folder, arm) for arm in ARMS} for seed, folder in seeds.items()}
+    runs = {seed: {arm: read_arm(directory, arm) for arm in ARMS} for seed, directory in seeds.items()}
     arms = {}
     for arm in ARMS:
         arms[arm] = {"values": {}, "against_stage_1": {}}
@@ -164,7 +164,9 @@ def chart(results: dict, name: str, kind: str, title: str) -> str:
         figures = {label: results["arms"][arm][kind].get(name) for arm, label in arms.items()}
         bars = []
         for label, figure in figures.items():
-            if figure and any(figure[end] for end in ("mean", "standard_error")):  # stage 1 has no change
+            if figure and any(
+                figure[end] for end in ("mean", "standard_error")
+            ):  # stage 1 has no change against itself
                 spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
                 bars.append(Bar(label, figure["mean"], figure["mean"] - spread, figure["mean"] + spread))
         groups += [Group(judge, bars)] if bars else []
@@ -187,8 +189,8 @@ def write_page(results: dict, path: Path) -> None:
     charts = [
         chart(results, "exact_match", "against_stage_1", "Change in exact match against stage 1, points"),
         chart(results, "closed_accuracy", "against_stage_1", "Change in closed accuracy, points"),
-        chart(results, "asked_answerable", "values", "Sampled questions that their scan answers, %"),
-        chart(results, "chosen", "values", "Chosen answers: log-probability gained, nats"),
+        chart(results, "asked_answerable", "values", "Sampled questions that the scan answers, %"),
+        chart(results, "chosen", "values", "Chosen answers: change in log-probability, nats"),
     ]
     names = list(MEASURES)
     tables = [table(results, names[:4]), table(results, names[4:])]
@@ -196,15 +198,15 @@ def write_page(results: dict, path: Path) -> None:
 
 
 def main(output_dir: Path, seeds: list[int], jobs: int) -> dict:
-    folders = {seed: output_dir / f"seed_{seed}" for seed in seeds}
+    directories = {seed: output_dir / f"seed_{seed}" for seed in seeds}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run_seed, folders, folders.values()))
-    results = collect(folders)
+        list(pool.map(run_seed, directories, directories.values()))
+    results = collect(directories)
     (output_dir / "results.json").write_text(json.dumps(results, indent=1))
     write_page(results, output_dir / "index.html")
     for row in table(results, ["exact_match", "closed_accuracy", "asked_answerable"]):
         print(f"{row[0]:<48}" + "".join(f"{value:>26.26}" for value in row[1:]))
-    print(f"The page is {output_dir / 'index.html'}.")
+    print(f"The report is {output_dir / 'index.html'}.")
     return results
 
 
@@ -212,6 +214,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--jobs", type=int, default=1, help="seeds that run side by side, a thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="number of seeds to run in parallel, one thread each")
     args = parser.parse_args()
     main(args.output_dir, args.seeds, args.jobs)

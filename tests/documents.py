@@ -10,13 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A block that opens so cannot be run as it stands on any machine; its commands are still checked against the parsers.
+# A block that starts like this cannot run on every machine. Its commands are still checked against the parsers.
 NEEDS = re.compile(r"# needs (a GPU|the Hub|a judge|a server|SLURM|data)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block: where it stands, its language and what it holds."""
+    """A fenced code block: its page and line, its language and its text."""
 
     page: str
     line: int
@@ -38,7 +38,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a shell block as words: lines joined, comments gone, variables that it sets put in."""
+    """The commands of a shell block as words, with lines joined, comments removed and its own variables replaced."""
     variables, found = {}, []
     for line in block.text.replace("\\\n", " ").splitlines():
         for name, value in variables.items():
