@@ -8,8 +8,8 @@ python examples/phantom_study.py --output_dir runs/study --seeds 101 102 103 104
 ```
 
 Every seed has its own base model, scans, random draws and test images. Settings were chosen at seed 0, which is not
-among them. One seed takes about 20 minutes on one core; `--jobs 2` runs two in parallel. The command can be interrupted
-and re-run: it skips what is finished. It writes `results.json` and `index.html`.
+among them. One seed takes about 20 minutes on one core; `--jobs 2` runs two in parallel. The command can be
+interrupted and re-run: it skips what is finished. It writes `results.json` and `index.html`.
 """
 
 import argparse
@@ -164,9 +164,7 @@ def chart(results: dict, name: str, kind: str, title: str) -> str:
         figures = {label: results["arms"][arm][kind].get(name) for arm, label in arms.items()}
         bars = []
         for label, figure in figures.items():
-            if figure and any(
-                figure[end] for end in ("mean", "standard_error")
-            ):  # stage 1 has no change against itself
+            if figure and any(figure[end] for end in ("mean", "standard_error")):  # not stage 1 against itself
                 spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
                 bars.append(Bar(label, figure["mean"], figure["mean"] - spread, figure["mean"] + spread))
         groups += [Group(judge, bars)] if bars else []
