@@ -10,9 +10,9 @@ gives self-questioning its later turns.
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
-from .schema import image_part, message, text_part
+from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
 
 
@@ -75,21 +75,29 @@ def assemble(
         image_disjoint:
             See [`hold_out`].
     """
-    talks, unlabelled, rejected = _usable_conversations(records, image_ids, problems)
-    usable = [question for question in records.questions if question.image not in problems]
-    for question in records.questions:
-        if question.image in problems:
-            rejected.append(replace(problems[question.image], id=question.id))
-    splits = hold_out(usable, image_ids, image_disjoint)
+    talks, unlabelled, questions, rejected = [], {}, [], list(records.rejected)
+    for record in records:
+        problem = next((problems[name] for name in record.images if name in problems), None)
+        if problem is not None:
+            rejected.append(replace(problem, id=record.id))
+        elif isinstance(record, Question):
+            questions.append(record)
+        elif record.messages:
+            talks.append(record)
+        elif (image := image_ids[record.images[0]]) in unlabelled:  # each unlabelled image once
+            rejected.append(Rejected(record.id, "duplicate_image", unlabelled[image].images[0]))
+        else:
+            unlabelled[image] = replace(record, id=f"image-{image[:16]}")
+    splits, overlap = hold_out(questions, image_ids, image_disjoint)
     for split in ("validation", "train"):
-        for image, questions in by_image(splits.questions[split], image_ids).items():
-            talks += conversations_about_image(f"{records.name}-{split}-{image[:16]}", questions)
+        for image, about in by_image(splits[split], image_ids).items():
+            talks += conversations_about_image(f"{records.name}-{split}-{image[:16]}", about)
     talks = split_off_validation(talks, image_ids, validation_fraction, seed)
-    rows = {("benchmark", "test"): _benchmark_rows(records, splits.questions["test"], image_ids)}
+    rows = {("benchmark", "test"): _benchmark_rows(records, splits["test"], image_ids)}
     for split in ("train", "validation"):
         rows["instruct", split] = _instruct_rows(records, [talk for talk in talks if talk.split == split], image_ids)
-    rows["images", "train"] = _instruct_rows(records, unlabelled, image_ids)
-    return Datasets(rows, rejected, records.counts | (splits.counts if records.questions else {}))
+    rows["images", "train"] = _instruct_rows(records, unlabelled.values(), image_ids)
+    return Datasets(rows, rejected, records.counts | (overlap if records.questions else {}))
 
 
 def _instruct_rows(records: Records, talks: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
@@ -117,36 +125,12 @@ def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: 
     ]
 
 
-def _usable_conversations(
-    records: Records, image_ids: Mapping[str, str], problems: Mapping[str, Rejected]
-) -> tuple[list[Conversation], list[Conversation], list[Rejected]]:
-    """Conversations, unlabelled images (each image once), and all rejected records so far."""
-    talks, unlabelled, rejected = [], {}, list(records.rejected)
-    for talk in records.conversations:
-        problem = next((problems[name] for name in talk.images if name in problems), None)
-        if problem is not None:
-            rejected.append(replace(problem, id=talk.id))
-        elif talk.messages:
-            talks.append(talk)
-        elif (image := image_ids[talk.images[0]]) in unlabelled:
-            rejected.append(Rejected(talk.id, "duplicate_image", unlabelled[image].images[0]))
-        else:
-            unlabelled[image] = replace(talk, id=f"image-{image[:16]}")
-    return talks, list(unlabelled.values()), rejected
-
-
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Splits:
-    """Questions by split, and what was found and removed on the way."""
-
-    questions: dict[str, list[Question]]
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-def hold_out(questions: Iterable[Question], image_ids: Mapping[str, str], image_disjoint: bool = False) -> Splits:
+def hold_out(
+    questions: Iterable[Question], image_ids: Mapping[str, str], image_disjoint: bool = False
+) -> tuple[dict[str, list[Question]], dict[str, int]]:
     """
     Remove from train what is also in test or validation, and from validation what is also in test.
 
@@ -162,8 +146,8 @@ def hold_out(questions: Iterable[Question], image_ids: Mapping[str, str], image_
             See above.
 
     Returns:
-        [`Splits`]; its counts are, for each two splits that share something, `images_in_train_and_test` (before
-        removal; always reported), `pairs_in_...`, `questions_removed_for_pairs_in_...` and
+        The questions by split, and for each two splits that share something the counts `images_in_train_and_test`
+        (before removal; always reported), `pairs_in_...`, `questions_removed_for_pairs_in_...` and
         `questions_removed_for_images_in_...`.
     """
     by_split: dict[str, list[Question]] = {"test": [], "validation": [], "train": []}
@@ -185,7 +169,7 @@ def hold_out(questions: Iterable[Question], image_ids: Mapping[str, str], image_
             counts[f"questions_removed_for_images_{where}"] = len(kept) - len(rest)
             kept = rest
         by_split[taken_from] = kept
-    return Splits(by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"})
+    return by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"}
 
 
 def split_off_validation(
@@ -275,14 +259,9 @@ def conversations_about_image(name: str, questions: Iterable[Question]) -> list[
     groups = linked_groups(questions)
     conversations = []
     for number in range(max(map(len, groups), default=0)):
-        messages = []
-        for group in groups:
-            if number < len(group):
-                opening = [] if messages else [image_part()]
-                messages.append(message("user", [*opening, text_part(group[number].question)]))
-                messages.append(message("assistant", [text_part(group[number].answer)]))
+        turns = [(group[number].question, group[number].answer) for group in groups if number < len(group)]
         first = groups[0][0]
-        conversations.append(Conversation(f"{name}-{number}", (first.image,), messages, first.split))
+        conversations.append(Conversation(f"{name}-{number}", (first.image,), dialogue(turns, 1), first.split))
     return conversations
 
 

@@ -8,7 +8,9 @@ Splits, duplicates and leakage go by `image_id`, so all ids have to be known bef
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from .image_formats import ImageProblem
@@ -43,36 +45,28 @@ def index_images(
 
     names = list(dict.fromkeys(names))
     partial = path.with_name(f".{path.name}.tmp")
-    entries = _read_entries(partial) | _read_entries(path)
+    entries = {entry["image"]: entry for file in (partial, path) for entry in _read_entries(file)}
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
+        found = tqdm(ordered_map(identify, todo, num_workers), "images", len(todo), unit="image", disable=None)
         with open(partial, "w", encoding="utf-8") as file:
-            for entry in entries.values():
-                file.write(json.dumps(entry) + "\n")
-            file.flush()
-            found = ordered_map(identify, todo, num_workers)
-            for entry in tqdm(found, "images", len(todo), unit="image", disable=None):
+            for entry in chain(list(entries.values()), found):
                 entries[entry["image"]] = entry
                 file.write(json.dumps(entry) + "\n")
                 file.flush()  # a killed process loses nothing that the system has
         os.replace(partial, path)
-    good = {name: entries[name]["image_id"] for name in names if "image_id" in entries[name]}
-    bad = {
-        name: Rejected("", entries[name]["reason"], f"{name}: {entries[name]['detail']}")
-        for name in names
-        if "reason" in entries[name]
-    }
+    good, bad = {}, {}
+    for name in names:
+        match entries[name]:
+            case {"image_id": image_id}:
+                good[name] = image_id
+            case {"reason": reason, "detail": detail}:
+                bad[name] = Rejected("", reason, f"{name}: {detail}")
     return good, bad
 
 
-def _read_entries(path: Path) -> dict[str, dict]:
-    entries = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line of a killed run
-                continue
-            entries[entry["image"]] = entry
-    return entries
+def _read_entries(path: Path) -> Iterator[dict]:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        with suppress(ValueError):  # the last line of a killed run
+            yield json.loads(line)

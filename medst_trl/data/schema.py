@@ -8,7 +8,7 @@ their positions: the n-th image part stands for the n-th of `images`. See `KINDS
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -212,6 +212,16 @@ def text_part(text: str) -> dict:
 def message(role: str, content: list[dict], vusr: bool = False) -> dict:
     """One message: `role` is `"user"` or `"assistant"`; `vusr` marks a user turn that the model writes."""
     return {"role": role, "content": content, "vusr": vusr}
+
+
+def dialogue(turns: Iterable[tuple[str, str]], num_images: int = 0) -> list[dict]:
+    """The messages of questions and their answers; the images come before the first question."""
+    messages = []
+    for question, answer in turns:
+        images = [] if messages else [image_part() for _ in range(num_images)]
+        messages.append(message("user", [*images, text_part(question)]))
+        messages.append(message("assistant", [text_part(answer)]))
+    return messages
 
 
 def text_of(content: str | list[dict]) -> str:

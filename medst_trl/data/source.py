@@ -7,9 +7,18 @@ A source registers itself from one file (`sources/` has the built-in ones), and 
 recipes, in the plan of a run and in the cards of what is published:
 
 ```python
+@documented
 @dataclass
 class MyHospitalSettings:
-    ward: str = field(default="all", metadata={"help": "Use the reports of this ward only."})
+    '''
+    Settings of the source `my_hospital`.
+
+    Args:
+        ward (`str`, *optional*, defaults to `"all"`):
+            Use the reports of this ward only.
+    '''
+
+    ward: str = "all"
 
 
 def read(request: SourceRequest) -> tuple[Records, ImageReader]:
@@ -31,8 +40,10 @@ SOURCES.register(
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +99,11 @@ class Question:
     question_type: str | None = None
     link: str | None = None
 
+    @property
+    def images(self) -> tuple[str]:
+        """Its image, as those of a [`Conversation`]."""
+        return (self.image,)
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
@@ -131,6 +147,10 @@ class Records:
     rejected: list[Rejected] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
+    def __iter__(self) -> Iterator[Conversation | Question]:
+        """All conversations, then all questions."""
+        return chain(self.conversations, self.questions)
+
     def collect(
         self,
         items: Iterable[tuple[int, dict | Rejected]],
@@ -152,7 +172,7 @@ class Records:
             own_id (`Callable`, *optional*):
                 From a record to the id that it states; None or `""` if it states none.
         """
-        taken = {record.id for record in (*self.conversations, *self.questions)}
+        taken = {record.id for record in self}
         for position, item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
@@ -176,8 +196,7 @@ class Records:
     @property
     def image_names(self) -> list[str]:
         """Names of the images of all records, with repetitions."""
-        names = [name for conversation in self.conversations for name in conversation.images]
-        return names + [question.image for question in self.questions]
+        return [name for record in self for name in record.images]
 
     def published_id(self, name: str, images: tuple[str, ...]) -> str:
         """[`published_id`] of a record or link. Images in memory have no file names to reveal."""
@@ -187,11 +206,10 @@ class Records:
         """The first `number` conversations, and questions about the first `number` images per split. None: all."""
         if number is None:
             return self
-        images: dict[str, dict[str, None]] = {}
+        images: dict[str, set[str]] = defaultdict(set)
         for question in self.questions:
-            of_split = images.setdefault(question.split, {})
-            if len(of_split) < number:
-                of_split[question.image] = None
+            if len(images[question.split]) < number:
+                images[question.split].add(question.image)
         questions = [question for question in self.questions if question.image in images[question.split]]
         return replace(self, conversations=self.conversations[:number], questions=questions)
 
@@ -267,7 +285,7 @@ class Source:
         card ([`SourceCard`]):
             What cards say about it.
         settings (`type`, *optional*):
-            A dataclass of settings that only this source has, with `help` in the metadata of each field.
+            A dataclass of settings that only this source has, see [`~medst_trl.base.settings.documented`].
         count (`Callable`, *optional*):
             `count(settings, kind, split)` returns the number of rows, before a validation split, for the plan of a
             run; `None` if it cannot be known before reading.

@@ -18,12 +18,13 @@ import random
 import shutil
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.files import move_files
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Counter, Output, Stage
 
 
@@ -31,27 +32,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+@documented
 @dataclass
 class BaseArguments:
-    """Arguments of `medst base`."""
+    """
+    Arguments of `medst base`.
 
-    output_dir: str = field(metadata={"help": "Directory for the model and its processor."})
-    num_texts: int = field(
-        default=2000, metadata={"help": "Number of conversations without a picture, trained on first."}
-    )
-    num_pictures: int = field(
-        default=16000, metadata={"help": "Number of pictures of plain shapes, each with its questions."}
-    )
-    turns: int = field(default=1, metadata={"help": "Number of questions about each picture."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Number of conversations per step."})
-    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
-    warmup_steps: int = field(default=30, metadata={"help": "Number of steps until the peak."})
-    save_steps: int = field(
-        default=200, metadata={"help": "Steps between checkpoints, from which an interrupted run resumes."}
-    )
-    logging_steps: int = field(default=50, metadata={"help": "Steps between log lines."})
-    seed: int = field(default=0, metadata={"help": "Seed of the weights, the pictures and their order."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the output of an earlier run and start again."})
+    Args:
+        output_dir (`str`):
+            Directory for the model and its processor.
+        num_texts (`int`, *optional*, defaults to `2000`):
+            Number of conversations without a picture, trained on first.
+        num_pictures (`int`, *optional*, defaults to `16000`):
+            Number of pictures of plain shapes, each with its questions.
+        turns (`int`, *optional*, defaults to `1`):
+            Number of questions about each picture.
+        per_device_train_batch_size (`int`, *optional*, defaults to `32`):
+            Number of conversations per step.
+        learning_rate (`float`, *optional*, defaults to `0.0007`):
+            Peak learning rate.
+        warmup_steps (`int`, *optional*, defaults to `30`):
+            Number of steps until the peak.
+        save_steps (`int`, *optional*, defaults to `200`):
+            Steps between checkpoints, from which an interrupted run resumes.
+        logging_steps (`int`, *optional*, defaults to `50`):
+            Steps between log lines.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights, the pictures and their order.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the output of an earlier run and start again.
+    """
+
+    output_dir: str
+    num_texts: int = 2000
+    num_pictures: int = 16000
+    turns: int = 1
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 7e-4
+    warmup_steps: int = 30
+    save_steps: int = 200
+    logging_steps: int = 50
+    seed: int = 0
+    overwrite: bool = False
 
 
 def main(args: BaseArguments) -> None:

@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
 from medst_trl.data.images import image_id
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeServer
@@ -201,14 +202,18 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().replace(".", " ").replace(",", " ").split())
 
 
+@documented
 @dataclass
 class OracleArguments:
-    """Settings of the oracle judge."""
+    """
+    Settings of the oracle judge.
 
-    oracle_error_rate: float | None = field(
-        default=None,
-        metadata={"help": "Judge phantoms by their truth instead of a model, with this share of wrong verdicts."},
-    )
+    Args:
+        oracle_error_rate (`float`, *optional*):
+            Judge phantoms by their truth instead of a model, with this share of wrong verdicts.
+    """
+
+    oracle_error_rate: float | None = None
 
 
 def _check(settings: OracleArguments, args: Any) -> None:

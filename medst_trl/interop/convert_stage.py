@@ -22,10 +22,11 @@ the last complete shard.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Counter, Input, Output, Stage
 
 
@@ -35,47 +36,46 @@ if TYPE_CHECKING:
 INPUTS = ("source", "base", "projector", "vision_tower", "vision_lora")
 
 
+@documented
 @dataclass
 class ConvertArguments:
-    """Arguments of `medst convert`."""
+    """
+    Arguments of `medst convert`.
 
-    source: str = field(metadata={"help": "Directory or Hub id of a full model or of a training output."})
-    output_dir: str = field(metadata={"help": "Directory for the converted model."})
-    base: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory or Hub id of the model a training output was trained from, original or converted."
-        },
-    )
-    projector: str | None = field(
-        default=None,
-        metadata={"help": "File, directory or Hub id of a projector that is published separately (mm_projector.bin)."},
-    )
-    vision_tower: str | None = field(
-        default=None,
-        metadata={"help": "Directory or Hub id of the CLIP tower. Defaults to mm_vision_tower of config.json."},
-    )
-    vision_lora: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory or Hub id of LoRA layers of the vision tower. Defaults to Vit-lora inside source."
-        },
-    )
-    vusr_role: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the model is made to ask: text (VUSER:) or token (<vusr>, to be trained). Defaults to text "
-            "with a prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else to token."
-        },
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the weights: auto (the language model's), float32, bfloat16, float16."},
-    )
-    max_shard_size: str = field(
-        default="5GB", metadata={"help": "Largest size of a file of weights; about the memory needed."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Delete the output of an earlier run and start again."})
+    Args:
+        source (`str`):
+            Directory or Hub id of a full model or of a training output.
+        output_dir (`str`):
+            Directory for the converted model.
+        base (`str`, *optional*):
+            Directory or Hub id of the model a training output was trained from, original or converted.
+        projector (`str`, *optional*):
+            File, directory or Hub id of a projector that is published separately (mm_projector.bin).
+        vision_tower (`str`, *optional*):
+            Directory or Hub id of the CLIP tower. Defaults to mm_vision_tower of config.json.
+        vision_lora (`str`, *optional*):
+            Directory or Hub id of LoRA layers of the vision tower. Defaults to Vit-lora inside source.
+        vusr_role (`str`, *optional*):
+            How the model is made to ask: text (VUSER:) or token (<vusr>, to be trained). Defaults to text with a
+            prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else to token.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights: auto (the language model's), float32, bfloat16, float16.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`):
+            Largest size of a file of weights; about the memory needed.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the output of an earlier run and start again.
+    """
+
+    source: str
+    output_dir: str
+    base: str | None = None
+    projector: str | None = None
+    vision_tower: str | None = None
+    vision_lora: str | None = None
+    vusr_role: str | None = None
+    dtype: str = "auto"
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
 
 
 def main(args: ConvertArguments) -> None:

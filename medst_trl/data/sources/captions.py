@@ -10,7 +10,7 @@ has fewer than 30 words and a detailed one otherwise, in a wording drawn for eac
 from pathlib import Path
 
 from medst_trl.data.assemble import draw
-from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.data.schema import dialogue
 from medst_trl.data.source import SOURCES, Conversation, Records, Source, SourceCard, text_value
 
 from .images import collect_rows
@@ -60,8 +60,7 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
 
     def conversation(name: str, image: str, row: dict) -> Conversation:
         caption = text_value(row.get("caption"), missing="no_caption")
-        request = message("user", [image_part(), text_part(instruction(name, caption, seed))])
-        return Conversation(name, (image,), [request, message("assistant", [text_part(caption)])])
+        return Conversation(name, (image,), dialogue([(instruction(name, caption, seed), caption)], num_images=1))
 
     records = Records("captions", image_folder)
     collect_rows(records, path, conversation)

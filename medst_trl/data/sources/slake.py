@@ -32,22 +32,10 @@ class SlakeSettings:
 
 def read_slake(path: Path, image_folder: Path, language: str = "en") -> Records:
     """Read a directory with `train.json`, `validate.json` (or `validation.json`) and `test.json`, one language."""
-    records, others = Records("slake", image_folder), 0
-
-    def is_wanted(record: dict) -> bool:
-        nonlocal others
-        others += record.get("q_lang") != language
-        return record.get("q_lang") == language
-
+    records = Records("slake", image_folder, counts={"questions_in_other_languages": 0})
+    fields = ("slake", "img_name", "content_type")
     for split, name in SLAKE_FILES.items():
-        collect_questions(
-            records,
-            find_file(path, name),
-            ("slake", "img_name", "content_type"),
-            split=lambda _, split=split: split,
-            is_wanted=is_wanted,
-        )
-    records.counts["questions_in_other_languages"] = others
+        collect_questions(records, find_file(path, name), fields, split, language=language)
     return records
 
 

@@ -54,14 +54,7 @@ def read_vqa_rad(path: Path, image_folder: Path) -> Records:
     """
     records = Records("vqa_rad", image_folder)
     file = find_file(path, RELEASE_FILE) if path.is_dir() else path
-
-    collect_questions(
-        records,
-        file,
-        _FIELDS,
-        split=lambda record: "test" if str(record.get("phrase_type")).startswith("test") else "train",
-        link=lambda record: optional_text(record.get("qid_linked_id")),
-    )
+    collect_questions(records, file, _FIELDS, link=lambda record: optional_text(record.get("qid_linked_id")))
     return records
 
 
@@ -84,7 +77,7 @@ def read_vqa_rad_mevf(path: Path, image_folder: Path, release: Path | None = Non
         return links.get((str(record.get("image_name")), plain_question(str(record.get("question")))))
 
     for split, pattern in MEVF_FILES.items():
-        collect_questions(records, find_file(path, pattern), _FIELDS, split=lambda _, split=split: split, link=link)
+        collect_questions(records, find_file(path, pattern), _FIELDS, split, link)
     records.counts["questions_without_link"] = sum(question.link is None for question in records.questions)
     return records
 
@@ -93,9 +86,9 @@ def collect_questions(
     records: Records,
     file: Path,
     fields: tuple[str, str, str],
-    split: Callable[[dict], str],
+    split: str | None = None,
     link: Callable[[dict], str | None] = lambda record: None,
-    is_wanted: Callable[[dict], bool] = lambda record: True,
+    language: str | None = None,
 ) -> None:
     """
     Add the questions of a JSON file in the format of VQA-RAD, which SLAKE shares.
@@ -107,21 +100,25 @@ def collect_questions(
             Records with `qid`, `question`, `answer`, `answer_type`, and those of `fields`.
         fields (`tuple` of `str`):
             The prefix of the ids, and the names of the fields for the image and the question type.
-        split, link (`Callable`):
-            From a record to its split and its link.
-        is_wanted (`Callable`, *optional*):
-            Whether to use a record.
+        split (`str`, *optional*):
+            The split. By default each record says in `phrase_type` whether it is in train or test.
+        link (`Callable`, *optional*):
+            From a record to its link.
+        language (`str`, *optional*):
+            Count records whose `q_lang` is another, and leave them out.
     """
     prefix, image, question_type = fields
 
     def question(_, record: dict) -> Question | None:
-        if not is_wanted(record):
+        if language is not None and record.get("q_lang") != language:
+            records.counts["questions_in_other_languages"] += 1
             return None
         linked = link(record)
+        own_split = "test" if str(record.get("phrase_type")).startswith("test") else "train"
         return Question(
             id=f"{prefix}-{text_value(record.get('qid'), missing='no_id')}",
             image=text_value(record.get(image), missing="no_image"),
-            split=split(record),
+            split=split or own_split,
             question=text_value(record.get("question"), missing="no_question"),
             answer=text_value(record.get("answer"), missing="no_answer"),
             answer_type=_answer_type(record.get("answer_type")),

@@ -59,14 +59,14 @@ def test_every_record_is_accounted_for(shared_data):
 def test_mevf_questions_in_both_splits_are_removed_from_train(shared_data):
     source = read_vqa_rad_mevf(shared_data / "vqa_rad", shared_data)
     names = {question.image: question.image for question in source.questions}
-    splits = hold_out(source.questions, names)
-    assert splits.counts["pairs_in_train_and_test"] == 14
-    assert splits.counts["images_in_train_and_test"] == 203
-    assert len(splits.questions["train"]) == 3064 - 22 and len(splits.questions["test"]) == 451
-    disjoint = hold_out(source.questions, names, image_disjoint=True)
-    test_images = {question.image for question in disjoint.questions["test"]}
+    splits, counts = hold_out(source.questions, names)
+    assert counts["pairs_in_train_and_test"] == 14
+    assert counts["images_in_train_and_test"] == 203
+    assert len(splits["train"]) == 3064 - 22 and len(splits["test"]) == 451
+    disjoint, _ = hold_out(source.questions, names, image_disjoint=True)
+    test_images = {question.image for question in disjoint["test"]}
     assert len(test_images) == 203
-    assert test_images.isdisjoint(question.image for question in disjoint.questions["train"])
+    assert test_images.isdisjoint(question.image for question in disjoint["train"])
 
 
 def test_mevf_links_come_from_the_release(shared_data, tmp_path):
