@@ -51,6 +51,11 @@ def main(args):
         record.finish()
 
 
+def plan(counter, args):
+    yield "counts", f"{args.limit} of {counter.rows(args.pairs, 'train').of('pairs')}"
+    yield from counter.time(args.limit, "pairs")
+
+
 STAGES.register(
     Stage(
         name="toy",
@@ -60,6 +65,7 @@ STAGES.register(
         arguments=lambda: (ToyArguments,),
         check=check,
         main=main,
+        plan=plan,
         inputs=(Input("pairs", "preferences", sources=(("judge", "preferences"),)),),
         outputs=(Output("preferences", "preferences", lambda settings, split, counter: Count(settings["limit"])),),
     )
@@ -120,9 +126,10 @@ def test_a_stage_of_a_plugin_is_validated_and_planned(toy, capsys):
     assert "section toy: limit is 0" in capsys.readouterr().err
     assert main(["recipes", "validate", "mine.yaml", "--toy.limits", "2"]) == 2
     assert "section toy: unknown key 'limits'. Did you mean 'limit'?" in capsys.readouterr().err
-    assert main(["run", "mine.yaml", "--dry_run"]) == 0
+    assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert "\ntoy\n" in out and "2 pairs" in out  # of dpo, as the toy counts them
+    rows = "  counts      2 of all pairs of org/candidates\n  time        4 s at 0.5 pairs per second\n"
+    assert f"\ntoy\n{rows}" in out and "data        2 pairs" in out  # of dpo, as the toy counts them
 
 
 @pytest.mark.parametrize("program", [["-m", "medst_trl.cli", "run"], ["-m", "medst_trl"]])

@@ -59,9 +59,10 @@ def _rows(plan: StepPlan, steps: Sequence["Step"]) -> Iterator[tuple[str, str]]:
     from medst_trl.hub.push import HubArguments
 
     stage, name = plan.step.stage, getattr(plan.arguments[0], "model_name_or_path", None)
+    model = stage.input("model_name_or_path")
     if plan.training is not None:
         yield from _training_rows(plan, plan.training)
-    elif name is not None and not stage.input("model_name_or_path").is_remote(plan.step.settings):
+    elif name is not None and not (model and model.is_remote(plan.step.settings)):
         size = f", {_size(plan.weights)} of weights" if plan.weights else ""
         yield "model", f"{name}{size}"
     if stage.plan is not None:

@@ -285,11 +285,8 @@ def plan(counter: Counter, args: PrepareArguments, *others: Any) -> Iterator[tup
         yield "reads", f"{args.data_path} ({args.source}{limit}{missing})"
     if source.count is not None:
         splits = [("instruct", "train"), ("instruct", "validation"), ("images", "train"), ("benchmark", "test")]
-        counts = {pair: counter.rows(str(Path(args.output_dir, pair[0])), pair[1]) for pair in splits}
-        yield (
-            "writes",
-            ", ".join(count.of(f"rows of {'/'.join(pair)}") for pair, count in counts.items() if count.number),
-        )
+        counts = {f"{kind}/{split}": counter.rows(str(Path(args.output_dir, kind)), split) for kind, split in splits}
+        yield "writes", ", ".join(count.of(f"rows of {name}") for name, count in counts.items() if count.number)
 
 
 STAGE = STAGES.register(
