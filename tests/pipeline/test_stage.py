@@ -128,7 +128,7 @@ def test_a_stage_of_a_plugin_is_validated_and_planned(toy, capsys):
     assert "section toy: unknown key 'limits'. Did you mean 'limit'?" in capsys.readouterr().err
     assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
     out = capsys.readouterr().out
-    rows = "  counts      2 of all pairs of org/candidates\n  time        4 s at 0.5 pairs per second\n"
+    rows = "  counts      2 of all pairs of judge\n  time        4 s at 0.5 pairs per second\n"
     assert f"\ntoy\n{rows}" in out and "data        2 pairs" in out  # of dpo, as the toy counts them
 
 
