@@ -222,7 +222,7 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
         step = step_of_file(stage, shared.config)
         config, num_processes = config or step.accelerate_config, num_processes or step.num_processes
         parser.set_defaults_with_config(**step.settings)
-    given, launch_options = _divide(stage, parser, given)
+    launch_options = _launch_options(stage, parser, given)
     if (config or num_processes or launch_options) and not stage.distributed:
         raise UserError(f"{name} runs in a single process and takes no options of accelerate launch.")
     if is_launched():
@@ -253,18 +253,16 @@ def _read_launch(stage: Stage, argv: list[str]) -> tuple[Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def _divide(stage: Stage, parser: ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words that are the stage's, and those that only `accelerate launch` knows."""
+def _launch_options(stage: Stage, parser: ArgumentParser, argv: list[str]) -> list[str]:
+    """The words that are not settings of the stage, if `accelerate launch` knows them all."""
     required = [action for action in parser._actions if action.required]
     for action in required:  # an unknown option is reported before a missing one
         action.required = False
     rest = parser.parse_known_args(argv)[1]
     for action in required:
         action.required = True
-    if not rest:
-        return argv, []
     options: set[str] = set()
-    if stage.distributed:
+    if stage.distributed and rest:
         from accelerate.commands.launch import launch_command_parser
 
         options = set(launch_command_parser()._option_string_actions)
@@ -273,13 +271,7 @@ def _divide(stage: Stage, parser: ArgumentParser, argv: list[str]) -> tuple[list
         if (word.startswith("-") and name not in options) or (word is rest[0] and not word.startswith("-")):
             near = closest(name, options | {f"--{key}" for key in actions_of(parser)})
             raise UserError(f"medst {stage.name}: unknown option {name!r}.{near}")
-    left, own = list(rest), []
-    for word in argv:
-        if left and word == left[0]:
-            left.pop(0)
-        else:
-            own.append(word)
-    return own, rest
+    return rest
 
 
 # medst recipes

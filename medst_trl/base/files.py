@@ -77,14 +77,14 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_full_disk(folder: str | Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" while `folder` is written into a [`UserError`]."""
+def explain_full_disk(directory: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" while writing to `directory` into a [`UserError`]."""
     try:
         yield
     except Exception as error:
         if not is_full_disk(error):
             raise
         raise UserError(
-            f"The disk that holds {folder} is full. Finished work is kept. Make room and run the same command again: "
-            "it resumes."
+            f"The disk that holds {directory} is full. Finished work is kept. Make room and run the same command "
+            "again: it resumes."
         ) from None

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an input was: the content of a file or folder, or the revision of a Hub repository."""
+"""Fingerprints of inputs: the content of a file or directory, or the revision of a Hub repository."""
 
 import hashlib
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 from .errors import UserError
 
 
-SAMPLE_BYTES = 1 << 20  # a big file inside a folder is read at its start, middle and end only
-MANY_FILES = 10_000  # a folder of more files (raw images) goes by names and sizes
-# Beside preference pairs: what references say of them, computed while training. It is no part of the dataset.
+SAMPLE_BYTES = 1 << 20  # a large file inside a directory is read only at its start, middle and end
+MANY_FILES = 10_000  # with more files (raw images), only names and sizes are compared
+# Beside preference pairs: the reference's log-probabilities, computed while training. Not a part of the dataset.
 REFERENCE_FOLDER = "reference_log_probs"
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -20,31 +20,31 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
     """
-    Say what `source` holds now, in a form that can be compared later.
+    Describe what `source` holds now, in a form that can be compared later.
 
     Args:
         source (`str` or `os.PathLike`):
-            A file, a folder, or a Hub id, which may carry its revision (`"org/name@main"`).
+            A file, a directory, or a Hub id with an optional revision (`"org/name@main"`).
 
     Returns:
-        `dict`: `{"path", "sha256"}` for a file or folder (moving it does not change the hash), `{"hub_id",
+        `dict`: `{"path", "sha256"}` for a file or directory (moving it does not change the hash), `{"hub_id",
         "revision"}` for a Hub id. The revision is the commit in the local Hub cache, None before a download.
 
     Raises:
-        UserError: if `source` is neither there nor can be a Hub id.
+        UserError: if `source` does not exist and cannot be a Hub id.
     """
     path = Path(source)
     if path.is_file():
         return {"path": str(source), "sha256": _sha256_of_file(path)}
     if path.is_dir():
-        return {"path": str(source), "sha256": _sha256_of_folder(path)}
+        return {"path": str(source), "sha256": _sha256_of_directory(path)}
     if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
-        raise UserError(f"{source}: no such file or folder. Run the stage that makes it first, or correct the path.")
+        raise UserError(f"{source}: no such file or directory. Run the stage that makes it, or correct the path.")
     return {"hub_id": str(source), "revision": cached_revision(str(source))}
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """A Hub id and the revision it carries (`"org/name@main"`); a path is itself, whatever it is called."""
+    """A Hub id and its revision (`"org/name@main"`), if it has one; a path that exists is returned as it is."""
     if os.path.exists(source) or not _HUB_ID.fullmatch(source):
         return source, None
     name, _, revision = source.partition("@")
@@ -52,7 +52,7 @@ def split_revision(source: str) -> tuple[str, str | None]:
 
 
 def same_source(old: dict, new: dict) -> bool:
-    """Whether two fingerprints can stand for the same content; a revision not known yet agrees with any other."""
+    """Whether two fingerprints can be of the same content. A revision not known yet matches any other."""
     if "hub_id" in old and "hub_id" in new:
         revisions = {old["revision"], new["revision"]} - {None}
         return old["hub_id"] == new["hub_id"] and len(revisions) < 2
@@ -64,11 +64,11 @@ def _sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256_of_folder(folder: Path) -> str:
-    files = sorted(_content_files(folder))
+def _sha256_of_directory(directory: Path) -> str:
+    files = sorted(_content_files(directory))
     digest = hashlib.sha256()
     for name in files:
-        path = folder / name
+        path = directory / name
         size = path.stat().st_size
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         if len(files) <= MANY_FILES:
@@ -76,14 +76,14 @@ def _sha256_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _content_files(folder: Path) -> list[str]:
-    """Names of the files that make up a result: none hidden, no stage records, checkpoints, log-probabilities."""
+def _content_files(directory: Path) -> list[str]:
+    """Names of the files that are the result: not hidden ones, records, checkpoints or log-probabilities."""
     names = []
-    for root, folders, files in os.walk(folder):
+    for root, directories, files in os.walk(directory):
         skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)
-        folders[:] = [name for name in folders if not name.startswith(skipped)]
+        directories[:] = [name for name in directories if not name.startswith(skipped)]
         names += [
-            (Path(root) / name).relative_to(folder).as_posix()
+            (Path(root) / name).relative_to(directory).as_posix()
             for name in files
             if not name.startswith(".") and name != "stage.json"
         ]
@@ -102,7 +102,7 @@ def _sample(path: Path, size: int) -> bytes:
 
 
 def cached_revision(hub_id: str) -> str | None:
-    """The commit that the local Hub cache holds for this id, without a network call."""
+    """The commit of this id in the local Hub cache, without a network call."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name, _, revision = hub_id.partition("@")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps secrets, and paths of this machine, out of what is written down or published."""
+"""Keep secrets, and paths of this machine, out of files, messages and publications."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def is_secret_key(key: str) -> bool:
 
 
 def hide_secrets(value: Any, key: str = "") -> Any:
-    """A copy of `value` (dicts, lists, scalars) with every secret text replaced by `"<hidden>"`."""
+    """A copy of `value` (dicts, lists, scalars) in which every secret is replaced by `"<hidden>"`."""
     if isinstance(value, dict):
         return {name: hide_secrets(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -83,7 +83,6 @@ def main(args: BaseArguments) -> None:
         args.output_dir,
         stage="base",
         settings=asdict(args),
-        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     if record.status == "finished":

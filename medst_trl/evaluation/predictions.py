@@ -22,7 +22,7 @@ from medst_trl.data.source import printable
 
 from .controls import compare_vqa
 from .metric import METRICS, describe_figures, setting_names
-from .scoring import RecordError, read_record, score_vqa
+from .scoring import RecordError, read_answer, score_vqa
 
 
 OWN_FORMAT = "medst"
@@ -120,7 +120,7 @@ def read_predictions(
             key = record.get("id", name)
             if not isinstance(key, str | int):
                 raise RecordError("id is not a text", key, name)
-            read_record(record, position)
+            read_answer(record, position)
             if record.get("id") in seen:
                 raise RecordError("repeated id", record["id"], key)
         except RecordError as error:
@@ -158,7 +158,7 @@ def export_predictions(records: Iterable[Mapping[str, Any]], path: str | os.Path
     rows: dict[str, dict[str, Any]] = {}
     for position, record in enumerate(records):
         record = {**record, "id": str(position if record.get("id") is None else record["id"])}
-        read_record(record, position)
+        read_answer(record, position)
         check_unicode(record, f"Record {record['id']!r}")
         if record["id"] in rows:
             raise UserError(f"Two predictions have the id {record['id']!r}. Give each question its own.")

@@ -124,13 +124,13 @@ def score_records(records: Iterable[Mapping[str, Any]], variant: str, **settings
     """Each record with its scores, see [`score_vqa`]."""
     metric = METRICS.get(variant)
     own_settings = make_settings(metric, settings)
-    answered = [read_record(record, position) for position, record in enumerate(records)]
+    answered = [read_answer(record, position) for position, record in enumerate(records)]
     if any(row.question_type is not None for row in answered):
         answered = [row._replace(question_type=row.question_type or NO_TYPE) for row in answered]
     return [(row, metric.score(row, own_settings) if metric.applies(row) else {}) for row in answered]
 
 
-def read_record(record: Mapping[str, Any], position: int = 0) -> Answered:
+def read_answer(record: Mapping[str, Any], position: int = 0) -> Answered:
     """
     Check a record and normalize its values.
 

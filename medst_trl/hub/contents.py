@@ -15,7 +15,7 @@ from medst_trl.base.redaction import looks_local
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.stage import STAGES
 
-from .provenance import read_record
+from .provenance import nearest_record
 
 
 # The files of a processor. Nothing else of a stage's directory is published: records, checkpoints and logs stay.
@@ -68,7 +68,7 @@ def find_contents(directory: Path) -> Contents:
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory. Give the directory of a dataset, an adapter or a model.")
-    path, record = read_record(directory)
+    path, record = nearest_record(directory)
     if record.get("status") == "running":  # half a result can look like a whole one
         raise UserError(f"{path.parent} is not finished. Run its stage again, it resumes where it stopped; then push.")
     if (directory / "adapter_config.json").is_file():

@@ -50,7 +50,7 @@ class Step:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def read_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
+def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
     """Path and content of the `stage.json` of a directory or of its parent. The content is empty if it is damaged."""
     path = next((place / FILE_NAME for place in (directory, directory.parent) if (place / FILE_NAME).is_file()), None)
     try:
@@ -74,7 +74,7 @@ def steps_to(directory: Path, run: Path | None = None) -> list[Step]:
 
 
 def _collect(directory: Path, run: Path | None, steps: dict[Path, Step]) -> None:
-    path, record = read_record(directory)
+    path, record = nearest_record(directory)
     if path is None or path.resolve() in steps:
         return
     try:
@@ -156,7 +156,7 @@ class Merged:
 
 def read_merged(directory: Path) -> Merged | None:
     """What a model was merged from; `None` if it was not made by `medst merge` or its record is missing."""
-    _, record = read_record(directory)
+    _, record = nearest_record(directory)
     try:
         merged, (adapter,) = record["merged"], record["inputs"]["model_name_or_path"]
         proof = merged["proof"]

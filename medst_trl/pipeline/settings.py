@@ -159,16 +159,20 @@ def parse(
     parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str, argv: Iterable[str] = ()
 ) -> tuple[Any, ...]:
     """
-    The parser's dataclasses, filled from converted `settings` and then from `argv`, which takes precedence.
+    The parser's dataclasses, filled from converted `settings` and then from `argv`, which takes precedence. Words of
+    `argv` that are not settings, such as those for a launcher, are ignored.
 
     Raises:
         UserError: for what a dataclass itself refuses.
     """
     parser.set_defaults_with_config(**settings)
     try:
-        return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
+        *arguments, _ = parser.parse_args_into_dataclasses(
+            args=list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
     except ValueError as error:  # a dataclass's own checks, such as those of TrainingArguments
         raise UserError(f"{where}: {error}") from error
+    return tuple(arguments)
 
 
 def _convert(action: argparse.Action, value: Any, where: str) -> Any:

@@ -5,6 +5,8 @@
 import os
 from dataclasses import dataclass, field
 
+from medst_trl.base.settings import documented
+
 
 MAX_WORKERS = 8  # with more, decoding is faster than any model here trains, and each worker holds batches in memory
 
@@ -123,51 +125,66 @@ class MultimodalDPOSettings(PolicySettings):
     )
 
 
+@documented
 @dataclass
 class UsualSettings:
     """
     The settings of TRL's configurations that most runs need, for `--help`, which does not import TRL.
 
     Types and defaults are those of [`~trl.SFTConfig`] and [`~trl.DPOConfig`]; a test compares them.
+
+    Args:
+        output_dir (`str`): Directory of adapter, processor and checkpoints.
+        learning_rate (`float`): Peak learning rate.
+        lr_scheduler_type (`str`): Schedule of the learning rate: linear, cosine, constant_with_warmup, ...
+        warmup_steps (`float`): Steps until the peak, or below 1 their share of all steps.
+        num_train_epochs (`float`): Number of epochs.
+        max_steps (`int`): Number of optimizer steps; overrides num_train_epochs.
+        per_device_train_batch_size (`int`): Examples per batch of one process.
+        gradient_accumulation_steps (`int`): Batches of each process per step. Set it, or effective_batch_size.
+        weight_decay (`float`): Weight decay.
+        max_grad_norm (`float`): Norm that gradients are clipped to; 0 for none.
+        bf16 (`bool`): Compute in bfloat16. Default: with an accelerator, unless fp16 is set.
+        fp16 (`bool`): Compute in float16.
+        gradient_checkpointing (`bool`): Recompute activations in the backward pass: less memory, slower.
+        logging_steps (`float`): Steps between log lines.
+        report_to (`str`): Where to log: none, trackio, wandb, ...
+        save_strategy (`str`): When to save checkpoints: no, steps, epoch, best.
+        save_steps (`float`): Steps between checkpoints.
+        save_total_limit (`int`): Number of checkpoints to keep.
+        eval_strategy (`str`): When to evaluate: no, steps, epoch.
+        eval_steps (`float`): Steps between evaluations. Default: logging_steps.
+        load_best_model_at_end (`bool`): Keep the one with the best eval_loss.
+        seed (`int`): Seed of all random numbers in training.
+        push_to_hub (`bool`): Publish the adapter, with its card, when it is done.
+        hub_model_id (`str`): Repository for it, OWNER/NAME.
+        hub_private_repo (`bool`): Whether the repository is private. Default: private.
+        trust_remote_code (`bool`): Let code from the model's repository run.
     """
 
-    output_dir: str | None = field(default=None, metadata={"help": "Directory of adapter, processor and checkpoints."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "Schedule of the learning rate: linear, cosine, constant_with_warmup, ..."}
-    )
-    warmup_steps: float = field(
-        default=0, metadata={"help": "Steps until the peak, or below 1 their share of all steps."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs."})
-    max_steps: int = field(default=-1, metadata={"help": "Number of optimizer steps; overrides num_train_epochs."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples per batch of one process."})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Batches of each process per step. Set it, or effective_batch_size."}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm that gradients are clipped to; 0 for none."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Compute in bfloat16. Default: with an accelerator, unless fp16 is set."}
-    )
-    fp16: bool = field(default=False, metadata={"help": "Compute in float16."})
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    report_to: str | None = field(default="none", metadata={"help": "Where to log: none, trackio, wandb, ..."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps, epoch, best."})
-    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int | None = field(default=None, metadata={"help": "Number of checkpoints to keep."})
-    eval_strategy: str = field(default="no", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(
-        default=None, metadata={"help": "Steps between evaluations. Default: logging_steps."}
-    )
-    load_best_model_at_end: bool = field(default=False, metadata={"help": "Keep the one with the best eval_loss."})
-    seed: int = field(default=42, metadata={"help": "Seed of all random numbers in training."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the adapter, with its card, when it is done."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository for it, OWNER/NAME."})
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Whether the repository is private. Default: private."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let code from the model's repository run."})
+    output_dir: str | None = None
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    bf16: bool | None = None
+    fp16: bool = False
+    gradient_checkpointing: bool = True
+    logging_steps: float = 10
+    report_to: str | None = "none"
+    save_strategy: str = "steps"
+    save_steps: float = 500
+    save_total_limit: int | None = None
+    eval_strategy: str = "no"
+    eval_steps: float | None = None
+    load_best_model_at_end: bool = False
+    seed: int = 42
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    trust_remote_code: bool = False

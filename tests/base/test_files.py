@@ -21,14 +21,14 @@ from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, m
         SafetensorError("Error while serializing: I/O error: Os { code: 28, kind: StorageFull }"),
     ],
 )
-def test_a_full_disk_is_told_and_explained(error, tmp_path):
+def test_a_full_disk_is_recognised_and_explained(error, tmp_path):
     assert is_full_disk(error)
     with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*it resumes"), explain_full_disk(tmp_path):
         raise error
 
 
-def test_torch_hides_why_it_cannot_write(tmp_path):
-    """Under a limit on the size of files, `torch.save` fails in the words it has for a full disk."""
+def test_a_full_disk_is_recognised_behind_an_error_of_torch(tmp_path):
+    """Under a limit on file sizes, `torch.save` fails with the message it has for a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -41,7 +41,7 @@ def test_torch_hides_why_it_cannot_write(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("no space"), KeyError(28)])
-def test_other_errors_stay_what_they_are(error, tmp_path):
+def test_other_errors_are_raised_unchanged(error, tmp_path):
     assert not is_full_disk(error)
     with pytest.raises(type(error)), explain_full_disk(tmp_path):
         raise error
@@ -79,3 +79,18 @@ def test_moved_files_end_with_the_one_that_marks_a_complete_directory(tmp_path, 
     monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
     move_files(tmp_path / "from", tmp_path / "to")
     assert moved == ["a", "z", "config.json"] and not (tmp_path / "from").exists()
+
+
+def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"id": "old"}])
+
+    def rows():
+        yield {"id": "new"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(path, rows())
+    assert path.read_text() == '{"id": "old"}\n' and [item.name for item in tmp_path.iterdir()] == ["rows.jsonl"]
+    write_json(path, {"é": 1}, fsync=True)
+    assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'

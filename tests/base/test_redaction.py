@@ -21,7 +21,7 @@ def test_secret_parameters_of_a_url_are_hidden(name):
 @pytest.mark.parametrize(
     "text", ["http://h/v1?max_tokens=5&monkey=brown", "key=value", "is the key = value?", "http://h/token?page=2"]
 )
-def test_other_parameters_stay(text):
+def test_other_parameters_are_kept(text):
     assert hide_secrets(text) == text
 
 

@@ -135,7 +135,7 @@ def test_inputs_are_compared_by_content_not_by_path(tmp_path):
 
 
 def test_a_missing_input_is_an_error_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or directory"):
         open_record(tmp_path / "out", inputs={"source": tmp_path / "missing.json"})
     assert not (tmp_path / "out").exists()
 

@@ -133,7 +133,6 @@ def main(args: JudgeArguments, *servers: Any) -> None:
             stage="judge",
             settings=asdict(args) | _server_settings(servers),
             inputs={name: getattr(args, name) for name in ("candidates", "benchmarks", "reference_captions")},
-            operational=STAGE.operational,
             overwrite=args.overwrite,
         )
         if record.status == "finished":

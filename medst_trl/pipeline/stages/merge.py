@@ -97,7 +97,6 @@ def main(args: MergeArguments) -> None:
         stage="merge",
         settings=asdict(args),
         inputs={name: getattr(args, name) for name in ("model_name_or_path", "base_model_name_or_path", "dataset")},
-        operational=STAGE.operational,
         overwrite=args.overwrite,
     )
     if record.status == "finished":

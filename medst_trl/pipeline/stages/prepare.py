@@ -182,7 +182,7 @@ def _open_record(args: PrepareArguments, source: Source, request: SourceRequest)
         stage="prepare",
         settings=asdict(args) | own,
         inputs=paths | {name: own[name] for name in source.files},
-        operational=STAGE.operational | {item.name for settings in others for item in fields(settings)},
+        operational={item.name for settings in others for item in fields(settings)},
         overwrite=args.overwrite,
     )
 

@@ -83,7 +83,6 @@ def main(args: PushArguments) -> None:
             stage="push",
             settings=settings,
             inputs={"source": args.source, "evaluation": args.evaluation},
-            operational=STAGE.operational,
             overwrite=args.overwrite,
         )
         if record.status == "finished":
