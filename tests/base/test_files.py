@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, move_files, write_text
+from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, write_json, write_jsonl
 
 
 @pytest.mark.parametrize(
