@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, write_json, write_jsonl
+from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, move_files, write_text
 
 
 @pytest.mark.parametrize(
@@ -79,18 +79,3 @@ def test_moved_files_end_with_the_one_that_marks_a_complete_directory(tmp_path, 
     monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
     move_files(tmp_path / "from", tmp_path / "to")
     assert moved == ["a", "z", "config.json"] and not (tmp_path / "from").exists()
-
-
-def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    write_jsonl(path, [{"id": "old"}])
-
-    def rows():
-        yield {"id": "new"}
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_jsonl(path, rows())
-    assert path.read_text() == '{"id": "old"}\n' and [item.name for item in tmp_path.iterdir()] == ["rows.jsonl"]
-    write_json(path, {"é": 1}, fsync=True)
-    assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
