@@ -134,32 +134,58 @@ class UsualSettings:
     Types and defaults are those of [`~trl.SFTConfig`] and [`~trl.DPOConfig`]; a test compares them.
 
     Args:
-        output_dir (`str`): Directory of adapter, processor and checkpoints.
-        learning_rate (`float`): Peak learning rate.
-        lr_scheduler_type (`str`): Schedule of the learning rate: linear, cosine, constant_with_warmup, ...
-        warmup_steps (`float`): Steps until the peak, or below 1 their share of all steps.
-        num_train_epochs (`float`): Number of epochs.
-        max_steps (`int`): Number of optimizer steps; overrides num_train_epochs.
-        per_device_train_batch_size (`int`): Examples per batch of one process.
-        gradient_accumulation_steps (`int`): Batches of each process per step. Set it, or effective_batch_size.
-        weight_decay (`float`): Weight decay.
-        max_grad_norm (`float`): Norm that gradients are clipped to; 0 for none.
-        bf16 (`bool`): Compute in bfloat16. Default: with an accelerator, unless fp16 is set.
-        fp16 (`bool`): Compute in float16.
-        gradient_checkpointing (`bool`): Recompute activations in the backward pass: less memory, slower.
-        logging_steps (`float`): Steps between log lines.
-        report_to (`str`): Where to log: none, trackio, wandb, ...
-        save_strategy (`str`): When to save checkpoints: no, steps, epoch, best.
-        save_steps (`float`): Steps between checkpoints.
-        save_total_limit (`int`): Number of checkpoints to keep.
-        eval_strategy (`str`): When to evaluate: no, steps, epoch.
-        eval_steps (`float`): Steps between evaluations. Default: logging_steps.
-        load_best_model_at_end (`bool`): Keep the one with the best eval_loss.
-        seed (`int`): Seed of all random numbers in training.
-        push_to_hub (`bool`): Publish the adapter, with its card, when it is done.
-        hub_model_id (`str`): Repository for it, OWNER/NAME.
-        hub_private_repo (`bool`): Whether the repository is private. Default: private.
-        trust_remote_code (`bool`): Let code from the model's repository run.
+        output_dir (`str`, *optional*):
+            Directory of adapter, processor and checkpoints.
+        learning_rate (`float`, *optional*, defaults to `2e-5`):
+            Peak learning rate.
+        lr_scheduler_type (`str`, *optional*, defaults to `"linear"`):
+            Schedule of the learning rate: linear, cosine, constant_with_warmup, ...
+        warmup_steps (`float`, *optional*, defaults to `0`):
+            Steps until the peak, or below 1 their share of all steps.
+        num_train_epochs (`float`, *optional*, defaults to `3.0`):
+            Number of epochs.
+        max_steps (`int`, *optional*, defaults to `-1`):
+            Number of optimizer steps; overrides num_train_epochs.
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
+            Examples per batch of one process.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            Batches of each process per step. Set it, or effective_batch_size.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Weight decay.
+        max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Norm that gradients are clipped to; 0 for none.
+        bf16 (`bool`, *optional*):
+            Compute in bfloat16. Default: with an accelerator, unless fp16 is set.
+        fp16 (`bool`, *optional*, defaults to `False`):
+            Compute in float16.
+        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+            Recompute activations in the backward pass: less memory, slower.
+        logging_steps (`float`, *optional*, defaults to `10`):
+            Steps between log lines.
+        report_to (`str`, *optional*, defaults to `"none"`):
+            Where to log: none, trackio, wandb, ...
+        save_strategy (`str`, *optional*, defaults to `"steps"`):
+            When to save checkpoints: no, steps, epoch, best.
+        save_steps (`float`, *optional*, defaults to `500`):
+            Steps between checkpoints.
+        save_total_limit (`int`, *optional*):
+            Number of checkpoints to keep.
+        eval_strategy (`str`, *optional*, defaults to `"no"`):
+            When to evaluate: no, steps, epoch.
+        eval_steps (`float`, *optional*):
+            Steps between evaluations. Default: logging_steps.
+        load_best_model_at_end (`bool`, *optional*, defaults to `False`):
+            Keep the one with the best eval_loss.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of all random numbers in training.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Publish the adapter, with its card, when it is done.
+        hub_model_id (`str`, *optional*):
+            Repository for it, OWNER/NAME.
+        hub_private_repo (`bool`, *optional*):
+            Whether the repository is private. Default: private.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Let code from the model's repository run.
     """
 
     output_dir: str | None = None
