@@ -83,7 +83,7 @@ class EvaluateArguments:
             is served.
         engine (`str`, *optional*, defaults to `"transformers"`):
             What answers the questions.
-        benchmark (`list[str]`, *optional*):
+        benchmark (`list[str]`, *optional*, defaults to `[]`):
             Directories or Hub ids of benchmarks (`medst prepare` writes them).
         split (`str`, *optional*, defaults to `"test"`):
             Split of the benchmarks.
