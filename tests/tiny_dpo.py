@@ -28,6 +28,24 @@ from medst_trl.training.resume import resume_checkpoint
 __all__ = ["SMALL", "adapter_policy", "make_trainer", "pair", "trained_weights"]
 
 
+# A plugin whose loss `my_sigmoid` equals TRL's `sigmoid`.
+SIGMOID = """
+import torch.nn.functional as F
+
+from medst_trl.training.losses import LOSSES, PreferenceLoss
+
+class MySigmoid(PreferenceLoss):
+    name = "my_sigmoid"
+    paper = "https://example.org/paper"
+
+    def __call__(self, pairs, args):
+        ratios = pairs.log_ratios()
+        return -F.logsigmoid(args.beta * (ratios.chosen - ratios.rejected))
+
+LOSSES.register(MySigmoid())
+"""
+
+
 def pair(number: int) -> dict:
     pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     answers = [f"It is {'very ' * (2 + number % 3)}dark.", "bright"]

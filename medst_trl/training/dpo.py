@@ -129,17 +129,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
         eval_datasets = _by_name(eval_dataset)
-        for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
-            check_is_dataset(dataset, name)
-        if kwargs.get("data_collator") is None:
-            check_has_images(train_dataset)
+        _check_datasets({"train_dataset": train_dataset, **eval_datasets}, kwargs.get("data_collator"))
         model, processing_class = self.load_model(model, processing_class, args)
-        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        given_reference = kwargs.pop("ref_model", None)
-        continues_adapter = given_reference is None and hasattr(model, "peft_config")
-        if continues_adapter and not trains:
-            raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
-        reference = given_reference or self._make_reference(model, args, kwargs.get("peft_config"))
+        given = kwargs.pop("ref_model", None)
+        trained = _trained_parameters(model) if given is None and hasattr(model, "peft_config") else None
+        reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         obstacle = cannot_share(base_of(model))
         collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
             processing_class,
@@ -147,15 +141,13 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
             pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
             share_prefix=args.share_prefix and obstacle is None,
         )
-        self.pairs = usable_pairs(train_dataset, processing_class, args.max_length)
-        self.train_lengths = self.pairs.lengths
-        eval_pairs = {
-            name: usable_pairs(dataset, processing_class, args.max_length) for name, dataset in eval_datasets.items()
-        }
-        usable = {name: pairs.dataset for name, pairs in eval_pairs.items()}
+        datasets = (train_dataset, *eval_datasets.values())
+        all_pairs = [usable_pairs(dataset, processing_class, args.max_length) for dataset in datasets]
+        self.pairs, self.train_lengths = all_pairs[0], all_pairs[0].lengths
+        usable = {name: pairs.dataset for name, pairs in zip(eval_datasets, all_pairs[1:], strict=True)}
         cache = None
         if args.precompute_ref_log_probs:
-            cache = cache_of_reference(given_reference or model, processing_class, collator, args)
+            cache = cache_of_reference(given or model, processing_class, collator, args)
         with without_precompute(args):
             super().__init__(
                 model=model,
@@ -169,29 +161,26 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
             )
         # The reference is what training starts from, so it need not be saved with each checkpoint.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
-        if continues_adapter and cache is None:
-            complete_reference_adapter(self.model, trains)
-        elif given_reference is None and cache is not None and hasattr(self.model, "peft_config"):
-            train_in_full_precision(self.ref_model)  # its layers run on the same weights
-        if args.share_prefix:
-            self._share_prefix(obstacle)
+        self._finish_reference(trained, shares_weights=given is None and cache is not None)
+        self._share_prefix(obstacle)
         self._separate_losses()
         self.add_callback(WarnOfDisplacement())
-        if cache is not None:
-            self._precompute_reference(cache, [self.pairs, *eval_pairs.values()])
+        self._precompute_reference(cache, all_pairs)
 
-    @staticmethod
-    def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> Any:
-        """The reference if none is given; `None` if it is the policy without its adapter or with the adapter `ref`."""
-        if args.precompute_ref_log_probs:
-            check_precompute(args)
-            return sharing_weights(model)
-        if hasattr(model, "peft_config") or peft_config is not None:
-            return None
-        # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
-        return deepcopy(model).requires_grad_(False).eval()
+    def _finish_reference(self, trained: set[str] | None, shares_weights: bool) -> None:
+        """
+        Args:
+            trained (`set[str]`, *optional*): Parameters that train, if an adapter is trained further.
+            shares_weights (`bool`): Whether the reference is a second model with the policy's weights.
+        """
+        if shares_weights and hasattr(self.model, "peft_config"):
+            train_in_full_precision(self.ref_model)
+        elif trained is not None and not shares_weights:
+            complete_reference_adapter(self.model, trained)
 
     def _share_prefix(self, obstacle: str | None) -> None:
+        if not self.args.share_prefix:
+            return
         if obstacle is not None:
             logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
             return
@@ -206,8 +195,10 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self.loss_types = [name for name, _ in losses if name not in LOSSES]
         self.loss_weights = [weight for name, weight in losses if name not in LOSSES]
 
-    def _precompute_reference(self, cache: ReferenceCache, all_pairs: list[UsablePairs]) -> None:
+    def _precompute_reference(self, cache: ReferenceCache | None, all_pairs: list[UsablePairs]) -> None:
         """Let the reference read all pairs, and remove it from memory."""
+        if cache is None:
+            return
         lengths = [length for pairs in all_pairs for length in pairs.lengths]
         log_probs = log_probs_of_reference(self, cache, [pairs.dataset for pairs in all_pairs], lengths)
         self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
@@ -280,6 +271,32 @@ class WarnOfDisplacement(TrainerCallback):
                 "model gets worse. Remedies: the `sft` term (loss_type: [sigmoid, sft]), a lower learning rate, a "
                 "higher beta."
             )
+
+
+def _check_datasets(datasets: dict[str, Any], data_collator: Any) -> None:
+    for name, dataset in datasets.items():
+        check_is_dataset(dataset, name)
+    if data_collator is None:
+        check_has_images(datasets["train_dataset"])
+
+
+def _trained_parameters(model: Any) -> set[str]:
+    """Names of the parameters that train in an adapter that is trained further."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
+    return trained
+
+
+def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> Any:
+    """The reference if none is given; `None` if it is the policy without its adapter or with the adapter `ref`."""
+    if args.precompute_ref_log_probs:
+        check_precompute(args)
+        return sharing_weights(model)
+    if hasattr(model, "peft_config") or peft_config is not None:
+        return None
+    # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
+    return deepcopy(model).requires_grad_(False).eval()
 
 
 def _by_name(eval_dataset: Any) -> dict[str, Any]:

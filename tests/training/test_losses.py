@@ -23,23 +23,6 @@ from medst_trl.training.dpo import MultimodalDPOConfig
 from medst_trl.training.losses import LOSSES, PreferenceLoss, trl_losses
 
 
-SIGMOID = """
-import torch.nn.functional as F
-
-from medst_trl.training.losses import LOSSES, PreferenceLoss
-
-class MySigmoid(PreferenceLoss):
-    name = "my_sigmoid"
-    paper = "https://example.org/paper"
-
-    def __call__(self, pairs, args):
-        ratios = pairs.log_ratios()
-        return -F.logsigmoid(args.beta * (ratios.chosen - ratios.rejected))
-
-LOSSES.register(MySigmoid())
-"""
-
-
 @pytest.fixture
 def registered(monkeypatch):
     """Registers losses until the test ends."""
@@ -192,7 +175,7 @@ def test_a_loss_from_a_plugin_file_appears_everywhere(tmp_path):
     rows = Dataset.from_list([tiny_dpo.pair(number) | known for number in range(4)], features=preference_features())
     (tmp_path / "pairs").mkdir()
     rows.to_parquet(tmp_path / "pairs" / "train-00000-of-00001.parquet")
-    (tmp_path / "mine.py").write_text(SIGMOID)
+    (tmp_path / "mine.py").write_text(tiny_dpo.SIGMOID)
     (tmp_path / "mine.yaml").write_text(
         "output_dir: run\ndpo: {model_name_or_path: sft, dataset: pairs, max_steps: 1, report_to: none, "
         "per_device_train_batch_size: 4, loss_type: [sigmoid, my_sigmoid], loss_weights: [0.5, 0.5]}\n"
