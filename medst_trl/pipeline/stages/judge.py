@@ -152,7 +152,6 @@ def main(args: JudgeArguments, *servers: Any) -> None:
 
 def check(args: JudgeArguments, *servers: Any) -> None:
     """Raise a `UserError` for arguments that cannot work."""
-
     if served := chosen_server(servers):
         server, settings = served
         server.check(settings, args)
@@ -243,12 +242,10 @@ def _read_captions(path: str | None) -> dict[str, str]:
 @contextmanager
 def _open_judge(args: JudgeArguments, servers: tuple[Any, ...], candidates: "Dataset") -> Iterator["PairwiseJudge"]:
     """Yield the judge, while its server runs if it is one of ours."""
-    from inspect import signature
-
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
-    names = {item.name for item in fields(args)} & set(signature(PairwiseJudge).parameters)
-    settings = {name: getattr(args, name) for name in names} | {"cache_dir": args.cache_dir or args.output_dir}
+    settings = {item.name: getattr(args, item.name) for item in fields(PairwiseJudge) if hasattr(args, item.name)}
+    settings |= {"cache_dir": args.cache_dir or args.output_dir, "captions": _read_captions(args.reference_captions)}
     context = nullcontext(args.base_url)
     if served := chosen_server(servers):
         server, own = served
@@ -256,7 +253,7 @@ def _open_judge(args: JudgeArguments, servers: tuple[Any, ...], candidates: "Dat
         settings |= {"model": server.model(own, args)}
         settings |= {"price_per_million_input_tokens": 0.0, "price_per_million_output_tokens": 0.0}
     with context as base_url:
-        yield PairwiseJudge(**settings | {"base_url": base_url, "captions": _read_captions(args.reference_captions)})
+        yield PairwiseJudge(**settings | {"base_url": base_url})
 
 
 def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:

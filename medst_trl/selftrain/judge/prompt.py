@@ -1,6 +1,33 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a judge prompt is, and the registry of them. A new prompt is one file: see `prompts/paper.py`."""
+r"""
+A judge prompt: how a judge is asked to compare two answers, and how its reply is read.
+
+A prompt registers itself from one file (`prompts/` has the built-in ones). It is then a value of `--prompt_version` on
+the command line and in recipes:
+
+```python
+def messages(question, answers, image_urls, history, captions):
+    question, first, second = map(fit, (question, *answers))
+    return [user_message(image_urls, f"{question}\n\nA: {first}\n\nB: {second}\n\nWhich is better, A or B?")]
+
+
+def read(reply):
+    return {"A": Reading((10, 0), 0), "B": Reading((0, 10), 1)}.get(reply.strip())
+
+
+JUDGE_PROMPTS.register(
+    JudgePrompt(
+        name="letter",
+        summary="one letter",
+        messages=messages,
+        read=read,
+        reminder="Reply with A or B.",
+        reply_tokens=1,
+    )
+)
+```
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
