@@ -254,6 +254,9 @@ class EngineKind:
     address: Callable[[Any], str | None] = lambda settings: None
     operational: frozenset[str] = frozenset()
 
+    def __post_init__(self):
+        self.settings._argument_group_name = f"settings of the engine {self.name}"  # read by HfArgumentParser
+
     def settings_among(self, given: Iterable[Any]) -> Any:
         """Return this engine's settings among those of all engines, or its defaults."""
         return next((settings for settings in given if isinstance(settings, self.settings)), None) or self.settings()

@@ -8,11 +8,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, closest
+from medst_trl.base.settings import documented
 from medst_trl.data.source import printable
 from medst_trl.policy.chat_template import VUSR
 
@@ -42,17 +43,24 @@ RETRIES = 5  # of a request that fails for a passing cause
 _CONTROL = re.compile(r"<(?=[|/]?\w[^<>\s]*>)|\[(?=/?[A-Z_]+\])")
 
 
+@documented
 @dataclass
 class ServerSettings:
-    """Settings of the engine `server`."""
+    """
+    Settings of the engine `server`.
 
-    base_url: str | None = field(
-        default=None, metadata={"help": "Address of its API. Its key is OPENAI_API_KEY in the environment."}
-    )
-    server_kind: str = field(
-        default="vllm", metadata={"help": "How it takes sampling settings: vllm, sglang, transformers, openai."}
-    )
-    concurrency: int = field(default=32, metadata={"help": "Maximum number of requests in flight on each process."})
+    Args:
+        base_url (`str`, *optional*):
+            Address of its API. Its key is OPENAI_API_KEY in the environment.
+        server_kind (`str`, *optional*, defaults to `"vllm"`):
+            How it takes sampling settings: vllm, sglang, transformers, openai.
+        concurrency (`int`, *optional*, defaults to `32`):
+            Maximum number of requests in flight on each process.
+    """
+
+    base_url: str | None = None
+    server_kind: str = "vllm"
+    concurrency: int = 32
 
 
 def _openai(sampling: Sampling) -> dict[str, Any]:

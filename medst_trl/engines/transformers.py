@@ -5,12 +5,13 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.processes import process_state, rank
+from medst_trl.base.settings import documented
 from medst_trl.data.schema import text_of
 
 from .decoding import SeededSampler, chat_inputs, shares_prompts, write_texts
@@ -34,21 +35,28 @@ SHARE_OF_FREE = 0.8  # allocators leave gaps, and a layer of the cache is in mem
 BYTES_PER_SCORE = 64
 
 
+@documented
 @dataclass
 class TransformersSettings:
-    """Settings of the engine `transformers`."""
+    """
+    Settings of the engine `transformers`.
 
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model of an adapter, if it has moved from where the adapter says."}
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "Type of the weights: auto (the checkpoint's), float32, bfloat16."}
-    )
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Texts per batch on each process. Default: as many as fit into memory, 16 on a CPU."},
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository to run."})
+    Args:
+        base_model_name_or_path (`str`, *optional*):
+            Base model of an adapter, if it has moved from where the adapter says.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights: auto (the checkpoint's), float32, bfloat16.
+        batch_size (`int`, *optional*):
+            Texts per batch on each process. `medst generate` defaults to as many as fit into memory, 16 on a CPU;
+            `medst evaluate` defaults to 16.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Allow code from the model's repository to run.
+    """
+
+    base_model_name_or_path: str | None = None
+    dtype: str = "auto"
+    batch_size: int | None = None
+    trust_remote_code: bool = False
 
 
 class TransformersEngine(BatchEngine):

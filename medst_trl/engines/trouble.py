@@ -15,26 +15,10 @@ from medst_trl.base.redaction import HIDDEN, hide_secrets
 
 
 SHOWN = 300  # characters of a server's message that are kept
-Action = Literal["stop", "retry", "drop"]
 
-_ACTIONS: dict[str, Action] = {
-    "auth": "stop",
-    "quota": "stop",
-    "model": "stop",
-    "address": "stop",
-    "no_images": "stop",
-    "rate_limit": "retry",
-    "server_error": "retry",
-    "timeout": "retry",
-    "connection": "retry",
-    "not_json": "retry",
-    "error_body": "retry",
-    "interrupted": "drop",
-    "content_filter": "drop",
-    "image_refused": "drop",
-    "bad_request": "drop",
-    "unparsable": "drop",
-}
+# Kinds of trouble: these stop the run, these drop the call, and all others are retried.
+STOPS = frozenset({"auth", "quota", "model", "address", "no_images"})
+DROPS = frozenset({"content_filter", "image_refused", "bad_request", "unparsable", "interrupted"})
 
 _NEXT_STEPS = {
     "auth": "{base_url} refused the API key{code}. Set a valid one in the environment variable {variable}",
@@ -70,12 +54,13 @@ _OF_FILTER = re.compile(r"content (management )?policy|content filter|safety sys
 _OF_FORMAT = re.compile(r"response_format|json_schema|json_object|structured|guided")
 
 
+@dataclass(eq=False)
 class Trouble(Exception):
     """
     A call without a usable reply.
 
     Attributes:
-        kind (`str`): One word, a key of `_ACTIONS`.
+        kind (`str`): One word, such as `"auth"`; see `STOPS`, `DROPS` and `_NEXT_STEPS`.
         detail (`str`): The server's message, shortened and without secrets.
         status (`int` or `None`): HTTP status, if there was one.
         retry_after (`float` or `None`): Seconds the server asked to wait.
@@ -83,22 +68,16 @@ class Trouble(Exception):
         usage (`dict` or `None`): Tokens of that reply, if the server reported them.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        detail: str = "",
-        status: int | None = None,
-        retry_after: float | None = None,
-        charged: bool = False,
-        usage: dict[str, int] | None = None,
-    ):
-        super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.status = kind, detail, status
-        self.retry_after, self.charged, self.usage = retry_after, charged, usage
+    kind: str
+    detail: str = ""
+    status: int | None = None
+    retry_after: float | None = None
+    charged: bool = False
+    usage: dict[str, int] | None = None
 
     @property
-    def action(self) -> Action:
-        return _ACTIONS[self.kind]
+    def action(self) -> Literal["stop", "retry", "drop"]:
+        return "stop" if self.kind in STOPS else "drop" if self.kind in DROPS else "retry"
 
     @property
     def is_pushback(self) -> bool:

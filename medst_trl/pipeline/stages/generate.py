@@ -29,7 +29,7 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
 from medst_trl.base.processes import rank, world_size
 from medst_trl.base.row_log import RowLog
+from medst_trl.base.settings import documented
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model, settings_of_others
 from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.record import FILE_NAME, StageRecord, is_complete
@@ -50,58 +51,90 @@ if TYPE_CHECKING:
     from medst_trl.selftrain.candidates import CandidateGenerator
 
 
+@documented
 @dataclass
 class GenerateArguments:
-    """Arguments of `medst generate`."""
+    """
+    Arguments of `medst generate`, besides the settings of engines.
 
-    model_name_or_path: str = field(
-        metadata={"help": "Directory or Hub id of a policy or its adapter; for a server, its name there."}
-    )
-    images: str = field(
-        metadata={"help": "Directory or Hub id of images to ask about; `medst prepare` writes images/ or instruct/."}
-    )
-    output_dir: str = field(metadata={"help": "Directory for the candidates."})
-    split: str = field(default="train", metadata={"help": "Split of the images."})
-    engine: str = field(default="transformers", metadata={"help": "What runs the model."})
-    num_questions: int = field(default=1, metadata={"help": "Questions about each image, sampled independently."})
-    num_answers: int = field(
-        default=2,
-        metadata={"help": "Answers to each question; the first and second, third and fourth ... are a pair."},
-    )
-    temperature: float = field(default=1.2, metadata={"help": "Temperature of answers."})
-    top_k: int = field(default=100, metadata={"help": "Sample answers from the k most likely tokens; 0 for all."})
-    top_p: float = field(
-        default=0.95,
-        metadata={"help": "Sample answers from the most likely tokens with this total probability; 1 for all."},
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "Maximum number of tokens of an answer."})
-    question_temperature: float = field(default=1.2, metadata={"help": "Temperature of questions; 0 is greedy."})
-    question_top_k: int = field(default=100, metadata={"help": "top_k of questions."})
-    question_top_p: float = field(default=0.95, metadata={"help": "top_p of questions."})
-    max_question_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens of a question."})
-    describe_first: bool = field(
-        default=False,
-        metadata={"help": "Describe the image first, greedily, and ask and answer with that as history."},
-    )
-    skip_records: int = field(
-        default=0, metadata={"help": "Skip the first N records: an earlier round has used them."}
-    )
-    max_records: int | None = field(default=None, metadata={"help": "Ask about N records only."})
-    min_question_words: int = field(default=3, metadata={"help": "Reject shorter questions."})
-    max_question_words: int = field(default=60, metadata={"help": "Reject longer questions."})
-    english_questions: bool = field(
-        default=True,
-        metadata={"help": "Reject what does not read as an English question; false for other languages."},
-    )
-    max_answer_similarity: float = field(
-        default=0.95,
-        metadata={"help": "Reject answers that share more of their words as nearly identical; 1 for equal ones only."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of all sampling. A server may ignore it."})
-    rows_per_shard: int = field(default=512, metadata={"help": "Rows per Parquet file."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete the results of an earlier run in output_dir and start again."}
-    )
+    Args:
+        model_name_or_path (`str`):
+            Directory or Hub id of a policy or its adapter; for a server, its name there.
+        images (`str`):
+            Directory or Hub id of images to ask about; `medst prepare` writes images/ or instruct/.
+        output_dir (`str`):
+            Directory for the candidates.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of the images.
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            What runs the model.
+        num_questions (`int`, *optional*, defaults to `1`):
+            Questions about each image, sampled independently.
+        num_answers (`int`, *optional*, defaults to `2`):
+            Answers to each question; the first and second, third and fourth ... are a pair.
+        temperature (`float`, *optional*, defaults to `1.2`):
+            Temperature of answers.
+        top_k (`int`, *optional*, defaults to `100`):
+            Sample answers from the k most likely tokens; 0 for all.
+        top_p (`float`, *optional*, defaults to `0.95`):
+            Sample answers from the most likely tokens with this total probability; 1 for all.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Maximum number of tokens of an answer.
+        question_temperature (`float`, *optional*, defaults to `1.2`):
+            Temperature of questions; 0 is greedy.
+        question_top_k (`int`, *optional*, defaults to `100`):
+            top_k of questions.
+        question_top_p (`float`, *optional*, defaults to `0.95`):
+            top_p of questions.
+        max_question_tokens (`int`, *optional*, defaults to `128`):
+            Maximum number of tokens of a question.
+        describe_first (`bool`, *optional*, defaults to `False`):
+            Describe the image first, greedily, and ask and answer with that as history.
+        skip_records (`int`, *optional*, defaults to `0`):
+            Skip the first N records: an earlier round has used them.
+        max_records (`int`, *optional*):
+            Ask about N records only.
+        min_question_words (`int`, *optional*, defaults to `3`):
+            Reject shorter questions.
+        max_question_words (`int`, *optional*, defaults to `60`):
+            Reject longer questions.
+        english_questions (`bool`, *optional*, defaults to `True`):
+            Reject what does not read as an English question; false for other languages.
+        max_answer_similarity (`float`, *optional*, defaults to `0.95`):
+            Reject answers that share more of their words as nearly identical; 1 for equal ones only.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of all sampling. A server may ignore it.
+        rows_per_shard (`int`, *optional*, defaults to `512`):
+            Rows per Parquet file.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier run in output_dir and start again.
+    """
+
+    model_name_or_path: str
+    images: str
+    output_dir: str
+    split: str = "train"
+    engine: str = "transformers"
+    num_questions: int = 1
+    num_answers: int = 2
+    temperature: float = 1.2
+    top_k: int = 100
+    top_p: float = 0.95
+    max_new_tokens: int = 256
+    question_temperature: float = 1.2
+    question_top_k: int = 100
+    question_top_p: float = 0.95
+    max_question_tokens: int = 128
+    describe_first: bool = False
+    skip_records: int = 0
+    max_records: int | None = None
+    min_question_words: int = 3
+    max_question_words: int = 60
+    english_questions: bool = True
+    max_answer_similarity: float = 0.95
+    seed: int = 0
+    rows_per_shard: int = 512
+    overwrite: bool = False
 
 
 _MINIMUM = {
