@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
 from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
@@ -50,55 +51,111 @@ if TYPE_CHECKING:
     from medst_trl.selftrain.preferences import Preferences
 
 
+@documented
 @dataclass
 class JudgeArguments:
-    """Arguments of `medst judge`."""
+    """
+    Arguments of `medst judge`.
 
-    candidates: str = field(metadata={"help": "Directory or Hub id of candidates (`medst generate` writes them)."})
-    output_dir: str = field(metadata={"help": "Directory for judgements and preference pairs."})
-    model: str | None = field(default=None, metadata={"help": "Name of the judge on its server, such as gpt-4o."})
-    base_url: str | None = field(default=None, metadata={"help": "An OpenAI-compatible API. Defaults to OpenAI's."})
-    key_variable: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
-    split: str = field(default="train", metadata={"help": "Split of the candidates."})
-    prompt_version: str = field(default="rubric", metadata={"help": "How the judge is asked."})
-    order: str = field(
-        default="both",
-        metadata={"help": "both: show each pair in both orders, which must agree; single: one, as in the paper."},
-    )
-    min_margin: float = field(default=1.0, metadata={"help": "Drop pairs whose mean scores differ by less."})
-    reference_captions: str | None = field(
-        default=None, metadata={"help": "JSON lines with image_id and caption, for judge prompts that show captions."}
-    )
-    image_size: int = field(default=768, metadata={"help": "Maximum side of an image as sent, in pixels."})
-    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the judge."})
-    max_tokens: int = field(default=600, metadata={"help": "Maximum number of tokens of a reply."})
-    max_cost: float | None = field(default=None, metadata={"help": "Budget in US dollars, earlier runs included."})
-    price_per_million_input_tokens: float | None = field(
-        default=None, metadata={"help": "US dollars. Known for gpt-4o, gpt-4.1 and their small versions."}
-    )
-    price_per_million_output_tokens: float | None = field(default=None, metadata={"help": "US dollars, likewise."})
-    concurrency: int = field(default=16, metadata={"help": "Maximum number of concurrent calls."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds for one call."})
-    max_retries: int = field(default=6, metadata={"help": "Retries of a call after 429, 5xx or a timeout."})
-    cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Directory of judge_cache.jsonl, which runs can share. Defaults to output_dir."},
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the estimate and the first request, send nothing."})
-    write_batch: str | None = field(default=None, metadata={"help": "Write the calls to a Batch API file instead."})
-    read_batch: list[str] = field(default_factory=list, metadata={"help": "Result files of the Batch API."})
-    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Benchmarks whose images are kept out."})
-    keep_benchmark_images: bool = field(default=False, metadata={"help": "Keep pairs about images of the benchmarks."})
-    duplicate_similarity: float = field(
-        default=0.9,
-        metadata={"help": "Keep one of the questions about an image that share this part of their words."},
-    )
-    validation_share: float = field(default=0.0, metadata={"help": "Share of the images that become validation data."})
-    length_balanced: bool = field(default=False, metadata={"help": "Keep as many longer as shorter chosen answers."})
-    seed: int = field(default=0, metadata={"help": "Seed of validation images, balance and the oracle's phantoms."})
-    rows_per_shard: int = field(default=512, metadata={"help": "Rows per Parquet file."})
-    num_workers: int = field(default=1, metadata={"help": "Threads that write Parquet files."})
-    overwrite: bool = field(default=False, metadata={"help": "Start again, but keep the replies already paid for."})
+    Args:
+        candidates (`str`):
+            Directory or Hub id of candidates (`medst generate` writes them).
+        output_dir (`str`):
+            Directory for judgements and preference pairs.
+        model (`str`, *optional*):
+            Name of the judge on its server, such as gpt-4o.
+        base_url (`str`, *optional*):
+            An OpenAI-compatible API, such as http://localhost:8000/v1. Defaults to OpenAI's.
+        key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Name of the environment variable that holds the API key.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of the candidates.
+        prompt_version (`str`, *optional*, defaults to `"rubric"`):
+            How the judge is asked.
+        order (`str`, *optional*, defaults to `"both"`):
+            both: show each pair in both orders, which must agree. single: show it in one order, as in the paper.
+        min_margin (`float`, *optional*, defaults to `1.0`):
+            Drop pairs whose mean scores differ by less.
+        reference_captions (`str`, *optional*):
+            JSON lines with image_id and caption, for judge prompts that show captions.
+        image_size (`int`, *optional*, defaults to `768`):
+            Maximum side of an image as sent, in pixels.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature of the judge.
+        max_tokens (`int`, *optional*, defaults to `600`):
+            Maximum number of tokens of a reply.
+        max_cost (`float`, *optional*):
+            Budget for these judgements in US dollars, earlier runs included. It is a hard stop.
+        price_per_million_input_tokens (`float`, *optional*):
+            US dollars. Known for gpt-4o, gpt-4.1 and their small versions.
+        price_per_million_output_tokens (`float`, *optional*):
+            US dollars, likewise.
+        concurrency (`int`, *optional*, defaults to `16`):
+            Maximum number of concurrent calls.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds for one call.
+        max_retries (`int`, *optional*, defaults to `6`):
+            Retries of a call after 429, 5xx or a timeout.
+        cache_dir (`str`, *optional*):
+            Directory of judge_cache.jsonl, which runs can share. Defaults to output_dir.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Print the estimate and the first request, and send nothing.
+        write_batch (`str`, *optional*):
+            Write the calls to this input file of the Batch API, and send nothing.
+        read_batch (`list[str]`, *optional*):
+            Result files of the Batch API, in place of calls.
+        benchmarks (`list[str]`, *optional*):
+            Benchmarks whose images are kept out of the preference pairs.
+        keep_benchmark_images (`bool`, *optional*, defaults to `False`):
+            Keep pairs about images of the benchmarks.
+        duplicate_similarity (`float`, *optional*, defaults to `0.9`):
+            Keep one of the questions about an image that share this part of their words.
+        validation_share (`float`, *optional*, defaults to `0.0`):
+            Share of the images that become validation data, with all their pairs.
+        length_balanced (`bool`, *optional*, defaults to `False`):
+            Drop pairs until the longer answer is chosen as often as it is rejected.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the validation images, of the length balance, and of the oracle's phantoms.
+        rows_per_shard (`int`, *optional*, defaults to `512`):
+            Rows per Parquet file.
+        num_workers (`int`, *optional*, defaults to `1`):
+            Threads that write Parquet files.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier run and start again. Replies already paid for are kept.
+    """
+
+    candidates: str
+    output_dir: str
+    model: str | None = None
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    split: str = "train"
+    prompt_version: str = "rubric"
+    order: str = "both"
+    min_margin: float = 1.0
+    reference_captions: str | None = None
+    image_size: int = 768
+    temperature: float = 0.0
+    max_tokens: int = 600
+    max_cost: float | None = None
+    price_per_million_input_tokens: float | None = None
+    price_per_million_output_tokens: float | None = None
+    concurrency: int = 16
+    timeout: float = 120.0
+    max_retries: int = 6
+    cache_dir: str | None = None
+    dry_run: bool = False
+    write_batch: str | None = None
+    read_batch: list[str] = field(default_factory=list)
+    benchmarks: list[str] = field(default_factory=list)
+    keep_benchmark_images: bool = False
+    duplicate_similarity: float = 0.9
+    validation_share: float = 0.0
+    length_balanced: bool = False
+    seed: int = 0
+    rows_per_shard: int = 512
+    num_workers: int = 1
+    overwrite: bool = False
 
     def __post_init__(self):
         for name in ("benchmarks", "read_batch"):  # a recipe may give a single one without a list
