@@ -179,5 +179,18 @@ def test_examples_of_contributing_work_as_plugins(tmp_path):
     )
     environment = os.environ | {"MEDST_PLUGINS": os.pathsep.join(map(str, files))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    names = {"".join(found) for found in re.findall(r'\bname="(\w+)"|Metric\("(\w+)"', text)}
+    names = {
+        "".join(found)
+        for found in re.findall(r'^ *(?:\w+\()*name ?= ?"(\w+)"|(?:Metric|name)\(?=?"(\w+)"', text, re.M)
+    }
     assert len(names) == len(examples) and names <= set(done.stdout.split())
+
+
+def test_paths_of_the_architecture_page_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    paths = {path for path in re.findall(r"`((?:\w+/)+[\w.]*)`", text) if not (ROOT / path).exists()}
+    assert len(paths) > 30
+    assert {path for path in paths if not (ROOT / "medst_trl" / path).exists()} == set()
+    for name in set(re.findall(r"`(\w+)`", text)):  # functions and classes
+        if not name.isupper() and ("_" in name or name[0].isupper()):
+            assert subprocess.run(["grep", "-rqw", name, str(ROOT / "medst_trl")]).returncode == 0, name
