@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -28,18 +28,8 @@ from medst_trl.data.images import image_id
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeServer
 
-from .phantoms import (
-    BRIGHTNESSES,
-    MODALITIES,
-    QUADRANTS,
-    SIZE,
-    SIZES,
-    Truth,
-    answer,
-    draw_phantoms,
-    is_well_formed,
-    question_kind,
-)
+from . import phantoms
+from .phantoms import Truth
 
 
 if TYPE_CHECKING:
@@ -59,7 +49,12 @@ _ASKED = {
     "description": ("modality", "lesion", "size", "brightness", "quadrant"),
 }
 
-_VALUES = {"modality": MODALITIES, "quadrant": QUADRANTS, "size": SIZES, "brightness": BRIGHTNESSES}
+_VALUES = {
+    "modality": phantoms.MODALITIES,
+    "quadrant": phantoms.QUADRANTS,
+    "size": phantoms.SIZES,
+    "brightness": phantoms.BRIGHTNESSES,
+}
 
 
 def score(question: str, text: str, truth: Truth) -> int:
@@ -70,16 +65,15 @@ def score(question: str, text: str, truth: Truth) -> int:
     facts that they add. An answer without a correct fact scores 1, and so does every answer to a text that is not a
     question or that this phantom cannot answer.
     """
-    if not is_well_formed(question, truth):
+    if not phantoms.is_well_formed(question, truth):
         return 1
-    right_answer = answer(question, truth)
+    right_answer = phantoms.answer(question, truth)
     if _plain(text) == _plain(right_answer):
         return 10
     expected, stated = _facts(right_answer), _facts(text)
-    asked = [fact for fact in _ASKED[question_kind(question)] if fact in expected]
+    asked = [fact for fact in _ASKED[phantoms.question_kind(question)] if fact in expected]
     right = sum(stated.get(fact) == expected[fact] for fact in asked)
-    known = {"modality": truth.modality, "quadrant": truth.quadrant, "size": truth.size} | expected
-    known |= {"brightness": truth.brightness, "lesion": truth.lesion}
+    known = expected | asdict(truth)
     wrong = sum(fact in known and value != known[fact] for fact, value in stated.items() if fact not in asked)
     return max(1, min(9, 1 + round(8 * (right - wrong) / len(asked))))
 
@@ -143,7 +137,7 @@ def serve_oracle(
 def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
     """Find what each image shows by drawing the phantoms again."""
     truths = {}
-    for phantom in islice(draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
+    for phantom in islice(phantoms.draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
         if len(truths) == len(image_ids):
             return truths
         if (name := image_id(phantom.image)) in image_ids:
@@ -188,8 +182,8 @@ def _facts(text: str) -> dict[str, Any]:
     text = _plain(text)
     facts: dict[str, Any] = {}
     for name, values in _VALUES.items():
-        found = [value for value in values if re.search(rf"\b{value.lower()}\b", text)]
-        if found:  # several values at once are never correct
+        if found := [value for value in values if re.search(rf"\b{value.lower()}\b", text)]:
+            # Several values at once are never correct.
             facts[name] = found[0] if len(found) == 1 else tuple(found)
     if match := re.match(r"(yes|no)\b", text):
         facts["verdict"] = match[1]
@@ -219,9 +213,9 @@ class OracleArguments:
 def _check(settings: OracleArguments, args: Any) -> None:
     if not 0 <= settings.oracle_error_rate <= 1:
         raise UserError(f"oracle_error_rate is {settings.oracle_error_rate}. It must be from 0 to 1.")
-    if args.image_size < SIZE:
+    if args.image_size < phantoms.SIZE:
         raise UserError(
-            f"image_size is {args.image_size}. With oracle_error_rate it must be at least {SIZE}: the oracle "
+            f"image_size is {args.image_size}. With oracle_error_rate it must be at least {phantoms.SIZE}: the oracle "
             "recognises phantoms by their pixels, so they must be sent unchanged."
         )
 

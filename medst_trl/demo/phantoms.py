@@ -27,7 +27,7 @@ from PIL import Image
 
 from medst_trl.base.settings import documented
 from medst_trl.data.images import MemoryImages, image_id
-from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.data.schema import dialogue
 from medst_trl.data.source import SOURCES, Conversation, Question, Records, Source, SourceCard, SourceRequest
 
 
@@ -203,18 +203,14 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
     """
     for phantom in phantoms:
         rng = np.random.default_rng((seed, *phantom.id.encode()))
-        messages = []
-        for index in rng.permutation(len(phantom.questions))[:turns]:
-            question, reply = phantom.questions[index]["question"], phantom.questions[index]["answer"]
-            opening = [] if messages else [image_part()]
-            messages.append(message("user", [*opening, text_part(question)]))
-            messages.append(message("assistant", [text_part(reply)]))
-        yield {
-            "id": phantom.id,
-            "images": [phantom.image],
-            "image_ids": [image_id(phantom.image)],
-            "messages": messages,
-        }
+        asked = [phantom.questions[index] for index in rng.permutation(len(phantom.questions))[:turns]]
+        yield instruct_row(phantom.id, [(row["question"], row["answer"]) for row in asked], phantom.image)
+
+
+def instruct_row(name: str, turns: Iterable[tuple[str, str]], *images: Image.Image) -> dict:
+    """A conversation of questions and answers about drawn images, in the instruct columns."""
+    ids = [image_id(image) for image in images]
+    return {"id": name, "images": list(images), "image_ids": ids, "messages": dialogue(turns, len(images))}
 
 
 _TRUTHS = [Truth(m, True, q, s, b) for m, q, s, b in product(MODALITIES, QUADRANTS, SIZES, BRIGHTNESSES)]
@@ -229,16 +225,10 @@ def _ask(name: str, truth: Truth, rng: np.random.Generator) -> list[dict]:
     questions = []
     for kind in kinds:
         question = str(rng.choice(QUESTIONS[kind])).format(view=rng.choice(VIEWS))
-        questions.append(
-            {
-                "id": f"{name}-{'brightness' if kind in BRIGHTNESSES else kind}",
-                "question": question,
-                "answer": answer(question, truth),
-                "answer_type": "closed" if kind in CLOSED else "open",
-                "question_type": "brightness" if kind in BRIGHTNESSES else kind,
-                "link": None,
-            }
-        )
+        topic = "brightness" if kind in BRIGHTNESSES else kind
+        row = {"id": f"{name}-{topic}", "question": question, "answer": answer(question, truth)}
+        row |= {"answer_type": "closed" if kind in CLOSED else "open", "question_type": topic, "link": None}
+        questions.append(row)
     return questions
 
 
@@ -297,24 +287,22 @@ def read_phantoms(request: SourceRequest) -> tuple[Records, MemoryImages]:
     test = make_phantoms(settings.num_test_phantoms, seed, split="test")
     unlabelled = make_phantoms(settings.num_unlabelled_phantoms, seed, split="unlabelled")
     rows = instruct_rows(train, seed, settings.phantom_turns)
-    records = Records(
-        "phantoms",
-        conversations=[Conversation(row["id"], (row["id"],), row["messages"]) for row in rows]
-        + [Conversation(phantom.id, (phantom.id,), []) for phantom in unlabelled],
-        questions=[
-            Question(image=phantom.id, split="test", **question) for phantom in test for question in phantom.questions
-        ],
+    talks = [Conversation(row["id"], (row["id"],), row["messages"]) for row in rows]
+    talks += [Conversation(phantom.id, (phantom.id,), []) for phantom in unlabelled]
+    questions = [Question(image=phantom.id, split="test", **row) for phantom in test for row in phantom.questions]
+    return Records("phantoms", conversations=talks, questions=questions), MemoryImages(
+        {phantom.id: phantom.image for phantom in train + test + unlabelled}
     )
-    return records, MemoryImages({phantom.id: phantom.image for phantom in train + test + unlabelled})
 
 
 def _count(settings: PhantomSettings, kind: str, split: str) -> int | None:
-    numbers = {
-        ("instruct", "train"): settings.num_phantoms,
-        ("images", "train"): settings.num_unlabelled_phantoms,
-        ("benchmark", "test"): settings.num_test_phantoms,
-    }
-    return numbers.get((kind, split))
+    match kind, split:
+        case "instruct", "train":
+            return settings.num_phantoms
+        case "images", "train":
+            return settings.num_unlabelled_phantoms
+        case "benchmark", "test":
+            return settings.num_test_phantoms
 
 
 SOURCES.register(

@@ -8,15 +8,23 @@ random: `medst base` trains them on plain shapes; tests use them as they are.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from medst_trl.policy.chat_template import vicuna_template
 
-from . import plain_text
+from .base_data import all_texts
 
-
-if TYPE_CHECKING:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = vicuna_template(write_bos=True, system="")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -36,7 +44,7 @@ def tiny_llava(
     tie_word_embeddings: bool = False,
     texts: Iterable[str] = (),
     seed: int = 0,
-) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """
     Build a LLaVA with random weights, and its processor.
 
@@ -63,7 +71,7 @@ def tiny_llava(
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output layer shares the embedding's weights.
         texts (`Iterable[str]`, *optional*):
-            Texts whose words become tokens, in addition to those of [`~medst_trl.demo.plain_text`].
+            Texts whose words become tokens, in addition to those of [`~medst_trl.demo.base_data`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global random state does not change.
 
@@ -77,20 +85,12 @@ def tiny_llava(
     >>> model, processor = tiny_llava(**small)  # 50k
     ```
     """
-    import torch
-    from transformers import LlavaForConditionalGeneration
-
-    tokenizer = train_tokenizer([*plain_text.all_texts(), *texts], vocab_size)
+    tokenizer = train_tokenizer([*all_texts(), *texts], vocab_size)
     processor = _processor(tokenizer, image_size, patch_size)
-    config = _config(
-        processor,
-        {"image_size": image_size, "patch_size": patch_size, **_tower(vision_size, vision_layers, head_size)},
-        {
-            "vocab_size": len(tokenizer) + spare_rows,
-            "tie_word_embeddings": tie_word_embeddings,
-            **_tower(text_size, text_layers, head_size),
-        },
-    )
+    vision, text = _tower(vision_size, vision_layers, head_size), _tower(text_size, text_layers, head_size)
+    vision |= {"image_size": image_size, "patch_size": patch_size}
+    text |= {"vocab_size": len(tokenizer) + spare_rows, "tie_word_embeddings": tie_word_embeddings}
+    config = _config(tokenizer, vision, text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -105,14 +105,11 @@ def tiny_llava(
     return model.eval(), processor
 
 
-def _processor(tokenizer: "PreTrainedTokenizerFast", image_size: int, patch_size: int) -> "LlavaProcessor":
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
+def _processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> LlavaProcessor:
+    square = {"height": image_size, "width": image_size}
     return LlavaProcessor(
         # The other image processor needs torchvision.
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        ),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square),
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",
@@ -130,10 +127,7 @@ def _tower(size: int, layers: int, head_size: int) -> dict[str, int]:
     }
 
 
-def _config(processor: "LlavaProcessor", vision: dict, text: dict) -> "LlavaConfig":
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    tokenizer = processor.tokenizer
+def _config(tokenizer: PreTrainedTokenizerFast, vision: dict, text: dict) -> LlavaConfig:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
@@ -145,13 +139,13 @@ def _config(processor: "LlavaProcessor", vision: dict, text: dict) -> "LlavaConf
         ),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_token_id=processor.image_token_id,
+        image_token_id=tokenizer.image_token_id,
         tie_word_embeddings=text["tie_word_embeddings"],
         **special,
     )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
     Train a byte-level BPE tokenizer. It can write any text, and the words of `texts` take few tokens.
 
@@ -164,9 +158,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,27 +1,69 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Pictures of plain shapes, and questions about them, for the tiny general-purpose model. Nothing in them is medical.
+What the tiny general-purpose model is trained on: plain text, and pictures of plain shapes with questions about them.
 
-A picture is 64 x 64, grey, and shows one shape or none on a plain, striped, shaded or grainy background.
+The text (`plain_text.yaml`) explains a few everyday and medical words. Nothing in it says what any picture shows, and
+nothing in the pictures is medical: a picture is 64 x 64, grey, and shows one shape or none on a plain, striped, shaded
+or grainy background.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 
-from medst_trl.data.images import image_id
-from medst_trl.data.schema import image_part, message, text_part
+from .phantoms import BRIGHTNESSES, QUADRANTS, SIZE, SIZES, instruct_row
 
 
-SIZE = 64  # pixels
+_TEXT = yaml.safe_load(Path(__file__).with_name("plain_text.yaml").read_text(encoding="utf-8"))
+DEFINITIONS: dict[str, str] = _TEXT["definitions"]
+WORDS = tuple(_TEXT["words"].split())
 BACKGROUNDS = ("plain", "striped", "shaded", "grainy")
 SHAPES = ("square", "circle", "triangle")  # drawn, but all called "shape": at this size they are hard to tell apart
-CORNERS = ("upper left", "upper right", "lower left", "lower right")
-SIZES = ("small", "large")
-BRIGHTNESSES = ("dark", "bright")
+
+
+def training_conversations(num_texts: int, num_pictures: int, turns: int | None, seed: int) -> list[dict]:
+    """The training data in order: text first, then pictures with a little text between them."""
+    texts = list(explanations(num_texts, seed))
+    later = [*conversations(draw_pictures(num_pictures, seed), seed, turns), *texts[: num_pictures // 30]]
+    random.Random(seed).shuffle(later)
+    return texts + later
+
+
+# --- Text ------------------------------------------------------------------------------------------------------------
+
+
+def all_texts() -> Iterator[str]:
+    """Yield all of the text once, to train a tokenizer on."""
+    for question, answer in DEFINITIONS.items():
+        yield f"{question} {answer}"
+    yield "\n".join(WORDS)
+    yield " " + " ".join(WORDS * 2)  # most words follow a space
+    yield "USER: x ASSISTANT: x USER: x ASSISTANT: x"
+
+
+def explanations(n: int, seed: int) -> Iterator[dict]:
+    """
+    Yield conversations without a picture in the instruct columns, each explaining one word.
+
+    Args:
+        n (`int`): Number of conversations.
+        seed (`int`): Seed of their order.
+    """
+    rng, questions = random.Random(seed), list(DEFINITIONS)
+    for index in range(n):
+        if index % len(questions) == 0:
+            rng.shuffle(questions)
+        question = questions[index % len(questions)]
+        yield instruct_row(f"text-{seed}-{index}", [(question, DEFINITIONS[question])])
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,7 +79,7 @@ class Picture:
     brightness: str | None = None
 
 
-def make_shapes(n: int, seed: int) -> list[Picture]:
+def draw_pictures(n: int, seed: int) -> list[Picture]:
     """
     Draw pictures, seven in ten of them with a shape.
 
@@ -78,17 +120,8 @@ def conversations(pictures: list[Picture], seed: int, turns: int | None = None) 
         turns (`int`, *optional*): Largest number of questions. Defaults to all.
     """
     for position, picture in enumerate(pictures):
-        messages = []
-        for question, answer in questions(picture, np.random.default_rng((seed, position, 1)))[:turns]:
-            image = [] if messages else [image_part()]
-            messages.append(message("user", [*image, text_part(question)]))
-            messages.append(message("assistant", [text_part(answer)]))
-        yield {
-            "id": f"shape-{seed}-{position}",
-            "images": [picture.image],
-            "image_ids": [image_id(picture.image)],
-            "messages": messages,
-        }
+        asked = questions(picture, np.random.default_rng((seed, position, 1)))[:turns]
+        yield instruct_row(f"shape-{seed}-{position}", asked, picture.image)
 
 
 def _picture(rng: np.random.Generator) -> Picture:
@@ -103,11 +136,8 @@ def _picture(rng: np.random.Generator) -> Picture:
         pixels *= rng.rayleigh(0.75, size=pixels.shape)
     facts = {}
     if rng.random() < 0.7:
-        facts = {
-            "corner": str(rng.choice(CORNERS)),
-            "size": str(rng.choice(SIZES)),
-            "brightness": str(rng.choice(BRIGHTNESSES)),
-        }
+        possible = {"corner": QUADRANTS, "size": SIZES, "brightness": BRIGHTNESSES}
+        facts = {name: str(rng.choice(values)) for name, values in possible.items()}
         radius = SIZE * (rng.uniform(0.11, 0.14) if facts["size"] == "large" else rng.uniform(0.05, 0.075))
         corner = np.array((1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1))
         centre_x, centre_y = SIZE / 2 + SIZE * 0.19 * corner + rng.uniform(-6, 6, size=2)

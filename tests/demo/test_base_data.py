@@ -5,12 +5,11 @@ import re
 
 import numpy as np
 
-from medst_trl.demo import plain_text
+from medst_trl.demo.base_data import BACKGROUNDS, conversations, draw_pictures, explanations, questions
 from medst_trl.demo.phantoms import MODALITIES, QUADRANTS, QUESTIONS, make_phantoms
-from medst_trl.demo.shapes import BACKGROUNDS, CORNERS, conversations, make_shapes, questions
 
 
-PICTURES = make_shapes(300, seed=1)
+PICTURES = draw_pictures(300, seed=1)
 
 
 def all_text(rows) -> list[str]:
@@ -19,7 +18,7 @@ def all_text(rows) -> list[str]:
 
 def test_the_pixels_show_the_shape_where_the_truth_says():
     plain = [picture for picture in PICTURES if picture.background == "plain" and picture.corner]
-    assert {picture.corner for picture in plain} == set(CORNERS)
+    assert {picture.corner for picture in plain} == set(QUADRANTS)
     for picture in plain:
         pixels = np.asarray(picture.image, dtype=float)
         odd = np.abs(pixels - np.median(pixels)) > 60
@@ -29,8 +28,8 @@ def test_the_pixels_show_the_shape_where_the_truth_says():
 
 
 def test_pictures_depend_on_the_seed():
-    assert [p.image.tobytes() for p in make_shapes(20, seed=1)] == [p.image.tobytes() for p in PICTURES[:20]]
-    assert len({p.image.tobytes() for p in PICTURES + make_shapes(300, seed=2)}) == 600
+    assert [p.image.tobytes() for p in draw_pictures(20, seed=1)] == [p.image.tobytes() for p in PICTURES[:20]]
+    assert len({p.image.tobytes() for p in PICTURES + draw_pictures(300, seed=2)}) == 600
 
 
 def test_every_background_occurs_and_some_pictures_have_no_shape():
@@ -64,7 +63,7 @@ def test_the_base_model_sees_no_medical_label():
         r"\b(lesion|scan|quadrant|tissue|modality|finding|" + "|".join(MODALITIES) + r")\b", re.IGNORECASE
     )
     assert not [text for text in all_text(conversations(PICTURES, seed=0)) if medical.search(text)]
-    texts = list(plain_text.conversations(200, seed=0))
+    texts = list(explanations(200, seed=0))
     assert all(row["images"] == [] for row in texts)
     answers = {q["answer"] for p in make_phantoms(81, seed=0) for q in p.questions if len(q["answer"].split()) > 1}
     wordings = {wording for wordings in QUESTIONS.values() for wording in wordings}
@@ -74,9 +73,7 @@ def test_the_base_model_sees_no_medical_label():
 
 def test_the_base_model_has_read_every_word_of_the_phantoms():
     # Stage 1 does not train the output layer, so a word that the base model never wrote could hardly be learned.
-    read = set(
-        re.findall(r"\w+", " ".join(all_text([*plain_text.conversations(200, 0), *conversations(PICTURES, 0)])))
-    )
+    read = set(re.findall(r"\w+", " ".join(all_text([*explanations(200, 0), *conversations(PICTURES, 0)]))))
     needed = {word for quadrant in QUADRANTS for word in quadrant.split()}
     for phantom in make_phantoms(162, seed=0):
         for question in phantom.questions:
