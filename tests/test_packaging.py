@@ -86,6 +86,7 @@ def test_wheel_holds_all_that_is_needed_and_one_package(wheel):
     expected = [path.relative_to(ROOT) for path in (ROOT / "medst_trl").rglob("*.py")]
     expected += [path.relative_to(ROOT) for path in (ROOT / "medst_trl").rglob("*.jinja")]
     expected += [path.relative_to(ROOT) for path in CONFIGS.glob("*.yaml")]
+    expected += [path.relative_to(ROOT) for path in (ROOT / "medst_trl/demo").glob("*.yaml")]
     expected += [Path("medst_trl/py.typed"), *(path.relative_to(ROOT) for path in (ROOT / "medst_trl").rglob("*.md"))]
     expected += [Path("medst_trl", path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*.yaml")]
     assert {path.as_posix() for path in expected} <= names

@@ -290,19 +290,16 @@ def read_phantoms(request: SourceRequest) -> tuple[Records, MemoryImages]:
     talks = [Conversation(row["id"], (row["id"],), row["messages"]) for row in rows]
     talks += [Conversation(phantom.id, (phantom.id,), []) for phantom in unlabelled]
     questions = [Question(image=phantom.id, split="test", **row) for phantom in test for row in phantom.questions]
-    return Records("phantoms", conversations=talks, questions=questions), MemoryImages(
-        {phantom.id: phantom.image for phantom in train + test + unlabelled}
-    )
+    images = MemoryImages({phantom.id: phantom.image for phantom in train + test + unlabelled})
+    return Records("phantoms", conversations=talks, questions=questions), images
 
 
 def _count(settings: PhantomSettings, kind: str, split: str) -> int | None:
-    match kind, split:
-        case "instruct", "train":
-            return settings.num_phantoms
-        case "images", "train":
-            return settings.num_unlabelled_phantoms
-        case "benchmark", "test":
-            return settings.num_test_phantoms
+    return {
+        ("instruct", "train"): settings.num_phantoms,
+        ("images", "train"): settings.num_unlabelled_phantoms,
+        ("benchmark", "test"): settings.num_test_phantoms,
+    }.get((kind, split))
 
 
 SOURCES.register(
