@@ -160,7 +160,7 @@ def run_recipe(argv: list[str]) -> int | None:
     if is_launched():
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
     if is_plan:
-        from medst_trl.pipeline.plan.text import print_plan
+        from medst_trl.pipeline.plan.plan import print_plan
 
         return print_plan(words[0], options, which)
     start = time.monotonic()

@@ -122,7 +122,7 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
     """
     from medst_trl.base.fingerprints import cached_revision
     from medst_trl.interop.conversion.convert import planned_config
-    from medst_trl.pipeline.plan.hub import hub_answers
+    from medst_trl.pipeline.plan.transfers import hub_answers
 
     def is_available(source: str) -> bool:
         return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()

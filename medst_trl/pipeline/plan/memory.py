@@ -1,55 +1,74 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-GPU memory of a training step, by formula. An estimate: what the allocator cannot use comes on top, 5 to 15%.
+GPU memory of a training step, by formula. An estimate: memory that the allocator cannot use is added, 5 to 15%.
 
-With F frozen parameters of `w` bytes, T trained ones, `s` bytes of optimizer state for each of these (AdamW: two
-float32, 8; in 8 bit: 2), `b` bytes of an element in computation, n processes:
+**Weights, gradients, optimizer.** With F frozen parameters of `w` bytes, T trained ones, `s` bytes of optimizer state
+for each of these (AdamW: two float32, 8; in 8 bit: 2), `b` bytes of an element in computation, n processes:
 
-                      weights          trained   gradients      optimizer        beside
+                      weights          trained   gradients      optimizer        in addition
     one process       w F              4 T       4 T            s T
-    DDP               w F              4 T       4 T            s T              4 T, the buckets gradients travel in
+    DDP               w F              4 T       4 T            s T              4 T, the buckets of gradients
     ZeRO-2            b F              b T       b T / n        (4 + s) T / n    a bucket of 5e8 elements
     ZeRO-3            b F / n          b T / n   b T / n        (4 + s) T / n    the bucket, and weights gathered for
                                                                                  use, 1e9 elements at most
     FSDP2             w F / n          4 T / n   4 T / n        s T / n          two layers, and what is in no layer
 
-What trains is kept in float32 but for DeepSpeed, which casts the whole model to `b` bytes and keeps float32 copies of
-what trains in its optimizer. Where every weight trains, it is kept in its own `dtype`: of two bytes, it halves the 4
-and AdamW's `s`. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for each 64 of them,
-see [`quantized_bytes`]. The reference of DPO is a second adapter where one is continued, nothing under a new adapter
-or where its log-probabilities are computed before, and else a second model.
+What trains is kept in float32 except under DeepSpeed, which casts the whole model to `b` bytes and keeps float32
+copies of what trains in its optimizer. If every weight trains, it is kept in its own `dtype`: with two bytes, the 4
+and AdamW's `s` are halved. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for each 64
+of them, see [`quantized_bytes`]. The reference of DPO is a second adapter if one is trained further, nothing under a
+new adapter or if its log-probabilities are precomputed, and otherwise a second model.
+
+**Activations.** A transformer layer keeps for each token, in elements of `b` bytes (2 under bfloat16, else 4):
+
+    norms         2 hidden, always in float32            the input of each
+    attention     2 query + 2 key/value                  queries, keys, values, and the output; nothing quadratic
+    MLP           3 intermediate (gated), else 2         the inputs of the activation and of the product
+    inputs        of the linear layers that train        LoRA under autocast or dropout keeps a copy for each layer,
+                                                         otherwise layers that read the same share it
+    dropout       a mask on each LoRA input              1 byte per element on a GPU
+
+With gradient checkpointing only the input of each layer is kept, and one layer after another is recomputed. A tower
+in which nothing trains, and before which nothing trains, keeps nothing. After the last layer come the tiles of TRL's
+fused output layer, 4,096 tokens by 32,768 entries of the vocabulary, instead of all logits.
 """
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .activations import Precision, activation_bytes
-from .batches import Batch
-from .hardware import Hardware
-from .trainable import Policy
+from medst_trl.policy.parts import model_parts
+
+from .policies import Policy, is_of_adapter
+from .steps import Batch, Hardware
 
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 BUCKET = 5e8  # elements; DeepSpeed's reduce_bucket_size, allocated whole
 LIVE = 1e9  # elements; its stage3_max_live_parameters
 CONTEXT = 0.6 * GIB  # CUDA's context, kernels and cuBLAS workspaces
 NCCL = 0.4 * GIB  # buffers between GPUs
-SECOND_ANSWER = 256  # tokens of a pair's other answer, where its prompt is shared
-DEFAULT_LENGTH = 2048  # where no max_length is set
+SECOND_ANSWER = 256  # tokens of a pair's other answer, if its prompt is shared
+DEFAULT_LENGTH = 2048  # if no max_length is set
+HEAD_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens, and entries of the vocabulary
+HEAD_COPIES_ON_CPU = 6  # in float32; a Triton kernel needs none
+DYNAMIC_IMAGE = 448  # pixels per side that are assumed if a model takes images of any size
 
 
 @dataclass(frozen=True)
 class Memory:
     """
-    Bytes on each device, by what they are for.
+    Bytes on each device, by purpose.
 
     Args:
-        parts (`dict[str, float]`): From largest to smallest as they are explained above.
-        length (`int`): Tokens of the longest sequence, for which it is.
+        parts (`dict[str, float]`): Bytes by name, in the order of the formulas.
+        length (`int`): Tokens of the longest sequence.
     """
 
     parts: dict[str, float]
@@ -60,6 +79,24 @@ class Memory:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class Precision:
+    """
+    Bytes of an element.
+
+    Args:
+        compute (`int`): In matrix products: 2 under bfloat16 or float16.
+        stream (`int`): Between layers: that of the frozen weights.
+        autocast (`bool`): Whether products cast their inputs; otherwise all weights have one type.
+        on_gpu (`bool`): On a CPU a dropout mask has the size of its input, and TRL has no kernel for its tiles.
+    """
+
+    compute: int
+    stream: int
+    autocast: bool
+    on_gpu: bool = True
+
+
 def training_memory(
     policy: Policy, arguments: tuple[Any, ...], batch: Batch, hardware: Hardware, length: int | None = None
 ) -> Memory:
@@ -67,18 +104,17 @@ def training_memory(
     Memory of a training step on each device.
 
     Args:
-        policy ([`~medst_trl.pipeline.plan.trainable.Policy`]): What trains.
+        policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
         arguments (`tuple`): The stage's dataclasses.
-        batch ([`~medst_trl.pipeline.plan.batches.Batch`]): Examples of a step.
-        hardware ([`~medst_trl.pipeline.plan.hardware.Hardware`]): How they are divided.
-        length (`int`, *optional*): Tokens of an example; `max_length` by default, the most.
+        batch ([`~medst_trl.pipeline.plan.steps.Batch`]): Examples of a step.
+        hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
+        length (`int`, *optional*): Tokens of an example. Defaults to `max_length`.
     """
     args, training = arguments
     length = length or training.max_length or DEFAULT_LENGTH
     precision = precision_of(args, training, hardware)
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    frozen_type = precision.compute if hardware.is_deepspeed else precision.stream
-    frozen = frozen_bytes(policy, frozen_type, bool(getattr(args, "load_in_4bit", False)))
+    trained = policy.model.num_parameters(only_trainable=True)
+    frozen = frozen_bytes(policy, precision.compute if hardware.is_deepspeed else precision.stream, args.load_in_4bit)
     parts = state_bytes(
         trained,
         frozen,
@@ -87,19 +123,14 @@ def training_memory(
         optimizer=optimizer_bytes(training.optim),
         held=4 if policy.is_adapter else precision.stream,
     )
-    if hardware.kind.startswith("FSDP"):
-        parts["gathered weights"] = _gathered_by_fsdp(policy) * precision.compute
-    elif hardware.shards_weights:
-        elements = sum(p.numel() for p in policy.model.parameters())
-        parts["gathered weights"] = min(elements, LIVE) * precision.compute
-    parts["reference"] = _reference(policy, training, trained, frozen, frozen_type, hardware)
-    images = batch.per_device
+    parts["gathered weights"] = _gathered_elements(policy, hardware) * precision.compute
+    parts["reference"] = _reference(policy, training, frozen, hardware, precision)
     sequences, tokens = _sequences(training, batch, length)
     parts["activations"] = activation_bytes(
         policy,
         sequences=sequences,
         length=tokens,
-        images=images * (1 if sequences == batch.per_device else 2),
+        images=sequences,
         precision=precision,
         checkpointing=training.gradient_checkpointing,
     )
@@ -110,39 +141,41 @@ def training_memory(
     return Memory({name: size for name, size in parts.items() if size}, length)
 
 
+# Weights, gradients, optimizer
+
+
 def state_bytes(
     trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8, held: int = 4
 ) -> dict[str, float]:
     """
-    Bytes of weights, gradients and optimizer, see the table above.
+    Bytes of weights, gradients and optimizer; see the table above.
 
     Args:
         trained (`int`): Parameters that train.
-        frozen (`float`): Bytes of those that do not.
-        hardware ([`~medst_trl.pipeline.plan.hardware.Hardware`]): How they are divided.
+        frozen (`float`): Bytes of the others.
+        hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
         compute (`int`, *optional*, defaults to `4`): Bytes of an element in computation.
         optimizer (`int`, *optional*, defaults to `8`): Bytes of optimizer state for each trained parameter.
         held (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.
     """
     n = hardware.processes
-    if not hardware.is_deepspeed:
-        cut = n if hardware.shards_weights else 1
-        state = optimizer * trained * (held / 4 if optimizer == 8 else 1)  # AdamW's is of the parameter's own type
-        parts = {"weights": frozen, "trained": held * trained, "gradients": held * trained, "optimizer": state}
-        parts = {name: size / cut for name, size in parts.items()}
-        return parts | ({"buckets": held * trained} if hardware.kind == "DDP" else {})
-    cut = n if hardware.shards_weights else 1
-    return {
-        "weights": frozen / cut,
-        "trained": compute * trained / cut,
-        "gradients": compute * trained / n,
-        "optimizer": (4 + optimizer) * trained / n,
-        "buckets": compute * BUCKET,
-    }
+    shards = n if hardware.shards_weights else 1
+    if hardware.is_deepspeed:
+        return {
+            "weights": frozen / shards,
+            "trained": compute * trained / shards,
+            "gradients": compute * trained / n,
+            "optimizer": (4 + optimizer) * trained / n,
+            "buckets": compute * BUCKET,
+        }
+    state = optimizer * trained * (held / 4 if optimizer == 8 else 1)  # AdamW's has the type of the parameter
+    parts = {"weights": frozen, "trained": held * trained, "gradients": held * trained, "optimizer": state}
+    parts = {name: size / shards for name, size in parts.items()}
+    return parts | ({"buckets": held * trained} if hardware.kind == "DDP" else {})
 
 
 def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
-    """Bytes of the elements of a training, as its stage decides on their types."""
+    """Bytes of the elements of a training, with the types that its stage chooses."""
     half = training.bf16 or training.fp16
     frozen = args.dtype or ("bfloat16" if half and args.use_lora else "float32")
     stream = 4 if frozen == "float32" else 2
@@ -157,7 +190,7 @@ def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
 
 
 def optimizer_bytes(optim: str) -> int:
-    """Bytes of state for each trained parameter; what is not known counts as AdamW."""
+    """Bytes of state for each trained parameter; unknown optimizers count as AdamW."""
     name = str(getattr(optim, "value", optim))
     if "8bit" in name:
         return 2
@@ -174,40 +207,147 @@ def frozen_bytes(policy: Policy, element: int, in_4_bit: bool = False) -> float:
 
 
 def quantized_bytes(weights: int) -> float:
-    """Bytes of NF4 weights: 4 bits each and, for each 64, a scale that is itself kept in 8 bits and a little."""
+    """Bytes of NF4 weights: 4 bits each and, for each 64, a scale that is itself kept in a little over 8 bits."""
     return weights / 2 + weights / 64 * (1 + 4 / 256)
 
 
 def quantized_layers(policy: Policy) -> "list[nn.Module]":
-    """The linear layers that `load_in_4bit` quantizes: those of the language model, the output layer excepted."""
+    """The linear layers that `load_in_4bit` quantizes: those of the language model, without the output layer."""
     from torch import nn
 
-    from medst_trl.policy.parts import model_parts
-
     model = policy.base_model
-    language = model.get_submodule(model_parts(model).language_model)
-    return [
-        module for name, module in language.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name
-    ]
+    layers = model.get_submodule(model_parts(model).language_model).named_modules()
+    return [module for name, module in layers if isinstance(module, nn.Linear) and "lora_" not in name]
 
 
-def _reference(policy: Policy, training: Any, trained: int, frozen: float, element: int, hardware: Hardware) -> float:
-    """Bytes of what DPO compares the policy with; none in other stages."""
-    if not hasattr(training, "precompute_ref_log_probs") or training.precompute_ref_log_probs:
+def _reference(policy: Policy, training: Any, frozen: float, hardware: Hardware, precision: Precision) -> float:
+    """Bytes of DPO's reference; 0 for other stages."""
+    if getattr(training, "precompute_ref_log_probs", True):
         return 0.0
-    cut = hardware.processes if hardware.shards_weights else 1
+    element = precision.compute if hardware.is_deepspeed else precision.stream
     if policy.continues_adapter:
-        from .trainable import is_of_adapter
-
         adapter = sum(p.numel() for name, p in policy.model.named_parameters() if is_of_adapter(name))
-        return adapter * (element if hardware.is_deepspeed else 4) / cut
-    if policy.is_adapter:
+        size = adapter * (element if hardware.is_deepspeed else 4)
+    elif policy.is_adapter:
         return 0.0
-    return (frozen + trained * element) / cut
+    else:
+        size = frozen + policy.model.num_parameters(only_trainable=True) * element
+    return size / (hardware.processes if hardware.shards_weights else 1)
+
+
+def _gathered_elements(policy: Policy, hardware: Hardware) -> float:
+    """Sharded weights that are whole at the same time: for FSDP2 two layers and everything outside of layers."""
+    if not hardware.shards_weights:
+        return 0
+    if hardware.is_deepspeed:
+        return min(policy.model.num_parameters(), LIVE)
+    layers = Counter()
+    for name, parameter in policy.model.named_parameters():
+        match = re.search(r"^(.*?\.\d+)\.", name)
+        layers[match[1] if match else None] += parameter.numel()
+    outside = layers.pop(None, 0)
+    return 2 * max(layers.values(), default=0) + outside
+
+
+# Activations
+
+
+@dataclass(frozen=True)
+class Tower:
+    """
+    A language model or vision tower, as far as its activations depend on it. All sizes are of one layer.
+
+    Args:
+        layers (`int`): Number of layers.
+        hidden (`int`): Width of the hidden states.
+        intermediate (`int`): Width of the MLP.
+        query (`int`): Width of the queries.
+        key_value (`int`): Width of the keys, and of the values.
+        gated (`bool`): Whether the MLP has a gate.
+        heads (`int`): Number of attention heads.
+        eager (`bool`): Whether attention keeps its matrix.
+        lora_inputs (`float`): Sum of the input widths of all layers with LoRA.
+        lora_ranks (`float`): Sum of their ranks.
+        dropout (`bool`): Whether LoRA layers have dropout.
+        in_full (`bool`): Whether the layers' own weights train.
+        needs_graph (`bool`): Whether anything in it or before it trains.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key_value: int
+    gated: bool
+    heads: int
+    eager: bool
+    lora_inputs: float
+    lora_ranks: float
+    dropout: bool
+    in_full: bool
+    needs_graph: bool
+
+    def saved_per_token(self, precision: Precision, length: int) -> float:
+        """Bytes that one layer keeps for one token of a sequence of this length."""
+        elements = 2 * (self.query + self.key_value) + (3 if self.gated else 2) * self.intermediate
+        if self.eager:
+            elements += 2 * self.heads * length
+        inputs = 2 * self.hidden + self.query + self.intermediate
+        if self.in_full:
+            elements += inputs + (2 * self.hidden if precision.autocast else 0)
+        elif self.lora_inputs:
+            has_own_copies = precision.autocast or self.dropout
+            elements += self.lora_inputs if has_own_copies else min(inputs, self.lora_inputs)
+            elements += self.lora_ranks
+        masks = self.lora_inputs * (1 if precision.on_gpu else 4) if self.dropout else 0
+        return elements * precision.compute + 2 * self.hidden * 4 + masks
+
+    def saved(self, tokens: int, length: int, precision: Precision, checkpointing: bool) -> float:
+        """Bytes kept for a number of tokens in sequences of this length."""
+        if not self.needs_graph:
+            return 0.0
+        layer = tokens * self.saved_per_token(precision, length)
+        return self.layers * tokens * self.hidden * precision.stream + layer if checkpointing else self.layers * layer
+
+    def working(self, tokens: int, precision: Precision) -> float:
+        """Bytes of the gradients in the backward pass of one MLP."""
+        return tokens * (self.hidden + 2 * self.intermediate) * precision.compute if self.needs_graph else 0.0
+
+
+def activation_bytes(
+    policy: Policy, *, sequences: int, length: int, images: int, precision: Precision, checkpointing: bool
+) -> float:
+    """
+    Bytes that one forward pass keeps, and that its backward pass needs in addition.
+
+    Args:
+        policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
+        sequences (`int`): Sequences per batch.
+        length (`int`): Tokens of each, images included.
+        images (`int`): Images per batch.
+        precision ([`Precision`]): Bytes of an element.
+        checkpointing (`bool`): Whether layers are recomputed.
+    """
+    vision, language = towers(policy)
+    config, patches = policy.base_model.config, patches_of(policy.base_model)
+    tokens = sequences * length
+    saved = vision.saved(images * patches, patches, precision, checkpointing)
+    saved += language.saved(tokens, length, precision, checkpointing)
+    working = max(vision.working(images * patches, precision), language.working(tokens, precision))
+    return saved + working + head_bytes(tokens, language.hidden, config.get_text_config().vocab_size, precision)
+
+
+def head_bytes(tokens: int, hidden: int, vocabulary: int, precision: Precision) -> float:
+    """Bytes of TRL's fused output layer: its input, the gradient of that in float32, and a tile of logits."""
+    rows, columns = min(tokens, HEAD_TILE[0]), HEAD_TILE[1]  # of a small vocabulary, too
+    tile = rows * columns * precision.compute
+    if not precision.on_gpu:
+        tile += HEAD_COPIES_ON_CPU * rows * min(vocabulary, columns) * 4
+    return tokens * hidden * (precision.compute + 4) + tile
 
 
 def _sequences(training: Any, batch: Batch, length: int) -> tuple[int, int]:
-    """Sequences read at a time, and the tokens of each."""
+    """Sequences per batch, and the tokens of each."""
     if not hasattr(training, "share_prefix"):
         return batch.per_device, length
     if training.share_prefix:
@@ -215,14 +355,61 @@ def _sequences(training: Any, batch: Batch, length: int) -> tuple[int, int]:
     return 2 * batch.per_device, length
 
 
-def _gathered_by_fsdp(policy: Policy) -> int:
-    """Elements of two decoder layers and of what stands outside of all layers, which FSDP2 keeps together."""
-    import re
+def towers(policy: Policy) -> tuple[Tower, Tower]:
+    """Vision tower and language model of a policy."""
+    model = policy.base_model
+    parts = model_parts(model)
+    trains = {parts.part_of(name) for name, p in policy.model.named_parameters() if p.requires_grad}
+    vision, language = (model.get_submodule(name) for name in (parts.vision_tower, parts.language_model))
+    return (
+        _tower(vision, vision.config, needs_graph="vision" in trains),
+        _tower(language, model.config.get_text_config(), needs_graph=bool(trains)),
+    )
 
-    layers, outside = {}, 0
-    for name, parameter in policy.model.named_parameters():
-        if match := re.search(r"^(.*?\.\d+)\.", name):
-            layers[match[1]] = layers.get(match[1], 0) + parameter.numel()
-        else:
-            outside += parameter.numel()
-    return 2 * max(layers.values(), default=0) + outside
+
+def _tower(tower: "nn.Module", config: Any, needs_graph: bool) -> Tower:
+    def first(*names: str, default: int | None = None) -> int:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
+
+    layers, heads = first("num_hidden_layers", "depth"), first("num_attention_heads", "num_heads")
+    hidden = first("hidden_size") if hasattr(config, "hidden_size") else first("embed_dim")
+    head = first("head_dim", default=hidden // heads)
+    return Tower(
+        layers=layers,
+        hidden=hidden,
+        intermediate=first("intermediate_size", default=4 * hidden),
+        query=heads * head,
+        key_value=first("num_key_value_heads", default=heads) * head,
+        gated=any(name.endswith("gate_proj") for name, _ in tower.named_modules()),
+        heads=heads,
+        eager=getattr(config, "_attn_implementation", None) == "eager",
+        in_full=any(
+            parameter.requires_grad and parameter.dim() == 2 and "lora_" not in name and ".layers." in f".{name}"
+            for name, parameter in tower.named_parameters()
+        ),
+        needs_graph=needs_graph,
+        **_lora(tower, layers),
+    )
+
+
+def _lora(tower: "nn.Module", layers: int) -> dict[str, Any]:
+    """The fields of [`Tower`] about LoRA."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [module for module in tower.modules() if isinstance(module, LoraLayer) and module.lora_A]
+    dropouts = [next(iter(module.lora_dropout.values())) for module in adapted]
+    return {
+        "lora_inputs": sum(module.in_features for module in adapted) / layers,
+        "lora_ranks": sum(next(iter(module.r.values())) for module in adapted) / layers,
+        "dropout": any(getattr(dropout, "p", 0) > 0 for dropout in dropouts),
+    }
+
+
+def patches_of(model: "PreTrainedModel") -> int:
+    """Patches of one image in the vision tower, those of all its tiles."""
+    vision = model.config.vision_config
+    sizes = getattr(vision, "image_size", None) or DYNAMIC_IMAGE
+    patch = getattr(vision, "patch_size", 14)
+    side, patch = (value[0] if isinstance(value, list | tuple) else value for value in (sizes, patch))
+    tiles = 5 if getattr(model.config, "image_grid_pinpoints", None) else 1  # LLaVA-NeXT: four and the whole image
+    return tiles * ((side // patch) ** 2 + 1)

@@ -1,92 +1,75 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a recipe: each step with all that can be said of it before it runs."""
+"""The plan of a recipe, step by step, as text: what to read before GPUs are booked."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.record import is_complete
-from medst_trl.pipeline.settings import Option
 from medst_trl.pipeline.stage import Count
 
-from .batches import Batch, batch_of
-from .hardware import Hardware, hardware_of
-from .memory import Memory, training_memory
-from .meta import NotKnownYet
-from .settings import stage_arguments
-from .steps import Schedule, schedule, training_examples
-from .trainable import Trained, model_at, policy_of, trained_parameters
-from .transfers import downloads, requests, uploads
+from .memory import GIB, Memory, training_memory
+from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
+from .steps import (
+    Batch,
+    Hardware,
+    Rows,
+    check_sharding,
+    effective_batch,
+    hardware_of,
+    number_of,
+    schedule,
+    stage_arguments,
+    training_examples,
+    without_hub,
+)
+from .transfers import downloads, prompts, uploads
 
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Recipe, Step
+    from medst_trl.pipeline.settings import Option
+
+Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
+LABEL = 12  # width of the labels
 
 
-@dataclass(frozen=True)
-class Training:
+def print_plan(source: str, options: Sequence["Option"], which: str | None = None) -> None:
+    """Print the plan of a recipe, for `medst run RECIPE --dry_run`. See [`plan_recipe`]."""
+    throughput, options = read_throughput(options)
+    print(plan_recipe(read_recipe(source, options), which, throughput))
+
+
+def read_throughput(options: Sequence["Option"]) -> tuple[dict[str | None, float], list["Option"]]:
     """
-    What is known of a step that trains.
+    Separate `--throughput N` and `--sft.throughput N` from the other options.
 
-    Args:
-        examples ([`Count`]): Examples of an epoch.
-        batch ([`Batch`]): Examples of a step.
-        schedule ([`Schedule`]): Steps and epochs.
-        base (`str`, *optional*): The model, or the one under the adapter.
-        parameters (`int`, *optional*): Its parameters, without the adapter.
-        trained (`list` of [`Trained`]): What trains.
-        rates (`dict[str, float]`): Learning rate of each part.
-        memory (`list` of [`Memory`]): For the longest sequences, and for half of that.
-        unknown (`str`, *optional*): Why what follows the schedule is not known.
+    Raises:
+        UserError: if one is not a number above 0.
     """
-
-    examples: Count
-    batch: Batch
-    schedule: Schedule
-    base: str | None = None
-    parameters: int | None = None
-    trained: list[Trained] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)
-    memory: list[Memory] = field(default_factory=list)
-    unknown: str | None = None
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """
-    What is known of a step.
-
-    Args:
-        step ([`~medst_trl.pipeline.recipe.Step`]): The step.
-        arguments (`tuple`): Its stage's dataclasses.
-        hardware ([`Hardware`]): What it runs on.
-        is_done (`bool`): Whether its folder holds what an earlier run finished.
-        training ([`Training`], *optional*): For steps that train.
-        weights (`float`, *optional*): Bytes of the model it runs, where it does not train.
-        throughput (`float`, *optional*): Examples a second, as given.
-        downloads, requests, uploads (`list[str]`): Lines on what leaves and enters this machine.
-    """
-
-    step: "Step"
-    arguments: tuple[Any, ...]
-    hardware: Hardware
-    is_done: bool
-    training: Training | None
-    weights: float | None
-    throughput: float | None
-    downloads: list[str]
-    requests: list[str]
-    uploads: list[str]
+    rates = {}
+    for option in options:
+        if option.key == "throughput":
+            try:
+                rate = 0.0 if option.value is True else float(option.value)  # True is `--throughput` without a value
+            except (TypeError, ValueError):
+                rate = 0.0
+            if not 0 < rate < float("inf"):
+                raise UserError(f"throughput: {option.value!r} is not a number of examples per second.")
+            rates[option.target] = rate
+    return rates, [option for option in options if option.key != "throughput"]
 
 
 def plan_recipe(
     recipe: "Recipe", which: str | None = None, throughput: Mapping[str | None, float] | None = None
-) -> tuple[list[StepPlan], list["Step"]]:
+) -> str:
     """
-    Plans the steps of a recipe and runs nothing.
+    Plan the steps of a recipe. Nothing is run.
 
     Args:
         recipe ([`~medst_trl.pipeline.recipe.Recipe`]):
@@ -94,123 +77,203 @@ def plan_recipe(
         which (`str`, *optional*):
             The steps to plan, as for `recipe.steps`.
         throughput (mapping, *optional*):
-            Examples a second, by stage or label; under None for every step that trains.
+            Examples per second, by stage or label; under None for every step that trains.
 
     Returns:
-        The plans, and all steps of the recipe.
+        `str`: the plan.
 
     Raises:
-        UserError: where the recipe could not run.
+        UserError: if the recipe could not run.
     """
     chosen, steps = recipe.steps(which), recipe.steps(complete=False)
-    throughput = throughput or {}
-    for target in throughput:
+    for target in throughput or ():
         if target is not None and not any(target in (step.label, step.stage.name) for step in steps):
             raise UserError(f"--{target}.throughput: {recipe.path} has no section {target!r}.")
-    planner = _Planner(steps, throughput)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other; the run itself shows them
-        return [planner.plan(step) for step in chosen], steps
+    plan = _Plan(steps, throughput or {})
+    lines = [f"Plan of {recipe.path}. Nothing is run, downloaded or uploaded.", f"Results go to {recipe.output_dir}."]
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
+        for step in chosen:
+            lines += ["", *plan.lines(step)]
+    return "\n".join([*lines, "", *plan.notes()])
 
 
-def read_throughput(options: Sequence[Option]) -> tuple[dict[str | None, float], list[Option]]:
+class _Plan:
     """
-    Divide `--throughput N` and `--sft.throughput N` from the other options.
+    Plans one step after another: what an earlier one downloads, a later one has.
 
-    Raises:
-        UserError: for what is no number above 0.
+    Args:
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`]):
+            All steps of the recipe.
+        throughput (mapping):
+            As for [`plan_recipe`].
     """
-    rates = {}
-    for option in options:
-        if option.key == "throughput":
-            try:
-                rates[option.target] = 0.0 if option.value is True else float(option.value)  # `--throughput` alone
-            except (TypeError, ValueError):
-                rates[option.target] = 0.0
-            if not 0 < rates[option.target] < float("inf"):
-                raise UserError(f"throughput: {option.value!r} is not a number of examples a second.")
-    return rates, [option for option in options if option.key != "throughput"]
-
-
-class _Planner:
-    """Plans one step after another; what an earlier one fetches, a later one has."""
 
     def __init__(self, steps: Sequence["Step"], throughput: Mapping[str | None, float]):
         self.steps = steps
         self.throughput = throughput
-        self.fetched: set[str] = set()
-        self.weights: dict[tuple[str, str], float | None] = {}
+        self.downloaded: set[str] = set()
+        self.shortages: list[str] = []
+        self.trains = self.has_memory = self.has_time = False
+        self.weight_bytes = cache(self._weight_bytes)  # of a 7B model within seconds, and several steps may run it
 
-    def plan(self, step: "Step") -> StepPlan:
+    def lines(self, step: "Step") -> Iterator[str]:
+        """Heading and rows of a step."""
         hardware = hardware_of(step)
         arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
-        name, is_done = (
-            step.stage.name,
-            is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"),
-        )
-        trains, answers = step.stage.trains, hasattr(arguments[0], "engine")
-        for_all = self.throughput.get(None) if trains else None
-        return StepPlan(
-            step,
-            arguments,
-            hardware,
-            is_done,
-            training=self._training(step, arguments, hardware) if trains and not is_done else None,
-            weights=self._weights(step) if answers and not is_done else None,
-            throughput=self.throughput.get(step.label, self.throughput.get(name, for_all)),
-            downloads=[] if is_done else downloads(step, self.steps, self.fetched),
-            requests=[] if is_done else requests(arguments),
-            uploads=uploads(step, arguments),
-        )
+        self.shortages += hardware.shortages
+        rows = self._rows_for(step)
+        self.has_time |= rows.throughput is not None
+        if is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"):
+            yield f"{step.label}: already finished; skipped unless its settings have changed"
+            return
+        yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")
+        before = ""
+        for label, text in self._rows(step, arguments, hardware, rows):
+            yield f"  {label if label != before else '':<{LABEL}}{text}"
+            before = label
 
-    def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> Training:
-        args, training = arguments
-        check_sharding(step, arguments, hardware)
-        batch = batch_of(arguments, hardware.processes, step.where)
-        examples = training_examples(args, self.steps)
-        known = examples, batch, schedule(examples, batch, training.num_train_epochs, training.max_steps)
-        try:
-            policy = policy_of(step, self.steps, arguments)
-        except NotKnownYet as reason:
-            return Training(*known, unknown=str(reason))
-        trained = trained_parameters(policy)
-        if not trained:
-            raise UserError(f"{step.where}: nothing would train.")
-        longest = training_memory(policy, arguments, batch, hardware)
-        half = training_memory(policy, arguments, batch, hardware, length=longest.length // 2)
-        of_part = {"vision": training.vision_learning_rate, "projector": training.projector_learning_rate}
-        rates = {item.part: of_part.get(item.part) or training.learning_rate for item in trained}
-        adapter = sum(item.count for item in trained) if policy.is_adapter else 0
-        parameters = sum(p.numel() for p in policy.model.parameters()) - adapter
-        return Training(*known, policy.base, parameters, trained, rates, [longest, half])
+    def _rows_for(self, step: "Step") -> Rows:
+        for_all = self.throughput.get(None) if step.stage.trains else None
+        by_stage = self.throughput.get(step.stage.name, for_all)
+        return Rows(self.steps, self.throughput.get(step.label, by_stage))
 
-    def _weights(self, step: "Step") -> float | None:
-        """Bytes of the model that a step runs, in the type it is loaded in; None where that is not known."""
-        name, dtype = step.settings.get("model_name_or_path"), step.settings.get("dtype", "auto")
-        model = step.stage.input("model_name_or_path")
-        if name is None or model.is_remote(step.settings):
-            return None
-        if (name, dtype) not in self.weights:
-            self.weights[name, dtype] = self._weights_of(name, dtype)
-        return self.weights[name, dtype]
+    def _rows(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[Row]:
+        if step.stage.trains:
+            yield from self._training(step, arguments, hardware, rows)
+        else:
+            yield from self._model(step, arguments[0])
+        if step.stage.plan is not None:
+            yield from step.stage.plan(rows, *without_hub(arguments))
+        yield from downloads(step, self.steps, self.downloaded)
+        yield from prompts(arguments)
+        yield from uploads(step, arguments)
 
-    def _weights_of(self, name: str, dtype: str) -> float | None:
+    def notes(self) -> Iterator[str]:
+        """The lines below all steps."""
+        if self.has_memory:
+            yield "Memory is an estimate for the longest examples; the allocator takes 5 to 15% more."
+        if self.trains and not self.has_time:
+            yield "Time: --throughput N (examples per second over all processes), --sft.throughput N for one stage."
+        for shortage in dict.fromkeys(self.shortages):
+            yield f"Note: {shortage}."
+
+    # A step that runs a model
+
+    def _model(self, step: "Step", args: Any) -> Iterator[Row]:
+        name, model = getattr(args, "model_name_or_path", None), step.stage.input("model_name_or_path")
+        if name is not None and not (model and model.is_remote(step.settings)):
+            size = self.weight_bytes(name, step.settings.get("dtype", "auto")) if hasattr(args, "engine") else None
+            yield "model", name + (f", {_size(size)} of weights" if size else "")
+
+    def _weight_bytes(self, name: str, dtype: str) -> int | None:
+        """Bytes of a model in the type it is loaded in; None if that is not known."""
         try:
             policy = model_at(name, self.steps)
         except NotKnownYet:
             return None
         own = policy.base_model.config.dtype if dtype == "auto" else dtype
-        element = 2 if str(own).removeprefix("torch.") in ("bfloat16", "float16") else 4
-        return float(sum(p.numel() for p in policy.model.parameters()) * element)
+        is_half = str(own).removeprefix("torch.") in ("bfloat16", "float16")
+        return policy.model.num_parameters() * (2 if is_half else 4)
+
+    # A step that trains
+
+    def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[Row]:
+        args, training = arguments
+        check_sharding(step, arguments, hardware)
+        batch = effective_batch(step, hardware.processes, arguments)
+        examples = training_examples(args, self.steps)
+        planned = schedule(examples, batch, training.num_train_epochs, training.max_steps)
+        memory, self.trains = [], True
+        try:
+            policy = policy_of(step, self.steps, arguments)
+        except NotKnownYet as reason:
+            yield "model", str(reason)
+        else:
+            yield from _policy(step, policy, arguments)
+            longest = training_memory(policy, arguments, batch, hardware)
+            memory = [longest, training_memory(policy, arguments, batch, hardware, longest.length // 2)]
+            self.has_memory = True
+        if hasattr(training, "beta"):
+            yield "loss", f"{' + '.join(training.loss_type)}, beta {training.beta:g}{_reference(training, memory)}"
+        yield "batch", _batch(batch, hardware)
+        yield "data", examples.of(step.stage.trains)
+        yield "steps", f"{_steps(planned, examples)}; {_scheduler(training)}"
+        if memory:
+            yield from _memory(memory, training, hardware)
+        yield from rows.time(None if planned.steps is None else planned.steps * batch.effective, "examples")
 
 
-def check_sharding(step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> None:
-    """What the stages refuse when they find themselves under a launcher that divides the weights."""
+def _policy(step: "Step", policy: Policy, arguments: tuple[Any, ...]) -> Iterator[Row]:
+    """The model and what of it trains."""
     args, training = arguments
-    for setting in (args, training):
-        for name in ("load_in_4bit", "precompute_ref_log_probs"):
-            if hardware.shards_weights and getattr(setting, name, False):
-                raise UserError(
-                    f"{step.where}: {name} does not go with {hardware.kind}, which divides the weights. "
-                    "Use zero2 or multi_gpu, or leave it out."
-                )
+    trained = trained_parameters(policy)
+    if not trained:
+        raise UserError(f"{step.where}: no parameter would train. Change the settings that freeze the model.")
+    total = sum(item.count for item in trained)
+    parameters = policy.model.num_parameters() - (total if policy.is_adapter else 0)
+    name = args.model_name_or_path
+    base = policy.base if Path(policy.base) == Path(name) else f"{name} on {policy.base}"
+    dtype = args.dtype or ("bfloat16" if training.bf16 and args.use_lora else "float32")
+    yield "model", f"{base}, {_short(parameters)} parameters, {'4-bit' if args.load_in_4bit else dtype}"
+    rates = {"vision": training.vision_learning_rate, "projector": training.projector_learning_rate}
+    width = max(len(item.how) for item in trained)
+    for item in trained:
+        rate = _rate(rates.get(item.part) or training.learning_rate)
+        yield "trains", f"{item.part:<11}{item.how:<{width}}{item.count:>16,}   learning rate {rate}"
+    yield "trains", f"{'total':<11}{'':<{width}}{total:>16,}   {total / parameters:.1%} of the model"
+
+
+def _reference(training: Any, memory: list[Memory]) -> str:
+    if training.precompute_ref_log_probs:
+        return ", reference computed before the first step"
+    if not memory:
+        return ""
+    return f", reference {'a copy in memory' if 'reference' in memory[0].parts else 'the model without the adapter'}"
+
+
+def _batch(batch: Batch, hardware: Hardware) -> str:
+    accumulated = f"{batch.accumulation} accumulated x " if batch.accumulation > 1 else ""
+    return f"{batch.per_device} per {hardware.device} x {accumulated}{hardware.devices} = {batch.effective}"
+
+
+def _steps(planned: Any, examples: Count) -> str:
+    if planned.steps is None:
+        return f"{number_of(f'{planned.epochs:g}', 'epoch')} of {examples.depends_on}"
+    if planned.per_epoch is None:
+        return f"{planned.steps:,}"
+    most = "at most " if planned.at_most else ""
+    return f"{most}{planned.steps:,}: {number_of(f'{planned.epochs:.3g}', 'epoch')} of {planned.per_epoch:,}"
+
+
+def _scheduler(training: Any) -> str:
+    name, warm_up = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type), training.warmup_steps
+    if not warm_up:
+        return name
+    return f"{name}, warm-up {f'{warm_up:.0%}' if warm_up < 1 else f'{warm_up:g} steps'}"
+
+
+def _memory(memory: list[Memory], training: Any, hardware: Hardware) -> Iterator[Row]:
+    longest, half = memory
+    where = f" on each {hardware.device}" if hardware.processes > 1 else ""
+    yield (
+        "memory",
+        f"about {_size(longest.total)}{where} at {longest.length:,} tokens per example, {_size(half.total)} at "
+        f"{half.length:,}; {'with' if training.gradient_checkpointing else 'without'} gradient checkpointing",
+    )
+    yield "memory", ", ".join(f"{name} {_size(size)}" for name, size in longest.parts.items())
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,}"
+
+
+def _rate(rate: float) -> str:
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"

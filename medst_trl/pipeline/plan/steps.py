@@ -1,22 +1,209 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How many examples a step reads and writes, and how many optimizer steps that makes, as far as it can be known."""
+"""
+A step before it runs: its arguments, its hardware, its rows, its batch and its optimizer steps.
+
+The machine that plans need not be the one that runs.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
+from medst_trl.pipeline.settings import parse
 from medst_trl.pipeline.stage import Count
-
-from .batches import Batch
+from medst_trl.pipeline.stages.batch_size import set_accumulation
 
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
     from medst_trl.pipeline.stage import Output
+
+# TrainingArguments refuses these on a machine without a GPU, and imports DeepSpeed for the last.
+_MACHINE_SETTINGS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "deepspeed")
+
+
+# Arguments
+
+
+def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
+    """
+    Fill the dataclasses of a stage and check them as the stage does before its work, on a machine without its GPUs.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            The step.
+        on_gpu (`bool`, *optional*, defaults to `True`):
+            Whether it will run on GPUs, where training defaults to bfloat16.
+
+    Raises:
+        UserError: for what the stage would refuse.
+    """
+    trains, settings = step.stage.trains, step.settings
+    if trains:
+        settings = {key: value for key, value in settings.items() if key not in _MACHINE_SETTINGS} | {"bf16": False}
+    arguments = parse(step.stage.make_parser(f"medst {step.stage.name}"), settings, step.where)
+    if trains:
+        training, bf16 = arguments[-1], step.settings.get("bf16")
+        training.fp16 = bool(step.settings.get("fp16"))
+        training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
+        if training.bf16 and training.fp16:
+            raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
+    try:
+        _check(step, arguments)
+    except UserError as error:
+        raise UserError(str(error) if step.where in str(error) else f"{step.where}: {error}") from None
+    return arguments
+
+
+def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
+    from medst_trl.hub.push import check_push
+
+    if step.stage.check is not None:
+        step.stage.check(*without_hub(arguments))
+    for settings in arguments:
+        if getattr(settings, "push_to_hub", False):
+            check_push(settings)
+
+
+def without_hub(arguments: tuple[Any, ...]) -> list[Any]:
+    """Return the dataclasses that the functions of a stage take."""
+    from medst_trl.hub.push import HubArguments
+
+    return [item for item in arguments if not isinstance(item, HubArguments)]
+
+
+# Hardware
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """
+    What a step runs on.
+
+    Args:
+        config (`str`): Name or path of the accelerate configuration.
+        kind (`str`): `"not distributed"`, `"DDP"`, `"DeepSpeed ZeRO-2"`, `"DeepSpeed ZeRO-3"`, `"FSDP2"`.
+        processes (`int`): Number of processes, each with a GPU if `on_gpu`.
+        on_gpu (`bool`): Whether it runs on GPUs.
+        shortages (`tuple[str, ...]`): What this machine lacks for it.
+    """
+
+    config: str
+    kind: str
+    processes: int
+    on_gpu: bool
+    shortages: tuple[str, ...] = ()
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.kind.startswith("DeepSpeed")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the weights themselves are sharded, not only gradients and optimizer."""
+        return self.kind == "DeepSpeed ZeRO-3" or self.kind.startswith("FSDP")
+
+    @property
+    def device(self) -> str:
+        return "GPU" if self.on_gpu else "process"
+
+    @property
+    def devices(self) -> str:
+        """Number and name of the devices, for example `4 GPUs`."""
+        return number_of(self.processes, self.device)
+
+
+def number_of(number: int | str, what: str) -> str:
+    """A number with its noun: `4 GPUs`, `1 process`."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if str(number) == '1' else plural}"
+
+
+def hardware_of(step: "Step") -> Hardware:
+    """
+    What a step will run on: by its settings, else by its accelerate configuration, else what this machine has.
+
+    Raises:
+        UserError: for a configuration that cannot start that number of processes.
+    """
+    gpus = gpu_count()
+    if not step.stage.distributed:
+        return Hardware("one process", NOT_DISTRIBUTED, 1, gpus > 0)
+    name = step.accelerate_config or default_config(step.num_processes)
+    config = read_config(name)
+    given = step.num_processes or config.num_processes
+    processes = given or max(1, gpus) * config.num_machines
+    try:
+        kind = config.kind_on(processes)
+    except UserError as error:
+        raise UserError(f"{step.where}: {error}") from None
+    shortages = []
+    if not config.use_cpu and gpus < processes // config.num_machines:
+        shortages.append(
+            f"planned for {number_of(processes, 'GPU')}, and this machine has "
+            f"{number_of(gpus, 'GPU') if gpus else 'none'}"
+        )
+        if given is None and kind != NOT_DISTRIBUTED:
+            shortages.append("--num_processes N plans for N GPUs")
+    if kind.startswith("DeepSpeed") and find_spec("deepspeed") is None:
+        shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
+    return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
+
+
+def check_sharding(step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> None:
+    """Refuse what the training stages refuse under a launcher that shards the weights."""
+    for name in ("load_in_4bit", "precompute_ref_log_probs"):
+        if hardware.shards_weights and any(getattr(settings, name, False) for settings in arguments):
+            raise UserError(
+                f"{step.where}: {name} does not work with {hardware.kind}, which shards the weights. "
+                "Use zero2 or multi_gpu, or remove it."
+            )
+
+
+# Batch and optimizer steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    The examples of one optimizer step.
+
+    Args:
+        per_device (`int`): Examples per batch of one process.
+        accumulation (`int`): Batches of each process per step.
+        processes (`int`): Number of processes.
+        effective (`int`): Examples per step, the product of these.
+    """
+
+    per_device: int
+    accumulation: int
+    processes: int
+    effective: int
+
+
+def effective_batch(step: "Step", num_processes: int, arguments: tuple[Any, ...] | None = None) -> Batch:
+    """
+    The batch of a training step on a number of processes.
+
+    Raises:
+        UserError: if its `effective_batch_size` cannot be met on them.
+    """
+    args, training = arguments or stage_arguments(step)
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    division = SimpleNamespace(world_size=num_processes, **{key: getattr(training, key) for key in keys})
+    try:
+        set_accumulation(args, division)
+    except UserError as error:
+        raise UserError(f"{step.where}: {error}") from None
+    per_device, accumulation = division.per_device_train_batch_size, division.gradient_accumulation_steps
+    return Batch(per_device, accumulation, num_processes, per_device * accumulation * num_processes)
 
 
 @dataclass(frozen=True)
@@ -25,10 +212,10 @@ class Schedule:
     The optimizer steps of a training.
 
     Args:
-        steps (`int`, *optional*): In all; None where the number of examples is not known.
+        steps (`int`, *optional*): Their number; None if the number of examples is unknown.
         per_epoch (`int`, *optional*): Steps of one epoch.
-        epochs (`float`, *optional*): Epochs, not whole where `max_steps` decides.
-        at_most (`bool`): Whether there may be fewer.
+        epochs (`float`, *optional*): Epochs, a fraction if `max_steps` decides.
+        at_most (`bool`): Whether `steps` is an upper bound.
     """
 
     steps: int | None
@@ -42,22 +229,25 @@ def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: 
     Steps and epochs as [`~transformers.Trainer`] counts them: the last batches of an epoch may be smaller.
 
     Args:
-        examples ([`Count`]): Examples of an epoch.
-        batch ([`~medst_trl.pipeline.plan.batches.Batch`]): Those of a step.
-        num_train_epochs (`float`): Epochs to train.
-        max_steps (`int`): Steps to train instead, where it is above 0.
+        examples ([`~medst_trl.pipeline.stage.Count`]): Examples of an epoch.
+        batch ([`Batch`]): Those of a step.
+        num_train_epochs (`float`): Number of epochs.
+        max_steps (`int`): Number of steps, if above 0; it takes precedence.
     """
     if examples.number is None:
-        return Schedule(max_steps if max_steps > 0 else None, None, None if max_steps > 0 else num_train_epochs)
-    loads = math.ceil(examples.number / (batch.per_device * batch.processes))
-    per_epoch = max(1, math.ceil(loads / batch.accumulation))
+        return Schedule(max_steps, None, None) if max_steps > 0 else Schedule(None, None, num_train_epochs)
+    batches = math.ceil(examples.number / (batch.per_device * batch.processes))
+    per_epoch = max(1, math.ceil(batches / batch.accumulation))
     if max_steps > 0:
         return Schedule(max_steps, per_epoch, max_steps / per_epoch)
     return Schedule(math.ceil(num_train_epochs * per_epoch), per_epoch, num_train_epochs, examples.at_most)
 
 
+# Rows
+
+
 def training_examples(args: Any, steps: Sequence["Step"]) -> Count:
-    """Conversations of `sft` or pairs of `dpo`, by their stage's arguments."""
+    """The number of examples that the arguments of a training stage name."""
     names = [args.dataset] if isinstance(args.dataset, str) else args.dataset
     counts = [Rows(steps).rows(name, args.train_split) for name in names]
     if unknown := [count.depends_on for count in counts if count.number is None]:
@@ -67,29 +257,32 @@ def training_examples(args: Any, steps: Sequence["Step"]) -> Count:
 
 
 class Rows:
-    """Counts rows for a plan: of datasets on disk, and of those that a step of the recipe will make."""
+    """
+    Answers a stage's questions about the recipe; see [`~medst_trl.pipeline.stage.Counter`].
+
+    Args:
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*): The steps of the recipe.
+        throughput (`float`, *optional*): Units per second of the stage that asks.
+    """
 
     def __init__(self, steps: Sequence["Step"] = (), throughput: float | None = None):
         self.steps = steps
         self.throughput = throughput
 
     def rows(self, directory: str, split: str) -> Count:
-        """See [`~medst_trl.pipeline.stage.Counter`]."""
-        if (rows := _parquet_rows(Path(directory), split)) is not None:
+        if (rows := _rows_on_disk(Path(directory), split)) is not None:
             return Count(rows)
         step, output = self._maker(directory)
         if output is not None and output.count is not None:
-            known = output.count(step.settings, split, self)
-            return replace(known, depends_on=step.label) if known.number is None else known
+            count = output.count(step.settings, split, self)
+            return replace(count, depends_on=step.label) if count.number is None else count
         return Count(None, depends_on=directory)
 
     def settings_behind(self, directory: str) -> Mapping[str, Any]:
-        """See [`~medst_trl.pipeline.stage.Counter`]."""
         step, _ = self._maker(directory)
         return {} if step is None else step.settings
 
     def time(self, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
-        """See [`~medst_trl.pipeline.stage.Counter`]."""
         if self.throughput is None:
             return
         if number is None:
@@ -110,17 +303,13 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-def _parquet_rows(folder: Path, split: str) -> int | None:
+def _rows_on_disk(directory: Path, split: str) -> int | None:
     from pyarrow import parquet
 
-    files = _shards(folder, split)
-    return None if files is None else sum(parquet.read_metadata(path).num_rows for path in files)
-
-
-def _shards(folder: Path, split: str) -> list[Path] | None:
     from medst_trl.data.schema import complete_shards
 
     try:
-        return complete_shards(folder, split) if folder.is_dir() else None
-    except UserError:
+        files = complete_shards(directory, split)
+    except (UserError, OSError):  # none, not all of them, or no such directory
         return None
+    return sum(parquet.read_metadata(path).num_rows for path in files)

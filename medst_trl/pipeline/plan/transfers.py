@@ -1,68 +1,125 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a step downloads, whom it asks, and what it uploads."""
+"""What a step downloads, where its engine sends prompts, and what it uploads: quickly, with and without a network."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.engines.engine import ENGINES
 from medst_trl.pipeline.stage import FILE, RUN
 
-from .hub import download_size, hub_answers, is_cached, is_hub_id
-
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_WEIGHTS = (".safetensors", ".bin")  # transformers downloads the first of these that a repository has
 
-def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> list[str]:
+
+def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> Iterator[tuple[str, str]]:
     """
-    Lines on the models and datasets that a step fetches from the Hub.
+    Rows on the models and datasets that a step downloads from the Hub.
 
     Args:
-        step ([`~medst_trl.pipeline.recipe.Step`]): The step.
-        steps (sequence of [`~medst_trl.pipeline.recipe.Step`]): All of the recipe: what they make is not on the Hub.
-        known (`set[str]`): What steps before have fetched already; added to.
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            The step.
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`]):
+            All steps of the recipe: what they make is not on the Hub.
+        known (`set[str]`):
+            What earlier steps have downloaded. The downloads of this step are added.
     """
-    lines, made = [], [Path(other.settings["output_dir"]) for other in steps if "output_dir" in other.settings]
+    made = [Path(other.settings["output_dir"]) for other in steps if "output_dir" in other.settings]
     for item in step.stage.inputs:
-        if item.kind in (FILE, RUN):
-            continue
-        for source in item.names(step.settings):
-            if not is_hub_id(source) or source in known or any(Path(source).is_relative_to(path) for path in made):
-                continue
-            known.add(source)
-            kind = "dataset" if item.is_dataset else "model"
-            lines.append(f"{kind} {source} {_size(source, kind)}")
-    return lines
+        for source in item.names(step.settings) if item.kind not in (FILE, RUN) else ():
+            is_made = any(Path(source).is_relative_to(path) for path in made)
+            if is_hub_id(source) and source not in known and not is_made:
+                known.add(source)
+                kind = "dataset" if item.is_dataset else "model"
+                yield "downloads", f"{kind} {source} ({_size(source, kind)})"
 
 
-def requests(arguments: tuple[Any, ...]) -> list[str]:
-    """Where the engine of a step sends its prompts, if not to a model in the same process."""
-    if not hasattr(arguments[0], "engine"):
-        return []
-    kind = ENGINES.get(arguments[0].engine)
-    address = kind.address(kind.settings_among(arguments))
-    return [f"{address}, model {arguments[0].model_name_or_path}"] if address else []
+def prompts(arguments: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """The row on the server to which the engine of a step sends its prompts, if it is not in the same process."""
+    if hasattr(arguments[0], "engine"):
+        kind = ENGINES.get(arguments[0].engine)
+        if address := kind.address(kind.settings_among(arguments)):
+            yield "asks", f"{address}, model {arguments[0].model_name_or_path}"
 
 
-def uploads(step: "Step", arguments: tuple[Any, ...]) -> list[str]:
-    """Lines on the repositories that a step pushes to."""
-    settings = next((item for item in arguments if getattr(item, "push_to_hub", False)), None)
-    if settings is None:
-        return []
-    repo_id = getattr(settings, "hub_dataset_id", None) or getattr(settings, "hub_model_id", None)
-    private = "PUBLIC" if settings.hub_private_repo is False else "private"
-    if len(step.stage.published) == 1:
-        return [f"{repo_id}, {private}"]
-    return [f"{repo_id}-{folder}, {private}, if there is one" for folder in step.stage.published]
+def uploads(step: "Step", arguments: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """Rows on the repositories to which a step pushes its outputs."""
+    for settings in arguments:
+        if getattr(settings, "push_to_hub", False):
+            repo_id = getattr(settings, "hub_dataset_id", None) or getattr(settings, "hub_model_id", None)
+            private = "PUBLIC" if settings.hub_private_repo is False else "private"
+            if len(step.stage.published) == 1:
+                yield "uploads", f"{repo_id}, {private}"
+            else:
+                for directory in step.stage.published:
+                    yield "uploads", f"{repo_id}-{directory}, {private}, if it is made"
 
 
 def _size(source: str, kind: str) -> str:
-    if is_cached(source, kind):
-        return "(in the cache)"
-    size = download_size(source, kind)
+    if _is_cached(source, kind):
+        return "in the cache"
+    size = _download_size(source, kind)
     if size is not None:
-        return f"({size / 1e9:.1f} GB)" if size > 1e8 else f"({size / 1e6:.1f} MB)"
-    return "(size not told)" if hub_answers() else "(size unknown: the Hub cannot be asked)"
+        return f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+    return "size unknown" if hub_answers() else "size unknown: the Hub cannot be reached"
+
+
+# The Hub
+
+
+def is_hub_id(source: object) -> bool:
+    """Whether a setting that names no file or directory here is looked for on the Hub."""
+    return isinstance(source, str) and bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+
+
+@cache
+def hub_answers() -> bool:
+    """
+    Whether the Hub can be reached. It is asked once: without a network, the retries of huggingface_hub take half a
+    minute for each file.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception:  # of any HTTP client that huggingface_hub uses
+        return False
+    return True
+
+
+def _is_cached(hub_id: str, kind: str) -> bool:
+    """Whether the local cache has the large files of a repository, so that little or nothing is downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE, f"{kind}s--{hub_id.partition('@')[0].replace('/', '--')}", "snapshots")
+    return any(path.suffix in (*_WEIGHTS, ".parquet") for path in snapshots.glob("*/**/*"))
+
+
+@cache
+def _download_size(hub_id: str, kind: str) -> int | None:
+    """
+    Bytes of a repository that are downloaded, those of a model's weights or of a whole dataset. None if the Hub cannot
+    be reached or does not say.
+    """
+    if not hub_answers():
+        return None
+    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        tree = HfApi().list_repo_tree(name, recursive=True, repo_type=kind, revision=revision or None)
+        sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    except (OSError, HfHubHTTPError):
+        return None
+    weights = next((end for end in _WEIGHTS if any(path.endswith(end) for path in sizes)), "")
+    return sum(size for path, size in sizes.items() if kind == "dataset" or path.endswith(weights))

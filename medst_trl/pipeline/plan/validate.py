@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst recipes validate`: whether a recipe can run, found out without a GPU, the Hub or weights."""
+"""`medst recipes validate`: whether a recipe can run, checked without a GPU, the Hub or weights."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,16 +12,19 @@ from medst_trl.pipeline.launch import NOT_DISTRIBUTED
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
 
+from .steps import check_sharding, effective_batch, hardware_of, stage_arguments
+from .transfers import is_hub_id
 
-PROCESSES = (1, 4, 8)  # reported if no number is given
+
+PROCESSES = (1, 4, 8)  # checked if no number is given
 
 
 def validate(recipe: Recipe, which: str | None = None) -> list[str]:
     """
-    Check a recipe as far as that goes without running it.
+    Check a recipe as far as possible without running it.
 
-    Keys, types and required settings; what each stage refuses before it opens anything; that inputs exist, are made by
-    an earlier section or are named like a repository of the Hub; columns and splits of datasets on disk; that
+    Checked are keys, types and required settings; what each stage refuses before it opens anything; that inputs exist,
+    are made by an earlier section or can be repositories of the Hub; columns and splits of datasets on disk; that
     accelerate configurations exist, and that batches can be met on the number of processes.
 
     Args:
@@ -29,10 +32,10 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
         which (`str`, *optional*): The steps to check, as for `recipe.steps`; all by default.
 
     Returns:
-        `list[str]`: a line for each step.
+        `list[str]`: One line per step.
 
     Raises:
-        UserError: with every problem found, and each with its place.
+        UserError: with every problem and its place.
     """
     chosen = {step.label for step in recipe.steps(which)}
     steps = recipe.steps(complete=False)
@@ -41,21 +44,19 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
         if step.label not in chosen:
             continue
         try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries among themselves
-                told = [*_inputs(step, steps[:number], steps[number:]), *_launch(step)]
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
+                results = [*_inputs(step, steps[:number], steps[number:]), *_launch(step)]
         except UserError as error:
             problems.append(str(error))
         else:
-            lines.append(f"{step.label:<{width}}{'; '.join(told) or 'ready'}")
+            lines.append(f"{step.label:<{width}}{'; '.join(results) or 'ready'}")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return lines
 
 
 def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
-    """Where each input comes from, in a few words."""
-    from .settings import stage_arguments
-
+    """Where the inputs come from."""
     missing, sources = [], []
     for item, value in _named_inputs(step):
         maker = _maker(value, before)
@@ -63,11 +64,11 @@ def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
             _check_output(step, item, value, maker)
             sources.append(maker.label)
         elif Path(value).exists():
-            _look_into(step, item, Path(value))
+            _check_on_disk(step, item, Path(value))
             sources.append(value)
         elif (later := _maker(value, after)) is not None:
             missing.append(f"{item.key}: {value} is made by {later.label}, which runs later")
-        elif _may_be_on_the_hub(item, value):
+        elif item.kind != FILE and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir():
             sources.append(f"{value} (Hub)")
         else:
             missing.append(f"{item.key}: {value} does not exist, and no section before {step.label} makes it")
@@ -90,7 +91,7 @@ def _maker(value: str, steps: list[Step]) -> Step | None:
 
 
 def _check_output(step: Step, item: Input, value: str, maker: Step) -> None:
-    """The part of an earlier step's results that the input names has to be of its kind."""
+    """Refuse an output of an earlier step that is not of the input's kind."""
     made = maker.stage.output(Path(value).relative_to(maker.settings["output_dir"]).as_posix())
     if item.is_dataset and item.kind != ANY and (made is None or made.kind not in item.kinds):
         datasets = ", ".join(output.directory for output in maker.stage.outputs if output.directory) or "no dataset"
@@ -99,13 +100,13 @@ def _check_output(step: Step, item: Input, value: str, maker: Step) -> None:
             f"this reads {' or '.join(item.kinds)}."
         )
     if item.kind == MODEL and (made is None or made.kind != MODEL):
-        raise UserError(f"{step.where}: {item.key}: {value} is not a model: {maker.label} puts none there.")
+        raise UserError(f"{step.where}: {item.key}: {value} is not a model: {maker.label} makes none there.")
 
 
-def _look_into(step: Step, item: Input, path: Path) -> None:
-    """Check what is on disk: a model's configuration; a dataset's split and columns, from the head of one file."""
+def _check_on_disk(step: Step, item: Input, path: Path) -> None:
+    """Check that a model has a configuration, and a dataset its split and columns, from the head of one file."""
     if item.kind == MODEL and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{step.where}: {item.key}: {path} holds no model (config.json) and no adapter.")
+        raise UserError(f"{step.where}: {item.key}: {path} contains no model (config.json) and no adapter.")
     if not item.is_dataset or item.kind == ANY:
         return
     from datasets import Features
@@ -120,42 +121,29 @@ def _look_into(step: Step, item: Input, path: Path) -> None:
         raise UserError(f"{step.where}: {item.key}: {path}: {error}") from None
 
 
-def _may_be_on_the_hub(item: Input, value: str) -> bool:
-    """Whether a value that names nothing here reads as `org/name`, and not as a path into a directory that is here."""
-    from .hub import is_hub_id
-
-    return item.kind != FILE and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir()
-
-
 def _launch(step: Step) -> Iterator[str]:
     """The launcher's configuration, and the batch of a step that trains."""
     if not step.stage.distributed:
         return
-    from .hardware import hardware_of
-    from .plan import check_sharding
-    from .settings import stage_arguments
-
     hardware = hardware_of(step)
-    yield step.accelerate_config or "the launcher that suits the machine"
+    yield step.accelerate_config or "the default launcher"
     if not step.stage.trains:
         return
     check_sharding(step, stage_arguments(step), hardware)
-    alone = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None
-    yield "batch " + _batches(step, [step.num_processes] if step.num_processes else [1] if alone else PROCESSES)
+    is_single = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None
+    yield "batch " + _batches(step, [step.num_processes] if step.num_processes else [1] if is_single else PROCESSES)
 
 
 def _batches(step: Step, numbers: Sequence[int]) -> str:
-    """The effective batch by number of processes; of several numbers some may not do."""
-    from .batches import effective_batch
-
-    met, refused = {}, {}
+    """The effective batch on each number of processes; only some of several numbers must be possible."""
+    possible, errors = [], {}
     for number in numbers:
         try:
             batch = effective_batch(step, number)
         except UserError as error:
-            refused[number] = error
+            errors[number] = error
         else:
-            met[number] = f"{batch.effective} on {number} ({batch.per_device} x {batch.accumulation})"
-    if not met:
-        raise refused[numbers[0]]
-    return ", ".join([*met.values(), *(f"cannot be met on {number}" for number in refused)])
+            possible.append(f"{batch.effective} on {number} ({batch.per_device} x {batch.accumulation})")
+    if not possible:
+        raise errors[numbers[0]]
+    return ", ".join([*possible, *(f"cannot be met on {number}" for number in errors)])

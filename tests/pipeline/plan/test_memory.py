@@ -14,12 +14,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.plan.activations import Precision, activation_bytes, patches_of, towers
-from medst_trl.pipeline.plan.batches import Batch
-from medst_trl.pipeline.plan.hardware import Hardware
-from medst_trl.pipeline.plan.memory import BUCKET, frozen_bytes, quantized_layers, state_bytes, training_memory
-from medst_trl.pipeline.plan.settings import stage_arguments
-from medst_trl.pipeline.plan.trainable import Policy, meta_model, policy_of
+from medst_trl.pipeline.plan.memory import (
+    BUCKET,
+    Precision,
+    activation_bytes,
+    frozen_bytes,
+    patches_of,
+    quantized_layers,
+    state_bytes,
+    towers,
+    training_memory,
+)
+from medst_trl.pipeline.plan.policies import Policy, meta_model, policy_of
+from medst_trl.pipeline.plan.steps import Batch, Hardware, stage_arguments
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.adapters import adapter_config

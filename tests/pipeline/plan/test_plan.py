@@ -79,19 +79,19 @@ def test_it_says_what_will_happen(recipe, tmp_path, capsys):
     rates = {tuple(line.split()[:1]): line.split()[-1] for line in sft["trains"][:-1]}
     assert rates == {("language",): "2e-4", ("vision",): "5e-5", ("projector",): "2e-5"}
     assert "LoRA r 128" in sft["trains"][0] and f"{128 * (4 * 8192 + 3 * 15104):,}" in sft["trains"][0]
-    assert sft["batch"] == ["8 a GPU x 4 accumulated x 4 GPUs = 128"]
+    assert sft["batch"] == ["8 per GPU x 4 accumulated x 4 GPUs = 128"]
     assert sft["data"] == ["at most 1,280 conversations"]
     assert sft["steps"][0].startswith("at most 10: 1 epoch of 10")
     assert sft["time"] == ["11 min at 2 examples per second"]
     assert "GiB on each GPU at 2,048 tokens" in sft["memory"][0] and "weights" in sft["memory"][1]
-    assert sft["downloads"] == ["dataset some-org/conversations (size unknown: the Hub cannot be asked)"]
+    assert sft["downloads"] == ["dataset some-org/conversations (size unknown: the Hub cannot be reached)"]
     assert told["generate"]["writes"] == ["at most 200 candidates"]
     assert judge["asks"][0] == "at most 400 requests to https://api.openai.com/v1, model gpt-4o"
     assert judge["asks"][1].startswith("stops at 5 US dollars; about 2 US dollars")
     assert judge["uploads"] == ["my-org/pairs, PUBLIC"] and dpo["uploads"] == ["my-org/aligned, private"]
     assert dpo["model"] == [f"out/sft on {sft['model'][0]}"]
     assert dpo["data"] == ["at most 200 pairs"] and dpo["steps"][0].startswith("at most 3: 3 epochs of 1")
-    assert dpo["batch"] == ["8 a GPU x 8 accumulated x 4 GPUs = 256"] and "a copy in memory" in dpo["loss"][0]
+    assert dpo["batch"] == ["8 per GPU x 8 accumulated x 4 GPUs = 256"] and "a copy in memory" in dpo["loss"][0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -105,7 +105,7 @@ def test_without_a_throughput_there_is_no_time(recipe, capsys):
 
 def test_more_gpus_and_another_config(recipe, capsys):
     told = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
-    assert told["sft"]["batch"] == ["8 a GPU x 2 accumulated x 8 GPUs = 128"]
+    assert told["sft"]["batch"] == ["8 per GPU x 2 accumulated x 8 GPUs = 128"]
     assert "gathered weights" in told["sft"]["memory"][1] and list(told) == ["", "sft"]
 
 
@@ -133,7 +133,7 @@ def test_a_stage_that_is_finished_is_only_named(recipe, tmp_path, capsys):
     (tmp_path / "out" / "sft").mkdir(parents=True)
     (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps({"status": "complete"}))
     told = plan(capsys, recipe)
-    assert "finished before" in told["sft"][""][0] and len(told["sft"]) == 1
+    assert "already finished" in told["sft"][""][0] and len(told["sft"]) == 1
     assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
 
 
@@ -152,13 +152,13 @@ def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path
         (["--sft.learning_rat", "1"], "unknown key 'learning_rat'"),
         (["--sft.learning_rate", "fast"], "'fast' is not a valid float"),
         (["--num_processes", "3"], "section sft: effective_batch_size 128 cannot be divided"),
-        (["--sft.throughput", "fast"], "'fast' is not a number of examples a second"),
-        (["--throughput"], "is not a number of examples a second"),
+        (["--sft.throughput", "fast"], "'fast' is not a number of examples per second"),
+        (["--throughput"], "is not a number of examples per second"),
         (["--sfft.throughput", "2"], "has no section 'sfft'"),
         (["--sft.lora_r", "-4"], "section sft: lora_r is -4"),
         (["--generate.num_answers", "1"], "section generate: num_answers is 1"),
         (["--accelerate_config", "single_gpu", "--num_processes", "2"], "is for one process, not for 2"),
-        (["--accelerate_config", "zero3", "--sft.load_in_4bit", "true"], "load_in_4bit does not go with"),
+        (["--accelerate_config", "zero3", "--sft.load_in_4bit", "true"], "load_in_4bit does not work with"),
         (["--dpo.hub_model_id", "no such name"], "hub_model_id"),
         (["--stage", "merge"], "no section 'merge'"),
     ],
@@ -199,7 +199,7 @@ def test_the_judges_own_dry_run_is_left_alone(recipe, capsys, monkeypatch):
     ],
 )
 def test_whom_the_judge_asks(recipe, tmp_path, settings, line):
-    from medst_trl.pipeline.plan.settings import stage_arguments
+    from medst_trl.pipeline.plan.steps import stage_arguments
 
     text = re.sub(r"judge: .*", f"judge: {{{settings}}}", (tmp_path / recipe).read_text())
     (tmp_path / recipe).write_text(text)

@@ -8,8 +8,7 @@ import pytest
 import tiny_run
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.plan.batches import Batch, effective_batch
-from medst_trl.pipeline.plan.steps import Rows, schedule, training_examples
+from medst_trl.pipeline.plan.steps import Batch, Rows, effective_batch, schedule, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.settings import read_options
 from medst_trl.pipeline.stage import STAGES, Count

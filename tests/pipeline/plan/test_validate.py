@@ -147,7 +147,7 @@ def test_a_model_on_disk_has_a_configuration(check, tmp_path):
     name = ("org/model", "here/model")
     (tmp_path / "here/model").mkdir(parents=True)
     code, said = check(change=name)
-    assert code == 2 and "section sft: model_name_or_path: here/model holds no model" in said
+    assert code == 2 and "section sft: model_name_or_path: here/model contains no model" in said
     (tmp_path / "here/model/config.json").write_text("{}")
     code, said = check(change=name)
     assert code == 0 and "from here/model, prepare" in said
@@ -170,8 +170,8 @@ def test_it_asks_neither_the_hub_nor_for_weights(check, monkeypatch):
         monkeypatch.setattr(owner, name, cut)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub_answers = Mock(side_effect=AssertionError("the Hub was asked whether it answers"))
-    monkeypatch.setattr("medst_trl.pipeline.plan.hub.hub_answers", hub_answers)
-    monkeypatch.setattr("medst_trl.pipeline.plan.meta.hub_answers", hub_answers)
+    monkeypatch.setattr("medst_trl.pipeline.plan.transfers.hub_answers", hub_answers)
+    monkeypatch.setattr("medst_trl.pipeline.plan.policies.hub_answers", hub_answers)
     with warnings.catch_warnings(action="error"):
         code, said = check()
     assert code == 0 and "mine.yaml is valid." in said
@@ -193,4 +193,4 @@ def test_a_mistake_of_all_stages_is_told_once(check):
 @pytest.mark.parametrize("words", [["--sft.load_in_4bit=true"], ["--dpo.precompute_ref_log_probs=true"]])
 def test_what_divided_weights_do_not_go_with(check, words):
     code, said = check("--accelerate_config", "zero3", *words)
-    assert code == 2 and "does not go with DeepSpeed ZeRO-3" in said
+    assert code == 2 and "does not work with DeepSpeed ZeRO-3" in said

@@ -11,8 +11,7 @@ from family_models import base_model
 
 from medst_trl import adapter_config
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.plan.meta import NotKnownYet, meta_model
-from medst_trl.pipeline.plan.trainable import model_at, policy_of, trainable_parameters
+from medst_trl.pipeline.plan.policies import NotKnownYet, meta_model, model_at, policy_of, trainable_parameters
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.vusr import add_vusr
@@ -135,7 +134,7 @@ def test_what_cannot_be_known_is_said(tmp_path):
     with pytest.raises(NotKnownYet, match="before convert has run"):
         trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="no vision-language model"):
+    with pytest.raises(UserError, match="not a vision-language model"):
         meta_model(str(tmp_path))
 
 

@@ -1,0 +1,273 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a step trains, counted on the model itself without its weights.
+
+The model is built from its configuration alone on torch's meta device, where tensors have a shape and no content, and
+gets the adapter that the stage would give it. A 7B model takes a second and no memory.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import split_revision
+from medst_trl.policy.parts import model_parts, on_meta
+
+from .steps import stage_arguments
+from .transfers import hub_answers, is_hub_id
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+    from medst_trl.pipeline.recipe import Step
+
+
+class NotKnownYet(UserError):
+    """A configuration is not available: a step that makes it has not run, or the Hub cannot be reached."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """
+    A model on the meta device as a step trains it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model. Its parameters with `requires_grad` are those that train.
+        base (`str`):
+            Name or directory of the model under the adapter, or of the model itself.
+        continues_adapter (`bool`):
+            Whether the adapter exists before the step.
+        text_role (`bool`):
+            Whether it asks with the text role `VUSER:`, so that no token is trained.
+    """
+
+    model: Any
+    base: str
+    continues_adapter: bool = False
+    text_role: bool = False
+
+    @property
+    def base_model(self) -> "PreTrainedModel":
+        """The model without PEFT's wrapper; LoRA layers stay inside."""
+        return self.model.get_base_model() if self.is_adapter else self.model
+
+    @property
+    def is_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parameters of one part that train the same way (`how`): `"LoRA r 128"`, `"in full"`, `"row of <vusr>"`."""
+
+    part: str
+    how: str
+    count: int
+
+
+def trainable_parameters(step: "Step", steps: Sequence["Step"] = ()) -> dict[str, int]:
+    """
+    Number of parameters that a step trains, by part, as its trainer counts them.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            A step that trains.
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*):
+            The recipe's steps, to find a model that one of them makes.
+
+    Returns:
+        `dict[str, int]`: Counts of `"language"`, `"vision"` and `"projector"`, if they train.
+    """
+    counts = Counter()
+    for trained in trained_parameters(policy_of(step, steps)):
+        counts[trained.part] += trained.count
+    return dict(counts)
+
+
+def trained_parameters(policy: Policy) -> list[Trained]:
+    """What of a policy trains: by part, and how."""
+    parts, counts = model_parts(policy.base_model), Counter()
+    for name, parameter in policy.model.named_parameters():
+        if parameter.requires_grad:
+            counts[parts.part_of(name), _how(name, parameter)] += parameter.numel()
+    order = ["language", "vision", "projector"]
+    return sorted(
+        (Trained(*key, count) for key, count in counts.items()), key=lambda t: (order.index(t.part), -t.count)
+    )
+
+
+def _how(name: str, parameter: Any) -> str:
+    if "trainable_tokens" in name:
+        return "row of <vusr>"
+    return f"LoRA r {min(parameter.shape)}" if ".lora_A." in name or ".lora_B." in name else "in full"
+
+
+# The policy of a step
+
+
+def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, ...] | None = None) -> Policy:
+    """The model that a step trains, as its stage makes it. See [`trainable_parameters`]."""
+    from trl.trainer.utils import disable_dropout_in_model
+
+    from medst_trl.pipeline.stages.training import keep_shape
+    from medst_trl.policy.adapters import freeze_vision
+
+    args, training = arguments or stage_arguments(step)
+    policy = model_at(args.model_name_or_path, steps, training.trust_remote_code, args.base_model_name_or_path)
+    trains_token = getattr(args, "train_vusr", True) and not (
+        policy.text_role or getattr(args, "vusr_role", None) == "text"
+    )
+    if args.use_lora and not policy.is_adapter:
+        return _with_new_adapter(policy, args, trains_token)
+    if policy.is_adapter and hasattr(args, "lora_dropout"):
+        keep_shape(args, policy.model)
+    if trains_token and not policy.is_adapter:
+        _add_row_for_vusr(policy)
+    if not getattr(args, "train_vision", True):
+        freeze_vision(policy.model)
+    if getattr(training, "disable_dropout", False):  # DPO does
+        disable_dropout_in_model(policy.model)
+    return policy
+
+
+def _with_new_adapter(policy: Policy, args: Any, trains_token: bool) -> Policy:
+    from peft import get_peft_model
+
+    from medst_trl.policy.adapters import adapter_config
+
+    config = adapter_config(
+        policy.model,
+        vusr_token_id=0 if trains_token else None,  # every row has the same size
+        r=args.lora_r,
+        lora_dropout=getattr(args, "lora_dropout", 0.0),
+        vision_r=args.vision_lora_r if getattr(args, "train_vision", True) else 0,
+    )
+    return Policy(get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base)
+
+
+def _add_row_for_vusr(policy: Policy) -> None:
+    """Add a row for `<vusr>` if the vocabulary has none to spare, which only a tokenizer can tell."""
+    from transformers import AutoTokenizer
+
+    from medst_trl.policy.chat_template import VUSR
+    from medst_trl.policy.loading import add_embedding_row
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(policy.base, local_files_only=not hub_answers())
+    except (OSError, ValueError):
+        return
+    add_embedding_row(policy.model, tokenizer.get_vocab().get(VUSR, len(tokenizer)))
+
+
+def model_at(
+    name_or_path: str, steps: Sequence["Step"] = (), trust_remote_code: bool = False, base: str | None = None
+) -> Policy:
+    """
+    The model or adapter in a directory or on the Hub, or the one that a step of the recipe will make.
+
+    Raises:
+        NotKnownYet: if it cannot be known before a step has run, or not without the Hub.
+    """
+    if (config := _adapter_config(name_or_path)) is not None:
+        return _with_adapter(model_at(base or config.base_model_name_or_path, steps, trust_remote_code), config)
+    if not Path(name_or_path, "config.json").is_file():
+        for step in steps:
+            if Path(step.settings["output_dir"]) == Path(name_or_path):
+                return _made_by(step, steps)
+    return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=_has_text_role(name_or_path))
+
+
+def _made_by(step: "Step", steps: Sequence["Step"]) -> Policy:
+    """The model in the directory of a step that has not run yet."""
+    output, directory = step.stage.output(""), step.settings["output_dir"]
+    if step.stage.trains:
+        policy = policy_of(step, steps)
+        if policy.is_adapter:
+            policy.model.train()
+            for name, parameter in policy.model.named_parameters():  # loaded again, the whole adapter trains
+                parameter.requires_grad_(is_of_adapter(name))
+        return Policy(policy.model, policy.base, continues_adapter=policy.is_adapter)
+    if output is not None and output.merges:
+        policy = model_at(step.settings[output.merges], steps)
+        return Policy(policy.model.unload() if policy.is_adapter else policy.model, directory)
+    if output is not None and output.config and (known := output.config(step.settings)) is not None:
+        return Policy(on_meta(known[0]), directory, text_role=known[1])
+    raise NotKnownYet(f"not known before {step.label} has run: {directory}")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of a PEFT model belongs to its adapter."""
+    return any(kind in name for kind in (".lora_A.", ".lora_B.", ".modules_to_save.", ".trainable_tokens_delta."))
+
+
+def _with_adapter(policy: Policy, config: "LoraConfig") -> Policy:
+    """A base with an adapter that is trained further."""
+    from peft import get_peft_model
+
+    config.inference_mode = False
+    model = get_peft_model(policy.model, config, low_cpu_mem_usage=True)
+    return Policy(model, policy.base, continues_adapter=True)
+
+
+# Configurations
+
+
+def meta_model(name_or_path: str, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """
+    Build a vision-language model on the meta device from its configuration. No weights are read or downloaded.
+
+    Args:
+        name_or_path (`str`):
+            Directory with a `config.json`, or Hub id (`org/name`, `org/name@revision`).
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
+
+    Raises:
+        UserError: if there is no configuration of a vision-language model, or it is not available offline.
+    """
+    from transformers import AutoConfig
+
+    name, revision = split_revision(name_or_path)
+    is_local, common = Path(name).is_dir(), {"trust_remote_code": trust_remote_code}
+    is_offline = not is_local and not hub_answers()
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=is_offline, **common)
+    except (OSError, ValueError) as error:
+        if not is_local and not is_hub_id(name_or_path):
+            raise NotKnownYet(f"not on this machine: {name_or_path}") from None
+        if is_offline:
+            raise NotKnownYet(f"config not available offline: {name_or_path}") from None
+        raise UserError(f"No configuration could be loaded from {name_or_path!r}: {error}") from None
+    try:
+        return on_meta(config, **common)
+    except ValueError as error:
+        raise UserError(f"{name_or_path!r} is not a vision-language model: {error}") from None
+
+
+def _adapter_config(name_or_path: str) -> "LoraConfig | None":
+    """The configuration of an adapter that exists; None for anything else."""
+    from peft import PeftConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    name, revision = split_revision(name_or_path)
+    is_offline = not Path(name).is_dir() and not hub_answers()
+    try:
+        file = find_adapter_config_file(name, revision=revision, local_files_only=is_offline)
+    except (OSError, ValueError):  # neither a directory nor on the Hub
+        return None
+    return None if file is None else PeftConfig.from_pretrained(Path(file).parent)
+
+
+def _has_text_role(directory: str) -> bool:
+    """Whether the model in a directory was saved with the text role, for which no token is trained."""
+    from medst_trl.policy.chat_template import has_text_role
+
+    template = Path(directory, "chat_template.jinja")
+    return template.is_file() and has_text_role(template.read_text(encoding="utf-8"))
