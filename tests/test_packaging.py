@@ -80,7 +80,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_holds_all_that_is_needed_and_one_package(wheel):
+def test_the_wheel_holds_one_package_with_all_its_files(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"medst_trl"}
     expected = [path.relative_to(ROOT) for path in (ROOT / "medst_trl").rglob("*.py")]
@@ -122,7 +122,7 @@ def test_ci_is_executable():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
-def test_recipes_are_executable_and_say_what_they_are():
+def test_recipes_are_executable_and_have_a_summary():
     from medst_trl.pipeline.recipe import packaged_recipes, summary
 
     for name, path in packaged_recipes().items():

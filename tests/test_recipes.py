@@ -30,7 +30,7 @@ from medst_trl.pipeline.settings import Option
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-LARGE = [path for path in RECIPES if "base" not in read_recipe(path).sections]  # of a model from the Hub
+LARGE = [path for path in RECIPES if "base" not in read_recipe(path).sections]  # with a model from the Hub
 TRAIN = ("sft", "dpo")
 
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -47,7 +47,7 @@ def settings(name):
 
 @pytest.fixture
 def with_data(tmp_path, monkeypatch):
-    """Makes a folder in which a recipe's data lies where it looks for it, and goes there."""
+    """Write the data of a recipe where it expects it, in the current directory."""
     monkeypatch.chdir(tmp_path)
 
     def write(path):
@@ -61,16 +61,16 @@ def with_data(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def real_dimensions(tmp_path_factory):
-    """A folder by model: its configuration alone."""
+    """The directory of a model's configuration, by its name."""
     folder = tmp_path_factory.mktemp("configs")
     return lambda name: str(config_folder(name, folder))
 
 
-# What each says and asks for
+# Comments, inputs and settings
 
 
 @each_recipe
-def test_it_opens_with_what_it_is_and_how_to_run_it(path):
+def test_its_comment_says_what_it_is_and_how_to_run_it(path):
     text = path.read_text()
     assert text.startswith("#!/usr/bin/env -S python -m medst_trl\n") and os.access(path, os.X_OK)
     for heading in ("# What it is", "# What it needs", "# Run it", "# Change it"):
@@ -80,13 +80,13 @@ def test_it_opens_with_what_it_is_and_how_to_run_it(path):
 
 
 @each_recipe
-def test_it_is_valid_where_its_data_is(path, with_data):
+def test_it_is_valid_with_its_data(path, with_data):
     lines = validate(read_recipe(with_data(path)))
     assert len(lines) == len(read_recipe(path).steps())
 
 
 @each_large_recipe
-def test_without_its_data_it_says_what_is_missing(path, tmp_path, monkeypatch):
+def test_without_its_data_the_missing_files_are_reported(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as told:
         validate(read_recipe(path))
@@ -95,7 +95,7 @@ def test_without_its_data_it_says_what_is_missing(path, tmp_path, monkeypatch):
 
 
 @each_recipe
-def test_each_section_writes_to_a_folder_of_its_own(path):
+def test_each_section_writes_to_its_own_directory(path):
     folders = [step.settings["output_dir"] for step in read_recipe(path).steps()]
     assert len(set(folders)) == len(folders)
 
@@ -110,7 +110,7 @@ def test_the_demo_is_the_whole_loop():
 
 
 @pytest.mark.parametrize("name", ["stllava_med_7b", "stllava_med_7b_finetuned", "stllava_med_7b_24gb"])
-def test_the_papers_settings(name):
+def test_the_settings_are_the_papers(name):
     steps = settings(name)
     rates = ("learning_rate", "vision_learning_rate", "projector_learning_rate")
     ranks = ("lora_r", "lora_alpha", "vision_lora_r", "vision_lora_alpha")
@@ -127,7 +127,7 @@ def test_the_papers_settings(name):
         assert [stage[key] for key in schedule] == [1, "cosine", 0.03, 0, True]
 
 
-def test_the_fine_tuned_one_differs_in_its_data_alone():
+def test_the_fine_tuned_recipe_differs_only_in_its_data():
     one, other = settings("stllava_med_7b"), settings("stllava_med_7b_finetuned")
     both = [json.dumps(steps).replace("stllava_med_7b_finetuned", "stllava_med_7b") for steps in (one, other)]
     one, other = map(json.loads, both)
@@ -137,8 +137,8 @@ def test_the_fine_tuned_one_differs_in_its_data_alone():
     assert one == other
 
 
-def test_the_base_that_the_recipe_has_as_a_comment(with_data, tmp_path):
-    """Uncommented as it says, stage 1 starts from the converted checkpoint."""
+def test_the_commented_convert_section_works(with_data, tmp_path):
+    """With the section uncommented, stage 1 starts from the converted checkpoint."""
     text = with_data(recipe("stllava_med_7b")).read_text()
     text, count = re.subn(r"^# (convert:)\n#(   source: .*)$", r"\1\n\2", text, flags=re.MULTILINE)
     assert count == 1
@@ -150,7 +150,7 @@ def test_the_base_that_the_recipe_has_as_a_comment(with_data, tmp_path):
     assert "ZachSun/sqllava-7B (Hub)" in validate(mine)[0]
 
 
-# What each trains
+# Trained parameters and batches
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -160,11 +160,11 @@ def test_the_dimensions_are_those_of_the_published_models(name, real_dimensions)
 
 @pytest.mark.parametrize(
     "path",
-    # The fine-tuned one differs in its data alone, see above.
+    # The fine-tuned recipe differs only in its data, see above.
     [pytest.param(path, marks=[pytest.mark.slow] * path.stem.endswith("_finetuned")) for path in LARGE],
     ids=lambda path: path.stem,
 )
-def test_what_it_trains_is_what_was_worked_out_by_hand(path, real_dimensions):
+def test_trained_parameters_equal_those_computed_by_hand(path, real_dimensions):
     steps = read_recipe(path).steps()
     names = {step.label: step.settings.get("model_name_or_path") for step in steps if step.stage.name == "sft"}
     options = [Option(label, "model_name_or_path", real_dimensions(name)) for label, name in names.items()]
@@ -192,12 +192,12 @@ def test_its_batch_is_the_same_on_any_number_of_gpus(path, processes):
             assert batch.effective == step.settings["effective_batch_size"] == (128 if step.label == "sft" else 256)
 
 
-# The whole of each, on a few records
+# Runs on a few records
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A folder with a model of 60k parameters, in surroundings in which recipes can run."""
+    """The directory of a model with 60k parameters, and an environment in which recipes can run."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     for part in tiny_llava(**tiny_run.SMALL):
@@ -206,7 +206,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def tiny_options(path, model, judge, **sft):
-    """What makes a recipe for GPUs end within seconds on a CPU. Its method is left as it is."""
+    """Options with which a recipe for GPUs ends within seconds on a CPU. Its method is unchanged."""
     options = []
     for step in read_recipe(path).steps():
         given, stage = step.settings, step.stage.name
@@ -239,7 +239,7 @@ def tiny_options(path, model, judge, **sft):
     [pytest.param(path, marks=[] if path.stem == "stllava_med_7b" else pytest.mark.slow) for path in LARGE],
     ids=lambda path: path.stem,
 )
-def test_the_whole_of_it_on_a_few_records(path, with_data, tiny, capsys):
+def test_it_runs_on_a_few_records(path, with_data, tiny, capsys):
     with_data(path)
     with JudgeServer() as judge:
         words = [str(path), *tiny_options(path, tiny, judge.base_url)]
@@ -247,7 +247,7 @@ def test_the_whole_of_it_on_a_few_records(path, with_data, tiny, capsys):
         run_recipe(words)
         asked = len(judge.bodies)
         capsys.readouterr()
-        run_recipe(words)  # and once more, which finds all of it done
+        run_recipe(words)  # and again: everything is finished
     steps = {step.label: step for step in read_recipe(path).steps()}
     records = {label: made(step) for label, step in steps.items() if step.stage.name not in ("report", "push")}
     assert all(record["status"] == "complete" for record in records.values())
@@ -262,7 +262,7 @@ def test_the_whole_of_it_on_a_few_records(path, with_data, tiny, capsys):
 
 
 def test_stage_1_starts_from_an_aligned_projector(with_data, tiny):
-    """As the comments of both recipes say: alignment trains the projector alone, and is merged before stage 1."""
+    """As the comments of both recipes say: alignment trains only the projector, and is merged before stage 1."""
     alignment, paper = with_data(recipe("llava_med_alignment")), with_data(recipe("stllava_med_7b"))
     short = {"max_steps": "3"}
     run_recipe([str(alignment), *tiny_options(alignment, tiny, "", **short)])

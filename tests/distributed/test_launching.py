@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is launched is what was asked for, or it is said: accelerate itself says nothing."""
+"""A launch that differs from what was asked for is reported, because accelerate itself does not report it."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ ENVIRONMENT = without_launcher(os.environ) | {
 # The scores of a predictions file: a distributed stage that needs no model.
 RECIPE = """\
 #!/usr/bin/env -S python -m medst_trl
-# A stage that takes a moment.
+# A stage that takes seconds.
 output_dir: out
 evaluate:
   predictions: predictions.jsonl
@@ -62,7 +62,7 @@ def is_done(folder):
     return path.exists() and json.loads(path.read_text())["status"] == "complete"
 
 
-def test_one_process_in_the_place_of_two_is_noticed_and_the_command_it_names_works(folder):
+def test_one_process_instead_of_two_is_refused_with_a_command_that_works(folder):
     done = run(folder, "accelerate launch --cpu --num_processes 2 -m medst_trl mine.yaml --stage evaluate")
     assert done.returncode != 0 and not is_done(folder)
     assert "2 processes are asked for, but accelerate has started one" in done.stderr
@@ -82,8 +82,8 @@ def test_one_process_in_the_place_of_two_is_noticed_and_the_command_it_names_wor
     ],
     ids=["config_file", "default_config", "executable", "one"],
 )
-def test_however_it_was_asked_for(folder, monkeypatch, words, asked):
-    """In the environment that accelerate makes for the one process it starts."""
+def test_one_process_is_refused_however_several_were_asked_for(folder, monkeypatch, words, asked):
+    """In the environment that accelerate makes for the one process that it starts."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(os, "environ", dict(ENVIRONMENT))
     for module in (accelerate_launch, config_args):
@@ -100,7 +100,7 @@ def test_however_it_was_asked_for(folder, monkeypatch, words, asked):
         check_launched(None, None, "medst sft")
 
 
-def test_one_process_is_one_process_whatever_the_environment_says(folder):
+def test_one_process_is_accepted_if_one_was_asked_for(folder):
     command = "accelerate launch --cpu --num_processes 1 -m medst_trl mine.yaml --stage evaluate"
     done = run(folder, command, MASTER_ADDR="node-1", MASTER_PORT="29500")
     assert done.returncode == 0 and is_done(folder), done.stderr
@@ -117,14 +117,14 @@ def test_processes_that_mpirun_has_started_are_not_alone(monkeypatch, variable):
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_sharding_that_accelerate_leaves_out_is_an_error(monkeypatch, kind):
+def test_sharding_that_accelerate_drops_is_an_error(monkeypatch, kind):
     for name, value in {f"ACCELERATE_USE_{kind}": "true", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="and says nothing"):
         check_launched(None, None, "medst sft")
 
 
-# What medst starts
+# What `medst` starts
 
 
 def started(monkeypatch, config, count, options=(), gpus=0, **environment):
@@ -134,7 +134,7 @@ def started(monkeypatch, config, count, options=(), gpus=0, **environment):
     return launch_command(["program"], config, count, options)
 
 
-def test_a_config_for_cpus_starts_as_many_as_it_says(monkeypatch, tmp_path):
+def test_a_config_for_cpus_starts_its_number_of_processes(monkeypatch, tmp_path):
     for content in (NOT_DISTRIBUTED, "distributed_type: MULTI_CPU\nnum_processes: 4\n"):
         (tmp_path / "mine.yaml").write_text(content)
         command, environment = started(monkeypatch, str(tmp_path / "mine.yaml"), None)
@@ -152,13 +152,13 @@ def test_without_gpus_deepspeed_runs_on_cpus_and_fsdp_is_refused(monkeypatch):
     assert "DS_ACCELERATOR" not in environment and "--mixed_precision" not in command
 
 
-def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch):
+def test_missing_deepspeed_is_reported(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "medst_trl\[deepspeed\]"'):
         launch_command(["program"], "zero3", 2)
 
 
-def test_several_machines_meet_at_the_port_that_is_named(monkeypatch):
+def test_several_machines_meet_at_the_given_port(monkeypatch):
     words = ["--num_machines", "2", "--machine_rank=1", "--main_process_ip", "a", "--main_process_port", "29501"]
     command, _ = started(monkeypatch, "zero2", None, words, gpus=4)
     assert command[command.index("--num_processes") + 1] == "8"
@@ -166,9 +166,9 @@ def test_several_machines_meet_at_the_port_that_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_leave_to_the_training_arguments_what_is_theirs(path):
+def test_configs_do_not_set_what_the_training_arguments_set(path):
     config = read_yaml(path)
-    # What stands here the Trainer contradicts, with an error under DeepSpeed: it fills in what is "auto", the default.
+    # The Trainer fills in "auto", the default. Under DeepSpeed, a value here that differs from its own is an error.
     assert config["mixed_precision"] == "no"
     assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config.get("deepspeed_config") or {})
     names = {f"--{key}" for part in ("deepspeed_config", "fsdp_config") for key in config.get(part) or {}}
@@ -188,7 +188,7 @@ def test_configs_leave_to_the_training_arguments_what_is_theirs(path):
         ({"load_in_4bit": True}, 2, None),
     ],
 )
-def test_what_cannot_run_together_is_refused_before_anything_is_loaded(monkeypatch, options, stage, message):
+def test_settings_that_cannot_work_together_are_refused_before_loading(monkeypatch, options, stage, message):
     monkeypatch.setattr(training, "_has_gpu", lambda: False)
     args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
     training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp_plugin_args=None)

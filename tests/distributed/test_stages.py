@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The stages that several processes share, as `medst` starts them: two ranks do what one does, under DDP and ZeRO-2.
+Stages on several processes, as `medst` starts them: two ranks give the same results as one, under DDP and ZeRO-2.
 
-One of the two has no image in its batches, where the order of the rows is kept.
+Rows are read in order so that one of the two ranks has no image in its batches.
 """
 
 import json
@@ -25,8 +25,8 @@ from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.launch import launch_command, without_launcher
 
 
-# Plain gradient descent: Adam would make a rounding error of a gradient that is zero a step of full size. Rates far
-# apart, and falling: weights end in other places where a group is lost.
+# Plain gradient descent: Adam would turn a rounding error of a zero gradient into a full step. The
+# learning rates differ widely and fall, so that weights differ if a parameter group is lost.
 TRAINING = {
     "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "linear", "learning_rate": 2e-2, "vision_learning_rate": 5e-1,
     "projector_learning_rate": 2e-3, "train_sampling_strategy": "sequential", "logging_steps": 1, "report_to": "none",
@@ -44,7 +44,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A base model, an adapter of it, and data in which every other row has no image."""
+    """A base model, an adapter, and data in which every other row has no image."""
     folder = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_dpo.adapter_policy(save_to=folder)
     model.save_pretrained(folder / "sft", save_embedding_layers=False)
@@ -78,7 +78,7 @@ def _write(folder, rows, features):
 
 
 def medst(stage, output_dir, config=None, **options):
-    """Runs `medst STAGE`: on two ranks if there is an accelerate config."""
+    """Run `medst STAGE`, on two ranks if an accelerate config is given."""
     if config in ("zero2", "zero3"):
         pytest.importorskip("deepspeed")
     launcher = {"accelerate_config": config, "num_processes": 2} if config else {}
@@ -99,7 +99,7 @@ def assert_trained_alike(one, two, tolerance=2e-5):
     ]
     assert len(logs[0]) == len(logs[1]) == 3 and logs[0][-1]["loss"] < logs[0][0]["loss"]
     for ours, theirs in zip(*logs):
-        # TRL's own means over ranks with unequal numbers of tokens; and what is decided by rounding
+        # TRL's own means over ranks with unequal numbers of tokens, and what depends on rounding
         means = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
         leave_out = {*means, "data_wait", "rewards/accuracies"}
         names = ours.keys() - leave_out
@@ -120,7 +120,7 @@ STEP = {"sft": "8 conversations per step", "dpo": "8 pairs per step"}
 
 
 def recipe(inputs, folder, **launch):
-    """Stage 1 and stage 2, from models that are there already."""
+    """Stage 1 and stage 2, from existing models."""
     sections = {
         "sft": {"model_name_or_path": f"{inputs}/base", "dataset": f"{inputs}/instruct", **ADAPTER},
         "dpo": {"model_name_or_path": f"{inputs}/sft", "dataset": f"{inputs}/preferences"},
@@ -132,7 +132,7 @@ def recipe(inputs, folder, **launch):
 
 @pytest.fixture(scope="module")
 def one_rank(inputs, tmp_path_factory):
-    """What one process makes of both stages."""
+    """The results of both stages with one process."""
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -142,7 +142,7 @@ def one_rank(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def two_ranks(request, inputs, tmp_path_factory):
-    """What two make of them, a row at a time, so that one of them never has an image."""
+    """The results with two processes and one row per batch, so that one process never has an image."""
     if request.param == "zero2":
         pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("two")
@@ -157,7 +157,7 @@ def two_ranks(request, inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_two_ranks_learn_what_one_does(one_rank, two_ranks, stage):
+def test_two_ranks_learn_the_same_as_one(one_rank, two_ranks, stage):
     assert_trained_alike(one_rank / stage, two_ranks / stage)
 
 
@@ -169,8 +169,8 @@ def _sft(inputs, folder, config=None, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "zero2"])
-def test_sft_of_every_weight(inputs, tmp_path, config):
-    """The last vision layer, which is not read, gets no gradient on any rank."""
+def test_sft_trains_every_weight_on_two_ranks(inputs, tmp_path, config):
+    """The last vision layer is not used, so it gets no gradient on any rank."""
     options = {"use_lora": False, "learning_rate": 1e-3, "vision_learning_rate": 1e-3, "max_steps": 2}
     for folder, kind, size in (("one", None, 4), ("two", config, 1)):
         medst(
@@ -183,15 +183,15 @@ def test_sft_of_every_weight(inputs, tmp_path, config):
 
 
 @pytest.mark.slow
-def test_sft_under_zero_3_but_for_the_token(inputs, tmp_path):
-    """PEFT (0.21) puts a trained token's row onto a GPU there, so that on CPUs the token has to be left out."""
+def test_sft_runs_under_zero_3_without_the_token(inputs, tmp_path):
+    """PEFT (0.21) puts a trained token's row on a GPU under ZeRO-3, so on CPUs the token cannot train."""
     options = {"model_name_or_path": inputs / "bare", "train_vusr": False}
     one = _sft(inputs, tmp_path / "one", per_device_train_batch_size=4, **options)
     assert_trained_alike(one, _sft(inputs, tmp_path / "two", "zero3", per_device_train_batch_size=1, **options))
 
 
 @pytest.mark.slow
-def test_dpo_with_the_reference_asked_beforehand_under_zero_2(inputs, one_rank, tmp_path):
+def test_dpo_with_a_precomputed_reference_runs_under_zero_2(inputs, one_rank, tmp_path):
     options = {"precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "log_probs"}
     paths = {"model_name_or_path": inputs / "sft", "dataset": inputs / "preferences"}
     medst("dpo", tmp_path / "two", "zero2", per_device_train_batch_size=1, **TRAINING | paths | options)
@@ -217,5 +217,5 @@ def _generate(inputs, folder, config=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "zero2"])
-def test_generation_byte_for_byte(inputs, candidates_of_one, tmp_path, config):
+def test_two_ranks_generate_the_same_bytes_as_one(inputs, candidates_of_one, tmp_path, config):
     assert _generate(inputs, tmp_path / "two", config) == candidates_of_one

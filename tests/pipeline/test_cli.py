@@ -35,7 +35,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # `evaluate` of a predictions file needs no model, and takes part in several processes; `prepare` runs in one.
 RECIPE = """\
 #!/usr/bin/env -S python -m medst_trl
-# Two stages that take a moment.
+# Two stages that take seconds.
 output_dir: out
 prepare:
   source: phantoms
@@ -73,7 +73,7 @@ def status(folder):
     return json.loads((folder / "stage.json").read_text())["status"]
 
 
-# Help and mistakes, in this process
+# Help and mistakes
 
 
 def test_help_imports_nothing_heavy_and_names_every_command():
@@ -156,7 +156,7 @@ def test_help_lists_the_usual_settings_and_help_all_the_rest(stage, capsys):
         (["recipes", "validate"], "medst recipes validate takes a recipe. `medst recipes ls` lists"),
     ],
 )
-def test_mistake_is_one_message_on_stderr(argv, message, capsys):
+def test_a_mistake_is_one_message_on_stderr(argv, message, capsys):
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert message in err and err.startswith("error: ") and "Traceback" not in err and "very-secret" not in err
@@ -188,7 +188,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     (shelf / "mini.yaml").chmod(0o755)
     monkeypatch.setattr("medst_trl.pipeline.recipe.recipes_directory", lambda: shelf)
     assert main(["recipes", "ls"]) == 0
-    assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take a moment.\n"]
+    assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take seconds.\n"]
     assert main(["recipes", "show", "mini"]) == 0
     assert capsys.readouterr().out == RECIPE
     assert main(["recipes", "cp", "mini"]) == 0
@@ -196,7 +196,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     assert main(["recipes", "cp", "mini"]) == 2  # the copy may have been changed
 
 
-def test_names_and_summaries_of_recipes_stand_apart(capsys):
+def test_the_list_of_recipes_separates_names_from_summaries(capsys):
     assert main(["recipes", "ls"]) == 0
     for line in capsys.readouterr().out.splitlines():
         name, _, summary = line.partition("  ")
@@ -207,23 +207,23 @@ def test_names_and_summaries_of_recipes_stand_apart(capsys):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_shows_commands_as_they_are_copied(stage, capsys):
+def test_commands_in_the_help_can_be_copied(stage, capsys):
     assert main([stage, "--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.partition("\n\n")[0].splitlines()) < 4  # what the stage does stands on the first screen
+    assert len(text.partition("\n\n")[0].splitlines()) < 4  # what the stage does is on the first screen
     _, *blocks = text.split("```")
-    for line in "".join(blocks[::2]).splitlines():  # a backslash that Python took would leave one long line
+    for line in "".join(blocks[::2]).splitlines():  # a backslash that Python removed would leave one long line
         assert "    --" not in line.lstrip(), line
 
 
-def test_stage_runs_in_this_process_with_overrides(recipe, tmp_path, monkeypatch):
+def test_a_stage_runs_in_this_process_with_overrides(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["prepare", "--config", "mine.yaml", "--num_phantoms", "3", "--output_dir", "elsewhere"]) == 0
     settings = json.loads((tmp_path / "elsewhere" / "stage.json").read_text())["settings"]
     assert (settings["num_phantoms"], settings["num_test_phantoms"]) == (3, 2)
 
 
-def test_options_of_accelerate_start_it(monkeypatch):
+def test_options_of_accelerate_start_the_launcher(monkeypatch):
     started = []
     monkeypatch.setattr(launch, "run", lambda command, environment: started.append((command, environment)) or 0)
     argv = [
@@ -250,7 +250,7 @@ def test_options_of_accelerate_start_it(monkeypatch):
 # A run
 
 
-def test_run_goes_stage_by_stage_and_skips_what_is_done(recipe, tmp_path, monkeypatch, capfd):
+def test_run_runs_each_stage_and_skips_finished_ones(recipe, tmp_path, monkeypatch, capfd):
     for name, value in ONE_CPU.items():
         monkeypatch.setenv(name, value)
 
@@ -273,7 +273,7 @@ def test_run_goes_stage_by_stage_and_skips_what_is_done(recipe, tmp_path, monkey
     assert code == 0, err
 
 
-def test_labels_stand_apart_from_their_folders(recipe, monkeypatch, capsys):
+def test_the_summary_of_a_run_separates_labels_from_directories(recipe, monkeypatch, capsys):
     name = "a_name_that_is_longer_than_others"
     recipe.write_text(
         f"output_dir: out\nprepare: {{source: phantoms}}\nevaluate:\n- {{name: {name}, predictions: p.jsonl}}\n"
@@ -286,7 +286,7 @@ def test_labels_stand_apart_from_their_folders(recipe, monkeypatch, capsys):
     assert len({line.index("out/") for line in lines}) == 1
 
 
-def test_mistake_in_the_last_section_stops_before_the_first_stage(recipe, tmp_path):
+def test_a_mistake_in_the_last_section_stops_before_the_first_stage(recipe, tmp_path):
     recipe.write_text(RECIPE + "  bootstrap_sample: 3\n")
     result = medst("run", "mine.yaml")
     assert result.returncode == 2
@@ -294,13 +294,13 @@ def test_mistake_in_the_last_section_stops_before_the_first_stage(recipe, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_run_under_a_launcher_is_refused(recipe):
+def test_run_is_refused_under_a_launcher(recipe):
     result = medst("run", "mine.yaml", env=ONE_CPU | {"TORCHELASTIC_RUN_ID": "x"})
     assert result.returncode == 2 and "accelerate launch -m medst_trl mine.yaml" in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_run_that_is_stopped_takes_its_children_along(tmp_path, number):
+def test_a_run_that_is_stopped_stops_its_children(tmp_path, number):
     code = """
 import sys
 from medst_trl.cli import guarded
@@ -330,11 +330,11 @@ def _alive(pid):
         return False
 
 
-# Under a launcher already chosen
+# Under a launcher
 
 
 def test_two_processes_run_a_recipe_together(recipe, tmp_path):
-    """`num_processes: 2` is itself the check: a stage that finds itself in another number refuses."""
+    """The setting `num_processes: 2` is the check: a stage with another number of processes refuses."""
     recipe.write_text(RECIPE + "  num_processes: 2\n  accelerate_config: cpu\n")
     result = run(*LAUNCH, "--multi_gpu", "--num_processes", 2, "-m", "medst_trl", "mine.yaml", env=TWO_CPUS)
     assert result.returncode == 0, result.stderr
@@ -345,7 +345,7 @@ def test_two_processes_run_a_recipe_together(recipe, tmp_path):
 @pytest.mark.parametrize(
     "running", [{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2}, {"WORLD_SIZE": 2}]
 )
-def test_a_launch_is_for_one_stage_where_there_is_training(recipe, launcher, monkeypatch, running):
+def test_a_launch_with_training_runs_only_one_distributed_stage(recipe, launcher, monkeypatch, running):
     recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")
     ran = []
     monkeypatch.setattr("medst_trl.__main__._run", lambda step: ran.append(step.label))
@@ -358,7 +358,7 @@ def test_a_launch_is_for_one_stage_where_there_is_training(recipe, launcher, mon
     assert ran[3:] == ["dpo"]
 
 
-def test_recipe_is_executable(recipe, tmp_path):
+def test_a_recipe_is_executable(recipe, tmp_path):
     bin_folder = os.path.dirname(sys.executable)
     env = ONE_CPU | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
     result = run(
@@ -377,14 +377,14 @@ def test_recipe_is_executable(recipe, tmp_path):
     assert json.loads((tmp_path / "out" / "evaluate" / "stage.json").read_text())["settings"]["seed"] == 4
 
 
-def test_several_recipes_one_after_another(recipe, tmp_path):
+def test_several_recipes_run_one_after_another(recipe, tmp_path):
     (tmp_path / "second.yaml").write_text(RECIPE.replace("output_dir: out", "output_dir: second"))
     result = run(sys.executable, "-m", "medst_trl", "mine.yaml", "second.yaml", "--stage", "prepare")
     assert result.returncode == 0, result.stderr
     assert status(tmp_path / "out" / "prepare") == status(tmp_path / "second" / "prepare") == "complete"
 
 
-def test_ranks_agree_on_what_is_to_do_and_keep_the_exit_code(tmp_path):
+def test_ranks_agree_on_the_record_and_keep_the_exit_code(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text("""
 import os, sys
@@ -417,7 +417,7 @@ def test_accelerate_reads_each_config(path):
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Make this process look as if started by a launcher."""
+    """Make this process look as if a launcher had started it."""
     for name in set(os.environ) - set(without_launcher(os.environ)):
         monkeypatch.delenv(name)
     return lambda **variables: [monkeypatch.setenv(name, str(value)) for name, value in variables.items()]
@@ -447,7 +447,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "WORLD_SIZE": 4}
         (ZERO3, None, None, True),
     ],
 )
-def test_another_launcher_than_asked_for_is_an_error(launcher, running, config, count, fits):
+def test_a_launcher_other_than_the_one_asked_for_is_an_error(launcher, running, config, count, fits):
     launcher(**running)
     if fits:
         check_launched(config, count, "recipe")
@@ -470,7 +470,7 @@ def test_another_launcher_than_asked_for_is_an_error(launcher, running, config, 
         (1, "zero2", None, "zero2", "1"),
     ],
 )
-def test_processes_go_by_the_machine(monkeypatch, gpus, config, count, file, processes):
+def test_the_number_of_processes_follows_the_machine(monkeypatch, gpus, config, count, file, processes):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -485,13 +485,13 @@ def test_processes_go_by_the_machine(monkeypatch, gpus, config, count, file, pro
     ("gpus", "config", "count"),
     [(0, "multi_gpu", None), (0, "zero2", None), (1, "multi_gpu", None), (4, "single_gpu", 2)],
 )
-def test_launch_that_could_not_do_what_it_says_is_refused(monkeypatch, gpus, config, count):
+def test_a_launch_that_the_machine_cannot_do_is_refused(monkeypatch, gpus, config, count):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     with pytest.raises(UserError, match=f"accelerate_config {config}"):
         launch_command(["program"], config, count)
 
 
-def test_config_of_ones_own_and_unknown_one(tmp_path):
+def test_a_config_is_a_file_or_a_known_name(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: 'NO'\n")
     assert find_config(str(path)) == path
@@ -502,7 +502,7 @@ def test_config_of_ones_own_and_unknown_one(tmp_path):
 @pytest.mark.parametrize(
     ("visible", "expected"), [(None, "0"), ("2,3", "2"), ("", ""), ("GPU-abc,GPU-def", "GPU-abc")]
 )
-def test_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, expected):
+def test_a_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -514,7 +514,7 @@ def test_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, expe
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_a_reader_that_leaves_is_no_error_but_any_other_broken_pipe_is(capfd):
+def test_a_closed_pipe_is_an_error_only_if_its_reader_is_still_there(capfd):
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m medst_trl.cli recipes show demo | true; echo ${{PIPESTATUS[0]}}"],
         capture_output=True, text=True,

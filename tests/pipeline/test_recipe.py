@@ -20,7 +20,7 @@ def write(folder, text, name="mine.yaml"):
 
 
 def steps(folder, text, *words, which=None):
-    """Label to step of a recipe with this text and these words after it on the command line."""
+    """Label to step of a recipe with this text and these options on the command line."""
     _, options = read_options(["recipe", *words])
     return {step.label: step for step in read_recipe(write(folder, text), options).steps(which)}
 
@@ -49,22 +49,22 @@ def test_every_float_python_writes_is_read_as_that_float(value):
      ("2026-01-02", "2026-01-02"), ("12", 12), ("-.5", -0.5), ("~", None), ("'7'", "7"), ("1.16.0", "1.16.0"),
      ("e5", "e5")],
 )  # fmt: skip
-def test_yaml_reads_as_it_is_meant(tmp_path, text, value):
+def test_yaml_is_read_by_version_1_2(tmp_path, text, value):
     assert read_yaml(write(tmp_path, f"x: {text}")) == {"x": value}
 
 
 @pytest.mark.parametrize(
     "text", ["", "- a\n- b", "just words", "a: [1", "a: 1\na: 2", "\t- x: 1", "sft: {seed: 1, seed: 2}"]
 )
-def test_what_is_no_mapping_is_an_error_that_names_the_file(tmp_path, text):
+def test_a_file_that_is_not_a_mapping_is_an_error_with_its_name(tmp_path, text):
     with pytest.raises(UserError, match="mine.yaml"):
         read_recipe(write(tmp_path, text))
 
 
-# What stages are told
+# Settings of stages
 
 
-def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path):
+def test_each_stage_reads_the_output_of_earlier_ones(tmp_path):
     found = steps(tmp_path, FULL)
     assert list(found) == ["base", "prepare", "sft", "evaluate"]
     assert [step.settings["output_dir"] for step in found.values()] == [f"out/{label}" for label in found]
@@ -74,7 +74,7 @@ def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path):
     assert found["evaluate"].settings["benchmark"] == ["out/prepare/benchmark"]
 
 
-def test_inputs_follow_a_section_that_writes_elsewhere(tmp_path):
+def test_inputs_follow_a_changed_output_dir(tmp_path):
     text = (
         "output_dir: out\nprepare: {source: phantoms, output_dir: /data/p}\nevaluate: {model_name_or_path: org/model}"
     )
@@ -83,19 +83,19 @@ def test_inputs_follow_a_section_that_writes_elsewhere(tmp_path):
     assert found["evaluate"].settings["model_name_or_path"] == "org/model"
 
 
-def test_scoring_a_file_takes_nothing_from_other_sections(tmp_path):
+def test_scoring_a_file_reads_nothing_from_other_sections(tmp_path):
     found = steps(tmp_path, FULL.replace("evaluate:", "evaluate: {predictions: p.jsonl}"))
     assert not {"model_name_or_path", "benchmark"} & found["evaluate"].settings.keys()
 
 
-def test_base_is_evaluated_where_nothing_is_trained(tmp_path):
+def test_base_is_evaluated_if_nothing_is_trained(tmp_path):
     assert (
         steps(tmp_path, "base:\nevaluate: {benchmark: org/b}")["evaluate"].settings["model_name_or_path"]
         == "runs/mine/base"
     )
 
 
-def test_what_a_stage_reads_are_settings_it_has():
+def test_inputs_of_stages_are_settings():
     for stage in STAGES.values():
         keys = set(actions_of(stage.make_parser()))
         records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()  # made anew each time
@@ -103,7 +103,7 @@ def test_what_a_stage_reads_are_settings_it_has():
         assert named | records | stage.operational <= keys
 
 
-def test_section_that_is_a_list_runs_once_an_item(tmp_path):
+def test_a_section_that_is_a_list_runs_once_per_item(tmp_path):
     text = (
         "output_dir: out\nseed: 5\nprepare:\n  - {name: a, source: phantoms}\n  - {name: b, source: phantoms, seed: 6}"
     )
@@ -121,12 +121,12 @@ def test_section_that_is_a_list_runs_once_an_item(tmp_path):
 @pytest.mark.parametrize(
     "items", ["[]", "[{source: phantoms}]", "[{name: a}, {name: a}]", "[{name: a/b}]", "[{name: ..}]", "[1]", "text"]
 )
-def test_items_need_names_of_their_own(tmp_path, items):
+def test_items_need_different_names(tmp_path, items):
     with pytest.raises(UserError, match="section prepare"):
         read_recipe(write(tmp_path, f"prepare: {items}"))
 
 
-def test_nearer_settings_win(tmp_path):
+def test_more_specific_settings_apply(tmp_path):
     text = "seed: 1\nbase:\nprepare: {source: phantoms, seed: 2}"
     seeds = lambda *words: [step.settings["seed"] for step in steps(tmp_path, text, *words).values()]  # noqa: E731
     assert seeds() == [1, 2]
@@ -147,7 +147,7 @@ def test_output_dir_on_the_command_line_moves_the_whole_run(tmp_path):
     assert found["sft"].settings["dataset"] == ["/scratch/prepare/instruct"]
 
 
-def test_run_is_named_after_the_recipe_where_it_says_nothing(tmp_path):
+def test_the_run_directory_is_named_after_the_recipe_by_default(tmp_path):
     assert steps(tmp_path, "base:")["base"].settings["output_dir"] == "runs/mine/base"
 
 
@@ -163,7 +163,7 @@ def test_values_have_the_types_of_the_command_line(tmp_path):
     ]
 
 
-def test_launch_settings_are_kept_from_the_stage(tmp_path):
+def test_launch_settings_are_not_settings_of_the_stage(tmp_path):
     found = steps(
         tmp_path,
         "accelerate_config: zero2\n" + FULL,
@@ -184,7 +184,7 @@ def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
     assert os.environ["MEDST_TEST_VARIABLE"] == "3"
 
 
-# What cannot be meant
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,12 @@ def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
         ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
     ],
 )
-def test_mistakes_are_told_with_their_place(tmp_path, text, words, message):
+def test_mistakes_are_reported_with_their_place(tmp_path, text, words, message):
     with pytest.raises(UserError, match=message):
         steps(tmp_path, text, *words)
 
 
-def test_stage_that_the_recipe_lacks(tmp_path):
+def test_a_stage_without_a_section_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no section 'sft', it has base"):
         steps(tmp_path, "base:", which="sft")
 
@@ -228,7 +228,7 @@ def test_secrets_are_refused_on_the_command_line(word):
 # One stage's settings from a file
 
 
-def test_flat_file_of_one_stage(tmp_path):
+def test_a_flat_file_is_for_one_stage(tmp_path):
     path = write(tmp_path, "output_dir: x\nwarmup_steps: 3\nlearning_rate: 1e-3")
     assert step_of_file(STAGES.get("base"), path).settings == {
         "output_dir": "x",
@@ -239,14 +239,14 @@ def test_flat_file_of_one_stage(tmp_path):
         step_of_file(STAGES.get("prepare"), path)
 
 
-def test_section_of_a_recipe_may_leave_the_rest_to_the_command_line(tmp_path):
+def test_a_section_may_leave_settings_to_the_command_line(tmp_path):
     path = write(tmp_path, "prepare: {seed: 3}\nbase:")
     assert step_of_file(STAGES.get("prepare"), path).settings["seed"] == 3
     with pytest.raises(UserError, match="no section 'evaluate'"):
         step_of_file(STAGES.get("evaluate"), path)
 
 
-def test_section_that_is_a_list_is_no_single_stage(tmp_path):
+def test_a_section_that_is_a_list_is_refused_for_one_stage(tmp_path):
     path = write(tmp_path, "prepare: [{name: a, source: phantoms}, {name: b, source: phantoms}]")
     with pytest.raises(UserError, match="several times:[\\s\\S]*--stage prepare/a"):
         step_of_file(STAGES.get("prepare"), path)
@@ -268,7 +268,7 @@ options = st.builds(
 
 
 @given(st.lists(options))
-def test_options_survive_the_way_through_a_command_line(given_options):
+def test_options_can_be_written_and_read_again(given_options):
     words = [word for option in given_options for word in option.as_words()]
     assert read_options(["recipe.yaml", *words]) == (["recipe.yaml"], given_options)
 
@@ -280,10 +280,10 @@ def test_leading_words_are_recipes():
     )
 
 
-# The recipes that come with the package
+# Packaged recipes
 
 
-def test_packaged_recipe_is_found_by_name_and_a_file_before_it(tmp_path, monkeypatch):
+def test_a_packaged_recipe_is_found_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="medst recipes ls"):
         find_recipe("there_is_no_such_recipe")
     path = write(tmp_path, "base:", "demo")
@@ -292,11 +292,11 @@ def test_packaged_recipe_is_found_by_name_and_a_file_before_it(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_packaged_recipe_can_be_run(name):
+def test_a_packaged_recipe_has_all_required_settings(name):
     assert read_recipe(name).steps()
 
 
-# Folders of sections, and rounds
+# Directories of sections, and rounds
 
 
 LOOP = """
@@ -316,7 +316,7 @@ push:
 """
 
 
-def test_a_section_can_be_named_in_a_value(tmp_path):
+def test_a_section_in_braces_is_its_directory(tmp_path):
     found = steps(tmp_path, LOOP)
     assert found["evaluate/stage_1"].settings["model_name_or_path"] == "out/sft"
     assert found["evaluate/aligned"].settings["model_name_or_path"] == "out/dpo"
@@ -329,7 +329,7 @@ def test_a_section_can_be_named_in_a_value(tmp_path):
         steps(tmp_path, "sft: {model_name_or_path: a, dataset: '{dpo}'}")
 
 
-def test_other_braces_in_values_stay(tmp_path):
+def test_other_braces_in_values_are_kept(tmp_path):
     text = "prepare: {source: pathvqa, data_path: x, image_pattern: '{split}/{image}.jpg'}"
     assert steps(tmp_path, text)["prepare"].settings["image_pattern"] == "{split}/{image}.jpg"
 
@@ -352,13 +352,13 @@ def test_each_round_starts_where_the_one_before_ended(tmp_path):
     assert found["push/data"].settings["source"] == "out/round_3/judge/preferences"
 
 
-def test_more_rounds_change_nothing_in_those_before(tmp_path):
+def test_more_rounds_do_not_change_earlier_ones(tmp_path):
     two, three = (steps(tmp_path, LOOP, "--rounds", n) for n in "23")
     common = [label for label in two if label.startswith("round_")]
     assert common and all(two[label].settings == three[label].settings for label in common)
 
 
-def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
+def test_steps_of_rounds_can_be_chosen_and_set(tmp_path):
     assert list(steps(tmp_path, LOOP, "--rounds", "2", which="round_2/dpo")) == ["round_2/dpo"]
     assert list(steps(tmp_path, LOOP, "--rounds", "2", which="dpo")) == ["round_1/dpo", "round_2/dpo"]
     assert len(steps(tmp_path, LOOP, "--rounds", "2", which="round_1")) == 4
@@ -383,6 +383,6 @@ def test_parts_of_rounds_can_be_chosen_and_set(tmp_path):
         (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
     ],
 )
-def test_what_rounds_cannot_be(tmp_path, text, words, message):
+def test_rounds_that_cannot_run_are_refused(tmp_path, text, words, message):
     with pytest.raises(UserError, match=message):
         steps(tmp_path, text, *words)

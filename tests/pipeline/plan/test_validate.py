@@ -67,7 +67,7 @@ def test_a_good_recipe_gets_a_line_for_each_step(check):
     assert "from dpo, org/benchmark (Hub)" in lines["evaluate"]
 
 
-def test_the_number_of_processes_that_is_asked_for(check):
+def test_the_batch_is_shown_for_the_given_number_of_processes(check):
     assert "batch 64 on 2 (8 x 4)\n" in check("--num_processes", "2")[1]
     code, said = check("--num_processes", "3")
     assert (
@@ -80,7 +80,7 @@ def test_the_number_of_processes_that_is_asked_for(check):
     assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in said
 
 
-def test_one_process_where_the_launcher_is_for_one(check):
+def test_a_launcher_for_one_process_gets_one(check):
     assert "single_gpu; batch 64 on 1 (8 x 8)\n" in check("--accelerate_config", "single_gpu")[1]
     code, said = check("--accelerate_config", "single_gpu", "--num_processes", "2")
     assert code == 2 and "single_gpu is for one process, not for 2" in said
@@ -119,12 +119,12 @@ def test_one_process_where_the_launcher_is_for_one(check):
         ("{judge}/preferences", "{judge}x/y", "section push: source: out/judgex/y does not exist"),
     ],
 )
-def test_mistakes_are_told_with_their_place(check, old, new, message):
+def test_mistakes_are_reported_with_their_place(check, old, new, message):
     code, said = check(change=(old, new))
     assert code == 2 and message in said and "Traceback" not in said
 
 
-def test_datasets_on_disk_are_looked_into(check, tmp_path):
+def test_columns_and_splits_of_datasets_on_disk_are_checked(check, tmp_path):
     name = ("org/benchmark", "theirs/benchmark")
     (tmp_path / "theirs").mkdir()
     code, said = check(change=name)  # a folder of that name is here, so it is no repository
@@ -143,7 +143,7 @@ def test_datasets_on_disk_are_looked_into(check, tmp_path):
     assert code == 2 and "section sft: dataset: mixed: The dataset lacks the column messages of instruct data" in said
 
 
-def test_a_model_on_disk_has_a_configuration(check, tmp_path):
+def test_a_model_on_disk_needs_a_configuration(check, tmp_path):
     name = ("org/model", "here/model")
     (tmp_path / "here/model").mkdir(parents=True)
     code, said = check(change=name)
@@ -153,15 +153,15 @@ def test_a_model_on_disk_has_a_configuration(check, tmp_path):
     assert code == 0 and "from here/model, prepare" in said
 
 
-def test_a_secret_and_too_many_words(check):
+def test_secrets_and_a_second_recipe_are_refused(check):
     assert "secrets do not belong" in check("--hub_token=x")[1]
     code, said = check("other.yaml")
     assert code == 2 and "takes one recipe, not 2" in said
     assert main(["recipes", "validate", "no_such_recipe"]) == 2
 
 
-def test_it_asks_neither_the_hub_nor_for_weights(check, monkeypatch):
-    """With a network that fails when it is touched, and a model that is nowhere on this machine."""
+def test_it_needs_neither_the_hub_nor_weights(check, monkeypatch):
+    """With a network that fails when it is used, and a model that is not on this machine."""
 
     def cut(*args, **kwargs):
         raise AssertionError("network")
@@ -177,7 +177,7 @@ def test_it_asks_neither_the_hub_nor_for_weights(check, monkeypatch):
     assert code == 0 and "mine.yaml is valid." in said
 
 
-def test_one_stage_of_it(check):
+def test_one_stage_can_be_validated(check):
     code, said = check("--stage", "sft")
     assert code == 0 and [line.split()[0] for line in said.splitlines()] == ["sft", "mine.yaml"]
     assert "from org/model (Hub), prepare" in said  # whose section is not looked at, and makes its input
@@ -185,12 +185,12 @@ def test_one_stage_of_it(check):
     assert "no section 'merge'" in check("--stage", "merge")[1]
 
 
-def test_a_mistake_of_all_stages_is_told_once(check):
+def test_a_mistake_of_all_stages_is_reported_once(check):
     code, said = check("--accelerate_config", "zero22")
     assert code == 2 and said.count("zero22") == 1
 
 
 @pytest.mark.parametrize("words", [["--sft.load_in_4bit=true"], ["--dpo.precompute_ref_log_probs=true"]])
-def test_what_divided_weights_do_not_go_with(check, words):
+def test_settings_that_do_not_work_with_divided_weights_are_refused(check, words):
     code, said = check("--accelerate_config", "zero3", *words)
     assert code == 2 and "does not work with DeepSpeed ZeRO-3" in said
