@@ -340,7 +340,7 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def _check(settings: TransformersSettings) -> None:
-    from medst_trl.policy.loading import DTYPES
+    from medst_trl.policy import DTYPES
 
     if settings.dtype not in DTYPES:
         raise UserError(

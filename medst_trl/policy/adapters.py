@@ -10,16 +10,20 @@ weights in full precision.
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES  # PEFT's own name for an adapter without LoRA layers
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
 
 from .parts import model_parts
 
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 SHOWN = 3  # tensors in a message
@@ -28,7 +32,7 @@ DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 def adapter_config(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     *,
     vusr_token_id: int | None = None,
     r: int = 128,
@@ -36,7 +40,7 @@ def adapter_config(
     lora_dropout: float = 0.05,
     vision_r: int = 32,
     vision_lora_alpha: int = 64,
-) -> "LoraConfig":
+) -> LoraConfig:
     """
     Return the LoRA configuration of STLLaVA-Med (https://huggingface.co/papers/2406.19973) for a model of any family.
 
@@ -70,16 +74,11 @@ def adapter_config(
     >>> config = adapter_config(model, vusr_token_id=add_vusr(processor))
     ```
     """
-    from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES  # PEFT's own name for an adapter without LoRA layers
-
     parts = model_parts(model)
     towers = ([parts.language_model] if r else []) + ([parts.vision_tower] if vision_r else [])
     targets = _linear_layers(model, towers, parts.projectors) if towers else DUMMY_TARGET_MODULES
-    unused = [
-        rf"{re.escape(parts.vision_tower)}\..*layers?\.{layer}\..*" for layer in parts.unused_vision_layers if vision_r
-    ]
-    vision_pattern = rf"{re.escape(parts.vision_tower)}\..*"
+    vision = rf"{re.escape(parts.vision_tower)}\..*"
+    unused = [rf"{vision}layers?\.{layer}\..*" for layer in parts.unused_vision_layers if vision_r]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=r or vision_r or 1,  # used by no layer where it is 0, but PEFT refuses 0
@@ -87,21 +86,19 @@ def adapter_config(
         lora_dropout=lora_dropout,
         target_modules=targets,
         exclude_modules="|".join(unused) or None,
-        rank_pattern={vision_pattern: vision_r} if vision_r else {},
-        alpha_pattern={vision_pattern: vision_lora_alpha} if vision_r else {},
+        rank_pattern={vision: vision_r} if vision_r else {},
+        alpha_pattern={vision: vision_lora_alpha} if vision_r else {},
         modules_to_save=list(parts.projectors),
         trainable_token_indices=None if vusr_token_id is None else {parts.embedding: [vusr_token_id]},
     )
 
 
-def _linear_layers(model: "PreTrainedModel", towers: list[str], projectors: tuple[str, ...]) -> str:
+def _linear_layers(model: PreTrainedModel, towers: list[str], projectors: tuple[str, ...]) -> str:
     """
     A regular expression that matches the names of the linear layers in `towers`, for any layer number.
 
     Only layers in a numbered stack count: SigLIP's pooling head is outside it, and no language model reads its output.
     """
-    from torch import nn
-
     names = {
         re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
         for name, module in model.named_modules()
@@ -113,7 +110,7 @@ def _linear_layers(model: "PreTrainedModel", towers: list[str], projectors: tupl
     return "|".join(sorted(names))
 
 
-def train_in_full_precision(model: "PeftModel") -> None:
+def train_in_full_precision(model: PeftModel) -> None:
     """
     Convert every trained weight of an adapter to float32, in place, whatever the type of the base model.
 
@@ -125,9 +122,6 @@ def train_in_full_precision(model: "PeftModel") -> None:
         model ([`~peft.PeftModel`]):
             Model to train.
     """
-    import torch
-    from peft.utils.other import ModulesToSaveWrapper
-
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -142,7 +136,7 @@ def train_in_full_precision(model: "PeftModel") -> None:
                 module.register_forward_pre_hook(cast_inputs)
 
 
-def freeze_vision(model: "PreTrainedModel | PeftModel") -> None:
+def freeze_vision(model: PreTrainedModel | PeftModel) -> None:
     """Freeze the vision tower, including an adapter's weights in it, in place."""
     parts = model_parts(model.get_base_model() if hasattr(model, "get_base_model") else model)
     for name, parameter in model.named_parameters():
@@ -150,29 +144,25 @@ def freeze_vision(model: "PreTrainedModel | PeftModel") -> None:
             parameter.requires_grad_(False)
 
 
-def retie_lm_head(model: "PeftModel") -> None:
+def retie_lm_head(model: PeftModel) -> None:
     """
     Give the output layer of a model with tied embeddings and a trained token a `bias`, in place.
 
     PEFT (0.21) wraps the output layer too, and its `TrainableTokensWrapper` passes on `weight` but not `bias`, which
     TRL's fused LM head reads. To be removed once PEFT passes `bias` on.
     """
-    from peft.utils.other import TrainableTokensWrapper
-
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and not hasattr(head, "bias"):
         head.bias = getattr(head.original_module, "bias", None)
 
 
-def read_adapter_config(adapter: str, revision: str | None) -> "PeftConfig":
+def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig:
     """
     Read the configuration of an adapter.
 
     Raises:
         UserError: if it is damaged, not of LoRA, or a training output of the original code.
     """
-    from peft import LoraConfig, PeftConfig
-
     if Path(adapter, "non_lora_trainables.bin").is_file():
         raise UserError(
             f"{adapter!r} is a training output of the original LLaVA code. Convert it first: medst convert --source "
@@ -194,8 +184,8 @@ def read_adapter_config(adapter: str, revision: str | None) -> "PeftConfig":
 
 
 def load_adapter(
-    model: "PreTrainedModel", adapter: str, config: "PeftConfig", *, revision: str | None, is_trainable: bool
-) -> "PeftModel":
+    model: PreTrainedModel, adapter: str, config: PeftConfig, *, revision: str | None, is_trainable: bool
+) -> PeftModel:
     """
     Load an adapter on its base, and check that every tensor of it is used.
 
@@ -217,8 +207,6 @@ def load_adapter(
     Raises:
         UserError: naming both bases and the first tensors that do not fit, are missing or have no place.
     """
-    from peft import PeftModel
-
     stored = _stored_keys(adapter, revision)
     try:
         with warnings.catch_warnings():
@@ -232,9 +220,6 @@ def load_adapter(
 
 
 def _stored_keys(adapter: str, revision: str | None) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-    from transformers.utils import cached_file
-
     try:
         with safe_open(cached_file(adapter, WEIGHTS, revision=revision), framework="numpy") as file:
             return list(file.keys())
@@ -245,10 +230,8 @@ def _stored_keys(adapter: str, revision: str | None) -> list[str]:
         ) from error
 
 
-def _unused(model: "PeftModel", stored: list[str]) -> list[str]:
+def _unused(model: PeftModel, stored: list[str]) -> list[str]:
     """Stored keys from which nothing was loaded. Where only names differ (other versions), PEFT has translated."""
-    from peft import get_peft_model_state_dict
-
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if len(stored) <= len(expected):
         return []
@@ -265,7 +248,7 @@ def _problems(error: Exception) -> list[str]:
     return [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)] or text.splitlines()[:1]
 
 
-def _does_not_fit(adapter: str, model: "PreTrainedModel", config: "PeftConfig", problems: list[str]) -> UserError:
+def _does_not_fit(adapter: str, model: PreTrainedModel, config: PeftConfig, problems: list[str]) -> UserError:
     shown = "".join(f"\n  {problem[:300]}" for problem in problems[:SHOWN])
     more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return UserError(

@@ -11,15 +11,17 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 FILE_NAME = "base_model.json"
 # Computed or shared tensors, which some versions of transformers store and others leave out.
@@ -61,13 +63,11 @@ def weights_fingerprint(name_or_path: str, revision: str | None = None) -> str |
 
 def hub_commit(name_or_path: str, name: str, revision: str | None) -> str | None:
     """Return the commit of a file in the local Hub cache; `None` for a directory."""
-    from transformers.utils.hub import extract_commit_hash
-
     path = None if Path(name_or_path).is_dir() else _find(name_or_path, name, revision)
     return extract_commit_hash(str(path), None) if path else None
 
 
-def write_base_file(model: "PreTrainedModel | PeftModel", directory: str | Path) -> None:
+def write_base_file(model: PreTrainedModel | PeftModel, directory: str | Path) -> None:
     """Write the fingerprint of an adapter's base beside the adapter. A model without an adapter gets no file."""
     if not hasattr(model, "peft_config"):
         return
@@ -79,7 +79,7 @@ def write_base_file(model: "PreTrainedModel | PeftModel", directory: str | Path)
         write_json(Path(directory, FILE_NAME), content)
 
 
-def check_base(adapter: str, revision: str | None, base: "PreTrainedModel", named: str | None) -> None:
+def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named: str | None) -> None:
     """
     Check that a base has the weights that an adapter was trained on. Warn if that cannot be determined.
 
@@ -126,8 +126,6 @@ def _recorded(path: Path) -> str | None:
 
 def _find(name_or_path: str, name: str, revision: str | None, local_files_only: bool = True) -> Path | None:
     """A file of a directory, of the local Hub cache, or of the Hub; `None` if there is none."""
-    from transformers.utils import cached_file
-
     try:
         found = cached_file(name_or_path, name, revision=revision, local_files_only=local_files_only)
     except OSError:
@@ -136,9 +134,6 @@ def _find(name_or_path: str, name: str, revision: str | None, local_files_only: 
 
 
 def _middle_rows(file: Path):
-    import torch
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (no dictionary)
             if name.endswith(_NOT_ALWAYS_STORED):

@@ -13,6 +13,9 @@ The wrapper keeps the model's own template verbatim and changes the rendering in
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from medst_trl.base.errors import UserError
 
@@ -21,35 +24,15 @@ VUSR = "<vusr>"
 MARK = "{#- medst_trl <vusr> template 1 -#}"
 TEXT_ROLE_MARK = "{#- medst_trl VUSER text role 1 -#}"
 
-# Names carry a prefix because Jinja's top-level variables are shared with the wrapped template. The wrapper never
-# loops over message content: servers such as vLLM guess the content format of a template from such loops.
-_CLOSE_ANSWERS = """\
-{%- set vusr_ns = namespace(messages=[]) -%}
-{%- for vusr_m in messages -%}
-{%- if vusr_m['role'] == 'assistant' and vusr_m['content'] is string -%}
-{%- set vusr_m = dict(vusr_m, content=vusr_m['content'] ~ @EOS@) -%}
-{%- elif vusr_m['role'] == 'assistant' and vusr_m['content'] -%}
-{%- set vusr_t = vusr_m['content'][-1] -%}
-{%- set vusr_m = dict(vusr_m, content=vusr_m['content'][:-1] + [dict(vusr_t, text=vusr_t['text'] ~ @EOS@)]) -%}
-{%- endif -%}
-{%- set vusr_ns.messages = vusr_ns.messages + [vusr_m] -%}
-{%- endfor -%}
-{%- set messages = vusr_ns.messages -%}
-"""
-_LAST_USER_TEXT = """\
-{%- set vusr_c = messages[-1]['content'] if messages and messages[-1]['role'] == 'user' else '' -%}
-{%- set vusr_t = vusr_c if vusr_c is string else
-    (vusr_c | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) -%}
-"""
-# The wrapped template is rendered with the turn in place and cut after the token. Everything else takes the verbatim
-# copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+`
-# signs keep the newlines that trim_blocks would remove at the seams.
-_OPEN_TURN = """\
-{%- if vusr_t | replace(@IMAGE@, '') | trim == '<vusr>' -%}
-{%- set vusr_images = [] if vusr_c is string else (vusr_c | rejectattr('type', 'equalto', 'text') | list) -%}
-{%- set vusr_c = @CONTENT@ -%}
-{%- set vusr_rendered +%}{% set messages = messages[:-1] + [{'role': 'user', 'content': vusr_c}] +%}"""
-_ELSE = "{% endset %}{{- (vusr_rendered.split('<vusr>')[:-1] | join('<vusr>')) + '<vusr>' -}}\n{%- else +%}"
+# Files in which Python replaces each `@NAME@`. A policy is saved with their content, so comments on them are here.
+# - vusr_wrapper.jinja: names carry a prefix because Jinja's top-level variables are shared with the wrapped template.
+#   It never loops over message content: servers such as vLLM guess the content format of a template from such loops.
+#   The wrapped template is rendered with the turn in place and cut after the token. Everything else takes the verbatim
+#   copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+`
+#   signs keep the newlines that trim_blocks would remove at the seams.
+# - vicuna.jinja: `generation` marks what is trained, for TRL's own collators.
+# - vuser_turn.jinja: a server that passes text only has image placeholders in it.
+_TEMPLATES = Path(__file__).with_name("chat_templates")
 # Content of the open turn as the wrapped template receives it: the caller's form where the template takes any.
 _CONTENT = {
     "any": "vusr_c if vusr_c is string else vusr_images + [{'type': 'text', 'text': '<vusr>'}]",
@@ -84,9 +67,18 @@ def wrap_chat_template(
         return template
     # Jinja drops one newline at the end of a template; inside the wrapper it would no longer be at the end.
     inner = template.removesuffix("\n")
-    close = _CLOSE_ANSWERS.replace("@EOS@", repr(answer_end)) if answer_end else ""
-    head = _OPEN_TURN.replace("@IMAGE@", repr(image_token or "\x00")).replace("@CONTENT@", _CONTENT[content_form])
-    return MARK + close + _LAST_USER_TEXT + head + inner + _ELSE + inner + "{%+ endif %}"
+    close = _file("close_answers.jinja", EOS=repr(answer_end)) if answer_end else ""
+    values = {"CLOSE_ANSWERS": close, "IMAGE": repr(image_token or "\x00"), "CONTENT": _CONTENT[content_form]}
+    wrapper = _file("vusr_wrapper.jinja", **values)
+    return MARK + wrapper.removesuffix("\n").replace("@TEMPLATE@", inner)
+
+
+def _file(name: str, **values: str) -> str:
+    """A template of this package, with a value for each `@NAME@` in it."""
+    text = (_TEMPLATES / name).read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text
 
 
 def is_wrapped(template: str | dict[str, str] | None) -> bool:
@@ -114,49 +106,7 @@ VUSER_SYSTEM = VICUNA_SYSTEM + (
     "that are relevant to the content in the image, for example, asking about background knowledge of the objects in "
     "the image, asking to discuss about events happening in the image, etc. Again, do not ask about uncertain details."
 )
-# `generation` marks what is trained, for TRL's own collators.
-_VICUNA = """\
-{%- macro text_of(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}
-{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- macro images_of(content) -%}
-{%- if content is not string -%}
-{%- for part in content if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-@BOS@
-@SYSTEM@
-{%- set turn = namespace(open=false) -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{- text_of(message['content']) + ' ' -}}
-@VUSER@
-{%- elif message['role'] == 'user' -%}
-{{- 'USER: ' + images_of(message['content']) + text_of(message['content']) -}}
-{%- else -%}
-{{- ' ASSISTANT:' -}}
-{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and not turn.open -%}{{- ' ASSISTANT:' -}}{%- endif -%}
-"""
 _SYSTEM = "{%- if not messages or messages[0]['role'] != 'system' -%}{{- @TEXT@ + ' ' -}}{%- endif -%}"
-# A server that passes text only has image placeholders in it.
-_VUSER = """\
-{%- elif message['role'] == 'user' and
-    (text_of(message['content']) | replace('<image>', '') | trim).startswith('<vusr>') -%}
-{%- set text = text_of(message['content']) -%}
-{%- set question = text | replace('<image>', '') | replace('<vusr>', '', 1) | trim -%}
-{%- set images = images_of(message['content']) + '<image>\\n' * text.count('<image>') -%}
-{%- if loop.last and not question -%}
-{%- set turn.open = true -%}
-{{- 'VUSER:' + (' ' + images if images else '') -}}
-{%- else -%}
-{{- 'VUSER: ' + images + question + eos_token -}}
-{%- endif -%}
-"""
 
 
 def vicuna_template(*, text_role: bool = False, write_bos: bool, system: str | None = None) -> str:
@@ -181,10 +131,11 @@ def vicuna_template(*, text_role: bool = False, write_bos: bool, system: str | N
     """
     if system is None:
         system = VUSER_SYSTEM if text_role else VICUNA_SYSTEM
-    template = (
-        _VICUNA.replace("@BOS@", "{{- bos_token -}}" if write_bos else "")
-        .replace("@SYSTEM@\n", _SYSTEM.replace("@TEXT@", repr(system)) + "\n" if system else "")
-        .replace("@VUSER@\n", _VUSER if text_role else "")
+    template = _file(
+        "vicuna.jinja",
+        BOS="{{- bos_token -}}" if write_bos else "",
+        SYSTEM=_SYSTEM.replace("@TEXT@", repr(system)) + "\n" if system else "",
+        VUSER_TURN=_file("vuser_turn.jinja") if text_role else "",
     )
     return TEXT_ROLE_MARK + template if text_role else template
 
@@ -219,6 +170,11 @@ class TurnFormat:
     question_lead: str
 
 
+def text_message(role: str, text: str, content_form: str) -> dict[str, Any]:
+    """Return a message without images in the form of content that a template renders."""
+    return {"role": role, "content": text if content_form == "string" else [{"type": "text", "text": text}]}
+
+
 def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> TurnFormat:
     """
     Determine how a chat template writes turns, by rendering small conversations.
@@ -236,10 +192,7 @@ def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> 
         UserError: if the template renders neither form of content, or drops the text of a turn.
     """
     content_form = _content_form(render)
-
-    def message(role: str, text: str) -> dict:
-        return {"role": role, "content": text if content_form == "string" else [{"type": "text", "text": text}]}
-
+    message = partial(text_message, content_form=content_form)
     question = message("user", "q")
     asked = render([message("user", VUSR + LEFT + "q" + RIGHT)])
     answered = render([question, message("assistant", LEFT + "a" + RIGHT)])

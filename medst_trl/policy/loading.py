@@ -3,14 +3,31 @@
 """Load a policy: base model, adapter, processor, `<vusr>` token and chat template, from directories or the Hub."""
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx2
+import torch
+from huggingface_hub import constants, get_session
+from peft import PeftConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import split_revision
 
+from . import DTYPES
 from .adapters import DAMAGED, SHOWN, load_adapter, read_adapter_config, retie_lm_head
 from .base_weights import check_base, hub_commit
 from .families import check_family
@@ -18,12 +35,6 @@ from .parts import model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
 
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftConfig
-    from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
-
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 HUB_TIMEOUT = 10  # seconds, for an answer of any kind
 # Keys of config.json in the original code's layout, which transformers does not read.
 _ORIGINAL = ("mm_projector_type", "mm_vision_tower")
@@ -34,13 +45,13 @@ def load_policy(
     *,
     base_model_name_or_path: str | None = None,
     revision: str | None = None,
-    dtype: "str | torch.dtype" = "auto",
+    dtype: str | torch.dtype = "auto",
     is_trainable: bool = False,
     vusr_role: str | None = None,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     **model_kwargs: Any,
-) -> "tuple[PreTrainedModel, ProcessorMixin]":
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Load a policy and its processor, ready to answer, to ask (`<vusr>`) and to be trained.
 
@@ -107,7 +118,7 @@ def load_policy(
     return model.eval(), processor
 
 
-def check_dtype(dtype: "str | torch.dtype") -> None:
+def check_dtype(dtype: str | torch.dtype) -> None:
     """
     Check the name of a type of weights.
 
@@ -118,7 +129,7 @@ def check_dtype(dtype: "str | torch.dtype") -> None:
         raise UserError(f"Unknown dtype {dtype!r}. Choose one of {', '.join(DTYPES)}.")
 
 
-def _base_of(adapter: str, config: "PeftConfig", given: str | None) -> tuple[str, str | None]:
+def _base_of(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, str | None]:
     """Name and revision of an adapter's base."""
     named = given or config.base_model_name_or_path
     if not named:
@@ -148,9 +159,6 @@ def check_reachable(name_or_path: str) -> None:
         UserError: if it is none of these. If the Hub does not answer but the cache has the model, a line says how to
             use it without waiting.
     """
-    import httpx2
-    from huggingface_hub import constants, get_session
-
     if Path(name_or_path).is_dir() or constants.HF_HUB_OFFLINE:
         return
     try:
@@ -172,8 +180,6 @@ def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
     Raises:
         UserError: if there is no such directory or repository.
     """
-    from transformers.utils import cached_file
-
     try:
         found = cached_file(
             name_or_path,
@@ -189,8 +195,6 @@ def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
 
 def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
     """[`check_family`] for a directory or Hub repository, if its configuration can be read."""
-    from transformers import AutoConfig, PreTrainedConfig
-
     try:
         content, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs["revision"])
         if any(content.get(key) for key in _ORIGINAL):
@@ -204,9 +208,7 @@ def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
     check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
 
 
-def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixin":
-    from transformers import AutoProcessor
-
+def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> ProcessorMixin:
     try:
         return AutoProcessor.from_pretrained(name_or_path, **kwargs)
     except ImportError as error:
@@ -220,16 +222,12 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> "ProcessorMixi
 
 
 def _load_base(
-    name_or_path: str, dtype: "str | torch.dtype", kwargs: dict[str, Any], adapter: str | None
-) -> "PreTrainedModel":
+    name_or_path: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adapter: str | None
+) -> PreTrainedModel:
     """
     Load a model without an adapter, and check that no weight was missing: transformers initialises those at random and
     only logs it. `adapter` is the adapter whose base it is, for messages.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
-
     of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
     failed = f"No vision-language model could be loaded from {name_or_path!r}{of if adapter else ''}: "
     try:
@@ -259,7 +257,7 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
 
 
-def four_bit_config(name_or_path: str, dtype: "str | torch.dtype", **kwargs: Any) -> "BitsAndBytesConfig":
+def four_bit_config(name_or_path: str, dtype: str | torch.dtype, **kwargs: Any) -> BitsAndBytesConfig:
     """
     Configure QLoRA (https://huggingface.co/papers/2305.14314): NF4 with double quantization for the linear layers of
     the language model only.
@@ -277,9 +275,6 @@ def four_bit_config(name_or_path: str, dtype: "str | torch.dtype", **kwargs: Any
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('load_in_4bit needs bitsandbytes, which is not installed: pip install "medst_trl[qlora]"')
-    import torch
-    from transformers import AutoConfig, BitsAndBytesConfig
-
     model = on_meta(AutoConfig.from_pretrained(name_or_path, **kwargs))
     language_model = model_parts(model).language_model
     return BitsAndBytesConfig(
@@ -295,7 +290,7 @@ def four_bit_config(name_or_path: str, dtype: "str | torch.dtype", **kwargs: Any
     )
 
 
-def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "PreTrainedModel":
+def prepare_policy(model: PreTrainedModel, processor: ProcessorMixin) -> PreTrainedModel:
     """
     Add the `<vusr>` token to a loaded model and its processor, in place. [`load_policy`] and the trainers call it.
 
@@ -319,15 +314,13 @@ def prepare_policy(model: "PreTrainedModel", processor: "ProcessorMixin") -> "Pr
     return model
 
 
-def add_embedding_row(model: "PreTrainedModel", token_id: int) -> None:
+def add_embedding_row(model: PreTrainedModel, token_id: int) -> None:
     """
     Resize the embeddings so that they have a row for a token, in place.
 
     A new row is the mean of the others, so that it is the same wherever the model is loaded again: an adapter stores
     its own row, but the output row counts in every softmax. `mean_resizing` would draw it at random.
     """
-    import torch
-
     embedding = model.get_input_embeddings()
     # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token has wrapped the layer.
     rows = getattr(embedding, "original_module", embedding).num_embeddings
@@ -337,19 +330,14 @@ def add_embedding_row(model: "PreTrainedModel", token_id: int) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                with _gathered(layer.weight) as weight:
-                    weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+                with _gathered(layer.weight):
+                    layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
 
 
-@contextmanager
-def _gathered(weight: "torch.nn.Parameter") -> "Iterator[torch.nn.Parameter]":
-    """A whole weight, of which a rank holds a part under ZeRO-3. Changes reach every rank."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
+def _gathered(weight: torch.nn.Parameter) -> AbstractContextManager:
+    """Make a weight whole, of which a rank holds a part under ZeRO-3, for a block whose changes reach every rank."""
     if not is_deepspeed_zero3_enabled():
-        yield weight
-        return
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
-        yield weight
+    return deepspeed.zero.GatheredParameters(weight, modifier_rank=0)

@@ -4,28 +4,35 @@
 Merge an adapter into its base: a stand-alone checkpoint, published only once it predicts what the adapter predicts.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
 from medst_trl.base.fingerprints import split_revision
 
+from . import DTYPES
 from .base_weights import hub_commit
-from .loading import DTYPES, check_dtype, check_reachable, has_file, load_policy
+from .loading import check_dtype, check_reachable, has_file, load_policy
 
 
-if TYPE_CHECKING:
-    import os
-
-    import torch
-    from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
-
-    Batches = list[dict[str, torch.Tensor]]
+Batches = list[dict[str, torch.Tensor]]
 
 # Largest difference of a log-probability between adapter and merged model, both in float32.
 TOLERANCE = 1e-4
@@ -43,10 +50,10 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "b
 
 def merge_policy(
     model_name_or_path: str,
-    output_dir: "str | os.PathLike",
+    output_dir: str | os.PathLike,
     examples: Iterable[dict[str, Any]],
     *,
-    batches_of: "Callable[[ProcessorMixin, Sequence[dict[str, Any]]], Batches]",
+    batches_of: Callable[[ProcessorMixin, Sequence[dict[str, Any]]], Batches],
     base_model_name_or_path: str | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
@@ -130,8 +137,6 @@ def check_shard_size(size: str) -> None:
     Raises:
         UserError: if it is not a size.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=size)
     except ValueError as error:
@@ -147,8 +152,6 @@ def _check_adapter(adapter: str) -> None:
 
 def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
     """What is merged, with the commits from which the Hub cache loaded it, and the type to save."""
-    from transformers import AutoConfig
-
     base = model.get_base_model()
     config = AutoConfig.from_pretrained(
         base.name_or_path, revision=base.hub_commit, trust_remote_code=trust_remote_code
@@ -173,33 +176,27 @@ def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str
     }
 
 
-def _merged(model) -> "PreTrainedModel":
+def _merged(model) -> PreTrainedModel:
     try:
         return model.merge_and_unload(safe_merge=True).eval()
     except ValueError as error:  # weights that are not finite
         raise UserError(f"The adapter cannot be merged: {error}") from error
 
 
-def _save(model, processor: "ProcessorMixin", directory: Path, dtype: str, max_shard_size: str) -> None:
-    import torch
-
+def _save(model, processor: ProcessorMixin, directory: Path, dtype: str, max_shard_size: str) -> None:
     model.to(getattr(torch, dtype))
     model.generation_config = _generation_config(model)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     processor.save_pretrained(directory)
 
 
-def _generation_config(model: "PreTrainedModel") -> "GenerationConfig":
-    from transformers import GenerationConfig
-
+def _generation_config(model: PreTrainedModel) -> GenerationConfig:
     kept = {name: getattr(model.generation_config, name, None) for name in _TOKENS}
     return GenerationConfig(**{name: value for name, value in kept.items() if value is not None}, **SAMPLING)
 
 
-def _load_plainly(directory: Path, dtype: str, trust_remote_code: bool) -> "tuple[PreTrainedModel, ProcessorMixin]":
+def _load_plainly(directory: Path, dtype: str, trust_remote_code: bool) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a model as a tool that does not know medst_trl does."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval(), AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
@@ -230,10 +227,8 @@ def remove_model(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def log_probs(model: "PreTrainedModel", batches: "Batches") -> list["torch.Tensor"]:
+def log_probs(model: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:
     """Compute log-probabilities at the target tokens: float32 of shape (targets, vocabulary) for each batch."""
-    import torch
-
     rows = []
     for batch in batches:
         inputs = {
@@ -247,10 +242,8 @@ def log_probs(model: "PreTrainedModel", batches: "Batches") -> list["torch.Tenso
     return rows
 
 
-def difference(found: list["torch.Tensor"], expected: list["torch.Tensor"]) -> float:
+def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Return the largest difference in nats; NaN where anything is NaN."""
-    import torch
-
     return torch.stack([(one - other).abs().max() for one, other in zip(found, expected, strict=True)]).max().item()
 
 
@@ -268,15 +261,13 @@ def check_difference(difference: float, tolerance: float, how: str) -> None:
         )
 
 
-def check_same_inputs(batches: "Batches", again: "Batches") -> None:
+def check_same_inputs(batches: Batches, again: Batches) -> None:
     """
     Check that two processors made the same batches.
 
     Raises:
         UserError: if they did not.
     """
-    import torch
-
     for one, other in zip(batches, again, strict=True):
         if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
             raise UserError(

@@ -12,7 +12,8 @@ token is neutralised. Where the template has the text role `VUSER:` ([`set_vusr_
 import re
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, TypeVar
 
 from medst_trl.base.errors import UserError
 
@@ -24,6 +25,7 @@ from .chat_template import (
     has_text_role,
     is_wrapped,
     probe_turn_format,
+    text_message,
     vicuna_template,
     wrap_chat_template,
 )
@@ -31,6 +33,8 @@ from .chat_template import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+T = TypeVar("T")
 
 VUSR_ROLES = ("token", "text")
 # Inserted after the first character of a control token in data: invisible to a reader, and no longer a token.
@@ -159,23 +163,34 @@ def _render_two_turns(processor: "ProcessorMixin", template: str | dict[str, str
     processor.chat_template = template
     form = turn_format(processor).content_form
     turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
-    messages = [
-        {"role": role, "content": text if form == "string" else [{"type": "text", "text": text}]}
-        for role, text in turns
-    ]
+    messages = [text_message(role, text, form) for role, text in turns]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
+# Kept outside the processor because `save_pretrained` writes a processor's attributes.
+_FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDictionary()
+
+
+def _once_per_template(compute: "Callable[[ProcessorMixin], T]") -> "Callable[[ProcessorMixin], T]":
+    """Decorator that computes something about a processor again only when its chat template or vocabulary changes."""
+
+    @wraps(compute)
+    def known(processor: "ProcessorMixin") -> T:
+        facts = _FACTS.setdefault(processor, {})
+        key = (compute.__name__, str(processor.chat_template), len(tokenizer_of(processor)))
+        if key not in facts:
+            facts[key] = compute(processor)
+        return facts[key]
+
+    return known
+
+
+@_once_per_template
 def turn_format(processor: "ProcessorMixin") -> TurnFormat:
     """Return how the processor's chat template writes turns. Determined once per template."""
-    return _once_per_template(processor, "turn_format", _turn_format)
-
-
-def _turn_format(processor: "ProcessorMixin") -> TurnFormat:
     tokens = tokenizer_of(processor).added_tokens_decoder.values()
-    return probe_turn_format(
-        processor.apply_chat_template, [t.content for t in tokens if t.special and t.content != VUSR]
-    )
+    special = [token.content for token in tokens if token.special and token.content != VUSR]
+    return probe_turn_format(processor.apply_chat_template, special)
 
 
 def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
@@ -212,8 +227,9 @@ def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
         `tuple[str, int]`: The text and the number of places changed.
     """
     bare = text.replace(LEFT, "").replace(RIGHT, "")
-    pattern = _once_per_template(processor, "control_pattern", _control_pattern)
-    safe, changed = pattern.subn(lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare)
+    safe, changed = _control_pattern(processor).subn(
+        lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare
+    )
     return safe, changed + len(text) - len(bare)
 
 
@@ -229,6 +245,7 @@ def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> tuple[lis
     return safe, total
 
 
+@_once_per_template
 def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
     tokenizer = tokenizer_of(processor)
     template = processor.chat_template or ""
@@ -243,15 +260,3 @@ def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
     tokens |= {value for value in map(str, placeholders) if value != "None"}
     spellings = sorted((token for token in tokens | {VUSR} if token.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, spellings)))
-
-
-# Kept outside the processor because `save_pretrained` writes a processor's attributes.
-_FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDictionary()
-
-
-def _once_per_template(processor: "ProcessorMixin", name: str, compute: Callable[["ProcessorMixin"], Any]) -> Any:
-    facts = _FACTS.setdefault(processor, {})
-    key = (name, str(processor.chat_template), len(tokenizer_of(processor)))
-    if key not in facts:
-        facts[key] = compute(processor)
-    return facts[key]

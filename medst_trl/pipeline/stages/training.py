@@ -386,7 +386,7 @@ def check_bounds(args: Any, training_args: Any) -> None:
         UserError: for a number out of bounds, for training that would end before its first step, and for an unknown
             `dtype` or `vusr_role`.
     """
-    from medst_trl.policy.loading import DTYPES
+    from medst_trl.policy import DTYPES
     from medst_trl.policy.vusr import VUSR_ROLES
 
     for settings in (args, training_args):
