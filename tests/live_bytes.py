@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the bytes of all tensors that live at a time, on any device, also on one without content ("meta")."""
+"""Counts the bytes of all live tensors, on any device, also on the `meta` device, whose tensors have no data."""
 
 import weakref
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """What operations inside the block have made: `now`, and the most there was, `peak`. Both in bytes."""
+    """Bytes allocated by operations inside the block: `now`, and the maximum so far, `peak`."""
 
     def __init__(self):
         super().__init__()

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A stage-2 run small enough for a test: pairs of answers about noise, an adapter that is not at its starting point.
+A stage-2 run small enough for a test: pairs of answers about noise, and an adapter that differs from its start.
 
-As a script it runs in a process of its own:
+As a script it runs in a separate process:
 `python tests/tiny_dpo.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N]`
 """
 
@@ -59,7 +59,7 @@ def pair(number: int) -> dict:
 
 
 def adapter_policy(save_to: Path | None = None, **kwargs):
-    """A policy with an adapter whose every part differs from where it began, as after stage 1."""
+    """A policy with an adapter all of whose parts differ from their initial values, as after stage 1."""
     model, processor = small_policy(**kwargs)
     if save_to is not None:
         model.save_pretrained(save_to / "base")

@@ -3,7 +3,7 @@
 """
 A stage-1 run small enough for a test: four-turn conversations about noise, a LLaVA of 60k parameters.
 
-As a script it runs in a process of its own, which a test can kill or start with two ranks:
+As a script it runs in a separate process, which a test can kill or start with two ranks:
 `python tests/tiny_run.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N | --kill_while_saving N]`
 """
 
@@ -38,7 +38,7 @@ def text(content: str) -> list[dict]:
 
 
 def conversation(number: int, turns: int = 2, with_image: bool = True) -> dict:
-    """An example with an image of its own and a few turns of unequal length."""
+    """An example with its own image and a few turns of unequal length."""
     pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     messages = []
     for turn in range(turns):
@@ -85,7 +85,7 @@ def make_trainer(output_dir: str | Path, n: int = 16, lora: bool = True, **overr
 
 
 def train(output_dir: str | Path, **overrides) -> SelfQuestioningTrainer:
-    """Trains, going on from the newest complete checkpoint."""
+    """Train from the newest complete checkpoint, if there is one."""
     trainer = make_trainer(output_dir, **overrides)
     trainer.train(resume_from_checkpoint=resume_checkpoint(output_dir, trainer.accelerator))
     return trainer

@@ -59,7 +59,7 @@ WAYS = ("stock", "ours", "ours, cached")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: pairs of such answers in such batches, by these ways, of which the first is the measure."""
+    """A setting: lengths of answers, batch size, and the variants to compare, the first of which is the baseline."""
 
     shape: Shape
     device: torch.device
@@ -82,7 +82,7 @@ class Setting:
 
 
 def make_trainers(setting: Setting, model: "torch.nn.Module", cache: str) -> dict[str, DPOTrainer]:
-    """A trainer for each way, all with the same weights, a little away from the reference."""
+    """A trainer for each variant, all with the same weights, which differ slightly from the reference."""
     shape, trainers = setting.shape, {}
     dataset = preference_pairs(shape, build_processor(shape), setting.lengths, len(setting.lengths), setting.images)
     common = common_arguments(setting.batch_size, setting.device, shape.dtype, setting.gradient_checkpointing)
@@ -107,7 +107,7 @@ def make_trainers(setting: Setting, model: "torch.nn.Module", cache: str) -> dic
 
 
 def reference_seconds(trainer: DPOTrainer, device: torch.device) -> float:
-    """What computing the reference of a pair takes, data at hand: the price of caching it."""
+    """Time to compute the reference of a pair without loading data: the cost of caching it."""
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     synchronise(device)
     begun = time.perf_counter()

@@ -63,7 +63,7 @@ WAYS = ("stock", *OURS)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: conversations in such batches, by these ways, of which the first is the measure."""
+    """A setting: conversations, batch size, and the variants to compare, the first of which is the baseline."""
 
     shape: Shape
     device: torch.device
@@ -81,7 +81,7 @@ class Setting:
 
 
 def make_trainers(setting: Setting, model: "torch.nn.Module", dataset: Dataset) -> dict[str, SFTTrainer]:
-    """A trainer for each way, all with the same weights."""
+    """A trainer for each variant, all with the same weights."""
     shape, trainers = setting.shape, {}
     common = common_arguments(setting.batch_size, setting.device, shape.dtype, setting.gradient_checkpointing)
     for way in setting.ways:

@@ -230,7 +230,7 @@ def preference_pairs(
     rows = []
     for number, image in enumerate(some_images(count, images)):
         chosen, rejected = lengths[number % len(lengths)]
-        # They differ in their first words: equal answers would be set aside.
+        # They differ in their first words: equal answers would be rejected.
         first, other = rng.sample(words, 2)
         question = _words(words, question_words, rng)
         rows.append(

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 as far as it goes without GPUs: the same steps, and an adapter that is whole."""
+"""FSDP2 as far as it can be tested without GPUs: the same steps, and a complete adapter."""
 
 import json
 import os

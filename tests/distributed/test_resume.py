@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of several ranks: continued by as many to the same end, and refused where they cannot be read."""
+"""Checkpoints of several ranks: resumed to the same weights, and refused if they cannot be read."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Preference tuning takes the same steps whichever way it is computed."""
+"""Preference tuning takes the same steps however it is computed."""
 
 import functools
 from pathlib import Path
@@ -51,13 +51,13 @@ def dpo(folder: Path, **settings) -> Trajectory:
 
 @functools.cache
 def plain(policy: str, *loss_types: str) -> Trajectory:
-    """The way of stock TRL: a prompt and an image of its own for each answer, the reference computed in every step."""
+    """As in stock TRL: each answer with its own prompt and image, and the reference computed in every step."""
     with TemporaryDirectory() as folder:
         return dpo(Path(folder), policy=policy, loss_type=list(loss_types), share_prefix=False)
 
 
 def assert_shared(shared: Trajectory, separate: Trajectory) -> None:
-    """Prefixes were shared: that was not given up for separate sequences, which would agree all the more."""
+    """Check that prefixes were shared, and not replaced by separate sequences, which would agree even better."""
     assert shared.tokens < 0.9 * separate.tokens
     assert 2 * shared.images == separate.images
 

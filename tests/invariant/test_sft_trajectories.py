@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Self-questioning takes the same steps whichever way it is computed."""
+"""Self-questioning takes the same steps however it is computed."""
 
 import functools
 from pathlib import Path
@@ -37,7 +37,7 @@ def sft(folder: Path, **settings) -> Trajectory:
 
 @functools.cache
 def plain(lora: bool) -> Trajectory:
-    """Padded batches, nothing computed twice."""
+    """Padded batches without gradient checkpointing."""
     with TemporaryDirectory() as folder:
         return sft(Path(folder), lora=lora)
 

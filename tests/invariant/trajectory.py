@@ -56,7 +56,7 @@ class Trajectory:
 
 
 def follow(trainer: Trainer) -> Trajectory:
-    """Trains, with `logging_steps=1`."""
+    """Train with `logging_steps=1`."""
     work = {"tokens": 0, "images": 0, "attentions": 0}
 
     def count_tokens(module, args, kwargs):
@@ -81,7 +81,7 @@ def follow(trainer: Trainer) -> Trajectory:
 
 
 def follow_ranks(script: str, folder: Path, ranks: int, **overrides) -> Trajectory:
-    """Trains in processes of its own, one for each rank; `script` is `tiny_run.py` or `tiny_dpo.py`."""
+    """Train in separate processes, one per rank; `script` is `tiny_run.py` or `tiny_dpo.py`."""
     folder.mkdir(parents=True)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: the reference is the policy, all of it, and stays; what should train does; logs tell the truth."""
+"""Stage 2: the reference is a fixed copy of the whole policy, the right parts train, and logs are correct."""
 
 import json
 import math

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A batch without an image runs the vision tower all the same, and nothing else changes."""
+"""Sizes and checks of stored images; a batch without an image still runs the vision tower, with equal outputs."""
 
 import io
 

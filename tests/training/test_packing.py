@@ -243,7 +243,7 @@ def test_rows_hold_every_document_once_and_cost_no_more_than_padding(lengths, co
 
 
 def test_conversations_of_little_text_share_rows_in_a_large_model():
-    """LLaVA-1.5: with 576 tokens of image each, no two fit into a row as long as the longest."""
+    """LLaVA-1.5: with 576 image tokens each, no two fit into a row as long as the longest."""
     lengths = [1041] + [800] * 15
     assert 7 <= len(rows_of(lengths, 1 / (3 * 4096))) <= 10
     assert len(rows_of(lengths, 1 / (3 * 64))) == 16
@@ -264,7 +264,7 @@ class Numbers(Dataset):
 
 
 class Memory(torch.nn.Module):
-    """Remembers the examples of each batch it is given."""
+    """Records the examples of each batch."""
 
     def __init__(self, dies_after=None):
         super().__init__()

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a preference batch read as the same conversations read in stage 1; what is scored is the answers."""
+"""Rows of a preference batch read as in stage 1, and only the answers are scored."""
 
 import io
 from collections import Counter
@@ -129,7 +129,7 @@ def as_image_column(dataset: Dataset) -> Dataset:
 
 
 def as_files(dataset: Dataset, folder) -> Dataset:
-    """The same pairs, their images beside the data and turned by EXIF."""
+    """The same pairs with images in files and rotated by EXIF."""
     exif = Image.Exif()
     exif[0x112] = 6
     paths = []
@@ -143,7 +143,7 @@ def as_files(dataset: Dataset, folder) -> Dataset:
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many images `datasets` has decoded."""
+    """Number of images that `datasets` has decoded."""
     count, decode = Counter(), ImageFeature.decode_example
 
     def counted(self, value, *args, **kwargs):

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A shared prompt changes nothing but the work: scores and gradients are those of separate sequences."""
+"""A shared prompt saves work and changes no result: scores and gradients are those of separate sequences."""
 
 import functools
 import logging
@@ -76,7 +76,7 @@ def test_the_layout_is_prompt_chosen_last_prompt_token_rejected():
 
 
 def shared_and_separate(model, processor, examples, **settings) -> tuple:
-    """What the fused head gives, and the gradient of a loss that weighs every score differently, in both layouts."""
+    """The fused head's output, and the gradient of a loss that weights every score differently, in both layouts."""
     add_fused_lm_head(model, outputs=OUTPUTS)
     plain_forward, results = model.forward, []
     for share in (True, False):
@@ -251,7 +251,7 @@ def test_a_model_that_rejects_the_mask_continues_with_separate_sequences(tmp_pat
 
 
 def test_another_attention_implementation_is_compared_again(tmp_path, monkeypatch, caplog):
-    """As where FlexAttention takes over for the first long batch."""
+    """As if FlexAttention were used for the first long batch."""
     plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=4))
     right = prefix_sharing.branch_masks
     calls = []

@@ -42,7 +42,7 @@ TIMES = ("runtime", "per_second", "flos", "data_wait")
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Pairs that a reference has read, a number for each of its forwards."""
+    """Number of pairs in each forward pass of the reference."""
     batches, compute = [], MultimodalDPOTrainer.compute_ref_log_probs
 
     def counted(self, model, inputs):
@@ -229,14 +229,14 @@ def test_a_frozen_part_stays_frozen_and_the_reference_does_not_move(tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A run's folder whose file holds twelve pairs."""
+    """A run directory whose file holds twelve pairs."""
     folder = tmp_path_factory.mktemp("written")
     cached(folder)
     return folder
 
 
 def key_of(change=None, policy=adapter_policy, **settings) -> str:
-    """The name of the file of a policy's numbers, the policy changed in place."""
+    """The name of the file for a policy after a change in place."""
     model, processor = policy()
     if change is not None:
         with torch.no_grad():

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A run killed anywhere and resumed gives the weights of the run that was not."""
+"""A run that is killed anywhere and resumed ends with the weights of an uninterrupted run."""
 
 import json
 import os

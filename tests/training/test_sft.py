@@ -344,7 +344,7 @@ def _two_ranks(folder: Path, overrides: dict, *kill: str) -> dict | None:
 
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(tmp_path):
-    """Where every weight trains; an adapter, and other ways of running two ranks: see tests/distributed."""
+    """With every weight trained; for an adapter and other kinds of launch see tests/distributed."""
     # Text-only rows among the others: a rank whose batch has no image must not hang, nor count differently.
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()

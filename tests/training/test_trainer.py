@@ -23,7 +23,7 @@ from medst_trl.training.trainer import DataWait
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
