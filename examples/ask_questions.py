@@ -1,13 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Let a trained policy ask: a bare `<vusr>` behind the image, and the model writes the question.
+Let a trained policy ask: after an image and an empty `<vusr>` turn the model writes the question.
 
 ```bash
 python examples/ask_questions.py runs/demo/sft
 ```
 
-It asks about drawn scans that no stage has seen, and counts the questions that such a scan can answer.
+It asks about drawn scans that no stage has seen, and counts the questions that the scans answer.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from medst_trl.policy.vusr import VUSR
 def ask(
     model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], batch_size: int = 50, **sampling
 ) -> list[str]:
-    """One question for each image."""
+    """Return one question about each image."""
     questions = []
     for start in range(0, len(images), batch_size):
         conversations = [
@@ -44,7 +44,7 @@ def ask(
 
 
 def measure(model_name_or_path: str, count: int, seed: int, **sampling) -> tuple[float, float]:
-    """Shares of sampled questions that are well-formed, and that their scan answers."""
+    """Return the shares of sampled questions that are well-formed and that their scan answers."""
     model, processor = load_policy(model_name_or_path)
     phantoms = make_phantoms(count, seed, split="unlabelled")
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def main(model_name_or_path: str, count: int, seed: int) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_name_or_path", help="folder or Hub id of a policy or its adapter")
+    parser.add_argument("model_name_or_path", help="directory or Hub id of a policy or its adapter")
     parser.add_argument("--count", type=int, default=200, help="number of drawn scans")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

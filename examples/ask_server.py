@@ -9,8 +9,8 @@ transformers serve runs/demo/merged          # pip install "transformers[serving
 python examples/ask_server.py http://localhost:8000/v1 runs/demo/merged --image scan.png
 ```
 
-Nothing here is medst_trl's but the drawn scan it takes without `--image`: the merged model has its chat template with
-it, so a message with nothing but `<vusr>` behind the image is one that the model writes.
+Only the drawn scan, which it uses without `--image`, needs medst_trl: the merged model has its own chat template, so
+the model writes any message that has nothing but `<vusr>` after the image.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from PIL import Image
 VUSR = "<vusr>"
 
 
-def say(client: OpenAI, model: str, image: Image.Image, text: str, temperature: float) -> str:
-    """What the model writes behind an image and a text: an answer, or behind `<vusr>` a question."""
+def complete(client: OpenAI, model: str, image: Image.Image, text: str, temperature: float) -> str:
+    """Return what the model writes after an image and a text: an answer, or after `<vusr>` a question."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -38,12 +38,12 @@ def say(client: OpenAI, model: str, image: Image.Image, text: str, temperature: 
 
 
 def main(base_url: str, model: str, image: Image.Image, question: str, count: int = 3, temperature: float = 1.2):
-    """Asks one question, then lets the model ask `count` of its own and answers them."""
+    """Ask one question, then let the model ask `count` of its own and answer them."""
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
-    pairs = [(question, say(client, model, image, question, temperature=0))]
+    pairs = [(question, complete(client, model, image, question, temperature=0))]
     for _ in range(count):
-        asked = say(client, model, image, VUSR, temperature)
-        pairs.append((asked, say(client, model, image, asked, temperature=0)))
+        asked = complete(client, model, image, VUSR, temperature)
+        pairs.append((asked, complete(client, model, image, asked, temperature=0)))
     for number, (asked, answer) in enumerate(pairs):
         print(f"{'it asks' if number else 'you ask'}: {asked}\nanswer:  {answer}")
     return pairs
@@ -57,10 +57,10 @@ def drawn_scan() -> Image.Image:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base_url", help="where the server's API begins, for example http://localhost:8000/v1")
-    parser.add_argument("model", help="the name that the server knows the model by; for most its folder or Hub id")
-    parser.add_argument("--image", help="file of an image; a drawn scan by default")
+    parser.add_argument("base_url", help="address of the server's API, for example http://localhost:8000/v1")
+    parser.add_argument("model", help="name of the model on the server; often its directory or Hub id")
+    parser.add_argument("--image", help="image file; a drawn scan by default")
     parser.add_argument("--question", default="What does the image show?")
-    parser.add_argument("--count", type=int, default=3, help="questions that the model asks")
+    parser.add_argument("--count", type=int, default=3, help="number of questions that the model asks")
     args = parser.parse_args()
     main(args.base_url, args.model, Image.open(args.image) if args.image else drawn_scan(), args.question, args.count)

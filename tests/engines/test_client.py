@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One call at a time, against a transport that answers as told."""
+"""The client, one call after another, against a scripted transport."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def fast(monkeypatch):
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):
-    """Ask one after the other; `responses` are given in turn, the last one for ever."""
+    """Make the calls one after another; `responses` come in turn, the last one repeats."""
     sent = []
 
     def respond(http_request):
@@ -76,7 +76,7 @@ def ask(responses, requests=None, cache=None, budget=None, **settings):
     return client, answers, sent
 
 
-def test_an_answer():
+def test_a_reply_is_read():
     client, [answer], sent = ask([completion()])
     assert answer.reading.scores == (8, 5) and answer.reason is None and not answer.cached
     assert sent == [request().body()] and client.events == {"calls": 1}
@@ -91,7 +91,7 @@ def test_an_answer():
         {"error": {"message": "upstream", "code": 502}}, {"error": "busy"},
     ],
 )  # fmt: skip
-def test_what_passes_is_tried_again_and_only_so_often(failure):
+def test_passing_failures_are_retried_a_limited_number_of_times(failure):
     _, [answer], sent = ask([failure, failure, completion()])
     assert answer.reading.scores == (8, 5) and len(sent) == 3
     cache = ReplyCache()
@@ -114,7 +114,7 @@ def test_what_passes_is_tried_again_and_only_so_often(failure):
         ((429, {"message": "daily limit"}, {"Retry-After": "3600"}), "60 minutes"),
     ],
 )  # fmt: skip
-def test_what_stays_stops_the_run_at_once(failure, said):
+def test_permanent_failures_stop_the_run_at_once(failure, said):
     client, answers, sent = ask([failure])
     assert answers == [] and len(sent) == 1
     message = str(client.stop_error)
@@ -131,7 +131,7 @@ def test_what_stays_stops_the_run_at_once(failure, said):
         ((400, {"message": "bad", "code": "invalid_image_format"}), "image_refused"),
     ],
 )  # fmt: skip
-def test_what_is_refused_is_dropped_and_not_asked_again(failure, reason):
+def test_a_refusal_drops_the_call_and_is_cached(failure, reason):
     cache = ReplyCache()
     _, [answer, _, same], sent = ask([failure, completion()], [request(), request("b"), request()], cache)
     assert answer.reason == same.reason == reason and len(sent) == 2
@@ -141,7 +141,7 @@ def test_what_is_refused_is_dropped_and_not_asked_again(failure, reason):
 
 @pytest.mark.parametrize("failure", [(400, {"message": "no image"}), (400, {"message": "flagged"})])
 @pytest.mark.parametrize("number", [3, 50])
-def test_refusals_of_a_server_that_never_judged_hold_for_its_run_only(tmp_path, failure, number):
+def test_refusals_of_a_server_that_never_answered_are_not_cached(tmp_path, failure, number):
     requests = [request(str(n)) for n in range(number)] + [request("0")]
     client, answers, sent = ask([failure], requests, ReplyCache(tmp_path))
     assert len(sent) == min(number, judge_client.GIVE_UP_AFTER) and not any(answer.reading for answer in answers)
@@ -150,7 +150,7 @@ def test_refusals_of_a_server_that_never_judged_hold_for_its_run_only(tmp_path, 
     assert len(answers) == number + 1 and all(answer.reading for answer in answers)
 
 
-def test_an_earlier_reply_does_not_vouch_for_the_server_of_this_run(tmp_path):
+def test_a_cached_reply_does_not_show_that_the_server_of_this_run_works(tmp_path):
     ask([completion()], cache=ReplyCache(tmp_path))
     requests = [request(), request("b")]
     _, answers, _ = ask([(400, {"message": "no image"})], requests, ReplyCache(tmp_path))
@@ -180,16 +180,16 @@ def test_an_earlier_reply_does_not_vouch_for_the_server_of_this_run(tmp_path):
         (400, "the model could not start: image file not found", "image_refused"),
     ],
 )  # fmt: skip
-def test_what_servers_mean(status, message, kind):
+def test_messages_of_servers_are_sorted(status, message, kind):
     assert trouble_of_status(status, {"message": message}).kind == kind
 
 
-def test_a_server_that_takes_no_images_stops_the_run_and_says_what_to_do():
+def test_a_server_without_images_stops_the_run_with_advice():
     client, answers, sent = ask([(400, {"message": "At most 0 image(s) may be provided in one request."})])
     assert answers == [] and len(sent) == 1 and "--limit-mm-per-prompt" in str(client.stop_error)
 
 
-def test_a_key_in_the_address_is_in_no_message():
+def test_no_message_contains_a_key_of_the_address():
     address = "http://h/v1?api_key=abcdefsecret"
     client, _, _ = ask([httpx2.ConnectError(f"no route to {address}")], base_url=address, max_retries=0)
     assert "cannot be reached" in str(client.stop_error) and "abcdefsecret" not in str(client.stop_error)
@@ -197,12 +197,12 @@ def test_a_key_in_the_address_is_in_no_message():
     assert "abcdefsecret" not in client.base_url
 
 
-def test_a_request_that_is_no_good_is_given_up():
+def test_a_bad_request_is_given_up():
     _, [answer], sent = ask([(400, {"message": "context length exceeded"})])
     assert answer.reason == "request_failed" and "context length" in answer.detail and len(sent) == 1
 
 
-def test_an_unreadable_reply_is_asked_for_again_with_a_reminder():
+def test_an_unreadable_reply_is_retried_with_a_reminder():
     cache = ReplyCache()
     _, [answer], sent = ask([completion("Lovely."), completion("8 5")], cache=cache)
     assert answer.reading.scores == (8, 5) and len(cache.attempts("k")) == 2
@@ -210,7 +210,7 @@ def test_an_unreadable_reply_is_asked_for_again_with_a_reminder():
     assert sent[1]["messages"][1]["content"] == "Lovely."
 
 
-def test_unreadable_for_good():
+def test_unreadable_replies_are_given_up_after_some_attempts():
     cache = ReplyCache()
     _, [answer], sent = ask([completion("Lovely.")], cache=cache)
     assert answer.reason == "unparsable" and len(sent) == judge_client.RE_ASKS + 1
@@ -218,7 +218,7 @@ def test_unreadable_for_good():
     assert again.reason == "unparsable" and sent == []
 
 
-def test_a_killed_run_goes_on_after_the_last_attempt():
+def test_a_killed_run_resumes_after_the_last_attempt():
     cache = ReplyCache()
     cache.add({"key": "k", "attempt": 0, "reply": "Lovely.", "finish_reason": "stop", "usage": None})
     _, [answer], sent = ask([completion()], cache=cache)
@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_after_the_last_attempt():
     ],
 )
 @pytest.mark.filterwarnings("ignore:The server takes no temperature")
-def test_a_server_that_takes_less_is_asked_for_less(words, left):
+def test_refused_fields_are_replaced_or_left_out(words, left):
     body = {"response_format": {"type": "json_schema", "json_schema": {}}}
     requests = [request("a", **body), request("b", **body)]
     _, answers, sent = ask([(400, {"message": words}), completion()], requests)
@@ -271,7 +271,7 @@ def test_a_run_in_which_nothing_works_stops(failure, calls):
     assert client.stop_error and len(answers) == calls and len(sent) <= 3 * calls
 
 
-def test_a_server_that_goes_away_stops_the_run():
+def test_a_server_that_disappears_stops_the_run():
     requests = [request(str(n)) for n in range(50)]
     client, answers, _ = ask([completion()] * 5 + [httpx2.ConnectError("refused")], requests, max_retries=1)
     assert len([answer for answer in answers if answer.reading]) == 5
@@ -284,7 +284,7 @@ def test_bad_requests_among_good_ones_do_not_stop_the_run():
     assert client.stop_error is None and len(answers) == 40
 
 
-def test_a_hanging_server_is_left_after_the_timeout():
+def test_a_call_to_a_hanging_server_times_out():
     async def run():
         async def hang(_):
             await asyncio.sleep(60)
@@ -298,7 +298,7 @@ def test_a_hanging_server_is_left_after_the_timeout():
     assert client.budget.uncertain > 0  # it may have been charged
 
 
-def test_the_budget_stops_the_run_before_it_is_overdrawn():
+def test_the_budget_stops_the_run_before_it_is_exceeded():
     prices = Prices(1e3, 1e3)  # a call: at most $0.15, really $0.11
     requests = [request(str(n)) for n in range(50)]
     client, answers, sent = ask([completion()], requests, budget=Budget(prices, 1.0))
@@ -306,7 +306,7 @@ def test_the_budget_stops_the_run_before_it_is_overdrawn():
     assert len(sent) == len(answers) == 8 and client.budget.spent == pytest.approx(0.88)
 
 
-def test_without_usage_the_most_is_counted():
+def test_without_usage_the_upper_bound_counts():
     client, _, sent = ask(
         [{"choices": [{"message": {"content": "8 5"}}]}],
         [request(str(n)) for n in range(9)],
@@ -315,20 +315,20 @@ def test_without_usage_the_most_is_counted():
     assert len(sent) == 6 and client.budget.spent == pytest.approx(0.9)
 
 
-def test_a_reminder_is_in_the_reservation():
+def test_a_reminder_counts_in_the_reservation():
     budget = Budget(Prices(1e3, 1e3), 100.0)
     long = completion("Lovely. " * 500) | {"usage": None}
     _, [answer], _ = ask([long, completion() | {"usage": None}], budget=budget)
     assert answer.reading and budget.spent > 2 * 0.15 + 2.0
 
 
-def test_offline_counts_what_is_missing():
+def test_offline_counts_missing_replies():
     client, [answer], sent = ask([completion()], offline=True)
     assert client.missing == 1 and answer.reading is None and sent == []
 
 
 @pytest.mark.parametrize("value", ["", "  "])
-def test_no_key(monkeypatch, value):
+def test_a_missing_key_is_refused_unless_there_is_a_base_url(monkeypatch, value):
     monkeypatch.setenv("OPENAI_API_KEY", value)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(UserError, match="environment variable OPENAI_API_KEY"):
@@ -336,7 +336,7 @@ def test_no_key(monkeypatch, value):
     assert api_key("OPENAI_API_KEY", "http://localhost:8000/v1")
 
 
-def test_the_key_itself_is_no_variable(monkeypatch):
+def test_a_key_is_refused_as_the_name_of_a_variable(monkeypatch):
     with pytest.raises(UserError) as error:
         api_key(KEY, None)
     assert KEY not in str(error.value)
@@ -346,7 +346,7 @@ def test_the_key_itself_is_no_variable(monkeypatch):
     assert KEY not in str(error.value)
 
 
-def test_the_key_is_in_no_message():
+def test_no_message_contains_the_key():
     for text in (f"bad key {KEY}", f"Bearer {KEY}!", "https://user:word@host/v1"):
         for trouble in (trouble_of_status(500, {"message": text}, secret=KEY), trouble_in_body(text, KEY)):
             said = f"{trouble} {trouble.detail} {trouble.next_step('m', 'http://x', 'V')}"
@@ -361,7 +361,7 @@ def test_the_key_is_in_no_message():
         ({"retry-after": "nan"}, None), ({"retry-after": "inf"}, None), ({"retry-after": ""}, None),
     ],
 )  # fmt: skip
-def test_retry_after(headers, seconds):
+def test_retry_after_as_a_number(headers, seconds):
     assert retry_after_of(headers) == seconds
 
 
@@ -370,14 +370,14 @@ def test_retry_after_as_a_date():
     assert retry_after_of({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
 
 
-def test_waits_grow_and_end(monkeypatch):
+def test_waits_grow_up_to_a_limit(monkeypatch):
     monkeypatch.undo()
     waits = [max(wait_before(attempt, None) for _ in range(50)) for attempt in range(12)]
     assert waits[0] <= 0.5 < waits[3] and max(waits) <= 30
     assert 7 <= wait_before(0, 7.0) < 7.2
 
 
-def test_the_pace_falls_when_the_server_turns_away_many_and_rises_again():
+def test_the_pace_falls_when_many_calls_are_turned_away_and_rises_again():
     pace = Pace(32)
     for _ in range(100):  # one in ten: the server fails now and then, it is not overloaded
         pace.pushed_back(None)
@@ -403,7 +403,7 @@ def test_no_call_starts_before_an_overloaded_server_allows_it():
     assert asyncio.run(run()) >= 0.2
 
 
-def test_slots_are_never_exceeded_and_never_lost():
+def test_slots_are_neither_exceeded_nor_lost():
     async def run():
         pace, under_way, most = Pace(5), 0, 0
 

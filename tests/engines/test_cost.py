@@ -14,7 +14,7 @@ def row(key, attempt=0, reply="8 9"):
     return {"key": key, "attempt": attempt, "reply": reply, "finish_reason": "stop", "usage": None}
 
 
-def test_prices():
+def test_known_prices():
     assert prices_of("gpt-4o").input == 2.5
     assert prices_of("gpt-4o-2024-08-06") == prices_of("gpt-4o")
     assert prices_of("gpt-4o-mini-2024-07-18") == prices_of("gpt-4o-mini") != prices_of("gpt-4o")
@@ -39,14 +39,14 @@ def test_image_tokens_as_openai_counts_them():
 
 
 @given(st.text(max_size=500))
-def test_most_tokens_of_a_text_are_its_bytes(text):
+def test_a_text_has_at_most_as_many_tokens_as_bytes(text):
     size = RequestSize.of([{"role": "user", "content": [{"type": "text", "text": text}]}], 100)
     assert size.at_most >= len(text.encode("utf-8", "replace")) + 100
     assert size.likely <= size.at_most
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["cost", "nothing", "unknown"])), max_size=60))
-def test_a_budget_is_never_overdrawn(calls):
+def test_a_budget_is_never_exceeded(calls):
     budget, under_way = Budget(Prices(1, 1), max_cost=2.0), []
     for amount, outcome in calls:
         if budget.reserve(amount):
@@ -88,7 +88,7 @@ def test_cache_keeps_calls_without_a_reply_apart(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))
-def test_cache_survives_a_line_cut_off(tmp_path, cut):
+def test_cache_survives_an_incomplete_line(tmp_path, cut):
     cache = ReplyCache(tmp_path)
     for key in "ab":
         cache.add(row(key))
@@ -103,7 +103,7 @@ def test_cache_survives_a_line_cut_off(tmp_path, cut):
     assert last.attempts("a") and last.attempts("c")
 
 
-def test_cache_passes_over_what_is_not_its_own(tmp_path):
+def test_cache_skips_foreign_lines(tmp_path):
     lines = [b"\xff\xfe", b"[]", b"7", b"{}", b'{"key": 1, "attempt": 0, "reply": ""}', json.dumps(row("a")).encode()]
     (tmp_path / FILE_NAME).write_bytes(b"\n".join(lines))
     assert ReplyCache(tmp_path).attempts("a")
@@ -116,7 +116,7 @@ def test_two_processes_can_share_a_cache(tmp_path):
     assert all(ReplyCache(tmp_path).attempts(str(number)) for number in range(20))
 
 
-def test_cache_without_a_folder(tmp_path, monkeypatch):
+def test_cache_without_a_directory_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = ReplyCache()
     cache.add(row("a"))

@@ -77,7 +77,7 @@ def test_every_family_is_covered():
     }
 
 
-def test_logits(family):
+def test_shared_prompts_give_the_same_logits(family):
     model, processor = family
     assert shares_prompts(model)
     settings = GREEDY | {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
@@ -91,7 +91,7 @@ def test_logits(family):
 
 
 @pytest.mark.parametrize("steps_per_call", [5, 32])
-def test_texts(family, steps_per_call, monkeypatch):
+def test_shared_prompts_give_the_same_texts(family, steps_per_call, monkeypatch):
     """Also where a text that has ended leaves the batch before the others."""
     model, processor = family
     monkeypatch.setattr(decoding, "STEPS_PER_CALL", steps_per_call)
@@ -105,7 +105,7 @@ def test_texts(family, steps_per_call, monkeypatch):
             assert len({ended for _, ended in plain}) == 2, "none ends before the others: no test"
 
 
-def test_one_text_behind_each_prompt(family):
+def test_shared_prompts_with_one_text_each_give_the_same_texts(family):
     model, processor = family
     inputs = plain_inputs(processor, range(len(PROMPTS)))
     shared = write_texts(model, processor, remembered_inputs(model, processor), 40, None, [1] * len(PROMPTS))
@@ -129,7 +129,7 @@ def test_ended_texts_leave_the_batch(monkeypatch):
     assert len(texts) == sum(DRAWS)
 
 
-def test_a_model_saved_without_cache(monkeypatch):
+def test_a_model_saved_without_cache_writes_the_same_texts(monkeypatch):
     model, processor = tiny_model("vicuna")
     expected = write_texts(model, processor, plain_inputs(processor), 12, sampler())
     monkeypatch.setattr(model.generation_config, "use_cache", False)
@@ -165,8 +165,8 @@ WRITING = {  # what a generation config may ask for that must not count anew in 
 
 
 @pytest.mark.parametrize("name", WRITING)
-def test_settings_saved_with_a_model(name, monkeypatch):
-    """Do not change its texts, in either way."""
+def test_generation_settings_of_a_model_change_no_text(name, monkeypatch):
+    """With and without shared prompts."""
     model, processor = tiny_model("vicuna")
     monkeypatch.setattr(decoding, "STEPS_PER_CALL", 4)
     model.generation_config.eos_token_id = list(range(5, 400, 16))
@@ -183,8 +183,8 @@ def test_settings_saved_with_a_model(name, monkeypatch):
     assert texts() == expected
 
 
-def test_tokens_that_a_model_must_not_write():
-    """They are left to its generation config: each is kept from the first token to the last."""
+def test_tokens_that_a_generation_config_forbids_are_not_written():
+    """From the first token to the last."""
     model, processor = tiny_model("vicuna")
     before = write_texts(model, processor, plain_inputs(processor), 40)
     ids = processor.tokenizer(before[0][0], add_special_tokens=False)["input_ids"]
@@ -194,7 +194,7 @@ def test_tokens_that_a_model_must_not_write():
     assert write_texts(model, processor, remembered_inputs(model, processor), 40, None, DRAWS) == plain
 
 
-def test_others_do_not_share():
+def test_other_families_and_caches_do_not_share_prompts():
     model, _ = tiny_model("vicuna")
     model.generation_config.cache_implementation = "static"
     assert not shares_prompts(model)
@@ -238,7 +238,7 @@ def chi_square(counts, probabilities):
     ],
     ids=str,
 )
-def test_distribution(sampling):
+def test_samples_follow_the_distribution_of_the_warpers(sampling):
     """Over many streams, and over the steps of one, tokens come as often as after transformers' own warpers."""
     n = 5_000
     scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 1.5
@@ -255,7 +255,7 @@ def test_a_wrong_sampler_would_be_noticed():
     assert abs(chi_square(counts, [0.5, 0.5])) < 5 < chi_square(counts, [0.6, 0.4])
 
 
-def test_a_row_knows_nothing_of_its_neighbours():
+def test_a_row_does_not_depend_on_its_batch():
     scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
     streams = [random_stream(0, f"r{row}", "question", 0) for row in range(6)]
     together = draw(scores, streams, steps=8)
@@ -265,7 +265,7 @@ def test_a_row_knows_nothing_of_its_neighbours():
     assert (draw(scores[order], [streams[row] for row in order], steps=8) == together[order]).all()
 
 
-def test_streams_differ_and_repeat():
+def test_random_streams_differ_and_are_reproducible():
     scores = torch.zeros(1, 1000)
     names = [
         random_stream(*parts)
@@ -289,7 +289,7 @@ def test_token_limit_does_not_change_the_tokens_before_it():
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_borders(uniform):
+def test_extreme_random_numbers_pick_possible_tokens(uniform):
     """The smallest and the largest uniform number draw a token that has a probability."""
     scores = torch.full((1, 9), -torch.inf)
     scores[0, 3:6] = torch.tensor([0.1, 0.2, 0.3])
@@ -298,12 +298,12 @@ def test_borders(uniform):
     assert sampler(None, scores).argmax() == (5 if uniform else 3)
 
 
-def test_one_step_more_than_there_are():
+def test_one_step_too_many_is_allowed():
     draw(torch.zeros(2, 5), ["a", "b"], Sampling(max_new_tokens=2), steps=4)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_scores_that_are_no_numbers(bad):
+def test_scores_that_are_nan_or_infinite_are_refused(bad):
     scores = torch.zeros(2, 5)
     scores[1, 2] = bad
     sampler = SeededSampler(Sampling(top_k=0, top_p=1.0), ["a", "b"])

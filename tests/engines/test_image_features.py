@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of an image. That models make the same of it is shown in test_decoding.py."""
+"""The memory of image features. test_decoding.py tests that models write the same texts with it."""
 
 import gc
 import weakref
@@ -29,8 +29,8 @@ def encoded(family, *images):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_prompts_are_those_with_pixels(family, monkeypatch):
-    """But for the pixels, which nobody looks at."""
+def test_prompts_equal_those_with_pixels(family, monkeypatch):
+    """Apart from the pixels, which are not read."""
     first, second = opened(0, (40, 20)), opened(1, (20, 44))
     memory = encoded(family, second, first)
     processor = memory.processor
@@ -55,7 +55,7 @@ def test_deepstack_is_remembered():
     assert not torch.equal(*remembered.deepstack)
 
 
-def test_an_image_is_forgotten_with_its_key():
+def test_features_are_freed_with_their_key():
     first, second = opened(0), opened(1)
     memory = encoded("vicuna", first, second)
     features = weakref.ref(memory[first].features)
@@ -66,7 +66,7 @@ def test_an_image_is_forgotten_with_its_key():
     assert memory[second].features.untyped_storage().nbytes() == memory[second].features.nbytes, "holds its neighbour"
 
 
-def test_the_first_images_stay_where_there_is_no_room_for_all(monkeypatch):
+def test_the_first_images_stay_if_there_is_no_room_for_all(monkeypatch):
     first, second, third, fourth = map(opened, range(4))
     memory = encoded("vicuna", first, second)
     monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
@@ -78,7 +78,7 @@ def test_the_first_images_stay_where_there_is_no_room_for_all(monkeypatch):
 
 
 def test_features_are_kept_in_main_memory(monkeypatch):
-    """And put where the model is when they are needed. (The meta device stands for an accelerator.)"""
+    """And moved to the model when they are needed. (The meta device stands for an accelerator.)"""
     image = opened(0)
     memory = encoded("qwen3-vl", image)
     moved = []
@@ -93,7 +93,7 @@ def test_features_are_kept_in_main_memory(monkeypatch):
     assert memory[image].features.device.type == "cpu"
 
 
-def test_the_processor_is_left_as_it_was():
+def test_the_processor_is_restored():
     image = opened(0)
     memory = encoded("vicuna", image)
     memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])

@@ -57,7 +57,7 @@ def chat(text, finish_reason="stop"):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A server whose `reply(body)` gives (status, body) and which keeps the requests it got."""
+    """A server whose `reply(body)` returns (status, body) and which records its requests."""
     monkeypatch.setattr(server_module, "RETRIES", 1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -90,7 +90,7 @@ def fake(monkeypatch):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_what_is_sent(fake, format):
+def test_messages_and_images_are_sent(fake, format):
     history = [*to_answer([], 1, "What <image> is </s> this?"), message("assistant", [text_part(f"A {VUSR} scan.")])]
     ask = prompt(to_ask(history, 1), format=format)
     (reply,) = ServerEngine(fake.url, "m").write([ask], Sampling(max_new_tokens=9))
@@ -121,7 +121,7 @@ def test_what_is_sent(fake, format):
             "do_sample": False, "max_new_tokens": 256}}),
     ],
 )  # fmt: skip
-def test_each_kind_in_its_own_way(fake, kind, sampling, sent):
+def test_each_server_kind_gets_its_own_fields(fake, kind, sampling, sent):
     ServerEngine(fake.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
     body = {key: value for key, value in fake.requests[0][2].items() if key not in ("model", "messages")}
     if "generation_config" in body:
@@ -129,7 +129,7 @@ def test_each_kind_in_its_own_way(fake, kind, sampling, sent):
     assert body == sent
 
 
-def test_replies_are_in_order_and_cut_ones_are_known(fake):
+def test_replies_are_in_order_and_say_whether_they_ended(fake):
     def reply(body):
         time.sleep(0.02 * (body["messages"][0]["content"][-1]["text"] == "0"))
         return 200, chat(body["messages"][0]["content"][-1]["text"], "length")
@@ -142,20 +142,20 @@ def test_replies_are_in_order_and_cut_ones_are_known(fake):
     assert not any(reply.ended for reply in replies)
 
 
-def test_odd_texts(fake):
+def test_empty_and_invalid_texts(fake):
     fake.reply = lambda body: (200, chat(None))
     assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
     fake.reply = lambda body: (200, chat("half a character: \ud800"))
     ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
 
 
-def test_errors_that_pass_are_tried_again(fake):
+def test_passing_failures_are_retried(fake):
     fake.reply = lambda body: (503, {"error": "busy"}) if len(fake.requests) == 1 else (200, chat("ok?"))
     assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
     assert len(fake.requests) == 2
 
 
-def test_a_refused_request_is_set_aside(fake):
+def test_a_refused_request_is_a_reply_with_a_problem(fake):
     fake.reply = lambda body: (
         (400, {"error": {"message": "image too large"}})
         if "b'" in body["messages"][0]["content"][-1]["text"]
@@ -183,7 +183,7 @@ def test_a_refused_request_is_set_aside(fake):
         ((400, {"detail": "unknown field top_k, key sk-abcdefghijklmnopqrstuv"}), None, "unknown field top_k"),
     ],
 )
-def test_what_stops_the_run(fake, reply, kind, message, monkeypatch):
+def test_failures_that_stop_the_run(fake, reply, kind, message, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuv")
     fake.reply, fake.kind = lambda body: reply, kind
     with pytest.raises(UserError, match=message) as error:
@@ -195,15 +195,15 @@ def test_what_stops_the_run(fake, reply, kind, message, monkeypatch):
             ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())
 
 
-def test_one_failure_ends_all(fake):
-    """A key that is refused is not tried for every image."""
+def test_one_permanent_failure_ends_all_requests(fake):
+    """A refused key is not tried for every image."""
     fake.reply = lambda body: (401, {})
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         ServerEngine(fake.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
     assert len(fake.requests) <= 2
 
 
-def test_a_server_that_names_its_wait_is_given_it(fake):
+def test_retry_after_is_respected(fake):
     def reply(body):
         times.append(time.monotonic())
         return (429, {"error": "busy"}) if len(times) == 1 else (200, chat("ok?"))
@@ -213,7 +213,7 @@ def test_a_server_that_names_its_wait_is_given_it(fake):
     assert 0.7 <= times[1] - times[0] < 1.5
 
 
-def test_a_server_of_reasoning_models_is_asked_in_its_own_fields(fake):
+def test_fields_that_a_hosted_model_refuses_are_replaced_or_left_out(fake):
     def reply(body):
         if "max_tokens" in body:
             return 400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}}
@@ -302,13 +302,13 @@ def test_a_reply_is_streamed(fake):
         ((500, {"error": "boom"}), "500.*its log"),
     ],
 )
-def test_what_stops_a_stream(fake, reply, message):
+def test_failures_that_stop_a_stream(fake, reply, message):
     fake.reply = lambda body: reply
     with pytest.raises(UserError, match=message):
         list(ServerEngine(fake.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
 
 
-def test_no_server(monkeypatch):
+def test_an_unreachable_server_is_reported_without_its_password(monkeypatch):
     monkeypatch.setattr(server_module, "RETRIES", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -317,7 +317,7 @@ def test_no_server(monkeypatch):
         ServerEngine(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
 
 
-def test_a_server_that_hangs(fake):
+def test_a_hanging_server_times_out(fake):
     fake.reply = lambda body: time.sleep(0.5) or (200, chat("late"))
     with pytest.raises(UserError, match="did not answer in time"):
         ServerEngine(fake.url, "m", timeout=0.05).check()
@@ -325,7 +325,7 @@ def test_a_server_that_hangs(fake):
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    """A tiny policy whose adapter is merged into it, as a folder and in this process."""
+    """A tiny policy with a merged adapter, as a directory and in this process."""
     from peft import get_peft_model
 
     folder = tmp_path_factory.mktemp("merged")
@@ -346,7 +346,7 @@ def served(merged):
 
 
 def test_real_server_reads_the_same_prompts(merged, served):
-    """Greedily it writes what the model in this process writes: questions, answers, with history; top-k is heard."""
+    """Greedy texts equal those of the model in this process: questions, answers, with history; top-k is respected."""
     folder, model, processor = merged
     described = [*to_describe(1), message("assistant", [text_part("It is dark.")])]
     kinds = (to_ask([], 1), to_answer([], 1, "Where is it?"), to_ask(described, 1), to_answer(described, 1, "Is it?"))
@@ -361,7 +361,7 @@ def test_real_server_reads_the_same_prompts(merged, served):
     assert server.write(prompts[:1] * 4, hot) != server.write(prompts[:1] * 4, Sampling(top_k=1, max_new_tokens=12))
 
 
-def test_real_server_gives_candidates(merged, served):
+def test_real_server_makes_candidates(merged, served):
     rows = [{"id": f"r{n}", "images": [stored(n)], "image_ids": [str(n)], "messages": []} for n in range(4)]
     short = Sampling(max_new_tokens=16)
     generate = CandidateGenerator(
@@ -393,7 +393,7 @@ def test_real_server_streams_what_it_writes(merged, served):
     assert max(map(len, served_pieces)) > 1
 
 
-def test_real_server_refuses(merged, served):
+def test_real_server_refuses_wrong_settings(merged, served):
     with pytest.raises(UserError, match="as model 'other'"):
         ServerEngine(served, "other", "transformers").check()
     with pytest.raises(UserError, match="top_k"):

@@ -10,8 +10,8 @@ from medst_trl.engines.transformers import MOST, bytes_of_a_text, largest_batch
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_is_counted(family, dtype):
-    """A token more costs what it takes in the cache; a sliding window, which takes less, is counted as a whole one."""
+def test_the_estimate_counts_the_cache(family, dtype):
+    """One more token costs its bytes in the cache; a sliding window, which needs less, counts as a full one."""
     model, _ = tiny_model(family)
     model = model.to(dtype)
     ids = torch.arange(5, 15)[None]
@@ -24,8 +24,8 @@ def test_the_cache_is_counted(family, dtype):
     assert bytes_of_a_text(text, dtype, 110, 50) - bytes_of_a_text(text, dtype, 100, 50) > held
 
 
-def test_features_of_images_are_counted(monkeypatch):
-    """Those of each layer that gets some, for as many tokens as a prompt has."""
+def test_the_estimate_counts_image_features(monkeypatch):
+    """Of each layer that has some, for all tokens of a prompt."""
     model, _ = tiny_model("qwen3-vl")
     config = model.config.get_text_config(decoder=True)
     one, three = (bytes_of_a_text(config, model.dtype, 100, 50, layers) for layers in (1, 3))
@@ -38,8 +38,8 @@ def test_features_of_images_are_counted(monkeypatch):
     assert largest_batch(model, 100, 50) == int(20 * three / one) > 20
 
 
-def test_llava_7b():
-    """Half a mebibyte a token in bfloat16: with 640 tokens of prompt and 256 new ones, some 0.5 GB a text."""
+def test_the_estimate_for_llava_7b():
+    """Half a mebibyte per token in bfloat16: about 0.5 GB for 640 prompt tokens and 256 new ones."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)

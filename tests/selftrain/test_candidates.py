@@ -83,13 +83,13 @@ def test_batch_size_changes_nothing(policy, images, expected, batch_size):
     assert len(set(texts)) > len(texts) / 2 > 5, "the model says the same to everything: no test"
 
 
-def test_other_seeds_and_settings_draw_otherwise(policy, images, expected):
+def test_other_seeds_and_settings_give_other_candidates(policy, images, expected):
     assert outcomes(policy, images, seed=6) != expected
     assert outcomes(policy, images, question_sampling=Sampling(temperature=0.5, max_new_tokens=16)) != expected
 
 
-def test_a_record_alone_draws_the_same(policy, images, expected):
-    """So images that are added, or a part of them, change nothing for the others."""
+def test_a_record_does_not_depend_on_the_other_records(policy, images, expected):
+    """Adding or removing images changes nothing for the others."""
     assert outcomes(policy, images.select([4, 2])) == [expected[4], expected[2]]
 
 
@@ -106,18 +106,18 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
     assert all(shares)
 
 
-def test_all_ranks_have_something_to_do(policy, images, expected, monkeypatch):
-    """Though one window would hold all records."""
+def test_every_rank_gets_records(policy, images, expected, monkeypatch):
+    """Even if one window could hold all records."""
     state = type("State", (), {"process_index": 6, "num_processes": 7, "is_main_process": False})
     monkeypatch.setattr(candidates_module, "process_state", state)
     assert outcomes(policy, images, batch_size=16) == expected[6:]
 
 
-def test_what_is_done_is_left_out(policy, images, expected):
+def test_finished_records_are_left_out(policy, images, expected):
     assert outcomes(policy, images, done={"r0", "r1", "r2", "r5"}, batch_size=1) == [expected[n] for n in (3, 4, 6)]
 
 
-def test_rows(policy, images, expected):
+def test_rows_of_candidates(policy, images, expected):
     generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, model_name="tiny", **SHORT)
     rows = list(generate(images))
     assert [row["id"] for row in rows] == [item["id"] for outcome in expected for item in outcome["candidates"]]
@@ -145,7 +145,7 @@ def test_rows(policy, images, expected):
     assert any(row["id"].startswith("r4#") for row in rows), "no record with two images: no test"
 
 
-def test_nothing_is_lost(expected):
+def test_every_question_is_accounted_for(expected):
     """Every sampled question is a candidate or rejected with a reason."""
     for outcome in expected:
         numbers = [item["id"] for item in outcome["candidates"] + outcome["rejected"]]
@@ -153,7 +153,7 @@ def test_nothing_is_lost(expected):
 
 
 class Script(BatchEngine):
-    """An engine that says what it is told to, and remembers what it was asked."""
+    """A scripted engine that records its prompts."""
 
     name, batch_size = "script", 2
 
@@ -174,7 +174,7 @@ def numbers_of(prompt):
     return ast.literal_eval(prompt.stream)[3:]
 
 
-def test_counts_by_reason():
+def test_reasons_of_rejected_questions():
     questions = {
         0: Reply("Where is the lesion?"),
         1: Reply("where is  the lesion"),
@@ -234,7 +234,7 @@ def test_describe_first():
     assert json.loads(row["generation"])["describe_first"]
 
 
-def test_an_empty_description_is_set_aside():
+def test_an_empty_description_rejects_the_record():
     (outcome,) = CandidateGenerator(Script(lambda p: Reply("")), describe_first=True).outcomes(as_dataset([record(0)]))
     assert (outcome["drawn"], outcome["rejected"][0]["reason"]) == (0, "empty_description")
 
@@ -309,7 +309,7 @@ def test_out_of_memory_halves_the_batch(policy, images, expected, monkeypatch, c
 
 
 def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkeypatch, capsys):
-    """It says nothing of the texts."""
+    """The batches of texts stay as they are."""
     encoded, written = [], []
 
     def encode(self, keys, pictures, keep):
@@ -331,7 +331,7 @@ def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkey
 
 
 def test_out_of_memory_while_texts_are_written(policy, images, monkeypatch):
-    """It says nothing of the images, of which those of the next window are encoded as before."""
+    """The batches of images stay as they are."""
     encoded = []
 
     def encode(self, keys, pictures, keep):
@@ -350,21 +350,21 @@ def test_out_of_memory_while_texts_are_written(policy, images, monkeypatch):
     assert encoded == [2, 2, 2]
 
 
-def in_the_plain_way(monkeypatch):
+def without_shared_prompts(monkeypatch):
     monkeypatch.setattr(transformers_engine, "shares_prompts", lambda model: False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_the_plain_way_gives_the_same(policy, images, expected, monkeypatch, capsys, batch_size):
-    """In which each text has a prompt and pixels of its own, as for a family that is not proven to share them."""
-    in_the_plain_way(monkeypatch)
+def test_candidates_are_the_same_without_shared_prompts(policy, images, expected, monkeypatch, capsys, batch_size):
+    """Each text then has its own prompt and pixels, as for families without a proof."""
+    without_shared_prompts(monkeypatch)
     assert outcomes(policy, images, batch_size=batch_size) == expected
     assert capsys.readouterr().out.count("Models of the type llava read each prompt and its images once per text") == 1
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
-def test_an_adapter_writes_as_in_the_plain_way(family):
-    """Its base model is what shares prompts; the adapter's part in it must not be lost."""
+def test_an_adapter_writes_the_same_without_shared_prompts(family):
+    """Its base model shares prompts, and the adapter inside it must take part."""
     model, processor = tiny_model(family)
     opened = [OpenedImage(b"", picture(number)) for number in range(2)]
     prompts = [Prompt(to_answer([], 1, f"Is it {n}?"), [opened[n]], f"{n} {draw}") for n in range(2) for draw in "abc"]
@@ -386,8 +386,8 @@ def test_an_adapter_writes_as_in_the_plain_way(family):
     assert [(reply.text, reply.ended) for reply in replies] == plain(model) != bare
 
 
-def test_each_image_is_looked_at_once(policy, images, monkeypatch):
-    """In all that is written about it: a description, questions, answers. It is encoded and preprocessed once."""
+def test_each_image_is_preprocessed_and_encoded_once(policy, images, monkeypatch):
+    """For its description, its questions and its answers together."""
     model, processor = policy
     encoded, preprocessed = [], []
     hook = model.model.vision_tower.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
@@ -406,7 +406,7 @@ def test_each_image_is_looked_at_once(policy, images, monkeypatch):
     assert sum(encoded) == len(preprocessed) == 8, "seven records, one of which has two images"
 
 
-def test_features_of_a_window_are_held_and_no_more(policy, images, monkeypatch):
+def test_only_the_features_of_one_window_are_in_memory(policy, images, monkeypatch):
     held = []
 
     def encode(self, keys, pictures, keep):
@@ -422,8 +422,8 @@ def test_features_of_a_window_are_held_and_no_more(policy, images, monkeypatch):
 
 
 @pytest.mark.parametrize("room", [0, 2])
-def test_images_there_is_no_room_for_are_encoded_again(policy, images, expected, monkeypatch, room):
-    """And change nothing. Those there is room for are encoded once."""
+def test_images_without_room_in_memory_are_encoded_again(policy, images, expected, monkeypatch, room):
+    """With the same candidates. Those with room are encoded once."""
     encoded, held = Counter(), []
 
     def encode(self, keys, pictures, keep):
@@ -465,8 +465,8 @@ def as_on_an_accelerator(engine):
 
 
 @pytest.mark.parametrize("fit", [1, 5, 9])
-def test_as_many_as_fit(policy, images, expected, monkeypatch, fit):
-    """What is estimated to fit changes the batches, and nothing else."""
+def test_the_estimated_batch_size_changes_nothing(policy, images, expected, monkeypatch, fit):
+    """Except for the batches."""
     sizes = []
 
     def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
@@ -481,8 +481,8 @@ def test_as_many_as_fit(policy, images, expected, monkeypatch, fit):
     assert fit / 2 < max(sizes) <= fit
 
 
-def test_a_long_prompt_is_not_held_against_short_ones(policy, monkeypatch):
-    """Neither those that come with it, nor those that come later."""
+def test_a_long_prompt_does_not_shrink_the_batches_of_short_ones(policy, monkeypatch):
+    """In the same call or in later ones."""
     batches = []
 
     def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
@@ -500,8 +500,8 @@ def test_a_long_prompt_is_not_held_against_short_ones(policy, monkeypatch):
     assert batches == [(True, 1), (False, 8), (False, 8)]
 
 
-def test_windows_do_not_go_by_what_fits(policy):
-    """It differs between processes and between runs, and records that all leave to another are lost."""
+def test_windows_do_not_depend_on_free_memory(policy):
+    """Free memory differs between processes and runs, and different windows would lose records."""
     model, processor = copy.deepcopy(policy[0]).to("meta"), policy[1]
     engine = transformers_engine.TransformersEngine(model, processor)
     assert engine._estimates and engine.batch_size == transformers_engine.NOMINAL
@@ -511,7 +511,7 @@ def test_windows_do_not_go_by_what_fits(policy):
     assert not engine._estimates and engine.batch_size == transformers_engine.ON_CPU
 
 
-def test_images_of_the_next_window_are_opened_meanwhile(images, monkeypatch):
+def test_images_of_the_next_window_are_opened_in_the_background(images, monkeypatch):
     opened, four = [], threading.Event()
     open_images = candidates_module.open_images
 
@@ -532,14 +532,14 @@ def test_images_of_the_next_window_are_opened_meanwhile(images, monkeypatch):
     assert len(list(CandidateGenerator(engine).outcomes(images))) == 7
 
 
-def test_no_more_than_one_window_ahead():
+def test_only_one_window_is_opened_ahead():
     begun = []
     items = (begun.append(number) or number for number in range(5))
     assert [(item, len(begun)) for item in ordered_map(str, items, num_workers=1, ahead=1)] == [
         ("0", 2), ("1", 3), ("2", 4), ("3", 5), ("4", 5)]  # fmt: skip
 
 
-def test_not_even_one_fits(policy, images, monkeypatch):
+def test_too_little_memory_for_one_text_is_reported(policy, images, monkeypatch):
     def write_texts(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
@@ -548,7 +548,7 @@ def test_not_even_one_fits(policy, images, monkeypatch):
         outcomes(policy, images)
 
 
-def test_other_errors_are_not_swallowed(policy, images, monkeypatch):
+def test_other_errors_are_raised(policy, images, monkeypatch):
     monkeypatch.setattr(transformers_engine, "write_texts", lambda *args: (_ for _ in ()).throw(RuntimeError("bug")))
     with pytest.raises(RuntimeError, match="bug"):
         outcomes(policy, images)
@@ -570,7 +570,7 @@ def test_longest_prompts_first(policy, monkeypatch):
     assert len(batches) == 2 and flat == sorted(flat, reverse=True)
 
 
-def test_selected_records():
+def test_records_with_the_same_images_are_selected_once():
     same = record(1) | {"id": "again"}
     rows = as_dataset([record(0), record(1), same, record(2), record(3, images=2)])
     chosen, rejected = select_records(rows)
@@ -590,12 +590,12 @@ def test_selected_records():
         ({"answer_sampling": Sampling(temperature=0.0)}, "temperature 0"),
     ],
 )
-def test_wrong_settings(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         CandidateGenerator(Script(None), **change)
 
 
-def test_bad_records(policy, images):
+def test_invalid_records_are_refused(policy, images):
     with pytest.raises(UserError, match="2 records have the id 'r0'"):
         outcomes(policy, images.select([0, 0]))
     with pytest.raises(UserError, match="lacks the column"):

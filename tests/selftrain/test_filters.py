@@ -31,7 +31,7 @@ STATEMENTS = [
 
 
 @pytest.mark.parametrize("text", STATEMENTS)
-def test_statements_are_no_questions(text):
+def test_statements_are_not_questions(text):
     assert not is_question(text)
 
 
@@ -57,12 +57,12 @@ def test_every_wording_of_the_phantoms_is_a_question(mark):
         "what's wrong with the heart?",
     ],
 )
-def test_other_forms(text):
+def test_other_forms_of_questions(text):
     assert is_question(text)
 
 
-def test_real_questions(shared_data):
-    """All that were asked of real images are accepted as they stand, and nearly all without their question mark."""
+def test_real_questions_are_accepted(shared_data):
+    """Also nearly all of them without their question mark."""
     path = shared_data / "llava_med" / "instruct_60K_intext_questions.csv"
     with open(path, newline="", encoding="utf-8") as file:
         questions = [row["seq"] for row in csv.DictReader(file)]
@@ -73,7 +73,7 @@ def test_real_questions(shared_data):
     assert sum(map(is_question, bare)) / len(bare) > 0.99
 
 
-def test_real_answers_are_no_questions(shared_data):
+def test_real_answers_are_not_questions(shared_data):
     path = shared_data / "llava_med" / "llava_med_eval_qa50_qa.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = [row["gpt4_answer"] for row in rows]
@@ -128,7 +128,7 @@ def test_same_answers(first, second, same):
     assert same_answer(first, second) == same_answer(second, first) == same
 
 
-def test_one_wins_over_the_threshold():
+def test_the_similarity_threshold_is_respected():
     pair = LONG + "near the heart", LONG + "by the heart"
     assert same_answer(*pair, max_similarity=1.0) is None
     assert same_answer("a b c d", "a b c e", max_similarity=0.5) == "nearly_identical_answers"
@@ -154,7 +154,7 @@ def replies(*texts):
         (replies("Yes", "No", "Yes", "No", "Maybe", "Maybe"), ["Yes", "No", "Yes", "Maybe", "No", "Maybe"], None),
     ],
 )
-def test_pairs(answers, kept, problem):
+def test_pairs_of_answers(answers, kept, problem):
     assert pair_answers(answers) == (kept, problem)
 
 
@@ -170,14 +170,14 @@ def test_pairs_always_differ(texts):
 
 
 @given(st.text(max_size=200), st.text(max_size=200))
-def test_any_text_is_taken(first, second):
+def test_any_text_is_accepted_as_input(first, second):
     is_question(first)
     assert same_answer(first, first) == "identical_answers"
     assert same_answer(first, second) == same_answer(second, first)
 
 
-def test_fifty_thousand_characters():
-    """Ends at once: the costly comparison is only for answers that are nearly the same."""
+def test_long_texts_are_compared_quickly():
+    """The expensive comparison is only made for answers that are nearly the same."""
     assert same_answer("lesion " * 7000, "tissue " * 7000) is None
     assert same_answer("?" * 50_000, "!" * 50_000) is None
     assert not is_question("a. " * 17_000)

@@ -28,7 +28,7 @@ FAST = {
     "min_question_words": 1, "batch_size": 2, "rows_per_shard": 5, "seed": 3,
 }  # fmt: skip
 RECORDS = 14
-# A stage in a process of its own. With a first argument that is a number, it dies by SIGKILL after so many records.
+# A stage in its own process. If its first argument is not 0, it dies by SIGKILL after that number of records.
 SCRIPT = """
 import os, signal, sys
 from medst_trl.base.processes import process_state
@@ -86,7 +86,7 @@ def finished(inputs, tmp_path_factory):
 
 
 def files(folder):
-    """All that a finished stage leaves, without its record."""
+    """Return all files of a finished stage except its record."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -94,7 +94,7 @@ def files(folder):
     }
 
 
-def test_what_is_written(finished, inputs):
+def test_files_and_counts(finished, inputs):
     candidates = load_records(finished / "candidates", "train")
     check_columns(candidates, "candidates")
     counts = json.loads((finished / "stage.json").read_text())["counts"]
@@ -111,13 +111,13 @@ def test_what_is_written(finished, inputs):
     places = [order.index(key.partition("#")[0]) for key in candidates["id"]]
     assert places == sorted(places), "in the order of the images"
     models = {json.loads(text)["model"] for text in candidates["generation"]}
-    assert models == {Path(inputs["model_name_or_path"]).name}, "a path is nobody else's business"
+    assert models == {Path(inputs["model_name_or_path"]).name}, "local paths are private"
     shards = [name for name in files(finished) if name.startswith("candidates")]
     assert len(shards) == -(-len(candidates) // 5)
     assert len(files(finished)) == len(shards) + 1, "nothing else is left"
 
 
-def test_finished_is_left_alone(finished, inputs, capsys):
+def test_a_finished_stage_is_skipped(finished, inputs, capsys):
     before = files(finished)
     main(*arguments(inputs, finished, batch_size=7))
     assert files(finished) == before
@@ -127,7 +127,7 @@ def test_finished_is_left_alone(finished, inputs, capsys):
 
 
 @pytest.mark.parametrize("after", [1, 6])
-def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch, after):
+def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch, after):
     class Killed(BaseException):
         pass
 
@@ -150,8 +150,8 @@ def test_cut_short_and_continued(finished, inputs, tmp_path, monkeypatch, after)
     assert sum(looked_at) == RECORDS - after // 4 * 4, "whole windows are not computed again"
 
 
-def test_cut_short_while_files_are_written(finished, inputs, tmp_path, monkeypatch):
-    """Nothing is drawn again: what is complete is kept."""
+def test_a_run_interrupted_while_writing_files_resumes(finished, inputs, tmp_path, monkeypatch):
+    """Nothing is sampled again."""
     from medst_trl.data import schema as shards
 
     class Killed(BaseException):
@@ -181,8 +181,8 @@ def test_rounds_share_no_images(inputs, tmp_path):
     assert seen[0] and seen[1] and not seen[0] & seen[1]
 
 
-def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
-    """Says why, keeps the reasons, and says it again without drawing again."""
+def test_a_run_without_candidates_reports_the_reasons(inputs, tmp_path, monkeypatch):
+    """And reports them again without sampling again."""
     args = arguments(inputs, tmp_path / "out", english_questions=True, max_records=6)
     for _ in range(2):
         with pytest.raises(
@@ -196,8 +196,8 @@ def test_empty_candidate_set(inputs, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["status"] == "running"
 
 
-def test_a_start_that_wrote_nothing_does_not_hold_the_folder(finished, inputs, tmp_path, monkeypatch):
-    """Neither one that found no model, nor one that could not write its first text, nor one killed before these."""
+def test_a_run_that_wrote_nothing_leaves_no_record(finished, inputs, tmp_path, monkeypatch):
+    """For example if the model is missing or the first text fails."""
     out = tmp_path / "out"
     broken = tmp_path / "model"
     broken.mkdir()
@@ -215,7 +215,7 @@ def test_a_start_that_wrote_nothing_does_not_hold_the_folder(finished, inputs, t
     assert files(out) == files(finished)
 
 
-def test_texts_that_were_written_hold_the_folder(inputs, tmp_path, monkeypatch):
+def test_a_run_that_wrote_texts_keeps_its_record(inputs, tmp_path, monkeypatch):
     def failing(self, records):
         if (tmp_path / "out" / ".generated.jsonl.incomplete").stat().st_size:
             raise UserError("no memory")
@@ -230,8 +230,8 @@ def test_texts_that_were_written_hold_the_folder(inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", ["complete", "running"])
-def test_images_of_a_prepared_benchmark(inputs, tmp_path, capsys, status):
-    """They stand in `instruct/` alone; that is read, said and recorded, if the stage that writes it has finished."""
+def test_instruct_is_read_if_images_do_not_exist(inputs, tmp_path, capsys, status):
+    """Only if `medst prepare` has finished. The message and the record say so."""
     prepare = tmp_path / "prepare"
     shutil.copytree(inputs["images"], prepare / "instruct")
     (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": status}))
@@ -249,7 +249,7 @@ def test_images_of_a_prepared_benchmark(inputs, tmp_path, capsys, status):
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_images_are_preferred_where_they_are(inputs, tmp_path):
+def test_images_are_preferred_if_they_exist(inputs, tmp_path):
     prepare = tmp_path / "prepare"
     shutil.copytree(inputs["images"], prepare / "images")
     (prepare / "instruct").mkdir()
@@ -275,8 +275,8 @@ def test_images_are_preferred_where_they_are(inputs, tmp_path):
         ({"images": "/nowhere/images"}, "/nowhere/images"),
     ],
 )
-def test_wrong_settings(inputs, change, message, tmp_path):
-    """Told before anything is written."""
+def test_invalid_settings_are_refused(inputs, change, message, tmp_path):
+    """Before anything is written."""
     with pytest.raises(UserError, match=message):
         main(*arguments(inputs, tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
@@ -300,7 +300,7 @@ def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == before
 
 
-def test_parser():
+def test_help_and_defaults():
     help = " ".join(STAGE.make_parser().format_help().split())
     assert "nearly identical" in help and "the model in this process" in help and "--server_kind" in help
     args, *_ = STAGE.make_parser().parse_args_into_dataclasses(
@@ -311,8 +311,8 @@ def test_parser():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_twice_and_continued(finished, inputs, tmp_path, ranks):
-    """By SIGKILL, on one process or two, then on two: the files of the run that never stopped."""
+def test_a_run_killed_twice_resumes(finished, inputs, tmp_path, ranks):
+    """After SIGKILL on one or two processes, it ends on two with the files of an uninterrupted run."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
 
