@@ -3,19 +3,8 @@
 """
 The engine interface: prompts in, replies out, whether the model runs in this process or on a server.
 
-Generation, evaluation and chat know engines only through [`Engine`]. A new one is a class and one line that registers
-its [`EngineKind`]:
-
-```python
-class Echo(BatchEngine):
-    name, batch_size = "echo", 8
-
-    def write(self, prompts, sampling):
-        return [Reply(text_of(prompt.messages[-1]["content"])) for prompt in prompts]
-
-
-ENGINES.register(EngineKind("echo", "repeat each prompt", EchoSettings, open=lambda model, settings: Echo()))
-```
+Generation, evaluation and chat know engines only through [`Engine`]. A new one is a class and an [`EngineKind`], which
+registers it; CONTRIBUTING.md has an example.
 """
 
 import re
