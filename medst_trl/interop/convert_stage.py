@@ -23,7 +23,6 @@ the last complete shard.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.settings import documented
@@ -116,18 +115,9 @@ def main(args: ConvertArguments) -> None:
 
 
 def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
-    """
-    The configuration of the converted model and whether it has the text role, from the small files of the original;
-    None if they are neither here nor on a Hub that answers.
-    """
-    from medst_trl.base.fingerprints import cached_revision
-    from medst_trl.interop.conversion.convert import planned_config
-    from medst_trl.pipeline.plan.transfers import hub_answers
+    from .conversion import planned_config
 
-    def is_available(source: str) -> bool:
-        return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()
-
-    return planned_config(settings, is_available)
+    return planned_config(settings)
 
 
 def plan(counter: Counter, args: ConvertArguments) -> Iterator[tuple[str, str]]:

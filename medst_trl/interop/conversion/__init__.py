@@ -3,3 +3,4 @@
 """Convert checkpoints of the original LLaVA code to Hugging Face's layout: [`convert_checkpoint`]."""
 
 from .convert import convert_checkpoint as convert_checkpoint
+from .convert import planned_config as planned_config

@@ -9,19 +9,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
 
 from medst_trl.base.errors import UserError
 
-from .files import ADAPTER_FILES, StoredTensor, find_weights, open_weights, read_json
+from .files import ADAPTER_FILES, NUMBERS, StoredTensor, open_directory, read_json
 
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 MAX_LISTED = 20
 PROJECTOR, VISION = "model.multi_modal_projector.", "model.vision_tower."
+NORM = "model.language_model.norm.weight"
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 # What PEFT and LLaVA's trainer put before a name.
 _PREFIXES = (("base_model.model.", ""), ("model.model.", "model."))
@@ -106,33 +105,9 @@ class Lora:
         """Shape of the weight that it changes."""
         return (self.b.shape[0], self.a.shape[1])
 
-    def merged_into(self, weight: "torch.Tensor") -> "torch.Tensor":
+    def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the changed weight in float32."""
         return weight.float() + self.scale * (self.b.read().float() @ self.a.read().float())
-
-
-def _read_lora(directory: Path) -> tuple[dict[str, Lora], list[StoredTensor]]:
-    """The change of each weight by its name in the model, and the tensors of the files that are no LoRA factors."""
-    path = directory / "adapter_config.json"
-    scale, rank = _scale(path)
-    files = find_weights(directory, ADAPTER_FILES)
-    if not files:
-        raise UserError(f"{directory} has an adapter_config.json but neither {' nor '.join(ADAPTER_FILES)}.")
-    factors, others = {}, []
-    for tensor in open_weights(files):
-        match = _FACTOR.fullmatch(tensor.name)
-        name = model_name(match["layer"] + ".weight") if match else None
-        if name is None:
-            others.append(tensor)
-        else:
-            factors.setdefault(name, {})[match["factor"]] = tensor
-    for pair in factors.values():
-        if len(pair) != 2:
-            raise UserError(f"{files[0]} has only one of the two factors of a layer: {next(iter(pair.values()))}.")
-        a, b = pair["A"], pair["B"]
-        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-            raise UserError(f"{a} and {b} do not fit the rank {rank} in {path}.")
-    return {name: Lora(pair["A"], pair["B"], scale) for name, pair in factors.items()}, others
 
 
 def _scale(path: Path) -> tuple[float, int]:
@@ -197,18 +172,33 @@ class Parts:
             UserError: if a file is missing or damaged, a layer lacks one factor, the adapter is not of plain LoRA, or
                 another one changes the same weight.
         """
-        changes, others = _read_lora(directory)
-        if twice := sorted(self.changes.keys() & changes.keys()):
-            raise UserError(f"Two adapters change {twice[0]}.")
-        self.changes |= changes
-        self.unused += others
+        path, factors = directory / "adapter_config.json", {}
+        scale, rank = _scale(path)
+        lacks = f"has an adapter_config.json but neither {' nor '.join(ADAPTER_FILES)}."
+        for tensor in open_directory(directory, ADAPTER_FILES, lacks):
+            match = _FACTOR.fullmatch(tensor.name)
+            name = model_name(match["layer"] + ".weight") if match else None
+            if name is None:
+                self.unused.append(tensor)
+            else:
+                factors.setdefault(name, {})[match["factor"]] = tensor
+        for name, pair in factors.items():
+            if len(pair) != 2:
+                (half,) = pair.values()
+                raise UserError(f"{half.file} has only one of the two factors of a layer: {half}.")
+            a, b = pair["A"], pair["B"]
+            if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+                raise UserError(f"{a} and {b} do not fit the rank {rank} in {path}.")
+            if name in self.changes:
+                raise UserError(f"Two adapters change {name}.")
+            self.changes[name] = Lora(a, b, scale)
 
     @property
     def has_vision(self) -> bool:
         """Whether a vision tower is among the weights."""
         return any(name.startswith(VISION) for name in self.weights)
 
-    def check(self, model: "PreTrainedModel") -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """
         Check that the parts are exactly those of a model.
 
@@ -237,7 +227,9 @@ class Parts:
                 for name, part in [*self.weights.items(), *self.changes.items()]
                 if name in expected and part.shape != expected[name]
             ],
-            "are not plain floating-point numbers": [f"{part}: {part.kind}" for part in parts if not part.is_weight],
+            "are not plain floating-point numbers": [
+                f"{part}: {part.kind}" for part in parts if part.kind not in NUMBERS.values()
+            ],
         }
         if any(problems.values()):
             raise UserError(
@@ -246,7 +238,7 @@ class Parts:
                 + "\nCheck that every file was downloaded, and that base, projector and vision tower belong together."
             )
 
-    def read(self, name: str) -> "torch.Tensor":
+    def read(self, name: str) -> torch.Tensor:
         """Read a weight with its change, in the type it is stored in."""
         tensor = self.weights[name].read()
         change = self.changes.get(name)

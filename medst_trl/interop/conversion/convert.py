@@ -5,30 +5,32 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrainedModel
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, move_files, write_json
+from medst_trl.base.fingerprints import cached_revision
+from medst_trl.pipeline.plan import transfers
 from medst_trl.policy.families import family_of
 from medst_trl.policy.merging import check_shard_size, remove_model
 from medst_trl.policy.parts import on_meta
 from medst_trl.policy.vusr import VUSR_ROLES
 
-from .assembling import EMBEDDING, HEAD, VISION, Parts, published_name
+from .assembling import EMBEDDING, HEAD, NORM, VISION, Parts, published_name
+from .checkpoint import VISION_LORA, llava_config, open_checkpoint, original_config, vision_config
 from .files import local_directory
-from .model_config import llava_config, vision_config
-from .processor import IMAGE, build_processor, read_tokenizer
-from .reading import VISION_LORA, Checkpoint, open_checkpoint, original_config
+from .processor import SPECIAL_IDS, build_processor
 
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlavaConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
-
-ROWS_MULTIPLE = 64  # of the embedding, for fast kernels and for tokens added later
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -110,49 +112,46 @@ def convert_checkpoint(
             raise UserError(f"Unknown {name} {value!r}. Choose one of {', '.join(filter(None, choices))}.")
     check_shard_size(max_shard_size)
     checkpoint = open_checkpoint(source, base, projector, vision_tower, vision_lora)
-    config = _fitting_config(checkpoint)
+    config, parts = checkpoint.config, checkpoint.parts
     role = _role(vusr_role, config, checkpoint.has_vision_lora)
-    processor = _processor(checkpoint, config, role)
-    model, changes = on_meta(config), checkpoint.parts.changes
-    torch_dtype = _torch_dtype(dtype, checkpoint.parts)
+    processor = build_processor(checkpoint, text_role=role == "text")
+    model = on_meta(config)
+    model.config.dtype = parts.weights[NORM].read().dtype if dtype == "auto" else getattr(torch, dtype)
     sources = (source, base, projector, vision_tower, vision_lora)
     staging = _staging_directory(Path(output_dir), sources, (role, dtype, max_shard_size))
-    _write(staging, model, checkpoint.parts, processor, torch_dtype, max_shard_size)
+    _write(staging, model, parts, processor, max_shard_size)
     return Converted(
         model_type=config.model_type,
         vusr_role=role,
         parameters=model.num_parameters(),
-        changed=len(changes),
-        changed_in_vision=sum(name.startswith(VISION) for name in changes),
-        left_out=sorted(checkpoint.parts.left_out),
-        dtype=str(torch_dtype).removeprefix("torch."),
+        changed=len(parts.changes),
+        changed_in_vision=sum(name.startswith(VISION) for name in parts.changes),
+        left_out=sorted(parts.left_out),
+        dtype=str(model.config.dtype).removeprefix("torch."),
     )
 
 
-def planned_config(
-    settings: Mapping[str, Any], is_available: Callable[[str], bool]
-) -> "tuple[LlavaConfig, bool] | None":
+def planned_config(settings: Mapping[str, Any]) -> tuple[LlavaConfig, bool] | None:
     """
     Read the configuration of a converted model from the small files of the original.
 
     Args:
         settings (`Mapping`): Arguments of [`convert_checkpoint`].
-        is_available (`Callable`): Whether a directory or Hub id can be read now.
 
     Returns:
-        The configuration and whether the model has the text role; None if the original's configuration is not
-        available.
+        The configuration and whether the model has the text role; None if the original's configuration is neither here
+        nor on a Hub that answers.
 
     Raises:
         UserError: for a checkpoint that [`convert_checkpoint`] would refuse.
     """
     source, base = settings["source"], settings.get("base") or settings["source"]
-    if not (is_available(source) and is_available(base)):
+    if not (_is_available(source) and _is_available(base)):
         return None
     directory, base_directory = (local_directory(name, "The checkpoint", weights=False) for name in (source, base))
     original = original_config(directory, base_directory)
     tower = settings.get("vision_tower") or original.get("mm_vision_tower")
-    if tower is None or not is_available(tower):
+    if tower is None or not _is_available(tower):
         return None
     vision = vision_config(local_directory(tower, "The vision tower", weights=False))
     config = llava_config(original, vision, original.get("vocab_size", 32000))
@@ -160,57 +159,14 @@ def planned_config(
     return config, _role(settings.get("vusr_role"), config, has_vision_lora) == "text"
 
 
-def _role(given: str | None, config: "LlavaConfig", has_vision_lora: bool) -> str:
+def _is_available(source: str) -> bool:
+    """Whether a directory or Hub id can be read now."""
+    return Path(source).is_dir() or cached_revision(source) is not None or transfers.hub_answers()
+
+
+def _role(given: str | None, config: LlavaConfig, has_vision_lora: bool) -> str:
     """How the model asks: as given, or else as it was trained."""
     return given or ("text" if family_of(config.model_type).text_role or has_vision_lora else "token")
-
-
-def _fitting_config(checkpoint: Checkpoint) -> "LlavaConfig":
-    """The configuration of the model, checked against the tensors one by one."""
-    embedding = checkpoint.parts.weights.get(EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise UserError("The checkpoint holds no embedding (model.embed_tokens.weight), so it is no language model.")
-    rows = embedding.shape[0]  # not vocab_size: embeddings get resized
-    config = llava_config(checkpoint.config, checkpoint.vision, rows)
-    checkpoint.parts.check(on_meta(config))
-    return config
-
-
-def _processor(checkpoint: Checkpoint, config: "LlavaConfig", role: str) -> "ProcessorMixin":
-    """The processor; its tokens are set in the configuration, in place."""
-    tokenizer = read_tokenizer(checkpoint.tokenizer_directory)
-    _set_tokens(config, tokenizer)
-    return build_processor(
-        tokenizer,
-        config,
-        vision_directory=checkpoint.vision_directory,
-        pad_to_square=checkpoint.config.get("image_aspect_ratio") == "pad",
-        text_role=role == "text",
-    )
-
-
-def _set_tokens(config: "LlavaConfig", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Set the ids of the special tokens, and more rows (with some to spare) if tokens lack them, in place."""
-    rows = config.text_config.vocab_size
-    if len(tokenizer) - rows > ROWS_MULTIPLE:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it belongs to another model. "
-            "Put that of the language model into the checkpoint's directory."
-        )
-    if len(tokenizer) > rows:
-        config.text_config.vocab_size = -(-(len(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE  # `<vusr>` fits, too
-    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for part in (config, config.text_config):
-            setattr(part, name, getattr(tokenizer, name))
-
-
-def _torch_dtype(dtype: str, parts: Parts) -> "torch.dtype":
-    import torch
-
-    if dtype == "auto":
-        return parts.weights["model.language_model.norm.weight"].read().dtype
-    return getattr(torch, dtype)
 
 
 def _staging_directory(output_dir: Path, sources: tuple[str | None, ...], settings: tuple[str, ...]) -> Path:
@@ -229,41 +185,26 @@ def _staging_directory(output_dir: Path, sources: tuple[str | None, ...], settin
 
 
 def _write(
-    staging: Path,
-    model: "PreTrainedModel",
-    parts: Parts,
-    processor: "ProcessorMixin",
-    dtype: "torch.dtype",
-    max_shard_size: str,
+    staging: Path, model: PreTrainedModel, parts: Parts, processor: LlavaProcessor, max_shard_size: str
 ) -> None:
     """Write model and processor so that `config.json` appears last: a directory that has it is complete."""
-    from transformers import GenerationConfig
-
-    config = model.config
     for path in staging.iterdir():
         if path.suffix != ".safetensors":  # incomplete, of an interrupted run
             path.unlink()
     try:
-        _write_weights(staging, model, parts, dtype, max_shard_size)
+        _write_weights(staging, model, parts, max_shard_size)
     except UserError:  # resuming would end the same way
         shutil.rmtree(staging)
         raise
     processor.save_pretrained(staging)
-    special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**special).save_pretrained(staging)
-    config.dtype, config.architectures = dtype, [type(model).__name__]
-    config.save_pretrained(staging)
+    GenerationConfig(**{name: getattr(model.config, name) for name in SPECIAL_IDS}).save_pretrained(staging)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(staging)
     move_files(staging, staging.parent)
 
 
-def _write_weights(
-    staging: Path, model: "PreTrainedModel", parts: Parts, dtype: "torch.dtype", max_shard_size: str
-) -> None:
+def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shard_size: str) -> None:
     """Write safetensors shards and their index, with one shard in memory; shards of an interrupted run are kept."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-    from tqdm.auto import tqdm
-
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop(HEAD)
@@ -271,15 +212,14 @@ def _write_weights(
     is_own = family_of(model.config.model_type).is_own
     names = {name if is_own else published_name(name): name for name in state}
     split = split_torch_state_dict_into_shards(
-        {written: state[name].to(dtype) for written, name in names.items()}, max_shard_size=max_shard_size
+        {written: state[name].to(model.config.dtype) for written, name in names.items()}, max_shard_size=max_shard_size
     )
-    rows = model.config.text_config.vocab_size
     with tqdm(total=len(names), desc="Writing weights", unit="tensor", disable=None) as bar:
         for file, members in split.filename_to_tensors.items():
             if not (staging / file).exists() and not (staging.parent / file).exists():
-                shard = {written: _weight(names[written], parts, dtype, rows) for written in members}
+                shard = {written: _weight(names[written], parts, model.config) for written in members}
                 with atomic_path(staging / file) as temporary:
-                    save_file(shard, temporary, metadata={"format": "pt"})
+                    safetensors.torch.save_file(shard, temporary, metadata={"format": "pt"})
                 del shard
             bar.update(len(members))
     if split.is_sharded:
@@ -287,11 +227,9 @@ def _write_weights(
         write_json(staging / "model.safetensors.index.json", index)
 
 
-def _weight(name: str, parts: Parts, dtype: "torch.dtype", rows: int) -> "torch.Tensor":
+def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
     """A weight to write. New rows of embedding and output layer are the mean of the others, as in [`load_policy`]."""
-    import torch
-
-    stored = parts.read(name)
+    stored, rows, dtype = parts.read(name), config.text_config.vocab_size, config.dtype
     if name in (EMBEDDING, HEAD) and len(stored) < rows:
         mean = stored.float().mean(0, keepdim=True).to(stored.dtype)
         stored = torch.cat([stored, mean.expand(rows - len(stored), -1)])

@@ -14,23 +14,32 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx2
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from safetensors import SafetensorError, safe_open
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import split_revision
 from medst_trl.policy.loading import check_reachable
 
 
-if TYPE_CHECKING:
-    import torch
-
 # Names of the weights in a directory, in the order in which they are looked for.
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _SMALL_FILES = ("*.json", "*.model")
 _NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
-_NUMBERS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # by safetensors' names
+NUMBERS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # by safetensors' names
 
 
 def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
@@ -50,14 +59,15 @@ def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     name, revision = split_revision(source)
     check_reachable(name)
     try:
         patterns = [*_SMALL_FILES, *(_weight_patterns(name, revision) if weights else ())]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_READ))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_READ
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[:1] or [""]
         raise UserError(
@@ -67,12 +77,8 @@ def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
 
 def _weight_patterns(name: str, revision: str | None) -> list[str]:
     """A model in both formats is downloaded in one of them; a training output has parts in each."""
-    import httpx2
-    from huggingface_hub import list_repo_files
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     try:
-        files = list_repo_files(name, revision=revision)
+        files = huggingface_hub.list_repo_files(name, revision=revision)
     except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache holds what was chosen when it was downloaded
         files = []
     has_safetensors = any(fnmatch(file, "model*.safetensors") for file in files)
@@ -114,31 +120,31 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     kind: str
-    read: "Callable[[], torch.Tensor]"
+    read: Callable[[], torch.Tensor]
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} in {self.file.name}"
 
-    @property
-    def is_weight(self) -> bool:
-        """Whether it holds plain floating-point numbers."""
-        return self.kind in _NUMBERS.values()
 
-
-def find_weights(directory: Path, names: tuple[str, ...]) -> list[Path]:
+def open_directory(directory: Path, names: tuple[str, ...], lacks: str | None) -> list[StoredTensor]:
     """
-    Find the files that hold the weights in a directory: a single one, or the shards that an index lists.
+    List the tensors of a directory, which are in a single file or in the shards that an index lists.
 
     Args:
         directory (`Path`): Directory.
         names (`tuple[str, ...]`): Names of a single file, the preferred one first.
-
-    Returns:
-        `list[Path]`: Empty if there are none.
+        lacks (`str`, *optional*): What to say of a directory without any of them. None: it may have none.
 
     Raises:
-        UserError: if there are shards without their index, or some of them are missing.
+        UserError: if there are shards without their index, some of them are missing, or as [`open_weights`] says.
     """
+    files = _find_weights(directory, names)
+    if lacks and not files:
+        raise UserError(f"{directory} {lacks}")
+    return open_weights(files)
+
+
+def _find_weights(directory: Path, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         index = directory / f"{name}.index.json"
         if index.is_file():
@@ -188,49 +194,35 @@ def open_weights(files: list[Path]) -> list[StoredTensor]:
 
 
 def _open_safetensors(file: Path) -> list[StoredTensor]:
-    from safetensors import SafetensorError, safe_open
-
+    tensors = []
     try:
         opened = safe_open(file, framework="pt")
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dictionary)
-        return [
-            StoredTensor(
-                file,
-                name,
-                tuple(part.get_shape()),
-                _NUMBERS.get(part.get_dtype(), part.get_dtype()),
-                partial(opened.get_tensor, name),
-            )
-            for name, part in slices.items()
-        ]
+        for name in opened.keys():  # noqa: SIM118 (no dictionary)
+            part = opened.get_slice(name)
+            shape, kind = tuple(part.get_shape()), NUMBERS.get(part.get_dtype(), part.get_dtype())
+            tensors.append(StoredTensor(file, name, shape, kind, partial(opened.get_tensor, name)))
+        return tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
 
 
 def _open_pickle(file: Path) -> list[StoredTensor]:
-    import torch
-
     content = _load_pickle(file)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()
     ):
         raise UserError(f"{file} holds something other than named tensors. Give the model's own weights.")
 
-    def kind(tensor: "torch.Tensor") -> str:
+    def kind(tensor: torch.Tensor) -> str:
         if tensor.is_meta:
             return "without numbers"
         stored = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         return str(stored).removeprefix("torch.")
 
-    return [
-        StoredTensor(file, name, tuple(value.shape), kind(value), partial(torch.Tensor.detach, value))
-        for name, value in content.items()
-    ]
+    return [StoredTensor(file, name, tuple(value.shape), kind(value), value.detach) for name, value in content.items()]
 
 
 def _load_pickle(file: Path):
-    import torch
-
     for mmap in (True, False):  # files from before PyTorch 1.6 cannot be read in place
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)

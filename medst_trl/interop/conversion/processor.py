@@ -4,69 +4,83 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import AddedToken, Regex, normalizers
+from transformers import (
+    CLIPImageProcessorPil,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.tokenization_utils_base import generate_merges
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import vicuna_template
 
-from .files import read_json
+from .checkpoint import Checkpoint
+from .files import TOKENIZER_FILES, read_json
 
-
-if TYPE_CHECKING:
-    from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 IMAGE, PAD = "<image>", "<pad>"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROWS_MULTIPLE = 64  # of the embedding, for fast kernels and for tokens added later
 
 
-def build_processor(
-    tokenizer: "PreTrainedTokenizerFast",
-    config: "LlavaConfig",
-    *,
-    vision_directory: Path,
-    pad_to_square: bool,
-    text_role: bool,
-) -> "LlavaProcessor":
+def build_processor(checkpoint: Checkpoint, text_role: bool) -> LlavaProcessor:
     """
-    Build a processor.
+    Build the processor of a checkpoint, and set the ids of its tokens in the checkpoint's configuration, in place.
+
+    Images have the mean colour and deviation of the vision tower's own processor. They are padded with the mean colour
+    to a square where LLaVA-1.5 was trained so. The first implementation did that in training only; here every stage
+    does what the processor says.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            From [`read_tokenizer`].
-        config ([`~transformers.LlavaConfig`]):
-            The model's configuration.
-        vision_directory (`Path`):
-            Directory of the vision tower, for the colours in its `preprocessor_config.json` or
-            `processor_config.json`.
-        pad_to_square (`bool`):
-            Whether images are padded with the mean colour to a square, as in the training of LLaVA-1.5. The first
-            implementation did so in training only; here every stage does what the processor says.
+        checkpoint ([`Checkpoint`]):
+            The checkpoint.
         text_role (`bool`):
             Whether questions open with the text role `VUSER:`.
 
-    Returns:
-        [`~transformers.LlavaProcessor`]
+    Raises:
+        UserError: if the tokenizer is missing, damaged, or belongs to another model.
     """
-    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor
-
-    vision = config.vision_config
-    side = vision.image_size
+    config, tokenizer = checkpoint.config, read_tokenizer(checkpoint.tokenizer_directory)
+    _set_tokens(config, tokenizer)
+    side, pad = config.vision_config.image_size, checkpoint.original.get("image_aspect_ratio") == "pad"
     # The processors on PIL: the others need torchvision.
-    images = (LlavaImageProcessorPil if pad_to_square else CLIPImageProcessorPil)(
+    images = (LlavaImageProcessorPil if pad else CLIPImageProcessorPil)(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        **({"do_pad": True} if pad_to_square else {}),
-        **_colours(vision_directory),
+        **({"do_pad": True} if pad else {}),
+        **_colours(checkpoint.vision_directory),
     )
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=vision.patch_size,
+        patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token
         chat_template=vicuna_template(text_role=text_role, write_bos=not adds_bos),
     )
+
+
+def _set_tokens(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Set the ids of the special tokens, and more rows (with some to spare) if tokens lack them, in place."""
+    rows = config.text_config.vocab_size
+    if len(tokenizer) - rows > ROWS_MULTIPLE:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it belongs to another model. "
+            "Put that of the language model into the checkpoint's directory."
+        )
+    if len(tokenizer) > rows:
+        config.text_config.vocab_size = -(-(len(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE  # `<vusr>` fits, too
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    for name in SPECIAL_IDS:
+        for part in (config, config.text_config):
+            setattr(part, name, getattr(tokenizer, name))
 
 
 def _colours(directory: Path) -> dict[str, Any]:
@@ -80,7 +94,7 @@ def _colours(directory: Path) -> dict[str, Any]:
     return found
 
 
-def read_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """
     Read a tokenizer as a fast one with `<image>` and a pad token.
 
@@ -95,8 +109,6 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: if there is none, or it is not Llama's.
     """
-    from tokenizers import AddedToken
-
     if (directory / "tokenizer.json").is_file():
         tokenizer = _from_json(directory)
     elif (directory / "tokenizer.model").is_file():
@@ -126,20 +138,14 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _from_json(directory: Path) -> "PreTrainedTokenizerFast":
-    from transformers import PreTrainedTokenizerFast
-
+def _from_json(directory: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain ones on a damaged file
         raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
 
 
-def _from_sentencepiece(directory: Path) -> "PreTrainedTokenizerFast":
-    from tokenizers import AddedToken
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
-    from transformers.tokenization_utils_base import generate_merges
-
+def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
     path = directory / "tokenizer_config.json"
     config = read_json(path, "special tokens") if path.is_file() else {}
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
@@ -179,14 +185,13 @@ def _added_tokens(directory: Path, decoder: dict) -> list[tuple[int, str]]:
     return sorted(found or [(index, token) for token, index in listed.items()])
 
 
-def _restart_after_images(tokenizer: "PreTrainedTokenizerFast") -> None:
+def _restart_after_images(tokenizer: PreTrainedTokenizerFast) -> None:
     """
     Make a tokenizer treat the line after an image as the original code does, in place.
 
     That cut the text at images and tokenized each piece separately, so that sentencepiece put a space before the
     newline after an image. A tokenizer that reads the whole text puts a space only before its first word.
     """
-    from tokenizers import Regex, normalizers
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
