@@ -217,6 +217,7 @@ class Parts:
         unused += [str(tensor) for tensor in self.unused]
         unused += [str(lora.a) for name, lora in self.changes.items() if name not in expected]
         parts = [*self.weights.values(), *(half for lora in self.changes.values() for half in (lora.a, lora.b))]
+        not_plain = [f"{part}: {part.kind}" for part in parts if part.kind not in NUMBERS.values()]
         problems = {
             "are missing (names in the model)": [
                 f"{name} {list(shape)}" for name, shape in expected.items() if name not in self.weights
@@ -227,9 +228,7 @@ class Parts:
                 for name, part in [*self.weights.items(), *self.changes.items()]
                 if name in expected and part.shape != expected[name]
             ],
-            "are not plain floating-point numbers": [
-                f"{part}: {part.kind}" for part in parts if part.kind not in NUMBERS.values()
-            ],
+            "are not plain floating-point numbers": not_plain,
         }
         if any(problems.values()):
             raise UserError(

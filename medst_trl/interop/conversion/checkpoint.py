@@ -76,10 +76,8 @@ def open_checkpoint(
     if directory != base_directory:
         parts.change(directory)
         # Without its own projector that of the base would stay, and nothing would be missing.
-        lacks = (
-            f"lacks the projector, which was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the projector "
-            "as --projector."
-        )
+        lacks = f"lacks the projector, which was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the "
+        lacks += "projector as --projector."
         parts.put(open_directory(directory, PROJECTOR_FILES, lacks if projector is None else None))
     if projector is not None:
         parts.put(_projector(projector))

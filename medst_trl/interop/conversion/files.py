@@ -19,12 +19,7 @@ from typing import Any
 import httpx2
 import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from medst_trl.base.errors import UserError
@@ -63,11 +58,8 @@ def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
     check_reachable(name)
     try:
         patterns = [*_SMALL_FILES, *(_weight_patterns(name, revision) if weights else ())]
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_READ
-            )
-        )
+        wanted = {"allow_patterns": patterns, "ignore_patterns": _NOT_READ}
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[:1] or [""]
         raise UserError(
