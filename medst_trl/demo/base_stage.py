@@ -78,12 +78,7 @@ class BaseArguments:
 def main(args: BaseArguments) -> None:
     from medst_trl.pipeline.record import StageRecord
 
-    record = StageRecord.open(
-        args.output_dir,
-        stage="base",
-        settings=asdict(args),
-        overwrite=args.overwrite,
-    )
+    record = StageRecord.open(args.output_dir, stage="base", settings=asdict(args), overwrite=args.overwrite)
     if record.status == "finished":
         return
     print(

@@ -75,11 +75,7 @@ QUESTIONS = {
         "What kind of scan is this?",
         "Which imaging modality was used for this {view}?",
     ),
-    "location": (
-        "Where is the lesion?",
-        "In which quadrant is the lesion?",
-        "Where in the {view} is the lesion?",
-    ),
+    "location": ("Where is the lesion?", "In which quadrant is the lesion?", "Where in the {view} is the lesion?"),
     "appearance": (
         "What does the lesion look like?",
         "How large and how bright is the lesion?",
@@ -87,11 +83,7 @@ QUESTIONS = {
     ),
     "bright": ("Is the lesion bright?", "Is the lesion brighter than the tissue around it?"),
     "dark": ("Is the lesion dark?", "Is the lesion darker than the tissue around it?"),
-    "description": (
-        "What does the {view} show?",
-        "Please describe the {view}.",
-        "What is the finding in the {view}?",
-    ),
+    "description": ("What does the {view} show?", "Please describe the {view}.", "What is the finding in the {view}?"),
 }
 ANY_SCAN = ("presence", "modality", "description")  # kinds that a scan without a lesion answers too
 CLOSED = ("presence", "bright", "dark")
