@@ -33,8 +33,7 @@ from medst_trl.base.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .dpo import MultimodalDPOConfig
+    from trl import DPOConfig
 
 TRUE_VIEW = "image"
 COMPUTED_VIEWS = frozenset({TRUE_VIEW})  # what the trainer gives a loss
@@ -95,11 +94,11 @@ class PreferenceLoss(Protocol):
     views: tuple[str, ...] = ()
 
     @abstractmethod
-    def __call__(self, pairs: PairLogProbs, args: "MultimodalDPOConfig") -> "Tensor":
+    def __call__(self, pairs: PairLogProbs, args: "DPOConfig") -> "Tensor":
         """
         Args:
             pairs ([`PairLogProbs`]): Log-probabilities of a batch.
-            args ([`MultimodalDPOConfig`]): Settings, such as `beta` and `label_smoothing`.
+            args ([`~trl.DPOConfig`]): Settings, such as `beta` and `label_smoothing`.
 
         Returns:
             `torch.Tensor` of shape (pairs,): The loss of each pair, before weights.
@@ -130,7 +129,7 @@ def check_losses(names: Sequence[str], args: Any = None) -> None:
     Args:
         names (sequence of `str`):
             Values of `loss_type`.
-        args ([`MultimodalDPOConfig`], *optional*):
+        args ([`~trl.DPOConfig`], *optional*):
             The other settings.
 
     Raises:
