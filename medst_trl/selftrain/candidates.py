@@ -334,20 +334,25 @@ class CandidateGenerator:
 
     def _questions(self, record: _Record) -> list[Request]:
         messages = to_ask(record.history, len(record.images))
-        streams = [random_stream(self.seed, record.id, "question", number) for number in range(self.num_questions)]
-        return [
-            Request(Prompt(messages, record.images, stream), self.question_sampling, (record, number))
-            for number, stream in enumerate(streams)
-        ]
+        return self._samples(record, messages, self.question_sampling, self.num_questions, "question")
 
     def _answers(self, record: _Record, question: int) -> list[Request]:
         messages = to_answer(record.history, len(record.images), record.questions[question])
-        numbers = range(self.num_answers)
-        streams = [random_stream(self.seed, record.id, "answer", question, number) for number in numbers]
-        return [
-            Request(Prompt(messages, record.images, stream), self.answer_sampling, (record, question, number))
-            for number, stream in enumerate(streams)
-        ]
+        return self._samples(record, messages, self.answer_sampling, self.num_answers, "answer", question)
+
+    def _samples(
+        self,
+        record: _Record,
+        messages: list[dict[str, Any]],
+        sampling: Sampling,
+        count: int,
+        purpose: str,
+        *numbers: int,
+    ) -> list[Request]:
+        """Return requests for independent texts, each with its own random stream and its numbers in the tag."""
+        streams = [random_stream(self.seed, record.id, purpose, *numbers, number) for number in range(count)]
+        prompts = [Prompt(messages, record.images, stream) for stream in streams]
+        return [Request(prompt, sampling, (record, *numbers, number)) for number, prompt in enumerate(prompts)]
 
     def _pair(self, record: _Record, question: int, prompt: list[dict[str, Any]]) -> None:
         drawn = [record.answers[question][number] for number in range(self.num_answers)]
@@ -356,5 +361,5 @@ class CandidateGenerator:
             texts = [record.questions[question], *(reply.text for reply in drawn)]
             record.reject(problem, "\n".join(texts), question)
         else:
-            candidate = {"id": f"{record.id}#{question}", "prompt": prompt, "answers": answers}
-            record.candidates[question] = candidate
+            name = f"{record.id}#{question}"
+            record.candidates[question] = {"id": name, "prompt": prompt, "answers": answers}

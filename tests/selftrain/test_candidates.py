@@ -532,6 +532,33 @@ def test_images_of_the_next_window_are_opened_in_the_background(images, monkeypa
     assert len(list(CandidateGenerator(engine).outcomes(images))) == 7
 
 
+def test_an_engine_without_batches_gets_all_records_in_one_run(images):
+    """With the same outcomes as in windows, also next to unreadable records and in a resumed run."""
+
+    def say(prompt):
+        if kind_of(prompt) == "answer":
+            return Reply(f"On side {numbers_of(prompt)[-1]}.")
+        return Reply("Where is the lesion?" if numbers_of(prompt)[0] else "A lesion.")
+
+    class Counting(Script):
+        runs = 0
+
+        def run(self, first, then):
+            self.runs += 1
+            return super().run(first, then)
+
+    broken = {"id": "broken", "images": [{"bytes": b"no image", "path": None}], "image_ids": ["0"], "messages": []}
+    records = as_dataset([*(record(number) for number in range(5)), broken])
+    in_windows, at_once = Counting(say), Counting(say)
+    in_windows.batch_size, at_once.batch_size = 1, None
+    expected = list(CandidateGenerator(in_windows, num_questions=2).outcomes(records))
+    result = list(CandidateGenerator(at_once, num_questions=2).outcomes(records))
+    assert (in_windows.runs, at_once.runs) == (3, 1)
+    assert sorted(result, key=lambda outcome: outcome["id"]) == sorted(expected, key=lambda outcome: outcome["id"])
+    resumed = CandidateGenerator(at_once, num_questions=2).outcomes(records, done={"r0", "r3"})
+    assert {outcome["id"] for outcome in resumed} == {"r1", "r2", "r4", "broken"}
+
+
 def test_only_one_window_is_opened_ahead():
     begun = []
     items = (begun.append(number) or number for number in range(5))
