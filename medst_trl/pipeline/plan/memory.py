@@ -47,7 +47,7 @@ from .steps import Batch, Hardware
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 GIB = 2**30
 BUCKET = 5e8  # elements; DeepSpeed's reduce_bucket_size, allocated whole
@@ -113,29 +113,19 @@ def training_memory(
     args, training = arguments
     length = length or training.max_length or DEFAULT_LENGTH
     precision = precision_of(args, training, hardware)
+    compute, checkpointing = precision.compute, training.gradient_checkpointing
     trained = policy.model.num_parameters(only_trainable=True)
-    frozen = frozen_bytes(policy, precision.compute if hardware.is_deepspeed else precision.stream, args.load_in_4bit)
-    parts = state_bytes(
-        trained,
-        frozen,
-        hardware,
-        compute=precision.compute,
-        optimizer=optimizer_bytes(training.optim),
-        held=4 if policy.is_adapter else precision.stream,
-    )
-    parts["gathered weights"] = _gathered_elements(policy, hardware) * precision.compute
+    frozen = frozen_bytes(policy, compute if hardware.is_deepspeed else precision.stream, args.load_in_4bit)
+    held = 4 if policy.is_adapter else precision.stream
+    parts = state_bytes(trained, frozen, hardware, compute, optimizer_bytes(training.optim), held)
+    parts["gathered weights"] = _gathered_elements(policy, hardware) * compute
     parts["reference"] = _reference(policy, training, frozen, hardware, precision)
     sequences, tokens = _sequences(training, batch, length)
     parts["activations"] = activation_bytes(
-        policy,
-        sequences=sequences,
-        length=tokens,
-        images=sequences,
-        precision=precision,
-        checkpointing=training.gradient_checkpointing,
+        policy, sequences=sequences, length=tokens, images=sequences, precision=precision, checkpointing=checkpointing
     )
-    if precision.autocast and not training.gradient_checkpointing:
-        parts["activations"] += precision.compute * trained  # autocast's copies of the weights
+    if precision.autocast and not checkpointing:
+        parts["activations"] += compute * trained  # autocast's copies of the weights
     if hardware.on_gpu:
         parts["CUDA"] = CONTEXT + (NCCL if hardware.processes > 1 else 0)
     return Memory({name: size for name, size in parts.items() if size}, length)
@@ -181,12 +171,8 @@ def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
     stream = 4 if frozen == "float32" else 2
     if hardware.is_deepspeed:
         stream = 2 if half else 4
-    return Precision(
-        compute=2 if half else stream,
-        stream=stream,
-        autocast=half and not hardware.is_deepspeed,
-        on_gpu=hardware.on_gpu,
-    )
+    is_autocast = half and not hardware.is_deepspeed
+    return Precision(2 if half else stream, stream, is_autocast, hardware.on_gpu)
 
 
 def optimizer_bytes(optim: str) -> int:
@@ -252,40 +238,58 @@ def _gathered_elements(policy: Policy, hardware: Hardware) -> float:
 # Activations
 
 
-@dataclass(frozen=True)
 class Tower:
     """
     A language model or vision tower, as far as its activations depend on it. All sizes are of one layer.
 
     Args:
+        module ([`~torch.nn.Module`]): The model or tower.
+        config ([`~transformers.PreTrainedConfig`]): Its configuration.
+        needs_graph (`bool`): Whether anything in it or before it trains.
+
+    Attributes:
         layers (`int`): Number of layers.
         hidden (`int`): Width of the hidden states.
         intermediate (`int`): Width of the MLP.
+        heads (`int`): Number of attention heads.
         query (`int`): Width of the queries.
         key_value (`int`): Width of the keys, and of the values.
         gated (`bool`): Whether the MLP has a gate.
-        heads (`int`): Number of attention heads.
         eager (`bool`): Whether attention keeps its matrix.
+        in_full (`bool`): Whether the layers' own weights train.
         lora_inputs (`float`): Sum of the input widths of all layers with LoRA.
         lora_ranks (`float`): Sum of their ranks.
         dropout (`bool`): Whether LoRA layers have dropout.
-        in_full (`bool`): Whether the layers' own weights train.
-        needs_graph (`bool`): Whether anything in it or before it trains.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    key_value: int
-    gated: bool
-    heads: int
-    eager: bool
-    lora_inputs: float
-    lora_ranks: float
-    dropout: bool
-    in_full: bool
-    needs_graph: bool
+    def __init__(self, module: "nn.Module", config: "PreTrainedConfig", needs_graph: bool):
+        def first(*names: str, default: int | None = None) -> int:
+            return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
+
+        self.needs_graph = needs_graph
+        self.layers = first("num_hidden_layers", "depth")
+        self.hidden = first("hidden_size" if hasattr(config, "hidden_size") else "embed_dim")
+        self.intermediate = first("intermediate_size", default=4 * self.hidden)
+        self.heads = first("num_attention_heads", "num_heads")
+        head = first("head_dim", default=self.hidden // self.heads)
+        self.query = self.heads * head
+        self.key_value = first("num_key_value_heads", default=self.heads) * head
+        self.gated = any(name.endswith("gate_proj") for name, _ in module.named_modules())
+        self.eager = getattr(config, "_attn_implementation", None) == "eager"
+        self.in_full = any(
+            parameter.requires_grad and parameter.dim() == 2 and "lora_" not in name and ".layers." in f".{name}"
+            for name, parameter in module.named_parameters()
+        )
+        self._read_lora(module)
+
+    def _read_lora(self, module: "nn.Module") -> None:
+        from peft.tuners.lora import LoraLayer
+
+        adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and layer.lora_A]
+        dropouts = [next(iter(layer.lora_dropout.values())) for layer in adapted]
+        self.lora_inputs = sum(layer.in_features for layer in adapted) / self.layers
+        self.lora_ranks = sum(next(iter(layer.r.values())) for layer in adapted) / self.layers
+        self.dropout = any(getattr(dropout, "p", 0) > 0 for dropout in dropouts)
 
     def saved_per_token(self, precision: Precision, length: int) -> float:
         """Bytes that one layer keeps for one token of a sequence of this length."""
@@ -362,47 +366,9 @@ def towers(policy: Policy) -> tuple[Tower, Tower]:
     trains = {parts.part_of(name) for name, p in policy.model.named_parameters() if p.requires_grad}
     vision, language = (model.get_submodule(name) for name in (parts.vision_tower, parts.language_model))
     return (
-        _tower(vision, vision.config, needs_graph="vision" in trains),
-        _tower(language, model.config.get_text_config(), needs_graph=bool(trains)),
+        Tower(vision, vision.config, needs_graph="vision" in trains),
+        Tower(language, model.config.get_text_config(), needs_graph=bool(trains)),
     )
-
-
-def _tower(tower: "nn.Module", config: Any, needs_graph: bool) -> Tower:
-    def first(*names: str, default: int | None = None) -> int:
-        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
-
-    layers, heads = first("num_hidden_layers", "depth"), first("num_attention_heads", "num_heads")
-    hidden = first("hidden_size") if hasattr(config, "hidden_size") else first("embed_dim")
-    head = first("head_dim", default=hidden // heads)
-    return Tower(
-        layers=layers,
-        hidden=hidden,
-        intermediate=first("intermediate_size", default=4 * hidden),
-        query=heads * head,
-        key_value=first("num_key_value_heads", default=heads) * head,
-        gated=any(name.endswith("gate_proj") for name, _ in tower.named_modules()),
-        heads=heads,
-        eager=getattr(config, "_attn_implementation", None) == "eager",
-        in_full=any(
-            parameter.requires_grad and parameter.dim() == 2 and "lora_" not in name and ".layers." in f".{name}"
-            for name, parameter in tower.named_parameters()
-        ),
-        needs_graph=needs_graph,
-        **_lora(tower, layers),
-    )
-
-
-def _lora(tower: "nn.Module", layers: int) -> dict[str, Any]:
-    """The fields of [`Tower`] about LoRA."""
-    from peft.tuners.lora import LoraLayer
-
-    adapted = [module for module in tower.modules() if isinstance(module, LoraLayer) and module.lora_A]
-    dropouts = [next(iter(module.lora_dropout.values())) for module in adapted]
-    return {
-        "lora_inputs": sum(module.in_features for module in adapted) / layers,
-        "lora_ranks": sum(next(iter(module.r.values())) for module in adapted) / layers,
-        "dropout": any(getattr(dropout, "p", 0) > 0 for dropout in dropouts),
-    }
 
 
 def patches_of(model: "PreTrainedModel") -> int:

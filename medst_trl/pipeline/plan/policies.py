@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import split_revision
+from medst_trl.pipeline.stage import MODEL
 from medst_trl.policy.parts import model_parts, on_meta
 
-from .steps import stage_arguments
+from .steps import maker_of, stage_arguments
 from .transfers import hub_answers, is_hub_id
 
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from medst_trl.pipeline.recipe import Step
+    from medst_trl.pipeline.stage import Output
 
 
 class NotKnownYet(UserError):
@@ -178,15 +180,15 @@ def model_at(
     if (config := _adapter_config(name_or_path)) is not None:
         return _with_adapter(model_at(base or config.base_model_name_or_path, steps, trust_remote_code), config)
     if not Path(name_or_path, "config.json").is_file():
-        for step in steps:
-            if Path(step.settings["output_dir"]) == Path(name_or_path):
-                return _made_by(step, steps)
+        step, output = maker_of(name_or_path, steps)
+        if output is not None and output.kind == MODEL:
+            return _made_by(step, output, steps)
     return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=_has_text_role(name_or_path))
 
 
-def _made_by(step: "Step", steps: Sequence["Step"]) -> Policy:
-    """The model in the directory of a step that has not run yet."""
-    output, directory = step.stage.output(""), step.settings["output_dir"]
+def _made_by(step: "Step", output: "Output", steps: Sequence["Step"]) -> Policy:
+    """The model that a step will make."""
+    directory = str(Path(step.settings["output_dir"], output.directory))
     if step.stage.trains:
         policy = policy_of(step, steps)
         if policy.is_adapter:
@@ -194,10 +196,10 @@ def _made_by(step: "Step", steps: Sequence["Step"]) -> Policy:
             for name, parameter in policy.model.named_parameters():  # loaded again, the whole adapter trains
                 parameter.requires_grad_(is_of_adapter(name))
         return Policy(policy.model, policy.base, continues_adapter=policy.is_adapter)
-    if output is not None and output.merges:
+    if output.merges:
         policy = model_at(step.settings[output.merges], steps)
         return Policy(policy.model.unload() if policy.is_adapter else policy.model, directory)
-    if output is not None and output.config and (known := output.config(step.settings)) is not None:
+    if output.config and (known := output.config(step.settings)) is not None:
         return Policy(on_meta(known[0]), directory, text_role=known[1])
     raise NotKnownYet(f"not known before {step.label} has run: {directory}")
 

@@ -272,14 +272,14 @@ class Rows:
     def rows(self, directory: str, split: str) -> Count:
         if (rows := _rows_on_disk(Path(directory), split)) is not None:
             return Count(rows)
-        step, output = self._maker(directory)
+        step, output = maker_of(directory, self.steps)
         if output is not None and output.count is not None:
             count = output.count(step.settings, split, self)
             return replace(count, depends_on=step.label) if count.number is None else count
         return Count(None, depends_on=directory)
 
     def settings_behind(self, directory: str) -> Mapping[str, Any]:
-        step, _ = self._maker(directory)
+        step, _ = maker_of(directory, self.steps)
         return {} if step is None else step.settings
 
     def time(self, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
@@ -290,12 +290,14 @@ class Rows:
         else:
             yield "time", f"{_duration(number / self.throughput)} at {self.throughput:g} {unit} per second"
 
-    def _maker(self, directory: str) -> "tuple[Step, Output] | tuple[None, None]":
-        for step in self.steps:
-            for output in step.stage.outputs:
-                if Path(directory) == Path(step.settings["output_dir"], output.directory):
-                    return step, output
+
+def maker_of(path: str, steps: Sequence["Step"]) -> "tuple[Step | None, Output | None]":
+    """The step that makes a path, and which of its outputs the path is; None if there is no such step or output."""
+    makers = [step for step in steps if Path(path).is_relative_to(step.settings["output_dir"])]
+    if not makers:
         return None, None
+    step = max(makers, key=lambda step: len(Path(step.settings["output_dir"]).parts))
+    return step, step.stage.output(Path(path).relative_to(step.settings["output_dir"]).as_posix())
 
 
 def _duration(seconds: float) -> str:

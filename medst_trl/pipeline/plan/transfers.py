@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.engines.engine import ENGINES
 from medst_trl.pipeline.stage import FILE, RUN
 
+from .steps import maker_of
+
 
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
@@ -31,11 +33,9 @@ def downloads(step: "Step", steps: Sequence["Step"], known: set[str]) -> Iterato
         known (`set[str]`):
             What earlier steps have downloaded. The downloads of this step are added.
     """
-    made = [Path(other.settings["output_dir"]) for other in steps if "output_dir" in other.settings]
     for item in step.stage.inputs:
         for source in item.names(step.settings) if item.kind not in (FILE, RUN) else ():
-            is_made = any(Path(source).is_relative_to(path) for path in made)
-            if is_hub_id(source) and source not in known and not is_made:
+            if is_hub_id(source) and source not in known and maker_of(source, steps)[0] is None:
                 known.add(source)
                 kind = "dataset" if item.is_dataset else "model"
                 yield "downloads", f"{kind} {source} ({_size(source, kind)})"

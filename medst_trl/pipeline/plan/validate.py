@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED
 from medst_trl.pipeline.recipe import Recipe, Step
-from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
+from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input, Output
 
-from .steps import check_sharding, effective_batch, hardware_of, stage_arguments
+from .steps import check_sharding, effective_batch, hardware_of, maker_of, stage_arguments
 from .transfers import is_hub_id
 
 
@@ -58,15 +58,16 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
 def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
     """Where the inputs come from."""
     missing, sources = [], []
-    for item, value in _named_inputs(step):
-        maker = _maker(value, before)
+    names = [(item, name) for item in step.stage.inputs if item.kind != RUN for name in item.names(step.settings)]
+    for item, value in names:
+        maker, output = maker_of(value, before)
         if maker is not None:
-            _check_output(step, item, value, maker)
+            _check_output(step, item, value, maker, output)
             sources.append(maker.label)
         elif Path(value).exists():
             _check_on_disk(step, item, Path(value))
             sources.append(value)
-        elif (later := _maker(value, after)) is not None:
+        elif (later := maker_of(value, after)[0]) is not None:
             missing.append(f"{item.key}: {value} is made by {later.label}, which runs later")
         elif item.kind != FILE and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir():
             sources.append(f"{value} (Hub)")
@@ -79,20 +80,8 @@ def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
         yield "from " + ", ".join(dict.fromkeys(sources))
 
 
-def _named_inputs(step: Step) -> Iterator[tuple[Input, str]]:
-    for item in step.stage.inputs:
-        if item.kind != RUN:
-            for value in item.names(step.settings):
-                yield item, value
-
-
-def _maker(value: str, steps: list[Step]) -> Step | None:
-    return next((step for step in steps if Path(value).is_relative_to(step.settings["output_dir"])), None)
-
-
-def _check_output(step: Step, item: Input, value: str, maker: Step) -> None:
+def _check_output(step: Step, item: Input, value: str, maker: Step, made: Output | None) -> None:
     """Refuse an output of an earlier step that is not of the input's kind."""
-    made = maker.stage.output(Path(value).relative_to(maker.settings["output_dir"]).as_posix())
     if item.is_dataset and item.kind != ANY and (made is None or made.kind not in item.kinds):
         datasets = ", ".join(output.directory for output in maker.stage.outputs if output.directory) or "no dataset"
         raise UserError(

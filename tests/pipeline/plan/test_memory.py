@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas against bytes that were counted: of a real trainer, and of real forward and backward passes."""
+"""The formulas compared with counted bytes: of a real trainer, and of real forward and backward passes."""
 
 import pytest
 import tiny_dpo
@@ -45,7 +45,7 @@ def hardware(kind, processes=4, on_gpu=True):
 # Weights, gradients, optimizer
 
 
-def test_a_real_trainer_holds_what_the_formula_says(tmp_path):
+def test_state_of_a_real_trainer_matches_the_formula(tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, max_steps=1)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     gradients = []
@@ -64,13 +64,13 @@ def test_a_real_trainer_holds_what_the_formula_says(tmp_path):
     assert state_bytes(number, frozen_bytes(policy, 4), hardware("not distributed", 1, on_gpu=False)) == counted
 
 
-def test_what_each_kind_divides():
+def test_each_kind_shards_its_parts():
     n, trained, frozen = 4, 10**9, 14e9
     parts = {kind: state_bytes(trained, frozen, hardware(kind, n), compute=2) for kind in KINDS}
     alone, ddp, zero2, zero3, fsdp = parts.values()
-    assert ddp == alone | {"buckets": 4 * trained}  # on every GPU the whole
+    assert ddp == alone | {"buckets": 4 * trained}  # everything on each GPU
     assert zero2["weights"] == alone["weights"] and zero2["gradients"] == 2 * trained / n
-    assert zero2["optimizer"] == (alone["optimizer"] + 4 * trained) / n  # and the float32 weights that alone trains
+    assert zero2["optimizer"] == (alone["optimizer"] + 4 * trained) / n  # and the float32 weights
     for divided in (zero3, fsdp):
         assert divided["weights"] == alone["weights"] / n
     assert {name: size for name, size in zero3.items() if name != "buckets"} == {
@@ -83,7 +83,7 @@ def test_what_each_kind_divides():
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_more_gpus_need_less_each(kind):
+def test_sharding_over_more_gpus_takes_less_memory_on_each(kind):
     totals = [sum(state_bytes(10**9, 14e9, hardware(kind, n), compute=2).values()) for n in (1, 2, 4, 8)]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4
 
@@ -101,8 +101,8 @@ def test_more_gpus_need_less_each(kind):
         (False, 0.0, True, False),
     ],
 )
-def test_a_real_step_keeps_about_what_the_formula_says(lora, dropout, checkpointing, bf16):
-    """Within 25% of the highest that a forward and backward pass of a real model, fused head and all, comes to."""
+def test_activations_of_a_real_step_are_close_to_the_formula(lora, dropout, checkpointing, bf16):
+    """Within 25% of the peak of a forward and backward pass of a real model with its fused head."""
     batch, length = 8, 192
     sizes = {"image_size": 64, "patch_size": 8, "vision_layers": 4, "text_size": 256, "text_layers": 6}
     model, processor = tiny_llava(**sizes)
@@ -128,7 +128,7 @@ def test_a_real_step_keeps_about_what_the_formula_says(lora, dropout, checkpoint
     of_formula = {"sequences": batch, "length": length, "images": batch, "precision": precision}
     estimate = activation_bytes(policy, **of_formula, checkpointing=checkpointing)
     assert 0.8 * live.peak < estimate < 1.25 * live.peak
-    if not checkpointing:  # what lies there between the passes: the towers' share alone
+    if not checkpointing:  # between the passes: only the towers' part
         pixels = (batch * (tokens + 1), tokens + 1)
         vision, language = towers(policy)
         saved = vision.saved(*pixels, precision, False) + language.saved(batch * length, length, precision, False)
@@ -136,7 +136,7 @@ def test_a_real_step_keeps_about_what_the_formula_says(lora, dropout, checkpoint
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Keeps what FlashAttention keeps. Shapes alone, for the meta device, on which torch falls back to the matrix."""
+    """Keeps what FlashAttention keeps, as shapes for the meta device, where torch would fall back to the matrix."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -150,7 +150,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_7b_language_model_without_its_weights(checkpointing, tmp_path, monkeypatch):
+def test_activations_of_7b_layers_on_the_meta_device_are_close_to_the_formula(checkpointing, tmp_path, monkeypatch):
     """Four layers of real width on the meta device, in bfloat16 throughout as under DeepSpeed: within 10%."""
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda positions: None)
     monkeypatch.setitem(
@@ -174,23 +174,23 @@ def test_a_7b_language_model_without_its_weights(checkpointing, tmp_path, monkey
     precision = Precision(2, 2, autocast=False)
     saved = language.saved(batch * length, length, precision, checkpointing)
     if checkpointing:
-        saved -= batch * length * language.saved_per_token(precision, length)  # the layer that is computed again
-        saved += batch * length * 4096 * 4  # the norm behind the last one
+        saved -= batch * length * language.saved_per_token(precision, length)  # the layer that is recomputed
+        saved += batch * length * 4096 * 4  # the norm after the last one
     assert output.shape == inputs.shape
     assert 0.9 * live.now < saved < 1.1 * live.now
 
 
-# The whole
+# A whole step
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    """Real widths, few layers: what is tested goes by each."""
+    """Real widths and few layers: the tests look at one layer."""
     config = CONFIGS[LLAVA]()
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 3
-    folder = tmp_path_factory.mktemp("llava")
-    config.save_pretrained(folder)
-    return str(folder)
+    directory = tmp_path_factory.mktemp("llava")
+    config.save_pretrained(directory)
+    return str(directory)
 
 
 def step(stage, model, **settings):
@@ -204,29 +204,29 @@ def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):
     return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes, 8), machine)
 
 
-def test_7b_under_zero_2(tmp_path):
+def test_parts_of_a_7b_model_under_zero_2(tmp_path):
     parts = memory(step("sft", str(config_folder(LLAVA, tmp_path)))).parts
     lora = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert lora == 319_815_680
     trained = lora + 4096 + 13_565_952 + 20_979_712  # <vusr>, ViT, projector
     assert parts["weights"] == 2 * 7_063_427_072 and parts["trained"] == 2 * trained
     assert parts["gradients"] == 2 * trained / 4 and parts["optimizer"] == 12 * trained / 4
-    # Each layer's input, 8 x 2048 tokens of 4096 numbers in bfloat16, is the least that checkpointing keeps.
+    # Each layer's input, 8 x 2048 tokens of 4096 numbers in bfloat16, are the least that checkpointing keeps.
     assert 32 * 8 * 2048 * 4096 * 2 < parts["activations"] < 3 * 32 * 8 * 2048 * 4096 * 2
 
 
-def test_settings_that_save_memory_do(llava):
+def test_settings_that_save_memory_lower_the_estimate(llava):
     usual = memory(step("sft", llava, max_length=1024)).parts
     assert memory(step("sft", llava, max_length=1024), "DeepSpeed ZeRO-3").parts["weights"] == usual["weights"] / 4
     assert memory(step("sft", llava)).parts["activations"] > 1.5 * usual["activations"]
     kept = memory(step("sft", llava, max_length=1024, gradient_checkpointing=False)).parts["activations"]
-    assert kept > 1.4 * usual["activations"]  # of two layers, both instead of one
+    assert kept > 1.4 * usual["activations"]  # both layers instead of one
     less = memory(step("sft", llava, max_length=1024, optim="adamw_8bit")).parts
-    assert less["optimizer"] == usual["optimizer"] / 2  # what is left are float32 weights
+    assert less["optimizer"] == usual["optimizer"] / 2  # the rest are float32 weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_weight_trains_in_the_type_it_is_loaded_in(llava, dtype, tmp_path):
+def test_weights_that_train_in_full_keep_their_type(llava, dtype, tmp_path):
     settings = {"use_lora": False, "dtype": dtype, "bf16": True}
     parts = memory(step("sft", llava, **settings), "not distributed").parts
     model, processor = tiny_run.small_policy()
@@ -240,7 +240,7 @@ def test_every_weight_trains_in_the_type_it_is_loaded_in(llava, dtype, tmp_path)
     assert [parts[name] for name in ("trained", "gradients", "optimizer")] == [total, total, 2 * total]
 
 
-def test_four_bits_are_for_the_language_model_alone(llava):
+def test_only_the_language_model_is_quantized(llava):
     policy = Policy(meta_model(llava), "")
     policy.model.requires_grad_(False)
     quantized = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -250,7 +250,7 @@ def test_four_bits_are_for_the_language_model_alone(llava):
     assert frozen_bytes(policy, 2) == 2 * policy.model.num_parameters()
 
 
-def test_the_reference_of_stage_2(llava):
+def test_memory_of_the_reference(llava):
     sft = step("sft", llava)
     adapter = sum(p.numel() for p in policy_of(sft).model.parameters() if p.requires_grad)
 
@@ -258,14 +258,14 @@ def test_the_reference_of_stage_2(llava):
         return memory(step("dpo", model, **settings), kind, [sft]).parts.get("reference", 0)
 
     assert reference() == 4 * adapter
-    assert reference(train_vision=False) == 4 * adapter  # the copy is of all of it
+    assert reference(train_vision=False) == 4 * adapter  # the copy is of the whole adapter
     assert reference("DeepSpeed ZeRO-2") == 2 * adapter
     assert reference(precompute_ref_log_probs=True) == 0
     assert reference(model=llava) == 0  # a new adapter is switched off
     assert reference(model=llava, use_lora=False) == 4 * meta_model(llava).num_parameters()
 
 
-def test_the_adapters_reference_is_as_large_in_a_real_trainer(tmp_path):
+def test_reference_adapter_of_a_real_trainer_has_the_size_of_the_adapter(tmp_path):
     trainer = tiny_dpo.make_trainer(tmp_path)
     parts = {kind: [] for kind in ("default", "ref")}
     for name, parameter in trainer.model.named_parameters():
@@ -274,7 +274,7 @@ def test_the_adapters_reference_is_as_large_in_a_real_trainer(tmp_path):
     assert sum(parts["ref"]) == sum(parts["default"]) > 0
 
 
-def test_a_shared_prompt_is_read_once(llava):
+def test_sharing_the_prompt_saves_activations(llava):
     once = memory(step("dpo", llava)).parts["activations"]
     twice = memory(step("dpo", llava, share_prefix=False)).parts["activations"]
     assert 1.4 * once < twice < 2 * once

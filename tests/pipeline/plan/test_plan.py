@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst run RECIPE --dry_run`: what it says, that it leaves nothing behind, and what it refuses."""
+"""`medst run RECIPE --dry_run`: what it prints and refuses, and that it writes nothing."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def plan(capsys, *words) -> dict[str, dict[str, list[str]]]:
-    """What is printed, by step and by the words on the left; "" for what stands above and below."""
+    """What is printed, by step and label; "" for the lines above and below."""
     assert main(["run", *words, "--dry_run"]) == 0
     return read_plan(capsys.readouterr().out)
 
@@ -70,12 +70,12 @@ def read_plan(text):
     return steps
 
 
-def test_it_says_what_will_happen(recipe, tmp_path, capsys):
+def test_plan_of_a_recipe(recipe, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
-    told = plan(capsys, recipe, "--num_processes", "4", "--throughput", "2")
-    sft, judge, dpo = told["sft"], told["judge"], told["dpo"]
-    assert list(told) == ["", "sft", "generate", "judge", "dpo"]
-    assert sft[""] == ["sft (zero2, 4 GPUs)"] and any("this machine has" in line for line in told[""][""])
+    found = plan(capsys, recipe, "--num_processes", "4", "--throughput", "2")
+    sft, judge, dpo = found["sft"], found["judge"], found["dpo"]
+    assert list(found) == ["", "sft", "generate", "judge", "dpo"]
+    assert sft[""] == ["sft (zero2, 4 GPUs)"] and any("this machine has" in line for line in found[""][""])
     rates = {tuple(line.split()[:1]): line.split()[-1] for line in sft["trains"][:-1]}
     assert rates == {("language",): "2e-4", ("vision",): "5e-5", ("projector",): "2e-5"}
     assert "LoRA r 128" in sft["trains"][0] and f"{128 * (4 * 8192 + 3 * 15104):,}" in sft["trains"][0]
@@ -85,7 +85,7 @@ def test_it_says_what_will_happen(recipe, tmp_path, capsys):
     assert sft["time"] == ["11 min at 2 examples per second"]
     assert "GiB on each GPU at 2,048 tokens" in sft["memory"][0] and "weights" in sft["memory"][1]
     assert sft["downloads"] == ["dataset some-org/conversations (size unknown: the Hub cannot be reached)"]
-    assert told["generate"]["writes"] == ["at most 200 candidates"]
+    assert found["generate"]["writes"] == ["at most 200 candidates"]
     assert judge["asks"][0] == "at most 400 requests to https://api.openai.com/v1, model gpt-4o"
     assert judge["asks"][1].startswith("stops at 5 US dollars; about 2 US dollars")
     assert judge["uploads"] == ["my-org/pairs, PUBLIC"] and dpo["uploads"] == ["my-org/aligned, private"]
@@ -95,53 +95,53 @@ def test_it_says_what_will_happen(recipe, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_a_throughput_there_is_no_time(recipe, capsys):
-    told = plan(capsys, recipe)
-    assert not any("time" in rows for rows in told.values())
-    told = plan(capsys, recipe, "--dpo.throughput", "1", "--generate.throughput", "0.5")
-    assert told["generate"]["time"] == ["3 min at 0.5 images per second"]
-    assert "time" in told["dpo"] and "time" not in told["sft"]
+def test_time_is_shown_only_with_a_throughput(recipe, capsys):
+    found = plan(capsys, recipe)
+    assert not any("time" in rows for rows in found.values())
+    found = plan(capsys, recipe, "--dpo.throughput", "1", "--generate.throughput", "0.5")
+    assert found["generate"]["time"] == ["3 min at 0.5 images per second"]
+    assert "time" in found["dpo"] and "time" not in found["sft"]
 
 
-def test_more_gpus_and_another_config(recipe, capsys):
-    told = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
-    assert told["sft"]["batch"] == ["8 per GPU x 2 accumulated x 8 GPUs = 128"]
-    assert "gathered weights" in told["sft"]["memory"][1] and list(told) == ["", "sft"]
+def test_plan_for_other_processes_and_another_config(recipe, capsys):
+    found = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
+    assert found["sft"]["batch"] == ["8 per GPU x 2 accumulated x 8 GPUs = 128"]
+    assert "gathered weights" in found["sft"]["memory"][1] and list(found) == ["", "sft"]
 
 
-def test_rounds_are_planned_one_by_one(recipe, capsys):
-    told = plan(capsys, recipe, "--rounds", "2")
-    assert told["round_2/dpo"]["model"][0].startswith("out/round_1/dpo on llava")
-    assert told["round_2/dpo"]["data"] == ["at most 200 pairs"]
+def test_each_round_is_planned(recipe, capsys):
+    found = plan(capsys, recipe, "--rounds", "2")
+    assert found["round_2/dpo"]["model"][0].startswith("out/round_1/dpo on llava")
+    assert found["round_2/dpo"]["data"] == ["at most 200 pairs"]
 
 
-def test_a_model_that_only_the_hub_has(recipe, tmp_path, capsys):
+def test_model_that_is_only_on_the_hub(recipe, tmp_path, capsys):
     (tmp_path / recipe).write_text(RECIPE.format(model="some-org/some-model"))
-    told = plan(capsys, recipe)
-    assert told["sft"]["model"] == ["config not available offline: some-org/some-model"]
-    assert told["sft"]["batch"] and "trains" not in told["sft"] and "memory" not in told["sft"]
-    assert told["sft"]["downloads"][0].startswith("model some-org/some-model")
-    assert not any("some-org/some-model" in line for line in told["dpo"].get("downloads", []))
+    found = plan(capsys, recipe)
+    assert found["sft"]["model"] == ["config not available offline: some-org/some-model"]
+    assert found["sft"]["batch"] and "trains" not in found["sft"] and "memory" not in found["sft"]
+    assert found["sft"]["downloads"][0].startswith("model some-org/some-model")
+    assert not any("some-org/some-model" in line for line in found["dpo"].get("downloads", []))
 
 
-def test_a_model_that_is_a_folder_of_another_machine(recipe, capsys):
-    told = plan(capsys, recipe, "--stage", "sft", "--sft.model_name_or_path", "/cluster/models/llava")
-    assert told["sft"]["model"] == ["not on this machine: /cluster/models/llava"] and told["sft"]["batch"]
+def test_model_that_is_on_another_machine(recipe, capsys):
+    found = plan(capsys, recipe, "--stage", "sft", "--sft.model_name_or_path", "/cluster/models/llava")
+    assert found["sft"]["model"] == ["not on this machine: /cluster/models/llava"] and found["sft"]["batch"]
 
 
-def test_a_stage_that_is_finished_is_only_named(recipe, tmp_path, capsys):
+def test_finished_stages_have_no_rows(recipe, tmp_path, capsys):
     (tmp_path / "out" / "sft").mkdir(parents=True)
     (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps({"status": "complete"}))
-    told = plan(capsys, recipe)
-    assert "already finished" in told["sft"][""][0] and len(told["sft"]) == 1
+    found = plan(capsys, recipe)
+    assert "already finished" in found["sft"][""][0] and len(found["sft"]) == 1
     assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
 
 
 @pytest.mark.parametrize("name", ["demo", "vqa_rad_tiny", pytest.param("phantom_study", marks=pytest.mark.slow)])
-def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path, monkeypatch):
+def test_packaged_recipes_that_start_from_a_tiny_base_have_a_complete_plan(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = plan(capsys, name)
-    trained = [rows for step, rows in told.items() if step.partition("/")[0] in ("sft", "dpo")]
+    found = plan(capsys, name)
+    trained = [rows for step, rows in found.items() if step.partition("/")[0] in ("sft", "dpo")]
     assert trained and all("MiB" in rows["memory"][1] for rows in trained)
     assert list(tmp_path.iterdir()) == []
 
@@ -163,7 +163,7 @@ def test_the_packaged_recipes_that_start_from_a_tiny_base(name, capsys, tmp_path
         (["--stage", "merge"], "no section 'merge'"),
     ],
 )
-def test_what_could_not_run_is_refused(recipe, words, message, capsys):
+def test_recipes_that_could_not_run_are_refused(recipe, words, message, capsys):
     assert main(["run", recipe, "--dry_run", *words]) == 2
     assert message in capsys.readouterr().err
 
@@ -175,12 +175,12 @@ def test_missing_settings_are_refused(tmp_path, monkeypatch, capsys):
     assert "model_name_or_path and dataset must be set" in capsys.readouterr().err
 
 
-def test_a_launcher_does_not_plan(recipe):
+def test_dry_run_under_a_launcher_is_refused(recipe):
     with pytest.raises(UserError, match="medst run my.yaml --dry_run"):
         launched([recipe, "--dry_run"])
 
 
-def test_the_judges_own_dry_run_is_left_alone(recipe, capsys, monkeypatch):
+def test_dry_run_of_the_judge_is_passed_on(recipe, capsys, monkeypatch):
     steps = {}
     monkeypatch.setattr(
         "medst_trl.pipeline.launch.run", lambda command, environment: steps.update(command=command) or 0
@@ -198,7 +198,7 @@ def test_the_judges_own_dry_run_is_left_alone(recipe, capsys, monkeypatch):
         ("model: m, base_url: 'http://localhost:8000/v1', order: single", "at most 200 requests to http://localhost"),
     ],
 )
-def test_whom_the_judge_asks(recipe, tmp_path, settings, line):
+def test_requests_of_the_judge(recipe, tmp_path, settings, line):
     from medst_trl.pipeline.plan.steps import stage_arguments
 
     text = re.sub(r"judge: .*", f"judge: {{{settings}}}", (tmp_path / recipe).read_text())
@@ -210,7 +210,7 @@ def test_whom_the_judge_asks(recipe, tmp_path, settings, line):
 
 
 @pytest.mark.slow
-def test_what_the_hub_knows_of_sizes(recipe, tmp_path):
+def test_sizes_of_downloads_come_from_the_hub(recipe, tmp_path):
     files = {path.name: path.read_bytes() for path in config_folder("llava-hf/llava-1.5-7b-hf", tmp_path).iterdir()}
     with serve_hub() as hub:
         hub.add("model", "some-org/llava", files | {"model.safetensors": b"0" * 2_000_000, "a.bin": b"0"})

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted without weights is what the real trainer trains."""
+"""Parameters counted without weights are those that the real trainer trains."""
 
 import json
 
@@ -37,10 +37,10 @@ def step(stage, **settings):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
+    directory = tmp_path_factory.mktemp("base")
     for part in tiny_run.tiny_llava(**tiny_run.SMALL):
-        part.save_pretrained(folder)
-    return str(folder)
+        part.save_pretrained(directory)
+    return str(directory)
 
 
 def trainer(tmp_path, lora=True, vusr=True, **ranks):
@@ -63,13 +63,13 @@ def trainer(tmp_path, lora=True, vusr=True, **ranks):
         ({"load_in_4bit": True}, {}),
     ],
 )
-def test_stage_1_trains_what_was_counted(settings, real, base, tmp_path):
+def test_counts_of_stage_1_match_its_trainer(settings, real, base, tmp_path):
     counted = trainable_parameters(step("sft", model_name_or_path=base, **settings))
     assert counted == trainer(tmp_path, **real).trainable_parameters()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, tmp_path):
+def test_counts_of_each_family_match_the_trainer(family, tmp_path):
     model, processor = base_model(family)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "base")
@@ -81,19 +81,19 @@ def test_every_family(family, tmp_path):
     assert counted == made.trainable_parameters()
 
 
-def test_stage_2_goes_on_with_the_adapter_that_stage_1_will_make(base, tmp_path):
+def test_stage_2_trains_the_planned_adapter_of_stage_1_further(base, tmp_path):
     made = tiny_dpo.make_trainer(tmp_path).trainable_parameters()
     sft = step("sft", model_name_or_path=base)
     dpo = step("dpo", model_name_or_path="runs/sft", lora_r=128)  # ranks are for a new adapter
     assert trainable_parameters(dpo, [sft, dpo]) == made
     frozen = step("dpo", model_name_or_path="runs/sft", train_vision=False)
     assert trainable_parameters(frozen, [sft]) == {name: n for name, n in made.items() if name != "vision"}
-    again = step("dpo", model_name_or_path="runs/dpo")  # the next round, loaded anew
+    again = step("dpo", model_name_or_path="runs/dpo")  # the next round, which loads it again
     assert trainable_parameters(again, [sft, frozen]) == made
     assert policy_of(dpo, [sft, dpo]).continues_adapter and not policy_of(sft).continues_adapter
 
 
-def test_an_adapter_on_disk_counts_as_the_one_to_be_made(base, tmp_path):
+def test_adapter_on_disk_has_the_counts_of_the_planned_one(base, tmp_path):
     model, _ = tiny_dpo.adapter_policy(save_to=tmp_path)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     on_disk = trainable_parameters(step("dpo", model_name_or_path=str(tmp_path / "adapter")))
@@ -101,13 +101,13 @@ def test_an_adapter_on_disk_counts_as_the_one_to_be_made(base, tmp_path):
     assert on_disk == planned
 
 
-def test_an_adapter_of_other_ranks_is_refused_as_stage_1_does(base):
+def test_other_ranks_than_those_of_the_adapter_are_refused(base):
     first, second = step("sft", model_name_or_path=base), step("sft", model_name_or_path="runs/sft", lora_r=16)
     with pytest.raises(UserError, match="lora_r 8"):
         trainable_parameters(second, [first])
 
 
-def test_a_merged_model_is_the_base_without_the_adapter(base):
+def test_merged_model_has_the_shape_of_the_base(base):
     steps = [step("sft", model_name_or_path=base)]
     steps.append(
         Step(STAGES.get("merge"), "merge", {"model_name_or_path": "runs/sft", "output_dir": "runs/merge"}, "")
@@ -116,7 +116,7 @@ def test_a_merged_model_is_the_base_without_the_adapter(base):
     assert merged.model.num_parameters() == meta_model(base).num_parameters() and not merged.is_adapter
 
 
-def test_the_demo_builds_its_base_in_code():
+def test_counts_of_the_demo():
     steps = read_recipe("demo").steps()
     sft = next(step for step in steps if step.label == "sft")
     counts = trainable_parameters(sft, steps)
@@ -127,7 +127,7 @@ def test_the_demo_builds_its_base_in_code():
     assert counts["projector"] == 2 * (size + 1) * size
 
 
-def test_what_cannot_be_known_is_said(tmp_path):
+def test_unknown_models_are_reported(tmp_path):
     with pytest.raises(NotKnownYet, match="config not available offline: some-org/some-model"):
         meta_model("some-org/some-model")
     convert = Step(STAGES.get("convert"), "convert", {"source": "some-org/original", "output_dir": "runs/convert"}, "")
@@ -138,9 +138,9 @@ def test_what_cannot_be_known_is_said(tmp_path):
         meta_model(str(tmp_path))
 
 
-@pytest.mark.parametrize(("projector", "by_words"), [("mlp2x_gelu", False), ("cluster", True)])
-def test_a_checkpoint_that_is_still_to_be_converted(projector, by_words, tmp_path):
-    """Counted from its small files: the tower, the text model, and whether it asks by words."""
+@pytest.mark.parametrize(("projector", "text_role"), [("mlp2x_gelu", False), ("cluster", True)])
+def test_counts_of_a_checkpoint_before_its_conversion(projector, text_role, tmp_path):
+    """Counted from its small files: the tower, the text model, and whether it has the text role."""
     tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     tower |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     text = {
@@ -162,6 +162,6 @@ def test_a_checkpoint_that_is_still_to_be_converted(projector, by_words, tmp_pat
     settings = {"source": str(tmp_path / "original"), "output_dir": "runs/convert"}
     convert = Step(STAGES.get("convert"), "convert", settings, "")
     counts = trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
-    assert counts["language"] == 2 * 8 * (4 * (48 + 48) + 3 * (48 + 96)) + (0 if by_words else 48)
+    assert counts["language"] == 2 * 8 * (4 * (48 + 48) + 3 * (48 + 96)) + (0 if text_role else 48)
     assert counts["vision"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 64))
     assert counts["projector"] > 0

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Batches and steps are those that the real trainer makes of the same numbers."""
+"""Batches and steps are those of the real trainer."""
 
 from types import SimpleNamespace
 
@@ -22,18 +22,18 @@ def sft(**settings):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_the_effective_batch_stays_and_accumulation_gives_way(processes):
+def test_effective_batch_is_kept_on_any_number_of_processes(processes):
     batch = effective_batch(sft(effective_batch_size=128, per_device_train_batch_size=8), processes)
     assert batch == Batch(8, 16 // processes, processes, 128)
 
 
-def test_without_one_it_grows_with_the_processes():
+def test_batch_without_an_effective_size_grows_with_the_processes():
     batch = effective_batch(sft(per_device_train_batch_size=8, gradient_accumulation_steps=4), 4)
     assert batch == Batch(8, 4, 4, 128)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
-def test_a_batch_that_cannot_be_met_is_refused(settings):
+def test_effective_batch_that_cannot_be_met_is_refused(settings):
     step = sft(effective_batch_size=128, per_device_train_batch_size=8, **settings)
     with pytest.raises(UserError, match="^here: .*effective_batch_size 128"):
         effective_batch(step, 4 if settings else 3)
@@ -49,7 +49,7 @@ def test_a_batch_that_cannot_be_met_is_refused(settings):
         (9, {"max_steps": 5}),
     ],
 )
-def test_steps_are_those_of_the_trainer(rows, settings, tmp_path):
+def test_number_of_steps_matches_the_trainer(rows, settings, tmp_path):
     settings = {"max_steps": -1, "num_train_epochs": 3} | settings
     trainer = tiny_run.make_trainer(tmp_path, n=rows, learning_rate=0.0, **settings)
     trainer.train()
@@ -58,7 +58,7 @@ def test_steps_are_those_of_the_trainer(rows, settings, tmp_path):
     assert planned.steps == trainer.state.global_step
 
 
-def test_unknown_data_leaves_the_steps_open():
+def test_steps_are_unknown_if_the_data_is():
     batch, unknown = Batch(4, 1, 1, 4), Count(None, depends_on="prepare")
     assert schedule(unknown, batch, 3, -1).steps is None
     assert schedule(unknown, batch, 3, 70).steps == 70
@@ -70,11 +70,11 @@ def steps_of(name, *words):
     return {step.label: step for step in steps}, steps
 
 
-def test_the_demo_knows_its_numbers_before_it_runs():
+def test_rows_of_the_demo_are_known_before_it_runs():
     labels, steps = steps_of("demo")
-    folder = labels["prepare"].settings["output_dir"]
-    assert Rows(steps).rows(f"{folder}/instruct", "train") == Count(225)
-    assert Rows(steps).rows(f"{folder}/images", "train") == Count(2000)
+    directory = labels["prepare"].settings["output_dir"]
+    assert Rows(steps).rows(f"{directory}/instruct", "train") == Count(225)
+    assert Rows(steps).rows(f"{directory}/images", "train") == Count(2000)
     assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(6000, at_most=True)
     assert Rows(steps).rows(labels["dpo"].settings["dataset"], "train") == Count(6000, at_most=True)
 
@@ -87,7 +87,7 @@ def test_the_demo_knows_its_numbers_before_it_runs():
         (["--prepare.max_records", "60"], 60),
     ],
 )
-def test_settings_change_them(words, expected):
+def test_rows_depend_on_settings(words, expected):
     labels, steps = steps_of("demo", *words)
     dataset = labels["sft"].settings["dataset"]
     limit = labels["sft"].settings.get("max_records")
@@ -95,17 +95,17 @@ def test_settings_change_them(words, expected):
     assert training_examples(args, steps).number == expected
 
 
-def test_of_several_datasets_all_have_to_be_known(tmp_path):
+def test_examples_are_unknown_if_one_of_several_datasets_is(tmp_path):
     args = SimpleNamespace(dataset=["a/one", "b/two"], train_split="train", max_records=None)
     assert training_examples(args, []) == Count(None, depends_on="a/one and b/two")
 
 
-def test_answers_in_pairs():
+def test_each_two_answers_make_a_pair():
     labels, steps = steps_of("demo", "--generate.num_answers", "4", "--generate.max_records", "10")
     assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(10 * 3 * 2, at_most=True)
 
 
-def test_what_is_on_disk_is_counted_there(tmp_path):
+def test_datasets_on_disk_are_counted(tmp_path):
     from medst_trl.data.schema import instruct_features, write_split
 
     rows = [{"id": str(n), "images": [], "image_ids": [], "messages": []} for n in range(7)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst recipes validate`: what it accepts, and each mistake with its place."""
+"""`medst recipes validate`: what it accepts, and the mistakes that it reports with their place."""
 
 import socket
 import warnings
@@ -41,24 +41,24 @@ def check(tmp_path, monkeypatch, capsys):
         assert change[0] in RECIPE
         (tmp_path / "mine.yaml").write_text(RECIPE.replace(*change, 1))
         code = main(["recipes", "validate", "mine.yaml", *words])
-        said = capsys.readouterr()
-        return code, said.out if code == 0 else said.err
+        printed = capsys.readouterr()
+        return code, printed.out if code == 0 else printed.err
 
     return run
 
 
-def dataset(folder, kind, split="train", drop=None):
-    folder.mkdir(exist_ok=True, parents=True)
+def dataset(directory, kind, split="train", drop=None):
+    directory.mkdir(exist_ok=True, parents=True)
     features = features_of(kind)
     rows = Dataset.from_dict({name: [] for name in features}, features=features)
     rows = rows.remove_columns(drop) if drop else rows
-    rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    rows.to_parquet(directory / f"{split}-00000-of-00001.parquet")
 
 
-def test_a_good_recipe_gets_a_line_for_each_step(check):
-    code, said = check()
-    lines = {line.split()[0]: line for line in said.splitlines()}
-    assert code == 0 and said.endswith("mine.yaml is valid.\n")
+def test_valid_recipe_has_a_line_for_each_step(check):
+    code, out = check()
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0 and out.endswith("mine.yaml is valid.\n")
     assert list(lines)[:-1] == ["prepare", "sft", "generate", "judge", "dpo", "evaluate", "push"]
     assert "from org/model (Hub), prepare; zero2; " in lines["sft"]
     assert lines["sft"].endswith("batch 64 on 1 (8 x 8), 64 on 4 (8 x 2), 64 on 8 (8 x 1)")
@@ -69,21 +69,21 @@ def test_a_good_recipe_gets_a_line_for_each_step(check):
 
 def test_the_batch_is_shown_for_the_given_number_of_processes(check):
     assert "batch 64 on 2 (8 x 4)\n" in check("--num_processes", "2")[1]
-    code, said = check("--num_processes", "3")
+    code, out = check("--num_processes", "3")
     assert (
-        code == 2 and "section sft: effective_batch_size 64 cannot be divided into batches of 8 on 3 processes" in said
+        code == 2 and "section sft: effective_batch_size 64 cannot be divided into batches of 8 on 3 processes" in out
     )
-    assert "section dpo: effective_batch_size 32" in said  # all of them at once
-    code, said = check("--sft.per_device_train_batch_size=16")
-    assert code == 0 and "64 on 4 (16 x 1), cannot be met on 8\n" in said
-    code, said = check("--sft.per_device_train_batch_size=7")
-    assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in said
+    assert "section dpo: effective_batch_size 32" in out  # every problem is reported
+    code, out = check("--sft.per_device_train_batch_size=16")
+    assert code == 0 and "64 on 4 (16 x 1), cannot be met on 8\n" in out
+    code, out = check("--sft.per_device_train_batch_size=7")
+    assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in out
 
 
 def test_a_launcher_for_one_process_gets_one(check):
     assert "single_gpu; batch 64 on 1 (8 x 8)\n" in check("--accelerate_config", "single_gpu")[1]
-    code, said = check("--accelerate_config", "single_gpu", "--num_processes", "2")
-    assert code == 2 and "single_gpu is for one process, not for 2" in said
+    code, out = check("--accelerate_config", "single_gpu", "--num_processes", "2")
+    assert code == 2 and "single_gpu is for one process, not for 2" in out
 
 
 @pytest.mark.parametrize(
@@ -120,43 +120,41 @@ def test_a_launcher_for_one_process_gets_one(check):
     ],
 )
 def test_mistakes_are_reported_with_their_place(check, old, new, message):
-    code, said = check(change=(old, new))
-    assert code == 2 and message in said and "Traceback" not in said
+    code, out = check(change=(old, new))
+    assert code == 2 and message in out and "Traceback" not in out
 
 
 def test_columns_and_splits_of_datasets_on_disk_are_checked(check, tmp_path):
     name = ("org/benchmark", "theirs/benchmark")
     (tmp_path / "theirs").mkdir()
-    code, said = check(change=name)  # a folder of that name is here, so it is no repository
-    assert code == 2 and "section evaluate: benchmark: theirs/benchmark does not exist" in said
+    code, out = check(change=name)  # a directory has its first name, so it is not a repository
+    assert code == 2 and "section evaluate: benchmark: theirs/benchmark does not exist" in out
     dataset(tmp_path / "theirs/benchmark", "benchmark", drop="questions", split="test")
-    code, said = check(change=name)
-    assert (
-        code == 2 and "section evaluate: benchmark: theirs/benchmark: The dataset lacks the column questions" in said
-    )
+    code, out = check(change=name)
+    assert code == 2 and "section evaluate: benchmark: theirs/benchmark: The dataset lacks the column questions" in out
     dataset(tmp_path / "theirs/benchmark", "benchmark", split="test")
     assert check(change=name)[0] == 0
-    code, said = check("--evaluate.split=train", change=name)
-    assert code == 2 and "has no split 'train'" in said
+    code, out = check("--evaluate.split=train", change=name)
+    assert code == 2 and "has no split 'train'" in out
     dataset(tmp_path / "mixed", "preferences")
-    code, said = check("--sft.dataset", "mixed", "out/prepare/instruct")
-    assert code == 2 and "section sft: dataset: mixed: The dataset lacks the column messages of instruct data" in said
+    code, out = check("--sft.dataset", "mixed", "out/prepare/instruct")
+    assert code == 2 and "section sft: dataset: mixed: The dataset lacks the column messages of instruct data" in out
 
 
 def test_a_model_on_disk_needs_a_configuration(check, tmp_path):
     name = ("org/model", "here/model")
     (tmp_path / "here/model").mkdir(parents=True)
-    code, said = check(change=name)
-    assert code == 2 and "section sft: model_name_or_path: here/model contains no model" in said
+    code, out = check(change=name)
+    assert code == 2 and "section sft: model_name_or_path: here/model contains no model" in out
     (tmp_path / "here/model/config.json").write_text("{}")
-    code, said = check(change=name)
-    assert code == 0 and "from here/model, prepare" in said
+    code, out = check(change=name)
+    assert code == 0 and "from here/model, prepare" in out
 
 
 def test_secrets_and_a_second_recipe_are_refused(check):
     assert "secrets do not belong" in check("--hub_token=x")[1]
-    code, said = check("other.yaml")
-    assert code == 2 and "takes one recipe, not 2" in said
+    code, out = check("other.yaml")
+    assert code == 2 and "takes one recipe, not 2" in out
     assert main(["recipes", "validate", "no_such_recipe"]) == 2
 
 
@@ -173,24 +171,24 @@ def test_it_needs_neither_the_hub_nor_weights(check, monkeypatch):
     monkeypatch.setattr("medst_trl.pipeline.plan.transfers.hub_answers", hub_answers)
     monkeypatch.setattr("medst_trl.pipeline.plan.policies.hub_answers", hub_answers)
     with warnings.catch_warnings(action="error"):
-        code, said = check()
-    assert code == 0 and "mine.yaml is valid." in said
+        code, out = check()
+    assert code == 0 and "mine.yaml is valid." in out
 
 
 def test_one_stage_can_be_validated(check):
-    code, said = check("--stage", "sft")
-    assert code == 0 and [line.split()[0] for line in said.splitlines()] == ["sft", "mine.yaml"]
-    assert "from org/model (Hub), prepare" in said  # whose section is not looked at, and makes its input
+    code, out = check("--stage", "sft")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["sft", "mine.yaml"]
+    assert "from org/model (Hub), prepare" in out  # its section is not checked, but makes the input
     assert check("--stage", "sft", change=("gpt-4o", "null"))[0] == 0
     assert "no section 'merge'" in check("--stage", "merge")[1]
 
 
 def test_a_mistake_of_all_stages_is_reported_once(check):
-    code, said = check("--accelerate_config", "zero22")
-    assert code == 2 and said.count("zero22") == 1
+    code, out = check("--accelerate_config", "zero22")
+    assert code == 2 and out.count("zero22") == 1
 
 
 @pytest.mark.parametrize("words", [["--sft.load_in_4bit=true"], ["--dpo.precompute_ref_log_probs=true"]])
-def test_settings_that_do_not_work_with_divided_weights_are_refused(check, words):
-    code, said = check("--accelerate_config", "zero3", *words)
-    assert code == 2 and "does not work with DeepSpeed ZeRO-3" in said
+def test_settings_that_do_not_work_with_sharded_weights_are_refused(check, words):
+    code, out = check("--accelerate_config", "zero3", *words)
+    assert code == 2 and "does not work with DeepSpeed ZeRO-3" in out
