@@ -3,7 +3,7 @@
 """
 Turn the records of a source into the rows of every dataset: splits, conversations, benchmark. Touches no file.
 
-Splits go by image, never by row. The questions of a benchmark become conversations of several turns, which is what
+Splits are drawn by image, never by row. The questions of a benchmark become conversations of several turns, which
 gives self-questioning its later turns.
 """
 
@@ -157,18 +157,17 @@ def hold_out(
     for held, taken_from in (("test", "validation"), ("test", "train"), ("validation", "train")):
         held_pairs = {_pair(question, image_ids) for question in by_split[held]}
         held_images = {image for image, _ in held_pairs}
-        before = by_split[taken_from]
+        before, where = by_split[taken_from], f"in_{taken_from}_and_{held}"
         pairs = {_pair(question, image_ids) for question in before}
         kept = [question for question in before if _pair(question, image_ids) not in held_pairs]
-        where = f"in_{taken_from}_and_{held}"
-        counts[f"images_{where}"] = len({image for image, _ in pairs} & held_images)
-        counts[f"pairs_{where}"] = len(pairs & held_pairs)
-        counts[f"questions_removed_for_pairs_{where}"] = len(before) - len(kept)
-        if image_disjoint:
-            rest = [question for question in kept if image_ids[question.image] not in held_images]
-            counts[f"questions_removed_for_images_{where}"] = len(kept) - len(rest)
-            kept = rest
-        by_split[taken_from] = kept
+        apart = [question for question in kept if image_ids[question.image] not in held_images]
+        by_split[taken_from] = apart if image_disjoint else kept
+        counts |= {
+            f"images_{where}": len({image for image, _ in pairs} & held_images),
+            f"pairs_{where}": len(pairs & held_pairs),
+            f"questions_removed_for_pairs_{where}": len(before) - len(kept),
+            f"questions_removed_for_images_{where}": len(kept) - len(by_split[taken_from]),
+        }
     return by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"}
 
 
@@ -179,7 +178,7 @@ def split_off_validation(
     Move about a `fraction` of the images, with all their conversations, from train to validation.
 
     Which ones depends on the images and the seed alone, not on order or on what else is in the source. Images that
-    one conversation shows together stay together. A conversation without an image goes by its id.
+    one conversation shows together stay together. A conversation without an image is drawn by its id.
     """
     conversations = list(conversations)
     together = DisjointSets()

@@ -192,13 +192,12 @@ def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
         if "Rows" not in header or not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(header.dir()):
             raise ImageProblem("not_an_image", "not a DICOM file with pixels")
         check_pixels(int(header.Columns), int(header.Rows), max_pixels)
-        several = int(header.get("NumberOfFrames") or 1) > 1
+        if int(header.get("NumberOfFrames") or 1) > 1:
+            raise ImageProblem("several_frames")
     except ImageProblem:
         raise
     except Exception as error:  # pydicom raises almost anything on a damaged header
         raise ImageProblem("not_an_image", type(error).__name__) from None
-    if several:
-        raise ImageProblem("several_frames")
     return Image.fromarray(_dicom_pixels(header))
 
 

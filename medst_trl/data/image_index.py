@@ -3,7 +3,7 @@
 """
 Find the `image_id` of every image of a source, once, before anything is written.
 
-Splits, duplicates and leakage go by `image_id`, so all ids have to be known before the first row can be placed.
+Splits, duplicates and leakage are decided by `image_id`, so all ids must be known before the first row can be placed.
 """
 
 import json

@@ -71,9 +71,9 @@ def store_image(image: Image.Image) -> StoredImage:
     return StoredImage(_png(image), image_id(image), *image.size)
 
 
-def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> StoredImage:
+def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, identify: bool = True) -> StoredImage:
     """
-    Read one image file of any format that PIL reads by itself, or DICOM.
+    Read one image file of any format that PIL reads without another program, or DICOM.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -81,22 +81,30 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> StoredI
         max_pixels (`int`, *optional*, defaults to 100 million):
             Larger images are rejected by their header, before anything is decoded. PIL's own limit
             (`Image.MAX_IMAGE_PIXELS`) applies as well.
+        identify (`bool`, *optional*, defaults to `True`):
+            Whether to find the `image_id`, which takes decoding the pixels. Without it, it is empty.
 
     Raises:
         ImageProblem: with a reason word, whatever is wrong with the file.
         UserError: for a DICOM file without pydicom (extra `dicom`).
     """
-    return _read(Path(path), max_pixels, identify=True)
+    path = Path(path)
+    data = _bytes_of(path, max_pixels)
+    if data[128:132] == b"DICM" or path.suffix.lower() in DICOM_SUFFIXES:
+        image, own_bytes = read_dicom(data, max_pixels), None
+    else:
+        image, own_bytes = _decode(data, max_pixels, identify)
+    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "", *image.size)
 
 
 def stored_bytes(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
     """The `bytes` of [`load_image`], without decoding a file that keeps its own. Only for files it has accepted."""
-    return _read(Path(path), max_pixels, identify=False).bytes
+    return load_image(path, max_pixels, identify=False).bytes
 
 
 def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
     """
-    The file that `name` (from a data file) stands for. It must be in `directory` after all `..` and symbolic links.
+    Find the file that `name` (from a data file) means. It must be in `directory` after all `..` and symbolic links.
 
     Raises:
         ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
@@ -112,7 +120,7 @@ def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
 
 
 class ImageReader(Protocol):
-    """Where images come from. Their ids are asked for first, the bytes to store later, one image at a time."""
+    """Where images come from: first their ids are read, one by one, and later the bytes to store."""
 
     def image_id(self, name: str) -> str: ...
 
@@ -157,15 +165,6 @@ class MemoryImages:
 
     def stored_bytes(self, name: str) -> bytes:
         return store_image(self.images[name]).bytes
-
-
-def _read(path: Path, max_pixels: int, identify: bool) -> StoredImage:
-    data = _bytes_of(path, max_pixels)
-    if data[128:132] == b"DICM" or path.suffix.lower() in DICOM_SUFFIXES:
-        image, own_bytes = read_dicom(data, max_pixels), None
-    else:
-        image, own_bytes = _decode(data, max_pixels, identify)
-    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "", *image.size)
 
 
 def _bytes_of(path: Path, max_pixels: int) -> bytes:

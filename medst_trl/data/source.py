@@ -21,17 +21,17 @@ class MyHospitalSettings:
     ward: str = "all"
 
 
-def read(request: SourceRequest) -> tuple[Records, ImageReader]:
-    records = Records("my_hospital", request.image_folder)
+def read_reports(path: Path, image_folder: Path, ward: str) -> Records:
+    records = Records("my_hospital", image_folder)
     ...
-    return records, request.images()
+    return records
 
 
 SOURCES.register(
     Source(
         name="my_hospital",
         summary="a directory of reports (`*.json`) with their images",
-        read=read,
+        read=lambda request: request.read_files(read_reports, request.settings.ward),
         settings=MyHospitalSettings,
         card=SourceCard("reports of my hospital"),
     )
@@ -64,7 +64,7 @@ class Conversation:
 
     Attributes:
         id (`str`): Unique in its source.
-        images (`tuple[str, ...]`): File names inside the image folder, in the order of the image parts.
+        images (`tuple[str, ...]`): File names inside the directory of images, in the order of the image parts.
         messages (`list[dict]`): Made by `schema.message`; empty for unlabelled images.
         split (`str`): `"train"` or `"validation"`, as the source has it.
     """
@@ -82,7 +82,7 @@ class Question:
 
     Attributes:
         id (`str`): Unique in its source.
-        image (`str`): File name inside the image folder.
+        image (`str`): File name inside the directory of images.
         split (`str`): `"train"`, `"validation"` or `"test"`.
         question, answer (`str`): Without surrounding whitespace, otherwise as the source has them.
         answer_type (`str`): `"open"` or `"closed"`.
@@ -268,6 +268,10 @@ class SourceRequest:
         from .images import FolderImages
 
         return FolderImages(self.image_folder, self.max_pixels)
+
+    def read_files(self, reader: Callable[..., Records], *settings: Any) -> "tuple[Records, ImageReader]":
+        """What `reader` finds for `data_path`, `image_folder` and further settings, with the reader of image files."""
+        return reader(self.data_path, self.image_folder, *settings), self.images()
 
 
 @dataclass(frozen=True)

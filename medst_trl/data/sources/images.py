@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.images import ImageReader
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import ANSWER_TYPES
 from medst_trl.data.source import (
@@ -18,7 +17,6 @@ from medst_trl.data.source import (
     Records,
     Source,
     SourceCard,
-    SourceRequest,
     guess_answer_type,
     optional_text,
     text_value,
@@ -48,7 +46,8 @@ def read_folder(directory: Path) -> Records:
 
 def read_table(path: Path, image_folder: Path) -> Records:
     """
-    Read a table of images: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+    Read a table of images, `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects; for a directory see
+    [`read_folder`].
 
     Columns: `image`, a file name; optionally `question` and `answer` together, and with them `id`, `split` (train,
     validation or test; default train), `answer_type` (open or closed; default closed for yes and no), `question_type`
@@ -57,6 +56,9 @@ def read_table(path: Path, image_folder: Path) -> Records:
     Rejected, by reason: `malformed_row`, `malformed_json`, `not_an_object`, `no_image`, `no_question`, `no_answer`,
     `bad_split`, `bad_answer_type`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
+
+    if path.is_dir():
+        return read_folder(path)
 
     def record(name: str, image: str, row: dict) -> Question | Conversation:
         if row.get("question") or row.get("answer"):
@@ -98,16 +100,11 @@ def _question(name: str, image: str, row: dict) -> Question:
     )
 
 
-def _read(request: SourceRequest) -> tuple[Records, ImageReader]:
-    path = request.data_path
-    return (read_folder(path) if path.is_dir() else read_table(path, request.image_folder)), request.images()
-
-
 SOURCES.register(
     Source(
         name="images",
         summary="a directory of images, or a table (csv, tsv, jsonl) with image, perhaps question, answer, split",
-        read=_read,
+        read=lambda request: request.read_files(read_table),
         card=SourceCard("images from the publisher of this repository"),
     )
 )

@@ -120,7 +120,7 @@ SOURCES.register(
     Source(
         name="llava",
         summary="a JSON or JSONL file of conversations (`id`, `image`, `conversations`)",
-        read=lambda request: (read_llava(request.data_path, request.image_folder), request.images()),
+        read=lambda request: request.read_files(read_llava),
         card=SourceCard(
             "conversations in LLaVA's format, from a collection named by the publisher of this repository"
         ),

@@ -52,8 +52,7 @@ def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.
         image_pattern (`str`, *optional*, defaults to `"{img_id}.jpg"`):
             File name of an image; `{img_id}` and `{split}` (train, val, test) are filled in.
     """
-    records = Records("pathvqa", image_folder)
-    records.counts["images_without_questions"] = 0
+    records = Records("pathvqa", image_folder, counts={"images_without_questions": 0})
 
     def question(name: str, pair: dict) -> Question:
         answer = text_value(pair["answer"], missing="no_answer")
@@ -110,10 +109,7 @@ SOURCES.register(
     Source(
         name="pathvqa",
         summary="the directory with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json",
-        read=lambda request: (
-            read_pathvqa(request.data_path, request.image_folder, request.settings.image_pattern),
-            request.images(),
-        ),
+        read=lambda request: request.read_files(read_pathvqa, request.settings.image_pattern),
         card=SourceCard(
             "PathVQA (pathology)",
             homepage="https://github.com/UCSD-AI4H/PathVQA",

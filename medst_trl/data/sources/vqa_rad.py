@@ -58,7 +58,7 @@ def read_vqa_rad(path: Path, image_folder: Path) -> Records:
     return records
 
 
-def read_vqa_rad_mevf(path: Path, image_folder: Path, release: Path | None = None) -> Records:
+def read_vqa_rad_mevf(path: Path, image_folder: Path, release: str | Path | None = None) -> Records:
     """
     Read the split of VQA-RAD by MEVF: a directory with `*trainset.json` and `*testset.json`.
 
@@ -69,7 +69,7 @@ def read_vqa_rad_mevf(path: Path, image_folder: Path, release: Path | None = Non
     """
     records = Records("vqa_rad_mevf", image_folder)
     release = release or next(iter(path.glob(RELEASE_FILE)), None)
-    links = _links(release) if release else None
+    links = _links(Path(release)) if release else None
 
     def link(record: dict) -> str | None:
         if links is None:
@@ -165,7 +165,7 @@ SOURCES.register(
     Source(
         name="vqa_rad",
         summary="the official VQA-RAD release: its JSON file or directory",
-        read=lambda request: (read_vqa_rad(request.data_path, request.image_folder), request.images()),
+        read=lambda request: request.read_files(read_vqa_rad),
         card=SourceCard("VQA-RAD (radiology; images from MedPix)", **_CARD),
         image_folders=IMAGE_FOLDERS,
     )
@@ -174,14 +174,7 @@ SOURCES.register(
     Source(
         name="vqa_rad_mevf",
         summary="the directory with MEVF's trainset.json and testset.json",
-        read=lambda request: (
-            read_vqa_rad_mevf(
-                request.data_path,
-                request.image_folder,
-                Path(request.settings.release_path) if request.settings.release_path else None,
-            ),
-            request.images(),
-        ),
+        read=lambda request: request.read_files(read_vqa_rad_mevf, request.settings.release_path),
         card=SourceCard("VQA-RAD in MEVF's split (radiology; images from MedPix)", **_CARD),
         settings=MevfSettings,
         image_folders=IMAGE_FOLDERS,
