@@ -53,7 +53,6 @@ def test_no_import_points_outwards():
     assert outwards == set()
 
 
-@pytest.mark.xfail(reason="being restructured")
 def test_modules_form_no_circle():
     assert circle(IMPORTS) == []
 

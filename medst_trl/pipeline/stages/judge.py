@@ -102,9 +102,9 @@ class JudgeArguments:
             Print the estimate and the first request, and send nothing.
         write_batch (`str`, *optional*):
             Write the calls to this input file of the Batch API, and send nothing.
-        read_batch (`list[str]`, *optional*):
+        read_batch (`list[str]`, *optional*, defaults to `[]`):
             Result files of the Batch API, in place of calls.
-        benchmarks (`list[str]`, *optional*):
+        benchmarks (`list[str]`, *optional*, defaults to `[]`):
             Benchmarks whose images are kept out of the preference pairs.
         keep_benchmark_images (`bool`, *optional*, defaults to `False`):
             Keep pairs about images of the benchmarks.
