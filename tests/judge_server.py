@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A judge on loopback that can misbehave: an OpenAI-compatible HTTP server with a fault of one's choice for each call.
+A judge on loopback: an OpenAI-compatible HTTP server that fails as the test asks, call by call.
 
 ```python
 with JudgeServer(fault=lambda number, body: "500" if number == 0 else None) as server:
@@ -53,7 +53,7 @@ def shown_texts(messages: list[dict[str, Any]]) -> tuple[str, str, str, str]:
 
 
 def prefers_longer(body: dict[str, Any]) -> str:
-    """A judge with an opinion that does not depend on the order."""
+    """A judge whose verdict does not depend on the order."""
     version, _, first, second = shown_texts(body["messages"])
     return reply_with(version, (5, 5) if len(first) == len(second) else (8, 5) if len(first) > len(second) else (5, 8))
 
@@ -81,12 +81,12 @@ class JudgeServer:
     """
     Attributes:
         base_url: For the client.
-        bodies: Requests as they came.
+        bodies: Bodies of the requests.
         headers: Their headers.
-        delivered: How often a complete reply was sent for a request (by a hash of its messages).
-        outcomes: Number of calls by fault (`"ok"` where there was none).
-        busy_seconds: Time that calls spent here, summed: what the latency alone costs.
-        most_at_once: The largest number of calls under way together.
+        delivered: Number of complete replies by request (a hash of its messages).
+        outcomes: Number of calls by fault (`"ok"` if there was none).
+        busy_seconds: Sum of the time of all calls: the cost of the latency alone.
+        most_at_once: The largest number of concurrent calls.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class JudgeServer:
         ]
 
     async def _call(self, head: str, body: dict[str, Any], reader, writer) -> bool:
-        """Answer one call; False where the connection is not to be used again."""
+        """Answer one call. False closes the connection."""
         begun = time.monotonic()
         self.under_way += 1
         self.most_at_once = max(self.most_at_once, self.under_way)

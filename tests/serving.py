@@ -16,7 +16,7 @@ import pytest
 
 
 @contextmanager
-def serve(folder: str) -> Iterator[str]:
+def serve(directory: str) -> Iterator[str]:
     """The address that an OpenAI client takes; the test is skipped where the server's packages are missing."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
@@ -24,7 +24,7 @@ def serve(folder: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", folder]
+    program = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", directory]
     process = subprocess.Popen(
         [*program, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

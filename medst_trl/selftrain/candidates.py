@@ -355,10 +355,10 @@ class CandidateGenerator:
         return [Request(prompt, sampling, (record, *numbers, number)) for number, prompt in enumerate(prompts)]
 
     def _pair(self, record: _Record, question: int, prompt: list[dict[str, Any]]) -> None:
-        drawn = [record.answers[question][number] for number in range(self.num_answers)]
-        answers, problem = pair_answers(drawn, self.max_answer_similarity)
+        replies = [record.answers[question][number] for number in range(self.num_answers)]
+        answers, problem = pair_answers(replies, self.max_answer_similarity)
         if problem:
-            texts = [record.questions[question], *(reply.text for reply in drawn)]
+            texts = [record.questions[question], *(reply.text for reply in replies)]
             record.reject(problem, "\n".join(texts), question)
         else:
             name = f"{record.id}#{question}"

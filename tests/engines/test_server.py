@@ -328,15 +328,15 @@ def merged(tmp_path_factory):
     """A tiny policy with a merged adapter, as a directory and in this process."""
     from peft import get_peft_model
 
-    folder = tmp_path_factory.mktemp("merged")
+    directory = tmp_path_factory.mktemp("merged")
     model, processor = small_policy()
     ranks = {"r": 4, "lora_alpha": 8, "vision_r": 2, "vision_lora_alpha": 4}
     model = get_peft_model(model, adapter_config(model, vusr_token_id=add_vusr(processor), **ranks))
     model = model.merge_and_unload().eval()
     model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 10)]
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder), model, processor
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return str(directory), model, processor
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +347,14 @@ def served(merged):
 
 def test_real_server_reads_the_same_prompts(merged, served):
     """Greedy texts equal those of the model in this process: questions, answers, with history; top-k is respected."""
-    folder, model, processor = merged
+    directory, model, processor = merged
     described = [*to_describe(1), message("assistant", [text_part("It is dark.")])]
     kinds = (to_ask([], 1), to_answer([], 1, "Where is it?"), to_ask(described, 1), to_answer(described, 1, "Is it?"))
     prompts = [prompt(messages, number) for number in range(2) for messages in kinds]
-    server, local = ServerEngine(served, folder, "transformers", concurrency=3), TransformersEngine(model, processor)
+    server, local = (
+        ServerEngine(served, directory, "transformers", concurrency=3),
+        TransformersEngine(model, processor),
+    )
     server.check()
     for sampling in (Sampling(temperature=0.0, max_new_tokens=12), Sampling(top_k=1, max_new_tokens=12)):
         replies = server.write(prompts, sampling)
@@ -380,14 +383,14 @@ def test_real_server_makes_candidates(merged, served):
 
 def test_real_server_streams_what_it_writes(merged, served):
     """As the model in this process does."""
-    folder, model, processor = merged
+    directory, model, processor = merged
     greedy, local = Sampling(temperature=0.0, max_new_tokens=12), TransformersEngine(model, processor)
     prompts = [prompt(to_answer([], 1, f"Where is {number}?"), number) for number in range(6)]
     expected = [reply.text for reply in local.write(prompts, greedy)]
     streamed = [list(local.stream(one, greedy)) for one in prompts]
     assert list(map("".join, streamed)) == expected
     assert max(map(len, streamed)) > 1
-    served_pieces = [list(ServerEngine(served, folder, "transformers").stream(one, greedy)) for one in prompts]
+    served_pieces = [list(ServerEngine(served, directory, "transformers").stream(one, greedy)) for one in prompts]
     # `transformers serve` leaves out half a character at the end of a stream.
     assert list(map("".join, served_pieces)) == [text.rstrip("\ufffd") for text in expected]
     assert max(map(len, served_pieces)) > 1

@@ -249,19 +249,6 @@ def test_a_finished_file_is_left_alone(benchmark, tmp_path):
     assert path.read_text() == "mine"
 
 
-def test_parts_of_several_ranks_make_one_file(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    rows = [{"id": str(number), "prediction": "Straße"} for number in range(7)]
-    for rank in range(3):
-        RowLog(path, rank).append(rows[rank::3])
-    assert len(list(RowLog(path).rows())) == 7
-    with pytest.raises(UserError, match="1 of 8 rows are missing"):
-        RowLog(path).finish([str(number) for number in range(8)])
-    RowLog(path).finish([row["id"] for row in rows])
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
-    assert [child.name for child in tmp_path.iterdir()] == ["predictions.jsonl"]
-
-
 def test_ranks_share_the_batches(policy, benchmark, monkeypatch):
     shares = []
     for rank in range(2):

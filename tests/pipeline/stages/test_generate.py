@@ -52,44 +52,44 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_images(folder, rows):
-    folder.mkdir(parents=True)
-    Dataset.from_list(rows, features=instruct_features()).to_parquet(folder / "train-00000-of-00001.parquet")
-    return str(folder)
+def write_images(directory, rows):
+    directory.mkdir(parents=True)
+    Dataset.from_list(rows, features=instruct_features()).to_parquet(directory / "train-00000-of-00001.parquet")
+    return str(directory)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
+    directory = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=400)
     prepare_policy(model, processor)
     model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 8)]
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    model.save_pretrained(directory / "model")
+    processor.save_pretrained(directory / "model")
     rows = [row | {"messages": []} for row in instruct_rows(make_phantoms(RECORDS, 0, "unlabelled"), 0)]
     rows.insert(3, rows[1] | {"id": "again"})
     rows[7]["images"] = [{"bytes": b"no image", "path": None}]
-    return {"model_name_or_path": str(folder / "model"), "images": write_images(folder / "images", rows)}
+    return {"model_name_or_path": str(directory / "model"), "images": write_images(directory / "images", rows)}
 
 
-def arguments(inputs, folder, **kwargs):
-    given = inputs | FAST | {"output_dir": str(folder)} | kwargs
+def arguments(inputs, directory, **kwargs):
+    given = inputs | FAST | {"output_dir": str(directory)} | kwargs
     classes = (GenerateArguments, TransformersSettings, ServerSettings)
     return [cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given}) for cls in classes]
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    main(*arguments(inputs, folder))
-    return folder
+    directory = tmp_path_factory.mktemp("finished")
+    main(*arguments(inputs, directory))
+    return directory
 
 
-def files(folder):
+def files(directory):
     """Return all files of a finished stage except its record."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name not in ("stage.json", ".stage.lock")
     }
 
@@ -174,10 +174,10 @@ def test_a_run_interrupted_while_writing_files_resumes(finished, inputs, tmp_pat
 def test_rounds_share_no_images(inputs, tmp_path):
     seen = []
     for round_number in range(2):
-        folder = tmp_path / f"round_{round_number}"
-        main(*arguments(inputs, folder, skip_records=4 * round_number, max_records=4))
-        assert json.loads((folder / "stage.json").read_text())["counts"]["records"] == 4
-        seen.append({image for row in load_records(folder / "candidates", "train")["image_ids"] for image in row})
+        directory = tmp_path / f"round_{round_number}"
+        main(*arguments(inputs, directory, skip_records=4 * round_number, max_records=4))
+        assert json.loads((directory / "stage.json").read_text())["counts"]["records"] == 4
+        seen.append({image for row in load_records(directory / "candidates", "train")["image_ids"] for image in row})
     assert seen[0] and seen[1] and not seen[0] & seen[1]
 
 
