@@ -106,7 +106,7 @@ def test_images_charts_and_tables_are_labelled_for_screen_readers(page):
 
 def test_the_page_shows_all_sections(page):
     for text in (
-        "Made 20", "prepare/benchmark, split test", "majority", "real − blank", "real − shuffled",
+        "Generated 20", "prepare/benchmark, split test", "majority", "real − blank", "real − shuffled",
         "turn medical images", "truncated", "not a question", "near duplicate question",
         "loss_question", "loss_answer", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
         "Likelihood displacement", "no less likely", "dropped: flip", "dropped: tie", "oracle, prompt rubric",
@@ -263,7 +263,7 @@ def test_missing_and_unfinished_stages_are_named(run):
     made_run.write_stage(run / "evaluate" / "aligned", "evaluate", status="running")
     report, page = report_on(run)
     assert "not finished" in page.words and "judge has no judgements yet" in page.words
-    assert "Not in this run (yet): dpo" in page.words and "No preference training here" in page.words
+    assert "Stages without results: dpo" in page.words and "No preference training here" in page.words
     assert any("evaluate/aligned has no scores yet" in note for note in report.notes)
 
 
