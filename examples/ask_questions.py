@@ -1,13 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Let a trained policy ask: after an image and an empty `<vusr>` turn the model writes the question.
+Let a trained policy ask: send an image and a bare `<vusr>`, and the model writes a question.
 
 ```bash
 python examples/ask_questions.py runs/demo/sft
 ```
 
-It asks about drawn scans that no stage has seen, and counts the questions that the scans answer.
+It asks about synthetic scans that no stage has used, and counts the questions that the scan can answer.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from medst_trl.policy.vusr import VUSR
 def ask(
     model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], batch_size: int = 50, **sampling
 ) -> list[str]:
-    """Return one question about each image."""
+    """Sample one question about each image."""
     questions = []
     for start in range(0, len(images), batch_size):
         conversations = [
@@ -44,7 +44,7 @@ def ask(
 
 
 def measure(model_name_or_path: str, count: int, seed: int, **sampling) -> tuple[float, float]:
-    """Return the shares of sampled questions that are well-formed and that their scan answers."""
+    """Return the share of sampled questions that are well-formed, and the share that the scan can answer."""
     model, processor = load_policy(model_name_or_path)
     phantoms = make_phantoms(count, seed, split="unlabelled")
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def main(model_name_or_path: str, count: int, seed: int) -> float:
     well_formed, answerable = measure(model_name_or_path, count, seed, temperature=1.0, top_p=0.95)
     print(
         f"{well_formed:.0%} of {count} sampled questions are well-formed, "
-        f"{answerable:.0%} are questions that their scan answers."
+        f"{answerable:.0%} can be answered from the scan."
     )
     return answerable
 
@@ -67,7 +67,7 @@ def main(model_name_or_path: str, count: int, seed: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_name_or_path", help="directory or Hub id of a policy or its adapter")
-    parser.add_argument("--count", type=int, default=200, help="number of drawn scans")
+    parser.add_argument("--count", type=int, default=200, help="number of synthetic scans")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     main(args.model_name_or_path, args.count, args.seed)

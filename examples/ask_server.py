@@ -9,8 +9,8 @@ transformers serve runs/demo/merged          # pip install "transformers[serving
 python examples/ask_server.py http://localhost:8000/v1 runs/demo/merged --image scan.png
 ```
 
-Only the drawn scan, which it uses without `--image`, needs medst_trl: the merged model has its own chat template, so
-the model writes any message that has nothing but `<vusr>` after the image.
+The client needs medst_trl only to draw a synthetic scan if `--image` is missing. The merged model includes its chat
+template: if a message contains only an image and `<vusr>`, the model replies with a question.
 """
 
 import argparse
@@ -26,7 +26,7 @@ VUSR = "<vusr>"
 
 
 def complete(client: OpenAI, model: str, image: Image.Image, text: str, temperature: float) -> str:
-    """Return what the model writes after an image and a text: an answer, or after `<vusr>` a question."""
+    """Return the model's reply to an image and a text: an answer, or a question if the text is `<vusr>`."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -38,7 +38,7 @@ def complete(client: OpenAI, model: str, image: Image.Image, text: str, temperat
 
 
 def main(base_url: str, model: str, image: Image.Image, question: str, count: int = 3, temperature: float = 1.2):
-    """Ask one question, then let the model ask `count` of its own and answer them."""
+    """Ask one question, then let the model ask `count` questions and answer them."""
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
     pairs = [(question, complete(client, model, image, question, temperature=0))]
     for _ in range(count):
@@ -57,9 +57,9 @@ def drawn_scan() -> Image.Image:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base_url", help="address of the server's API, for example http://localhost:8000/v1")
-    parser.add_argument("model", help="name of the model on the server; often its directory or Hub id")
-    parser.add_argument("--image", help="image file; a drawn scan by default")
+    parser.add_argument("base_url", help="URL of the server's API, for example http://localhost:8000/v1")
+    parser.add_argument("model", help="name of the model on the server, usually its directory or Hub id")
+    parser.add_argument("--image", help="image file; default: a synthetic scan")
     parser.add_argument("--question", default="What does the image show?")
     parser.add_argument("--count", type=int, default=3, help="number of questions that the model asks")
     args = parser.parse_args()

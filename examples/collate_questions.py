@@ -1,15 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The self-questioning collator alone: which tokens of a conversation are trained on, and which of them belong to a
-question.
+Use the self-questioning collator alone: print which tokens of a conversation are trained on, and which of them belong
+to a question.
 
 ```bash
 python examples/collate_questions.py
 ```
 
-The collator works with any trainer that takes TRL's vision collator; only `question_mask` must be removed from the
-batch before the model runs.
+The collator works with any trainer that accepts TRL's vision collator. Remove `question_mask` from the batch before
+you call the model.
 """
 
 from medst_trl import DataCollatorForSelfQuestioning
@@ -23,7 +23,7 @@ def main() -> dict[str, list[str]]:
     conversation = next(iter(instruct_rows(make_phantoms(1, seed=0), seed=0)))
 
     trained = {}
-    for epoch in range(2):  # the turns that the model asks are drawn again in every epoch
+    for epoch in range(2):  # the <vusr> turns are sampled again in every epoch
         collator.set_epoch(epoch)
         batch = collator([conversation])
         questions = batch.pop("question_mask")[0]
@@ -37,7 +37,7 @@ def main() -> dict[str, list[str]]:
 
 
 def shorten(text: str, image: str = "<image>") -> str:
-    """One image placeholder instead of one per patch."""
+    """Replace the image placeholders, one per patch, by a single one."""
     before, _, after = text.partition(image)
     return before + image + after[after.rfind(image) + len(image) if image in after else 0 :].replace("\n", " ")
 

@@ -7,12 +7,12 @@ Convert predictions from one project's format into another's: `medst`, `llava_me
 python examples/convert_predictions.py runs/vqa_rad/evaluate/predictions.jsonl answers.jsonl llava_med
 python examples/convert_predictions.py results.json predictions.tsv vlmevalkit
 
-# LLaVA-Med's answer files hold no right answers: they come from a benchmark, or from LLaVA-Med's own test.json
+# LLaVA-Med's answer files lack the right answers. Take them from a benchmark, or from LLaVA-Med's own test.json
 python examples/convert_predictions.py answer-file.jsonl predictions.jsonl medst runs/vqa_rad/prepare/benchmark
 ```
 
-The format of the source is detected. `llava_med` also writes `answers_questions.json`, the file that LLaVA-Med's
-`run_eval.py --pred answers.jsonl --gt ...` takes.
+The format of the source file is detected. `llava_med` also writes `answers_questions.json`, the file for `--gt` of
+LLaVA-Med's `run_eval.py --pred answers.jsonl --gt ...`.
 """
 
 import argparse
@@ -33,12 +33,12 @@ def main(source: str, target: str, format: str = "medst", benchmark: str | None 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="predictions in any of the formats")
+    parser.add_argument("source", help="predictions file in any of these formats")
     parser.add_argument("target", help="file to write; for vlmevalkit .tsv, .csv or .json")
     parser.add_argument(
         "format", nargs="?", default="medst", choices=PREDICTION_FORMATS.names(), help="format to write"
     )
-    parser.add_argument("benchmark", nargs="?", help="source of right answers: directory, Hub id or test.json")
+    parser.add_argument("benchmark", nargs="?", help="where to find the right answers: directory, Hub id or test.json")
     try:
         main(**vars(parser.parse_args()))
     except UserError as error:

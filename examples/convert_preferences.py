@@ -20,7 +20,7 @@ from medst_trl.selftrain.preferences import select_preferences
 
 
 def main(path: str, image_folder: str, folder: str, benchmark: str | None = None) -> dict:
-    """Convert a file to a dataset, with 5% of the images for validation and without images of a benchmark."""
+    """Convert a file to a dataset. Use 5% of the images for validation, and drop images of the benchmark."""
     file = read_preference_file(path, image_folder)
     benchmarks = [load_records(benchmark, "test")] if benchmark else []
     preferences = select_preferences(file.pairs, file.rejected, benchmarks=benchmarks, validation_share=0.05)

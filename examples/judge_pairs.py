@@ -4,11 +4,11 @@
 Compare pairs of answers with a vision-language model, in both orders.
 
 ```bash
-python examples/judge_pairs.py                                     # judged by the oracle, on this machine
+python examples/judge_pairs.py                                     # with the oracle judge, on this machine
 OPENAI_API_KEY=... python examples/judge_pairs.py --model gpt-4o   # a few cents
 ```
 
-A local model can be the judge, too. Start any OpenAI-compatible server; it needs no key:
+You can also use a local model as the judge. Start any OpenAI-compatible server; it needs no key:
 
 ```bash
 vllm serve Qwen/Qwen2.5-VL-7B-Instruct                             # or: transformers serve --port 8000
@@ -53,7 +53,7 @@ def main(model: str | None = None, base_url: str | None = None, pairs: int = 6) 
         judge = PairwiseJudge(
             model or "phantom-oracle",
             base_url=base_url,
-            prompt_version="rubric",  # "paper" for the prompt of STLLaVA-Med
+            prompt_version="rubric",  # or "paper" for the prompt of STLLaVA-Med
             order="both",  # drops verdicts that change when the answers are swapped
             concurrency=4,
         )

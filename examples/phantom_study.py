@@ -1,15 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Does self-training help? The arms of `recipes/phantom_study.yaml` over several seeds, with standard errors and plots.
+Does self-training help? Run the arms of `recipes/phantom_study.yaml` over several seeds and plot the results.
 
 ```bash
 python examples/phantom_study.py --output_dir runs/study --seeds 101 102 103 104 105
 ```
 
-Every seed has its own base model, scans, random draws and test images. Settings were chosen at seed 0, which is not
-among them. One seed takes about 20 minutes on one core; `--jobs 2` runs two in parallel. The command can be
-interrupted and re-run: it skips what is finished. It writes `results.json` and `index.html`.
+Every seed has its own base model, scans, random numbers and test images. The settings were chosen on seed 0, which is
+not one of these seeds. One seed takes about 20 minutes on one core; `--jobs 2` runs two seeds in parallel. The command
+can be interrupted and re-run; it skips finished stages. It writes `results.json` and `index.html`.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from medst_trl.report.charts import Bar, Group, bar_chart
 PAGE = Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Self-training on drawn scans</title>
+<title>Self-training on synthetic scans</title>
 <style>
 body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #1d2530; }
 figure { margin: 2rem 0; max-width: 44rem; } table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #dfe3e8; }
 th:first-child, td:first-child { text-align: left; }
 </style></head><body>
-<h1>Self-training on drawn scans</h1>
-<p>{{ seeds | length }} seeds ({{ seeds | join(", ") }}), each with its own base model, 225 labelled and 2,000
-unlabelled scans and 300 test scans. Means and standard errors over seeds; changes against stage 1 are paired by
-seed.</p>
+<h1>Self-training on synthetic scans</h1>
+<p>{{ seeds | length }} seeds ({{ seeds | join(", ") }}), each with its own base model, 225 labelled scans, 2,000
+unlabelled scans and 300 test scans. Values are means and standard errors over seeds. Changes against stage 1 are
+paired by seed.</p>
 {% for chart in charts %}<figure>{{ chart }}</figure>{% endfor %}
 {% for rows in tables %}<table><tr>{% for cell in rows[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
 {% for row in rows[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endfor %}
@@ -95,7 +95,7 @@ MEASURES = {
 
 
 def run_seed(seed: int, directory: Path) -> None:
-    """Run all arms of one seed in a process with one thread."""
+    """Run all arms of one seed, in one process with one thread."""
     directory.mkdir(parents=True, exist_ok=True)
     recipe = str(find_recipe("phantom_study"))
     command = [sys.executable, "-m", "medst_trl", recipe, "--seed", str(seed), "--output_dir", str(directory)]
@@ -109,7 +109,7 @@ def run_seed(seed: int, directory: Path) -> None:
 
 
 def measure_questions(directory: Path, arm: str) -> None:
-    """Sample 400 questions with the paper's settings, about scans that no arm was trained on."""
+    """Sample 400 questions with the paper's settings about scans that no arm was trained on, and save their scores."""
     path = directory / f"questions_{arm}.json"
     if path.exists():
         return

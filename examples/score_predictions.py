@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Score the answers of any model. Needs no model and no torch.
+Score the answers of any model, without the model and without torch.
 
 ```bash
 python examples/score_predictions.py
@@ -19,7 +19,12 @@ from medst_trl.evaluation.tables import format_scores
 
 EXAMPLES = [
     {"id": "1", "answer": "yes", "answer_type": "closed", "prediction": "Yes, there is a small effusion."},
-    {"id": "2", "answer": "no", "answer_type": "closed", "prediction": "The lungs are normal."},  # right by llava_med!
+    {
+        "id": "2",
+        "answer": "no",
+        "answer_type": "closed",
+        "prediction": "The lungs are normal.",
+    },  # llava_med counts it as right
     {
         "id": "3",
         "answer": "left lower lobe",

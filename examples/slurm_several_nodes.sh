@@ -7,13 +7,13 @@
 #   sbatch examples/slurm_several_nodes.sh recipes/stllava_med_7b.yaml sft
 #   sbatch --nodes 4 examples/slurm_several_nodes.sh recipes/stllava_med_7b.yaml dpo --dpo.num_train_epochs 2
 #
-# Start one job per stage: `sbatch --dependency=afterok:JOB` makes the next one wait. Stages that use one process
-# (prepare, judge, merge, report, push) do not need this script: medst run RECIPE --stage judge. Recipe, output_dir and
-# caches must be on a file system that all nodes share. A recipe with `effective_batch_size` learns the same on any
-# number of nodes.
+# Start one job per stage: `sbatch --dependency=afterok:JOB` makes the next job wait for the one before. Stages that use
+# one process (prepare, judge, merge, report, push) do not need this script: medst run RECIPE --stage judge. The recipe,
+# output_dir and the caches must be on a file system that all nodes share. With `effective_batch_size`, training uses the
+# same batches on any number of nodes.
 #
-# A job that is requeued, or started again with the same command, resumes from its newest complete checkpoint. DeepSpeed
-# saves its optimizer in parts: resume with the number of processes that wrote it.
+# If a job is requeued, or started again with the same command, it resumes from its newest complete checkpoint. DeepSpeed
+# saves its optimizer in one part per process: resume with the same number of processes.
 
 #SBATCH --job-name=medst
 #SBATCH --nodes=2
@@ -45,8 +45,8 @@ MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / GPUS))}
 
-# One launcher per node; SLURM_NODEID, known only there, is its rank. `--num_processes` counts the processes of all
-# nodes. --kill-on-bad-exit: a node that fails ends the others, which would otherwise wait for it.
+# Start one launcher per node. Its rank is SLURM_NODEID, which is only set on the node. `--num_processes` is the total
+# over all nodes. --kill-on-bad-exit ends all nodes if one fails, because the others would otherwise wait for it.
 srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch \
         --config_file "$0" \

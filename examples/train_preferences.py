@@ -8,8 +8,8 @@ python examples/train_preferences.py
 python examples/train_preferences.py --model runs/demo/sft --dataset runs/demo/judge/preferences --max_steps 100
 ```
 
-Without arguments a tiny model with random weights learns, in a few steps, to prefer right answers about synthetic
-scans to wrong ones.
+Without arguments, a tiny model with random weights learns in a few steps to prefer right answers to wrong ones about
+synthetic scans.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
         model, processor = tiny_llava()
         prepare_policy(model, processor)
     new_adapter = None
-    if not hasattr(model, "peft_config"):  # an adapter of stage 1 is trained further, and its copy is the reference
+    if not hasattr(model, "peft_config"):  # a stage-1 adapter is trained further, with a copy of it as the reference
         new_adapter = adapter_config(model, vusr_token_id=add_vusr(processor))
 
     trainer = MultimodalDPOTrainer(
@@ -58,7 +58,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
             output_dir=output_dir,
             max_steps=max_steps,
             per_device_train_batch_size=8,
-            learning_rate=5e-6 if model_name else 1e-3,  # language model; 5e-6 and 2e-5 are the paper's rates
+            learning_rate=5e-6 if model_name else 1e-3,  # of the language model; 5e-6 and 2e-5 are the paper's rates
             vision_learning_rate=2e-5 if model_name else 1e-3,
             projector_learning_rate=2e-5 if model_name else 1e-3,
             loss_type=["sigmoid", "sft"],  # the paper: ["sigmoid"]

@@ -8,8 +8,8 @@ python examples/train_self_questioning.py
 python examples/train_self_questioning.py --model llava-hf/llava-1.5-7b-hf --dataset runs/vqa_rad/prepare/instruct
 ```
 
-Without arguments it trains a tiny model on synthetic scans for a few steps: it shows the calls, but learns almost
-nothing.
+Without arguments, it trains a tiny model on synthetic scans for a few steps. This shows how to use the trainer. The
+model learns almost nothing.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(model_name: str | None, dataset_name: str | None, output_dir: str, max_
             output_dir=output_dir,
             max_steps=max_steps,
             per_device_train_batch_size=8,
-            learning_rate=2e-4,  # language model; the paper's rates
+            learning_rate=2e-4,  # of the language model; all three are the paper's rates
             vision_learning_rate=5e-5,
             projector_learning_rate=2e-5,
             sq_ratio=0.5,  # the model learns to write half of the questions

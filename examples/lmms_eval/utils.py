@@ -10,8 +10,9 @@ lmms-eval eval --include_path examples/lmms_eval --tasks medst_vqa_rad --model l
 ```
 
 `dataset_path` of each task is a benchmark that `medst prepare` wrote: a directory, or its repository on the Hub. A
-mirror with the columns image, question and answer works too; each task's file says how it differs. Figures are in
-percent and equal those of `medst evaluate` on the same answers. Prompts are lmms-eval's, so answers may differ.
+mirror with the columns image, question and answer works too; the file of each task describes the differences. Figures
+are percentages and equal those of `medst evaluate` on the same answers. The prompts are lmms-eval's, so answers may
+differ.
 """
 
 from functools import partial
