@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Stage 2: the policy learns to prefer the better of its own answers.
+Stage 2: train the policy to prefer the better of its own answers.
 
 ```bash
 medst dpo \
@@ -14,14 +14,14 @@ medst dpo \
 ```
 
 Input: preference pairs with columns `id`, `images`, `prompt`, `chosen`, `rejected` (see `medst judge`), and an adapter
-or a model. An adapter is trained further, with a frozen copy of it as the reference. A model gets a new adapter, with
-the model alone as the reference. Output: an adapter with its processor and template in `output_dir`, for
-[`load_policy`]; checkpoints; `rejected.jsonl` if pairs could not be used. An interrupted run resumes from the newest
-complete checkpoint.
+or a model. An adapter is trained further, with a frozen copy of it as the reference. A model gets a new adapter, and
+the model without the adapter is the reference. Output in `output_dir`: an adapter with its processor and chat
+template, checkpoints, and `rejected.jsonl` if pairs could not be used. Load the adapter with `medst_trl.load_policy`.
+An interrupted run resumes from the newest complete checkpoint.
 
-With `--precompute_ref_log_probs true` the reference reads all pairs first and is then removed from memory. Its
-log-probabilities are kept in `reference_log_probs` beside the pairs: later runs from the same policy read them there,
-`medst push` publishes them, and for a dataset on the Hub they are downloaded.
+With `--precompute_ref_log_probs true`, the reference processes all pairs before training and is then removed from
+memory. Its log-probabilities are kept in `reference_log_probs` beside the pairs. Later runs from the same policy read
+them from there, `medst push` publishes them, and for a dataset on the Hub they are downloaded.
 """
 
 import os

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Answer the questions of a benchmark and score the answers, beside the scores that the model gets without the images.
+Answer the questions of a benchmark and score the answers, next to scores on blank and shuffled images.
 
 ```bash
 medst evaluate \
@@ -12,19 +12,19 @@ medst evaluate \
 
 Input: a benchmark, one row per image with columns `image_id`, `image`, `questions` (`medst prepare` writes one), and a
 model or an adapter. Output in `output_dir`: `predictions.jsonl` (id, image_id, question, answer, answer_type,
-question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` of the two controls,
-`scores.json`, and a table on the terminal. Several benchmarks get a directory each. An interrupted run resumes. Unless
-`batch_size` is set, a model in this process answers 16 questions per batch.
+question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` for the two
+controls, and `scores.json`. A table is printed. If you give several benchmarks, each gets its own directory. An
+interrupted run resumes. Unless `batch_size` is set, a model in this process answers 16 questions per batch.
 
-A model on an OpenAI-compatible server is evaluated with the same questions, images and controls. Questions that it
-refuses count as wrong:
+To evaluate a model on an OpenAI-compatible server, with the same questions, images and controls (questions that the
+server refuses count as wrong):
 
 ```bash
 medst evaluate --engine server --base_url https://api.openai.com/v1 --server_kind openai --model_name_or_path gpt-4o \
     --benchmark runs/vqa_rad/prepare/benchmark --output_dir runs/gpt_4o
 ```
 
-Scoring a predictions file needs no model. Controls are compared if their files are beside it:
+To score a predictions file, you need no model. Controls are included if their files are beside it:
 
 ```bash
 medst evaluate --predictions runs/vqa_rad/evaluate/predictions.jsonl --output_dir runs/vqa_rad/rescored
@@ -32,8 +32,8 @@ medst evaluate --predictions answer-file.jsonl --predictions_format llava_med \
     --benchmark runs/vqa_rad/prepare/benchmark --output_dir runs/vqa_rad/llava_med
 ```
 
-Predictions of other projects are read too and kept as `predictions.jsonl` in our own format. Right answers come from
-`benchmark` if it is given. LLaVA-Med's files hold no right answers and need it.
+Predictions of other projects are converted to our format and saved as `predictions.jsonl`. The right answers come from
+`benchmark` if it is given. LLaVA-Med's files need it, because they do not contain the right answers.
 """
 
 import json
@@ -79,30 +79,30 @@ class EvaluateArguments:
         output_dir (`str`):
             Directory for predictions and scores.
         model_name_or_path (`str`, *optional*):
-            Directory or Hub id of a vision-language model or an adapter. With engine server, the name under which it
-            is served.
+            Directory or Hub id of a vision-language model or an adapter. For the engine server, the model's name on
+            the server.
         engine (`str`, *optional*, defaults to `"transformers"`):
             What answers the questions.
         benchmark (`list[str]`, *optional*, defaults to `[]`):
-            Directories or Hub ids of benchmarks (`medst prepare` writes them).
+            Directories or Hub ids of one or more benchmarks (`medst prepare` writes them).
         split (`str`, *optional*, defaults to `"test"`):
             Split of the benchmarks.
         predictions (`str`, *optional*):
             Score this predictions file instead of running a model.
         predictions_format (`str`, *optional*):
-            Format of the predictions file. Defaults to the one that its keys match.
+            Format of the predictions file. Default: detected from its keys.
         controls (`list[str]`, *optional*, defaults to `["blank", "shuffled"]`):
-            Runs with images that do not help, beside the real one: blank, shuffled, or none.
+            Additional runs with wrong images: blank (a grey image), shuffled (the image of another question), or none.
         variants (`list[str]`, *optional*, defaults to `["strict", "llava_med"]`):
-            Metrics to score by.
+            Metrics to compute.
         max_new_tokens (`int`, *optional*, defaults to `64`):
-            Maximum length of an answer in tokens.
+            Maximum number of tokens of an answer.
         max_records (`int`, *optional*):
             Ask only the first N questions of each benchmark.
         bootstrap_samples (`int`, *optional*, defaults to `1000`):
-            Resamples for each confidence interval; 0 for no intervals.
+            Number of bootstrap samples for each confidence interval; 0 for no intervals.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the shuffled images and of the resamples.
+            Seed for the shuffled images and the bootstrap samples.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the results of an earlier run in output_dir and start again.
     """

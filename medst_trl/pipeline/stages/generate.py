@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-The policy asks about unlabelled images and answers each of its questions twice: candidates for preference pairs.
+Let the policy ask about unlabelled images and answer each of its questions twice: candidates for preference pairs.
 
 ```bash
 medst generate \
@@ -11,14 +11,14 @@ medst generate \
     --output_dir runs/vqa_rad/generate
 ```
 
-Input: images with columns `id`, `images`, `image_ids`, `messages` (not used, so `instruct/` of `medst prepare` serves
-as well as `images/`, which sources such as VQA-RAD do not have), and a policy that stage 1 taught to ask. If `images/`
-does not exist, `instruct/` beside it is read. Output in `output_dir`: `candidates/` (Parquet; `id`, `images`,
-`image_ids`, `prompt`, `answers`, `generation`) for `medst judge`, `rejected.jsonl` with the reason for each rejected
-question and record, and counts in `stage.json`. Re-run after a crash, it resumes where it stopped. Several processes
-share the images; with the engine `transformers` the candidates are the same for any number of processes.
+Input: a policy that stage 1 trained to ask, and images with columns `id`, `images`, `image_ids`, `messages`. The
+messages are not used, so both `images/` and `instruct/` of `medst prepare` work. If `images/` does not exist,
+`instruct/` beside it is read. Output in `output_dir`: `candidates/` (Parquet with columns `id`, `images`, `image_ids`,
+`prompt`, `answers`, `generation`) for `medst judge`, `rejected.jsonl` with the reason for each rejected question and
+record, and counts in `stage.json`. An interrupted run resumes where it stopped. Several processes share the images.
+With the engine `transformers`, the candidates are the same for any number of processes.
 
-With a server that runs the policy (vLLM, SGLang, `transformers serve`) and uses the policy's chat template:
+To generate on a server that runs the policy with its chat template (vLLM, SGLang, `transformers serve`):
 
 ```bash
 medst generate --engine server --server_kind vllm --base_url http://localhost:8000/v1 \
@@ -59,9 +59,9 @@ class GenerateArguments:
 
     Args:
         model_name_or_path (`str`):
-            Directory or Hub id of a policy or its adapter; for a server, its name there.
+            Directory or Hub id of a policy or its adapter. For the engine server, the model's name on the server.
         images (`str`):
-            Directory or Hub id of images to ask about; `medst prepare` writes images/ or instruct/.
+            Directory or Hub id of the images to ask about: images/ or instruct/ of `medst prepare`.
         output_dir (`str`):
             Directory for the candidates.
         split (`str`, *optional*, defaults to `"train"`):
@@ -69,11 +69,11 @@ class GenerateArguments:
         engine (`str`, *optional*, defaults to `"transformers"`):
             What runs the model.
         num_questions (`int`, *optional*, defaults to `1`):
-            Questions about each image, sampled independently.
+            Number of questions about each image, sampled independently.
         num_answers (`int`, *optional*, defaults to `2`):
-            Answers to each question; the first and second, third and fourth ... are a pair.
+            Number of answers to each question. The first and second are a pair, the third and fourth, and so on.
         temperature (`float`, *optional*, defaults to `1.2`):
-            Temperature of answers.
+            Sampling temperature of answers.
         top_k (`int`, *optional*, defaults to `100`):
             Sample answers from the k most likely tokens; 0 for all.
         top_p (`float`, *optional*, defaults to `0.95`):
@@ -81,7 +81,7 @@ class GenerateArguments:
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Maximum number of tokens of an answer.
         question_temperature (`float`, *optional*, defaults to `1.2`):
-            Temperature of questions; 0 is greedy.
+            Sampling temperature of questions; 0 is greedy.
         question_top_k (`int`, *optional*, defaults to `100`):
             top_k of questions.
         question_top_p (`float`, *optional*, defaults to `0.95`):
@@ -89,21 +89,22 @@ class GenerateArguments:
         max_question_tokens (`int`, *optional*, defaults to `128`):
             Maximum number of tokens of a question.
         describe_first (`bool`, *optional*, defaults to `False`):
-            Describe the image first, greedily, and ask and answer with that as history.
+            Let the model describe the image first, with greedy decoding. The description is the first turn when it
+            asks and answers.
         skip_records (`int`, *optional*, defaults to `0`):
-            Skip the first N records: an earlier round has used them.
+            Skip the first N records, because an earlier round has used them.
         max_records (`int`, *optional*):
-            Ask about N records only.
+            Ask about at most N records.
         min_question_words (`int`, *optional*, defaults to `3`):
-            Reject shorter questions.
+            Reject questions with fewer words.
         max_question_words (`int`, *optional*, defaults to `60`):
-            Reject longer questions.
+            Reject questions with more words.
         english_questions (`bool`, *optional*, defaults to `True`):
-            Reject what does not read as an English question; false for other languages.
+            Reject texts that do not look like an English question. Set it to false for other languages.
         max_answer_similarity (`float`, *optional*, defaults to `0.95`):
-            Reject answers that share more of their words as nearly identical; 1 for equal ones only.
+            Reject pairs of answers that share a larger fraction of their words. 1 rejects only equal answers.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of all sampling. A server may ignore it.
+            Seed for sampling. A server may ignore it.
         rows_per_shard (`int`, *optional*, defaults to `512`):
             Rows per Parquet file.
         overwrite (`bool`, *optional*, defaults to `False`):

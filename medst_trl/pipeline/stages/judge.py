@@ -13,17 +13,17 @@ medst judge \
     --output_dir runs/vqa_rad/judge
 ```
 
-Any OpenAI-compatible server works, and your own needs no key: `--base_url http://localhost:8000/v1 --model
-Qwen/Qwen2.5-VL-32B-Instruct`. `--dry_run true` prints the estimate and the first request, and sends nothing.
+Any OpenAI-compatible server works. Your own server needs no key: `--base_url http://localhost:8000/v1 --model
+Qwen/Qwen2.5-VL-32B-Instruct`. `--dry_run true` prints the estimated cost and the first request, and sends nothing.
 
 Input: candidates (columns `id`, `images`, `image_ids`, `prompt`, `answers`; `medst generate` writes them). Output in
 `output_dir`: `judgements.jsonl` (scores, verdicts of both orders, replies, usage), `preferences/train-*.parquet` and
-`validation-*.parquet` in the format of TRL's DPOTrainer, `rejected.jsonl` (pairs left out, with the reason), and
-`judge_cache.jsonl` (every reply paid for, also kept by `--overwrite true`). After a crash, a used-up budget or a lost
-connection, the same command resumes.
+`validation-*.parquet` in the format of TRL's DPOTrainer, `rejected.jsonl` (dropped pairs, with the reason), and
+`judge_cache.jsonl` (all replies you paid for, kept even with `--overwrite true`). After a crash, an exhausted budget
+or a lost connection, run the same command again: it resumes.
 
-OpenAI's Batch API costs half: `--write_batch requests.jsonl` writes its input files. After they are processed,
-`--read_batch results.jsonl` makes the same judgements from the results.
+OpenAI's Batch API costs half as much. `--write_batch requests.jsonl` writes its input files. When the batch is done,
+`--read_batch results.jsonl` builds the same judgements from the results.
 """
 
 import json
@@ -65,63 +65,64 @@ class JudgeArguments:
         model (`str`, *optional*):
             Name of the judge on its server, such as gpt-4o.
         base_url (`str`, *optional*):
-            An OpenAI-compatible API, such as http://localhost:8000/v1. Defaults to OpenAI's.
+            URL of an OpenAI-compatible API, such as http://localhost:8000/v1. Default: OpenAI's.
         key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Name of the environment variable that holds the API key.
         split (`str`, *optional*, defaults to `"train"`):
             Split of the candidates.
         prompt_version (`str`, *optional*, defaults to `"rubric"`):
-            How the judge is asked.
+            Prompt for the judge.
         order (`str`, *optional*, defaults to `"both"`):
-            both: show each pair in both orders, which must agree. single: show it in one order, as in the paper.
+            both: show each pair in both orders, and drop it if the verdicts differ. single: show it in one order, as
+            in the paper.
         min_margin (`float`, *optional*, defaults to `1.0`):
-            Drop pairs whose mean scores differ by less.
+            Drop pairs whose mean scores differ by less than this.
         reference_captions (`str`, *optional*):
-            JSON lines with image_id and caption, for judge prompts that show captions.
+            JSON lines file with image_id and caption, for judge prompts that show captions.
         image_size (`int`, *optional*, defaults to `768`):
-            Maximum side of an image as sent, in pixels.
+            Maximum side length in pixels of the images that are sent.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature of the judge.
         max_tokens (`int`, *optional*, defaults to `600`):
             Maximum number of tokens of a reply.
         max_cost (`float`, *optional*):
-            Budget for these judgements in US dollars, earlier runs included. It is a hard stop.
+            Budget in US dollars for these judgements, including earlier runs. It is a hard limit.
         price_per_million_input_tokens (`float`, *optional*):
-            US dollars. Known for gpt-4o, gpt-4.1 and their small versions.
+            Price in US dollars. Known for gpt-4o, gpt-4.1 and their small versions.
         price_per_million_output_tokens (`float`, *optional*):
-            US dollars, likewise.
+            Price in US dollars. Known for the same models.
         concurrency (`int`, *optional*, defaults to `16`):
             Maximum number of concurrent calls.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds for one call.
+            Maximum duration of a call in seconds.
         max_retries (`int`, *optional*, defaults to `6`):
-            Retries of a call after 429, 5xx or a timeout.
+            Maximum number of retries of a call after 429, 5xx or a timeout.
         cache_dir (`str`, *optional*):
-            Directory of judge_cache.jsonl, which runs can share. Defaults to output_dir.
+            Directory of judge_cache.jsonl. Several runs can share it. Default: output_dir.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Print the estimate and the first request, and send nothing.
+            Print the estimated cost and the first request, and send nothing.
         write_batch (`str`, *optional*):
             Write the calls to this input file of the Batch API, and send nothing.
         read_batch (`list[str]`, *optional*, defaults to `[]`):
-            Result files of the Batch API, in place of calls.
+            Result files of the Batch API to read instead of calling the judge.
         benchmarks (`list[str]`, *optional*, defaults to `[]`):
-            Benchmarks whose images are kept out of the preference pairs.
+            Benchmarks to protect: pairs about their images are dropped.
         keep_benchmark_images (`bool`, *optional*, defaults to `False`):
-            Keep pairs about images of the benchmarks.
+            Keep pairs about images of the benchmarks anyway.
         duplicate_similarity (`float`, *optional*, defaults to `0.9`):
-            Keep one of the questions about an image that share this part of their words.
+            Keep only one of the questions about an image that share this fraction of their words.
         validation_share (`float`, *optional*, defaults to `0.0`):
-            Share of the images that become validation data, with all their pairs.
+            Fraction of the images to use for validation. All pairs of such an image move with it.
         length_balanced (`bool`, *optional*, defaults to `False`):
             Drop pairs until the longer answer is chosen as often as it is rejected.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the validation images, of the length balance, and of the oracle's phantoms.
+            Seed for the validation images, the length balance, and the oracle's phantoms.
         rows_per_shard (`int`, *optional*, defaults to `512`):
             Rows per Parquet file.
         num_workers (`int`, *optional*, defaults to `1`):
-            Threads that write Parquet files.
+            Number of threads that write Parquet files.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Delete the results of an earlier run and start again. Replies already paid for are kept.
+            Delete the results of an earlier run and start again. Replies that you already paid for are kept.
     """
 
     candidates: str

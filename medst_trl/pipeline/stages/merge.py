@@ -1,22 +1,23 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Merge an adapter into its base: one stand-alone model for servers and other tools.
+Merge an adapter into its base model. The result is a stand-alone model for servers and other tools.
 
 ```bash
 medst merge --model_name_or_path runs/vqa_rad/dpo --output_dir runs/vqa_rad/merged
 transformers serve runs/vqa_rad/merged
 ```
 
-Writes safetensors, processor, chat template and generation config to `output_dir`. Plain transformers, [`load_policy`]
-and servers load them, and `medst push` publishes them. Before the files get their names they are loaded from disk and
-compared with the adapter, both answering and asking: on the first conversations of `dataset`, or of the data that the
-adapter was trained on, or on drawn scans. In float32 no log-probability may differ by more than 1e-4; in a smaller
-type by no more than three times the rounding error of that type in the adapter itself. `stage.json` has the figures.
+Output in `output_dir`: safetensors, processor, chat template and generation config. Plain transformers, `load_policy`
+and servers can load them, and `medst push` publishes them. Before the model is complete, it is loaded from disk and
+compared with the adapter, both for answers and for questions. The comparison uses the first conversations of
+`dataset`, or else of the data that the adapter was trained on, or else synthetic scans. In float32, no log-probability
+may differ by more than 1e-4. In a smaller type, the limit is three times the rounding error of that type in the
+adapter itself. `stage.json` has the differences.
 
 Merging runs on the CPU and needs memory for the model in float32: 28 GB for 7B. An adapter trained on a 4-bit base is
 merged into the published base, which differs from the one it was trained on: evaluate the result. The saved sampling
-defaults are for answering (temperature 0.2); to let the model ask, send temperature 1.2.
+defaults are for answers (temperature 0.2). To let the model ask, send temperature 1.2.
 """
 
 import json
@@ -47,28 +48,28 @@ class MergeArguments:
         model_name_or_path (`str`):
             Directory or Hub id of an adapter.
         output_dir (`str`):
-            Directory for the model.
+            Directory for the merged model.
         base_model_name_or_path (`str`, *optional*):
-            Its base model, if it is no longer where the adapter's configuration says.
+            Base model of the adapter, if it has moved.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the saved weights: float32, bfloat16, float16. auto: that of the base.
+            Type of the saved weights: float32, bfloat16, float16, or auto (the type of the base).
         dataset (`str`, *optional*):
-            Directory or Hub id of conversations, preference pairs or a benchmark to compare on. Defaults to the data
-            the adapter was trained on if its record names an existing directory, else to drawn scans.
+            Directory or Hub id of conversations, preference pairs or a benchmark for the comparison. Default: the data
+            that the adapter was trained on if its record names an existing directory, else synthetic scans.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of that dataset.
+            Split of the dataset.
         num_examples (`int`, *optional*, defaults to `4`):
-            Number of its records to compare on.
+            Number of records for the comparison.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Largest size of a file of weights.
+            Maximum size of a weights file.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Let code from the base's repository run. Only for sources you trust.
+            Run code from the repository of the base model. Use it only with models you trust.
         push_to_hub (`bool`, *optional*, defaults to `False`):
-            Publish the model, with its card.
+            Publish the model and its card on the Hub.
         hub_model_id (`str`, *optional*):
-            Repository for it, OWNER/NAME.
+            Hub repository to publish to, OWNER/NAME.
         hub_private_repo (`bool`, *optional*, defaults to `True`):
-            Make it private; false publishes it.
+            Make the repository private.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the output of an earlier run and start again.
     """

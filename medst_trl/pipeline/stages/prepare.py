@@ -1,20 +1,20 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Turns images with conversations, with questions or without text into datasets with the images embedded, pixel for pixel
-and without metadata.
+Turn medical images, with or without conversations and questions, into datasets. The images are embedded with unchanged
+pixels and without metadata.
 
 ```bash
 medst prepare --source vqa_rad_mevf --data_path data/vqa_rad --output_dir runs/rad/prepare --validation_fraction 0.1
 medst prepare --source images --data_path scans --output_dir runs/mine/scans
 ```
 
-Writes to `output_dir`, as far as the source has it:
+Output in `output_dir`, depending on what the source contains:
   instruct/{train,validation}-*.parquet  columns id, images, image_ids, messages
   benchmark/test-*.parquet               columns image_id, image, questions; one row per image
-  images/train-*.parquet                 unlabelled images, instruct columns with empty messages
+  images/train-*.parquet                 unlabelled images; columns as in instruct, with empty messages
   rejected.jsonl                         id, reason and value of every rejected record
-  image_index.jsonl                      image_id of every file; not part of the datasets, which hold no file names
+  image_index.jsonl                      image_id of every file (the datasets themselves contain no file names)
 """
 
 import os
@@ -48,26 +48,26 @@ class PrepareArguments:
         output_dir (`str`):
             Directory for the datasets.
         source (`str`):
-            What the data is.
+            Kind of data to read.
         data_path (`str`, *optional*):
-            File or directory of the data. Phantoms need none.
+            File or directory of the data. Not needed for phantoms.
         image_folder (`str`, *optional*):
-            Directory that image file names start from, and that none may leave. Default: images/ beside the questions
-            of a benchmark, otherwise the data's own directory.
+            Directory of the images. File names are relative to it and must not lead out of it. Default: images/ beside
+            the questions of a benchmark, otherwise the directory of the data.
         validation_fraction (`float`, *optional*, defaults to `0.0`):
-            Fraction of the training images to use for validation, with all their records.
+            Fraction of the training images to use for validation. All records of such an image move with it.
         image_disjoint (`bool`, *optional*, defaults to `False`):
-            Drop training questions about images that are also in test or validation.
+            Drop training questions about images that are also in the test or validation set.
         max_records (`int`, *optional*):
             Use only the first N conversations, and the first N images with questions of each split.
         max_pixels (`int`, *optional*, defaults to `100000000`):
-            Reject larger images before decoding them.
+            Reject images with more pixels before decoding them.
         rows_per_shard (`int`, *optional*, defaults to `512`):
             Rows per Parquet file.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the validation split, of requests for captions, of phantoms.
+            Seed for the validation split, the requests for captions, and phantoms.
         num_workers (`int`, *optional*, defaults to `0`):
-            Threads that decode images. 0: one per core.
+            Number of threads that decode images. 0 uses one per core.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the results of an earlier run and start again.
     """

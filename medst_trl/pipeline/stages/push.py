@@ -9,12 +9,12 @@ medst push --source runs/vqa_rad/judge/preferences --repo_id my-org/vqa-rad-pref
 medst push --source runs/vqa_rad/dpo --repo_id my-org/vqa-rad-aligned --evaluation runs/vqa_rad/evaluate
 ```
 
-The source is the output of a stage: a dataset (Parquet files), an adapter or a model. What is uploaded: the Parquet
-files, or weights, processor and chat template, and a card with sources, settings, statistics and scores. Checkpoints,
-records and paths stay on this machine. If the base of an adapter is a local model, push the base first and name it
-with `--base_model_name_or_path`. If a push is interrupted, the same command resumes it.
+The source is the output of a stage: a dataset (Parquet files), an adapter or a model. The upload contains the Parquet
+files, or the weights, processor and chat template. It also contains a card with sources, settings, statistics and
+scores. Checkpoints, records and local paths are not uploaded. If the base of an adapter is a local model, push the
+base first and give its Hub id with `--base_model_name_or_path`. If a push is interrupted, run the same command again.
 
-Afterwards, use the Hub id in place of the directory: `medst dpo --dataset my-org/vqa-rad-preferences`.
+Afterwards, use the Hub id instead of the directory: `medst dpo --dataset my-org/vqa-rad-preferences`.
 """
 
 from collections.abc import Iterator
@@ -34,25 +34,26 @@ class PushArguments:
         source (`str`):
             Directory of a dataset, an adapter or a model.
         repo_id (`str`):
-            Repository, OWNER/NAME. Created if it does not exist.
+            Hub repository, OWNER/NAME. It is created if it does not exist.
         private (`bool`, *optional*, defaults to `True`):
-            Create a private repository, and refuse a public one. false: publish.
+            Create a private repository, and refuse to push to a public one. Set it to false to make the repository
+            public.
         evaluation (`list[str]`, *optional*, defaults to `[]`):
-            Outputs of `medst evaluate` whose scores are added to a model's card.
+            Output directories of `medst evaluate`. Their scores are added to the card of a model.
         run (`str`, *optional*):
-            The run directory, to find the records of inputs that have moved.
+            The run directory. It is searched for the records of inputs that have moved.
         base_model_name_or_path (`str`, *optional*):
-            Hub id of the base of an adapter or merged model, if that names a local directory.
+            Hub id of the base model, if the adapter or merged model was made from a local directory.
         license (`str`, *optional*):
             Identifier of a licence on the Hub, such as cc-by-4.0.
         revision (`str`, *optional*):
-            Branch to push to. Created if it does not exist.
+            Branch to push to. It is created if it does not exist.
         commit_message (`str`, *optional*):
-            Message of the commit.
+            Commit message.
         replace_content (`bool`, *optional*, defaults to `False`):
-            Push to a repository with other content and delete that there (older revisions keep it).
+            Replace the other content of a repository that is in use. Older revisions keep it.
         output_dir (`str`, *optional*):
-            Directory for the record of the push, which recipes set. Default: no record.
+            Directory for the record of the push. Recipes set it. Default: no record.
         overwrite (`bool`, *optional*, defaults to `False`):
             Push again even if output_dir has the record of an earlier push.
     """

@@ -7,9 +7,9 @@ Write one HTML page about a run: scores, data flow, training curves, judge stati
 medst report --run runs/demo
 ```
 
-Input: a run directory with the stages that it has so far. Output: `index.html` in `output_dir` (by default `report` in
-the run directory), a single file without scripts, network access or paths of this machine, and a table of the scores
-before and after training on the terminal. The page is written again each time.
+Input: a run directory; not all stages need to be finished. Output: `index.html` in `output_dir` (by default `report`
+in the run directory). It is a single file without scripts, network access or local paths. A table of the scores before
+and after training is printed. Each run of the command writes the page again.
 """
 
 from dataclasses import asdict, dataclass
@@ -27,17 +27,17 @@ class ReportArguments:
 
     Args:
         run (`str`):
-            The run directory, which holds the directories of its stages.
+            The run directory, which contains the directories of the stages.
         output_dir (`str`, *optional*):
             Directory for index.html. Default: report in the run directory.
         title (`str`, *optional*):
             Heading of the page. Default: the name of the run directory.
         gallery (`int`, *optional*, defaults to `12`):
-            Number of judged pairs per round, and of benchmark questions, to show with their images.
+            Number of judged pairs (per round) and of benchmark questions to show with their images.
         image_size (`int`, *optional*, defaults to `320`):
             Longest side of the images on the page, in pixels.
         bootstrap_samples (`int`, *optional*, defaults to `1000`):
-            Bootstrap samples for the interval of each difference; 0 for no intervals.
+            Number of bootstrap samples for the interval of each difference; 0 for no intervals.
     """
 
     run: str

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Stage 1: the policy learns to answer questions about an image, and to ask them.
+Stage 1: train a policy to answer questions about images, and to ask its own.
 
 ```bash
 medst sft \
@@ -16,9 +16,9 @@ medst sft \
 ```
 
 Input: a dataset with columns `id`, `images`, `messages` (see `medst prepare`), and a vision-language model or an
-adapter. Output: an adapter (`adapter_model.safetensors`: LoRA of language model and vision tower, projector, `<vusr>`
-row) with its processor and template in `output_dir`, for [`load_policy`]; checkpoints; `rejected.jsonl` if records
-did not fit. An interrupted run resumes from the newest complete checkpoint.
+adapter. Output in `output_dir`: an adapter (`adapter_model.safetensors`: LoRA of the language model and the vision
+tower, projector, `<vusr>` row) with its processor and chat template, checkpoints, and `rejected.jsonl` if records did
+not fit. Load the adapter with `medst_trl.load_policy`. An interrupted run resumes from the newest complete checkpoint.
 """
 
 from dataclasses import dataclass, field
