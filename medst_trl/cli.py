@@ -7,19 +7,19 @@ usage: medst COMMAND [options]
 
 Self-questioning and preference training for medical vision-language models.
 
-A whole run, stage by stage, as a recipe describes it:
+Run all stages of a recipe:
   run RECIPE            run every stage of a recipe and skip finished ones (medst run --help)
   recipes ls            list the packaged recipes; also: show, cp, validate
 
-One stage (medst STAGE --help lists its settings, --help all includes all of TRL's):
+Run one stage (medst STAGE --help lists its settings, --help all includes all of TRL's):
 {stages}
 
 Every command takes --plugins FILE (repeatable): a Python file that registers your own stages, sources, judge prompts,
-engines, model families, metrics or losses. MEDST_PLUGINS in the environment does the same.
+engines, model families, metrics or losses. The environment variable MEDST_PLUGINS does the same.
 
 Examples:
-  medst run demo                                     the whole loop on drawn images: minutes, no GPU
-  medst recipes cp demo && medst run demo.yaml       a copy of your own to change
+  medst run demo                                     the whole loop on synthetic scans: minutes, no GPU
+  medst recipes cp demo && medst run demo.yaml       copy a recipe, change it and run it
   medst run demo.yaml --stage sft --sft.learning_rate 1e-4 --overwrite
   medst sft --config demo.yaml --learning_rate 1e-4  one stage in this process
   medst sft --config demo.yaml --accelerate_config multi_gpu --num_processes 4
@@ -125,19 +125,19 @@ def run_recipe(argv: list[str]) -> int | None:
 
     usage: medst run RECIPE [--stage STAGE] [--overwrite] [--accelerate_config CONFIG] [--key value ...]
 
-    Runs the stages of a recipe one after another, each in its own process. A finished stage is skipped, an
-    interrupted one resumes, and one whose settings have changed is refused.
+    Runs the stages of a recipe one after another, each in its own process. A finished stage is skipped. An interrupted
+    stage resumes. A stage whose settings have changed is refused.
 
       RECIPE                     a YAML file, or the name of a packaged recipe (medst recipes ls)
-      --stage STAGE              only this stage, or one item of it: sft, prepare/slake, round_2, round_2/dpo
-      --rounds N                 ask, judge and align N times, each round with the policy of the one before
-      --overwrite                delete the results of the stages that run, and start again
-      --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: by the machine)
-      --num_processes N          number of processes of the stages that can use several
+      --stage STAGE              run only this stage, item or round: sft, prepare/slake, round_2, round_2/dpo
+      --rounds N                 generate, judge and dpo N times; each round uses the policy of the previous round
+      --overwrite                delete the results of the selected stages, and start again
+      --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: automatic)
+      --num_processes N          number of processes for the stages that can use several
       --dry_run                  print what the stages would train, download, ask and upload, and run nothing
-      --throughput N             with --dry_run: examples per second, for the time; --sft.throughput N for one stage
+      --throughput N             with --dry_run: examples per second, to estimate the time (--sft.throughput for sft)
       --plugins FILE             a Python file that registers your own stages, sources, ... (medst --help)
-      --key value                a setting for every stage that knows it; --output_dir is the run directory
+      --key value                a setting for every stage that has it; --output_dir is the run directory
       --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
 
     Examples:
@@ -284,11 +284,12 @@ def _recipes(argv: list[str]) -> int | None:
     usage: medst recipes ls | show NAME | cp NAME [FILE]
            medst recipes validate RECIPE [--stage STAGE] [--num_processes N] [--key value ...]
 
-    The packaged recipes: list them, print one, or copy one to change it (by default into the current directory).
+    Lists the packaged recipes, prints one, or copies one (by default into the current directory), so that you can
+    change it.
 
-    `validate` checks a file or a packaged recipe, with the options of `medst run`: keys and types, whether inputs
-    exist or are made by an earlier section, columns of datasets, accelerate configurations, and the batch on 1, 4
-    and 8 processes or on the given number. It needs no GPU, no Hub and no weights.
+    `validate` checks a file or a packaged recipe and accepts the options of `medst run`. It checks keys and types,
+    that inputs exist or are made by an earlier section, the columns of datasets, accelerate configurations, and the
+    batch size on 1, 4 and 8 processes or on the given number. It needs no GPU, no Hub and no weights.
     """
     from medst_trl.pipeline.recipe import find_recipe, packaged_recipes, summary
 

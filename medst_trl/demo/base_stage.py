@@ -7,11 +7,11 @@ Build a tiny LLaVA in code and train it on plain shapes and plain text, so that 
 medst base --output_dir runs/demo/base
 ```
 
-It takes the place of the general-purpose vision-language model that the paper starts from: it knows squares, corners,
-bright and dark, and the words of medicine, but has seen no scan and no medical label.
+It takes the place of the general-purpose vision-language model that the paper starts from. It knows squares, corners,
+bright and dark, and medical words, but has seen no scan and no medical label.
 
-Writes model and processor to `output_dir`, weights as safetensors, all at once when training is done. An interrupted
-run resumes from its newest checkpoint.
+Output in `output_dir`: the model (safetensors) and its processor, written when training is done. An interrupted run
+resumes from its newest checkpoint.
 """
 
 import shutil
@@ -41,9 +41,9 @@ class BaseArguments:
         output_dir (`str`):
             Directory for the model and its processor.
         num_texts (`int`, *optional*, defaults to `2000`):
-            Number of conversations without a picture, trained on first.
+            Number of conversations without a picture. The model is trained on them first.
         num_pictures (`int`, *optional*, defaults to `16000`):
-            Number of pictures of plain shapes, each with its questions.
+            Number of pictures of plain shapes.
         turns (`int`, *optional*, defaults to `1`):
             Number of questions about each picture.
         per_device_train_batch_size (`int`, *optional*, defaults to `32`):
@@ -51,13 +51,13 @@ class BaseArguments:
         learning_rate (`float`, *optional*, defaults to `0.0007`):
             Peak learning rate.
         warmup_steps (`int`, *optional*, defaults to `30`):
-            Number of steps until the peak.
+            Number of steps until the peak learning rate.
         save_steps (`int`, *optional*, defaults to `200`):
-            Steps between checkpoints, from which an interrupted run resumes.
+            Number of steps between checkpoints.
         logging_steps (`int`, *optional*, defaults to `50`):
-            Steps between log lines.
+            Number of steps between log lines.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights, the pictures and their order.
+            Seed for the weights, the pictures and their order.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the output of an earlier run and start again.
     """

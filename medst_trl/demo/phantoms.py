@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The source `phantoms`: drawn scans with known truth, to try and to measure everything without medical data.
+The source `phantoms`: synthetic scans with known truth, to try and to measure everything without medical data.
 
 A phantom is a 64 x 64 grey image that looks a little like a CT, MRI or ultrasound scan, with or without one round
 lesion. Because it is drawn, every question about it has one right answer, and an oracle can tell a right answer from
@@ -297,9 +297,11 @@ def _count(settings: PhantomSettings, kind: str, split: str) -> int | None:
 SOURCES.register(
     Source(
         name="phantoms",
-        summary="drawn scans with known truth; needs no data",
+        summary="synthetic scans with known truth; needs no data",
         read=read_phantoms,
-        card=SourceCard("phantoms: drawn scans with known truth, of no patient", licence="apache-2.0", synthetic=True),
+        card=SourceCard(
+            "phantoms: synthetic scans with known truth, of no patient", licence="apache-2.0", synthetic=True
+        ),
         settings=PhantomSettings,
         count=_count,
         needs_data=False,

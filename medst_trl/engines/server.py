@@ -51,9 +51,9 @@ class ServerSettings:
 
     Args:
         base_url (`str`, *optional*):
-            Address of its API. Its key is OPENAI_API_KEY in the environment.
+            URL of the server's API. The API key is read from the environment variable OPENAI_API_KEY.
         server_kind (`str`, *optional*, defaults to `"vllm"`):
-            How it takes sampling settings: vllm, sglang, transformers, openai.
+            Kind of server, which decides how sampling settings are sent: vllm, sglang, transformers or openai.
         concurrency (`int`, *optional*, defaults to `32`):
             Maximum number of requests in flight on each process.
     """

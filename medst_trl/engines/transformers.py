@@ -43,14 +43,14 @@ class TransformersSettings:
 
     Args:
         base_model_name_or_path (`str`, *optional*):
-            Base model of an adapter, if it has moved from where the adapter says.
+            Base model of the adapter, if it has moved.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights: auto (the checkpoint's), float32, bfloat16.
+            Type of the weights: auto (the type of the checkpoint), float32 or bfloat16.
         batch_size (`int`, *optional*):
-            Texts per batch on each process. `medst generate` defaults to as many as fit into memory, 16 on a CPU;
-            `medst evaluate` defaults to 16.
+            Number of texts per batch on each process. Default: 16 in `medst evaluate` and on a CPU, otherwise as many
+            as fit into memory.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Allow code from the model's repository to run.
+            Run code from the model's repository. Use it only with models you trust.
     """
 
     base_model_name_or_path: str | None = None

@@ -35,9 +35,9 @@ class HubArguments:
 
     Args:
         push_to_hub (`bool`, *optional*, defaults to `False`):
-            Publish the stage's datasets, each with a card.
+            Publish the datasets of the stage on the Hub, each with a card.
         hub_dataset_id (`str`, *optional*):
-            Repository to publish to, OWNER/NAME.
+            Hub repository to publish to, OWNER/NAME.
         hub_private_repo (`bool`, *optional*, defaults to `True`):
             Make the repository private.
     """

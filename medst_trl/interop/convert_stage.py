@@ -15,10 +15,9 @@ A training output (adapter_config.json, adapter_model.bin, non_lora_trainables.b
 medst convert --source checkpoints/stllava-lora --base models/sqllava-7b --output_dir models/stllava-med-7b
 ```
 
-Writes a model and its processor to `output_dir`; every other command takes it as `model_name_or_path`. Weights are
-safetensors; `.bin` files are read without running any code in them. Every tensor has to be accounted for: if one is
-missing, left over or of another shape, it is listed and nothing is written. An interrupted conversion resumes after
-the last complete shard.
+Output in `output_dir`: a model (safetensors) and its processor. Every other command accepts it as
+`model_name_or_path`. `.bin` files are read without running any code in them. If a tensor is missing, unexpected or of
+the wrong shape, it is listed and nothing is written. An interrupted conversion resumes after the last complete shard.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,24 +42,24 @@ class ConvertArguments:
 
     Args:
         source (`str`):
-            Directory or Hub id of a full model or of a training output.
+            Directory or Hub id of a full model, or of the output of LLaVA's training scripts.
         output_dir (`str`):
             Directory for the converted model.
         base (`str`, *optional*):
-            Directory or Hub id of the model a training output was trained from, original or converted.
+            Directory or Hub id of the base model of a training output, original or converted.
         projector (`str`, *optional*):
             File, directory or Hub id of a projector that is published separately (mm_projector.bin).
         vision_tower (`str`, *optional*):
-            Directory or Hub id of the CLIP tower. Defaults to mm_vision_tower of config.json.
+            Directory or Hub id of the CLIP vision tower. Default: mm_vision_tower of config.json.
         vision_lora (`str`, *optional*):
-            Directory or Hub id of LoRA layers of the vision tower. Defaults to Vit-lora inside source.
+            Directory or Hub id of the LoRA layers of the vision tower. Default: Vit-lora inside source.
         vusr_role (`str`, *optional*):
-            How the model is made to ask: text (VUSER:) or token (<vusr>, to be trained). Defaults to text with a
-            prototype extractor or a ViT LoRA, as SQ-LLaVA and STLLaVA-Med were trained, else to token.
+            How question turns start: text (VUSER:) or token (<vusr>, which needs training). Default: text for models
+            with a prototype extractor or a ViT LoRA, which SQ-LLaVA and STLLaVA-Med have; otherwise token.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights: auto (the language model's), float32, bfloat16, float16.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Largest size of a file of weights; about the memory needed.
+            Maximum size of a weights file. The conversion needs about as much memory.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the output of an earlier run and start again.
     """

@@ -30,12 +30,13 @@ class PolicySettings:
     dataloader_num_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Processes that decode and resize images ahead of the step. Default: with an accelerator this "
-            "process's share of the CPU cores, at most 8; without one 0."
+            "help": "Number of processes that decode and resize images in advance. Default: this process's share of "
+            "the CPU cores, at most 8, with an accelerator; 0 without one."
         },
     )
     dataloader_persistent_workers: bool | None = field(
-        default=None, metadata={"help": "Whether workers are kept between epochs. Default: with an accelerator."}
+        default=None,
+        metadata={"help": "Whether to keep the workers between epochs. Default: true with an accelerator."},
     )
 
     def __post_init__(self):
@@ -65,15 +66,20 @@ class SelfQuestioningSettings(PolicySettings):
 
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
-        metadata={"help": "Whether a resumed run continues to count the patience of early stopping."},
+        metadata={"help": "Whether a resumed run restores the patience count of early stopping."},
     )
     max_length: int | None = field(
         default=2048,
-        metadata={"help": "Longest sequence in tokens, with image tokens. Longer conversations end after an answer."},
+        metadata={
+            "help": "Maximum number of tokens per sequence, including image tokens. Longer conversations are cut "
+            "after an answer."
+        },
     )
     sq_ratio: float = field(
         default=0.5,
-        metadata={"help": "Share of the eligible user turns that become <vusr> turns, drawn again in each epoch."},
+        metadata={
+            "help": "Fraction of the eligible user turns that become <vusr> turns, sampled again in each epoch."
+        },
     )
     sq_first_turn: bool = field(
         default=True, metadata={"help": "Whether the first user turn can become a <vusr> turn. The paper: false."}
@@ -83,7 +89,7 @@ class SelfQuestioningSettings(PolicySettings):
     )
     pack_sequences: bool = field(
         default=False,
-        metadata={"help": "Pack the conversations of a batch into fewer rows without padding: the same step, faster."},
+        metadata={"help": "Pack the conversations of a batch into fewer rows without padding. Same result, faster."},
     )
 
 
@@ -94,7 +100,9 @@ class MultimodalDPOSettings(PolicySettings):
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate (the paper: 5e-6)."})
     max_length: int | None = field(
         default=2048,
-        metadata={"help": "Longest sequence in tokens, with image tokens. Longer answers are truncated."},
+        metadata={
+            "help": "Maximum number of tokens per sequence, including image tokens. Longer answers are truncated."
+        },
     )
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -104,16 +112,17 @@ class MultimodalDPOSettings(PolicySettings):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several to add up with loss_weights: those of TRL and of plugins."},
+        metadata={"help": "Loss, or several losses, summed with loss_weights: those of TRL and of plugins."},
     )
     share_prefix: bool = field(
-        default=True, metadata={"help": "Read image and prompt of a pair once for both answers, if the model can."}
+        default=True,
+        metadata={"help": "Process the image and prompt of a pair once for both answers, if the model supports it."},
     )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={
-            "help": "Let the reference read all pairs before the first step, keep its log-probabilities in a file for "
-            "later runs, and remove it from memory."
+            "help": "Compute the reference's log-probabilities of all pairs before the first step, save them for "
+            "later runs, and remove the reference from memory."
         },
     )
     ref_log_probs_dir: str | None = field(
@@ -135,57 +144,57 @@ class UsualSettings:
 
     Args:
         output_dir (`str`, *optional*):
-            Directory of adapter, processor and checkpoints.
+            Directory for the adapter, the processor and the checkpoints.
         learning_rate (`float`, *optional*, defaults to `2e-5`):
             Peak learning rate.
         lr_scheduler_type (`str`, *optional*, defaults to `"linear"`):
-            Schedule of the learning rate: linear, cosine, constant_with_warmup, ...
+            Learning rate schedule: linear, cosine, constant_with_warmup, ...
         warmup_steps (`float`, *optional*, defaults to `0`):
-            Steps until the peak, or below 1 their share of all steps.
+            Number of steps until the peak learning rate. A value below 1 is a fraction of all steps.
         num_train_epochs (`float`, *optional*, defaults to `3.0`):
             Number of epochs.
         max_steps (`int`, *optional*, defaults to `-1`):
             Number of optimizer steps; overrides num_train_epochs.
         per_device_train_batch_size (`int`, *optional*, defaults to `8`):
-            Examples per batch of one process.
+            Number of examples per batch on each process.
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
-            Batches of each process per step. Set it, or effective_batch_size.
+            Number of batches per optimizer step on each process. Set this or effective_batch_size.
         weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay.
         max_grad_norm (`float`, *optional*, defaults to `1.0`):
-            Norm that gradients are clipped to; 0 for none.
+            Maximum norm of the gradients (gradient clipping); 0 for none.
         bf16 (`bool`, *optional*):
-            Compute in bfloat16. Default: with an accelerator, unless fp16 is set.
+            Compute in bfloat16. Default: true with an accelerator, unless fp16 is set.
         fp16 (`bool`, *optional*, defaults to `False`):
             Compute in float16.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Recompute activations in the backward pass: less memory, slower.
+            Recompute activations in the backward pass. Needs less memory but is slower.
         logging_steps (`float`, *optional*, defaults to `10`):
-            Steps between log lines.
+            Number of steps between log lines.
         report_to (`str`, *optional*, defaults to `"none"`):
             Where to log: none, trackio, wandb, ...
         save_strategy (`str`, *optional*, defaults to `"steps"`):
             When to save checkpoints: no, steps, epoch, best.
         save_steps (`float`, *optional*, defaults to `500`):
-            Steps between checkpoints.
+            Number of steps between checkpoints.
         save_total_limit (`int`, *optional*):
             Number of checkpoints to keep.
         eval_strategy (`str`, *optional*, defaults to `"no"`):
             When to evaluate: no, steps, epoch.
         eval_steps (`float`, *optional*):
-            Steps between evaluations. Default: logging_steps.
+            Number of steps between evaluations. Default: logging_steps.
         load_best_model_at_end (`bool`, *optional*, defaults to `False`):
-            Keep the one with the best eval_loss.
+            Keep the checkpoint with the best eval_loss at the end.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of all random numbers in training.
+            Seed for all random numbers in training.
         push_to_hub (`bool`, *optional*, defaults to `False`):
-            Publish the adapter, with its card, when it is done.
+            Publish the adapter and its card on the Hub after training.
         hub_model_id (`str`, *optional*):
-            Repository for it, OWNER/NAME.
+            Hub repository to publish to, OWNER/NAME.
         hub_private_repo (`bool`, *optional*):
             Whether the repository is private. Default: private.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Let code from the model's repository run.
+            Run code from the model's repository. Use it only with models you trust.
     """
 
     output_dir: str | None = None

@@ -161,4 +161,4 @@ def loss_help() -> str:
     """The help of `loss_type`, with all known losses."""
     registered = "".join(f", {loss.name} ({loss.paper})" for loss in LOSSES.values())
     known = ", ".join(trl_losses()) or "those of TRL"
-    return f"Loss, or several to add up with loss_weights: {known}{registered}."
+    return f"Loss, or several losses, summed with loss_weights: {known}{registered}."

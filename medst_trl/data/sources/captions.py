@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Images with captions as conversations of one turn, to align a projector with: LLaVA-Med's optional first step.
+Images with captions, as conversations of one turn, for LLaVA-Med's optional first step: aligning the projector.
 
-As in LLaVA-Med (https://huggingface.co/papers/2306.00890) the user asks for a description, a brief one if the caption
-has fewer than 30 words and a detailed one otherwise, in a wording drawn for each record.
+As in LLaVA-Med (https://huggingface.co/papers/2306.00890), the user asks for a brief description if the caption has
+fewer than 30 words, and for a detailed one otherwise. The wording of the request is sampled for each record.
 """
 
 from pathlib import Path
@@ -76,7 +76,7 @@ def instruction(name: str, caption: str, seed: int) -> str:
 SOURCES.register(
     Source(
         name="captions",
-        summary="a table (csv, tsv, jsonl) with columns image and caption: each becomes a request to describe it",
+        summary="a table (csv, tsv, jsonl) with columns image and caption; each caption answers a request",
         read=lambda request: request.read_files(read_captions, request.seed),
         card=SourceCard("captioned images, from a collection named by the publisher of this repository"),
     )

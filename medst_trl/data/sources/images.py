@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Plain images: a directory, or a table of file names with questions and answers if there are any."""
+"""Plain images: a directory, or a table of file names, optionally with questions and answers."""
 
 import os
 from collections.abc import Callable
@@ -103,7 +103,7 @@ def _question(name: str, image: str, row: dict) -> Question:
 SOURCES.register(
     Source(
         name="images",
-        summary="a directory of images, or a table (csv, tsv, jsonl) with image, perhaps question, answer, split",
+        summary="a directory of images, or a table (csv, tsv, jsonl) with image, optionally question, answer, split",
         read=lambda request: request.read_files(read_table),
         card=SourceCard("images from the publisher of this repository"),
     )

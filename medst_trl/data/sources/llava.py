@@ -13,7 +13,7 @@ from medst_trl.data.source import SOURCES, BadRecord, Conversation, Records, Sou
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-# LLaVA puts its placeholder on a line of its own; that line break is not part of the text.
+# LLaVA puts its placeholder on a separate line; the line break is not part of the text.
 _PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*<image>[\r\n]*")
 
 

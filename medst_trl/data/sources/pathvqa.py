@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""PathVQA in LXMERT's format, as its authors publish it."""
+"""PathVQA in LXMERT's format, as published by its authors."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class PathVqaSettings:
 
     Args:
         image_pattern (`str`, *optional*, defaults to `"{img_id}.jpg"`):
-            File name of an image, for example {split}/{img_id}.png (split: train, val, test).
+            Pattern of the image file names, for example {split}/{img_id}.png (split: train, val, test).
     """
 
     image_pattern: str = "{img_id}.jpg"

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SLAKE as its authors publish it."""
+"""SLAKE as published by its authors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from medst_trl.data.source import IMAGE_FOLDERS, SOURCES, Records, Source, Sourc
 from .vqa_rad import collect_questions
 
 
-# SLAKE's copy on the Hub says validation.json: https://huggingface.co/datasets/BoKelvin/SLAKE
+# The copy on the Hub has validation.json instead of validate.json: https://huggingface.co/datasets/BoKelvin/SLAKE
 SLAKE_FILES = {"test": "test.json", "validation": "validat*.json", "train": "train.json"}
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""VQA-RAD as its authors publish it, and in MEVF's split, which most papers use."""
+"""VQA-RAD as published by its authors, and in MEVF's split, which most papers use."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class MevfSettings:
 
     Args:
         release_path (`str`, *optional*):
-            JSON file of the official release, for links of paraphrases. Default: beside the data.
+            JSON file of the official release, which links paraphrases of a question. Default: beside the data.
     """
 
     release_path: str | None = None

@@ -65,9 +65,9 @@ class LlavaMedSettings:
 
     Args:
         closed_rule (`str`, *optional*, defaults to `"gated"`):
-            Metric llava_med: when a closed prediction is right. substring (run_eval_batch.py): it contains the right
-            answer. gated: it contains yes or no too. drop_misses (run_eval.py as released): as gated, but a wrong
-            prediction that contains yes or no leaves the denominator.
+            When the metric llava_med counts a closed prediction as right. substring (run_eval_batch.py): it contains
+            the right answer. gated: it also contains yes or no. drop_misses (run_eval.py as released): as gated, but a
+            wrong prediction that contains yes or no is not counted at all.
     """
 
     closed_rule: ClosedRule = "gated"
@@ -123,7 +123,7 @@ def _bleu(said: Sequence[str], right: Sequence[str], order: int) -> float:
 METRICS.register(
     Metric(
         name="llava_med",
-        summary="the rules of LLaVA-Med v1.0.0's evaluation scripts, quirks included",
+        summary="the rules of LLaVA-Med v1.0.0's evaluation scripts, including their quirks",
         figures=(
             Figure(("open", "exact")),
             Figure(("open", "precision")),

@@ -58,9 +58,9 @@ if TYPE_CHECKING:
 class DpoArguments(PolicyArguments):
     """Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`]."""
 
-    dataset: str = field(metadata={"help": "Directory or Hub id of preference pairs (`medst judge` makes them)."})
+    dataset: str = field(metadata={"help": "Directory or Hub id of preference pairs (`medst judge` writes them)."})
     train_vision: bool = field(
-        default=True, metadata={"help": "Whether the adapter's part in the vision tower is trained further."}
+        default=True, metadata={"help": "Whether to train the adapter's LoRA layers in the vision tower further."}
     )
 
 

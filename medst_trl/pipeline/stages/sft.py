@@ -53,24 +53,23 @@ class SftArguments(PolicyArguments):
 
     dataset: list[str] = field(
         metadata={
-            "help": "Directory or Hub id of an instruct dataset (`medst prepare` writes one), or several to "
-            "concatenate."
+            "help": "Directory or Hub id of an instruct dataset (`medst prepare` writes one). Several are joined."
         }
     )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before every LoRA layer."})
     train_vusr: bool = field(
         default=True,
         metadata={
-            "help": "Train the embedding of <vusr> beside LoRA. False, with lora_r 0 and vision_lora_r 0, trains the "
-            "projector alone (LLaVA's alignment step)."
+            "help": "Train the embedding of <vusr>. If it is false and lora_r and vision_lora_r are 0, only the "
+            "projector is trained (LLaVA's alignment step)."
         },
     )
     vusr_role: str | None = field(
         default=None,
         metadata={
-            "help": "text: open the turns that the model writes with the words VUSER: and their system prompt, as "
-            "SQ-LLaVA and STLLaVA-Med do, instead of the token <vusr>. For models with Vicuna's chat format. Default: "
-            "what the model was saved with, else the token."
+            "help": "How question turns start. token: with the token <vusr>. text: with the words VUSER: and a "
+            "separate system prompt, as in SQ-LLaVA and STLLaVA-Med, for models with Vicuna's chat format. Default: "
+            "what the model was saved with, otherwise token."
         },
     )
     early_stopping_patience: int | None = field(

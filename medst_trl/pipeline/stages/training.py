@@ -49,52 +49,54 @@ class PolicyArguments:
     dataset: str = field(metadata={"help": "Directory or Hub id of the dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(
-        default="validation", metadata={"help": "Split to evaluate on, with eval_strategy steps or epoch."}
+        default="validation", metadata={"help": "Split to evaluate on if eval_strategy is steps or epoch."}
     )
-    max_records: int | None = field(default=None, metadata={"help": "Train on the first N records only."})
+    max_records: int | None = field(default=None, metadata={"help": "Train only on the first N records."})
     use_lora: bool = field(
         default=True,
-        metadata={"help": "Train one LoRA adapter, a new one if the model has none. False trains every weight."},
+        metadata={"help": "Train a LoRA adapter: the model's own, or else a new one. False trains all weights."},
     )
     lora_r: int = field(
-        default=128, metadata={"help": "LoRA rank in the language model, for a new adapter. 0 leaves it frozen."}
+        default=128, metadata={"help": "LoRA rank in the language model, for a new adapter. 0 freezes the model."}
     )
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scale in the language model, for a new adapter."})
     vision_lora_r: int = field(
-        default=32, metadata={"help": "LoRA rank in the vision tower, for a new adapter. 0 leaves it frozen."}
+        default=32, metadata={"help": "LoRA rank in the vision tower, for a new adapter. 0 freezes the tower."}
     )
     vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale in the vision tower, for a new adapter."})
     base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model of an adapter, if it is no longer where the adapter expects it."}
+        default=None, metadata={"help": "Base model of the adapter, if it has moved."}
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type of the frozen weights, for example float32 or bfloat16. Default: bfloat16 or float16 with "
-            "the training arguments bf16 or fp16, and float32 if every weight trains. The weights that an adapter "
-            "trains are kept in float32."
+            "help": "Type of the frozen weights, for example float32 or bfloat16. Default: bfloat16 or float16 if "
+            "bf16 or fp16 is set, and float32 if all weights are trained. The trained weights of an adapter are "
+            "always float32."
         },
     )
     load_in_4bit: bool = field(
         default=False,
         metadata={
-            "help": "QLoRA: hold the frozen language model in 4 bits (NF4), for a small GPU. Needs bitsandbytes "
+            "help": "QLoRA: load the frozen language model in 4 bits (NF4) to save GPU memory. Needs bitsandbytes "
             "(extra qlora)."
         },
     )
     effective_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Examples per optimizer step over all processes. gradient_accumulation_steps follows from it, "
-            "from per_device_train_batch_size and from the number of processes."
+            "help": "Number of examples per optimizer step over all processes. gradient_accumulation_steps is "
+            "computed from it, per_device_train_batch_size and the number of processes."
         },
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention: sdpa, eager, flash_attention_2, ... Default: the model's own choice."},
+        metadata={
+            "help": "Attention implementation: sdpa, eager, flash_attention_2, ... Default: chosen by the model."
+        },
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in output_dir and start again."}
+        default=False, metadata={"help": "Delete the results of an earlier run in output_dir and start again."}
     )
 
 

@@ -107,7 +107,7 @@ def write_rubric(scores: Sequence[float], comment: str) -> str:
 JUDGE_PROMPTS.register(
     JudgePrompt(
         name="rubric",
-        summary="JSON: criteria and a verdict",
+        summary="JSON with a score per criterion and a verdict",
         messages=rubric_messages,
         read=read_rubric,
         reminder="That reply could not be read. Reply with the one JSON object that was asked for and nothing else; "
