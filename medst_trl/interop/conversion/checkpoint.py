@@ -140,8 +140,7 @@ def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) 
             f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands take "
             "it as it is; here it can be the --base of a training output."
         )
-    path = base_directory / "processor_config.json"
-    images = (read_json(path, "the processor") if path.is_file() else {}).get("image_processor", {})
+    images = read_json(base_directory / "processor_config.json").get("image_processor", {})
     return {
         "text_config": config["text_config"] | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
         "vision_config": config["vision_config"],

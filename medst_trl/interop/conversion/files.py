@@ -77,9 +77,13 @@ def _weight_patterns(name: str, revision: str | None) -> list[str]:
     return ["*.safetensors"] if has_safetensors else ["*.safetensors", "*.bin"]
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str | None = None) -> dict[str, Any]:
     """
     Read a JSON object.
+
+    Args:
+        path (`Path`): The file.
+        what (`str`, *optional*): What it holds, for the message if it is missing. None: a missing file is empty.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -87,6 +91,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if what is None:
+            return {}
         raise UserError(f"{path.parent} has no {path.name}, which holds {what}.") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}).") from error

@@ -87,10 +87,9 @@ def _colours(directory: Path) -> dict[str, Any]:
     """Mean and deviation of colours if a vision tower has its own; CLIP's otherwise."""
     found = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (directory / name).is_file():
-            content = read_json(directory / name, "the image processor")
-            content = content.get("image_processor", content)
-            found |= {key: content[key] for key in ("image_mean", "image_std") if key in content}
+        content = read_json(directory / name)
+        content = content.get("image_processor", content)
+        found |= {key: content[key] for key in ("image_mean", "image_std") if key in content}
     return found
 
 
@@ -110,7 +109,10 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         UserError: if there is none, or it is not Llama's.
     """
     if (directory / "tokenizer.json").is_file():
-        tokenizer = _from_json(directory)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises plain ones on a damaged file
+            raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
     elif (directory / "tokenizer.model").is_file():
         try:
             tokenizer = _from_sentencepiece(directory)
@@ -138,16 +140,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _from_json(directory: Path) -> PreTrainedTokenizerFast:
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain ones on a damaged file
-        raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
-
-
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
-    path = directory / "tokenizer_config.json"
-    config = read_json(path, "special tokens") if path.is_file() else {}
+    config = read_json(directory / "tokenizer_config.json")
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
     for key, default in special.items():
         value = config.get(key) or default
@@ -179,10 +173,8 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
 
 def _added_tokens(directory: Path, decoder: dict) -> list[tuple[int, str]]:
     """Tokens after the pieces in order of their ids, which are listed in one of two places."""
-    path = directory / "added_tokens.json"
-    listed = read_json(path, "added tokens") if not decoder and path.is_file() else {}
     found = [(int(index), token["content"]) for index, token in decoder.items()]
-    return sorted(found or [(index, token) for token, index in listed.items()])
+    return sorted(found or [(index, token) for token, index in read_json(directory / "added_tokens.json").items()])
 
 
 def _restart_after_images(tokenizer: PreTrainedTokenizerFast) -> None:
