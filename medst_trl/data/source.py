@@ -120,6 +120,11 @@ class Rejected:
         return {"id": printable(self.id), "reason": self.reason, "value": value}
 
 
+def list_reasons(counts: Mapping[str, int]) -> str:
+    """The reasons of rejected records with their numbers, for messages."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
+
+
 class BadRecord(ValueError):
     """A record that cannot be used; becomes a [`Rejected`]."""
 

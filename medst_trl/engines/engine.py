@@ -10,10 +10,11 @@ registers it; CONTRIBUTING.md has an example.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.registry import Registry
+from medst_trl.base.settings import settings_among
 from medst_trl.data.schema import image_part, message, text_part
 
 
@@ -248,17 +249,12 @@ class EngineKind:
 
     def settings_among(self, given: Iterable[Any]) -> Any:
         """Return this engine's settings among those of all engines, or its defaults."""
-        return next((settings for settings in given if isinstance(settings, self.settings)), None) or self.settings()
+        return settings_among(given, self.settings)
 
 
 ENGINES: Registry[EngineKind] = Registry(
     "engine", ("medst_trl.engines.transformers", "medst_trl.engines.server"), ("summary", "settings", "open")
 )
-
-
-def settings_of_others(kind: EngineKind) -> frozenset[str]:
-    """Return the names of the settings of all other engines, which change nothing for this one."""
-    return frozenset(item.name for other in ENGINES.values() if other is not kind for item in fields(other.settings))
 
 
 def loads_model(settings: Mapping[str, Any]) -> bool:

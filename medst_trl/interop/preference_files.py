@@ -21,7 +21,7 @@ from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.images import MAX_PIXELS, FolderImages
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, preference_features, text_of, write_split
-from medst_trl.data.source import BadRecord, Records, Rejected, published_id
+from medst_trl.data.source import BadRecord, Records, Rejected, list_reasons, published_id
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 
 
@@ -168,7 +168,7 @@ def write_preferences(folder: str | os.PathLike, preferences: "Preferences", fil
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "rejected.jsonl", preferences.rejected)
     if not (preferences.train or preferences.validation):
-        reasons = ", ".join(f"{n} {reason}" for reason, n in preferences.counts["rejected"].items())
+        reasons = list_reasons(preferences.counts["rejected"])
         raise UserError(
             f"No preference pair is left ({reasons or 'there was none'}). See {folder / 'rejected.jsonl'}."
         )

@@ -15,6 +15,7 @@ import socket
 import time
 import warnings
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, same_sour
 from medst_trl.base.processes import process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 
-from .stage import STAGES
+from .stage import STAGES, Stage
 
 
 FILE_NAME = "stage.json"
@@ -44,7 +45,8 @@ _MISSING = "(not set)"
 
 class StageRecord:
     """
-    The record of one run of one stage in `<output_dir>/stage.json`. Made by [`StageRecord.open`].
+    The record of one run of one stage in `<output_dir>/stage.json`. Made by [`StageRecord.of`] or
+    [`StageRecord.open`].
 
     Attributes:
         status (`str`):
@@ -58,14 +60,7 @@ class StageRecord:
     Example:
 
     ```python
-    record = StageRecord.open(
-        args.output_dir,
-        stage="prepare",
-        settings=dataclasses.asdict(args),
-        inputs={"source": args.source},
-        operational={"num_workers"},
-        overwrite=args.overwrite,
-    )
+    record = StageRecord.of(STAGE, args)
     if record.status == "finished":
         return
     ...
@@ -122,6 +117,48 @@ class StageRecord:
         """
         arguments = (Path(output_dir), stage, settings, inputs or {}, operational, overwrite)
         return cls._decide(*arguments) if world_size() == 1 else cls._decide_for_all_ranks(*arguments)
+
+    @classmethod
+    def of(
+        cls,
+        stage: Stage,
+        args: Any,
+        *others: Any,
+        inputs: Mapping[str, Any] | None = None,
+        operational: Collection[str] = (),
+    ) -> "StageRecord":
+        """
+        [`StageRecord.open`] with the settings of a stage.
+
+        Args:
+            stage ([`Stage`]):
+                The stage.
+            args (dataclass):
+                Its own settings, with `output_dir` and `overwrite`.
+            *others (dataclass, *optional*):
+                Settings of the sources, engines and so on that this run uses; None for one without settings. Those of
+                others do not count, though earlier versions recorded them all.
+            inputs (`dict`, *optional*):
+                As in [`StageRecord.open`]. By default the stage's inputs that `args` name, without operational ones
+                and names on a server.
+            operational (collection of `str`, *optional*):
+                As in [`StageRecord.open`].
+        """
+        used = [args, *(item for item in others if item is not None)]
+        settings = {name: value for item in used for name, value in asdict(item).items()}
+        unused = {item.name for kind in stage.arguments() if kind not in map(type, used) for item in fields(kind)}
+        if inputs is None:
+            own = asdict(args)
+            named = [item for item in stage.inputs if item.key in own and item.key not in stage.operational]
+            inputs = {item.key: own[item.key] for item in named if not item.is_remote(own)}
+        return cls.open(
+            args.output_dir,
+            stage=stage.name,
+            settings=settings,
+            inputs=inputs,
+            operational={*operational, *(unused - settings.keys())},
+            overwrite=args.overwrite,
+        )
 
     def finish(self, counts: Mapping[str, Any] | None = None, **extra: Any) -> None:
         """

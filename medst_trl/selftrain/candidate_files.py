@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection of records for candidates, and the files of candidates. Image bytes pass through undecoded."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import candidate_features, write_split
+from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import bytes_of
 
 
@@ -74,7 +76,7 @@ def select_records(
 def write_candidates(
     output_dir: Path,
     dataset: "Dataset",
-    outcomes: Sequence[dict[str, Any]],
+    log: Path,
     rejected: Sequence[dict[str, str]],
     generation: str,
     rows_per_shard: int,
@@ -87,8 +89,8 @@ def write_candidates(
             Output directory of the stage.
         dataset ([`~datasets.Dataset`]):
             The records.
-        outcomes (sequence of `dict`):
-            The outcome of each record, in order; see [`CandidateGenerator.outcomes`].
+        log (`pathlib.Path`):
+            JSON lines: the outcome of each record, see [`CandidateGenerator.outcomes`].
         rejected (sequence of `dict`):
             Records that were rejected before.
         generation (`str`):
@@ -102,48 +104,53 @@ def write_candidates(
     Raises:
         UserError: if there is no candidate, with the reasons.
     """
-    rows = {outcome["id"]: row for row, outcome in enumerate(outcomes)}
-    candidates = [(outcome["id"], candidate) for outcome in outcomes for candidate in outcome["candidates"]]
+    outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+    candidates = [candidate for outcome in outcomes for candidate in outcome["candidates"]]
     rejected = [*rejected, *(row for outcome in outcomes for row in outcome["rejected"])]
     counts = {
         "images": len({image for image_ids in dataset["image_ids"] for image in image_ids}),
         "records": len(outcomes),
         "questions": sum(outcome["drawn"] for outcome in outcomes),
         "candidates": len(candidates),
-        "answers": sum(len(candidate["answers"]) for _, candidate in candidates),
+        "answers": sum(len(candidate["answers"]) for candidate in candidates),
         "rejected": dict(Counter(row["reason"] for row in rejected).most_common()),
     }
     write_jsonl(output_dir / "rejected.jsonl", rejected)
     if not candidates:
-        raise UserError(_why_none(counts, output_dir))
-    write_split(
-        output_dir / "candidates",
-        "train",
-        candidates,
-        lambda item: candidate_row(item[1], next(undecoded(dataset, [rows[item[0]]])), generation),
-        candidate_features(),
-        rows_per_shard,
-    )
+        advice = _ADVICE.get(next(iter(counts["rejected"]), ""), "Read the rejected texts there.")
+        raise UserError(
+            f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
+            f"{list_reasons(counts['rejected'])}. See {output_dir / 'rejected.jsonl'}. {advice} To ask again, add "
+            "--overwrite true."
+        )
+    make_row = row_maker(dataset, generation)
+    write_split(output_dir / "candidates", "train", candidates, make_row, candidate_features(), rows_per_shard)
     return counts
 
 
-def candidate_row(candidate: dict[str, Any], record: dict[str, Any], generation: str) -> dict[str, Any]:
+def row_maker(dataset: "Dataset", generation: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """
-    Return a row of candidates, with the images as the record stores them.
+    Return a function from one of the `candidates` of an outcome to its row, with the images as the record stores them.
 
     Args:
-        candidate (`dict`): One of the `candidates` of an outcome.
-        record (`dict`): A row of [`undecoded`].
+        dataset ([`~datasets.Dataset`]): The records.
         generation (`str`): See [`CandidateGenerator.generation`].
     """
-    return {
-        "id": candidate["id"],
-        "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
-        "image_ids": record["image_ids"],
-        "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
-        "answers": candidate["answers"],
-        "generation": generation,
-    }
+    rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
+
+    def make_row(candidate: dict[str, Any]) -> dict[str, Any]:
+        record_id, _, _ = candidate["id"].rpartition("#")
+        (record,) = undecoded(dataset, [rows[record_id]])
+        return {
+            "id": candidate["id"],
+            "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
+            "image_ids": record["image_ids"],
+            "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
+            "answers": candidate["answers"],
+            "generation": generation,
+        }
+
+    return make_row
 
 
 def undecoded(dataset: "Dataset", rows: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -151,14 +158,3 @@ def undecoded(dataset: "Dataset", rows: Iterable[int]) -> Iterator[dict[str, Any
     stored = dataset.with_format("arrow")
     for row in rows:
         yield stored[row].to_pylist()[0]
-
-
-def _why_none(counts: dict[str, Any], output_dir: Path) -> str:
-    reasons = counts["rejected"]
-    advice = _ADVICE.get(next(iter(reasons), ""), "")
-    return (
-        f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
-        + ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-        + f". See {output_dir / 'rejected.jsonl'}. {advice}".rstrip()
-        + " To ask again, add --overwrite true."
-    )

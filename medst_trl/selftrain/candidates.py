@@ -5,12 +5,13 @@
 import json
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
+from medst_trl.base.settings import check_bounds
 from medst_trl.data.parallel import ordered_map
 from medst_trl.data.schema import check_columns, message, text_part
 from medst_trl.data.source import printable
@@ -29,7 +30,7 @@ from medst_trl.engines.engine import (
 )
 from medst_trl.engines.transformers import TransformersEngine
 
-from .candidate_files import candidate_row, undecoded
+from .candidate_files import row_maker, undecoded
 from .filters import QuestionFilter, normalised, pair_answers
 
 
@@ -93,6 +94,7 @@ class _Record:
         return {"id": self.id, "drawn": self.drawn, "candidates": candidates, "rejected": self.rejected}
 
 
+@dataclass(eq=False, repr=False)
 class CandidateGenerator:
     """
     Makes questions with several answers each from images (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
@@ -147,39 +149,30 @@ class CandidateGenerator:
     ```
     """
 
-    def __init__(
-        self,
-        model: "PreTrainedModel | Engine",
-        processor: "ProcessorMixin | None" = None,
-        num_questions: int = 1,
-        num_answers: int = 2,
-        *,
-        question_sampling: Sampling | None = None,
-        answer_sampling: Sampling | None = None,
-        describe_first: bool = False,
-        question_filter: QuestionFilter | None = None,
-        max_answer_similarity: float = 0.95,
-        seed: int = 0,
-        batch_size: int | None = None,
-        model_name: str | None = None,
-    ):
-        if num_questions < 1 or num_answers < 2:
-            raise UserError(
-                f"num_questions is {num_questions} and num_answers is {num_answers}. At least one question with two "
-                "answers is needed."
-            )
-        self.num_questions = num_questions
-        self.num_answers = num_answers
-        self.question_sampling = question_sampling or Sampling(max_new_tokens=128)
-        self.answer_sampling = answer_sampling or Sampling()
+    model: "PreTrainedModel | Engine"
+    processor: "ProcessorMixin | None" = None
+    num_questions: int = 1
+    num_answers: int = 2
+    _: KW_ONLY
+    question_sampling: Sampling | None = None
+    answer_sampling: Sampling | None = None
+    describe_first: bool = False
+    question_filter: QuestionFilter | None = None
+    max_answer_similarity: float = 0.95
+    seed: int = 0
+    batch_size: int | None = None
+    model_name: str | None = None
+
+    def __post_init__(self):
+        check_bounds(self, at_least={"num_questions": 1, "num_answers": 2})
+        self.question_sampling = self.question_sampling or Sampling(max_new_tokens=128)
+        self.answer_sampling = self.answer_sampling or Sampling()
+        self.question_filter = self.question_filter or QuestionFilter()
         if self.answer_sampling.temperature == 0:
             raise UserError("At temperature 0 all answers to a question are the same. Set a temperature above 0.")
-        self.describe_first = describe_first
-        self.question_filter = question_filter or QuestionFilter()
-        self.max_answer_similarity = max_answer_similarity
-        self.seed = seed
-        self.model_name = model_name
-        self.engine: Engine = model if processor is None else TransformersEngine(model, processor, batch_size)
+        self.engine: Engine = self.model
+        if self.processor is not None:
+            self.engine = TransformersEngine(self.model, self.processor, self.batch_size)
         self.rejected: list[dict[str, Any]] = []
 
     def __call__(self, dataset: "Dataset") -> Iterator[dict[str, Any]]:
@@ -198,12 +191,10 @@ class CandidateGenerator:
             UserError: for other columns, or repeated ids.
         """
         self.rejected = []
-        rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
+        make_row = row_maker(dataset, self.generation())
         for outcome in self.outcomes(dataset):
             self.rejected += outcome["rejected"]
-            for candidate in outcome["candidates"]:
-                (record,) = undecoded(dataset, [rows[outcome["id"]]])
-                yield candidate_row(candidate, record, self.generation())
+            yield from map(make_row, outcome["candidates"])
 
     def outcomes(self, dataset: "Dataset", done: Collection[str] = frozenset()) -> Iterator[dict[str, Any]]:
         """

@@ -6,12 +6,14 @@ import ast
 import importlib
 import re
 from dataclasses import MISSING, dataclass, field, fields
+from types import SimpleNamespace
 
 import pytest
 from code_size import PACKAGE, module_name
 from transformers import HfArgumentParser
 
-from medst_trl.base.settings import documented
+from medst_trl.base.errors import UserError
+from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 
 
 @documented
@@ -69,6 +71,38 @@ def test_inherited_fields_keep_their_help():
         fourth: str | None = None
 
     assert [item.metadata["help"] for item in fields(More)][-2:] == ["Its own text.", "New."]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0, "share is 0. It must be above 0 and at most 1."),
+        (1.5, "share is 1.5. It must be above 0 and at most 1."),
+        (float("nan"), "share is nan. It must be above 0 and at most 1."),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(value, message):
+    with pytest.raises(UserError) as error:
+        check_bounds(SimpleNamespace(share=value), above={"share": 0}, at_most={"share": 1})
+    assert str(error.value) == message
+
+
+def test_numbers_on_bounds_and_missing_ones_pass():
+    args = SimpleNamespace(share=1, most=None)
+    check_bounds(args, above={"share": 0}, at_most={"share": 1}, at_least={"most": 1})
+
+
+def test_a_single_value_becomes_a_list():
+    args = SimpleNamespace(one="a", several=("a", "b"), none=None)
+    make_lists(args, "one", "several", "none")
+    assert vars(args) == {"one": ["a"], "several": ["a", "b"], "none": []}
+
+
+def test_own_settings_are_found_among_others():
+    given = (3, Example("x"))
+    assert settings_among(given, Example) is given[1]
+    assert settings_among(given, str) == ""
+    assert settings_among(given, None) is None
 
 
 def _documented_classes():

@@ -46,10 +46,12 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
-from medst_trl.base.settings import documented
-from medst_trl.engines.engine import ENGINES, EngineKind, loads_model, settings_of_others
+from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
+from medst_trl.data.schema import check_columns, complete_shards, load_records
+from medst_trl.data.source import list_reasons
+from medst_trl.engines.engine import ENGINES, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
-from medst_trl.evaluation.metric import METRICS, setting_names
+from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
     OWN_FORMAT,
     PREDICTION_FORMATS,
@@ -58,6 +60,8 @@ from medst_trl.evaluation.predictions import (
     read_predictions,
     score_predictions,
 )
+from medst_trl.evaluation.tables import format_file
+from medst_trl.evaluation.vqa import write_predictions
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, Stage
 from medst_trl.pipeline.stage import Counter as PlanCounter
@@ -123,9 +127,7 @@ class EvaluateArguments:
     overwrite: bool = False
 
     def __post_init__(self):
-        for name in ("benchmark", "controls", "variants"):  # a recipe may give a single one without a list
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        make_lists(self, "benchmark", "controls", "variants")
         if self.controls == ["none"]:
             self.controls = []
 
@@ -138,26 +140,15 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
         args ([`EvaluateArguments`]): Arguments.
         *settings: Settings of engines and metrics; those left out keep their defaults.
     """
-    from medst_trl.evaluation.tables import format_file
-
     check(args, *settings)
     benchmarks = _open_benchmarks(args)
     kind = ENGINES.get(args.engine)
     engine_settings = _engine_settings(kind, settings)
-    metric_settings, unused = _metric_settings(args, settings)
-    inputs = ["benchmark", "predictions", *(["model_name_or_path"] if kind.loads_model else [])]
-    record = StageRecord.open(
-        args.output_dir,
-        stage="evaluate",
-        settings=asdict(args) | asdict(engine_settings) | metric_settings,
-        inputs={name: getattr(args, name) for name in inputs},
-        # Earlier versions recorded the settings of all engines and metrics.
-        operational=kind.operational | settings_of_others(kind) | unused,
-        overwrite=args.overwrite,
-    )
+    metric_settings = [settings_among(settings, METRICS.get(name).settings) for name in args.variants]
+    record = StageRecord.of(STAGE, args, engine_settings, *metric_settings, operational=kind.operational)
     directories = _output_directories(args)
     scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
-    scoring["settings"] = metric_settings
+    scoring["settings"] = {name: value for item in metric_settings if item for name, value in asdict(item).items()}
     if record.status != "finished":
         if args.predictions:
             counts = _score_file(args, scoring)
@@ -184,28 +175,17 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
     kind = ENGINES.get(args.engine)
     if not args.predictions:
         kind.check(_engine_settings(kind, settings))
-    _metric_settings(args, settings)
+    for name in args.variants:
+        METRICS.get(name)
     for control in args.controls:
         shown_rows([], control)
-    for name, minimum in {"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise UserError(f"{name} is {value}. It must be at least {minimum}.")
+    check_bounds(args, at_least={"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0})
 
 
 def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
     """The settings of the engine, with a batch size that does not depend on memory: it changes the last digits."""
     settings = kind.settings_among(given)
     return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
-
-
-def _metric_settings(args: EvaluateArguments, given: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
-    """The settings of the metrics in `variants`, defaults included, and the names of the other metrics' settings."""
-    settings, chosen = {}, [METRICS.get(name) for name in args.variants]
-    for metric in chosen:
-        if metric.settings:
-            settings |= asdict(next((one for one in given if isinstance(one, metric.settings)), metric.settings()))
-    return settings, {name for metric in METRICS.values() if metric not in chosen for name in setting_names(metric)}
 
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
@@ -231,8 +211,6 @@ def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
         benchmark = next(iter(args.benchmark), None)
         read_predictions(args.predictions, args.predictions_format, benchmark=benchmark, split=args.split)
         return []
-    from medst_trl.data.schema import check_columns, load_records
-
     benchmarks = [load_records(name, args.split) for name in args.benchmark]
     for benchmark in benchmarks:
         check_columns(benchmark, "benchmark")
@@ -248,8 +226,6 @@ def _run(
     record: StageRecord,
     benchmarks: list[tuple[Path, "Dataset"]],
 ) -> dict[str, Any]:
-    from medst_trl.evaluation.vqa import write_predictions
-
     state = process_state()
     try:
         engine = ENGINES.get(args.engine).open(args.model_name_or_path, engine_settings)
@@ -292,7 +268,7 @@ def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, A
     write_json(directory / "scores.json", {"predictions": args.predictions, "format": format} | scores)
     if rejected:
         write_jsonl(directory / "rejected.jsonl", rejected)
-        reasons = ", ".join(f"{number} {reason}" for reason, number in scores["counts"]["rejected"].items())
+        reasons = list_reasons(scores["counts"]["rejected"])
         print(f"evaluate: {len(rejected)} lines were rejected ({reasons}), see {directory / 'rejected.jsonl'}.")
     if guessed := scores["counts"].get("answer_types_guessed"):
         print(
@@ -329,8 +305,6 @@ def plan(counter: PlanCounter, args: EvaluateArguments, *settings: Any) -> Itera
 def _count_questions(benchmark: str, split: str) -> Count:
     """Count the questions of a benchmark that is on this machine."""
     from pyarrow import compute, parquet
-
-    from medst_trl.data.schema import complete_shards
 
     try:
         files = complete_shards(Path(benchmark), split)

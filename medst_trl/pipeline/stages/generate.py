@@ -27,28 +27,24 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 ```
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
 from medst_trl.base.processes import rank, world_size
 from medst_trl.base.row_log import RowLog
-from medst_trl.base.settings import documented
-from medst_trl.engines.engine import ENGINES, Sampling, loads_model, settings_of_others
+from medst_trl.base.settings import check_bounds, documented
+from medst_trl.data.schema import check_columns, load_records
+from medst_trl.data.source import list_reasons
+from medst_trl.engines.engine import ENGINES, Sampling, loads_model
 from medst_trl.hub.push import HubArguments
 from medst_trl.pipeline.record import FILE_NAME, StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
+from medst_trl.selftrain.candidate_files import select_records, write_candidates
+from medst_trl.selftrain.candidates import CandidateGenerator
 from medst_trl.selftrain.filters import QuestionFilter
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from medst_trl.selftrain.candidates import CandidateGenerator
 
 
 @documented
@@ -138,12 +134,12 @@ class GenerateArguments:
     overwrite: bool = False
 
 
-_MINIMUM = {
+_AT_LEAST = {
     "num_questions": 1, "num_answers": 2, "temperature": 0.01, "top_k": 0, "top_p": 0.01, "max_new_tokens": 1,
     "question_temperature": 0, "question_top_k": 0, "question_top_p": 0.01, "max_question_tokens": 1,
     "skip_records": 0, "max_records": 1, "min_question_words": 1, "max_answer_similarity": 0, "rows_per_shard": 1,
 }  # fmt: skip
-_MAXIMUM = {"top_p": 1, "question_top_p": 1, "max_answer_similarity": 1}
+_AT_MOST = {"top_p": 1, "question_top_p": 1, "max_answer_similarity": 1}
 
 
 def main(args: GenerateArguments, *engine_settings: Any) -> None:
@@ -154,9 +150,6 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         args ([`GenerateArguments`]): Arguments.
         *engine_settings: Settings of engines; those of the chosen one default to its defaults.
     """
-    from medst_trl.data.schema import check_columns, load_records
-    from medst_trl.selftrain.candidate_files import select_records
-
     check(args, *engine_settings)
     kind = ENGINES.get(args.engine)
     settings = kind.settings_among(engine_settings)
@@ -164,24 +157,21 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     images = load_records(args.images, args.split)
     check_columns(images, "instruct")
     records, rejected = select_records(images, args.skip_records, args.max_records)
-    model = {"model_name_or_path": args.model_name_or_path} if kind.loads_model else {}
-    record = StageRecord.open(
-        args.output_dir,
-        stage="generate",
-        settings=asdict(args) | asdict(settings),
-        inputs={"images": args.images} | model,
-        operational=kind.operational | settings_of_others(kind),  # earlier versions recorded those of all engines
-        overwrite=args.overwrite,
-    )
+    record = StageRecord.of(STAGE, args, settings, operational=kind.operational)
     if record.status == "finished":
         return
-    log = Path(args.output_dir, ".generated.jsonl")
+    log, counts = record.output_dir / ".generated.jsonl", None
     try:
         engine = kind.open(args.model_name_or_path, settings)
         if not log.exists():
             engine.check()
+        generator = make_generator(args, engine)
         with explain_full_disk(args.output_dir):
-            counts = _run(args, make_generator(args, engine), records, rejected, log)
+            RowLog.fill(log, records["id"], lambda done: generator.outcomes(records, done))
+            if rank() == 0:
+                counts = write_candidates(
+                    record.output_dir, records, log, rejected, generator.generation(), args.rows_per_shard
+                )
     except Exception:
         _forget_if_empty(log)
         raise
@@ -195,17 +185,11 @@ def check(args: GenerateArguments, *engine_settings: Any) -> None:
     """Raise a `UserError` for arguments that are invalid."""
     kind = ENGINES.get(args.engine)
     kind.check(kind.settings_among(engine_settings))
-    for name, minimum in (_MINIMUM | {"max_question_words": args.min_question_words}).items():
-        value = getattr(args, name)
-        if value is not None and not minimum <= value <= _MAXIMUM.get(name, float("inf")):
-            upper = f" and at most {_MAXIMUM[name]}" if name in _MAXIMUM else ""
-            raise UserError(f"{name} is {value}. It must be at least {minimum}{upper}.")
+    check_bounds(args, at_least=_AT_LEAST | {"max_question_words": args.min_question_words}, at_most=_AT_MOST)
 
 
-def make_generator(args: GenerateArguments, engine: Any) -> "CandidateGenerator":
+def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
     """Return a generator with the settings of the stage."""
-    from medst_trl.selftrain.candidates import CandidateGenerator
-
     path = Path(args.model_name_or_path)
     return CandidateGenerator(
         engine,
@@ -227,32 +211,12 @@ def _find_images(images: str) -> str:
     """Return the directory to read: `instruct/` if a finished `medst prepare` did not write `images/`."""
     directory = Path(images)
     instruct = directory.parent / "instruct"
-    if directory.name != "images" or directory.exists() or not instruct.is_dir():
-        return images
-    if not is_complete(directory.parent, "prepare"):
+    is_missing = directory.name == "images" and not directory.exists()
+    if not (is_missing and instruct.is_dir() and is_complete(directory.parent, "prepare")):
         return images
     if rank() == 0:
         print(f"generate: {images} does not exist. Using the images of {instruct} (not its messages).")
     return str(instruct)
-
-
-def _run(
-    args: GenerateArguments,
-    generator: "CandidateGenerator",
-    records: "Dataset",
-    rejected: list[dict[str, str]],
-    log: Path,
-) -> dict[str, Any] | None:
-    """Complete the log. The first process then writes the files and returns their counts."""
-    from medst_trl.selftrain.candidate_files import write_candidates
-
-    RowLog.fill(log, records["id"], lambda done: generator.outcomes(records, done))
-    if rank() > 0:
-        return None
-    outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
-    return write_candidates(
-        Path(args.output_dir), records, outcomes, rejected, generator.generation(), args.rows_per_shard
-    )
 
 
 def _forget_if_empty(log: Path) -> None:
@@ -274,8 +238,7 @@ def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:
         f"{Path(args.output_dir, 'candidates')}."
     )
     if counts["rejected"]:
-        reasons = ", ".join(f"{reason} {number:,}" for reason, number in counts["rejected"].items())
-        print(f"  rejected: {reasons} (see {Path(args.output_dir, 'rejected.jsonl')})")
+        print(f"  rejected: {list_reasons(counts['rejected'])} (see {Path(args.output_dir, 'rejected.jsonl')})")
 
 
 def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:

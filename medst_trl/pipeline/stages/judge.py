@@ -31,24 +31,29 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented
+from medst_trl.base.files import explain_full_disk, write_jsonl
+from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
+from medst_trl.data.reading import read_json_records
+from medst_trl.data.schema import check_columns, load_records, preference_features, write_split
+from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
 from medst_trl.hub.push import HubArguments
+from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
+from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 from medst_trl.selftrain.judge.server import JUDGE_SERVERS, chosen_server
+from medst_trl.selftrain.preferences import Preferences, build_preferences
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from medst_trl.pipeline.record import StageRecord
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
-    from medst_trl.selftrain.preferences import Preferences
 
 
 @documented
@@ -159,9 +164,7 @@ class JudgeArguments:
     overwrite: bool = False
 
     def __post_init__(self):
-        for name in ("benchmarks", "read_batch"):  # a recipe may give a single one without a list
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        make_lists(self, "benchmarks", "read_batch")
 
 
 def main(args: JudgeArguments, *servers: Any) -> None:
@@ -172,7 +175,6 @@ def main(args: JudgeArguments, *servers: Any) -> None:
         args ([`JudgeArguments`]): Its arguments.
         *servers: Settings of judge servers. See [`~medst_trl.selftrain.judge.server.JudgeServer`].
     """
-    from medst_trl.pipeline.record import StageRecord
     from medst_trl.selftrain.judge.batch import read_batch
 
     check(args, *servers)
@@ -186,13 +188,9 @@ def main(args: JudgeArguments, *servers: Any) -> None:
             return _write_batch(args.write_batch, judge, candidates)
         if not args.read_batch:
             judge.check_key()
-        record = StageRecord.open(
-            args.output_dir,
-            stage="judge",
-            settings=asdict(args) | _server_settings(servers),
-            inputs={name: getattr(args, name) for name in ("candidates", "benchmarks", "reference_captions")},
-            overwrite=args.overwrite,
-        )
+        # Settings of all servers, the defaults included: earlier versions recorded them.
+        own = [settings_among(servers, server.settings) for server in JUDGE_SERVERS.values()]
+        record = StageRecord.of(STAGE, args, *own)
         if record.status == "finished":
             return _print_summary(record)
         if args.read_batch:
@@ -215,31 +213,19 @@ def check(args: JudgeArguments, *servers: Any) -> None:
         server.check(settings, args)
     elif args.model is None:
         raise UserError("No judge is named. Set --model to its name on the server (such as gpt-4o).")
-    if not 0 < args.duplicate_similarity <= 1:
-        raise UserError(
-            f"duplicate_similarity is {args.duplicate_similarity}. It must be above 0 and at most 1, which drops only "
-            "questions with the same words."
-        )
-    if not 0 <= args.validation_share < 1:
-        raise UserError(f"validation_share is {args.validation_share}. It must be at least 0 and less than 1.")
-    for name in ("rows_per_shard", "num_workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}. It must be at least 1.")
+    check_bounds(
+        args,
+        at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1},
+        above={"duplicate_similarity": 0},
+        at_most={"duplicate_similarity": 1},
+        below={"validation_share": 1},
+    )
     if args.write_batch and args.read_batch:
         raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
 
 
-def _server_settings(servers: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the settings of all judge servers, those not given with their defaults."""
-    kinds = [server.settings for server in JUDGE_SERVERS.values()]
-    given = [settings for settings in servers if type(settings) in kinds]
-    return {name: value for item in [*(kind() for kind in kinds), *given] for name, value in asdict(item).items()}
-
-
 def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
     """Leave out benchmarks that a finished `prepare` had no data for: recipes name them in any case."""
-    from medst_trl.pipeline.record import is_complete
-
     existing = []
     for name in benchmarks:
         path = Path(name)
@@ -254,8 +240,6 @@ def _open_candidates(name: str, split: str) -> "Dataset":
     """Load candidates with their images as bytes."""
     from datasets import Image, List
 
-    from medst_trl.data.schema import check_columns, load_records
-
     if Path(name).is_dir() and not any(Path(name).glob("*.parquet")):
         raise UserError(
             f"{name} holds no candidates, so there is nothing to judge. rejected.jsonl and stage.json of its stage "
@@ -268,8 +252,6 @@ def _open_candidates(name: str, split: str) -> "Dataset":
 
 def _open_benchmark(name: str) -> "Dataset":
     """Load the test split of a benchmark whose images are kept out of training."""
-    from medst_trl.data.schema import check_columns, load_records
-
     try:
         benchmark = load_records(name, "test")
     except UserError as error:
@@ -285,8 +267,6 @@ def _open_benchmark(name: str) -> "Dataset":
 
 def _read_captions(path: str | None) -> dict[str, str]:
     """Return captions by image_id from JSON lines, none without a file."""
-    from medst_trl.data.reading import read_json_records
-
     captions = {}
     for position, row in read_json_records(Path(path), known_by="image_id") if path else ():
         if not (isinstance(row, dict) and isinstance(row.get("image_id"), str) and "caption" in row):
@@ -348,9 +328,6 @@ def _judge(
     """Write all judgements to their file, and return them with their statistics."""
     from tqdm.auto import tqdm
 
-    from medst_trl.base.files import explain_full_disk, write_jsonl
-    from medst_trl.selftrain.judge.judgements import judge_statistics
-
     estimate = judge.estimate(candidates)
     print(f"judge: {estimate}")
     if judge.max_cost is not None and (estimate.cost or 0) > judge.max_cost:
@@ -367,17 +344,13 @@ def _judge(
 
 def _build_preferences(
     args: JudgeArguments,
-    record: "StageRecord",
+    record: StageRecord,
     candidates: "Dataset",
     benchmarks: list["Dataset"],
     judgements: list[dict[str, Any]],
     statistics: dict[str, Any],
 ) -> None:
     """Select the preference pairs, write them, and complete the record."""
-    from medst_trl.base.files import explain_full_disk, write_jsonl
-    from medst_trl.selftrain.judge.judgements import nothing_left
-    from medst_trl.selftrain.preferences import build_preferences
-
     names = ("keep_benchmark_images", "duplicate_similarity", "validation_share", "length_balanced", "seed")
     settings = {name: getattr(args, name) for name in names}
     preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **settings)
@@ -391,10 +364,8 @@ def _build_preferences(
     record.finish(counts={"judge": statistics, "preferences": preferences.counts})
 
 
-def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: "Preferences") -> None:
+def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: Preferences) -> None:
     """Write the pairs with their images, whose bytes are copied undecoded."""
-    from medst_trl.data.schema import preference_features, write_split
-
     images = candidates.select_columns(["images"])
 
     def row(pair: dict) -> dict:
@@ -408,9 +379,7 @@ def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences:
         write_split(directory, split, pairs, row, preference_features(), args.rows_per_shard, args.num_workers)
 
 
-def _print_summary(record: "StageRecord") -> None:
-    from medst_trl.selftrain.judge.judgements import format_statistics, warnings_of
-
+def _print_summary(record: StageRecord) -> None:
     counts = record.content["counts"]
     print(f"judge: {record.output_dir}")
     print(format_statistics(counts["judge"]))
@@ -453,8 +422,6 @@ def plan(counter: Counter, args: JudgeArguments, *servers: Any) -> Iterator[tupl
 
 def _expected_cost(args: JudgeArguments, count: Count) -> str:
     """Return what the requests may cost together, empty if that is not known."""
-    from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
-
     prices = prices_of(args.model, args.price_per_million_input_tokens, args.price_per_million_output_tokens)
     if not prices.known or count.number is None:
         return ""

@@ -23,7 +23,7 @@ defaults are for answers (temperature 0.2). To let the model ask, send temperatu
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +93,7 @@ def main(args: MergeArguments) -> None:
     from medst_trl.base.files import explain_full_disk
     from medst_trl.pipeline.record import StageRecord
 
-    record = StageRecord.open(
-        args.output_dir,
-        stage="merge",
-        settings=asdict(args),
-        inputs={name: getattr(args, name) for name in ("model_name_or_path", "base_model_name_or_path", "dataset")},
-        overwrite=args.overwrite,
-    )
+    record = StageRecord.of(STAGE, args)
     if record.status == "finished":
         return
 

@@ -26,16 +26,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented
-from medst_trl.data.source import SOURCES, Source, SourceRequest
+from medst_trl.base.files import explain_full_disk, write_jsonl
+from medst_trl.base.settings import check_bounds, documented, settings_among
+from medst_trl.data.assemble import Datasets, assemble
+from medst_trl.data.schema import features_of, write_split
+from medst_trl.data.source import SOURCES, Source, SourceRequest, list_reasons
 from medst_trl.hub.push import HubArguments
+from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 
 
 if TYPE_CHECKING:
-    from medst_trl.data.assemble import Datasets
     from medst_trl.data.images import ImageReader
-    from medst_trl.pipeline.record import StageRecord
 
 
 @documented
@@ -96,8 +98,6 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             Settings of sources. Those of the chosen source are used; if they are not given, its defaults.
     """
-    from medst_trl.base.files import explain_full_disk, write_jsonl
-    from medst_trl.data.assemble import assemble
     from medst_trl.data.image_index import index_images
 
     source, request = SOURCES.get(args.source), check(args, *others)
@@ -124,8 +124,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
         counts = datasets.counts()
         if not counts["datasets"]:
             raise UserError(
-                f"Nothing in {request.data_path} can be used: {_reasons(counts)}. Each record is listed with its "
-                f"reason in {output_dir / 'rejected.jsonl'}."
+                f"Nothing in {request.data_path} can be used: {list_reasons(counts['rejected'])}. Each record is "
+                f"listed with its reason in {output_dir / 'rejected.jsonl'}."
             )
         _write(datasets, reader, output_dir, args.rows_per_shard, num_workers)
     record.finish(counts=counts, source_card=asdict(source.card))
@@ -143,15 +143,13 @@ def check(args: PrepareArguments, *others: Any) -> SourceRequest:
         UserError: for an invalid value or a missing path.
     """
     source = SOURCES.get(args.source)
-    if not 0 <= args.validation_fraction < 1:
-        raise UserError(f"validation_fraction must be at least 0 and less than 1, not {args.validation_fraction}.")
-    for name in ("max_records", "max_pixels", "rows_per_shard"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(args, name)}.")
-    settings = [item for item in others if source.settings is not None and isinstance(item, source.settings)]
-    request = SourceRequest(
-        settings=settings[0] if settings else source.settings_from({}), seed=args.seed, max_pixels=args.max_pixels
+    check_bounds(
+        args,
+        at_least={"validation_fraction": 0, "max_records": 1, "max_pixels": 1, "rows_per_shard": 1},
+        below={"validation_fraction": 1},
     )
+    settings = settings_among(others, source.settings)
+    request = SourceRequest(settings=settings, seed=args.seed, max_pixels=args.max_pixels)
     if not source.needs_data:
         return request
     if args.data_path is None:
@@ -167,24 +165,13 @@ def check(args: PrepareArguments, *others: Any) -> SourceRequest:
     return replace(request, data_path=data_path, image_folder=image_folder)
 
 
-def _open_record(args: PrepareArguments, source: Source, request: SourceRequest) -> "StageRecord":
-    from medst_trl.pipeline.record import StageRecord
-
-    own = asdict(request.settings) if request.settings is not None else {}
-    # Settings of other sources do not count. Records of version 0.1.0 hold those of all sources.
-    others = {other.settings for other in SOURCES.values()} - {source.settings, None}
+def _open_record(args: PrepareArguments, source: Source, request: SourceRequest) -> StageRecord:
     data_path, image_folder = request.data_path, request.image_folder
     if data_path and image_folder.resolve().is_relative_to(data_path.resolve()):
         image_folder = None  # a directory of images inside the data is hashed once
-    paths = {"data_path": data_path, "image_folder": image_folder}
-    return StageRecord.open(
-        args.output_dir,
-        stage="prepare",
-        settings=asdict(args) | own,
-        inputs=paths | {name: own[name] for name in source.files},
-        operational={item.name for settings in others for item in fields(settings)},
-        overwrite=args.overwrite,
-    )
+    files = {name: getattr(request.settings, name) for name in source.files}
+    inputs = {"data_path": data_path, "image_folder": image_folder} | files
+    return StageRecord.of(STAGE, args, request.settings, inputs=inputs)
 
 
 def _set_limits_of_pil(max_pixels: int) -> None:
@@ -200,11 +187,8 @@ def _number_of_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write(
-    datasets: "Datasets", reader: "ImageReader", output_dir: Path, rows_per_shard: int, num_workers: int
-) -> None:
+def _write(datasets: Datasets, reader: "ImageReader", output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
-    from medst_trl.data.schema import features_of, write_split
 
     @lru_cache(maxsize=8)  # conversations about one image follow each other
     def image(name: str) -> dict:
@@ -231,11 +215,7 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
     for what, n in counts["notes"].items():
         print(f"  {what.replace('_', ' ')}: {n:,}")
     if counts["rejected"]:
-        print(f"  rejected: {_reasons(counts)} (see rejected.jsonl)")
-
-
-def _reasons(counts: dict) -> str:
-    return ", ".join(f"{reason} {n:,}" for reason, n in counts["rejected"].items())
+        print(f"  rejected: {list_reasons(counts['rejected'])} (see rejected.jsonl)")
 
 
 def _arguments() -> tuple[type, ...]:

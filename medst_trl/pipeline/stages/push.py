@@ -79,13 +79,7 @@ def main(args: PushArguments) -> None:
     settings = asdict(args)
     record = None
     if args.output_dir is not None:
-        record = StageRecord.open(
-            args.output_dir,
-            stage="push",
-            settings=settings,
-            inputs={"source": args.source, "evaluation": args.evaluation},
-            overwrite=args.overwrite,
-        )
+        record = StageRecord.of(STAGE, args)
         if record.status == "finished":
             return
     settings = {name: value for name, value in settings.items() if name not in ("source", "output_dir", "overwrite")}

@@ -15,7 +15,7 @@ and after training is printed. Each run of the command writes the page again.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 from medst_trl.pipeline.stage import RUN, STAGES, Input, Stage
 
 
@@ -50,13 +50,10 @@ class ReportArguments:
 
 def main(args: ReportArguments) -> None:
     # No StageRecord: a page takes seconds and follows a run that grows, so nothing is skipped, resumed or refused.
-    from medst_trl.base.errors import UserError
     from medst_trl.base.files import explain_full_disk
     from medst_trl.report.report import make_report, write_report
 
-    for name, least in {"gallery": 0, "image_size": 16, "bootstrap_samples": 0}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be at least {least}.")
+    check_bounds(args, at_least={"gallery": 0, "image_size": 16, "bootstrap_samples": 0})
     settings = asdict(args)
     output_dir = settings.pop("output_dir") or Path(args.run, "report")
     report = make_report(**settings)

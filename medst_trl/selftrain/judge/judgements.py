@@ -10,6 +10,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of
+from medst_trl.data.source import list_reasons
 from medst_trl.engines.client import Answer, Call
 from medst_trl.engines.cost import Prices
 
@@ -327,7 +328,7 @@ def nothing_left(reasons: Mapping[str, int], pairs: int, judgements: Path) -> Us
         judgements (`Path`): The file of all judgements.
     """
     most = max(reasons, key=reasons.get, default="tie")
-    counted = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items()) or "no candidate has two answers"
+    counted = list_reasons(reasons) or "no candidate has two answers"
     return UserError(
         f"None of the {pairs:,} pairs is left to train on ({counted}). "
         f"{_ADVICE.get(most, 'Generate from more images.')} After changing settings or candidates, add "

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import check_bounds
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.client import Call, Client, Stopped, api_key, open_portal
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens, prices_of
@@ -173,10 +174,7 @@ class PairwiseJudge:
                 f"The judge prompt {self.prompt.name!r} does not show reference captions. Set prompt_version to one "
                 f"of {', '.join(able)}, or leave out the captions."
             )
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN is refused, too
-                raise UserError(f"{name} is {value}. It must be at least {least}.")
+        check_bounds(self, at_least=_AT_LEAST)
 
     def __call__(self, candidates: Iterable[Mapping[str, Any]], offline: bool = False) -> Iterator[dict[str, Any]]:
         """
