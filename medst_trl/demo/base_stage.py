@@ -14,7 +14,6 @@ Output in `output_dir`: the model (safetensors) and its processor, written when 
 resumes from its newest checkpoint.
 """
 
-import random
 import shutil
 from collections.abc import Iterator
 from copy import deepcopy
@@ -118,6 +117,8 @@ def _trainer(args: BaseArguments, model, processor):
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
     from medst_trl.training.upstream import LoadsPublishedNames
 
+    from .base_data import training_conversations
+
     # Stage 1's collator for its rendering. It adds `<vusr>` to its processor, so it gets a copy.
     collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
 
@@ -155,22 +156,10 @@ def _trainer(args: BaseArguments, model, processor):
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=_conversations(args),
+        train_dataset=training_conversations(args.num_texts, args.num_pictures, args.turns, args.seed),
         data_collator=collate,
         processing_class=processor,
     )
-
-
-def _conversations(args: BaseArguments) -> list[dict]:
-    """The training data in order: text first, then pictures with a little text between them."""
-    from . import plain_text, shapes
-
-    texts = list(plain_text.conversations(args.num_texts, args.seed))
-    pictures = shapes.make_shapes(args.num_pictures, args.seed)
-    between = len(pictures) // 30
-    later = [*shapes.conversations(pictures, args.seed, args.turns), *texts[:between]]
-    random.Random(args.seed).shuffle(later)
-    return texts + later
 
 
 def _save(model, processor, output_dir: Path) -> None:

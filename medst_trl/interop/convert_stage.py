@@ -31,8 +31,6 @@ from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Counter, Input, 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
 
-INPUTS = ("source", "base", "projector", "vision_tower", "vision_lora")
-
 
 @documented
 @dataclass
@@ -84,13 +82,7 @@ def main(args: ConvertArguments) -> None:
     from .conversion import convert_checkpoint
 
     settings = asdict(args)
-    record = StageRecord.open(
-        args.output_dir,
-        stage="convert",
-        settings=settings,
-        inputs={name: settings[name] for name in INPUTS},
-        overwrite=args.overwrite,
-    )
+    record = StageRecord.of(STAGE, args)
     if record.status == "finished":
         return
     try:
@@ -132,7 +124,7 @@ STAGE = STAGES.register(
         arguments=lambda: (ConvertArguments,),
         main=main,
         plan=plan,
-        inputs=tuple(Input(key, CHECKPOINT) for key in INPUTS),
+        inputs=tuple(Input(key, CHECKPOINT) for key in ("source", "base", "projector", "vision_tower", "vision_lora")),
         outputs=(Output("", MODEL, config=_config, is_published=False),),
     )
 )
