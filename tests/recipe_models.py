@@ -6,10 +6,14 @@ Configurations of the real models that recipes start from, in their real dimensi
 `EXPECTED` has what stage 1 trains of each, worked out by hand from these dimensions.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import Gemma3Config, LlavaConfig, PreTrainedConfig, Qwen2_5_VLConfig
+
+from medst_trl.pipeline.plan.policies import policy_of, trained_parameters
+from medst_trl.pipeline.recipe import Step
 
 
 def _llava() -> LlavaConfig:
@@ -118,3 +122,11 @@ def config_folder(name: str, folder: Path) -> Path:
         raise KeyError(f"A recipe starts from {name!r}: add its dimensions, and what it trains, to {__file__}.")
     CONFIGS[name]().save_pretrained(folder / name)
     return folder / name
+
+
+def trainable_parameters(step: Step, steps: Sequence[Step] = ()) -> dict[str, int]:
+    """The number of parameters by part that a plan shows for a step that trains."""
+    counts = Counter()
+    for trained in trained_parameters(policy_of(step, steps)):
+        counts[trained.part] += trained.count
+    return dict(counts)

@@ -15,14 +15,14 @@ import tiny_run
 import torch
 from judge_server import JudgeServer
 from recipe_data import write_source
-from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_folder
+from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_folder, trainable_parameters
 from safetensors.torch import load_file
 
 from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.plan.policies import meta_model, trainable_parameters
+from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import effective_batch
 from medst_trl.pipeline.plan.validate import validate
 from medst_trl.pipeline.recipe import read_recipe

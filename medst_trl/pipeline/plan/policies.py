@@ -74,27 +74,8 @@ class Trained:
     count: int
 
 
-def trainable_parameters(step: "Step", steps: Sequence["Step"] = ()) -> dict[str, int]:
-    """
-    Number of parameters that a step trains, by part, as its trainer counts them.
-
-    Args:
-        step ([`~medst_trl.pipeline.recipe.Step`]):
-            A step that trains.
-        steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*):
-            The recipe's steps, to find a model that one of them makes.
-
-    Returns:
-        `dict[str, int]`: Counts of `"language"`, `"vision"` and `"projector"`, if they train.
-    """
-    counts = Counter()
-    for trained in trained_parameters(policy_of(step, steps)):
-        counts[trained.part] += trained.count
-    return dict(counts)
-
-
 def trained_parameters(policy: Policy) -> list[Trained]:
-    """What of a policy trains: by part, and how."""
+    """What of a policy trains, as its trainer counts it: by part, and how."""
     parts, counts = model_parts(policy.base_model), Counter()
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:
@@ -115,7 +96,20 @@ def _how(name: str, parameter: Any) -> str:
 
 
 def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, ...] | None = None) -> Policy:
-    """The model that a step trains, as its stage makes it. See [`trainable_parameters`]."""
+    """
+    The model that a step trains, as its stage makes it.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            A step that trains.
+        steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*):
+            The recipe's steps, to find a model that one of them makes.
+        arguments (`tuple`, *optional*):
+            The dataclasses of its stage, if they exist already.
+
+    Raises:
+        NotKnownYet: as for [`model_at`].
+    """
     from trl.trainer.utils import disable_dropout_in_model
 
     from medst_trl.pipeline.stages.training import keep_shape

@@ -8,10 +8,11 @@ import pytest
 import tiny_dpo
 import tiny_run
 from family_models import base_model
+from recipe_models import trainable_parameters
 
 from medst_trl import adapter_config
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.plan.policies import NotKnownYet, meta_model, model_at, policy_of, trainable_parameters
+from medst_trl.pipeline.plan.policies import NotKnownYet, meta_model, model_at, policy_of
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.vusr import add_vusr
