@@ -1,6 +1,6 @@
 # Two commands are enough on a fresh machine: `make demo` and `make test`. Each creates the .venv it needs.
 #
-#   make demo                    the whole loop with a tiny model on drawn images, and its report (recipes/demo.yaml)
+#   make demo                    the whole loop with a tiny model on synthetic scans, and its report (recipes/demo.yaml)
 #   make test                    the fast tests, under 10 minutes on 2 cores
 #   make test-slow               the slow tests, with DeepSpeed and bitsandbytes: half an hour
 #   make bench                   speed (tests/benchmarks) against stock TRL on this machine's CPU, under 10 minutes

@@ -39,8 +39,10 @@ def back(folder: str, path: str, image_folder: str, format: str = "stllava_med")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--back", action="store_true", help="convert a dataset to a file: FOLDER FILE IMAGES [FORMAT]")
-    parser.add_argument("paths", nargs="+", help="FILE IMAGES FOLDER [BENCHMARK]", metavar="PATH")
+    parser.add_argument(
+        "--back", action="store_true", help="convert a dataset to a file: DATASET FILE IMAGES [FORMAT]"
+    )
+    parser.add_argument("paths", nargs="+", help="FILE IMAGES DATASET [BENCHMARK]", metavar="PATH")
     args = parser.parse_args()
     if len(args.paths) not in (3, 4):
         parser.error("give three or four paths, see --help")

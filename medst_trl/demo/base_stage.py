@@ -193,7 +193,7 @@ def plan(counter: Counter, args: BaseArguments) -> Iterator[tuple[str, str]]:
 STAGE = STAGES.register(
     Stage(
         name="base",
-        summary="build a tiny vision-language model to start from",
+        summary="build a tiny base model, so that recipes run without a download",
         help=__doc__,
         after=("convert",),
         arguments=lambda: (BaseArguments,),

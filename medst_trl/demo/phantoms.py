@@ -200,7 +200,7 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
 
 
 def instruct_row(name: str, turns: Iterable[tuple[str, str]], *images: Image.Image) -> dict:
-    """A conversation of questions and answers about drawn images, in the instruct columns."""
+    """A conversation of questions and answers about phantoms, in the instruct columns."""
     ids = [image_id(image) for image in images]
     return {"id": name, "images": list(images), "image_ids": ids, "messages": dialogue(turns, len(images))}
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Convert a checkpoint of the original LLaVA code to a Hugging Face one: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med.
+Convert a checkpoint of the original LLaVA code to the Hugging Face format: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med.
 
 ```bash
 medst convert \
@@ -119,7 +119,7 @@ def plan(counter: Counter, args: ConvertArguments) -> Iterator[tuple[str, str]]:
 STAGE = STAGES.register(
     Stage(
         name="convert",
-        summary="turn an original LLaVA, SQ-LLaVA or STLLaVA-Med checkpoint into a Hugging Face one",
+        summary="convert an original LLaVA, SQ-LLaVA or STLLaVA-Med checkpoint to the Hugging Face format",
         help=__doc__,
         arguments=lambda: (ConvertArguments,),
         main=main,

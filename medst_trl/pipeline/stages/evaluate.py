@@ -317,7 +317,7 @@ def _count_questions(benchmark: str, split: str) -> Count:
 STAGE = STAGES.register(
     Stage(
         name="evaluate",
-        summary="answer a benchmark and score the answers",
+        summary="answer the questions of a benchmark and score the answers",
         help=__doc__,
         after=("merge",),
         joins_rounds=True,

@@ -267,7 +267,7 @@ def plan(counter: Counter, args: GenerateArguments, *engine_settings: Any) -> It
 STAGE = STAGES.register(
     Stage(
         name="generate",
-        summary="let the model ask about images and answer its questions, twice each",
+        summary="let the model ask about images and answer each question twice",
         help=__doc__,
         after=("sft",),
         repeats=True,

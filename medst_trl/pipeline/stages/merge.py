@@ -149,7 +149,7 @@ def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[
         is_here = False
     if is_here:
         return read_examples(dataset, trained["settings"].get("train_split") or "train", args.num_examples), dataset
-    return drawn_examples(args.num_examples), "drawn scans"
+    return drawn_examples(args.num_examples), "synthetic scans"
 
 
 def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -269,7 +269,7 @@ def _summary(args: MergeArguments, merged: dict[str, Any], source: str) -> str:
 STAGE = STAGES.register(
     Stage(
         name="merge",
-        summary="make a stand-alone model of an adapter, for servers and other tools",
+        summary="merge an adapter into a stand-alone model for servers and other tools",
         help=__doc__,
         after=("dpo",),
         arguments=lambda: (MergeArguments,),

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Publish a dataset, an adapter or a model on the Hub, with its card. Repositories are private by default.
+Publish a dataset, an adapter or a model to the Hub, with its card. Repositories are private by default.
 
 ```bash
 hf auth login
@@ -100,7 +100,7 @@ def plan(counter: Counter, args: PushArguments) -> Iterator[tuple[str, str]]:
 STAGE = STAGES.register(
     Stage(
         name="push",
-        summary="publish a dataset, an adapter or a model on the Hub",
+        summary="publish a dataset, an adapter or a model to the Hub",
         help=__doc__,
         after=("report",),
         arguments=lambda: (PushArguments,),

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Write one HTML page about a run: scores, data flow, training curves, judge statistics, and single cases.
+Write an HTML page about a run: scores, data flow, training curves, judge statistics and examples.
 
 ```bash
 medst report --run runs/demo
@@ -69,7 +69,7 @@ def main(args: ReportArguments) -> None:
 STAGE = STAGES.register(
     Stage(
         name="report",
-        summary="write an HTML page about a run: scores, data, curves, judge, cases",
+        summary="write an HTML page about a run: scores, data flow, training curves, judge, examples",
         help=__doc__,
         after=("evaluate",),
         arguments=lambda: (ReportArguments,),

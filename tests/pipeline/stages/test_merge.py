@@ -101,7 +101,7 @@ def test_the_output_names_the_examples(run, tmp_path, capsys):
     (elsewhere / "stage.json").write_text(json.dumps(record))
     _merge(elsewhere, tmp_path / "drawn", "--dtype", "bfloat16")
     said = capsys.readouterr().out
-    assert "drawn scans" in said and "in bfloat16 (allowed" in said and "base in 4 bits" in said
+    assert "synthetic scans" in said and "in bfloat16 (allowed" in said and "base in 4 bits" in said
 
 
 def _image():
