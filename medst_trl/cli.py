@@ -26,6 +26,7 @@ Examples:
 """
 
 import inspect
+import logging
 import os
 import select
 import shlex
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(function: Callable[..., int | None], *arguments) -> int:
     """Run a command. What the user can fix ends in one message instead of a traceback."""
+    # It advises a package that is neither needed nor ours (bitsandbytes 0.50).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return function(*arguments) or 0
     except UserError as error:
