@@ -204,7 +204,7 @@ class OracleArguments:
 
     Args:
         oracle_error_rate (`float`, *optional*):
-            Judge phantoms by their truth instead of a model, with this share of wrong verdicts.
+            Use the oracle judge, which knows the content of phantoms, with this fraction of wrong verdicts.
     """
 
     oracle_error_rate: float | None = None
