@@ -240,7 +240,8 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
 
 def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
     """Run a stage, and publish what it has made, now or in an earlier run, if its settings say so."""
-    from medst_trl.hub.push import HubArguments, PushAfterStage
+    from medst_trl.hub import HubArguments
+    from medst_trl.hub.push import PushAfterStage
 
     push = PushAfterStage(stage.published, arguments)
     stage.main(*(item for item in arguments if not isinstance(item, HubArguments)))

@@ -1,3 +1,58 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Publishing datasets, adapters and models on the Hub, with their cards."""
+"""
+Publishing datasets, adapters and models on the Hub, with their cards.
+
+This file holds the settings and checks that other stages need before there is anything to publish. It imports no
+library, so that help and validation stay fast.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
+
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@documented
+@dataclass
+class HubArguments:
+    """
+    Where a stage that makes datasets publishes them. The training stages use TRL's arguments instead.
+
+    Args:
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Publish the datasets of the stage on the Hub, each with a card.
+        hub_dataset_id (`str`, *optional*):
+            Hub repository to publish to, OWNER/NAME.
+        hub_private_repo (`bool`, *optional*, defaults to `True`):
+            Make the repository private.
+    """
+
+    push_to_hub: bool = False
+    hub_dataset_id: str | None = None
+    hub_private_repo: bool = True
+
+
+def check_repo_id(repo_id: str | None, key: str) -> None:
+    """Raise a [`UserError`] if the setting `key` is missing, or not an owner and a name."""
+    if repo_id is None:
+        raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
+    if not _REPO_ID.fullmatch(repo_id):
+        raise UserError(f"{key} is {repo_id!r}. It must be OWNER/NAME, such as my-org/vqa-rad-preferences.")
+
+
+def check_push(settings: Any) -> str:
+    """
+    The repository that a stage's dataclass names, its own [`HubArguments`] or a trainer's arguments.
+
+    Raises:
+        UserError: if it is missing or not an owner and a name.
+    """
+    key = "hub_dataset_id" if isinstance(settings, HubArguments) else "hub_model_id"
+    check_repo_id(getattr(settings, key), key)
+    return getattr(settings, key)

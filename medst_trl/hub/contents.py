@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
@@ -15,7 +18,7 @@ from medst_trl.base.redaction import looks_local
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.stage import STAGES
 
-from .provenance import nearest_record
+from .provenance import nearest_record, with_revision
 
 
 # The files of a processor. Nothing else of a stage's directory is published: records, checkpoints and logs stay.
@@ -97,8 +100,6 @@ def _weights(directory: Path, patterns: tuple[str, ...], weights: str) -> list[s
 
 
 def _dataset(directory: Path) -> Contents:
-    import pyarrow.parquet as pq
-
     shards = [shard for split in splits_in(directory) for shard in complete_shards(directory, split)]
     columns = pq.read_schema(shards[0]).names
     kind = kind_of(columns)
@@ -149,8 +150,7 @@ def base_of(directory: Path) -> str | None:
     if not path.is_file():
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    return f"{base}@{revision}" if base and revision else base
+    return with_revision(config.get("base_model_name_or_path"), config.get("revision"))
 
 
 def public_base(directory: Path, given: str | None) -> str | None:
@@ -184,9 +184,6 @@ def _without_paths(config: Any) -> Any:
 
 def _write_without_local_models(source: Path, path: Path) -> None:
     """Write a copy of a shard that names local models by their last part. Writes nothing if no row names one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     file = pq.ParquetFile(source)
     names = [name for name in JSON_COLUMNS if name in file.schema_arrow.names]
     texts = file.read(columns=names).to_pydict()

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a result was made, as the `stage.json` of its directory and of its inputs' directories say."""
 
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from medst_trl.base.redaction import hide_secrets, is_secret_key, looks_local
 from medst_trl.data.source import SOURCES
-from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.record import FILE_NAME, read_record
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -52,12 +51,10 @@ class Step:
 
 def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
     """Path and content of the `stage.json` of a directory or of its parent. The content is empty if it is damaged."""
-    path = next((place / FILE_NAME for place in (directory, directory.parent) if (place / FILE_NAME).is_file()), None)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except ValueError:
-        record = None
-    return path, record if isinstance(record, dict) else {}
+    for place in (directory, directory.parent):
+        if (place / FILE_NAME).is_file():
+            return place / FILE_NAME, read_record(place)
+    return None, {}
 
 
 def steps_to(directory: Path, run: Path | None = None) -> list[Step]:
@@ -130,51 +127,40 @@ def _describe(source: dict[str, Any]) -> str:
     return f"a local directory or file (SHA-256 {str(source.get('sha256'))[:12]})"
 
 
-@dataclass(frozen=True)
-class Merged:
+def read_merged(directory: Path) -> dict[str, Any] | None:
     """
-    What the record of `medst merge` says. Without paths of this machine, except `adapter_path`, which no card shows.
+    What the record of `medst merge` says.
 
-    Attributes:
-        base (`str`, *optional*): Hub id of the base, with its revision.
-        base_text, adapter_text (`str`): Both as Markdown.
-        adapter_path (`str`, *optional*): Directory of the adapter.
-        dtype (`str`): Type of the weights.
-        float32_difference, stored_difference (`float`): Largest differences of log-probabilities from the adapter's.
-        trained_in_4bit (`bool`): Whether the adapter's base was quantized to 4 bits while it was trained.
+    Args:
+        directory (`Path`): A model.
+
+    Returns:
+        `dict` or `None`: `base`, the Hub id of the base with its revision, None for a local one; `adapter` as
+        Markdown; `adapter_path`, which no card shows; `dtype` of the weights; `float32_difference` and
+        `stored_difference`, the largest differences of log-probabilities from the adapter's; `trained_in_4bit`,
+        whether the adapter's base was quantized to 4 bits while it was trained. None if the model was not made by
+        `medst merge` or its record is missing.
     """
-
-    base: str | None
-    base_text: str
-    adapter_text: str
-    adapter_path: str | None
-    dtype: str
-    float32_difference: float
-    stored_difference: float
-    trained_in_4bit: bool
-
-
-def read_merged(directory: Path) -> Merged | None:
-    """What a model was merged from; `None` if it was not made by `medst merge` or its record is missing."""
     _, record = nearest_record(directory)
     try:
         merged, (adapter,) = record["merged"], record["inputs"]["model_name_or_path"]
-        proof = merged["proof"]
-        base = None if looks_local(merged["base"]) or Path(merged["base"]).exists() else merged["base"]
-        return Merged(
-            base=f"{base}@{merged['base_revision']}" if base and merged["base_revision"] else base,
-            base_text=hub_id_text(base, merged["base_revision"]) if base else "a local base",
-            adapter_text=hub_id_text(adapter["hub_id"], merged["adapter_revision"])
+        base, facts = merged["base"], merged | merged["proof"]
+        shown = {name: facts[name] for name in ("dtype", "float32_difference", "stored_difference", "trained_in_4bit")}
+        is_local = looks_local(base) or Path(base).exists()
+        return shown | {
+            "base": None if is_local else with_revision(base, merged["base_revision"]),
+            "adapter": hub_id_text(adapter["hub_id"], merged["adapter_revision"])
             if "hub_id" in adapter
             else f"a local adapter (SHA-256 {str(adapter.get('sha256'))[:12]})",
-            adapter_path=adapter.get("path"),
-            dtype=merged["dtype"],
-            float32_difference=proof["float32_difference"],
-            stored_difference=proof["stored_difference"],
-            trained_in_4bit=merged["trained_in_4bit"],
-        )
+            "adapter_path": adapter.get("path"),
+        }
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def with_revision(name: str | None, revision: str | None) -> str | None:
+    """A Hub id that carries its revision: `org/name@revision`."""
+    return f"{name}@{revision}" if name and revision else name
 
 
 def hub_id_text(hub_id: str, revision: str | None = None) -> str:

@@ -3,48 +3,28 @@
 """Publishing the output of a stage as a repository on the Hub, by `medst push` or at the end of a stage."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, get_token, metadata_load
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import hide_secrets
-from medst_trl.base.settings import documented
 
+from . import check_push, check_repo_id
 from .cards import KIND, dataset_card, model_card
 from .contents import Contents, find_contents, public_base, stage_files
 
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Files of an earlier push that a later one may not have: a dataset of fewer shards, a model in fewer files.
 REPLACED = {"dataset": ["*.parquet"], "model": ["*.safetensors", "*.safetensors.index.json"]}
-
-
-@documented
-@dataclass
-class HubArguments:
-    """
-    Where a stage that makes datasets publishes them. The training stages use TRL's arguments instead.
-
-    Args:
-        push_to_hub (`bool`, *optional*, defaults to `False`):
-            Publish the datasets of the stage on the Hub, each with a card.
-        hub_dataset_id (`str`, *optional*):
-            Hub repository to publish to, OWNER/NAME.
-        hub_private_repo (`bool`, *optional*, defaults to `True`):
-            Make the repository private.
-    """
-
-    push_to_hub: bool = False
-    hub_dataset_id: str | None = None
-    hub_private_repo: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,11 +104,10 @@ def push_directory(
     contents = find_contents(Path(directory))
     settings = {"license": license, "run": Path(run) if run else None}
     base_model = base_model_name_or_path
+    if contents.kind == "adapter":
+        base_model = public_base(contents.directory, base_model)
     if contents.repo_type == "model":
-        if contents.kind == "adapter":
-            base_model = public_base(contents.directory, base_model)
-        evaluations = [Path(path) for path in evaluation]
-        card = model_card(contents, repo_id, base_model=base_model, evaluations=evaluations, **settings)
+        card = model_card(contents, repo_id, base_model=base_model, evaluations=evaluation, **settings)
     elif evaluation:
         raise UserError(f"{directory} is a dataset. Scores (--evaluation) are for the card of a model or an adapter.")
     else:
@@ -141,18 +120,8 @@ def push_directory(
         return _upload(contents, Path(staging), target, private, message, replace_content)
 
 
-def check_repo_id(repo_id: str | None, key: str) -> None:
-    """Raise a [`UserError`] if the setting `key` is missing, or not an owner and a name."""
-    if repo_id is None:
-        raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
-    if not _REPO_ID.fullmatch(repo_id):
-        raise UserError(f"{key} is {repo_id!r}. It must be OWNER/NAME, such as my-org/vqa-rad-preferences.")
-
-
 def check_token() -> None:
     """Raise a [`UserError`] if huggingface_hub finds no token."""
-    from huggingface_hub import get_token
-
     if get_token() is None:
         raise UserError(
             "No Hub token was found. Make one with write access at https://huggingface.co/settings/tokens, then log "
@@ -192,18 +161,6 @@ class PushAfterStage:
             push_after_stage(directory, repo_id, private=private, revision=revision)
 
 
-def check_push(settings: Any) -> str:
-    """
-    The repository that a stage's dataclass names, its own [`HubArguments`] or a trainer's arguments.
-
-    Raises:
-        UserError: if it is missing or not an owner and a name.
-    """
-    key = "hub_dataset_id" if isinstance(settings, HubArguments) else "hub_model_id"
-    check_repo_id(getattr(settings, key), key)
-    return getattr(settings, key)
-
-
 def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any) -> None:
     """
     [`push_directory`] for a stage that is finished; under a launcher only the first process pushes.
@@ -225,10 +182,9 @@ def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any
 def _upload(
     contents: Contents, staging: Path, target: dict[str, Any], private: bool, message: str, replace_content: bool
 ) -> Pushed:
-    from huggingface_hub import HfApi
-
     api = HfApi(library_name="medst_trl")
-    url, names = _open_repository(api, **target, private=private)
+    url = _open_repository(api, private=private, **target)
+    names = set(api.list_repo_files(**target)) - {".gitattributes"}
     if names and not replace_content:
         _check_ours(api, contents, target, names)
     if not names:
@@ -241,32 +197,21 @@ def _upload(
     return Pushed(url, contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
 
 
-def _open_repository(
-    api: "HfApi", repo_id: str, repo_type: str, revision: str | None, private: bool
-) -> tuple[str, set[str]]:
-    """Create repository and branch if they do not exist. Returns the address and the names of the files there."""
-    from huggingface_hub.errors import RevisionNotFoundError
-
+def _open_repository(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool) -> str:
+    """Create repository and branch if they do not exist. Returns the address."""
     url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-    info = api.repo_info(repo_id, repo_type=repo_type)
-    if private and info.private is False:
+    if private and api.repo_info(repo_id, repo_type=repo_type).private is False:
         raise UserError(
             f"{repo_id} is public, and pushes are private by default. Make the repository private in its settings, "
             "push to another one, or publish with --private false."
         )
-    if revision is not None:
-        try:
-            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-        except RevisionNotFoundError:
-            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
-            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-    return str(url), {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
+    if revision is not None and not api.revision_exists(repo_id, revision, repo_type=repo_type):
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    return str(url)
 
 
-def _check_ours(api: "HfApi", contents: Contents, target: dict[str, Any], names: set[str]) -> None:
+def _check_ours(api: HfApi, contents: Contents, target: dict[str, Any], names: set[str]) -> None:
     """Refuse a repository whose content was not pushed by us as the same kind."""
-    from huggingface_hub import metadata_load
-
     kind = None
     if "README.md" in names:
         with TemporaryDirectory() as directory:
@@ -298,10 +243,6 @@ _REFUSALS = {
 @contextmanager
 def explain_hub_errors(repo_id: str) -> Iterator[None]:
     """Turn the errors of a push to `repo_id` into a [`UserError`]. Files that were uploaded are not lost."""
-    import httpx2
-    from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
     try:
         yield
     except UserError:

@@ -15,7 +15,8 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part, write_split
-from medst_trl.hub.push import HubArguments, PushAfterStage, Pushed, push_after_stage
+from medst_trl.hub import HubArguments
+from medst_trl.hub.push import PushAfterStage, Pushed, push_after_stage
 
 
 @pytest.fixture(scope="module")
@@ -455,9 +456,7 @@ def test_a_push_without_a_valid_repository_is_refused(monkeypatch, repo_id, mess
 
 
 def test_a_push_without_a_token_is_refused(monkeypatch, tmp_path):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr("medst_trl.hub.push.get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
         PushAfterStage(("",), [training("org/name")])
 

@@ -74,7 +74,7 @@ def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
 
 def without_hub(arguments: tuple[Any, ...]) -> list[Any]:
     """Return the dataclasses that the functions of a stage take."""
-    from medst_trl.hub.push import HubArguments
+    from medst_trl.hub import HubArguments
 
     return [item for item in arguments if not isinstance(item, HubArguments)]
 

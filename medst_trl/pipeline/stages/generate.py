@@ -39,7 +39,7 @@ from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.schema import check_columns, load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model
-from medst_trl.hub.push import HubArguments
+from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import FILE_NAME, StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.candidate_files import select_records, write_candidates

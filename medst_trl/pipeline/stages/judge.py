@@ -41,7 +41,7 @@ from medst_trl.base.settings import check_bounds, documented, make_lists, settin
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, load_records, preference_features, write_split
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
-from medst_trl.hub.push import HubArguments
+from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of

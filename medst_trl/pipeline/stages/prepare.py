@@ -31,7 +31,7 @@ from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import Datasets, assemble
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import SOURCES, Source, SourceRequest, list_reasons
-from medst_trl.hub.push import HubArguments
+from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 
