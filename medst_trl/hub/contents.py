@@ -192,7 +192,7 @@ def _write_without_local_models(source: Path, path: Path) -> None:
         return
     start = 0
     with pq.ParquetWriter(path, file.schema_arrow) as writer:
-        for number in range(file.num_row_groups):  # one at a time: all images do not fit into memory
+        for number in range(file.num_row_groups):  # one after the other: the images of all do not fit into memory
             table = file.read_row_group(number)
             for name in names:
                 index, column = table.schema.get_field_index(name), table.schema.field(name)

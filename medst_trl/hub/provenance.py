@@ -3,7 +3,7 @@
 """How a result was made, as the `stage.json` of its directory and of its inputs' directories say."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ class Step:
     """
 
     stage: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    counts: dict[str, Any] = field(default_factory=dict)
-    source: dict[str, Any] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, Any]
+    source: dict[str, Any] | None
+    versions: dict[str, str]
 
 
 def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:

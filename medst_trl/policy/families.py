@@ -152,14 +152,13 @@ def check_architecture(config: "PreTrainedConfig", name: str) -> None:
     Raises:
         UserError: for a model with a Q-Former or with an encoder for its text.
     """
-    kind = f"{name!r} is of the type `{config.model_type}`"
     if getattr(config, "qformer_config", None) is not None:
-        raise UserError(
-            f"{kind}, whose images pass through a Q-Former. Where an adapter belongs in it is not known, so this "
-            f"family is not supported. {tested_families()}"
-        )
-    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
-        raise UserError(
-            f"{kind}, an encoder with a decoder. Only decoders are trained on conversations, so this family is not "
-            f"supported. {tested_families()}"
-        )
+        problem = "whose images pass through a Q-Former. Where an adapter belongs in it is not known"
+    elif config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        problem = "an encoder with a decoder. Only decoders are trained on conversations"
+    else:
+        return
+    raise UserError(
+        f"{name!r} is of the type `{config.model_type}`, {problem}, so this family is not supported. "
+        f"{tested_families()}"
+    )

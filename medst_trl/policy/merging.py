@@ -184,15 +184,12 @@ def _merged(model) -> PreTrainedModel:
 
 
 def _save(model, processor: ProcessorMixin, directory: Path, dtype: str, max_shard_size: str) -> None:
+    kept = {name: getattr(model.generation_config, name, None) for name in _TOKENS}
+    kept = {name: value for name, value in kept.items() if value is not None}
     model.to(getattr(torch, dtype))
-    model.generation_config = _generation_config(model)
+    model.generation_config = GenerationConfig(**kept, **SAMPLING)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     processor.save_pretrained(directory)
-
-
-def _generation_config(model: PreTrainedModel) -> GenerationConfig:
-    kept = {name: getattr(model.generation_config, name, None) for name in _TOKENS}
-    return GenerationConfig(**{name: value for name, value in kept.items() if value is not None}, **SAMPLING)
 
 
 def _load_plainly(directory: Path, dtype: str, trust_remote_code: bool) -> tuple[PreTrainedModel, ProcessorMixin]:

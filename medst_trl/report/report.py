@@ -14,7 +14,6 @@ from markupsafe import Markup
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
-from medst_trl.evaluation.tables import align
 
 from . import text
 from .curves import displacement, last_values, read_log, training_charts
@@ -139,7 +138,7 @@ def make_report(
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
     html = _environment(run).get_template(TEMPLATE).render(page)
-    return Report(html, "\n\n".join(comparison.terminal_table(align) for comparison in comparisons), run.notes)
+    return Report(html, "\n\n".join(comparison.terminal_table() for comparison in comparisons), run.notes)
 
 
 def write_report(report: Report, output_dir: str | os.PathLike) -> Path:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All evaluations of a run side by side, and the changes since the one before preference training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from medst_trl.evaluation.controls import compare_vqa
 from medst_trl.evaluation.metric import METRICS, recorded_figures, setting_names
 from medst_trl.evaluation.predictions import OWN_FORMAT, read_predictions
 from medst_trl.evaluation.scoring import figures, score_records
+from medst_trl.evaluation.tables import align
 from medst_trl.pipeline.stage import STAGES
 
 from .charts import Bar, Group, bar_chart
@@ -153,7 +154,7 @@ class Comparison:
             )
         return charts
 
-    def terminal_table(self, align: Callable[[list[list[str]]], list[str]]) -> str:
+    def terminal_table(self) -> str:
         """The figures before and after, for the terminal."""
         metric = self.metrics[0]
         rows = [["", "n", *(e.label for e in self.evaluations)]]
@@ -253,18 +254,15 @@ def _evaluation(run: Run, stage: StageRun, directory: Path, content: dict[str, A
         benchmark=place(source, run.directory) + (f", split {split}" if split else ""),
         key=(data.get("sha256") or data.get("revision") or source, split),
         content=content,
-        scores={metric: _checked(scores) for metric, scores in content["scores"].items()},
-        controls={
-            control: {metric: _checked(scores) for metric, scores in by_metric.items()}
-            for control, by_metric in content["controls"].items()
-        },
+        scores=_checked(content["scores"]),
+        controls={control: _checked(scores) for control, scores in content["controls"].items()},
     )
 
 
-def _checked(scores: Mapping[str, Any]) -> dict[FigurePath, dict[str, Any]]:
-    """The figures. Raises if one has something else than a number where a number belongs."""
-    found = dict(figures(scores))
-    for leaf in found.values():
+def _checked(by_metric: Mapping[str, Any]) -> Scores:
+    """The figures of each metric. Raises if one has something else than a number where a number belongs."""
+    found = {metric: dict(figures(scores)) for metric, scores in by_metric.items()}
+    for leaf in (leaf for leaves in found.values() for leaf in leaves.values()):
         int(leaf["n"])
         values = [leaf["value"], leaf.get("majority"), leaf.get("difference")]
         for bounds in filter(None, (leaf["interval"], leaf.get("difference_interval"))):

@@ -20,7 +20,6 @@ merged into the published base, which differs from the one it was trained on: ev
 defaults are for answers (temperature 0.2). To let the model ask, send temperature 1.2.
 """
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ class MergeArguments:
 
 def main(args: MergeArguments) -> None:
     from medst_trl.base.files import explain_full_disk
-    from medst_trl.pipeline.record import StageRecord
+    from medst_trl.pipeline.record import StageRecord, read_record
 
     record = StageRecord.of(STAGE, args)
     if record.status == "finished":
@@ -100,7 +99,9 @@ def main(args: MergeArguments) -> None:
     from medst_trl.hub.cards import write_card
     from medst_trl.policy.merging import merge_policy
 
-    trained = _record_of(args.model_name_or_path)
+    trained = read_record(args.model_name_or_path)
+    if not isinstance(trained.get("settings"), dict):  # none, or damaged
+        trained = {}
     try:
         examples, source = _examples(args, trained)
         with explain_full_disk(args.output_dir):
@@ -125,15 +126,6 @@ def main(args: MergeArguments) -> None:
     )
     write_card(args.output_dir)
     print(_summary(args, merged, source))
-
-
-def _record_of(adapter: str) -> dict[str, Any]:
-    """The record of the stage that trained an adapter; empty if there is none or it is damaged."""
-    try:
-        record = json.loads(Path(adapter, "stage.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else {}
 
 
 def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
