@@ -63,7 +63,7 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
 
 
 def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
-    from medst_trl.hub.push import check_push
+    from medst_trl.hub import check_push
 
     if step.stage.check is not None:
         step.stage.check(*without_hub(arguments))
