@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
 from medst_trl.pipeline.settings import parse
 from medst_trl.pipeline.stage import Count
@@ -63,8 +64,6 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
 
 
 def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
-    from medst_trl.hub import check_push
-
     if step.stage.check is not None:
         step.stage.check(*without_hub(arguments))
     for settings in arguments:
@@ -74,8 +73,6 @@ def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
 
 def without_hub(arguments: tuple[Any, ...]) -> list[Any]:
     """Return the dataclasses that the functions of a stage take."""
-    from medst_trl.hub import HubArguments
-
     return [item for item in arguments if not isinstance(item, HubArguments)]
 
 
