@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.data.assemble import DisjointSets, draw, plain_question
 from medst_trl.data.schema import text_of, text_part
@@ -45,17 +45,7 @@ class Preferences:
     counts: dict[str, Any] = field(default_factory=dict)
 
 
-def build_preferences(
-    candidates: "Dataset",
-    judgements: Iterable[Mapping[str, Any]],
-    *,
-    benchmarks: Sequence["Dataset"] = (),
-    keep_benchmark_images: bool = False,
-    duplicate_similarity: float | None = 0.9,
-    validation_share: float = 0.0,
-    length_balanced: bool = False,
-    seed: int = 0,
-) -> Preferences:
+def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, Any]], **selection: Any) -> Preferences:
     """
     Build preference pairs from a judge's verdicts.
 
@@ -69,8 +59,9 @@ def build_preferences(
         judgements (iterable of `dict`):
             Lines of `judgements.jsonl`: `id`, `candidate`, `answers`, `scores`, `verdict`, `dropped`, `orders`,
             `model`, `prompt_version`.
-        benchmarks, keep_benchmark_images, duplicate_similarity, validation_share, length_balanced, seed:
-            See [`select_preferences`].
+        **selection:
+            `benchmarks`, `keep_benchmark_images`, `duplicate_similarity`, `validation_share`, `length_balanced`,
+            `seed`: see [`select_preferences`].
 
     Returns:
         [`Preferences`]. They may be empty; the counts say why.
@@ -82,21 +73,6 @@ def build_preferences(
     print(preferences.counts)
     ```
     """
-    pairs, rejected = _judged_pairs(candidates, judgements)
-    return select_preferences(
-        pairs,
-        rejected,
-        benchmarks=benchmarks,
-        keep_benchmark_images=keep_benchmark_images,
-        duplicate_similarity=duplicate_similarity,
-        validation_share=validation_share,
-        length_balanced=length_balanced,
-        seed=seed,
-    )
-
-
-def _judged_pairs(candidates: "Dataset", judgements: Iterable[Mapping]) -> tuple[list[dict], list[Rejected]]:
-    """Return decided judgements as preference rows, and the others with their reason."""
     by_id = {}
     columns = candidates.select_columns(["id", "image_ids", "prompt", "answers"])  # no image is decoded
     for row, candidate in enumerate(columns):
@@ -104,18 +80,21 @@ def _judged_pairs(candidates: "Dataset", judgements: Iterable[Mapping]) -> tuple
     pairs, rejected = [], []
     for judgement in judgements:
         row, candidate = by_id.get(judgement["candidate"], (None, None))
-        reason = judgement.get("dropped")
-        if reason is None and judgement["verdict"] not in (0, 1):
-            reason = "no_verdict"
-        if reason is None and candidate is None:
-            reason = "unknown_candidate"
-        if reason is None and not set(judgement["answers"]) <= set(candidate["answers"]):
-            reason = "other_answers"
-        if reason is None:
-            pairs.append(_preference_row(row, candidate, judgement))
-        else:
+        if reason := _why_unusable(judgement, candidate):
             rejected.append(Rejected(judgement["id"], reason, judgement.get("question")))
-    return pairs, rejected
+        else:
+            pairs.append(_preference_row(row, candidate, judgement))
+    return select_preferences(pairs, rejected, **selection)
+
+
+def _why_unusable(judgement: Mapping, candidate: Mapping | None) -> str | None:
+    if judgement.get("dropped") is not None:
+        return judgement["dropped"]
+    if judgement["verdict"] not in (0, 1):
+        return "no_verdict"
+    if candidate is None:
+        return "unknown_candidate"
+    return None if set(judgement["answers"]) <= set(candidate["answers"]) else "other_answers"
 
 
 def _preference_row(row: int, candidate: Mapping, judgement: Mapping) -> dict:
@@ -233,16 +212,12 @@ class _BenchmarkOverlap:
                 questions.update(plain_question(question["question"]) for question in row["questions"])
         self._questions = set().union(*self._questions_of.values())
 
-    def of(
-        self, image_ids: Sequence[str], question: str
-    ) -> Literal["image_and_question", "image", "question", "nothing"]:
-        """Return what a question about some images shares with the benchmarks."""
+    def of(self, image_ids: Sequence[str], question: str) -> str:
+        """Return what a question about some images shares with the benchmarks: `"image_and_question"`, `"nothing"` ..."""
         question = plain_question(question)
-        shared = [image for image in image_ids if image in self._questions_of]
-        if any(question in self._questions_of[image] for image in shared):
-            return "image_and_question"
-        if shared:
-            return "image"
+        asked = [self._questions_of[image] for image in image_ids if image in self._questions_of]
+        if asked:
+            return "image_and_question" if any(question in questions for questions in asked) else "image"
         return "question" if question in self._questions else "nothing"
 
 
@@ -294,13 +269,10 @@ def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
         for place in _by_margin(pairs, places):
             pair = pairs[place]
             words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
-            same = (
-                other
-                for other_words, other in kept
-                if _similarity(words, other_words) >= similarity and other["row"] != pair["row"]
-            )
-            if (other := next(same, None)) is not None:
-                gone[place] = _text(other, "prompt")
+            for others, other in kept:
+                if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
+                    gone[place] = _text(other, "prompt")
+                    break
             else:
                 kept.append((words, pair))
     return gone
