@@ -290,7 +290,7 @@ def _shape(feature) -> object:
     return getattr(feature, "dtype", "").removeprefix("large_")
 
 
-def load_records(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
+def load_records(path_or_hub_id: str | PathLike, split: str, kind: str | None = None) -> "Dataset":
     """
     Open one split of a dataset that a stage wrote or that is on the Hub. Images are decoded when they are read, and
     optional columns that are missing are filled in.
@@ -300,10 +300,23 @@ def load_records(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
             A directory of `<split>-*.parquet` files, or a Hub id.
         split (`str`):
             For example `"train"`.
+        kind (`str`, *optional*):
+            A name in `KINDS`, whose required columns it must have. By default they are not checked.
 
     Raises:
-        UserError: if the dataset or split does not exist, or the stage that writes it was interrupted.
+        UserError: if the dataset or split does not exist, if the stage that writes it was interrupted, or for other
+            columns.
     """
+    dataset = _fill_columns(_open(path_or_hub_id, split))
+    if kind is not None:
+        try:
+            check_columns(dataset, kind)
+        except UserError as error:
+            raise UserError(f"{path_or_hub_id}: {error}") from None
+    return dataset
+
+
+def _open(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
@@ -311,10 +324,10 @@ def load_records(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
     directory = Path(path_or_hub_id)
     if directory.is_dir():
         shards = [str(path) for path in complete_shards(directory, split)]
-        return _fill_columns(load_dataset("parquet", data_files={split: shards}, split=split))
+        return load_dataset("parquet", data_files={split: shards}, split=split)
     try:
         hub_id, revision = split_revision(str(path_or_hub_id))
-        return _fill_columns(load_dataset(hub_id, split=split, revision=revision))
+        return load_dataset(hub_id, split=split, revision=revision)
     except (DatasetNotFoundError, FileNotFoundError):
         raise UserError(
             f"{path_or_hub_id} is neither a directory nor a dataset on the Hub that you may read. "

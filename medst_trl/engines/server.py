@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, closest
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.source import printable
 from medst_trl.policy.chat_template import VUSR
 
@@ -256,8 +256,7 @@ def _check(settings: ServerSettings) -> None:
         )
     if not settings.base_url:
         raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
-    if settings.concurrency < 1:
-        raise UserError(f"concurrency is {settings.concurrency}. It must be at least 1.")
+    check_bounds(settings, at_least={"concurrency": 1})
 
 
 def _open(model_name_or_path: str, settings: ServerSettings) -> ServerEngine:

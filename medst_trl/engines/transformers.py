@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.processes import process_state, rank
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.schema import text_of
 
 from .decoding import SeededSampler, chat_inputs, shares_prompts, write_texts
@@ -346,8 +346,7 @@ def _check(settings: TransformersSettings) -> None:
         raise UserError(
             f"Unknown dtype {settings.dtype!r}.{closest(settings.dtype, DTYPES)} Choose one of {', '.join(DTYPES)}."
         )
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise UserError(f"batch_size is {settings.batch_size}. It must be at least 1.")
+    check_bounds(settings, at_least={"batch_size": 1})
 
 
 def _open(model_name_or_path: str, settings: TransformersSettings) -> TransformersEngine:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, closest
 
-from .scoring import clusters_of, figures, interval, resample, score_records, score_vqa, with_types
+from .scoring import clusters_of, figures, interval, resample, score_records, summarize, with_types
 
 
 if TYPE_CHECKING:
@@ -118,17 +118,17 @@ def compare_vqa(
             f"Predictions and control do not answer the same questions: {len(odd)} ids are on one side only, for "
             f"example {min(map(str, odd))!r}. Run the control again with the settings of the predictions."
         )
-    sides = {"real": list(real.values()), "control": [control[key] for key in real]}
-    values = {name: score_vqa(rows, variant, bootstrap_samples=0, **settings) for name, rows in sides.items()}
+    sides = {"real": real.values(), "control": [control[key] for key in real]}
     scored = {name: score_records(rows, variant, **settings) for name, rows in sides.items()}
     pairs = [
         {(name, *path): value for name, scores in zip(sides, both) for path, value in scores.items()}
         for both in zip(*(with_types(rows) for rows in scored.values()))
     ]
-    means = resample(zip(clusters_of([row for row, _ in scored["real"]]), pairs), bootstrap_samples, seed)
+    means = resample(zip(clusters_of(scored["real"]), pairs), bootstrap_samples, seed)
 
-    result, real_figures = values["control"], dict(figures(values["real"]))
-    result["bootstrap"] |= {"samples": bootstrap_samples, "seed": seed}
+    bootstrap = {"samples": bootstrap_samples, "seed": seed}
+    real_result, result = (summarize(rows, variant, settings, {}, bootstrap) for rows in scored.values())
+    real_figures = dict(figures(real_result))
     for path, leaf in figures(result):
         value = real_figures.get(path, {}).get("value")
         both = means.get(("real", *path), []), means.get(("control", *path), [])

@@ -83,24 +83,38 @@ def score_vqa(
     {'value': 100.0, 'n': 1, 'interval': None, 'majority': 100.0}
     ```
     """
-    own_settings = make_settings(METRICS.get(variant), settings)
     scored = score_records(records, variant, **settings)
-    clusters = clusters_of([row for row, _ in scored])
-    by_image = all(row.image_id is not None for row, _ in scored)
-    unit = "image" if by_image else "record"
+    means = resample(zip(clusters_of(scored), with_types(scored)), bootstrap_samples, seed)
+    return summarize(scored, variant, settings, means, {"samples": bootstrap_samples, "seed": seed})
+
+
+def summarize(
+    scored: list[Scored],
+    variant: str,
+    settings: Mapping[str, Any],
+    means: Mapping[FigurePath, list[float | None]],
+    bootstrap: Mapping[str, Any],
+) -> dict[str, Any]:
+    """
+    What [`score_vqa`] returns.
+
+    Args:
+        scored (`list`): Result of [`score_records`].
+        variant (`str`): Name of the metric.
+        settings (`dict`): Settings of the metric.
+        means (`dict`): Result of [`resample`]. Figures that it lacks get no interval.
+        bootstrap (`dict`): Its number of samples and its seed.
+    """
+    metric, answered = METRICS.get(variant), [row for row, _ in scored]
+    own_settings = make_settings(metric, settings)
+    by_image = all(row.image_id is not None for row in answered)
     result = {
         "variant": variant,
         **(asdict(own_settings) if own_settings else {}),
         "n": len(scored),
-        "n_images": len(set(clusters)) if by_image else None,
-        "bootstrap": {"samples": bootstrap_samples, "seed": seed, "unit": unit, "level": LEVEL},
+        "n_images": len(set(clusters_of(scored))) if by_image else None,
+        "bootstrap": {**bootstrap, "unit": "image" if by_image else "record", "level": LEVEL},
     }
-    _add_figures(result, scored, resample(zip(clusters, with_types(scored)), bootstrap_samples, seed))
-    return result
-
-
-def _add_figures(result: dict[str, Any], scored: list[Scored], means: Mapping[FigurePath, list[float | None]]) -> None:
-    metric, answered = METRICS.get(result["variant"]), [row for row, _ in scored]
     types = sorted({row.question_type for row in answered} - {None})
     values = defaultdict(list)
     for scores in with_types(scored):
@@ -118,6 +132,7 @@ def _add_figures(result: dict[str, Any], scored: list[Scored], means: Mapping[Fi
         result["question_types"] = {}
     for path, value in metric.majority(answered).items() if metric.majority else ():
         _at(result, path)["majority"] = value
+    return result
 
 
 def score_records(records: Iterable[Mapping[str, Any]], variant: str, **settings: Any) -> list[Scored]:
@@ -163,11 +178,10 @@ def read_answer(record: Mapping[str, Any], position: int = 0) -> Answered:
     )
 
 
-def clusters_of(answered: list[Answered]) -> list[Hashable]:
+def clusters_of(scored: list[Scored]) -> list[Hashable]:
     """What the bootstrap draws for each record: its image if every record names one, otherwise the record itself."""
-    if all(row.image_id is not None for row in answered):
-        return [row.image_id for row in answered]
-    return list(range(len(answered)))
+    images = [row.image_id for row, _ in scored]
+    return list(range(len(images))) if None in images else images
 
 
 def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:

@@ -213,7 +213,7 @@ class _BenchmarkOverlap:
         self._questions = set().union(*self._questions_of.values())
 
     def of(self, image_ids: Sequence[str], question: str) -> str:
-        """Return what a question about some images shares with the benchmarks: `"image_and_question"`, `"nothing"` ..."""
+        """What a question about images shares: `"image_and_question"`, `"image"`, `"question"` or `"nothing"`."""
         question = plain_question(question)
         asked = [self._questions_of[image] for image in image_ids if image in self._questions_of]
         if asked:

@@ -8,14 +8,13 @@ They hold no right answers. Ours carry them in `metadata`, which is empty in LLa
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.files import write_json, write_jsonl
-from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
-from medst_trl.evaluation.scoring import RecordError
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
 from .questions import json_rows, read_with_answers
 
@@ -23,18 +22,12 @@ from .questions import json_rows, read_with_answers
 _GOLD = ("image_id", "question", "answer", "answer_type", "question_type")
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """Predictions under LLaVA-Med's ids, with right answers if the file is one of ours."""
-    for name, row in json_rows(path, ("question_id", "prompt", "text")):
-        if isinstance(row, RecordError):
-            yield name, row
-            continue
-        metadata = row.get("metadata")
-        gold = {key: metadata[key] for key in _GOLD if key in metadata} if isinstance(metadata, Mapping) else {}
-        record = {"id": str(row["question_id"]), "question": row["prompt"], **gold, "prediction": row["text"]}
-        if row.get("model_id"):
-            record["generation"] = {"model": row["model_id"]}
-        yield name, record
+def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+    """A prediction under LLaVA-Med's id, with the right answer if the file is one of ours."""
+    metadata = row.get("metadata")
+    gold = {key: metadata[key] for key in _GOLD if key in metadata} if isinstance(metadata, Mapping) else {}
+    record = {"id": str(row["question_id"]), "question": row["prompt"], **gold, "prediction": row["text"]}
+    return record | ({"generation": {"model": row["model_id"]}} if row.get("model_id") else {})
 
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
@@ -73,7 +66,7 @@ PREDICTION_FORMATS.register(
         summary="LLaVA-Med's answer files, v1 and v1.5",
         expected="LLaVA-Med's answer files are JSON lines with question_id, prompt and text.",
         guess=lambda path, first: first.keys() >= {"question_id", "text"},
-        read=partial(read_with_answers, _rows),
+        read=partial(read_with_answers, partial(json_rows, keys=("question_id", "prompt", "text")), _record),
         write=_write,
     )
 )

@@ -9,30 +9,18 @@ It names neither questions nor images. As in MedEvalKit, the prediction is the c
 """
 
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.files import write_json
-from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 from medst_trl.evaluation.scoring import RecordError
 
 from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    """Predictions numbered from 0 in the file's order; SLAKE's questions in other languages than English as errors."""
-    for number, (name, row) in enumerate(json_rows(path, ("question", "answer", "response"))):
-        if isinstance(row, RecordError):
-            yield name, row
-        elif row.get("lang") not in (None, "en"):
-            yield name, RecordError(NOT_ENGLISH, row["lang"], name)
-        else:
-            yield name, _record(row, str(number))
 
 
 def final_answer(response: str) -> str:
@@ -64,12 +52,15 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     write_json(path, rows)
 
 
-def _record(row: dict[str, Any], number: str) -> dict[str, Any]:
+def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+    """A prediction, numbered in the file's order. SLAKE's questions in other languages than English are rejected."""
+    if row.get("lang") not in (None, "en"):
+        raise RecordError(NOT_ENGLISH, row["lang"], name)
     response = str(row["response"])
     # A file of ours has the prediction itself, which may look like markup.
     prediction = row["prediction"] if row.get("prediction") is not None else final_answer(response)
     return {
-        "id": row.get("id") or number,
+        "id": row.get("id") or str(number),
         "image_id": row.get("image_id"),
         "question": row["question"],
         "answer": row["answer"],
@@ -86,7 +77,7 @@ PREDICTION_FORMATS.register(
         summary="results.json of MedEvalKit",
         expected="MedEvalKit's results.json is an array of objects with question, answer and response.",
         guess=lambda path, first: first.keys() >= {"question", "answer", "response"},
-        read=partial(read_with_answers, _rows),
+        read=partial(read_with_answers, partial(json_rows, keys=("question", "answer", "response")), _record),
         write=_write,
     )
 )

@@ -16,9 +16,11 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.reading import read_json_records
+from medst_trl.data.schema import load_records
 from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import Benchmark, Row, check_unicode
 from medst_trl.evaluation.scoring import RecordError
+from medst_trl.evaluation.vqa import questions_of
 
 
 NOT_ENGLISH = "not in English"
@@ -49,33 +51,44 @@ def answer_type(answer: Any, given: Any) -> dict[str, Any]:
 
 
 def read_with_answers(
-    read_rows: Callable[[Path], Iterable[Row]], path: Path, benchmark: Benchmark | None, split: str
+    read_rows: Callable[[Path], Iterable[Row]],
+    make_record: Callable[[dict[str, Any], str, int], dict[str, Any]],
+    path: Path,
+    benchmark: Benchmark | None,
+    split: str,
 ) -> list[Row]:
     """
     Read the rows of a file and give them the right answers of a benchmark, or check that they have their own.
 
+    Args:
+        read_rows (`Callable`):
+            From the file to its rows as they are.
+        make_record (`Callable`):
+            From a row, its name and its number from 0 to a record. Raises a [`RecordError`] for one without use.
+        path, benchmark, split:
+            See [`PredictionFormat`].
+
     Raises:
         UserError: if the file holds no right answers and no benchmark is given, or the benchmark has other questions.
     """
-    rows = [_check(name, record) for name, record in read_rows(path)]
+    rows, records = [], []
+    for number, (name, row) in enumerate(read_rows(path)):
+        if isinstance(row, dict):
+            try:
+                row = make_record(row, name, number)
+                check_unicode(row, name)
+                records.append(row)
+            except RecordError as error:
+                row = error
+        rows.append((name, row))
     if benchmark is not None:
         return join_questions(rows, read_questions(benchmark, split), path)
-    records = [record for _, record in rows if isinstance(record, dict)]
     if records and all(record.get("answer") is None for record in records):
         raise UserError(
             f"{path} holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or "
             "LLaVA-Med's file of questions (.json)."
         )
     return rows
-
-
-def _check(name: str, record: dict[str, Any] | RecordError) -> Row:
-    try:
-        if isinstance(record, dict):
-            check_unicode(record, name)
-    except RecordError as error:
-        return name, error
-    return name, record
 
 
 def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, Any]]:
@@ -93,12 +106,7 @@ def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, 
     if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
         records = read_json_records(Path(benchmark), "id")
         return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
-    from medst_trl.data.schema import check_columns, load_records
-    from medst_trl.evaluation.vqa import questions_of
-
-    dataset = load_records(benchmark, split)
-    check_columns(dataset, "benchmark")
-    return questions_of(dataset)
+    return questions_of(load_records(benchmark, split, "benchmark"))
 
 
 def _question(record: Any, name: str) -> dict[str, Any]:

@@ -33,14 +33,10 @@ _OURS = ("id", "image_id", "answer_type", "question_type")
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """Predictions under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
     suffix = path.suffix.lower()
-    if suffix in _DELIMITERS:
-        rows = _table(_cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix]), path)
-    else:
-        rows = json_rows(path, _REQUIRED)
-    for name, row in rows:
-        yield name, row if isinstance(row, RecordError) else _record(row)
+    if suffix not in _DELIMITERS:
+        return json_rows(path, _REQUIRED)
+    return _table(_cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix]), path)
 
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
@@ -68,7 +64,8 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def _record(row: dict[str, Any]) -> dict[str, Any]:
+def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+    """A prediction under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
     answer = None if row.get("answer") == "" else row.get("answer")
     return {
         "id": str(row["index"] if row.get("id") in (None, "") else row["id"]),
@@ -123,7 +120,7 @@ PREDICTION_FORMATS.register(
         summary="tables of VLMEvalKit",
         expected=_EXPECTED,
         guess=lambda path, first: path.suffix.lower() in _DELIMITERS or first.keys() >= {"index", "prediction"},
-        read=partial(read_with_answers, _rows),
+        read=partial(read_with_answers, _rows, _record),
         write=_write,
     )
 )

@@ -47,7 +47,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
-from medst_trl.data.schema import check_columns, complete_shards, load_records
+from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import ENGINES, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
@@ -211,9 +211,8 @@ def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
         benchmark = next(iter(args.benchmark), None)
         read_predictions(args.predictions, args.predictions_format, benchmark=benchmark, split=args.split)
         return []
-    benchmarks = [load_records(name, args.split) for name in args.benchmark]
+    benchmarks = [load_records(name, args.split, "benchmark") for name in args.benchmark]
     for benchmark in benchmarks:
-        check_columns(benchmark, "benchmark")
         for control in args.controls:
             shown_rows(benchmark["image_id"][:], control, args.seed)
     return benchmarks

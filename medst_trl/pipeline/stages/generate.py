@@ -36,7 +36,7 @@ from medst_trl.base.files import explain_full_disk
 from medst_trl.base.processes import rank, world_size
 from medst_trl.base.row_log import RowLog
 from medst_trl.base.settings import check_bounds, documented
-from medst_trl.data.schema import check_columns, load_records
+from medst_trl.data.schema import load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
@@ -154,8 +154,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     kind = ENGINES.get(args.engine)
     settings = kind.settings_among(engine_settings)
     args = replace(args, images=_find_images(args.images))
-    images = load_records(args.images, args.split)
-    check_columns(images, "instruct")
+    images = load_records(args.images, args.split, "instruct")
     records, rejected = select_records(images, args.skip_records, args.max_records)
     record = StageRecord.of(STAGE, args, settings, operational=kind.operational)
     if record.status == "finished":

@@ -39,7 +39,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk, write_jsonl
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import check_columns, load_records, preference_features, write_split
+from medst_trl.data.schema import load_records, preference_features, write_split
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_complete
@@ -245,15 +245,13 @@ def _open_candidates(name: str, split: str) -> "Dataset":
             f"{name} holds no candidates, so there is nothing to judge. rejected.jsonl and stage.json of its stage "
             "say why. Generate from more images."
         )
-    candidates = load_records(name, split)
-    check_columns(candidates, "candidates")
-    return candidates.cast_column("images", List(Image(decode=False)))
+    return load_records(name, split, "candidates").cast_column("images", List(Image(decode=False)))
 
 
 def _open_benchmark(name: str) -> "Dataset":
     """Load the test split of a benchmark whose images are kept out of training."""
     try:
-        benchmark = load_records(name, "test")
+        return load_records(name, "test", "benchmark")
     except UserError as error:
         if Path(name).exists():
             raise
@@ -261,8 +259,6 @@ def _open_benchmark(name: str) -> "Dataset":
             f"benchmarks: {error} If there is no benchmark whose images must be kept out, set `benchmarks: []` in the "
             "recipe, or leave out --benchmarks."
         ) from None
-    check_columns(benchmark, "benchmark")
-    return benchmark
 
 
 def _read_captions(path: str | None) -> dict[str, str]:

@@ -183,14 +183,9 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
     """
     from datasets import concatenate_datasets
 
-    from medst_trl.data.schema import check_columns, features_of, load_records
+    from medst_trl.data.schema import features_of, load_records
 
-    datasets = [load_records(name, split) for name in names]
-    for name, dataset in zip(names, datasets, strict=True):
-        try:
-            check_columns(dataset, kind)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
+    datasets = [load_records(name, split, kind) for name in names]
     if len(datasets) == 1:
         return datasets[0]
     features = features_of(kind)

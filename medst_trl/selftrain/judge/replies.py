@@ -107,12 +107,10 @@ def valid_scores(pair) -> tuple[float, float] | None:
 def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
     """Return scores next to the name of their answer. Of several different ones, only a final one counts."""
     found: list[list[tuple[int, float]]] = [[], []]
-    for match in _LABEL_THEN_NUMBER.finditer(text):
-        number, ordinal, score = match.group(1), match.group(2), match.group(3)
-        found[_WHICH[(number or ordinal).lower()]].append((match.start(), float(score)))
-    for match in _NUMBER_THEN_LABEL.finditer(text):
-        score, number, ordinal = match.group(1), match.group(3), match.group(4)
-        found[_WHICH[(number or ordinal).lower()]].append((match.start(), float(score)))
+    for pattern, number, ordinal, score in ((_LABEL_THEN_NUMBER, 1, 2, 3), (_NUMBER_THEN_LABEL, 3, 4, 1)):
+        for match in pattern.finditer(text):
+            answer = _WHICH[(match[number] or match[ordinal]).lower()]
+            found[answer].append((match.start(), float(match[score])))
     if not all(found):
         return None
     if any(len({score for _, score in scores}) > 1 for scores in found):
