@@ -17,27 +17,28 @@ def default_workers() -> int:
     return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+@documented
 @dataclass
 class PolicySettings:
-    """Mixin for [`~transformers.TrainingArguments`]: learning rates by part, and defaults that suit the machine."""
+    """
+    Mixin for [`~transformers.TrainingArguments`]: learning rates by part, and defaults that suit the machine.
 
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
-    )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector. Default: learning_rate."}
-    )
-    dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of processes that decode and resize images in advance. Default: this process's share of "
-            "the CPU cores, at most 8, with an accelerator; 0 without one."
-        },
-    )
-    dataloader_persistent_workers: bool | None = field(
-        default=None,
-        metadata={"help": "Whether to keep the workers between epochs. Default: true with an accelerator."},
-    )
+    Args:
+        vision_learning_rate (`float`, *optional*):
+            Learning rate of the vision tower. Default: learning_rate. The paper's scripts: 2e-5 in stage 2.
+        projector_learning_rate (`float`, *optional*):
+            Learning rate of the projector. Default: learning_rate. The paper's scripts: 2e-5 in stage 2.
+        dataloader_num_workers (`int`, *optional*):
+            Number of processes that decode and resize images in advance. Default: this process's share of the CPU
+            cores, at most 8, with an accelerator; 0 without one.
+        dataloader_persistent_workers (`bool`, *optional*):
+            Whether to keep the workers between epochs. Default: true with an accelerator.
+    """
+
+    vision_learning_rate: float | None = None
+    projector_learning_rate: float | None = None
+    dataloader_num_workers: int | None = None
+    dataloader_persistent_workers: bool | None = None
 
     def __post_init__(self):
         import torch
@@ -60,78 +61,73 @@ class PolicySettings:
         super().__post_init__()
 
 
+@documented
 @dataclass
 class SelfQuestioningSettings(PolicySettings):
-    """Settings of [`SelfQuestioningConfig`] beside those of [`~trl.SFTConfig`]."""
+    """
+    Settings of [`SelfQuestioningConfig`] besides those of [`~trl.SFTConfig`].
 
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True,
-        metadata={"help": "Whether a resumed run restores the patience count of early stopping."},
-    )
-    max_length: int | None = field(
-        default=2048,
-        metadata={
-            "help": "Maximum number of tokens per sequence, including image tokens. Longer conversations are cut "
-            "after an answer."
-        },
-    )
-    sq_ratio: float = field(
-        default=0.5,
-        metadata={
-            "help": "Fraction of the eligible user turns that become <vusr> turns, sampled again in each epoch."
-        },
-    )
-    sq_first_turn: bool = field(
-        default=True, metadata={"help": "Whether the first user turn can become a <vusr> turn. The paper: false."}
-    )
-    question_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss on question tokens, relative to answer tokens."}
-    )
-    pack_sequences: bool = field(
-        default=False,
-        metadata={"help": "Pack the conversations of a batch into fewer rows without padding. Same result, faster."},
-    )
+    Args:
+        restore_callback_states_from_checkpoint (`bool`, *optional*, defaults to `True`):
+            Whether a resumed run restores the patience count of early stopping.
+        max_length (`int`, *optional*, defaults to `2048`):
+            Maximum number of tokens per sequence, including image tokens. Longer conversations are cut after an
+            answer.
+        sq_ratio (`float`, *optional*, defaults to `0.5`):
+            Fraction of the eligible user turns that become <vusr> turns, sampled again in each epoch. 1.0 is
+            the paper's setting, 0.5 that of its released scripts.
+        sq_first_turn (`bool`, *optional*, defaults to `True`):
+            Whether the first user turn is eligible. A bare <vusr> after the image asks for a first question, so it
+            should be, unless the image is described first, as in the paper.
+        question_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the loss on question tokens, relative to answer tokens.
+        pack_sequences (`bool`, *optional*, defaults to `False`):
+            Pack the conversations of a batch into fewer rows without padding. Same result, faster. A model whose
+            attention cannot separate conversations gets batches of similar length instead. Replaces TRL's packing and
+            padding_free, which do not support images.
+    """
+
+    restore_callback_states_from_checkpoint: bool = True
+    max_length: int | None = 2048
+    sq_ratio: float = 0.5
+    sq_first_turn: bool = True
+    question_loss_weight: float = 1.0
+    pack_sequences: bool = False
 
 
+@documented
 @dataclass
 class MultimodalDPOSettings(PolicySettings):
-    """Settings of [`MultimodalDPOConfig`] beside those of [`~trl.DPOConfig`]."""
+    """
+    Settings of [`MultimodalDPOConfig`] besides those of [`~trl.DPOConfig`].
 
-    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate (the paper: 5e-6)."})
-    max_length: int | None = field(
-        default=2048,
-        metadata={
-            "help": "Maximum number of tokens per sequence, including image tokens. Longer answers are truncated."
-        },
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Which pairs share a batch: `group_by_length` (pairs of similar length), `random` or `sequential`."
-        },
-    )
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several losses, summed with loss_weights: those of TRL and of plugins."},
-    )
-    share_prefix: bool = field(
-        default=True,
-        metadata={"help": "Process the image and prompt of a pair once for both answers, if the model supports it."},
-    )
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute the reference's log-probabilities of all pairs before the first step, save them for "
-            "later runs, and remove the reference from memory."
-        },
-    )
-    ref_log_probs_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory of the reference's log-probabilities. Default: reference_log_probs in a local "
-            "dataset's directory (`medst dpo`), or in output_dir."
-        },
-    )
+    Args:
+        learning_rate (`float`, *optional*, defaults to `5e-6`):
+            Peak learning rate (the paper: 5e-6).
+        max_length (`int`, *optional*, defaults to `2048`):
+            Maximum number of tokens per sequence, including image tokens. Longer answers are truncated.
+        train_sampling_strategy (`str`, *optional*, defaults to `"group_by_length"`):
+            Which pairs share a batch: `group_by_length` (pairs of similar length), `random` or `sequential`.
+        loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
+            Loss, or several losses, summed with loss_weights: those of TRL and of plugins.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Process the image and prompt of a pair once for both answers, if the model supports it. The training
+            step is the same.
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
+            Compute the reference's log-probabilities of all pairs before the first step, save them for later runs
+            from the same policy, and remove the reference from memory. The training step is the same.
+        ref_log_probs_dir (`str`, *optional*):
+            Directory of the reference's log-probabilities. Default: reference_log_probs in a local dataset's directory
+            (`medst dpo`), or in output_dir.
+    """
+
+    learning_rate: float = 5e-6
+    max_length: int | None = 2048
+    train_sampling_strategy: str = "group_by_length"
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    share_prefix: bool = True
+    precompute_ref_log_probs: bool = False
+    ref_log_probs_dir: str | None = None
 
 
 @documented

@@ -147,18 +147,13 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         else:
             batch, neutralised = self._empty_batch(), 0
         if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
-            for name in TOKEN_INPUTS:  # only the template's closing text comes after the last target
-                if name in batch:
-                    batch[name] = batch[name][:, : self.max_length]
+            for name in batch.keys() & set(TOKEN_INPUTS):  # only the template's closing text is after the last target
+                batch[name] = batch[name][:, : self.max_length]
         if self.packing is not None:
             images = [len(conversation.images) for conversation in conversations]
             pack(batch, self.packing, images, tokenizer_of(self.processor).pad_token_id, self.pad_to_multiple_of)
-        if rejected:
-            batch["rejected"] = rejected
-        if truncated := truncated - rejected.keys():
-            batch["truncated"] = sorted(truncated)
-        if neutralised:
-            batch["neutralised"] = neutralised
+        notes = {"rejected": rejected, "truncated": sorted(truncated - rejected.keys()), "neutralised": neutralised}
+        batch.update({name: value for name, value in notes.items() if value})
         return batch
 
     def _conversation(self, example: dict[str, Any]) -> Conversation:

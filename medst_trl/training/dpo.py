@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.logging import get_logger
+from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -17,7 +18,7 @@ from medst_trl.policy.adapters import train_in_full_precision
 from .arguments import MultimodalDPOSettings
 from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses
-from .preference_collator import DataCollatorForMultimodalPreference, UsablePairs, check_is_dataset, usable_pairs
+from .preference_collator import DataCollatorForMultimodalPreference, UsablePairs, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import (
     DataCollatorWithReference,
@@ -40,24 +41,8 @@ PATIENCE = 3  # logs in a row, so that one unlucky batch does not count
 @dataclass
 class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
     """
-    Configuration of [`MultimodalDPOTrainer`]: that of TRL's [`~trl.DPOConfig`] and learning rates by part.
-
-    Args:
-        vision_learning_rate (`float`, *optional*):
-            Learning rate of the vision tower. Defaults to `learning_rate`. The paper's scripts: 2e-5.
-        projector_learning_rate (`float`, *optional*):
-            Learning rate of the projector. Defaults to `learning_rate`. The paper's scripts: 2e-5.
-        share_prefix (`bool`, *optional*, defaults to `True`):
-            Whether image and prompt of a pair are read once for both answers, see [`PrefixSharing`]. The training step
-            is the same. Models that cannot do it read them twice.
-        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
-            Whether the reference reads all pairs before the first step and is then removed from memory. Its
-            log-probabilities are kept in a file, see [`ReferenceCache`], where later runs from the same policy find
-            them. The training step is the same.
-        loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
-            TRL's losses and registered ones, see [`PreferenceLoss`]; several are added up with `loss_weights`.
-        ref_log_probs_dir (`str`, *optional*):
-            Directory of these files. Defaults to `reference_log_probs` in `output_dir`.
+    Configuration of [`MultimodalDPOTrainer`]: that of TRL's [`~trl.DPOConfig`], and the settings documented in
+    [`MultimodalDPOSettings`] and [`PolicySettings`].
 
     > [!NOTE]
     > Differs from [`~trl.DPOConfig`]: `learning_rate` defaults to `5e-6` (the paper's), `max_length` to `2048`,
@@ -129,7 +114,9 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
         eval_datasets = _by_name(eval_dataset)
-        _check_datasets({"train_dataset": train_dataset, **eval_datasets}, kwargs.get("data_collator"))
+        _check_are_datasets({"train_dataset": train_dataset, **eval_datasets})
+        if kwargs.get("data_collator") is None:
+            check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
         given = kwargs.pop("ref_model", None)
         trained = _trained_parameters(model) if given is None and hasattr(model, "peft_config") else None
@@ -273,11 +260,15 @@ class WarnOfDisplacement(TrainerCallback):
             )
 
 
-def _check_datasets(datasets: dict[str, Any], data_collator: Any) -> None:
+def _check_are_datasets(datasets: dict[str, Any]) -> None:
+    """Raise a [`UserError`] for pairs that cannot all be checked before the first step."""
     for name, dataset in datasets.items():
-        check_is_dataset(dataset, name)
-    if data_collator is None:
-        check_has_images(datasets["train_dataset"])
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                f"The dataset {name!r} is of type {type(dataset).__name__}. DPO does not support streaming here, "
+                "because pairs are checked before training. Give one split as a datasets.Dataset, loaded without "
+                "streaming."
+            )
 
 
 def _trained_parameters(model: Any) -> set[str]:

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of training examples: stored and decoded, their size and whether they can be read, and blank ones."""
 
-import inspect
 import os
-import struct
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,14 +68,9 @@ def _stored(feature: Any) -> Any:
 
 
 def with_decoded_images(example: dict[str, Any]) -> dict[str, Any]:
-    """The same example with each of its images decoded, if it is not yet."""
+    """The same example with a list of decoded `images`."""
     decode = ImageFeature().decode_example
-    if isinstance(example.get("image"), dict):
-        example = {**example, "image": decode(example["image"])}
-    if any(isinstance(image, dict) for image in example.get("images") or []):
-        images = [decode(image) if isinstance(image, dict) else image for image in example["images"]]
-        example = {**example, "images": images}
-    return example
+    return with_images(example, [decode(item) if isinstance(item, dict) else item for item in images_of(example)])
 
 
 def check_has_images(dataset: Any) -> None:
@@ -83,7 +78,7 @@ def check_has_images(dataset: Any) -> None:
     example = next(iter(with_stored_images(dataset) or ()), None)
     if isinstance(example, Mapping) and not {"image", "images"} & example.keys():
         raise UserError(
-            f"The training data has columns {', '.join(example)}, but no `images`. Text without images needs it, too: "
+            f"The training data has columns {', '.join(example)}, but no `images`. Text without images needs it too: "
             'add `images: []` to every row, for instance by dataset.add_column("images", [[]] * len(dataset)).'
         )
 
@@ -103,7 +98,7 @@ def image_size(image: "Image.Image | dict[str, Any]") -> tuple[int, int]:
             return image.size
         if not _is_local(image):
             return ImageFeature().decode_example(image).size
-        with Image.open(_file(image)) as opened:
+        with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
             return opened.size[::-1] if _is_transposed(opened, image) else opened.size
 
 
@@ -121,31 +116,21 @@ def _is_transposed(opened: Image.Image, image: dict[str, Any]) -> bool:
     if opened.format == "TIFF":  # Pillow reports the size after orientation
         return False
     # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is nothing to find.
-    if opened.format == "PNG" and not {b"eXIf", b"tEXt", b"zTXt", b"iTXt"} & set(_png_chunks(image)):
+    if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", _bytes_of(image)):
         return False
     return opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
-def _png_chunks(image: dict[str, Any]) -> Iterator[bytes]:
-    """The types of all chunks of a PNG file, whose content is not read."""
-    with BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            yield kind
-            file.seek(length + 4, os.SEEK_CUR)
-
-
 def _ends_correctly(image: dict[str, Any]) -> bool:
     """Whether a JPEG has its end marker, a PNG all its chunks with their checksums; `False` for other formats."""
-    data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    data = _bytes_of(image)
     try:
         with Image.open(BytesIO(data)) as opened:
             if opened.format == "PNG":
                 opened.verify()
                 return True
             return opened.format in ("JPEG", "MPO") and data[-4096:].rstrip(b"\0").endswith(b"\xff\xd9")
-    except Exception:  # Pillow may still decode it, so it is asked
+    except Exception:  # Pillow may still be able to decode it
         return False
 
 
@@ -153,8 +138,8 @@ def _is_local(image: dict[str, Any]) -> bool:
     return image["bytes"] is not None or os.path.isfile(image["path"])
 
 
-def _file(image: dict[str, Any]) -> BytesIO | str:
-    return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+def _bytes_of(image: dict[str, Any]) -> bytes:
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
 @contextmanager
@@ -192,35 +177,26 @@ def encode_blank_images(model: "PreTrainedModel", processor: "ProcessorMixin") -
     parts = model_parts(model)
     decoder, tower = model.get_submodule(parts.language_model), model.get_submodule(parts.vision_tower)
     pixels = processor.image_processor(images=[Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))], return_tensors="pt")
-    wanted = [name for name in inspect.signature(backbone.get_image_features).parameters if name in pixels]
-    has_run = False
-
-    def begin(module, args):
-        nonlocal has_run
-        has_run = False
-
-    def note(module, args):
-        nonlocal has_run
-        has_run = True
+    pixels = {name: pixels[name] for name in signature(backbone.get_image_features).parameters if name in pixels}
+    runs = []  # of the vision tower since the backbone began
 
     def add_nothing(module, args, kwargs):
-        if has_run or kwargs.get("inputs_embeds") is None:
+        if runs or kwargs.get("inputs_embeds") is None:
             return None
         embeddings, dtype = kwargs["inputs_embeds"], next(tower.parameters()).dtype
-        blank = {name: _like(pixels[name], embeddings.device, dtype) for name in wanted}
+        blank = {
+            name: value.to(embeddings.device, dtype if value.is_floating_point() else None)
+            for name, value in pixels.items()
+        }
         features = backbone.get_image_features(**blank, return_dict=True)
         layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
         nothing = sum((rows.float() * 0).sum() for rows in _tensors(layers))
         return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
 
-    backbone.register_forward_pre_hook(begin)
-    tower.register_forward_pre_hook(note)
+    backbone.register_forward_pre_hook(lambda module, args: runs.clear())
+    tower.register_forward_pre_hook(lambda module, args: runs.append(True))
     # Before the decoder, where images are encoded otherwise, so that every rank runs its layers in one order.
     decoder.register_forward_pre_hook(add_nothing, with_kwargs=True)
-
-
-def _like(value: "torch.Tensor", device: "torch.device", dtype: "torch.dtype") -> "torch.Tensor":
-    return value.to(device, dtype if value.is_floating_point() else None)
 
 
 def _tensors(features: Any) -> "Iterator[torch.Tensor]":

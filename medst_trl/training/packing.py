@@ -21,12 +21,13 @@ from datasets import Dataset
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
+from trl.trainer.utils import pad
 
 from medst_trl.policy.families import family_of
 from medst_trl.policy.spans import render_conversation
 from medst_trl.policy.vusr import tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, as_conversation
+from .encoding import IGNORED, TOKEN_INPUTS, Conversation, as_conversation
 from .images import UnreadableImage, image_size, images_of, with_images, with_stored_images
 
 
@@ -57,7 +58,7 @@ def packing_cost(model: "PreTrainedModel") -> tuple[float | None, str]:
         return None, f"documents in one row are not known to stay separate in {kind} with {language.model_type}"
     attention = language._attn_implementation
     if attention in ("sdpa", "eager", "flex_attention"):
-        # Under a mask all of the row is computed: 4 x size operations per pair of tokens and layer, beside 24 x size^2
+        # Under a mask all of the row is computed: 4 x size operations per pair of tokens and layer, and 24 x size^2
         # for a token's projections. Attention runs at about half the rate of those.
         return 2 * 4 / (24 * language.hidden_size), ""
     if "flash" in attention:
@@ -92,27 +93,19 @@ def pack(
             If set, the rows' length is a multiple of it.
     """
     lengths = batch.pop("attention_mask").sum(1).tolist()
-    width = batch["input_ids"].shape[1]
     rows = rows_of(lengths, cost)
-    length = max(sum(lengths[document] for document in row) for row in rows)
-    length += -length % (pad_to_multiple_of or 1)
 
-    source = torch.zeros(len(rows), length, dtype=torch.long)  # index into the flat padded batch
-    positions = torch.zeros_like(source)
-    token_mask = torch.zeros_like(source, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        start = 0
-        for document in row:
-            end = start + lengths[document]
-            positions[index, start:end] = torch.arange(end - start)
-            source[index, start:end] = positions[index, start:end] + document * width
-            start = end
-        token_mask[index, :start] = True
-        positions[index, start:] = torch.arange(length - start)
+    def in_rows(documents: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+        joined = [torch.cat([documents[document] for document in row]) for row in rows]
+        return pad(joined, fill, "right", pad_to_multiple_of)
 
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     for name in batch.keys() & set(TOKEN_INPUTS):
-        batch[name] = batch[name].flatten()[source].masked_fill(~token_mask, fills.get(name, 0))
+        documents = [tokens[:length] for tokens, length in zip(batch[name], lengths, strict=True)]
+        batch[name] = in_rows(documents, fills.get(name, 0))
+    token_mask = in_rows([torch.ones(length, dtype=torch.bool) for length in lengths], False)
+    in_padding = torch.arange(token_mask.shape[1]) - token_mask.sum(1, keepdim=True)
+    positions = torch.where(token_mask, in_rows([torch.arange(length) for length in lengths], 0), in_padding)
     batch["labels"][positions == 0] = IGNORED
     batch["question_mask"][positions == 0] = False
     batch["position_ids"] = positions
@@ -302,7 +295,7 @@ def conversation_lengths(
 
     lengths, tokenizer = [], tokenizer_of(processor)
     for examples in _chunks(with_stored_images(dataset), 256):
-        conversations = [as_conversation(_with_sizes(example), _messages(example)) for example in examples]
+        conversations = [_with_sizes(example) for example in examples]
         texts = [render_conversation(processor, conversation.messages).text for conversation in conversations]
         tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for ids, conversation in zip(tokens, conversations, strict=True):
@@ -311,22 +304,20 @@ def conversation_lengths(
     return lengths
 
 
-def _messages(example: dict[str, Any]) -> list[dict[str, Any]]:
-    return example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
-
-
 def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     examples = iter(examples)
     while chunk := list(islice(examples, size)):
         yield chunk
 
 
-def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
-    """An example with its images replaced by their (height, width)."""
-    sizes = []
-    for image in images_of(example):
-        try:
-            sizes.append(image_size(image)[::-1])
-        except UnreadableImage:  # the collator will reject its example
-            sizes.append((UNREADABLE_SIDE, UNREADABLE_SIDE))
-    return with_images(example, sizes)
+def _with_sizes(example: dict[str, Any]) -> Conversation:
+    """The conversation of an example, its images replaced by their (height, width)."""
+    messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+    return as_conversation(with_images(example, [_height_and_width(image) for image in images_of(example)]), messages)
+
+
+def _height_and_width(image: Any) -> tuple[int, int]:
+    try:
+        return image_size(image)[::-1]
+    except UnreadableImage:  # the collator will reject its example
+        return UNREADABLE_SIDE, UNREADABLE_SIDE

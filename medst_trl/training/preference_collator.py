@@ -6,12 +6,14 @@ Which pairs can be trained on is decided before the first step, at the cost of o
 batch would leave ranks with batches of different size, which TRL gathers as if they were equal.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from PIL import Image
+from tqdm.auto import tqdm
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
@@ -209,15 +211,6 @@ class UsablePairs:
     lengths: list[int]
 
 
-def check_is_dataset(dataset: Any, name: str) -> None:
-    """Raise a [`UserError`] for pairs that cannot all be checked before the first step."""
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"The dataset {name!r} is of type {type(dataset).__name__}. DPO does not support streaming here, because "
-            "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
-        )
-
-
 def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int | None) -> UsablePairs:
     """
     Reject the pairs that cannot be trained on.
@@ -236,8 +229,6 @@ def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int 
     Raises:
         UserError: if none is left.
     """
-    from tqdm.auto import tqdm
-
     kept, lengths, reasons, truncated, image_tokens = [], [], {}, 0, {}
     for place, example in enumerate(tqdm(with_stored_images(dataset), "checking pairs", unit="pair", disable=None)):
         reason, answers = _check_pair(example, processor, max_length, image_tokens)
@@ -249,10 +240,8 @@ def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int 
         else:
             reasons[str(example.get("id") or place)] = reason
     if not kept:
-        counts = {reason: list(reasons.values()).count(reason) for reason in REJECTION_REASONS}
-        found = "; ".join(
-            f"{n} because {REJECTION_REASONS[r].format(max_length=max_length)}" for r, n in counts.items() if n
-        )
+        counts, whys = Counter(reasons.values()), REJECTION_REASONS.items()
+        found = "; ".join(f"{counts[r]} because {why.format(max_length=max_length)}" for r, why in whys if counts[r])
         raise UserError(f"No preference pair can be trained on: {found or 'the dataset is empty'}.")
     return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)
 

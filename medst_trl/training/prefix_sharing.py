@@ -136,14 +136,10 @@ class PrefixSharing:
             attention = attention_for(self.attention, shared_length, inputs["input_ids"].device)
             has_images = any(torch.is_tensor(value) and name not in TOKEN_INPUTS for name, value in inputs.items())
             kind = (has_images, attention)
+            share = functools.partial(self._shared, model, inputs, prefix_length, shared_length, attention)
             if kind not in self.agrees:
-                may_compare = not (self.is_sharded and self.agrees)
-                self.agrees[kind] = may_compare and self._compare(
-                    model, inputs, prefix_length, shared_length, attention
-                )
-            if not self.agrees[kind]:
-                return self._stock(model, **with_images_twice(inputs))
-            return self._shared(model, inputs, prefix_length, shared_length, attention)
+                self.agrees[kind] = not (self.is_sharded and self.agrees) and self._compare(model, inputs, share)
+            return share() if self.agrees[kind] else self._stock(model, **with_images_twice(inputs))
 
         return forward
 
@@ -180,7 +176,7 @@ class PrefixSharing:
         output = self.forward(model, **{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
         return _in_stock_layout(output, layout, labels)
 
-    def _compare(self, model: "PreTrainedModel", inputs: dict[str, Any], *how_to_share) -> bool:
+    def _compare(self, model: "PreTrainedModel", inputs: dict[str, Any], share: Callable[[], Any]) -> bool:
         """Whether both layouts give the same log-probabilities. Warns if not."""
         training = model.training
         model.eval()  # dropout would differ
@@ -189,7 +185,7 @@ class PrefixSharing:
                 stock = self._stock(model, **with_images_twice(inputs)).log_probs
                 problem = None
                 try:
-                    shared = self._shared(model, inputs, *how_to_share).log_probs
+                    shared = share().log_probs
                 except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
                     if should_reduce_batch_size(error):
                         raise

@@ -3,7 +3,7 @@
 """`precompute_ref_log_probs` for images: the reference reads each pair once and is then removed from memory.
 
 TRL (1.16) refuses the option for images, because it keeps the numbers as columns of a dataset that it would have to
-copy. Here they are in a file beside the dataset, which later runs, also of other people, can trust: the file's name is
+copy. Here they are in a file beside the dataset, that later runs, and other people's, can trust: the file's name is
 the hash of the reference and of all settings that affect the numbers, a row's key that of messages and pixels. After
 any change the key is simply not found. The collator adds the numbers to each batch.
 """
@@ -15,8 +15,7 @@ import math
 import os
 import platform
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -25,8 +24,11 @@ from functools import partial
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch.utils.data import ConcatDataset, DataLoader
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # to be raised when the numbers of earlier files must no longer be used
 _METADATA = b"medst_trl"
+_COLUMNS = pa.schema({"pair": pa.string(), "id": pa.string(), "chosen": pa.float32(), "rejected": pa.float32()})
 _WHAT = (
     "Log-probabilities of preference pairs under a reference model: natural logarithm, summed over the tokens of the "
     "answer, its prompt given. A pair's key is the SHA-256 of its messages and pixels (medst_trl pair_key); the file "
@@ -180,13 +183,12 @@ def about_reference(model: torch.nn.Module) -> dict[str, Any]:
     base = base_of(model)
     name = base.config._name_or_path or ""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name)
-    packages = [
-        import_module(name) for name in ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    ]
+    packages = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
+    versions = {name: import_module(name).__version__ for name in packages}
     return {
         "base_model": (name if is_hub_id else Path(name).name) or type(base).__name__,
         "adapter": hasattr(model, "get_base_model"),
-        "versions": {"python": platform.python_version()} | {item.__name__: item.__version__ for item in packages},
+        "versions": {"python": platform.python_version()} | versions,
     }
 
 
@@ -289,11 +291,8 @@ def _keys_of(pairs: ConcatDataset, trainer: "DPOTrainer") -> list[str]:
     """The key of each pair; images are decoded in the workers of the data loader."""
     accelerator = trainer.accelerator
     mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
-    loader = DataLoader(
-        pairs, batch_size=16, sampler=mine, collate_fn=_pair_keys, num_workers=trainer.args.dataloader_num_workers
-    )
-    found = chain.from_iterable(tqdm(loader, "looking up pairs", unit="batch", disable=_quiet(trainer)))
-    return [key for _, key in sorted(gather_object(list(zip(mine, found, strict=True))))]
+    found = _batches(trainer, "looking up pairs", pairs, collate_fn=_pair_keys, sampler=mine, batch_size=16)
+    return [key for _, key in sorted(gather_object(list(zip(mine, chain.from_iterable(found), strict=True))))]
 
 
 def _pair_keys(examples: list[dict[str, Any]]) -> list[str]:
@@ -306,25 +305,21 @@ def _compute(
     """Compute this rank's share."""
     computed = {}
     collate = partial(_with_ids, trainer.data_collator)
-    workers = trainer.args.dataloader_num_workers
-    loader = DataLoader(pairs, batch_sampler=batches, collate_fn=collate, num_workers=workers)
-    progress = tqdm(loader, "reference log-probabilities", unit="batch", disable=_quiet(trainer))
-    with cache.append() as file:
-        for places, (ids, batch) in zip(batches, progress, strict=True):
-            for name in ("neutralised", "weight", "probability"):
-                batch.pop(name, None)
-            batch = trainer._prepare_inputs(batch)
-            log_probs = (part.float().tolist() for part in trainer.compute_ref_log_probs(trainer.ref_model, batch))
-            rows = {}
-            for place, *row in zip(places, ids, *log_probs, strict=True):
-                rows[keys[place]] = ReferenceLogProbs(*row)
-                if not all(math.isfinite(number) for number in row[1:]):
-                    raise UserError(
-                        f"Record {row[0]!r}: its log-probabilities under the reference are {row[1]} (chosen) and "
-                        f"{row[2]} (rejected). Compute in float32 or bf16, or remove the record."
-                    )
-            cache.write_lines(file, rows)
-            computed |= rows
+    collated = _batches(trainer, "reference log-probabilities", pairs, collate_fn=collate, batch_sampler=batches)
+    for places, (ids, batch) in zip(batches, collated, strict=True):
+        for name in ("neutralised", "weight", "probability"):
+            batch.pop(name, None)
+        batch = trainer._prepare_inputs(batch)
+        log_probs = (part.float().tolist() for part in trainer.compute_ref_log_probs(trainer.ref_model, batch))
+        rows = {keys[place]: ReferenceLogProbs(*row) for place, *row in zip(places, ids, *log_probs, strict=True)}
+        for key, row in rows.items():
+            if not _is_sound(key, row):
+                raise UserError(
+                    f"Record {row.id!r}: its log-probabilities under the reference are {row.chosen} (chosen) and "
+                    f"{row.rejected} (rejected). Compute in float32 or bf16, or remove the record."
+                )
+        cache.append(rows)
+        computed |= rows
     return computed
 
 
@@ -333,8 +328,11 @@ def _with_ids(collator: Callable, examples: list[dict[str, Any]]) -> tuple[list[
     return ids, collator([with_decoded_images(example) for example in examples])
 
 
-def _quiet(trainer: "DPOTrainer") -> bool:
-    return trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+def _batches(trainer: "DPOTrainer", title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
+    """This rank's batches, which the data loader's workers prepare, with a progress bar on the main process."""
+    loader = DataLoader(pairs, num_workers=trainer.args.dataloader_num_workers, **how)
+    is_quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return tqdm(loader, title, unit="batch", disable=is_quiet)
 
 
 def _without(config: Any) -> Any:
@@ -367,6 +365,7 @@ class ReferenceCache:
         self.key = sha256_of(self.settings)[:32]
         self.directory = Path(directory)
         self.path = self.directory / f"{self.key}.parquet"
+        self._part = self.directory / f".{self.key}.{uuid4().hex}.part"
 
     def read(self) -> dict[str, ReferenceLogProbs]:
         """
@@ -376,50 +375,27 @@ class ReferenceCache:
         known = self._read_file()
         for part in self.parts():
             known |= _read_part(part)
-        return known
+        return {key: row for key, row in known.items() if _is_sound(key, row)}
 
     def parts(self) -> list[Path]:
         """Files that runs left that did not reach [`ReferenceCache.write`]."""
         return sorted(self.directory.glob(f".{self.key}.*.part"))
 
-    @contextmanager
-    def append(self) -> Iterator[TextIO]:
-        """A file of this process for [`write_lines`], which remains if the process is killed."""
-        with self._explain_directory():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{self.key}.", suffix=".part", dir=self.directory)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            yield file
-            path = Path(name)
-            if file.tell() == 0:
-                path.unlink(missing_ok=True)
-
-    def write_lines(self, file: TextIO, rows: Mapping[str, ReferenceLogProbs]) -> None:
-        """Append what was just computed, so that it is kept if the process is killed."""
-        with explain_full_disk(self.directory):
-            file.writelines(json.dumps([key, *row]) + "\n" for key, row in rows.items())
-            file.flush()
+    def append(self, rows: Mapping[str, ReferenceLogProbs]) -> None:
+        """Append what was just computed to a file of this process, so that it is kept if the process is killed."""
+        if rows:
+            with self._writing(), open(self._part, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps([key, *row]) + "\n" for key, row in rows.items())
 
     def write(self, rows: Mapping[str, ReferenceLogProbs]) -> None:
         """Write `rows` and everything else that is known to the file, and remove the parts."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         parts = self.parts()
         rows = dict(rows) | {key: row for key, row in self.read().items() if key not in rows}
         metadata = {"what": _WHAT, "settings": self.settings, "about": self.about}
-        table = pa.table(
-            {
-                "pair": pa.array(rows),
-                "id": pa.array([row.id for row in rows.values()], pa.string()),
-                "chosen": pa.array([row.chosen for row in rows.values()], pa.float32()),
-                "rejected": pa.array([row.rejected for row in rows.values()], pa.float32()),
-            },
-            metadata={_METADATA: json.dumps(metadata, ensure_ascii=False)},
-        )
-        with self._explain_directory(), explain_full_disk(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            temporary = self.directory / f".{self.key}.{os.getpid()}.tmp"
+        schema = _COLUMNS.with_metadata({_METADATA: json.dumps(metadata, ensure_ascii=False)})
+        table = pa.Table.from_pylist([{"pair": key, **row._asdict()} for key, row in rows.items()], schema)
+        with self._writing():
+            temporary = self.directory / f".{self.key}.{os.getpid()}.tmp"  # several runs may write the same file
             pq.write_table(table, temporary, write_page_checksum=True)
             os.replace(temporary, self.path)
         for part in parts:
@@ -427,33 +403,32 @@ class ReferenceCache:
                 part.unlink()
 
     def _read_file(self) -> dict[str, ReferenceLogProbs]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if not self.path.exists():
             return {}
         try:
             table = pq.read_table(self.path, page_checksum_verification=True)
             written_for = json.loads(table.schema.metadata[_METADATA])["settings"]
-            columns = (table[name].to_pylist() for name in ("pair", "id", "chosen", "rejected"))
-            rows = {key: ReferenceLogProbs(*row) for key, *row in zip(*columns, strict=True)}
+            rows = {row.pop("pair"): ReferenceLogProbs(**row) for row in table.to_pylist()}
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             return self._discard(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
         if sha256_of(written_for) != sha256_of(self.settings):
             return self._discard("it was written for another reference, and renamed")
-        return {key: row for key, row in rows.items() if _is_sound(key, row)}
+        return rows
 
     def _discard(self, problem: str) -> dict[str, ReferenceLogProbs]:
         broken = self.path.with_name(f"{self.path.name}.broken")
-        with self._explain_directory():
+        with self._writing():
             os.replace(self.path, broken)
         logger.warning("Renamed %s to %s: %s. Its numbers are computed again.", self.path, broken.name, problem)
         return {}
 
     @contextmanager
-    def _explain_directory(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
+        """Make the directory, and explain why something cannot be written to it."""
         try:
-            yield
+            with explain_full_disk(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                yield
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(
                 f"The reference's log-probabilities cannot be written to {self.directory} ({error.strerror}). Set "
@@ -464,18 +439,11 @@ class ReferenceCache:
 def _read_part(path: Path) -> dict[str, ReferenceLogProbs]:
     """The complete lines of a part; the last may be truncated."""
     rows = {}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # its run has just finished
-        return {}
-    for line in lines:
-        try:
-            key, *row = json.loads(line)
-            row = ReferenceLogProbs(*row)
-        except (ValueError, TypeError):
-            continue
-        if _is_sound(key, row):
-            rows[key] = row
+    with suppress(OSError):  # its run has just finished
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError):
+                key, *row = json.loads(line)
+                rows[key] = ReferenceLogProbs(*row)
     return rows
 
 

@@ -8,12 +8,14 @@ largest number, complete or not. A run killed while it wrote one would not start
 
 import json
 import logging
-import re
+import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import get_last_checkpoint
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import leave_peers
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def resume_checkpoint(output_dir: str | Path, accelerator: "Accelerator") -> str | None:
@@ -81,27 +81,23 @@ def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -
     Returns:
         `str` or `None`: The newest complete checkpoint, `None` if there is none.
     """
-    numbered = [(_CHECKPOINT.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    found = [(int(match[1]), path) for match, path in numbered if match]
-    for _, path in sorted(found, reverse=True):
+    while os.path.isdir(output_dir) and (found := get_last_checkpoint(output_dir)):
+        path = Path(found)
         problem = _incomplete(path)
         if problem is None:
             writers = len(list(path.glob("rng_state*.pth")))
             if writers != num_processes:
                 logger.warning(
-                    "%s was written by %d processes and is resumed by %d: random draws will differ from those of an "
-                    "uninterrupted run.",
-                    path,
-                    writers,
-                    num_processes,
+                    f"{path} was written by {writers} processes and is resumed by {num_processes}: random draws will "
+                    "differ from those of an uninterrupted run."
                 )
-            return str(path)
+            return found
         broken = path.with_name(f"{path.name}.broken")
         number = 2
         while broken.exists():
             broken, number = path.with_name(f"{path.name}.broken-{number}"), number + 1
         path.rename(broken)
-        logger.warning("Renamed the checkpoint %s to %s: %s.", path, broken.name, problem)
+        logger.warning(f"Renamed the checkpoint {path} to {broken.name}: {problem}.")
     return None
 
 
@@ -137,8 +133,6 @@ def _sharded(checkpoint: Path) -> bool:
 
 
 def _unreadable(weights: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(weights, framework="numpy") as file:  # checks the header against the file's length
             file.keys()

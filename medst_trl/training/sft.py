@@ -27,26 +27,8 @@ logger = get_logger(__name__)
 @dataclass
 class SelfQuestioningConfig(SelfQuestioningSettings, SFTConfig):
     """
-    Configuration of [`SelfQuestioningTrainer`]: that of TRL's [`~trl.SFTConfig`] and the settings of self-questioning.
-
-    Args:
-        sq_ratio (`float`, *optional*, defaults to `0.5`):
-            Share of the eligible user turns that become `<vusr>` turns, drawn again in each epoch. `1.0` is the
-            paper's setting, `0.5` that of its released scripts.
-        sq_first_turn (`bool`, *optional*, defaults to `True`):
-            Whether the first user turn is eligible. A bare `<vusr>` after the image asks for a first question, so it
-            should be, unless the image is described first, as in the paper.
-        question_loss_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the loss on question tokens, relative to answer tokens.
-        vision_learning_rate (`float`, *optional*):
-            Learning rate of the vision tower. Defaults to `learning_rate`.
-        projector_learning_rate (`float`, *optional*):
-            Learning rate of the projector. Defaults to `learning_rate`.
-        pack_sequences (`bool`, *optional*, defaults to `False`):
-            Whether the conversations of a batch are packed into fewer rows without padding. The training step is the
-            same. A model whose attention cannot separate conversations gets padded batches of conversations of similar
-            length instead (`train_sampling_strategy="group_by_length"`). Replaces TRL's `packing` and `padding_free`,
-            which do not support images.
+    Configuration of [`SelfQuestioningTrainer`]: that of TRL's [`~trl.SFTConfig`], and the settings documented in
+    [`SelfQuestioningSettings`] and [`PolicySettings`].
 
     > [!NOTE]
     > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's),

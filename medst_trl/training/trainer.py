@@ -1,10 +1,11 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What both trainers do beside their loss: load and save a policy, train its parts at their own rates, feed images."""
+"""What both trainers share, losses apart: load and save a policy, train its parts at their own rates, feed images."""
 
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
     waited for data; a warning explains what to do if it stays above a tenth.
     """
 
-    extra_columns: tuple[str, ...] = ("id",)  # what the collators read beside TRL's columns
+    extra_columns: tuple[str, ...] = ("id",)  # what the collators read besides TRL's columns
 
     @staticmethod
     def load_model(
@@ -112,12 +113,11 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trained parameters of each part."""
-        parts, counts = self.model_parts(), {}
+        parts, counts = self.model_parts(), Counter()
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             if parameter.requires_grad:
-                part = parts.part_of(name)
-                counts[part] = counts.get(part, 0) + parameter.numel()
-        return counts
+                counts[parts.part_of(name)] += parameter.numel()
+        return dict(counts)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's optimizer with its groups split by part; a group's `part` names it."""
@@ -267,8 +267,7 @@ class RejectedExamples(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.write(Path(args.output_dir))
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.write(Path(args.output_dir))
+    on_train_end = on_save
 
     def write(self, directory: Path) -> dict[str, int]:
         """
@@ -286,9 +285,8 @@ class RejectedExamples(TrainerCallback):
             values = {"too_long": f"max_length={self.max_length}"}
             rows = ({"id": key, "reason": why, "value": values.get(why, "")} for key, why in sorted(reasons.items()))
             write_jsonl(path, rows)
-        return {
-            reason: list(reasons.values()).count(reason) for reason in REJECTION_REASONS if reason in reasons.values()
-        }
+        counts = Counter(reasons.values())
+        return {reason: counts[reason] for reason in REJECTION_REASONS if counts[reason]}
 
     def count_truncated(self) -> int:
         """Number of examples truncated at `max_length` on any rank. To be called on every rank."""

@@ -59,7 +59,7 @@ def cached(output_dir, **overrides) -> MultimodalDPOTrainer:
 
 
 def files(output_dir) -> list[Path]:
-    return sorted((output_dir / "reference_log_probs").iterdir())
+    return sorted((output_dir / "reference_log_probs").glob("*"))
 
 
 def figures(trainer) -> list[dict[str, float]]:
@@ -543,11 +543,6 @@ def rows(*numbers: int) -> dict[str, ReferenceLogProbs]:
     return {pair_key(pair(number)): ReferenceLogProbs(f"p{number}", -number - 0.5, -1.25) for number in numbers}
 
 
-def append(cache: ReferenceCache, known: dict[str, ReferenceLogProbs]) -> None:
-    with cache.append() as file:
-        cache.write_lines(file, known)
-
-
 def changed(**changes) -> dict:
     return {**copy.deepcopy(pair(1)), **changes}
 
@@ -638,9 +633,11 @@ def test_a_damaged_file_is_marked_broken_and_written_again(tmp_path, caplog, dam
 def test_lines_of_an_interrupted_run_are_read_except_damaged_ones(tmp_path):
     cache = ReferenceCache(tmp_path, SETTINGS)
     cache.write(rows(1))
-    append(cache, rows(2, 3))
-    append(cache, rows(4))  # another rank
-    append(ReferenceCache(tmp_path, {}), rows(8))  # another reference
+    cache.append(rows(2))
+    cache.append(rows(3))
+    ReferenceCache(tmp_path, SETTINGS).append(rows(4))  # another rank
+    ReferenceCache(tmp_path, {}).append(rows(8))  # another reference
+    assert len(cache.parts()) == 2
     first = next(path for path in cache.parts() if '"p3"' in path.read_text())
     first.write_text(first.read_text()[:-4] + "\n" + '["x", "p9", 1.0, 2.0]\n["y"]\nnull\n\0\0\0')
     assert cache.read() == rows(1, 2, 4)
@@ -651,17 +648,18 @@ def test_lines_of_an_interrupted_run_are_read_except_damaged_ones(tmp_path):
 
 def test_non_finite_numbers_are_not_read(tmp_path):
     cache, (key,) = ReferenceCache(tmp_path, SETTINGS), rows(1)
-    with cache.append() as file:
-        for value in ("NaN", "Infinity", "null", '"-1"'):
-            file.write(f'["{key}", "p1", {value}, -1.0]\n')
-    assert cache.read() == {}
+    cache.append(rows(1))
+    (part,) = cache.parts()
+    for value in ("NaN", "Infinity", "null", '"-1"'):
+        part.write_text(f'["{key}", "p1", {value}, -1.0]\n')
+        assert cache.read() == {}
     cache.write({key: ReferenceLogProbs("p1", float("nan"), -1.0)})
     assert cache.read() == {}
 
 
 def test_no_file_is_left_if_nothing_is_computed(tmp_path):
-    append(ReferenceCache(tmp_path / "new", SETTINGS), {})
-    assert not list((tmp_path / "new").iterdir())
+    ReferenceCache(tmp_path / "new", SETTINGS).append({})
+    assert not list((tmp_path / "new").glob("*"))
 
 
 def test_an_unwritable_directory_is_named(tmp_path):
@@ -670,4 +668,4 @@ def test_an_unwritable_directory_is_named(tmp_path):
         with pytest.raises(UserError, match="ref_log_probs_dir"):
             cache.write(rows(1))
         with pytest.raises(UserError, match="ref_log_probs_dir"):
-            append(cache, rows(1))
+            cache.append(rows(1))

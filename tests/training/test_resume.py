@@ -68,7 +68,7 @@ def test_the_newest_checkpoint_is_used(checkpoints):
 @pytest.mark.parametrize(
     "name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )
-@pytest.mark.parametrize("damage", ["missing", "cut short"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_broken_checkpoint_is_renamed(checkpoints, name, damage):
     path = checkpoints / "checkpoint-6" / name
     if damage == "missing":

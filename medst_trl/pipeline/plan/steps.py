@@ -19,7 +19,7 @@ from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
 from medst_trl.pipeline.settings import parse
 from medst_trl.pipeline.stage import Count
-from medst_trl.pipeline.stages.batch_size import set_accumulation
+from medst_trl.pipeline.stages.training import set_accumulation
 
 
 if TYPE_CHECKING:

@@ -25,22 +25,25 @@ them from there, `medst push` publishes them, and for a dataset on the Hub they 
 """
 
 import os
+import shutil
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.files import atomic_path, write_jsonl
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.training.arguments import MultimodalDPOSettings
+from medst_trl.training.losses import loss_help
 
 from .training import (
     PolicyArguments,
     check_settings,
+    describe_run,
     end_of_log,
     listed_settings,
-    load_trainable_policy,
     new_adapter,
     train_policy,
 )
@@ -50,42 +53,45 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
+@documented
 @dataclass
 class DpoArguments(PolicyArguments):
-    """Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`]."""
+    """
+    Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`].
 
-    dataset: str = field(metadata={"help": "Directory or Hub id of preference pairs (`medst judge` writes them)."})
-    train_vision: bool = field(
-        default=True, metadata={"help": "Whether to train the adapter's LoRA layers in the vision tower further."}
-    )
+    Args:
+        dataset (`str`):
+            Directory or Hub id of preference pairs (`medst judge` writes them).
+        train_vision (`bool`, *optional*, defaults to `True`):
+            Whether to train the adapter's LoRA layers in the vision tower further.
+    """
+
+    dataset: str
+    train_vision: bool = True
 
 
 def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
-    check(args, training_args)
-    train_policy(
-        args,
-        training_args,
-        stage="dpo",
-        kind="preferences",
-        examples=STAGE.trains,
-        make_trainer=partial(make_trainer, args, training_args),
-        summarize=summarize,
-    )
+    train_policy(STAGE, args, training_args, make_trainer, summarize)
 
 
 def make_trainer(
-    args: DpoArguments, training_args: "MultimodalDPOConfig", datasets: "dict[str, Dataset]"
+    args: DpoArguments,
+    training_args: "MultimodalDPOConfig",
+    model: "PreTrainedModel | PeftModel",
+    processor: "ProcessorMixin",
+    **datasets: "Dataset | None",
 ) -> "MultimodalDPOTrainer":
     from medst_trl import MultimodalDPOTrainer
     from medst_trl.policy.adapters import freeze_vision
 
     if training_args.precompute_ref_log_probs:
         training_args.ref_log_probs_dir = _reference_directory(args.dataset, training_args)
-    model, processor = load_trainable_policy(args, training_args)
     if not args.train_vision:
         freeze_vision(model)
     # DPO compares log-probabilities with and without the adapter, so dropout is off.
@@ -93,33 +99,24 @@ def make_trainer(
     return MultimodalDPOTrainer(
         model=model,
         args=training_args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
         processing_class=processor,
         peft_config=new_adapter(args, model, processor, **changes),
+        **datasets,
     )
 
 
 def summarize(trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
     """Counts, metrics and a summary of a finished run; `rejected.jsonl` is written."""
-    from medst_trl.base.files import write_jsonl
-
-    reasons, truncated = trainer.pairs.rejected_records, trainer.pairs.truncated
+    reasons = trainer.pairs.rejected_records
     if reasons and trainer.accelerator.is_main_process:
-        path = os.path.join(trainer.args.output_dir, "rejected.jsonl")
-        write_jsonl(path, ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items()))
-    rejected, usable = dict(Counter(reasons.values())), len(trainer.train_dataset)
+        rows = ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items())
+        write_jsonl(Path(trainer.args.output_dir, "rejected.jsonl"), rows)
+    counts = {"pairs": records, "set_aside": dict(Counter(reasons.values())), "truncated": trainer.pairs.truncated}
     kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
     means = end_of_log(trainer.state.log_history)
     metrics = {name: mean for name, mean in means.items() if name in ("train_loss", "loss") or name.startswith(kinds)}
-    summary = (
-        f"Stage 2 is done: {trainer.state.global_step} steps on {usable} preference pairs"
-        + "".join(f", {count} rejected as {reason} (rejected.jsonl)" for reason, count in rejected.items())
-        + (f", {truncated} with an answer cut at max_length" if truncated else "")
-        + f".{_outcome(metrics)}"
-    )
-    counts = {"pairs": records, "set_aside": rejected, "truncated": truncated}
-    return counts, metrics, summary
+    trained_on = describe_run(trainer, f"{len(trainer.train_dataset)} preference pairs", counts)
+    return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
 
 
 def _outcome(metrics: dict[str, float]) -> str:
@@ -159,20 +156,11 @@ def _downloaded(hub_id: str) -> "Iterable[Path]":
 
 
 def _copy_new(files: "Iterable[Path]", directory: Path) -> None:
-    import shutil
-
-    from medst_trl.base.files import atomic_path
-
     for path in files:
         if not (directory / path.name).exists():
             directory.mkdir(parents=True, exist_ok=True)
             with atomic_path(directory / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-
-
-def check(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
-    """Raise a [`UserError`] for settings that cannot work, before anything is read or loaded."""
-    check_settings(args, training_args)
 
 
 def _arguments() -> tuple[type, ...]:
@@ -183,8 +171,6 @@ def _arguments() -> tuple[type, ...]:
 
 def _with_losses(settings: type) -> type:
     """The same settings, with all losses in their help: the registry is complete only after the plugins."""
-    from medst_trl.training.losses import loss_help
-
     settings.__dataclass_fields__["loss_type"].metadata = {"help": loss_help().replace("%", "%%")}
     return settings
 
@@ -200,7 +186,7 @@ STAGE = STAGES.register(
         trains="pairs",
         arguments=_arguments,
         listed=lambda: (DpoArguments, listed_settings(_with_losses(MultimodalDPOSettings))),
-        check=check,
+        check=check_settings,
         main=main,
         inputs=(
             Input("model_name_or_path", MODEL, sources=(("sft", ""), ("convert", ""), ("base", ""))),

@@ -21,21 +21,21 @@ tower, projector, `<vusr>` row) with its processor and chat template, checkpoint
 not fit. Load the adapter with `medst_trl.load_policy`. An interrupted run resumes from the newest complete checkpoint.
 """
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.training.arguments import SelfQuestioningSettings
 
 from .training import (
     PolicyArguments,
     check_settings,
+    describe_run,
     keep_shape,
     listed_settings,
-    load_trainable_policy,
     new_adapter,
     train_policy,
 )
@@ -43,39 +43,39 @@ from .training import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
+@documented
 @dataclass
 class SftArguments(PolicyArguments):
-    """Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`]."""
+    """
+    Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`].
 
-    dataset: list[str] = field(
-        metadata={
-            "help": "Directory or Hub id of an instruct dataset (`medst prepare` writes one). Several are joined."
-        }
-    )
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before every LoRA layer."})
-    train_vusr: bool = field(
-        default=True,
-        metadata={
-            "help": "Train the embedding of <vusr>. If it is false and lora_r and vision_lora_r are 0, only the "
-            "projector is trained (LLaVA's alignment step)."
-        },
-    )
-    vusr_role: str | None = field(
-        default=None,
-        metadata={
-            "help": "How question turns start. token: with the token <vusr>. text: with the words VUSER: and a "
-            "separate system prompt, as in SQ-LLaVA and STLLaVA-Med, for models with Vicuna's chat format. Default: "
-            "what the model was saved with, otherwise token."
-        },
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Stop after N evaluations without a better eval_loss, and keep the best checkpoint."},
-    )
+    Args:
+        dataset (`list[str]`):
+            Directory or Hub id of an instruct dataset (`medst prepare` writes one). Several are joined.
+        lora_dropout (`float`, *optional*, defaults to `0.05`):
+            Dropout before every LoRA layer.
+        train_vusr (`bool`, *optional*, defaults to `True`):
+            Train the embedding of <vusr>. If it is false and lora_r and vision_lora_r are 0, only the projector is
+            trained (LLaVA's alignment step).
+        vusr_role (`str`, *optional*):
+            How question turns start. token: with the token <vusr>. text: with the words VUSER: and a separate system
+            prompt, as in SQ-LLaVA and STLLaVA-Med, for models with Vicuna's chat format. Default: what the model was
+            saved with, otherwise token.
+        early_stopping_patience (`int`, *optional*):
+            Stop after N evaluations without a better eval_loss, and keep the best checkpoint.
+    """
+
+    dataset: list[str]
+    lora_dropout: float = 0.05
+    train_vusr: bool = True
+    vusr_role: str | None = None
+    early_stopping_patience: int | None = None
 
     def __post_init__(self):
         if isinstance(self.dataset, str):  # a recipe may give a single one without a list
@@ -83,36 +83,29 @@ class SftArguments(PolicyArguments):
 
 
 def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
-    check(args, training_args)
-    train_policy(
-        args,
-        training_args,
-        stage="sft",
-        kind="instruct",
-        examples=STAGE.trains,
-        make_trainer=partial(make_trainer, args, training_args),
-        summarize=summarize,
-    )
+    train_policy(STAGE, args, training_args, make_trainer, summarize)
 
 
 def make_trainer(
-    args: SftArguments, training_args: "SelfQuestioningConfig", datasets: "dict[str, Dataset]"
+    args: SftArguments,
+    training_args: "SelfQuestioningConfig",
+    model: "PreTrainedModel | PeftModel",
+    processor: "ProcessorMixin",
+    **datasets: "Dataset | None",
 ) -> "SelfQuestioningTrainer":
     from transformers import EarlyStoppingCallback
 
     from medst_trl import SelfQuestioningTrainer
 
-    model, processor = load_trainable_policy(args, training_args)
     shape = keep_shape(args, model) if hasattr(model, "peft_config") else None
     patience = args.early_stopping_patience
     trainer = SelfQuestioningTrainer(
         model=model,
         args=training_args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
         processing_class=processor,
         peft_config=new_adapter(args, model, processor, lora_dropout=args.lora_dropout),
         callbacks=[EarlyStoppingCallback(patience)] if patience is not None else None,
+        **datasets,
     )
     if shape:
         trainer.accelerator.print(shape)
@@ -122,16 +115,10 @@ def make_trainer(
 def summarize(trainer: "SelfQuestioningTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
     """Counts, metrics and a summary of a finished run."""
     rejected = trainer.rejected_examples.write(Path(trainer.args.output_dir))
-    truncated = trainer.rejected_examples.count_truncated()
+    counts = {"records": records, "set_aside": rejected, "truncated": trainer.rejected_examples.count_truncated()}
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
-    summary = (
-        f"Stage 1 is done: {trainer.state.global_step} steps on {records} conversations"
-        + "".join(f", {count} of them rejected as {reason} (rejected.jsonl)" for reason, count in rejected.items())
-        + (f", {truncated} of them cut after an answer at max_length" if truncated else "")
-        + "."
-    )
-    counts = {"records": records, "set_aside": rejected, "truncated": truncated}
+    summary = f"Stage 1 is done: {describe_run(trainer, f'{records} conversations', counts)}."
     return counts, {name: last[name] for name in figures if name in last}, summary
 
 

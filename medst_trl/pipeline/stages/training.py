@@ -2,16 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the two training stages share: settings and their checks, data, policy, run directory, and how a run ends."""
 
-import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import explain_full_disk, move_files
+from medst_trl.base.processes import launched_kind
+from medst_trl.base.settings import documented
+from medst_trl.data.schema import features_of, load_records
+from medst_trl.hub.cards import write_card
+from medst_trl.pipeline.record import StageRecord
+from medst_trl.pipeline.stage import Stage
+from medst_trl.policy import DTYPES
+from medst_trl.policy.parts import model_parts
+from medst_trl.policy.vusr import VUSR_ROLES, add_vusr
 from medst_trl.training.arguments import UsualSettings
-
-from .batch_size import DIVISION_SETTINGS, division_of, set_accumulation
 
 
 if TYPE_CHECKING:
@@ -19,7 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
-    from medst_trl.pipeline.record import StageRecord
 
 # Training arguments that do not affect what is learned, so that a resumed run may change them.
 _OPERATIONAL_PREFIXES = (
@@ -30,6 +38,9 @@ _OPERATIONAL_PREFIXES = (
     "torch_empty_cache_steps", "ref_log_probs_dir", "precompute_ref_batch_size",
 )  # fmt: skip
 
+# With a fixed `effective_batch_size` these two only say how a step is divided (see tests/distributed).
+_DIVISION_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+
 _AT_LEAST = {
     "max_records": 1, "lora_r": 0, "vision_lora_r": 0, "lora_alpha": 1, "vision_lora_alpha": 1, "lora_dropout": 0,
     "early_stopping_patience": 1, "max_length": 1, "sq_ratio": 0, "question_loss_weight": 0, "learning_rate": 0,
@@ -39,65 +50,65 @@ _AT_LEAST = {
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
 
 
+@documented
 @dataclass
 class PolicyArguments:
-    """Which policy a stage trains, on which data, and with which adapter."""
+    """
+    Which policy a stage trains, on which data, and with which adapter.
 
-    model_name_or_path: str = field(
-        metadata={"help": "Directory or Hub id of a vision-language model, or of an adapter to train further."}
-    )
-    dataset: str = field(metadata={"help": "Directory or Hub id of the dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str = field(
-        default="validation", metadata={"help": "Split to evaluate on if eval_strategy is steps or epoch."}
-    )
-    max_records: int | None = field(default=None, metadata={"help": "Train only on the first N records."})
-    use_lora: bool = field(
-        default=True,
-        metadata={"help": "Train a LoRA adapter: the model's own, or else a new one. False trains all weights."},
-    )
-    lora_r: int = field(
-        default=128, metadata={"help": "LoRA rank in the language model, for a new adapter. 0 freezes the model."}
-    )
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA scale in the language model, for a new adapter."})
-    vision_lora_r: int = field(
-        default=32, metadata={"help": "LoRA rank in the vision tower, for a new adapter. 0 freezes the tower."}
-    )
-    vision_lora_alpha: int = field(default=64, metadata={"help": "LoRA scale in the vision tower, for a new adapter."})
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model of the adapter, if it has moved."}
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the frozen weights, for example float32 or bfloat16. Default: bfloat16 or float16 if "
-            "bf16 or fp16 is set, and float32 if all weights are trained. The trained weights of an adapter are "
-            "always float32."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={
-            "help": "QLoRA: load the frozen language model in 4 bits (NF4) to save GPU memory. Needs bitsandbytes "
-            "(extra qlora)."
-        },
-    )
-    effective_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of examples per optimizer step over all processes. gradient_accumulation_steps is "
-            "computed from it, per_device_train_batch_size and the number of processes."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention implementation: sdpa, eager, flash_attention_2, ... Default: chosen by the model."
-        },
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete the results of an earlier run in output_dir and start again."}
-    )
+    Args:
+        model_name_or_path (`str`):
+            Directory or Hub id of a vision-language model, or of an adapter to train further.
+        dataset (`str`):
+            Directory or Hub id of the dataset.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        validation_split (`str`, *optional*, defaults to `"validation"`):
+            Split to evaluate on if eval_strategy is steps or epoch.
+        max_records (`int`, *optional*):
+            Train only on the first N records.
+        use_lora (`bool`, *optional*, defaults to `True`):
+            Train a LoRA adapter: the model's own, or else a new one. False trains all weights.
+        lora_r (`int`, *optional*, defaults to `128`):
+            LoRA rank in the language model, for a new adapter. 0 freezes the model.
+        lora_alpha (`int`, *optional*, defaults to `256`):
+            LoRA scale in the language model, for a new adapter.
+        vision_lora_r (`int`, *optional*, defaults to `32`):
+            LoRA rank in the vision tower, for a new adapter. 0 freezes the tower.
+        vision_lora_alpha (`int`, *optional*, defaults to `64`):
+            LoRA scale in the vision tower, for a new adapter.
+        base_model_name_or_path (`str`, *optional*):
+            Base model of the adapter, if it has moved.
+        dtype (`str`, *optional*):
+            Type of the frozen weights, for example float32 or bfloat16. Default: bfloat16 or float16 if bf16 or fp16
+            is set, and float32 if all weights are trained. The trained weights of an adapter are always float32.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            QLoRA: load the frozen language model in 4 bits (NF4) to save GPU memory. Needs bitsandbytes (extra qlora).
+        effective_batch_size (`int`, *optional*):
+            Number of examples per optimizer step over all processes. gradient_accumulation_steps is computed from it,
+            per_device_train_batch_size and the number of processes.
+        attn_implementation (`str`, *optional*):
+            Attention implementation: sdpa, eager, flash_attention_2, ... Default: chosen by the model.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier run in output_dir and start again.
+    """
+
+    model_name_or_path: str
+    dataset: str
+    train_split: str = "train"
+    validation_split: str = "validation"
+    max_records: int | None = None
+    use_lora: bool = True
+    lora_r: int = 128
+    lora_alpha: int = 256
+    vision_lora_r: int = 32
+    vision_lora_alpha: int = 64
+    base_model_name_or_path: str | None = None
+    dtype: str | None = None
+    load_in_4bit: bool = False
+    effective_batch_size: int | None = None
+    attn_implementation: str | None = None
+    overwrite: bool = False
 
 
 def listed_settings(own: type) -> type:
@@ -106,49 +117,50 @@ def listed_settings(own: type) -> type:
 
 
 def train_policy(
+    stage: Stage,
     args: PolicyArguments,
     training_args: "TrainingArguments",
-    *,
-    stage: str,
-    kind: str,
-    examples: str,
-    make_trainer: "Callable[[dict[str, Dataset]], Trainer]",
+    make_trainer: "Callable[..., Trainer]",
     summarize: "Callable[[Trainer, int], tuple[dict[str, Any], dict[str, float], str]]",
 ) -> None:
     """
     Train, from the newest complete checkpoint if there is one, and leave adapter, processor, record and card.
 
     Args:
+        stage ([`Stage`]):
+            The stage, with an input `dataset`.
         args ([`PolicyArguments`]):
-            The stage's arguments, checked.
+            Its arguments.
         training_args ([`~transformers.TrainingArguments`]):
             Those of its trainer.
-        stage (`str`):
-            Name of the stage.
-        kind (`str`):
-            Kind of the dataset, see `KINDS`.
-        examples (`str`):
-            What its rows are called.
         make_trainer (`Callable`):
-            From the datasets (`train` and, with an evaluation, `eval`) to the trainer.
+            From `args`, `training_args`, the model, its processor, `train_dataset` and `eval_dataset` (`None` without
+            an evaluation) to the trainer.
         summarize (`Callable`):
             From the trained trainer and the number of records to counts and metrics for `stage.json`, and a summary
             for people. Called on every rank.
     """
-    from medst_trl.base.files import explain_full_disk
     from medst_trl.training.resume import resume_checkpoint
 
+    stage.check(args, training_args)
     set_accumulation(args, training_args)
+    kind = next(item.kind for item in stage.inputs if item.key == "dataset")
     datasets = load_splits(args, training_args, kind)
-    record = open_record(args, training_args, stage)
+    record = open_record(args, training_args, stage.name)
     if record.status == "finished":
         return
     try:
-        trainer = make_trainer(datasets)
+        trainer = make_trainer(
+            args,
+            training_args,
+            *load_trainable_policy(args, training_args),
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+        )
     except Exception:
         record.forget()
         raise
-    print_trainable_parameters(trainer, examples)
+    print_trainable_parameters(trainer, stage.trains)
     checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
     with explain_full_disk(training_args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -157,8 +169,6 @@ def train_policy(
         save_result(trainer)
     record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics)
     if trainer.args.should_save:
-        from medst_trl.hub.cards import write_card
-
         write_card(training_args.output_dir)
     trainer.accelerator.print(f"{summary} Adapter and processor are in {training_args.output_dir}.")
     trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
@@ -183,8 +193,6 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
     """
     from datasets import concatenate_datasets
 
-    from medst_trl.data.schema import features_of, load_records
-
     datasets = [load_records(name, split, kind) for name in names]
     if len(datasets) == 1:
         return datasets[0]
@@ -200,10 +208,8 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
     return concatenate_datasets(joined)
 
 
-def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> "StageRecord":
+def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> StageRecord:
     """The stage's record in `output_dir`, see [`StageRecord.open`]."""
-    from medst_trl.pipeline.record import StageRecord
-
     # As they were given: `to_dict()` adds what the machine is, which may differ when a run is resumed.
     given = {item.name: getattr(training_args, item.name) for item in fields(training_args) if item.init}
     operational = {name for name in training_args.to_dict() if name.startswith(_OPERATIONAL_PREFIXES)}
@@ -212,20 +218,25 @@ def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> "S
         stage=stage,
         settings=asdict(args) | given,
         inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
-        operational=operational | (DIVISION_SETTINGS if args.effective_batch_size else set()),
+        operational=operational | (_DIVISION_SETTINGS if args.effective_batch_size else set()),
         overwrite=args.overwrite,
     )
 
 
 def save_result(trainer: "Trainer") -> None:
     """Save adapter (or model), processor and the Trainer's state in `output_dir`, each file when it is complete."""
-    final, temporary = trainer.args.output_dir, os.path.join(trainer.args.output_dir, ".adapter.incomplete")
-    trainer.save_model(temporary)
+    final = Path(trainer.args.output_dir)
+    trainer.save_model(str(final / ".adapter.incomplete"))
     if trainer.args.should_save:
         trainer.save_state()
-        for name in os.listdir(temporary):
-            os.replace(os.path.join(temporary, name), os.path.join(final, name))
-        os.rmdir(temporary)
+        move_files(final / ".adapter.incomplete", final)
+
+
+def describe_run(trainer: "Trainer", examples: str, counts: dict[str, Any]) -> str:
+    """What a finished run trained on and what it left out, from the counts for `stage.json`: part of a sentence."""
+    rejected = (f", {count} rejected as {reason} (rejected.jsonl)" for reason, count in counts["set_aside"].items())
+    truncated = f", {counts['truncated']} truncated at max_length" if counts["truncated"] else ""
+    return f"{trainer.state.global_step} steps on {examples}{''.join(rejected)}{truncated}"
 
 
 def print_trainable_parameters(trainer: "Trainer", examples: str) -> None:
@@ -248,12 +259,12 @@ def end_of_log(log_history: Sequence[dict[str, Any]], share: float = 0.2) -> dic
         `dict[str, float]`: By name, evaluations as they were logged last. Empty if nothing was logged.
     """
     steps = [entry for entry in log_history if "loss" in entry]
-    last = steps[-max(1, round(share * len(steps))) :] if steps else []
-    means = {}
-    for name in dict.fromkeys(name for entry in last for name in entry):
-        values = [entry[name] for entry in last if isinstance(entry.get(name), int | float)]
-        if values:
-            means[name] = sum(values) / len(values)
+    values = defaultdict(list)
+    for entry in steps[-max(1, round(share * len(steps))) :]:
+        for name, value in entry.items():
+            if isinstance(value, int | float):
+                values[name].append(value)
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
     for entry in log_history:
         means |= {name: value for name, value in entry.items() if name.startswith("eval_") or name == "train_loss"}
     return means
@@ -288,7 +299,6 @@ def new_adapter(
 ) -> "LoraConfig | None":
     """A new adapter with the settings of `args`; `None` if the model has one or trains in full."""
     from medst_trl.policy.adapters import adapter_config
-    from medst_trl.policy.vusr import add_vusr
 
     if not args.use_lora or hasattr(model, "peft_config"):
         return None
@@ -330,8 +340,6 @@ def keep_shape(args: Any, model: "PeftModel") -> str:
 
 
 def _shape_of(model: "PeftModel") -> dict[str, float]:
-    from medst_trl.policy.parts import model_parts
-
     name, part_of = model.active_adapter, model_parts(model.get_base_model()).part_of
     # Of the layers, not of their weights: under ZeRO-3 those have no shape.
     layers = {part_of(path): layer for path, layer in model.named_modules() if name in getattr(layer, "lora_A", ())}
@@ -340,6 +348,94 @@ def _shape_of(model: "PeftModel") -> dict[str, float]:
     for part, layer in layers.items():
         shape[f"{prefixes[part]}lora_alpha"] = layer.lora_alpha[name]
     return shape | ({"lora_dropout": model.peft_config[name].lora_dropout} if layers else {})
+
+
+# One batch size for any number of processes: what is learned depends on the examples of an optimizer step.
+
+
+def accumulation_steps(effective: int, per_device: int, processes: int) -> int:
+    """
+    Number of batches that each process takes per optimizer step.
+
+    Args:
+        effective (`int`): Examples per step, over all processes.
+        per_device (`int`): Examples per batch of one process.
+        processes (`int`): Number of processes.
+
+    Returns:
+        `int`: `effective / (per_device * processes)`.
+
+    Raises:
+        UserError: if that is not a whole number, naming sizes and numbers of processes that divide it.
+
+    Example:
+    ```python
+    >>> accumulation_steps(128, per_device=8, processes=4)
+    4
+    ```
+    """
+    if min(effective, per_device, processes) < 1:
+        raise UserError(
+            f"effective_batch_size {effective}, per_device_train_batch_size {per_device} and the number of processes "
+            f"{processes} must be 1 or more."
+        )
+    if effective % (per_device * processes) == 0:
+        return effective // (per_device * processes)
+    options = []
+    if effective % processes == 0:
+        sizes = _divisors(effective // processes, near=per_device)
+        options.append(f"per_device_train_batch_size {sizes} on {_processes(processes)}")
+    if effective % per_device == 0:
+        counts = _divisors(effective // per_device, near=processes)
+        options.append(f"{counts} process{'es' * (counts != '1')} with per_device_train_batch_size {per_device}")
+    if not options:
+        options.append(f"an effective_batch_size that is a multiple of {per_device * processes}")
+    raise UserError(
+        f"effective_batch_size {effective} cannot be divided into batches of {per_device} on {_processes(processes)}: "
+        f"{per_device * processes} does not divide it. These work: {'; or '.join(options)}."
+    )
+
+
+def set_accumulation(args: Any, training_args: "TrainingArguments") -> None:
+    """
+    Set `gradient_accumulation_steps` from a stage's `effective_batch_size`, if it has one, in place.
+
+    Call it before there is a trainer, because DeepSpeed then takes the number from the arguments.
+
+    Raises:
+        UserError: if the size cannot be met, or both are given.
+    """
+    if args.effective_batch_size is None:
+        return
+    if training_args.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"effective_batch_size {args.effective_batch_size} determines gradient_accumulation_steps. Remove "
+            f"gradient_accumulation_steps ({training_args.gradient_accumulation_steps})."
+        )
+    training_args.gradient_accumulation_steps = accumulation_steps(
+        args.effective_batch_size, training_args.per_device_train_batch_size, training_args.world_size
+    )
+
+
+def division_of(training_args: "TrainingArguments", examples: str) -> str:
+    """Describe how a step is divided: `128 conversations per step: 8 x 4 processes x 4 accumulated.`"""
+    per_device, processes = training_args.per_device_train_batch_size, training_args.world_size
+    accumulated = training_args.gradient_accumulation_steps
+    return (
+        f"{per_device * processes * accumulated} {examples} per step: {per_device} x {_processes(processes)} x "
+        f"{accumulated} accumulated."
+    )
+
+
+def _divisors(number: int, near: int) -> str:
+    """The eight divisors nearest to `near`, in ascending order: `"1, 2 or 4"`."""
+    divisors = [divisor for divisor in range(1, min(number, 2**16) + 1) if number % divisor == 0]
+    *others, last = map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - near))[:8]))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
 # Checks before anything is read or loaded
@@ -356,8 +452,7 @@ def check_settings(args: Any, training_args: "TrainingArguments") -> None:
     check_bounds(args, training_args)
     plugin = training_args.deepspeed_plugin
     uses_zero_3 = plugin is not None and plugin.zero_stage == 3
-    by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    uses_fsdp = by_accelerate or training_args.fsdp_plugin_args is not None
+    uses_fsdp = launched_kind().startswith("FSDP") or training_args.fsdp_plugin_args is not None
     if args.load_in_4bit and not args.use_lora:
         raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one of them.")
     if args.load_in_4bit and (uses_fsdp or uses_zero_3):
@@ -383,9 +478,6 @@ def check_bounds(args: Any, training_args: Any) -> None:
         UserError: for a number out of bounds, for training that would end before its first step, and for an unknown
             `dtype` or `vusr_role`.
     """
-    from medst_trl.policy import DTYPES
-    from medst_trl.policy.vusr import VUSR_ROLES
-
     for settings in (args, training_args):
         for name, least in _AT_LEAST.items():
             value, most = getattr(settings, name, None), _AT_MOST.get(name, inf)

@@ -1,7 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What both training stages share: joined datasets, bounds of settings, a continued adapter, the end of a log."""
+"""What both training stages share: datasets, batch size, bounds of settings, a continued adapter, the end of a log."""
 
+import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -16,7 +17,15 @@ from medst_trl.data.schema import instruct_features
 from medst_trl.pipeline.stages import training
 from medst_trl.pipeline.stages.dpo import DpoArguments
 from medst_trl.pipeline.stages.sft import SftArguments
-from medst_trl.pipeline.stages.training import check_bounds, end_of_log, keep_shape, load_splits
+from medst_trl.pipeline.stages.training import (
+    accumulation_steps,
+    check_bounds,
+    division_of,
+    end_of_log,
+    keep_shape,
+    load_splits,
+    set_accumulation,
+)
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.training.dpo import MultimodalDPOConfig
 from medst_trl.training.sft import SelfQuestioningConfig
@@ -162,3 +171,49 @@ def test_the_end_of_a_log_averages_the_last_steps():
     end = end_of_log([*log, {"eval_loss": 3.0}, {"train_loss": 4.5}])
     assert (end["loss"], end["rewards/margins"], end["eval_loss"], end["train_loss"]) == (8.5, 17.0, 3.0, 4.5)
     assert end_of_log([]) == {}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("per_device", [1, 4, 16])
+def test_a_step_has_the_same_size_on_any_number_of_processes(per_device, processes):
+    assert accumulation_steps(128, per_device, processes) * per_device * processes == 128
+
+
+@pytest.mark.parametrize(
+    ("effective", "per_device", "processes"), [(128, 8, 3), (128, 6, 4), (12, 8, 3), (7, 3, 2), (4, 8, 1)]
+)
+def test_an_indivisible_batch_size_is_refused_with_alternatives(effective, per_device, processes):
+    with pytest.raises(UserError, match="These work") as raised:
+        accumulation_steps(effective, per_device, processes)
+    said = str(raised.value).partition("These work")[2]
+    sizes = re.search(r"per_device_train_batch_size ([\d, or]+) on", said)
+    for size in re.findall(r"\d+", sizes[1]) if sizes else ():
+        assert accumulation_steps(effective, int(size), processes)
+    counts = re.search(r"([\d, or]+) process(?:es)? with", said)
+    for count in re.findall(r"\d+", counts[1]) if counts else ():
+        assert accumulation_steps(effective, per_device, int(count))
+    assert sizes or counts or f"multiple of {per_device * processes}" in said
+
+
+def test_only_the_nearest_alternatives_are_named():
+    with pytest.raises(UserError, match=": 6, 7, 9, 10, 11, 14, 15 or 18 processes with"):
+        accumulation_steps(55440, 8, 13)
+    with pytest.raises(UserError, match="per_device_train_batch_size 1, "):
+        accumulation_steps(10**10 + 1, 8, 1)  # at once: ten thousand million candidates are not tried
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (-8, 8, 1), (8, 0, 1)])
+def test_numbers_below_one_are_refused(numbers):
+    with pytest.raises(UserError, match="1 or more"):
+        accumulation_steps(*numbers)
+
+
+def test_accumulation_is_set_from_the_arguments_of_a_stage():
+    training_args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=1, world_size=4)
+    set_accumulation(SimpleNamespace(effective_batch_size=None), training_args)
+    assert training_args.gradient_accumulation_steps == 1
+    set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
+    assert training_args.gradient_accumulation_steps == 4
+    assert division_of(training_args, "pairs") == "128 pairs per step: 8 x 4 processes x 4 accumulated."
+    with pytest.raises(UserError, match="Remove gradient_accumulation_steps"):
+        set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
