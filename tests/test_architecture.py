@@ -15,7 +15,7 @@ RINGS = {
     "extras": ("demo", "interop"),
 }
 RING_OF = {name: ring for ring, names in RINGS.items() for name in names}
-BUDGET = 15_000
+BUDGET = 16_700  # lowered with every change that makes the package smaller, until it is 15,000
 
 FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 IMPORTS = {name: imported_modules(path, set(FILES)) - {"medst_trl"} for name, path in FILES.items()}
@@ -64,7 +64,6 @@ def test_packages_form_no_circle():
     assert circle({name: found - {name} for name, found in graph.items()}) == []
 
 
-@pytest.mark.xfail(reason="being restructured")
 def test_the_package_stays_within_its_budget():
     assert sum(len(lines_of_code(path.read_text(encoding="utf-8"))) for path in FILES.values()) <= BUDGET
 
