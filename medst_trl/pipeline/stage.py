@@ -28,7 +28,7 @@ heavy at the top: `arguments` and `main` may import what they need when they are
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from medst_trl.base.errors import UserError, closest
@@ -280,9 +280,18 @@ class Stage:
 
         # TRL 1.16 and PEFT 0.21 use a name that transformers 5.23 has deprecated. Users can do nothing about it.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-        arguments = self.listed if is_listing and self.listed is not None else self.arguments
+        kinds = self.listed() if is_listing and self.listed is not None else self.arguments()
+        owners: dict[str, str] = {}
+        for kind in kinds:
+            owner = getattr(kind, "_argument_group_name", kind.__name__)
+            for name in (item.name for item in fields(kind)):
+                if owners.setdefault(name, owner) != owner:
+                    raise UserError(
+                        f"The {owners[name]} and the {owner} both have one named {name!r}. Rename it where it is "
+                        "registered."
+                    )
         parser = TrlParser(
-            arguments(), prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
+            kinds, prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
         )  # an abbreviation could be meant for the launcher
         parser.error = self.refuse
         for key, registry in self.registries.items():

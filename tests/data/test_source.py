@@ -115,7 +115,7 @@ def test_two_sources_with_a_setting_of_one_name_are_refused(monkeypatch):
 
     other = Source("other", "a test", lambda request: None, SourceCard("A test"), settings=OtherSettings)
     monkeypatch.setattr(SOURCES, "_objects", dict(SOURCES._objects) | {"other": other})
-    with pytest.raises(UserError, match="'slake' and 'other' both have a setting 'language'"):
+    with pytest.raises(UserError, match="other and the settings of the source slake both have one named 'language'"):
         prepare.STAGE.make_parser()
 
 

@@ -49,7 +49,7 @@ from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.engine import ENGINES, EngineKind, loads_model
+from medst_trl.engines.engine import ENGINES, Engine, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
@@ -153,7 +153,13 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
         if args.predictions:
             counts = _score_file(args, scoring)
         else:
-            counts = _run(args, engine_settings, scoring, record, list(zip(directories, benchmarks)))
+            try:
+                engine = kind.open(args.model_name_or_path, engine_settings)
+                engine.check()
+            except UserError:
+                record.forget()  # the corrected command must not be refused
+                raise
+            counts = _run(args, engine, scoring, record.content["inputs"]["benchmark"], benchmarks)
         record.finish(counts=counts)
     if rank() == 0:
         for directory in directories:
@@ -219,35 +225,17 @@ def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
 
 
 def _run(
-    args: EvaluateArguments,
-    engine_settings: Any,
-    scoring: dict[str, Any],
-    record: StageRecord,
-    benchmarks: list[tuple[Path, "Dataset"]],
+    args: EvaluateArguments, engine: Engine, scoring: dict[str, Any], data: list[dict], benchmarks: list["Dataset"]
 ) -> dict[str, Any]:
-    state = process_state()
-    try:
-        engine = ENGINES.get(args.engine).open(args.model_name_or_path, engine_settings)
-        engine.check()
-    except UserError:
-        record.forget()  # the corrected command must not be refused
-        raise
-    counts, sources = {}, record.content["inputs"]["benchmark"]
-    for name, data, (directory, benchmark) in zip(args.benchmark, sources, benchmarks):
+    state, counts = process_state(), {}
+    asking = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "max_records")}
+    asking["model_name"] = args.model_name_or_path
+    for name, source, directory, benchmark in zip(args.benchmark, data, _output_directories(args), benchmarks):
         path = directory / "predictions.jsonl"
         for control in [None, *args.controls]:
-            write_predictions(
-                control_path(path, control),
-                engine,
-                benchmark,
-                max_new_tokens=args.max_new_tokens,
-                control=control,
-                seed=args.seed,
-                max_records=args.max_records,
-                model_name=args.model_name_or_path,
-            )
+            write_predictions(control_path(path, control), engine, benchmark, control=control, **asking)
         if state.is_main_process:
-            about = {"benchmark": name, "data": data, "split": args.split, "model": args.model_name_or_path}
+            about = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
             scores, _, _ = _score(path, args.controls, scoring, format=OWN_FORMAT)
             write_json(directory / "scores.json", about | scores)
             counts[name] = scores["counts"]

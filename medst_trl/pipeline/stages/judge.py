@@ -46,7 +46,7 @@ from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
-from medst_trl.selftrain.judge.server import JUDGE_SERVERS, chosen_server
+from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeSettings, chosen_server
 from medst_trl.selftrain.preferences import Preferences, build_preferences
 
 
@@ -55,53 +55,25 @@ if TYPE_CHECKING:
 
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
+# Settings of `select_preferences`.
+_SELECTION = ("keep_benchmark_images", "duplicate_similarity", "validation_share", "length_balanced", "seed")
+
 
 @documented
-@dataclass
-class JudgeArguments:
+@dataclass(kw_only=True)
+class JudgeArguments(JudgeSettings):
     """
-    Arguments of `medst judge`.
+    Arguments of `medst judge`, besides the settings of the judge.
 
     Args:
         candidates (`str`):
             Directory or Hub id of candidates (`medst generate` writes them).
         output_dir (`str`):
             Directory for judgements and preference pairs.
-        model (`str`, *optional*):
-            Name of the judge on its server, such as gpt-4o.
-        base_url (`str`, *optional*):
-            URL of an OpenAI-compatible API, such as http://localhost:8000/v1. Default: OpenAI's.
-        key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Name of the environment variable that holds the API key.
         split (`str`, *optional*, defaults to `"train"`):
             Split of the candidates.
-        prompt_version (`str`, *optional*, defaults to `"rubric"`):
-            Prompt for the judge.
-        order (`str`, *optional*, defaults to `"both"`):
-            both: show each pair in both orders, and drop it if the verdicts differ. single: show it in one order, as
-            in the paper.
-        min_margin (`float`, *optional*, defaults to `1.0`):
-            Drop pairs whose mean scores differ by less than this.
         reference_captions (`str`, *optional*):
             JSON lines file with image_id and caption, for judge prompts that show captions.
-        image_size (`int`, *optional*, defaults to `768`):
-            Maximum side length in pixels of the images that are sent.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature of the judge.
-        max_tokens (`int`, *optional*, defaults to `600`):
-            Maximum number of tokens of a reply.
-        max_cost (`float`, *optional*):
-            Budget in US dollars for these judgements, including earlier runs. It is a hard limit.
-        price_per_million_input_tokens (`float`, *optional*):
-            Price in US dollars. Known for gpt-4o, gpt-4.1 and their small versions.
-        price_per_million_output_tokens (`float`, *optional*):
-            Price in US dollars. Known for the same models.
-        concurrency (`int`, *optional*, defaults to `16`):
-            Maximum number of concurrent calls.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Maximum duration of a call in seconds.
-        max_retries (`int`, *optional*, defaults to `6`):
-            Maximum number of retries of a call after 429, 5xx or a timeout.
         cache_dir (`str`, *optional*):
             Directory of judge_cache.jsonl. Several runs can share it. Default: output_dir.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -132,23 +104,8 @@ class JudgeArguments:
 
     candidates: str
     output_dir: str
-    model: str | None = None
-    base_url: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
     split: str = "train"
-    prompt_version: str = "rubric"
-    order: str = "both"
-    min_margin: float = 1.0
     reference_captions: str | None = None
-    image_size: int = 768
-    temperature: float = 0.0
-    max_tokens: int = 600
-    max_cost: float | None = None
-    price_per_million_input_tokens: float | None = None
-    price_per_million_output_tokens: float | None = None
-    concurrency: int = 16
-    timeout: float = 120.0
-    max_retries: int = 6
     cache_dir: str | None = None
     dry_run: bool = False
     write_batch: str | None = None
@@ -202,7 +159,11 @@ def main(args: JudgeArguments, *servers: Any) -> None:
             if not judge.cache.added:  # a misspelt model must not claim the directory
                 record.forget()
             raise
-    _build_preferences(args, record, candidates, benchmarks, judgements, statistics)
+    selection = {name: getattr(args, name) for name in _SELECTION}
+    preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
+    with explain_full_disk(record.output_dir):
+        _write_preferences(args, record.output_dir, candidates, preferences, statistics["pairs"])
+    record.finish(counts={"judge": statistics, "preferences": preferences.counts})
     _print_summary(record)
 
 
@@ -278,7 +239,7 @@ def _open_judge(args: JudgeArguments, servers: tuple[Any, ...], candidates: "Dat
     """Yield the judge, while its server runs if it is one of ours."""
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
-    settings = {item.name: getattr(args, item.name) for item in fields(PairwiseJudge) if hasattr(args, item.name)}
+    settings = {item.name: getattr(args, item.name) for item in fields(JudgeSettings)}
     settings |= {"cache_dir": args.cache_dir or args.output_dir, "captions": _read_captions(args.reference_captions)}
     context = nullcontext(args.base_url)
     if served := chosen_server(servers):
@@ -338,37 +299,19 @@ def _judge(
     }
 
 
-def _build_preferences(
-    args: JudgeArguments,
-    record: StageRecord,
-    candidates: "Dataset",
-    benchmarks: list["Dataset"],
-    judgements: list[dict[str, Any]],
-    statistics: dict[str, Any],
+def _write_preferences(
+    args: JudgeArguments, output_dir: Path, candidates: "Dataset", preferences: Preferences, num_judged: int
 ) -> None:
-    """Select the preference pairs, write them, and complete the record."""
-    names = ("keep_benchmark_images", "duplicate_similarity", "validation_share", "length_balanced", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **settings)
-    output_dir = record.output_dir
-    with explain_full_disk(output_dir):
-        write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
-        if not preferences.train:
-            file = output_dir / "judgements.jsonl"
-            raise nothing_left(preferences.counts["rejected"], statistics["pairs"], file)
-        _write_preferences(args, candidates, preferences)
-    record.finish(counts={"judge": statistics, "preferences": preferences.counts})
-
-
-def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: Preferences) -> None:
-    """Write the pairs with their images, whose bytes are copied undecoded."""
-    images = candidates.select_columns(["images"])
+    """Write the pairs with their images, whose bytes are copied undecoded, and the dropped pairs."""
+    write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
+    if not preferences.train:
+        raise nothing_left(preferences.counts["rejected"], num_judged, output_dir / "judgements.jsonl")
+    images, directory = candidates.select_columns(["images"]), output_dir / "preferences"
 
     def row(pair: dict) -> dict:
         kept = {name: value for name, value in pair.items() if name != "row"}
         return kept | {"images": images[pair["row"]]["images"]}
 
-    directory = Path(args.output_dir) / "preferences"
     shutil.rmtree(directory, ignore_errors=True)  # of an interrupted run, perhaps with other replies
     for split in ("train", "validation"):
         pairs = getattr(preferences, split)

@@ -20,7 +20,7 @@ Output in `output_dir`, depending on what the source contains:
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,25 +218,6 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
         print(f"  rejected: {list_reasons(counts['rejected'])} (see rejected.jsonl)")
 
 
-def _arguments() -> tuple[type, ...]:
-    """Settings of the stage, of each source in a group of its own, and of the Hub."""
-    owners = {item.name: "medst prepare" for item in fields(PrepareArguments)}
-    settings = []
-    for source in SOURCES.values():
-        if source.settings is None:
-            continue
-        for item in fields(source.settings):
-            if item.name in owners:
-                raise UserError(
-                    f"The source {source.name!r} and {owners[item.name]!r} both have a setting {item.name!r}. "
-                    "Rename it where the source is registered."
-                )
-            owners[item.name] = source.name
-        source.settings._argument_group_name = f"settings of the source {source.name}"  # read by HfArgumentParser
-        settings.append(source.settings)
-    return PrepareArguments, *settings, HubArguments
-
-
 def _check_before(args: PrepareArguments, *others: Any) -> None:
     """[`check`], but a plan may be made on a machine without the data."""
     if args.data_path is None or Path(args.data_path).exists():
@@ -275,7 +256,11 @@ STAGE = STAGES.register(
         summary="turn medical images, questions and conversations into datasets",
         help=__doc__,
         after=("base",),
-        arguments=_arguments,
+        arguments=lambda: (
+            PrepareArguments,
+            *(source.settings for source in SOURCES.values() if source.settings),
+            HubArguments,
+        ),
         check=_check_before,
         main=main,
         plan=plan,

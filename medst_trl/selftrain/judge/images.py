@@ -82,12 +82,9 @@ class JudgeImage:
             raise
         except Exception as error:  # PIL's decoders raise almost anything on a damaged file
             raise ImageProblem("unreadable", str(error)) from None
-        file = io.BytesIO()
-        if image.format == "JPEG":
-            small.save(file, "JPEG", quality=90)
-            return _data_url("image/jpeg", file.getvalue())
-        small.save(file, "PNG")
-        return _data_url("image/png", file.getvalue())
+        file, sent_as = io.BytesIO(), "JPEG" if image.format == "JPEG" else "PNG"
+        small.save(file, sent_as, **({"quality": 90} if sent_as == "JPEG" else {}))
+        return _data_url(_SENT_AS_IS[sent_as], file.getvalue())
 
     def _open(self) -> Image.Image:
         try:

@@ -20,6 +20,7 @@ from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from .images import JudgeImage
 from .judgements import Pair, make_judgement, pairs_of
 from .prompt import JUDGE_PROMPTS
+from .server import JudgeSettings
 
 
 ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
@@ -70,7 +71,7 @@ class Estimate:
 
 
 @dataclass(eq=False, repr=False)
-class PairwiseJudge:
+class PairwiseJudge(JudgeSettings):
     """
     Compare the answers of each candidate with a vision-language model behind an OpenAI-compatible API.
 
@@ -78,41 +79,10 @@ class PairwiseJudge:
     margins, flips and refusals are dropped with their reason. Replies are cached, so that nothing is paid for twice.
 
     Args:
-        model (`str`):
-            Name of the judge on its server.
-        base_url (`str`, *optional*):
-            The server, for example `http://localhost:8000/v1` for vLLM. Defaults to `OPENAI_BASE_URL`, then to
-            OpenAI.
-        prompt_version (`str`, *optional*, defaults to `"rubric"`):
-            Name of a [`JudgePrompt`]. `"rubric"`: a score for each criterion and a verdict, as JSON. `"paper"`: the
-            prompt of STLLaVA-Med (https://huggingface.co/papers/2406.19973, Fig. 5), two scores on one line.
-        order (`str`, *optional*, defaults to `"both"`):
-            `"both"` or, as in the paper, `"single"`: only the candidate's first answer first.
-        min_margin (`float`, *optional*, defaults to `1.0`):
-            Drop pairs whose scores (means over the orders) differ by less.
+        model, base_url, prompt_version, order, min_margin, ...:
+            The fields of [`JudgeSettings`] in their order. Only `model` is required.
         captions (`dict`, *optional*):
             Reference captions by `image_id`, for prompts that show them.
-        concurrency (`int`, *optional*, defaults to `16`):
-            Maximum number of concurrent calls; fewer while the server is overloaded.
-        max_cost (`float`, *optional*):
-            Budget in US dollars for these judgements, earlier runs included. It is never exceeded.
-        price_per_million_input_tokens, price_per_million_output_tokens (`float`, *optional*):
-            In US dollars. Default to the known prices of the model.
-        image_size (`int`, *optional*, defaults to `768`):
-            Maximum side in pixels of an image as sent.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature of the judge.
-        max_tokens (`int`, *optional*, defaults to `600`):
-            Maximum number of tokens of a reply.
-        cache_dir (`str`, *optional*):
-            Directory of `judge_cache.jsonl`. The key of a reply is made of model name, prompt, images and settings,
-            not of `base_url`: give different models different names. None keeps replies in memory.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds for one call.
-        max_retries (`int`, *optional*, defaults to `6`):
-            Number of retries of a call after 429, 5xx, a timeout or a lost connection.
-        key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable that holds the API key. Your own server needs none.
         http_client (`httpx2.AsyncClient`, *optional*):
             Replaces the client's own, for proxies and tests.
 
@@ -134,26 +104,12 @@ class PairwiseJudge:
     ```
     """
 
-    model: str
-    base_url: str | None = None
-    prompt_version: str = "rubric"
-    order: str = "both"
-    min_margin: float = 1.0
     captions: Mapping[str, str] | None = None
-    concurrency: int = 16
-    max_cost: float | None = None
-    price_per_million_input_tokens: float | None = None
-    price_per_million_output_tokens: float | None = None
-    image_size: int = 768
-    temperature: float = 0.0
-    max_tokens: int = 600
-    cache_dir: str | None = None
-    timeout: float = 120.0
-    max_retries: int = 6
-    key_variable: str = "OPENAI_API_KEY"
     http_client: Any = None
 
     def __post_init__(self):
+        if not self.model:
+            raise UserError("The judge has no name. Set model to its name on the server.")
         self.captions = dict(self.captions or {})
         self.prompt = JUDGE_PROMPTS.get(self.prompt_version)
         prices = self.price_per_million_input_tokens, self.price_per_million_output_tokens
@@ -164,8 +120,6 @@ class PairwiseJudge:
         self.cache = ReplyCache(self.cache_dir)
 
     def _check(self) -> None:
-        if not self.model:
-            raise UserError("The judge has no name. Set model to its name on the server.")
         if self.order not in ORDERS:
             raise UserError(f"Unknown order {self.order!r}. Choose one of {', '.join(ORDERS)}.")
         if self.captions and "captions" not in self.prompt.uses:

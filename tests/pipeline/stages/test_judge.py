@@ -73,13 +73,12 @@ def candidates(tmp_path_factory):
     return write_candidates(tmp_path_factory.mktemp("generate") / "candidates", 12)
 
 
+def arguments(candidates, output_dir, **settings):
+    return JudgeArguments(candidates=candidates, output_dir=str(output_dir), **settings)
+
+
 def run(candidates, output_dir, server, **settings):
-    return main(
-        JudgeArguments(
-            **{"candidates": candidates, "output_dir": str(output_dir), "model": "judge", "base_url": server.base_url}
-            | settings
-        )
-    )
+    return main(arguments(candidates, output_dir, **{"model": "judge", "base_url": server.base_url} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +159,17 @@ def test_images_of_a_benchmark_are_kept_out(candidates, tmp_path):
 def test_the_oracle_judges_phantoms_by_their_truth(candidates, tmp_path, version):
     for rate in (0.0, 1.0):
         folder = tmp_path / str(rate)
-        main(JudgeArguments(candidates, str(folder), prompt_version=version), OracleArguments(rate))
+        main(
+            arguments(candidates, str(folder), prompt_version=version),
+            OracleArguments(rate),
+        )
         verdicts = {judgement["verdict"] for judgement in read_jsonl(folder / "judgements.jsonl")}
         assert verdicts <= {None, int(rate)} and int(rate) in verdicts
         assert "oracle" in read_jsonl(folder / "judgements.jsonl")[0]["model"]
 
 
 def test_a_dry_run_prints_the_estimate_and_a_request(candidates, tmp_path, capsys):
-    main(JudgeArguments(candidates, str(tmp_path / "out"), model="gpt-4o", dry_run=True))
+    main(arguments(candidates, str(tmp_path / "out"), model="gpt-4o", dry_run=True))
     printed = capsys.readouterr().out
     assert "12 pairs, 24 calls" in printed and "about $" in printed and "answer_1" in printed
     assert "base64" not in printed and "bytes of image/png" in printed
@@ -207,7 +209,7 @@ def test_reference_captions_are_sent(candidates, tmp_path):
         assert sum("A drawn scan of nothing." in str(body) for body in server.bodies) == 2
     path.write_text('{"image": 1}\n')
     with pytest.raises(UserError, match="line 1"):
-        main(JudgeArguments(candidates, str(tmp_path / "x"), model="judge", reference_captions=str(path)))
+        main(arguments(candidates, str(tmp_path / "x"), model="judge", reference_captions=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_a_benchmark_that_prepare_had_no_data_for_is_skipped(candidates, tmp_pat
 def test_a_key_in_the_address_is_written_nowhere(candidates, tmp_path):
     address = "http://127.0.0.1:9/v1?api_key=abcdefsecret"
     with pytest.raises(UserError, match="cannot be reached") as error:
-        main(JudgeArguments(candidates, str(tmp_path / "out"), model="judge", base_url=address, max_retries=0))
+        main(arguments(candidates, str(tmp_path / "out"), model="judge", base_url=address, max_retries=0))
     assert "abcdefsecret" not in str(error.value)
     with JudgeServer() as server:
         run(candidates, tmp_path / "out", server)
@@ -312,7 +314,7 @@ def test_a_run_without_any_reply_does_not_claim_the_directory(candidates, tmp_pa
 def test_an_empty_candidates_directory_is_refused(tmp_path):
     (tmp_path / "candidates").mkdir()
     with pytest.raises(UserError, match="no candidates"):
-        main(JudgeArguments(str(tmp_path / "candidates"), str(tmp_path / "out"), model="judge"))
+        main(arguments(str(tmp_path / "candidates"), str(tmp_path / "out"), model="judge"))
 
 
 def test_help_shows_the_command_and_every_setting():
@@ -399,7 +401,10 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
             PairwiseJudge("m", prompt_version="letter").estimate(load_records(candidates, "train")).output_tokens == 24
         )
 
-        main(JudgeArguments(candidates, "run/judge", prompt_version="letter"), OracleArguments(0.0))
+        main(
+            arguments(candidates, "run/judge", prompt_version="letter"),
+            OracleArguments(0.0),
+        )
         assert {judgement["verdict"] for judgement in read_jsonl(tmp_path / "run/judge/judgements.jsonl")} <= {None, 0}
         pairs = load_records("run/judge/preferences", "train")
         assert {json.loads(judge)["prompt_version"] for judge in pairs["judge"]} == {"letter"}
@@ -449,8 +454,11 @@ def test_a_registered_judge_server_appears_everywhere(candidates, tmp_path, monk
             assert command(["run", "my.yaml", "--dry_run"]) == 0
             assert "none: a coin" in capsys.readouterr().out
             with pytest.raises(UserError, match="must be A or B"):
-                main(JudgeArguments(candidates, "run/judge"), CoinArguments("C"))
-            main(JudgeArguments(candidates, "run/judge", prompt_version="letter", order="single"), CoinArguments("A"))
+                main(arguments(candidates, "run/judge"), CoinArguments("C"))
+            main(
+                arguments(candidates, "run/judge", prompt_version="letter", order="single"),
+                CoinArguments("A"),
+            )
         finally:
             del JUDGE_SERVERS._objects["coin"]
     judgements = read_jsonl(tmp_path / "run/judge/judgements.jsonl")
