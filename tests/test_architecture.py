@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rings of docs/architecture.md, read from the import statements (those inside functions and for typing too)."""
 
+import ast
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -70,7 +71,6 @@ def test_the_package_stays_within_its_budget():
 
 @pytest.mark.parametrize("name", sorted(IMPORTS))
 def test_imports_are_relative_within_a_directory_and_absolute_between_them(name):
-    import ast
 
     own = package(name)
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
@@ -78,3 +78,24 @@ def test_imports_are_relative_within_a_directory_and_absolute_between_them(name)
             assert node.level < 2, f"line {node.lineno}"
             if not node.level and own != "medst_trl" and node.module.startswith(f"{own}."):
                 assert "." in node.module.removeprefix(f"{own}."), f"line {node.lineno}"
+
+
+# What every module of a kind defines, by convention: stages, metrics, and scripts.
+CONVENTIONS = {"STAGE", "check", "logger", "main", "make_trainer", "plan", "score", "shown_texts", "summarize"}
+
+
+def test_a_public_name_is_defined_once():
+    places: dict[str, list[str]] = {}
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                defined = [node.name]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                defined = [target.id for target in targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            for public in defined:
+                if not public.startswith("_") and public not in CONVENTIONS:
+                    places.setdefault(public, []).append(name)
+    assert {public: found for public, found in places.items() if len(found) > 1} == {}

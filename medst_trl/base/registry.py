@@ -28,7 +28,7 @@ from typing import Generic, TypeVar
 from .errors import UserError, closest
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 PLUGINS_VARIABLE = "MEDST_PLUGINS"  # paths of plugin files, joined by os.pathsep
 PLUGINS_GROUP = "medst_trl.plugins"
@@ -37,7 +37,7 @@ _loading = "medst_trl"  # who registers: the package, or the plugin that is bein
 _plugins: dict[str, UserError | None] = {}  # those imported once, and the error of those that failed
 
 
-class Registry(Generic[T]):
+class Registry(Generic[_T]):
     """
     All objects of one kind. Iterating gives them in the order in which they were registered.
 
@@ -57,14 +57,14 @@ class Registry(Generic[T]):
         kind: str,
         modules: Sequence[str],
         parts: Sequence[str],
-        order: Callable[[Sequence[T]], Sequence[T]] = list,
+        order: Callable[[Sequence[_T]], Sequence[_T]] = list,
     ):
         self.kind, self.modules, self.parts, self.order = kind, modules, ("name", *parts), order
-        self._objects: dict[str, T] = {}
+        self._objects: dict[str, _T] = {}
         self._origins: dict[str, str] = {}
         self._is_loaded = False
 
-    def register(self, item: T) -> T:
+    def register(self, item: _T) -> _T:
         """
         Add an object and return it.
 
@@ -83,7 +83,7 @@ class Registry(Generic[T]):
         self._objects[name], self._origins[name] = item, _loading
         return item
 
-    def get(self, name: str) -> T:
+    def get(self, name: str) -> _T:
         """
         The object of that name.
 
@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         self._load()
         return name in self._objects
 
-    def values(self) -> list[T]:
+    def values(self) -> list[_T]:
         """All objects in listing order."""
         return [self._objects[name] for name in self.names()]
 

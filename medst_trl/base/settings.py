@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from .errors import UserError
 
 
-T = TypeVar("T", bound=type)
+_T = TypeVar("_T", bound=type)
 
 _COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _ENTRY = re.compile(r"^ {4}(\w+) \(.*?\):(.*(?:\n(?: {8}.*|\s*$))*)", re.MULTILINE)
 
 
-def documented(cls: T) -> T:
+def documented(cls: _T) -> _T:
     """
     Give each field of a dataclass, as help text, its entry in the docstring's `Args`.
 

@@ -35,7 +35,7 @@ from .phantoms import Truth
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MODEL = "phantom-oracle"
+ORACLE_MODEL = "phantom-oracle"
 MOST_PHANTOMS = 100_000  # drawn to find the images
 
 # Facts that each kind of question asks for.
@@ -57,7 +57,7 @@ _VALUES = {
 }
 
 
-def score(question: str, text: str, truth: Truth) -> int:
+def score_answer(question: str, text: str, truth: Truth) -> int:
     """
     Score an answer about a phantom from 1 to 10.
 
@@ -156,7 +156,7 @@ def _complete(
     question, *answers = prompt.shown(messages)
     image = image_id(_image_of(messages))
     truth = truths[image]
-    scores = [score(question, text, truth) for text in answers]
+    scores = [score_answer(question, text, truth) for text in answers]
     if random.Random(f"{seed}/{image}/{question}/{sorted(answers)}").random() < error_rate:
         scores.reverse()
     reply = prompt.write(scores, "As the phantom was drawn.")
@@ -165,7 +165,7 @@ def _complete(
         "id": "oracle",
         "object": "chat.completion",
         "created": 0,
-        "model": MODEL,
+        "model": ORACLE_MODEL,
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
         "usage": {"prompt_tokens": words, "completion_tokens": len(reply.split()), "total_tokens": words},
     }
@@ -227,7 +227,7 @@ JUDGE_SERVERS.register(
         settings=OracleArguments,
         is_chosen=lambda settings: settings.oracle_error_rate is not None,
         check=_check,
-        model=lambda settings, args: f"{MODEL}-{settings.oracle_error_rate:g}-{args.seed}",
+        model=lambda settings, args: f"{ORACLE_MODEL}-{settings.oracle_error_rate:g}-{args.seed}",
         serve=lambda settings, args, candidates: serve_oracle(
             candidates, settings.oracle_error_rate, args.seed, args.prompt_version
         ),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 
 from .cost import Budget, Prices, ReplyCache, RequestSize
-from .trouble import Dialect, Trouble, clean, row_of_content, trouble_of
+from .trouble import Dialect, Trouble, clean_message, row_of_content, trouble_of
 
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Client:
         self._in_a_row: Counter[str] = Counter()
         self._secret = None if offline else api_key(key_variable, base_url)
         self._openai = None if offline else self._connect(base_url, http_client)
-        self.base_url = clean(str(self._openai.base_url if self._openai else base_url)).rstrip("/")
+        self.base_url = clean_message(str(self._openai.base_url if self._openai else base_url)).rstrip("/")
 
     def _connect(self, base_url: str | None, http_client: Any) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
@@ -231,7 +231,7 @@ class Client:
             return None
         if reading is None:
             if not cached:
-                self._gave_up(Trouble("unparsable", clean(attempts[-1]["reply"][:100], self._secret)))
+                self._gave_up(Trouble("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
             return Answer(None, "unparsable", attempts, cached)
         self._ever_read = True
         if not cached:

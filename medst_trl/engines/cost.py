@@ -14,7 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
 
 
-FILE_NAME = "judge_cache.jsonl"
+CACHE_FILE = "judge_cache.jsonl"
 
 
 BYTES_PER_TOKEN = 4.0  # English in UTF-8, for estimates
@@ -175,7 +175,7 @@ class ReplyCache:
     """
 
     def __init__(self, directory: str | os.PathLike | None = None):
-        self.path = Path(directory, FILE_NAME) if directory is not None else None
+        self.path = Path(directory, CACHE_FILE) if directory is not None else None
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._lost: dict[str, list[dict[str, Any]]] = {}
         self._file = None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from medst_trl.base.redaction import HIDDEN, hide_secrets
 
 
-SHOWN = 300  # characters of a server's message that are kept
+_SHOWN = 300  # characters of a server's message that are kept
 
 # Kinds of trouble: these stop the run, these drop the call, and all others are retried.
 STOPS = frozenset({"auth", "quota", "model", "address", "no_images"})
@@ -129,7 +129,7 @@ def trouble_of(error: Exception, secret: str | None = None) -> Trouble:
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.
     charged = type(cause).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
-    return Trouble("connection", clean(str(cause) or type(cause).__name__, secret), charged=charged)
+    return Trouble("connection", clean_message(str(cause) or type(cause).__name__, secret), charged=charged)
 
 
 def trouble_of_status(
@@ -140,7 +140,7 @@ def trouble_of_status(
     message = str(error.get("message") or error.get("detail") or "")
     return Trouble(
         _kind_of(status, code, message.lower()),
-        clean(message or f"status {status}", secret),
+        clean_message(message or f"status {status}", secret),
         status,
         retry_after_of(headers or {}),
     )
@@ -154,12 +154,12 @@ def trouble_in_body(error: Any, secret: str | None = None) -> Trouble:
     return trouble_of_status(status, error, None, secret)
 
 
-def clean(text: str, secret: str | None = None) -> str:
+def clean_message(text: str, secret: str | None = None) -> str:
     """Return a server's message on one line, short, without the key."""
     if secret and len(secret) > 3:
         text = text.replace(secret, HIDDEN)
     text = hide_secrets(" ".join(text.split()))
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _kind_of(status: int, code: str, message: str) -> str:
@@ -223,7 +223,7 @@ def row_of_content(content: bytes, secret: str | None = None) -> dict[str, Any]:
         return row_of_body(json.loads(content), secret)
     except (ValueError, RecursionError):
         start = content[:60].decode("utf-8", "replace")
-        detail = "an HTML page" if start.lstrip()[:1] == "<" else clean(start, secret) or "nothing"
+        detail = "an HTML page" if start.lstrip()[:1] == "<" else clean_message(start, secret) or "nothing"
         raise Trouble("not_json", f"it sends {detail}", charged=True) from None
 
 
@@ -242,14 +242,14 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
         content, refusal = message.get("content"), message.get("refusal")
     except (TypeError, KeyError, IndexError, AttributeError):
         usage = _usage(body.get("usage")) if isinstance(body, dict) else None
-        said = f"no choices in {clean(json.dumps(body)[:100], secret)}"
+        said = f"no choices in {clean_message(json.dumps(body)[:100], secret)}"
         raise Trouble("error_body", said, charged=True, usage=usage) from None
     usage = _usage(body.get("usage"))
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     finish_reason = choice.get("finish_reason")
     if refusal or finish_reason == "content_filter":
-        said = clean(str(refusal or "the reply was filtered"), secret)
+        said = clean_message(str(refusal or "the reply was filtered"), secret)
         raise Trouble("content_filter", said, charged=True, usage=usage)
     return {"reply": content or "", "finish_reason": finish_reason, "usage": usage}
 

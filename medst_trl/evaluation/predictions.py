@@ -28,7 +28,7 @@ from .scoring import RecordError, read_answer, score_vqa
 OWN_FORMAT = "medst"
 MAX_SHOWN = 200  # characters of an offending value that are kept
 
-Row = tuple[str, dict[str, Any] | RecordError]
+ReadRow = tuple[str, dict[str, Any] | RecordError]
 """The name of a row in a file, for messages, and its record or the reason why there is none."""
 Benchmark = str | os.PathLike | Iterable[Mapping[str, Any]]
 """A benchmark's directory or Hub id, a file of questions, or the questions themselves."""
@@ -49,7 +49,7 @@ class PredictionFormat:
         guess (`Callable`):
             From the path and the first JSON record (empty if there is none) to whether this is the file's format.
         read (`Callable`):
-            From the path, a [`Benchmark`] that has the right answers (or None) and its split to [`Row`]s.
+            From the path, a [`Benchmark`] that has the right answers (or None) and its split to [`ReadRow`]s.
         write (`Callable`):
             From checked records and the path to the file, written atomically.
     """
@@ -58,7 +58,7 @@ class PredictionFormat:
     summary: str
     expected: str
     guess: Callable[[Path, Mapping[str, Any]], bool]
-    read: Callable[[Path, Benchmark | None, str], Iterable[Row]]
+    read: Callable[[Path, Benchmark | None, str], Iterable[ReadRow]]
     write: Callable[[list[dict[str, Any]], Path], None]
 
 
@@ -185,7 +185,7 @@ def guess_format(path: str | os.PathLike) -> str:
     return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), OWN_FORMAT)
 
 
-def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test") -> Iterator[Row]:
+def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test") -> Iterator[ReadRow]:
     if benchmark is not None:
         raise UserError(f"{path} holds its right answers. Leave the benchmark out, or name another format.")
     for number, line in enumerate(read_text_file(path, "predictions").split("\n"), start=1):

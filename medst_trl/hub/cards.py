@@ -24,7 +24,7 @@ from medst_trl.evaluation.metric import recorded_figures
 from medst_trl.policy.chat_template import has_text_role, is_wrapped
 from medst_trl.policy.families import family_of
 
-from .contents import Contents, base_of, find_contents
+from .contents import Contents, base_model_of, find_contents
 from .provenance import hub_id_text, read_merged, steps_to
 
 
@@ -120,7 +120,7 @@ def model_card(
 
 def write_card(directory: str | Path) -> None:
     """Write the model card of a stage's output. It replaces those of PEFT and TRL, which are for text models."""
-    card = model_card(find_contents(Path(directory)), str(directory), base_model=base_of(Path(directory)))
+    card = model_card(find_contents(Path(directory)), str(directory), base_model=base_model_of(Path(directory)))
     write_text(Path(directory) / "README.md", card)
 
 

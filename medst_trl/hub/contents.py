@@ -144,7 +144,7 @@ def stage_files(contents: Contents, target: Path, card: str, base_model: str | N
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def base_of(directory: Path) -> str | None:
+def base_model_of(directory: Path) -> str | None:
     """The base that an adapter names, with its revision (`org/name@revision`) if it has one."""
     path = directory / "adapter_config.json"
     if not path.is_file():
@@ -160,7 +160,7 @@ def public_base(directory: Path, given: str | None) -> str | None:
     Raises:
         UserError: if the base is a local directory, which nobody else could load.
     """
-    base = given or base_of(directory)
+    base = given or base_model_of(directory)
     if base is None:
         return None
     if looks_local(base) or Path(base).exists() or base.count("/") != 1:

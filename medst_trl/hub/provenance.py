@@ -9,7 +9,7 @@ from typing import Any
 
 from medst_trl.base.redaction import hide_secrets, is_secret_key, looks_local
 from medst_trl.data.source import SOURCES
-from medst_trl.pipeline.record import FILE_NAME, read_record
+from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -29,7 +29,7 @@ _NOT_PUBLIC = re.compile(
 
 
 @dataclass(frozen=True)
-class Step:
+class HistoryStep:
     """
     One stage that led to a result, in a form that can be published: without paths, file names and secrets.
 
@@ -52,12 +52,12 @@ class Step:
 def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
     """Path and content of the `stage.json` of a directory or of its parent. The content is empty if it is damaged."""
     for place in (directory, directory.parent):
-        if (place / FILE_NAME).is_file():
-            return place / FILE_NAME, read_record(place)
+        if (place / RECORD_FILE).is_file():
+            return place / RECORD_FILE, read_record(place)
     return None, {}
 
 
-def steps_to(directory: Path, run: Path | None = None) -> list[Step]:
+def steps_to(directory: Path, run: Path | None = None) -> list[HistoryStep]:
     """
     The stages that led to a result, in pipeline order, as far as their directories still exist.
 
@@ -65,12 +65,12 @@ def steps_to(directory: Path, run: Path | None = None) -> list[Step]:
         directory (`Path`): Output of a stage, or a dataset inside it.
         run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
     """
-    steps: dict[Path, Step] = {}
+    steps: dict[Path, HistoryStep] = {}
     _collect(directory, run, steps)
     return list(steps.values())
 
 
-def _collect(directory: Path, run: Path | None, steps: dict[Path, Step]) -> None:
+def _collect(directory: Path, run: Path | None, steps: dict[Path, HistoryStep]) -> None:
     path, record = nearest_record(directory)
     if path is None or path.resolve() in steps:
         return
@@ -86,9 +86,9 @@ def _collect(directory: Path, run: Path | None, steps: dict[Path, Step]) -> None
     steps[path.resolve()] = steps.pop(path.resolve())  # its inputs come first
 
 
-def _step(record: dict[str, Any]) -> Step:
+def _step(record: dict[str, Any]) -> HistoryStep:
     inputs = record["inputs"]
-    return Step(
+    return HistoryStep(
         stage=record["stage"],
         settings=_public_settings(record["stage"], record.get("settings", {}), inputs),
         inputs={name: ", ".join(map(_describe, sources)) for name, sources in inputs.items() if sources},

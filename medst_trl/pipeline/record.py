@@ -30,7 +30,7 @@ from medst_trl.base.redaction import hide_secrets
 from .stage import STAGES, Stage
 
 
-FILE_NAME = "stage.json"
+RECORD_FILE = "stage.json"
 LOCK = ".stage.lock"
 PACKAGES = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
@@ -188,9 +188,9 @@ class StageRecord:
         Remove the record of a new run that has failed before it left anything: settings that may be the reason of the
         failure must not stand in the way of better ones.
         """
-        left = [child for child in self.output_dir.iterdir() if child.name != FILE_NAME and not _is_ignorable(child)]
+        left = [child for child in self.output_dir.iterdir() if child.name != RECORD_FILE and not _is_ignorable(child)]
         if self._writes and self.status == "new" and not left:
-            (self.output_dir / FILE_NAME).unlink()
+            (self.output_dir / RECORD_FILE).unlink()
 
     @classmethod
     def _decide(cls, directory, stage, settings, inputs, operational, overwrite) -> "StageRecord":
@@ -256,7 +256,7 @@ class StageRecord:
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:
     """What the record in a directory holds; empty if there is none, or none that can be read."""
     try:
-        content = json.loads(Path(directory, FILE_NAME).read_text(encoding="utf-8"))
+        content = json.loads(Path(directory, RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -284,7 +284,7 @@ def package_versions() -> dict[str, str | None]:
 
 def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None:
     """The record of an earlier run of this stage; None if the directory is empty or missing."""
-    path = directory / FILE_NAME
+    path = directory / RECORD_FILE
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir is a file, not a directory: {directory}.")
     if not path.exists():
@@ -313,7 +313,7 @@ def _refuse_other_files(directory: Path) -> None:
     others = sorted(path.name for path in directory.glob("*") if not _is_ignorable(path))
     if others:
         raise UserError(
-            f"{directory} is not empty and holds no {FILE_NAME}, so it is not the output of a stage "
+            f"{directory} is not empty and holds no {RECORD_FILE}, so it is not the output of a stage "
             f"(it has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Nothing in it was touched. Choose "
             "another output_dir."
         )
@@ -345,13 +345,13 @@ def _warn_of_versions(directory: Path, old: dict, new: dict) -> None:
 
 
 def _empty(directory: Path) -> None:
-    nested = [path for path in directory.rglob(FILE_NAME) if path.parent != directory]
+    nested = [path for path in directory.rglob(RECORD_FILE) if path.parent != directory]
     if nested:
         raise UserError(
             f"--overwrite would also delete {nested[0].parent}, which is the output of another stage. Nothing was "
             "touched. Move it, or choose another output_dir."
         )
-    record = directory / FILE_NAME
+    record = directory / RECORD_FILE
     for child in directory.iterdir():
         if child == record or _is_ignorable(child):
             continue
@@ -364,7 +364,7 @@ def _empty(directory: Path) -> None:
 
 def _seconds_of_interrupted_run(directory: Path) -> float:
     """From the record of a killed run to the last file it wrote: it could not say itself how long it took."""
-    start = (directory / FILE_NAME).stat().st_mtime
+    start = (directory / RECORD_FILE).stat().st_mtime
     written = [path.stat().st_mtime for path in directory.rglob("*") if path.is_file() and not _is_ignorable(path)]
     return round(max(0.0, max(written) - start), 3)
 
@@ -402,7 +402,7 @@ def _lock(directory: Path) -> TextIO | None:
 
 def _write(directory: Path, content: dict) -> None:
     # Unlike other files, this one must survive a crash of the machine: it says whether the rest can be trusted.
-    write_json(directory / FILE_NAME, content, fsync=True)
+    write_json(directory / RECORD_FILE, content, fsync=True)
 
 
 def _fingerprints(source: Any) -> list[dict]:

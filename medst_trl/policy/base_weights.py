@@ -23,7 +23,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 
 
-FILE_NAME = "base_model.json"
+BASE_FILE = "base_model.json"
 # Computed or shared tensors, which some versions of transformers store and others leave out.
 _NOT_ALWAYS_STORED = ("inv_freq", "lm_head.weight")
 
@@ -76,7 +76,7 @@ def write_base_file(model: PreTrainedModel | PeftModel, directory: str | Path) -
     fingerprint = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None))
     if fingerprint is not None:
         content = {"model_type": base.config.model_type, "weights_sha256": fingerprint}
-        write_json(Path(directory, FILE_NAME), content)
+        write_json(Path(directory, BASE_FILE), content)
 
 
 def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named: str | None) -> None:
@@ -96,7 +96,7 @@ def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named:
     Raises:
         UserError: if both fingerprints are known and differ.
     """
-    path = _find(adapter, FILE_NAME, revision, local_files_only=False)  # nothing else has downloaded it
+    path = _find(adapter, BASE_FILE, revision, local_files_only=False)  # nothing else has downloaded it
     found = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None)) if path else None
     recorded = _recorded(path) if path else None
     if found is None or recorded is None:
@@ -112,7 +112,7 @@ def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named:
             f"The adapter {adapter!r} was trained on other weights than those of {base.name_or_path!r} (fingerprints "
             f"{recorded[:12]} and {found[:12]}), although their shapes agree. Its base is called {named!r}: pass "
             "exactly that model as base_model_name_or_path, or train the adapter again. To use the two together "
-            f"anyway, delete {FILE_NAME} beside the adapter."
+            f"anyway, delete {BASE_FILE} beside the adapter."
         )
 
 

@@ -34,7 +34,7 @@ from .chat_template import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 VUSR_ROLES = ("token", "text")
 # Inserted after the first character of a control token in data: invisible to a reader, and no longer a token.
@@ -171,11 +171,11 @@ def _render_two_turns(processor: "ProcessorMixin", template: str | dict[str, str
 _FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDictionary()
 
 
-def _once_per_template(compute: "Callable[[ProcessorMixin], T]") -> "Callable[[ProcessorMixin], T]":
+def _once_per_template(compute: "Callable[[ProcessorMixin], _T]") -> "Callable[[ProcessorMixin], _T]":
     """Decorator that computes something about a processor again only when its chat template or vocabulary changes."""
 
     @wraps(compute)
-    def known(processor: "ProcessorMixin") -> T:
+    def known(processor: "ProcessorMixin") -> _T:
         facts = _FACTS.setdefault(processor, {})
         key = (compute.__name__, str(processor.chat_template), len(tokenizer_of(processor)))
         if key not in facts:

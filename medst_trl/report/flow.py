@@ -25,7 +25,7 @@ UNNAMED = ("datasets", "notes")  # keys in `counts` that only group others
 MAX_REASONS = 12
 
 # Settings that the page shows; all of them are in each stage's stage.json.
-SHOWN = (
+_SHOWN = (
     "source", "num_phantoms", "num_test_phantoms", "num_unlabelled_phantoms", "validation_fraction", "image_disjoint",
     "model_name_or_path", "base_model_name_or_path", "model", "dataset", "images", "candidates", "benchmark",
     "benchmarks", "split", "engine", "num_questions", "num_answers", "describe_first", "temperature", "top_k",
@@ -62,7 +62,7 @@ class Judging:
 
 
 @dataclass
-class Step:
+class FlowStep:
     """
     One stage of the data flow.
 
@@ -79,7 +79,7 @@ class Step:
     chart: Markup | None = None
 
 
-def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[Step]]]]]:
+def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[FlowStep]]]]]:
     """
     The stages in pipeline order, by round and within a round by stage, of which there may be several (evaluations).
 
@@ -107,7 +107,7 @@ def missing_stages(run: Run) -> list[str]:
 def settings(run: Run, stage: StageRun) -> list[tuple[str, str]]:
     """Names and values of the settings to show, without those that are empty or off."""
     shown = []
-    for key in SHOWN:
+    for key in _SHOWN:
         value = stage.settings.get(key)
         if value is None or value is False or value in ("", [], -1) or isinstance(value, dict):
             continue
@@ -116,8 +116,8 @@ def settings(run: Run, stage: StageRun) -> list[tuple[str, str]]:
     return shown
 
 
-def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> Step:
-    step, judging, counts = Step(stage), judgings.get(stage.name), stage.counts
+def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> FlowStep:
+    step, judging, counts = FlowStep(stage), judgings.get(stage.name), stage.counts
     kept = counts.get("candidates") if _is_count(counts.get("candidates")) else None
     if "judge" in counts:  # statistics with a section of their own
         preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
@@ -132,7 +132,7 @@ def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> Step:
     return step
 
 
-def _add(run: Run, step: Step, name: str, value: Any) -> None:
+def _add(run: Run, step: FlowStep, name: str, value: Any) -> None:
     """Sort what a stage counted, at any depth, into what it made and what it left out."""
     if _is_count(value):
         step.made.append((name, value))

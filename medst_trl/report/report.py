@@ -24,10 +24,10 @@ from .scores import Comparison, compare, read_evaluations
 from .text import number, words
 
 
-TEMPLATE = "report.html.jinja"
+_TEMPLATE = "report.html.jinja"
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
 
-Row = tuple[str, list[str]]
+_Row = tuple[str, list[str]]
 """A figure and its value in each round, as text; empty if the round has none."""
 
 _RATES = {
@@ -137,7 +137,7 @@ def make_report(
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
-    html = _environment(run).get_template(TEMPLATE).render(page)
+    html = _environment(run).get_template(_TEMPLATE).render(page)
     return Report(html, "\n\n".join(comparison.terminal_table() for comparison in comparisons), run.notes)
 
 
@@ -158,15 +158,15 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
     return path
 
 
-def judge_rows(rounds: Sequence[Round]) -> list[Row]:
+def judge_rows(rounds: Sequence[Round]) -> list[_Row]:
     """What the judge did in each round."""
     statistics = [one.judging.statistics if one.judging else None for one in rounds]
     reasons = dict.fromkeys(reason for one in statistics if one for reason in one["dropped"])
 
-    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> Row:
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> _Row:
         return name, [cell(one) if one else "" for one in statistics]
 
-    def usage(name: str, key: str) -> Row:
+    def usage(name: str, key: str) -> _Row:
         return row(name, lambda one: number(one["usage"]["all"][key]))
 
     models = [one.judging.models if one.judging else () for one in rounds]
@@ -189,7 +189,7 @@ def judge_rows(rounds: Sequence[Round]) -> list[Row]:
     return [(name, cells) for name, cells in rows if any(cells)]
 
 
-def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[Row]:
+def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[_Row]:
     """Judge, training and scores of every round in brief, without rows that have no value."""
     judged = [one.judging.statistics if one.judging else None for one in rounds]
     rows = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import hide_secrets
-from medst_trl.pipeline.record import FILE_NAME
+from medst_trl.pipeline.record import RECORD_FILE
 from medst_trl.pipeline.stage import STAGES, Stage
 
 
@@ -155,7 +155,7 @@ def read_run(directory: str | os.PathLike) -> Run:
     path = Path(directory)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a run directory, which `medst run RECIPE` makes.")
-    if (path / FILE_NAME).exists():
+    if (path / RECORD_FILE).exists():
         raise UserError(f"{path} is the directory of a single stage. Give the run directory: --run {path.parent}")
     run = Run(Path(os.path.abspath(path)))
     run.stages = [
@@ -163,7 +163,7 @@ def read_run(directory: str | os.PathLike) -> Run:
     ]
     if not run.stages:
         raise UserError(
-            f"{path} holds no stage yet (no {FILE_NAME} in a directory of its own), so there is nothing to report. "
+            f"{path} holds no stage yet (no {RECORD_FILE} in a directory of its own), so there is nothing to report. "
             "Run a recipe first (`medst run demo`), or give the directory that its output_dir names."
         )
     order = STAGES.names()
@@ -172,7 +172,7 @@ def read_run(directory: str | os.PathLike) -> Run:
 
 
 def _stage_directories(directory: Path) -> list[Path]:
-    found = {path.parent for depth in range(1, DEPTH + 1) for path in directory.glob("*/" * depth + FILE_NAME)}
+    found = {path.parent for depth in range(1, DEPTH + 1) for path in directory.glob("*/" * depth + RECORD_FILE)}
     hidden = (".", "checkpoint-")
     return sorted(p for p in found if not any(part.startswith(hidden) for part in p.relative_to(directory).parts))
 
@@ -181,9 +181,9 @@ def _read_stage(run: Run, directory: Path) -> StageRun | None:
     name = run.name(directory)
     parts = name.split("/")
     match = _ROUND.fullmatch(parts[0])
-    record = run.read_json(directory / FILE_NAME)
+    record = run.read_json(directory / RECORD_FILE)
     if record is not None and (problem := _problem(record)):
-        run.notes.append(f"{name}/{FILE_NAME} is left out: {problem}.")
+        run.notes.append(f"{name}/{RECORD_FILE} is left out: {problem}.")
         record = None
     stage = record["stage"] if record else next((part for part in parts if part in STAGES), None)
     if stage is None:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import compare_vqa
-from medst_trl.evaluation.metric import METRICS, recorded_figures, setting_names
+from medst_trl.evaluation.metric import METRICS, FigurePath, recorded_figures, setting_names
 from medst_trl.evaluation.predictions import OWN_FORMAT, read_predictions
 from medst_trl.evaluation.scoring import figures, score_records
 from medst_trl.evaluation.tables import align
@@ -22,7 +22,6 @@ from .run_directory import Run, StageRun
 from .text import place, sentence, words
 
 
-FigurePath = tuple[str, ...]
 Scores = dict[str, dict[FigurePath, dict[str, Any]]]
 """Metric to path to a figure: `value`, `n`, `interval` and more."""
 

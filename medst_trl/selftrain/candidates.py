@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 BATCHES_PER_WINDOW = 2  # a window is written to disk at once: it is what an interrupted run computes again
 OPENING_THREADS = 2  # for engines without windows
-SHOWN = 500  # characters of a rejected text that are kept
+_SHOWN = 500  # characters of a rejected text that are kept
 
 
 @dataclass
@@ -86,7 +86,7 @@ class _Record:
     def reject(self, reason: str, value: str, number: int | None = None) -> None:
         """Reject the record, or its question of that number."""
         row_id = self.id if number is None else f"{self.id}#{number}"
-        self.rejected.append({"id": row_id, "reason": reason, "value": printable(value[:SHOWN])})
+        self.rejected.append({"id": row_id, "reason": reason, "value": printable(value[:_SHOWN])})
 
     def outcome(self) -> dict[str, Any]:
         """Return the results in JSON types."""

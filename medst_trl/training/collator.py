@@ -13,7 +13,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.policy.spans import can_be_asked
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, Conversation, as_conversation, encode, id_of
+from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
 from .images import DecodesImages, with_decoded_images
 from .packing import pack
 
@@ -156,14 +156,14 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         batch.update({name: value for name, value in notes.items() if value})
         return batch
 
-    def _conversation(self, example: dict[str, Any]) -> Conversation:
+    def _conversation(self, example: dict[str, Any]) -> ImageConversation:
         conversation = as_conversation(example, example["messages"])
         asked = self.asked_turns(conversation.id, conversation.messages)
         conversation = replace(conversation, asked=asked)
         # a last unanswered question trains nothing
         return _until(conversation, max(_targets(conversation), default=-1) + 1)
 
-    def _encode(self, conversations: list[Conversation]) -> tuple[dict[str, Any], list[list[int]], int]:
+    def _encode(self, conversations: list[ImageConversation]) -> tuple[dict[str, Any], list[list[int]], int]:
         """
         The batch, the token at which each target of each conversation ends, and the number of places neutralised.
         """
@@ -177,7 +177,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
                 batch["question_mask"][row, start:end] |= is_question
         return batch, [[span.end for span in spans] for spans in encoded.spans], encoded.neutralised
 
-    def _fit(self, conversation: Conversation, target_ends: list[int]) -> Conversation | None:
+    def _fit(self, conversation: ImageConversation, target_ends: list[int]) -> ImageConversation | None:
         """The conversation up to the last answer that ends within `max_length`; `None` if not even one does."""
         if self.max_length is None or not target_ends or target_ends[-1] <= self.max_length:
             return conversation
@@ -199,7 +199,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         }
 
 
-def _targets(conversation: Conversation) -> list[int]:
+def _targets(conversation: ImageConversation) -> list[int]:
     """Indices of the messages that are training targets, in order."""
     return [
         index
@@ -208,7 +208,7 @@ def _targets(conversation: Conversation) -> list[int]:
     ]
 
 
-def _until(conversation: Conversation, end: int) -> Conversation:
+def _until(conversation: ImageConversation, end: int) -> ImageConversation:
     """The first `end` messages and their images."""
     kept = conversation.messages[:end]
     images = sum(part["type"] == "image" for message in kept for part in message["content"])

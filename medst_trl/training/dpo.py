@@ -35,7 +35,7 @@ from .upstream import complete_reference_adapter, fused_outputs, keep_requires_g
 logger = get_logger(__name__)
 
 SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
-PATIENCE = 3  # logs in a row, so that one unlucky batch does not count
+DISPLACEMENT_PATIENCE = 3  # logs in a row, so that one unlucky batch does not count
 
 
 @dataclass
@@ -251,7 +251,7 @@ class WarnOfDisplacement(TrainerCallback):
         if change is None:
             return
         self.falling = self.falling + 1 if change < 0 else 0
-        if self.falling == PATIENCE and state.is_world_process_zero:
+        if self.falling == DISPLACEMENT_PATIENCE and state.is_world_process_zero:
             logging.getLogger(__name__).warning(
                 f"The chosen answers have become less likely than under the reference, by {-change:.2f} nats on "
                 f"average at step {state.global_step} (likelihood displacement): the margin may grow while the "

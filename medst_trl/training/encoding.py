@@ -44,7 +44,7 @@ class TokenSpan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ImageConversation:
     """
     A conversation to be put in a batch.
 
@@ -82,7 +82,7 @@ class Encoded:
         return sum(conversation.neutralised for conversation in self.rendered)
 
 
-def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> ImageConversation:
     """
     An example's `messages` with its `images` (or `image`) and its `id` (a hash of the text if it has none).
 
@@ -104,7 +104,7 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
         {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
         for message in prepared
     ]
-    return Conversation(example_id, bare, images)
+    return ImageConversation(example_id, bare, images)
 
 
 def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None) -> str:
@@ -116,7 +116,7 @@ def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None)
 
 
 def encode(
-    processor: "ProcessorMixin", conversations: Collection[Conversation], pad_to_multiple_of: int | None = None
+    processor: "ProcessorMixin", conversations: Collection[ImageConversation], pad_to_multiple_of: int | None = None
 ) -> Encoded:
     """
     Render, tokenize and pad (on the right) a batch of conversations.

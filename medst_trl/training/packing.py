@@ -27,7 +27,7 @@ from medst_trl.policy.families import family_of
 from medst_trl.policy.spans import render_conversation
 from medst_trl.policy.vusr import tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, Conversation, as_conversation
+from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation
 from .images import UnreadableImage, image_size, images_of, with_images, with_stored_images
 
 
@@ -310,7 +310,7 @@ def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict
         yield chunk
 
 
-def _with_sizes(example: dict[str, Any]) -> Conversation:
+def _with_sizes(example: dict[str, Any]) -> ImageConversation:
     """The conversation of an example, its images replaced by their (height, width)."""
     messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
     return as_conversation(with_images(example, [_height_and_width(image) for image in images_of(example)]), messages)

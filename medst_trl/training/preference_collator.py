@@ -22,7 +22,15 @@ from medst_trl.data.schema import text_of
 from medst_trl.policy.spans import RenderedConversation, render_conversation
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
-from .encoding import TOKEN_INPUTS, Conversation, Encoded, TokenSpan, as_conversation, encode, tokens_without_images
+from .encoding import (
+    TOKEN_INPUTS,
+    Encoded,
+    ImageConversation,
+    TokenSpan,
+    as_conversation,
+    encode,
+    tokens_without_images,
+)
 from .images import (
     DecodesImages,
     UnreadableImage,
@@ -38,7 +46,7 @@ from .images import (
 if TYPE_CHECKING:
     from transformers import BatchFeature, ProcessorMixin
 
-REJECTION_REASONS = {
+PAIR_REJECTION_REASONS = {
     "chosen_equals_rejected": "both answers say the same, so there is nothing to prefer",
     "malformed": "prompt, answers and images do not make a conversation",
     "unreadable_image": "one of its images is missing, truncated or of an unknown format",
@@ -129,7 +137,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         return batch
 
     def _pairs(
-        self, chosen: list[Conversation], encoded: Encoded, rejected: list[RenderedConversation]
+        self, chosen: list[ImageConversation], encoded: Encoded, rejected: list[RenderedConversation]
     ) -> list[PairOfRows]:
         """The rejected rows come from their text alone, because the chosen rows have their images."""
         pairs = []
@@ -183,7 +191,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         }
 
 
-def pair_as_conversation(example: dict[str, Any], key: str) -> Conversation:
+def pair_as_conversation(example: dict[str, Any], key: str) -> ImageConversation:
     """The prompt of a preference pair followed by its answer `key`, `"chosen"` or `"rejected"`."""
     answer = example[key]
     if not answer or answer[-1]["role"] != "assistant" or not example["prompt"]:
@@ -240,7 +248,7 @@ def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int 
         else:
             reasons[str(example.get("id") or place)] = reason
     if not kept:
-        counts, whys = Counter(reasons.values()), REJECTION_REASONS.items()
+        counts, whys = Counter(reasons.values()), PAIR_REJECTION_REASONS.items()
         found = "; ".join(f"{counts[r]} because {why.format(max_length=max_length)}" for r, why in whys if counts[r])
         raise UserError(f"No preference pair can be trained on: {found or 'the dataset is empty'}.")
     return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 LONG_WAIT = 0.1  # share of the time above which the step waits too long for data
-PATIENCE = 3  # logs in a row; workers may start during the first ones
+DATA_WAIT_PATIENCE = 3  # logs in a row; workers may start during the first ones
 
 REJECTION_REASONS = {
     "too_long": "with its image, not even its first answer fits into max_length={max_length} tokens",
@@ -186,11 +186,11 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             rates = self._rates_of_step
             logs |= {f"learning_rate_{part}": rate for part, rate in rates.items() if part != "language"}
             logs["data_wait"] = self._data_wait.share()
-            if self._data_wait.long_waits >= PATIENCE and not self._has_hinted:
+            if self._data_wait.long_waits >= DATA_WAIT_PATIENCE and not self._has_hinted:
                 self._has_hinted = True
                 logger.warning(
                     f"Training has waited for data {100 * logs['data_wait']:.0f}% of the time since the last log, and "
-                    f"above {100 * LONG_WAIT:.0f}% for {PATIENCE} logs. Raise dataloader_num_workers (now "
+                    f"above {100 * LONG_WAIT:.0f}% for {DATA_WAIT_PATIENCE} logs. Raise dataloader_num_workers (now "
                     f"{self.args.dataloader_num_workers}), or store the images at the size the model reads."
                 )
         super().log(logs, start_time)

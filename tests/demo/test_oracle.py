@@ -13,7 +13,7 @@ from datasets import Dataset
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.demo import oracle as phantom_oracle
-from medst_trl.demo.oracle import score, serve_oracle
+from medst_trl.demo.oracle import score_answer, serve_oracle
 from medst_trl.demo.phantoms import Truth, answer, make_phantoms
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
@@ -26,9 +26,9 @@ HEALTHY = Truth("MRI", False)
 def test_only_the_right_answer_scores_ten(split):
     for phantom in make_phantoms(81, 1, split):
         for question in phantom.questions:
-            assert score(question["question"], question["answer"], phantom.truth) == 10
+            assert score_answer(question["question"], question["answer"], phantom.truth) == 10
             for other in ("", "Perhaps.", "It is a bird."):
-                assert score(question["question"], other, phantom.truth) == 1
+                assert score_answer(question["question"], other, phantom.truth) == 1
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_only_the_right_answer_scores_ten(split):
     ],
 )  # fmt: skip
 def test_better_answers_score_higher(question, better, worse, truth):
-    assert score(question, better, truth) > score(question, worse, truth)
+    assert score_answer(question, better, truth) > score_answer(question, worse, truth)
 
 
 def test_answers_to_impossible_questions_score_one():
-    assert score("Where is the lesion?", "upper left", HEALTHY) == 1
-    assert score("Nonsense", "upper left", LESION) == 1
+    assert score_answer("Where is the lesion?", "upper left", HEALTHY) == 1
+    assert score_answer("Nonsense", "upper left", LESION) == 1
 
 
 def ask(base_url: str, version: str, question: str, answers: list[str], phantom):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
-from medst_trl.engines.cost import FILE_NAME, Budget, Prices, ReplyCache, RequestSize, image_tokens, prices_of
+from medst_trl.engines.cost import CACHE_FILE, Budget, Prices, ReplyCache, RequestSize, image_tokens, prices_of
 
 
 def row(key, attempt=0, reply="8 9"):
@@ -93,7 +93,7 @@ def test_cache_survives_an_incomplete_line(tmp_path, cut):
     for key in "ab":
         cache.add(row(key))
     cache.close()
-    path = tmp_path / FILE_NAME
+    path = tmp_path / CACHE_FILE
     path.write_bytes(path.read_bytes()[:-cut])
     again = ReplyCache(tmp_path)
     assert again.attempts("a") and (cut == 1) == bool(again.attempts("b"))
@@ -105,7 +105,7 @@ def test_cache_survives_an_incomplete_line(tmp_path, cut):
 
 def test_cache_skips_foreign_lines(tmp_path):
     lines = [b"\xff\xfe", b"[]", b"7", b"{}", b'{"key": 1, "attempt": 0, "reply": ""}', json.dumps(row("a")).encode()]
-    (tmp_path / FILE_NAME).write_bytes(b"\n".join(lines))
+    (tmp_path / CACHE_FILE).write_bytes(b"\n".join(lines))
     assert ReplyCache(tmp_path).attempts("a")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.base_weights import FILE_NAME, weights_fingerprint, write_base_file
+from medst_trl.policy.base_weights import BASE_FILE, weights_fingerprint, write_base_file
 from medst_trl.policy.loading import load_policy
 
 
@@ -69,7 +69,7 @@ def adapter(tmp_path):
 
 
 def test_the_fingerprint_file_names_no_path(adapter, tmp_path):
-    assert str(tmp_path) not in (adapter / FILE_NAME).read_text()
+    assert str(tmp_path) not in (adapter / BASE_FILE).read_text()
 
 
 def test_a_rebuilt_base_of_the_same_name_is_refused(adapter, tmp_path):
@@ -77,7 +77,7 @@ def test_a_rebuilt_base_of_the_same_name_is_refused(adapter, tmp_path):
     save_base(tmp_path / "base", seed=1)
     with pytest.raises(UserError, match="other weights than those of .*base.*although their shapes agree"):
         load_policy(str(adapter))
-    (adapter / FILE_NAME).unlink()  # as the message suggests
+    (adapter / BASE_FILE).unlink()  # as the message suggests
     assert load_policy(str(adapter))
 
 
@@ -90,7 +90,7 @@ def test_a_given_base_has_to_be_the_same(adapter, tmp_path):
         assert load_policy(str(adapter), base_model_name_or_path=str(moved))
     with pytest.raises(UserError, match="trained on other weights than those of .*other"):
         load_policy(str(adapter), base_model_name_or_path=other)
-    (adapter / FILE_NAME).write_text("{")  # damaged counts as missing
+    (adapter / BASE_FILE).write_text("{")  # damaged counts as missing
     with pytest.warns(UserWarning, match="Cannot verify that .*other.* is the base"):
         assert load_policy(str(adapter), base_model_name_or_path=other)
 
@@ -104,5 +104,5 @@ def test_trainers_write_the_fingerprint(tmp_path):
     pairs = tiny_dpo.make_trainer(tmp_path / "dpo", policy=load_policy(str(tmp_path / "sft"), is_trainable=True))
     pairs.save_model(str(tmp_path / "dpo"))
     for folder in ("sft", "sft/checkpoint-1", "dpo"):
-        record = json.loads((tmp_path / folder / FILE_NAME).read_text())
+        record = json.loads((tmp_path / folder / BASE_FILE).read_text())
         assert record == {"model_type": "llava", "weights_sha256": weights_fingerprint(base)}, folder

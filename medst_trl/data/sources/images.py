@@ -23,7 +23,7 @@ from medst_trl.data.source import (
 )
 
 
-SPLITS = ("train", "validation", "test")
+_SPLITS = ("train", "validation", "test")
 
 
 def read_folder(directory: Path) -> Records:
@@ -83,7 +83,7 @@ def collect_rows(records: Records, path: Path, make: Callable[[str, str, dict], 
 def _question(name: str, image: str, row: dict) -> Question:
     answer = text_value(row.get("answer"), missing="no_answer")
     split = row.get("split") or "train"
-    if split not in SPLITS:
+    if split not in _SPLITS:
         raise BadRecord("bad_split", split)
     answer_type = row.get("answer_type") or guess_answer_type(answer)
     if answer_type not in ANSWER_TYPES:

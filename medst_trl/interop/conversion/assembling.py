@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from medst_trl.base.errors import UserError
 
-from .files import ADAPTER_FILES, NUMBERS, StoredTensor, open_directory, read_json
+from .files import NUMBERS, TRAINED_ADAPTER_FILES, StoredTensor, open_directory, read_json
 
 
 MAX_LISTED = 20
@@ -174,8 +174,8 @@ class Parts:
         """
         path, factors = directory / "adapter_config.json", {}
         scale, rank = _scale(path)
-        lacks = f"has an adapter_config.json but neither {' nor '.join(ADAPTER_FILES)}."
-        for tensor in open_directory(directory, ADAPTER_FILES, lacks):
+        lacks = f"has an adapter_config.json but neither {' nor '.join(TRAINED_ADAPTER_FILES)}."
+        for tensor in open_directory(directory, TRAINED_ADAPTER_FILES, lacks):
             match = _FACTOR.fullmatch(tensor.name)
             name = model_name(match["layer"] + ".weight") if match else None
             if name is None:

@@ -17,7 +17,7 @@ from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 
 from .assembling import EMBEDDING, Parts
 from .files import (
-    MODEL_FILES,
+    ORIGINAL_MODEL_FILES,
     PROJECTOR_FILES,
     TOKENIZER_FILES,
     StoredTensor,
@@ -34,7 +34,7 @@ LANGUAGE_MODELS = ("llava", "llava_llama", "llama")  # the last as the base of a
 _PROJECTOR_OF = {"llava": "mlp2x_gelu", "prototype_llava": "cluster"}
 # Which positions of the vision tower give the features: all, or those without the class token.
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
-_NO_WEIGHTS = f"holds no weights ({' or '.join(MODEL_FILES)}, or shards with their index)."
+_NO_WEIGHTS = f"holds no weights ({' or '.join(ORIGINAL_MODEL_FILES)}, or shards with their index)."
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def open_checkpoint(
     directory = local_directory(source, "The checkpoint")
     base_directory = _base_directory(directory, base)
     original, parts = original_config(directory, base_directory), Parts()
-    parts.put(open_directory(base_directory, MODEL_FILES, _NO_WEIGHTS))
+    parts.put(open_directory(base_directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS))
     vision_directory, vision = _vision_tower(original, vision_tower, parts, base_directory)
     if directory != base_directory:
         parts.change(directory)
@@ -173,7 +173,7 @@ def _vision_tower(
     except UserError as error:
         raise UserError(f"{error} Give the CLIP directory or Hub id as --vision_tower.") from error
     if not parts.has_vision:
-        parts.put(open_directory(directory, MODEL_FILES, _NO_WEIGHTS), in_clip=True)
+        parts.put(open_directory(directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS), in_clip=True)
     return directory, vision_config(directory)
 
 

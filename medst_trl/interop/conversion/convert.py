@@ -31,7 +31,7 @@ from .files import local_directory
 from .processor import SPECIAL_IDS, build_processor
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+CONVERTED_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def convert_checkpoint(
     Raises:
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
     """
-    for name, value, choices in (("vusr_role", vusr_role, (None, *VUSR_ROLES)), ("dtype", dtype, DTYPES)):
+    for name, value, choices in (("vusr_role", vusr_role, (None, *VUSR_ROLES)), ("dtype", dtype, CONVERTED_DTYPES)):
         if value not in choices:
             raise UserError(f"Unknown {name} {value!r}. Choose one of {', '.join(filter(None, choices))}.")
     check_shard_size(max_shard_size)

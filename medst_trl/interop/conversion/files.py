@@ -28,8 +28,8 @@ from medst_trl.policy.loading import check_reachable
 
 
 # Names of the weights in a directory, in the order in which they are looked for.
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ORIGINAL_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+TRAINED_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _SMALL_FILES = ("*.json", "*.model")

@@ -18,7 +18,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import load_records
 from medst_trl.data.source import Rejected
-from medst_trl.evaluation.predictions import Benchmark, Row, check_unicode
+from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode
 from medst_trl.evaluation.scoring import RecordError
 from medst_trl.evaluation.vqa import questions_of
 
@@ -29,7 +29,7 @@ _REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object"}
 _GOLD = ("id", "image_id", "question", "answer", "answer_type", "question_type")
 
 
-def json_rows(path: Path, keys: Collection[str]) -> Iterator[Row]:
+def json_rows(path: Path, keys: Collection[str]) -> Iterator[ReadRow]:
     """Objects of a JSON array or of JSON lines that have a value for each of `keys`; the others as errors."""
     for position, row in read_json_records(path, known_by=next(iter(keys))):
         name = f"row {position + 1}"
@@ -51,12 +51,12 @@ def answer_type(answer: Any, given: Any) -> dict[str, Any]:
 
 
 def read_with_answers(
-    read_rows: Callable[[Path], Iterable[Row]],
+    read_rows: Callable[[Path], Iterable[ReadRow]],
     make_record: Callable[[dict[str, Any], str, int], dict[str, Any]],
     path: Path,
     benchmark: Benchmark | None,
     split: str,
-) -> list[Row]:
+) -> list[ReadRow]:
     """
     Read the rows of a file and give them the right answers of a benchmark, or check that they have their own.
 
@@ -128,7 +128,7 @@ def _question(record: Any, name: str) -> dict[str, Any]:
         ) from None
 
 
-def join_questions(rows: list[Row], questions: list[dict[str, Any]], path: str | os.PathLike) -> list[Row]:
+def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: str | os.PathLike) -> list[ReadRow]:
     """
     Give every prediction the id, the right answer, the types and the image of its question.
 
@@ -168,7 +168,7 @@ def join_questions(rows: list[Row], questions: list[dict[str, Any]], path: str |
 
 
 def _ways(
-    rows: list[Row], records: dict[int, dict], questions: list[dict[str, Any]]
+    rows: list[ReadRow], records: dict[int, dict], questions: list[dict[str, Any]]
 ) -> Iterator[tuple[str, dict[int, dict | None]]]:
     """Ways of joining that are possible: a name, and position of each record to its question."""
     known = _by_id(questions)
@@ -183,8 +183,8 @@ def _ways(
             yield way, {position: question for position, question in zip(asked, order) if position in records}
 
 
-def _joined(rows: list[Row], found: dict[int, dict | None], questions: list[dict[str, Any]]) -> list[Row]:
-    joined: list[Row] = []
+def _joined(rows: list[ReadRow], found: dict[int, dict | None], questions: list[dict[str, Any]]) -> list[ReadRow]:
+    joined: list[ReadRow] = []
     for position, (name, record) in enumerate(rows):
         if isinstance(record, RecordError):
             joined.append((name, record))

@@ -19,7 +19,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_text
 from medst_trl.data.reading import check_header, read_text_file
-from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, Row
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, ReadRow
 from medst_trl.evaluation.scoring import RecordError
 
 from .questions import answer_type, json_rows, read_with_answers
@@ -32,7 +32,7 @@ _REQUIRED = ("index", "question", "prediction")  # test sets with hidden answers
 _OURS = ("id", "image_id", "answer_type", "question_type")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[ReadRow]:
     suffix = path.suffix.lower()
     if suffix not in _DELIMITERS:
         return json_rows(path, _REQUIRED)
@@ -78,7 +78,7 @@ def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
     }
 
 
-def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[Row]:
+def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[ReadRow]:
     """Rows by column name; rows with more or fewer cells than the header are errors."""
     lines = iter(lines)
     header = [str(name) for name in next(lines, [])]

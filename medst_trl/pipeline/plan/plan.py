@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Recipe, Step
     from medst_trl.pipeline.settings import Option
 
-Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
+_Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
 LABEL = 12  # width of the labels
 
 
@@ -137,7 +137,7 @@ class _Plan:
         by_stage = self.throughput.get(step.stage.name, for_all)
         return Rows(self.steps, self.throughput.get(step.label, by_stage))
 
-    def _rows(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[Row]:
+    def _rows(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[_Row]:
         if step.stage.trains:
             yield from self._training(step, arguments, hardware, rows)
         else:
@@ -159,7 +159,7 @@ class _Plan:
 
     # A step that runs a model
 
-    def _model(self, step: "Step", args: Any) -> Iterator[Row]:
+    def _model(self, step: "Step", args: Any) -> Iterator[_Row]:
         name, model = getattr(args, "model_name_or_path", None), step.stage.input("model_name_or_path")
         if name is not None and not (model and model.is_remote(step.settings)):
             size = self.weight_bytes(name, step.settings.get("dtype", "auto")) if hasattr(args, "engine") else None
@@ -177,7 +177,7 @@ class _Plan:
 
     # A step that trains
 
-    def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[Row]:
+    def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[_Row]:
         args, training = arguments
         check_sharding(step, arguments, hardware)
         batch = effective_batch(step, hardware.processes, arguments)
@@ -203,7 +203,7 @@ class _Plan:
         yield from rows.time(None if planned.steps is None else planned.steps * batch.effective, "examples")
 
 
-def _policy(step: "Step", policy: Policy, arguments: tuple[Any, ...]) -> Iterator[Row]:
+def _policy(step: "Step", policy: Policy, arguments: tuple[Any, ...]) -> Iterator[_Row]:
     """The model and what of it trains."""
     args, training = arguments
     trained = trained_parameters(policy)
@@ -252,7 +252,7 @@ def _scheduler(training: Any) -> str:
     return f"{name}, warm-up {f'{warm_up:.0%}' if warm_up < 1 else f'{warm_up:g} steps'}"
 
 
-def _memory(memory: list[Memory], training: Any, hardware: Hardware) -> Iterator[Row]:
+def _memory(memory: list[Memory], training: Any, hardware: Hardware) -> Iterator[_Row]:
     longest, half = memory
     where = f" on each {hardware.device}" if hardware.processes > 1 else ""
     yield (

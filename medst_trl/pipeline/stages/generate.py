@@ -40,7 +40,7 @@ from medst_trl.data.schema import load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
-from medst_trl.pipeline.record import FILE_NAME, StageRecord, is_complete
+from medst_trl.pipeline.record import RECORD_FILE, StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.candidate_files import select_records, write_candidates
 from medst_trl.selftrain.candidates import CandidateGenerator
@@ -227,7 +227,7 @@ def _forget_if_empty(log: Path) -> None:
     if not any(part.stat().st_size or not is_alone for part in parts):
         for part in parts:
             part.unlink()
-        log.with_name(FILE_NAME).unlink(missing_ok=True)
+        log.with_name(RECORD_FILE).unlink(missing_ok=True)
 
 
 def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:

@@ -449,7 +449,7 @@ def check_settings(args: Any, training_args: "TrainingArguments") -> None:
         UserError: for a setting out of bounds, for `load_in_4bit` if the 4-bit weights would have to train or to be
             divided among ranks, and for ZeRO-3 without GPUs if the token trains.
     """
-    check_bounds(args, training_args)
+    check_training_bounds(args, training_args)
     plugin = training_args.deepspeed_plugin
     uses_zero_3 = plugin is not None and plugin.zero_stage == 3
     uses_fsdp = launched_kind().startswith("FSDP") or training_args.fsdp_plugin_args is not None
@@ -470,7 +470,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def check_bounds(args: Any, training_args: Any) -> None:
+def check_training_bounds(args: Any, training_args: Any) -> None:
     """
     Refuse numbers out of bounds and unknown values.
 

@@ -27,7 +27,7 @@ from medst_trl.data.schema import (
 )
 from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
-from medst_trl.engines.cost import FILE_NAME
+from medst_trl.engines.cost import CACHE_FILE
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
@@ -91,7 +91,7 @@ def finished(candidates, tmp_path_factory):
 
 def test_outputs_are_complete(finished, candidates):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert names == {"judgements.jsonl", "preferences", "rejected.jsonl", "stage.json", FILE_NAME}
+    assert names == {"judgements.jsonl", "preferences", "rejected.jsonl", "stage.json", CACHE_FILE}
     judgements, record = read_jsonl(finished / "judgements.jsonl"), json.loads((finished / "stage.json").read_text())
     source = load_records(candidates, "train")
     assert [judgement["candidate"] for judgement in judgements] == list(source["id"])
@@ -135,7 +135,7 @@ def test_runs_share_a_cache(candidates, tmp_path):
     with JudgeServer() as server:
         for name in "ab":
             run(candidates, tmp_path / name, server, cache_dir=str(tmp_path / "cache"))
-            assert not (tmp_path / name / FILE_NAME).exists()
+            assert not (tmp_path / name / CACHE_FILE).exists()
         assert len(server.bodies) == 24
     assert (tmp_path / "a/judgements.jsonl").read_bytes() != b""
 

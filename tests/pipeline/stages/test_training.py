@@ -19,7 +19,7 @@ from medst_trl.pipeline.stages.dpo import DpoArguments
 from medst_trl.pipeline.stages.sft import SftArguments
 from medst_trl.pipeline.stages.training import (
     accumulation_steps,
-    check_bounds,
+    check_training_bounds,
     division_of,
     end_of_log,
     keep_shape,
@@ -94,7 +94,7 @@ def check(**changes):
     )
     for name, value in changes.items():
         setattr(args if hasattr(args, name) else training_args, name, value)
-    check_bounds(args, training_args)
+    check_training_bounds(args, training_args)
 
 
 @pytest.mark.parametrize(

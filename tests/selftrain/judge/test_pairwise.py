@@ -14,7 +14,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import candidate_features
 from medst_trl.engines.client import Pace
-from medst_trl.engines.cost import FILE_NAME, Prices
+from medst_trl.engines.cost import CACHE_FILE, Prices
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
@@ -210,7 +210,7 @@ def test_the_key_is_sent_and_written_nowhere(tmp_path, monkeypatch):
     with JudgeServer() as server:
         judgements = list(judge_with(server, key_variable="MY_KEY", cache_dir=tmp_path)(candidates(2)))
     assert "Bearer sk-secretsecretsecretsecret99" in server.headers[0]
-    assert "secret" not in (tmp_path / FILE_NAME).read_text() + json.dumps(judgements)
+    assert "secret" not in (tmp_path / CACHE_FILE).read_text() + json.dumps(judgements)
 
 
 def test_a_dataset_of_candidates_with_undecoded_images():

@@ -16,7 +16,7 @@ from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading
 from medst_trl.selftrain.judge.replies import parse_scores
 
 
-TEMPLATE = """[Question]
+_TEMPLATE = """[Question]
 {question}
 
 [Answer 1]
@@ -57,7 +57,7 @@ _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 def paper_messages(question, answers, image_urls, history=(), captions=()) -> list[dict[str, Any]]:
     """Return the messages of one request. The paper shows neither earlier turns nor captions."""
     question, first, second = (neutralise_marks(fit(text)) for text in (question, *answers))
-    text = TEMPLATE.format(question=question, first=first, second=second)
+    text = _TEMPLATE.format(question=question, first=first, second=second)
     return [user_message(image_urls, text)]
 
 
