@@ -16,7 +16,7 @@ from .errors import UserError
 
 _T = TypeVar("_T", bound=type)
 
-_COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+_COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 _ENTRY = re.compile(r"^ {4}(\w+) \(.*?\):(.*(?:\n(?: {8}.*|\s*$))*)", re.MULTILINE)
 
 
@@ -57,34 +57,33 @@ def documented(cls: _T) -> _T:
     return cls
 
 
-def check_bounds(
-    args: Any,
-    *,
-    at_least: Mapping[str, float] = MappingProxyType({}),
-    above: Mapping[str, float] = MappingProxyType({}),
-    at_most: Mapping[str, float] = MappingProxyType({}),
-    below: Mapping[str, float] = MappingProxyType({}),
-) -> None:
+def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
     """
     Refuse numbers out of bounds, NaN included. None stands for a setting that is not given.
 
     Args:
         args (`Any`):
             An object with the settings as attributes.
-        at_least, above, at_most, below (`Mapping[str, float]`, *optional*):
-            Bounds by the names of the settings.
+        **bounds (`Mapping[str, float]`):
+            `at_least`, `above`, `at_most`, `below`: bounds by the names of settings.
 
     Raises:
         UserError: with the value of the setting and all its bounds.
+
+    Example:
+
+    ```python
+    check_bounds(args, at_least={"max_records": 1, "top_p": 0.01}, at_most={"top_p": 1})
+    ```
     """
     limits = defaultdict(list)
-    for words, bounds in zip(_COMPARE, (at_least, above, at_most, below)):
-        for name, bound in bounds.items():
-            limits[name].append((words, bound))
-    for name, bounds in limits.items():
+    for words, by_name in bounds.items():
+        for name, bound in by_name.items():
+            limits[name].append((_COMPARE[words], words.replace("_", " "), bound))
+    for name, own in limits.items():
         value = getattr(args, name)
-        if value is not None and not all(_COMPARE[words](value, bound) for words, bound in bounds):
-            expected = " and ".join(f"{words} {bound}" for words, bound in bounds)
+        if value is not None and not all(holds(value, bound) for holds, _, bound in own):
+            expected = " and ".join(f"{words} {bound}" for _, words, bound in own)
             raise UserError(f"{name} is {value}. It must be {expected}.")
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.images import image_id
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeServer
@@ -211,8 +211,7 @@ class OracleArguments:
 
 
 def _check(settings: OracleArguments, args: Any) -> None:
-    if not 0 <= settings.oracle_error_rate <= 1:
-        raise UserError(f"oracle_error_rate is {settings.oracle_error_rate}. It must be from 0 to 1.")
+    check_bounds(settings, at_least={"oracle_error_rate": 0}, at_most={"oracle_error_rate": 1})
     if args.image_size < phantoms.SIZE:
         raise UserError(
             f"image_size is {args.image_size}. With oracle_error_rate it must be at least {phantoms.SIZE}: the oracle "

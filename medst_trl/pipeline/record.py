@@ -134,7 +134,7 @@ class StageRecord:
             stage ([`Stage`]):
                 The stage.
             args (dataclass):
-                Its own settings, with `output_dir` and `overwrite`.
+                Its own settings, with `output_dir` and perhaps `overwrite`.
             *others (dataclass, *optional*):
                 Settings of the sources, engines and so on that this run uses; None for one without settings. Those of
                 others do not count, though earlier versions recorded them all.
@@ -144,11 +144,10 @@ class StageRecord:
             operational (collection of `str`, *optional*):
                 As in [`StageRecord.open`].
         """
-        used = [args, *(item for item in others if item is not None)]
+        own, used = asdict(args), [args, *(item for item in others if item is not None)]
         settings = {name: value for item in used for name, value in asdict(item).items()}
         unused = {item.name for kind in stage.arguments() if kind not in map(type, used) for item in fields(kind)}
         if inputs is None:
-            own = asdict(args)
             named = [item for item in stage.inputs if item.key in own and item.key not in stage.operational]
             inputs = {item.key: own[item.key] for item in named if not item.is_remote(own)}
         return cls.open(
@@ -157,7 +156,7 @@ class StageRecord:
             settings=settings,
             inputs=inputs,
             operational={*operational, *(unused - settings.keys())},
-            overwrite=args.overwrite,
+            overwrite=own.get("overwrite", False),
         )
 
     def finish(self, counts: Mapping[str, Any] | None = None, **extra: Any) -> None:

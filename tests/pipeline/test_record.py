@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -14,7 +15,7 @@ from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.redaction import HIDDEN, hide_secrets
 from medst_trl.pipeline import record as stage_record
 from medst_trl.pipeline.record import StageRecord, is_complete, read_record
-from medst_trl.pipeline.stage import STAGES, Stage
+from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
 
 def open_record(folder, overwrite=False, stage="prepare", inputs=None, **settings):
@@ -298,3 +299,51 @@ def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_
     record.forget()
     with pytest.raises(UserError, match="rate: 2 before, 3 now"):
         start(rate=3)
+
+
+@dataclass
+class _Own:
+    output_dir: str
+    data: str
+    results: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class _Engine:
+    precision: str = "low"
+
+
+@dataclass
+class _OtherEngine:
+    speed: int = 1
+
+
+def test_a_record_takes_settings_and_inputs_from_the_stage(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.txt").write_text("1")
+    stage = Stage(
+        "toy",
+        "a test",
+        lambda: (_Own, _Engine, _OtherEngine),
+        print,
+        inputs=(Input("data", FILE), Input("results", FILE), Input("address", FILE)),
+        operational=frozenset({"results"}),
+    )
+    own = _Own(str(tmp_path / "out"), str(tmp_path / "data"))
+    record = StageRecord.of(stage, own, _Engine(), None)
+    assert record.content["inputs"].keys() == {"data"}, "an operational input is not compared"
+    assert record.content["settings"].keys() == {"output_dir", "data", "results", "overwrite", "precision"}
+    record.finish()
+    with pytest.raises(UserError, match=r"precision: \"low\" before, \"high\" now"):
+        StageRecord.of(stage, own, _Engine("high"))
+
+
+def test_settings_of_an_engine_that_is_not_used_do_not_count(tmp_path):
+    stage = Stage("toy", "a test", lambda: (_Own, _Engine, _OtherEngine), print)
+    own = _Own(str(tmp_path / "out"), "x")
+    settings = vars(own) | {"precision": "low", "speed": 1}  # earlier versions recorded those of all engines
+    StageRecord.open(own.output_dir, stage="toy", settings=settings).finish()
+    assert StageRecord.of(stage, own, _Engine()).status == "finished"
+    with pytest.raises(UserError, match="speed"):
+        StageRecord.of(stage, own, _Engine(), _OtherEngine(2))
