@@ -260,8 +260,12 @@ class CandidateGenerator:
             return list(map(_Record.open, undecoded(dataset, window)))
 
         for records in ordered_map(opened, windows, num_workers=1, ahead=1):
-            deque(self._finished(records), maxlen=0)  # each step in batches over all of them
-            yield from [record.outcome() for record in records]
+            yield from self._window(records)
+
+    def _window(self, records: Sequence[_Record]) -> list[dict[str, Any]]:
+        """Complete some records, each step in batches over all of them."""
+        deque(self._finished(records), maxlen=0)
+        return [record.outcome() for record in records]
 
     def _finished(self, records: Iterable[_Record]) -> Iterator[_Record]:
         """Let the engine complete the records, and yield each as soon as it is complete."""

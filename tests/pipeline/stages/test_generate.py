@@ -302,7 +302,7 @@ def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
 
 def test_help_and_defaults():
     help = " ".join(STAGE.make_parser().format_help().split())
-    assert "nearly identical" in help and "the model in this process" in help and "--server_kind" in help
+    assert "rejects only equal answers" in help and "the model in this process" in help and "--server_kind" in help
     args, *_ = STAGE.make_parser().parse_args_into_dataclasses(
         ["--model_name_or_path", "m", "--images", "i", "--output_dir", "o", "--describe_first"]
     )

@@ -185,7 +185,7 @@ def test_invalid_settings_are_refused(tmp_path):
         with pytest.raises(UserError, match=match):
             prepare(tmp_path, **good | changes)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="missing 2"):
+    with pytest.raises(UserError, match="2 missing"):
         prepare(tmp_path, **llava(tmp_path, [talk("t", "x.png"), talk("u", "y.png")]))
     assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 2
 
