@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The client, one call after another, against a scripted transport."""
+"""Test the client with a scripted transport, one call after another."""
 
 import asyncio
 import json
@@ -37,13 +37,13 @@ def request(key="k", **body):
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch):
+def key_and_short_waits(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.001)
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):
-    """Make the calls one after another; `responses` come in turn, the last one repeats."""
+    """Make the calls one after another. The transport returns `responses` in order and repeats the last one."""
     sent = []
 
     def respond(http_request):
@@ -91,7 +91,7 @@ def test_a_reply_is_read():
         {"error": {"message": "upstream", "code": 502}}, {"error": "busy"},
     ],
 )  # fmt: skip
-def test_passing_failures_are_retried_a_limited_number_of_times(failure):
+def test_transient_failures_are_retried_a_limited_number_of_times(failure):
     _, [answer], sent = ask([failure, failure, completion()])
     assert answer.reading.scores == (8, 5) and len(sent) == 3
     cache = ReplyCache()
@@ -101,7 +101,7 @@ def test_passing_failures_are_retried_a_limited_number_of_times(failure):
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "expected"),
     [
         ((401, {"message": f"Incorrect API key provided: {KEY}"}), "OPENAI_API_KEY"),
         ((403, {"message": "no"}), "OPENAI_API_KEY"),
@@ -114,11 +114,11 @@ def test_passing_failures_are_retried_a_limited_number_of_times(failure):
         ((429, {"message": "daily limit"}, {"Retry-After": "3600"}), "60 minutes"),
     ],
 )  # fmt: skip
-def test_permanent_failures_stop_the_run_at_once(failure, said):
+def test_permanent_failures_stop_the_run_immediately(failure, expected):
     client, answers, sent = ask([failure])
     assert answers == [] and len(sent) == 1
     message = str(client.stop_error)
-    assert re.search(said, message) and "kept" in message and KEY not in message
+    assert re.search(expected, message) and "kept" in message and KEY not in message
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,11 @@ def test_refusals_of_a_server_that_never_answered_are_not_cached(tmp_path, failu
     client, answers, sent = ask([failure], requests, ReplyCache(tmp_path))
     assert len(sent) == min(number, judge_client.GIVE_UP_AFTER) and not any(answer.reading for answer in answers)
     assert bool(client.stop_error) == (number == 50)
-    _, answers, _ = ask([completion()], requests, ReplyCache(tmp_path))  # the server is mended
+    _, answers, _ = ask([completion()], requests, ReplyCache(tmp_path))  # the server has been fixed
     assert len(answers) == number + 1 and all(answer.reading for answer in answers)
 
 
-def test_a_cached_reply_does_not_show_that_the_server_of_this_run_works(tmp_path):
+def test_a_cached_reply_does_not_count_as_a_reply_of_the_server(tmp_path):
     ask([completion()], cache=ReplyCache(tmp_path))
     requests = [request(), request("b")]
     _, answers, _ = ask([(400, {"message": "no image"})], requests, ReplyCache(tmp_path))
@@ -180,24 +180,24 @@ def test_a_cached_reply_does_not_show_that_the_server_of_this_run_works(tmp_path
         (400, "the model could not start: image file not found", "image_refused"),
     ],
 )  # fmt: skip
-def test_messages_of_servers_are_sorted(status, message, kind):
+def test_error_messages_of_servers_are_classified(status, message, kind):
     assert trouble_of_status(status, {"message": message}).kind == kind
 
 
-def test_a_server_without_images_stops_the_run_with_advice():
+def test_a_server_that_takes_no_images_stops_the_run_with_advice():
     client, answers, sent = ask([(400, {"message": "At most 0 image(s) may be provided in one request."})])
     assert answers == [] and len(sent) == 1 and "--limit-mm-per-prompt" in str(client.stop_error)
 
 
-def test_no_message_contains_a_key_of_the_address():
-    address = "http://h/v1?api_key=abcdefsecret"
-    client, _, _ = ask([httpx2.ConnectError(f"no route to {address}")], base_url=address, max_retries=0)
+def test_no_message_contains_a_key_from_the_url():
+    url = "http://h/v1?api_key=abcdefsecret"
+    client, _, _ = ask([httpx2.ConnectError(f"no route to {url}")], base_url=url, max_retries=0)
     assert "cannot be reached" in str(client.stop_error) and "abcdefsecret" not in str(client.stop_error)
-    client, _, _ = ask([completion()], base_url=address, offline=True)
+    client, _, _ = ask([completion()], base_url=url, offline=True)
     assert "abcdefsecret" not in client.base_url
 
 
-def test_a_bad_request_is_given_up():
+def test_a_bad_request_is_not_retried():
     _, [answer], sent = ask([(400, {"message": "context length exceeded"})])
     assert answer.reason == "request_failed" and "context length" in answer.detail and len(sent) == 1
 
@@ -210,7 +210,7 @@ def test_an_unreadable_reply_is_retried_with_a_reminder():
     assert sent[1]["messages"][1]["content"] == "Lovely."
 
 
-def test_unreadable_replies_are_given_up_after_some_attempts():
+def test_a_call_is_given_up_after_several_unreadable_replies():
     cache = ReplyCache()
     _, [answer], sent = ask([completion("Lovely.")], cache=cache)
     assert answer.reason == "unparsable" and len(sent) == judge_client.RE_ASKS + 1
@@ -218,7 +218,7 @@ def test_unreadable_replies_are_given_up_after_some_attempts():
     assert again.reason == "unparsable" and sent == []
 
 
-def test_a_killed_run_resumes_after_the_last_attempt():
+def test_an_interrupted_run_resumes_after_the_last_attempt():
     cache = ReplyCache()
     cache.add({"key": "k", "attempt": 0, "reply": "Lovely.", "finish_reason": "stop", "usage": None})
     _, [answer], sent = ask([completion()], cache=cache)
@@ -226,7 +226,7 @@ def test_a_killed_run_resumes_after_the_last_attempt():
 
 
 @pytest.mark.parametrize(
-    ("words", "left"),
+    ("message", "replacement"),
     [
         ("Invalid parameter: 'response_format' of type 'json_schema' is not supported", {"type": "json_object"}),
         ("Use 'max_completion_tokens' instead of 'max_tokens'", 50),
@@ -234,21 +234,21 @@ def test_a_killed_run_resumes_after_the_last_attempt():
     ],
 )
 @pytest.mark.filterwarnings("ignore:The server takes no temperature")
-def test_refused_fields_are_replaced_or_left_out(words, left):
+def test_refused_fields_are_replaced_or_left_out(message, replacement):
     body = {"response_format": {"type": "json_schema", "json_schema": {}}}
     requests = [request("a", **body), request("b", **body)]
-    _, answers, sent = ask([(400, {"message": words}), completion()], requests)
-    assert all(answer.reading for answer in answers) and len(sent) == 3  # learned once
+    _, answers, sent = ask([(400, {"message": message}), completion()], requests)
+    assert all(answer.reading for answer in answers) and len(sent) == 3  # each field is refused only once
     for body in sent[1:]:
-        if "max_completion" in words:
-            assert body["max_completion_tokens"] == left and "max_tokens" not in body
-        elif "temperature" in words:
+        if "max_completion" in message:
+            assert body["max_completion_tokens"] == replacement and "max_tokens" not in body
+        elif "temperature" in message:
             assert "temperature" not in body
         else:
-            assert body["response_format"] == left
+            assert body["response_format"] == replacement
 
 
-def test_a_server_without_any_response_format():
+def test_the_response_format_is_left_out_if_the_server_supports_none():
     refused = (400, {"message": "response_format is not supported"})
     _, [answer], sent = ask([refused, refused, completion()], [request(response_format={"type": "json_schema"})])
     assert answer.reading and "response_format" not in sent[-1]
@@ -266,12 +266,12 @@ def test_a_server_without_any_response_format():
         (completion("Lovely."), judge_client.GIVE_UP_AFTER),
     ],
 )
-def test_a_run_in_which_nothing_works_stops(failure, calls):
+def test_a_run_stops_if_every_call_fails(failure, calls):
     client, answers, sent = ask([failure], [request(str(n)) for n in range(50)], max_retries=1)
     assert client.stop_error and len(answers) == calls and len(sent) <= 3 * calls
 
 
-def test_a_server_that_disappears_stops_the_run():
+def test_a_run_stops_when_the_server_becomes_unreachable():
     requests = [request(str(n)) for n in range(50)]
     client, answers, _ = ask([completion()] * 5 + [httpx2.ConnectError("refused")], requests, max_retries=1)
     assert len([answer for answer in answers if answer.reading]) == 5
@@ -299,14 +299,14 @@ def test_a_call_to_a_hanging_server_times_out():
 
 
 def test_the_budget_stops_the_run_before_it_is_exceeded():
-    prices = Prices(1e3, 1e3)  # a call: at most $0.15, really $0.11
+    prices = Prices(1e3, 1e3)  # a call costs $0.11, and at most $0.15
     requests = [request(str(n)) for n in range(50)]
     client, answers, sent = ask([completion()], requests, budget=Budget(prices, 1.0))
     assert "max_cost 1" in str(client.stop_error) and "go" in str(client.stop_error)
     assert len(sent) == len(answers) == 8 and client.budget.spent == pytest.approx(0.88)
 
 
-def test_without_usage_the_upper_bound_counts():
+def test_a_reply_without_usage_costs_the_upper_bound():
     client, _, sent = ask(
         [{"choices": [{"message": {"content": "8 5"}}]}],
         [request(str(n)) for n in range(9)],
@@ -315,7 +315,7 @@ def test_without_usage_the_upper_bound_counts():
     assert len(sent) == 6 and client.budget.spent == pytest.approx(0.9)
 
 
-def test_a_reminder_counts_in_the_reservation():
+def test_the_reservation_includes_the_reminder():
     budget = Budget(Prices(1e3, 1e3), 100.0)
     long = completion("Lovely. " * 500) | {"usage": None}
     _, [answer], _ = ask([long, completion() | {"usage": None}], budget=budget)
@@ -336,7 +336,7 @@ def test_a_missing_key_is_refused_unless_there_is_a_base_url(monkeypatch, value)
     assert api_key("OPENAI_API_KEY", "http://localhost:8000/v1")
 
 
-def test_a_key_is_refused_as_the_name_of_a_variable(monkeypatch):
+def test_an_invalid_variable_name_or_key_is_refused_but_not_printed(monkeypatch):
     with pytest.raises(UserError) as error:
         api_key(KEY, None)
     assert KEY not in str(error.value)
@@ -349,8 +349,8 @@ def test_a_key_is_refused_as_the_name_of_a_variable(monkeypatch):
 def test_no_message_contains_the_key():
     for text in (f"bad key {KEY}", f"Bearer {KEY}!", "https://user:word@host/v1"):
         for trouble in (trouble_of_status(500, {"message": text}, secret=KEY), trouble_in_body(text, KEY)):
-            said = f"{trouble} {trouble.detail} {trouble.next_step('m', 'http://x', 'V')}"
-            assert KEY not in said and "user:word" not in said
+            message = f"{trouble} {trouble.detail} {trouble.next_step('m', 'http://x', 'V')}"
+            assert KEY not in message and "user:word" not in message
 
 
 @pytest.mark.parametrize(
@@ -377,9 +377,9 @@ def test_waits_grow_up_to_a_limit(monkeypatch):
     assert 7 <= wait_before(0, 7.0) < 7.2
 
 
-def test_the_pace_falls_when_many_calls_are_turned_away_and_rises_again():
+def test_the_pace_falls_when_many_calls_are_refused_and_rises_again():
     pace = Pace(32)
-    for _ in range(100):  # one in ten: the server fails now and then, it is not overloaded
+    for _ in range(100):  # one call in ten fails: the server is not overloaded
         pace.pushed_back(None)
         for _ in range(9):
             pace.went_well()
@@ -394,26 +394,26 @@ def test_the_pace_falls_when_many_calls_are_turned_away_and_rises_again():
 
 def test_no_call_starts_before_an_overloaded_server_allows_it():
     async def run():
-        pace, begun = Pace(4), time.monotonic()
+        pace, start = Pace(4), time.monotonic()
         for _ in range(10):
             pace.pushed_back(0.2)
         async with pace.slot():
-            return time.monotonic() - begun
+            return time.monotonic() - start
 
     assert asyncio.run(run()) >= 0.2
 
 
-def test_slots_are_neither_exceeded_nor_lost():
+def test_slots_are_neither_exceeded_nor_leaked():
     async def run():
-        pace, under_way, most = Pace(5), 0, 0
+        pace, active, maximum = Pace(5), 0, 0
 
         async def call(number):
-            nonlocal under_way, most
+            nonlocal active, maximum
             async with pace.slot():
-                under_way += 1
-                most = max(most, under_way)
+                active += 1
+                maximum = max(maximum, active)
                 await asyncio.sleep(0.001)
-                under_way -= 1
+                active -= 1
                 if number % 7 == 0:
                     raise ValueError
 
@@ -424,6 +424,6 @@ def test_slots_are_neither_exceeded_nor_lost():
         await asyncio.gather(*tasks, return_exceptions=True)
         async with asyncio.timeout(5):
             await asyncio.gather(*(call(1) for _ in range(20)))
-        return most
+        return maximum
 
     assert asyncio.run(run()) == 5

@@ -24,7 +24,7 @@ def test_known_prices():
         assert not prices_of(unknown).known
 
 
-def test_a_limit_needs_prices():
+def test_max_cost_needs_prices():
     with pytest.raises(UserError, match="price_per_million_input_tokens"):
         Budget(prices_of("qwen"), max_cost=1.0)
     Budget(prices_of("qwen"))
@@ -33,7 +33,7 @@ def test_a_limit_needs_prices():
 
 def test_image_tokens_as_openai_counts_them():
     assert image_tokens("gpt-4o", 512, 512) == 85 + 170
-    assert image_tokens("gpt-4o", 1024, 1024) == 85 + 4 * 170  # shortest side to 768
+    assert image_tokens("gpt-4o", 1024, 1024) == 85 + 4 * 170  # the shorter side is resized to 768
     assert image_tokens("gpt-4o", 2048, 4096) == 85 + 6 * 170
     assert image_tokens("qwen", 768, 768) > image_tokens("qwen", 336, 336) > 0
 
@@ -47,13 +47,13 @@ def test_a_text_has_at_most_as_many_tokens_as_bytes(text):
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["cost", "nothing", "unknown"])), max_size=60))
 def test_a_budget_is_never_exceeded(calls):
-    budget, under_way = Budget(Prices(1, 1), max_cost=2.0), []
+    budget, reservations = Budget(Prices(1, 1), max_cost=2.0), []
     for amount, outcome in calls:
         if budget.reserve(amount):
-            under_way.append((amount, outcome))
+            reservations.append((amount, outcome))
         assert budget.spent + budget.uncertain + budget.reserved <= 2.0 + 1e-9
-        if len(under_way) > 3:
-            reserved, outcome = under_way.pop(0)
+        if len(reservations) > 3:
+            reserved, outcome = reservations.pop(0)
             if outcome == "unknown":
                 budget.leave_open(reserved)
             else:
@@ -67,52 +67,52 @@ def test_cache_keeps_attempts_in_order(tmp_path):
     cache.add(row("a", 1, "8 9"))
     cache.add({"key": "b", "attempt": 0, "error": "content_filter", "detail": "no"})
     cache.close()
-    again = ReplyCache(tmp_path)
-    assert [attempt["reply"] for attempt in again.attempts("a")] == ["nonsense", "8 9"]
-    assert again.attempts("b")[0]["error"] == "content_filter" and again.attempts("c") == []
+    reloaded = ReplyCache(tmp_path)
+    assert [attempt["reply"] for attempt in reloaded.attempts("a")] == ["nonsense", "8 9"]
+    assert reloaded.attempts("b")[0]["error"] == "content_filter" and reloaded.attempts("c") == []
 
 
-def test_cache_keeps_calls_without_a_reply_apart(tmp_path):
+def test_cache_records_the_charges_of_calls_without_a_reply(tmp_path):
     cache = ReplyCache(tmp_path)
-    most = {"prompt_tokens": 100, "completion_tokens": 20}
-    cache.add(row("a") | {"at_most": most})
+    usage = {"prompt_tokens": 100, "completion_tokens": 20}
+    cache.add(row("a") | {"at_most": usage})
     for _ in range(2):
-        cache.add_lost({"key": "a", "lost": "timeout", "at_most": most})
-    cache.add_lost({"key": "b", "lost": "content_filter", "usage": most})
+        cache.add_lost({"key": "a", "lost": "timeout", "at_most": usage})
+    cache.add_lost({"key": "b", "lost": "content_filter", "usage": usage})
     cache.close()
     assert cache.added == 1
-    for same in (cache, ReplyCache(tmp_path)):
-        assert len(same.attempts("a")) == 1 and same.attempts("b") == []
-        assert [len(same.charges(key)) for key in "abc"] == [3, 1, 0]
-        assert {Prices(1e6, 1e6).cost_of(call) for key in "ab" for call in same.charges(key)} == {120}
+    for current in (cache, ReplyCache(tmp_path)):
+        assert len(current.attempts("a")) == 1 and current.attempts("b") == []
+        assert [len(current.charges(key)) for key in "abc"] == [3, 1, 0]
+        assert {Prices(1e6, 1e6).cost_of(call) for key in "ab" for call in current.charges(key)} == {120}
 
 
-@pytest.mark.parametrize("cut", range(1, 40, 6))
-def test_cache_survives_an_incomplete_line(tmp_path, cut):
+@pytest.mark.parametrize("missing_bytes", range(1, 40, 6))
+def test_cache_survives_an_incomplete_line(tmp_path, missing_bytes):
     cache = ReplyCache(tmp_path)
     for key in "ab":
         cache.add(row(key))
     cache.close()
     path = tmp_path / CACHE_FILE
-    path.write_bytes(path.read_bytes()[:-cut])
-    again = ReplyCache(tmp_path)
-    assert again.attempts("a") and (cut == 1) == bool(again.attempts("b"))
-    again.add(row("c"))
-    again.close()
+    path.write_bytes(path.read_bytes()[:-missing_bytes])
+    reloaded = ReplyCache(tmp_path)
+    assert reloaded.attempts("a") and (missing_bytes == 1) == bool(reloaded.attempts("b"))
+    reloaded.add(row("c"))
+    reloaded.close()
     last = ReplyCache(tmp_path)
     assert last.attempts("a") and last.attempts("c")
 
 
-def test_cache_skips_foreign_lines(tmp_path):
+def test_cache_skips_invalid_lines(tmp_path):
     lines = [b"\xff\xfe", b"[]", b"7", b"{}", b'{"key": 1, "attempt": 0, "reply": ""}', json.dumps(row("a")).encode()]
     (tmp_path / CACHE_FILE).write_bytes(b"\n".join(lines))
     assert ReplyCache(tmp_path).attempts("a")
 
 
-def test_two_processes_can_share_a_cache(tmp_path):
-    one, two = ReplyCache(tmp_path), ReplyCache(tmp_path)
+def test_two_caches_can_write_to_the_same_file(tmp_path):
+    first, second = ReplyCache(tmp_path), ReplyCache(tmp_path)
     for number in range(20):
-        (one if number % 2 else two).add(row(str(number), reply="x" * 10_000))
+        (first if number % 2 else second).add(row(str(number), reply="x" * 10_000))
     assert all(ReplyCache(tmp_path).attempts(str(number)) for number in range(20))
 
 

@@ -1,16 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Texts from prompts that are read once and images that are encoded once, and sampling, against transformers alone."""
+"""Test shared prompts, remembered image features and seeded sampling against transformers alone."""
 
 import math
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from family_models import MODELS, tiny_model
-from PIL import Image
+from random_images import random_image
 from transformers import LogitsProcessorList
 
 from medst_trl.base.errors import UserError
@@ -29,13 +28,10 @@ from medst_trl.engines.image_features import ImageMemory
 from medst_trl.policy.families import FAMILIES
 
 
-def opened(number, size):
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return OpenedImage(b"", Image.fromarray(pixels))
-
-
-# Prompts of unequal length, about one image or two, of unequal sizes; one is asked about twice.
-WIDE, HIGH, SQUARE = opened(0, (40, 20)), opened(1, (20, 44)), opened(2, (32, 32))
+WIDE, HIGH, SQUARE = (
+    OpenedImage(b"", random_image(seed, size)) for seed, size in enumerate([(40, 20), (20, 44), (32, 32)])
+)
+# Prompts of unequal lengths about one or two images of unequal sizes. HIGH occurs in three of them.
 PROMPTS = [
     (to_ask([], 1), [SQUARE]),
     (to_answer([], 2, "What is in the image? The heart is enlarged"), [WIDE, HIGH]),
@@ -59,7 +55,7 @@ def plain_inputs(processor, rows=ROWS):
 
 def remembered_inputs(model, processor):
     memory = ImageMemory(model, processor)
-    # In an order, and batches, other than those in which they are needed.
+    # The order and the batches differ from those of the prompts.
     memory.encode([HIGH], [HIGH.image])
     memory.encode([SQUARE, WIDE], [SQUARE.image, WIDE.image])
     images = [[one.image for one in own] for _, own in PROMPTS]
@@ -87,12 +83,12 @@ def test_shared_prompts_give_the_same_logits(family):
     assert torch.equal(plain.sequences, shared.sequences)
     for one, other in zip(plain.logits, shared.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=5e-6)
-    assert (plain.logits[0][0] - plain.logits[0][3]).abs().max() > 0.1, "all prompts give the same: no test"
+    assert (plain.logits[0][0] - plain.logits[0][3]).abs().max() > 0.1, "all prompts give the same logits"
 
 
 @pytest.mark.parametrize("steps_per_call", [5, 32])
 def test_shared_prompts_give_the_same_texts(family, steps_per_call, monkeypatch):
-    """Also where a text that has ended leaves the batch before the others."""
+    """Also if a text ends and leaves the batch before the others."""
     model, processor = family
     monkeypatch.setattr(decoding, "STEPS_PER_CALL", steps_per_call)
     monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(5, 400, 16)))
@@ -101,8 +97,8 @@ def test_shared_prompts_give_the_same_texts(family, steps_per_call, monkeypatch)
         shared = write_texts(model, processor, remembered_inputs(model, processor), 12, sampled(), DRAWS)
         assert shared == plain
         if sampled is sampler:
-            assert len(set(plain)) == len(plain), "streams or prompts do not matter: no test"
-            assert len({ended for _, ended in plain}) == 2, "none ends before the others: no test"
+            assert len(set(plain)) == len(plain), "streams or prompts have no effect"
+            assert len({ended for _, ended in plain}) == 2, "all texts end, or none does"
 
 
 def test_shared_prompts_with_one_text_each_give_the_same_texts(family):
@@ -138,7 +134,8 @@ def test_a_model_saved_without_cache_writes_the_same_texts(monkeypatch):
     assert write_texts(model, processor, plain_inputs(processor), 12, sampler()) == expected
 
 
-WRITING = {  # what a generation config may ask for that must not count anew in each call of `generate`, or at all
+# Settings of a generation config that must not change a text, although `generate` is called several times per text.
+GENERATION_SETTINGS = {
     "min_new_tokens": 10,
     "min_length": 200,
     "forced_eos_token_id": 5,
@@ -164,8 +161,8 @@ WRITING = {  # what a generation config may ask for that must not count anew in 
 }
 
 
-@pytest.mark.parametrize("name", WRITING)
-def test_generation_settings_of_a_model_change_no_text(name, monkeypatch):
+@pytest.mark.parametrize("name", GENERATION_SETTINGS)
+def test_other_settings_of_a_generation_config_change_no_text(name, monkeypatch):
     """With and without shared prompts."""
     model, processor = tiny_model("vicuna")
     monkeypatch.setattr(decoding, "STEPS_PER_CALL", 4)
@@ -178,13 +175,13 @@ def test_generation_settings_of_a_model_change_no_text(name, monkeypatch):
 
     expected = texts()
     assert expected[0] == expected[1]
-    model.generation_config.do_sample = True  # without it, transformers refuses some of them
-    setattr(model.generation_config, name, WRITING[name])
+    model.generation_config.do_sample = True  # without it, transformers refuses some of the settings
+    setattr(model.generation_config, name, GENERATION_SETTINGS[name])
     assert texts() == expected
 
 
 def test_tokens_that_a_generation_config_forbids_are_not_written():
-    """From the first token to the last."""
+    """With and without shared prompts."""
     model, processor = tiny_model("vicuna")
     before = write_texts(model, processor, plain_inputs(processor), 40)
     ids = processor.tokenizer(before[0][0], add_special_tokens=False)["input_ids"]
@@ -204,11 +201,11 @@ def test_other_families_and_caches_do_not_share_prompts():
     assert not shares_prompts(model)
 
 
-PAPER = Sampling()
+DEFAULT_SAMPLING = Sampling()
 
 
-def draw(scores, streams, sampling=PAPER, steps=1):
-    """Tokens of shape (rows, steps), the same scores at each step."""
+def sample_tokens(scores, streams, sampling=DEFAULT_SAMPLING, steps=1):
+    """Sample tokens of shape (rows, steps) from the same scores at each step."""
     sampler, tokens = SeededSampler(sampling, streams), []
     for _ in range(steps):
         out = sampler(None, scores.clone())
@@ -219,19 +216,19 @@ def draw(scores, streams, sampling=PAPER, steps=1):
 
 
 def chi_square(counts, probabilities):
-    """Pearson's statistic over the tokens that can occur, and its expectation's standard score."""
+    """Return the standard score of Pearson's chi-square statistic over the tokens with a positive probability."""
     total = sum(counts.values())
     possible = [(token, p) for token, p in enumerate(probabilities) if p > 0]
-    assert set(counts) <= {token for token, _ in possible}, "a token without probability was drawn"
+    assert set(counts) <= {token for token, _ in possible}, "a token of probability 0 was sampled"
     statistic = sum((counts[token] - total * p) ** 2 / (total * p) for token, p in possible)
-    freedom = len(possible) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
+    degrees_of_freedom = len(possible) - 1
+    return (statistic - degrees_of_freedom) / math.sqrt(2 * degrees_of_freedom)
 
 
 @pytest.mark.parametrize(
     "sampling",
     [
-        PAPER,
+        DEFAULT_SAMPLING,
         Sampling(temperature=0.7, top_k=0, top_p=1.0),
         Sampling(temperature=1.0, top_k=5, top_p=1.0),
         Sampling(temperature=2.0, top_k=0, top_p=0.5),
@@ -239,18 +236,18 @@ def chi_square(counts, probabilities):
     ids=str,
 )
 def test_samples_follow_the_distribution_of_the_warpers(sampling):
-    """Over many streams, and over the steps of one, tokens come as often as after transformers' own warpers."""
+    """Token frequencies match the warpers of transformers, across streams and along the steps of a stream."""
     n = 5_000
     scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 1.5
     expected = LogitsProcessorList(warpers(sampling))(None, scores).softmax(-1)[0].tolist()
-    across = draw(scores.expand(n, -1), [random_stream(s, "r", "answer", 0) for s in range(n)], sampling)
+    across = sample_tokens(scores.expand(n, -1), [random_stream(s, "r", "answer", 0) for s in range(n)], sampling)
     assert abs(chi_square(Counter(across[:, 0].tolist()), expected)) < 5
     long = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens=2000)
-    along = draw(scores.expand(5, -1), list("abcde"), long, steps=2000)
+    along = sample_tokens(scores.expand(5, -1), list("abcde"), long, steps=2000)
     assert abs(chi_square(Counter(along.flatten().tolist()), expected)) < 5
 
 
-def test_a_wrong_sampler_would_be_noticed():
+def test_chi_square_detects_a_wrong_distribution():
     counts = Counter({0: 520, 1: 480})
     assert abs(chi_square(counts, [0.5, 0.5])) < 5 < chi_square(counts, [0.6, 0.4])
 
@@ -258,11 +255,11 @@ def test_a_wrong_sampler_would_be_noticed():
 def test_a_row_does_not_depend_on_its_batch():
     scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
     streams = [random_stream(0, f"r{row}", "question", 0) for row in range(6)]
-    together = draw(scores, streams, steps=8)
+    together = sample_tokens(scores, streams, steps=8)
     for row in range(6):
-        assert (draw(scores[row : row + 1], streams[row : row + 1], steps=8) == together[row]).all()
+        assert (sample_tokens(scores[row : row + 1], streams[row : row + 1], steps=8) == together[row]).all()
     order = [3, 1, 5]
-    assert (draw(scores[order], [streams[row] for row in order], steps=8) == together[order]).all()
+    assert (sample_tokens(scores[order], [streams[row] for row in order], steps=8) == together[order]).all()
 
 
 def test_random_streams_differ_and_are_reproducible():
@@ -273,18 +270,20 @@ def test_random_streams_differ_and_are_reproducible():
                       (0, "a", "question", 2), (0, "a", "answer", 1, 0), (0, "a", "answer", 1, 1),
                       (0, "a', 'question", "question", 1)]
     ]  # fmt: skip
-    wide = Sampling(top_k=0, top_p=1.0)
-    texts = [tuple(draw(scores, [name], wide, steps=6)[0].tolist()) for name in names]
+    unrestricted = Sampling(top_k=0, top_p=1.0)
+    texts = [tuple(sample_tokens(scores, [name], unrestricted, steps=6)[0].tolist()) for name in names]
     assert len(set(texts)) == len(names)
-    assert texts == [tuple(draw(scores, [name], wide, steps=6)[0].tolist()) for name in names]
-    # The numbers themselves are part of what a seed promises.
+    assert texts == [tuple(sample_tokens(scores, [name], unrestricted, steps=6)[0].tolist()) for name in names]
+    # A seed also fixes the random numbers, which are those of `random.Random`.
     numbers = random.Random("a")
-    assert draw(torch.zeros(1, 10), ["a"], wide, steps=6).tolist() == [[int(10 * numbers.random()) for _ in range(6)]]
+    assert sample_tokens(torch.zeros(1, 10), ["a"], unrestricted, steps=6).tolist() == [
+        [int(10 * numbers.random()) for _ in range(6)]
+    ]
 
 
-def test_token_limit_does_not_change_the_tokens_before_it():
+def test_the_token_limit_does_not_change_the_tokens_before_it():
     scores = torch.zeros(1, 1000)
-    short, long = (draw(scores, ["a"], Sampling(max_new_tokens=n), steps=4) for n in (4, 400))
+    short, long = (sample_tokens(scores, ["a"], Sampling(max_new_tokens=n), steps=4) for n in (4, 400))
     assert (short == long).all()
 
 
@@ -298,8 +297,8 @@ def test_extreme_random_numbers_pick_possible_tokens(uniform):
     assert sampler(None, scores).argmax() == (5 if uniform else 3)
 
 
-def test_one_step_too_many_is_allowed():
-    draw(torch.zeros(2, 5), ["a", "b"], Sampling(max_new_tokens=2), steps=4)
+def test_sampling_beyond_max_new_tokens_is_allowed():
+    sample_tokens(torch.zeros(2, 5), ["a", "b"], Sampling(max_new_tokens=2), steps=4)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The engine interface, and an engine from a plugin file."""
+"""Test the engine interface and an engine from a plugin file."""
 
 import json
 import os
@@ -78,13 +78,13 @@ evaluate:
 """
 
 
-def medst(tmp_path, *words, code=0):
+def run_medst(tmp_path, *arguments, code=0):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     environment.pop("MEDST_PLUGINS", None)
-    command = [sys.executable, "-m", "medst_trl.cli", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
-    return " ".join((done.stdout + done.stderr).split())
+    command = [sys.executable, "-m", "medst_trl.cli", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stderr
+    return " ".join((result.stdout + result.stderr).split())
 
 
 def test_an_engine_from_a_plugin_file_appears_everywhere(tmp_path):
@@ -92,13 +92,13 @@ def test_an_engine_from_a_plugin_file_appears_everywhere(tmp_path):
     (tmp_path / "mine.yaml").write_text(RECIPE)
     plugins = ("--plugins", "plugin.py")
     for stage in ("generate", "evaluate"):
-        text = medst(tmp_path, stage, "--help", *plugins)
+        text = run_medst(tmp_path, stage, "--help", *plugins)
         assert "echo (the number of each text)" in text
         assert "settings of the engine echo:" in text and "--echo_ending" in text
-    assert "mine.yaml is valid" in medst(tmp_path, "recipes", "validate", "mine.yaml", *plugins)
-    assert "nowhere, with here?, model a model" in medst(tmp_path, "run", "mine.yaml", "--dry_run", *plugins)
+    assert "mine.yaml is valid" in run_medst(tmp_path, "recipes", "validate", "mine.yaml", *plugins)
+    assert "nowhere, with here?, model a model" in run_medst(tmp_path, "run", "mine.yaml", "--dry_run", *plugins)
 
-    medst(tmp_path, "run", "mine.yaml", *plugins)
+    run_medst(tmp_path, "run", "mine.yaml", *plugins)
     generation = load_records(tmp_path / "run" / "generate" / "candidates", "train")["generation"]
     described = {"model": "a model", "engine": "echo", "ending": " here?"}
     assert all(described.items() <= json.loads(text).items() for text in generation)
@@ -109,10 +109,12 @@ def test_an_engine_from_a_plugin_file_appears_everywhere(tmp_path):
     assert {(row["prediction"], row["generation"]["engine"]) for row in rows} == {("What is number 1?", "echo")}
     assert (tmp_path / "run" / "evaluate" / "predictions_shuffled.jsonl").is_file()
 
-    text = medst(tmp_path, "run", "mine.yaml", "--stage", "generate", "--generate.echo_ending", "!", *plugins, code=2)
+    text = run_medst(
+        tmp_path, "run", "mine.yaml", "--stage", "generate", "--generate.echo_ending", "!", *plugins, code=2
+    )
     assert "echo_ending" in text and "--overwrite" in text
-    text = medst(tmp_path, "recipes", "validate", "mine.yaml", code=2)
-    assert "echo_ending" in text or "Unknown engine 'echo'" in text, "without the plugin it is unknown"
+    text = run_medst(tmp_path, "recipes", "validate", "mine.yaml", code=2)
+    assert "echo_ending" in text or "Unknown engine 'echo'" in text, "the engine is known without its plugin"
 
 
 def test_an_unknown_engine_is_refused_with_the_closest_name():
@@ -120,15 +122,15 @@ def test_an_unknown_engine_is_refused_with_the_closest_name():
         ENGINES.get("servr")
 
 
-def test_listing_the_engines_imports_nothing_heavy():
+def test_listing_the_engines_imports_no_heavy_package():
     heavy = "('torch', 'transformers', 'openai', 'datasets', 'PIL')"
     script = "import sys; from medst_trl.engines.engine import ENGINES; print(list(ENGINES), "
     script += f"[name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["['transformers',", "'server']", "[]"]
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["['transformers',", "'server']", "[]"]
 
 
-def test_a_kind_finds_its_settings_among_those_of_all_engines():
+def test_an_engine_kind_finds_its_settings_among_those_of_all_engines():
     given = [ServerSettings(base_url="http://x/v1"), TransformersSettings(dtype="float32")]
     assert ENGINES.get("transformers").settings_among(given).dtype == "float32"
     assert ENGINES.get("server").settings_among(given).base_url == "http://x/v1"
@@ -136,7 +138,7 @@ def test_a_kind_finds_its_settings_among_those_of_all_engines():
 
 
 class Upper(BatchEngine):
-    """Writes the prompt in capitals, and remembers its batches."""
+    """Engine that returns each prompt in capitals and records its batches."""
 
     name, batch_size = "upper", 2
 
@@ -153,7 +155,7 @@ def ask(text, temperature=0.0):
     return Request(Prompt(to_answer([], 0, text), []), Sampling(temperature=temperature), tag=text)
 
 
-def test_an_engine_of_batches_answers_follow_up_requests_together():
+def test_a_batch_engine_answers_follow_up_requests_together():
     def then(request, reply):
         order.append(request.tag)
         return [ask(request.tag + "?", 1.0), ask(request.tag + "!")] if len(request.tag) == 1 else []
@@ -166,7 +168,7 @@ def test_an_engine_of_batches_answers_follow_up_requests_together():
         (["a", "b", "c"], 0.0), (["a?", "b?", "c?"], 1.0), (["a!", "b!", "c!"], 0.0)]  # fmt: skip
 
 
-def test_an_engine_without_a_stream_of_its_own_yields_the_whole_text():
+def test_an_engine_without_streaming_yields_the_whole_text():
     assert list(Upper().stream(ask("abc").prompt, Sampling())) == ["ABC"]
 
 

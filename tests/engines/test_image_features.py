@@ -1,15 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of image features. test_decoding.py tests that models write the same texts with it."""
+"""Test the memory of image features. test_decoding.py tests that models write the same texts with it."""
 
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from family_models import MODELS, tiny_model
-from PIL import Image
+from random_images import random_image
 
 from medst_trl.engines import image_features
 from medst_trl.engines.decoding import chat_inputs
@@ -17,22 +16,22 @@ from medst_trl.engines.engine import OpenedImage, to_answer
 from medst_trl.engines.image_features import ImageMemory
 
 
-def opened(number, size=(32, 32)):
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return OpenedImage(b"", Image.fromarray(pixels))
+def opened_image(seed, size=(32, 32)):
+    return OpenedImage(b"", random_image(seed, size))
 
 
-def encoded(family, *images):
+def memory_of(family, *images):
+    """Encode the images with a tiny model of the family."""
     memory = ImageMemory(*tiny_model(family))
     memory.encode(images, [one.image for one in images])
     return memory
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_prompts_equal_those_with_pixels(family, monkeypatch):
-    """Apart from the pixels, which are not read."""
-    first, second = opened(0, (40, 20)), opened(1, (20, 44))
-    memory = encoded(family, second, first)
+def test_inputs_equal_those_with_pixels(family, monkeypatch):
+    """Except for the pixels, which are not processed."""
+    first, second = opened_image(0, (40, 20)), opened_image(1, (20, 44))
+    memory = memory_of(family, second, first)
     processor = memory.processor
     conversations = [to_answer([], 2, "Which is larger?"), to_answer([], 1, "Is it?")]
     keys = [[first, second], [second]]
@@ -48,44 +47,46 @@ def test_prompts_equal_those_with_pixels(family, monkeypatch):
     assert sum(one.reshape(-1, one.shape[-1]).shape[0] for one in output.pooler_output) == tokens
 
 
-def test_deepstack_is_remembered():
-    image = opened(0)
-    remembered = encoded("qwen3-vl", image)[image]
+def test_deepstack_features_are_remembered():
+    image = opened_image(0)
+    remembered = memory_of("qwen3-vl", image)[image]
     assert [layer.shape for layer in remembered.deepstack] == [remembered.features.shape] * 2
     assert not torch.equal(*remembered.deepstack)
 
 
 def test_features_are_freed_with_their_key():
-    first, second = opened(0), opened(1)
-    memory = encoded("vicuna", first, second)
+    first, second = opened_image(0), opened_image(1)
+    memory = memory_of("vicuna", first, second)
     features = weakref.ref(memory[first].features)
     assert first in memory and second in memory
     del first
     gc.collect()
     assert features() is None and second in memory
-    assert memory[second].features.untyped_storage().nbytes() == memory[second].features.nbytes, "holds its neighbour"
+    assert memory[second].features.untyped_storage().nbytes() == memory[second].features.nbytes, (
+        "the features share storage"
+    )
 
 
-def test_the_first_images_stay_if_there_is_no_room_for_all(monkeypatch):
-    first, second, third, fourth = map(opened, range(4))
-    memory = encoded("vicuna", first, second)
+def test_images_of_the_current_batch_stay_if_there_is_no_room_for_all(monkeypatch):
+    first, second, third, fourth = map(opened_image, range(4))
+    memory = memory_of("vicuna", first, second)
     monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
     memory.encode([third], [third.image], keep=[second])
-    assert all(image in memory for image in (first, second, third)), "what is needed now"
+    assert all(image in memory for image in (first, second, third)), "images of the current batch are dropped"
     memory.encode([fourth], [fourth.image])
     assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
     assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].features)] * 3
 
 
 def test_features_are_kept_in_main_memory(monkeypatch):
-    """And moved to the model when they are needed. (The meta device stands for an accelerator.)"""
-    image = opened(0)
-    memory = encoded("qwen3-vl", image)
+    """They are moved to the device of the model when they are needed. Here the meta device replaces an accelerator."""
+    image = opened_image(0)
+    memory = memory_of("qwen3-vl", image)
     moved = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape[0]) or cpu(self))
     memory.encode([image], [image.image])
-    assert moved == [memory.tokens[image]] * 3, "its features, and those of two layers"
+    assert moved == [memory.tokens[image]] * 3, "the features of the image and those of two layers"
     memory.model.to("meta")
     output = memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])["mm_encoder_outputs"]["image"]
     layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
@@ -94,10 +95,10 @@ def test_features_are_kept_in_main_memory(monkeypatch):
 
 
 def test_the_processor_is_restored():
-    image = opened(0)
-    memory = encoded("vicuna", image)
+    image = opened_image(0)
+    memory = memory_of("vicuna", image)
     memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])
-    with pytest.raises(StopIteration):  # a prompt about two images, of which one is named
+    with pytest.raises(StopIteration):  # a prompt with two images but one key
         memory.inputs([to_answer([], 2, "Is it?")], [[image]], [[image.image] * 2])
     assert "_process_images" not in vars(memory.processor)
     assert "pixel_values" in chat_inputs(memory.processor, [to_answer([], 1, "Is it?")], [[image.image]])

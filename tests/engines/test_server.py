@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `server`: against a server that misbehaves on request, and against a real `transformers serve`."""
+"""Test the engine `server` with a server that fails on request and with a real `transformers serve`."""
 
 import base64
 import io
@@ -10,10 +10,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
+from random_images import random_image
 from serving import serve
 from tiny_run import small_policy
 
@@ -37,18 +37,17 @@ from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain.filters import QuestionFilter
 
 
-def stored(number, format="PNG"):
-    pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+def stored_image(seed, format="PNG"):
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format)
+    random_image(seed).save(file, format)
     return {"bytes": file.getvalue(), "path": None}
 
 
 def prompt(messages, number=0, format="PNG"):
-    return Prompt(messages, open_images([stored(number, format)]))
+    return Prompt(messages, open_images([stored_image(number, format)]))
 
 
-def chat(text, finish_reason="stop"):
+def chat_completion(text, finish_reason="stop"):
     return {
         "id": "1", "object": "chat.completion", "created": 0, "model": "m",
         "choices": [{"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}],
@@ -56,8 +55,8 @@ def chat(text, finish_reason="stop"):
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """A server whose `reply(body)` returns (status, body) and which records its requests."""
+def fake_server(monkeypatch):
+    """Start a server that records its requests and replies with the (status, body) of its attribute `reply(body)`."""
     monkeypatch.setattr(server_module, "RETRIES", 1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -80,7 +79,7 @@ def fake(monkeypatch):
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.reply, http.kind = [], lambda body: (200, chat(" Where is it? ")), None
+    http.requests, http.reply, http.kind = [], lambda body: (200, chat_completion(" Where is it? ")), None
     http.headers = {}
     http.url = f"http://127.0.0.1:{http.server_port}/v1"
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
@@ -90,22 +89,22 @@ def fake(monkeypatch):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_messages_and_images_are_sent(fake, format):
+def test_messages_and_images_are_sent(fake_server, format):
     history = [*to_answer([], 1, "What <image> is </s> this?"), message("assistant", [text_part(f"A {VUSR} scan.")])]
     ask = prompt(to_ask(history, 1), format=format)
-    (reply,) = ServerEngine(fake.url, "m").write([ask], Sampling(max_new_tokens=9))
+    (reply,) = ServerEngine(fake_server.url, "m").write([ask], Sampling(max_new_tokens=9))
     assert (reply.text, reply.ended, reply.problem) == ("Where is it?", True, None)
-    ((path, headers, body),) = fake.requests
+    ((path, headers, body),) = fake_server.requests
     assert path == "/v1/chat/completions"
     assert headers["authorization"] == "Bearer none"
     image, text = body["messages"][0]["content"]
     kind, _, content = image["image_url"]["url"].partition(";base64,")
     assert kind == f"data:image/{format.lower()}"
-    assert base64.b64decode(content) == stored(0, format)["bytes"]
+    assert base64.b64decode(content) == stored_image(0, format)["bytes"]
     assert body["messages"][1]["role"] == "assistant" and "scan" in body["messages"][1]["content"]
     assert body["messages"][2] == {"role": "user", "content": [{"type": "text", "text": VUSR}]}
     for word in ("<image>", "</s>", VUSR):
-        assert word not in text["text"] + body["messages"][1]["content"], "control tokens in texts stay text"
+        assert word not in text["text"] + body["messages"][1]["content"], "control tokens in a text are sent unescaped"
     assert text["text"].replace("\u200c", "") == "What <image> is </s> this?"
 
 
@@ -121,47 +120,49 @@ def test_messages_and_images_are_sent(fake, format):
             "do_sample": False, "max_new_tokens": 256}}),
     ],
 )  # fmt: skip
-def test_each_server_kind_gets_its_own_fields(fake, kind, sampling, sent):
-    ServerEngine(fake.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
-    body = {key: value for key, value in fake.requests[0][2].items() if key not in ("model", "messages")}
+def test_each_server_kind_gets_its_own_fields(fake_server, kind, sampling, sent):
+    ServerEngine(fake_server.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
+    body = {key: value for key, value in fake_server.requests[0][2].items() if key not in ("model", "messages")}
     if "generation_config" in body:
         body["generation_config"] = json.loads(body["generation_config"])
     assert body == sent
 
 
-def test_replies_are_in_order_and_say_whether_they_ended(fake):
+def test_replies_are_in_order_and_tell_whether_they_ended(fake_server):
     def reply(body):
         time.sleep(0.02 * (body["messages"][0]["content"][-1]["text"] == "0"))
-        return 200, chat(body["messages"][0]["content"][-1]["text"], "length")
+        return 200, chat_completion(body["messages"][0]["content"][-1]["text"], "length")
 
-    fake.reply = reply
-    replies = ServerEngine(fake.url, "m", concurrency=4).write(
+    fake_server.reply = reply
+    replies = ServerEngine(fake_server.url, "m", concurrency=4).write(
         [prompt(to_answer([], 1, str(number))) for number in range(9)], Sampling()
     )
     assert [reply.text for reply in replies] == list("012345678")
     assert not any(reply.ended for reply in replies)
 
 
-def test_empty_and_invalid_texts(fake):
-    fake.reply = lambda body: (200, chat(None))
-    assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
-    fake.reply = lambda body: (200, chat("half a character: \ud800"))
-    ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
+def test_empty_and_invalid_texts_are_accepted(fake_server):
+    fake_server.reply = lambda body: (200, chat_completion(None))
+    assert ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
+    fake_server.reply = lambda body: (200, chat_completion("half a character: \ud800"))
+    ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
 
 
-def test_passing_failures_are_retried(fake):
-    fake.reply = lambda body: (503, {"error": "busy"}) if len(fake.requests) == 1 else (200, chat("ok?"))
-    assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
-    assert len(fake.requests) == 2
+def test_transient_failures_are_retried(fake_server):
+    fake_server.reply = lambda body: (
+        (503, {"error": "busy"}) if len(fake_server.requests) == 1 else (200, chat_completion("ok?"))
+    )
+    assert ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    assert len(fake_server.requests) == 2
 
 
-def test_a_refused_request_is_a_reply_with_a_problem(fake):
-    fake.reply = lambda body: (
+def test_a_refused_request_gives_a_reply_with_a_problem(fake_server):
+    fake_server.reply = lambda body: (
         (400, {"error": {"message": "image too large"}})
         if "b'" in body["messages"][0]["content"][-1]["text"]
-        else (200, chat("Yes"))
+        else (200, chat_completion("Yes"))
     )
-    replies = ServerEngine(fake.url, "m").write(
+    replies = ServerEngine(fake_server.url, "m").write(
         [prompt(to_answer([], 1, text)) for text in ("a", "b'", "c")], Sampling()
     )
     assert [reply.problem for reply in replies] == [None, "request_failed", None]
@@ -183,65 +184,65 @@ def test_a_refused_request_is_a_reply_with_a_problem(fake):
         ((400, {"detail": "unknown field top_k, key sk-abcdefghijklmnopqrstuv"}), None, "unknown field top_k"),
     ],
 )
-def test_failures_that_stop_the_run(fake, reply, kind, message, monkeypatch):
+def test_failures_that_stop_the_run(fake_server, reply, kind, message, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuv")
-    fake.reply, fake.kind = lambda body: reply, kind
+    fake_server.reply, fake_server.kind = lambda body: reply, kind
     with pytest.raises(UserError, match=message) as error:
-        ServerEngine(fake.url, "m").check()
+        ServerEngine(fake_server.url, "m").check()
     assert "sk-abc" not in str(error.value) and error.value.__cause__ is None
-    assert fake.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuv"
+    assert fake_server.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuv"
     if reply[0] != 400:
         with pytest.raises(UserError):
-            ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())
+            ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())
 
 
-def test_one_permanent_failure_ends_all_requests(fake):
-    """A refused key is not tried for every image."""
-    fake.reply = lambda body: (401, {})
+def test_one_permanent_failure_stops_all_requests(fake_server):
+    """A refused key is not sent again for each image."""
+    fake_server.reply = lambda body: (401, {})
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        ServerEngine(fake.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
-    assert len(fake.requests) <= 2
+        ServerEngine(fake_server.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
+    assert len(fake_server.requests) <= 2
 
 
-def test_retry_after_is_respected(fake):
+def test_retry_after_is_respected(fake_server):
     def reply(body):
         times.append(time.monotonic())
-        return (429, {"error": "busy"}) if len(times) == 1 else (200, chat("ok?"))
+        return (429, {"error": "busy"}) if len(times) == 1 else (200, chat_completion("ok?"))
 
-    times, fake.reply, fake.headers = [], reply, {"Retry-After": "0.7"}
-    assert ServerEngine(fake.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    times, fake_server.reply, fake_server.headers = [], reply, {"Retry-After": "0.7"}
+    assert ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
     assert 0.7 <= times[1] - times[0] < 1.5
 
 
-def test_fields_that_a_hosted_model_refuses_are_replaced_or_left_out(fake):
+def test_fields_that_a_hosted_model_refuses_are_replaced_or_left_out(fake_server):
     def reply(body):
         if "max_tokens" in body:
             return 400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}}
         if "temperature" in body:
             return 400, {"error": {"message": "temperature: only the default (1) is supported"}}
-        return 200, chat("Yes")
+        return 200, chat_completion("Yes")
 
-    fake.reply = reply
+    fake_server.reply = reply
     with pytest.warns(UserWarning, match="takes no temperature"):
-        replies = ServerEngine(fake.url, "m", "openai", concurrency=1).write(
+        replies = ServerEngine(fake_server.url, "m", "openai", concurrency=1).write(
             [prompt(to_answer([], 1, text)) for text in "ab"], Sampling(temperature=0.0, max_new_tokens=8)
         )
     assert [reply.text for reply in replies] == ["Yes", "Yes"]
-    assert len(fake.requests) == 4, "each field is refused once"
-    assert fake.requests[-1][2]["max_completion_tokens"] == 8
+    assert len(fake_server.requests) == 4, "each field is refused once"
+    assert fake_server.requests[-1][2]["max_completion_tokens"] == 8
 
 
-def test_follow_up_requests_start_as_soon_as_their_reply_is_there(fake):
+def test_follow_up_requests_start_as_soon_as_their_reply_arrives(fake_server):
     """They do not wait for the slowest of the first requests."""
     last = threading.Event()
 
     def reply(body):
         text = body["messages"][0]["content"][-1]["text"]
         if text == "slow":
-            assert last.wait(10), "the others wait for it"
+            assert last.wait(10), "the other requests wait for the slow one"
         if text == "fast again and again":
             last.set()
-        return 200, chat(text)
+        return 200, chat_completion(text)
 
     def then(request, reply):
         words = reply.text.split()
@@ -251,12 +252,12 @@ def test_follow_up_requests_start_as_soon_as_their_reply_is_there(fake):
     def ask(text):
         return Request(prompt(to_answer([], 1, text)), Sampling(), text)
 
-    fake.reply = reply
-    run = ServerEngine(fake.url, "m", concurrency=2).run(map(ask, ["slow", "fast"]), then)
+    fake_server.reply = reply
+    run = ServerEngine(fake_server.url, "m", concurrency=2).run(map(ask, ["slow", "fast"]), then)
     assert sorted(request.tag for request, _ in run) == ["fast", "fast again", "fast again and again", "slow"]
 
 
-def test_first_requests_are_made_when_there_is_room_for_them(fake):
+def test_requests_are_made_only_when_there_is_room_for_them(fake_server):
     made = []
 
     def requests():
@@ -264,22 +265,22 @@ def test_first_requests_are_made_when_there_is_room_for_them(fake):
             made.append(number)
             yield Request(prompt(to_ask([], 1)), Sampling())
 
-    run = ServerEngine(fake.url, "m", concurrency=3).run(requests())
+    run = ServerEngine(fake_server.url, "m", concurrency=3).run(requests())
     next(run)
     assert len(made) == 3
     run.close()
-    assert len(fake.requests) <= 3
+    assert len(fake_server.requests) <= 3
 
 
-def test_an_image_without_a_file_is_sent_as_png(fake):
+def test_an_image_without_a_file_is_sent_as_png(fake_server):
     image = Image.new("RGB", (4, 3), (128, 128, 128))
-    ServerEngine(fake.url, "m").write([Prompt(to_ask([], 1), [OpenedImage(b"", image)])], Sampling())
-    url = fake.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"]
+    ServerEngine(fake_server.url, "m").write([Prompt(to_ask([], 1), [OpenedImage(b"", image)])], Sampling())
+    url = fake_server.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))).size == (4, 3)
 
 
-def chunks(*texts):
-    """A reply as servers stream it."""
+def event_stream(*texts):
+    """Return the texts as a stream of server-sent events."""
     lines = [
         {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m",
          "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
@@ -288,10 +289,13 @@ def chunks(*texts):
     return "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
 
 
-def test_a_reply_is_streamed(fake):
-    fake.reply, fake.kind = lambda body: (200, chunks(" ", "Where ", "is it?", " ", "\n")), "text/event-stream"
-    assert list(ServerEngine(fake.url, "m").stream(prompt(to_ask([], 1)), Sampling())) == ["Where", " is it?"]
-    assert fake.requests[0][2]["stream"] is True
+def test_a_reply_is_streamed(fake_server):
+    fake_server.reply, fake_server.kind = (
+        lambda body: (200, event_stream(" ", "Where ", "is it?", " ", "\n")),
+        "text/event-stream",
+    )
+    assert list(ServerEngine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling())) == ["Where", " is it?"]
+    assert fake_server.requests[0][2]["stream"] is True
 
 
 @pytest.mark.parametrize(
@@ -302,30 +306,30 @@ def test_a_reply_is_streamed(fake):
         ((500, {"error": "boom"}), "500.*its log"),
     ],
 )
-def test_failures_that_stop_a_stream(fake, reply, message):
-    fake.reply = lambda body: reply
+def test_failures_that_stop_a_stream(fake_server, reply, message):
+    fake_server.reply = lambda body: reply
     with pytest.raises(UserError, match=message):
-        list(ServerEngine(fake.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
+        list(ServerEngine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
 
 
 def test_an_unreachable_server_is_reported_without_its_password(monkeypatch):
     monkeypatch.setattr(server_module, "RETRIES", 0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     with pytest.raises(UserError, match=f"The server at http://<hidden>@127.0.0.1:{port}/v1 cannot be reached"):
         ServerEngine(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
 
 
-def test_a_hanging_server_times_out(fake):
-    fake.reply = lambda body: time.sleep(0.5) or (200, chat("late"))
+def test_a_hanging_server_times_out(fake_server):
+    fake_server.reply = lambda body: time.sleep(0.5) or (200, chat_completion("late"))
     with pytest.raises(UserError, match="did not answer in time"):
-        ServerEngine(fake.url, "m", timeout=0.05).check()
+        ServerEngine(fake_server.url, "m", timeout=0.05).check()
 
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    """A tiny policy with a merged adapter, as a directory and in this process."""
+    """Return the directory, the model and the processor of a tiny policy with a merged adapter."""
     from peft import get_peft_model
 
     directory = tmp_path_factory.mktemp("merged")
@@ -345,8 +349,11 @@ def served(merged):
         yield url
 
 
-def test_real_server_reads_the_same_prompts(merged, served):
-    """Greedy texts equal those of the model in this process: questions, answers, with history; top-k is respected."""
+def test_a_real_server_writes_the_same_texts(merged, served):
+    """Greedy texts equal those of the model in this process, for questions and answers, with and without a history.
+
+    The server also respects top-k.
+    """
     directory, model, processor = merged
     described = [*to_describe(1), message("assistant", [text_part("It is dark.")])]
     kinds = (to_ask([], 1), to_answer([], 1, "Where is it?"), to_ask(described, 1), to_answer(described, 1, "Is it?"))
@@ -360,12 +367,14 @@ def test_real_server_reads_the_same_prompts(merged, served):
         replies = server.write(prompts, sampling)
         assert replies == local.write(prompts, sampling)
     assert len({reply.text for reply in replies}) > 3
-    hot = Sampling(max_new_tokens=12)
-    assert server.write(prompts[:1] * 4, hot) != server.write(prompts[:1] * 4, Sampling(top_k=1, max_new_tokens=12))
+    sampled = Sampling(max_new_tokens=12)
+    assert server.write(prompts[:1] * 4, sampled) != server.write(
+        prompts[:1] * 4, Sampling(top_k=1, max_new_tokens=12)
+    )
 
 
-def test_real_server_makes_candidates(merged, served):
-    rows = [{"id": f"r{n}", "images": [stored(n)], "image_ids": [str(n)], "messages": []} for n in range(4)]
+def test_a_real_server_generates_candidates(merged, served):
+    rows = [{"id": f"r{n}", "images": [stored_image(n)], "image_ids": [str(n)], "messages": []} for n in range(4)]
     short = Sampling(max_new_tokens=16)
     generate = CandidateGenerator(
         ServerEngine(served, merged[0], "transformers"),
@@ -381,8 +390,8 @@ def test_real_server_makes_candidates(merged, served):
     assert "request_failed" not in {row["reason"] for row in generate.rejected}
 
 
-def test_real_server_streams_what_it_writes(merged, served):
-    """As the model in this process does."""
+def test_a_real_server_streams_the_text_that_it_writes(merged, served):
+    """The text also equals that of the model in this process."""
     directory, model, processor = merged
     greedy, local = Sampling(temperature=0.0, max_new_tokens=12), TransformersEngine(model, processor)
     prompts = [prompt(to_answer([], 1, f"Where is {number}?"), number) for number in range(6)]
@@ -391,12 +400,12 @@ def test_real_server_streams_what_it_writes(merged, served):
     assert list(map("".join, streamed)) == expected
     assert max(map(len, streamed)) > 1
     served_pieces = [list(ServerEngine(served, directory, "transformers").stream(one, greedy)) for one in prompts]
-    # `transformers serve` leaves out half a character at the end of a stream.
+    # `transformers serve` omits an incomplete character at the end of a stream.
     assert list(map("".join, served_pieces)) == [text.rstrip("\ufffd") for text in expected]
     assert max(map(len, served_pieces)) > 1
 
 
-def test_real_server_refuses_wrong_settings(merged, served):
+def test_a_real_server_refuses_wrong_settings(merged, served):
     with pytest.raises(UserError, match="as model 'other'"):
         ServerEngine(served, "other", "transformers").check()
     with pytest.raises(UserError, match="top_k"):

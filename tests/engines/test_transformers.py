@@ -11,21 +11,21 @@ from medst_trl.engines.transformers import MOST, bytes_of_a_text, largest_batch
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_counts_the_cache(family, dtype):
-    """One more token costs its bytes in the cache; a sliding window, which needs less, counts as a full one."""
+    """One more token costs its bytes in the cache. A sliding window, which needs less, counts as full attention."""
     model, _ = tiny_model(family)
     model = model.to(dtype)
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     text = model.config.get_text_config(decoder=True)
-    by_new = bytes_of_a_text(text, dtype, 100, 60) - bytes_of_a_text(text, dtype, 100, 50)
-    assert by_new == held
-    assert bytes_of_a_text(text, dtype, 110, 50) - bytes_of_a_text(text, dtype, 100, 50) > held
+    per_token_bytes = bytes_of_a_text(text, dtype, 100, 60) - bytes_of_a_text(text, dtype, 100, 50)
+    assert per_token_bytes == cache_bytes
+    assert bytes_of_a_text(text, dtype, 110, 50) - bytes_of_a_text(text, dtype, 100, 50) > cache_bytes
 
 
 def test_the_estimate_counts_image_features(monkeypatch):
-    """Of each layer that has some, for all tokens of a prompt."""
+    """The features of every deepstack layer count, for all tokens of a prompt."""
     model, _ = tiny_model("qwen3-vl")
     config = model.config.get_text_config(decoder=True)
     one, three = (bytes_of_a_text(config, model.dtype, 100, 50, layers) for layers in (1, 3))
@@ -39,7 +39,7 @@ def test_the_estimate_counts_image_features(monkeypatch):
 
 
 def test_the_estimate_for_llava_7b():
-    """Half a mebibyte per token in bfloat16: about 0.5 GB for 640 prompt tokens and 256 new ones."""
+    """A token takes half a mebibyte in bfloat16: about 0.5 GB for 640 prompt tokens and 256 new tokens."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
