@@ -16,15 +16,15 @@ def all_text(rows) -> list[str]:
     return [part["text"] for row in rows for m in row["messages"] for part in m["content"] if part["type"] == "text"]
 
 
-def test_the_pixels_show_the_shape_where_the_truth_says():
+def test_the_pixels_show_the_shape_in_the_corner_of_the_ground_truth():
     plain = [picture for picture in PICTURES if picture.background == "plain" and picture.corner]
     assert {picture.corner for picture in plain} == set(QUADRANTS)
     for picture in plain:
         pixels = np.asarray(picture.image, dtype=float)
-        odd = np.abs(pixels - np.median(pixels)) > 60
-        y, x = (axis.mean() for axis in np.nonzero(odd))
+        shape = np.abs(pixels - np.median(pixels)) > 60
+        y, x = (axis.mean() for axis in np.nonzero(shape))
         assert picture.corner == f"{'lower' if y > 32 else 'upper'} {'right' if x > 32 else 'left'}"
-        assert (pixels[odd].mean() > np.median(pixels)) == (picture.brightness == "bright")
+        assert (pixels[shape].mean() > np.median(pixels)) == (picture.brightness == "bright")
 
 
 def test_pictures_depend_on_the_seed():
@@ -57,8 +57,8 @@ def test_conversations_have_one_image_and_the_requested_turns():
     assert rows == list(conversations(PICTURES[:20], seed=0, turns=2))
 
 
-def test_the_base_model_sees_no_medical_label():
-    # Conversations with pictures have no medical word; only plain text has some.
+def test_the_base_data_have_no_medical_labels():
+    # Conversations about pictures have no medical words. Only the explanations, which have no images, have some.
     medical = re.compile(
         r"\b(lesion|scan|quadrant|tissue|modality|finding|" + "|".join(MODALITIES) + r")\b", re.IGNORECASE
     )
@@ -71,11 +71,11 @@ def test_the_base_model_sees_no_medical_label():
     assert not wordings & set(all_text(texts))
 
 
-def test_the_base_model_has_read_every_word_of_the_phantoms():
-    # Stage 1 does not train the output layer, so a word that the base model never wrote could hardly be learned.
-    read = set(re.findall(r"\w+", " ".join(all_text([*explanations(200, 0), *conversations(PICTURES, 0)]))))
-    needed = {word for quadrant in QUADRANTS for word in quadrant.split()}
+def test_the_base_data_have_every_word_of_the_phantoms():
+    # Stage 1 does not train the output layer, so it can hardly learn a word that the base data lack.
+    base_words = set(re.findall(r"\w+", " ".join(all_text([*explanations(200, 0), *conversations(PICTURES, 0)]))))
+    phantom_words = {word for quadrant in QUADRANTS for word in quadrant.split()}
     for phantom in make_phantoms(162, seed=0):
         for question in phantom.questions:
-            needed |= set(re.findall(r"\w+", f"{question['question']} {question['answer']}"))
-    assert needed - read == set()
+            phantom_words |= set(re.findall(r"\w+", f"{question['question']} {question['answer']}"))
+    assert phantom_words - base_words == set()

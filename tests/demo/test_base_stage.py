@@ -22,8 +22,8 @@ FEW = {
     "logging_steps": 2,
 }  # fmt: skip
 
-# Runs the stage and kills it as hard as can be, behind a step or while the result is being saved.
-KILLED = """
+# Runs the stage and kills its process after a training step or while the result is being saved.
+RUN_AND_KILL = """
 import os, signal, sys
 import transformers
 from medst_trl.demo import base_stage as base
@@ -39,9 +39,9 @@ else:
             def on_step_end(self, args, state, control, **kwargs):
                 if state.global_step == 5:
                     kill()
-        made = build(*args)
-        made.add_callback(Kill())
-        return made
+        built = build(*args)
+        built.add_callback(Kill())
+        return built
     base._trainer = trainer
 base.main(args)
 """
@@ -49,13 +49,14 @@ base.main(args)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """Return the arguments of a finished stage."""
     args = base.BaseArguments(output_dir=str(tmp_path_factory.mktemp("runs") / "base"), **FEW)
     base.main(args)
     return args
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(f"{folder}/model.safetensors")
+def weights(directory) -> dict[str, torch.Tensor]:
+    return load_file(f"{directory}/model.safetensors")
 
 
 def test_a_trained_model_and_its_processor_are_saved(finished):
@@ -67,7 +68,7 @@ def test_a_trained_model_and_its_processor_are_saved(finished):
     assert any(not torch.equal(untrained[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_record_and_no_temporary_files_are_left(finished):
+def test_a_record_is_written_and_no_temporary_files_remain(finished):
     with open(f"{finished.output_dir}/stage.json") as file:
         record = json.load(file)
     assert record["status"] == "complete"
@@ -79,7 +80,7 @@ def test_a_record_and_no_temporary_files_are_left(finished):
 
 def test_a_finished_stage_is_skipped(finished, capsys):
     before = os.stat(f"{finished.output_dir}/model.safetensors").st_mtime_ns
-    base.main(replace(finished, logging_steps=7))  # changes no result
+    base.main(replace(finished, logging_steps=7))  # has no effect on the result
     assert os.stat(f"{finished.output_dir}/model.safetensors").st_mtime_ns == before
     assert "nothing to do" in capsys.readouterr().out
 
@@ -91,16 +92,16 @@ def test_a_changed_setting_is_refused(finished):
 
 def test_the_same_seed_gives_the_same_weights(finished, tmp_path):
     base.main(replace(finished, output_dir=str(tmp_path)))
-    again = weights(tmp_path)
-    assert all(torch.equal(value, again[name]) for name, value in weights(finished.output_dir).items())
+    reloaded = weights(tmp_path)
+    assert all(torch.equal(value, reloaded[name]) for name, value in weights(finished.output_dir).items())
 
 
 @pytest.mark.parametrize("moment", ["step", "saving"])
-def test_a_killed_run_resumes_to_the_same_weights(finished, tmp_path, moment):
+def test_a_resumed_run_gives_the_same_weights(finished, tmp_path, moment):
     arguments = [part for key, value in FEW.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-c", KILLED, moment, "--output_dir", str(tmp_path / "base"), *arguments]
+    command = [sys.executable, "-c", RUN_AND_KILL, moment, "--output_dir", str(tmp_path / "base"), *arguments]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert not (tmp_path / "base/config.json").exists()  # an incomplete model does not look complete
     base.main(replace(finished, output_dir=str(tmp_path / "base")))
-    again = weights(tmp_path / "base")
-    assert all(torch.equal(value, again[name]) for name, value in weights(finished.output_dir).items())
+    reloaded = weights(tmp_path / "base")
+    assert all(torch.equal(value, reloaded[name]) for name, value in weights(finished.output_dir).items())

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The demo shows what it says: the loop makes the model better, and with all labels it learns the task."""
+"""Test that the demo improves the model, and that stage 1 learns the task when all images have labels."""
 
 import json
 import runpy
@@ -14,25 +14,25 @@ from demo_run import run_demo as run
 ROOT = Path(__file__).parents[2]
 
 
-def exact_match(folder: Path) -> dict:
-    return json.loads((folder / "scores.json").read_text())["scores"]["strict"]["exact_match"]
+def exact_match(directory: Path) -> dict:
+    return json.loads((directory / "scores.json").read_text())["scores"]["strict"]["exact_match"]
 
 
-def image_ids(folder: Path) -> set[str]:
+def image_ids(directory: Path) -> set[str]:
     from medst_trl.data.schema import load_records
 
-    return {name for names in load_records(folder / "candidates", "train")["image_ids"] for name in names}
+    return {name for names in load_records(directory / "candidates", "train")["image_ids"] for name in names}
 
 
 @pytest.mark.slow
-def test_the_loop_makes_the_model_better(demo_run):
+def test_the_demo_improves_the_model(demo_run):
     demo = demo_run
-    assert "stage 1  aligned" in (demo.parent / "printed").read_text()  # the table of before and after
+    assert "stage 1  aligned" in (demo.parent / "printed").read_text()  # the table of scores before and after
     before, after = exact_match(demo / "evaluate/stage_1"), exact_match(demo / "evaluate/aligned")
     assert before["n"] == after["n"] > 1400
     assert after["value"] - before["value"] >= 3
     assert (demo / "report/index.html").stat().st_size > 50_000
-    assert run(demo).count("nothing to do") == 8  # all but the report, which is made anew
+    assert run(demo).count("nothing to do") == 8  # all stages except the report, which is always rewritten
 
 
 @pytest.mark.slow
@@ -46,13 +46,13 @@ def test_stage_1_with_all_labels_learns_the_task(demo_base, tmp_path):
     assert scores["scores"]["strict"]["exact_match"]["value"] >= 90
     assert scores["scores"]["strict"]["exact_match"]["majority"] < 50
     for control in scores["controls"].values():
-        assert control["strict"]["exact_match"]["value"] < 60  # without the right image there is little to know
+        assert control["strict"]["exact_match"]["value"] < 60  # without the image, few questions can be answered
     ask = runpy.run_path(str(ROOT / "examples/ask_questions.py"))["main"]
     assert ask(str(demo / "sft"), 200, 0) >= 0.95
 
 
 @pytest.mark.slow
-def test_each_round_asks_about_other_images_with_the_policy_of_the_one_before(demo_base, tmp_path):
+def test_each_round_uses_other_images_and_the_policy_of_the_previous_round(demo_base, tmp_path):
     demo = tmp_path / "demo"
     shutil.copytree(demo_base, demo / "base")
     options = [

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle knows the truth, errs at its error rate, and answers the same requests as real judges."""
+"""Test that the oracle knows the ground truth, errs at its error rate and answers the requests of real judges."""
 
 import base64
 import io
@@ -64,10 +64,10 @@ def ask(base_url: str, version: str, question: str, answers: list[str], phantom)
     return prompt.read(reply.choices[0].message.content)
 
 
-def test_served_verdicts_err_at_the_error_rate_in_both_orders_alike():
+def test_served_verdicts_err_at_the_error_rate_and_equally_in_both_orders():
     phantoms = make_phantoms(60, 2, "unlabelled")
     candidates = Dataset.from_list([{"image_ids": [image_id(phantom.image)]} for phantom in phantoms])
-    question, wrong = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
+    question, wrong_answers = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
     for rate, low, high in ((0.0, 0, 0), (0.3, 0.15, 0.45)):
         errors = 0
         with (
@@ -77,14 +77,14 @@ def test_served_verdicts_err_at_the_error_rate_in_both_orders_alike():
             for number, phantom in enumerate(phantoms):
                 right = answer(question, phantom.truth)
                 server = ((paper, "paper"), (rubric, "rubric"))[number % 2]
-                forth = ask(*server, question, [right, wrong[right]], phantom)
-                back = ask(*server, question, [wrong[right], right], phantom)
-                assert forth.verdict == 1 - back.verdict  # an error is the judge's opinion, not an accident of order
-                errors += forth.verdict == 1
+                forward = ask(*server, question, [right, wrong_answers[right]], phantom)
+                swapped = ask(*server, question, [wrong_answers[right], right], phantom)
+                assert forward.verdict == 1 - swapped.verdict  # an error does not depend on the order
+                errors += forward.verdict == 1
         assert low <= errors / len(phantoms) <= high
 
 
-def test_other_images_are_refused(monkeypatch):
+def test_images_that_are_not_phantoms_are_refused(monkeypatch):
     monkeypatch.setattr(phantom_oracle, "MOST_PHANTOMS", 50)
     known = make_phantoms(1, 0, "unlabelled")[0]
     candidates = Dataset.from_list([{"image_ids": ["a"]}, {"image_ids": [image_id(known.image)]}])

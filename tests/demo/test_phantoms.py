@@ -28,7 +28,7 @@ PHANTOMS = make_phantoms(162, seed=3)
 
 
 def tissue_means(phantom) -> dict[str, float]:
-    """Mean grey value around each place where a lesion may be, as a difference from the median of the four."""
+    """Return the mean grey value around each possible position of a lesion, minus the median of the four means."""
     pixels = np.asarray(phantom.image, dtype=float)
     y, x = np.mgrid[:64, :64]
     means = {}
@@ -39,21 +39,21 @@ def tissue_means(phantom) -> dict[str, float]:
     return {quadrant: mean - middle for quadrant, mean in means.items()}
 
 
-def test_the_quadrant_that_stands_out_is_that_of_the_truth():
+def test_the_quadrant_that_differs_most_is_that_of_the_lesion():
     with_lesion = [phantom for phantom in PHANTOMS if phantom.truth.lesion]
     assert with_lesion
     for phantom in with_lesion:
         means = tissue_means(phantom)
-        odd = max(means, key=lambda quadrant: abs(means[quadrant]))
-        assert odd == phantom.truth.quadrant, phantom.id
-        assert (means[odd] > 0) == (phantom.truth.brightness == "bright"), phantom.id
+        lesion = max(means, key=lambda quadrant: abs(means[quadrant]))
+        assert lesion == phantom.truth.quadrant, phantom.id
+        assert (means[lesion] > 0) == (phantom.truth.brightness == "bright"), phantom.id
 
 
-def test_without_a_lesion_no_quadrant_stands_out():
-    odd = {True: [], False: []}
+def test_without_a_lesion_quadrants_differ_little():
+    differences = {True: [], False: []}
     for phantom in PHANTOMS:
-        odd[phantom.truth.lesion].append(max(abs(mean) for mean in tissue_means(phantom).values()))
-    assert max(odd[False]) < np.median(odd[True])
+        differences[phantom.truth.lesion].append(max(abs(mean) for mean in tissue_means(phantom).values()))
+    assert max(differences[False]) < np.median(differences[True])
 
 
 def test_large_lesions_cover_more_than_small_ones():
@@ -66,15 +66,15 @@ def test_large_lesions_cover_more_than_small_ones():
 
 
 def test_modalities_differ_in_their_pixels():
-    ring = [np.asarray(p.image).max() for p in PHANTOMS if p.truth == Truth("CT", False)]
-    soft = [np.asarray(p.image).max() for p in PHANTOMS if p.truth == Truth("MRI", False)]
+    bone = [np.asarray(p.image).max() for p in PHANTOMS if p.truth == Truth("CT", False)]
+    soft_tissue = [np.asarray(p.image).max() for p in PHANTOMS if p.truth == Truth("MRI", False)]
     speckle = [np.asarray(p.image)[25:40, 25:40].std() for p in PHANTOMS if p.truth == Truth("ultrasound", False)]
-    even = [np.asarray(p.image)[25:40, 25:40].std() for p in PHANTOMS if p.truth == Truth("CT", False)]
-    assert max(soft) < min(ring)
-    assert max(even) < min(speckle)
+    uniform = [np.asarray(p.image)[25:40, 25:40].std() for p in PHANTOMS if p.truth == Truth("CT", False)]
+    assert max(soft_tissue) < min(bone)
+    assert max(uniform) < min(speckle)
 
 
-def test_the_seed_decides_the_phantoms():
+def test_phantoms_depend_on_the_seed():
     again, other = make_phantoms(20, seed=3), make_phantoms(20, seed=4)
     for first, second, third in zip(PHANTOMS, again, other, strict=False):
         assert first.image.tobytes() == second.image.tobytes()
@@ -111,7 +111,7 @@ def test_guessing_the_most_frequent_answer_scores_low():
     assert guessed / sum(map(Counter.total, answers.values())) < 0.4
 
 
-def test_questions_are_answered_by_the_truth():
+def test_questions_are_answered_from_the_ground_truth():
     for phantom in PHANTOMS:
         for question in phantom.questions:
             assert is_well_formed(question["question"], phantom.truth)
@@ -146,7 +146,7 @@ def test_other_text_is_not_well_formed(question):
     assert not is_well_formed(question)
 
 
-def test_a_scan_without_a_lesion_does_not_say_where_it_is():
+def test_a_scan_without_a_lesion_has_no_questions_about_the_lesion():
     truth = Truth("CT", False)
     answered = {question_kind(question) for question in ALL_QUESTIONS if is_well_formed(question, truth)}
     assert answered == {"presence", "modality", "description"}
@@ -155,7 +155,7 @@ def test_a_scan_without_a_lesion_does_not_say_where_it_is():
         answer("Where is the lesion?", truth)
 
 
-def test_the_two_forms_of_a_closed_question_disagree():
+def test_questions_about_opposite_brightness_have_opposite_answers():
     for brightness in BRIGHTNESSES:
         truth = Truth("CT", True, "lower left", "large", brightness)
         assert answer(f"Is the lesion {brightness}?", truth) == "Yes"
@@ -176,14 +176,14 @@ def test_instruct_rows_are_conversations_about_one_image():
         assert not any(message["vusr"] for message in row["messages"])
 
 
-def test_the_order_of_questions_depends_on_the_seed_alone():
+def test_the_order_of_questions_depends_only_on_the_seed():
     def order(seed, chosen):
         return [[m["content"][-1]["text"] for m in row["messages"]] for row in instruct_rows(chosen, seed)]
 
     assert order(0, PHANTOMS[:20]) == order(0, PHANTOMS)[:20]
     assert order(0, PHANTOMS) != order(1, PHANTOMS)
     first = Counter(question_kind(texts[0]) for texts in order(0, PHANTOMS))
-    assert len(first) == len(QUESTIONS)  # every kind comes first in some conversation
+    assert len(first) == len(QUESTIONS)  # every kind is the first question of some conversation
 
 
 def test_turns_limit_a_conversation():

@@ -60,12 +60,12 @@ def test_words_of_the_phantoms_take_few_tokens():
     assert tokens < 1.1 * words
 
 
-def test_the_template_is_vicunas_with_closed_answers():
+def test_the_chat_template_is_vicuna_with_an_end_token_after_each_answer():
     text = PROCESSOR.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert text == ("<s>Be brief. USER: <image>\nWhere is it? ASSISTANT: In the corner.</s>USER: Which? ASSISTANT:")
 
 
-def test_special_tokens_are_single_tokens_and_vusr_is_not_among_them():
+def test_special_tokens_are_single_tokens_without_vusr():
     tokenizer = PROCESSOR.tokenizer
     assert tokenizer.convert_ids_to_tokens(range(len(SPECIAL_TOKENS))) == list(SPECIAL_TOKENS)
     assert "<vusr>" not in tokenizer.get_vocab()
@@ -88,14 +88,17 @@ def test_a_reloaded_model_gives_equal_logits(tmp_path, tied, spare_rows):
     assert shares == tied
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again, reader = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
-    inputs = encode(reader, 16)
+    reloaded, reloaded_processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
+    inputs = encode(reloaded_processor, 16)
     assert inputs["input_ids"].tolist() == encode(processor, 16)["input_ids"].tolist()
     with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(reloaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_the_features_are_those_before_the_last_layer():
+def test_image_features_come_from_the_layer_before_the_last():
     model, processor = small()
     model.train()
     inputs = encode(processor, 16)
@@ -105,7 +108,7 @@ def test_the_features_are_those_before_the_last_layer():
     assert all(parameter.grad is not None for layer in layers[:-1] for parameter in layer.parameters())
 
 
-def test_weights_depend_on_the_seed_and_the_global_random_state_stays():
+def test_weights_depend_on_the_seed_and_leave_the_global_random_state_unchanged():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -120,5 +123,5 @@ def test_the_tokenizer_is_the_same_in_another_process():
     code = (
         "from medst_trl.demo.tiny_model import tiny_llava; print(tiny_llava()[1].tokenizer.backend_tokenizer.to_str())"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == PROCESSOR.tokenizer.backend_tokenizer.to_str()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == PROCESSOR.tokenizer.backend_tokenizer.to_str()

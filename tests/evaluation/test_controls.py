@@ -15,7 +15,7 @@ from medst_trl.evaluation.tables import format_scores
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=30), st.integers(0, 5))
-def test_no_question_keeps_its_image(image_ids, seed):
+def test_no_question_keeps_its_image_after_shuffling(image_ids, seed):
     assume(not image_ids or 2 * max(Counter(image_ids).values()) <= len(image_ids))
     shuffled = shuffled_rows(image_ids, seed)
     assert sorted(shuffled) == list(range(len(image_ids)))
@@ -47,7 +47,7 @@ def rows(predictions, answers="yes"):
 
 
 @pytest.mark.parametrize("variant", ["strict", "llava_med"])
-def test_equal_predictions_have_no_difference(variant):
+def test_equal_predictions_have_a_difference_of_zero(variant):
     rng = random.Random(0)
     real = rows([rng.choice(["yes", "no"]) for _ in range(60)])
     result = compare_vqa(real, real[::-1], variant)
@@ -60,7 +60,7 @@ def test_equal_predictions_have_no_difference(variant):
     )
 
 
-def test_difference_by_hand():
+def test_the_difference_equals_a_value_computed_by_hand():
     real = rows(["yes"] * 60 + ["no"] * 40)
     control = rows(["yes"] * 40 + ["no"] * 60)
     leaf = compare_vqa(real, control)["closed"]["accuracy"]
@@ -69,13 +69,13 @@ def test_difference_by_hand():
 
 
 def test_pairing_narrows_the_interval():
-    """Control and real agree on nearly all images. Only a paired interval shows it."""
+    """The predictions agree on nearly all images, so the paired interval is narrower than that of one score."""
     rng = random.Random(0)
-    said = [rng.choice(["yes", "no"]) for _ in range(400)]
-    real, control = rows(said), rows(["no", *said[1:]])
-    leaf, alone = compare_vqa(real, control)["closed"]["accuracy"], score_vqa(real)["closed"]["accuracy"]
+    texts = [rng.choice(["yes", "no"]) for _ in range(400)]
+    real, control = rows(texts), rows(["no", *texts[1:]])
+    leaf, unpaired = compare_vqa(real, control)["closed"]["accuracy"], score_vqa(real)["closed"]["accuracy"]
     assert leaf["difference_interval"][1] - leaf["difference_interval"][0] < 2
-    assert alone["interval"][1] - alone["interval"][0] > 5
+    assert unpaired["interval"][1] - unpaired["interval"][0] > 5
 
 
 def test_the_table_shows_the_difference():
@@ -86,7 +86,7 @@ def test_the_table_shows_the_difference():
     assert "+100.0 [+100.0, +100.0]" in line
 
 
-def test_both_sides_must_answer_the_same_questions():
+def test_predictions_of_different_questions_are_refused():
     real = rows(["yes", "no"])
     for control in (real[:1], [*real, *real], [row | {"id": None} for row in real]):
         with pytest.raises(UserError):

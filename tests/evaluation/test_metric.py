@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A metric of one plugin file appears in help, recipes, tables, `scores.json`, cards and reports."""
+"""Test that a metric of a plugin file appears in help, recipes, tables, `scores.json`, cards and reports."""
 
 import json
 import os
@@ -45,13 +45,14 @@ METRICS.register(
 
 
 @pytest.fixture
-def medst(tmp_path):
+def run_medst(tmp_path):
+    """Write the plugin and a predictions file, and return a function that runs `medst` with the plugin."""
     plugin = tmp_path / "brevity.py"
     plugin.write_text(PLUGIN)
     environment = os.environ | {"MEDST_PLUGINS": str(plugin)}
 
-    def run(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "medst_trl.cli", *words]
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "medst_trl.cli", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
 
     rows = [
@@ -62,20 +63,20 @@ def medst(tmp_path):
     return run
 
 
-def test_help_lists_a_plugin_metric_and_its_settings(medst):
-    done = medst("evaluate", "--help")
-    assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
+def test_help_lists_a_plugin_metric_and_its_settings(run_medst):
+    result = run_medst("evaluate", "--help")
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
     assert "brevity (share of short answers)" in text
     assert "--max_words" in text and "Words of a short answer." in text
 
 
-def test_scores_of_a_plugin_metric_are_printed_and_written(medst, tmp_path):
-    words = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "strict"]
-    done = medst(*words, "--output_dir", "out", "--max_words", "3")
-    assert done.returncode == 0, done.stderr
-    assert "brevity, max words 3: 3 questions" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith("short answers"))
+def test_scores_of_a_plugin_metric_are_printed_and_written(run_medst, tmp_path):
+    arguments = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "strict"]
+    result = run_medst(*arguments, "--output_dir", "out", "--max_words", "3")
+    assert result.returncode == 0, result.stderr
+    assert "brevity, max words 3: 3 questions" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if line.startswith("short answers"))
     assert line.split()[2:4] == ["2", "50.0"]
     content = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert content["scores"]["brevity"]["short"]["value"] == 50
@@ -89,32 +90,32 @@ def test_scores_of_a_plugin_metric_are_printed_and_written(medst, tmp_path):
     }
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["max_words"] == 3
 
-    again = medst(*words, "--output_dir", "out", "--max_words", "3")
+    again = run_medst(*arguments, "--output_dir", "out", "--max_words", "3")
     assert "nothing to do" in again.stdout and "short answers" in again.stdout
-    changed = medst(*words, "--output_dir", "out")
+    changed = run_medst(*arguments, "--output_dir", "out")
     assert changed.returncode == 2 and "max_words: 3 before, 2 now" in changed.stderr
 
 
-def test_recipes_take_a_plugin_metric(medst, tmp_path):
+def test_recipes_accept_a_plugin_metric(run_medst, tmp_path):
     recipe = "output_dir: runs\nevaluate:\n  predictions: predictions.jsonl\n  variants: {}\n  max_words: 1\n"
     (tmp_path / "good.yaml").write_text(recipe.format("[strict, brevity]"))
     (tmp_path / "bad.yaml").write_text(recipe.format("[brevty]"))
-    assert "is valid" in medst("recipes", "validate", "good.yaml").stdout
-    done = medst("run", "good.yaml")
-    assert done.returncode == 0, done.stderr
-    assert "brevity, max words 1" in done.stdout
-    done = medst("recipes", "validate", "bad.yaml")
-    assert done.returncode == 2
-    assert "Unknown metric 'brevty'. Did you mean 'brevity'?" in done.stderr
+    assert "is valid" in run_medst("recipes", "validate", "good.yaml").stdout
+    result = run_medst("run", "good.yaml")
+    assert result.returncode == 0, result.stderr
+    assert "brevity, max words 1" in result.stdout
+    result = run_medst("recipes", "validate", "bad.yaml")
+    assert result.returncode == 2
+    assert "Unknown metric 'brevty'. Did you mean 'brevity'?" in result.stderr
 
 
-def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(medst, tmp_path):
-    words = ["--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", "run/evaluate"]
-    assert medst("evaluate", *words).returncode == 0
+def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(run_medst, tmp_path):
+    arguments = ["--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", "run/evaluate"]
+    assert run_medst("evaluate", *arguments).returncode == 0
     command = [sys.executable, "-m", "medst_trl.cli", "report", "--run", "run", "--output_dir", "run/report"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "short answers" in done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "short answers" in result.stdout
     page = (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
     assert "Short answers, 2 questions" in page  # the title of a chart
 
@@ -126,13 +127,13 @@ def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(medst, tmp_pa
     assert "| brevity | short answers | 50.0 " in card
 
 
-def test_runs_without_the_metric_do_not_depend_on_the_plugin(medst, tmp_path):
-    words = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "strict", "--output_dir", "out"]
-    assert medst(*words).returncode == 0
-    command = [sys.executable, "-m", "medst_trl.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to do" in done.stdout
+def test_runs_without_the_metric_do_not_depend_on_the_plugin(run_medst, tmp_path):
+    arguments = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "strict", "--output_dir", "out"]
+    assert run_medst(*arguments).returncode == 0
+    command = [sys.executable, "-m", "medst_trl.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing to do" in result.stdout
 
 
 def test_built_in_metrics_describe_their_figures():

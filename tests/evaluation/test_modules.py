@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The `evaluate` modules load from a local path without a network and return what `score_vqa` returns."""
+"""Test that the `evaluate` modules load from a local path without a network and return what `score_vqa` returns."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    # One directory for all: Python imports the modules as a package from the first place where it finds it.
+    # All modules share a directory: Python imports them from the first directory that contains their package.
     cache = str(tmp_path_factory.mktemp("evaluate"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache)
@@ -35,7 +35,7 @@ def load(tmp_path_factory):
 )
 def test_modules_return_what_score_vqa_returns(load, variant, kwargs):
     answers, predictions, answer_types, question_types, image_ids = map(list, zip(*ROWS))
-    found = load(f"vqa_{variant}").compute(
+    result = load(f"vqa_{variant}").compute(
         predictions=predictions,
         references=answers,
         answer_types=answer_types,
@@ -47,13 +47,13 @@ def test_modules_return_what_score_vqa_returns(load, variant, kwargs):
     )
     keys = ("answer", "prediction", "answer_type", "question_type", "image_id")
     records = [dict(zip(keys, row)) for row in ROWS]
-    assert found == score_vqa(records, variant, bootstrap_samples=20, seed=3, **kwargs)
+    assert result == score_vqa(records, variant, bootstrap_samples=20, seed=3, **kwargs)
 
 
-def test_batches_are_collected(load):
+def test_batches_are_accumulated(load):
     metric = load("vqa_strict")
     for answer, prediction, answer_type, *_ in ROWS:
         metric.add_batch(predictions=[prediction], references=[answer], answer_types=[answer_type])
-    found = metric.compute(bootstrap_samples=0)
-    assert found["n"] == 4
-    assert found["open"]["exact_match"]["value"] == 50
+    result = metric.compute(bootstrap_samples=0)
+    assert result["n"] == 4
+    assert result["open"]["exact_match"]["value"] == 50

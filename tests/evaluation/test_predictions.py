@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions files in our own format. Those of other projects: tests/interop/predictions."""
+"""Test predictions files of medst_trl. tests/interop/predictions tests those of other projects."""
 
 import json
 import os
@@ -77,13 +77,15 @@ def test_a_format_of_a_plugin_is_detected_and_scored(tmp_path):
     (tmp_path / "p.bars").write_text("lung|a lung\nleft|right\n")
     command = [sys.executable, "-m", "medst_trl.cli", "evaluate", "--plugins", "plugin.py"]
 
-    def medst(*words):
-        return subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path, env=os.environ.copy())
+    def run_medst(*arguments):
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=os.environ.copy()
+        )
 
-    assert "bars (answer and prediction between bars)" in " ".join(medst("--help").stdout.split())
-    done = medst("--predictions", "p.bars", "--output_dir", "out", "--variants", "strict")
-    assert done.returncode == 0, done.stderr
+    assert "bars (answer and prediction between bars)" in " ".join(run_medst("--help").stdout.split())
+    result = run_medst("--predictions", "p.bars", "--output_dir", "out", "--variants", "strict")
+    assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert content["format"] == "bars" and content["scores"]["strict"]["exact_match"]["value"] == 50
-    kept = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert [row["prediction"] for row in kept] == ["a lung", "right"]
+    written = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in written] == ["a lung", "right"]

@@ -25,7 +25,7 @@ def value(scores, *path):
     return scores["value"]
 
 
-# Records of any file, with traps: case, blanks, numbers, empty predictions.
+# Records with difficult values: mixed case, blanks, numbers, empty predictions.
 WORDS = ("yes", "no", "left", "lung", "the", "two", "no fracture", "x-ray", "", "3.5 cm")
 RECORDS = st.lists(
     st.builds(
@@ -43,20 +43,20 @@ VARIANTS = st.sampled_from(["strict", "llava_med"])
 
 
 class TestStrict:
-    def test_open_figures_by_hand(self):
-        # 2 of the 5 predicted words are among the 3 right ones ("the" does not count): P 2/5, R 2/3, F1 = 4/8
+    def test_open_figures_equal_values_computed_by_hand(self):
+        # 2 of the 5 predicted words are among the 3 expected words ("the" is ignored): P 2/5, R 2/3, F1 = 4/8
         scores = score_vqa([record("the right lower lobe", "It is a right middle lobe.")])
         assert value(scores, "open", "precision") == pytest.approx(40.0)
         assert value(scores, "open", "recall") == pytest.approx(200 / 3)
         assert value(scores, "open", "f1") == pytest.approx(50.0)
         assert value(scores, "open", "exact_match") == 0
 
-    def test_closed_figures_by_hand(self):
+    def test_closed_figures_equal_values_computed_by_hand(self):
         scores = score_vqa(
             [
                 record("Yes", "Yes, there is no doubt.", "CLOSED"),
                 record("No", "No fracture is seen; yes, I am sure.", "CLOSED "),
-                record("no", "normal lungs", "closed"),  # holds "no" inside a word only
+                record("no", "normal lungs", "closed"),  # contains "no" only inside a word
                 record("no", "", "closed"),
                 record("yes", "It is not.", "closed"),
                 record("Right", "right.", "closed"),
@@ -86,7 +86,7 @@ class TestStrict:
             (".5 cm.", "0.5 cm"),
         ],
     )
-    def test_spellings_of_one_answer_match(self, one, other):
+    def test_spellings_of_the_same_answer_match(self, one, other):
         assert value(score_vqa([record(one, other)]), "exact_match") == 100
 
     @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ class TestStrict:
     @given(st.text(max_size=30), st.text(max_size=30))
     def test_f1_is_symmetric_and_swaps_precision_with_recall(self, one, other):
         assume(one.strip() and other.strip())
-        ahead, back = score_vqa([record(one, other)])["open"], score_vqa([record(other, one)])["open"]
-        assert ahead["f1"]["value"] == pytest.approx(back["f1"]["value"])
-        assert ahead["precision"]["value"] == pytest.approx(back["recall"]["value"])
+        forward, backward = score_vqa([record(one, other)])["open"], score_vqa([record(other, one)])["open"]
+        assert forward["f1"]["value"] == pytest.approx(backward["f1"]["value"])
+        assert forward["precision"]["value"] == pytest.approx(backward["recall"]["value"])
 
     @given(st.text(min_size=1, max_size=40))
     @example("'")
@@ -142,7 +142,7 @@ class TestStrict:
 
 class TestLlavaMed:
     def test_repetition_inflates_recall(self):
-        # tp counts the prediction's words: 3 / (3 + 2 missed)
+        # true positives are words of the prediction: 3 / (3 + 2 missed)
         assert value(score_vqa([record("left lower lobe", "left")], "llava_med"), "open", "recall") == pytest.approx(
             100 / 3
         )
@@ -151,17 +151,17 @@ class TestLlavaMed:
         assert value(scores, "open", "exact") == pytest.approx(100 / 3)
 
     def test_bleu_counts_ngrams_of_one_order(self):
-        # 3 of 4 words, 1 of 3 pairs, no triple; not shorter than the answer
+        # 3 of 4 words, 1 of 3 bigrams and no trigram match; the prediction is not shorter than the answer
         scores = score_vqa([record("left lower lobe", "left lower right lobe")], "llava_med")["open"]
         assert [scores[f"bleu_{n}"]["value"] for n in (1, 2, 3)] == pytest.approx([75, 100 / 3, 0])
         short = score_vqa([record("left lower lobe", "lobe")], "llava_med")
         assert value(short, "open", "bleu_1") == pytest.approx(100 * 2.718281828 ** (1 - 3))
 
-    def test_closed_rules_differ(self):
+    def test_closed_rules_give_different_accuracies(self):
         rows = [
-            record("no", "normal lungs", "closed"),  # right in all three
+            record("no", "normal lungs", "closed"),  # correct by all three rules
             record("right", "the right side", "closed"),  # neither yes nor no
-            record("yes", "there is nothing", "closed"),  # a wrong one with a "no" in it
+            record("yes", "there is nothing", "closed"),  # wrong, but contains "no"
             record("yes", "yes", "closed"),
         ]
         closed = {rule: score_vqa(rows, "llava_med", closed_rule=rule)["closed"] for rule in llava_med.CLOSED_RULES}
@@ -169,10 +169,10 @@ class TestLlavaMed:
         assert closed["substring"]["accuracy"]["value"] == 75
         assert closed["drop_misses"]["accuracy"] | {"interval": None} == {"value": 200 / 3, "n": 3, "interval": None}
 
-    def test_full_stops_after_the_32nd_stay(self):
+    def test_only_the_first_32_full_stops_are_removed(self):
         assert llava_med.normalize_word("." * 33) == "."
 
-    def test_normalisation_equals_the_golden_file(self, shared_data):
+    def test_normalization_equals_the_golden_file(self, shared_data):
         golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["normalize_word"]
         assert {text: llava_med.normalize_word(text.lower()) for text in golden} == golden
 
@@ -184,11 +184,11 @@ class TestLlavaMed:
         by_id = {str(row["qid"]): row for row in release}
         lines = (shared_data / "predictions" / file).read_text().splitlines()
         rows = [
-            record(row["answer"], said["text"], row["answer_type"])
-            for said in map(json.loads, lines)
-            for row in [by_id[str(said["question_id"])]]
+            record(row["answer"], prediction["text"], row["answer_type"])
+            for prediction in map(json.loads, lines)
+            for row in [by_id[str(prediction["question_id"])]]
         ]
-        gated, loose = (
+        gated, substring = (
             score_vqa(rows, "llava_med", closed_rule=rule, bootstrap_samples=0) for rule in ("gated", "substring")
         )
         for figure in ("f1", "precision", "recall", "exact"):
@@ -196,30 +196,30 @@ class TestLlavaMed:
             assert value(gated, "open", figure) == pytest.approx(golden[figure], abs=1e-6)
         assert gated["closed"]["accuracy"]["n"] == golden["n_closed"]
         assert value(gated, "closed", "accuracy") == pytest.approx(golden["closed_gated"], abs=1e-6)
-        assert value(loose, "closed", "accuracy") == pytest.approx(golden["closed_substring"], abs=1e-6)
+        assert value(substring, "closed", "accuracy") == pytest.approx(golden["closed_substring"], abs=1e-6)
 
 
 def test_scores_equal_those_published_by_mumc(shared_data):
-    """MUMC's answers on VQA-RAD with its own exact-match scores."""
-    folder = shared_data / "predictions"
-    own = json.loads((folder / "mumc_vqarad_test_acc.json").read_text())
+    """The predictions of MUMC on VQA-RAD get the exact-match scores that MUMC published."""
+    directory = shared_data / "predictions"
+    published = json.loads((directory / "mumc_vqarad_test_acc.json").read_text())
     questions = json.loads((shared_data / "vqa_rad" / "mevf_testset.json").read_text())
     kinds = {str(row["qid"]): row["question_type"] for row in questions}
     rows = [
         record(
             row["gt"], row["pred"], {"close": "closed"}.get(row["type"], row["type"]), id=key, question_type=kinds[key]
         )
-        for key, row in json.loads((folder / "mumc_vqarad_test_compare.json").read_text()).items()
+        for key, row in json.loads((directory / "mumc_vqarad_test_compare.json").read_text()).items()
     ]
     scores = score_vqa(rows, bootstrap_samples=0)
-    assert round(value(scores, "closed", "accuracy"), 2) == own["perAnswerType"]["CLOSED"] == 84.56
-    assert round(value(scores, "open", "exact_match"), 2) == own["perAnswerType"]["OPEN"] == 58.10
-    assert round(value(scores, "exact_match"), 2) == own["overall"]
+    assert round(value(scores, "closed", "accuracy"), 2) == published["perAnswerType"]["CLOSED"] == 84.56
+    assert round(value(scores, "open", "exact_match"), 2) == published["perAnswerType"]["OPEN"] == 58.10
+    assert round(value(scores, "exact_match"), 2) == published["overall"]
     by_type = {kind: round(value(part, "exact_match"), 2) for kind, part in scores["question_types"].items()}
-    assert by_type == own["perQuestionType"]
+    assert by_type == published["perQuestionType"]
 
 
-class TestAnyRecords:
+class TestProperties:
     @settings(deadline=None, max_examples=50)
     @given(RECORDS, VARIANTS, st.randoms(use_true_random=False))
     def test_order_does_not_matter(self, rows, variant, rng):
@@ -246,7 +246,7 @@ class TestAnyRecords:
         rng = random.Random(0)
         rows = [record("yes", rng.choice(["yes", "no"]), "closed", image_id=i) for i in range(1000)]
         few, many = (score_vqa(rows[:n])["closed"]["accuracy"]["interval"] for n in (100, 1000))
-        # 1.96 standard errors of a share of a half: 9.8 and 3.1 points to either side
+        # 1.96 standard errors of a proportion of one half: 9.8 and 3.1 points on either side
         assert (few[1] - few[0]) == pytest.approx(19.6, abs=3)
         assert (many[1] - many[0]) == pytest.approx(6.2, abs=1)
 
@@ -257,8 +257,8 @@ class TestAnyRecords:
         assert by_image[1] - by_image[0] > 2 * (by_record[1] - by_record[0])
 
     def test_intervals_depend_on_the_seed(self):
-        said = ["left", "right", "lobe x", "left lobe", "left x y", "lobe", "left lobe z"]
-        rows = [record("left lobe", text, image_id=i) for i, text in enumerate(said)]
+        predictions = ["left", "right", "lobe x", "left lobe", "left x y", "lobe", "left lobe z"]
+        rows = [record("left lobe", text, image_id=i) for i, text in enumerate(predictions)]
         assert score_vqa(rows, seed=1) == score_vqa(rows, seed=1)
         assert score_vqa(rows, seed=1)["open"]["f1"] != score_vqa(rows, seed=2)["open"]["f1"]
 
@@ -280,7 +280,7 @@ class TestBadRecords:
         with pytest.raises(UserError, match=f"'q7': {message}"):
             score_vqa([record("yes", "yes", "closed", id="q7") | change], variant)
 
-    def test_a_record_without_id_is_named_by_number(self):
+    def test_a_record_without_an_id_is_named_by_its_number(self):
         with pytest.raises(UserError, match="number 2"):
             score_vqa([record("yes", "yes"), {"answer": "yes", "answer_type": "open"}])
 
@@ -289,7 +289,7 @@ class TestBadRecords:
             with pytest.raises(UserError):
                 score_vqa([record("yes", "yes")], **kwargs)
 
-    def test_no_records_give_empty_figures(self):
+    def test_figures_without_records_have_no_value(self):
         for variant in ("strict", "llava_med"):
             scores = score_vqa([], variant)
             assert all(leaf["value"] is None and leaf["n"] == 0 for _, leaf in figures(scores))
@@ -313,11 +313,11 @@ def test_scoring_imports_no_heavy_library():
     )
 
 
-def test_contractions_regain_one_missing_apostrophe():
+def test_one_missing_apostrophe_of_a_contraction_is_restored():
     assert llava_med.normalize_word("couldnt've shouldn'tve yall'll") == "couldn't've shouldn't've y'all'll"
     assert llava_med.normalize_word("its well were hell") == "its well were hell"
 
 
-def test_a_verdict_is_a_whole_word():
+def test_only_whole_words_are_verdicts():
     assert strict.verdict(strict.tokens("Normal, nodular, yesterday")) is None
     assert strict.verdict(strict.tokens("Well: NO!")) == "no"

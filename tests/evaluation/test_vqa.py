@@ -42,8 +42,8 @@ def engine(policy):
     return TransformersEngine(*policy, batch_size=4)
 
 
-class Scripted(BatchEngine):
-    """Batches like `transformers`; replies with what a function makes of each prompt; remembers the prompts."""
+class ScriptedEngine(BatchEngine):
+    """Engine that makes batches as `transformers` does, replies with `reply(prompt)` and records the prompts."""
 
     name = "transformers"
 
@@ -91,17 +91,19 @@ def test_rows_have_the_columns_of_predictions(engine, benchmark):
     assert score_vqa(rows, bootstrap_samples=0)["n"] == len(asked)
 
 
-def test_the_batch_size_changes_nothing(policy, benchmark):
-    one, some, all_ = (
+def test_predictions_do_not_depend_on_the_batch_size(policy, benchmark):
+    single, several, together = (
         without_settings(answer_benchmark(TransformersEngine(*policy, size), benchmark, max_new_tokens=8))
         for size in (1, 5, 100)
     )
-    assert one == some == all_
-    assert len({prediction for prediction, _ in one.values()}) > 1, "equal answers test nothing"
+    assert single == several == together
+    assert len({prediction for prediction, _ in single.values()}) > 1, (
+        "all predictions are equal, so this tests nothing"
+    )
 
 
 def test_batches_have_questions_of_similar_length(policy, benchmark):
-    engine = Scripted(policy)
+    engine = ScriptedEngine(policy)
     list(answer_benchmark(engine, benchmark))
     lengths = [
         [len(policy[1].tokenizer(question_of(prompt))["input_ids"]) for prompt in batch] for batch in engine.written
@@ -112,7 +114,7 @@ def test_batches_have_questions_of_similar_length(policy, benchmark):
 
 
 def test_prompts_equal_those_of_training(policy, benchmark):
-    """The prompt is the collator's tokens up to the answer, without an additional blank or start token."""
+    """The prompt has the tokens of the collator up to the answer, without an additional blank or start token."""
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
     _, processor = policy
@@ -127,7 +129,7 @@ def test_prompts_equal_those_of_training(policy, benchmark):
     assert (batch["pixel_values"] == prompt["pixel_values"]).all()
 
 
-def test_padding_is_on_the_left(policy, benchmark):
+def test_prompts_are_padded_on_the_left(policy, benchmark):
     _, processor = policy
     inputs = prompts(processor, ["Short?", "A much longer question than the other?"], [benchmark[0]["image"]] * 2)
     assert inputs["attention_mask"][0, 0] == 0
@@ -135,7 +137,7 @@ def test_padding_is_on_the_left(policy, benchmark):
 
 
 def test_vusr_is_never_written(policy, benchmark):
-    """Even by a model that prefers it to everything, with a generation config that does not suppress it."""
+    """The model gives <vusr> the highest logit at each step, and its generation config does not suppress it."""
     import torch
 
     model, processor = tiny_llava(**SMALL)
@@ -165,21 +167,21 @@ def test_decoding_ignores_the_generation_config(policy, benchmark):
     assert before == after
 
 
-def test_rows_say_whether_the_answer_ended(policy, benchmark):
+def test_rows_tell_whether_the_answer_ended(policy, benchmark):
     model, processor = policy
     stop = model.generation_config.eos_token_id
     reply = answer(model, processor, benchmark[0]["image"], 4)
     assert not reply.ended
     first = processor.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
     try:
-        model.generation_config.eos_token_id = [*stop, *first]  # its own first words end the answer
+        model.generation_config.eos_token_id = [*stop, *first]  # the first words of the answer end it
         assert answer(model, processor, benchmark[0]["image"], 4).ended
     finally:
         model.generation_config.eos_token_id = stop
 
 
 def test_controls_show_other_images(policy, benchmark):
-    engine = Scripted(policy, reply=lambda prompt: prompt.images[0].image.tobytes().hex())
+    engine = ScriptedEngine(policy, reply=lambda prompt: prompt.images[0].image.tobytes().hex())
     real, blank, shuffled = (
         {row["id"]: row for row in answer_benchmark(engine, benchmark, control=control)}
         for control in (None, "blank", "shuffled")
@@ -190,7 +192,7 @@ def test_controls_show_other_images(policy, benchmark):
         assert set(blank[key]["prediction"]) == {"8", "0"}  # mid-grey, 0x80
         assert row["image_id"] == shuffled[key]["image_id"] != shuffled[key]["generation"]["image_shown"]
     by_image = {(row["image_id"], row["generation"]["image_shown"]) for row in shuffled.values()}
-    assert len(by_image) == len(benchmark), "all questions of an image must be about the same other image"
+    assert len(by_image) == len(benchmark), "questions about an image are shown different images"
 
 
 def test_bad_benchmarks_are_refused(engine, benchmark):
@@ -204,27 +206,27 @@ def test_bad_benchmarks_are_refused(engine, benchmark):
         questions_of(benchmark.select([]))
 
 
-class Killed(BaseException):
-    """Not an `Exception`: nothing can clean up."""
+class Interrupted(BaseException):
+    """Not an `Exception`, so that no handler cleans up."""
 
 
-@pytest.mark.parametrize("after", [0, 1, 7, 10])
-@pytest.mark.parametrize("cut", [0, 9])
-def test_a_killed_run_resumes(engine, benchmark, tmp_path, monkeypatch, after, cut):
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 10])
+@pytest.mark.parametrize("missing_bytes", [0, 9])
+def test_an_interrupted_run_resumes(engine, benchmark, tmp_path, monkeypatch, num_rows, missing_bytes):
     settings = {"max_new_tokens": 4}
-    whole, path = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "interrupted.jsonl"
     write_predictions(whole, engine, benchmark, **settings)
 
-    def killed(*args, **kwargs):
-        yield from islice(answer_benchmark(*args, **kwargs), after)
-        raise Killed
+    def interrupted(*args, **kwargs):
+        yield from islice(answer_benchmark(*args, **kwargs), num_rows)
+        raise Interrupted
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vqa, "answer_benchmark", killed)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(vqa, "answer_benchmark", interrupted)
         write_predictions(path, engine, benchmark, **settings)
-    part = tmp_path / "killed.jsonl.incomplete"
-    if cut and after:
-        part.write_bytes(part.read_bytes()[:-cut])  # an incomplete last line
+    part = tmp_path / "interrupted.jsonl.incomplete"
+    if missing_bytes and num_rows:
+        part.write_bytes(part.read_bytes()[:-missing_bytes])  # an incomplete last line
     assert not path.exists()
 
     asked = []
@@ -238,34 +240,34 @@ def test_a_killed_run_resumes(engine, benchmark, tmp_path, monkeypatch, after, c
         write_predictions(path, engine, benchmark, **settings)
     assert path.read_bytes() == whole.read_bytes()
     assert not part.exists()
-    kept = max(0, after - bool(cut))
-    assert sum(asked) == len(questions_of(benchmark)) - kept // 4 * 4, "complete batches must not be computed again"
+    kept = max(0, num_rows - bool(missing_bytes))
+    assert sum(asked) == len(questions_of(benchmark)) - kept // 4 * 4, "complete batches are computed again"
 
 
-def test_a_finished_file_is_left_alone(benchmark, tmp_path):
+def test_a_finished_file_is_not_changed(benchmark, tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text("mine")
     write_predictions(path, None, benchmark)
     assert path.read_text() == "mine"
 
 
-def test_ranks_share_the_batches(policy, benchmark, monkeypatch):
+def test_each_batch_is_answered_by_one_rank(policy, benchmark, monkeypatch):
     shares = []
     for rank in range(2):
         state = type("State", (), {"process_index": rank, "num_processes": 2, "is_main_process": not rank})
         monkeypatch.setattr(vqa, "process_state", state)
-        shares.append({row["id"] for row in answer_benchmark(Scripted(policy), benchmark)})
+        shares.append({row["id"] for row in answer_benchmark(ScriptedEngine(policy), benchmark)})
     assert not shares[0] & shares[1]
     assert shares[0] | shares[1] == {question["id"] for question in questions_of(benchmark)}
 
 
-def test_only_the_first_records_are_asked(engine, benchmark):
+def test_max_records_limits_the_questions(engine, benchmark):
     rows = list(answer_benchmark(engine, benchmark, max_records=4, max_new_tokens=2))
     assert {row["id"] for row in rows} == {question["id"] for question in questions_of(benchmark)[:4]}
 
 
 def test_a_full_disk_keeps_complete_lines(engine, benchmark, tmp_path):
-    """Lines written before the disk was full are used; the incomplete one is not."""
+    """Complete lines written before the disk was full are used. The incomplete line is discarded."""
     settings = {"max_new_tokens": 2}
     rows = list(answer_benchmark(engine, benchmark, **settings))
     whole, path, part = (tmp_path / name for name in ("whole.jsonl", "full.jsonl", "full.jsonl.incomplete"))
