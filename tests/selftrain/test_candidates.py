@@ -8,14 +8,13 @@ import threading
 from collections import Counter
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES, TEXT_ROLE
 from family_models import tiny_model
 from peft import get_peft_model
-from PIL import Image
+from random_images import random_image
 from tiny_run import small_policy
 
 from medst_trl import CandidateGenerator
@@ -35,17 +34,12 @@ from medst_trl.selftrain.candidate_files import select_records, undecoded
 from medst_trl.selftrain.filters import QuestionFilter
 
 
-ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights asks nothing better
+ANY_TEXT = QuestionFilter(min_words=1, english=False)  # a model with random weights writes no real questions
 SHORT = {"question_sampling": Sampling(max_new_tokens=16), "answer_sampling": Sampling(max_new_tokens=16)}
 
 
-def picture(number, size=(20, 16)):
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def record(number, images=1):
-    pictures = [picture(number * 10 + place, size=(16 + 4 * (number % 3), 16)) for place in range(images)]
+    pictures = [random_image(number * 10 + index, (16 + 4 * (number % 3), 16)) for index in range(images)]
     return {"id": f"r{number}", "images": pictures, "image_ids": list(map(image_id, pictures)), "messages": []}
 
 
@@ -55,7 +49,7 @@ def as_dataset(records):
 
 @pytest.fixture(scope="module")
 def policy():
-    """A model with random weights, for which one token in ten ends a text."""
+    """Return a model with random weights, of whose tokens one in ten ends a text, and its processor."""
     model, processor = small_policy()
     model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 10)]
     return model, processor
@@ -77,10 +71,10 @@ def expected(policy, images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_batch_size_changes_nothing(policy, images, expected, batch_size):
+def test_candidates_do_not_depend_on_the_batch_size(policy, images, expected, batch_size):
     assert outcomes(policy, images, batch_size=batch_size) == expected
     texts = [text for outcome in expected for candidate in outcome["candidates"] for text in candidate["answers"]]
-    assert len(set(texts)) > len(texts) / 2 > 5, "the model says the same to everything: no test"
+    assert len(set(texts)) > len(texts) / 2 > 5, "nearly all texts are equal, so this tests nothing"
 
 
 def test_other_seeds_and_settings_give_other_candidates(policy, images, expected):
@@ -89,12 +83,12 @@ def test_other_seeds_and_settings_give_other_candidates(policy, images, expected
 
 
 def test_a_record_does_not_depend_on_the_other_records(policy, images, expected):
-    """Adding or removing images changes nothing for the others."""
+    """Adding or removing records does not change the candidates of the others."""
     assert outcomes(policy, images.select([4, 2])) == [expected[4], expected[2]]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
+def test_each_record_is_processed_by_one_rank(policy, images, expected, ranks, monkeypatch):
     shares = []
     for rank in range(ranks):
         state = type("State", (), {"process_index": rank, "num_processes": ranks, "is_main_process": not rank})
@@ -107,17 +101,17 @@ def test_ranks_share_the_records(policy, images, expected, ranks, monkeypatch):
 
 
 def test_every_rank_gets_records(policy, images, expected, monkeypatch):
-    """Even if one window could hold all records."""
+    """Also if one window could hold all records."""
     state = type("State", (), {"process_index": 6, "num_processes": 7, "is_main_process": False})
     monkeypatch.setattr(candidates_module, "process_state", state)
     assert outcomes(policy, images, batch_size=16) == expected[6:]
 
 
-def test_finished_records_are_left_out(policy, images, expected):
+def test_finished_records_are_skipped(policy, images, expected):
     assert outcomes(policy, images, done={"r0", "r1", "r2", "r5"}, batch_size=1) == [expected[n] for n in (3, 4, 6)]
 
 
-def test_rows_of_candidates(policy, images, expected):
+def test_candidates_have_the_documented_columns(policy, images, expected):
     generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, model_name="tiny", **SHORT)
     rows = list(generate(images))
     assert [row["id"] for row in rows] == [item["id"] for outcome in expected for item in outcome["candidates"]]
@@ -127,7 +121,7 @@ def test_rows_of_candidates(policy, images, expected):
     stored = {row["id"]: row for row in undecoded(images, range(len(images)))}
     for row, raw in zip(rows, undecoded(dataset, range(len(dataset)))):
         source = stored[row["id"].partition("#")[0]]
-        assert raw["images"] == source["images"], "bytes are passed through"
+        assert raw["images"] == source["images"], "the bytes of the images have changed"
         assert row["image_ids"] == source["image_ids"]
         (question,) = row["prompt"]
         kinds = [part["type"] for part in question["content"]]
@@ -142,7 +136,7 @@ def test_rows_of_candidates(policy, images, expected):
             "answer_sampling": {"temperature": 1.2, "top_k": 100, "top_p": 0.95, "max_new_tokens": 16},
             "describe_first": False,
         }
-    assert any(row["id"].startswith("r4#") for row in rows), "no record with two images: no test"
+    assert any(row["id"].startswith("r4#") for row in rows), "no candidate has two images, so this tests nothing"
 
 
 def test_every_question_is_accounted_for(expected):
@@ -152,17 +146,17 @@ def test_every_question_is_accounted_for(expected):
         assert sorted(numbers) == [f"{outcome['id']}#0", f"{outcome['id']}#1"]
 
 
-class Script(BatchEngine):
-    """A scripted engine that records its prompts."""
+class ScriptedEngine(BatchEngine):
+    """Engine that returns `reply(prompt)` and records its prompts."""
 
     name, batch_size = "script", 2
 
-    def __init__(self, say):
-        self.say, self.asked = say, []
+    def __init__(self, reply):
+        self.reply, self.asked = reply, []
 
     def write(self, prompts, sampling):
         self.asked += [(prompt, sampling) for prompt in prompts]
-        return [self.say(prompt) for prompt in prompts]
+        return [self.reply(prompt) for prompt in prompts]
 
 
 def kind_of(prompt):
@@ -174,7 +168,7 @@ def numbers_of(prompt):
     return ast.literal_eval(prompt.stream)[3:]
 
 
-def test_reasons_of_rejected_questions():
+def test_rejected_questions_have_a_reason():
     questions = {
         0: Reply("Where is the lesion?"),
         1: Reply("where is  the lesion"),
@@ -192,13 +186,13 @@ def test_reasons_of_rejected_questions():
     long = "a round lesion of soft tissue with an even border " * 4
     answers[7] = [long + "near it", long + "by it"]
 
-    def say(prompt):
+    def reply(prompt):
         if kind_of(prompt) == "ask":
             return questions[numbers_of(prompt)[0]]
         question, answer = numbers_of(prompt)
         return Reply(answers[question][answer])
 
-    engine = Script(say)
+    engine = ScriptedEngine(reply)
     (outcome,) = CandidateGenerator(engine, num_questions=10).outcomes(as_dataset([record(0)]))
     assert outcome["drawn"] == 10
     assert [(item["id"], item["answers"]) for item in outcome["candidates"]] == [
@@ -215,19 +209,21 @@ def test_reasons_of_rejected_questions():
         "r0#7": "nearly_identical_answers",
         "r0#9": "too_long",
     }
-    assert sum(kind_of(prompt) == "answer" for prompt, _ in engine.asked) == 8, "only good questions are answered"
+    assert sum(kind_of(prompt) == "answer" for prompt, _ in engine.asked) == 8, "rejected questions are answered"
 
 
-def test_describe_first():
-    say = {"describe": Reply("A </s> scan."), "ask": Reply("Where is the lesion?")}
-    engine = Script(lambda prompt: say.get(kind_of(prompt)) or Reply(f"On side {numbers_of(prompt)[-1]}."))
+def test_describe_first_puts_a_description_before_the_question():
+    fixed_replies = {"describe": Reply("A </s> scan."), "ask": Reply("Where is the lesion?")}
+    engine = ScriptedEngine(
+        lambda prompt: fixed_replies.get(kind_of(prompt)) or Reply(f"On side {numbers_of(prompt)[-1]}.")
+    )
     generate = CandidateGenerator(engine, describe_first=True)
     (row,) = generate(as_dataset([record(0, images=2)]))
     roles = [turn["role"] for turn in row["prompt"]]
     assert roles == ["user", "assistant", "user"]
     assert [text_of(turn["content"]) for turn in row["prompt"]] == [DESCRIBE, "A </s> scan.", "Where is the lesion?"]
     kinds = [[part["type"] for part in turn["content"]] for turn in row["prompt"]]
-    assert kinds == [["image", "image", "text"], ["text"], ["text"]], "the images stand once, in front"
+    assert kinds == [["image", "image", "text"], ["text"], ["text"]], "the images are not once at the start"
     assert [(kind_of(p), s.temperature) for p, s in engine.asked] == [
         ("describe", 0.0), ("ask", 1.2), ("answer", 1.2), ("answer", 1.2)]  # fmt: skip
     assert engine.asked[1][0].messages[:2] == engine.asked[2][0].messages[:2]
@@ -235,7 +231,9 @@ def test_describe_first():
 
 
 def test_an_empty_description_rejects_the_record():
-    (outcome,) = CandidateGenerator(Script(lambda p: Reply("")), describe_first=True).outcomes(as_dataset([record(0)]))
+    (outcome,) = CandidateGenerator(ScriptedEngine(lambda p: Reply("")), describe_first=True).outcomes(
+        as_dataset([record(0)])
+    )
     assert (outcome["drawn"], outcome["rejected"][0]["reason"]) == (0, "empty_description")
 
 
@@ -245,7 +243,7 @@ def test_unreadable_images_do_not_stop_the_others(policy, images, expected):
         image.save(file, "PNG")
         return file.getvalue()
 
-    whole = bytes_of(picture(1))
+    whole = bytes_of(random_image(1, (20, 16)))
     broken = [
         {"bytes": b"no image", "path": None},
         {"bytes": whole[: len(whole) // 2], "path": None},
@@ -266,27 +264,27 @@ def test_unreadable_images_do_not_stop_the_others(policy, images, expected):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_prompts_of_all_families(family):
-    """A `<vusr>` turn is left open; a control token in the history stays text; images are where they belong."""
+def test_prompts_are_correct_for_all_families(family):
+    """A `<vusr>` turn is left open, control tokens in the history stay text, and images are at their places."""
     processor = FAMILIES[family]()
     vusr = add_vusr(processor)
     history = [*to_answer([], 1, f"What {VUSR} is this? {processor.tokenizer.eos_token}"),
                {"role": "assistant", "content": [{"type": "text", "text": f"It is {VUSR} dark."}]}]  # fmt: skip
     conversations = [to_ask([], 1), to_ask(history, 1), to_answer([], 1, f"Which {VUSR} is it?")]
-    inputs = chat_inputs(processor, conversations, [[picture(n, (32, 32))] for n in range(3)])
+    inputs = chat_inputs(processor, conversations, [[random_image(n, (32, 32))] for n in range(3)])
     ids = inputs["input_ids"]
     if family == TEXT_ROLE:
         assert vusr is None and processor.decode(ids[1]).endswith("</s>VUSER:")
     else:
         assert (ids == vusr).sum(1).tolist() == [1, 1, 0]
         assert ids[:2, -1].tolist() == [vusr, vusr]
-    alone = chat_inputs(processor, conversations[:1], [[picture(0, (32, 32))]])["input_ids"][0]
+    alone = chat_inputs(processor, conversations[:1], [[random_image(0, (32, 32))]])["input_ids"][0]
     assert ids[0, -len(alone) :].tolist() == alone.tolist()
 
 
 def test_several_images_keep_their_order(policy):
     _, processor = policy
-    first, second = picture(1), picture(2)
+    first, second = random_image(1, (20, 16)), random_image(2, (20, 16))
     both = chat_inputs(processor, [to_ask([], 2), to_ask([], 1)], [[first, second], [second]])["pixel_values"]
     one, two = (chat_inputs(processor, [to_ask([], 1)], [[image]])["pixel_values"][0] for image in (first, second))
     assert [torch.equal(*pair) for pair in zip(both, (one, two, two))] == [True] * 3
@@ -303,13 +301,13 @@ def test_out_of_memory_halves_the_batch(policy, images, expected, monkeypatch, c
 
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     assert outcomes(policy, images, batch_size=16) == expected
-    assert sizes[:3] == [14, 6, 2], "7 fit, of which the seventh would be half of a question's two draws"
+    assert sizes[:3] == [14, 6, 2], "a batch of 7 is cut to 6, because each question has two samples"
     assert max(sizes[3:]) == 3
     assert "Not enough memory for 14 texts per batch. Continuing with 7" in capsys.readouterr().out
 
 
-def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkeypatch, capsys):
-    """The batches of texts stay as they are."""
+def test_out_of_memory_while_encoding_halves_the_batch_of_images(policy, images, expected, monkeypatch, capsys):
+    """The batches of texts do not change."""
     encoded, written = [], []
 
     def encode(self, keys, pictures, keep):
@@ -330,8 +328,7 @@ def test_out_of_memory_while_images_are_encoded(policy, images, expected, monkey
     assert encoded == [2, 2, 2, 2] and written[0] == 14
 
 
-def test_out_of_memory_while_texts_are_written(policy, images, monkeypatch):
-    """The batches of images stay as they are."""
+def test_out_of_memory_while_writing_leaves_the_batch_of_images_unchanged(policy, images, monkeypatch):
     encoded = []
 
     def encode(self, keys, pictures, keep):
@@ -350,23 +347,23 @@ def test_out_of_memory_while_texts_are_written(policy, images, monkeypatch):
     assert encoded == [2, 2, 2]
 
 
-def without_shared_prompts(monkeypatch):
+def disable_shared_prompts(monkeypatch):
     monkeypatch.setattr(transformers_engine, "shares_prompts", lambda model: False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_candidates_are_the_same_without_shared_prompts(policy, images, expected, monkeypatch, capsys, batch_size):
-    """Each text then has its own prompt and pixels, as for families without a proof."""
-    without_shared_prompts(monkeypatch)
+    """Each text then has its own prompt and pixels, as for families that do not share prompts."""
+    disable_shared_prompts(monkeypatch)
     assert outcomes(policy, images, batch_size=batch_size) == expected
     assert capsys.readouterr().out.count("Models of the type llava read each prompt and its images once per text") == 1
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
 def test_an_adapter_writes_the_same_without_shared_prompts(family):
-    """Its base model shares prompts, and the adapter inside it must take part."""
+    """The base model shares prompts, and the adapter must apply to them."""
     model, processor = tiny_model(family)
-    opened = [OpenedImage(b"", picture(number)) for number in range(2)]
+    opened = [OpenedImage(b"", random_image(number, (20, 16))) for number in range(2)]
     prompts = [Prompt(to_answer([], 1, f"Is it {n}?"), [opened[n]], f"{n} {draw}") for n in range(2) for draw in "abc"]
     sampling = Sampling(max_new_tokens=16)
 
@@ -376,18 +373,18 @@ def test_an_adapter_writes_the_same_without_shared_prompts(family):
         )
         return decoding.write_texts(model, processor, inputs, 16, SeededSampler(sampling, [p.stream for p in prompts]))
 
-    bare = plain(model)
+    without_adapter = plain(model)
     model = get_peft_model(model, adapter_config(model, r=4, vision_r=2)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     replies = transformers_engine.TransformersEngine(model, processor).write(prompts, sampling)
-    assert [(reply.text, reply.ended) for reply in replies] == plain(model) != bare
+    assert [(reply.text, reply.ended) for reply in replies] == plain(model) != without_adapter
 
 
 def test_each_image_is_preprocessed_and_encoded_once(policy, images, monkeypatch):
-    """For its description, its questions and its answers together."""
+    """The description, the questions and the answers use the same features."""
     model, processor = policy
     encoded, preprocessed = [], []
     hook = model.model.vision_tower.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
@@ -417,13 +414,13 @@ def test_only_the_features_of_one_window_are_in_memory(policy, images, monkeypat
     monkeypatch.setattr(ImageMemory, "encode", encode)
     generate = CandidateGenerator(*policy, batch_size=1, question_filter=ANY_TEXT, **SHORT)
     assert len(list(generate.outcomes(images))) == 7
-    assert sorted(set(held)) == [1, 2, 3], "two records, one of which may have two images"
+    assert sorted(set(held)) == [1, 2, 3], "more than the images of two records are in memory"
     assert not generate.engine._images._known
 
 
 @pytest.mark.parametrize("room", [0, 2])
 def test_images_without_room_in_memory_are_encoded_again(policy, images, expected, monkeypatch, room):
-    """With the same candidates. Those with room are encoded once."""
+    """The candidates are the same. Images with room are encoded once."""
     encoded, held = Counter(), []
 
     def encode(self, keys, pictures, keep):
@@ -433,7 +430,7 @@ def test_images_without_room_in_memory_are_encoded_again(policy, images, expecte
 
     encode_all = ImageMemory.encode
     memory = ImageMemory(*policy)
-    image = OpenedImage(b"", picture(0))
+    image = OpenedImage(b"", random_image(0, (20, 16)))
     memory.encode([image], [image.image])
     monkeypatch.setattr(image_features, "MOST_BYTES", room * memory[image].bytes)
     monkeypatch.setattr(ImageMemory, "encode", encode)
@@ -454,19 +451,21 @@ def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
     monkeypatch.setattr(decoding, "read_once", read_once)
     assert outcomes(policy, images, batch_size=16) == expected
     asked = sum(len(outcome["candidates"]) for outcome in expected)
-    assert reads[0] == (7, [2] * 7), "one prompt for the questions about an image"
-    assert all(draws == [3] * prompts for prompts, draws in reads[1:]), "one prompt for the answers to a question"
+    assert reads[0] == (7, [2] * 7), "the questions about an image do not share a prompt"
+    assert all(draws == [3] * prompts for prompts, draws in reads[1:]), (
+        "the answers to a question do not share a prompt"
+    )
     assert sum(prompts for prompts, _ in reads[1:]) >= asked > 5
 
 
-def as_on_an_accelerator(engine):
+def estimate_batch_sizes(engine):
+    """Make the engine estimate its batch size, as it does on an accelerator."""
     engine._estimates = True
     engine._most["texts"] = transformers_engine.MOST
 
 
 @pytest.mark.parametrize("fit", [1, 5, 9])
-def test_the_estimated_batch_size_changes_nothing(policy, images, expected, monkeypatch, fit):
-    """Except for the batches."""
+def test_candidates_do_not_depend_on_the_estimated_batch_size(policy, images, expected, monkeypatch, fit):
     sizes = []
 
     def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
@@ -476,13 +475,13 @@ def test_the_estimated_batch_size_changes_nothing(policy, images, expected, monk
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     monkeypatch.setattr(transformers_engine, "largest_batch", lambda *args: fit)
     generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, **SHORT)
-    as_on_an_accelerator(generate.engine)
+    estimate_batch_sizes(generate.engine)
     assert list(generate.outcomes(images)) == expected
     assert fit / 2 < max(sizes) <= fit
 
 
 def test_a_long_prompt_does_not_shrink_the_batches_of_short_ones(policy, monkeypatch):
-    """In the same call or in later ones."""
+    """Neither in the same call nor in later ones."""
     batches = []
 
     def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
@@ -492,7 +491,7 @@ def test_a_long_prompt_does_not_shrink_the_batches_of_short_ones(policy, monkeyp
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     monkeypatch.setattr(transformers_engine, "largest_batch", lambda model, prompt, new: 1 if prompt > 100 else 8)
     engine = transformers_engine.TransformersEngine(*policy)
-    as_on_an_accelerator(engine)
+    estimate_batch_sizes(engine)
     short = [Prompt(to_answer([], 0, f"Is it {number}?"), []) for number in range(8)]
     long = Prompt(to_answer([], 0, "word " * 200), [])
     for prompts in ([long, *short], short):
@@ -501,7 +500,7 @@ def test_a_long_prompt_does_not_shrink_the_batches_of_short_ones(policy, monkeyp
 
 
 def test_windows_do_not_depend_on_free_memory(policy):
-    """Free memory differs between processes and runs, and different windows would lose records."""
+    """Free memory differs between processes and runs. With different windows, records would be lost."""
     model, processor = copy.deepcopy(policy[0]).to("meta"), policy[1]
     engine = transformers_engine.TransformersEngine(model, processor)
     assert engine._estimates and engine.batch_size == transformers_engine.NOMINAL
@@ -512,35 +511,35 @@ def test_windows_do_not_depend_on_free_memory(policy):
 
 
 def test_images_of_the_next_window_are_opened_in_the_background(images, monkeypatch):
-    opened, four = [], threading.Event()
+    opened, four_are_open = [], threading.Event()
     open_images = candidates_module.open_images
 
     def counting(stored):
         opened.append(stored)
         if len(opened) == 4:
-            four.set()
+            four_are_open.set()
         return open_images(stored)
 
-    def say(prompt):
+    def reply(prompt):
         if ast.literal_eval(prompt.stream)[1] == "r0":
-            assert four.wait(timeout=30), "nothing is opened while texts are written"
+            assert four_are_open.wait(timeout=30), "no images are opened while texts are written"
         return Reply("Where is the lesion?")
 
     monkeypatch.setattr(candidates_module, "open_images", counting)
-    engine = Script(say)
+    engine = ScriptedEngine(reply)
     engine.batch_size = 1  # windows of two records
     assert len(list(CandidateGenerator(engine).outcomes(images))) == 7
 
 
 def test_an_engine_without_batches_gets_all_records_in_one_run(images):
-    """With the same outcomes as in windows, also next to unreadable records and in a resumed run."""
+    """The outcomes equal those of windows, also with an unreadable record and in a resumed run."""
 
-    def say(prompt):
+    def reply(prompt):
         if kind_of(prompt) == "answer":
             return Reply(f"On side {numbers_of(prompt)[-1]}.")
         return Reply("Where is the lesion?" if numbers_of(prompt)[0] else "A lesion.")
 
-    class Counting(Script):
+    class CountingEngine(ScriptedEngine):
         runs = 0
 
         def run(self, first, then):
@@ -549,7 +548,7 @@ def test_an_engine_without_batches_gets_all_records_in_one_run(images):
 
     broken = {"id": "broken", "images": [{"bytes": b"no image", "path": None}], "image_ids": ["0"], "messages": []}
     records = as_dataset([*(record(number) for number in range(5)), broken])
-    in_windows, at_once = Counting(say), Counting(say)
+    in_windows, at_once = CountingEngine(reply), CountingEngine(reply)
     in_windows.batch_size, at_once.batch_size = 1, None
     expected = list(CandidateGenerator(in_windows, num_questions=2).outcomes(records))
     result = list(CandidateGenerator(at_once, num_questions=2).outcomes(records))
@@ -560,9 +559,9 @@ def test_an_engine_without_batches_gets_all_records_in_one_run(images):
 
 
 def test_only_one_window_is_opened_ahead():
-    begun = []
-    items = (begun.append(number) or number for number in range(5))
-    assert [(item, len(begun)) for item in ordered_map(str, items, num_workers=1, ahead=1)] == [
+    started = []
+    items = (started.append(number) or number for number in range(5))
+    assert [(item, len(started)) for item in ordered_map(str, items, num_workers=1, ahead=1)] == [
         ("0", 2), ("1", 3), ("2", 4), ("3", 5), ("4", 5)]  # fmt: skip
 
 
@@ -581,7 +580,7 @@ def test_other_errors_are_raised(policy, images, monkeypatch):
         outcomes(policy, images)
 
 
-def test_longest_prompts_first(policy, monkeypatch):
+def test_longest_prompts_are_written_first(policy, monkeypatch):
     batches = []
 
     def write_texts(model, processor, inputs, *args):
@@ -589,22 +588,22 @@ def test_longest_prompts_first(policy, monkeypatch):
         return [("x", True)] * len(batches[-1])
 
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
-    say = iter("word " * count + "?" for count in (3, 30, 9, 21))
+    texts = iter("word " * count + "?" for count in (3, 30, 9, 21))
     engine = transformers_engine.TransformersEngine(*policy, batch_size=2)
-    opened = [type("Opened", (), {"image": picture(0)})]
-    engine.write([Prompt(to_answer([], 1, text), opened) for text in islice(say, 4)], Sampling(temperature=0.0))
+    opened = [type("Opened", (), {"image": random_image(0, (20, 16))})]
+    engine.write([Prompt(to_answer([], 1, text), opened) for text in islice(texts, 4)], Sampling(temperature=0.0))
     flat = [length for batch in batches for length in batch]
     assert len(batches) == 2 and flat == sorted(flat, reverse=True)
 
 
-def test_records_with_the_same_images_are_selected_once():
+def test_one_of_several_records_with_the_same_images_is_selected():
     same = record(1) | {"id": "again"}
     rows = as_dataset([record(0), record(1), same, record(2), record(3, images=2)])
     chosen, rejected = select_records(rows)
     assert list(chosen["id"]) == ["r0", "r1", "r2", "r3"]
     assert [(row["id"], row["reason"]) for row in rejected] == [("again", "repeated_images")]
     first, second = (list(select_records(rows, skip, 2)[0]["id"]) for skip in (0, 2))
-    assert first + second == ["r0", "r1", "r2", "r3"], "rounds of two share no image and leave none out"
+    assert first + second == ["r0", "r1", "r2", "r3"], "two rounds of two records do not have all records"
     with pytest.raises(UserError, match="4 different sets of images, and skip_records is 4"):
         select_records(rows, 4)
 
@@ -619,7 +618,7 @@ def test_records_with_the_same_images_are_selected_once():
 )
 def test_invalid_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        CandidateGenerator(Script(None), **change)
+        CandidateGenerator(ScriptedEngine(None), **change)
 
 
 def test_invalid_records_are_refused(policy, images):

@@ -57,20 +57,20 @@ def test_every_wording_of_the_phantoms_is_a_question(mark):
         "what's wrong with the heart?",
     ],
 )
-def test_other_forms_of_questions(text):
+def test_other_forms_of_questions_are_recognized(text):
     assert is_question(text)
 
 
 def test_real_questions_are_accepted(shared_data):
-    """Also nearly all of them without their question mark."""
+    """Nearly all of them are also recognized without their question mark."""
     path = shared_data / "llava_med" / "instruct_60K_intext_questions.csv"
     with open(path, newline="", encoding="utf-8") as file:
         questions = [row["seq"] for row in csv.DictReader(file)]
     assert len(questions) == 51_578
-    accept = QuestionFilter()
-    assert sum(accept.problem(Reply(text)) is None for text in questions) / len(questions) > 0.999
-    bare = [text.rstrip("?.: ") for text in questions]
-    assert sum(map(is_question, bare)) / len(bare) > 0.99
+    question_filter = QuestionFilter()
+    assert sum(question_filter.problem(Reply(text)) is None for text in questions) / len(questions) > 0.999
+    unmarked = [text.rstrip("?.: ") for text in questions]
+    assert sum(map(is_question, unmarked)) / len(unmarked) > 0.99
 
 
 def test_real_answers_are_not_questions(shared_data):
@@ -94,11 +94,11 @@ def test_real_answers_are_not_questions(shared_data):
         (Reply("refused", problem="request_failed"), "request_failed"),
     ],
 )
-def test_problems_of_questions(reply, problem):
+def test_questions_with_a_problem_are_named_by_it(reply, problem):
     assert QuestionFilter().problem(reply, earlier={normalised("Where is the lesion?")} if problem else ()) == problem
 
 
-def test_other_languages():
+def test_questions_in_other_languages_need_english_false():
     text = "Wo liegt der Herd"
     assert QuestionFilter().problem(Reply(text)) == "not_a_question"
     assert QuestionFilter(english=False).problem(Reply(text)) is None
@@ -124,7 +124,7 @@ LONG = "the scan shows a round lesion of soft tissue with an even border " * 4
         ("", "Yes", None),
     ],
 )
-def test_same_answers(first, second, same):
+def test_equal_and_nearly_equal_answers_are_found(first, second, same):
     assert same_answer(first, second) == same_answer(second, first) == same
 
 
@@ -154,7 +154,7 @@ def replies(*texts):
         (replies("Yes", "No", "Yes", "No", "Maybe", "Maybe"), ["Yes", "No", "Yes", "Maybe", "No", "Maybe"], None),
     ],
 )
-def test_pairs_of_answers(answers, kept, problem):
+def test_different_answers_are_paired(answers, kept, problem):
     assert pair_answers(answers) == (kept, problem)
 
 
@@ -165,7 +165,7 @@ def test_pairs_always_differ(texts):
     assert len(kept) % 2 == 0
     pairs = list(zip(kept[::2], kept[1::2]))
     assert all(same_answer(*pair) is None for pair in pairs)
-    assert len({frozenset(map(normalised, pair)) for pair in pairs}) == len(pairs), "none twice"
+    assert len({frozenset(map(normalised, pair)) for pair in pairs}) == len(pairs), "a pair occurs twice"
     assert not set(kept) - set(texts)
 
 
@@ -177,7 +177,7 @@ def test_any_text_is_accepted_as_input(first, second):
 
 
 def test_long_texts_are_compared_quickly():
-    """The expensive comparison is only made for answers that are nearly the same."""
+    """Only answers that are nearly the same need the expensive comparison."""
     assert same_answer("lesion " * 7000, "tissue " * 7000) is None
     assert same_answer("?" * 50_000, "!" * 50_000) is None
     assert not is_question("a. " * 17_000)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which pairs are kept, in which split, and how they are counted."""
+"""Test which pairs are kept, in which split they are, and how they are counted."""
 
 import json
 import random
@@ -60,64 +60,68 @@ def reasons(preferences) -> dict:
 @pytest.mark.parametrize("verdict", [0, 1])
 def test_the_winner_is_chosen_and_keeps_its_score(verdict):
     answers, scores = ("left lung", "right lung"), (3.0, 7.5)
-    one = candidate(1, answers=answers)
-    [row] = build([one], [judgement(one, verdict, scores)]).train
+    single = candidate(1, answers=answers)
+    [row] = build([single], [judgement(single, verdict, scores)]).train
     assert [text_of(row[key][0]["content"]) for key in ("chosen", "rejected")] == [
         answers[verdict],
         answers[1 - verdict],
     ]
     assert (row["score_chosen"], row["score_rejected"]) == (scores[verdict], scores[1 - verdict])
-    assert row["prompt"] == one["prompt"] and row["row"] == 0
+    assert row["prompt"] == single["prompt"] and row["row"] == 0
     judge = json.loads(row["judge"])
     assert judge["model"] == "some-judge" and judge["orders"][0]["scores"] == [3.0, 7.5]
 
 
-def test_four_answers_make_two_pairs_of_one_question():
-    one = candidate(1, answers=("a", "b", "c", "d"))
-    rows = build([one], [judgement(one, 0, pair=0), judgement(one, 1, pair=1)]).train
+def test_four_answers_give_two_pairs():
+    single = candidate(1, answers=("a", "b", "c", "d"))
+    rows = build([single], [judgement(single, 0, pair=0), judgement(single, 1, pair=1)]).train
     assert [text_of(row["chosen"][0]["content"]) for row in rows] == ["a", "d"]
 
 
 def test_a_pair_is_used_once():
-    """Whichever candidate it comes from and whichever answer was chosen. Another prompt or image is another pair."""
-    asked = {"image_ids": ["one"], "question": "Is it dark?"}
-    many = [
-        candidate(0, answers=("Yes", "No", "no", "Yes."), **asked),
-        candidate(1, answers=("No", "Yes"), **asked | {"question": "is it dark"}),
-        candidate(2, answers=("Yes", "No"), **asked | {"image_ids": ["other"]}),
-        candidate(3, answers=("Yes", "No"), **asked | {"question": "Is it wide?"}),
-        candidate(4, answers=("Yes", "No"), **asked),
+    """The candidate and the chosen answer do not matter. Pairs with another prompt or image are different pairs."""
+    shared = {"image_ids": ["one"], "question": "Is it dark?"}
+    candidates = [
+        candidate(0, answers=("Yes", "No", "no", "Yes."), **shared),
+        candidate(1, answers=("No", "Yes"), **shared | {"question": "is it dark"}),
+        candidate(2, answers=("Yes", "No"), **shared | {"image_ids": ["other"]}),
+        candidate(3, answers=("Yes", "No"), **shared | {"question": "Is it wide?"}),
+        candidate(4, answers=("Yes", "No"), **shared),
     ]
     first = {"role": "user", "content": [text_part("Look at the left side.")]}
-    many[4]["prompt"] = [first, *many[4]["prompt"]]
+    candidates[4]["prompt"] = [first, *candidates[4]["prompt"]]
     judgements = [
-        judgement(many[0], 0, (6.0, 4.0), pair=0),
-        judgement(many[0], 0, (9.0, 4.0), pair=1),
-        *(judgement(one) for one in many[1:]),
+        judgement(candidates[0], 0, (6.0, 4.0), pair=0),
+        judgement(candidates[0], 0, (9.0, 4.0), pair=1),
+        *(judgement(item) for item in candidates[1:]),
     ]
-    preferences = build(many, judgements, duplicate_similarity=None)
-    assert reasons(preferences) == {"r0#0/0": "duplicate_pair", "r1#0": "duplicate_pair"}, "the largest margin stays"
+    preferences = build(candidates, judgements, duplicate_similarity=None)
+    assert reasons(preferences) == {"r0#0/0": "duplicate_pair", "r1#0": "duplicate_pair"}, (
+        "the pair with the largest margin is dropped"
+    )
     assert {row["value"] for row in preferences.rejected} == {"r0#0/1"}
     assert preferences.counts["rejected"] == {"duplicate_pair": 2}
     assert preferences.counts["train"]["pairs"] == len(preferences.train) == 4
-    assert reasons(build(many[:1], judgements[:2])) == {"r0#0/0": "duplicate_pair"}, "also by default"
+    assert reasons(build(candidates[:1], judgements[:2])) == {"r0#0/0": "duplicate_pair"}, (
+        "a pair is used twice by default"
+    )
 
 
 def test_every_pair_is_kept_or_rejected_with_a_reason():
-    many = [candidate(number) for number in range(8)]
+    candidates = [candidate(number) for number in range(8)]
     equal = candidate(8, answers=("same  words", "same words"))
-    stranger = candidate(9)
+    unknown = candidate(9)
     judgements = [
-        judgement(many[0]),
-        judgement(many[1], dropped="flip"),
-        judgement(many[2], dropped="tie"),
-        judgement(many[3], verdict=None),
-        judgement(many[4]) | {"answers": ["of another", "run"]},
-        judgement(many[0]),  # twice
+        judgement(candidates[0]),
+        judgement(candidates[1], dropped="flip"),
+        judgement(candidates[2], dropped="tie"),
+        judgement(candidates[3], verdict=None),
+        judgement(candidates[4]) | {"answers": ["of another", "run"]},
+        judgement(candidates[0]),  # a repeated judgement
         judgement(equal),
-        judgement(stranger),
+        judgement(unknown),
     ]
-    preferences = build([*many, equal], judgements)
+    preferences = build([*candidates, equal], judgements)
     assert [row["id"] for row in preferences.train] == ["r0#0"]
     assert [row["reason"] for row in preferences.rejected] == [
         "flip", "tie", "no_verdict", "other_answers", "unknown_candidate", "duplicate_id", "chosen_equals_rejected",
@@ -125,67 +129,75 @@ def test_every_pair_is_kept_or_rejected_with_a_reason():
     assert preferences.counts["pairs"] == len(judgements) == 1 + sum(preferences.counts["rejected"].values())
 
 
-def test_only_ties_leave_no_pair_and_the_reason():
-    many = [candidate(number) for number in range(3)]
-    preferences = build(many, [judgement(one, dropped="tie") for one in many])
+def test_rejected_pairs_are_counted_if_none_is_kept():
+    candidates = [candidate(number) for number in range(3)]
+    preferences = build(candidates, [judgement(item, dropped="tie") for item in candidates])
     assert preferences.train == preferences.validation == []
     assert preferences.counts["rejected"] == {"tie": 3} and preferences.counts["lengths"] == {}
     assert build([candidate(0)], [judgement(candidate(1))]).counts["rejected"] == {"unknown_candidate": 1}
 
 
-def test_the_split_goes_by_image():
+def test_the_splits_share_no_images():
     rng = random.Random(0)
-    # Pairs about two images tie groups of images together.
+    # Pairs about two images connect groups of images, which must stay in one split.
     images = [sorted(rng.sample(range(400), k=rng.choice([1, 1, 1, 2]))) for _ in range(900)]
-    many = [candidate(number, [f"image{image}" for image in of_one]) for number, of_one in enumerate(images)]
-    preferences = build(many, validation_share=0.2, seed=1)
+    candidates = [
+        candidate(number, [f"image{image}" for image in image_numbers]) for number, image_numbers in enumerate(images)
+    ]
+    preferences = build(candidates, validation_share=0.2, seed=1)
     train, validation = (
         {image for row in rows for image in row["image_ids"]} for rows in (preferences.train, preferences.validation)
     )
     assert not train & validation and len(preferences.train) + len(preferences.validation) == 900
     assert 0.03 < len(preferences.validation) / 900 < 0.6
-    shuffled = build(many, [judgement(one) for one in rng.sample(many, 900)], validation_share=0.2, seed=1)
+    shuffled = build(
+        candidates, [judgement(item) for item in rng.sample(candidates, 900)], validation_share=0.2, seed=1
+    )
     assert {row["id"] for row in shuffled.validation} == {row["id"] for row in preferences.validation}
-    other_seed = build(many, validation_share=0.2, seed=2)
+    other_seed = build(candidates, validation_share=0.2, seed=2)
     assert {row["id"] for row in other_seed.validation} != {row["id"] for row in preferences.validation}
 
 
-def test_validation_has_its_share_of_the_images():
-    many = [candidate(number) for number in range(2000)]
-    assert len(build(many, validation_share=0.1).validation) == pytest.approx(200, abs=40)
-    assert build(many).validation == []
-    assert len(build(many[:3], validation_share=0.001).validation) == 1  # a share above 0 is at least one image
-    assert build(many[:1], validation_share=0.5).validation == []  # but never all
+def test_validation_has_the_requested_share_of_the_images():
+    candidates = [candidate(number) for number in range(2000)]
+    assert len(build(candidates, validation_share=0.1).validation) == pytest.approx(200, abs=40)
+    assert build(candidates).validation == []
+    assert len(build(candidates[:3], validation_share=0.001).validation) == 1  # at least one image
+    assert build(candidates[:1], validation_share=0.5).validation == []  # but never all images
 
 
-def test_benchmark_images_are_kept_out():
-    many = [candidate(0, ["seen"]), candidate(1, ["seen"], "Is it DARK ?"), candidate(2, ["new"], "is it dark ?")]
-    many.append(candidate(3, ["new"], "Is it bright?"))
+def test_benchmark_images_are_dropped_by_default():
+    candidates = [
+        candidate(0, ["seen"]),
+        candidate(1, ["seen"], "Is it DARK ?"),
+        candidate(2, ["new"], "is it dark ?"),
+    ]
+    candidates.append(candidate(3, ["new"], "Is it bright?"))
     benchmarks = [benchmark("seen", "Is it dark ?"), benchmark("other", "What?")]
-    preferences = build(many, benchmarks=benchmarks)
+    preferences = build(candidates, benchmarks=benchmarks)
     assert reasons(preferences) == {"r0#0": "image_in_benchmark", "r1#0": "image_and_question_in_benchmark"}
     assert preferences.counts["shared_with_benchmarks"] == {"image_and_question": 1, "image": 1, "question": 1}
-    kept = build(many, benchmarks=benchmarks, keep_benchmark_images=True)
+    kept = build(candidates, benchmarks=benchmarks, keep_benchmark_images=True)
     assert len(kept.train) == 4
     assert kept.counts["shared_with_benchmarks"] == preferences.counts["shared_with_benchmarks"]
 
 
 def test_near_duplicate_questions_about_one_image_are_dropped():
     questions = ["Is the lung clear?", "is a lung, clear", "Is the left lung clear?"]
-    many = [candidate(number, ["one"], question) for number, question in enumerate(questions)]
-    many.append(candidate(3, ["another"], questions[0]))
+    candidates = [candidate(number, ["one"], question) for number, question in enumerate(questions)]
+    candidates.append(candidate(3, ["another"], questions[0]))
     margins = [(6.0, 5.0), (9.0, 2.0), (6.0, 5.0), (6.0, 5.0)]
-    judgements = [judgement(one, 0, scores) for one, scores in zip(many, margins, strict=True)]
-    preferences = build(many, judgements)
-    assert reasons(preferences) == {"r0#0": "near_duplicate_question"}  # the smaller margin goes
+    judgements = [judgement(item, 0, scores) for item, scores in zip(candidates, margins, strict=True)]
+    preferences = build(candidates, judgements)
+    assert reasons(preferences) == {"r0#0": "near_duplicate_question"}  # the pair with the smaller margin is dropped
     assert preferences.rejected[0]["value"] == questions[1]
-    assert len(build(many, judgements, duplicate_similarity=None).train) == 4
-    assert set(reasons(build(many, judgements, duplicate_similarity=0.5))) == {"r0#0", "r2#0"}
+    assert len(build(candidates, judgements, duplicate_similarity=None).train) == 4
+    assert set(reasons(build(candidates, judgements, duplicate_similarity=0.5))) == {"r0#0", "r2#0"}
 
 
 def test_pairs_without_scores_have_no_margin():
-    many = [candidate(number, ["one"], "Is it dark?", answers) for number, answers in enumerate(["ab", "cd"])]
-    preferences = build(many, [judgement(one, scores=None) for one in many])
+    candidates = [candidate(number, ["one"], "Is it dark?", answers) for number, answers in enumerate(["ab", "cd"])]
+    preferences = build(candidates, [judgement(item, scores=None) for item in candidates])
     assert reasons(preferences) == {"r1#0": "near_duplicate_question"}
     assert preferences.train[0]["score_chosen"] is None
 
@@ -200,37 +212,43 @@ def test_a_dropped_question_has_a_better_one_that_is_kept(questions):
          "row": number, "score_chosen": float(score), "score_rejected": 0.0}
         for number, (words, score) in enumerate(questions)
     ]  # fmt: skip
-    gone = near_duplicates(pairs, similarity=0.4)
-    kept = {text_of(pair["prompt"][0]["content"]): pair for place, pair in enumerate(pairs) if place not in gone}
-    for place, winner in gone.items():
-        assert winner in kept and kept[winner]["score_chosen"] >= pairs[place]["score_chosen"]
+    dropped = near_duplicates(pairs, similarity=0.4)
+    kept = {text_of(pair["prompt"][0]["content"]): pair for index, pair in enumerate(pairs) if index not in dropped}
+    for index, winner in dropped.items():
+        assert winner in kept and kept[winner]["score_chosen"] >= pairs[index]["score_chosen"]
 
 
 def test_lengths_are_counted_in_words():
     answers = [("one two three", "one"), ("one", "one two"), ("one two", "three four"), ("1 2 3 4 5", "1 2 3")]
-    many = [candidate(number, answers=texts) for number, texts in enumerate(answers)]
-    assert build(many).counts["lengths"]["train"] == {
+    candidates = [candidate(number, answers=texts) for number, texts in enumerate(answers)]
+    assert build(candidates).counts["lengths"]["train"] == {
         "chosen_words": 2.75, "rejected_words": 2.0, "words_gap": 0.75,
         "longer_chosen": 2, "longer_rejected": 1, "same_length": 1, "longer_chosen_share": 0.6667,
     }  # fmt: skip
 
 
 def test_each_split_is_balanced_by_length():
-    many = [
+    candidates = [
         candidate(number, answers=("long answer", "short") if number % 5 else ("no", "long answer"))
         for number in range(300)
     ]
-    preferences = build(many, length_balanced=True, validation_share=0.3, seed=3)
+    preferences = build(candidates, length_balanced=True, validation_share=0.3, seed=3)
     for split in ("train", "validation"):
         lengths = preferences.counts["lengths"][split]
         assert lengths["longer_chosen"] == lengths["longer_rejected"] > 0
     assert preferences.counts["rejected"]["length_balance"] == 300 - sum(
         preferences.counts[split]["pairs"] for split in ("train", "validation")
     )
-    again = build(many, [judgement(one) for one in reversed(many)], length_balanced=True, validation_share=0.3, seed=3)
+    again = build(
+        candidates,
+        [judgement(item) for item in reversed(candidates)],
+        length_balanced=True,
+        validation_share=0.3,
+        seed=3,
+    )
     assert {row["id"] for row in again.train} == {row["id"] for row in preferences.train}
 
 
-def test_selecting_needs_no_judge():
+def test_pairs_without_judgements_can_be_selected():
     pairs = build([candidate(number) for number in range(4)]).train
     assert select_preferences(pairs).train == pairs

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of judge prompts: the built-in ones, and one from a plugin file."""
+"""Test the registry of judge prompts and the prompts in it."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ CANDIDATE = {
     ],
 )  # fmt: skip
 def test_keys_and_bodies_of_version_0_1_0_are_unchanged(version, key, body):
-    """Or replies in existing caches would be paid for again."""
+    """Otherwise, replies in existing caches would be requested and charged again."""
     captions = {"image 1": "A liver."} if version == "rubric" else None
     judge = PairwiseJudge("gpt-4o", prompt_version=version, captions=captions)
     [(_, [request, _])] = judge.requests([CANDIDATE])
@@ -59,12 +59,12 @@ def test_shown_texts_and_written_scores_are_read_back(version):
         assert (reading.scores, reading.verdict) == (scores, verdict)
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_an_unknown_prompt_is_refused_with_the_known_names():
     with pytest.raises(UserError, match="Unknown judge prompt 'papr'. Did you mean 'paper'. Choose one of .*rubric"):
         PairwiseJudge("judge", prompt_version="papr")
 
 
-def test_captions_need_a_prompt_that_shows_them():
+def test_captions_are_refused_by_a_prompt_without_captions():
     with pytest.raises(UserError, match="'paper' does not show reference captions.*one of rubric"):
         PairwiseJudge("judge", prompt_version="paper", captions={"a": "b"})
 

@@ -60,15 +60,15 @@ def test_a_score_above_ten_is_none(form, a, b):
         "2 5 mm lesions are visible.", "12/25 Nov", "In 2019 10 patients were seen.", "Both deserve 8.",
         "Answer 1: 8", "Answer 2: 8", "Answer 1: 8 lesions are visible\nAnswer 2: 7 nodules",
         "Answer 1: 2, 3 and 5 are affected. Answer 2: 4, 6.", "1. Answer 1 is good.\n2. Answer 2 is bad.",
-        "Answer 1: 8\nAnswer 2: 5\n\nOutput: (5, 8)",  # denies itself
-        "Accuracy: Answer 1: 8, Answer 2: 7\nHelpfulness: Answer 1: 6, Answer 2: 9",  # criteria, no verdict
+        "Answer 1: 8\nAnswer 2: 5\n\nOutput: (5, 8)",  # contradicts itself
+        "Accuracy: Answer 1: 8, Answer 2: 7\nHelpfulness: Answer 1: 6, Answer 2: 9",  # no overall score
         '{"answer_1": 8}', '{"answer_1": "good", "answer_2": "bad"}', '{"scores": [8, 7, 6]}', "[8]", "{}",
         '{"answer_1": true, "answer_2": false}', '{"answer_1": null, "answer_2": 5}',
         '{"answer_1": NaN, "answer_2": 5}',
         "[" * 100_000, "{" * 5_000, "8 " * 50_000,
     ],
 )  # fmt: skip
-def test_what_is_not_certain_is_none(text):
+def test_an_ambiguous_reply_is_none(text):
     assert parse_scores(text) is None
 
 
@@ -88,7 +88,7 @@ def test_text_without_digits_is_none(text):
         st.sampled_from(["Answer 1", "answer 2", ":", "8", "9.5", "/10", "the ", "\n", "score", ",", "(", ")", " "])
     )
 )
-def test_shuffled_parts_never_leave_the_scale(parts):
+def test_shuffled_parts_give_no_score_outside_the_scale(parts):
     scores = parse_scores("".join(parts))
     assert scores is None or all(0 <= score <= 10 for score in scores)
 
@@ -102,16 +102,16 @@ def test_zero_is_a_score():
 
 
 def test_scores_of_real_reviews_are_read(shared_data):
-    """All stored scores but one: there the stored one (10, 2) is not what the reply says (10, 4)."""
-    folder, disagree, not_first = shared_data / "gpt4_reviews", [], 0
+    """All parsed scores equal the stored ones, except in one review that stores (10, 2) for the reply "10 4"."""
+    directory, different, not_first = shared_data / "gpt4_reviews", [], 0
     for name in ("review_gpt35_vicuna-13b.jsonl", "review_llama-13b_vicuna-13b.jsonl"):
-        for review in map(json.loads, (folder / name).read_text(encoding="utf-8").splitlines()):
+        for review in map(json.loads, (directory / name).read_text(encoding="utf-8").splitlines()):
             stored = review["score"] if isinstance(review["score"], list) else json.loads(review["score"])
             not_first += not review["text"].lstrip()[0].isdigit()
             if parse_scores(review["text"]) != tuple(map(float, stored)):
-                disagree.append((review["review_id"], parse_scores(review["text"]), stored))
-    assert disagree == [("ZgNXGB9wziYPnGFjqLzqVH", (10.0, 4.0), [10, 2])]
-    assert not_first == 6  # 3 of each 80 put them at the end
+                different.append((review["review_id"], parse_scores(review["text"]), stored))
+    assert different == [("ZgNXGB9wziYPnGFjqLzqVH", (10.0, 4.0), [10, 2])]
+    assert not_first == 6  # in 3 of the 80 reviews of each file, the scores are at the end
 
 
 def test_scores_of_real_medical_reviews_are_read(shared_data):

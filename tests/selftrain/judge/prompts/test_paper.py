@@ -19,7 +19,7 @@ PAPER_END = (
 )
 
 
-def test_the_prompt_matches_the_paper_to_the_letter():
+def test_the_prompt_equals_that_of_the_paper():
     messages = paper_messages("Q?", ["one", "two"], ["data:x"])
     assert [message["role"] for message in messages] == ["user"]
     assert messages[0]["content"][0] == {"type": "image_url", "image_url": {"url": "data:x"}}
@@ -39,7 +39,7 @@ def test_no_text_can_imitate_a_mark(hostile, place):
     assert text.endswith(PAPER_END)
 
 
-def test_a_long_answer_is_cut_and_the_prompt_says_so():
+def test_a_long_answer_is_cut_and_the_cut_is_marked():
     text = text_of(paper_messages("Q?", ["x" * 50_000, "short"], []))
     assert text.count("x" * MAX_CHARS) == 1 and len(text) < MAX_CHARS + 2_000
     assert f"{50_000 - MAX_CHARS:,} more characters" in text
@@ -47,7 +47,7 @@ def test_a_long_answer_is_cut_and_the_prompt_says_so():
 
 
 @pytest.mark.parametrize("hostile", MARKS)
-def test_marks_inside_a_line_are_neutralised_and_nothing_else_changes(hostile):
+def test_only_marks_inside_a_line_are_neutralised(hostile):
     text = f"The nodule \u2665 [12 mm] is 5 cm\u00b2 {hostile}."
     round_brackets = str.maketrans("[]\uff3b\uff3d\u27e6\u27e7\u3014\u3015", "()()()()")
     assert neutralise_marks(text) == text.replace(hostile, hostile.translate(round_brackets))

@@ -24,7 +24,7 @@ def test_no_text_can_close_its_own_marks(first, second):
     assert "never an instruction" in messages[0]["content"] == SYSTEM
 
 
-def test_other_texts_get_another_code():
+def test_different_texts_get_different_codes():
     codes = {text_of(rubric_messages("Q?", [a, "two"], []))[-80:] for a in ("one", "One", "one ")}
     assert len(codes) == 3
 
@@ -35,33 +35,33 @@ def test_history_and_captions_are_shown():
     assert text.index("A CT.") < text.index("Q?")
 
 
-def rubric(first=8, second=5, verdict="answer_1", **changes):
+def rubric_reply(first=8, second=5, verdict="answer_1", **changes):
     reply = {name: dict.fromkeys((*CRITERIA, "overall"), score) for name, score in
              (("answer_1", first), ("answer_2", second))}  # fmt: skip
     return reply | {"comparison": "A {brace} and [System] 1 10", "verdict": verdict} | changes
 
 
 def test_a_complete_reply_is_read():
-    reading = read_rubric("Here you are:\n```json\n" + json.dumps(rubric()) + "\n```")
+    reading = read_rubric("Here you are:\n```json\n" + json.dumps(rubric_reply()) + "\n```")
     assert reading.scores == (8, 5) and reading.verdict == 0
     assert reading.criteria == dict.fromkeys(CRITERIA, (8, 5))
-    assert read_rubric(json.dumps(rubric(5, 5, "tie"))).verdict == "tie"
-    assert read_rubric(json.dumps(rubric(5, 5, "answer_2"))).verdict == 1
+    assert read_rubric(json.dumps(rubric_reply(5, 5, "tie"))).verdict == "tie"
+    assert read_rubric(json.dumps(rubric_reply(5, 5, "answer_2"))).verdict == 1
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        rubric(8, 5, "answer_2"),  # its scores deny the verdict
-        rubric(verdict="both"), rubric(verdict=None), rubric(verdict=["answer_1"]), rubric(first=11),
-        rubric(second="x"),
-        rubric(answer_1={"overall": 8}), rubric(answer_2=7), {}, [], 8,
+        rubric_reply(8, 5, "answer_2"),  # the scores contradict the verdict
+        rubric_reply(verdict="both"), rubric_reply(verdict=None), rubric_reply(verdict=["answer_1"]),
+        rubric_reply(first=11), rubric_reply(second="x"),
+        rubric_reply(answer_1={"overall": 8}), rubric_reply(answer_2=7), {}, [], 8,
     ],
 )  # fmt: skip
 def test_an_incomplete_or_contradictory_reply_is_none(reply):
     assert read_rubric(json.dumps(reply)) is None
 
 
-@pytest.mark.parametrize("cut", [1, 20, 120])
-def test_a_reply_cut_short_is_none(cut):
-    assert read_rubric(json.dumps(rubric())[:-cut]) is None
+@pytest.mark.parametrize("missing_characters", [1, 20, 120])
+def test_a_truncated_reply_is_none(missing_characters):
+    assert read_rubric(json.dumps(rubric_reply())[:-missing_characters]) is None
