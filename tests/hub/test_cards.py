@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cards show how a result was made and what it scores, and nothing that data or paths could inject."""
+"""Test that cards show how a result was made and its scores, and that data cannot inject markup or paths."""
 
 import json
 
@@ -18,28 +18,34 @@ from medst_trl.policy.chat_template import MARK, TEXT_ROLE_MARK
 ROW = {"id": "a", "images": [], "image_ids": ["i"], "prompt": [], "chosen": [], "rejected": []}
 
 
-def stage(directory, name, inputs=None, settings=None, **counts):
+def write_stage(directory, name, inputs=None, settings=None, **counts):
     directory.mkdir(parents=True, exist_ok=True)
     record = {"stage": name, "status": "complete", "versions": {"trl": "1.16.0"}, "inputs": inputs or {}}
     (directory / "stage.json").write_text(json.dumps(record | {"settings": settings or {}, "counts": counts}))
     return directory
 
 
-def reads(*folders):
-    return [{"path": str(directory), "sha256": "0" * 64} for directory in folders]
+def stage_inputs(*directories):
+    return [{"path": str(directory), "sha256": "0" * 64} for directory in directories]
 
 
 @pytest.fixture
 def preferences(tmp_path):
-    """Preference pairs about the images of a benchmark, with the records of all stages."""
-    prepare = stage(tmp_path / "prepare", "prepare", settings={"source": "slake", "data_path": "/hospital/slake"})
-    generate = stage(
-        tmp_path / "generate", "generate", {"images": reads(prepare / "images")}, {"top_k": 100}, rejected={"empty": 3}
+    """Write preference pairs about the images of a benchmark, with the records of all stages."""
+    prepare = write_stage(
+        tmp_path / "prepare", "prepare", settings={"source": "slake", "data_path": "/hospital/slake"}
     )
-    judge = stage(
+    generate = write_stage(
+        tmp_path / "generate",
+        "generate",
+        {"images": stage_inputs(prepare / "images")},
+        {"top_k": 100},
+        rejected={"empty": 3},
+    )
+    judge = write_stage(
         tmp_path / "judge",
         "judge",
-        {"candidates": reads(generate / "candidates"), "benchmarks": reads(prepare / "benchmark")},
+        {"candidates": stage_inputs(generate / "candidates"), "benchmarks": stage_inputs(prepare / "benchmark")},
         {"model": "gpt-4o", "base_url": "http://10.0.0.1/v1", "cache_dir": "x", "benchmarks": ["/hospital"]},
         judge={"flip_rate": 0.123456, "dropped": {"tie": 5}},
     )
@@ -55,7 +61,7 @@ def test_a_dataset_card_lists_the_stages_in_pipeline_order_without_paths(prefere
     card = DatasetCard(text)
     assert card.data.license == "cc-by-4.0" and card.data.medst_trl_kind == "preferences"
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
-    for said in (
+    for expected in (
         "| top_k | 100 |",
         "| model | gpt-4o |",
         "flip_rate | 0.1235",
@@ -63,7 +69,7 @@ def test_a_dataset_card_lists_the_stages_in_pipeline_order_without_paths(prefere
         "SLAKE",
         "empty | 3",
     ):
-        assert said in text
+        assert expected in text
     for hidden in ("hospital", "10.0.0.1", str(preferences.parent.parent)):
         assert hidden not in text
 
@@ -97,29 +103,29 @@ def test_a_missing_or_damaged_record_shortens_the_card(tmp_path):
         assert "How it was made" not in card and DatasetCard(card).data.license is None
 
 
-def test_synthetic_images_have_the_licence_of_their_source(tmp_path):
-    stage(tmp_path, "prepare", settings={"source": "phantoms"})
+def test_a_dataset_of_synthetic_images_has_the_licence_of_its_source(tmp_path):
+    write_stage(tmp_path, "prepare", settings={"source": "phantoms"})
     write_split(tmp_path / "data", "train", [ROW], dict, preference_features(), 2)
     assert DatasetCard(dataset_card(find_contents(tmp_path / "data"), "org/name")).data.license == "apache-2.0"
 
 
 def test_values_from_data_cannot_become_markup(tmp_path):
     bad = "<script>alert(1)</script> | [x](http://evil) \n# Heading `{{ 7 * 7 }}`"
-    stage(tmp_path, "judge", settings={"model": bad}, **{bad: 1})
+    write_stage(tmp_path, "judge", settings={"model": bad}, **{bad: 1})
     write_split(tmp_path / "data", "train", [ROW], dict, preference_features(), 2)
     text = dataset_card(find_contents(tmp_path / "data"), "org/name")
     assert "<script>" not in text and "\n# Heading" not in text and "[x](" not in text
     assert "{{ 7 * 7 }}" in text and "49" not in text
 
 
-def model(directory):
+def write_model(directory):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text("{}")
     (directory / "model.safetensors").write_bytes(b"")
     return directory
 
 
-def scores(directory, benchmark, **more):
+def write_scores(directory, benchmark, **more):
     directory.mkdir(parents=True)
     value = {"value": 61.5, "n": 30, "interval": [50.0, 70.04], "majority": 55.0}
     content = {"scores": {"strict": {"n": 30, "n_images": 9, "closed": {"accuracy": value}}}, "split": "test"}
@@ -128,15 +134,16 @@ def scores(directory, benchmark, **more):
 
 
 def test_scores_become_evaluation_results_of_the_hub(tmp_path):
-    prepare = stage(tmp_path / "prepare", "prepare", settings={"source": "vqa_rad"})
+    prepare = write_stage(tmp_path / "prepare", "prepare", settings={"source": "vqa_rad"})
     (prepare / "benchmark").mkdir()
     blank = {"blank": {"strict": {"closed": {"accuracy": {"value": 54.0}}}}}
     evaluations = [
-        scores(tmp_path / "evaluate", str(prepare / "benchmark"), controls=blank),
-        scores(tmp_path / "others" / "a", "org/bench@main").parent,  # several benchmarks: a directory each
-        scores(tmp_path / "others" / "b", "/gone/benchmark").parent,
+        write_scores(tmp_path / "evaluate", str(prepare / "benchmark"), controls=blank),
+        # With several benchmarks, each has a directory.
+        write_scores(tmp_path / "others" / "a", "org/bench@main").parent,
+        write_scores(tmp_path / "others" / "b", "/gone/benchmark").parent,
     ]
-    text = model_card(find_contents(model(tmp_path / "model")), "org/name", evaluations=evaluations[:2])
+    text = model_card(find_contents(write_model(tmp_path / "model")), "org/name", evaluations=evaluations[:2])
     results = ModelCard(text).data.eval_results
     assert [(result.dataset_type, result.metric_name, result.metric_value) for result in results] == [
         ("vqa_rad", "strict closed accuracy", 61.5),
@@ -147,17 +154,18 @@ def test_scores_become_evaluation_results_of_the_hub(tmp_path):
 
 
 def test_scores_of_another_model_are_refused(tmp_path):
-    contents = find_contents(model(tmp_path / "model"))
-    own = scores(tmp_path / "own", "org/bench", model=str(contents.directory))
-    moved = scores(tmp_path / "moved", "org/bench", model="runs/gone/sft")  # cannot be compared
-    other = scores(tmp_path / "other", "org/bench", model=str(model(tmp_path / "stage_1")))
+    contents = find_contents(write_model(tmp_path / "model"))
+    own = write_scores(tmp_path / "own", "org/bench", model=str(contents.directory))
+    # The model of these scores has moved, so it cannot be compared.
+    moved = write_scores(tmp_path / "moved", "org/bench", model="runs/gone/sft")
+    other = write_scores(tmp_path / "other", "org/bench", model=str(write_model(tmp_path / "stage_1")))
     assert model_card(contents, "org/name", evaluations=[own, moved])
     with pytest.raises(UserError, match="scores of .*stage_1, not of"):
         model_card(contents, "org/name", evaluations=[other])
 
 
 def test_damaged_scores_are_refused(tmp_path):
-    contents = find_contents(model(tmp_path / "model"))
+    contents = find_contents(write_model(tmp_path / "model"))
     with pytest.raises(UserError, match="no scores.json"):
         model_card(contents, "org/name", evaluations=[tmp_path])
     for content in ("{", "[]", "{}", '{"scores": 3}', '{"scores": {}}', '{"scores": {"strict": []}}'):
@@ -166,9 +174,9 @@ def test_damaged_scores_are_refused(tmp_path):
             model_card(contents, "org/name", evaluations=[tmp_path])
 
 
-def test_the_card_of_a_run_replaces_a_stock_card(tmp_path):
-    directory = model(tmp_path / "sft")
-    stage(directory, "sft", settings={"learning_rate": 2e-4, "logging_steps": 7, "output_dir": str(directory)})
+def test_the_card_of_a_run_replaces_a_default_card(tmp_path):
+    directory = write_model(tmp_path / "sft")
+    write_stage(directory, "sft", settings={"learning_rate": 2e-4, "logging_steps": 7, "output_dir": str(directory)})
     (directory / "README.md").write_text("a stock card")
     write_card(directory)
     text = (directory / "README.md").read_text()
@@ -176,7 +184,7 @@ def test_the_card_of_a_run_replaces_a_stock_card(tmp_path):
     assert 'load_policy("' in text and "<vusr>" in text and "medst_trl_kind: model" in text
 
 
-def merged(directory, model_type="llava", template=MARK, **facts):
+def merged_card(directory, model_type="llava", template=MARK, **facts):
     (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
     (directory / "model.safetensors").write_bytes(b"")
     (directory / "chat_template.jinja").write_text(template)
@@ -193,26 +201,26 @@ def merged(directory, model_type="llava", template=MARK, **facts):
 
 
 def test_the_card_of_a_merged_model_names_base_and_adapter_with_revisions(tmp_path):
-    card = merged(tmp_path)
+    card = merged_card(tmp_path)
     assert "Merged from `org/base` (revision 0123456789ab) and `org/adapter` (revision fedcba987654)" in card
     assert "to 2e-06 in float32, and to 3e-02 as stored" in card and "4 bits" not in card
     assert "base_model: org/base\n" in card
-    assert "4 bits" in merged(tmp_path, trained_in_4bit=True)
+    assert "4 bits" in merged_card(tmp_path, trained_in_4bit=True)
 
 
 @pytest.mark.parametrize("template", [MARK, TEXT_ROLE_MARK])
 def test_a_model_that_needs_no_medst_trl_is_loaded_without_it(tmp_path, template):
-    card = merged(tmp_path, template=template)
+    card = merged_card(tmp_path, template=template)
     assert 'pipeline("image-text-to-text", model="org/name")' in card and "load_policy" not in card
 
 
 def test_a_model_of_our_own_architecture_is_loaded_with_medst_trl(tmp_path):
-    card = merged(tmp_path, model_type="prototype_llava")
+    card = merged_card(tmp_path, model_type="prototype_llava")
     assert 'load_policy("org/name")' in card and "other engines cannot load it" in card
 
 
 def test_a_model_without_a_merge_record_is_not_called_merged(tmp_path):
-    merged(tmp_path)
+    merged_card(tmp_path)
     for record in ("{", "{}", '{"merged": {}, "inputs": {}}'):
         (tmp_path / "stage.json").write_text(record)
         assert read_merged(tmp_path) is None

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How directories are recognised, and which of their files are published."""
+"""Test how directories are recognized and which of their files are published."""
 
 import json
 
@@ -28,7 +28,7 @@ ROW = {
     "chosen": [],
     "rejected": [],
 }
-TALK = ROW | {"messages": [{"role": "user", "content": [], "vusr": False}]}
+CONVERSATION = ROW | {"messages": [{"role": "user", "content": [], "vusr": False}]}
 BENCHMARK = {"image_id": "a", "image": None, "questions": []}
 
 
@@ -38,19 +38,21 @@ BENCHMARK = {"image_id": "a", "image": None, "questions": []}
         ("preferences", preference_features, ROW),
         ("candidates", candidate_features, ROW),
         ("benchmark", benchmark_features, BENCHMARK),
-        ("instruct", instruct_features, TALK),
+        ("instruct", instruct_features, CONVERSATION),
         ("images", instruct_features, ROW),
     ],
 )
-def test_each_kind_of_dataset_is_recognised(tmp_path, kind, features, row):
+def test_each_kind_of_dataset_is_recognized(tmp_path, kind, features, row):
     for split in ("train", "test"):
         write_split(tmp_path / "data", split, [row] * 3, dict, features(), 2)
     contents = find_contents(tmp_path / "data")
     assert (contents.kind, contents.repo_type, len(contents.files)) == (kind, "dataset", 4)
 
 
-@pytest.mark.parametrize(("features", "row", "taken"), [(preference_features, ROW, 2), (instruct_features, TALK, 0)])
-def test_reference_log_probs_belong_to_preference_pairs(tmp_path, features, row, taken):
+@pytest.mark.parametrize(
+    ("features", "row", "num_files"), [(preference_features, ROW, 2), (instruct_features, CONVERSATION, 0)]
+)
+def test_reference_log_probs_are_published_with_preference_pairs(tmp_path, features, row, num_files):
     write_split(tmp_path, "train", [row], dict, features(), 2)
     cache = tmp_path / "reference_log_probs"
     cache.mkdir()
@@ -58,35 +60,37 @@ def test_reference_log_probs_belong_to_preference_pairs(tmp_path, features, row,
         (cache / name).write_bytes(b"")
     files = find_contents(tmp_path).files
     assert files[0] == "train-00000-of-00001.parquet"
-    assert files[1:] == ["reference_log_probs/a.parquet", "reference_log_probs/b.parquet"][:taken]
+    assert files[1:] == ["reference_log_probs/a.parquet", "reference_log_probs/b.parquet"][:num_files]
 
 
-def test_a_stage_directory_stands_for_its_only_dataset(tmp_path):
+def test_a_stage_directory_with_one_dataset_is_accepted(tmp_path):
     write_split(tmp_path / "preferences", "train", [ROW], dict, preference_features(), 2)
     assert find_contents(tmp_path) == find_contents(tmp_path / "preferences")
-    write_split(tmp_path / "instruct", "train", [TALK], dict, instruct_features(), 2)
+    write_split(tmp_path / "instruct", "train", [CONVERSATION], dict, instruct_features(), 2)
     with pytest.raises(UserError, match="several datasets. Push one of them: .*instruct, .*preferences"):
         find_contents(tmp_path)
 
 
-@pytest.mark.parametrize("made", ["nothing", "config_alone", "adapter_alone", "shards_missing", "foreign", "running"])
-def test_directories_without_complete_contents_are_refused(tmp_path, made):
+@pytest.mark.parametrize(
+    "content", ["nothing", "config_alone", "adapter_alone", "shards_missing", "other_columns", "running"]
+)
+def test_directories_without_complete_contents_are_refused(tmp_path, content):
     directory, message = tmp_path / "directory", "holds nothing to publish"
     directory.mkdir()
-    if made == "config_alone":
+    if content == "config_alone":
         (directory / "config.json").write_text("{}")
         message = "no weights"
-    elif made == "adapter_alone":
+    elif content == "adapter_alone":
         (directory / "adapter_config.json").write_text("{}")
         message = "no weights"
-    elif made == "shards_missing":
+    elif content == "shards_missing":
         write_split(directory, "train", [ROW] * 3, dict, preference_features(), 1)
         (directory / "train-00001-of-00003.parquet").unlink()
         message = "2 of 3 files"
-    elif made == "foreign":
+    elif content == "other_columns":
         Dataset.from_list([{"text": "a"}]).to_parquet(directory / "train-00000-of-00001.parquet")
         message = "no stage of medst writes"
-    elif made == "running":
+    elif content == "running":
         write_split(directory, "train", [ROW], dict, preference_features(), 1)
         (tmp_path / "stage.json").write_text(json.dumps({"status": "running"}))
         message = "is not finished"

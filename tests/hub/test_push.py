@@ -1,16 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is pushed and pulled again is unchanged, and what must stay here is not pushed. Against a Hub on loopback."""
+"""Test with a local Hub that pushed content is unchanged when pulled, and that private content is not pushed."""
 
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from fake_hub import EXPIRED, READER, WRITER, FakeHub, client, serve_hub
-from PIL import Image
+from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import store_image
@@ -39,12 +38,12 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": [text_part(text)]}
 
 
-def stored(number: int):
-    return store_image(Image.fromarray(np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)))
+def stored_image(seed: int):
+    return store_image(random_image(seed))
 
 
 def pair(number: int, model: str = "judge-1") -> dict:
-    image = stored(number)
+    image = stored_image(number)
     return {
         "id": f"p{number}", "images": [{"bytes": image.bytes, "path": None}], "image_ids": [image.image_id],
         "prompt": [user(f"What is {number}?")],
@@ -54,7 +53,7 @@ def pair(number: int, model: str = "judge-1") -> dict:
 
 
 def judge_directory(directory: Path, rows_per_shard: int = 2, **settings) -> Path:
-    """The output of `medst judge`, in a run directory with the record of `generate`."""
+    """Write the output of `medst judge` and the record of `generate` in a run directory."""
     for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
         rows = [pair(number) for number in numbers]
         write_split(directory / "preferences", split, rows, dict, preference_features(), rows_per_shard)
@@ -98,8 +97,8 @@ print(json.dumps(rows))
 
 
 def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict]:
-    done = client(hub.url, home, "-c", PULL, name, split, "preferences", **kwargs)
-    rows = json.loads(done.stdout.splitlines()[-1])
+    result = client(hub.url, home, "-c", PULL, name, split, "preferences", **kwargs)
+    rows = json.loads(result.stdout.splitlines()[-1])
     return [
         row | {"images": [image | {"bytes": bytes.fromhex(image["bytes"])} for image in row["images"]]} for row in rows
     ]
@@ -108,18 +107,18 @@ def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict
 def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
     directory = judge_directory(tmp_path / "run" / "judge")
     shards = {path.name: path.read_bytes() for path in (directory / "preferences").iterdir()}
-    done = push(hub, tmp_path / "home", directory, "org/data")  # the stage's directory, not the dataset's
+    result = push(hub, tmp_path / "home", directory, "org/data")  # the directory of the stage, not of the dataset
     shutil.rmtree(tmp_path / "run")
     files = hub.files("dataset", "org/data")
     assert {name: files[name] for name in shards} == shards and set(files) == {*shards, "README.md"}
     assert hub.repositories["dataset", "org/data"].private
     first = hub.repositories["dataset", "org/data"].branches["main"]
-    assert first[:12] in done.stdout
+    assert first[:12] in result.stdout
 
     assert pull(hub, tmp_path / "elsewhere", "org/data", "train") == [pair(number) for number in range(5)]
     assert pull(hub, tmp_path / "elsewhere", "org/data", "validation") == [pair(5), pair(6)]
 
-    # A later push replaces it, with fewer shards; the first is still there by its revision.
+    # A later push with fewer shards replaces the files. The first push is still available by its revision.
     write_split(tmp_path / "new", "train", [pair(9)], dict, preference_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "new", "org/data")
     assert set(hub.files("dataset", "org/data")) == {"README.md", "train-00000-of-00001.parquet"}
@@ -127,7 +126,7 @@ def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
     assert len(pull(hub, tmp_path / "third", f"org/data@{first}", "train")) == 5
 
 
-def test_the_card_lists_stages_and_names_nothing_of_this_machine(hub, tmp_path):
+def test_the_card_lists_stages_and_nothing_about_this_machine(hub, tmp_path):
     directory = judge_directory(tmp_path / "run" / "judge", reference_captions="/data/jones.jsonl")
     push(hub, tmp_path / "home", directory, "org/card", "--license", "cc-by-4.0")
     card = hub.files("dataset", "org/card")["README.md"].decode()
@@ -143,31 +142,31 @@ def test_paths_of_local_models_are_not_pushed(hub, tmp_path):
     rows = [pair(number, model=f"{tmp_path}/jones/judge" if number == 3 else "org/judge") for number in range(40)]
     write_split(tmp_path / "data", "train", rows, dict, preference_features(), 40)
     push(hub, tmp_path / "home", tmp_path / "data", "org/local")
-    back = pull(hub, tmp_path / "home", "org/local", "train")
-    assert json.loads(back[3]["judge"])["model"] == "judge"
-    assert [row for row in back if row["id"] != "p3"] == [row for row in rows if row["id"] != "p3"]
+    pulled = pull(hub, tmp_path / "home", "org/local", "train")
+    assert json.loads(pulled[3]["judge"])["model"] == "judge"
+    assert [row for row in pulled if row["id"] != "p3"] == [row for row in rows if row["id"] != "p3"]
     assert b"jones" not in hub.files("dataset", "org/local")["train-00000-of-00001.parquet"]
 
 
-def test_an_interrupted_push_is_repeated(fresh_hub, tmp_path):
+def test_an_interrupted_push_resumes(fresh_hub, tmp_path):
     hub, directory = fresh_hub, judge_directory(tmp_path / "run" / "judge")
     hub.broken_after = 2
-    # The library would retry for a minute.
-    impatient = (
+    # By default, the library retries for a minute.
+    push_without_retries = (
         "import sys, huggingface_hub.lfs as lfs\n"
         "from functools import partial\n"
         "lfs.http_backoff = partial(lfs.http_backoff, max_retries=0)\n"
         "from medst_trl.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    command = ["-c", impatient, "push", "--source", str(directory), "--repo_id", "org/data"]
-    done = client(hub.url, tmp_path / "home", *command, check=False)
-    assert done.returncode == 2 and "uploaded files are kept" in done.stderr and "Traceback" not in done.stderr
+    command = ["-c", push_without_retries, "push", "--source", str(directory), "--repo_id", "org/data"]
+    result = client(hub.url, tmp_path / "home", *command, check=False)
+    assert result.returncode == 2 and "uploaded files are kept" in result.stderr and "Traceback" not in result.stderr
     # three if two threads were uploading when the connection broke
     assert 2 <= len(hub.uploads) <= 3 and set(hub.files("dataset", "org/data")) == {"README.md"}
     hub.broken_after = None
     push(hub, tmp_path / "home", directory, "org/data")
-    assert len(hub.uploads) == 4  # the four shards, each once
+    assert len(hub.uploads) == 4  # each of the four shards once
     assert len(hub.files("dataset", "org/data")) == 5
     commits = len(hub.repositories["dataset", "org/data"].commits)
     push(hub, tmp_path / "home", directory, "org/data")  # nothing has changed
@@ -186,8 +185,8 @@ def test_a_repository_of_other_content_is_not_changed(hub, tmp_path):
         ("org/public", "is public"),
     ):
         before = hub.files("dataset", repo_id)
-        done = push(hub, tmp_path / "home", directory, repo_id, check=False)
-        assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
+        result = push(hub, tmp_path / "home", directory, repo_id, check=False)
+        assert result.returncode == 2 and reason in result.stderr and "Traceback" not in result.stderr
         assert hub.files("dataset", repo_id) == before
     push(hub, tmp_path / "home", directory, "org/theirs", "--replace_content", "true")
     assert "data.csv" not in hub.files("dataset", "org/theirs")
@@ -196,7 +195,7 @@ def test_a_repository_of_other_content_is_not_changed(hub, tmp_path):
 
 
 def benchmark_row() -> dict:
-    image = stored(1)
+    image = stored_image(1)
     names = ("id", "question", "answer", "answer_type", "question_type", "link")
     question = dict(zip(names, ("q", "Is it dark?", "yes", "closed", None, None), strict=True))
     return {"image_id": image.image_id, "image": {"bytes": image.bytes, "path": None}, "questions": [question]}
@@ -223,18 +222,18 @@ def test_a_revision_is_a_branch(hub, tmp_path):
         ({}, "org/-x-", "is not a valid name"),
     ],
 )  # fmt: skip
-def test_a_push_that_cannot_work_is_refused_with_a_reason(hub, tmp_path, settings, repo_id, message):
+def test_an_impossible_push_is_refused_with_a_reason(hub, tmp_path, settings, repo_id, message):
     write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
-    done = push(hub, tmp_path / "home", tmp_path / "data", repo_id, check=False, **settings)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert not any(token in done.stderr + done.stdout for token in (READER, WRITER, EXPIRED))
+    result = push(hub, tmp_path / "home", tmp_path / "data", repo_id, check=False, **settings)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not any(token in result.stderr + result.stdout for token in (READER, WRITER, EXPIRED))
     assert ("dataset", repo_id) not in hub.repositories
 
 
 @pytest.mark.parametrize("settings", [{"token": EXPIRED}, {"HF_HUB_OFFLINE": "1"}])
 def test_a_dataset_that_cannot_be_read_from_the_hub_is_refused_with_a_reason(hub, tmp_path, settings):
-    done = client(hub.url, tmp_path, "-c", PULL, "org/none", "train", "preferences", check=False, **settings)
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("medst_trl.base.errors.UserError")]
+    result = client(hub.url, tmp_path, "-c", PULL, "org/none", "train", "preferences", check=False, **settings)
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("medst_trl.base.errors.UserError")]
     assert "the Hub cannot be reached" in line and "hf auth login" in line
 
 
@@ -242,8 +241,10 @@ def test_a_token_without_write_access_is_refused(hub, tmp_path):
     write_split(tmp_path / "data", "train", [pair(0)], dict, preference_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "data", "org/rights")
     write_split(tmp_path / "more", "train", [pair(1)], dict, preference_features(), 2)
-    done = push(hub, tmp_path / "home", tmp_path / "more", "org/rights", check=False, token=READER)
-    assert done.returncode == 2 and "may not write to org/rights" in done.stderr and "Traceback" not in done.stderr
+    result = push(hub, tmp_path / "home", tmp_path / "more", "org/rights", check=False, token=READER)
+    assert (
+        result.returncode == 2 and "may not write to org/rights" in result.stderr and "Traceback" not in result.stderr
+    )
 
 
 FORWARD = """
@@ -286,12 +287,12 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
         (local / "adapter" / name).write_text(f'{{"path": "{tmp_path}"}}')
     scores = tmp_path / "evaluate"
     scores.mkdir()
-    places = {"benchmark": str(tmp_path / "prepare" / "benchmark"), "model": str(local / "adapter")}
-    (scores / "scores.json").write_text(json.dumps(SCORES | places))
+    paths = {"benchmark": str(tmp_path / "prepare" / "benchmark"), "model": str(local / "adapter")}
+    (scores / "scores.json").write_text(json.dumps(SCORES | paths))
     write_base_file(model, local / "adapter")
     merge.main(merge.MergeArguments(str(local / "adapter"), str(merged)))
 
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    image = random_image(0)
     image.save(tmp_path / "scan.png")
     inputs = processor(images=[image], text=["USER: <image>\nWhat? ASSISTANT: dark"], return_tensors="pt")
     with torch.no_grad():
@@ -304,15 +305,15 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
     base = f"org/base@{hub.repositories['model', 'org/base'].branches['main']}"
     more = ("--base_model_name_or_path", base, "--evaluation", str(scores))
     push(hub, tmp_path / "home", local / "adapter", "org/adapter", *more)
-    # The adapter's scores are those of the merged model.
+    # The scores of the adapter also hold for the merged model.
     push(hub, tmp_path / "home", merged, "org/merged", *more)
     shutil.rmtree(local)
     shutil.rmtree(merged)
 
-    done = client(hub.url, tmp_path / "elsewhere", "-c", FORWARD, "org/adapter", "org/merged@main", cwd=tmp_path)
+    result = client(hub.url, tmp_path / "elsewhere", "-c", FORWARD, "org/adapter", "org/merged@main", cwd=tmp_path)
     logits = torch.load(tmp_path / "logits.pt")
     assert torch.equal(logits["org/adapter"], expected) and torch.equal(logits["org/merged@main"], expected_merged)
-    assert done.stdout.count("QUICK START True") == 2
+    assert result.stdout.count("QUICK START True") == 2
 
     for kind, files in ((key, hub.files(*key)) for key in hub.repositories if key[0] == "model"):
         assert not any(str(tmp_path).encode() in content for content in files.values()), kind
@@ -322,24 +323,24 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
     card = hub.files("model", "org/merged")["README.md"].decode()
     assert "Merged from `org/base` (revision " in card and ") and a local adapter" in card
     assert "from medst_trl" not in card
-    of_merged = card_metadata(card.encode(), tmp_path)
-    assert of_merged["base_model"] == "org/base" and of_merged["library_name"] == "transformers"
-    for [index] in (metadata["model-index"], of_merged["model-index"]):
+    merged_metadata = card_metadata(card.encode(), tmp_path)
+    assert merged_metadata["base_model"] == "org/base" and merged_metadata["library_name"] == "transformers"
+    for [index] in (metadata["model-index"], merged_metadata["model-index"]):
         figures = {metric["name"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
         assert figures == {"strict open f1": 41.25, "strict closed accuracy": 80.0}
 
-    # Known by the adapter's pinned revision alone, too: the reference of `main` is not in this cache.
+    # The base is identified by the pinned revision of the adapter. This cache has no reference for `main`.
     code = "from medst_trl.policy import base_weights as b; b.weights_fingerprint = lambda *source: print(source)\n"
     code += "from medst_trl import load_policy; load_policy('org/adapter')"
-    done = client(hub.url, tmp_path / "elsewhere", "-c", code)
-    assert f"('org/base', '{base.partition('@')[2]}')" in done.stdout
+    result = client(hub.url, tmp_path / "elsewhere", "-c", code)
+    assert f"('org/base', '{base.partition('@')[2]}')" in result.stdout
 
-    # The repository of the base gets other weights: the adapter names a revision, and knows its base besides.
+    # When the repository of the base gets other weights, the adapter refuses them.
     adapter_policy(save_to=tmp_path / "other", seed=1)
     push(hub, tmp_path / "home", tmp_path / "other" / "base", "org/base")
     code = "from medst_trl import load_policy; load_policy('org/adapter', base_model_name_or_path='org/base')"
-    done = client(hub.url, tmp_path / "elsewhere", "-c", code, check=False)
-    assert "was trained on other weights than those of 'org/base'" in done.stderr
+    result = client(hub.url, tmp_path / "elsewhere", "-c", code, check=False)
+    assert "was trained on other weights than those of 'org/base'" in result.stderr
 
 
 @pytest.mark.slow
@@ -357,8 +358,8 @@ def test_reference_log_probs_are_pushed_with_their_pairs(hub, tmp_path):
             "per_device_train_batch_size": 4, "precompute_ref_log_probs": True, "disable_tqdm": True,
             "report_to": "none", "save_strategy": "no",
         }  # fmt: skip
-        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-        return client(hub.url, tmp_path / "elsewhere", "-m", "medst_trl.cli", "dpo", *words).stdout
+        arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
+        return client(hub.url, tmp_path / "elsewhere", "-m", "medst_trl.cli", "dpo", *arguments).stdout
 
     assert "5 are computed" in train(pairs, tmp_path / "here")
     [cache] = (pairs / "reference_log_probs").iterdir()
@@ -433,32 +434,33 @@ def test_a_recipe_reads_from_the_hub(hub, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    made = []
+    """Replace `push_directory` and return a list that records its calls."""
+    recorded = []
 
     def push_directory(directory, repo_id, **settings):
-        made.append((directory, repo_id, settings))
+        recorded.append((directory, repo_id, settings))
         return Pushed("https://hub/org/name", "adapter", "c0ffee" * 7, 3, 10)
 
     monkeypatch.setattr("medst_trl.hub.push.push_directory", push_directory)
-    return made
+    return recorded
 
 
-def training(repo_id: str | None) -> SimpleNamespace:
+def training_arguments(repo_id: str | None) -> SimpleNamespace:
     return SimpleNamespace(push_to_hub=True, hub_model_id=repo_id, output_dir="runs/dpo")
 
 
 @pytest.mark.parametrize(("repo_id", "message"), [(None, "add hub_model_id"), ("name", "hub_model_id is 'name'")])
 def test_a_push_without_a_valid_repository_is_refused(monkeypatch, repo_id, message):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef0123")
-    assert PushAfterStage(("",), [training("org/name")]).repo_id == "org/name"
+    assert PushAfterStage(("",), [training_arguments("org/name")]).repo_id == "org/name"
     with pytest.raises(UserError, match=message):
-        PushAfterStage(("",), [training(repo_id)])
+        PushAfterStage(("",), [training_arguments(repo_id)])
 
 
 def test_a_push_without_a_token_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("medst_trl.hub.push.get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
-        PushAfterStage(("",), [training("org/name")])
+        PushAfterStage(("",), [training_arguments("org/name")])
 
 
 def test_only_the_first_process_pushes(calls, monkeypatch, capsys):
@@ -471,7 +473,7 @@ def test_only_the_first_process_pushes(calls, monkeypatch, capsys):
     assert "https://hub/org/name" in capsys.readouterr().out
 
 
-def test_a_failed_push_after_a_stage_says_that_the_stage_is_finished(monkeypatch):
+def test_a_failed_push_after_a_stage_reports_that_the_stage_is_finished(monkeypatch):
     def refuse(*_, **__):
         raise UserError("The token may not write.")
 
@@ -486,7 +488,7 @@ def test_push_to_hub_is_cleared_in_the_arguments_of_a_trainer(calls, monkeypatch
         push_to_hub=True, hub_model_id="org/aligned", hub_private_repo=None, hub_revision="v2", output_dir=tmp_path
     )
     after = PushAfterStage(("",), [SimpleNamespace(dataset="x"), arguments])
-    assert arguments.push_to_hub is False  # TRL would upload the whole output directory
+    assert arguments.push_to_hub is False  # otherwise, TRL uploads the whole output directory
     after.run()
     assert calls == [(tmp_path, "org/aligned", {"private": True, "revision": "v2"})]
 
@@ -502,7 +504,7 @@ def test_each_dataset_that_exists_is_pushed_to_its_own_repository(calls, monkeyp
     ]  # fmt: skip
 
 
-def test_nothing_is_pushed_unless_asked(calls, tmp_path):
+def test_nothing_is_pushed_unless_requested(calls, tmp_path):
     PushAfterStage(("",), [SimpleNamespace(output_dir=tmp_path, push_to_hub=False), HubArguments()]).run()
     assert not calls
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Preference files of other projects: what is read, what is rejected, and round trips."""
+"""Test how preference files of other projects are read, rejected and written."""
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
+from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
@@ -15,17 +15,17 @@ from medst_trl.interop.preference_files import FORMATS, read_preference_file, wr
 from medst_trl.selftrain.preferences import select_preferences
 
 
-def pixels(number: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+def small_image(seed: int) -> Image.Image:
+    return random_image(seed, (8, 8))
 
 
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "images"
-    (folder / "deeper").mkdir(parents=True)
-    pixels(0).save(folder / "jones_1957.png")
-    pixels(1).save(folder / "deeper" / "b.jpg", comment="Jane Jones")
-    return folder
+    directory = tmp_path / "images"
+    (directory / "deeper").mkdir(parents=True)
+    small_image(0).save(directory / "jones_1957.png")
+    small_image(1).save(directory / "deeper" / "b.jpg", comment="Jane Jones")
+    return directory
 
 
 def record(
@@ -55,11 +55,11 @@ def test_a_round_trip_changes_nothing(tmp_path, images, format):
         record("c", format, ["jones_1957.png", "deeper/b.jpg"], "<image>\nand\n<image>\nWhich is\ndarker?"),
         record("d", format, None, "What is CT?"),
     ]
-    for turns in (records[1][key] for key in FORMATS[format]):  # a history
+    for turns in (records[1][key] for key in FORMATS[format]):  # an earlier turn
         turns[:0] = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]
     file = read(tmp_path, records, images)
     assert not file.rejected
-    assert file.pairs[0]["image_ids"] == [image_id(pixels(0))]
+    assert file.pairs[0]["image_ids"] == [image_id(small_image(0))]
     assert file.pairs[0]["chosen"] == [{"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}]
     assert json.loads(file.pairs[0]["judge"]) == {"source": format, "weighted_score": 0.8}
 
@@ -69,20 +69,20 @@ def test_a_round_trip_changes_nothing(tmp_path, images, format):
     assert [image_id(image) for image in dataset[2]["images"]] == dataset[2]["image_ids"]
 
     write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images_back", format)
-    again = read_preference_file(tmp_path / "back.json", tmp_path / "images_back")
-    assert not again.rejected
+    reread = read_preference_file(tmp_path / "back.json", tmp_path / "images_back")
+    assert not reread.rejected
     expected = without_file_names(file.pairs)
-    # In other projects' code a placeholder in an answer would ask for an image.
+    # A placeholder in an answer is removed, because other projects insert an image for it.
     expected[1]["rejected"][0]["content"][0]["text"] = "image right"
     for pair in expected if format == "mmedpo" else ():
         pair["judge"] = json.dumps({"weighted_score": 1.0} | json.loads(pair["judge"]))
-    assert [pair | {"judge": json.loads(pair["judge"])} for pair in without_file_names(again.pairs)] == [
+    assert [pair | {"judge": json.loads(pair["judge"])} for pair in without_file_names(reread.pairs)] == [
         pair | {"judge": {**json.loads(pair["judge"])} if format == "mmedpo" else {"source": format}}
         for pair in expected
     ]
 
 
-def test_no_file_name_and_no_metadata_is_published(tmp_path, images):
+def test_file_names_and_image_metadata_are_not_published(tmp_path, images):
     file = read(tmp_path, [record("jones_1957.png"), record("x", image="deeper/b.jpg")], images)
     write_preferences(tmp_path / "dataset", select_preferences(file.pairs, file.rejected), file)
     [parquet] = (tmp_path / "dataset").glob("*.parquet")
@@ -121,7 +121,7 @@ def test_unusable_records_are_rejected_with_a_reason(tmp_path, images):
     ]  # fmt: skip
 
 
-def test_a_broken_record_costs_no_other(tmp_path, images):
+def test_a_malformed_record_does_not_affect_others(tmp_path, images):
     text = json.dumps([record(name) for name in "abc"], indent=1)
     (tmp_path / "pairs.json").write_text(text.replace('"id": "b",', '"id": b",'))
     file = read_preference_file(tmp_path / "pairs.json", images)
@@ -145,7 +145,7 @@ def test_invalid_arguments_are_refused(tmp_path, images):
         write_preference_file(None, tmp_path / "x.json", images, "csv")
 
 
-def test_the_pairs_of_mmedpo_make_a_round_trip(tmp_path, shared_data):
+def test_pairs_of_mmedpo_are_unchanged_by_a_round_trip(tmp_path, shared_data):
     path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
     originals = json.loads(path.read_text())
     file = read_preference_file(path, shared_data / "vqa_rad" / "images")
@@ -153,8 +153,8 @@ def test_the_pairs_of_mmedpo_make_a_round_trip(tmp_path, shared_data):
     write_preferences(tmp_path / "dataset", select_preferences(file.pairs, duplicate_similarity=None), file)
     dataset = load_records(tmp_path / "dataset", "train")
     write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images", "mmedpo")
-    again = read_preference_file(tmp_path / "back.json", tmp_path / "images")
-    assert without_file_names(again.pairs) == without_file_names(file.pairs)
+    reread = read_preference_file(tmp_path / "back.json", tmp_path / "images")
+    assert without_file_names(reread.pairs) == without_file_names(file.pairs)
     for written, original in zip(json.loads((tmp_path / "back.json").read_text()), originals, strict=True):
         for turn in (*original["conversations"], *original["rejected_conversations"]):
             turn["value"] = turn["value"].strip()

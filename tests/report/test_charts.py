@@ -48,8 +48,8 @@ def test_lines_are_labelled_with_name_and_last_value_and_axes_with_units():
 
 def test_labels_of_close_lines_do_not_overlap():
     svg = draw_lines(*(Line(f"line{n}", [(0, 0), (1, 1 + n / 1000)]) for n in range(4)))
-    places = sorted(float(e.get("y")) for e in svg.iter(f"{SVG}text") if (e.text or "").startswith("line"))
-    assert all(after - before >= 13 for before, after in pairwise(places))
+    positions = sorted(float(e.get("y")) for e in svg.iter(f"{SVG}text") if (e.text or "").startswith("line"))
+    assert all(after - before >= 13 for before, after in pairwise(positions))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_all_points_are_inside_the_chart(points):
     assert "nan" not in ET.tostring(svg, encoding="unicode") and "inf" not in ET.tostring(svg, encoding="unicode")
 
 
-def test_no_points_make_no_chart():
+def test_no_chart_is_drawn_without_points():
     assert line_chart("t", [Line("x", []), Line("y", [(1, math.nan)])], x_label="", y_label="") == ""
     assert bar_chart("t", [Group("g", [])]) == ""
 
@@ -81,7 +81,7 @@ def test_long_logs_are_averaged():
     assert max(y for _, y in points) - min(y for _, y in points) < 1e-6
 
 
-def test_the_length_of_a_bar_is_its_value():
+def test_the_length_of_a_bar_is_proportional_to_its_value():
     svg = draw_bars(Bar("a", 20), Bar("b", 40), limits=(0, 100))
     lengths = [float(rect.get("width")) for rect in svg.iter(f"{SVG}rect")]
     assert lengths[1] == pytest.approx(2 * lengths[0], abs=0.3)
@@ -90,13 +90,13 @@ def test_the_length_of_a_bar_is_its_value():
 def test_error_bars_and_marks_are_drawn_to_scale():
     svg = draw_bars(Bar("a", 50, 25, 75), mark=50, limits=(0, 100), mark_name="baseline")
     (rect,) = svg.iter(f"{SVG}rect")
-    rules = [tuple(float(line.get(key)) for key in ("x1", "y1", "x2", "y2")) for line in svg.iter(f"{SVG}line")]
+    segments = [tuple(float(line.get(key)) for key in ("x1", "y1", "x2", "y2")) for line in svg.iter(f"{SVG}line")]
     left, width = float(rect.get("x")), float(rect.get("width"))
     assert any(
         x1 == pytest.approx(left + width / 2, abs=0.3) and x2 == pytest.approx(left + 1.5 * width, abs=0.3)
-        for x1, _, x2, _ in rules
+        for x1, _, x2, _ in segments
     )
-    assert any(x1 == x2 == pytest.approx(left + width, abs=0.3) for x1, _, x2, _ in rules)
+    assert any(x1 == x2 == pytest.approx(left + width, abs=0.3) for x1, _, x2, _ in segments)
     assert "baseline" in texts(svg)
     assert "(25.0 to 75.0)" in svg.find(f"{SVG}desc").text
 
@@ -107,7 +107,7 @@ def test_negative_bars_are_on_the_other_side_of_zero():
     assert float(loss.get("x")) + float(loss.get("width")) == pytest.approx(float(gain.get("x")), abs=0.2)
 
 
-def test_bars_of_one_name_have_one_colour():
+def test_bars_with_the_same_name_have_the_same_colour():
     groups = [Group("one", [Bar("a", 1), Bar("b", 2)]), Group("two", [Bar("b", 1), Bar("a", 2)])]
     svg = ET.fromstring(bar_chart("t", groups))
     colours = [re.search(r"--series-\d", rect.get("style"))[0] for rect in svg.iter(f"{SVG}rect")]
@@ -115,11 +115,13 @@ def test_bars_of_one_name_have_one_colour():
 
 
 @pytest.mark.parametrize(
-    "evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</svg></style>", "\u202e"]
+    "hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</svg></style>", "\u202e"]
 )
-def test_names_from_data_cannot_become_markup(evil):
-    lines = line_chart(evil, [Line(evil, [(0, 1), (1, 2)])], x_label=evil, y_label=evil, level=(1.5, evil))
-    bars = bar_chart(evil, [Group(evil, [Bar(evil, 1, 0, 2)], 1)], unit=evil, mark_name=evil)
+def test_names_from_data_cannot_become_markup(hostile):
+    lines = line_chart(
+        hostile, [Line(hostile, [(0, 1), (1, 2)])], x_label=hostile, y_label=hostile, level=(1.5, hostile)
+    )
+    bars = bar_chart(hostile, [Group(hostile, [Bar(hostile, 1, 0, 2)], 1)], unit=hostile, mark_name=hostile)
     for svg in (lines, bars):
         tags = {element.tag.removeprefix(SVG) for element in ET.fromstring(svg).iter()}
         assert tags <= {"svg", "title", "desc", "text", "line", "polyline", "rect", "circle"}

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Statements about the chosen answers agree with the log."""
+"""Test that statements about the chosen answers agree with the log."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from medst_trl.report.curves import displacement
 
 
 def log(chosen, rejected=None, margin=None, kind="logratios"):
-    """Five entries, of which only the last belongs to the end of training."""
+    """Return a log of five entries, of which only the last belongs to the end of training."""
     figures = {f"{kind}/chosen": chosen, f"{kind}/rejected": rejected, "rewards/margins": margin}
     figures = {key: value for key, value in figures.items() if value is not None}
     return [{"step": step, **(figures if step == 5 else dict.fromkeys(figures, 99.0))} for step in range(1, 6)]
@@ -21,7 +21,7 @@ def test_displacement_with_a_growing_margin_is_explained():
 
 
 @pytest.mark.parametrize(("rejected", "margin"), [(-0.1, -0.03), (-0.4, 0.0), (None, 0.2), (-3.0, None), (None, None)])
-def test_a_margin_that_does_not_grow_is_not_said_to_grow(rejected, margin):
+def test_a_margin_is_called_growing_only_if_it_grows(rejected, margin):
     text = displacement(log(-0.4, rejected, margin))
     assert text.startswith("Likelihood displacement") and "margin grows" not in text
     assert ("has not grown" in text) == (margin is not None and margin <= 0)
@@ -33,7 +33,7 @@ def test_a_small_loss_is_not_called_displacement(chosen):
     assert "about as likely as" in text and "isplacement" not in text and "margin" not in text
 
 
-def test_chosen_answers_above_the_reference():
+def test_chosen_answers_more_likely_than_under_the_reference_are_reported():
     assert "no less likely than under the reference (+0.200 nats)" in displacement(log(0.2, -1.0, 0.12))
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A source and a metric of a plugin file are in cards and report, which read records and need no plugin themselves."""
+"""Test that cards and the report show a source and a metric of a plugin file without loading the plugin."""
 
 import json
 import os
@@ -60,21 +60,21 @@ METRICS.register(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run directory with `prepare`, and `evaluate` before and after, made by processes that have the plugin."""
+    """Write a run with `prepare` and two evaluations, by processes that load the plugin."""
     tmp_path = tmp_path_factory.mktemp("plugin")
     (tmp_path / "plugin.py").write_text(PLUGIN)
 
-    def medst(*words: str) -> None:
-        command = [sys.executable, "-m", "medst_trl.cli", "--plugins", "plugin.py", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    def run_medst(*arguments: str) -> None:
+        command = [sys.executable, "-m", "medst_trl.cli", "--plugins", "plugin.py", *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
 
-    medst("prepare", "--source", "squares", "--output_dir", "run/prepare")
+    run_medst("prepare", "--source", "squares", "--output_dir", "run/prepare")
     for name, prediction in (("before", "it is a lung that you see"), ("after", "a lung")):
         row = {"id": "1", "image_id": "a", "answer": "lung", "answer_type": "open", "prediction": prediction}
         (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n")
         directory = f"run/evaluate/{name}"
-        medst("evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", directory)
+        run_medst("evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", directory)
     return tmp_path / "run"
 
 
@@ -82,13 +82,13 @@ def test_this_process_has_no_plugin():
     assert "squares" not in SOURCES and "brevity" not in METRICS
 
 
-def test_the_dataset_card_has_the_source_of_a_plugin(run):
+def test_the_dataset_card_shows_the_source_of_a_plugin(run):
     card = dataset_card(find_contents(run / "prepare" / "instruct"), "org/squares")
     assert "[Grey &#124; squares](https://example.org/squares). Licence: CC0 1.0" in card
     assert "license: cc0-1.0\n" in card and "| source | squares |" in card
 
 
-def test_the_model_card_has_the_metric_of_a_plugin(run, tmp_path):
+def test_the_model_card_shows_the_metric_of_a_plugin(run, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     card = model_card(find_contents(tmp_path), "org/model", evaluations=[run / "evaluate" / "after"])
@@ -96,7 +96,7 @@ def test_the_model_card_has_the_metric_of_a_plugin(run, tmp_path):
     assert "name: brevity short answers" in card
 
 
-def test_the_report_has_source_and_metric_of_a_plugin(run):
+def test_the_report_shows_the_source_and_the_metric_of_a_plugin(run):
     html = make_report(run, bootstrap_samples=10).html
     assert 'aria-label="Short answers, 1 questions"' in html and 'aria-label="Long answers' not in html
     assert ">short answers</th>" in html and ">long answers</th>" in html

@@ -15,7 +15,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.report.report import make_report, write_report
 
 
-EVIL = (
+HOSTILE_TEXTS = (
     "<script>alert(1)</script>",
     '"><img src=https://example.com/x onerror=alert(1)>',
     "</style></svg></title><iframe src=//example.com>",
@@ -29,7 +29,7 @@ FAST = {"bootstrap_samples": 10, "gallery": 6}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text without the style sheet."""
+    """Parser that collects the elements with their attributes, and the text without the style sheet."""
 
     def __init__(self, html):
         super().__init__()
@@ -159,7 +159,7 @@ def test_images_of_the_run_are_scaled_down(run):
         assert max(picture.size) == 20 and not picture.info.get("exif")
 
 
-def test_each_pair_of_a_candidate_is_a_case_of_its_own(tmp_path):
+def test_each_pair_of_a_candidate_is_a_separate_case(tmp_path):
     run = tmp_path / "run"
     candidates = made_run.generate(run, made_run.make_phantoms(2, seed=0, split="test"))
     rows = [
@@ -175,10 +175,10 @@ def test_each_pair_of_a_candidate_is_a_case_of_its_own(tmp_path):
 
 
 def test_the_gallery_shows_the_number_of_cases_asked_for(original):
-    for most in (0, 1, 5):
-        _, page = report_on(original, gallery=most)
+    for number in (0, 1, 5):
+        _, page = report_on(original, gallery=number)
         shown = page.words.count("Dropped: ") + page.words.count("Kept: answer")
-        assert shown == 3 * most  # three rounds: outside, 1, 2
+        assert shown == 3 * number  # for the run itself, round 1 and round 2
 
 
 def test_no_path_of_this_machine_is_on_the_page(original):
@@ -202,31 +202,45 @@ def test_secrets_are_not_on_the_page(run):
     assert key not in html and "me:password" not in html and "kkkkkkkkk" not in html
 
 
-@pytest.mark.parametrize("evil", EVIL)
-def test_text_from_data_cannot_become_markup(tmp_path, evil, page):
-    """All that data can put on the page at once. Elements and attributes stay those of an ordinary run."""
+@pytest.mark.parametrize("hostile_text", HOSTILE_TEXTS)
+def test_text_from_data_cannot_become_markup(tmp_path, hostile_text, page):
+    """All texts from data are hostile. The page has only the elements and attributes of an ordinary run."""
     run = tmp_path / "run"
-    counts = {"rejected": {evil: 3}, "datasets": {evil: {evil: 2}}}
-    made_run.write_stage(run / "prepare", "prepare", counts=counts, settings={"source": evil})
+    counts = {"rejected": {hostile_text: 3}, "datasets": {hostile_text: {hostile_text: 2}}}
+    made_run.write_stage(run / "prepare", "prepare", counts=counts, settings={"source": hostile_text})
     phantoms = made_run.make_phantoms(4, seed=0, split="test")
     candidates = made_run.generate(run, phantoms)
-    rows = [made_run.judgement(c, dropped=[None, "flip", evil][i % 3]) for i, c in enumerate(candidates)]
+    rows = [made_run.judgement(c, dropped=[None, "flip", hostile_text][i % 3]) for i, c in enumerate(candidates)]
     for row in rows:
-        row |= {"question": evil, "answers": [evil, f"{evil} {evil}"], "model": evil, "prompt_version": evil}
+        row |= {
+            "question": hostile_text,
+            "answers": [hostile_text, f"{hostile_text} {hostile_text}"],
+            "model": hostile_text,
+            "prompt_version": hostile_text,
+        }
         for order in row["orders"]:
-            order |= {"reply": evil, "scores": [evil, 3]}
+            order |= {"reply": hostile_text, "scores": [hostile_text, 3]}
     made_run.judge(run, candidates, rows=[json.loads(json.dumps(row)) for row in rows])
     made_run.sft(run)
     made_run.write_log(
-        run / "sft", [{"step": 1, "loss": 1.0, evil: 3}, {"step": 2, "loss": 0.5}, {"step": evil, "loss": evil}, evil]
+        run / "sft",
+        [
+            {"step": 1, "loss": 1.0, hostile_text: 3},
+            {"step": 2, "loss": 0.5},
+            {"step": hostile_text, "loss": hostile_text},
+            hostile_text,
+        ],
     )
 
     def replace_texts(predictions):
-        return [row | {"question": evil, "prediction": evil, "question_type": evil} for row in predictions]
+        return [
+            row | {"question": hostile_text, "prediction": hostile_text, "question_type": hostile_text}
+            for row in predictions
+        ]
 
     made_run.evaluate(run, "evaluate/stage_1", phantoms, "sft", 0.5)
     made_run.evaluate(run, "evaluate/aligned", phantoms, "dpo", 0.5, replace_texts)
-    report, hostile = report_on(run, title=evil, gallery=12)
+    report, hostile = report_on(run, title=hostile_text, gallery=12)
     write_report(report, tmp_path / "out")
     assert not hostile.unbalanced and not hostile.open
     assert {tag for tag, _ in hostile.elements} <= {tag for tag, _ in page.elements}
@@ -234,7 +248,7 @@ def test_text_from_data_cannot_become_markup(tmp_path, evil, page):
     assert {(tag, name) for tag, attributes in hostile.elements for name in attributes} <= known
     for _, attributes in hostile.elements:
         assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "#").startswith("#")
-    visible = evil.translate({c: f"⟨U+{c:04X}⟩" for c in (0x202E, 0x2066, 0x00, 0x1B)})
+    visible = hostile_text.translate({c: f"⟨U+{c:04X}⟩" for c in (0x202E, 0x2066, 0x00, 0x1B)})
     assert hostile.text.count(visible) > 20
     assert "\u202e" not in hostile.text and "\x00" not in report.html
 
@@ -247,7 +261,7 @@ def test_lone_surrogates_can_be_written(run, tmp_path):
     assert "\ufffd is right." in page.text
 
 
-def test_long_answers_are_cut_with_a_count(run):
+def test_long_answers_are_cut_with_the_number_of_missing_characters(run):
     lines = (run / "judge" / "judgements.jsonl").read_text().splitlines()
     rows = [json.loads(line) | {"answers": ["word " * 10_000, "b"], "question": "q" * 50_000} for line in lines]
     (run / "judge" / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -256,7 +270,7 @@ def test_long_answers_are_cut_with_a_count(run):
     assert len(report.html) < 400_000
 
 
-def test_missing_and_unfinished_stages_are_named(run):
+def test_missing_and_unfinished_stages_are_listed(run):
     for name in ("judge", "dpo", "round_1", "round_2", "evaluate/aligned"):
         shutil.rmtree(run / name)
     made_run.write_stage(run / "judge", "judge", status="running")
@@ -288,7 +302,7 @@ def test_unfinished_training_shows_the_log_of_its_newest_checkpoint(run):
 
 
 DAMAGES = {
-    "cut": lambda data: data[: len(data) // 2],
+    "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
     "binary": lambda data: bytes(range(256)) * 4,
     "list": lambda data: b"[1, 2]",
@@ -320,7 +334,7 @@ def test_a_damaged_file_is_noted_and_the_rest_is_shown(run, name, damage):
     assert all(str(run) not in note for note in report.notes)
 
 
-def test_lines_that_are_not_judgements_are_counted(run):
+def test_lines_that_are_not_judgements_are_counted_and_skipped(run):
     path = run / "judge" / "judgements.jsonl"
     lines = path.read_text().splitlines()
     good = json.loads(lines[0])
@@ -375,12 +389,12 @@ def test_a_path_without_a_run_is_refused(tmp_path, kind):
         make_report(run)
 
 
-def test_links_in_a_circle_are_not_followed_forever(run):
+def test_circular_links_are_not_followed_forever(run):
     (run / "round_1" / "again").symlink_to(run)
     assert report_on(run)[0].html
 
 
-def test_only_a_page_of_ours_is_replaced(original, tmp_path):
+def test_only_a_report_of_medst_trl_is_replaced(original, tmp_path):
     report, _ = report_on(original)
     for _ in range(2):
         path = write_report(report, tmp_path / "out")

@@ -34,7 +34,7 @@ def test_cut_text_ends_with_the_number_of_missing_characters():
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "expected"),
     [
         ("/data/run/sft", "sft"),
         ("/data/run", "."),
@@ -48,8 +48,8 @@ def test_cut_text_ends_with_the_number_of_missing_characters():
         ("", ""),
     ],
 )
-def test_paths_are_relative_to_the_run_directory(value, shown):
-    assert place(value, Path("/data/run")) == shown
+def test_paths_are_relative_to_the_run_directory(value, expected):
+    assert place(value, Path("/data/run")) == expected
 
 
 def test_paths_in_messages_are_shortened():
@@ -59,22 +59,22 @@ def test_paths_in_messages_are_shortened():
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "expected"),
     [
         (12345, "12,345"), (0.6931, "0.693"), (-3.0, "−3"), (1e-5, "1.0e-05"), (12345.6, "12,346"), (0.0, "0"),
         (None, "–"), (math.nan, "–"),
     ],
 )  # fmt: skip
-def test_numbers_are_readable(value, shown):
-    assert number(value) == shown
+def test_numbers_are_readable(value, expected):
+    assert number(value) == expected
 
 
-def test_numbers_with_decimals():
+def test_the_number_of_decimals_and_the_sign_can_be_chosen():
     assert number(2.345, 1) == "2.3" and number(-2.345, 1, "+") == "−2.3" and number(2.345, 1, "+") == "+2.3"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(2.34, "2.3 s"), (59, "59 s"), (192, "3 min 12 s"), (7500, "2 h 5 min"), (None, "–")]
+    ("seconds", "expected"), [(2.34, "2.3 s"), (59, "59 s"), (192, "3 min 12 s"), (7500, "2 h 5 min"), (None, "–")]
 )
-def test_durations_are_readable(seconds, shown):
-    assert duration(seconds) == shown
+def test_durations_are_readable(seconds, expected):
+    assert duration(seconds) == expected

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A converted tokenizer writes the tokens of the original code, which cut a text at its images."""
+"""Test that a converted tokenizer gives the tokens of the original code, which splits a text at its images."""
 
 import json
 
@@ -17,37 +17,37 @@ TEXT = (
 )
 
 
-def in_pieces(folder, tokenizer) -> list[int]:
-    """Tokenize as the original code: each piece between images separately, without the first token of later ones."""
-    plain = _from_sentencepiece(folder)
-    before, behind = TEXT.split("<image>")
+def tokenize_as_original(directory, tokenizer) -> list[int]:
+    """Tokenize the parts before and after the image separately, without the first token of the second part."""
+    plain = _from_sentencepiece(directory)
+    before, after = TEXT.split("<image>")
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return [*plain(before)["input_ids"], image, *plain(behind)["input_ids"][1:]]
+    return [*plain(before)["input_ids"], image, *plain(after)["input_ids"][1:]]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_tokens_are_those_of_the_original_code(tmp_path, legacy):
+def test_tokens_equal_those_of_the_original_code(tmp_path, legacy):
     original.write_tokenizer(tmp_path, legacy=legacy)
     tokenizer = read_tokenizer(tmp_path)
     ids = tokenizer(TEXT)["input_ids"]
-    assert ids == in_pieces(tmp_path, tokenizer) and ids[0] == tokenizer.bos_token_id
+    assert ids == tokenize_as_original(tmp_path, tokenizer) and ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == TEXT.replace("<image>\n", "<image> \n") or legacy
-    at = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
-    assert tokenizer.convert_ids_to_tokens(ids[at + 1 : at + 3]) == ["▁", "<0x0A>"]
+    position = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
+    assert tokenizer.convert_ids_to_tokens(ids[position + 1 : position + 3]) == ["▁", "<0x0A>"]
     assert ("▁VUSER" in tokenizer.convert_ids_to_tokens(ids)) == legacy  # there is no space in `</s>VUSER`
     tokenizer.save_pretrained(tmp_path / "saved")
     assert read_tokenizer(tmp_path / "saved")(TEXT)["input_ids"] == ids  # from tokenizer.json
 
 
-def test_llamas_tokenizer_gives_the_known_tokens(shared_data, tmp_path):
+def test_the_llama_tokenizer_gives_known_tokens(shared_data, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((shared_data / "tokenizers" / "llama_tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
     tokenizer = read_tokenizer(tmp_path)
     assert len(tokenizer) == 32002 and tokenizer.is_fast
-    # the ids that LLaVA-1.5 gives for its best-known prompt, with -200 for the image
+    # the ids of this prompt in LLaVA-1.5, where the image has -200 instead of 32000
     ids = tokenizer("USER: <image>\nWhat is it? ASSISTANT:")["input_ids"]
     assert ids == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 5618, 338, 372, 29973, 319, 1799, 9047, 13566, 29901]
-    assert tokenizer(TEXT)["input_ids"] == in_pieces(tmp_path, tokenizer)
+    assert tokenizer(TEXT)["input_ids"] == tokenize_as_original(tmp_path, tokenizer)
 
 
 def test_added_tokens_keep_their_ids(tmp_path):

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A converted STLLaVA-Med asks as it was trained, and can be trained further in both stages."""
+"""Test that a converted STLLaVA-Med uses the prompts of its training and can be trained in both stages."""
 
 import original_checkpoints as original
 import pytest
@@ -18,17 +18,17 @@ from medst_trl.policy.vusr import VUSR, add_vusr
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stllava_med")
+    directory = tmp_path_factory.mktemp("stllava_med")
     weights = original.language_weights() | original.projector_weights("cluster")
-    original.write_clip(folder / "clip")
-    original.write_checkpoint(folder / "source", weights | original.vision_weights(original.INSIDE), "cluster")
-    convert_checkpoint(str(folder / "source"), folder / "text")
-    convert_checkpoint(str(folder / "source"), folder / "token", vusr_role="token")
-    return folder
+    original.write_clip(directory / "clip")
+    original.write_checkpoint(directory / "source", weights | original.vision_weights(original.INSIDE), "cluster")
+    convert_checkpoint(str(directory / "source"), directory / "text")
+    convert_checkpoint(str(directory / "source"), directory / "token", vusr_role="token")
+    return directory
 
 
-def prompt(processor, *texts):
-    """The decoded prompt of a conversation whose first turn has the image, shown as one token."""
+def decoded_prompt(processor, *texts):
+    """Return the decoded prompt of a conversation whose first turn has an image. The image is shown as one token."""
     image = {"type": "image", "image": Image.new("RGB", (40, 20), "gray")}
     messages = [
         {
@@ -41,18 +41,18 @@ def prompt(processor, *texts):
     return processor.decode(encoded["input_ids"][0]).replace("<image>" * 289, "<image>")
 
 
-def test_a_bare_turn_renders_the_prompt_of_training(converted):
+def test_prompts_equal_those_of_training(converted):
     _, processor = load_policy(str(converted / "text"))
     # The space after the image is a token of the original code, see test_processor.py.
     start = f"<s> {VUSER_SYSTEM} "
-    assert prompt(processor, VUSR) == f"{start}VUSER: <image> \n"
-    assert prompt(processor, "q1", "a1", VUSR) == f"{start}USER: <image> \nq1 ASSISTANT: a1</s>VUSER:"
-    assert prompt(processor, "q1") == f"{start}USER: <image> \nq1 ASSISTANT:"
+    assert decoded_prompt(processor, VUSR) == f"{start}VUSER: <image> \n"
+    assert decoded_prompt(processor, "q1", "a1", VUSR) == f"{start}USER: <image> \nq1 ASSISTANT: a1</s>VUSER:"
+    assert decoded_prompt(processor, "q1") == f"{start}USER: <image> \nq1 ASSISTANT:"
 
 
 def test_the_token_role_leaves_a_row_for_the_token(converted):
     model, processor = load_policy(str(converted / "token"))
-    assert prompt(processor, VUSR) == f"<s> {VICUNA_SYSTEM} USER: <image> \n{VUSR}"
+    assert decoded_prompt(processor, VUSR) == f"<s> {VICUNA_SYSTEM} USER: <image> \n{VUSR}"
     rows = model.get_input_embeddings().num_embeddings
     assert rows == model.config.text_config.vocab_size and rows % 64 == 0
     assert processor.tokenizer.convert_tokens_to_ids(VUSR) < rows

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files of other projects are read, and joined with right answers if they have none, but never with wrong ones."""
+"""Test that predictions files of other projects are read, and are joined only with the right answers."""
 
 import json
 from dataclasses import asdict
@@ -32,7 +32,7 @@ QUESTIONS = [
 
 
 def answers(*changes):
-    """LLaVA-Med's answers to `QUESTIONS`, with changes for each row."""
+    """Return answers to `QUESTIONS` in the format of LLaVA-Med, with the changes to each row."""
     rows = [
         {"question_id": int(question["id"][8:]), "prompt": question["question"] + OPTIONS, "text": f"said {number}",
          "answer_id": "x", "model_id": "m", "metadata": {}}
@@ -51,49 +51,55 @@ def path(tmp_path):
     return tmp_path / "answers.jsonl"
 
 
-def joined(path, rows, questions=QUESTIONS):
+def read_joined(path, rows, questions=QUESTIONS):
+    """Write and read the rows. Return the predictions and the reasons of rejected rows, by id."""
     records, rejected = read_predictions(write_lines(path, rows), benchmark=questions)
     return {record["id"]: record["prediction"] for record in records}, {row["id"]: row["reason"] for row in rejected}
 
 
 class TestLlavaMed:
-    def test_joined_by_id_in_any_order(self, path):
-        right = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
-        assert joined(path, answers()) == (right, {})
-        assert joined(path, answers()[::-1]) == (right, {})
+    def test_answers_are_joined_by_id_in_any_order(self, path):
+        expected = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
+        assert read_joined(path, answers()) == (expected, {})
+        assert read_joined(path, answers()[::-1]) == (expected, {})
         (record, *_), _ = read_predictions(path, benchmark=QUESTIONS)
-        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[-1]  # the question is the benchmark's too
+        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[
+            -1
+        ]  # the question also comes from the benchmark
         assert record["generation"] == {"model": "m"}
 
-    def test_joined_by_order_if_the_ids_differ(self, path):
-        shifted = [row | {"question_id": row["question_id"] + 1} for row in answers()]  # as MEVF numbers VQA-RAD
-        right = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
-        assert joined(path, shifted) == (right, {})
-        assert joined(path, shifted, QUESTIONS[::-1]) == (right, {})  # by the order of the benchmark's ids
+    def test_answers_are_joined_by_order_if_the_ids_differ(self, path):
+        shifted = [row | {"question_id": row["question_id"] + 1} for row in answers()]  # the ids of MEVF
+        expected = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
+        assert read_joined(path, shifted) == (expected, {})
+        assert read_joined(path, shifted, QUESTIONS[::-1]) == (
+            expected,
+            {},
+        )  # in the order of the ids of the benchmark
         with pytest.raises(UserError, match="does not answer the questions.*by order"):
-            joined(path, [shifted[index] for index in (1, 0, 2, 3)])
+            read_joined(path, [shifted[index] for index in (1, 0, 2, 3)])
         with pytest.raises(UserError, match="3 rows, 4 questions"):
-            joined(path, shifted[:3])
+            read_joined(path, shifted[:3])
 
     def test_ids_of_other_questions_are_refused(self, path):
         wrong = answers({}, {"prompt": "Is this coronal?"}, {}, {})
         with pytest.raises(UserError, match="by id 1 differ.*'Is this coronal.' and 'Is this axial"):
-            joined(path, wrong)
+            read_joined(path, wrong)
 
     def test_every_unusable_row_is_reported(self, path):
         rows = answers({}, {"question_id": 99}, {"text": None}, {})
         del rows[3]["text"]
-        said, reasons = joined(path, [*rows, rows[0], "{cut off\n", "[1]\n"])
-        assert said == {"vqa_rad-10": "said 0"}
+        predictions, reasons = read_joined(path, [*rows, rows[0], "{cut off\n", "[1]\n"])
+        assert predictions == {"vqa_rad-10": "said 0"}
         assert reasons == {
             "row 2": "not in the benchmark", "row 3": "no text", "row 4": "no text", "vqa_rad-10": "repeated id",
             "row 6": "not JSON", "row 7": "not a JSON object", "vqa_rad-13": "no prediction for a question",
             "vqa_rad-20": "no prediction for a question", "vqa_rad-21": "no prediction for a question",
         }  # fmt: skip
 
-    def test_right_answers_come_from_its_file_of_questions(self, path, tmp_path):
+    def test_right_answers_are_read_from_a_file_of_questions(self, path, tmp_path):
         gold = [
-            {"id": 10, "image": "a.jpg", "answer_type": "CLOSED", "conversatons": [  # as LLaVA-Med spells it
+            {"id": 10, "image": "a.jpg", "answer_type": "CLOSED", "conversatons": [  # the spelling of LLaVA-Med
                 {"from": "human", "value": "<image>\nIs there air?"}, {"from": "gpt", "value": "yes"}]},
             {"id": 21, "image": "b.jpg", "answer_type": "OPEN", "conversations": [
                 {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a lung"}]},
@@ -146,17 +152,22 @@ class TestMedEvalKit:
     def test_final_answer_is_extracted(self, response, answer):
         assert final_answer(response) == answer
 
-    def test_joined_by_order_only_with_the_same_right_answers(self, tmp_path):
+    def test_results_are_joined_by_order_only_with_the_same_right_answers(self, tmp_path):
         rows = [{"question": q["question"], "answer": q["answer"].lower(), "response": "x"} for q in QUESTIONS]
         path = tmp_path / "results.json"
         path.write_text(json.dumps(rows))
         records, _ = read_predictions(path, benchmark=QUESTIONS)
         assert [record["image_id"] for record in records] == ["a", "a", "b", "b"]
         assert not any("answer_type_guessed" in record for record in records)
-        path.write_text(json.dumps([rows[0], rows[0] | {"lang": "zh"}, *rows[1:]]))  # SLAKE in both languages
+        path.write_text(
+            json.dumps([rows[0], rows[0] | {"lang": "zh"}, *rows[1:]])
+        )  # as in SLAKE, which has both languages
         records, rejected = read_predictions(path, benchmark=QUESTIONS)
         assert (len(records), [row["reason"] for row in rejected]) == (4, ["not in English"])
-        rows[1]["answer"], rows[2]["answer"] = rows[2]["answer"], rows[1]["answer"]  # two images with one question
+        rows[1]["answer"], rows[2]["answer"] = (
+            rows[2]["answer"],
+            rows[1]["answer"],
+        )  # the same question about two images
         path.write_text(json.dumps(rows))
         with pytest.raises(UserError, match="by order 2 differ"):
             read_predictions(path, benchmark=QUESTIONS)
@@ -171,7 +182,7 @@ class TestVlmEvalKit:
         )
         records, rejected = read_predictions(path)
         assert [(row["id"], row["question"], row["answer_type"], row["prediction"]) for row in records] == [
-            ("0", "Is it?", "closed", "NA"), ("3", "a\nb", "open", ""),  # an empty answer is wrong, not missing
+            ("0", "Is it?", "closed", "NA"), ("3", "a\nb", "open", ""),  # an empty prediction is wrong, not missing
         ]  # fmt: skip
         assert [row["reason"] for row in rejected] == ["no answer", "2 cells instead of 5"]
 
@@ -226,21 +237,21 @@ class TestVlmEvalKit:
         ("a.json", '[{"question": "\\ud800?", "answer": "yes", "response": "no"}]', None, "are no Unicode"),
     ],
 )  # fmt: skip
-def test_wrong_files_are_refused(tmp_path, name, text, format, message):
+def test_invalid_files_are_refused(tmp_path, name, text, format, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_predictions(tmp_path / name, format)
 
 
-def test_our_own_format_is_not_joined(path):
+def test_the_format_of_medst_trl_is_not_joined(path):
     write_lines(path, [QUESTIONS[0] | {"prediction": "no"}])
     assert read_predictions(path)[0][0]["prediction"] == "no"
     with pytest.raises(UserError, match="Leave the benchmark out"):
         read_predictions(path, benchmark=QUESTIONS)
 
 
-def test_bytes_of_another_encoding_cost_one_row(tmp_path):
+def test_bytes_of_another_encoding_reject_one_row(tmp_path):
     path = tmp_path / "p.csv"
     path.write_bytes(b"index,question,answer,prediction\n0,Is it?,no,na\xefve\n1,Is it?,no,no\n")
     records, rejected = read_predictions(path)
@@ -249,8 +260,8 @@ def test_bytes_of_another_encoding_cost_one_row(tmp_path):
 
 @pytest.mark.parametrize("reader", [read_vqa_rad, read_vqa_rad_mevf])
 @pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
-def test_llava_meds_published_answers_have_its_golden_scores(shared_data, reader, name):
-    """By id against the official release, by order against MEVF's split, whose ids are one higher: the same scores."""
+def test_published_answers_of_llava_med_have_the_golden_scores(shared_data, reader, name):
+    """The answers are joined with the official release by id, and with MEVF's split, whose ids differ, by order."""
     source = reader(shared_data / "vqa_rad", shared_data / "vqa_rad" / "images")
     test = (question for question in source.questions if question.split == "test")
     questions = [asdict(question) | {"image_id": question.image} for question in test]
@@ -266,13 +277,27 @@ def test_llava_meds_published_answers_have_its_golden_scores(shared_data, reader
     assert scores["closed"]["accuracy"]["value"] == pytest.approx(golden["closed_gated"], abs=1e-6)
 
 
-# A row of all formats at once; one value is made invalid.
+# A row with the fields of all formats. The test replaces one value at a time.
 ROW = {
     "id": "a", "question_id": 1, "prompt": "Is it?", "text": "x", "metadata": {"answer": "no", "answer_type": "open"},
     "question": "Is it?", "answer": "no", "answer_type": "CLOSED", "response": "no", "lang": "en", "index": 3,
     "prediction": "no", "image_id": "i", "question_type": "PRES", "model_id": "m",
 }  # fmt: skip
-ODD = ["", "\ud800", "\\boxed{", None, True, 2.5, float("nan"), [], [1], {}, {"answer": ["no"]}, "metadata", -1]
+UNUSUAL_VALUES = [
+    "",
+    "\ud800",
+    "\\boxed{",
+    None,
+    True,
+    2.5,
+    float("nan"),
+    [],
+    [1],
+    {},
+    {"answer": ["no"]},
+    "metadata",
+    -1,
+]
 
 
 def read_or_refused(path, format, questions):
@@ -290,7 +315,7 @@ def read_or_refused(path, format, questions):
 @pytest.mark.parametrize("format", ["llava_med", "medevalkit", "vlmevalkit"])
 def test_any_value_is_read_or_refused(tmp_path, format, questions):
     for key in ROW:
-        for value in ODD:
+        for value in UNUSUAL_VALUES:
             (tmp_path / "p.json").write_text(json.dumps([ROW | {key: value}, ROW | {"id": "b", "question_id": 2}]))
             read_or_refused(tmp_path / "p.json", format, questions)
 
@@ -298,8 +323,8 @@ def test_any_value_is_read_or_refused(tmp_path, format, questions):
 @settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=60), st.sampled_from([".json", ".jsonl", ".tsv", ".csv"]))
 def test_any_bytes_are_read_or_refused(content, suffix):
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / f"p{suffix}"
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / f"p{suffix}"
         path.write_bytes(content)
         for format in (None, "llava_med", "medevalkit", "vlmevalkit"):
             read_or_refused(path, format, None)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is written in a format is read back, and can be read by the project whose format it is."""
+"""Test that exported predictions are read back unchanged and can be read by the project of each format."""
 
 import csv
 import json
@@ -20,12 +20,12 @@ COLUMNS = ("id", "image_id", "question", "answer", "answer_type", "question_type
 SUFFIXES = {"medst": ".jsonl", "llava_med": ".jsonl", "medevalkit": ".json", "vlmevalkit": ".tsv"}
 KINDS = [*SUFFIXES.items(), ("vlmevalkit", ".csv"), ("vlmevalkit", ".json")]
 
-TRAPS = (
+DIFFICULT_TEXTS = (
     "", " ", "=1+1", "a\tb", "a\nb", "a\r\nb\r", '"', '""', "'", ",", "\\", "NA", "null", "None", "nan", "3.0",
     "\ufeff", "\u2028", "\x00", "\x1c", "<image>", "<answer>no</answer>", "\\boxed{no}", "\\boxed{", "{}",
     "[yes, no]", "左肺", "🫁", "x" * 200_000,
 )  # fmt: skip
-TEXTS = st.sampled_from(TRAPS) | st.text(max_size=20)
+TEXTS = st.sampled_from(DIFFICULT_TEXTS) | st.text(max_size=20)
 ANSWERS = TEXTS.filter(lambda text: text.strip())
 RECORDS = st.lists(
     st.fixed_dictionaries(
@@ -43,60 +43,62 @@ RECORDS = st.lists(
 ).map(lambda rows: [{"id": f"vqa_rad-{number}", **row} for number, row in enumerate(rows)])
 
 
-def known(records):
+def known_columns(records):
     return [{key: record.get(key) for key in COLUMNS} for record in records]
 
 
-def traps():
+def difficult_records():
     return [
         {"id": str(number), "image_id": None, "question": text, "answer": text if text.strip() else "x",
          "answer_type": "open", "question_type": None, "prediction": text}
-        for number, text in enumerate(TRAPS)
+        for number, text in enumerate(DIFFICULT_TEXTS)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "suffix"), KINDS)
 @settings(deadline=None, max_examples=40)
 @given(RECORDS)
-@example(traps())
+@example(difficult_records())
 def test_every_format_is_read_back(format, suffix, records):
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / f"predictions{suffix}"
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / f"predictions{suffix}"
         export_predictions(records, path, format)
         assert guess_format(path) == format
-        back, rejected = read_predictions(path)
-    assert known(back) == records
+        reread, rejected = read_predictions(path)
+    assert known_columns(reread) == records
     assert rejected == []
-    assert not any(record.get("answer_type_guessed") for record in back)
+    assert not any(record.get("answer_type_guessed") for record in reread)
 
 
 @settings(deadline=None, max_examples=10)
 @given(RECORDS, st.permutations(KINDS))
-def test_records_survive_a_chain_of_formats(records, kinds):
-    with TemporaryDirectory() as folder:
-        found = records
+def test_records_are_unchanged_by_a_chain_of_formats(records, kinds):
+    with TemporaryDirectory() as directory:
+        current = records
         for number, (format, suffix) in enumerate(kinds):
-            path = Path(folder) / f"{number}{suffix}"
-            export_predictions(found, path, format)
-            found, _ = read_predictions(path)
-    assert known(found) == records
+            path = Path(directory) / f"{number}{suffix}"
+            export_predictions(current, path, format)
+            current, _ = read_predictions(path)
+    assert known_columns(current) == records
 
 
 @pytest.mark.parametrize("separator", ["\t", ","])
-def test_pandas_reads_what_we_write_and_we_what_pandas_writes(tmp_path, separator):
-    """VLMEvalKit uses pandas, with every field quoted."""
-    records = [record for record in traps() if "\x00" not in record["prediction"]]
-    path, theirs = (tmp_path / f"{name}.{'tsv' if separator == chr(9) else 'csv'}" for name in ("ours", "theirs"))
+def test_tables_are_exchanged_with_pandas(tmp_path, separator):
+    """VLMEvalKit uses pandas and quotes every field."""
+    records = [record for record in difficult_records() if "\x00" not in record["prediction"]]
+    path, pandas_path = (
+        tmp_path / f"{name}.{'tsv' if separator == chr(9) else 'csv'}" for name in ("exported", "pandas")
+    )
     export_predictions(records, path, "vlmevalkit")
     frame = pd.read_csv(path, sep=separator, keep_default_na=False, dtype=str)
     assert frame["prediction"].tolist() == [record["prediction"] for record in records]
     assert frame["index"].is_unique
 
     frame = frame.drop(columns=["id", "image_id", "answer_type", "question_type"])
-    frame.to_csv(theirs, sep=separator, index=False, encoding="utf-8", quoting=csv.QUOTE_ALL)
-    back, _ = read_predictions(theirs)
-    assert [record["prediction"] for record in back] == [record["prediction"] for record in records]
-    assert [record["id"] for record in back] == frame["index"].tolist()
+    frame.to_csv(pandas_path, sep=separator, index=False, encoding="utf-8", quoting=csv.QUOTE_ALL)
+    reread, _ = read_predictions(pandas_path)
+    assert [record["prediction"] for record in reread] == [record["prediction"] for record in records]
+    assert [record["id"] for record in reread] == frame["index"].tolist()
 
 
 def test_files_have_the_fields_that_other_tools_require(tmp_path):
