@@ -1,17 +1,18 @@
 # Two commands are enough on a fresh machine: `make demo` and `make test`. Each creates the .venv it needs.
 #
-#   make demo                    the whole loop with a tiny model on synthetic scans, and its report (recipes/demo.yaml)
-#   make test                    the fast tests, under 10 minutes on 2 cores
-#   make test-slow               the slow tests, with DeepSpeed and bitsandbytes: half an hour
-#   make bench                   speed (tests/benchmarks) against stock TRL on this machine's CPU, under 10 minutes
-#   make bench DATA=vqa_rad      the same with the real images in VQA-RAD's directory, and the speed of `medst prepare`
-#   make bench-gpu               speed of LLaVA-1.5-7B with random weights on a GPU, and the time of the paper's recipe
-#   make lint                    ruff
+#   make demo                    run recipes/demo.yaml: the loop with a tiny model on synthetic scans, and its report
+#   make test                    run the fast tests, under 10 minutes on 2 cores
+#   make test-slow               run the slow tests, with DeepSpeed and bitsandbytes, in half an hour
+#   make bench                   compare the speed with stock TRL on this machine's CPU, under 10 minutes
+#   make bench DATA=vqa_rad      the same with the images of VQA-RAD in this directory, and with `medst prepare`
+#   make bench-gpu               measure LLaVA-1.5-7B with random weights on a GPU, and estimate the paper's recipe
+#   make lint                    check with ruff
+#   make format                  fix and format with ruff
 #
 # Settings, on the command line or in the environment:
 #   PYTHON=python3.12            the interpreter that creates .venv (3.11 or later)
 #   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-#                                where torch comes from, for a small CPU build or another CUDA version
+#                                the index for torch, such as that of CPU builds or of another CUDA version
 #   JOBS=8                       number of test processes
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ test: .venv/.ready
 test-slow: .venv/.extras
 	$(PYTEST) -m slow --durations 10
 
-# Tables on stdout, all figures in runs/bench. Nothing else may run at the same time.
+# Prints tables and writes all figures to runs/bench. Run nothing else on the machine at the same time.
 BENCH := TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks
 IMAGES := $(if $(DATA),--images $(DATA)/images)
 
@@ -50,7 +51,7 @@ bench: .venv/.ready
 ifdef DATA
 	$(BENCH)/bench_prepare.py $(DATA)
 else
-	@echo "Skipped without DATA=path/to/vqa_rad (its JSON file, and images/): bench_prepare.py"
+	@echo "bench_prepare.py was skipped. To run it, set DATA=path/to/vqa_rad (its JSON file, and images/)."
 endif
 
 bench-gpu: export CUDA_VISIBLE_DEVICES ?= 0
@@ -71,7 +72,7 @@ format: .venv/.ready
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# torch first and alone: only torch has a build for each kind of machine.
+# Install torch first and separately: only torch has different builds for different machines.
 .venv/.ready: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "medst_trl needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }

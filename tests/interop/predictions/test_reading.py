@@ -63,19 +63,15 @@ class TestLlavaMed:
         assert read_joined(path, answers()) == (expected, {})
         assert read_joined(path, answers()[::-1]) == (expected, {})
         (record, *_), _ = read_predictions(path, benchmark=QUESTIONS)
-        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[
-            -1
-        ]  # the question also comes from the benchmark
+        assert {key: record[key] for key in QUESTIONS[-1]} == QUESTIONS[-1]  # joined from the benchmark
         assert record["generation"] == {"model": "m"}
 
     def test_answers_are_joined_by_order_if_the_ids_differ(self, path):
         shifted = [row | {"question_id": row["question_id"] + 1} for row in answers()]  # the ids of MEVF
         expected = {question["id"]: f"said {number}" for number, question in enumerate(QUESTIONS)}
         assert read_joined(path, shifted) == (expected, {})
-        assert read_joined(path, shifted, QUESTIONS[::-1]) == (
-            expected,
-            {},
-        )  # in the order of the ids of the benchmark
+        # The order is that of the ids of the benchmark.
+        assert read_joined(path, shifted, QUESTIONS[::-1]) == (expected, {})
         with pytest.raises(UserError, match="does not answer the questions.*by order"):
             read_joined(path, [shifted[index] for index in (1, 0, 2, 3)])
         with pytest.raises(UserError, match="3 rows, 4 questions"):
@@ -159,15 +155,12 @@ class TestMedEvalKit:
         records, _ = read_predictions(path, benchmark=QUESTIONS)
         assert [record["image_id"] for record in records] == ["a", "a", "b", "b"]
         assert not any("answer_type_guessed" in record for record in records)
-        path.write_text(
-            json.dumps([rows[0], rows[0] | {"lang": "zh"}, *rows[1:]])
-        )  # as in SLAKE, which has both languages
+        # SLAKE has questions in both languages.
+        path.write_text(json.dumps([rows[0], rows[0] | {"lang": "zh"}, *rows[1:]]))
         records, rejected = read_predictions(path, benchmark=QUESTIONS)
         assert (len(records), [row["reason"] for row in rejected]) == (4, ["not in English"])
-        rows[1]["answer"], rows[2]["answer"] = (
-            rows[2]["answer"],
-            rows[1]["answer"],
-        )  # the same question about two images
+        # The two rows ask the same question about different images.
+        rows[1]["answer"], rows[2]["answer"] = rows[2]["answer"], rows[1]["answer"]
         path.write_text(json.dumps(rows))
         with pytest.raises(UserError, match="by order 2 differ"):
             read_predictions(path, benchmark=QUESTIONS)
@@ -283,21 +276,7 @@ ROW = {
     "question": "Is it?", "answer": "no", "answer_type": "CLOSED", "response": "no", "lang": "en", "index": 3,
     "prediction": "no", "image_id": "i", "question_type": "PRES", "model_id": "m",
 }  # fmt: skip
-UNUSUAL_VALUES = [
-    "",
-    "\ud800",
-    "\\boxed{",
-    None,
-    True,
-    2.5,
-    float("nan"),
-    [],
-    [1],
-    {},
-    {"answer": ["no"]},
-    "metadata",
-    -1,
-]
+VALUES = ["", "\ud800", "\\boxed{", None, True, 2.5, float("nan"), [], [1], {}, {"answer": ["no"]}, "metadata", -1]
 
 
 def read_or_refused(path, format, questions):
@@ -315,7 +294,7 @@ def read_or_refused(path, format, questions):
 @pytest.mark.parametrize("format", ["llava_med", "medevalkit", "vlmevalkit"])
 def test_any_value_is_read_or_refused(tmp_path, format, questions):
     for key in ROW:
-        for value in UNUSUAL_VALUES:
+        for value in VALUES:
             (tmp_path / "p.json").write_text(json.dumps([ROW | {key: value}, ROW | {"id": "b", "question_id": 2}]))
             read_or_refused(tmp_path / "p.json", format, questions)
 
