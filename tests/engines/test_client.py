@@ -361,11 +361,11 @@ def test_no_message_contains_the_key():
         ({"retry-after": "nan"}, None), ({"retry-after": "inf"}, None), ({"retry-after": ""}, None),
     ],
 )  # fmt: skip
-def test_retry_after_as_a_number(headers, seconds):
+def test_retry_after_is_read_as_a_number(headers, seconds):
     assert retry_after_of(headers) == seconds
 
 
-def test_retry_after_as_a_date():
+def test_retry_after_is_read_as_a_date():
     assert retry_after_of({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=3)
     assert retry_after_of({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
 

@@ -14,7 +14,7 @@ def row(key, attempt=0, reply="8 9"):
     return {"key": key, "attempt": attempt, "reply": reply, "finish_reason": "stop", "usage": None}
 
 
-def test_known_prices():
+def test_known_prices_are_found():
     assert prices_of("gpt-4o").input == 2.5
     assert prices_of("gpt-4o-2024-08-06") == prices_of("gpt-4o")
     assert prices_of("gpt-4o-mini-2024-07-18") == prices_of("gpt-4o-mini") != prices_of("gpt-4o")
@@ -31,7 +31,7 @@ def test_max_cost_needs_prices():
     Budget(prices_of("qwen", 0, 0), max_cost=1.0)
 
 
-def test_image_tokens_as_openai_counts_them():
+def test_image_tokens_are_counted_as_openai_does():
     assert image_tokens("gpt-4o", 512, 512) == 85 + 170
     assert image_tokens("gpt-4o", 1024, 1024) == 85 + 4 * 170  # the shorter side is resized to 768
     assert image_tokens("gpt-4o", 2048, 4096) == 85 + 6 * 170

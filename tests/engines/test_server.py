@@ -184,7 +184,7 @@ def test_a_refused_request_gives_a_reply_with_a_problem(fake_server):
         ((400, {"detail": "unknown field top_k, key sk-abcdefghijklmnopqrstuv"}), None, "unknown field top_k"),
     ],
 )
-def test_failures_that_stop_the_run(fake_server, reply, kind, message, monkeypatch):
+def test_permanent_failures_stop_the_run(fake_server, reply, kind, message, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuv")
     fake_server.reply, fake_server.kind = lambda body: reply, kind
     with pytest.raises(UserError, match=message) as error:
@@ -306,7 +306,7 @@ def test_a_reply_is_streamed(fake_server):
         ((500, {"error": "boom"}), "500.*its log"),
     ],
 )
-def test_failures_that_stop_a_stream(fake_server, reply, message):
+def test_permanent_failures_stop_a_stream(fake_server, reply, message):
     fake_server.reply = lambda body: reply
     with pytest.raises(UserError, match=message):
         list(ServerEngine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling()))

@@ -38,7 +38,7 @@ def test_the_estimate_counts_image_features(monkeypatch):
     assert largest_batch(model, 100, 50) == int(20 * three / one) > 20
 
 
-def test_the_estimate_for_llava_7b():
+def test_the_estimate_is_close_for_llava_7b():
     """A token takes half a mebibyte in bfloat16: about 0.5 GB for 640 prompt tokens and 256 new tokens."""
     from transformers import LlamaConfig
 
@@ -48,7 +48,7 @@ def test_the_estimate_for_llava_7b():
 
 
 @pytest.mark.parametrize(("texts_free", "expected"), [(0.5, 1), (1.3, 1), (10.1, 8), (10_000, MOST)])
-def test_largest_batch(texts_free, expected, monkeypatch):
+def test_the_largest_batch_depends_on_free_memory(texts_free, expected, monkeypatch):
     model, _ = tiny_model("vicuna")
     need = bytes_of_a_text(model.config.get_text_config(), model.dtype, 30, 20)
     monkeypatch.setattr(transformers_engine, "free_bytes", lambda device: int(texts_free * need))

@@ -222,7 +222,7 @@ def test_scores_equal_those_published_by_mumc(shared_data):
 class TestProperties:
     @settings(deadline=None, max_examples=50)
     @given(RECORDS, VARIANTS, st.randoms(use_true_random=False))
-    def test_order_does_not_matter(self, rows, variant, rng):
+    def test_scores_do_not_depend_on_the_order(self, rows, variant, rng):
         shuffled = list(rows)
         rng.shuffle(shuffled)
         assert score_vqa(shuffled, variant, bootstrap_samples=50) == score_vqa(rows, variant, bootstrap_samples=50)

@@ -214,7 +214,7 @@ def test_a_model_that_needs_no_medst_trl_is_loaded_without_it(tmp_path, template
     assert 'pipeline("image-text-to-text", model="org/name")' in card and "load_policy" not in card
 
 
-def test_a_model_of_our_own_architecture_is_loaded_with_medst_trl(tmp_path):
+def test_a_model_of_a_custom_architecture_is_loaded_with_medst_trl(tmp_path):
     card = merged_card(tmp_path, model_type="prototype_llava")
     assert 'load_policy("org/name")' in card and "other engines cannot load it" in card
 

@@ -401,7 +401,7 @@ def card_metadata(card: bytes, tmp_path: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_recipe_reads_from_the_hub(hub, tmp_path):
+def test_a_recipe_reads_from_and_pushes_to_the_hub(hub, tmp_path):
     from tiny_run import small_policy
 
     model, processor = small_policy()

@@ -174,7 +174,7 @@ def test_each_pair_of_a_candidate_is_a_separate_case(tmp_path):
     assert all(page.words.count(answer) == 1 for row in rows for answer in row["answers"])
 
 
-def test_the_gallery_shows_the_number_of_cases_asked_for(original):
+def test_the_gallery_shows_the_requested_number_of_cases(original):
     for number in (0, 1, 5):
         _, page = report_on(original, gallery=number)
         shown = page.words.count("Dropped: ") + page.words.count("Kept: answer")

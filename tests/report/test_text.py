@@ -9,7 +9,7 @@ from medst_trl.report.text import clean, cut, duration, number, place, without_p
 
 
 @pytest.mark.parametrize("code", [0x00, 0x07, 0x1B, 0x85, 0x202E, 0x2066, 0x200F, 0xFEFF])
-def test_invisible_characters_are_spelled_out(code):
+def test_invisible_characters_are_shown_as_code_points(code):
     assert clean(f"a{chr(code)}b") == f"a⟨U+{code:04X}⟩b"
 
 

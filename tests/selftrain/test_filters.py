@@ -94,7 +94,7 @@ def test_real_answers_are_not_questions(shared_data):
         (Reply("refused", problem="request_failed"), "request_failed"),
     ],
 )
-def test_questions_with_a_problem_are_named_by_it(reply, problem):
+def test_problems_of_questions_are_found(reply, problem):
     assert QuestionFilter().problem(reply, earlier={normalised("Where is the lesion?")} if problem else ()) == problem
 
 

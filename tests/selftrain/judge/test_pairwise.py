@@ -75,7 +75,7 @@ def test_the_better_answer_wins_in_both_orders(version):
         assert body["temperature"] == 0 and ("response_format" in body) == (version == "rubric")
 
 
-def test_a_single_order_is_asked_as_in_the_paper():
+def test_a_single_order_is_judged_as_in_the_paper():
     with JudgeServer(answer=prefers_first) as server:
         judgements = list(judge_with(server, order="single", prompt_version="paper")(candidates(20)))
     assert {judgement["verdict"] for judgement in judgements} == {0} and len(server.bodies) == 20
@@ -332,7 +332,7 @@ def test_concurrency_falls_if_the_server_rejects_calls(monkeypatch):
     assert min(slots) < 24
 
 
-def test_all_pairs_are_judged_in_spite_of_random_faults():
+def test_all_pairs_are_judged_despite_random_faults():
     rates = dict.fromkeys(("429", "500", "garbage", "nonsense", "truncate", "reset", "hang"), 0.04)
     with JudgeServer(fault=RandomFaults(rates)) as server:
         judgements = list(judge_with(server, concurrency=16, timeout=2)(candidates(60)))
