@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk
 
 
 CACHE_FILE = "judge_cache.jsonl"
@@ -215,13 +214,12 @@ class ReplyCache:
     def _write(self, row: dict[str, Any]) -> None:
         if self.path is None:
             return
-        with explain_full_disk(self.path.parent):
-            if self._file is None:
-                self._file = self._open()
-            # One write per line: another process that shares the file cannot interleave.
-            data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-            while data:
-                data = data[os.write(self._file, data) :]
+        if self._file is None:
+            self._file = self._open()
+        # One write per line: another process that shares the file cannot interleave.
+        data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        while data:
+            data = data[os.write(self._file, data) :]
 
     def close(self) -> None:
         if self._file is not None:

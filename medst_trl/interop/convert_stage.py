@@ -75,7 +75,6 @@ class ConvertArguments:
 
 
 def main(args: ConvertArguments) -> None:
-    from medst_trl.base.files import explain_full_disk
     from medst_trl.pipeline.record import StageRecord
     from medst_trl.policy.families import family_of
 
@@ -85,13 +84,9 @@ def main(args: ConvertArguments) -> None:
     record = StageRecord.of(STAGE, args)
     if record.status == "finished":
         return
-    try:
-        with explain_full_disk(args.output_dir):
-            converted = convert_checkpoint(**{k: v for k, v in settings.items() if k != "overwrite"})
-    except Exception:
-        record.forget()
-        raise
-    record.finish(counts={"parameters": converted.parameters}, **asdict(converted))
+    with record:
+        converted = convert_checkpoint(**{k: v for k, v in settings.items() if k != "overwrite"})
+        record.finish(counts={"parameters": converted.parameters}, **asdict(converted))
     print(
         f"convert: {converted.model_type}, {converted.parameters:,} parameters in {converted.dtype}, every tensor "
         f"accounted for ({converted.changed} merged with LoRA, {converted.changed_in_vision} of them in the vision "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, explain_full_disk, write_jsonl, write_text
+from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.images import MAX_PIXELS, FolderImages
 from medst_trl.data.reading import read_json_records
@@ -162,7 +162,7 @@ def write_preferences(folder: str | os.PathLike, preferences: "Preferences", fil
     Writes `{train,validation}-*.parquet` and `rejected.jsonl`. Files that exist are complete and stay.
 
     Raises:
-        UserError: if there is no pair, with the number of dropped pairs by reason, or if the disk is full.
+        UserError: if there is no pair, with the number of dropped pairs by reason.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,12 +205,11 @@ def write_preference_file(
         raise UserError(f"Unknown preference format {format!r}. Choose one of {', '.join(FORMATS)}.")
     check_columns(dataset, "preferences")
     path, image_folder = Path(path), Path(image_folder)
-    with explain_full_disk(path.parent):
-        image_folder.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = dataset.cast_column("images", List(Image(decode=False)))
-        records = [_record(row, image_folder, format) for row in rows]
-        write_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+    image_folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = dataset.cast_column("images", List(Image(decode=False)))
+    records = [_record(row, image_folder, format) for row in rows]
+    write_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
 
 
 def _record(row: dict, image_folder: Path, format: str) -> dict:

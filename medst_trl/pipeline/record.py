@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_json
+from medst_trl.base.files import explain_full_disk, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, same_source
 from medst_trl.base.processes import process_state, world_size
 from medst_trl.base.redaction import hide_secrets
@@ -182,13 +182,29 @@ class StageRecord:
         if self._lock is not None:
             self._lock.close()
 
-    def forget(self) -> None:
-        """
-        Remove the record of a new run that has failed before it left anything: settings that may be the reason of the
-        failure must not stand in the way of better ones.
-        """
-        left = [child for child in self.output_dir.iterdir() if child.name != RECORD_FILE and not _is_ignorable(child)]
-        if self._writes and self.status == "new" and not left:
+    def __enter__(self) -> "StageRecord":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        """Remove the record of a new run that failed before it left anything, and explain a full disk."""
+        if not isinstance(error, Exception):
+            return
+        if self._writes and self.status == "new":
+            self._forget()
+        with explain_full_disk(self.output_dir):
+            raise error
+
+    def _forget(self) -> None:
+        """Settings that may be the reason of a failure must not stop a corrected command."""
+        is_alone = world_size() == 1  # another process may be about to fill an empty file
+        left = [
+            path
+            for path in self.output_dir.iterdir()
+            if not (path.name == RECORD_FILE or path.suffix == ".log" or path.name.startswith(".stage."))
+        ]
+        if all(is_alone and path.is_file() and not path.stat().st_size for path in left):
+            for path in left:
+                path.unlink()
             (self.output_dir / RECORD_FILE).unlink()
 
     @classmethod

@@ -1,5 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import json
 import os
 import shutil
@@ -290,15 +291,26 @@ print([name for name in ("torch", "transformers", "datasets", "trl", "peft") if 
 
 
 def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_path):
-    def start(**settings):
-        return StageRecord.open(tmp_path / "out", stage="sft", settings=settings)
+    def fail_after(leave, rate):
+        record = StageRecord.open(tmp_path / "out", stage="sft", settings={"rate": rate})
+        with pytest.raises(ValueError, match="no such model"), record:
+            leave(tmp_path / "out")
+            raise ValueError("no such model")
 
-    start(rate=1).forget()
-    record = start(rate=2)  # not refused
-    (tmp_path / "out" / "checkpoint").touch()
-    record.forget()
-    with pytest.raises(UserError, match="rate: 2 before, 3 now"):
-        start(rate=3)
+    fail_after(lambda directory: None, rate=1)
+    fail_after(lambda directory: (directory / "rows.jsonl.incomplete").touch(), rate=2)  # not refused
+    fail_after(lambda directory: (directory / "checkpoint-1").mkdir(), rate=3)  # opened, but without a row
+    with pytest.raises(UserError, match="rate: 3 before, 4 now"):
+        fail_after(lambda directory: None, rate=4)
+
+
+def test_a_full_disk_names_the_directory_of_the_stage(tmp_path):
+    with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*it resumes"), _open(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _open(directory):
+    return StageRecord.open(directory, stage="sft", settings={})
 
 
 @dataclass

@@ -150,17 +150,14 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
     scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
     scoring["settings"] = {name: value for item in metric_settings if item for name, value in asdict(item).items()}
     if record.status != "finished":
-        if args.predictions:
-            counts = _score_file(args, scoring)
-        else:
-            try:
+        with record:
+            if args.predictions:
+                counts = _score_file(args, scoring)
+            else:
                 engine = kind.open(args.model_name_or_path, engine_settings)
                 engine.check()
-            except UserError:
-                record.forget()  # the corrected command must not be refused
-                raise
-            counts = _run(args, engine, scoring, record.content["inputs"]["benchmark"], benchmarks)
-        record.finish(counts=counts)
+                counts = _run(args, engine, scoring, record.content["inputs"]["benchmark"], benchmarks)
+            record.finish(counts=counts)
     if rank() == 0:
         for directory in directories:
             print(format_file(json.loads((directory / "scores.json").read_text(encoding="utf-8"))))

@@ -32,15 +32,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medst_trl.base.files import explain_full_disk
-from medst_trl.base.processes import rank, world_size
+from medst_trl.base.processes import rank
 from medst_trl.base.row_log import RowLog
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.schema import load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
-from medst_trl.pipeline.record import RECORD_FILE, StageRecord, is_complete
+from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.candidate_files import select_records, write_candidates
 from medst_trl.selftrain.candidates import CandidateGenerator
@@ -160,21 +159,17 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     if record.status == "finished":
         return
     log, counts = record.output_dir / ".generated.jsonl", None
-    try:
+    with record:
         engine = kind.open(args.model_name_or_path, settings)
         if not log.exists():
             engine.check()
         generator = make_generator(args, engine)
-        with explain_full_disk(args.output_dir):
-            RowLog.fill(log, records["id"], lambda done: generator.outcomes(records, done))
-            if rank() == 0:
-                counts = write_candidates(
-                    record.output_dir, records, log, rejected, generator.generation(), args.rows_per_shard
-                )
-    except Exception:
-        _forget_if_empty(log)
-        raise
-    record.finish(counts=counts)
+        RowLog.fill(log, records["id"], lambda done: generator.outcomes(records, done))
+        if rank() == 0:
+            counts = write_candidates(
+                record.output_dir, records, log, rejected, generator.generation(), args.rows_per_shard
+            )
+        record.finish(counts=counts)
     if rank() == 0:
         log.unlink(missing_ok=True)
         _report(args, counts)
@@ -216,18 +211,6 @@ def _find_images(images: str) -> str:
     if rank() == 0:
         print(f"generate: {images} does not exist. Using the images of {instruct} (not its messages).")
     return str(instruct)
-
-
-def _forget_if_empty(log: Path) -> None:
-    """Delete the record of a run that wrote no text, for example with the wrong model: its settings do not count."""
-    if rank() > 0:
-        return
-    parts = list(log.parent.glob(f"{log.name}*"))
-    is_alone = world_size() == 1  # an empty part of another process may not stay empty
-    if not any(part.stat().st_size or not is_alone for part in parts):
-        for part in parts:
-            part.unlink()
-        log.with_name(RECORD_FILE).unlink(missing_ok=True)
 
 
 def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk, write_jsonl
+from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import load_records, preference_features, write_split
@@ -150,20 +150,15 @@ def main(args: JudgeArguments, *servers: Any) -> None:
         record = StageRecord.of(STAGE, args, *own)
         if record.status == "finished":
             return _print_summary(record)
-        if args.read_batch:
-            counts = read_batch(judge.cache, args.read_batch)
-            print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
-        try:
+        with record:
+            if args.read_batch:
+                counts = read_batch(judge.cache, args.read_batch)
+                print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
             judgements, statistics = _judge(judge, candidates, record.output_dir, offline=bool(args.read_batch))
-        except UserError:
-            if not judge.cache.added:  # a misspelt model must not claim the directory
-                record.forget()
-            raise
-    selection = {name: getattr(args, name) for name in _SELECTION}
-    preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
-    with explain_full_disk(record.output_dir):
-        _write_preferences(args, record.output_dir, candidates, preferences, statistics["pairs"])
-    record.finish(counts={"judge": statistics, "preferences": preferences.counts})
+            selection = {name: getattr(args, name) for name in _SELECTION}
+            preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
+            _write_preferences(args, record.output_dir, candidates, preferences, statistics["pairs"])
+            record.finish(counts={"judge": statistics, "preferences": preferences.counts})
     _print_summary(record)
 
 
@@ -289,10 +284,8 @@ def _judge(
     print(f"judge: {estimate}")
     if judge.max_cost is not None and (estimate.cost or 0) > judge.max_cost:
         print(f"judge: this is more than max_cost {judge.max_cost:g}. The run will stop there and can be resumed.")
-    with explain_full_disk(output_dir):
-        progress = tqdm(judge(candidates, offline), "judge", total=estimate.pairs, unit="pair", disable=None)
-        judgements = list(progress)
-        write_jsonl(output_dir / "judgements.jsonl", judgements)
+    judgements = list(tqdm(judge(candidates, offline), "judge", total=estimate.pairs, unit="pair", disable=None))
+    write_jsonl(output_dir / "judgements.jsonl", judgements)
     return judgements, judge_statistics(judgements, judge.prices) | {
         "left_over_answers": sum(len(answers) % 2 for answers in candidates["answers"]),
         "events": dict(judge.events.most_common()),

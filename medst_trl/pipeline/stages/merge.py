@@ -89,7 +89,6 @@ class MergeArguments:
 
 
 def main(args: MergeArguments) -> None:
-    from medst_trl.base.files import explain_full_disk
     from medst_trl.pipeline.record import StageRecord, read_record
 
     record = StageRecord.of(STAGE, args)
@@ -102,28 +101,24 @@ def main(args: MergeArguments) -> None:
     trained = read_record(args.model_name_or_path)
     if not isinstance(trained.get("settings"), dict):  # none, or damaged
         trained = {}
-    try:
+    with record:
         examples, source = _examples(args, trained)
-        with explain_full_disk(args.output_dir):
-            merged = merge_policy(
-                args.model_name_or_path,
-                args.output_dir,
-                examples,
-                batches_of=batches_of,
-                base_model_name_or_path=args.base_model_name_or_path,
-                dtype=args.dtype,
-                max_shard_size=args.max_shard_size,
-                trust_remote_code=args.trust_remote_code,
-            )
-    except Exception:
-        record.forget()
-        raise
-    merged["trained_in_4bit"] = bool(trained.get("settings", {}).get("load_in_4bit"))
-    record.finish(
-        counts={"parameters": merged["parameters"], "examples": merged["proof"]["examples"]},
-        metrics={name: merged["proof"][name] for name in ("float32_difference", "stored_difference")},
-        merged=merged,
-    )
+        merged = merge_policy(
+            args.model_name_or_path,
+            args.output_dir,
+            examples,
+            batches_of=batches_of,
+            base_model_name_or_path=args.base_model_name_or_path,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            trust_remote_code=args.trust_remote_code,
+        )
+        merged["trained_in_4bit"] = bool(trained.get("settings", {}).get("load_in_4bit"))
+        record.finish(
+            counts={"parameters": merged["parameters"], "examples": merged["proof"]["examples"]},
+            metrics={name: merged["proof"][name] for name in ("float32_difference", "stored_difference")},
+            merged=merged,
+        )
     write_card(args.output_dir)
     print(_summary(args, merged, source))
 

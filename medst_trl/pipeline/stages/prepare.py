@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk, write_jsonl
+from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import Datasets, assemble
 from medst_trl.data.schema import features_of, write_split
@@ -108,10 +108,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
     num_workers = args.num_workers or _number_of_cores()
     if source.needs_data:
         _set_limits_of_pil(args.max_pixels)
-    records, reader = source.read(request)
-    if source.needs_data:  # the others have settings for their sizes
-        records = records.first(args.max_records)
-    with explain_full_disk(output_dir):
+    with record:
+        records, reader = source.read(request)
+        if source.needs_data:  # the others have settings for their sizes
+            records = records.first(args.max_records)
         index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
         datasets = assemble(
             records,
@@ -123,12 +123,13 @@ def main(args: PrepareArguments, *others: Any) -> None:
         write_jsonl(output_dir / "rejected.jsonl", [rejected.as_row() for rejected in datasets.rejected])
         counts = datasets.counts()
         if not counts["datasets"]:
+            reasons = list_reasons(counts["rejected"]) or "there are no records"
             raise UserError(
-                f"Nothing in {request.data_path} can be used: {list_reasons(counts['rejected'])}. Each record is "
-                f"listed with its reason in {output_dir / 'rejected.jsonl'}."
+                f"Nothing in {request.data_path or args.source} can be used: {reasons}. Each record is listed with "
+                f"its reason in {output_dir / 'rejected.jsonl'}. Correct the data, and add --overwrite."
             )
         _write(datasets, reader, output_dir, args.rows_per_shard, num_workers)
-    record.finish(counts=counts, source_card=asdict(source.card))
+        record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
 

@@ -50,15 +50,13 @@ class ReportArguments:
 
 def main(args: ReportArguments) -> None:
     # No StageRecord: a page takes seconds and follows a run that grows, so nothing is skipped, resumed or refused.
-    from medst_trl.base.files import explain_full_disk
     from medst_trl.report.report import make_report, write_report
 
     check_bounds(args, at_least={"gallery": 0, "image_size": 16, "bootstrap_samples": 0})
     settings = asdict(args)
     output_dir = settings.pop("output_dir") or Path(args.run, "report")
     report = make_report(**settings)
-    with explain_full_disk(output_dir):
-        path = write_report(report, output_dir)
+    path = write_report(report, output_dir)
     for note in report.notes:
         print(f"report: {note}")
     if report.table:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk, move_files
+from medst_trl.base.files import move_files
 from medst_trl.base.processes import launched_kind
 from medst_trl.base.settings import documented
 from medst_trl.data.schema import features_of, load_records
@@ -149,20 +149,12 @@ def train_policy(
     record = open_record(args, training_args, stage.name)
     if record.status == "finished":
         return
-    try:
-        trainer = make_trainer(
-            args,
-            training_args,
-            *load_trainable_policy(args, training_args),
-            train_dataset=datasets["train"],
-            eval_dataset=datasets.get("eval"),
-        )
-    except Exception:
-        record.forget()
-        raise
-    print_trainable_parameters(trainer, stage.trains)
-    checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
-    with explain_full_disk(training_args.output_dir):
+    with record:
+        policy = load_trainable_policy(args, training_args)
+        named = {"train_dataset": datasets["train"], "eval_dataset": datasets.get("eval")}
+        trainer = make_trainer(args, training_args, *policy, **named)
+        print_trainable_parameters(trainer, stage.trains)
+        checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         counts, metrics, summary = summarize(trainer, len(datasets["train"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, explain_full_disk
+from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.cost import ReplyCache
 from medst_trl.engines.trouble import Trouble, row_of_body, trouble_of_status
@@ -45,18 +45,14 @@ def write_batch(
 
     Returns:
         `list[Path]`: the files; empty if every reply is cached.
-
-    Raises:
-        UserError: if the disk is full.
     """
     path, files = Path(path), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(path.parent):
-        numbered = _numbered(_lines(judge, candidates), max_requests, max_bytes)
-        for number, lines in groupby(numbered, key=lambda item: item[0]):
-            files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
-            with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
-                file.writelines(line for _, line in lines)
+    numbered = _numbered(_lines(judge, candidates), max_requests, max_bytes)
+    for number, lines in groupby(numbered, key=lambda item: item[0]):
+        files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
+        with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
+            file.writelines(line for _, line in lines)
     return files
 
 
