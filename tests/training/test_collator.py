@@ -48,20 +48,20 @@ def test_text_only_and_image_examples_share_a_batch():
 def test_images_come_before_string_content():
     parts = tiny_run.conversation(0)
     strings = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in parts["messages"]]
-    ours, theirs = (
+    from_parts, from_strings = (
         _collator(sq_ratio=0.0)([example])["input_ids"] for example in (parts, {**parts, "messages": strings})
     )
-    assert torch.equal(ours, theirs)
+    assert torch.equal(from_parts, from_strings)
 
 
 def test_grey_and_palette_images_are_read_as_rgb():
     example = tiny_run.conversation(0)
     grey = example["images"][0].convert("L")
-    ours, expected = (_collator()([{**example, "images": [i]}])["pixel_values"] for i in (grey, grey.convert("RGB")))
-    assert torch.equal(ours, expected)
+    actual, expected = (_collator()([{**example, "images": [i]}])["pixel_values"] for i in (grey, grey.convert("RGB")))
+    assert torch.equal(actual, expected)
 
 
-def test_a_wrong_number_of_images_names_the_record():
+def test_the_error_for_a_wrong_number_of_images_names_the_record():
     with pytest.raises(UserError, match="'r0'.*Number of images"):
         _collator()([{**tiny_run.conversation(0), "images": []}])
 
@@ -80,16 +80,16 @@ def test_an_unreadable_image_rejects_only_its_example(damage):
     assert alone["rejected"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
 
 
-def test_draws_depend_only_on_seed_epoch_id_and_turn():
+def test_asked_turns_depend_only_on_seed_epoch_id_and_turn():
     examples = [tiny_run.conversation(i, turns=4) for i in range(60)]
-    draw = lambda collator: [collator.asked_turns(e["id"], e["messages"]) for e in examples]  # noqa: E731
+    sample = lambda collator: [collator.asked_turns(e["id"], e["messages"]) for e in examples]  # noqa: E731
     first = _collator(seed=1)
-    once = draw(first)
-    assert draw(_collator(seed=1)) == once and draw(first) == once
-    assert draw(_collator(seed=2)) != once
+    once = sample(first)
+    assert sample(_collator(seed=1)) == once and sample(first) == once
+    assert sample(_collator(seed=2)) != once
     first.set_epoch(1)
-    assert draw(first) != once
-    assert draw(first.for_evaluation()) == once
+    assert sample(first) != once
+    assert sample(first.for_evaluation()) == once
     assert (
         list(reversed([first.for_evaluation().asked_turns(e["id"], e["messages"]) for e in reversed(examples)]))
         == once
@@ -97,7 +97,7 @@ def test_draws_depend_only_on_seed_epoch_id_and_turn():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
-def test_the_ratio_is_the_share_of_questions(ratio):
+def test_sq_ratio_is_the_fraction_of_asked_turns(ratio):
     collator = _collator(sq_ratio=ratio)
     asked = [len(collator.asked_turns(str(i), tiny_run.conversation(i, turns=4)["messages"])) for i in range(500)]
     assert abs(sum(asked) / 2000 - ratio) < 0.04  # four standard errors at 0.5
@@ -109,7 +109,7 @@ def test_the_first_turn_can_be_excluded():
     assert all(_collator(sq_ratio=1.0).asked_turns("x", e) == {0, 2, 4} for e in examples)
 
 
-def test_a_turn_marked_on_disk_is_always_asked():
+def test_a_turn_marked_in_the_data_is_always_asked():
     messages = tiny_run.conversation(0, turns=2)["messages"]
     messages[0]["vusr"] = True
     assert _collator(sq_ratio=0.0, sq_first_turn=False).asked_turns("x", messages) == {0}
@@ -150,7 +150,7 @@ def test_truncation_ends_after_an_answer_and_never_inside_an_image(family, turns
     length = batch["input_ids"].shape[1]
     assert length <= max_length or length == whole["input_ids"].shape[1] <= max_length
     labels = batch["labels"][0]
-    end = int((labels != IGNORED).nonzero()[-1]) + 1  # behind it stands only the template's closing text
+    end = int((labels != IGNORED).nonzero()[-1]) + 1  # only the template's closing text follows
     assert batch["input_ids"][0, :end].tolist() == whole["input_ids"][0, :end].tolist()
     assert labels.tolist() == whole["labels"][0, :length].tolist()
     last = labels[labels != IGNORED][-1]
@@ -160,7 +160,7 @@ def test_truncation_ends_after_an_answer_and_never_inside_an_image(family, turns
         assert batch["pixel_values"].shape == whole["pixel_values"].shape
 
 
-def test_the_longest_fitting_part_is_kept():
+def test_truncation_keeps_all_turns_that_fit():
     example = _long_conversation(4)
     lengths = [
         _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][: 2 * n]}])["input_ids"].shape[1]
@@ -195,9 +195,9 @@ def test_an_example_that_does_not_fit_does_not_affect_the_others():
     batch = _collator(max_length=30)([long, short])
     assert batch["rejected"] == {"r3": "too_long"}
     assert torch.equal(batch["input_ids"], alone["input_ids"])
-    nothing = _collator(max_length=30)([long])
-    assert nothing["rejected"] == {"r3": "too_long"} and nothing["input_ids"].shape == (1, 1)
-    assert (nothing["labels"] == IGNORED).all()
+    empty = _collator(max_length=30)([long])
+    assert empty["rejected"] == {"r3": "too_long"} and empty["input_ids"].shape == (1, 1)
+    assert (empty["labels"] == IGNORED).all()
 
 
 def test_truncated_examples_are_listed():
@@ -216,7 +216,7 @@ def test_an_example_without_a_target_is_rejected():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_mixture_of_rows_with_and_without_images(family):
+def test_rows_with_and_without_images_can_be_mixed(family):
     rows = [
         tiny_run.conversation(0, with_image=False),
         tiny_run.conversation(1),
@@ -232,20 +232,20 @@ def test_a_processor_that_does_not_report_image_positions_is_refused(monkeypatch
     processor = prepared_processor("vicuna")
     call = type(processor).__call__
 
-    def silent(self, *args, **kwargs):
+    def without_offsets(self, *args, **kwargs):
         batch = call(self, *args, **kwargs)
         batch.pop("text_replacement_offsets")
         return batch
 
-    monkeypatch.setattr(type(processor), "__call__", silent)
+    monkeypatch.setattr(type(processor), "__call__", without_offsets)
     with pytest.raises(UserError, match="without reporting where"):
         DataCollatorForSelfQuestioning(processor)([tiny_run.conversation(0)])
 
 
-def test_a_last_question_without_an_answer_trains_nothing():
+def test_a_final_question_without_an_answer_is_removed():
     example = tiny_run.conversation(0)
-    open_end = {**example, "messages": [*example["messages"], {"role": "user", "content": tiny_run.text("And?")}]}
-    assert torch.equal(*(_collator(sq_ratio=0.0)([e])["input_ids"] for e in (example, open_end)))
+    unanswered = {**example, "messages": [*example["messages"], {"role": "user", "content": tiny_run.text("And?")}]}
+    assert torch.equal(*(_collator(sq_ratio=0.0)([e])["input_ids"] for e in (example, unanswered)))
 
 
 def test_control_tokens_in_data_are_counted():
@@ -255,7 +255,7 @@ def test_control_tokens_in_data_are_counted():
     assert _collator()([example])["neutralised"] == 3
 
 
-def test_padding_to_a_multiple():
+def test_batches_are_padded_to_a_multiple():
     batch = _collator(pad_to_multiple_of=32)([tiny_run.conversation(0)])
     assert all(batch[name].shape[1] % 32 == 0 for name in ("input_ids", "labels", "question_mask"))
 

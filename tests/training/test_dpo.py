@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: the reference is a fixed copy of the whole policy, the right parts train, and logs are correct."""
+"""DPO training: the reference is a frozen copy of the policy, the intended parts train, and logs are correct."""
 
 import json
 import math
@@ -22,69 +22,69 @@ from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer, Wa
 from medst_trl.training.prefix_sharing import with_images_twice
 
 
-def reference_of(model) -> dict[str, torch.Tensor]:
+def reference_parameters(model) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if "ref" in name.split(".")}
 
 
-def as_policy(name: str) -> str:
+def name_in_policy(name: str) -> str:
     return ".".join("default" if part == "ref" else part for part in name.split("."))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_reference_is_the_whole_policy_and_the_first_loss_is_ln_2(tmp_path, tied):
     trainer = make_trainer(tmp_path, policy=adapter_policy(tie_word_embeddings=tied), max_steps=1)
-    parameters, reference = dict(trainer.model.named_parameters()), reference_of(trainer.model)
+    parameters, reference = dict(trainer.model.named_parameters()), reference_parameters(trainer.model)
     kinds = ("lora_A", "lora_B", "multi_modal_projector", "trainable_tokens_delta")
     assert all(any(kind in name for name in reference) for kind in kinds)
     for name, parameter in reference.items():
-        assert torch.equal(parameter, parameters[as_policy(name)]), name
+        assert torch.equal(parameter, parameters[name_in_policy(name)]), name
         assert not parameter.requires_grad
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_training_moves_every_part_of_the_policy_and_nothing_of_the_reference(tmp_path):
+def test_training_updates_every_part_of_the_policy_but_not_the_reference(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    reference = set(reference_of(trainer.model))
+    reference = set(reference_parameters(trainer.model))
     trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert not moved & reference
-    assert moved <= set(trained_weights(trainer))
-    # `<vusr>` stands in no prompt of stage 2, so its row has no gradient
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert not changed & reference
+    assert changed <= set(trained_weights(trainer))
+    # No prompt of stage 2 contains `<vusr>`, so its row has no gradient
     for kind in ("language_model", "vision_tower", "multi_modal_projector"):
-        assert any(kind in name for name in moved), kind
+        assert any(kind in name for name in changed), kind
     assert trainer.state.log_history[-2]["rewards/margins"] > 0
 
 
-def test_each_part_trains_at_its_own_rate(tmp_path):
+def test_each_part_has_its_own_learning_rate(tmp_path):
     rates = {"learning_rate": 1e-3, "vision_learning_rate": 2e-3, "projector_learning_rate": 3e-3}
     trainer = make_trainer(tmp_path, max_steps=4, lr_scheduler_type="linear", **rates)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     assert [entry["learning_rate"] for entry in logged] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
-    for entry in logged:  # all of the same step
+    for entry in logged:  # the three rates of an entry belong to the same step
         assert entry["learning_rate_vision"] == pytest.approx(2 * entry["learning_rate"])
         assert entry["learning_rate_projector"] == pytest.approx(3 * entry["learning_rate"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_frozen_vision_tower_stays_and_has_no_gradient(tmp_path, checkpointing):
+def test_a_frozen_vision_tower_does_not_change_and_has_no_gradient(tmp_path, checkpointing):
     model, processor = adapter_policy()
     freeze_vision(model)
     trainer = make_trainer(tmp_path, policy=(model, processor), max_steps=2, gradient_checkpointing=checkpointing)
     with_gradient = set()
 
-    class Gradients(TrainerCallback):
+    class RecordGradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             with_gradient.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
 
-    trainer.add_callback(Gradients())
+    trainer.add_callback(RecordGradients())
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved and not any("vision_tower" in name for name in moved | with_gradient)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and not any("vision_tower" in name for name in changed | with_gradient)
     assert not any("ref" in name.split(".") for name in with_gradient)
 
 
@@ -92,12 +92,12 @@ def test_a_frozen_vision_tower_stays_and_has_no_gradient(tmp_path, checkpointing
 def test_without_an_adapter_the_model_itself_is_the_reference(tmp_path, kind):
     trainer = make_trainer(tmp_path, policy=kind, max_steps=3)
     reference = trainer.ref_model if kind == "full" else trainer.model.get_base_model()
-    fixed = {name: p.clone() for name, p in reference.named_parameters() if not p.requires_grad}
-    assert fixed
+    frozen = {name: p.clone() for name, p in reference.named_parameters() if not p.requires_grad}
+    assert frozen
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.state.log_history[1]["loss"] < math.log(2)
-    assert all(torch.equal(p, fixed[name]) for name, p in reference.named_parameters() if name in fixed)
+    assert all(torch.equal(p, frozen[name]) for name, p in reference.named_parameters() if name in frozen)
 
 
 def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
@@ -138,7 +138,7 @@ def test_logs_have_lengths_and_log_ratios(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", [["sigmoid", "sft"], ["ipo"], ["hinge"], ["robust"]])
-def test_every_loss_of_trl_and_their_sums_work(tmp_path, loss_type):
+def test_losses_of_trl_and_their_sums_can_be_trained(tmp_path, loss_type):
     trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type, label_smoothing=0.1)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
@@ -153,7 +153,7 @@ def test_every_loss_of_trl_and_their_sums_work(tmp_path, loss_type):
         ({"train_sampling_strategy": "batch_rebalance"}, "column of lengths"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
+def test_invalid_settings_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MultimodalDPOConfig(output_dir=str(tmp_path), **settings)
 
@@ -171,10 +171,10 @@ def test_several_evaluation_sets_are_each_checked(tmp_path, monkeypatch, kind):
     bad = pair(52)
     bad["rejected"] = bad["chosen"]
     sets = kind(one=Dataset.from_list([pair(50), pair(51)]), other=Dataset.from_list([bad, pair(53), pair(54)]))
-    trainer = with_datasets(tmp_path, None, sets, eval_strategy="steps", eval_steps=2, max_steps=2)
+    trainer = trainer_with_datasets(tmp_path, None, sets, eval_strategy="steps", eval_steps=2, max_steps=2)
     assert {name: len(dataset) for name, dataset in trainer.eval_dataset.items()} == {"one": 2, "other": 2}
     trainer.train()
-    alone = with_datasets(tmp_path, None, Dataset.from_list([pair(53), pair(54)]), max_steps=2)
+    alone = trainer_with_datasets(tmp_path, None, Dataset.from_list([pair(53), pair(54)]), max_steps=2)
     alone.train()
     log = trainer.state.log_history
     assert len([entry for entry in log if "eval_one_loss" in entry]) == 1
@@ -184,7 +184,7 @@ def test_several_evaluation_sets_are_each_checked(tmp_path, monkeypatch, kind):
     assert other["eval_logps/chosen"] == pytest.approx(expected["eval_logps/chosen"], abs=1e-4)
 
 
-def with_datasets(output_dir, train, evaluation, **settings) -> MultimodalDPOTrainer:
+def trainer_with_datasets(output_dir, train, evaluation, **settings) -> MultimodalDPOTrainer:
     model, processor = adapter_policy()
     args = MultimodalDPOConfig(
         output_dir=str(output_dir), report_to="none", save_strategy="no", disable_tqdm=True, seed=3,
@@ -196,7 +196,7 @@ def with_datasets(output_dir, train, evaluation, **settings) -> MultimodalDPOTra
     )
 
 
-def test_datasets_that_cannot_be_checked_are_refused_at_once(tmp_path):
+def test_datasets_that_cannot_be_checked_are_refused(tmp_path):
     pairs = Dataset.from_list([pair(number) for number in range(4)])
     args = MultimodalDPOConfig(output_dir=str(tmp_path), report_to="none", max_steps=1)
     for train, evaluation, name in [
@@ -205,24 +205,24 @@ def test_datasets_that_cannot_be_checked_are_refused_at_once(tmp_path):
         (pairs, pairs.to_iterable_dataset(), "eval_dataset"),
         (pairs, {"held_out": pairs.to_iterable_dataset()}, "held_out"),
     ]:
-        with pytest.raises(UserError, match=f"{name}.*Dataset.*without streaming"):  # no model is looked for
+        with pytest.raises(UserError, match=f"{name}.*Dataset.*without streaming"):  # before a model is loaded
             MultimodalDPOTrainer("no/such-model", args, train_dataset=train, eval_dataset=evaluation)
 
 
-def test_text_without_an_images_column_is_refused_with_the_remedy(tmp_path):
+def test_the_error_for_a_missing_images_column_says_how_to_add_it(tmp_path):
     rows = [pair(number) for number in range(4)]
     for row in rows:
         del row["images"], row["prompt"][0]["content"][0]
     with pytest.raises(UserError, match="add `images: \\[\\]`"):
         make_trainer(tmp_path, rows=rows)
     dataset = Dataset.from_list(rows)
-    dataset = dataset.add_column("images", [[]] * len(dataset))  # as the message says
-    trainer = with_datasets(tmp_path, dataset, None, max_steps=1, logging_steps=1)
+    dataset = dataset.add_column("images", [[]] * len(dataset))  # as the message suggests
+    trainer = trainer_with_datasets(tmp_path, dataset, None, max_steps=1, logging_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_displacement_is_warned_of_once_and_only_if_it_persists(caplog):
+def test_only_persistent_displacement_causes_a_warning_and_only_once(caplog):
     class State:
         global_step, is_world_process_zero = 30, True
 
@@ -234,11 +234,11 @@ def test_displacement_is_warned_of_once_and_only_if_it_persists(caplog):
         return [record.message for record in caplog.records]
 
     assert warnings([-0.5, 0.1, -0.2, -0.3, 0.2]) == []
-    said = warnings([0.1, -0.5, -0.6, -0.7, -0.8, -0.9])
-    assert len(said) == 1 and "0.70 nats" in said[0] and "sft" in said[0]
+    messages = warnings([0.1, -0.5, -0.6, -0.7, -0.8, -0.9])
+    assert len(messages) == 1 and "0.70 nats" in messages[0] and "sft" in messages[0]
 
 
-def test_the_adapter_is_saved_without_its_reference_and_loads_again(tmp_path):
+def test_the_adapter_is_saved_without_its_reference_and_can_be_loaded(tmp_path):
     from medst_trl import load_policy
 
     model, processor = adapter_policy(save_to=tmp_path)
@@ -254,52 +254,52 @@ def test_the_adapter_is_saved_without_its_reference_and_loads_again(tmp_path):
         assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-5)
 
 
-def run_script(
-    folder: Path, *arguments: str, ranks: int = 1, zero_2: bool = False, **overrides
+def run_training_script(
+    directory: Path, *arguments: str, ranks: int = 1, zero_2: bool = False, **overrides
 ) -> subprocess.CompletedProcess:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     distributed = ["--multi_gpu"]
     if zero_2:
-        del environment["ACCELERATE_USE_CPU"]  # with it accelerate drops DeepSpeed without a word
+        del environment["ACCELERATE_USE_CPU"]  # accelerate silently ignores DeepSpeed if this is set
         environment["DS_ACCELERATOR"] = "cpu"
         distributed, overrides["ddp_backend"] = ["--use_deepspeed", "--zero_stage", "2"], "gloo"
-    script = [str(Path(__file__).parents[1] / "tiny_dpo.py"), str(folder), json.dumps(overrides), *arguments]
+    script = [str(Path(__file__).parents[1] / "tiny_dpo.py"), str(directory), json.dumps(overrides), *arguments]
     command = [sys.executable, *script]
     if ranks > 1:
         command = [
             sys.executable, "-m", "accelerate.commands.launch", *distributed, "--num_processes", str(ranks),
             "--mixed_precision", "no", "--main_process_port", "0", *script,
         ]  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = run_script(tmp_path / "whole", **settings)
-    assert whole.returncode == 0, whole.stderr
-    assert run_script(tmp_path / "cut", "--kill_after_step", "5", **settings).returncode == -9
-    assert run_script(tmp_path / "cut", **settings).returncode == 0
-    ours, theirs = (torch.load(tmp_path / name / "weights.pt") for name in ("cut", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    uninterrupted = run_training_script(tmp_path / "uninterrupted", **settings)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert run_training_script(tmp_path / "interrupted", "--kill_after_step", "5", **settings).returncode == -9
+    assert run_training_script(tmp_path / "interrupted", **settings).returncode == 0
+    weights, expected = (torch.load(tmp_path / name / "weights.pt") for name in ("interrupted", "uninterrupted"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["sigmoid", "sft"], ["my_sigmoid"]], ids="+".join)
 @pytest.mark.parametrize("zero_2", [False, True], ids=["ddp", "zero_2"])
-def test_two_ranks_equal_one(tmp_path, plugin, loss_type, zero_2):
-    """Per-pair losses do not depend on how pairs are divided; TRL's `sft` term is a mean over a rank's tokens."""
+def test_two_ranks_give_the_losses_of_one(tmp_path, plugin, loss_type, zero_2):
+    """Per-pair losses do not depend on how pairs are split; TRL's `sft` term is a mean over the tokens of a rank."""
     plugin(tiny_dpo.SIGMOID)
     if zero_2:
         pytest.importorskip("deepspeed")
     runs = {}
     for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
+        directory = tmp_path / str(ranks)
         settings = {"per_device_train_batch_size": 4 // ranks, "loss_type": loss_type, "optim": "sgd"}
-        run = run_script(folder, ranks=ranks, zero_2=zero_2 and ranks == 2, **settings)
+        run = run_training_script(directory, ranks=ranks, zero_2=zero_2 and ranks == 2, **settings)
         assert run.returncode == 0, run.stderr
-        runs[ranks] = json.loads((folder / "run.json").read_text())
+        runs[ranks] = json.loads((directory / "run.json").read_text())
         assert runs[ranks]["world_size"] == ranks
         assert runs[ranks]["kind"].endswith(("NO", "DEEPSPEED" if zero_2 else "CPU"))
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in runs.values()]

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes and checks of stored images; a batch without an image still runs the vision tower, with equal outputs."""
+"""Sizes and checks of stored images; a batch without images still runs the vision tower and keeps its outputs."""
 
 import io
 
@@ -22,7 +22,7 @@ PIXELS = np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8)
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "JPEG2000", "MPO"]
 
 
-def stored(kind: str, orientation: int | None = None) -> dict:
+def encoded_image(kind: str, orientation: int | None = None) -> dict:
     file, exif = io.BytesIO(), Image.Exif()
     if orientation is not None:
         exif[0x112] = orientation
@@ -30,44 +30,44 @@ def stored(kind: str, orientation: int | None = None) -> dict:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def on_disk(image: dict, folder) -> dict:
-    (folder / "image").write_bytes(image["bytes"])
-    return {"bytes": None, "path": str(folder / "image")}
+def saved_to_file(image: dict, directory) -> dict:
+    (directory / "image").write_bytes(image["bytes"])
+    return {"bytes": None, "path": str(directory / "image")}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_the_size_is_that_of_the_decoded_image(tmp_path, kind, orientation):
-    image = stored(kind, orientation)
+def test_image_size_equals_the_size_of_the_decoded_image(tmp_path, kind, orientation):
+    image = encoded_image(kind, orientation)
     decoded = ImageFeature().decode_example(image)
-    assert image_size(image) == image_size(on_disk(image, tmp_path)) == image_size(decoded) == decoded.size
+    assert image_size(image) == image_size(saved_to_file(image, tmp_path)) == image_size(decoded) == decoded.size
     assert decoded.size == ((40, 24) if orientation in (6, 8) and kind not in ("BMP", "JPEG2000") else (24, 40))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_size_of_common_formats_is_read_without_decoding(monkeypatch, tmp_path, kind):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    whole = stored(kind)
-    for image in (whole, on_disk(whole, tmp_path)):
+    in_memory = encoded_image(kind)
+    for image in (in_memory, saved_to_file(in_memory, tmp_path)):
         assert image_size(image) == (24, 40)
         check_image(image)
 
 
-def test_exif_after_the_pixels_of_a_png_is_found():
-    data, turned = stored("PNG")["bytes"], stored("PNG", 6)["bytes"]
-    start = turned.index(b"eXIf") - 4
-    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4])]
+def test_exif_after_the_pixels_of_a_png_is_read():
+    data, rotated = encoded_image("PNG")["bytes"], encoded_image("PNG", 6)["bytes"]
+    start = rotated.index(b"eXIf") - 4
+    chunk = rotated[start : start + 12 + int.from_bytes(rotated[start : start + 4])]
     image = {"bytes": data[:-12] + chunk + data[-12:], "path": None}
     assert image_size(image) == ImageFeature().decode_example(image).size == (40, 24)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("kept", [0.95, 0.5, 0.02])
-def test_a_truncated_image_is_reported(tmp_path, kind, kept):
-    cut = stored(kind)
-    check_image(cut)
-    cut["bytes"] = cut["bytes"][: int(len(cut["bytes"]) * kept)]
-    for image in (cut, on_disk(cut, tmp_path)):
+@pytest.mark.parametrize("fraction", [0.95, 0.5, 0.02])
+def test_a_truncated_image_is_reported(tmp_path, kind, fraction):
+    truncated = encoded_image(kind)
+    check_image(truncated)
+    truncated["bytes"] = truncated["bytes"][: int(len(truncated["bytes"]) * fraction)]
+    for image in (truncated, saved_to_file(truncated, tmp_path)):
         try:
             ImageFeature().decode_example(image)
         except Exception:
@@ -77,8 +77,8 @@ def test_a_truncated_image_is_reported(tmp_path, kind, kept):
             check_image(image)
 
 
-def test_an_image_without_an_end_marker_that_pillow_reads_is_kept():
-    image = stored("JPEG")
+def test_bytes_after_the_end_of_an_image_are_accepted():
+    image = encoded_image("JPEG")
     check_image({**image, "bytes": image["bytes"] + b"a note of the scanner"})
 
 
@@ -103,18 +103,18 @@ def test_every_family_encodes_a_blank_image_without_changing_its_outputs(family)
         expected = [model(**batch).logits for batch in (with_image, without)]
     encode_blank_images(model, processor)
 
-    parts, runs = model_parts(model), []
-    model.get_submodule(parts.vision_tower).register_forward_pre_hook(lambda *_: runs.append(True))
+    parts, calls = model_parts(model), []
+    model.get_submodule(parts.vision_tower).register_forward_pre_hook(lambda *_: calls.append(True))
     for batch, logits in zip((with_image, without, without), [*expected, expected[1]]):
         model.zero_grad()
         output = model(**batch)
         assert torch.equal(output.logits, logits)
         output.loss.backward()
-    assert len(runs) == 3  # once a batch, whether it has an image or not
+    assert len(calls) == 3  # once per batch, with or without an image
     gradients = {"vision": [], "projector": [], "language": []}
     for name, parameter in model.named_parameters():
         gradients[parts.part_of(name)].append(parameter.grad)
     assert all(gradient is not None and not gradient.any() for gradient in gradients["projector"])
-    reached = [gradient for gradient in gradients["vision"] if gradient is not None]
-    assert len(reached) > len(gradients["vision"]) / 2 and not any(gradient.any() for gradient in reached)
+    existing = [gradient for gradient in gradients["vision"] if gradient is not None]
+    assert len(existing) > len(gradients["vision"]) / 2 and not any(gradient.any() for gradient in existing)
     assert any(gradient is not None and gradient.any() for gradient in gradients["language"])

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Registered losses: equal to TRL's where they compute the same, alone or added up, and refused before training."""
+"""Registered losses: they match TRL's, alone and combined, and unusable losses are refused before training."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from medst_trl.training.losses import LOSSES, PreferenceLoss, trl_losses
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    """Registers losses until the test ends."""
+def register_loss(monkeypatch):
+    """Function that registers a loss until the test ends."""
     monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
     monkeypatch.setattr(LOSSES, "_origins", dict(LOSSES._origins))
     return LOSSES.register
@@ -41,57 +41,57 @@ class Sigmoid(PreferenceLoss):
         return -F.logsigmoid(args.beta * (ratios.chosen - ratios.rejected))
 
 
-def run(folder, **settings):
-    """The losses and gradient norms of a short run, and the gradients of its first step."""
-    trainer = tiny_dpo.make_trainer(folder, **settings)
+def train(directory, **settings):
+    """Return the losses and gradient norms of a short run, and the gradients of its first step."""
+    trainer = tiny_dpo.make_trainer(directory, **settings)
     gradients = {}
 
-    def note(name, parameter):
+    def record_gradient(name, parameter):
         gradients.setdefault(name, parameter.grad.clone())
 
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(partial(note, name))
+            parameter.register_post_accumulate_grad_hook(partial(record_gradient, name))
     trainer.train()
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry], gradients
 
 
 @pytest.mark.parametrize("policy", ["continued_adapter", "new_adapter", "full"])
-@pytest.mark.parametrize("way", ["shared prefix", "separate rows", "cached reference"])
+@pytest.mark.parametrize("variant", ["shared prefix", "separate rows", "cached reference"])
 @pytest.mark.parametrize(
     "losses",
     [{"loss_type": ["toy"]}, {"loss_type": ["toy", "sigmoid"], "loss_weights": [0.25, 0.75]}],
     ids=["alone", "mixed"],
 )
-def test_a_loss_equal_to_sigmoid_takes_the_steps_of_sigmoid(tmp_path, registered, policy, way, losses):
-    registered(Sigmoid())
-    settings = {"policy": policy, "share_prefix": way != "separate rows"}
-    if way == "cached reference":
+def test_a_loss_equal_to_sigmoid_trains_like_sigmoid(tmp_path, register_loss, policy, variant, losses):
+    register_loss(Sigmoid())
+    settings = {"policy": policy, "share_prefix": variant != "separate rows"}
+    if variant == "cached reference":
         settings |= {"precompute_ref_log_probs": True, "ref_log_probs_dir": str(tmp_path / "cache")}
-    expected, expected_gradients = run(tmp_path / "sigmoid", **settings)
-    found, gradients = run(tmp_path / "toy", **settings, **losses)
-    for ours, theirs in zip(found, expected, strict=True):
+    expected, expected_gradients = train(tmp_path / "sigmoid", **settings)
+    actual, gradients = train(tmp_path / "toy", **settings, **losses)
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected_gradients[name], atol=1e-6), name
 
 
-def test_the_weights_of_losses_and_pairs_multiply_the_loss(tmp_path, registered):
-    registered(Sigmoid())
-    plain, _ = run(tmp_path, loss_type=["toy"], max_steps=1)
-    half, _ = run(tmp_path, loss_type=["toy"], loss_weights=[0.5], max_steps=1)
+def test_the_weights_of_losses_and_pairs_multiply_the_loss(tmp_path, register_loss):
+    register_loss(Sigmoid())
+    plain, _ = train(tmp_path, loss_type=["toy"], max_steps=1)
+    half, _ = train(tmp_path, loss_type=["toy"], loss_weights=[0.5], max_steps=1)
     assert Sigmoid.seen.weight is None and Sigmoid.seen.flip_probability is None
     rows = [tiny_dpo.pair(number) | {"weight": 3.0, "probability": 0.9} for number in range(12)]
-    weighted, _ = run(tmp_path, loss_type=["toy"], rows=rows, max_steps=1)
+    weighted, _ = train(tmp_path, loss_type=["toy"], rows=rows, max_steps=1)
     assert half[0][0] == pytest.approx(0.5 * plain[0][0], abs=1e-6)
     assert weighted[0][0] == pytest.approx(3 * plain[0][0], abs=1e-6)
     assert Sigmoid.seen.weight.tolist() == [3.0] * 4
     assert Sigmoid.seen.flip_probability.tolist() == pytest.approx([0.1] * 4)
 
 
-def test_a_loss_sees_log_probabilities_and_lengths_of_each_pair(tmp_path, registered):
-    registered(Sigmoid())
+def test_a_loss_receives_log_probabilities_and_lengths_of_each_pair(tmp_path, register_loss):
+    register_loss(Sigmoid())
     trainer = tiny_dpo.make_trainer(tmp_path, loss_type=["toy"], max_steps=1)
     trainer.train()
     seen, log = Sigmoid.seen, trainer.state.log_history[0]
@@ -101,13 +101,13 @@ def test_a_loss_sees_log_probabilities_and_lengths_of_each_pair(tmp_path, regist
         assert getattr(seen.lengths, kind).float().mean().item() == log[f"lengths/{kind}"]
 
 
-def test_evaluation_uses_the_registered_loss(tmp_path, registered):
-    registered(Sigmoid())
+def test_evaluation_uses_the_registered_loss(tmp_path, register_loss):
+    register_loss(Sigmoid())
     rows = [tiny_dpo.pair(number) for number in (50, 51)]
-    found = [
+    metrics = [
         tiny_dpo.make_trainer(tmp_path, loss_type=[name], eval_rows=rows).evaluate() for name in ("toy", "sigmoid")
     ]
-    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], abs=1e-6)
+    assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], abs=1e-6)
 
 
 def test_the_losses_of_trl_are_read_from_its_source():
@@ -119,21 +119,21 @@ def test_the_losses_of_trl_are_read_from_its_source():
         MultimodalDPOConfig(loss_type=[name])
 
 
-def test_an_unknown_loss_lists_all_and_the_closest(registered):
-    registered(Sigmoid())
+def test_the_error_for_an_unknown_loss_lists_all_losses_and_suggests_the_closest(register_loss):
+    register_loss(Sigmoid())
     with pytest.raises(ValueError, match=r"Unknown loss_type 'sigmoit'. Did you mean 'sigmoid'\? .*hinge.*, toy\."):
         MultimodalDPOConfig(loss_type=["sft", "sigmoit"])
     with pytest.raises(ValueError, match="Unknown loss_type 'toyy'. Did you mean 'toy'"):
         MultimodalDPOConfig(loss_type="toyy")
 
 
-def test_a_name_passes_if_the_losses_of_trl_cannot_be_read(monkeypatch):
+def test_any_name_is_accepted_if_the_losses_of_trl_cannot_be_read(monkeypatch):
     monkeypatch.setattr(losses, "find_spec", lambda name: None)
     assert trl_losses() == []
     assert MultimodalDPOConfig(loss_type=["of_next_year"]).loss_type == ["of_next_year"]
 
 
-def test_a_loss_that_cannot_be_computed_is_refused_before_training(registered):
+def test_a_loss_that_cannot_be_computed_is_refused_before_training(register_loss):
     class Contrast(Sigmoid):
         name, views = "contrast", ("image", "blank")
 
@@ -141,7 +141,7 @@ def test_a_loss_that_cannot_be_computed_is_refused_before_training(registered):
         name = "hinge"
 
     for loss in (Sigmoid(), Contrast(), Clash()):
-        registered(loss)
+        register_loss(loss)
     with pytest.raises(ValueError, match="'contrast' compares the image view blank, which is not computed"):
         MultimodalDPOConfig(loss_type=["contrast"])
     with pytest.raises(ValueError, match="'hinge' of a plugin shares its name with one of TRL's"):
@@ -151,7 +151,7 @@ def test_a_loss_that_cannot_be_computed_is_refused_before_training(registered):
             MultimodalDPOConfig(loss_type=["sigmoid", "toy"], **setting)
 
 
-def test_a_loss_that_lacks_a_part_is_refused_when_it_is_registered(registered):
+def test_an_incomplete_loss_is_refused_when_it_is_registered(register_loss):
     class Unpublished(PreferenceLoss):
         name = "unpublished"
 
@@ -162,17 +162,17 @@ def test_a_loss_that_lacks_a_part_is_refused_when_it_is_registered(registered):
         name, paper = "idle", "https://example.org/paper"
 
     with pytest.raises(UserError, match="The loss 'unpublished' .* lacks paper"):
-        registered(Unpublished())
+        register_loss(Unpublished())
     with pytest.raises(TypeError, match="__call__"):
-        registered(Idle())
+        register_loss(Idle())
 
 
-def test_a_loss_from_a_plugin_file_appears_everywhere(tmp_path):
+def test_a_loss_from_a_plugin_file_works_in_every_command(tmp_path):
     model, processor = tiny_dpo.adapter_policy(save_to=tmp_path)
     model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
     processor.save_pretrained(tmp_path / "sft")
-    known = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
-    rows = Dataset.from_list([tiny_dpo.pair(number) | known for number in range(4)], features=preference_features())
+    judged = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
+    rows = Dataset.from_list([tiny_dpo.pair(number) | judged for number in range(4)], features=preference_features())
     (tmp_path / "pairs").mkdir()
     rows.to_parquet(tmp_path / "pairs" / "train-00000-of-00001.parquet")
     (tmp_path / "mine.py").write_text(tiny_dpo.SIGMOID)
@@ -181,13 +181,13 @@ def test_a_loss_from_a_plugin_file_appears_everywhere(tmp_path):
         "per_device_train_batch_size: 4, loss_type: [sigmoid, my_sigmoid], loss_weights: [0.5, 0.5]}\n"
     )
 
-    def medst(*words, code=0):
-        command = [sys.executable, "-m", "medst_trl.cli", *words]
+    def medst(*arguments, code=0):
+        command = [sys.executable, "-m", "medst_trl.cli", *arguments]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
         environment.pop("MEDST_PLUGINS", None)
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == code, done.stderr
-        return " ".join((done.stdout if code == 0 else done.stderr).split())
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert process.returncode == code, process.stderr
+        return " ".join((process.stdout if code == 0 else process.stderr).split())
 
     plugins = ("--plugins", "mine.py")
     assert "my_sigmoid (https://example.org/paper)" in medst("dpo", "--help", *plugins)

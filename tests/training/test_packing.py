@@ -29,10 +29,10 @@ from medst_trl.training.packing import (
 
 
 PACKED = [family for family in MODELS if family not in ("gemma-3", "internvl")]
-ROWS, ONE_ROW = 1e-3, 0.0  # costs of long rows, the second FlashAttention's
+ROWS, ONE_ROW = 1e-3, 0.0  # relative cost of long rows; FlashAttention has none and packs into one row
 CASES = [
     *[(family, ROWS, {}) for family in PACKED],
-    *[(family, ONE_ROW, {}) for family in ("vicuna", "qwen2.5-vl", "idefics3")],  # FlashAttention's layout
+    *[(family, ONE_ROW, {}) for family in ("vicuna", "qwen2.5-vl", "idefics3")],  # the layout for FlashAttention
     ("qwen3-vl", ROWS, {"attn_implementation": "eager"}),
     ("llava-mistral", ROWS, {"sliding_window": 12}),
 ]
@@ -40,7 +40,7 @@ NAMES = ["-".join(map(str, [family, cost, *settings.values()])) for family, cost
 
 
 def _rows():
-    """Conversations of unequal length with no, one and two images of unequal size."""
+    """Conversations of different lengths with zero, one and two images of different sizes."""
     rows = [tiny_run.conversation(i, turns=turns) for i, turns in enumerate((1, 4, 2, 1, 3))]
     rows[0]["images"] = rows[0]["images"][:0]
     del rows[0]["messages"][0]["content"][0]
@@ -59,7 +59,7 @@ def _trainer(tmp_path, family, settings=None, **overrides):
 
 
 def _loss_and_scores(trainer, batch):
-    """The loss, and for each document (by its tokens) the log-probability of every target."""
+    """Return the loss and, for each document (keyed by its tokens), log-probabilities, labels and question mask."""
     tokens, labels = batch["input_ids"], batch["labels"]
     starts = batch["position_ids"] if "position_ids" in batch else torch.arange(tokens.shape[1]).expand(tokens.shape)
     real = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"].bool()
@@ -69,8 +69,8 @@ def _loss_and_scores(trainer, batch):
     hook.remove()
     scores = {}
     for row in range(len(tokens)):
-        borders = [*(starts[row] == 0).nonzero().flatten().tolist(), tokens.shape[1]]
-        for start, end in pairwise(borders):
+        boundaries = [*(starts[row] == 0).nonzero().flatten().tolist(), tokens.shape[1]]
+        for start, end in pairwise(boundaries):
             end = start + int(real[row, start:end].sum())
             log_probs = outputs[0].log_probs[row, start : end - 1]
             scores[tuple(tokens[row, start:end].tolist())] = (
@@ -78,7 +78,7 @@ def _loss_and_scores(trainer, batch):
                 labels[row, start:end].tolist(),
                 batch["question_mask"][row, start:end].tolist(),
             )
-    scores.pop((), None)  # what fills up a row
+    scores.pop((), None)  # padding
     return loss, scores
 
 
@@ -100,7 +100,7 @@ def test_a_packed_step_equals_the_padded_step(tmp_path, family, cost, settings):
         assert packed["input_ids"].shape == (1, padded["attention_mask"].sum())
     else:
         order = [d for row in rows_of(padded["attention_mask"].sum(1).tolist(), cost) for d in row]
-        assert len(packed["input_ids"]) > 1 and order != sorted(order)  # images have to move
+        assert len(packed["input_ids"]) > 1 and order != sorted(order)  # the images are reordered
 
     expected, expected_scores = _loss_and_scores(trainer, padded)
     expected_gradients = _gradients(trainer, expected)
@@ -117,7 +117,7 @@ def test_a_packed_step_equals_the_padded_step(tmp_path, family, cost, settings):
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_conversations_do_not_see_each_other(tmp_path, family):
+def test_packed_conversations_do_not_attend_to_each_other(tmp_path, family):
     trainer = _trainer(tmp_path, family)
     rows, changed = _rows(), _rows()
     changed[1]["images"] = [Image.new("RGB", (16, 16), "red")]
@@ -132,7 +132,7 @@ def test_conversations_do_not_see_each_other(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", [family for family in PACKED if family.startswith("qwen")])
-def test_rope_positions_of_a_packed_conversation_are_those_it_has_alone(tmp_path, family):
+def test_packing_does_not_change_the_rope_positions_of_a_conversation(tmp_path, family):
     trainer = _trainer(tmp_path, family)
     batch = trainer.data_collator(_rows())
     positions = rope_positions(trainer.model, batch)
@@ -141,13 +141,13 @@ def test_rope_positions_of_a_packed_conversation_are_those_it_has_alone(tmp_path
     for row in range(positions.shape[1]):
         starts = (positions[0, row] == 0).nonzero().flatten()
         found += [p.tolist() for p in positions[1:, row].tensor_split(starts[1:], dim=1)]
-    for example in _rows()[1:]:  # transformers counts positions only where there are images
+    for example in _rows()[1:]:  # transformers computes positions only for examples with images
         alone = replace(trainer.data_collator, packing=None)([example])
         inputs = alone["input_ids"], alone["mm_token_type_ids"], alone["image_grid_thw"]
         assert trainer.model.model.get_rope_index(*inputs)[0][:, 0].tolist() in found
 
 
-def test_the_first_token_of_a_conversation_is_not_a_target_of_its_neighbor():
+def test_the_first_token_of_a_conversation_is_not_predicted_from_its_neighbor():
     tokens = torch.arange(1, 13).view(2, 6)
     lengths = torch.tensor([4, 2])
     mask = torch.arange(6) < lengths[:, None]
@@ -161,7 +161,7 @@ def test_the_first_token_of_a_conversation_is_not_a_target_of_its_neighbor():
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2-vl", "smolvlm"])
-def test_batches_without_images_and_batches_without_examples_pack(tmp_path, family):
+def test_batches_without_images_or_without_usable_examples_can_be_packed(tmp_path, family):
     rows = [{**tiny_run.conversation(i, turns=1 + 2 * i, with_image=False)} for i in range(4)]
     trainer = _trainer(tmp_path, family, rows=rows, max_steps=1)
     collator = replace(trainer.data_collator)
@@ -169,9 +169,9 @@ def test_batches_without_images_and_batches_without_examples_pack(tmp_path, fami
         loss, scores = _loss_and_scores(trainer, collator(rows))
         expected, expected_scores = _loss_and_scores(trainer, replace(collator, packing=None)(rows))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and scores.keys() == expected_scores.keys()
-    nothing = replace(collator, max_length=3)(rows)
-    assert nothing["rejected"] == {f"r{i}": "too_long" for i in range(4)}
-    assert trainer.compute_loss(trainer.model, nothing) == 0
+    empty = replace(collator, max_length=3)(rows)
+    assert empty["rejected"] == {f"r{i}": "too_long" for i in range(4)}
+    assert trainer.compute_loss(trainer.model, empty) == 0
 
 
 def test_packed_batches_list_rejected_and_truncated_examples(tmp_path):
@@ -205,7 +205,7 @@ def test_rows_are_padded_to_a_multiple_and_evaluation_stays_padded(tmp_path):
     assert "attention_mask" in next(iter(loader))
 
 
-def test_a_model_that_sees_images_in_both_directions_gets_grouped_batches(tmp_path, caplog):
+def test_a_model_with_bidirectional_image_attention_gets_grouped_batches(tmp_path, caplog):
     trainer = _trainer(tmp_path, "gemma-3", max_steps=1)
     assert [r.message for r in caplog.records if "gemma3" in r.message and "grouped by length" in r.message]
     assert "attention_mask" in trainer.data_collator(_rows())
@@ -215,14 +215,14 @@ def test_a_model_that_sees_images_in_both_directions_gets_grouped_batches(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("attention", "kind"),
+    ("attention", "costs_more"),
     [("sdpa", True), ("flex_attention", True), ("flash_attention_2", False), ("unknown", None)],
 )
-def test_long_rows_cost_more_if_attention_uses_a_mask(attention, kind):
+def test_long_rows_cost_more_if_attention_uses_a_mask(attention, costs_more):
     model, _ = tiny_model("vicuna")
     model.config.get_text_config()._attn_implementation_internal = attention
-    cost, why = packing_cost(model)
-    assert (None if cost is None else cost > 0) is kind and (cost is None) is bool(why)
+    cost, reason = packing_cost(model)
+    assert (None if cost is None else cost > 0) is costs_more and (cost is None) is bool(reason)
 
 
 @pytest.mark.parametrize("name", ["packing", "padding_free"])
@@ -234,16 +234,16 @@ def test_packing_of_trl_is_refused_in_favor_of_pack_sequences(tmp_path, name):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
 def test_rows_hold_every_document_once_and_cost_no_more_than_padding(lengths, cost):
     rows = rows_of(lengths, cost)
-    fills = [sum(lengths[item] for item in row) for row in rows]
+    row_lengths = [sum(lengths[item] for item in row) for row in rows]
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
-    price = lambda count, length: count * length * (1 + cost * length)  # noqa: E731
-    assert price(len(rows), max(fills)) <= price(len(lengths), max(lengths))
+    compute = lambda count, length: count * length * (1 + cost * length)  # noqa: E731
+    assert compute(len(rows), max(row_lengths)) <= compute(len(lengths), max(lengths))
     if cost == 0:
         assert rows == [list(range(len(lengths)))]
 
 
-def test_conversations_of_little_text_share_rows_in_a_large_model():
-    """LLaVA-1.5: with 576 image tokens each, no two fit into a row as long as the longest."""
+def test_short_conversations_share_rows_in_a_large_model():
+    """LLaVA-1.5: with 576 image tokens each, no two conversations fit into a row of the longest one's length."""
     lengths = [1041] + [800] * 15
     assert 7 <= len(rows_of(lengths, 1 / (3 * 4096))) <= 10
     assert len(rows_of(lengths, 1 / (3 * 64))) == 16
@@ -263,17 +263,17 @@ class Numbers(Dataset):
         return {"x": torch.tensor(float(index))}
 
 
-class Memory(torch.nn.Module):
-    """Records the examples of each batch."""
+class BatchRecorder(torch.nn.Module):
+    """Model that records the examples of each batch."""
 
-    def __init__(self, dies_after=None):
+    def __init__(self, interrupt_after=None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen = []
-        self.dies_after = dies_after
+        self.interrupt_after = interrupt_after
 
     def forward(self, x):
-        if len(self.seen) == self.dies_after:
+        if len(self.seen) == self.interrupt_after:
             raise KeyboardInterrupt
         self.seen.append(x.int().tolist())
         return {"loss": self.weight * x.mean()}
@@ -283,12 +283,14 @@ class GroupingTrainer(GroupsByLength, Trainer):
     train_lengths = LENGTHS
 
 
-def grouping_trainer(output_dir, model=None, kind=GroupingTrainer, **settings):
+def grouping_trainer(output_dir, model=None, trainer_class=GroupingTrainer, **settings):
     settings = {
         "output_dir": str(output_dir), "per_device_train_batch_size": 4, "num_train_epochs": 3, "report_to": "none",
         "train_sampling_strategy": "group_by_length", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
     } | settings  # fmt: skip
-    return kind(model or Memory(), TrainingArguments(**settings), train_dataset=Numbers(), eval_dataset=Numbers())
+    return trainer_class(
+        model or BatchRecorder(), TrainingArguments(**settings), train_dataset=Numbers(), eval_dataset=Numbers()
+    )
 
 
 def _padding(batches):
@@ -312,7 +314,7 @@ def test_the_micro_batches_of_a_step_form_one_group(tmp_path):
     assert trainer._get_train_sampler().batch_size == 12
 
 
-def test_the_order_depends_on_the_seed_and_not_on_other_draws(tmp_path):
+def test_the_order_depends_only_on_the_seed(tmp_path):
     def order(**settings):
         trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
         torch.rand(settings["seed"])
@@ -321,25 +323,25 @@ def test_the_order_depends_on_the_seed_and_not_on_other_draws(tmp_path):
     assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) != order(seed=2)
 
 
-@pytest.mark.parametrize("dies_after", [7, 25], ids=["first epoch", "second epoch"])
-def test_a_resumed_run_continues_in_the_same_order(tmp_path, dies_after):
-    whole = grouping_trainer(tmp_path / "whole")
-    whole.train()
+@pytest.mark.parametrize("interrupt_after", [7, 25], ids=["first epoch", "second epoch"])
+def test_a_resumed_run_continues_in_the_same_order(tmp_path, interrupt_after):
+    uninterrupted = grouping_trainer(tmp_path / "uninterrupted")
+    uninterrupted.train()
     settings = {"save_strategy": "steps", "save_steps": 3}
-    killed = grouping_trainer(tmp_path / "killed", Memory(dies_after), **settings)
+    interrupted = grouping_trainer(tmp_path / "interrupted", BatchRecorder(interrupt_after), **settings)
     with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = grouping_trainer(tmp_path / "killed", **settings)
+        interrupted.train()
+    resumed = grouping_trainer(tmp_path / "interrupted", **settings)
     resumed.train(resume_from_checkpoint=True)
-    saved = dies_after // 3 * 3
-    assert killed.model.seen[:saved] + resumed.model.seen == whole.model.seen
+    saved = interrupt_after // 3 * 3
+    assert interrupted.model.seen[:saved] + resumed.model.seen == uninterrupted.model.seen
 
 
 @pytest.mark.parametrize("skipped", [0, 2])
-def test_two_ranks_share_each_epoch_and_resume_it(tmp_path, skipped):
+def test_two_ranks_split_each_epoch_and_resume_it(tmp_path, skipped):
     def batches(rank, epoch, skip):
         trainer = grouping_trainer(tmp_path)
-        torch.manual_seed(rank)  # what else a rank has drawn must not matter
+        torch.manual_seed(rank)  # the random state of a rank must not matter
         prepare = trainer.accelerator.prepare
         trainer.accelerator.prepare = lambda loader: prepare_data_loader(
             loader, num_processes=2, process_index=rank, use_seedable_sampler=True, even_batches=False
@@ -359,26 +361,28 @@ def test_two_ranks_share_each_epoch_and_resume_it(tmp_path, skipped):
     assert batches(0, 0, 0) != batches(0, 1, 0)
 
 
-def test_evaluation_keeps_its_order_and_other_strategies_their_sampler(tmp_path):
+def test_evaluation_and_other_strategies_keep_their_sampler(tmp_path):
     trainer = grouping_trainer(tmp_path)
     assert [x for b in trainer.get_eval_dataloader() for x in b["x"].int().tolist()] == list(range(len(LENGTHS)))
     for strategy in ("random", "sequential"):
         ours = grouping_trainer(tmp_path, train_sampling_strategy=strategy)._get_train_sampler()
-        stock = grouping_trainer(tmp_path, kind=Trainer, train_sampling_strategy=strategy)._get_train_sampler()
+        stock = grouping_trainer(
+            tmp_path, trainer_class=Trainer, train_sampling_strategy=strategy
+        )._get_train_sampler()
         assert type(ours) is type(stock) is not SeededLengthGroupedSampler
 
 
 @pytest.mark.parametrize("count", [20, 90])
-def test_another_dataset_is_trained_on_completely_in_random_order(tmp_path, caplog, count):
-    def trained(settings):
+def test_a_replaced_dataset_is_trained_on_completely_and_in_random_order(tmp_path, caplog, count):
+    def examples_seen(settings):
         trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
-        list(trainer.get_train_dataloader())  # of the first dataset
+        list(trainer.get_train_dataloader())  # uses the lengths of the first dataset
         trainer.train_dataset = Numbers(count)
         trainer.train()
         return trainer.model.seen
 
-    seen = trained({})
+    seen = examples_seen({})
     assert sorted(chain(*seen)) == list(range(count))
     assert len([r for r in caplog.records if "group_by_length: the lengths" in r.message]) == 1
-    assert seen == trained({"train_sampling_strategy": "random"})
+    assert seen == examples_seen({"train_sampling_strategy": "random"})
     assert list(grouping_trainer(tmp_path)._get_train_sampler(Numbers(count))) != list(range(count))

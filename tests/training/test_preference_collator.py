@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a preference batch read as in stage 1, and only the answers are scored."""
+"""Preference batches are encoded as in stage 1, and only the answers are scored."""
 
 import io
 from collections import Counter
@@ -36,13 +36,13 @@ def examples() -> list[dict]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_rows_equal_their_conversations_encoded_alone(family):
+def test_both_rows_equal_the_separately_encoded_conversations(family):
     processor = prepared_processor(family)
     rows = examples()
     shared = DataCollatorForMultimodalPreference(processor, share_prefix=True)(rows)
     separate = DataCollatorForMultimodalPreference(processor)(rows)
     conversations = [pair_as_conversation(example, key) for key in ("chosen", "rejected") for example in rows]
-    alone = encode(processor, conversations)  # every image goes through the processor
+    alone = encode(processor, conversations)  # processes every image, even if two rows share it
     is_text = alone.batch["attention_mask"].bool()
     for name in separate.keys() - {"completion_mask", "neutralised"}:
         ours, expected = separate[name], alone.batch[name]
@@ -56,8 +56,8 @@ def test_both_rows_equal_their_conversations_encoded_alone(family):
         separate["input_ids"], separate["completion_mask"]
     )]  # fmt: skip
     for answer, conversation in zip(answers, conversations, strict=True):
-        said = conversation.messages[-1]["content"][0]["text"].strip()
-        assert answer.strip().startswith(said) and len(answer) <= len(said) + 20
+        expected = conversation.messages[-1]["content"][0]["text"].strip()
+        assert answer.strip().startswith(expected) and len(answer) <= len(expected) + 20
     assert shared["neutralised"] == separate["neutralised"] == alone.neutralised > 0
 
 
@@ -65,24 +65,24 @@ def test_both_rows_equal_their_conversations_encoded_alone(family):
 def test_the_prefix_is_the_prompt_and_the_longest_pair_sets_the_shared_length(family):
     processor, rows = prepared_processor(family), examples()
     batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)(rows)
-    pairs = []
-    for place, prefix in enumerate(batch["prefix_length"].tolist()):
-        one, other = batch["input_ids"][place], batch["input_ids"][place + 3]
-        assert torch.equal(one[:prefix], other[:prefix])
-        for row in (place, place + 3):  # nothing that is scored is shared, and nothing else is left
+    lengths = []
+    for index, prefix in enumerate(batch["prefix_length"].tolist()):
+        chosen, rejected = batch["input_ids"][index], batch["input_ids"][index + 3]
+        assert torch.equal(chosen[:prefix], rejected[:prefix])
+        for row in (index, index + 3):  # scores start right after the prefix
             assert batch["completion_mask"][row].nonzero()[0] == prefix
-        pairs.append(int(batch["attention_mask"][[place, place + 3]].sum()) - prefix + 1)
-    assert batch["shared_length"] == max(pairs)
+        lengths.append(int(batch["attention_mask"][[index, index + 3]].sum()) - prefix + 1)
+    assert batch["shared_length"] == max(lengths)
 
 
 def test_a_long_answer_is_truncated_and_a_prompt_without_room_is_refused():
     processor, rows = prepared_processor("vicuna"), examples()
     whole = DataCollatorForMultimodalPreference(processor)(rows)
     longest = int(whole["attention_mask"].sum(1).max())
-    cut = DataCollatorForMultimodalPreference(processor, max_length=longest - 4, share_prefix=True)(rows)
-    assert cut["input_ids"].shape[1] == longest - 4
-    assert torch.equal(cut["input_ids"], whole["input_ids"][:, : longest - 4])
-    assert cut["shared_length"] <= 2 * (longest - 4)
+    truncated = DataCollatorForMultimodalPreference(processor, max_length=longest - 4, share_prefix=True)(rows)
+    assert truncated["input_ids"].shape[1] == longest - 4
+    assert torch.equal(truncated["input_ids"], whole["input_ids"][:, : longest - 4])
+    assert truncated["shared_length"] <= 2 * (longest - 4)
     with pytest.raises(UserError, match=r"'p\d'.*no answer fits into max_length=20"):
         DataCollatorForMultimodalPreference(processor, max_length=20)(rows)
 
@@ -118,23 +118,23 @@ def image(number: int, mode: str = "RGB") -> Image.Image:
 
 
 def rows(n: int = 6) -> list[dict]:
-    """Pairs with images of unequal sizes and modes."""
+    """Pairs with images of different sizes and modes."""
     return [{**pair(i), "images": [image(i, "L" if i % 2 else "RGB")]} for i in range(n)]
 
 
 def as_image_column(dataset: Dataset) -> Dataset:
-    alone = Dataset.from_dict({"image": [images[0] for images in dataset["images"]]})
+    single_images = Dataset.from_dict({"image": [images[0] for images in dataset["images"]]})
     dataset = dataset.remove_columns("images")
-    return Dataset.from_list([{**row, **image} for row, image in zip(dataset, alone, strict=True)])
+    return Dataset.from_list([{**row, **image} for row, image in zip(dataset, single_images, strict=True)])
 
 
-def as_files(dataset: Dataset, folder) -> Dataset:
-    """The same pairs with images in files and rotated by EXIF."""
+def as_files(dataset: Dataset, directory) -> Dataset:
+    """The same pairs with images in files that EXIF rotates."""
     exif = Image.Exif()
     exif[0x112] = 6
     paths = []
     for number, images in enumerate(dataset["images"]):
-        paths.append([str(folder / f"{number}.jpg")])
+        paths.append([str(directory / f"{number}.jpg")])
         upright = images[0].convert("RGB").transpose(Image.Transpose.ROTATE_90)
         upright.save(paths[-1][0], exif=exif, quality=95)
     dataset = dataset.remove_columns("images").add_column("images", paths)
@@ -143,7 +143,7 @@ def as_files(dataset: Dataset, folder) -> Dataset:
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Number of images that `datasets` has decoded."""
+    """Counter of the images that `datasets` decodes."""
     count, decode = Counter(), ImageFeature.decode_example
 
     def counted(self, value, *args, **kwargs):
@@ -163,33 +163,33 @@ def test_lengths_of_pairs_match_the_batch_and_no_image_is_decoded(tmp_path, deco
     elif kind == "files":
         dataset = as_files(dataset, tmp_path)
     elif kind == "in memory":
-        pictures = {row["id"]: row["images"] for row in rows()}
+        images_by_id = {row["id"]: row["images"] for row in rows()}
         dataset = dataset.remove_columns("images").with_transform(
-            lambda batch: {**batch, "images": [pictures[name] for name in batch["id"]]}
+            lambda batch: {**batch, "images": [images_by_id[name] for name in batch["id"]]}
         )
     decoded.clear()
-    found = usable_pairs(dataset, processor, None)
-    assert not decoded and not found.rejected_records and len(found.dataset) == 6
+    pairs = usable_pairs(dataset, processor, None)
+    assert not decoded and not pairs.rejected_records and len(pairs.dataset) == 6
     collator = DataCollatorForMultimodalPreference(processor, share_prefix=True)
     lengths = [collator([example])["shared_length"] for example in dataset]
-    differences = {ours - theirs for ours, theirs in zip(found.lengths, lengths, strict=True)}
-    assert len(differences) == 1  # what stands behind the answer
+    differences = {ours - theirs for ours, theirs in zip(pairs.lengths, lengths, strict=True)}
+    assert len(differences) == 1  # the number of tokens after an answer
 
 
-@pytest.mark.parametrize("what", ["no image", "a cut png", "a cut jpeg", "no file"])
-def test_a_pair_whose_image_cannot_be_read_is_rejected(what):
+@pytest.mark.parametrize("damage", ["not an image", "truncated png", "truncated jpeg", "missing file"])
+def test_a_pair_whose_image_cannot_be_read_is_rejected(damage):
     dataset = Dataset.from_list(rows())
     broken = [dict(row) for row in dataset.cast_column("images", List(ImageFeature(decode=False)))]
-    if what == "no file":
+    if damage == "missing file":
         broken[2]["images"] = [{"bytes": None, "path": "/no/such/file.png"}]
     else:
         file = io.BytesIO()
-        image(2).save(file, "JPEG" if what == "a cut jpeg" else "PNG")
-        data = b"not an image" if what == "no image" else file.getvalue()[:-30]
+        image(2).save(file, "JPEG" if damage == "truncated jpeg" else "PNG")
+        data = b"not an image" if damage == "not an image" else file.getvalue()[:-30]
         broken[2]["images"] = [{"bytes": data, "path": None}]
     dataset = Dataset.from_list(broken).cast_column("images", List(ImageFeature()))
-    found = usable_pairs(dataset, prepared_processor("vicuna"), 512)
-    assert found.rejected_records == {"p2": "unreadable_image"}
-    assert [row["id"] for row in found.dataset] == ["p0", "p1", "p3", "p4", "p5"] and len(found.lengths) == 5
+    pairs = usable_pairs(dataset, prepared_processor("vicuna"), 512)
+    assert pairs.rejected_records == {"p2": "unreadable_image"}
+    assert [row["id"] for row in pairs.dataset] == ["p0", "p1", "p3", "p4", "p5"] and len(pairs.lengths) == 5
     with pytest.raises(UserError, match="1 because one of its images is missing, truncated"):
         usable_pairs(dataset.select([2]), prepared_processor("vicuna"), 512)

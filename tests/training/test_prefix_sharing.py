@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A shared prompt saves work and changes no result: scores and gradients are those of separate sequences."""
+"""Prefix sharing saves computation; scores and gradients equal those of separate sequences."""
 
 import functools
 import logging
@@ -32,7 +32,7 @@ from medst_trl.training.prefix_sharing import (
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-def with_answers(number: int, chosen: str, rejected: str, images: int = 1) -> dict:
+def pair_with_answers(number: int, chosen: str, rejected: str, images: int = 1) -> dict:
     example = pair(number)
     example["images"] = example["images"] * images
     if not images:
@@ -42,9 +42,9 @@ def with_answers(number: int, chosen: str, rejected: str, images: int = 1) -> di
 
 
 PAIRS = [
-    with_answers(0, "No.", "The left lung is darker than the right one, and the heart is large."),
-    with_answers(1, "It is a very large shadow in the lower left corner of the image.", "Yes"),
-    with_answers(2, "Yes, there is.", "Yes, there is not."),
+    pair_with_answers(0, "No.", "The left lung is darker than the right one, and the heart is large."),
+    pair_with_answers(1, "It is a very large shadow in the lower left corner of the image.", "Yes"),
+    pair_with_answers(2, "Yes, there is.", "Yes, there is not."),
 ]
 
 
@@ -54,33 +54,33 @@ def test_the_layout_is_prompt_chosen_last_prompt_token_rejected():
     rows = torch.zeros(6, length, dtype=torch.long)
     mask = torch.zeros_like(rows)
     for row in range(6):
-        pair_, answer = row % 3, (chosen if row < 3 else rejected)[row % 3]
-        tokens = [100 * pair_ + place for place in range(prompt[pair_])]
-        tokens += [1000 * (row + 1) + place for place in range(answer)]
+        index, answer = row % 3, (chosen if row < 3 else rejected)[row % 3]
+        tokens = [100 * index + offset for offset in range(prompt[index])]
+        tokens += [1000 * (row + 1) + offset for offset in range(answer)]
         rows[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
     shared_length = max(p + c + 1 + r for p, c, r in zip(prompt, chosen, rejected))
     layout = SharedLayout.of(mask, torch.tensor(prompt), shared_length)
-    for pair_ in range(3):
-        one, other = (rows[row, : mask[row].sum()].tolist() for row in (pair_, pair_ + 3))
-        expected = one + other[prompt[pair_] - 1 :]
-        assert rows.reshape(-1)[layout.source[pair_]].tolist()[: len(expected)] == expected
-        assert (layout.branch[pair_, len(expected) :] == -1).all() and (
-            layout.branch[pair_, : len(expected)] >= 0
+    for index in range(3):
+        first, second = (rows[row, : mask[row].sum()].tolist() for row in (index, index + 3))
+        expected = first + second[prompt[index] - 1 :]
+        assert rows.reshape(-1)[layout.source[index]].tolist()[: len(expected)] == expected
+        assert (layout.branch[index, len(expected) :] == -1).all() and (
+            layout.branch[index, : len(expected)] >= 0
         ).all()
         shared = rows.reshape(-1)[layout.source]
-        for row in (pair_, pair_ + 3):  # the score of a token is that of the place before it
-            for place in range(prompt[pair_], int(mask[row].sum())):
-                at = layout.scored[row, place - 1]
-                assert shared[:, 1:].reshape(-1)[at] == rows[row, place]
-                assert shared[:, :-1].reshape(-1)[at] == rows[row, place - 1]
+        for row in (index, index + 3):  # a token is scored at the position before it
+            for column in range(prompt[index], int(mask[row].sum())):
+                position = layout.scored[row, column - 1]
+                assert shared[:, 1:].reshape(-1)[position] == rows[row, column]
+                assert shared[:, :-1].reshape(-1)[position] == rows[row, column - 1]
 
 
 def shared_and_separate(model, processor, examples, **settings) -> tuple:
-    """The fused head's output, and the gradient of a loss that weights every score differently, in both layouts."""
+    """Return, for both layouts, the fused head's output and the gradients of a loss that weights every score."""
     add_fused_lm_head(model, outputs=OUTPUTS)
-    plain_forward, results = model.forward, []
+    stock_forward, results = model.forward, []
     for share in (True, False):
-        model.forward = plain_forward
+        model.forward = stock_forward
         sharing = PrefixSharing(model) if share else None
         batch = DataCollatorForMultimodalPreference(processor, share_prefix=share, **settings)([*examples])
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
@@ -96,7 +96,7 @@ def shared_and_separate(model, processor, examples, **settings) -> tuple:
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_scores_and_gradients_are_those_of_separate_sequences(family, attention):
+def test_scores_and_gradients_match_separate_sequences(family, attention):
     model, processor = tiny_model(family, attn_implementation=attention)
     (ours, our_gradients, labels), (theirs, gradients, _) = shared_and_separate(model, processor, PAIRS)
     assert (labels != -100).sum() > 20
@@ -104,34 +104,34 @@ def test_scores_and_gradients_are_those_of_separate_sequences(family, attention)
         assert torch.allclose(getattr(ours, name).float(), getattr(theirs, name).float(), atol=5e-6), name
     assert torch.equal(ours.label_mask, theirs.label_mask)
     assert our_gradients.keys() == gradients.keys()
-    parts, moved = model_parts(model), set()
+    parts, parts_with_gradient = model_parts(model), set()
     for name, gradient in gradients.items():
         assert torch.allclose(our_gradients[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max()))), name
-        moved |= {parts.part_of(name)} if gradient.abs().max() > 1e-4 else set()
-    assert moved == {"language", "vision", "projector"}
+        parts_with_gradient |= {parts.part_of(name)} if gradient.abs().max() > 1e-4 else set()
+    assert parts_with_gradient == {"language", "vision", "projector"}
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl", "gemma-3"])
 @pytest.mark.parametrize(
     ("examples", "settings"),
     [
-        ([with_answers(0, "a", "b " * 400), with_answers(1, "c " * 300, "d")], {}),
-        ([with_answers(0, "word " * 60, "other " * 60), PAIRS[1]], {"max_length": 90}),
-        ([with_answers(0, "Yes", "No", images=0), with_answers(1, "Right", "Left it is", images=0)], {}),
-        ([with_answers(0, "Yes", "No", images=0), PAIRS[0]], {}),
+        ([pair_with_answers(0, "a", "b " * 400), pair_with_answers(1, "c " * 300, "d")], {}),
+        ([pair_with_answers(0, "word " * 60, "other " * 60), PAIRS[1]], {"max_length": 90}),
+        ([pair_with_answers(0, "Yes", "No", images=0), pair_with_answers(1, "Right", "Left it is", images=0)], {}),
+        ([pair_with_answers(0, "Yes", "No", images=0), PAIRS[0]], {}),
         (PAIRS, {"pad_to_multiple_of": 16}),
     ],
-    ids=["very unequal", "truncated", "no image", "one without image", "padded"],
+    ids=["very different lengths", "truncated", "no image", "one pair without image", "padded"],
 )
-def test_unusual_batches_give_the_same_scores(family, examples, settings):
+def test_unusual_batches_match_separate_sequences(family, examples, settings):
     model, processor = tiny_model(family)
     (ours, _, labels), (theirs, _, _) = shared_and_separate(model, processor, examples, **settings)
     assert (labels != -100).any(1).all()
     assert torch.allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
 
 
-def test_the_vision_tower_sees_each_image_once_for_policy_and_reference(tmp_path):
-    def images_seen(share: bool) -> list[int]:
+def test_the_vision_tower_encodes_each_image_once_for_policy_and_reference(tmp_path):
+    def images_encoded(share: bool) -> list[int]:
         trainer = make_trainer(tmp_path / str(share), share_prefix=share, max_steps=2)
         seen = []
         trainer.model.get_base_model().model.vision_tower.register_forward_pre_hook(
@@ -142,50 +142,50 @@ def test_the_vision_tower_sees_each_image_once_for_policy_and_reference(tmp_path
         return seen
 
     comparison = [8, 4]  # both layouts of the first batch
-    assert images_seen(share=True) == [*comparison, *[4, 4] * 2]
-    assert images_seen(share=False) == [8, 8] * 2
+    assert images_encoded(share=True) == [*comparison, *[4, 4] * 2]
+    assert images_encoded(share=False) == [8, 8] * 2
 
 
-def test_the_default_shares_and_each_image_is_preprocessed_once(tmp_path, monkeypatch):
+def test_prefixes_are_shared_by_default_and_each_image_is_preprocessed_once(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=1)
     processor, images = trainer.processing_class.image_processor, []
     preprocess = type(processor).preprocess
 
     @functools.wraps(preprocess)
-    def counting(self, pixels, *args, **kwargs):
+    def counted_preprocess(self, pixels, *args, **kwargs):
         images.append(pixels)
         return preprocess(self, pixels, *args, **kwargs)
 
-    monkeypatch.setattr(type(processor), "preprocess", counting)
-    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(3)])
+    monkeypatch.setattr(type(processor), "preprocess", counted_preprocess)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
     assert len(batch["input_ids"]) == 6 and len(batch["pixel_values"]) == 3
     assert sum(len(row) for call in images for row in call) == 3
 
 
-def warnings_of(caplog) -> list[str]:
+def share_prefix_warnings(caplog) -> list[str]:
     return [record.message for record in caplog.records if "share_prefix" in record.message]
 
 
-def test_a_model_that_disagrees_continues_with_separate_sequences(tmp_path, monkeypatch, caplog):
-    exact = make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3)
+def test_a_model_whose_scores_disagree_falls_back_to_separate_sequences(tmp_path, monkeypatch, caplog):
+    exact = make_trainer(tmp_path / "separate", share_prefix=False, max_steps=3)
     exact.train()
-    leaking = prefix_sharing.branch_masks
+    original = prefix_sharing.branch_masks
     monkeypatch.setattr(
-        prefix_sharing, "branch_masks", lambda *args: leaking(*args[:2], torch.zeros_like(args[2]), *args[3:])
+        prefix_sharing, "branch_masks", lambda *args: original(*args[:2], torch.zeros_like(args[2]), *args[3:])
     )
     trainer = make_trainer(tmp_path / "shared", max_steps=3)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    (said,) = warnings_of(caplog)
-    assert "LlavaForConditionalGeneration continues with a sequence for each answer" in said
+    (message,) = share_prefix_warnings(caplog)
+    assert "LlavaForConditionalGeneration continues with a sequence for each answer" in message
     ours, theirs = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, exact))
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 def test_batches_with_images_are_compared_even_if_the_first_has_none(tmp_path, monkeypatch):
-    rows = [with_answers(number, "Yes, it is.", "No", images=number >= 4) for number in range(8)]
+    rows = [pair_with_answers(number, "Yes, it is.", "No", images=number >= 4) for number in range(8)]
     positions = prefix_sharing._positions
-    monkeypatch.setattr(  # wrong where there are images alone
+    monkeypatch.setattr(  # wrong only in batches with images
         prefix_sharing,
         "_positions",
         lambda model, inputs, *args: positions(model, inputs, *args) // (2 if "pixel_values" in inputs else 1),
@@ -199,7 +199,7 @@ def test_batches_with_images_are_compared_even_if_the_first_has_none(tmp_path, m
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def losses_of(trainer) -> list[float]:
+def train_and_get_losses(trainer) -> list[float]:
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -215,69 +215,73 @@ def losses_of(trainer) -> list[float]:
     ],
     ids=str,
 )  # fmt: skip
-def test_other_losses_are_those_of_separate_sequences(tmp_path, settings):
+def test_other_losses_match_separate_sequences(tmp_path, settings):
     shared, separate = (
-        losses_of(make_trainer(tmp_path / str(share), share_prefix=share, max_steps=3, optim="sgd", **settings))
+        train_and_get_losses(
+            make_trainer(tmp_path / str(share), share_prefix=share, max_steps=3, optim="sgd", **settings)
+        )
         for share in (True, False)
     )
     assert shared == pytest.approx(separate, rel=1e-5, abs=1e-6)
 
 
-def test_a_policy_whose_language_model_alone_has_flex_attention_trains_on_a_cpu(tmp_path, monkeypatch):
-    plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=2))
+def test_a_policy_with_flex_attention_only_in_its_language_model_trains_on_a_cpu(tmp_path, monkeypatch):
+    separate = train_and_get_losses(make_trainer(tmp_path / "separate", share_prefix=False, max_steps=2))
     policy = adapter_policy()
     policy[0].get_base_model().config.get_text_config()._attn_implementation = "flex_attention"
     trainer = make_trainer(tmp_path / "flex", policy=policy, max_steps=2)
-    monkeypatch.setattr(PrefixSharing, "_compare", lambda *args: True)  # the stock layout would compile
-    assert losses_of(trainer) == pytest.approx(plain, abs=1e-6)
+    monkeypatch.setattr(PrefixSharing, "_compare", lambda *args: True)  # the stock layout would be compiled
+    assert train_and_get_losses(trainer) == pytest.approx(separate, abs=1e-6)
 
 
-def test_a_model_that_rejects_the_mask_continues_with_separate_sequences(tmp_path, monkeypatch, caplog):
-    plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=3))
+def test_a_model_that_does_not_support_the_mask_falls_back_to_separate_sequences(tmp_path, monkeypatch, caplog):
+    separate = train_and_get_losses(make_trainer(tmp_path / "separate", share_prefix=False, max_steps=3))
     trainer = make_trainer(tmp_path / "shared", max_steps=3)
     language = trainer.model.get_base_model().model.language_model
     forward = language.forward
 
     def without_4d_masks(*args, attention_mask=None, **kwargs):
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("a mask of two dimensions is wanted")
+            raise ValueError("expected a 2D mask")
         return forward(*args, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(language, "forward", without_4d_masks)
     with caplog.at_level(logging.WARNING):
-        assert losses_of(trainer) == pytest.approx(plain, abs=1e-6)
-    (said,) = warnings_of(caplog)
-    assert "ValueError: a mask of two dimensions is wanted" in said
+        assert train_and_get_losses(trainer) == pytest.approx(separate, abs=1e-6)
+    (message,) = share_prefix_warnings(caplog)
+    assert "ValueError: expected a 2D mask" in message
 
 
 def test_another_attention_implementation_is_compared_again(tmp_path, monkeypatch, caplog):
-    """As if FlexAttention were used for the first long batch."""
-    plain = losses_of(make_trainer(tmp_path / "plain", share_prefix=False, max_steps=4))
-    right = prefix_sharing.branch_masks
+    """Simulates a switch to FlexAttention for the first long batch."""
+    separate = train_and_get_losses(make_trainer(tmp_path / "separate", share_prefix=False, max_steps=4))
+    original = prefix_sharing.branch_masks
     calls = []
 
-    def second_is_wrong(own, length, device):
+    def attention_of_call(own, length, device):
         calls.append(own)
         return "sdpa" if len(calls) <= 4 else "eager"
 
     def masks(config, implementation, branches, *args):
         wrong = torch.zeros_like(branches) if implementation == "eager" else branches
-        return right(config, implementation, wrong, *args)
+        return original(config, implementation, wrong, *args)
 
-    monkeypatch.setattr(prefix_sharing, "attention_for", second_is_wrong)
+    monkeypatch.setattr(prefix_sharing, "attention_for", attention_of_call)
     monkeypatch.setattr(prefix_sharing, "branch_masks", masks)
     with caplog.at_level(logging.WARNING):
-        assert losses_of(make_trainer(tmp_path / "shared", max_steps=4)) == pytest.approx(plain, abs=1e-6)
-    assert len(warnings_of(caplog)) == 1
+        assert train_and_get_losses(make_trainer(tmp_path / "shared", max_steps=4)) == pytest.approx(
+            separate, abs=1e-6
+        )
+    assert len(share_prefix_warnings(caplog)) == 1
 
 
-def test_ranks_with_sharded_weights_run_the_model_equally_often():
+def test_ranks_with_sharded_weights_run_equally_many_forward_passes():
     model, processor = tiny_model("vicuna")
     add_fused_lm_head(model)
     PrefixSharing(model, is_sharded=True)
     runs = []
     model.model.language_model.register_forward_hook(lambda *args: runs.append(1))
-    text_only = [with_answers(0, "Yes", "No", images=0)]
+    text_only = [pair_with_answers(0, "Yes", "No", images=0)]
     for examples, expected in ((text_only, 3), (PAIRS, 1), (text_only, 1), (PAIRS, 1)):
         batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)([*examples])
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
@@ -287,7 +291,7 @@ def test_ranks_with_sharded_weights_run_the_model_equally_often():
         assert len(runs) == expected
 
 
-def test_a_copy_of_the_model_runs_its_own_weights():
+def test_a_copy_of_the_model_uses_its_own_weights():
     model, processor = tiny_model("vicuna")
     add_fused_lm_head(model)
     PrefixSharing(model)
@@ -300,31 +304,33 @@ def test_a_copy_of_the_model_runs_its_own_weights():
     assert torch.allclose(scores[labels[:, 1:] != -100], torch.tensor(-math.log(copy.lm_head.out_features)))
 
 
-def test_a_collator_without_shared_prefixes_is_warned_of(tmp_path, caplog):
+def test_a_collator_without_shared_prefixes_causes_a_warning(tmp_path, caplog):
     processor = adapter_policy()[1]
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(
             tmp_path, max_steps=2, data_collator=DataCollatorForMultimodalPreference(processor, max_length=100)
         )
-        plain = losses_of(trainer)
+        separate = train_and_get_losses(trainer)
     assert [
-        message for message in warnings_of(caplog) if "data_collator makes no batches with a shared prefix" in message
+        message
+        for message in share_prefix_warnings(caplog)
+        if "data_collator makes no batches with a shared prefix" in message
     ]
     collator = DataCollatorForMultimodalPreference(processor, max_length=100, share_prefix=True)
     wrapped = make_trainer(tmp_path, max_steps=2, data_collator=lambda examples: collator(examples))
-    assert losses_of(wrapped) == pytest.approx(plain, abs=1e-6)
+    assert train_and_get_losses(wrapped) == pytest.approx(separate, abs=1e-6)
 
 
-def test_attention_without_custom_masks_is_not_tried(tmp_path, caplog):
+def test_prefixes_are_not_shared_if_attention_has_no_custom_masks(tmp_path, caplog):
     model, processor = adapter_policy()
     model.get_base_model().config.get_text_config()._attn_implementation = "flash_attention_2"
     assert "flash_attention_2" in cannot_share(model.get_base_model())
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, policy=(model, processor))
-    assert len(warnings_of(caplog)) == 1 and not trainer.data_collator.share_prefix
+    assert len(share_prefix_warnings(caplog)) == 1 and not trainer.data_collator.share_prefix
 
 
-def test_layers_that_carry_state_and_cross_attention_are_not_tried():
+def test_prefixes_are_not_shared_with_recurrent_layers_or_cross_attention():
     model, _ = tiny_model("vicuna")
     config = model.config.get_text_config()
     assert cannot_share(model) is None
@@ -334,7 +340,7 @@ def test_layers_that_carry_state_and_cross_attention_are_not_tried():
     assert "cross-attention" in cannot_share(model)
 
 
-def test_the_forward_without_a_pair_is_unchanged():
+def test_a_forward_pass_without_the_fused_head_is_unchanged():
     model, processor = tiny_model("vicuna")
     batch = DataCollatorForMultimodalPreference(processor)([*PAIRS])
     batch.pop("completion_mask")
@@ -363,11 +369,11 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-# On a CPU FlexAttention has no backward, and torch 2.13 compiles Gemma 3's mask into C++ that is none.
+# FlexAttention has no backward pass on a CPU, and torch 2.13 generates invalid C++ for Gemma 3's mask.
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for FlexAttention")
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
-def test_flex_attention_scores_the_same(family, monkeypatch):
+def test_flex_attention_gives_the_same_scores(family, monkeypatch):
     monkeypatch.setattr(prefix_sharing, "attention_for", lambda own, *args: own)  # even on a CPU
     scores = {}
     for attention in ("sdpa", "flex_attention"):
@@ -384,40 +390,43 @@ def test_flex_attention_scores_the_same(family, monkeypatch):
     assert torch.allclose(scores["flex_attention"], scores["sdpa"], atol=1e-5)
 
 
-# two tokens of prompt, then twice a last prompt token with an answer behind it, then padding
+# two prompt tokens, two branches of the last prompt token and an answer, padding
 BRANCHES = torch.tensor([[0, 0, 1, 1, 2, 2, 2, -1, -1]])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0, 0]])
 
 
-def seen(mask: torch.Tensor, query: int) -> list[int]:
+def attended(mask: torch.Tensor, query: int) -> list[int]:
     return mask[0, 0, query].nonzero().flatten().tolist()
 
 
-def test_a_branch_sees_the_trunk_and_itself():
+def test_a_branch_attends_to_the_prompt_and_itself():
     mask = branch_masks(LlamaConfig(), "sdpa", BRANCHES, POSITIONS)
     assert mask.shape == (1, 1, 9, 9) and mask.dtype == torch.bool
-    assert [seen(mask, query) for query in (1, 3, 4, 6)] == [[0, 1], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5, 6]]
-    assert mask.any(-1).all()  # a token that sees nothing would be NaN
+    assert [attended(mask, query) for query in (1, 3, 4, 6)] == [[0, 1], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5, 6]]
+    assert mask.any(-1).all()  # a token that attends to nothing would be NaN
 
 
 def test_a_sliding_window_counts_positions_and_not_columns():
     mask = branch_masks(MistralConfig(sliding_window=3), "sdpa", BRANCHES, POSITIONS)
-    assert [seen(mask, query) for query in (3, 4, 5, 6)] == [[1, 2, 3], [0, 1, 4], [1, 4, 5], [4, 5, 6]]
+    assert [attended(mask, query) for query in (3, 4, 5, 6)] == [[1, 2, 3], [0, 1, 4], [1, 4, 5], [4, 5, 6]]
 
 
-def test_each_layer_type_gets_its_mask_and_blocks_attend_both_ways():
+def test_each_layer_type_gets_its_mask_and_blocks_attend_in_both_directions():
     config = Gemma3TextConfig(
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=2
     )
     blocks = torch.tensor([[3, 3, -1, -1, -1, -1, -1, -1, -1]])
     masks = branch_masks(config, "sdpa", BRANCHES, POSITIONS, blocks)
     assert set(masks) == layer_types(config) == {"full_attention", "sliding_attention"}
-    assert seen(masks["full_attention"], 0) == seen(masks["sliding_attention"], 0) == [0, 1]
-    assert seen(masks["full_attention"], 6) == [0, 1, 4, 5, 6] and seen(masks["sliding_attention"], 6) == [5, 6]
+    assert attended(masks["full_attention"], 0) == attended(masks["sliding_attention"], 0) == [0, 1]
+    assert attended(masks["full_attention"], 6) == [0, 1, 4, 5, 6] and attended(masks["sliding_attention"], 6) == [
+        5,
+        6,
+    ]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(sliding_window=3)])
-def test_eager_and_flex_attention_see_the_same(config):
+def test_eager_and_flex_attention_use_the_same_mask(config):
     from torch.nn.attention.flex_attention import create_mask
 
     dense = branch_masks(config, "sdpa", BRANCHES, POSITIONS)

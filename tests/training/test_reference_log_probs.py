@@ -1,8 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training on cached log-probabilities: the same steps, less memory, and never another reference's numbers."""
+"""Training with cached reference log-probabilities: equal results, less memory, and a cache per reference."""
 
-import copy
 import gc
 import json
 import os
@@ -37,12 +36,12 @@ from medst_trl.training.reference_log_probs import (
 )
 
 
-TIMES = ("runtime", "per_second", "flos", "data_wait")
+TIMING_METRICS = ("runtime", "per_second", "flos", "data_wait")
 
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Number of pairs in each forward pass of the reference."""
+    """List of the number of pairs in each forward pass of the reference."""
     batches, compute = [], MultimodalDPOTrainer.compute_ref_log_probs
 
     def counted(self, model, inputs):
@@ -54,18 +53,21 @@ def computed(monkeypatch):
     return batches
 
 
-def cached(output_dir, **overrides) -> MultimodalDPOTrainer:
+def cached_trainer(output_dir, **overrides) -> MultimodalDPOTrainer:
     return make_trainer(output_dir, precompute_ref_log_probs=True, **overrides)
 
 
-def files(output_dir) -> list[Path]:
+def cache_files(output_dir) -> list[Path]:
     return sorted((output_dir / "reference_log_probs").glob("*"))
 
 
-def figures(trainer) -> list[dict[str, float]]:
+def metrics(trainer) -> list[dict[str, float]]:
     entries = [*trainer.state.log_history, trainer.evaluate()]
-    entries[0].pop("rewards/accuracies")  # of ties, before the first step
-    return [{name: x for name, x in entry.items() if not any(time in name for time in TIMES)} for entry in entries]
+    entries[0].pop("rewards/accuracies")  # the first step has only ties
+    return [
+        {name: x for name, x in entry.items() if not any(timing in name for timing in TIMING_METRICS)}
+        for entry in entries
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,15 +83,15 @@ def test_training_equals_that_with_a_live_reference(tmp_path, computed, policy, 
     settings |= {"policy": policy, "eval_rows": [pair(50), pair(51)]}
     live = make_trainer(tmp_path / "live", **settings)
     live.train()
-    expected = figures(live)
-    first = cached(tmp_path, **settings, precompute_ref_batch_size=5)
+    expected = metrics(live)
+    first = cached_trainer(tmp_path, **settings, precompute_ref_batch_size=5)
     assert computed == [5, 5, 4]
-    again = cached(tmp_path, **settings)
+    second = cached_trainer(tmp_path, **settings)
     assert len(computed) == 3
-    for trainer in (first, again):
+    for trainer in (first, second):
         assert trainer.args.precompute_ref_log_probs
         trainer.train()
-        for ours, theirs in zip(figures(trainer), expected, strict=True):
+        for ours, theirs in zip(metrics(trainer), expected, strict=True):
             assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), abs=1e-6)
             assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-5)  # log-ratios are differences of large numbers
         theirs = trained_weights(live)
@@ -102,47 +104,49 @@ def test_training_equals_that_with_a_live_reference(tmp_path, computed, policy, 
 def test_the_reference_is_not_held_in_memory(tmp_path, monkeypatch, policy):
     references, compute = [], MultimodalDPOTrainer.compute_ref_log_probs
 
-    def watched(self, model, inputs):
+    def compute_and_track(self, model, inputs):
         references.append(weakref.ref(model))
         return compute(self, model, inputs)
 
-    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", watched)
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", compute_and_track)
 
-    def numbers(trainer):
-        tensors = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.nn.Parameter)]
-        return sum(tensor.numel() for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
+    def count_parameters():
+        parameters = [item for item in gc.get_objects() if isinstance(item, torch.nn.Parameter)]
+        return sum(p.numel() for p in {p.data_ptr(): p for p in parameters}.values())
 
     gc.collect()
-    before = numbers(None)
-    live = make_trainer(tmp_path, policy=policy)
+    before = count_parameters()
+    live = make_trainer(tmp_path, policy=policy)  # noqa: F841 (keeps the model in memory)
     gc.collect()
-    of_live = numbers(live) - before
-    trainer = cached(tmp_path, policy=policy)
+    parameters_of_live = count_parameters() - before
+    trainer = cached_trainer(tmp_path, policy=policy)
     gc.collect()
-    of_ours = numbers(trainer) - before - of_live
+    parameters_of_cached = count_parameters() - before - parameters_of_live
     model = trainer.model
     assert trainer.ref_model is None and list(getattr(model, "peft_config", {"default": 0})) == ["default"]
     assert references and all(reference() is None for reference in references)
-    assert of_ours == sum(parameter.numel() for parameter in model.parameters()) < of_live
+    assert parameters_of_cached == sum(parameter.numel() for parameter in model.parameters()) < parameters_of_live
 
 
-def test_a_tied_head_is_read(tmp_path):
-    trainer = cached(tmp_path, policy=adapter_policy(tie_word_embeddings=True), max_steps=1)
+def test_a_policy_with_a_tied_head_is_supported(tmp_path):
+    trainer = cached_trainer(tmp_path, policy=adapter_policy(tie_word_embeddings=True), max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_a_given_reference_is_read_unchanged_and_released(tmp_path, computed, dtype, tolerance):
+def test_a_given_reference_is_used_unchanged_and_released(tmp_path, computed, dtype, tolerance):
     reference, _ = adapter_policy()
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(0.9)
     reference = reference.merge_and_unload().to(dtype).requires_grad_(True)
-    live = make_trainer_with(tmp_path / "live", {"policy": adapter_policy(), "ref_model": deepcopy(reference)})
+    live = make_trainer_with_reference(
+        tmp_path / "live", {"policy": adapter_policy(), "ref_model": deepcopy(reference)}
+    )
     live.train()
     settings = {"policy": adapter_policy(), "ref_model": reference, "precompute_ref_log_probs": True}
-    trainer = make_trainer_with(tmp_path, settings)
+    trainer = make_trainer_with_reference(tmp_path, settings)
     assert computed == [4, 4, 4] and trainer.ref_model is None
     assert {parameter.dtype for parameter in reference.parameters()} == {dtype}
     trainer.train()
@@ -150,8 +154,8 @@ def test_a_given_reference_is_read_unchanged_and_released(tmp_path, computed, dt
     assert ours == pytest.approx(theirs, abs=tolerance) and abs(ours - 0.6931) > 5e-2
 
 
-def make_trainer_with(output_dir, settings) -> MultimodalDPOTrainer:
-    """[`make_trainer`] with a `ref_model`, which it does not take."""
+def make_trainer_with_reference(output_dir, settings) -> MultimodalDPOTrainer:
+    """Make a trainer with a `ref_model`, which [`make_trainer`] does not accept."""
     (model, processor), reference = settings.pop("policy"), settings.pop("ref_model")
     return MultimodalDPOTrainer(
         model=model,
@@ -165,13 +169,13 @@ def make_trainer_with(output_dir, settings) -> MultimodalDPOTrainer:
     )  # fmt: skip
 
 
-def test_several_evaluation_sets_are_read_by_the_reference(tmp_path, computed):
+def test_several_evaluation_sets_are_scored_by_the_reference(tmp_path, computed):
     sets = {"one": Dataset.from_list([pair(50)]), "other": Dataset.from_list([pair(51), pair(0)])}
 
-    def trainer_of(folder, **settings):
+    def make_trainer_with_sets(directory, **settings):
         model, processor = adapter_policy()
         args = MultimodalDPOConfig(
-            output_dir=str(folder),
+            output_dir=str(directory),
             report_to="none",
             per_device_train_batch_size=4,
             disable_tqdm=True,
@@ -185,9 +189,9 @@ def test_several_evaluation_sets_are_read_by_the_reference(tmp_path, computed):
             model=model, args=args, train_dataset=train, eval_dataset=sets, processing_class=processor
         )
 
-    trainer = trainer_of(tmp_path, precompute_ref_log_probs=True)
-    assert sum(computed) == 6  # one of them is a training pair, too
-    live = trainer_of(tmp_path / "live")
+    trainer = make_trainer_with_sets(tmp_path, precompute_ref_log_probs=True)
+    assert sum(computed) == 6  # one of the evaluation pairs is also a training pair
+    live = make_trainer_with_sets(tmp_path / "live")
     for each in (trainer, live):
         each.train()
     ours, theirs = trainer.evaluate(), live.evaluate()
@@ -203,40 +207,40 @@ def test_images_are_decoded_once_for_the_key_and_once_for_the_reference(tmp_path
         return decode(self, value, *args, **kwargs)
 
     monkeypatch.setattr(ImageFeature, "decode_example", counted)
-    cached(tmp_path)
-    assert 2 * 12 <= sum(count) <= 2 * 12 + 2  # TRL looks at the first example
+    cached_trainer(tmp_path)
+    assert 2 * 12 <= sum(count) <= 2 * 12 + 2  # TRL reads the first example
     count.clear()
-    cached(tmp_path)
+    cached_trainer(tmp_path)
     assert 12 <= sum(count) <= 12 + 2
 
 
-def test_a_frozen_part_stays_frozen_and_the_reference_does_not_move(tmp_path):
+def test_a_frozen_part_stays_frozen_and_the_cache_does_not_change(tmp_path):
     from medst_trl.policy.adapters import freeze_vision
 
     model, processor = adapter_policy()
     freeze_vision(model)
-    trainer = cached(tmp_path, policy=(model, processor))
+    trainer = cached_trainer(tmp_path, policy=(model, processor))
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    (path,) = files(tmp_path)
+    (path,) = cache_files(tmp_path)
     content = path.read_bytes()
     trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved and not any("vision_tower" in name for name in moved)
+    changed_names = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed_names and not any("vision_tower" in name for name in changed_names)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
-    cached(tmp_path)  # from the start again: the file is the one of the policy as it came in
-    assert files(tmp_path) == [path] and path.read_bytes() == content
+    cached_trainer(tmp_path)  # the untrained policy again, so the same file
+    assert cache_files(tmp_path) == [path] and path.read_bytes() == content
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A run directory whose file holds twelve pairs."""
-    folder = tmp_path_factory.mktemp("written")
-    cached(folder)
-    return folder
+def cached_run(tmp_path_factory):
+    """Run directory with the cached log-probabilities of twelve pairs."""
+    directory = tmp_path_factory.mktemp("cached_run")
+    cached_trainer(directory)
+    return directory
 
 
 def key_of(change=None, policy=adapter_policy, **settings) -> str:
-    """The name of the file for a policy after a change in place."""
+    """Return the cache key of a policy, after changing it in place."""
     model, processor = policy()
     if change is not None:
         with torch.no_grad():
@@ -246,44 +250,44 @@ def key_of(change=None, policy=adapter_policy, **settings) -> str:
     return cache_of_reference(model, processor, collator, args).key
 
 
-def other_template(model, processor):
+def change_template(model, processor):
     processor.chat_template = processor.chat_template + "{# as before, but for this #}"
 
 
-def other_image_mean(model, processor):
+def change_image_mean(model, processor):
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
 
 
-def other_token(model, processor):
+def add_token(model, processor):
     processor.tokenizer.add_tokens("radiograph")
 
 
-def other_adapter(model, processor):
+def change_adapter(model, processor):
     next(p for name, p in model.named_parameters() if "lora_B" in name).view(-1)[0] += 1e-4
 
 
-def other_base(model, processor):
+def change_base(model, processor):
     next(p for name, p in model.named_parameters() if "base_layer" in name).view(-1)[0] += 1e-4
 
 
-def other_alpha(model, processor):
+def change_alpha(model, processor):
     model.peft_config["default"].lora_alpha *= 2
 
 
-def other_layer(model, processor):
+def change_layer(model, processor):
     model.get_base_model().config.vision_feature_layer = -1
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"change": other_adapter},
-        {"change": other_base},
-        {"change": other_alpha},
-        {"change": other_layer},
-        {"change": other_template},
-        {"change": other_image_mean},
-        {"change": other_token},
+        {"change": change_adapter},
+        {"change": change_base},
+        {"change": change_alpha},
+        {"change": change_layer},
+        {"change": change_template},
+        {"change": change_image_mean},
+        {"change": add_token},
         {"policy": small_policy},
         {"max_length": 44},
         {"max_length": None},
@@ -295,7 +299,7 @@ def test_another_reference_or_setting_uses_another_file(other):
     assert key_of(**other) != key_of()
 
 
-def moved(model, processor):
+def relocate(model, processor):
     model.get_base_model().config._name_or_path = "/elsewhere/model"
     model.peft_config["default"].base_model_name_or_path = "/elsewhere/model"
     processor.tokenizer(["one", "two or three"], padding=True, truncation=True, max_length=3)
@@ -303,42 +307,42 @@ def moved(model, processor):
 
 @pytest.mark.parametrize(
     "other",
-    [{"change": moved}, {"beta": 0.5}, {"share_prefix": False}, {"learning_rate": 1.0}, {"pad_to_multiple_of": 8}],
+    [{"change": relocate}, {"beta": 0.5}, {"share_prefix": False}, {"learning_rate": 1.0}, {"pad_to_multiple_of": 8}],
 )
-def test_settings_that_change_no_number_use_the_same_file(other):
+def test_settings_that_do_not_affect_the_log_probs_use_the_same_file(other):
     assert key_of(**other) == key_of()
 
 
-@pytest.mark.parametrize("change", [{"policy": other_adapter}, {"max_length": 44}])
-def test_numbers_of_another_reference_or_setting_are_not_used(written, tmp_path, computed, change):
-    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize("change", [{"policy": change_adapter}, {"max_length": 44}])
+def test_log_probs_of_another_reference_or_setting_are_not_used(cached_run, tmp_path, computed, change):
+    shutil.copytree(cached_run, tmp_path, dirs_exist_ok=True)
     if "policy" in change:
         policy = adapter_policy()
         with torch.no_grad():
             change["policy"](*policy)
         change = {"policy": policy}
-    cached(tmp_path, **change)
-    assert sum(computed) == 12 and len(files(tmp_path)) == 2
+    cached_trainer(tmp_path, **change)
+    assert sum(computed) == 12 and len(cache_files(tmp_path)) == 2
 
 
-def test_numbers_do_not_depend_on_training_settings(written, tmp_path, computed):
-    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
-    cached(tmp_path, share_prefix=False, per_device_train_batch_size=3, beta=0.5)
-    assert not computed and len(files(tmp_path)) == 1
+def test_log_probs_do_not_depend_on_training_settings(cached_run, tmp_path, computed):
+    shutil.copytree(cached_run, tmp_path, dirs_exist_ok=True)
+    cached_trainer(tmp_path, share_prefix=False, per_device_train_batch_size=3, beta=0.5)
+    assert not computed and len(cache_files(tmp_path)) == 1
 
 
-def test_only_what_is_new_in_the_data_is_computed(written, tmp_path, computed):
-    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+def test_only_new_pairs_are_computed(cached_run, tmp_path, computed):
+    shutil.copytree(cached_run, tmp_path, dirs_exist_ok=True)
     rows = [pair(number) for number in range(12)]
     rows[3]["chosen"] = [{"role": "assistant", "content": text("It is quite dark.")}]
     rows[5]["images"][0].putpixel((2, 2), (9, 9, 9))
-    rows[7]["id"] = rows[8]["id"]  # ids do not count
+    rows[7]["id"] = rows[8]["id"]  # ids do not matter
     rows += [pair(30), {**pair(30), "id": "p31"}, pair(2)]  # the same content is computed once
     del rows[:2]
-    trainer = cached(tmp_path, rows=rows, max_steps=4)
+    trainer = cached_trainer(tmp_path, rows=rows, max_steps=4)
     assert sum(computed) == 3
-    (path,) = files(tmp_path)
-    assert pq.read_metadata(path).num_rows == 12 + 3  # those of the earlier data stay
+    (path,) = cache_files(tmp_path)
+    assert pq.read_metadata(path).num_rows == 12 + 3  # the pairs of the earlier data are kept
     trainer.train()
     live = make_trainer(tmp_path / "live", rows=rows, max_steps=4)
     live.train()
@@ -346,68 +350,66 @@ def test_only_what_is_new_in_the_data_is_computed(written, tmp_path, computed):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
 
 
-def test_share_prefix_gives_the_same_numbers(written, tmp_path):
-    cached(tmp_path, share_prefix=False)
-    (shared,), (plain,) = files(written), files(tmp_path)
-    assert shared.name == plain.name
-    shared, plain = (pq.read_table(path).to_pylist() for path in (shared, plain))
-    for ours, theirs in zip(shared, plain, strict=True):
+def test_share_prefix_gives_the_same_log_probs(cached_run, tmp_path):
+    cached_trainer(tmp_path, share_prefix=False)
+    (shared,), (separate,) = cache_files(cached_run), cache_files(tmp_path)
+    assert shared.name == separate.name
+    shared, separate = (pq.read_table(path).to_pylist() for path in (shared, separate))
+    for ours, theirs in zip(shared, separate, strict=True):
         assert ours["pair"] == theirs["pair"]
         assert (ours["chosen"], ours["rejected"]) == pytest.approx((theirs["chosen"], theirs["rejected"]), rel=1e-6)
 
 
 def test_a_new_adapter_and_full_training_share_one_reference(tmp_path, computed):
-    cached(tmp_path, policy="new_adapter")
-    cached(tmp_path, policy="full")
-    assert sum(computed) == 12 and len(files(tmp_path)) == 1
+    cached_trainer(tmp_path, policy="new_adapter")
+    cached_trainer(tmp_path, policy="full")
+    assert sum(computed) == 12 and len(cache_files(tmp_path)) == 1
 
 
 def test_an_interrupted_computation_resumes_where_it_stopped(tmp_path, monkeypatch, computed, capsys):
     counted = MultimodalDPOTrainer.compute_ref_log_probs
 
-    def breaks(self, model, inputs):
+    def interrupt(self, model, inputs):
         if len(computed) == 2:
             raise KeyboardInterrupt
         return counted(self, model, inputs)
 
-    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", breaks)
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path)
-    assert [path.suffix for path in files(tmp_path)] == [".part"]
+        cached_trainer(tmp_path)
+    assert [path.suffix for path in cache_files(tmp_path)] == [".part"]
     capsys.readouterr()
     monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", counted)
-    cached(tmp_path)
+    cached_trainer(tmp_path)
     assert computed == [4, 4, 4]
     assert "8 of 12 pairs are known" in capsys.readouterr().out
-    assert [path.suffix for path in files(tmp_path)] == [".parquet"]
-    cached(tmp_path)
+    assert [path.suffix for path in cache_files(tmp_path)] == [".parquet"]
+    cached_trainer(tmp_path)
     assert computed == [4, 4, 4] and "12 of 12 pairs" in capsys.readouterr().out
 
 
 def test_a_run_killed_before_the_file_exists_loses_nothing(tmp_path, monkeypatch, computed):
-    from medst_trl.training.reference_log_probs import ReferenceCache
-
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(ReferenceCache, "write", lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt()))
-        cached(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReferenceCache, "write", lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt()))
+        cached_trainer(tmp_path)
     computed.clear()
-    cached(tmp_path)
-    assert not computed and [path.suffix for path in files(tmp_path)] == [".parquet"]
+    cached_trainer(tmp_path)
+    assert not computed and [path.suffix for path in cache_files(tmp_path)] == [".parquet"]
 
 
-def test_non_finite_numbers_stop_the_run(tmp_path, monkeypatch):
-    def overflows(self, model, inputs):
+def test_non_finite_log_probs_stop_the_run(tmp_path, monkeypatch):
+    def return_nan(self, model, inputs):
         rows = len(inputs["input_ids"]) // 2
         return torch.zeros(rows), torch.full((rows,), float("nan"))
 
-    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", overflows)
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", return_nan)
     with pytest.raises(UserError, match=r"Record 'p\d+': its log-probabilities under the reference are 0.0 .* nan"):
-        cached(tmp_path)
-    assert not [path for path in files(tmp_path) if path.stat().st_size]
+        cached_trainer(tmp_path)
+    assert not [path for path in cache_files(tmp_path) if path.stat().st_size]
 
 
-def test_a_pair_that_the_reference_has_not_read_is_named(tmp_path):
-    trainer = cached(tmp_path, max_steps=1)
+def test_the_error_for_a_pair_without_reference_log_probs_names_it(tmp_path):
+    trainer = cached_trainer(tmp_path, max_steps=1)
     with pytest.raises(UserError, match="'p77' has no log-probabilities .* eval_dataset"):
         trainer.evaluate(Dataset.from_list([pair(77)]))
 
@@ -433,7 +435,7 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, settings, environmen
 
 
 def test_deepspeed_does_not_round_reference_log_probs(tmp_path, monkeypatch):
-    trainer = cached(tmp_path)
+    trainer = cached_trainer(tmp_path)
     config = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", config)
@@ -450,20 +452,23 @@ def test_a_reference_that_changes_is_refused(tmp_path):
 
 
 def test_the_hash_of_weights_depends_on_name_type_shape_and_value():
-    def of(**tensors):
+    def hash_of(**tensors):
         module = torch.nn.Module()
         for name, tensor in tensors.items():
             module.register_buffer(name, tensor)
         return hash_weights(module)
 
     zeros = torch.zeros(4, 2)
-    known = of(a=zeros)
-    others = [of(b=zeros), of(a=zeros.half()), of(a=zeros.T), of(a=zeros, b=zeros), of(a=zeros + 1e-30)]
+    known = hash_of(a=zeros)
+    others = [
+        hash_of(b=zeros), hash_of(a=zeros.half()), hash_of(a=zeros.T), hash_of(a=zeros, b=zeros),
+        hash_of(a=zeros + 1e-30),
+    ]  # fmt: skip
     assert len({known, *others}) == 6
-    assert of(a=torch.zeros(2, 4).T) == known == of(a=zeros.clone())
+    assert hash_of(a=torch.zeros(2, 4).T) == known == hash_of(a=zeros.clone())
 
 
-def test_a_second_model_takes_no_memory():
+def test_a_model_that_shares_weights_takes_no_memory():
     model, _ = adapter_policy()
     model.train()
     second = sharing_weights(model)
@@ -472,7 +477,7 @@ def test_a_second_model_takes_no_memory():
     assert not {id(m) for m in second.modules()} & {id(m) for m in model.modules()}
 
 
-KILLED = """
+SCRIPT = """
 import json, os, signal, sys
 import tiny_dpo
 from medst_trl.training.dpo import MultimodalDPOTrainer
@@ -493,10 +498,10 @@ trainer.end()
 """
 
 
-def run(output_dir: Path, batches: int = 99, ranks: int = 1) -> subprocess.CompletedProcess:
+def run_script(output_dir: Path, batches: int = 99, ranks: int = 1) -> subprocess.CompletedProcess:
     output_dir.mkdir(parents=True, exist_ok=True)
-    script = output_dir.parent / "killed.py"
-    script.write_text(KILLED)
+    script = output_dir.parent / "reference_run.py"
+    script.write_text(SCRIPT)
     launcher = [
         "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks), "--mixed_precision", "no",
         "--main_process_port", "0",
@@ -511,28 +516,29 @@ def run(output_dir: Path, batches: int = 99, ranks: int = 1) -> subprocess.Compl
 
 @pytest.mark.slow
 def test_a_killed_computation_loses_at_most_one_batch(tmp_path):
-    assert run(tmp_path / "cut", batches=4).returncode == -9
-    done = run(tmp_path / "cut")
+    assert run_script(tmp_path / "interrupted", batches=4).returncode == -9
+    done = run_script(tmp_path / "interrupted")
     assert done.returncode == 0, done.stderr
     assert "8 of 12 pairs are known" in done.stdout and "FORWARDS 2 1" in done.stdout
-    assert run(tmp_path / "whole").returncode == 0
-    (cut,), (whole,) = files(tmp_path / "cut"), files(tmp_path / "whole")
-    assert cut.read_bytes() == whole.read_bytes()
+    assert run_script(tmp_path / "uninterrupted").returncode == 0
+    (interrupted,), (uninterrupted,) = cache_files(tmp_path / "interrupted"), cache_files(tmp_path / "uninterrupted")
+    assert interrupted.read_bytes() == uninterrupted.read_bytes()
 
 
 @pytest.mark.slow
 def test_two_ranks_write_the_same_file_as_one(tmp_path):
-    one, two = run(tmp_path / "one"), run(tmp_path / "two", ranks=2)
+    one, two = run_script(tmp_path / "one"), run_script(tmp_path / "two", ranks=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert "FORWARDS 6 1" in one.stdout and "FORWARDS 3 2" in two.stdout
-    (of_one,), (of_two,) = files(tmp_path / "one"), files(tmp_path / "two")
-    assert of_one.name == of_two.name and of_one.read_bytes() == of_two.read_bytes()
-    killed = run(tmp_path / "killed", ranks=2, batches=1)
-    assert killed.returncode != 0
-    again = run(tmp_path / "killed", ranks=2)
-    assert re.search("[24] of 12 pairs are known", again.stdout), again.stderr  # one may be ended before its first
-    assert json.dumps(pq.read_table(files(tmp_path / "killed")[0]).to_pylist()) == json.dumps(
-        pq.read_table(of_one).to_pylist()
+    (file_of_one,), (file_of_two,) = cache_files(tmp_path / "one"), cache_files(tmp_path / "two")
+    assert file_of_one.name == file_of_two.name and file_of_one.read_bytes() == file_of_two.read_bytes()
+    interrupted = run_script(tmp_path / "interrupted", ranks=2, batches=1)
+    assert interrupted.returncode != 0
+    resumed = run_script(tmp_path / "interrupted", ranks=2)
+    # A rank may be terminated before its first batch.
+    assert re.search("[24] of 12 pairs are known", resumed.stdout), resumed.stderr
+    assert json.dumps(pq.read_table(cache_files(tmp_path / "interrupted")[0]).to_pylist()) == json.dumps(
+        pq.read_table(file_of_one).to_pylist()
     )
 
 
@@ -543,11 +549,11 @@ def rows(*numbers: int) -> dict[str, ReferenceLogProbs]:
     return {pair_key(pair(number)): ReferenceLogProbs(f"p{number}", -number - 0.5, -1.25) for number in numbers}
 
 
-def changed(**changes) -> dict:
-    return {**copy.deepcopy(pair(1)), **changes}
+def changed_pair(**changes) -> dict:
+    return {**deepcopy(pair(1)), **changes}
 
 
-def other_image() -> Image.Image:
+def changed_image() -> Image.Image:
     image = pair(1)["images"][0].copy()
     image.putpixel((3, 3), (1, 2, 3))
     return image
@@ -556,29 +562,29 @@ def other_image() -> Image.Image:
 @pytest.mark.parametrize(
     "other",
     [
-        changed(chosen=[{"role": "assistant", "content": text("It is bright.")}]),
-        changed(rejected=[{"role": "assistant", "content": text("bright.")}]),
-        changed(prompt=[*pair(1)["prompt"], *pair(2)["chosen"], *pair(2)["prompt"]]),
-        changed(chosen=pair(1)["rejected"], rejected=pair(1)["chosen"]),
-        changed(images=[other_image()]),
-        changed(images=[pair(1)["images"][0].resize((17, 15))]),
-        changed(images=pair(1)["images"] * 2),
-        changed(images=[]),
+        changed_pair(chosen=[{"role": "assistant", "content": text("It is bright.")}]),
+        changed_pair(rejected=[{"role": "assistant", "content": text("bright.")}]),
+        changed_pair(prompt=[*pair(1)["prompt"], *pair(2)["chosen"], *pair(2)["prompt"]]),
+        changed_pair(chosen=pair(1)["rejected"], rejected=pair(1)["chosen"]),
+        changed_pair(images=[changed_image()]),
+        changed_pair(images=[pair(1)["images"][0].resize((17, 15))]),
+        changed_pair(images=pair(1)["images"] * 2),
+        changed_pair(images=[]),
     ],
 )
-def test_other_content_is_another_pair_with_any_id(other):
+def test_the_key_of_a_pair_depends_on_its_content_and_not_on_its_id(other):
     assert other["id"] == "p1" and pair_key(other) != pair_key(pair(1))
 
 
-def test_the_same_content_is_the_same_pair():
+def test_pairs_with_the_same_content_have_the_same_key():
     grey = Image.new("L", (5, 4), 77)
-    assert pair_key(changed(id="another", score_chosen=3.0)) == pair_key(pair(1))
-    assert pair_key(changed(images=[grey])) == pair_key(changed(images=[grey.convert("RGB")]))
+    assert pair_key(changed_pair(id="another", score_chosen=3.0)) == pair_key(pair(1))
+    assert pair_key(changed_pair(images=[grey])) == pair_key(changed_pair(images=[grey.convert("RGB")]))
     without = {key: value for key, value in pair(1).items() if key != "images"}
     assert pair_key({**without, "image": pair(1)["images"][0]}) == pair_key(pair(1))
 
 
-def test_numbers_are_read_back_and_the_file_describes_itself(tmp_path):
+def test_log_probs_are_read_back_and_the_file_has_metadata(tmp_path):
     cache = ReferenceCache(tmp_path / "new", SETTINGS, {"base_model": "org/model"})
     assert cache.read() == {}
     cache.write(rows(1, 2))
@@ -607,16 +613,16 @@ def test_a_renamed_file_of_another_reference_is_marked_broken(tmp_path, caplog):
     assert len(caplog.records) == 1 and "written for another reference" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "no_metadata", "other_columns"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "no_metadata", "other_columns"])
 def test_a_damaged_file_is_marked_broken_and_written_again(tmp_path, caplog, damage):
     cache = ReferenceCache(tmp_path, SETTINGS)
     cache.write(rows(*range(20)))
     content, table = cache.path.read_bytes(), pq.read_table(cache.path)
-    if damage == "cut":
+    if damage == "truncated":
         cache.path.write_bytes(content[: len(content) // 2])
     elif damage == "empty":
         cache.path.write_bytes(b"")
-    elif damage == "flipped":  # a bit of the numbers
+    elif damage == "flipped":  # one bit of a log-probability
         place = pq.ParquetFile(cache.path).metadata.row_group(0).column(2).data_page_offset + 60
         cache.path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     elif damage == "no_metadata":
@@ -630,7 +636,7 @@ def test_a_damaged_file_is_marked_broken_and_written_again(tmp_path, caplog, dam
     assert cache.read() == rows(4)
 
 
-def test_lines_of_an_interrupted_run_are_read_except_damaged_ones(tmp_path):
+def test_undamaged_lines_of_an_interrupted_run_are_read(tmp_path):
     cache = ReferenceCache(tmp_path, SETTINGS)
     cache.write(rows(1))
     cache.append(rows(2))
@@ -646,7 +652,7 @@ def test_lines_of_an_interrupted_run_are_read_except_damaged_ones(tmp_path):
     assert ReferenceCache(tmp_path, {}).read() == rows(8)
 
 
-def test_non_finite_numbers_are_not_read(tmp_path):
+def test_non_finite_log_probs_are_not_read(tmp_path):
     cache, (key,) = ReferenceCache(tmp_path, SETTINGS), rows(1)
     cache.append(rows(1))
     (part,) = cache.parts()
@@ -662,7 +668,7 @@ def test_no_file_is_left_if_nothing_is_computed(tmp_path):
     assert not list((tmp_path / "new").glob("*"))
 
 
-def test_an_unwritable_directory_is_named(tmp_path):
+def test_the_error_for_an_unwritable_directory_names_the_setting(tmp_path):
     (tmp_path / "file").touch()
     for cache in (ReferenceCache(tmp_path / "file", SETTINGS), ReferenceCache(tmp_path / "file" / "in", SETTINGS)):
         with pytest.raises(UserError, match="ref_log_probs_dir"):

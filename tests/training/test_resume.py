@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed anywhere and resumed ends with the weights of an uninterrupted run."""
+"""A run that is killed at any point and resumed ends with the weights of an uninterrupted run."""
 
 import json
 import os
@@ -19,35 +19,35 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from medst_trl.training.resume import newest_complete_checkpoint
 
 
-# Two epochs with a checkpoint in the middle of each: the draws of `<vusr>` turns change with the epoch
+# Two epochs with a checkpoint in the middle of each: the choice of `<vusr>` turns changes with the epoch
 SETTINGS = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
 
 
 @pytest.fixture(scope="module")
-def never_killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("never_killed")
-    trainer = tiny_run.train(folder, **SETTINGS)
-    return folder, tiny_run.trained_weights(trainer), [e["loss"] for e in trainer.state.log_history if "loss" in e]
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    trainer = tiny_run.train(directory, **SETTINGS)
+    return directory, tiny_run.trained_weights(trainer), [e["loss"] for e in trainer.state.log_history if "loss" in e]
 
 
-def _killed(folder: Path, *how: str) -> None:
+def _run_until_killed(directory: Path, *kill: str) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(SETTINGS), *how]
-    died = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(directory), json.dumps(SETTINGS), *kill]
+    process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
 
 
 @pytest.mark.parametrize(
-    "how, resumed_from",
+    "kill, resumed_from",
     [(("--kill_after_step", "5"), 3), (("--kill_while_saving", "6"), 3)],
     ids=["training", "saving"],
 )
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, never_killed, how, resumed_from):
-    _killed(tmp_path, *how)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, uninterrupted, kill, resumed_from):
+    _run_until_killed(tmp_path, *kill)
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{resumed_from}")
     trainer = tiny_run.train(tmp_path, **SETTINGS)
-    _, expected, losses = never_killed
+    _, expected, losses = uninterrupted
     weights = tiny_run.trained_weights(trainer)
     assert weights.keys() == expected.keys()
     assert max((weights[name] - expected[name]).abs().max().item() for name in expected) == 0
@@ -55,9 +55,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, never_ki
 
 
 @pytest.fixture
-def checkpoints(never_killed, tmp_path):
+def checkpoints(uninterrupted, tmp_path):
     for name in ("checkpoint-3", "checkpoint-6"):
-        shutil.copytree(never_killed[0] / name, tmp_path / name)
+        shutil.copytree(uninterrupted[0] / name, tmp_path / name)
     return tmp_path
 
 
@@ -91,9 +91,9 @@ def test_a_run_can_resume_with_another_number_of_processes(checkpoints, caplog):
     assert "written by 1 processes and is resumed by 2" in caplog.text
 
 
-def test_a_missing_random_state_of_a_rank_is_noticed(checkpoints):
-    folder = checkpoints / "checkpoint-6"
-    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")  # the first of several
+def test_a_checkpoint_without_the_random_state_of_a_rank_is_skipped(checkpoints):
+    directory = checkpoints / "checkpoint-6"
+    (directory / "rng_state.pth").rename(directory / "rng_state_0.pth")  # the state of the first of two ranks
     assert newest_complete_checkpoint(checkpoints, num_processes=2) == str(checkpoints / "checkpoint-3")
 
 
@@ -102,10 +102,10 @@ def test_an_empty_directory_has_nothing_to_resume(tmp_path):
     assert newest_complete_checkpoint(tmp_path / "missing") is None
 
 
-def test_checkpoints_hold_no_pickle_of_the_arguments(never_killed):
-    folder, _, _ = never_killed
-    assert not list(folder.rglob("training_args.bin"))
-    assert torch.load(folder / "checkpoint-3" / "optimizer.pt", weights_only=True)["state"]
+def test_checkpoints_contain_no_pickle_of_the_arguments(uninterrupted):
+    directory, _, _ = uninterrupted
+    assert not list(directory.rglob("training_args.bin"))
+    assert torch.load(directory / "checkpoint-3" / "optimizer.pt", weights_only=True)["state"]
 
 
 class _Interrupt(TrainerCallback):
@@ -117,21 +117,25 @@ class _Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_early_stopping_continues_to_count_after_resuming(tmp_path):
+def test_early_stopping_keeps_its_count_after_resuming(tmp_path):
     rows = [tiny_run.conversation(i) for i in range(8)]
-    for message in rows[0]["messages"][1::2]:  # what no training answer says: its loss rises as those are learned
+    for message in rows[0]["messages"][1::2]:  # not in the training data: the loss rises with overfitting
         message["content"] = tiny_run.text("zq xv wj zq")
     settings = {
         "rows": rows[1:], "max_steps": 60, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 1,
         "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True,
     }  # fmt: skip
 
-    def run(folder, *callbacks):
+    def run(directory, *callbacks):
         data = Dataset.from_list(rows[:1])
-        return tiny_run.train(folder, eval_dataset=data, callbacks=[EarlyStoppingCallback(4), *callbacks], **settings)
+        return tiny_run.train(
+            directory, eval_dataset=data, callbacks=[EarlyStoppingCallback(4), *callbacks], **settings
+        )
 
-    whole = run(tmp_path / "whole")
+    uninterrupted = run(tmp_path / "uninterrupted")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", _Interrupt(whole.state.best_global_step + 2))  # its patience is half used up
-    resumed = run(tmp_path / "cut")
-    assert resumed.state.global_step == whole.state.global_step < 60
+        run(
+            tmp_path / "interrupted", _Interrupt(uninterrupted.state.best_global_step + 2)
+        )  # half of its patience is used up
+    resumed = run(tmp_path / "interrupted")
+    assert resumed.state.global_step == uninterrupted.state.global_step < 60

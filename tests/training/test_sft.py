@@ -29,10 +29,12 @@ RATES = {"learning_rate": 1e-2, "vision_learning_rate": 1e-3, "projector_learnin
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_every_group_trains_at_its_own_rate_and_nothing_else_moves(tmp_path, lora, tied):
+def test_every_group_trains_at_its_own_learning_rate_and_other_weights_do_not_change(tmp_path, lora, tied):
     gradients = {}
 
-    def note(name, parameter):  # LoRA's A gets its first gradient in the second step, when B is no longer zero
+    def record_gradient(
+        name, parameter
+    ):  # LoRA's A gets its first gradient in the second step, when B is no longer zero
         gradients[name] = max(gradients.get(name, 0), parameter.grad.abs().max().item())
 
     trainer = tiny_run.make_trainer(
@@ -47,35 +49,35 @@ def test_every_group_trains_at_its_own_rate_and_nothing_else_moves(tmp_path, lor
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(partial(note, name))
+            parameter.register_post_accumulate_grad_hook(partial(record_gradient, name))
     trainer.train()
 
-    parts, moved = trainer.model_parts(), {}
+    parts, change = trainer.model_parts(), {}
     for name, parameter in trainer.model.named_parameters():
-        moved[name] = (parameter - before[name]).abs().max().item()
+        change[name] = (parameter - before[name]).abs().max().item()
         if not parameter.requires_grad:
-            assert moved[name] == 0, f"{name} is frozen but moved"
+            assert change[name] == 0, f"{name} is frozen but changed"
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    # Trained in full, the vision tower's last layer and output norm are read by nothing.
-    unread = {n for n in trained if "vision_tower.encoder.layers.2." in n or "post_layernorm" in n or "post_norm" in n}
-    assert not (lora and unread)
-    for name in trained - unread:
+    # In full training, the last layer and the output norm of the vision tower are unused.
+    unused = {n for n in trained if "vision_tower.encoder.layers.2." in n or "post_layernorm" in n or "post_norm" in n}
+    assert not (lora and unused)
+    for name in trained - unused:
         assert gradients.get(name, 0) > 0, f"{name} has no gradient"
-        assert moved[name] > 0, f"{name} did not move"
+        assert change[name] > 0, f"{name} did not change"
     if lora:
         kinds = {"lora_A": 0, "lora_B": 0, "modules_to_save": 0, "trainable_tokens_delta": 0}
         for name in trained:
             kinds[next(kind for kind in kinds if kind in name)] += 1
         assert all(kinds.values()) and kinds["trainable_tokens_delta"] == 1
-    # Adam's first steps move a weight by its learning rate, whatever the gradient's size
+    # Adam's first steps change a weight by its learning rate, independent of the size of the gradient
     for part, rate in {"language": 1e-2, "vision": 1e-3, "projector": 1e-4}.items():
-        largest = max(moved[name] for name in trained if parts.part_of(name) == part)
+        largest = max(change[name] for name in trained if parts.part_of(name) == part)
         assert 1.0 * rate < largest < 2.1 * rate, part
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_trained_weights_are_kept_in_full_precision(tmp_path, dtype):
-    """At the paper's rate for the projector most steps are smaller than the distance between two 16-bit numbers."""
+    """At the paper's projector learning rate, most updates are smaller than the spacing of 16-bit numbers."""
     model, processor = tiny_run.small_policy()
     model.to(dtype)
     config = adapter_config(model, vusr_token_id=add_vusr(processor), r=4, vision_r=2)
@@ -84,15 +86,15 @@ def test_trained_weights_are_kept_in_full_precision(tmp_path, dtype):
     trainer = tiny_run.make_trainer(tmp_path, max_steps=3, learning_rate=2e-5, policy=policy, **settings)
     before = tiny_run.trained_weights(trainer)
     assert all(weight.dtype == torch.float32 for weight in before.values())
-    if dtype == torch.float16:  # outside of autocast too: inputs are cast to the projector's type
+    if dtype == torch.float16:  # also outside autocast: inputs are cast to the projector's type
         batch = trainer.data_collator([tiny_run.conversation(0)])
         batch.pop("question_mask")
         assert trainer.model(**batch).loss.isfinite()
         return
     trainer.train()
     after = tiny_run.trained_weights(trainer)
-    moved = {n: (after[n] != before[n]).float().mean() for n in before if "projector" in n and n.endswith("weight")}
-    assert moved and min(moved.values()) > 0.9
+    change = {n: (after[n] != before[n]).float().mean() for n in before if "projector" in n and n.endswith("weight")}
+    assert change and min(change.values()) > 0.9
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -116,11 +118,11 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, use_reentrant):
 def test_an_unreadable_image_is_rejected_and_training_continues(tmp_path, strategy):
     rows = [tiny_run.conversation(number) for number in range(8)]
     for row in rows:
-        stored = BytesIO()
-        row["images"][0].save(stored, "PNG")
-        row["images"] = [{"bytes": stored.getvalue(), "path": None}]
-    for number, kept in ((3, 40), (5, 0)):  # cut short in its pixels, and without a head
-        rows[number]["images"][0]["bytes"] = rows[number]["images"][0]["bytes"][:kept]
+        file = BytesIO()
+        row["images"][0].save(file, "PNG")
+        row["images"] = [{"bytes": file.getvalue(), "path": None}]
+    for number, size in ((3, 40), (5, 0)):  # without pixels, and empty
+        rows[number]["images"][0]["bytes"] = rows[number]["images"][0]["bytes"][:size]
     features = instruct_features()
     features.pop("image_ids")
     trainer = tiny_run.make_trainer(
@@ -149,7 +151,7 @@ def test_a_replaced_chat_template_is_refused(tmp_path):
         tiny_run.make_trainer(tmp_path, chat_template_path="other.jinja")
 
 
-def _with_dataset(output_dir, dataset, **settings) -> SelfQuestioningTrainer:
+def _trainer_with_dataset(output_dir, dataset, **settings) -> SelfQuestioningTrainer:
     model, processor = tiny_run.small_policy()
     eval_dataset = settings.pop("eval_dataset", None)
     args = SelfQuestioningConfig(
@@ -161,48 +163,48 @@ def _with_dataset(output_dir, dataset, **settings) -> SelfQuestioningTrainer:
     )
 
 
-def test_text_without_an_images_column_is_refused_with_the_remedy(tmp_path):
+def test_the_error_for_a_missing_images_column_says_how_to_add_it(tmp_path):
     dataset = Dataset.from_list([tiny_run.conversation(i, with_image=False) for i in range(4)]).remove_columns(
         "images"
     )
     for data in (dataset, dataset.to_iterable_dataset()):
         with pytest.raises(UserError, match=r"add `images: \[\]`"):
-            _with_dataset(tmp_path, data, train_sampling_strategy="group_by_length")
-    trainer = _with_dataset(tmp_path, dataset.add_column("images", [[]] * len(dataset)))
+            _trainer_with_dataset(tmp_path, data, train_sampling_strategy="group_by_length")
+    trainer = _trainer_with_dataset(tmp_path, dataset.add_column("images", [[]] * len(dataset)))
     trainer.train()
     assert trainer.state.log_history[0]["answer_tokens"] > 0
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
-def test_a_stream_is_trained_on_in_order_with_a_warning_if_another_was_requested(tmp_path, caplog, strategy):
+def test_a_streamed_dataset_is_trained_on_in_order_with_a_warning_for_other_strategies(tmp_path, caplog, strategy):
     dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)]).to_iterable_dataset()
-    _with_dataset(tmp_path, dataset, train_sampling_strategy=strategy).train()
-    said = [record for record in caplog.records if "group_by_length" in record.message]
-    assert len(said) == (strategy == "group_by_length")
+    _trainer_with_dataset(tmp_path, dataset, train_sampling_strategy=strategy).train()
+    warnings = [record for record in caplog.records if "group_by_length" in record.message]
+    assert len(warnings) == (strategy == "group_by_length")
 
 
-def test_prompts_with_completions_are_not_packed_with_a_warning(tmp_path, caplog):
+def test_packing_is_skipped_with_a_warning_for_prompts_with_completions(tmp_path, caplog):
     rows = [tiny_run.conversation(i, turns=1) for i in range(8)]
     for row in rows:
         row["prompt"], row["completion"] = row["messages"][:1], row.pop("messages")[1:]
-    trainer = _with_dataset(tmp_path, Dataset.from_list(rows), pack_sequences=True)
+    trainer = _trainer_with_dataset(tmp_path, Dataset.from_list(rows), pack_sequences=True)
     assert len([record for record in caplog.records if "pack_sequences: prompts with" in record.message]) == 1
     assert "attention_mask" in next(iter(trainer.get_train_dataloader())) and len(trainer.train_lengths) == 8
     trainer.train()
 
 
-def test_only_a_dataset_has_lengths_and_several_can_be_evaluated(tmp_path):
+def test_only_map_style_datasets_have_lengths_and_several_datasets_can_be_evaluated(tmp_path):
     dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)])
     processor = tiny_run.small_policy()[1]
     for data in (DatasetDict(train=dataset), {"train": dataset}, dataset.to_iterable_dataset()):
         assert conversation_lengths(data, processor) is None
     sets = {"one": dataset.select(range(3)), "other": dataset.to_iterable_dataset()}
-    trainer = _with_dataset(tmp_path, dataset, train_sampling_strategy="group_by_length", eval_dataset=sets)
+    trainer = _trainer_with_dataset(tmp_path, dataset, train_sampling_strategy="group_by_length", eval_dataset=sets)
     trainer.train()
     assert {"eval_one_loss", "eval_other_loss"} <= trainer.evaluate().keys()
 
 
-def test_the_log_names_each_part_and_kind(tmp_path):
+def test_the_log_contains_each_part_and_turn_kind(tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, max_steps=2, **RATES)
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -228,7 +230,7 @@ def test_token_counts_match_the_batch(tmp_path):
     assert entry["answer_tokens"] == ((batch["labels"] != IGNORED) & ~questions).sum()
 
 
-def test_the_question_weight_scales_the_question_loss_alone(tmp_path):
+def test_the_question_weight_scales_only_the_question_loss(tmp_path):
     losses, entries = {}, {}
     for weight in (1.0, 0.0, 3.0):
         trainer = tiny_run.make_trainer(tmp_path, max_steps=1, question_loss_weight=weight)
@@ -242,7 +244,7 @@ def test_the_question_weight_scales_the_question_loss_alone(tmp_path):
     assert losses[3.0] == pytest.approx(3 * question + answer, abs=1e-5)
 
 
-def test_weight_decay_leaves_the_token_row_alone(tmp_path):
+def test_weight_decay_is_not_applied_to_the_token_row(tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, max_steps=1, weight_decay=0.1)
     trainer.create_optimizer()
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -252,7 +254,7 @@ def test_weight_decay_leaves_the_token_row_alone(tmp_path):
             assert decay[id(parameter)] == (0.0 if no_decay else 0.1), name
 
 
-def test_evaluation_draws_the_same_turns_in_every_epoch(tmp_path):
+def test_evaluation_asks_the_same_turns_in_every_epoch(tmp_path):
     rows = [tiny_run.conversation(i, turns=3) for i in range(8)]
     trainer = tiny_run.make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows))
     first = trainer.evaluate()
@@ -268,7 +270,7 @@ def test_evaluation_draws_the_same_turns_in_every_epoch(tmp_path):
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     rows = [tiny_run.conversation(i) for i in range(8)]
-    for message in rows[0]["messages"][1::2]:  # what no training answer says: its loss rises as those are learned
+    for message in rows[0]["messages"][1::2]:  # not in the training data: the loss rises with overfitting
         message["content"] = tiny_run.text("zq xv wj zq")
     trainer = tiny_run.make_trainer(
         tmp_path, rows=rows[1:], eval_dataset=Dataset.from_list(rows[:1]), max_steps=40, learning_rate=0.01,
@@ -325,34 +327,34 @@ def test_a_saved_adapter_loads_as_the_same_policy(tmp_path):
     assert (expected - merged).abs().max() < 1e-5
 
 
-def _two_ranks(folder: Path, overrides: dict, *kill: str) -> dict | None:
+def _train_on_two_ranks(directory: Path, overrides: dict, *kill: str) -> dict | None:
     root = Path(__file__).parents[2]
     environment = {
         **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--main_process_port", "0", str(root / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides), *kill,
+        "--main_process_port", "0", str(root / "tests" / "tiny_run.py"), str(directory), json.dumps(overrides), *kill,
     ]  # fmt: skip
     run = subprocess.run(command, env=environment, capture_output=True, timeout=240)
     if kill:
         assert run.returncode != 0
         return None
     assert run.returncode == 0, run.stderr.decode()
-    return json.loads((folder / "run.json").read_text())
+    return json.loads((directory / "run.json").read_text())
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(tmp_path):
-    """With every weight trained; for an adapter and other kinds of launch see tests/distributed."""
-    # Text-only rows among the others: a rank whose batch has no image must not hang, nor count differently.
+    """Full fine-tuning; tests/distributed covers adapters and other launch types."""
+    # Some rows are text-only: a rank whose batch has no image must neither hang nor count differently.
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
     settings = {"max_steps": 4, "lora": False, "optim": "sgd", "learning_rate": 1e-2}
     trainer = tiny_run.make_trainer(one, per_device_train_batch_size=4, **settings)
     trainer.train()
-    facts = _two_ranks(two, {"per_device_train_batch_size": 2, **settings})
-    assert facts["world_size"] == 2 and "MULTI_CPU" in facts["kind"]
+    result = _train_on_two_ranks(two, {"per_device_train_batch_size": 2, **settings})
+    assert result["world_size"] == 2 and "MULTI_CPU" in result["kind"]
     names = (
         "loss",
         "loss_question",
@@ -362,7 +364,7 @@ def test_two_ranks_give_the_losses_of_one(tmp_path):
         "question_accuracy",
         "grad_norm",
     )
-    for ours, theirs in zip(trainer.state.log_history[:4], facts["log"][:4], strict=True):
+    for ours, theirs in zip(trainer.state.log_history[:4], result["log"][:4], strict=True):
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, abs=2e-5)
     weights = torch.load(two / "weights.pt", weights_only=True)
     for name, weight in tiny_run.trained_weights(trainer).items():
@@ -371,14 +373,16 @@ def test_two_ranks_give_the_losses_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_that_are_killed_while_saving_resume_exactly(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        folder.mkdir()
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    for directory in (uninterrupted, interrupted):
+        directory.mkdir()
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
-    _two_ranks(whole, settings)
-    _two_ranks(cut, settings, "--kill_while_saving", "4")
-    assert not (cut / "weights.pt").exists() and (cut / "checkpoint-4").exists()
-    facts = _two_ranks(cut, settings)
-    assert facts["world_size"] == 2 and (cut / "checkpoint-4.broken").exists()
-    weights, expected = (torch.load(folder / "weights.pt", weights_only=True) for folder in (cut, whole))
+    _train_on_two_ranks(uninterrupted, settings)
+    _train_on_two_ranks(interrupted, settings, "--kill_while_saving", "4")
+    assert not (interrupted / "weights.pt").exists() and (interrupted / "checkpoint-4").exists()
+    result = _train_on_two_ranks(interrupted, settings)
+    assert result["world_size"] == 2 and (interrupted / "checkpoint-4.broken").exists()
+    weights, expected = (
+        torch.load(directory / "weights.pt", weights_only=True) for directory in (interrupted, uninterrupted)
+    )
     assert max((weights[name] - expected[name]).abs().max().item() for name in expected) == 0

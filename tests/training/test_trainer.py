@@ -23,13 +23,13 @@ from medst_trl.training.trainer import DataWait
 
 
 class Clock:
-    """A clock that the test sets."""
+    """Clock that the test advances."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(trainer.time, "monotonic", lambda: self.now)
 
-    def slow(self, function, seconds):
+    def slowed_down(self, function, seconds):
         def call(*args, **kwargs):
             self.now += seconds
             return function(*args, **kwargs)
@@ -88,7 +88,7 @@ def test_an_image_without_a_header_does_not_affect_other_lengths():
     rows = [tiny_run.conversation(number, turns=number) for number in (1, 2, 3)]
     processor = tiny_run.small_policy()[1]
     expected = conversation_lengths(rows, processor)
-    rows[1]["images"] = [{"bytes": b"not an image", "path": None}]  # the collator sets it aside
+    rows[1]["images"] = [{"bytes": b"not an image", "path": None}]  # the collator rejects it
     lengths = conversation_lengths(rows, processor)
     assert len(lengths) == 3 and (lengths[0], lengths[2]) == (expected[0], expected[2])
 
@@ -101,18 +101,18 @@ def test_workers_make_the_same_batches(method, packing):
     collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1], packing=packing)
     dataset = Dataset.from_list([tiny_run.conversation(i, turns=1 + i % 3) for i in range(8)])
     context = multiprocessing.get_context(method)
-    inside, outside = (
+    in_process, in_workers = (
         list(
             DataLoader(dataset, 4, collate_fn=collator, num_workers=n, multiprocessing_context=context if n else None)
         )
         for n in (0, 2)
     )
-    for ours, theirs in zip(inside, outside, strict=True):
+    for ours, theirs in zip(in_process, in_workers, strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_collator_pickles():
+def test_the_collator_can_be_pickled():
     collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1], sq_ratio=0.5)
     collator.set_epoch(3)
     rows = [tiny_run.conversation(i, turns=3) for i in range(4)]
@@ -160,9 +160,9 @@ def test_explicit_worker_settings_are_kept(tmp_path):
     assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (0, False)
 
 
-def test_the_wait_share_is_the_time_spent_waiting(monkeypatch):
+def test_data_wait_is_the_fraction_of_time_spent_waiting(monkeypatch):
     clock, wait = Clock(monkeypatch), DataWait()
-    batches = iter(map(clock.slow(lambda x: x, 3.0), range(3)))
+    batches = iter(map(clock.slowed_down(lambda x: x, 3.0), range(3)))
     for _ in range(2):
         assert next(wait.timed(batches)) is not None
         clock.now += 1.0
@@ -177,8 +177,8 @@ def test_the_wait_share_is_the_time_spent_waiting(monkeypatch):
 def test_a_run_that_waits_for_data_warns_once(tmp_path, monkeypatch, caplog, seconds, hints):
     clock = Clock(monkeypatch)
     trainer = tiny_run.make_trainer(tmp_path, max_steps=9)
-    trainer.data_collator.torch_call = clock.slow(trainer.data_collator.torch_call, seconds)
-    trainer.training_step = clock.slow(trainer.training_step, 1.0)
+    trainer.data_collator.torch_call = clock.slowed_down(trainer.data_collator.torch_call, seconds)
+    trainer.training_step = clock.slowed_down(trainer.training_step, 1.0)
     trainer.train()
     found = [record.message for record in caplog.records if "dataloader_num_workers" in record.message]
     assert len(found) == hints
