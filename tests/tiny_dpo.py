@@ -25,7 +25,7 @@ from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
 from medst_trl.training.resume import resume_checkpoint
 
 
-__all__ = ["SMALL", "adapter_policy", "make_trainer", "pair", "trained_weights"]
+__all__ = ["SMALL", "adapter_policy", "make_trainer", "pair", "save_adapter", "trained_weights"]
 
 
 # A plugin whose loss `my_sigmoid` equals TRL's `sigmoid`.
@@ -73,6 +73,14 @@ def adapter_policy(save_to: Path | None = None, **kwargs):
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn(parameter.shape)
     return model, processor
+
+
+def save_adapter(directory: Path, name: str = "adapter"):
+    """Save a base and, in `directory / name`, an adapter of it with its processor; return the model."""
+    model, processor = adapter_policy(save_to=directory)
+    model.save_pretrained(directory / name, save_embedding_layers=False)
+    processor.save_pretrained(directory / name)
+    return model
 
 
 def make_trainer(output_dir: str | Path, policy="continued_adapter", **overrides) -> MultimodalDPOTrainer:

@@ -12,7 +12,7 @@ def question(name, image="a", split="train", text=None, link=None):
     return Question(name, image, split, text or f"{name}?", f"answer {name}", "open", None, link)
 
 
-def test_pairs_are_compared_by_pixels_and_normalised_text():
+def test_overlapping_pairs_are_found_by_pixels_and_normalized_text():
     ids = {"a": "1", "copy of a": "1", "b": "2"}
     questions = [
         question("held", "a", "test", "Is it  normal?"),
@@ -32,26 +32,29 @@ def test_pairs_are_compared_by_pixels_and_normalised_text():
     assert counts["questions_removed_for_images_in_train_and_test"] == 1
 
 
-def test_overlap_is_reported_even_if_there_is_none():
+def test_an_overlap_of_zero_is_reported():
     assert hold_out([question("x")], {"a": "1"})[1] == {"images_in_train_and_test": 0}
 
 
-talks = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
+image_lists = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
 
 
-@given(talks, st.floats(0, 0.9), st.integers(0, 5), st.randoms())
+@given(image_lists, st.floats(0, 0.9), st.integers(0, 5), st.randoms())
 def test_validation_shares_no_image_with_train(images, fraction, seed, random):
     ids = {str(n): f"id{n % 20}" for n in range(31)}  # some images have two names
     conversations = [Conversation(f"c{n}", tuple(map(str, names)), []) for n, names in enumerate(images)]
     split = split_off_validation(conversations, ids, fraction, seed)
-    assert [talk.id for talk in split] == [talk.id for talk in conversations]
+    assert [item.id for item in split] == [item.id for item in conversations]
     seen = {
-        s: {ids[name] for talk in split if talk.split == s for name in talk.images} for s in ("train", "validation")
+        s: {ids[name] for conversation in split if conversation.split == s for name in conversation.images}
+        for s in ("train", "validation")
     }
     assert seen["train"].isdisjoint(seen["validation"])
     shuffled = random.sample(conversations, len(conversations))
-    places = {talk.id: talk.split for talk in split_off_validation(shuffled, ids, fraction, seed)}
-    assert places == {talk.id: talk.split for talk in split}
+    splits_by_id = {
+        conversation.id: conversation.split for conversation in split_off_validation(shuffled, ids, fraction, seed)
+    }
+    assert splits_by_id == {conversation.id: conversation.split for conversation in split}
 
 
 def test_validation_has_about_the_requested_fraction():
@@ -59,17 +62,19 @@ def test_validation_has_about_the_requested_fraction():
     ids = {str(n): f"{n:064d}" for n in range(2000)}
     for seed in (0, 1):
         split = split_off_validation(conversations, ids, 0.2, seed)
-        assert 340 < sum(talk.split == "validation" for talk in split) < 460
-    assert all(talk.split == "train" for talk in split_off_validation(conversations, ids, 0.0, 0))
+        assert 340 < sum(conversation.split == "validation" for conversation in split) < 460
+    assert all(conversation.split == "train" for conversation in split_off_validation(conversations, ids, 0.0, 0))
 
 
-def test_the_kth_conversation_takes_the_kth_wording():
+def test_paraphrases_are_spread_over_conversations():
     questions = [
         question("a1", link="A"), question("b1", link="B"), question("a2", link="A"), question("c"),
         question("a3", link="A3", text="A1?"), question("b2", link="B"),
     ]  # fmt: skip
-    talks = conversations_about_image("x", questions)
-    asked = [[text_of(m["content"]) for m in talk.messages if m["role"] == "user"] for talk in talks]
-    # a3 has the words of a1, so both are one question, whatever their links are.
+    conversations = conversations_about_image("x", questions)
+    asked = [
+        [text_of(m["content"]) for m in conversation.messages if m["role"] == "user"] for conversation in conversations
+    ]
+    # a3 has the text of a1, so both count as one question, regardless of their links.
     assert asked == [["a1?", "b1?", "c?"], ["a2?", "b2?"], ["A1?"]]
-    assert [talk.id for talk in talks] == ["x-0", "x-1", "x-2"]
+    assert [conversation.id for conversation in conversations] == ["x-0", "x-1", "x-2"]

@@ -12,14 +12,14 @@ from medst_trl.data.images import FolderImages, MemoryImages
 
 
 @dataclass
-class Images:
-    """Names that begin with "bad" cannot be used; reading `stops_at` ends the run."""
+class FakeImages:
+    """Image reader: names that start with "bad" are rejected, and reading `interrupt_at` interrupts the run."""
 
-    stops_at: str | None = None
+    interrupt_at: str | None = None
     read: list[str] = field(default_factory=list)
 
     def image_id(self, name: str) -> str:
-        if name == self.stops_at:
+        if name == self.interrupt_at:
             raise KeyboardInterrupt
         self.read.append(name)
         if name.startswith("bad"):
@@ -27,8 +27,8 @@ class Images:
         return "id of " + name
 
 
-def test_each_name_is_read_once_into_a_file_that_appears_complete(tmp_path):
-    images = Images()
+def test_each_name_is_read_once(tmp_path):
+    images = FakeImages()
     good, bad = index_images(["a", "bad", "a", "b\udc80"], images, tmp_path / "index.jsonl", num_workers=2)
     assert good == {"a": "id of a", "b\udc80": "id of b\udc80"}
     assert bad["bad"].reason == "truncated" and set(images.read) == {"a", "b\udc80", "bad"} and len(images.read) == 3
@@ -39,26 +39,26 @@ def test_each_name_is_read_once_into_a_file_that_appears_complete(tmp_path):
 def test_an_interrupted_run_resumes_where_it_stopped(tmp_path):
     names, path = [f"image {n}" for n in range(50)], tmp_path / "index.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        index_images(names, Images(stops_at="image 30"), path, num_workers=2)
+        index_images(names, FakeImages(interrupt_at="image 30"), path, num_workers=2)
     assert not path.exists()
     with open(tmp_path / ".index.jsonl.tmp", "a") as file:
-        file.write('{"image": "image 29", "ima')  # as a killed process leaves it
-    again = Images()
-    good, _ = index_images(names, again, path, num_workers=2)
-    assert list(good) == names and 0 < len(again.read) < 45
-    third = Images()
-    assert index_images(names, third, path, num_workers=1) == (good, {}) and third.read == []
+        file.write('{"image": "image 29", "ima')  # left by a killed process
+    resumed = FakeImages()
+    good, _ = index_images(names, resumed, path, num_workers=2)
+    assert list(good) == names and 0 < len(resumed.read) < 45
+    finished = FakeImages()
+    assert index_images(names, finished, path, num_workers=1) == (good, {}) and finished.read == []
 
 
-def test_the_room_for_images_does_not_change_the_bytes(tmp_path):
-    pictures = {f"{n}.jpg": Image.new("RGB", (9, 9), (n, n, n)) for n in range(4)}
-    for name, picture in pictures.items():
-        picture.save(tmp_path / name, comment=b"SECRET")
-    readers = [FolderImages(tmp_path, 100, room) for room in (0, 700, 10**6)]
-    for name in pictures:
+def test_the_cache_size_does_not_change_the_stored_bytes(tmp_path):
+    images = {f"{n}.jpg": Image.new("RGB", (9, 9), (n, n, n)) for n in range(4)}
+    for name, image in images.items():
+        image.save(tmp_path / name, comment=b"SECRET")
+    readers = [FolderImages(tmp_path, 100, cache_size) for cache_size in (0, 700, 10**6)]
+    for name in images:
         assert len({reader.image_id(name) for reader in readers}) == 1
         (stored,) = {reader.stored_bytes(name) for reader in readers}
         assert b"SECRET" not in stored
-    in_memory = MemoryImages(pictures)
+    in_memory = MemoryImages(images)
     assert in_memory.image_id("0.jpg") == readers[0].image_id("0.jpg")
     assert in_memory.stored_bytes("0.jpg").startswith(b"\x89PNG")

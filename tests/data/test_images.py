@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels are kept, metadata is removed, and hostile files do no harm."""
+"""Pixels are kept, metadata is removed, and malicious files are rejected."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from medst_trl.data.images import image_id, load_image, resolve_inside, store_im
 MARKER = b"PATIENT-DOE-1970"
 
 
-def picture(mode: str = "RGB", size=(37, 23), seed: int = 0) -> Image.Image:
+def random_image(mode: str = "RGB", size=(37, 23), seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     width, height = size
     if mode == "I;16":
@@ -37,10 +37,10 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def reason(path, **options) -> str:
-    with pytest.raises(ImageProblem) as caught:
+def rejection_reason(path, **options) -> str:
+    with pytest.raises(ImageProblem) as error:
         load_image(path, **options)
-    return caught.value.reason
+    return error.value.reason
 
 
 def exif(orientation: int = 1) -> Image.Exif:
@@ -65,7 +65,7 @@ SAVED = {
 def test_8_bit_images_keep_their_pixels(tmp_path, name):
     mode, options = SAVED[name]
     path = tmp_path / name
-    picture(mode).save(path, **options)
+    random_image(mode).save(path, **options)
     stored = load_image(path)
     expected = Image.open(path).convert("RGB")
     assert np.array_equal(pixels(stored.bytes), np.asarray(expected))
@@ -79,8 +79,8 @@ def test_8_bit_images_keep_their_pixels(tmp_path, name):
 
 
 @pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("I;16", "a.tif"), ("I", "a.tif"), ("F", "a.tif")])
-def test_deep_grey_is_rescaled_to_the_whole_range_in_order(tmp_path, mode, name):
-    source = picture(mode)
+def test_16_and_32_bit_grey_is_rescaled_to_8_bits_in_order(tmp_path, mode, name):
+    source = random_image(mode)
     source.save(tmp_path / name)
     stored = np.asarray(Image.open(io.BytesIO(load_image(tmp_path / name).bytes)))
     order = np.argsort(np.asarray(source).ravel(), kind="stable")
@@ -88,29 +88,29 @@ def test_deep_grey_is_rescaled_to_the_whole_range_in_order(tmp_path, mode, name)
     assert (np.diff(stored.ravel()[order].astype(int)) >= 0).all()
 
 
-def test_deep_grey_that_is_uniform_or_not_finite(tmp_path):
+def test_uniform_and_non_finite_grey_values_can_be_stored(tmp_path):
     assert np.asarray(Image.open(io.BytesIO(store_image(Image.new("I;16", (4, 4), 900)).bytes))).max() == 0
-    odd = Image.fromarray(np.array([[np.nan, 0, 1, np.inf, -np.inf]], np.float32))
-    assert pixels(store_image(odd).bytes)[0, :, 0].tolist() == [0, 0, 255, 255, 0]
+    non_finite = Image.fromarray(np.array([[np.nan, 0, 1, np.inf, -np.inf]], np.float32))
+    assert pixels(store_image(non_finite).bytes)[0, :, 0].tolist() == [0, 0, 255, 255, 0]
 
 
 @pytest.mark.parametrize(("mode", "name"), [("RGBA", "a.png"), ("LA", "a.png"), ("RGBA", "a.tif"), ("RGBA", "a.webp")])
-def test_transparency_is_laid_on_black(tmp_path, mode, name):
+def test_transparent_pixels_become_black(tmp_path, mode, name):
     source = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
     source.putpixel((1, 0), (90, 90, 90, 0))
     source.convert(mode).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
     assert pixels(load_image(tmp_path / name).bytes)[0].tolist() == [[200] * 3, [0] * 3]
 
 
-def test_a_transparent_colour_is_laid_on_black(tmp_path):
+def test_pixels_of_a_transparent_color_become_black(tmp_path):
     source = Image.new("RGB", (2, 1), (1, 2, 3))
     source.putpixel((0, 0), (9, 9, 9))
     source.save(tmp_path / "key.png", transparency=(1, 2, 3))
     assert pixels(load_image(tmp_path / "key.png").bytes)[0].tolist() == [[9, 9, 9], [0, 0, 0]]
 
 
-def test_an_image_has_one_id_in_every_format(tmp_path):
-    grey = picture("L")
+def test_an_image_has_the_same_id_in_every_format(tmp_path):
+    grey = random_image("L")
     ids = {image_id(grey), image_id(grey.convert("RGB")), store_image(grey).image_id}
     for name in ("a.png", "a.bmp", "a.tif", "a.gif"):
         grey.convert("RGB" if name == "a.bmp" else "L").save(tmp_path / name)
@@ -124,12 +124,12 @@ def test_the_id_depends_on_pixels_and_shape():
     flat = np.zeros(24, np.uint8)
     shapes = [(4, 6), (6, 4), (2, 12), (24, 1)]
     assert len({image_id(Image.fromarray(flat.reshape(shape))) for shape in shapes}) == len(shapes)
-    wide = picture("L", (3000, 600))  # more than one band
+    wide = random_image("L", (3000, 600))  # more than one band of rows
     assert image_id(wide) == hashlib.sha256(struct.pack(">II", 3000, 600) + wide.convert("RGB").tobytes()).hexdigest()
 
 
-def test_no_metadata_of_a_jpeg_survives(tmp_path):
-    path, source = tmp_path / "a.jpg", picture()
+def test_all_metadata_of_a_jpeg_is_removed(tmp_path):
+    path, source = tmp_path / "a.jpg", random_image()
     source.save(path, exif=exif(), comment=MARKER, icc_profile=MARKER * 50, xmp=MARKER, quality=95)
     data = path.read_bytes()
     jfif_with_thumbnail = b"\xff\xe0" + struct.pack(">H", 16 + 48) + b"JFIF\0\1\1\0\0\1\0\1\4\4" + MARKER * 3
@@ -141,8 +141,8 @@ def test_no_metadata_of_a_jpeg_survives(tmp_path):
     assert np.array_equal(pixels(stored), pixels(data))
 
 
-def test_no_metadata_of_a_png_survives(tmp_path):
-    path, source, text = tmp_path / "a.png", picture(), PngImagePlugin.PngInfo()
+def test_all_metadata_of_a_png_is_removed(tmp_path):
+    path, source, text = tmp_path / "a.png", random_image(), PngImagePlugin.PngInfo()
     text.add_text("Comment", MARKER.decode())
     text.add_text("Compressed", MARKER.decode() * 20, zip=True)
     text.add_itxt("XML:com.adobe.xmp", MARKER.decode())
@@ -150,16 +150,16 @@ def test_no_metadata_of_a_png_survives(tmp_path):
     source.save(path, pnginfo=text, exif=exif(), icc_profile=MARKER * 9, dpi=(300, 300))
     path.write_bytes(path.read_bytes() + MARKER)
     stored = load_image(path).bytes
-    kinds = [stored[at + 4 : at + 8] for at in _chunks(stored)]
+    kinds = [stored[position + 4 : position + 8] for position in png_chunks(stored)]
     assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"} and MARKER not in stored
     assert np.array_equal(pixels(stored), np.asarray(source))
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.webp", "a.gif", "a.jp2"])
-def test_no_metadata_of_other_formats_survives(tmp_path, name):
+def test_all_metadata_of_other_formats_is_removed(tmp_path, name):
     options = {"a.tif": {"description": MARKER.decode()}, "a.webp": {"exif": exif(), "xmp": MARKER}}
     comment = {"comment": MARKER} if name in ("a.gif", "a.jp2") else {}
-    picture("P" if name == "a.gif" else "RGB").save(tmp_path / name, **options.get(name, {}), **comment)
+    random_image("P" if name == "a.gif" else "RGB").save(tmp_path / name, **options.get(name, {}), **comment)
     assert MARKER in (tmp_path / name).read_bytes()
     assert MARKER not in load_image(tmp_path / name).bytes
 
@@ -169,7 +169,7 @@ def test_no_metadata_of_other_formats_survives(tmp_path, name):
 def test_orientation_is_applied(tmp_path, name, orientation):
     from PIL import ImageOps
 
-    picture().save(tmp_path / name, exif=exif(orientation))
+    random_image().save(tmp_path / name, exif=exif(orientation))
     upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
     stored = load_image(tmp_path / name)
     assert np.array_equal(pixels(stored.bytes), np.asarray(upright))
@@ -179,16 +179,18 @@ def test_orientation_is_applied(tmp_path, name, orientation):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_segment_anywhere_in_a_jpeg_is_removed(data):
+def test_any_metadata_segment_at_any_position_in_a_jpeg_is_removed(data):
     file = io.BytesIO()
-    picture(data.draw(st.sampled_from(["L", "RGB"]))).save(file, "JPEG", progressive=data.draw(st.booleans()))
+    random_image(data.draw(st.sampled_from(["L", "RGB"]))).save(file, "JPEG", progressive=data.draw(st.booleans()))
     clean = file.getvalue()
-    starts = _segments(clean)
+    starts = jpeg_segments(clean)
     dirty = bytearray(clean)
-    for at in sorted(data.draw(st.lists(st.sampled_from(starts), max_size=4)), reverse=True):
+    for position in sorted(data.draw(st.lists(st.sampled_from(starts), max_size=4)), reverse=True):
         kind = data.draw(st.sampled_from([*range(0xE1, 0xEE), 0xEF, 0xFE]))
         body = MARKER + data.draw(st.binary(max_size=30))
-        dirty[at:at] = b"\xff" * data.draw(st.integers(1, 3)) + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+        dirty[position:position] = (
+            b"\xff" * data.draw(st.integers(1, 3)) + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+        )
     from medst_trl.data.image_formats import strip_jpeg
 
     stored = strip_jpeg(bytes(dirty) + MARKER)
@@ -198,23 +200,23 @@ def test_any_segment_anywhere_in_a_jpeg_is_removed(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 2**16), st.sampled_from(["JPEG", "PNG"]))
-def test_stripping_never_fails_on_damaged_files(noise, at, kind):
+def test_stripping_does_not_fail_on_damaged_files(noise, position, kind):
     from medst_trl.data.image_formats import strip_jpeg, strip_png
 
     file = io.BytesIO()
-    picture().save(file, kind)
+    random_image().save(file, kind)
     data = bytearray(file.getvalue())
-    at %= len(data)
-    data[at : at + len(noise)] = noise
+    position %= len(data)
+    data[position : position + len(noise)] = noise
     assert isinstance((strip_jpeg if kind == "JPEG" else strip_png)(bytes(data)), bytes | None)
 
 
 def test_unusable_files_have_a_reason(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "directory.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    frames = [picture("L", seed=seed) for seed in range(3)]
+    frames = [random_image("L", seed=seed) for seed in range(3)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "film.png", save_all=True, append_images=frames[1:])
@@ -222,20 +224,20 @@ def test_unusable_files_have_a_reason(tmp_path):
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     )
     expected = {
-        "none.png": "missing", "empty.png": "empty", "text.png": "not_an_image", "folder.png": "not_a_file",
+        "none.png": "missing", "empty.png": "empty", "text.png": "not_an_image", "directory.png": "not_a_file",
         "pipe.png": "not_a_file", "film.gif": "several_frames", "pages.tif": "several_frames",
         "film.png": "several_frames", "script.eps": "not_an_image", "text.png/x.png": "missing",
     }  # fmt: skip
-    assert {name: reason(tmp_path / name) for name in expected} == expected
+    assert {name: rejection_reason(tmp_path / name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.tif", "a.webp", "a.gif", "progressive.jpg"])
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_truncated_files_are_rejected(tmp_path, name, part):
-    picture("RGB", (200, 150)).save(tmp_path / name, **({"progressive": True} if name[0] == "p" else {}))
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_truncated_files_are_rejected(tmp_path, name, fraction):
+    random_image("RGB", (200, 150)).save(tmp_path / name, **({"progressive": True} if name[0] == "p" else {}))
     data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[: int(len(data) * part)])
-    assert reason(tmp_path / name) in ("truncated", "not_an_image")
+    (tmp_path / name).write_bytes(data[: int(len(data) * fraction)])
+    assert rejection_reason(tmp_path / name) in ("truncated", "not_an_image")
 
 
 def test_decompression_bombs_are_rejected_by_their_header(tmp_path):
@@ -249,24 +251,24 @@ def test_decompression_bombs_are_rejected_by_their_header(tmp_path):
         + chunk(b"IDAT", zlib.compress(b"\0" * 10**6))
         + chunk(b"IEND", b"")
     )
-    assert reason(tmp_path / "bomb.png") == "too_large"
-    picture("L", (101, 100)).save(tmp_path / "large.png")
-    assert reason(tmp_path / "large.png", max_pixels=10_000) == "too_large"
+    assert rejection_reason(tmp_path / "bomb.png") == "too_large"
+    random_image("L", (101, 100)).save(tmp_path / "large.png")
+    assert rejection_reason(tmp_path / "large.png", max_pixels=10_000) == "too_large"
     assert load_image(tmp_path / "large.png", max_pixels=10_100).width == 101
-    with open(tmp_path / "padded.png", "wb") as file:  # a huge file of zeros
+    with open(tmp_path / "padded.png", "wb") as file:  # a very large file of zeros
         file.truncate(2_000_000_000)
-    assert reason(tmp_path / "padded.png") == "too_large"
+    assert rejection_reason(tmp_path / "padded.png") == "too_large"
 
 
 def test_names_stay_in_their_directory(tmp_path):
-    folder, outside = tmp_path / "images", tmp_path / "secret.png"
-    (folder / "sub").mkdir(parents=True)
-    picture().save(outside)
-    picture().save(folder / "sub" / "a.png")
-    (folder / "link.png").symlink_to(outside)
-    (folder / "inner.png").symlink_to(folder / "sub" / "a.png")
-    (folder / "up").symlink_to(tmp_path)
-    (folder / "circle").symlink_to(folder / "circle")
+    directory, outside = tmp_path / "images", tmp_path / "secret.png"
+    (directory / "sub").mkdir(parents=True)
+    random_image().save(outside)
+    random_image().save(directory / "sub" / "a.png")
+    (directory / "link.png").symlink_to(outside)
+    (directory / "inner.png").symlink_to(directory / "sub" / "a.png")
+    (directory / "up").symlink_to(tmp_path)
+    (directory / "loop").symlink_to(directory / "loop")
     (tmp_path / "images_too").mkdir()
     for name in (
         "../secret.png",
@@ -278,26 +280,26 @@ def test_names_stay_in_their_directory(tmp_path):
         "/",
     ):
         with pytest.raises(ImageProblem, match="outside_image_folder"):
-            resolve_inside(folder, name)
-    for name in ("a\0b.png", "x" * 5000 + ".png", "circle/a.png"):
+            resolve_inside(directory, name)
+    for name in ("a\0b.png", "x" * 5000 + ".png", "loop/a.png"):
         with pytest.raises(ImageProblem):
-            load_image(resolve_inside(folder, name))
-    for name in ("sub/a.png", "sub/../sub/a.png", "inner.png", str(folder / "sub" / "a.png"), "./sub//a.png"):
-        assert load_image(resolve_inside(folder, name)).width == 37
+            load_image(resolve_inside(directory, name))
+    for name in ("sub/a.png", "sub/../sub/a.png", "inner.png", str(directory / "sub" / "a.png"), "./sub//a.png"):
+        assert load_image(resolve_inside(directory, name)).width == 37
 
 
-def _segments(data: bytes) -> list[int]:
-    """Where the segments before the first scan start."""
-    starts, at = [], 2
-    while data[at + 1] != 0xDA:
-        starts.append(at)
-        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return [*starts, at]
+def jpeg_segments(data: bytes) -> list[int]:
+    """Return the positions of the segments before the first scan, and of the scan."""
+    starts, position = [], 2
+    while data[position + 1] != 0xDA:
+        starts.append(position)
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return [*starts, position]
 
 
-def _chunks(data: bytes) -> list[int]:
-    starts, at = [], 8
-    while at < len(data):
-        starts.append(at)
-        at += 12 + struct.unpack_from(">I", data, at)[0]
+def png_chunks(data: bytes) -> list[int]:
+    starts, position = [], 8
+    while position < len(data):
+        starts.append(position)
+        position += 12 + struct.unpack_from(">I", data, position)[0]
     return starts

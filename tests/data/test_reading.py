@@ -48,36 +48,36 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("position", range(6))
 @pytest.mark.parametrize("form", ["array", "indented", "lines"])
-def test_a_broken_record_costs_only_itself(tmp_path, broken, place, form):
+def test_a_broken_record_rejects_only_itself(tmp_path, broken, position, form):
     texts = [json.dumps(record, indent=2 if form == "indented" else None) for record in GOOD]
-    texts.insert(place, broken)
+    texts.insert(position, broken)
     if form == "lines":
         text, name = "\n".join(texts), "a.jsonl"
         if text.startswith("["):
-            return  # reads as an array
+            return  # would be read as an array
     else:
         text, name = "[" + ",\n".join(texts) + "]", "a.json"
     good, bad = read(tmp_path, text, name)
     assert good == GOOD
     assert [item.reason for item in bad] == ["malformed_json"]
-    assert bad[0].id == f"{name}#{place}"
+    assert bad[0].id == f"{name}#{position}"
 
 
 @settings(max_examples=60, deadline=None)
-@given(cut=st.integers(1, 10**6), indent=st.sampled_from([None, 1]))
-def test_a_truncated_file_gives_its_complete_records(tmp_path_factory, cut, indent):
+@given(length=st.integers(1, 10**6), indent=st.sampled_from([None, 1]))
+def test_a_truncated_file_gives_its_complete_records(tmp_path_factory, length, indent):
     texts = [json.dumps(record, indent=indent) for record in GOOD]
     text = "[" + ", ".join(texts) + "]"
-    cut = 1 + cut % (len(text) - 1)
-    good, bad = read(tmp_path_factory.mktemp("cut"), text[:cut])
-    whole = sum(len("[" + ", ".join(texts[: n + 1])) <= cut for n in range(len(texts)))
-    assert good == GOOD[:whole] and len(bad) <= 1
+    length = 1 + length % (len(text) - 1)
+    good, bad = read(tmp_path_factory.mktemp("truncated"), text[:length])
+    complete = sum(len("[" + ", ".join(texts[: n + 1])) <= length for n in range(len(texts)))
+    assert good == GOOD[:complete] and len(bad) <= 1
 
 
 def test_two_records_on_one_line_are_both_read(tmp_path):
-    """A file without a last line break was appended to."""
+    """This happens when a line is appended to a file that does not end in a line break."""
     one, two, three = map(json.dumps, GOOD[:3])
     assert read(tmp_path, f"{one}{two}\n{three}", "a.jsonl") == (GOOD[:3], [])
     good, bad = read(tmp_path, f"{one}{two[:-5]}\n{three}", "a.jsonl")

@@ -29,7 +29,7 @@ from medst_trl.data.schema import (
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def separate_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -37,15 +37,15 @@ def image(shade: int) -> dict:
     return {"bytes": store_image(Image.new("L", (5, 4), shade)).bytes, "path": None}
 
 
-def write_instruct(folder, split="train", n=3):
+def write_instruct(directory, split="train", n=3):
     def row(n):
         messages = [message("user", [image_part(), text_part("What?")]), message("assistant", [text_part(str(n))])]
         return {"id": str(n), "images": [image(n)], "image_ids": ["x"], "messages": messages}
 
-    write_split(folder, split, range(n), row, instruct_features(), rows_per_shard=2)
+    write_split(directory, split, range(n), row, instruct_features(), rows_per_shard=2)
 
 
-def test_a_written_split_reads_back_with_decoded_images(tmp_path):
+def test_a_written_split_is_read_with_decoded_images(tmp_path):
     write_instruct(tmp_path / "data")
     dataset = load_records(tmp_path / "data", "train")
     check_columns(dataset, "instruct")
@@ -91,7 +91,7 @@ def test_columns_of_another_type_are_refused(tmp_path):
     check_columns(dataset.cast_column("id", Value("large_string")).add_column("more", [1, 2, 3]), "instruct")
 
 
-def test_missing_and_incomplete_datasets_are_explained(tmp_path):
+def test_the_errors_for_missing_and_incomplete_datasets_say_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="neither a directory nor a dataset on the Hub"):
         load_records(tmp_path / "none", "train")
     write_instruct(tmp_path / "data")
@@ -116,7 +116,7 @@ def test_optional_columns_that_are_missing_are_filled_in(tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_explains_its_columns(name):
+def test_every_kind_documents_its_columns(name):
     kind = KINDS.get(name)
     assert set(kind.columns) <= set(kind.card.columns) and set(kind.optional) <= set(kind.columns)
     assert (kind.card.about and "{id}" in kind.card.use) or name == "predictions"
@@ -128,7 +128,7 @@ def test_an_unknown_kind_is_refused():
         features_of("preference")
 
 
-def test_jsonl_appears_complete_or_not_at_all(tmp_path):
+def test_an_interrupted_jsonl_file_is_not_written(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "é\n"}])
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == {"text": "é\n"}
 
@@ -153,7 +153,7 @@ def files(directory):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_shards_have_a_fixed_number_of_rows_and_the_same_bytes_each_time(tmp_path):
+def test_shards_have_a_fixed_number_of_rows_and_are_reproducible(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", workers=3)
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -166,54 +166,54 @@ def test_without_records_no_file_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")])
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, error):
-    write(tmp_path / "whole")
-    made = []
+def test_an_interrupted_and_resumed_split_equals_an_uninterrupted_one(tmp_path, error):
+    write(tmp_path / "uninterrupted")
+    computed = []
 
-    def stops(n):
+    def interrupted_row(n):
         if n == 6:
             raise error
         return row(n)
 
-    def counts(n):
-        made.append(n)
+    def counted_row(n):
+        computed.append(n)
         return row(n)
 
     with pytest.raises(type(error)):
-        write(tmp_path / "cut", stops)
-    assert list(files(tmp_path / "cut")) == ["train-00000-of-00003.parquet"], "no half file, under no name"
-    write(tmp_path / "cut", counts)
-    assert made == list(range(4, 10)), "finished shards are not made again"
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+        write(tmp_path / "interrupted", interrupted_row)
+    assert list(files(tmp_path / "interrupted")) == ["train-00000-of-00003.parquet"], "an incomplete file is left"
+    write(tmp_path / "interrupted", counted_row)
+    assert computed == list(range(4, 10)), "finished shards are written again"
+    assert files(tmp_path / "interrupted") == files(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_explained_and_finished_files_stay(tmp_path, monkeypatch, number):
+def test_the_error_for_a_full_disk_says_how_to_resume_and_finished_files_are_kept(tmp_path, monkeypatch, number):
     import pyarrow.parquet as pq
 
-    write(tmp_path / "whole")
-    real, calls = pq.ParquetWriter.write_table, []
+    write(tmp_path / "uninterrupted")
+    write_table, calls = pq.ParquetWriter.write_table, []
 
-    def full(self, table):
+    def raise_on_second_call(self, table):
         calls.append(table)
         if len(calls) == 2:
             raise OSError(number, "No space left on device")
-        real(self, table)
+        write_table(self, table)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetWriter, "write_table", full)
+        patch.setattr(pq.ParquetWriter, "write_table", raise_on_second_call)
         with pytest.raises(UserError, match=r"is full.*it resumes"):
             write(tmp_path / "full")
     assert list(files(tmp_path / "full")) == ["train-00000-of-00003.parquet"]
     write(tmp_path / "full")
-    assert files(tmp_path / "full") == files(tmp_path / "whole")
+    assert files(tmp_path / "full") == files(tmp_path / "uninterrupted")
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
 def test_arrow_reports_a_full_disk_by_its_error_number():
     import pyarrow as pa
 
-    # Not through pq.write_table: it deletes the file it could not write, and root may delete a device.
-    with pytest.raises(OSError) as caught, pa.OSFile("/dev/full", "wb") as file:
+    # Not with pq.write_table: it deletes the file that it could not write, and root could delete the device.
+    with pytest.raises(OSError) as error, pa.OSFile("/dev/full", "wb") as file:
         file.write(b"x" * 100_000)
-    assert caught.value.errno == errno.ENOSPC
+    assert error.value.errno == errno.ENOSPC

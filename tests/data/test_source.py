@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A source is one object in one file, and appears wherever sources appear."""
+"""A registered source is available in every command that uses sources."""
 
 import json
 import os
@@ -58,16 +58,16 @@ SOURCES.register(
 """
 
 
-def medst(tmp_path, *words):
+def medst(tmp_path, *arguments):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     environment.pop("MEDST_PLUGINS", None)
-    command = [sys.executable, "-m", "medst_trl.cli", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command = [sys.executable, "-m", "medst_trl.cli", *arguments]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def test_a_source_from_a_plugin_file_appears_everywhere(tmp_path):
+def test_a_source_from_a_plugin_file_works_in_every_command(tmp_path):
     (tmp_path / "toys.py").write_text(PLUGIN)
     (tmp_path / "toys.yaml").write_text("output_dir: run\nprepare:\n  source: toys\n  toy_scans: 5\n")
     plugins = ("--plugins", "toys.py")
@@ -95,18 +95,18 @@ def test_a_source_from_a_plugin_file_appears_everywhere(tmp_path):
     assert "[Grey squares](https://example.org/toys)" in card
 
 
-def test_an_unknown_source_is_refused_with_the_closest_name(tmp_path):
+def test_the_error_for_an_unknown_source_suggests_the_closest_name(tmp_path):
     with pytest.raises(UserError, match="Unknown source 'slak'. Did you mean 'slake'.*Choose one of .*llava"):
         main(PrepareArguments(output_dir=str(tmp_path / "out"), source="slak"))
 
 
-def test_a_source_that_lacks_a_part_is_refused():
+def test_an_incomplete_source_is_refused():
     with pytest.raises(UserError, match="source 'toys' .* lacks card"):
         SOURCES.register(Source("toys", "grey squares", read=lambda request: None, card=None))
     assert "toys" not in SOURCES
 
 
-def test_two_sources_with_a_setting_of_one_name_are_refused(monkeypatch):
+def test_two_sources_with_settings_of_the_same_name_are_refused(monkeypatch):
     from medst_trl.pipeline.stages import prepare
 
     @dataclass
@@ -128,7 +128,7 @@ def test_every_source_has_a_card_and_help_for_its_settings(name):
     assert set(source.files) <= {item.name for item in settings}
 
 
-def test_records_that_lack_settings_of_other_sources_are_resumed(tmp_path, capsys):
+def test_records_with_the_settings_of_other_sources_are_resumed(tmp_path, capsys):
     """An earlier version recorded the settings of all sources."""
     arguments = PrepareArguments(output_dir=str(tmp_path / "out"), source="phantoms", num_workers=1)
     settings = SOURCES.get("phantoms").settings_from({"num_phantoms": 2, "num_test_phantoms": 1})
@@ -143,7 +143,7 @@ def test_records_that_lack_settings_of_other_sources_are_resumed(tmp_path, capsy
         main(arguments, SOURCES.get("phantoms").settings_from({"num_phantoms": 3, "num_test_phantoms": 1}))
 
 
-def test_records_are_cut_by_image_and_by_conversation():
+def test_the_first_records_are_selected_by_image_and_by_conversation():
     from medst_trl.data.source import Conversation, Question
 
     questions = [Question(str(n), f"{n // 2}.png", "test", "What?", "That.", "open") for n in range(6)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter: which modules it adapts, and that loading it loses no tensor."""
+"""The modules that an adapter trains, and the checks when an adapter is loaded."""
 
 import pytest
 import tiny_dpo
@@ -8,10 +8,7 @@ import tiny_run
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForImageTextToText,
-)
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
@@ -63,7 +60,7 @@ CONFIGS = {
         },
     },
 }  # fmt: skip
-EXPECTED = {  # projector, vision layers that train
+EXPECTED = {  # projector, trained vision layers
     "llava": ("model.multi_modal_projector", {0, 1}),
     "gemma3": ("model.multi_modal_projector", {0, 1, 2}),
     "idefics3": ("model.connector", {0, 1, 2}),
@@ -73,14 +70,14 @@ EXPECTED = {  # projector, vision layers that train
 }
 
 
-def tiny(family):
+def meta_model(family):
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(CONFIG_MAPPING[family](**CONFIGS[family]))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_adapter_has_the_right_modules_and_ranks(family):
-    model = tiny(family)
+def test_the_adapter_has_the_expected_modules_and_ranks(family):
+    model = meta_model(family)
     parts = model_parts(model)
     projector, vision_layers = EXPECTED[family]
     assert parts.projectors[0] == projector
@@ -103,18 +100,18 @@ def test_the_adapter_has_the_right_modules_and_ranks(family):
 
 
 def test_every_parameter_of_a_peft_model_belongs_to_a_part():
-    model = tiny("llava")
-    plain = {name: model_parts(model).part_of(name) for name, _ in model.named_parameters()}
-    assert set(plain.values()) == {"language", "vision", "projector"}
+    model = meta_model("llava")
+    parts_by_name = {name: model_parts(model).part_of(name) for name, _ in model.named_parameters()}
+    assert set(parts_by_name.values()) == {"language", "vision", "projector"}
     parts = model_parts(model)
-    wrapped = get_peft_model(model, adapter_config(model, vusr_token_id=5))
-    for name, _ in wrapped.named_parameters():
+    peft_model = get_peft_model(model, adapter_config(model, vusr_token_id=5))
+    for name, _ in peft_model.named_parameters():
         kind = "vision" if "vision_tower" in name else "projector" if "projector" in name else "language"
         assert parts.part_of(name) == kind, name
 
 
 def test_a_frozen_vision_tower_does_not_train():
-    model = tiny("llava")
+    model = meta_model("llava")
     peft_model = get_peft_model(model, adapter_config(model, vision_r=0))
     assert not [n for n, p in peft_model.named_parameters() if p.requires_grad and "vision" in n]
 
@@ -130,9 +127,7 @@ def test_a_text_model_is_refused():
 
 @pytest.fixture
 def adapter(tmp_path):
-    model, processor = tiny_dpo.adapter_policy(tmp_path)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    processor.save_pretrained(tmp_path / "adapter")
+    tiny_dpo.save_adapter(tmp_path)
     return tmp_path / "adapter"
 
 
@@ -144,7 +139,7 @@ def adapter(tmp_path):
         ({"text_layers": 1}, r"no place for .*language_model\.layers\.1\."),
     ],
 )
-def test_a_base_of_another_size_is_refused(adapter, tmp_path, size, problem):
+def test_a_base_of_a_different_size_is_refused(adapter, tmp_path, size, problem):
     model, processor = tiny_llava(**tiny_run.SMALL | size)
     model.save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other")
@@ -156,14 +151,14 @@ def test_a_base_of_another_size_is_refused(adapter, tmp_path, size, problem):
 def test_an_adapter_that_lacks_a_part_is_refused(adapter, part):
     path = adapter / "adapter_model.safetensors"
     weights = load_file(path)
-    left = {name: value for name, value in weights.items() if part not in name}
-    assert 0 < len(left) < len(weights)
-    save_file(left, path, metadata={"format": "pt"})
+    remaining = {name: value for name, value in weights.items() if part not in name}
+    assert 0 < len(remaining) < len(weights)
+    save_file(remaining, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"does not fit .*\n  it lacks .*{part}"):
         load_policy(str(adapter))
 
 
-def test_an_adapter_with_an_unused_part_is_refused(adapter):
+def test_an_adapter_with_an_unexpected_tensor_is_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     weights = load_file(path)
     name = next(name for name in weights if "lora_A" in name)
@@ -172,7 +167,7 @@ def test_an_adapter_with_an_unused_part_is_refused(adapter):
         load_policy(str(adapter))
 
 
-def test_only_safetensors_are_read(adapter):
+def test_weights_that_are_not_readable_safetensors_are_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"no readable adapter_model\.safetensors"):
@@ -197,19 +192,19 @@ def test_only_safetensors_are_read(adapter):
         ('{"peft_type": "LORA"}', "names no base"),
     ],
 )
-def test_a_configuration_of_another_kind_is_refused(adapter, content, message):
+def test_an_invalid_adapter_config_is_refused(adapter, content, message):
     (adapter / "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=message):
         load_policy(str(adapter))
 
 
-def test_a_training_output_of_the_original_code_is_refused(adapter):
+def test_the_output_of_the_original_code_is_refused(adapter):
     (adapter / "non_lora_trainables.bin").write_bytes(b"")
     with pytest.raises(UserError, match=f"medst convert --source {adapter} --base"):
         load_policy(str(adapter))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", '{"weights_sha256": 3}'])
-def test_a_damaged_fingerprint_counts_as_missing(adapter, content):
+def test_a_damaged_fingerprint_is_treated_as_missing(adapter, content):
     (adapter / "base_model.json").write_text(content)
     assert load_policy(str(adapter))

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The same weights have the same fingerprint however they are stored, and an adapter recognises its base by it."""
+"""The fingerprint of weights does not depend on how they are stored, and identifies the base of an adapter."""
 
 import json
 import shutil
@@ -18,23 +18,23 @@ from medst_trl.policy.base_weights import BASE_FILE, weights_fingerprint, write_
 from medst_trl.policy.loading import load_policy
 
 
-def save_base(folder, dtype=torch.float32, seed=0, change=None, **kwargs):
+def save_base(directory, dtype=torch.float32, seed=0, change=None, **save_kwargs):
     model, processor = tiny_llava(**tiny_run.SMALL, seed=seed)
     if change:
         with torch.no_grad():
             model.get_parameter(change).add_(0.01)
-    model.to(dtype).save_pretrained(folder, **kwargs)
-    processor.save_pretrained(folder)
-    return str(folder)
+    model.to(dtype).save_pretrained(directory, **save_kwargs)
+    processor.save_pretrained(directory)
+    return str(directory)
 
 
 def test_dtype_and_sharding_do_not_change_the_fingerprint(tmp_path):
-    found = weights_fingerprint(save_base(tmp_path / "one"))
-    assert found and len(found) == 64
-    assert weights_fingerprint(save_base(tmp_path / "bfloat16", torch.bfloat16)) == found
+    fingerprint = weights_fingerprint(save_base(tmp_path / "one"))
+    assert fingerprint and len(fingerprint) == 64
+    assert weights_fingerprint(save_base(tmp_path / "bfloat16", torch.bfloat16)) == fingerprint
     shards = save_base(tmp_path / "shards", max_shard_size="50KB")
     assert not (tmp_path / "shards" / "model.safetensors").exists()
-    assert weights_fingerprint(shards) == found
+    assert weights_fingerprint(shards) == fingerprint
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_every_part_changes_the_fingerprint(tmp_path, change):
     assert weights_fingerprint(bases[0]) != weights_fingerprint(bases[1])
 
 
-def test_there_is_no_fingerprint_without_safetensors_or_of_quantized_weights(tmp_path):
+def test_missing_safetensors_and_quantized_weights_have_no_fingerprint(tmp_path):
     assert weights_fingerprint(str(tmp_path)) is None
     assert weights_fingerprint("org/model-that-is-not-here") is None
     config = tmp_path / "base" / "config.json"
@@ -61,18 +61,15 @@ def test_there_is_no_fingerprint_without_safetensors_or_of_quantized_weights(tmp
 
 @pytest.fixture
 def adapter(tmp_path):
-    model, processor = tiny_dpo.adapter_policy(tmp_path)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    processor.save_pretrained(tmp_path / "adapter")
-    write_base_file(model, tmp_path / "adapter")
+    write_base_file(tiny_dpo.save_adapter(tmp_path), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
-def test_the_fingerprint_file_names_no_path(adapter, tmp_path):
+def test_the_fingerprint_file_contains_no_path(adapter, tmp_path):
     assert str(tmp_path) not in (adapter / BASE_FILE).read_text()
 
 
-def test_a_rebuilt_base_of_the_same_name_is_refused(adapter, tmp_path):
+def test_a_base_of_the_same_name_with_other_weights_is_refused(adapter, tmp_path):
     assert load_policy(str(adapter))
     save_base(tmp_path / "base", seed=1)
     with pytest.raises(UserError, match="other weights than those of .*base.*although their shapes agree"):
@@ -81,16 +78,16 @@ def test_a_rebuilt_base_of_the_same_name_is_refused(adapter, tmp_path):
     assert load_policy(str(adapter))
 
 
-def test_a_given_base_has_to_be_the_same(adapter, tmp_path):
-    moved, other = tmp_path / "moved", save_base(tmp_path / "other", seed=1)
-    shutil.copytree(tmp_path / "base", moved)
-    AutoModelForImageTextToText.from_pretrained(moved, dtype="bfloat16").save_pretrained(moved)
+def test_a_given_base_must_have_the_same_weights(adapter, tmp_path):
+    copied, other = tmp_path / "copied", save_base(tmp_path / "other", seed=1)
+    shutil.copytree(tmp_path / "base", copied)
+    AutoModelForImageTextToText.from_pretrained(copied, dtype="bfloat16").save_pretrained(copied)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert load_policy(str(adapter), base_model_name_or_path=str(moved))
+        assert load_policy(str(adapter), base_model_name_or_path=str(copied))
     with pytest.raises(UserError, match="trained on other weights than those of .*other"):
         load_policy(str(adapter), base_model_name_or_path=other)
-    (adapter / BASE_FILE).write_text("{")  # damaged counts as missing
+    (adapter / BASE_FILE).write_text("{")  # treated as missing
     with pytest.warns(UserWarning, match="Cannot verify that .*other.* is the base"):
         assert load_policy(str(adapter), base_model_name_or_path=other)
 
@@ -101,8 +98,8 @@ def test_trainers_write_the_fingerprint(tmp_path):
     config = tiny_run.adapter_config(model, vusr_token_id=tiny_run.add_vusr(processor), r=4, vision_r=2)
     trainer = tiny_run.train(tmp_path / "sft", policy=(model, processor, config), max_steps=1, save_strategy="steps")
     trainer.save_model(str(tmp_path / "sft"))
-    pairs = tiny_dpo.make_trainer(tmp_path / "dpo", policy=load_policy(str(tmp_path / "sft"), is_trainable=True))
-    pairs.save_model(str(tmp_path / "dpo"))
-    for folder in ("sft", "sft/checkpoint-1", "dpo"):
-        record = json.loads((tmp_path / folder / BASE_FILE).read_text())
-        assert record == {"model_type": "llava", "weights_sha256": weights_fingerprint(base)}, folder
+    dpo_trainer = tiny_dpo.make_trainer(tmp_path / "dpo", policy=load_policy(str(tmp_path / "sft"), is_trainable=True))
+    dpo_trainer.save_model(str(tmp_path / "dpo"))
+    for directory in ("sft", "sft/checkpoint-1", "dpo"):
+        record = json.loads((tmp_path / directory / BASE_FILE).read_text())
+        assert record == {"model_type": "llava", "weights_sha256": weights_fingerprint(base)}, directory

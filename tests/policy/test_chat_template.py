@@ -20,17 +20,17 @@ def _as_parts(role, text):
     texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=5),
     add_generation_prompt=st.booleans(),
 )
-def test_other_conversations_render_as_before(family, texts, add_generation_prompt):
+def test_other_conversations_render_unchanged(family, texts, add_generation_prompt):
     assume(texts[-1].strip() != VUSR)
     original, wrapped = FAMILIES[family](), prepared_processor(family)
     messages = [_as_parts("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
-    closed = messages
+    expected_messages = messages
     if not turn_format(original).answer_end:  # the wrapper closes turns that the template leaves open
         eos = original.tokenizer.eos_token
-        closed = [
+        expected_messages = [
             _as_parts(m["role"], m["content"][0]["text"] + eos) if m["role"] == "assistant" else m for m in messages
         ]
-    expected = original.apply_chat_template(closed, add_generation_prompt=add_generation_prompt)
+    expected = original.apply_chat_template(expected_messages, add_generation_prompt=add_generation_prompt)
     assert wrapped.apply_chat_template(messages, add_generation_prompt=add_generation_prompt) == expected
 
 
@@ -39,13 +39,16 @@ def test_other_conversations_render_as_before(family, texts, add_generation_prom
 def test_a_bare_vusr_turn_stays_open(family, history):
     processor = prepared_processor(family)
     bare = {"role": "user", "content": [{"type": "text", "text": VUSR}]}
-    before = [_as_parts("user", "Describe it."), _as_parts("assistant", "A chest.")] if history else []
-    plain = processor.apply_chat_template([*before, _as_parts("user", "QQZZ")])
-    expected = plain[: plain.index("QQZZ")] + VUSR
+    history_messages = [_as_parts("user", "Describe it."), _as_parts("assistant", "A chest.")] if history else []
+    rendered = processor.apply_chat_template([*history_messages, _as_parts("user", "QQZZ")])
+    expected = rendered[: rendered.index("QQZZ")] + VUSR
     if family == TEXT_ROLE:
-        expected = plain[: plain.index("USER: QQZZ")] + "VUSER:"
+        expected = rendered[: rendered.index("USER: QQZZ")] + "VUSER:"
     for add_generation_prompt in (False, True):
-        assert processor.apply_chat_template([*before, bare], add_generation_prompt=add_generation_prompt) == expected
+        assert (
+            processor.apply_chat_template([*history_messages, bare], add_generation_prompt=add_generation_prompt)
+            == expected
+        )
 
 
 def test_text_that_contains_the_token_is_not_a_bare_turn():
@@ -61,7 +64,7 @@ def test_wrapping_twice_changes_nothing():
     assert is_wrapped(wrap_chat_template({"default": "{{ messages }}", "rag": "x"}))
 
 
-def test_templates_for_strings_get_strings():
+def test_templates_for_string_content_receive_strings():
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     processor = FAMILIES["vicuna"]()
     processor.chat_template = template
@@ -72,17 +75,17 @@ def test_templates_for_strings_get_strings():
 
 
 @pytest.mark.parametrize("family", ["vicuna", "llava-1.5-hf", "gemma-3", "idefics3"])
-def test_token_and_template_survive_saving(family, tmp_path):
+def test_token_and_template_are_kept_when_saved(family, tmp_path):
     processor = prepared_processor(family)
     processor.save_pretrained(tmp_path)
-    again = type(processor).from_pretrained(tmp_path)
-    assert again.chat_template == processor.chat_template
+    reloaded = type(processor).from_pretrained(tmp_path)
+    assert reloaded.chat_template == processor.chat_template
     bare = [
         {
             "role": "user",
             "content": [{"type": "image", "image": Image.new("RGB", (16, 16))}, {"type": "text", "text": VUSR}],
         }
     ]
-    ids = [p.apply_chat_template(bare, tokenize=True, return_dict=True)["input_ids"][0] for p in (processor, again)]
+    ids = [p.apply_chat_template(bare, tokenize=True, return_dict=True)["input_ids"][0] for p in (processor, reloaded)]
     assert list(ids[0]) == list(ids[1])
-    assert ids[1][-1] == add_vusr(again) == processor.tokenizer.convert_tokens_to_ids(VUSR)
+    assert ids[1][-1] == add_vusr(reloaded) == processor.tokenizer.convert_tokens_to_ids(VUSR)

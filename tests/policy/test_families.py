@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""docs/models.md agrees with the registry of families, and a family registered by a plugin counts everywhere."""
+"""docs/models.md lists the registered families, and every module uses a family that a plugin registers."""
 
 import os
 import re
@@ -22,7 +22,7 @@ FAMILIES.register(Family(
     "toy", "Toy VLM", ("aya_vision",), packs_with=frozenset({"cohere2"}), shares_prompts=True, shares_prefix=False,
 ))
 """
-USES = """
+SCRIPT = """
 from types import SimpleNamespace
 import torch
 from transformers import AyaVisionConfig, GenerationConfig
@@ -42,7 +42,7 @@ except UserError as error:
 """
 
 
-def row(family: Family) -> str:
+def table_row(family: Family) -> str:
     cells = (
         family.title,
         ", ".join(family.model_types),
@@ -57,22 +57,22 @@ def row(family: Family) -> str:
 def test_docs_list_every_family():
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     table = re.search(r"\| family \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)[1].splitlines()
-    assert table == [row(family) for family in FAMILIES.values()]
+    assert table == [table_row(family) for family in FAMILIES.values()]
 
 
-def test_a_family_from_a_plugin_counts_everywhere(tmp_path):
+def test_every_module_uses_a_family_from_a_plugin(tmp_path):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(PLUGIN)
     environment = os.environ | {"MEDST_PLUGINS": str(plugin)}
     result = subprocess.run(
-        [sys.executable, "-c", USES], stdout=subprocess.PIPE, text=True, env=environment, check=True
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, env=environment, check=True
     )
-    decisions, refusal = result.stdout.splitlines()
+    decisions, message = result.stdout.splitlines()
     assert decisions == "True True models of the type aya_vision read each answer with its own prompt"
-    assert "SmolVLM; Toy VLM." in refusal
+    assert "SmolVLM; Toy VLM." in message
 
 
-def test_nothing_is_assumed_of_a_type_that_no_family_lists():
+def test_an_unknown_model_type_gets_conservative_defaults():
     unknown = family_of("another")
     assert (unknown.packs_with, unknown.shares_prompts, unknown.shares_prefix) == (frozenset(), False, None)
     assert unknown.causal and not (unknown.text_role or unknown.is_own)
@@ -83,6 +83,6 @@ def test_a_family_without_a_title_is_refused():
         FAMILIES.register(Family("mine", None, ("mine",)))
 
 
-def test_a_second_family_of_the_same_name_is_refused():
+def test_two_families_cannot_share_a_name():
     with pytest.raises(UserError, match="share the name 'llava'"):
         FAMILIES.register(Family("llava", "another", ("another",)))

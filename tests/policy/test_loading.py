@@ -31,14 +31,14 @@ from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import VUSR
 
 
-def _save_base(folder, **kwargs):
+def save_base(directory, **kwargs):
     model, processor = tiny_llava(**tiny_run.SMALL, **kwargs)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
     return model, processor
 
 
-def _prompt(processor, question):
+def prompt_inputs(processor, question):
     content = [{"type": "image", "image": Image.new("RGB", (16, 16), "gray")}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -49,47 +49,51 @@ def _prompt(processor, question):
     )
 
 
-def test_a_resized_model_answers_as_before(tmp_path):
-    base, base_processor = _save_base(tmp_path)
+def test_resizing_does_not_change_the_logits(tmp_path):
+    base, base_processor = save_base(tmp_path)
     model, processor = load_policy(str(tmp_path))
     token = processor.tokenizer.convert_tokens_to_ids(VUSR)
     assert model.get_input_embeddings().num_embeddings == token + 1 == len(base_processor.tokenizer) + 1
-    inputs = _prompt(processor, "What is it?")
+    inputs = prompt_inputs(processor, "What is it?")
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits[..., :token], base(**_prompt(base_processor, "What is it?")).logits)
+        assert torch.equal(
+            model(**inputs).logits[..., :token], base(**prompt_inputs(base_processor, "What is it?")).logits
+        )
 
 
 def test_loading_twice_gives_the_same_weights(tmp_path):
-    _save_base(tmp_path)
+    save_base(tmp_path)
     first, second = (dict(load_policy(str(tmp_path))[0].named_parameters()) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_spare_row_is_used_before_the_vocabulary_grows(tmp_path):
-    base, _ = _save_base(tmp_path, spare_rows=8)
+    base, _ = save_base(tmp_path, spare_rows=8)
     model, processor = load_policy(str(tmp_path))
     assert model.get_input_embeddings().weight.shape == base.get_input_embeddings().weight.shape
     assert processor.tokenizer.convert_tokens_to_ids(VUSR) < model.get_input_embeddings().num_embeddings
 
 
 def test_generation_stops_at_terminators_and_never_writes_the_token(tmp_path):
-    _save_base(tmp_path)
+    save_base(tmp_path)
     model, processor = load_policy(str(tmp_path))
     token = processor.tokenizer.convert_tokens_to_ids(VUSR)
     assert processor.tokenizer.eos_token_id in model.generation_config.eos_token_id
     with torch.no_grad():
         model.get_output_embeddings().weight[token] = 100 * model.get_output_embeddings().weight.abs().max()
     torch.manual_seed(0)
-    written = model.generate(**_prompt(processor, "What?"), do_sample=True, max_new_tokens=20, num_return_sequences=8)
-    assert token not in written[:, -20:]
+    generated = model.generate(
+        **prompt_inputs(processor, "What?"), do_sample=True, max_new_tokens=20, num_return_sequences=8
+    )
+    assert token not in generated[:, -20:]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("spare_rows", [0, 8])
 def test_an_adapter_reloads_with_its_token_and_template(tmp_path, tied, spare_rows):
-    base_folder, adapter_folder = tmp_path / "base", tmp_path / "adapter"
-    _save_base(base_folder, tie_word_embeddings=tied, spare_rows=spare_rows)
-    model, processor = load_policy(str(base_folder))
+    base_directory, adapter_directory = tmp_path / "base", tmp_path / "adapter"
+    save_base(base_directory, tie_word_embeddings=tied, spare_rows=spare_rows)
+    model, processor = load_policy(str(base_directory))
     token = processor.tokenizer.convert_tokens_to_ids(VUSR)
     model = get_peft_model(model, adapter_config(model, vusr_token_id=token, r=4, vision_r=2))
     retie_lm_head(model)
@@ -98,59 +102,59 @@ def test_an_adapter_reloads_with_its_token_and_template(tmp_path, tied, spare_ro
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(adapter_folder, save_embedding_layers=False)
-    processor.save_pretrained(adapter_folder)
+    model.save_pretrained(adapter_directory, save_embedding_layers=False)
+    processor.save_pretrained(adapter_directory)
 
-    loaded, loaded_processor = load_policy(str(adapter_folder))
+    loaded, loaded_processor = load_policy(str(adapter_directory))
     assert loaded_processor.chat_template == processor.chat_template
     assert not any(p.requires_grad for p in loaded.parameters())
     for question in ("What is it?", VUSR):
-        inputs = _prompt(loaded_processor, question)
+        inputs = prompt_inputs(loaded_processor, question)
         with torch.no_grad():
             assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
 
-    again, _ = load_policy(str(adapter_folder), is_trainable=True)
+    trainable, _ = load_policy(str(adapter_directory), is_trainable=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+    assert {name for name, p in trainable.named_parameters() if p.requires_grad} == trained
 
 
-def test_an_adapter_without_a_processor_uses_that_of_its_base(tmp_path):
-    base_folder, adapter_folder = tmp_path / "base", tmp_path / "adapter"
-    _save_base(base_folder)
-    model, processor = load_policy(str(base_folder))
-    get_peft_model(model, adapter_config(model, r=4, vision_r=0)).save_pretrained(adapter_folder)
-    _, loaded = load_policy(str(adapter_folder))
+def test_an_adapter_without_a_processor_uses_the_processor_of_its_base(tmp_path):
+    base_directory, adapter_directory = tmp_path / "base", tmp_path / "adapter"
+    save_base(base_directory)
+    model, processor = load_policy(str(base_directory))
+    get_peft_model(model, adapter_config(model, r=4, vision_r=0)).save_pretrained(adapter_directory)
+    _, loaded = load_policy(str(adapter_directory))
     assert loaded.chat_template == processor.chat_template
 
 
-def test_the_error_for_a_moved_base_names_it_and_it_can_be_given(tmp_path):
-    base_folder, adapter_folder, elsewhere = tmp_path / "base", tmp_path / "adapter", tmp_path / "elsewhere"
-    _save_base(base_folder)
-    model, processor = load_policy(str(base_folder))
-    get_peft_model(model, adapter_config(model, r=4, vision_r=0)).save_pretrained(adapter_folder)
-    processor.save_pretrained(adapter_folder)
-    base_folder.rename(elsewhere)
+def test_a_moved_base_must_be_given(tmp_path):
+    base_directory, adapter_directory, elsewhere = tmp_path / "base", tmp_path / "adapter", tmp_path / "elsewhere"
+    save_base(base_directory)
+    model, processor = load_policy(str(base_directory))
+    get_peft_model(model, adapter_config(model, r=4, vision_r=0)).save_pretrained(adapter_directory)
+    processor.save_pretrained(adapter_directory)
+    base_directory.rename(elsewhere)
     with pytest.raises(UserError, match="base_model_name_or_path"):
-        load_policy(str(adapter_folder))
-    assert load_policy(str(adapter_folder), base_model_name_or_path=str(elsewhere))
+        load_policy(str(adapter_directory))
+    assert load_policy(str(adapter_directory), base_model_name_or_path=str(elsewhere))
 
 
-@pytest.mark.parametrize("where", ["missing/folder", "org/model-that-is-not-here"])
-def test_a_missing_model_is_refused(where):
-    with pytest.raises(UserError, match=where):
-        load_policy(where)
+@pytest.mark.parametrize("name", ["missing/directory", "org/model-that-is-not-here"])
+def test_a_missing_model_is_refused(name):
+    with pytest.raises(UserError, match=name):
+        load_policy(name)
 
 
 def test_the_pipeline_leaves_a_bare_turn_open(tmp_path, monkeypatch):
-    _save_base(tmp_path)
+    save_base(tmp_path)
     model, processor = load_policy(str(tmp_path))
     prompts, generate = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **kwargs: prompts.append(kwargs["input_ids"]) or generate(**kwargs))
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     content = [{"type": "image", "image": Image.new("RGB", (16, 16), "gray")}, {"type": "text", "text": VUSR}]
-    written = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4)
+    generated = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4)
     assert prompts[0][0, -1] == processor.tokenizer.convert_tokens_to_ids(VUSR)
-    assert written[0]["generated_text"]
+    assert generated[0]["generated_text"]
 
 
 def test_an_unknown_dtype_is_refused():
@@ -159,17 +163,15 @@ def test_an_unknown_dtype_is_refused():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    model, processor = tiny_llava(**tiny_run.SMALL)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def saved_base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    save_base(directory)
+    return directory
 
 
 @pytest.fixture
-def base(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "base")
+def base(saved_base, tmp_path):
+    return shutil.copytree(saved_base, tmp_path / "base")
 
 
 def change_weights(base, change):
@@ -212,7 +214,7 @@ def test_damaged_or_unrelated_files_are_refused(base, name, content):
         load_policy(str(base))
 
 
-def test_the_original_layout_is_refused(base):
+def test_a_checkpoint_in_the_original_layout_is_refused(base):
     config = json.loads((base / "config.json").read_text())
     original = {"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     (base / "config.json").write_text(json.dumps(config | original))
@@ -220,7 +222,7 @@ def test_the_original_layout_is_refused(base):
         load_policy(str(base))
 
 
-CODE = """
+SCRIPT = """
 import sys
 from medst_trl import load_policy
 from medst_trl.base.errors import UserError
@@ -232,33 +234,33 @@ except UserError as error:
 
 
 @pytest.fixture
-def nowhere():
-    """An address without a server."""
+def unreachable_url():
+    """URL of a local port without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_an_unreachable_model_is_refused_at_once(nowhere, tmp_path):
-    # In a separate process: huggingface_hub reads both variables on import. Without the check it retries for minutes.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": nowhere, "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, "org/not-here"], env=environment, capture_output=True, text=True, timeout=60
+def test_an_unreachable_model_is_refused_without_retries(unreachable_url, tmp_path):
+    # In a separate process, because huggingface_hub reads the variables on import. Without the check it retries.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": unreachable_url, "HF_HOME": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "org/not-here"], env=environment, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0, done.stderr
-    assert "'org/not-here' is not a directory" in done.stdout and nowhere in done.stdout
-    assert "Retry" not in done.stderr
+    assert process.returncode == 0, process.stderr
+    assert "'org/not-here' is not a directory" in process.stdout and unreachable_url in process.stdout
+    assert "Retry" not in process.stderr
 
 
-def test_directories_offline_mode_and_cached_models_pass(nowhere, tmp_path, monkeypatch, capsys):
+def test_directories_offline_mode_and_cached_models_are_accepted(unreachable_url, tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
     from medst_trl.base.errors import UserError
     from medst_trl.policy.loading import check_reachable
 
-    check_reachable("org/not-here")  # the tests are offline: transformers reports it at once
+    check_reachable("org/not-here")  # the tests run in offline mode: transformers reports it
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "ENDPOINT", unreachable_url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     check_reachable(str(tmp_path))
     with pytest.raises(UserError, match="the local cache has no copy of it"):
@@ -275,22 +277,22 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
+    directory = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_run.small_policy(text_size=64)
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    model.save_pretrained(directory / "base")
+    processor.save_pretrained(directory / "base")
     rows = [tiny_run.conversation(n) | {"image_ids": [str(n)]} for n in range(12)]
     for message in (message for row in rows for message in row["messages"]):
         message["vusr"] = False
-    known = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
-    pairs = [tiny_dpo.pair(n) | known for n in range(12)]
+    judged = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
+    pairs = [tiny_dpo.pair(n) | judged for n in range(12)]
     for name, content, features in (
         ("instruct", rows, instruct_features()),
         ("preferences", pairs, preference_features()),
     ):
-        (folder / name).mkdir()
-        Dataset.from_list(content, features=features).to_parquet(folder / name / "train-00000-of-00001.parquet")
-    return folder
+        (directory / name).mkdir()
+        Dataset.from_list(content, features=features).to_parquet(directory / name / "train-00000-of-00001.parquet")
+    return directory
 
 
 def train(stage, inputs, output_dir, **options):
@@ -298,17 +300,17 @@ def train(stage, inputs, output_dir, **options):
         "output_dir": output_dir, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
         "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "load_in_4bit": True, **options,
     }  # fmt: skip
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    stage.main(*stage.STAGE.make_parser().parse_args_and_config(words))
+    arguments = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]
+    stage.main(*stage.STAGE.make_parser().parse_args_and_config(arguments))
     return load_file(output_dir / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def adapter(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "sft"
+    directory = tmp_path_factory.mktemp("trained") / "sft"
     paths = {"model_name_or_path": inputs / "base", "dataset": inputs / "instruct"}
-    train(sft, inputs, folder, **paths, lora_r=4, vision_lora_r=2, bf16=True, use_cpu=True)
-    return folder
+    train(sft, inputs, directory, **paths, lora_r=4, vision_lora_r=2, bf16=True, use_cpu=True)
+    return directory
 
 
 @needs_bitsandbytes
@@ -317,9 +319,9 @@ def test_only_the_language_model_is_quantized(inputs):
 
     model, _ = load_policy(str(inputs / "base"), load_in_4bit=True)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    quantised = {name for name, module in linear.items() if isinstance(module, Linear4bit)}
-    assert quantised == {name for name in linear if name.startswith("model.language_model.")}
-    assert len(quantised) == 14 and len(linear) > 30
+    quantized = {name for name, module in linear.items() if isinstance(module, Linear4bit)}
+    assert quantized == {name for name in linear if name.startswith("model.language_model.")}
+    assert len(quantized) == 14 and len(linear) > 30
     layer = linear["model.language_model.layers.0.mlp.up_proj"]
     assert layer.weight.dtype == torch.uint8 and layer.weight.quant_state.nested
     assert layer.weight.quant_type == "nf4"
@@ -334,11 +336,11 @@ def test_trained_weights_are_in_full_precision_and_load_with_either_base(inputs,
     row, logits = tiny_run.conversation(3), {}
     for four_bit in (True, False):
         model, processor = load_policy(str(adapter), load_in_4bit=four_bit, dtype="float32")
-        inputs_of_model = chat_inputs(processor, [row["messages"][:1]], [row["images"]])
+        model_inputs = chat_inputs(processor, [row["messages"][:1]], [row["images"]])
         with torch.no_grad():
-            logits[four_bit] = model(**inputs_of_model).logits.flatten()
-    alike = torch.nn.functional.cosine_similarity(logits[True], logits[False], dim=0).item()
-    assert 0.9 < alike < 0.9999  # the precision of 4 bits
+            logits[four_bit] = model(**model_inputs).logits.flatten()
+    similarity = torch.nn.functional.cosine_similarity(logits[True], logits[False], dim=0).item()
+    assert 0.9 < similarity < 0.9999  # the precision of 4 bits
 
 
 @needs_bitsandbytes
@@ -362,7 +364,7 @@ def test_full_finetuning_in_4_bits_is_refused(inputs, tmp_path):
         train(sft, inputs, tmp_path / "sft", **paths, use_lora=False)
 
 
-def test_a_missing_package_is_named(inputs, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_package_names_the_extra(inputs, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     paths = {"model_name_or_path": inputs / "base", "dataset": inputs / "instruct"}

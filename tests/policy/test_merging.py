@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A merged model equals the adapter on its base for tools that do not know adapters, and a wrong one is refused."""
+"""A merged model equals the adapter on its base and loads without PEFT; a wrong merge is refused."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from families import FAMILIES as processors
+from families import FAMILIES as PROCESSORS
 from families import TEXT_ROLE
 from family_models import MODELS, tiny_model
 from peft import get_peft_model
@@ -27,7 +27,7 @@ from medst_trl.policy.vusr import VUSR, add_vusr
 
 merge_policy = partial(merging.merge_policy, batches_of=batches_of)
 RANKS = {"r": 4, "lora_alpha": 8, "vision_r": 2, "vision_lora_alpha": 4, "lora_dropout": 0.0}
-FAMILIES = {  # the model and its overrides
+FAMILIES = {  # model and overrides
     "llava": ("llava-1.5-hf", {}),
     "tied": ("vicuna", {"tie_word_embeddings": True}),
     "spare rows": ("vicuna", {"spare_rows": 8}),
@@ -37,17 +37,17 @@ FAMILIES = {  # the model and its overrides
 }
 
 
-def save_adapter(folder, family="llava", **ranks):
+def save_adapter(directory, family="llava", **ranks):
     """Save a base and an adapter of it in which every part has changed."""
     name, overrides = FAMILIES[family]
     if family == "text role":
-        processor = processors[name]()
+        processor = PROCESSORS[name]()
         base = MODELS["llava-1.5-hf"](processor, 0).eval()
     else:
         base, processor = tiny_model(name, **overrides)
-    base.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
-    model, processor = load_policy(str(folder / "base"))
+    base.save_pretrained(directory / "base")
+    processor.save_pretrained(directory / "base")
+    model, processor = load_policy(str(directory / "base"))
     model = get_peft_model(model, adapter_config(model, **{"vusr_token_id": add_vusr(processor), **RANKS, **ranks}))
     retie_lm_head(model)
     torch.manual_seed(1)
@@ -55,10 +55,10 @@ def save_adapter(folder, family="llava", **ranks):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    processor.save_pretrained(folder / "adapter")
-    (folder / "merged").mkdir()
-    return str(folder / "adapter"), folder / "merged"
+    model.save_pretrained(directory / "adapter", save_embedding_layers=False)
+    processor.save_pretrained(directory / "adapter")
+    (directory / "merged").mkdir()
+    return str(directory / "adapter"), directory / "merged"
 
 
 def logits(model, processor, text):
@@ -84,41 +84,43 @@ def test_plain_transformers_loads_the_merged_model(family, tmp_path):
 
     policy, processor = load_policy(adapter)
     base, _ = load_policy(str(tmp_path / "base"))
-    plain = AutoModelForImageTextToText.from_pretrained(merged).eval(), AutoProcessor.from_pretrained(merged)
-    for model, own_processor in (plain, load_policy(str(merged))):
+    merged_policy = AutoModelForImageTextToText.from_pretrained(merged).eval(), AutoProcessor.from_pretrained(merged)
+    for model, own_processor in (merged_policy, load_policy(str(merged))):
         assert model.num_parameters() == base.num_parameters() == result["parameters"]
         for text in ("What is it?", VUSR):
-            (tokens, expected), (own_tokens, found) = (
+            (tokens, expected), (own_tokens, actual) = (
                 logits(policy, processor, text), logits(model, own_processor, text),
             )  # fmt: skip
             assert torch.equal(tokens, own_tokens)
-            assert (found - expected).abs().max() < 1e-4
-            assert (found - logits(base, processor, text)[1]).abs().max() > 1e-2, "the adapter does something"
+            assert (actual - expected).abs().max() < 1e-4
+            assert (actual - logits(base, processor, text)[1]).abs().max() > 1e-2, "the adapter has no effect"
 
 
-def test_an_adapter_of_only_the_projector_merges(tmp_path):
+def test_an_adapter_that_trains_only_the_projector_can_be_merged(tmp_path):
     adapter, merged = save_adapter(tmp_path, vusr_token_id=None, r=0, vision_r=0)
     assert merge_policy(adapter, merged, drawn_examples())["proof"]["float32_difference"] <= 1e-4
-    base, found = (AutoModelForImageTextToText.from_pretrained(path) for path in (tmp_path / "base", merged))
-    old, new = dict(base.named_parameters()), dict(found.named_parameters())
+    base, actual = (AutoModelForImageTextToText.from_pretrained(path) for path in (tmp_path / "base", merged))
+    old, new = dict(base.named_parameters()), dict(actual.named_parameters())
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
         name for name in old if "projector" in name
     }
 
 
-def test_the_generation_config_stops_suppresses_and_samples(tmp_path):
+def test_the_generation_config_has_stop_tokens_suppressed_tokens_and_sampling(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     base = json.loads((tmp_path / "base" / "generation_config.json").read_text())
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(base | {"repetition_penalty": 1.5}))
     merge_policy(adapter, merged, drawn_examples())
     config, (policy, processor) = GenerationConfig.from_pretrained(merged), load_policy(adapter)
-    assert config.do_sample and config.temperature < 1 and config.top_k == 100  # a server can turn it off, not on
+    assert (
+        config.do_sample and config.temperature < 1 and config.top_k == 100
+    )  # a client can turn sampling off, but not on
     assert config.eos_token_id == policy.generation_config.eos_token_id
     assert processor.tokenizer.convert_tokens_to_ids(VUSR) in config.suppress_tokens
     assert config.repetition_penalty is None  # the policy was not evaluated with it
 
 
-def test_a_smaller_type_is_rounded_once_and_sharded(tmp_path):
+def test_a_smaller_dtype_is_rounded_once_and_sharded(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     (tmp_path / "exact").mkdir()
     merge_policy(adapter, tmp_path / "exact", drawn_examples())
@@ -132,18 +134,18 @@ def test_a_smaller_type_is_rounded_once_and_sharded(tmp_path):
         assert torch.equal(parameter, exact[name].to(torch.bfloat16)), name
 
 
-def _unmerged(model):
+def unload_adapter(model):
     return model.unload().eval()
 
 
-def _without_the_token(model):
+def merge_without_token(model):
     merged = model.merge_and_unload().eval()
     with torch.no_grad():
         merged.get_input_embeddings().weight[-1] = 0
     return merged
 
 
-@pytest.mark.parametrize("wrong", [_unmerged, _without_the_token])
+@pytest.mark.parametrize("wrong", [unload_adapter, merge_without_token])
 def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, wrong):
     adapter, merged = save_adapter(tmp_path)
     monkeypatch.setattr(merging, "_merged", wrong)
@@ -154,29 +156,29 @@ def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, wrong):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_model_that_changes_on_disk_is_refused(tmp_path, monkeypatch, dtype, value):
+def test_weights_that_change_when_saved_are_refused(tmp_path, monkeypatch, dtype, value):
     adapter, merged = save_adapter(tmp_path)
     load = merging._load_plainly
 
-    def lossy(*args):
+    def load_changed_weights(*args):
         model, processor = load(*args)
         with torch.no_grad():
             model.model.multi_modal_projector.linear_2.weight.fill_(value)
         return model, processor
 
-    monkeypatch.setattr(merging, "_load_plainly", lossy)
+    monkeypatch.setattr(merging, "_load_plainly", load_changed_weights)
     with pytest.raises(UserError, match="loaded from disk"):
         merge_policy(adapter, merged, drawn_examples(), dtype=dtype)
     assert not list(merged.iterdir())
 
 
-def test_nan_counts_as_a_difference():
+def test_nan_is_a_difference():
     zeros, one = torch.zeros(2, 3), torch.full((2, 3), 0.5)
     broken = torch.tensor([[0.0, float("nan"), 0.0]])
     assert difference([zeros, one], [zeros, zeros]) == 0.5
-    for found in ([zeros, broken], [broken, zeros]):
+    for actual in ([zeros, broken], [broken, zeros]):
         with pytest.raises(UserError, match="differ by up to nan"):
-            check_difference(difference(found, [torch.zeros_like(rows) for rows in found]), 1.0, "x")
+            check_difference(difference(actual, [torch.zeros_like(rows) for rows in actual]), 1.0, "x")
 
 
 def test_examples_without_an_answer_are_refused(tmp_path):
@@ -187,33 +189,33 @@ def test_examples_without_an_answer_are_refused(tmp_path):
         merge_policy(adapter, merged, [example])
 
 
-def test_a_processor_that_changes_on_disk_is_refused(tmp_path, monkeypatch):
+def test_a_processor_that_changes_when_saved_is_refused(tmp_path, monkeypatch):
     adapter, merged = save_adapter(tmp_path)
     load = merging._load_plainly
 
-    def other(*args):
+    def load_changed_processor(*args):
         model, processor = load(*args)
         processor.image_processor.image_mean = [0.1, 0.1, 0.1]
         return model, processor
 
-    monkeypatch.setattr(merging, "_load_plainly", other)
+    monkeypatch.setattr(merging, "_load_plainly", load_changed_processor)
     with pytest.raises(UserError, match="other inputs"):
         merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
 
 
 def test_config_json_is_written_last(tmp_path, monkeypatch):
-    """A directory with config.json is complete; files of an interrupted run do no harm."""
+    """A directory with config.json is complete; files of an interrupted run are replaced."""
     adapter, merged = save_adapter(tmp_path)
     names, replace = [], os.replace
 
-    def full_disk(source, target):
+    def raise_no_space(source, target):
         if len(names) == 2:
             raise OSError("no space")
         names.append(target.name)
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", raise_no_space)
     with pytest.raises(OSError, match="no space"):
         merge_policy(adapter, merged, drawn_examples())
     assert not (merged / "config.json").exists()
@@ -235,13 +237,13 @@ def test_a_quantized_base_is_refused(tmp_path, monkeypatch):
     loaded = load_policy(adapter, dtype="float32")
     monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)  # bitsandbytes is not installed
     config = tmp_path / "base" / "config.json"
-    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
     with pytest.raises(UserError, match="quantized.*base_model_name_or_path"):
         merge_policy(adapter, merged, drawn_examples())
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+def test_non_finite_weights_are_refused(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     from safetensors.torch import load_file, save_file
 
@@ -254,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert not list(merged.iterdir())
 
 
-def test_a_directory_never_holds_two_models(tmp_path):
+def test_a_second_merge_replaces_the_first(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     merge_policy(adapter, merged, drawn_examples(1))
     merge_policy(adapter, merged, drawn_examples(1), max_shard_size="100KB", dtype="bfloat16")
@@ -268,16 +270,16 @@ def test_a_failed_merge_leaves_nothing_on_disk(tmp_path, monkeypatch):
     adapter, merged = save_adapter(tmp_path)
     save = modeling_utils.safe_save_file
 
-    def full_disk(*args, **kwargs):
+    def raise_no_space(*args, **kwargs):
         save(*args, **kwargs)
         raise OSError("no space")
 
-    monkeypatch.setattr(modeling_utils, "safe_save_file", full_disk)
+    monkeypatch.setattr(modeling_utils, "safe_save_file", raise_no_space)
     with pytest.raises(OSError, match="no space"):
         merge_policy(adapter, merged, drawn_examples(1))
     assert not list(merged.iterdir())
 
 
-def test_an_invalid_shard_size_is_refused_first(tmp_path):
+def test_an_invalid_shard_size_is_refused_before_loading(tmp_path):
     with pytest.raises(UserError, match="'big' is not a size"):
         merge_policy(str(tmp_path), tmp_path / "merged", drawn_examples(1), max_shard_size="big")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The prototype extractor gives the published code's values, and the Auto classes load the LLaVA that has it."""
+"""The prototype extractor matches the published code, and the Auto classes load the LLaVA model that uses it."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 
-def made(channels=8, out=12, seed=0, **settings) -> PrototypeExtractor:
+def make_extractor(channels=8, out=12, seed=0, **settings) -> PrototypeExtractor:
     torch.manual_seed(seed)
     extractor = PrototypeExtractor(channels, out, **settings).double()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def made(channels=8, out=12, seed=0, **settings) -> PrototypeExtractor:
     return extractor
 
 
-def test_the_extractor_gives_the_values_of_the_published_code(shared_data):
+def test_the_extractor_matches_the_published_code(shared_data):
     path = shared_data.parent / "golden" / "prototype_extractor.safetensors"
     if not path.is_file():
         pytest.skip(f"no golden values at {path}")
@@ -49,25 +49,32 @@ def test_the_extractor_gives_the_values_of_the_published_code(shared_data):
     x = golden["input"].requires_grad_()
     output = extractor(x)
     output.backward(golden["grad_output"])
-    ours = {
+    results = {
         "output": output, "grad_input": x.grad, "grad_sim_alpha": extractor.sim_alpha.grad,
         "grad_weights_f": extractor.f.weight.grad,
     }  # fmt: skip
-    for name, value in ours.items():
+    for name, value in results.items():
         torch.testing.assert_close(value, golden[name], rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize(
     ("length", "num_centers", "iterations"),
     [(36, 9, 2), (10, 4, 2), (7, 7, 1), (3, 8, 2), (1, 5, 3), (576, 256, 2)],
-    ids=["pools equal", "pools overlap", "one each", "fewer than centers", "one position", "as published"],
+    ids=[
+        "pools equal",
+        "pools overlap",
+        "one position per center",
+        "fewer positions than centers",
+        "one position",
+        "as published",
+    ],
 )
-def test_the_extractor_gives_values_and_gradients_of_the_plain_form(length, num_centers, iterations):
-    extractor = made(num_centers=num_centers, iterations=iterations)
+def test_the_extractor_matches_the_plain_implementation(length, num_centers, iterations):
+    extractor = make_extractor(num_centers=num_centers, iterations=iterations)
     x = torch.randn(2, length, 8, dtype=torch.float64, requires_grad=True)
     results = []
-    for form in (extractor, lambda x: plain(extractor, x)):
-        output = form(x)
+    for implementation in (extractor, lambda x: plain(extractor, x)):
+        output = implementation(x)
         inputs = [x, *extractor.parameters()]
         weights = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view_as(output)
         results.append([output, *torch.autograd.grad((output * weights).sum(), inputs)])
@@ -76,13 +83,13 @@ def test_the_extractor_gives_values_and_gradients_of_the_plain_form(length, num_
 
 
 def test_ties_go_to_the_first_center():
-    extractor = made(num_centers=6)
+    extractor = make_extractor(num_centers=6)
     x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 6, 8)  # all centers are equal
     torch.testing.assert_close(extractor(x), plain(extractor, x), rtol=1e-9, atol=1e-10)
 
 
 def test_every_parameter_of_the_extractor_trains_and_the_unused_layer_is_saved():
-    extractor = made(num_centers=4)
+    extractor = make_extractor(num_centers=4)
     extractor(torch.randn(2, 9, 8, dtype=torch.float64)).square().sum().backward()
     parameters = dict(extractor.named_parameters())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
@@ -90,7 +97,7 @@ def test_every_parameter_of_the_extractor_trains_and_the_unused_layer_is_saved()
 
 
 def test_the_extractor_runs_in_half_precision():
-    extractor = made(channels=32, num_centers=16).to(torch.bfloat16)
+    extractor = make_extractor(channels=32, num_centers=16).to(torch.bfloat16)
     x = torch.randn(2, 36, 32, dtype=torch.bfloat16, requires_grad=True)
     output = extractor(x)
     output.float().sum().backward()
@@ -100,27 +107,27 @@ def test_the_extractor_runs_in_half_precision():
     assert (output - exact).norm() < 0.05 * exact.norm()
 
 
-def test_the_extractor_needs_a_twentieth_of_the_plain_forms_memory():
-    """At the published number of centers and positions, one image, a quarter of the channels."""
+def test_the_extractor_needs_a_twentieth_of_the_memory_of_the_plain_implementation():
+    """One image with the published numbers of centers and positions and a quarter of the channels."""
     torch.manual_seed(0)
     extractor = PrototypeExtractor(256, 256)
     x = torch.randn(1, 576, 256, requires_grad=True)
     peaks = []
-    for form in (extractor, lambda x: plain(extractor, x)):
+    for implementation in (extractor, lambda x: plain(extractor, x)):
         extractor.zero_grad()
         with LiveBytes() as memory:
-            form(x).sum().backward()
+            implementation(x).sum().backward()
         peaks.append(memory.peak)
     assert 20 * peaks[0] < peaks[1]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prototype_llava")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("prototype_llava")
     model, processor = tiny_model("prototype-llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -132,17 +139,17 @@ def folder(tmp_path_factory):
     ],
     ids=["last", "before a configuration", "before a model"],
 )
-def test_the_auto_class_loads_the_model_in_any_order_of_imports(folder, imports):
-    code = f"{imports}; print(type(AutoModelForImageTextToText.from_pretrained({str(folder)!r})).__name__)"
+def test_the_auto_class_loads_the_model_in_any_order_of_imports(directory, imports):
+    code = f"{imports}; print(type(AutoModelForImageTextToText.from_pretrained({str(directory)!r})).__name__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "PrototypeLlavaForConditionalGeneration\n", result.stderr
 
 
-def test_a_saved_model_equals_the_loaded_one(folder):
+def test_a_loaded_model_equals_the_saved_model(directory):
     saved = tiny_model("prototype-llava")[0]
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(directory)
     assert type(config) is PrototypeLlavaConfig and (config.num_centers, config.iterations) == (3, 2)
-    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
     assert type(model) is PrototypeLlavaForConditionalGeneration
     assert not any(report.values())
     assert saved.state_dict().keys() == model.state_dict().keys()
@@ -152,17 +159,17 @@ def test_a_saved_model_equals_the_loaded_one(folder):
     assert names == set(PrototypeExtractor(1, 1).state_dict())
 
 
-def test_the_other_auto_classes_load_it(folder, tmp_path):
-    assert type(AutoModel.from_pretrained(folder)) is PrototypeLlavaModel
-    unnamed = shutil.copytree(folder, tmp_path / "unnamed")
+def test_the_other_auto_classes_load_it(directory, tmp_path):
+    assert type(AutoModel.from_pretrained(directory)) is PrototypeLlavaModel
+    without_processor_class = shutil.copytree(directory, tmp_path / "without_processor_class")
     for name in ("processor_config.json", "tokenizer_config.json"):
-        settings = json.loads((unnamed / name).read_text())
+        settings = json.loads((without_processor_class / name).read_text())
         settings.pop("processor_class", None)
-        (unnamed / name).write_text(json.dumps(settings))
-    assert isinstance(AutoProcessor.from_pretrained(unnamed), LlavaProcessor)
+        (without_processor_class / name).write_text(json.dumps(settings))
+    assert isinstance(AutoProcessor.from_pretrained(without_processor_class), LlavaProcessor)
 
 
-def test_missing_weights_are_initialised_as_documented():
+def test_missing_weights_are_initialized_as_documented():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(tiny_model("prototype-llava")[0].config)
     model.to_empty(device="cpu").init_weights()
@@ -183,14 +190,14 @@ def test_the_model_runs_in_half_precision():
 
 
 @pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"bf16": True, "use_cpu": True}], ids=str)
-def test_training_with_recomputed_layers_and_in_half_precision(tmp_path, settings):
+def test_gradient_checkpointing_and_half_precision_train_like_full_precision(tmp_path, settings):
     losses = []
-    for name, changed in (("plain", {}), ("changed", settings)):
+    for name, overrides in (("plain", {}), ("overrides", settings)):
         model, processor = tiny_model("prototype-llava")
         config = adapter_config(model, vusr_token_id=add_vusr(processor), r=4, vision_r=2, lora_dropout=0.0)
         torch.manual_seed(0)
         policy = (model, processor, config)
-        trainer = tiny_run.make_trainer(tmp_path / name, policy=policy, n=4, max_steps=3, **changed)
+        trainer = tiny_run.make_trainer(tmp_path / name, policy=policy, n=4, max_steps=3, **overrides)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], abs=1e-6 if "bf16" not in settings else 0.05)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The loss covers exactly the intended questions and answers, for every family and any data."""
+"""The loss covers exactly the intended questions and answers, for every family and for arbitrary text."""
 
 from itertools import groupby
 
@@ -33,14 +33,14 @@ TEXTS = st.lists(
 
 @st.composite
 def pieces(draw, text):
-    """A text in one part, or cut anywhere into two."""
-    cut = draw(st.integers(0, len(text)))
-    return [text[:cut], text[cut:]] if draw(st.booleans()) else [text]
+    """A text as one part, or split into two parts at any position."""
+    split = draw(st.integers(0, len(text)))
+    return [text[:split], text[split:]] if draw(st.booleans()) else [text]
 
 
 @st.composite
 def conversations(draw):
-    """An example of a dataset, with the image it may start with."""
+    """An example with or without an image in its first message."""
     turns = draw(st.lists(st.tuples(TEXTS, TEXTS, st.booleans()), min_size=1, max_size=3))
     messages = []
     for question, answer, vusr in turns:
@@ -55,7 +55,7 @@ def conversations(draw):
 
 
 def with_texts(messages, change, **keys) -> list[dict]:
-    """The messages with the text of each in one part and changed."""
+    """Return the messages with the changed text of each as one part."""
 
     def content(message):
         images = [{"type": "image"} for part in message["content"] if part["type"] == "image"]
@@ -66,10 +66,10 @@ def with_texts(messages, change, **keys) -> list[dict]:
 
 def decoded_targets(processor, batch) -> list[tuple[bool, str]]:
     labels, questions = batch["labels"][0].tolist(), batch["question_mask"][0].tolist()
-    runs = groupby(zip(labels, questions, strict=True), key=lambda item: (item[0] != IGNORED, item[1]))
+    spans = groupby(zip(labels, questions, strict=True), key=lambda item: (item[0] != IGNORED, item[1]))
     return [
-        (is_question, processor.tokenizer.decode([label for label, _ in run]))
-        for (labelled, is_question), run in runs
+        (is_question, processor.tokenizer.decode([label for label, _ in span]))
+        for (labelled, is_question), span in spans
         if labelled
     ]
 
@@ -104,21 +104,21 @@ def test_data_text_never_becomes_a_special_token(family, example):
     processor = prepared_processor(family)
     collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
     harmless = with_texts(example["messages"], lambda text: "x" if text.strip() else "")
-    special = [
+    input_ids = [
         collator([{**example, "messages": messages}])["input_ids"][0] for messages in (example["messages"], harmless)
     ]
-    ids = set(processor.tokenizer.all_special_ids) | {
+    special_ids = set(processor.tokenizer.all_special_ids) | {
         index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special
     }
-    ours, plain = ([int(token) for token in row if int(token) in ids] for row in special)
-    assert ours == plain
+    actual, expected = ([int(token) for token in row if int(token) in special_ids] for row in input_ids)
+    assert actual == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(example=conversations())
 def test_training_and_inference_render_the_same_prompts(family, example):
-    """Up to each answer, a training sequence is exactly what `apply_chat_template` gives the model to continue."""
+    """A training sequence up to an answer equals the generation prompt of `apply_chat_template`."""
     processor = prepared_processor(family)
     messages = with_texts(example["messages"], lambda text: neutralise(text, processor)[0].strip(), vusr=False)
     ids = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)([{**example, "messages": messages}])["input_ids"][
@@ -166,7 +166,7 @@ def test_a_bare_later_turn_is_the_start_of_a_trained_question(family):
     assert batch["input_ids"][0, :start].tolist() == list(prompt)
 
 
-def test_a_question_with_an_image_inside_cannot_be_asked():
+def test_a_question_with_an_image_in_its_text_cannot_be_asked():
     parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "with the first."}]
     assert not can_be_asked({"role": "user", "content": parts})
     assert can_be_asked({"role": "user", "content": parts[::-1][1:]})

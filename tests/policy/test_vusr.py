@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The token `<vusr>`, neutralised text, and the text role `VUSER:` in its place."""
+"""The token `<vusr>`, neutralised text, and the text role `VUSER:`, which replaces the token."""
 
 import pytest
 import tiny_run
@@ -39,7 +39,7 @@ def test_adding_twice_changes_nothing(family):
         st.sampled_from(["<image>", "</s>", VUSR, "<", ">", "/s>", "<im", "age>", "\ue0f1", "a", " "]), max_size=8
     )
 )
-def test_neutralised_text_has_no_control_token_and_reads_the_same(pieces):
+def test_neutralised_text_has_no_control_token_and_looks_the_same(pieces):
     processor, text = prepared_processor("vicuna"), "".join(pieces)
     safe, changed = neutralise(text, processor)
     assert not set(processor.tokenizer(safe, add_special_tokens=False)["input_ids"]) & set(
@@ -109,7 +109,7 @@ def assistant(text):
         ([user(f"What is {VUSR}?")], True, f"{SYSTEM} USER: What is {VUSR}? ASSISTANT:"),
     ],
 )
-def test_the_text_role_renders_as_the_first_implementation(messages, prompt, expected):
+def test_the_text_role_renders_like_the_original_implementation(messages, prompt, expected):
     assert prepared_processor(TEXT_ROLE).apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
@@ -125,7 +125,7 @@ def test_the_text_role_trains_answers_and_questions_with_their_terminators():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_vicunas_format_can_have_the_text_role(family):
+def test_the_text_role_requires_the_chat_format_of_vicuna(family):
     processor = FAMILIES[family]()
     if family in ("vicuna", "llava-1.5-hf", TEXT_ROLE):
         set_vusr_role(processor, "text")
@@ -139,7 +139,7 @@ def test_only_vicunas_format_can_have_the_text_role(family):
             set_vusr_role(processor, "text")
 
 
-def test_the_saved_role_decides():
+def test_a_saved_role_cannot_be_changed():
     with_token, with_text = FAMILIES["vicuna"](), FAMILIES[TEXT_ROLE]()
     add_vusr(with_token)
     set_vusr_role(with_token, "token")
@@ -152,14 +152,14 @@ def test_the_saved_role_decides():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_with_the_text_role_reloads_and_asks(tmp_path, tied):
+def test_an_adapter_with_the_text_role_can_be_loaded_and_asks_questions(tmp_path, tied):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for part in tiny_llava(**tiny_run.SMALL, tie_word_embeddings=tied):
         part.save_pretrained(base)
-    plain = load_policy(str(base))[0]
+    with_token_role = load_policy(str(base))[0]
     model, processor = load_policy(str(base), vusr_role="text")
     rows = model.get_input_embeddings().num_embeddings
-    assert VUSR not in processor.tokenizer.get_vocab() and rows < plain.get_input_embeddings().num_embeddings
+    assert VUSR not in processor.tokenizer.get_vocab() and rows < with_token_role.get_input_embeddings().num_embeddings
     assert not model.generation_config.suppress_tokens
     assert model.generation_config.eos_token_id == stop_token_ids(processor) == [processor.tokenizer.eos_token_id]
     model = get_peft_model(model, adapter_config(model, vusr_token_id=add_vusr(processor), r=4, vision_r=2))
@@ -177,8 +177,8 @@ def test_an_adapter_with_the_text_role_reloads_and_asks(tmp_path, tied):
     inputs = chat_inputs(
         loaded_processor, [to_ask([], 1), [user(None, "q"), assistant("a"), *to_ask([user("x")], 0)[1:]]], images
     )
-    ends = [loaded_processor.decode(row[-7:]) for row in inputs["input_ids"]]
-    assert ends[0].endswith("<image>\n") and ends[1].endswith("</s>VUSER:")
+    prompt_ends = [loaded_processor.decode(row[-7:]) for row in inputs["input_ids"]]
+    assert prompt_ends[0].endswith("<image>\n") and prompt_ends[1].endswith("</s>VUSER:")
     with torch.no_grad():
         merged = load_policy(str(adapter))[0].merge_and_unload()
         assert (loaded(**inputs).logits - merged(**inputs).logits).abs().max() < 1e-4

@@ -168,9 +168,7 @@ def test_an_incomplete_loss_is_refused_when_it_is_registered(register_loss):
 
 
 def test_a_loss_from_a_plugin_file_works_in_every_command(tmp_path):
-    model, processor = tiny_dpo.adapter_policy(save_to=tmp_path)
-    model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
-    processor.save_pretrained(tmp_path / "sft")
+    tiny_dpo.save_adapter(tmp_path, "sft")
     judged = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
     rows = Dataset.from_list([tiny_dpo.pair(number) | judged for number in range(4)], features=preference_features())
     (tmp_path / "pairs").mkdir()

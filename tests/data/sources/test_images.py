@@ -9,19 +9,19 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.sources.images import read_folder, read_table
 
 
-def test_a_directory_gives_every_visible_file_in_order(tmp_path):
+def test_every_visible_file_of_a_directory_is_read_in_order(tmp_path):
     for name in ("b.png", "a/c.dcm", "a/IM0001", ".hidden.png", ".git/x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    names = [talk.images[0] for talk in read_folder(tmp_path).conversations]
+    names = [conversation.images[0] for conversation in read_folder(tmp_path).conversations]
     assert names == ["b.png", "notes.txt", "a/IM0001", "a/c.dcm"]
-    assert not any(talk.messages for talk in read_folder(tmp_path).conversations)
+    assert not any(conversation.messages for conversation in read_folder(tmp_path).conversations)
     with pytest.raises(UserError, match="holds no files"):
         read_folder(tmp_path / ".git" / "none")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_a_table_gives_questions_and_plain_images(tmp_path, suffix):
+def test_a_table_can_contain_questions_and_images_without_questions(tmp_path, suffix):
     rows = [
         {"image": "a.png", "question": 'What, "exactly"?', "answer": "a\nliver", "split": "test"},
         {"image": "a.png", "question": "Normal?", "answer": "Yes", "split": ""},
@@ -40,7 +40,7 @@ def test_a_table_gives_questions_and_plain_images(tmp_path, suffix):
         ("test", 'What, "exactly"?', "a\nliver", "open"),
         ("train", "Normal?", "Yes", "closed"),
     ]
-    assert [talk.images for talk in source.conversations] == [("b.png",)] and not source.rejected
+    assert [conversation.images for conversation in source.conversations] == [("b.png",)] and not source.rejected
 
 
 def test_bad_rows_are_rejected(tmp_path):
@@ -66,19 +66,23 @@ def test_a_table_without_images_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "image;question;answer\n", "Separate its columns by commas instead of semicolons"),  # Excel, Europe
+        (
+            "a.csv",
+            "image;question;answer\n",
+            "Separate its columns by commas instead of semicolons",
+        ),  # as written by Excel in some European locales
         ("a.tsv", "image,question\n", "by tabs instead of commas"),
         ("a.csv", "Image,Question\n", "no column `image` .it has Image, Question.. Rename"),
         ("a.csv", "image,question,answer,answer\na.png,q,a,b\n", "several columns `answer`"),
     ],
 )
-def test_a_header_that_would_lose_something_is_refused(tmp_path, name, text, message):
+def test_a_header_that_would_lose_data_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_table(tmp_path / name, tmp_path)
 
 
-def test_only_line_breaks_end_a_row(tmp_path):
+def test_rows_end_only_at_line_breaks(tmp_path):
     rows = [["a.png", "Is it\x85?", "yes\u2028"], ["b.png", "one\ntwo", "\x0c"]]
     with open(tmp_path / "a.csv", "w", newline="") as file:
         csv.writer(file).writerows([["image", "question", "answer"], *rows])

@@ -34,14 +34,14 @@ def kinds(message):
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=5))
-def test_joined_parts_give_the_text(pieces):
-    text = "<image>".join(pieces)
+def test_joining_the_parts_gives_the_text(segments):
+    text = "<image>".join(segments)
     parts = split_at_images(text)
     joined = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
-    # Except what the docstring says is dropped: breaks around placeholders, whitespace around the text, empty parts.
-    tidy = re.sub(r"[\r\n]*<image>[\r\n]*", "<image>", text.strip())
-    tidy = "<image>".join(piece if piece.strip() else "" for piece in tidy.split("<image>"))
-    assert joined == tidy
+    # Without what the docstring says is removed: breaks around placeholders, outer whitespace, and empty parts.
+    expected = re.sub(r"[\r\n]*<image>[\r\n]*", "<image>", text.strip())
+    expected = "<image>".join(piece if piece.strip() else "" for piece in expected.split("<image>"))
+    assert joined == expected
     assert sum(part["type"] == "image" for part in parts) == text.count("<image>")
     assert all(part["text"].strip() for part in parts if part["type"] == "text")
 
@@ -60,13 +60,13 @@ def test_turns_and_images_keep_their_order(tmp_path):
             ],
         },
     )
-    (talk,) = source.conversations
-    assert (talk.id, talk.images) == ("7", ("a.png", "b.png", "c.png"))
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
-    assert kinds(talk.messages[0]) == ["Compare ", 0, " with", 0, "please."]
-    assert kinds(talk.messages[1]) == ["Both <image> are alike."], "plain text in an answer"
-    assert kinds(talk.messages[2]) == ["And this?", 0]
-    assert text_of(talk.messages[3]["content"]) == "No."
+    (conversation,) = source.conversations
+    assert (conversation.id, conversation.images) == ("7", ("a.png", "b.png", "c.png"))
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+    assert kinds(conversation.messages[0]) == ["Compare ", 0, " with", 0, "please."]
+    assert kinds(conversation.messages[1]) == ["Both <image> are alike."], "a placeholder in an answer is not text"
+    assert kinds(conversation.messages[2]) == ["And this?", 0]
+    assert text_of(conversation.messages[3]["content"]) == "No."
 
 
 def test_without_placeholders_the_images_come_first(tmp_path):
@@ -77,13 +77,13 @@ def test_without_placeholders_the_images_come_first(tmp_path):
         {"conversations": [human("No image?"), gpt("None.")]},
         {"conversatons": [human("LLaVA-Med's spelling?"), gpt("Yes.")]},
     )
-    assert [kinds(talk.messages[0])[:-1] for talk in source.conversations] == [[0], [0, 0], [], []]
-    assert [talk.id for talk in source.conversations] == [f"record-00000{n}" for n in range(4)]
+    assert [kinds(conversation.messages[0])[:-1] for conversation in source.conversations] == [[0], [0, 0], [], []]
+    assert [conversation.id for conversation in source.conversations] == [f"record-00000{n}" for n in range(4)]
 
 
 def test_numbers_become_text(tmp_path):
-    (talk,) = read(tmp_path, {"conversations": [human("How many?"), gpt(4)]}).conversations
-    assert text_of(talk.messages[1]["content"]) == "4"
+    (conversation,) = read(tmp_path, {"conversations": [human("How many?"), gpt(4)]}).conversations
+    assert text_of(conversation.messages[1]["content"]) == "4"
 
 
 BAD = {
@@ -105,11 +105,11 @@ def test_bad_records_are_rejected_with_their_reason(tmp_path, expected):
     good = {"id": "good", "conversations": [human("x"), gpt("y")]}
     source = read(tmp_path, BAD[expected] | {"id": "bad"}, good)
     assert [(item.id, item.reason) for item in source.rejected] == [("bad", expected)]
-    assert [talk.id for talk in source.conversations] == ["good"]
+    assert [conversation.id for conversation in source.conversations] == ["good"]
     json.dumps(source.rejected[0].as_row()).encode()
 
 
-def test_further_bad_records_are_rejected(tmp_path):
+def test_more_bad_records_are_rejected(tmp_path):
     only_image = {"image": "a.png", "conversations": [human("<image>\n"), gpt("y")]}
     no_image = {"conversations": [human("<image> what?"), gpt("y")]}
     turn = {"conversations": ["x"]}
@@ -119,11 +119,11 @@ def test_further_bad_records_are_rejected(tmp_path):
     ]  # fmt: skip
 
 
-def test_of_two_records_with_one_id_the_first_is_kept(tmp_path):
+def test_the_first_of_two_records_with_the_same_id_is_kept(tmp_path):
     good = {"conversations": [human("x"), gpt("y")]}
     source = read(tmp_path, good | {"id": 1}, good | {"id": "1"}, good | {"id": ""}, good | {"id": None})
     assert [item.reason for item in source.rejected] == ["duplicate_id"]
-    assert [talk.id for talk in source.conversations] == ["1", "record-000002", "record-000003"]
+    assert [conversation.id for conversation in source.conversations] == ["1", "record-000002", "record-000003"]
 
 
 def test_real_conversations_are_read(shared_data, tmp_path):
@@ -136,7 +136,7 @@ def test_real_conversations_are_read(shared_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "stays"),
+    ("name", "images", "is_kept"),
     [
         ("case-7", ("a.png",), True),
         ("7", ("17.png",), True),
@@ -147,7 +147,7 @@ def test_real_conversations_are_read(shared_data, tmp_path):
         ("scan.PNG", (), False),
     ],
 )
-def test_ids_that_reveal_a_file_name_are_hashed(name, images, stays):
+def test_ids_that_reveal_a_file_name_are_hashed(name, images, is_kept):
     published = published_id(name, images)
-    assert (published == name) == stays
-    assert stays or re.fullmatch(r"id-[0-9a-f]{16}", published)
+    assert (published == name) == is_kept
+    assert is_kept or re.fullmatch(r"id-[0-9a-f]{16}", published)

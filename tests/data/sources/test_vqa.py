@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The sources of VQA benchmarks give the counts that papers report, despite the quirks of their files."""
+"""The sources of VQA benchmarks have the counts that papers report, despite irregularities in their files."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from medst_trl.data.sources.slake import read_slake
 from medst_trl.data.sources.vqa_rad import read_vqa_rad, read_vqa_rad_mevf
 
 
-def test_counts_are_those_that_papers_report(source, expected):
+def test_counts_equal_those_that_papers_report(source, expected):
     test = [question for question in source.questions if question.split == "test"]
     kinds = Counter(question.answer_type for question in test)
     assert (len({question.image for question in test}), len(test), kinds["open"], kinds["closed"]) == expected
@@ -29,14 +29,14 @@ VQA_RAD, SLAKE, PATHVQA = (203, 451, 179, 272), (96, 1061, 645, 416), (858, 6761
 
 @pytest.fixture(params=["vqa_rad", "vqa_rad_mevf", "slake", "pathvqa"])
 def source(request, shared_data):
-    folder = shared_data / request.param.removesuffix("_mevf")
+    directory = shared_data / request.param.removesuffix("_mevf")
     readers = {
         "vqa_rad": read_vqa_rad,
         "vqa_rad_mevf": read_vqa_rad_mevf,
         "slake": read_slake,
         "pathvqa": read_pathvqa,
     }
-    return readers[request.param](folder, folder / "images")
+    return readers[request.param](directory, directory / "images")
 
 
 @pytest.fixture
@@ -47,7 +47,9 @@ def expected(source):
 def test_every_record_is_accounted_for(shared_data):
     rad = read_vqa_rad(shared_data / "vqa_rad", shared_data)
     assert len(rad.questions) == 2248 and not rad.rejected
-    assert sum(question.answer in ("2", "4", "12") for question in rad.questions) >= 5, "numbers became text"
+    assert sum(question.answer in ("2", "4", "12") for question in rad.questions) >= 5, (
+        "numbers are not converted to text"
+    )
     slake = read_slake(shared_data / "slake", shared_data)
     assert [(item.reason, item.value) for item in slake.rejected] == [("no_answer", "")]
     assert len(slake.questions) + 1 + slake.counts["questions_in_other_languages"] == 9835 + 2099 + 2094
@@ -75,32 +77,39 @@ def test_mevf_links_come_from_the_release(shared_data, tmp_path):
     for name in ("mevf_trainset.json", "mevf_testset.json"):
         (tmp_path / name).symlink_to(shared_data / "vqa_rad" / name)
     release = shared_data / "vqa_rad" / "VQA_RAD Dataset Public.json"
-    given = read_vqa_rad_mevf(tmp_path, shared_data, release)
-    assert given.questions == source.questions
-    alone = read_vqa_rad_mevf(tmp_path, shared_data)
-    assert alone.counts["questions_without_link"] == 0
-    # Without the release: questions that the release links and that have one answer are linked as well.
-    by_id = {question.id: question for question in alone.questions}
-    apart = 0
+    with_release = read_vqa_rad_mevf(tmp_path, shared_data, release)
+    assert with_release.questions == source.questions
+    without_release = read_vqa_rad_mevf(tmp_path, shared_data)
+    assert without_release.counts["questions_without_link"] == 0
+    # Without the release, the questions that it links are linked as well if they have the same answer.
+    by_id = {question.id: question for question in without_release.questions}
+    missing_links = 0
     for group in _groups(question for question in source.questions if question.split == "train"):
         kinds = Counter((q.question_type, q.answer.lower()) for q in group)
-        apart += len({by_id[q.id].link for q in group}) - len(kinds)
-    assert apart == 0
+        missing_links += len({by_id[q.id].link for q in group}) - len(kinds)
+    assert missing_links == 0
 
 
-def test_no_answer_is_given_away(source):
-    """No two turns of a conversation are paraphrases of one question, and all data is used once."""
+def test_no_conversation_reveals_an_answer(source):
+    """No two turns of a conversation are paraphrases of a question, and every question is used once."""
     train = [question for question in source.questions if question.split == "train"]
     for questions in by_image(train, {question.image: question.image for question in train}).values():
-        talks = conversations_about_image("x", questions)
-        asked = Counter(text_of(m["content"]) for talk in talks for m in talk.messages if m["role"] == "user")
-        assert asked == Counter(question.question for question in questions)
+        conversations = conversations_about_image("x", questions)
+        question_counts = Counter(
+            text_of(m["content"])
+            for conversation in conversations
+            for m in conversation.messages
+            if m["role"] == "user"
+        )
+        assert question_counts == Counter(question.question for question in questions)
         group_of = {q.question: n for n, group in enumerate(linked_groups(questions)) for q in group}
-        for talk in talks:
-            groups = [group_of[text_of(m["content"])] for m in talk.messages if m["role"] == "user"]
+        for conversation in conversations:
+            groups = [group_of[text_of(m["content"])] for m in conversation.messages if m["role"] == "user"]
             assert len(groups) == len(set(groups))
-            images = [n for n, m in enumerate(talk.messages) for part in m["content"] if part["type"] == "image"]
-            assert images == [0] and talk.messages[0]["content"][0]["type"] == "image"
+            images = [
+                n for n, m in enumerate(conversation.messages) for part in m["content"] if part["type"] == "image"
+            ]
+            assert images == [0] and conversation.messages[0]["content"][0]["type"] == "image"
 
 
 def _groups(questions):
@@ -117,7 +126,7 @@ def record(qid, **changes):
     } | changes  # fmt: skip
 
 
-def test_quirks_of_vqa_rad_and_bad_records(tmp_path):
+def test_irregular_records_of_vqa_rad_are_read_and_bad_ones_rejected(tmp_path):
     records = [
         record(1, answer=4), record("2", phrase_type="test_para"), record(3, answer=" "), record(1),
         record(5, answer_type="MAYBE"), record(6, image_name=None), record(7, question=["x"]), {"question": "bare"},
@@ -152,7 +161,7 @@ def test_malformed_pathvqa_entries_are_rejected(tmp_path):
     }  # fmt: skip
 
 
-def test_the_message_names_a_missing_file(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     for reader in (read_vqa_rad, read_vqa_rad_mevf, read_slake, read_pathvqa):
         with pytest.raises(UserError, match="must hold one file"):
             reader(tmp_path, tmp_path)
