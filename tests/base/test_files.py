@@ -21,23 +21,23 @@ from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, m
         SafetensorError("Error while serializing: I/O error: Os { code: 28, kind: StorageFull }"),
     ],
 )
-def test_a_full_disk_is_recognised_and_explained(error, tmp_path):
+def test_a_full_disk_is_recognized_and_explained(error, tmp_path):
     assert is_full_disk(error)
     with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*it resumes"), explain_full_disk(tmp_path):
         raise error
 
 
-def test_a_full_disk_is_recognised_behind_an_error_of_torch(tmp_path):
-    """Under a limit on file sizes, `torch.save` fails with the message it has for a full disk."""
+def test_a_full_disk_is_recognized_in_an_error_of_torch(tmp_path):
+    """With a limit on the file size, `torch.save` fails with the same message as on a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(RuntimeError) as error:
             torch.save(torch.zeros(100_000), tmp_path / "optimizer.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert is_full_disk(caught.value)
+    assert is_full_disk(error.value)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("no space"), KeyError(28)])
@@ -47,7 +47,7 @@ def test_other_errors_are_raised_unchanged(error, tmp_path):
         raise error
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_is_overwritten(tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_file_and_its_temporary_file_is_overwritten(tmp_path, monkeypatch):
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt") as temporary:
         temporary.write_text("half")
@@ -69,7 +69,7 @@ def test_ranks_do_not_share_a_temporary_file(tmp_path, monkeypatch):
             second.touch()
 
 
-def test_moved_files_end_with_the_one_that_marks_a_complete_directory(tmp_path, monkeypatch):
+def test_the_file_that_marks_a_complete_directory_is_moved_last(tmp_path, monkeypatch):
     (tmp_path / "from").mkdir()
     (tmp_path / "to").mkdir()
     for name in ("config.json", "a", "z"):

@@ -28,7 +28,7 @@ def fruits():
     return fruits
 
 
-def test_an_unknown_name_lists_all_names_and_the_closest(fruits):
+def test_the_error_for_an_unknown_name_lists_all_names_and_suggests_the_closest(fruits):
     assert fruits.get("apple").name == fruits.name("apple") == "apple"
     with pytest.raises(UserError, match=r"Unknown fruit 'aple'. Did you mean 'apple'\? Choose one of apple, cherry."):
         fruits.get("aple")
@@ -36,7 +36,7 @@ def test_an_unknown_name_lists_all_names_and_the_closest(fruits):
         STAGES.get("sfft")
 
 
-def test_an_object_that_lacks_a_part_is_refused_by_name_of_the_part(fruits):
+def test_the_error_for_an_incomplete_object_names_the_missing_part(fruits):
     with pytest.raises(UserError, match="The fruit 'plum' of medst_trl lacks colour"):
         fruits.register(Fruit("plum", None))
     with pytest.raises(UserError, match="The fruit 'Fruit' of medst_trl lacks name"):
@@ -44,7 +44,7 @@ def test_an_object_that_lacks_a_part_is_refused_by_name_of_the_part(fruits):
     assert list(fruits) == ["apple", "cherry"] and "plum" not in fruits
 
 
-def test_a_name_is_taken_once(fruits):
+def test_two_objects_cannot_share_a_name(fruits):
     with pytest.raises(UserError, match="Two fruit objects share the name 'apple'"):
         fruits.register(Fruit("apple", "green"))
 
@@ -65,10 +65,10 @@ STAGES.register(Stage(name="toy", summary="a toy", arguments=lambda: (Arguments,
 
 def test_two_plugins_cannot_share_a_name(plugin):
     first, second = plugin(STAGE, "first.py"), plugin(STAGE, "second.py")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         list(STAGES)
-    assert "Two stage objects share the name 'toy'" in str(caught.value)
-    assert str(first) in str(caught.value) and str(second) in str(caught.value)
+    assert "Two stage objects share the name 'toy'" in str(error.value)
+    assert str(first) in str(error.value) and str(second) in str(error.value)
 
 
 def test_a_plugin_is_imported_once(plugin, capsys):
@@ -78,19 +78,19 @@ def test_a_plugin_is_imported_once(plugin, capsys):
     assert capsys.readouterr().out == "imported\n"
 
 
-def test_a_plugin_that_fails_is_an_error_with_its_file_each_time(plugin):
+def test_the_error_for_a_failing_plugin_names_its_file_every_time(plugin):
     path = plugin("import no_such_module\n")
-    for _ in range(2):  # the second time must not go on without it
-        with pytest.raises(UserError, match="failed to import: ModuleNotFoundError: No module named") as caught:
+    for _ in range(2):  # the second attempt must not continue without the plugin
+        with pytest.raises(UserError, match="failed to import: ModuleNotFoundError: No module named") as error:
             list(STAGES)
-        assert str(path) in str(caught.value)
+        assert str(path) in str(error.value)
 
 
-def test_a_plugin_whose_object_lacks_a_part_names_file_and_part(plugin):
+def test_the_error_for_an_incomplete_object_of_a_plugin_names_the_file_and_the_part(plugin):
     path = plugin(STAGE.replace('summary="a toy"', "summary=None"))
-    with pytest.raises(UserError, match="The stage 'toy' of .* lacks summary") as caught:
+    with pytest.raises(UserError, match="The stage 'toy' of .* lacks summary") as error:
         list(STAGES)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(error.value)
 
 
 def test_a_plugin_file_that_does_not_exist_is_refused():
@@ -100,7 +100,7 @@ def test_a_plugin_file_that_does_not_exist_is_refused():
         add_plugins(["sft", "--plugins"])
 
 
-def test_a_plugin_file_that_has_gone_is_refused(monkeypatch):
+def test_a_deleted_plugin_file_is_refused(monkeypatch):
     monkeypatch.setenv(PLUGINS_VARIABLE, "/nowhere/gone.py")
     monkeypatch.setattr(STAGES, "_is_loaded", False)
     with pytest.raises(UserError, match="/nowhere/gone.py failed to import: FileNotFoundError"):
@@ -108,13 +108,13 @@ def test_a_plugin_file_that_has_gone_is_refused(monkeypatch):
     del registry._plugins["/nowhere/gone.py"]
 
 
-def test_children_inherit_the_plugins_of_the_command_line(tmp_path, monkeypatch):
+def test_child_processes_inherit_the_plugins_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text("")
-    words = ["--plugins", "a.py", "run", "demo", "--plugins=b.py", "--plugins", "a.py", "--seed", "1"]
-    assert add_plugins(words) == ["run", "demo", "--seed", "1"]
+    arguments = ["--plugins", "a.py", "run", "demo", "--plugins=b.py", "--plugins", "a.py", "--seed", "1"]
+    assert add_plugins(arguments) == ["run", "demo", "--seed", "1"]
     code = f"import os; print(os.environ[{PLUGINS_VARIABLE!r}])"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip().split(os.pathsep) == [str(tmp_path / "a.py"), str(tmp_path / "b.py")]

@@ -8,7 +8,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.row_log import RowLog
 
 
-def test_parts_of_several_ranks_make_one_file(tmp_path):
+def test_rows_of_several_ranks_are_merged_into_one_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": str(number), "prediction": "Straße"} for number in range(7)]
     for rank in range(3):
@@ -22,10 +22,10 @@ def test_parts_of_several_ranks_make_one_file(tmp_path):
 
 
 def test_finished_rows_are_not_computed_again(tmp_path):
-    path, ids, asked = tmp_path / "rows.jsonl", ["a", "b", "c"], []
+    path, ids, finished = tmp_path / "rows.jsonl", ["a", "b", "c"], []
 
     def compute(done):
-        asked.append(done)
+        finished.append(done)
         return ({"id": key} for key in ids if key not in done)
 
     RowLog(path).append([{"id": "b"}])
@@ -33,5 +33,5 @@ def test_finished_rows_are_not_computed_again(tmp_path):
         file.write(b'{"id": "c')  # the last line was interrupted
     RowLog.fill(path, ids, compute)
     RowLog.fill(path, ids, compute)
-    assert asked == [{"b"}]
+    assert finished == [{"b"}]
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ids

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Help texts come from docstrings, and say what the code does."""
+"""Help texts are taken from docstrings, and documented defaults are correct."""
 
 import ast
 import importlib
@@ -34,7 +34,7 @@ class Example:
     third: bool = field(default=False, metadata={"help": "Its own text."})
 
 
-def test_help_is_the_entry_of_the_docstring():
+def test_help_texts_are_taken_from_the_docstring():
     assert [item.metadata["help"] for item in fields(Example)] == [
         "What comes first, in two lines.",
         "On the line of its name.",
@@ -45,11 +45,11 @@ def test_help_is_the_entry_of_the_docstring():
 
 
 def test_a_field_without_an_entry_is_refused():
-    with pytest.raises(TypeError, match=r"Lacking\.second has no entry"):
+    with pytest.raises(TypeError, match=r"Incomplete\.second has no entry"):
 
         @documented
         @dataclass
-        class Lacking:
+        class Incomplete:
             """
             Args:
                 first (`str`): There.
@@ -62,7 +62,7 @@ def test_a_field_without_an_entry_is_refused():
 def test_inherited_fields_keep_their_help():
     @documented
     @dataclass
-    class More(Example):
+    class Extended(Example):
         """
         Args:
             fourth (`str`, *optional*): New.
@@ -70,7 +70,7 @@ def test_inherited_fields_keep_their_help():
 
         fourth: str | None = None
 
-    assert [item.metadata["help"] for item in fields(More)][-2:] == ["Its own text.", "New."]
+    assert [item.metadata["help"] for item in fields(Extended)][-2:] == ["Its own text.", "New."]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_numbers_out_of_bounds_are_refused(value, message):
     assert str(error.value) == message
 
 
-def test_numbers_on_bounds_and_missing_ones_pass():
+def test_numbers_on_bounds_and_missing_values_are_accepted():
     args = SimpleNamespace(share=1, most=None)
     check_bounds(args, above={"share": 0}, at_most={"share": 1}, at_least={"most": 1})
 
@@ -98,11 +98,11 @@ def test_a_single_value_becomes_a_list():
     assert vars(args) == {"one": ["a"], "several": ["a", "b"], "none": []}
 
 
-def test_own_settings_are_found_among_others():
-    given = (3, Example("x"))
-    assert settings_among(given, Example) is given[1]
-    assert settings_among(given, str) == ""
-    assert settings_among(given, None) is None
+def test_settings_are_found_by_their_class():
+    settings = (3, Example("x"))
+    assert settings_among(settings, Example) is settings[1]
+    assert settings_among(settings, str) == ""
+    assert settings_among(settings, None) is None
 
 
 def _documented_classes():
@@ -113,13 +113,13 @@ def _documented_classes():
 
 
 @pytest.mark.parametrize(("module", "name"), _documented_classes())
-def test_documented_defaults_are_the_real_ones(module, name):
+def test_documented_defaults_equal_the_actual_defaults(module, name):
     cls = getattr(importlib.import_module(module), name)
-    own = {item.name: item for item in fields(cls) if item.name in cls.__annotations__}
-    said = dict(re.findall(r"^ +(\w+) \(.*defaults to `(.*?)`\)", cls.__doc__, re.MULTILINE))
-    for key, item in own.items():
+    own_fields = {item.name: item for item in fields(cls) if item.name in cls.__annotations__}
+    documented_defaults = dict(re.findall(r"^ +(\w+) \(.*defaults to `(.*?)`\)", cls.__doc__, re.MULTILINE))
+    for key, item in own_fields.items():
         default = item.default if item.default_factory is MISSING else item.default_factory()
-        if key in said:
-            assert ast.literal_eval(said[key]) == default, key
+        if key in documented_defaults:
+            assert ast.literal_eval(documented_defaults[key]) == default, key
         else:
             assert default in (MISSING, None), key

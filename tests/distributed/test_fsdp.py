@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 as far as it can be tested without GPUs: the same steps, and a complete adapter."""
+"""FSDP2 on CPUs: the same steps as one process, and a complete saved adapter."""
 
 import json
 import os
@@ -31,7 +31,7 @@ DESCENT = {
 @pytest.mark.parametrize(
     ("module", "settings"), [(tiny_run, {"lora_dropout": 0.0, "n": 12}), (tiny_dpo, {})], ids=["sft", "dpo"]
 )
-def test_two_ranks_take_the_steps_of_one(tmp_path, module, settings):
+def test_two_ranks_take_the_same_steps_as_one(tmp_path, module, settings):
     settings = DESCENT | settings
     environment = without_launcher(os.environ) | {
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1",
@@ -41,14 +41,14 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, module, settings):
         "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", str(TESTS / "fsdp_on_cpus.py"),
         module.__name__, str(tmp_path), json.dumps(settings | {"per_device_train_batch_size": 1}),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["kind"].endswith("FSDP")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert result["kind"].endswith("FSDP")
 
     trainer = module.make_trainer(tmp_path / "one", per_device_train_batch_size=2, **settings)
     trainer.train()
-    for ours, theirs in zip(facts["log"][:3], trainer.state.log_history[:3], strict=True):
+    for ours, theirs in zip(result["log"][:3], trainer.state.log_history[:3], strict=True):
         names = ("loss", "grad_norm", "learning_rate", "learning_rate_vision")
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, abs=2e-5)
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A launch that differs from what was asked for is reported, because accelerate itself does not report it."""
+"""A launch that differs from the requested one is an error, because accelerate does not report it."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ ENVIRONMENT = without_launcher(os.environ) | {
     "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
     "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
 }  # fmt: skip
-# The scores of a predictions file: a distributed stage that needs no model.
+# Scoring a predictions file is a distributed stage that needs no model.
 RECIPE = """\
 #!/usr/bin/env -S python -m medst_trl
 # A stage that takes seconds.
@@ -43,7 +43,7 @@ NOT_DISTRIBUTED = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nu
 
 
 @pytest.fixture
-def folder(tmp_path):
+def directory(tmp_path):
     (tmp_path / "predictions.jsonl").write_text(json.dumps(PREDICTION) + "\n")
     (tmp_path / "mine.yaml").write_text(RECIPE)
     (tmp_path / "mine.yaml").chmod(0o755)
@@ -51,104 +51,104 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, command, **environment):
+def run(directory, command, **environment):
     return subprocess.run(
-        command, shell=True, env=ENVIRONMENT | environment, cwd=folder, capture_output=True, text=True, timeout=120
+        command, shell=True, env=ENVIRONMENT | environment, cwd=directory, capture_output=True, text=True, timeout=120
     )
 
 
-def is_done(folder):
-    path = folder / "out" / "evaluate" / "stage.json"
+def is_complete(directory):
+    path = directory / "out" / "evaluate" / "stage.json"
     return path.exists() and json.loads(path.read_text())["status"] == "complete"
 
 
-def test_one_process_instead_of_two_is_refused_with_a_command_that_works(folder):
-    done = run(folder, "accelerate launch --cpu --num_processes 2 -m medst_trl mine.yaml --stage evaluate")
-    assert done.returncode != 0 and not is_done(folder)
-    assert "2 processes are asked for, but accelerate has started one" in done.stderr
-    (remedy,) = (line for line in done.stderr.splitlines() if "--multi_gpu" in line)
-    assert remedy.endswith("-m medst_trl mine.yaml --stage evaluate")
-    done = run(folder, remedy.replace("--multi_gpu", "--multi_gpu --main_process_port 0"))
-    assert done.returncode == 0 and is_done(folder), done.stderr
+def test_the_error_for_one_process_instead_of_two_shows_a_working_command(directory):
+    process = run(directory, "accelerate launch --cpu --num_processes 2 -m medst_trl mine.yaml --stage evaluate")
+    assert process.returncode != 0 and not is_complete(directory)
+    assert "2 processes are asked for, but accelerate has started one" in process.stderr
+    (suggestion,) = (line for line in process.stderr.splitlines() if "--multi_gpu" in line)
+    assert suggestion.endswith("-m medst_trl mine.yaml --stage evaluate")
+    process = run(directory, suggestion.replace("--multi_gpu", "--multi_gpu --main_process_port 0"))
+    assert process.returncode == 0 and is_complete(directory), process.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "asked"),
+    ("arguments", "num_processes"),
     [
         (["--config_file", "four.yaml", "-m", "medst_trl"], 4),
-        (["-m", "medst_trl"], 4),  # its own configuration
+        (["-m", "medst_trl"], 4),  # accelerate's default configuration
         (["--cpu", "--num_processes=2", "--no_python", "./mine.yaml"], 2),
         (["--cpu", "--num_processes", "1", "-m", "medst_trl"], 1),
     ],
     ids=["config_file", "default_config", "executable", "one"],
 )
-def test_one_process_is_refused_however_several_were_asked_for(folder, monkeypatch, words, asked):
-    """In the environment that accelerate makes for the one process that it starts."""
-    monkeypatch.chdir(folder)
+def test_one_process_is_refused_if_several_were_requested_in_any_way(directory, monkeypatch, arguments, num_processes):
+    """Runs the check in the environment that accelerate creates for the only process that it starts."""
+    monkeypatch.chdir(directory)
     monkeypatch.setattr(os, "environ", dict(ENVIRONMENT))
     for module in (accelerate_launch, config_args):
         monkeypatch.setattr(module, "default_config_file", "four.yaml")
     started = []
     monkeypatch.setattr(accelerate_launch, "simple_launcher", started.append)
-    accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
+    accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(arguments))
     _, environment = prepare_simple_launcher_cmd_env(*started)
     monkeypatch.setattr(os, "environ", environment)
-    assert started[0].num_processes == asked
-    if asked == 1:
+    assert started[0].num_processes == num_processes
+    if num_processes == 1:
         return check_launched(None, None, "medst sft")
     with pytest.raises(UserError, match="processes are asked for, but accelerate has started one"):
         check_launched(None, None, "medst sft")
 
 
-def test_one_process_is_accepted_if_one_was_asked_for(folder):
+def test_one_process_is_accepted_if_one_was_requested(directory):
     command = "accelerate launch --cpu --num_processes 1 -m medst_trl mine.yaml --stage evaluate"
-    done = run(folder, command, MASTER_ADDR="node-1", MASTER_PORT="29500")
-    assert done.returncode == 0 and is_done(folder), done.stderr
+    process = run(directory, command, MASTER_ADDR="node-1", MASTER_PORT="29500")
+    assert process.returncode == 0 and is_complete(directory), process.stderr
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_processes_that_mpirun_has_started_are_not_alone(monkeypatch, variable):
+def test_processes_started_by_mpirun_are_accepted(monkeypatch, variable):
     started = {"ACCELERATE_DYNAMO_BACKEND": "no", "MASTER_PORT": "29500"}
     monkeypatch.setattr(os, "environ", ENVIRONMENT | started | {variable: "2"})
     check_launched(None, None, "medst sft")
-    monkeypatch.setitem(os.environ, variable, "1")  # as srun sets it, too
+    monkeypatch.setitem(os.environ, variable, "1")  # srun sets it to 1
     with pytest.raises(UserError, match="accelerate has started one"):
         check_launched(None, None, "medst sft")
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_sharding_that_accelerate_drops_is_an_error(monkeypatch, kind):
+def test_sharding_that_accelerate_ignores_is_an_error(monkeypatch, kind):
     for name, value in {f"ACCELERATE_USE_{kind}": "true", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="and says nothing"):
         check_launched(None, None, "medst sft")
 
 
-# What `medst` starts
+# The command and environment with which `medst` starts its processes
 
 
-def started(monkeypatch, config, count, options=(), gpus=0, **environment):
+def launched(monkeypatch, config, count, options=(), gpus=0, **environment):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.setattr(os, "environ", ENVIRONMENT | environment)
     return launch_command(["program"], config, count, options)
 
 
-def test_a_config_for_cpus_starts_its_number_of_processes(monkeypatch, tmp_path):
+def test_a_config_for_cpus_starts_the_configured_number_of_processes(monkeypatch, tmp_path):
     for content in (NOT_DISTRIBUTED, "distributed_type: MULTI_CPU\nnum_processes: 4\n"):
         (tmp_path / "mine.yaml").write_text(content)
-        command, environment = started(monkeypatch, str(tmp_path / "mine.yaml"), None)
+        command, environment = launched(monkeypatch, str(tmp_path / "mine.yaml"), None)
         assert str(find_config("multi_gpu")) in command and environment["ACCELERATE_USE_CPU"] == "true"
         assert command[command.index("--num_processes") + 1] == "4"
 
 
 def test_without_gpus_deepspeed_runs_on_cpus_and_fsdp_is_refused(monkeypatch):
-    command, environment = started(monkeypatch, "zero2", 2, ACCELERATE_USE_CPU="true")
+    command, environment = launched(monkeypatch, "zero2", 2, ACCELERATE_USE_CPU="true")
     assert environment["DS_ACCELERATOR"] == "cpu" and environment["ACCELERATE_USE_CPU"] == "false"
     assert command[command.index("--mixed_precision") + 1] == "no"
     with pytest.raises(UserError, match="fsdp2 divides the weights among GPUs"):
-        started(monkeypatch, "fsdp2", 2)
-    command, environment = started(monkeypatch, "zero2", None, gpus=4)
+        launched(monkeypatch, "fsdp2", 2)
+    command, environment = launched(monkeypatch, "zero2", None, gpus=4)
     assert "DS_ACCELERATOR" not in environment and "--mixed_precision" not in command
 
 
@@ -158,17 +158,17 @@ def test_missing_deepspeed_is_reported(monkeypatch):
         launch_command(["program"], "zero3", 2)
 
 
-def test_several_machines_meet_at_the_given_port(monkeypatch):
-    words = ["--num_machines", "2", "--machine_rank=1", "--main_process_ip", "a", "--main_process_port", "29501"]
-    command, _ = started(monkeypatch, "zero2", None, words, gpus=4)
+def test_several_machines_use_the_given_port(monkeypatch):
+    arguments = ["--num_machines", "2", "--machine_rank=1", "--main_process_ip", "a", "--main_process_port", "29501"]
+    command, _ = launched(monkeypatch, "zero2", None, arguments, gpus=4)
     assert command[command.index("--num_processes") + 1] == "8"
     assert command.count("--main_process_port") == 1
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_do_not_set_what_the_training_arguments_set(path):
+def test_configs_do_not_set_training_arguments(path):
     config = read_yaml(path)
-    # The Trainer fills in "auto", the default. Under DeepSpeed, a value here that differs from its own is an error.
+    # The Trainer replaces the default, "auto". A value here that differs from the Trainer's is an error in DeepSpeed.
     assert config["mixed_precision"] == "no"
     assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config.get("deepspeed_config") or {})
     names = {f"--{key}" for part in ("deepspeed_config", "fsdp_config") for key in config.get(part) or {}}
@@ -188,7 +188,7 @@ def test_configs_do_not_set_what_the_training_arguments_set(path):
         ({"load_in_4bit": True}, 2, None),
     ],
 )
-def test_settings_that_cannot_work_together_are_refused_before_loading(monkeypatch, options, stage, message):
+def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, stage, message):
     monkeypatch.setattr(training, "_has_gpu", lambda: False)
     args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
     training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp_plugin_args=None)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of several ranks: resumed to the same weights, and refused if they cannot be read."""
+"""Checkpoints of several ranks are resumed to the same weights, and refused if they cannot be read."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from medst_trl.training.resume import resume_checkpoint
 TESTS = Path(__file__).parents[1]
 
 
-def accelerator(kind: DistributedType, num_processes: int) -> SimpleNamespace:
+def make_accelerator(kind: DistributedType, num_processes: int) -> SimpleNamespace:
     return SimpleNamespace(is_main_process=True, num_processes=num_processes, distributed_type=kind)
 
 
@@ -37,21 +37,21 @@ def test_a_sharded_optimizer_needs_the_same_number_of_processes(checkpoints):
     parts.mkdir()
     for rank in range(2):
         (parts / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    found = resume_checkpoint(checkpoints, accelerator(DistributedType.DEEPSPEED, 2))
-    assert found == str(checkpoints / "checkpoint-1")
-    for other in (accelerator(DistributedType.DEEPSPEED, 4), accelerator(DistributedType.MULTI_GPU, 2)):
+    checkpoint = resume_checkpoint(checkpoints, make_accelerator(DistributedType.DEEPSPEED, 2))
+    assert checkpoint == str(checkpoints / "checkpoint-1")
+    for other in (make_accelerator(DistributedType.DEEPSPEED, 4), make_accelerator(DistributedType.MULTI_GPU, 2)):
         with pytest.raises(UserError, match="2 processes of DeepSpeed, .* with as many"):
             resume_checkpoint(checkpoints, other)
 
 
 def test_deepspeed_cannot_resume_another_optimizer(checkpoints):
     with pytest.raises(UserError, match="without DeepSpeed"):
-        resume_checkpoint(checkpoints, accelerator(DistributedType.DEEPSPEED, 1))
-    assert resume_checkpoint(checkpoints, accelerator(DistributedType.MULTI_GPU, 2)) is not None
+        resume_checkpoint(checkpoints, make_accelerator(DistributedType.DEEPSPEED, 1))
+    assert resume_checkpoint(checkpoints, make_accelerator(DistributedType.MULTI_GPU, 2)) is not None
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_under_zero_2_resume_to_the_same_weights(tmp_path):
+def test_two_killed_ranks_resume_to_the_same_weights_with_zero_2(tmp_path):
     pytest.importorskip("deepspeed")
     settings = {
         "max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2,
@@ -62,21 +62,23 @@ def test_two_ranks_killed_under_zero_2_resume_to_the_same_weights(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }  # fmt: skip
 
-    def run(folder, *kill):
-        folder.mkdir(exist_ok=True)
+    def run(directory, *kill):
+        directory.mkdir(exist_ok=True)
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2",
             "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0",
-            str(TESTS / "tiny_run.py"), str(folder), json.dumps(settings), *kill,
+            str(TESTS / "tiny_run.py"), str(directory), json.dumps(settings), *kill,
         ]  # fmt: skip
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
-    whole = run(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert run(tmp_path / "cut", "--kill_after_step", "3").returncode != 0
-    assert not (tmp_path / "cut" / "weights.pt").exists()
-    again = run(tmp_path / "cut")
-    assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "cut" / "run.json").read_text())["kind"].endswith("DEEPSPEED")
-    ours, theirs = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("cut", "whole"))
+    uninterrupted = run(tmp_path / "uninterrupted")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert run(tmp_path / "interrupted", "--kill_after_step", "3").returncode != 0
+    assert not (tmp_path / "interrupted" / "weights.pt").exists()
+    resumed = run(tmp_path / "interrupted")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "interrupted" / "run.json").read_text())["kind"].endswith("DEEPSPEED")
+    ours, theirs = (
+        torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("interrupted", "uninterrupted")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Preference tuning takes the same steps however it is computed."""
+"""DPO training gives the same trajectory for all equivalent settings."""
 
 import functools
 from pathlib import Path
@@ -15,13 +15,13 @@ from tiny_dpo import make_trainer
 from tiny_run import text
 
 
-TOLERANCE = 2e-5  # answers have log-probabilities near -90, where two float32 numbers are 7.6e-6 apart
+TOLERANCE = 2e-5  # answers have log-probabilities near -90, where float32 has a spacing of 7.6e-6
 POLICIES = ["continued_adapter", "new_adapter", "full"]
 LOSSES = [("sigmoid",), ("sigmoid", "sft"), pytest.param(("ipo",), marks=pytest.mark.slow)]
 
 
 def pairs(count: int = 20, with_images: bool = True) -> list[dict]:
-    """Pairs of all shapes: with a history and without, the longer answer on either side, answers that begin alike."""
+    """Varied pairs: with and without a history, either answer longer, and answers that begin with the same words."""
     rows = []
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 255, (16, 16 + 4 * (number % 3), 3), dtype=np.uint8)
@@ -45,33 +45,33 @@ def pairs(count: int = 20, with_images: bool = True) -> list[dict]:
     return rows
 
 
-def dpo(folder: Path, **settings) -> Trajectory:
-    return follow(make_trainer(folder, **{"rows": pairs(), **DESCENT, **settings}))
+def dpo(directory: Path, **settings) -> Trajectory:
+    return follow(make_trainer(directory, **{"rows": pairs(), **DESCENT, **settings}))
 
 
 @functools.cache
-def plain(policy: str, *loss_types: str) -> Trajectory:
+def baseline(policy: str, *loss_types: str) -> Trajectory:
     """As in stock TRL: each answer with its own prompt and image, and the reference computed in every step."""
-    with TemporaryDirectory() as folder:
-        return dpo(Path(folder), policy=policy, loss_type=list(loss_types), share_prefix=False)
+    with TemporaryDirectory() as directory:
+        return dpo(Path(directory), policy=policy, loss_type=list(loss_types), share_prefix=False)
 
 
 def assert_shared(shared: Trajectory, separate: Trajectory) -> None:
-    """Check that prefixes were shared, and not replaced by separate sequences, which would agree even better."""
+    """Check that prefixes were shared: separate sequences, the fallback, would match exactly."""
     assert shared.tokens < 0.9 * separate.tokens
     assert 2 * shared.images == separate.images
 
 
 @pytest.mark.parametrize("loss_types", LOSSES, ids="+".join)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_shared_prefix(tmp_path, policy, loss_types):
-    shared, separate = dpo(tmp_path, policy=policy, loss_type=list(loss_types)), plain(policy, *loss_types)
+def test_shared_prefix(tmp_path, policy, loss_types):
+    shared, separate = dpo(tmp_path, policy=policy, loss_type=list(loss_types)), baseline(policy, *loss_types)
     assert_shared(shared, separate)
     assert_same(shared, separate, TOLERANCE)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_shared_prefix_with_truncated_answers(tmp_path, policy):
+def test_shared_prefix_with_truncated_answers(tmp_path, policy):
     settings = {"policy": policy, "max_length": 80}
     trainer = make_trainer(tmp_path / "shared", rows=pairs(), **DESCENT, **settings)
     assert 0 < trainer.pairs.truncated < len(trainer.train_dataset)
@@ -80,7 +80,7 @@ def test_a_shared_prefix_with_truncated_answers(tmp_path, policy):
     assert_same(shared, separate, TOLERANCE)
 
 
-def test_a_shared_prefix_without_an_image(tmp_path):
+def test_shared_prefix_without_images(tmp_path):
     rows = pairs(with_images=False)
     shared, separate = (dpo(tmp_path / str(share), rows=rows, share_prefix=share) for share in (True, False))
     assert_shared(shared, separate)
@@ -88,7 +88,7 @@ def test_a_shared_prefix_without_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_shared_prefix_in_every_family(tmp_path, family):
+def test_shared_prefix_in_every_family(tmp_path, family):
     shared, separate = (
         dpo(tmp_path / str(share), policy=tiny_model(family), share_prefix=share) for share in (True, False)
     )
@@ -96,11 +96,11 @@ def test_a_shared_prefix_in_every_family(tmp_path, family):
     assert_same(shared, separate, TOLERANCE)
 
 
-def test_a_shared_prefix_in_half_precision(tmp_path):
+def test_shared_prefix_in_half_precision(tmp_path):
     settings = {"bf16": True, "use_cpu": True}
     shared, separate = (dpo(tmp_path / str(share), share_prefix=share, **settings) for share in (True, False))
     assert_shared(shared, separate)
-    assert_same(shared, separate, 1e-2)  # its numbers are 4e-3 to 8e-3 apart
+    assert_same(shared, separate, 1e-2)  # measured differences are 4e-3 to 8e-3
 
 
 @pytest.mark.parametrize("share_prefix", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -110,24 +110,24 @@ def test_gradient_checkpointing(tmp_path, policy, use_reentrant, share_prefix):
         tmp_path, policy=policy, share_prefix=share_prefix, gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
     )  # fmt: skip
-    assert checkpointed.attentions >= plain(policy, "sigmoid").attentions + STEPS
-    assert_same(checkpointed, plain(policy, "sigmoid"), TOLERANCE)
+    assert checkpointed.attentions >= baseline(policy, "sigmoid").attentions + STEPS
+    assert_same(checkpointed, baseline(policy, "sigmoid"), TOLERANCE)
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_cached_reference(tmp_path, policy, share_prefix):
+def test_cached_reference(tmp_path, policy, share_prefix):
     settings = {"policy": policy, "share_prefix": share_prefix, "precompute_ref_log_probs": True}
     settings["ref_log_probs_dir"] = str(tmp_path / "cache")
-    written, read = (dpo(tmp_path / run, **settings) for run in ("writes it", "reads it"))
-    assert read.attentions == STEPS + 2 * share_prefix  # the policy's alone, and both layouts once to compare them
+    written, read = (dpo(tmp_path / run, **settings) for run in ("writes_cache", "reads_cache"))
+    assert read.attentions == STEPS + 2 * share_prefix  # those of the policy, and two to compare the layouts once
     for cached in (written, read):
-        assert_same(cached, plain(policy, "sigmoid"), TOLERANCE)
+        assert_same(cached, baseline(policy, "sigmoid"), TOLERANCE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_shared_prefix_on_two_ranks(tmp_path, policy):
+def test_shared_prefix_on_two_ranks(tmp_path, policy):
     settings = {**DESCENT, "policy": policy}
     one = follow(make_trainer(tmp_path / "one", per_device_train_batch_size=4, share_prefix=False, **settings))
     two = follow_ranks("tiny_dpo.py", tmp_path / "two", 2, per_device_train_batch_size=2, **settings)

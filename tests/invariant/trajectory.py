@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Follows a training run step by step, and says where two runs that should be the same part.
+Record the trajectory of a training run, and compare the trajectories of two runs that should be equal.
 
-Plain gradient descent is used throughout (`DESCENT`): Adam divides by the size of a gradient, which makes a rounding
-error of a gradient that is zero a step of full size.
+All runs use plain gradient descent (`DESCENT`). Adam divides by the size of a gradient, so a rounding error in a
+gradient of zero would become a step of full size.
 """
 
 import gc
@@ -23,13 +23,13 @@ from transformers import Trainer
 
 TESTS = Path(__file__).parents[1]
 STEPS = 5
-# Both sides see the same batches in the same order, whatever their settings would group by.
+# Random sampling, so that both runs use the same batches in the same order, even if their default is to group them.
 DESCENT = {"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.1, "train_sampling_strategy": "random"}
-# Policy and reference are the same in the first step: which reward is larger is decided by rounding.
-UNDECIDED_AT_FIRST = "rewards/accuracies"
-CLOCK = "data_wait"
+# Policy and reference are equal in the first step, so rounding decides which reward is larger.
+UNDECIDED_IN_FIRST_STEP = "rewards/accuracies"
+TIMING_METRIC = "data_wait"
 
-# The Trainer collects garbage before it trains, which among all that is imported takes as long as these runs.
+# The Trainer collects garbage before training. With all imported modules, this would take as long as these runs.
 gc.freeze()
 
 
@@ -39,12 +39,12 @@ class Trajectory:
     A training run.
 
     Args:
-        steps (`list[dict[str, float]]`): What was logged in each step.
+        steps (`list[dict[str, float]]`): The metrics that were logged in each step.
         start (`dict[str, torch.Tensor]`): The trained weights before the first step.
-        weights (`dict[str, torch.Tensor]`): The same behind the last step.
-        tokens (`int`): Places that the language model was trained on, padding included.
-        images (`int`): Rows of pixels that the vision tower was trained on.
-        attentions (`int`): Calls of the first layer's attention; gradient checkpointing repeats those of training.
+        weights (`dict[str, torch.Tensor]`): The trained weights after the last step.
+        tokens (`int`): Number of positions that the language model was trained on, padding included.
+        images (`int`): Number of rows of pixel values that the vision tower was trained on.
+        attentions (`int`): Number of calls of the first layer's attention, which gradient checkpointing repeats.
     """
 
     steps: list[dict[str, float]]
@@ -56,19 +56,19 @@ class Trajectory:
 
 
 def follow(trainer: Trainer) -> Trajectory:
-    """Train with `logging_steps=1`."""
-    work = {"tokens": 0, "images": 0, "attentions": 0}
+    """Train and record the trajectory; needs `logging_steps=1`."""
+    counts = {"tokens": 0, "images": 0, "attentions": 0}
 
     def count_tokens(module, args, kwargs):
         if torch.is_grad_enabled():
-            work["tokens"] += kwargs["inputs_embeds"].shape[:-1].numel()
+            counts["tokens"] += kwargs["inputs_embeds"].shape[:-1].numel()
 
     def count_images(module, args, kwargs):
         if torch.is_grad_enabled():
-            work["images"] += len(next(iter([*args, *kwargs.values()])))
+            counts["images"] += len(next(iter([*args, *kwargs.values()])))
 
     def count_attentions(module, args):
-        work["attentions"] += 1
+        counts["attentions"] += 1
 
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     decoder = base.get_decoder()
@@ -77,27 +77,30 @@ def follow(trainer: Trainer) -> Trajectory:
     base.get_encoder("image").register_forward_pre_hook(count_images, with_kwargs=True)
     start = trained_weights(trainer)
     trainer.train()
-    return Trajectory(_steps(trainer.state.log_history), trained_weights(trainer), start, **work)
+    return Trajectory(_steps(trainer.state.log_history), trained_weights(trainer), start, **counts)
 
 
-def follow_ranks(script: str, folder: Path, ranks: int, **overrides) -> Trajectory:
-    """Train in separate processes, one per rank; `script` is `tiny_run.py` or `tiny_dpo.py`."""
-    folder.mkdir(parents=True)
+def follow_ranks(script: str, directory: Path, ranks: int, **overrides) -> Trajectory:
+    """Train in one process per rank; `script` is `tiny_run.py` or `tiny_dpo.py`."""
+    directory.mkdir(parents=True)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
-        "--mixed_precision", "no", "--main_process_port", "0", str(TESTS / script), str(folder), json.dumps(overrides),
+        "--mixed_precision", "no", "--main_process_port", "0", str(TESTS / script), str(directory),
+        json.dumps(overrides),
     ]  # fmt: skip
     environment = {
         **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }  # fmt: skip
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr
-    given_up = [line for line in run.stderr.splitlines() if "share_prefix:" in line or "pack_sequences:" in line]
-    assert not given_up
-    facts = json.loads((folder / "run.json").read_text())
-    assert facts["world_size"] == ranks
-    return Trajectory(_steps(facts["log"]), torch.load(folder / "weights.pt", weights_only=True))
+    process = subprocess.process(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    fallback_warnings = [
+        line for line in process.stderr.splitlines() if "share_prefix:" in line or "pack_sequences:" in line
+    ]
+    assert not fallback_warnings
+    result = json.loads((directory / "run.json").read_text())
+    assert result["world_size"] == ranks
+    return Trajectory(_steps(result["log"]), torch.load(directory / "weights.pt", weights_only=True))
 
 
 def assert_same(
@@ -105,38 +108,39 @@ def assert_same(
     theirs: Trajectory,
     tolerance: float,
     *,
-    leave_out: Collection[str] = (),
-    moved: float = 1e-2,
+    ignored_metrics: Collection[str] = (),
+    min_change: float = 1e-2,
 ) -> None:
     """
-    Asserts that two runs log the same numbers and end with the same weights.
+    Assert that two runs log the same metrics and end with the same weights.
 
     Args:
-        ours ([`Trajectory`]): A run.
-        theirs ([`Trajectory`]): A run of equivalent settings, followed in this process.
-        tolerance (`float`): Largest difference, absolute for numbers below one and relative above.
-        leave_out (`Collection[str]`, *optional*): Metrics that are not compared.
-        moved (`float`, *optional*, defaults to `1e-2`): By how much the loss and some weight have to change in
-            training, or there was nothing to compare.
+        ours ([`Trajectory`]): A process.
+        theirs ([`Trajectory`]): A process of equivalent settings, followed in this process.
+        tolerance (`float`): Largest allowed difference: absolute for values below one, relative for larger ones.
+        ignored_metrics (`Collection[str]`, *optional*): Metrics that are not compared.
+        min_change (`float`, *optional*, defaults to `1e-2`): Smallest change of the loss and of some weight in
+            training, so that there is something to compare.
     """
     assert len(ours.steps) == len(theirs.steps) == STEPS
-    assert min(entry["loss"] for entry in theirs.steps) < theirs.steps[0]["loss"] - moved
-    assert max((theirs.weights[name] - start).abs().max().item() for name, start in theirs.start.items()) > moved
-    found = {}
-    for number, (mine, other) in enumerate(zip(ours.steps, theirs.steps, strict=True)):
-        assert mine.keys() == other.keys()
-        found |= {
-            f"step {number + 1}, {name}": (mine[name], other[name]) for name in mine.keys() - {CLOCK, *leave_out}
+    assert min(entry["loss"] for entry in theirs.steps) < theirs.steps[0]["loss"] - min_change
+    assert max((theirs.weights[name] - start).abs().max().item() for name, start in theirs.start.items()) > min_change
+    values = {}
+    for number, (actual, expected) in enumerate(zip(ours.steps, theirs.steps, strict=True)):
+        assert actual.keys() == expected.keys()
+        values |= {
+            f"step {number + 1}, {name}": (actual[name], expected[name])
+            for name in actual.keys() - {TIMING_METRIC, *ignored_metrics}
         }
-    found.pop(f"step 1, {UNDECIDED_AT_FIRST}", None)
-    differences = {name: abs(mine - other) / max(1, abs(other)) for name, (mine, other) in found.items()}
+    values.pop(f"step 1, {UNDECIDED_IN_FIRST_STEP}", None)
+    differences = {name: abs(actual - expected) / max(1, abs(expected)) for name, (actual, expected) in values.items()}
     assert ours.weights.keys() == theirs.weights.keys()
-    for name, other in theirs.weights.items():
-        differences[name] = ((ours.weights[name] - other).abs() / other.abs().clamp(min=1)).max().item()
+    for name, expected in theirs.weights.items():
+        differences[name] = ((ours.weights[name] - expected).abs() / expected.abs().clamp(min=1)).max().item()
     worst = max(differences, key=differences.get)
     print(f"worst: {differences[worst]:.1e} in {worst}")
-    values = "{} against {}".format(*found[worst]) if worst in found else "a weight"
-    assert differences[worst] <= tolerance, f"{worst}: {differences[worst]:.1e} apart ({values})"
+    compared = "{} and {}".format(*values[worst]) if worst in values else "a weight"
+    assert differences[worst] <= tolerance, f"{worst}: {differences[worst]:.1e} apart ({compared})"
 
 
 def _steps(log: list[dict[str, float]]) -> list[dict[str, float]]:
