@@ -92,7 +92,7 @@ def follow_ranks(script: str, directory: Path, ranks: int, **overrides) -> Traje
         **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }  # fmt: skip
-    process = subprocess.process(command, env=environment, capture_output=True, text=True, timeout=280)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stderr
     fallback_warnings = [
         line for line in process.stderr.splitlines() if "share_prefix:" in line or "pack_sequences:" in line
@@ -115,8 +115,8 @@ def assert_same(
     Assert that two runs log the same metrics and end with the same weights.
 
     Args:
-        ours ([`Trajectory`]): A process.
-        theirs ([`Trajectory`]): A process of equivalent settings, followed in this process.
+        ours ([`Trajectory`]): A run.
+        theirs ([`Trajectory`]): A run with equivalent settings, followed in this process.
         tolerance (`float`): Largest allowed difference: absolute for values below one, relative for larger ones.
         ignored_metrics (`Collection[str]`, *optional*): Metrics that are not compared.
         min_change (`float`, *optional*, defaults to `1e-2`): Smallest change of the loss and of some weight in
