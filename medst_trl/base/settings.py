@@ -11,7 +11,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, closest
 
 
 _T = TypeVar("_T", bound=type)
@@ -85,6 +85,26 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
         if value is not None and not all(holds(value, bound) for holds, _, bound in own):
             expected = " and ".join(f"{words} {bound}" for _, words, bound in own)
             raise UserError(f"{name} is {value}. It must be {expected}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """
+    Refuse a value that is none of its choices. None stands for a setting that is not given.
+
+    Args:
+        name (`str`):
+            Name of the setting.
+        value (`Any`):
+            Its value.
+        choices (iterable of `str`):
+            The values that it may have.
+
+    Raises:
+        UserError: with the closest match and all choices.
+    """
+    known = list(choices)
+    if value is not None and value not in known:
+        raise UserError(f"Unknown {name} {value!r}.{closest(str(value), known)} Choose one of {', '.join(known)}.")
 
 
 def make_lists(args: Any, *names: str) -> None:

@@ -13,7 +13,7 @@ from code_size import PACKAGE, module_name
 from transformers import HfArgumentParser
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
+from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists, settings_among
 
 
 @documented
@@ -123,3 +123,12 @@ def test_documented_defaults_equal_the_actual_defaults(module, name):
             assert ast.literal_eval(documented_defaults[key]) == default, key
         else:
             assert default in (MISSING, None), key
+
+
+def test_an_unknown_choice_is_refused_with_the_closest_match_and_all_choices():
+    for value in ("float32", None):
+        check_choice("dtype", value, ("auto", "float32"))
+    with pytest.raises(
+        UserError, match=r"^Unknown dtype 'float23'\. Did you mean 'float32'\? Choose one of auto, float32\.$"
+    ):
+        check_choice("dtype", "float23", {"auto": 1, "float32": 2})
