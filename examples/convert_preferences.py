@@ -19,20 +19,20 @@ from medst_trl.interop.preference_files import read_preference_file, write_prefe
 from medst_trl.selftrain.preferences import select_preferences
 
 
-def main(path: str, image_folder: str, folder: str, benchmark: str | None = None) -> dict:
+def main(path: str, image_folder: str, directory: str, benchmark: str | None = None) -> dict:
     """Convert a file to a dataset. Use 5% of the images for validation, and drop images of the benchmark."""
     file = read_preference_file(path, image_folder)
     benchmarks = [load_records(benchmark, "test")] if benchmark else []
     preferences = select_preferences(file.pairs, file.rejected, benchmarks=benchmarks, validation_share=0.05)
-    write_preferences(folder, preferences, file)
+    write_preferences(directory, preferences, file)
     for name, count in preferences.counts.items():
         print(f"{name}: {count}")
     return preferences.counts
 
 
-def back(folder: str, path: str, image_folder: str, format: str = "stllava_med") -> None:
+def back(directory: str, path: str, image_folder: str, format: str = "stllava_med") -> None:
     """Convert a dataset to a file (`stllava_med` or `mmedpo`) and a directory of images."""
-    dataset = load_records(folder, "train")
+    dataset = load_records(directory, "train")
     write_preference_file(dataset, path, image_folder, format)
     print(f"{path}: {len(dataset)} pairs, with images in {image_folder}")
 

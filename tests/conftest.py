@@ -58,10 +58,10 @@ def shared_data() -> Path:
     Folder of real data files (VQA-RAD, SLAKE, PathVQA, GPT-4 reviews); tests that need it are skipped without it.
     """
     default = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("MEDST_SHARED_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder} (set MEDST_SHARED_DATA)")
-    return folder
+    directory = Path(os.environ.get("MEDST_SHARED_DATA", default))
+    if not directory.is_dir():
+        pytest.skip(f"no real data at {directory} (set MEDST_SHARED_DATA)")
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +69,9 @@ def demo_base(tmp_path_factory) -> Path:
     """The general-purpose model that the demo starts from. Takes a minute."""
     from demo_run import run_demo
 
-    folder = tmp_path_factory.mktemp("base") / "run"
-    run_demo(folder, "--stage", "base")
-    return folder / "base"
+    directory = tmp_path_factory.mktemp("base") / "run"
+    run_demo(directory, "--stage", "base")
+    return directory / "base"
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ def demo_run(demo_base, tmp_path_factory) -> Path:
     """A finished demo; not to be changed. What it printed lies beside it. Takes minutes."""
     from demo_run import run_demo
 
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    shutil.copytree(demo_base, folder / "base")
-    (folder.parent / "printed").write_text(run_demo(folder))
-    return folder
+    directory = tmp_path_factory.mktemp("demo") / "demo"
+    shutil.copytree(demo_base, directory / "base")
+    (directory.parent / "printed").write_text(run_demo(directory))
+    return directory

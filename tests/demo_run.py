@@ -10,9 +10,9 @@ from pathlib import Path
 DEMO = str(Path(__file__).parents[1] / "recipes/demo.yaml")
 
 
-def run_demo(folder: Path, *options: str) -> str:
-    """Runs the demo, or stages of it, into `folder` and returns what it printed."""
-    command = [sys.executable, "-m", "medst_trl.cli", "run", DEMO, "--output_dir", str(folder), *options]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+def run_demo(directory: Path, *options: str) -> str:
+    """Runs the demo, or stages of it, into `directory` and returns what it printed."""
+    command = [sys.executable, "-m", "medst_trl.cli", "run", DEMO, "--output_dir", str(directory), *options]
+    done = subprocess.run(command, cwd=directory.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

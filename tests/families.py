@@ -269,7 +269,7 @@ FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
     "internvl": _internvl,
 }
 
-# So that AutoProcessor finds them in a folder that they were saved to.
+# So that AutoProcessor finds them in a directory that they were saved to.
 AutoProcessor.register(Qwen2_5_VLConfig, _Qwen2_5_VLWithoutVideo, exist_ok=True)
 AutoProcessor.register(InternVLConfig, _InternVLWithoutVideo, exist_ok=True)
 

@@ -47,9 +47,9 @@ JUDGE_PROMPTS.register(
 
 
 @contextmanager
-def letter_prompt(folder, monkeypatch):
+def letter_prompt(directory, monkeypatch):
     """Register the judge prompt `letter` while the context lasts."""
-    path = folder / "letter.py"
+    path = directory / "letter.py"
     path.write_text(PLUGIN)
     JUDGE_PROMPTS.names()  # the built-in ones first
     monkeypatch.setenv(PLUGINS_VARIABLE, str(path))

@@ -114,73 +114,75 @@ def merged(weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], star
 
 
 def write_checkpoint(
-    folder: Path, weights: dict[str, torch.Tensor], kind: str = "mlp2x_gelu", form: str = "bin", **config
+    directory: Path, weights: dict[str, torch.Tensor], kind: str = "mlp2x_gelu", form: str = "bin", **config
 ) -> Path:
     """Write a directory as the original code saves it: weights, config.json and tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, weights, form)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_weights(directory, weights, form)
     content = {
         "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], **TEXT,
         "vocab_size": len(weights.get("model.embed_tokens.weight", PIECES)), "torch_dtype": "float16",
         "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "mm_projector_type": kind,
         "mm_hidden_size": VISION["hidden_size"], "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-        "mm_vision_tower": str(folder.parent / "clip"), "image_aspect_ratio": "pad", "use_mm_proj": True,
+        "mm_vision_tower": str(directory.parent / "clip"), "image_aspect_ratio": "pad", "use_mm_proj": True,
     } | config  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(content))
-    write_tokenizer(folder)
-    return folder
+    (directory / "config.json").write_text(json.dumps(content))
+    write_tokenizer(directory)
+    return directory
 
 
-def write_weights(folder: Path, weights: dict[str, torch.Tensor], form: str, stem: str = "") -> None:
+def write_weights(directory: Path, weights: dict[str, torch.Tensor], form: str, stem: str = "") -> None:
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     suffix = form.removeprefix("sharded-")
     stem = stem or {"bin": "pytorch_model", "safetensors": "model"}[suffix]
     save = {"bin": torch.save, "safetensors": save_file}[suffix]
     if form == suffix:
-        return save(weights, folder / f"{stem}.{suffix}")
+        return save(weights, directory / f"{stem}.{suffix}")
     names = sorted(weights)
     halves = {f"{stem}-0000{n + 1}-of-00002.{suffix}": names[n::2] for n in range(2)}
     for file, members in halves.items():
-        save({name: weights[name] for name in members}, folder / file)
+        save({name: weights[name] for name in members}, directory / file)
     index = {"metadata": {}, "weight_map": {name: file for file, members in halves.items() for name in members}}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
-def write_clip(folder: Path, weights: dict[str, torch.Tensor] | None = None, form: str = "bin") -> Path:
+def write_clip(directory: Path, weights: dict[str, torch.Tensor] | None = None, form: str = "bin") -> Path:
     """Write a directory as openai/clip-vit-large-patch14-336 is published: both halves of CLIP."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         text = {"text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(8, 8)}
         both = weights | text | {"visual_projection.weight": torch.ones(8, 32), "logit_scale": torch.ones(())}
-        write_weights(folder, both | {"vision_model.embeddings.position_ids": torch.arange(290)[None]}, form)
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": VISION, "text_config": {}}))
+        write_weights(directory, both | {"vision_model.embeddings.position_ids": torch.arange(290)[None]}, form)
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "clip", "vision_config": VISION, "text_config": {}})
+    )
     mean = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "crop_size": 136, "size": 136}
-    (folder / "preprocessor_config.json").write_text(json.dumps(mean))
-    return folder
+    (directory / "preprocessor_config.json").write_text(json.dumps(mean))
+    return directory
 
 
 def write_training_output(
-    folder: Path, lora: dict, trainables: dict, vision_lora: dict | None = None, kind: str = "cluster"
+    directory: Path, lora: dict, trainables: dict, vision_lora: dict | None = None, kind: str = "cluster"
 ) -> Path:
     """Write a directory as the original training code leaves it."""
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "base_model_name_or_path": "/home/author/base"}
-    (folder / "Vit-lora").mkdir(parents=True)
-    for where, weights in ((folder, lora), (folder / "Vit-lora", vision_lora)):
+    (directory / "Vit-lora").mkdir(parents=True)
+    for where, weights in ((directory, lora), (directory / "Vit-lora", vision_lora)):
         if weights is None:
             where.rmdir()
         else:
             (where / "adapter_config.json").write_text(json.dumps(config))
             torch.save(weights, where / "adapter_model.bin")
-    torch.save(trainables, folder / "non_lora_trainables.bin")
+    torch.save(trainables, directory / "non_lora_trainables.bin")
     own = {"model_type": "llava", "mm_projector_type": kind, "mm_hidden_size": 32, "image_aspect_ratio": "pad"}
-    (folder / "config.json").write_text(json.dumps(own))
-    return folder
+    (directory / "config.json").write_text(json.dumps(own))
+    return directory
 
 
-def write_tokenizer(folder: Path, pieces: list[str] | None = None, legacy: bool = False) -> None:
-    (folder / "tokenizer.model").write_bytes(sentencepiece(PIECES if pieces is None else pieces))
+def write_tokenizer(directory: Path, pieces: list[str] | None = None, legacy: bool = False) -> None:
+    (directory / "tokenizer.model").write_bytes(sentencepiece(PIECES if pieces is None else pieces))
     config = {"legacy": legacy, "bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(
+    (directory / "tokenizer_config.json").write_text(
         json.dumps(config | {"pad_token": "<unk>", "model_max_length": 2048})
     )
 

@@ -43,11 +43,11 @@ def write_source(settings: Mapping[str, Any]) -> None:
     data = Path(settings["data_path"])
     if settings["source"] in ("llava", "captions"):
         data.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(settings.get("image_folder") or data.parent)
+        directory = Path(settings.get("image_folder") or data.parent)
     else:
         data.mkdir(parents=True, exist_ok=True)
-        folder = Path(settings.get("image_folder") or (data if settings["source"] == "images" else data / "images"))
-    _WRITERS[settings["source"]](data, Drawn(folder), settings)
+        directory = Path(settings.get("image_folder") or (data if settings["source"] == "images" else data / "images"))
+    _WRITERS[settings["source"]](data, Drawn(directory), settings)
 
 
 def _llava(path: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
@@ -70,29 +70,29 @@ def _captions(path: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
             writer.writerow([f"{number}.png", " ".join([caption] * (8 if number % 3 else 1))])
 
 
-def _images(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+def _images(directory: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
     for number in range(12):
         drawn.next(f"{number}.png")
 
 
-def _vqa_rad(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+def _vqa_rad(directory: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
     records = _questions(drawn, "{split}{number}.png", "image_name")
     for record in records:
         record["phrase_type"] = "test_freeform" if record.pop("split") == "test" else "freeform"
-    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
+    (directory / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
 
 
-def _vqa_rad_mevf(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+def _vqa_rad_mevf(directory: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
     records = _questions(drawn, "{split}{number}.png", "image_name")
     for split in ("train", "test"):
-        (folder / f"{split}set.json").write_text(json.dumps([r for r in records if r["split"] == split]))
+        (directory / f"{split}set.json").write_text(json.dumps([r for r in records if r["split"] == split]))
 
 
-def _slake(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+def _slake(directory: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
     records = _questions(drawn, "xm_{split}{number}/source.png", "img_name")
     for split, name in {"train": "train", "validation": "validate", "test": "test"}.items():
         chosen = [{**record, "q_lang": "en"} for record in records if record["split"] == split]
-        (folder / f"{name}.json").write_text(json.dumps(chosen))
+        (directory / f"{name}.json").write_text(json.dumps(chosen))
 
 
 def _questions(drawn: Drawn, pattern: str, image_key: str) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def _questions(drawn: Drawn, pattern: str, image_key: str) -> list[dict[str, Any
     return records
 
 
-def _pathvqa(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
+def _pathvqa(directory: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
     pattern = settings.get("image_pattern", "{img_id}.jpg")
     for split, count in {"train": SPLITS["train"], "val": SPLITS["validation"], "test": SPLITS["test"]}.items():
         entries = []
@@ -123,7 +123,7 @@ def _pathvqa(folder: Path, drawn: Drawn, settings: Mapping[str, Any]) -> None:
                     "labelf": {"pvqa": [{answer.lower(): 1} for _, answer in asked]},
                 }
             )
-        (folder / f"pvqa_{split}.json").write_text(json.dumps(entries))
+        (directory / f"pvqa_{split}.json").write_text(json.dumps(entries))
 
 
 _WRITERS = {

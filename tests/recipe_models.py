@@ -116,12 +116,12 @@ EXPECTED = {
 }
 
 
-def config_folder(name: str, folder: Path) -> Path:
-    """A folder with the `config.json` of a model on the Hub, and nothing else."""
+def config_directory(name: str, directory: Path) -> Path:
+    """A directory with the `config.json` of a model on the Hub, and nothing else."""
     if name not in CONFIGS:
         raise KeyError(f"A recipe starts from {name!r}: add its dimensions, and what it trains, to {__file__}.")
-    CONFIGS[name]().save_pretrained(folder / name)
-    return folder / name
+    CONFIGS[name]().save_pretrained(directory / name)
+    return directory / name
 
 
 def trainable_parameters(step: Step, steps: Sequence[Step] = ()) -> dict[str, int]:

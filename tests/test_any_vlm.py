@@ -56,16 +56,16 @@ def log_probs(model, processor) -> torch.Tensor:
 class Run:
     """A run of one family from base to merged model; each stage runs when it is first accessed."""
 
-    def __init__(self, family: str, folder: Path):
-        self.family, self.folder = family, folder
+    def __init__(self, family: str, directory: Path):
+        self.family, self.directory = family, directory
         self.base_model, processor = base_model(family)
-        self.base_model.save_pretrained(folder / "base")
-        processor.save_pretrained(folder / "base")
+        self.base_model.save_pretrained(directory / "base")
+        processor.save_pretrained(directory / "base")
 
     @cached_property
     def policy(self):
         """The base with `<vusr>`, and its processor."""
-        return load_policy(str(self.folder / "base"))
+        return load_policy(str(self.directory / "base"))
 
     @cached_property
     def sft(self):
@@ -77,11 +77,11 @@ class Run:
         policy = (model, processor, adapter_config(model, vusr_token_id=token, **RANKS))
         rows = [tiny_run.conversation(number) for number in range(4)]
         trainer = tiny_run.make_trainer(
-            self.folder / "run", policy=policy, rows=rows, max_steps=2, sq_ratio=1.0, per_device_train_batch_size=2
+            self.directory / "run", policy=policy, rows=rows, max_steps=2, sq_ratio=1.0, per_device_train_batch_size=2
         )
         self.start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
         trainer.train()
-        trainer.save_model(str(self.folder / "sft"))
+        trainer.save_model(str(self.directory / "sft"))
         trainer.model.eval()
         return trainer
 
@@ -89,14 +89,14 @@ class Run:
     def dpo(self):
         """The trainer of stage 2 after two steps, from the saved adapter of stage 1."""
         assert self.sft
-        policy = load_policy(str(self.folder / "sft"), is_trainable=True)
+        policy = load_policy(str(self.directory / "sft"), is_trainable=True)
         rows = [tiny_dpo.pair(number) for number in range(4)]
         trainer = tiny_dpo.make_trainer(
-            self.folder / "run2", policy=policy, rows=rows, max_steps=2, per_device_train_batch_size=2
+            self.directory / "run2", policy=policy, rows=rows, max_steps=2, per_device_train_batch_size=2
         )
         self.dpo_start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
         trainer.train()
-        trainer.save_model(str(self.folder / "dpo"))
+        trainer.save_model(str(self.directory / "dpo"))
         trainer.model.eval()
         return trainer
 
@@ -161,16 +161,16 @@ def test_an_sft_step_moves_exactly_what_trains(run):
 
 def test_the_adapter_reloads(run):
     trainer = run.sft
-    model, processor = load_policy(str(run.folder / "sft"))
+    model, processor = load_policy(str(run.directory / "sft"))
     assert processor.chat_template == run.policy[1].chat_template
     assert torch.equal(log_probs(model, processor), log_probs(trainer.model, run.policy[1]))
-    assert not torch.allclose(log_probs(model, processor), log_probs(*load_policy(str(run.folder / "base"))))
+    assert not torch.allclose(log_probs(model, processor), log_probs(*load_policy(str(run.directory / "base"))))
 
 
 def test_the_policy_asks_and_answers_twice(run):
     trainer = run.sft
     assert trainer
-    model, processor = load_policy(str(run.folder / "sft"))
+    model, processor = load_policy(str(run.directory / "sft"))
     model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(5, 400, 8)]
     pictures = [
         Image.fromarray(np.random.default_rng(n).integers(0, 255, (16, 20, 3), dtype=np.uint8)) for n in (1, 2)
@@ -208,13 +208,13 @@ def test_a_dpo_step_starts_at_ln_2_and_keeps_the_reference(run):
 def test_the_merged_model_gives_the_same_log_probabilities(run):
     trainer = run.dpo
     assert trainer
-    model, processor = load_policy(str(run.folder / "dpo"))
+    model, processor = load_policy(str(run.directory / "dpo"))
     assert torch.equal(log_probs(model, processor), log_probs(trainer.model, run.policy[1]))
     facts = merge_policy(
-        str(run.folder / "dpo"), run.folder / "merged", [tiny_run.conversation(7)], batches_of=batches_of
+        str(run.directory / "dpo"), run.directory / "merged", [tiny_run.conversation(7)], batches_of=batches_of
     )
     assert facts["proof"]["stored_difference"] <= 1e-4
-    merged, merged_processor = load_policy(str(run.folder / "merged"))
+    merged, merged_processor = load_policy(str(run.directory / "merged"))
     assert type(merged) is type(run.base_model)
     assert merged_processor.chat_template == processor.chat_template
     torch.testing.assert_close(log_probs(merged, merged_processor), log_probs(model, processor), rtol=0, atol=1e-4)

@@ -109,24 +109,24 @@ def desk(tmp_path_factory, demo_run) -> Path:
     """A directory as a reader has it: the checkout, a finished demo, scans, and a table of questions about some."""
     from medst_trl.demo.phantoms import make_phantoms
 
-    folder = tmp_path_factory.mktemp("desk")
+    directory = tmp_path_factory.mktemp("desk")
     for name in ("recipes", "examples", "docs"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copytree(demo_run, folder / "runs/demo")
+        shutil.copytree(ROOT / name, directory / name)
+    shutil.copytree(demo_run, directory / "runs/demo")
     for name in ("scans", "labelled"):
-        (folder / name).mkdir()
-    make_phantoms(1, 2, split="unlabelled")[0].image.save(folder / "scan.png")
+        (directory / name).mkdir()
+    make_phantoms(1, 2, split="unlabelled")[0].image.save(directory / "scan.png")
     for number, phantom in enumerate(make_phantoms(40, 1, split="unlabelled")):
-        phantom.image.save(folder / f"scans/{number}.png")
-    with open(folder / "labelled/questions.csv", "w", newline="") as file:
+        phantom.image.save(directory / f"scans/{number}.png")
+    with open(directory / "labelled/questions.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "question", "answer", "split"])
         for split, count in (("train", 225), ("test", 20)):
             for number, phantom in enumerate(make_phantoms(count, 1, split=split)):
-                phantom.image.save(folder / f"labelled/{split}_{number}.png")
+                phantom.image.save(directory / f"labelled/{split}_{number}.png")
                 for question in phantom.questions:
                     rows.writerow([f"{split}_{number}.png", question["question"], question["answer"], split])
-    return folder
+    return directory
 
 
 def _run(block: Block, desk: Path, text: str | None = None) -> None:

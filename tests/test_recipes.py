@@ -15,7 +15,7 @@ import tiny_run
 import torch
 from judge_server import JudgeServer
 from recipe_data import write_source
-from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_folder, trainable_parameters
+from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_directory, trainable_parameters
 from safetensors.torch import load_file
 
 from medst_trl.__main__ import main as run_recipe
@@ -62,8 +62,8 @@ def with_data(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def real_dimensions(tmp_path_factory):
     """The directory of a model's configuration, by its name."""
-    folder = tmp_path_factory.mktemp("configs")
-    return lambda name: str(config_folder(name, folder))
+    directory = tmp_path_factory.mktemp("configs")
+    return lambda name: str(config_directory(name, directory))
 
 
 # Comments, inputs and settings
@@ -96,8 +96,8 @@ def test_without_its_data_the_missing_files_are_reported(path, tmp_path, monkeyp
 
 @each_recipe
 def test_each_section_writes_to_its_own_directory(path):
-    folders = [step.settings["output_dir"] for step in read_recipe(path).steps()]
-    assert len(set(folders)) == len(folders)
+    directories = [step.settings["output_dir"] for step in read_recipe(path).steps()]
+    assert len(set(directories)) == len(directories)
 
 
 def test_the_demo_is_the_whole_loop():
@@ -268,7 +268,9 @@ def test_stage_1_starts_from_an_aligned_projector(with_data, tiny):
     run_recipe([str(alignment), *tiny_options(alignment, tiny, "", **short)])
     trained = load_file("runs/llava_med_alignment/sft/adapter_model.safetensors")
     assert trained and all("multi_modal_projector" in name for name in trained)
-    base, merged = (load_file(f"{folder}/model.safetensors") for folder in (tiny, "runs/llava_med_alignment/merge"))
+    base, merged = (
+        load_file(f"{directory}/model.safetensors") for directory in (tiny, "runs/llava_med_alignment/merge")
+    )
     changed = {name for name in base if not torch.equal(base[name], merged[name][: len(base[name])])}
     assert len(changed) == len(trained) and all("multi_modal_projector" in name for name in changed)
 

@@ -24,7 +24,7 @@ RECORDS = [
         ("convert_predictions", ["no.jsonl", "a.tsv", "vlmevalkit"], "no.jsonl cannot be read"),
         ("convert_predictions", ["no.jsonl"], "required: target"),
         ("convert_preferences", ["no.json", "images"], "three or four paths"),
-        ("convert_preferences", ["no.json", "images", "folder"], "image_folder is not a directory: images"),
+        ("convert_preferences", ["no.json", "images", "directory"], "image_folder is not a directory: images"),
         ("score_predictions", ["no.jsonl"], "no.jsonl cannot be read"),
     ],
 )

@@ -58,18 +58,18 @@ def test_the_study_sums_up_its_seeds(tmp_path, monkeypatch):
         "dpo/stage_1", "dpo/all_labels",
     }  # fmt: skip
     assert {arm for arms in study["BARS"].values() for arm in arms} == set(study["ARMS"])
-    folders = {}
+    directories = {}
     for seed, shift in ((1, 0.0), (2, 2.0), (3, 4.0)):
-        folders[seed] = tmp_path / str(seed)
+        directories[seed] = tmp_path / str(seed)
         for arm in study["ARMS"]:
             gain = 0 if arm == "stage_1" else 5 + shift
             value = {"value": 70 + 10 * shift + gain}
             scores = {"exact_match": value, "open": {"f1": value, "recall": value}, "closed": {"accuracy": value}}
-            _write(folders[seed] / "evaluate" / arm / "scores.json", {"scores": {"strict": scores}})
-            _write(folders[seed] / f"questions_{arm}.json", {"asked_well": 0.9, "asked_answerable": 0.8})
+            _write(directories[seed] / "evaluate" / arm / "scores.json", {"scores": {"strict": scores}})
+            _write(directories[seed] / f"questions_{arm}.json", {"asked_well": 0.9, "asked_answerable": 0.8})
             log = [{"loss": 1.0} | ({"logratios/chosen": 1, "logratios/rejected": -1} if gain else {})]
-            _write(study["adapter"](folders[seed], arm) / "trainer_state.json", {"log_history": log})
-    results = study["collect"](folders)
+            _write(study["adapter"](directories[seed], arm) / "trainer_state.json", {"log_history": log})
+    results = study["collect"](directories)
     change = results["arms"]["with_sft"]["against_stage_1"]["exact_match"]
     assert change == {"mean": 7, "standard_error": pytest.approx(2 / 3**0.5), "seeds": 3}  # paired: 5, 7 and 9
     assert "chosen" not in results["arms"]["stage_1"]["values"]

@@ -22,7 +22,7 @@ from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
 
 
-FOLDER = Path(__file__).parents[2] / "examples" / "lmms_eval"
+TASKS_DIRECTORY = Path(__file__).parents[2] / "examples" / "lmms_eval"
 TASKS = ("vqa_rad", "slake", "path_vqa")
 
 
@@ -32,7 +32,7 @@ class Loader(yaml.FullLoader):
 
 def _function(loader, node):
     module, name = loader.construct_scalar(node).split(".")
-    spec = importlib.util.spec_from_file_location(module, FOLDER / f"{module}.py")
+    spec = importlib.util.spec_from_file_location(module, TASKS_DIRECTORY / f"{module}.py")
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return getattr(found, name)
@@ -42,7 +42,7 @@ Loader.add_constructor("!function", _function)
 
 
 def read_task(name):
-    task = yaml.load((FOLDER / name).read_text(encoding="utf-8"), Loader)
+    task = yaml.load((TASKS_DIRECTORY / name).read_text(encoding="utf-8"), Loader)
     return (read_task(task.pop("include")) if "include" in task else {}) | task
 
 
@@ -71,17 +71,17 @@ def figure_of(metric, scores):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmark")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("benchmark")
     rows = list(benchmark_rows(make_phantoms(8, seed=0, split="test")))
-    Dataset.from_list(rows, features=benchmark_features()).to_parquet(folder / "test-00000-of-00001.parquet")
-    return folder
+    Dataset.from_list(rows, features=benchmark_features()).to_parquet(directory / "test-00000-of-00001.parquet")
+    return directory
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_figures_are_those_of_score_vqa(folder, name):
+def test_figures_are_those_of_score_vqa(directory, name):
     task = read_task(f"{name}.yaml")
-    benchmark = load_dataset(str(folder), split=task["test_split"])  # as lmms-eval opens `dataset_path`
+    benchmark = load_dataset(str(directory), split=task["test_split"])  # as lmms-eval opens `dataset_path`
     rng = random.Random(0)
     right = {question["question"]: question["answer"] for question in questions_of(benchmark)}
     said = []
@@ -105,9 +105,9 @@ def test_figures_are_those_of_score_vqa(folder, name):
     assert len({round(value) for value in figures.values()}) > 5, "equal figures test nothing"
 
 
-def test_each_question_keeps_its_image(folder):
+def test_each_question_keeps_its_image(directory):
     task = read_task("vqa_rad.yaml")
-    benchmark = load_dataset(str(folder), split="test")
+    benchmark = load_dataset(str(directory), split="test")
     docs = task["process_docs"](benchmark)
     by_id = dict(zip(benchmark["image_id"], benchmark["image"]))
     asked = questions_of(benchmark)
@@ -136,8 +136,8 @@ def test_prompts_can_be_changed():
 
 def test_the_group_lists_all_tasks():
     tasks = [read_task(f"{name}.yaml") for name in TASKS]
-    group = yaml.safe_load((FOLDER / "medst.yaml").read_text())
+    group = yaml.safe_load((TASKS_DIRECTORY / "medst.yaml").read_text())
     assert group["task"] == [task["task"] for task in tasks]
     # lmms-eval takes every .yaml file for a task: the template has no suffix
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*TASKS, "medst"}
+    assert {path.stem for path in TASKS_DIRECTORY.glob("*.yaml")} == {*TASKS, "medst"}
     assert all(task["generation_kwargs"]["max_new_tokens"] == 64 for task in tasks)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from medst_trl.__main__ import main as launched
+from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import guarded, main
 from medst_trl.pipeline import launch
@@ -32,7 +32,7 @@ ONE_CPU = {
 TWO_CPUS = ONE_CPU | {"ACCELERATE_USE_CPU": "true"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
-# `evaluate` of a predictions file needs no model, and takes part in several processes; `prepare` runs in one.
+# Evaluating a predictions file needs no model and can run in several processes; `prepare` runs in one.
 RECIPE = """\
 #!/usr/bin/env -S python -m medst_trl
 # Two stages that take seconds.
@@ -69,14 +69,14 @@ def medst(*arguments, **kwargs):
     return run(sys.executable, "-m", "medst_trl.cli", *arguments, **kwargs)
 
 
-def status(folder):
-    return json.loads((folder / "stage.json").read_text())["status"]
+def status(directory):
+    return json.loads((directory / "stage.json").read_text())["status"]
 
 
-# Help and mistakes
+# Help and errors
 
 
-def test_help_imports_nothing_heavy_and_names_every_command():
+def test_help_imports_no_heavy_package_and_lists_every_command():
     code = """
 import sys
 from medst_trl.cli import main
@@ -89,7 +89,7 @@ print({"torch", "transformers", "trl", "accelerate", "datasets", "peft"} & set(s
     assert all(f"  {name} " in result.stdout for name in (*STAGES, "run", "recipes"))
 
 
-def test_help_of_stages_imports_no_torch():
+def test_help_of_a_stage_does_not_import_torch():
     code = """
 import sys
 from medst_trl.cli import main
@@ -103,7 +103,7 @@ for stage in STAGES:
     assert "--config FILE" in result.stdout and "--num_phantoms" in result.stdout and "--sq_ratio" in result.stdout
 
 
-def test_validate_imports_no_torch_in_this_process():
+def test_validate_does_not_import_torch_in_its_process():
     code = """
 import sys
 from medst_trl.cli import main
@@ -120,13 +120,13 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_help_lists_the_usual_settings_and_help_all_the_rest(stage, capsys):
+def test_help_lists_common_settings_and_help_all_lists_every_setting(stage, capsys):
     assert main([stage, "--help"]) == 0
-    usual = capsys.readouterr().out
+    common = capsys.readouterr().out
     assert main([stage, "--help", "all"]) == 0
     complete = capsys.readouterr().out
-    assert "--learning_rate" in usual and "--adam_beta2" not in usual and "--help all" in usual
-    assert "--learning_rate" in complete and "--adam_beta2" in complete and len(complete) > 2 * len(usual)
+    assert "--learning_rate" in common and "--adam_beta2" not in common and "--help all" in common
+    assert "--learning_rate" in complete and "--adam_beta2" in complete and len(complete) > 2 * len(common)
     listed = actions_of(STAGES.get(stage).make_parser(is_listing=True))
     actions = actions_of(STAGES.get(stage).make_parser())
     assert listed.keys() < actions.keys() and len(listed) < len(actions) / 2
@@ -156,7 +156,7 @@ def test_help_lists_the_usual_settings_and_help_all_the_rest(stage, capsys):
         (["recipes", "validate"], "medst recipes validate takes a recipe. `medst recipes ls` lists"),
     ],
 )
-def test_a_mistake_is_one_message_on_stderr(argv, message, capsys):
+def test_an_invalid_command_prints_one_message_to_stderr(argv, message, capsys):
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert message in err and err.startswith("error: ") and "Traceback" not in err and "very-secret" not in err
@@ -177,26 +177,26 @@ def test_exit_codes(capsys):
     assert guarded(raising(OSError(errno.ENOSPC, "No space left on device"))) == 2
     assert "disk is full" in capsys.readouterr().err
     with pytest.raises(OSError):
-        guarded(raising(OSError(errno.EIO, "a defect, not a mistake")))
+        guarded(raising(OSError(errno.EIO, "an unexpected error")))
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    (shelf / "mini.yaml").write_text(RECIPE)
-    (shelf / "mini.yaml").chmod(0o755)
-    monkeypatch.setattr("medst_trl.pipeline.recipe.recipes_directory", lambda: shelf)
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "mini.yaml").write_text(RECIPE)
+    (recipes / "mini.yaml").chmod(0o755)
+    monkeypatch.setattr("medst_trl.pipeline.recipe.recipes_directory", lambda: recipes)
     assert main(["recipes", "ls"]) == 0
     assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take seconds.\n"]
     assert main(["recipes", "show", "mini"]) == 0
     assert capsys.readouterr().out == RECIPE
     assert main(["recipes", "cp", "mini"]) == 0
     assert (tmp_path / "mini.yaml").read_text() == RECIPE and os.access(tmp_path / "mini.yaml", os.X_OK)
-    assert main(["recipes", "cp", "mini"]) == 2  # the copy may have been changed
+    assert main(["recipes", "cp", "mini"]) == 2  # refused: the copy may have been edited
 
 
-def test_the_list_of_recipes_separates_names_from_summaries(capsys):
+def test_the_list_of_recipes_has_a_name_and_a_summary_per_line(capsys):
     assert main(["recipes", "ls"]) == 0
     for line in capsys.readouterr().out.splitlines():
         name, _, summary = line.partition("  ")
@@ -207,16 +207,16 @@ def test_the_list_of_recipes_separates_names_from_summaries(capsys):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_commands_in_the_help_can_be_copied(stage, capsys):
+def test_commands_in_the_help_have_line_breaks(stage, capsys):
     assert main([stage, "--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.partition("\n\n")[0].splitlines()) < 4  # what the stage does is on the first screen
+    assert len(text.partition("\n\n")[0].splitlines()) < 4  # the first paragraph says what the stage does
     _, *blocks = text.split("```")
-    for line in "".join(blocks[::2]).splitlines():  # a backslash that Python removed would leave one long line
+    for line in "".join(blocks[::2]).splitlines():  # an unescaped backslash in the docstring would join the lines
         assert "    --" not in line.lstrip(), line
 
 
-def test_a_stage_runs_in_this_process_with_overrides(recipe, tmp_path, monkeypatch):
+def test_a_stage_runs_in_this_process_with_overridden_settings(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["prepare", "--config", "mine.yaml", "--num_phantoms", "3", "--output_dir", "elsewhere"]) == 0
     settings = json.loads((tmp_path / "elsewhere" / "stage.json").read_text())["settings"]
@@ -240,9 +240,9 @@ def test_options_of_accelerate_start_the_launcher(monkeypatch):
     ]
     assert main(argv) == 0
     ((command, environment),) = started
-    own = command.index("-m", 2)
-    assert command[own:] == ["-m", "medst_trl.cli", *argv]
-    options = command[:own]
+    program = command.index("-m", 2)
+    assert command[program:] == ["-m", "medst_trl.cli", *argv]
+    options = command[:program]
     assert options[options.index("--num_processes") + 1] == "2" and options[-2:] == ["--rdzv_backend", "c10d"]
     assert environment["ACCELERATE_USE_CPU"] == "true" and str(find_config("multi_gpu")) in options
 
@@ -273,7 +273,7 @@ def test_run_runs_each_stage_and_skips_finished_ones(recipe, tmp_path, monkeypat
     assert code == 0, err
 
 
-def test_the_summary_of_a_run_separates_labels_from_directories(recipe, monkeypatch, capsys):
+def test_the_summary_of_a_run_aligns_labels_and_directories(recipe, monkeypatch, capsys):
     name = "a_name_that_is_longer_than_others"
     recipe.write_text(
         f"output_dir: out\nprepare: {{source: phantoms}}\nevaluate:\n- {{name: {name}, predictions: p.jsonl}}\n"
@@ -286,7 +286,7 @@ def test_the_summary_of_a_run_separates_labels_from_directories(recipe, monkeypa
     assert len({line.index("out/") for line in lines}) == 1
 
 
-def test_a_mistake_in_the_last_section_stops_before_the_first_stage(recipe, tmp_path):
+def test_an_error_in_the_last_section_is_reported_before_the_first_stage_runs(recipe, tmp_path):
     recipe.write_text(RECIPE + "  bootstrap_sample: 3\n")
     result = medst("run", "mine.yaml")
     assert result.returncode == 2
@@ -300,7 +300,7 @@ def test_run_is_refused_under_a_launcher(recipe):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_stops_its_children(tmp_path, number):
+def test_an_interrupted_run_stops_its_child_processes(tmp_path, number):
     code = """
 import sys
 from medst_trl.cli import guarded
@@ -334,33 +334,33 @@ def _alive(pid):
 
 
 def test_two_processes_run_a_recipe_together(recipe, tmp_path):
-    """The setting `num_processes: 2` is the check: a stage with another number of processes refuses."""
+    """The recipe sets `num_processes: 2`, so a stage fails if it runs with another number of processes."""
     recipe.write_text(RECIPE + "  num_processes: 2\n  accelerate_config: cpu\n")
     result = run(*LAUNCH, "--multi_gpu", "--num_processes", 2, "-m", "medst_trl", "mine.yaml", env=TWO_CPUS)
     assert result.returncode == 0, result.stderr
     assert status(tmp_path / "out" / "prepare") == status(tmp_path / "out" / "evaluate") == "complete"
-    assert result.stdout.count("images in train and test") == 1  # prepare on rank 0 alone
+    assert result.stdout.count("images in train and test") == 1  # only rank 0 runs `prepare`
 
 
 @pytest.mark.parametrize(
-    "running", [{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2}, {"WORLD_SIZE": 2}]
+    "variables", [{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2}, {"WORLD_SIZE": 2}]
 )
-def test_a_launch_with_training_runs_only_one_distributed_stage(recipe, launcher, monkeypatch, running):
+def test_several_training_stages_in_one_launch_are_refused(recipe, launcher, monkeypatch, variables):
     recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")
     ran = []
     monkeypatch.setattr("medst_trl.__main__._run", lambda step: ran.append(step.label))
-    launched(["mine.yaml"])
+    run_recipe(["mine.yaml"])
     assert ran == ["sft", "dpo", "merge"]
-    launcher(**running)
+    launcher(**variables)
     with pytest.raises(UserError, match=r"sft, dpo would share this one. .* \(--stage sft\), or let `medst run mine"):
-        launched(["mine.yaml"])
-    launched(["mine.yaml", "--stage", "dpo"])
+        run_recipe(["mine.yaml"])
+    run_recipe(["mine.yaml", "--stage", "dpo"])
     assert ran[3:] == ["dpo"]
 
 
 def test_a_recipe_is_executable(recipe, tmp_path):
-    bin_folder = os.path.dirname(sys.executable)
-    env = ONE_CPU | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    bin_directory = os.path.dirname(sys.executable)
+    env = ONE_CPU | {"PATH": f"{bin_directory}:{os.environ['PATH']}"}
     result = run(
         *LAUNCH,
         "--config_file",
@@ -384,7 +384,7 @@ def test_several_recipes_run_one_after_another(recipe, tmp_path):
     assert status(tmp_path / "out" / "prepare") == status(tmp_path / "second" / "prepare") == "complete"
 
 
-def test_ranks_agree_on_the_record_and_keep_the_exit_code(tmp_path):
+def test_all_ranks_read_the_same_record_and_return_the_exit_code(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text("""
 import os, sys
@@ -407,7 +407,7 @@ guarded(main, 0) or sys.exit(guarded(main, 1))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_each_config(path):
+def test_accelerate_loads_each_config(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
@@ -417,7 +417,7 @@ def test_accelerate_reads_each_config(path):
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Make this process look as if a launcher had started it."""
+    """Return a function that sets the environment variables of a launcher in this process."""
     for name in set(os.environ) - set(without_launcher(os.environ)):
         monkeypatch.delenv(name)
     return lambda **variables: [monkeypatch.setenv(name, str(value)) for name, value in variables.items()]
@@ -428,7 +428,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "WORLD_SIZE": 4}
 
 
 @pytest.mark.parametrize(
-    ("running", "config", "count", "fits"),
+    ("variables", "config", "count", "matches"),
     [
         ({}, "cpu", None, True),
         ({}, "single_gpu", None, True),
@@ -447,9 +447,9 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "WORLD_SIZE": 4}
         (ZERO3, None, None, True),
     ],
 )
-def test_a_launcher_other_than_the_one_asked_for_is_an_error(launcher, running, config, count, fits):
-    launcher(**running)
-    if fits:
+def test_a_launcher_that_does_not_match_the_config_is_refused(launcher, variables, config, count, matches):
+    launcher(**variables)
+    if matches:
         check_launched(config, count, "recipe")
     else:
         with pytest.raises(UserError, match="recipe: .* but this runs as"):
@@ -470,7 +470,7 @@ def test_a_launcher_other_than_the_one_asked_for_is_an_error(launcher, running, 
         (1, "zero2", None, "zero2", "1"),
     ],
 )
-def test_the_number_of_processes_follows_the_machine(monkeypatch, gpus, config, count, file, processes):
+def test_the_number_of_processes_depends_on_the_number_of_gpus(monkeypatch, gpus, config, count, file, processes):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -485,7 +485,7 @@ def test_the_number_of_processes_follows_the_machine(monkeypatch, gpus, config, 
     ("gpus", "config", "count"),
     [(0, "multi_gpu", None), (0, "zero2", None), (1, "multi_gpu", None), (4, "single_gpu", 2)],
 )
-def test_a_launch_that_the_machine_cannot_do_is_refused(monkeypatch, gpus, config, count):
+def test_a_config_that_does_not_fit_the_machine_is_refused(monkeypatch, gpus, config, count):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     with pytest.raises(UserError, match=f"accelerate_config {config}"):
         launch_command(["program"], config, count)
@@ -502,7 +502,7 @@ def test_a_config_is_a_file_or_a_known_name(tmp_path):
 @pytest.mark.parametrize(
     ("visible", "expected"), [(None, "0"), ("2,3", "2"), ("", ""), ("GPU-abc,GPU-def", "GPU-abc")]
 )
-def test_a_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, expected):
+def test_a_single_process_uses_one_gpu(launcher, monkeypatch, visible, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -514,15 +514,15 @@ def test_a_process_without_peers_gets_one_gpu(launcher, monkeypatch, visible, ex
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_a_closed_pipe_is_an_error_only_if_its_reader_is_still_there(capfd):
+def test_a_closed_stdout_is_silent_and_other_broken_pipes_are_raised(capfd):
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m medst_trl.cli recipes show demo | true; echo ${{PIPESTATUS[0]}}"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout in ("141\n", "0\n") and not done.stderr  # 0: all was written before it left
+    assert done.stdout in ("141\n", "0\n") and not done.stderr  # 0: everything was written before `true` ended
 
-    def breaks():
+    def raise_broken_pipe():
         raise BrokenPipeError("a worker died")
 
     with pytest.raises(BrokenPipeError):
-        guarded(breaks)
+        guarded(raise_broken_pipe)

@@ -1,10 +1,11 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Run directories that version 0.1.0 wrote: this version skips the finished ones and resumes the interrupted ones.
+Finished stages in run directories of version 0.1.0 are skipped, and interrupted stages are resumed.
 
-`tests/fixtures/write_runs.py` describes the archive. The stages run through the command line with the arguments that
-wrote it, so the tests know no module of the package. They know the names of files in a run directory.
+`tests/fixtures/write_runs.py` describes the archive. The tests run each stage on the command line, with the arguments
+that were used to write the archive. They use no module of the package directly, only the names of files in a run
+directory.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ def command(stage: str, directory: str, *more: str) -> list[str]:
 
 
 def files_in(directory: str | Path) -> dict[str, tuple[str, int]]:
-    """SHA-256 and time of the last change of each file, without locks and logs."""
+    """Return the SHA-256 and the modification time of each file except locks and logs."""
     return {
         str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in Path(directory).rglob("*")
@@ -67,7 +68,7 @@ def record_of(directory: str) -> dict:
 
 
 def assert_resumed(done: subprocess.CompletedProcess, before: dict, directory: str) -> dict:
-    """The stage is complete, and its record is the one that the interrupted run began."""
+    """Check that the stage is complete and that its record continues that of the interrupted run."""
     assert done.returncode == 0, done.stderr
     after = record_of(directory)
     assert before["status"] == "running" and after["status"] == "complete"
@@ -82,7 +83,7 @@ def resume(stage: str, *more: str) -> dict:
 
 
 def mark_first_line(path: str, edit) -> str:
-    """Change the first record that the interrupted run finished, so that no new one equals it; return its id."""
+    """Edit the first record of the interrupted run, so that a recomputed record would differ, and return its id."""
     rows = read_jsonl(path)
     edit(rows[0])
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -90,7 +91,7 @@ def mark_first_line(path: str, edit) -> str:
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_finished_stage_is_skipped(stage):
+def test_a_finished_stage_is_skipped(stage):
     before = files_in("runs")
     done = medst(*command(stage, "runs"))
     assert done.returncode == 0, done.stderr
@@ -100,7 +101,7 @@ def test_finished_stage_is_skipped(stage):
 
 @pytest.mark.parametrize("directory", ["runs", "interrupted"])
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_changed_setting_is_refused(stage, directory):
+def test_a_changed_setting_is_refused(stage, directory):
     before = files_in(directory)
     done = medst(*command(stage, directory, *COMMANDS[stage]["changed"]))
     assert done.returncode == 2
@@ -108,8 +109,8 @@ def test_changed_setting_is_refused(stage, directory):
     assert files_in(directory) == before
 
 
-def test_changed_input_is_refused():
-    """Inputs are compared by their content, which this version has to hash as the old one did."""
+def test_a_changed_input_is_refused():
+    """Inputs are compared by the hash of their content, so the hash must be the same in both versions."""
     with open("runs/dpo/adapter_config.json", "a") as file:
         file.write("\n")
     done = medst(*command("merge", "runs"))
@@ -130,8 +131,8 @@ def test_convert_keeps_finished_shards():
         assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def test_base_continues_from_its_checkpoint():
-    """All weights of the checkpoint are 0.001, see `write_runs.py`. Those of a new model have a spread of 0.06."""
+def test_base_resumes_from_its_checkpoint():
+    """All weights of the checkpoint are 0.001, see `write_runs.py`. Weights of a new model have a spread of 0.06."""
     record = resume("base")
     assert record["counts"]["steps"] == 4
     weights = load_file("interrupted/base/model.safetensors")
@@ -157,20 +158,20 @@ def test_prepare_keeps_finished_files():
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_training_continues_from_its_checkpoint(stage):
+def test_training_resumes_from_its_checkpoint(stage):
     directory = Path("interrupted", stage)
     checkpoint, inputs = files_in(directory / "checkpoint-2"), files_in("runs")
     assert checkpoint and any("/reference_log_probs/" in name for name in inputs)
     record = resume(stage)
     assert record["counts"]["steps"] == 3 and (directory / "checkpoint-3").is_dir()
     assert files_in(directory / "checkpoint-2") == checkpoint
-    assert files_in("runs") == inputs  # the reference's log-probabilities beside the pairs are used as they are
-    old, new, whole = (
+    assert files_in("runs") == inputs  # the cached log-probabilities of the reference are reused
+    old, new, uninterrupted = (
         json.loads((path / "trainer_state.json").read_text())["log_history"]
         for path in (directory / "checkpoint-2", directory, Path("runs", stage))
     )
-    assert len(old) == 2 and new[:2] == old  # to the last digit of the times that steps took
-    assert new[2]["step"] == 3 and new[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-3)
+    assert len(old) == 2 and new[:2] == old  # identical, including the measured times
+    assert new[2]["step"] == 3 and new[2]["loss"] == pytest.approx(uninterrupted[2]["loss"], rel=1e-3)
     expected, weights = (load_file(path / "adapter_model.safetensors") for path in (Path("runs", stage), directory))
     assert expected.keys() == weights.keys()
 
@@ -195,13 +196,13 @@ def test_generate_keeps_finished_records():
     assert MARK in candidates[kept[0]["id"]]
 
 
-def test_judge_asks_only_for_missing_replies():
+def test_judge_requests_only_the_missing_replies():
     cache = Path("interrupted/judge/judge_cache.jsonl")
-    paid, replies = cache.read_bytes(), len(read_jsonl("runs/judge/judge_cache.jsonl"))
+    cached, replies = cache.read_bytes(), len(read_jsonl("runs/judge/judge_cache.jsonl"))
     with JudgeServer() as server:
         record = resume("judge", "--base_url", server.base_url)
-        assert len(server.bodies) == replies - paid.count(b"\n") > 0
-    assert cache.read_bytes().startswith(paid) and len(read_jsonl(cache)) == replies
+        assert len(server.bodies) == replies - cached.count(b"\n") > 0
+    assert cache.read_bytes().startswith(cached) and len(read_jsonl(cache)) == replies
     assert record["counts"]["preferences"] == record_of("runs/judge")["counts"]["preferences"]
     judgements, expected = (
         {row["id"]: (row["verdict"], row["scores"]) for row in read_jsonl(f"{run}/judge/judgements.jsonl")}
@@ -210,7 +211,7 @@ def test_judge_asks_only_for_missing_replies():
     assert judgements == expected
 
 
-def test_merge_completes_its_model():
+def test_merge_resumes():
     resume("merge")
     directory = Path("interrupted/merge")
     assert (directory / "config.json").is_file() and not (directory / ".merging").exists()
@@ -239,7 +240,7 @@ def test_evaluate_keeps_finished_predictions():
     assert (Path(directory) / "scores.json").is_file()
 
 
-def test_push_uploads_after_an_interruption():
+def test_push_resumes():
     before = record_of("interrupted/push")
     with fake_hub.serve_hub() as hub:
         arguments = ["-m", "medst_trl.cli", *command("push", "interrupted")]
@@ -252,7 +253,7 @@ def test_push_uploads_after_an_interruption():
 
 @pytest.mark.parametrize("directory", ["runs", "interrupted"])
 def test_report_reads_old_runs(directory):
-    """It keeps no record of its own and changes none."""
+    """`report` writes no record and changes none."""
     before = files_in(directory)
     done = medst("report", "--run", directory, "--bootstrap_samples", "20")
     assert done.returncode == 0, done.stderr

@@ -13,16 +13,16 @@ from medst_trl.pipeline.settings import Option, actions_of, read_options
 from medst_trl.pipeline.stage import STAGES
 
 
-def write(folder, text, name="mine.yaml"):
-    path = folder / name
+def write(directory, text, name="mine.yaml"):
+    path = directory / name
     path.write_text(text)
     return path
 
 
-def steps(folder, text, *words, which=None):
-    """Label to step of a recipe with this text and these options on the command line."""
+def steps(directory, text, *words, which=None):
+    """Return the steps of a recipe by label; `words` are the options on the command line."""
     _, options = read_options(["recipe", *words])
-    return {step.label: step for step in read_recipe(write(folder, text), options).steps(which)}
+    return {step.label: step for step in read_recipe(write(directory, text), options).steps(which)}
 
 
 FULL = """
@@ -38,7 +38,7 @@ evaluate:
 
 
 @given(st.floats(allow_nan=False))
-def test_every_float_python_writes_is_read_as_that_float(value):
+def test_every_float_that_python_writes_is_read_unchanged(value):
     text = repr(value).replace("inf", ".inf")
     assert yaml.load(f"x: {text}", Loader=_Loader) == {"x": value}
 
@@ -49,14 +49,14 @@ def test_every_float_python_writes_is_read_as_that_float(value):
      ("2026-01-02", "2026-01-02"), ("12", 12), ("-.5", -0.5), ("~", None), ("'7'", "7"), ("1.16.0", "1.16.0"),
      ("e5", "e5")],
 )  # fmt: skip
-def test_yaml_is_read_by_version_1_2(tmp_path, text, value):
+def test_values_are_read_as_in_yaml_1_2(tmp_path, text, value):
     assert read_yaml(write(tmp_path, f"x: {text}")) == {"x": value}
 
 
 @pytest.mark.parametrize(
     "text", ["", "- a\n- b", "just words", "a: [1", "a: 1\na: 2", "\t- x: 1", "sft: {seed: 1, seed: 2}"]
 )
-def test_a_file_that_is_not_a_mapping_is_an_error_with_its_name(tmp_path, text):
+def test_an_invalid_file_is_refused_with_its_name(tmp_path, text):
     with pytest.raises(UserError, match="mine.yaml"):
         read_recipe(write(tmp_path, text))
 
@@ -64,7 +64,7 @@ def test_a_file_that_is_not_a_mapping_is_an_error_with_its_name(tmp_path, text):
 # Settings of stages
 
 
-def test_each_stage_reads_the_output_of_earlier_ones(tmp_path):
+def test_each_stage_reads_the_output_of_earlier_stages(tmp_path):
     found = steps(tmp_path, FULL)
     assert list(found) == ["base", "prepare", "sft", "evaluate"]
     assert [step.settings["output_dir"] for step in found.values()] == [f"out/{label}" for label in found]
@@ -98,7 +98,9 @@ def test_base_is_evaluated_if_nothing_is_trained(tmp_path):
 def test_inputs_of_stages_are_settings():
     for stage in STAGES.values():
         keys = set(actions_of(stage.make_parser()))
-        records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()  # made anew each time
+        records = (
+            {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()
+        )  # written again each time
         named = {name for item in stage.inputs for name in (item.key, item.split, item.unless) if name is not None}
         assert named | records | stage.operational <= keys
 
@@ -114,19 +116,19 @@ def test_a_section_that_is_a_list_runs_once_per_item(tmp_path):
     }
     assert list(steps(tmp_path, text, which="prepare/b")) == ["prepare/b"]
     assert list(steps(tmp_path, text, which="prepare")) == ["prepare/a", "prepare/b"]
-    with pytest.raises(UserError, match="section sft: .*dataset must be set"):  # which of the two is not guessed
+    with pytest.raises(UserError, match="section sft: .*dataset must be set"):  # two candidates, so neither is used
         steps(tmp_path, text + "\nsft: {model_name_or_path: org/model}")
 
 
 @pytest.mark.parametrize(
     "items", ["[]", "[{source: phantoms}]", "[{name: a}, {name: a}]", "[{name: a/b}]", "[{name: ..}]", "[1]", "text"]
 )
-def test_items_need_different_names(tmp_path, items):
+def test_items_need_valid_and_unique_names(tmp_path, items):
     with pytest.raises(UserError, match="section prepare"):
         read_recipe(write(tmp_path, f"prepare: {items}"))
 
 
-def test_more_specific_settings_apply(tmp_path):
+def test_more_specific_settings_take_precedence(tmp_path):
     text = "seed: 1\nbase:\nprepare: {source: phantoms, seed: 2}"
     seeds = lambda *words: [step.settings["seed"] for step in steps(tmp_path, text, *words).values()]  # noqa: E731
     assert seeds() == [1, 2]
@@ -135,7 +137,7 @@ def test_more_specific_settings_apply(tmp_path):
     assert seeds("--seed", "3", "prepare.seed=4") == [3, 4]
 
 
-def test_shared_settings_go_to_the_stages_that_know_them(tmp_path):
+def test_shared_settings_apply_to_the_stages_that_have_them(tmp_path):
     found = steps(tmp_path, "warmup_steps: 7\n" + FULL)
     assert found["base"].settings["warmup_steps"] == found["sft"].settings["warmup_steps"] == 7
     assert "warmup_steps" not in found["prepare"].settings
@@ -174,17 +176,17 @@ def test_launch_settings_are_not_settings_of_the_stage(tmp_path):
     )
     assert (found["sft"].accelerate_config, found["sft"].num_processes) == ("zero2", 4)
     assert (found["evaluate"].accelerate_config, found["evaluate"].num_processes) == ("cpu", None)
-    assert found["base"].accelerate_config is None  # shared, and it runs in a single process
+    assert found["base"].accelerate_config is None  # `base` runs in a single process and ignores the shared setting
     assert not any("accelerate_config" in step.settings for step in found.values())
 
 
-def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
+def test_env_sets_environment_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDST_TEST_VARIABLE", "before")
     steps(tmp_path, "env: {MEDST_TEST_VARIABLE: 3}\nbase:")
     assert os.environ["MEDST_TEST_VARIABLE"] == "3"
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_environment_is_set_as_in_trl(tmp_path, monkeypatch):
         ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
     ],
 )
-def test_mistakes_are_reported_with_their_place(tmp_path, text, words, message):
+def test_errors_name_their_location(tmp_path, text, words, message):
     with pytest.raises(UserError, match=message):
         steps(tmp_path, text, *words)
 
@@ -228,7 +230,7 @@ def test_secrets_are_refused_on_the_command_line(word):
 # One stage's settings from a file
 
 
-def test_a_flat_file_is_for_one_stage(tmp_path):
+def test_a_flat_file_has_the_settings_of_one_stage(tmp_path):
     path = write(tmp_path, "output_dir: x\nwarmup_steps: 3\nlearning_rate: 1e-3")
     assert step_of_file(STAGES.get("base"), path).settings == {
         "output_dir": "x",
@@ -239,7 +241,7 @@ def test_a_flat_file_is_for_one_stage(tmp_path):
         step_of_file(STAGES.get("prepare"), path)
 
 
-def test_a_section_may_leave_settings_to_the_command_line(tmp_path):
+def test_a_section_may_omit_required_settings(tmp_path):
     path = write(tmp_path, "prepare: {seed: 3}\nbase:")
     assert step_of_file(STAGES.get("prepare"), path).settings["seed"] == 3
     with pytest.raises(UserError, match="no section 'evaluate'"):
@@ -268,7 +270,7 @@ options = st.builds(
 
 
 @given(st.lists(options))
-def test_options_can_be_written_and_read_again(given_options):
+def test_options_survive_a_round_trip(given_options):
     words = [word for option in given_options for word in option.as_words()]
     assert read_options(["recipe.yaml", *words]) == (["recipe.yaml"], given_options)
 
@@ -283,9 +285,9 @@ def test_leading_words_are_recipes():
 # Packaged recipes
 
 
-def test_a_packaged_recipe_is_found_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
+def test_a_local_file_takes_precedence_over_a_packaged_recipe(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="medst recipes ls"):
-        find_recipe("there_is_no_such_recipe")
+        find_recipe("no_such_recipe")
     path = write(tmp_path, "base:", "demo")
     monkeypatch.chdir(tmp_path)
     assert find_recipe("demo").resolve() == path
@@ -316,7 +318,7 @@ push:
 """
 
 
-def test_a_section_in_braces_is_its_directory(tmp_path):
+def test_a_section_name_in_braces_is_replaced_by_its_directory(tmp_path):
     found = steps(tmp_path, LOOP)
     assert found["evaluate/stage_1"].settings["model_name_or_path"] == "out/sft"
     assert found["evaluate/aligned"].settings["model_name_or_path"] == "out/dpo"
@@ -334,7 +336,7 @@ def test_other_braces_in_values_are_kept(tmp_path):
     assert steps(tmp_path, text)["prepare"].settings["image_pattern"] == "{split}/{image}.jpg"
 
 
-def test_each_round_starts_where_the_one_before_ended(tmp_path):
+def test_each_round_starts_from_the_policy_of_the_previous_round(tmp_path):
     found = steps(tmp_path, LOOP, "--rounds", "3")
     loop = ["generate", "judge", "dpo", "evaluate/aligned"]
     assert list(found) == [
@@ -358,7 +360,7 @@ def test_more_rounds_do_not_change_earlier_ones(tmp_path):
     assert common and all(two[label].settings == three[label].settings for label in common)
 
 
-def test_steps_of_rounds_can_be_chosen_and_set(tmp_path):
+def test_steps_of_rounds_can_be_selected_and_configured(tmp_path):
     assert list(steps(tmp_path, LOOP, "--rounds", "2", which="round_2/dpo")) == ["round_2/dpo"]
     assert list(steps(tmp_path, LOOP, "--rounds", "2", which="dpo")) == ["round_1/dpo", "round_2/dpo"]
     assert len(steps(tmp_path, LOOP, "--rounds", "2", which="round_1")) == 4

@@ -19,18 +19,18 @@ from medst_trl.pipeline.record import StageRecord, is_complete, read_record
 from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
 
-def open_record(folder, overwrite=False, stage="prepare", inputs=None, **settings):
-    settings = {"seed": 0, "num_workers": 2, "output_dir": str(folder), "overwrite": overwrite} | settings
+def open_record(directory, overwrite=False, stage="prepare", inputs=None, **settings):
+    settings = {"seed": 0, "num_workers": 2, "output_dir": str(directory), "overwrite": overwrite} | settings
     return StageRecord.open(
-        folder, stage=stage, settings=settings, inputs=inputs, operational={"num_workers"}, overwrite=overwrite
+        directory, stage=stage, settings=settings, inputs=inputs, operational={"num_workers"}, overwrite=overwrite
     )
 
 
-def stored(folder):
-    return json.loads((folder / "stage.json").read_text())
+def stored(directory):
+    return json.loads((directory / "stage.json").read_text())
 
 
-def test_a_first_run_writes_its_record_before_it_works(tmp_path):
+def test_a_new_record_is_written_when_a_run_starts(tmp_path):
     record = open_record(tmp_path / "out")
     assert record.status == "new"
     content = stored(tmp_path / "out")
@@ -40,7 +40,7 @@ def test_a_first_run_writes_its_record_before_it_works(tmp_path):
     )
 
 
-def test_a_finished_and_unchanged_stage_is_skipped_and_not_rewritten(tmp_path):
+def test_a_finished_and_unchanged_stage_is_skipped_and_its_record_is_kept(tmp_path):
     open_record(tmp_path).finish(counts={"records": 3}, rejected={"blank": 1})
     before = (tmp_path / "stage.json").read_bytes()
     again = open_record(tmp_path, num_workers=8)  # an operational key
@@ -74,7 +74,7 @@ def test_a_changed_setting_is_refused_with_its_old_and_new_value(tmp_path, finis
     assert "num_workers" not in str(error.value)
 
 
-def test_a_setting_added_by_another_version_matters_only_if_it_is_on(tmp_path):
+def test_a_setting_that_the_record_lacks_is_ignored_if_it_is_none_or_false(tmp_path):
     open_record(tmp_path).finish()
     assert open_record(tmp_path, new_option=None, other=False).status == "finished"
     with pytest.raises(UserError, match=r"new_option: \(not set\) before, 0 now"):
@@ -84,7 +84,7 @@ def test_a_setting_added_by_another_version_matters_only_if_it_is_on(tmp_path):
         open_record(tmp_path / "next", new_option=False)
 
 
-def test_a_stage_declares_what_records_of_earlier_versions_lack(tmp_path, monkeypatch):
+def test_earlier_defaults_replace_settings_that_the_record_lacks(tmp_path, monkeypatch):
     toy = Stage(
         name="toy", summary="", arguments=tuple, main=print, operational=frozenset({"workers"}),
         earlier_defaults={"rate": 0.5},
@@ -96,7 +96,7 @@ def test_a_stage_declares_what_records_of_earlier_versions_lack(tmp_path, monkey
         open_record(tmp_path, stage="toy", rate=0.6)
 
 
-def test_settings_of_objects_that_are_not_used_are_not_compared(tmp_path):
+def test_unused_settings_are_not_compared(tmp_path):
     def start(*unused, **settings):
         return StageRecord.open(tmp_path, stage="prepare", settings=settings, operational=unused)
 
@@ -107,7 +107,7 @@ def test_settings_of_objects_that_are_not_used_are_not_compared(tmp_path):
         start(source="slake", language="en")
 
 
-def test_records_are_read_in_one_place(tmp_path):
+def test_read_record_and_is_complete_accept_missing_and_damaged_records(tmp_path):
     assert read_record(tmp_path) == {} and not is_complete(tmp_path)
     record = open_record(tmp_path)
     assert read_record(tmp_path)["stage"] == "prepare" and not is_complete(tmp_path)
@@ -136,39 +136,39 @@ def test_inputs_are_compared_by_content_not_by_path(tmp_path):
         open_record(out, inputs={"source": moved}, source=str(moved))
 
 
-def test_a_missing_input_is_an_error_before_anything_is_written(tmp_path):
+def test_a_missing_input_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="no such file or directory"):
         open_record(tmp_path / "out", inputs={"source": tmp_path / "missing.json"})
     assert not (tmp_path / "out").exists()
 
 
-def test_the_fingerprint_of_a_directory_sees_every_change_of_a_result(tmp_path):
-    folder = tmp_path / "model"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "weights").write_bytes(bytes(5 << 20))
-    seen = {fingerprint(folder)["sha256"]}
+def test_the_fingerprint_of_a_directory_depends_on_every_result_file(tmp_path):
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    (directory / "sub" / "weights").write_bytes(bytes(5 << 20))
+    seen = {fingerprint(directory)["sha256"]}
 
     def assert_changed():
-        value = fingerprint(folder)["sha256"]
+        value = fingerprint(directory)["sha256"]
         assert value not in seen
         seen.add(value)
 
-    (folder / "config.json").write_text("{}")
+    (directory / "config.json").write_text("{}")
     assert_changed()
-    (folder / "config.json").write_text("[]")
+    (directory / "config.json").write_text("[]")
     assert_changed()
-    (folder / "config.json").rename(folder / "other.json")
+    (directory / "config.json").rename(directory / "other.json")
     assert_changed()
-    with open(folder / "sub" / "weights", "r+b") as file:
+    with open(directory / "sub" / "weights", "r+b") as file:
         file.seek(-10, os.SEEK_END)
         file.write(b"x")
     assert_changed()
     for name in ("stage.json", ".hidden", "checkpoint-3/optimizer.pt"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("not a result")
-    assert fingerprint(folder)["sha256"] in seen
-    shutil.copytree(folder, tmp_path / "copy")
-    assert same_source(fingerprint(folder), fingerprint(tmp_path / "copy"))
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("not a result")
+    assert fingerprint(directory)["sha256"] in seen
+    shutil.copytree(directory, tmp_path / "copy")
+    assert same_source(fingerprint(directory), fingerprint(tmp_path / "copy"))
 
 
 def test_a_hub_id_is_compared_by_its_revision_in_the_cache(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_overwrite_starts_from_an_empty_directory(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_directory_of_the_user_is_never_touched(tmp_path, overwrite):
+def test_a_directory_without_a_record_is_never_changed(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"not empty and holds no stage.json.*thesis.tex"):
         open_record(tmp_path, overwrite=overwrite)
@@ -232,13 +232,13 @@ def test_a_damaged_record_is_refused_and_can_be_overwritten(tmp_path, length):
     assert open_record(tmp_path, overwrite=True).status == "new"
 
 
-def test_a_run_killed_while_writing_leaves_the_old_record(tmp_path, monkeypatch):
+def test_a_run_killed_while_writing_its_record_keeps_the_old_one(tmp_path, monkeypatch):
     open_record(tmp_path).finish(counts={"n": 1})
     (tmp_path / ".stage.json.tmp").write_text('{"status": "comp')
     assert open_record(tmp_path).status == "finished"
 
 
-def test_another_version_of_a_package_is_a_warning(tmp_path, monkeypatch):
+def test_another_version_of_a_package_causes_a_warning(tmp_path, monkeypatch):
     open_record(tmp_path).finish()
     real = stage_record.version
     monkeypatch.setattr(stage_record, "version", lambda name: "9.9" if name == "torch" else real(name))
@@ -246,7 +246,7 @@ def test_another_version_of_a_package_is_a_warning(tmp_path, monkeypatch):
         assert open_record(tmp_path).status == "finished"
 
 
-def test_secrets_are_never_written_nor_compared(tmp_path):
+def test_secrets_are_neither_written_nor_compared(tmp_path):
     secrets = {
         "hub_token": "abc-very-secret",
         "api_key": "abc-very-secret",
@@ -259,13 +259,13 @@ def test_secrets_are_never_written_nor_compared(tmp_path):
     assert open_record(tmp_path, **(secrets | {"hub_token": "another"})).status == "finished"
 
 
-def test_settings_that_only_sound_secret_are_kept():
+def test_settings_whose_names_resemble_secrets_are_kept():
     settings = {"max_new_tokens": 64, "eos_token": "</s>", "average_tokens_across_devices": True, "hub_token": None}
     assert hide_secrets(settings) == settings
 
 
 def test_a_second_process_is_refused_with_the_host_and_pid_of_the_first(tmp_path):
-    record = open_record(tmp_path)  # held by this process
+    record = open_record(tmp_path)  # this process holds the lock
     code = f"""
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.record import StageRecord
@@ -314,7 +314,7 @@ def _open(directory):
 
 
 @dataclass
-class _Own:
+class _Arguments:
     output_dir: str
     data: str
     results: str | None = None
@@ -337,25 +337,28 @@ def test_a_record_takes_settings_and_inputs_from_the_stage(tmp_path):
     stage = Stage(
         "toy",
         "a test",
-        lambda: (_Own, _Engine, _OtherEngine),
+        lambda: (_Arguments, _Engine, _OtherEngine),
         print,
         inputs=(Input("data", FILE), Input("results", FILE), Input("address", FILE)),
         operational=frozenset({"results"}),
     )
-    own = _Own(str(tmp_path / "out"), str(tmp_path / "data"))
-    record = StageRecord.of(stage, own, _Engine(), None)
+    arguments = _Arguments(str(tmp_path / "out"), str(tmp_path / "data"))
+    record = StageRecord.of(stage, arguments, _Engine(), None)
     assert record.content["inputs"].keys() == {"data"}, "an operational input is not compared"
     assert record.content["settings"].keys() == {"output_dir", "data", "results", "overwrite", "precision"}
     record.finish()
     with pytest.raises(UserError, match=r"precision: \"low\" before, \"high\" now"):
-        StageRecord.of(stage, own, _Engine("high"))
+        StageRecord.of(stage, arguments, _Engine("high"))
 
 
-def test_settings_of_an_engine_that_is_not_used_do_not_count(tmp_path):
-    stage = Stage("toy", "a test", lambda: (_Own, _Engine, _OtherEngine), print)
-    own = _Own(str(tmp_path / "out"), "x")
-    settings = vars(own) | {"precision": "low", "speed": 1}  # earlier versions recorded those of all engines
-    StageRecord.open(own.output_dir, stage="toy", settings=settings).finish()
-    assert StageRecord.of(stage, own, _Engine()).status == "finished"
+def test_settings_of_an_unused_engine_are_not_compared(tmp_path):
+    stage = Stage("toy", "a test", lambda: (_Arguments, _Engine, _OtherEngine), print)
+    arguments = _Arguments(str(tmp_path / "out"), "x")
+    settings = vars(arguments) | {
+        "precision": "low",
+        "speed": 1,
+    }  # earlier versions recorded the settings of all engines
+    StageRecord.open(arguments.output_dir, stage="toy", settings=settings).finish()
+    assert StageRecord.of(stage, arguments, _Engine()).status == "finished"
     with pytest.raises(UserError, match="speed"):
-        StageRecord.of(stage, own, _Engine(), _OtherEngine(2))
+        StageRecord.of(stage, arguments, _Engine(), _OtherEngine(2))

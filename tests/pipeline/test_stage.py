@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-import torch  # noqa: F401 (so that a recipe is validated in this process)
+import torch  # noqa: F401 (`validate` runs in this process only if torch is imported)
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stage import MODEL, NO_DATASETS, STAGES, Stage, _in_pipeline_order
@@ -98,17 +98,17 @@ def test_built_in_stages_are_in_pipeline_order():
     assert list(STAGES) == BUILT_IN
 
 
-def test_a_stage_of_a_plugin_comes_directly_behind_those_it_names(toy):
+def test_a_plugin_stage_is_placed_directly_after_the_stages_it_names(toy):
     assert list(STAGES) == [*BUILT_IN[:6], "toy", *BUILT_IN[6:]]
 
 
-def test_a_stage_of_a_plugin_is_a_command(toy):
+def test_a_plugin_stage_is_a_command(toy):
     assert "  toy       count the pairs of a dataset\n" in medst("--help", plugins=toy)
     text = medst("toy", "--help", plugins=toy)
     assert "Counts the pairs of a dataset." in text and "Most pairs to count. (default: 3)" in text
 
 
-def test_a_stage_of_a_plugin_is_a_section_of_a_recipe(toy):
+def test_a_plugin_stage_is_a_section_of_a_recipe(toy):
     from medst_trl.pipeline.recipe import read_recipe
 
     steps = {step.label: step.settings for step in read_recipe("mine.yaml").steps()}
@@ -117,7 +117,7 @@ def test_a_stage_of_a_plugin_is_a_section_of_a_recipe(toy):
     assert steps["dpo"]["dataset"] == "out/toy/preferences"
 
 
-def test_a_stage_of_a_plugin_is_validated_and_planned(toy, capsys):
+def test_a_plugin_stage_is_validated_and_planned(toy, capsys):
     from medst_trl.cli import main
 
     assert main(["recipes", "validate", "mine.yaml"]) == 0
@@ -129,11 +129,13 @@ def test_a_stage_of_a_plugin_is_validated_and_planned(toy, capsys):
     assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
     out = capsys.readouterr().out
     rows = "  counts      2 of all pairs of judge\n  time        4 s at 0.5 pairs per second\n"
-    assert f"\ntoy\n{rows}" in out and "data        2 pairs" in out  # of dpo, as the toy counts them
+    assert (
+        f"\ntoy\n{rows}" in out and "data        2 pairs" in out
+    )  # `dpo` uses the number of pairs that the output of `toy` declares
 
 
 @pytest.mark.parametrize("program", [["-m", "medst_trl.cli", "run"], ["-m", "medst_trl"]])
-def test_every_process_of_a_run_knows_a_stage_of_a_plugin(toy, tmp_path, program):
+def test_every_process_of_a_run_loads_the_plugin(toy, tmp_path, program):
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "x").write_text("x")
     command = [sys.executable, *program, "mine.yaml", "--plugins", toy, "--stage", "toy", "--toy.pairs", "pairs"]
@@ -142,7 +144,7 @@ def test_every_process_of_a_run_knows_a_stage_of_a_plugin(toy, tmp_path, program
     assert json.loads((tmp_path / "out" / "toy" / "count.json").read_text()) == {"limit": 2}
 
 
-def test_without_the_plugin_its_section_is_unknown(tmp_path):
+def test_the_section_of_a_plugin_stage_is_unknown_without_the_plugin(tmp_path):
     from medst_trl.pipeline.recipe import read_recipe
 
     (tmp_path / "mine.yaml").write_text(RECIPE)
@@ -154,14 +156,14 @@ def stage(name, *after):
     return Stage(name=name, summary="", arguments=tuple, main=print, after=after)
 
 
-def test_stages_that_come_after_unknown_ones_or_each_other_are_refused():
+def test_unknown_and_circular_predecessors_are_refused():
     with pytest.raises(UserError, match="'x' comes after an unknown one, 'sfft'. Did you mean 'sft'"):
         _in_pipeline_order([stage("sft"), stage("x", "sfft")])
     with pytest.raises(UserError, match="in a circle: x, y"):
         _in_pipeline_order([stage("a"), stage("x", "a", "y"), stage("y", "x")])
 
 
-def test_inputs_come_from_outputs_of_their_kind():
+def test_the_sources_of_inputs_have_the_right_kind():
     for stage in STAGES.values():
         for item in stage.inputs:
             for source, directory in item.sources:
@@ -169,7 +171,7 @@ def test_inputs_come_from_outputs_of_their_kind():
                     assert STAGES.get(source).output(directory).kind in item.kinds, (stage.name, item.key)
 
 
-def test_what_stages_train_and_publish():
+def test_stages_declare_what_they_train_and_publish():
     assert [stage.name for stage in STAGES.values() if stage.trains] == ["sft", "dpo"]
     assert {stage.name: stage.published for stage in STAGES.values() if stage.published} == {
         "prepare": ("instruct", "benchmark", "images"),

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas compared with counted bytes: of a real trainer, and of real forward and backward passes."""
+"""Memory formulas match the bytes counted in a real trainer and in real forward and backward passes."""
 
 import pytest
 import tiny_dpo
@@ -9,7 +9,7 @@ import torch
 import transformers.masking_utils
 from live_bytes import LiveBytes
 from peft import get_peft_model
-from recipe_models import CONFIGS, config_folder
+from recipe_models import CONFIGS, config_directory
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
@@ -45,7 +45,7 @@ def hardware(kind, processes=4, on_gpu=True):
 # Weights, gradients, optimizer
 
 
-def test_state_of_a_real_trainer_matches_the_formula(tmp_path):
+def test_the_state_of_a_real_trainer_matches_the_formula(tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, max_steps=1)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     gradients = []
@@ -64,15 +64,15 @@ def test_state_of_a_real_trainer_matches_the_formula(tmp_path):
     assert state_bytes(number, frozen_bytes(policy, 4), hardware("not distributed", 1, on_gpu=False)) == counted
 
 
-def test_each_kind_shards_its_parts():
+def test_each_kind_of_training_shards_the_right_parts():
     n, trained, frozen = 4, 10**9, 14e9
     parts = {kind: state_bytes(trained, frozen, hardware(kind, n), compute=2) for kind in KINDS}
     alone, ddp, zero2, zero3, fsdp = parts.values()
     assert ddp == alone | {"buckets": 4 * trained}  # everything on each GPU
     assert zero2["weights"] == alone["weights"] and zero2["gradients"] == 2 * trained / n
-    assert zero2["optimizer"] == (alone["optimizer"] + 4 * trained) / n  # and the float32 weights
-    for divided in (zero3, fsdp):
-        assert divided["weights"] == alone["weights"] / n
+    assert zero2["optimizer"] == (alone["optimizer"] + 4 * trained) / n  # optimizer state and float32 weights
+    for sharded in (zero3, fsdp):
+        assert sharded["weights"] == alone["weights"] / n
     assert {name: size for name, size in zero3.items() if name != "buckets"} == {
         name: size / (1 if name in ("gradients", "optimizer") else n)
         for name, size in zero2.items()
@@ -83,7 +83,7 @@ def test_each_kind_shards_its_parts():
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_sharding_over_more_gpus_takes_less_memory_on_each(kind):
+def test_sharding_over_more_gpus_needs_less_memory_per_gpu(kind):
     totals = [sum(state_bytes(10**9, 14e9, hardware(kind, n), compute=2).values()) for n in (1, 2, 4, 8)]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4
 
@@ -101,8 +101,8 @@ def test_sharding_over_more_gpus_takes_less_memory_on_each(kind):
         (False, 0.0, True, False),
     ],
 )
-def test_activations_of_a_real_step_are_close_to_the_formula(lora, dropout, checkpointing, bf16):
-    """Within 25% of the peak of a forward and backward pass of a real model with its fused head."""
+def test_the_activations_of_a_real_step_match_the_formula(lora, dropout, checkpointing, bf16):
+    """The formula is within 25% of the peak of a forward and backward pass with the fused head."""
     batch, length = 8, 192
     sizes = {"image_size": 64, "patch_size": 8, "vision_layers": 4, "text_size": 256, "text_layers": 6}
     model, processor = tiny_llava(**sizes)
@@ -128,7 +128,7 @@ def test_activations_of_a_real_step_are_close_to_the_formula(lora, dropout, chec
     of_formula = {"sequences": batch, "length": length, "images": batch, "precision": precision}
     estimate = activation_bytes(policy, **of_formula, checkpointing=checkpointing)
     assert 0.8 * live.peak < estimate < 1.25 * live.peak
-    if not checkpointing:  # between the passes: only the towers' part
+    if not checkpointing:  # what the towers keep between the passes
         pixels = (batch * (tokens + 1), tokens + 1)
         vision, language = towers(policy)
         saved = vision.saved(*pixels, precision, False) + language.saved(batch * length, length, precision, False)
@@ -136,7 +136,7 @@ def test_activations_of_a_real_step_are_close_to_the_formula(lora, dropout, chec
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Keeps what FlashAttention keeps, as shapes for the meta device, where torch would fall back to the matrix."""
+    """Save what FlashAttention saves. On the meta device, torch would compute the full attention matrix instead."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -150,8 +150,8 @@ class _FlashAttention(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_of_7b_layers_on_the_meta_device_are_close_to_the_formula(checkpointing, tmp_path, monkeypatch):
-    """Four layers of real width on the meta device, in bfloat16 throughout as under DeepSpeed: within 10%."""
+def test_the_activations_of_7b_layers_on_the_meta_device_match_the_formula(checkpointing, tmp_path, monkeypatch):
+    """Four layers of the real width in pure bfloat16, as under DeepSpeed. The formula is within 10%."""
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda positions: None)
     monkeypatch.setitem(
         ALL_ATTENTION_FUNCTIONS._global_mapping,
@@ -175,7 +175,7 @@ def test_activations_of_7b_layers_on_the_meta_device_are_close_to_the_formula(ch
     saved = language.saved(batch * length, length, precision, checkpointing)
     if checkpointing:
         saved -= batch * length * language.saved_per_token(precision, length)  # the layer that is recomputed
-        saved += batch * length * 4096 * 4  # the norm after the last one
+        saved += batch * length * 4096 * 4  # the norm after the last layer
     assert output.shape == inputs.shape
     assert 0.9 * live.now < saved < 1.1 * live.now
 
@@ -185,7 +185,7 @@ def test_activations_of_7b_layers_on_the_meta_device_are_close_to_the_formula(ch
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    """Real widths and few layers: the tests look at one layer."""
+    """Directory of a configuration with the real widths and few layers."""
     config = CONFIGS[LLAVA]()
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 3
     directory = tmp_path_factory.mktemp("llava")
@@ -204,29 +204,29 @@ def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):
     return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes, 8), machine)
 
 
-def test_parts_of_a_7b_model_under_zero_2(tmp_path):
-    parts = memory(step("sft", str(config_folder(LLAVA, tmp_path)))).parts
+def test_the_parts_of_a_7b_model_under_zero_2(tmp_path):
+    parts = memory(step("sft", str(config_directory(LLAVA, tmp_path)))).parts
     lora = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert lora == 319_815_680
     trained = lora + 4096 + 13_565_952 + 20_979_712  # <vusr>, ViT, projector
     assert parts["weights"] == 2 * 7_063_427_072 and parts["trained"] == 2 * trained
     assert parts["gradients"] == 2 * trained / 4 and parts["optimizer"] == 12 * trained / 4
-    # Each layer's input, 8 x 2048 tokens of 4096 numbers in bfloat16, are the least that checkpointing keeps.
+    # Checkpointing keeps at least the input of each layer: 8 x 2048 tokens of 4096 values in bfloat16.
     assert 32 * 8 * 2048 * 4096 * 2 < parts["activations"] < 3 * 32 * 8 * 2048 * 4096 * 2
 
 
 def test_settings_that_save_memory_lower_the_estimate(llava):
-    usual = memory(step("sft", llava, max_length=1024)).parts
-    assert memory(step("sft", llava, max_length=1024), "DeepSpeed ZeRO-3").parts["weights"] == usual["weights"] / 4
-    assert memory(step("sft", llava)).parts["activations"] > 1.5 * usual["activations"]
+    default = memory(step("sft", llava, max_length=1024)).parts
+    assert memory(step("sft", llava, max_length=1024), "DeepSpeed ZeRO-3").parts["weights"] == default["weights"] / 4
+    assert memory(step("sft", llava)).parts["activations"] > 1.5 * default["activations"]
     kept = memory(step("sft", llava, max_length=1024, gradient_checkpointing=False)).parts["activations"]
-    assert kept > 1.4 * usual["activations"]  # both layers instead of one
+    assert kept > 1.4 * default["activations"]  # both layers instead of one
     less = memory(step("sft", llava, max_length=1024, optim="adamw_8bit")).parts
-    assert less["optimizer"] == usual["optimizer"] / 2  # the rest are float32 weights
+    assert less["optimizer"] == default["optimizer"] / 2  # the other half are float32 weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_that_train_in_full_keep_their_type(llava, dtype, tmp_path):
+def test_fully_trained_weights_keep_their_dtype(llava, dtype, tmp_path):
     settings = {"use_lora": False, "dtype": dtype, "bf16": True}
     parts = memory(step("sft", llava, **settings), "not distributed").parts
     model, processor = tiny_run.small_policy()
@@ -250,7 +250,7 @@ def test_only_the_language_model_is_quantized(llava):
     assert frozen_bytes(policy, 2) == 2 * policy.model.num_parameters()
 
 
-def test_memory_of_the_reference(llava):
+def test_the_memory_of_the_reference(llava):
     sft = step("sft", llava)
     adapter = sum(p.numel() for p in policy_of(sft).model.parameters() if p.requires_grad)
 
@@ -258,14 +258,14 @@ def test_memory_of_the_reference(llava):
         return memory(step("dpo", model, **settings), kind, [sft]).parts.get("reference", 0)
 
     assert reference() == 4 * adapter
-    assert reference(train_vision=False) == 4 * adapter  # the copy is of the whole adapter
+    assert reference(train_vision=False) == 4 * adapter  # the whole adapter is copied
     assert reference("DeepSpeed ZeRO-2") == 2 * adapter
     assert reference(precompute_ref_log_probs=True) == 0
-    assert reference(model=llava) == 0  # a new adapter is switched off
+    assert reference(model=llava) == 0  # a new adapter is disabled instead of copied
     assert reference(model=llava, use_lora=False) == 4 * meta_model(llava).num_parameters()
 
 
-def test_reference_adapter_of_a_real_trainer_has_the_size_of_the_adapter(tmp_path):
+def test_the_reference_adapter_of_a_real_trainer_has_the_size_of_the_adapter(tmp_path):
     trainer = tiny_dpo.make_trainer(tmp_path)
     parts = {kind: [] for kind in ("default", "ref")}
     for name, parameter in trainer.model.named_parameters():
@@ -275,6 +275,6 @@ def test_reference_adapter_of_a_real_trainer_has_the_size_of_the_adapter(tmp_pat
 
 
 def test_sharing_the_prompt_saves_activations(llava):
-    once = memory(step("dpo", llava)).parts["activations"]
-    twice = memory(step("dpo", llava, share_prefix=False)).parts["activations"]
-    assert 1.4 * once < twice < 2 * once
+    shared = memory(step("dpo", llava)).parts["activations"]
+    separate = memory(step("dpo", llava, share_prefix=False)).parts["activations"]
+    assert 1.4 * shared < separate < 2 * shared

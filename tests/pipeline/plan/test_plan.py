@@ -1,15 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst run RECIPE --dry_run`: what it prints and refuses, and that it writes nothing."""
+"""`medst run RECIPE --dry_run` prints the plan, refuses recipes that cannot run, and writes nothing."""
 
 import json
 import re
 
 import pytest
 from fake_hub import client, serve_hub
-from recipe_models import CONFIGS, config_folder
+from recipe_models import CONFIGS, config_directory
 
-from medst_trl.__main__ import main as launched
+from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
 from medst_trl.pipeline.plan.steps import Rows
@@ -51,7 +51,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def plan(capsys, *words) -> dict[str, dict[str, list[str]]]:
-    """What is printed, by step and label; "" for the lines above and below."""
+    """Return the printed lines by step and label. Lines before and after the steps belong to the step ""."""
     assert main(["run", *words, "--dry_run"]) == 0
     return read_plan(capsys.readouterr().out)
 
@@ -70,7 +70,7 @@ def read_plan(text):
     return steps
 
 
-def test_plan_of_a_recipe(recipe, tmp_path, capsys):
+def test_the_plan_describes_each_step(recipe, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     found = plan(capsys, recipe, "--num_processes", "4", "--throughput", "2")
     sft, judge, dpo = found["sft"], found["judge"], found["dpo"]
@@ -103,7 +103,7 @@ def test_time_is_shown_only_with_a_throughput(recipe, capsys):
     assert "time" in found["dpo"] and "time" not in found["sft"]
 
 
-def test_plan_for_other_processes_and_another_config(recipe, capsys):
+def test_the_plan_depends_on_the_config_and_the_number_of_processes(recipe, capsys):
     found = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
     assert found["sft"]["batch"] == ["8 per GPU x 2 accumulated x 8 GPUs = 128"]
     assert "gathered weights" in found["sft"]["memory"][1] and list(found) == ["", "sft"]
@@ -115,7 +115,7 @@ def test_each_round_is_planned(recipe, capsys):
     assert found["round_2/dpo"]["data"] == ["at most 200 pairs"]
 
 
-def test_model_that_is_only_on_the_hub(recipe, tmp_path, capsys):
+def test_a_model_that_is_only_on_the_hub_has_no_parameter_counts(recipe, tmp_path, capsys):
     (tmp_path / recipe).write_text(RECIPE.format(model="some-org/some-model"))
     found = plan(capsys, recipe)
     assert found["sft"]["model"] == ["config not available offline: some-org/some-model"]
@@ -124,7 +124,7 @@ def test_model_that_is_only_on_the_hub(recipe, tmp_path, capsys):
     assert not any("some-org/some-model" in line for line in found["dpo"].get("downloads", []))
 
 
-def test_model_that_is_on_another_machine(recipe, capsys):
+def test_a_model_that_is_on_another_machine_is_reported(recipe, capsys):
     found = plan(capsys, recipe, "--stage", "sft", "--sft.model_name_or_path", "/cluster/models/llava")
     assert found["sft"]["model"] == ["not on this machine: /cluster/models/llava"] and found["sft"]["batch"]
 
@@ -163,7 +163,7 @@ def test_packaged_recipes_that_start_from_a_tiny_base_have_a_complete_plan(name,
         (["--stage", "merge"], "no section 'merge'"),
     ],
 )
-def test_recipes_that_could_not_run_are_refused(recipe, words, message, capsys):
+def test_recipes_that_cannot_run_are_refused(recipe, words, message, capsys):
     assert main(["run", recipe, "--dry_run", *words]) == 2
     assert message in capsys.readouterr().err
 
@@ -177,10 +177,10 @@ def test_missing_settings_are_refused(tmp_path, monkeypatch, capsys):
 
 def test_dry_run_under_a_launcher_is_refused(recipe):
     with pytest.raises(UserError, match="medst run my.yaml --dry_run"):
-        launched([recipe, "--dry_run"])
+        run_recipe([recipe, "--dry_run"])
 
 
-def test_dry_run_of_the_judge_is_passed_on(recipe, capsys, monkeypatch):
+def test_the_dry_run_of_the_judge_is_passed_to_the_stage(recipe, capsys, monkeypatch):
     steps = {}
     monkeypatch.setattr(
         "medst_trl.pipeline.launch.run", lambda command, environment: steps.update(command=command) or 0
@@ -198,7 +198,7 @@ def test_dry_run_of_the_judge_is_passed_on(recipe, capsys, monkeypatch):
         ("model: m, base_url: 'http://localhost:8000/v1', order: single", "at most 200 requests to http://localhost"),
     ],
 )
-def test_requests_of_the_judge(recipe, tmp_path, settings, line):
+def test_the_plan_shows_the_number_of_judge_requests(recipe, tmp_path, settings, line):
     from medst_trl.pipeline.plan.steps import stage_arguments
 
     text = re.sub(r"judge: .*", f"judge: {{{settings}}}", (tmp_path / recipe).read_text())
@@ -211,7 +211,7 @@ def test_requests_of_the_judge(recipe, tmp_path, settings, line):
 
 @pytest.mark.slow
 def test_sizes_of_downloads_come_from_the_hub(recipe, tmp_path):
-    files = {path.name: path.read_bytes() for path in config_folder("llava-hf/llava-1.5-7b-hf", tmp_path).iterdir()}
+    files = {path.name: path.read_bytes() for path in config_directory("llava-hf/llava-1.5-7b-hf", tmp_path).iterdir()}
     with serve_hub() as hub:
         hub.add("model", "some-org/llava", files | {"model.safetensors": b"0" * 2_000_000, "a.bin": b"0"})
         hub.add("dataset", "some-org/conversations", {"data/train.parquet": b"0" * 3_000_000})

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters counted without weights are those that the real trainer trains."""
+"""Parameter counts from configurations equal those of the real trainer."""
 
 import json
 
@@ -60,17 +60,17 @@ def trainer(tmp_path, lora=True, vusr=True, **ranks):
         ({"vision_lora_r": 0}, {"vision_r": 0}),
         ({"train_vusr": False}, {"vusr": False}),
         ({"lora_r": 0, "vision_lora_r": 0, "train_vusr": False}, {"r": 0, "vision_r": 0, "vusr": False}),
-        ({"use_lora": False}, {"lora": False}),  # with the row that is added for the token
+        ({"use_lora": False}, {"lora": False}),  # includes the row added for `<vusr>`
         ({"load_in_4bit": True}, {}),
     ],
 )
-def test_counts_of_stage_1_match_its_trainer(settings, real, base, tmp_path):
+def test_the_counts_of_stage_1_match_its_trainer(settings, real, base, tmp_path):
     counted = trainable_parameters(step("sft", model_name_or_path=base, **settings))
     assert counted == trainer(tmp_path, **real).trainable_parameters()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_counts_of_each_family_match_the_trainer(family, tmp_path):
+def test_the_counts_of_each_family_match_the_trainer(family, tmp_path):
     model, processor = base_model(family)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "base")
@@ -85,16 +85,16 @@ def test_counts_of_each_family_match_the_trainer(family, tmp_path):
 def test_stage_2_trains_the_planned_adapter_of_stage_1_further(base, tmp_path):
     made = tiny_dpo.make_trainer(tmp_path).trainable_parameters()
     sft = step("sft", model_name_or_path=base)
-    dpo = step("dpo", model_name_or_path="runs/sft", lora_r=128)  # ranks are for a new adapter
+    dpo = step("dpo", model_name_or_path="runs/sft", lora_r=128)  # ranks apply only to a new adapter
     assert trainable_parameters(dpo, [sft, dpo]) == made
     frozen = step("dpo", model_name_or_path="runs/sft", train_vision=False)
     assert trainable_parameters(frozen, [sft]) == {name: n for name, n in made.items() if name != "vision"}
-    again = step("dpo", model_name_or_path="runs/dpo")  # the next round, which loads it again
+    again = step("dpo", model_name_or_path="runs/dpo")  # the next round loads the adapter again
     assert trainable_parameters(again, [sft, frozen]) == made
     assert policy_of(dpo, [sft, dpo]).continues_adapter and not policy_of(sft).continues_adapter
 
 
-def test_adapter_on_disk_has_the_counts_of_the_planned_one(base, tmp_path):
+def test_an_adapter_on_disk_has_the_counts_of_the_planned_one(base, tmp_path):
     model, _ = tiny_dpo.adapter_policy(save_to=tmp_path)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     on_disk = trainable_parameters(step("dpo", model_name_or_path=str(tmp_path / "adapter")))
@@ -102,13 +102,13 @@ def test_adapter_on_disk_has_the_counts_of_the_planned_one(base, tmp_path):
     assert on_disk == planned
 
 
-def test_other_ranks_than_those_of_the_adapter_are_refused(base):
+def test_ranks_that_differ_from_those_of_the_adapter_are_refused(base):
     first, second = step("sft", model_name_or_path=base), step("sft", model_name_or_path="runs/sft", lora_r=16)
     with pytest.raises(UserError, match="lora_r 8"):
         trainable_parameters(second, [first])
 
 
-def test_merged_model_has_the_shape_of_the_base(base):
+def test_a_merged_model_has_the_shape_of_the_base(base):
     steps = [step("sft", model_name_or_path=base)]
     steps.append(
         Step(STAGES.get("merge"), "merge", {"model_name_or_path": "runs/sft", "output_dir": "runs/merge"}, "")
@@ -117,14 +117,14 @@ def test_merged_model_has_the_shape_of_the_base(base):
     assert merged.model.num_parameters() == meta_model(base).num_parameters() and not merged.is_adapter
 
 
-def test_counts_of_the_demo():
+def test_the_counts_of_the_demo():
     steps = read_recipe("demo").steps()
     sft = next(step for step in steps if step.label == "sft")
     counts = trainable_parameters(sft, steps)
-    size = 128  # of either tower; the MLPs are twice as wide
+    size = 128  # width of both towers; their MLPs are twice as wide
     layer = 4 * (size + size) + 3 * (size + 2 * size)
     assert counts["language"] == 2 * 128 * layer + size  # two layers, and the row of <vusr>
-    assert counts["vision"] == 2 * 32 * (4 * 2 * size + 2 * 3 * size)  # the last of three is not read
+    assert counts["vision"] == 2 * 32 * (4 * 2 * size + 2 * 3 * size)  # the last of three layers is not used
     assert counts["projector"] == 2 * (size + 1) * size
 
 
@@ -140,8 +140,8 @@ def test_unknown_models_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(("projector", "text_role"), [("mlp2x_gelu", False), ("cluster", True)])
-def test_counts_of_a_checkpoint_before_its_conversion(projector, text_role, tmp_path):
-    """Counted from its small files: the tower, the text model, and whether it has the text role."""
+def test_a_checkpoint_is_counted_before_its_conversion(projector, text_role, tmp_path):
+    """The configuration files describe the vision tower, the language model, and whether it uses the text role."""
     tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     tower |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     text = {

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Batches and steps are those of the real trainer."""
+"""Planned batches and steps equal those of the real trainer."""
 
 from types import SimpleNamespace
 
@@ -22,18 +22,18 @@ def sft(**settings):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_effective_batch_is_kept_on_any_number_of_processes(processes):
+def test_the_effective_batch_size_does_not_depend_on_the_number_of_processes(processes):
     batch = effective_batch(sft(effective_batch_size=128, per_device_train_batch_size=8), processes)
     assert batch == Batch(8, 16 // processes, processes, 128)
 
 
-def test_batch_without_an_effective_size_grows_with_the_processes():
+def test_a_batch_without_an_effective_size_grows_with_the_number_of_processes():
     batch = effective_batch(sft(per_device_train_batch_size=8, gradient_accumulation_steps=4), 4)
     assert batch == Batch(8, 4, 4, 128)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
-def test_effective_batch_that_cannot_be_met_is_refused(settings):
+def test_an_indivisible_effective_batch_size_is_refused(settings):
     step = sft(effective_batch_size=128, per_device_train_batch_size=8, **settings)
     with pytest.raises(UserError, match="^here: .*effective_batch_size 128"):
         effective_batch(step, 4 if settings else 3)
@@ -49,7 +49,7 @@ def test_effective_batch_that_cannot_be_met_is_refused(settings):
         (9, {"max_steps": 5}),
     ],
 )
-def test_number_of_steps_matches_the_trainer(rows, settings, tmp_path):
+def test_the_number_of_steps_matches_the_trainer(rows, settings, tmp_path):
     settings = {"max_steps": -1, "num_train_epochs": 3} | settings
     trainer = tiny_run.make_trainer(tmp_path, n=rows, learning_rate=0.0, **settings)
     trainer.train()
@@ -58,7 +58,7 @@ def test_number_of_steps_matches_the_trainer(rows, settings, tmp_path):
     assert planned.steps == trainer.state.global_step
 
 
-def test_steps_are_unknown_if_the_data_is():
+def test_the_number_of_steps_is_unknown_if_the_size_of_the_data_is_unknown():
     batch, unknown = Batch(4, 1, 1, 4), Count(None, depends_on="prepare")
     assert schedule(unknown, batch, 3, -1).steps is None
     assert schedule(unknown, batch, 3, 70).steps == 70
@@ -70,7 +70,7 @@ def steps_of(name, *words):
     return {step.label: step for step in steps}, steps
 
 
-def test_rows_of_the_demo_are_known_before_it_runs():
+def test_the_rows_of_the_demo_are_known_before_it_runs():
     labels, steps = steps_of("demo")
     directory = labels["prepare"].settings["output_dir"]
     assert Rows(steps).rows(f"{directory}/instruct", "train") == Count(225)
@@ -87,7 +87,7 @@ def test_rows_of_the_demo_are_known_before_it_runs():
         (["--prepare.max_records", "60"], 60),
     ],
 )
-def test_rows_depend_on_settings(words, expected):
+def test_the_number_of_rows_depends_on_settings(words, expected):
     labels, steps = steps_of("demo", *words)
     dataset = labels["sft"].settings["dataset"]
     limit = labels["sft"].settings.get("max_records")
@@ -95,12 +95,12 @@ def test_rows_depend_on_settings(words, expected):
     assert training_examples(args, steps).number == expected
 
 
-def test_examples_are_unknown_if_one_of_several_datasets_is(tmp_path):
+def test_the_number_of_examples_is_unknown_if_the_datasets_are_unknown(tmp_path):
     args = SimpleNamespace(dataset=["a/one", "b/two"], train_split="train", max_records=None)
     assert training_examples(args, []) == Count(None, depends_on="a/one and b/two")
 
 
-def test_each_two_answers_make_a_pair():
+def test_every_two_answers_make_a_pair():
     labels, steps = steps_of("demo", "--generate.num_answers", "4", "--generate.max_records", "10")
     assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(10 * 3 * 2, at_most=True)
 

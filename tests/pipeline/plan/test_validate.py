@@ -1,13 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst recipes validate`: what it accepts, and the mistakes that it reports with their place."""
+"""`medst recipes validate` accepts valid recipes and reports errors with their location."""
 
 import socket
 import warnings
 from unittest.mock import Mock
 
 import pytest
-import torch  # noqa: F401 (so that the recipe is validated in this process)
+import torch  # noqa: F401 (`validate` runs in this process only if torch is imported)
 from datasets import Dataset
 from recipe_data import write_source
 
@@ -33,7 +33,7 @@ push: {source: "{judge}/preferences", repo_id: me/pairs}
 
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
-    """Exit code and output for a recipe in a directory with its data."""
+    """Return a function that validates a recipe next to its data and returns the exit code and the output."""
     monkeypatch.chdir(tmp_path)
     write_source({"source": "llava", "data_path": "talks.json"})
 
@@ -55,7 +55,7 @@ def dataset(directory, kind, split="train", drop=None):
     rows.to_parquet(directory / f"{split}-00000-of-00001.parquet")
 
 
-def test_valid_recipe_has_a_line_for_each_step(check):
+def test_a_valid_recipe_has_a_line_for_each_step(check):
     code, out = check()
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0 and out.endswith("mine.yaml is valid.\n")
@@ -80,7 +80,7 @@ def test_the_batch_is_shown_for_the_given_number_of_processes(check):
     assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in out
 
 
-def test_a_launcher_for_one_process_gets_one(check):
+def test_a_config_for_one_process_uses_one_process(check):
     assert "single_gpu; batch 64 on 1 (8 x 8)\n" in check("--accelerate_config", "single_gpu")[1]
     code, out = check("--accelerate_config", "single_gpu", "--num_processes", "2")
     assert code == 2 and "single_gpu is for one process, not for 2" in out
@@ -119,7 +119,7 @@ def test_a_launcher_for_one_process_gets_one(check):
         ("{judge}/preferences", "{judge}x/y", "section push: source: out/judgex/y does not exist"),
     ],
 )
-def test_mistakes_are_reported_with_their_place(check, old, new, message):
+def test_errors_are_reported_with_their_location(check, old, new, message):
     code, out = check(change=(old, new))
     assert code == 2 and message in out and "Traceback" not in out
 
@@ -127,7 +127,7 @@ def test_mistakes_are_reported_with_their_place(check, old, new, message):
 def test_columns_and_splits_of_datasets_on_disk_are_checked(check, tmp_path):
     name = ("org/benchmark", "theirs/benchmark")
     (tmp_path / "theirs").mkdir()
-    code, out = check(change=name)  # a directory has its first name, so it is not a repository
+    code, out = check(change=name)  # a path and not a Hub id, because `theirs` is a directory
     assert code == 2 and "section evaluate: benchmark: theirs/benchmark does not exist" in out
     dataset(tmp_path / "theirs/benchmark", "benchmark", drop="questions", split="test")
     code, out = check(change=name)
@@ -158,16 +158,16 @@ def test_secrets_and_a_second_recipe_are_refused(check):
     assert main(["recipes", "validate", "no_such_recipe"]) == 2
 
 
-def test_it_needs_neither_the_hub_nor_weights(check, monkeypatch):
-    """With a network that fails when it is used, and a model that is not on this machine."""
+def test_validation_needs_neither_the_hub_nor_weights(check, monkeypatch):
+    """All network calls fail, and the model is not on this machine."""
 
-    def cut(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise AssertionError("network")
 
     for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
-        monkeypatch.setattr(owner, name, cut)
+        monkeypatch.setattr(owner, name, fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    hub_answers = Mock(side_effect=AssertionError("the Hub was asked whether it answers"))
+    hub_answers = Mock(side_effect=AssertionError("the Hub was contacted"))
     monkeypatch.setattr("medst_trl.pipeline.plan.transfers.hub_answers", hub_answers)
     monkeypatch.setattr("medst_trl.pipeline.plan.policies.hub_answers", hub_answers)
     with warnings.catch_warnings(action="error"):
@@ -178,12 +178,12 @@ def test_it_needs_neither_the_hub_nor_weights(check, monkeypatch):
 def test_one_stage_can_be_validated(check):
     code, out = check("--stage", "sft")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["sft", "mine.yaml"]
-    assert "from org/model (Hub), prepare" in out  # its section is not checked, but makes the input
+    assert "from org/model (Hub), prepare" in out  # `prepare` is not checked, but provides the input
     assert check("--stage", "sft", change=("gpt-4o", "null"))[0] == 0
     assert "no section 'merge'" in check("--stage", "merge")[1]
 
 
-def test_a_mistake_of_all_stages_is_reported_once(check):
+def test_an_error_in_a_shared_setting_is_reported_once(check):
     code, out = check("--accelerate_config", "zero22")
     assert code == 2 and out.count("zero22") == 1
 

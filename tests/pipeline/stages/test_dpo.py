@@ -18,24 +18,24 @@ from medst_trl.data.schema import preference_features
 from medst_trl.pipeline.stages import dpo
 
 
-def write_pairs(folder, rows, split="train"):
-    folder.mkdir(exist_ok=True)
+def write_pairs(directory, rows, split="train"):
+    directory.mkdir(exist_ok=True)
     known = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
     dataset = Dataset.from_list([row | known for row in rows], features=preference_features())
-    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
+    dataset.to_parquet(directory / f"{split}-00000-of-00001.parquet")
+    return directory
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """An adapter and preference pairs with both splits, as `sft` and `judge` leave them."""
-    folder = tmp_path_factory.mktemp("inputs")
-    model, processor = tiny_dpo.adapter_policy(save_to=folder)
-    model.save_pretrained(folder / "sft", save_embedding_layers=False)
-    processor.save_pretrained(folder / "sft")
-    write_pairs(folder / "preferences", [tiny_dpo.pair(number) for number in range(12)])
-    write_pairs(folder / "preferences", [tiny_dpo.pair(number) for number in range(50, 54)], "validation")
-    return folder
+    directory = tmp_path_factory.mktemp("inputs")
+    model, processor = tiny_dpo.adapter_policy(save_to=directory)
+    model.save_pretrained(directory / "sft", save_embedding_layers=False)
+    processor.save_pretrained(directory / "sft")
+    write_pairs(directory / "preferences", [tiny_dpo.pair(number) for number in range(12)])
+    write_pairs(directory / "preferences", [tiny_dpo.pair(number) for number in range(50, 54)], "validation")
+    return directory
 
 
 def run(inputs, output_dir, **options):
@@ -115,8 +115,8 @@ def test_a_wrong_dataset_is_refused_before_a_directory_is_created(inputs, tmp_pa
     assert not (tmp_path / "dpo").exists()
 
 
-def cache_of(folder):
-    return sorted(path.name for path in (folder / "reference_log_probs").iterdir())
+def cache_of(directory):
+    return sorted(path.name for path in (directory / "reference_log_probs").iterdir())
 
 
 def test_reference_log_probs_are_kept_beside_the_pairs_and_reused(inputs, tmp_path, capsys):

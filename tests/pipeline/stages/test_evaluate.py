@@ -41,27 +41,27 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_benchmark(folder, n):
+def write_benchmark(directory, n):
     rows = list(benchmark_rows(make_phantoms(n, seed=0, split="test")))
-    folder.mkdir(parents=True)
-    Dataset.from_list(rows, features=benchmark_features()).to_parquet(folder / "test-00000-of-00001.parquet")
-    return str(folder)
+    directory.mkdir(parents=True)
+    Dataset.from_list(rows, features=benchmark_features()).to_parquet(directory / "test-00000-of-00001.parquet")
+    return str(directory)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
+    directory = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_llava(vision_size=32, vision_layers=2, text_size=32, text_layers=1, vocab_size=400)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return {"model_name_or_path": str(folder / "model"), "benchmark": [write_benchmark(folder / "benchmark", 5)]}
+    model.save_pretrained(directory / "model")
+    processor.save_pretrained(directory / "model")
+    return {"model_name_or_path": str(directory / "model"), "benchmark": [write_benchmark(directory / "benchmark", 5)]}
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    evaluate(output_dir=str(folder), **inputs, **FAST)
-    return folder
+    directory = tmp_path_factory.mktemp("finished")
+    evaluate(output_dir=str(directory), **inputs, **FAST)
+    return directory
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_single_image_is_refused_before_anything_is_computed(inputs, tmp_path)
 
 def test_rescoring_gives_the_same_scores(finished, tmp_path):
     evaluate(predictions=str(finished / "predictions.jsonl"), output_dir=str(tmp_path), bootstrap_samples=20)
-    first, again = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path))
+    first, again = (json.loads((directory / "scores.json").read_text()) for directory in (finished, tmp_path))
     for key in ("counts", "scores", "controls"):
         assert first[key] == again[key]
 
@@ -224,12 +224,12 @@ def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
     with pytest.raises(UserError, match="Give the benchmark that it answers"):
         evaluate(**common)  # leaves nothing behind that would refuse the next
     evaluate(**common, benchmark=inputs["benchmark"], bootstrap_samples=20)
-    before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished, tmp_path / "out"))
+    before, after = (json.loads((directory / "scores.json").read_text()) for directory in (finished, tmp_path / "out"))
     assert after["scores"] == before["scores"] and after["controls"] == before["controls"]
     assert after["format"] == "llava_med"
     assert after["counts"]["rejected"] == {"repeated id": 1}
     assert [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")] == ["repeated id"]
-    kept, asked = (read_jsonl(folder / "predictions.jsonl") for folder in (tmp_path / "out", finished))
+    kept, asked = (read_jsonl(directory / "predictions.jsonl") for directory in (tmp_path / "out", finished))
     assert [(row["id"], row["prediction"]) for row in kept] == [(row["id"], row["prediction"]) for row in asked]
 
     results = [{"question": row["question"], "answer": row["answer"], "response": row["prediction"]} for row in asked]
@@ -302,9 +302,9 @@ def asked(server):
     return [request for body in server.bodies if (request := request_of(body))]
 
 
-def served(server, inputs, folder, **settings):
+def served(server, inputs, directory, **settings):
     evaluate(
-        output_dir=str(folder), engine="server", model_name_or_path="gpt-4o",
+        output_dir=str(directory), engine="server", model_name_or_path="gpt-4o",
         concurrency=2, benchmark=inputs["benchmark"], max_new_tokens=3, bootstrap_samples=20,
         **{"base_url": server.base_url} | settings,
     )  # fmt: skip

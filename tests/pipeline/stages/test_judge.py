@@ -45,7 +45,7 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_candidates(folder, n, split="unlabelled", answers=None):
+def write_candidates(directory, n, split="unlabelled", answers=None):
     """Write questions about phantoms. The first answer is right, and for every second question also longer."""
     rows = []
     for number, phantom in enumerate(make_phantoms(n, seed=0, split=split)):
@@ -63,9 +63,9 @@ def write_candidates(folder, n, split="unlabelled", answers=None):
                 "generation": "{}",
             }
         )
-    folder.mkdir(parents=True)
-    Dataset.from_list(rows, features=candidate_features()).to_parquet(folder / "train-00000-of-00001.parquet")
-    return str(folder)
+    directory.mkdir(parents=True)
+    Dataset.from_list(rows, features=candidate_features()).to_parquet(directory / "train-00000-of-00001.parquet")
+    return str(directory)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,10 @@ def run(candidates, output_dir, server, **settings):
 
 @pytest.fixture(scope="module")
 def finished(candidates, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("judge") / "out"
+    directory = tmp_path_factory.mktemp("judge") / "out"
     with JudgeServer() as server:
-        run(candidates, folder, server, validation_share=0.3)
-    return folder
+        run(candidates, directory, server, validation_share=0.3)
+    return directory
 
 
 def test_outputs_are_complete(finished, candidates):
@@ -158,14 +158,14 @@ def test_images_of_a_benchmark_are_kept_out(candidates, tmp_path):
 @pytest.mark.parametrize("version", ["rubric", "paper"])
 def test_the_oracle_judges_phantoms_by_their_truth(candidates, tmp_path, version):
     for rate in (0.0, 1.0):
-        folder = tmp_path / str(rate)
+        directory = tmp_path / str(rate)
         main(
-            arguments(candidates, str(folder), prompt_version=version),
+            arguments(candidates, str(directory), prompt_version=version),
             OracleArguments(rate),
         )
-        verdicts = {judgement["verdict"] for judgement in read_jsonl(folder / "judgements.jsonl")}
+        verdicts = {judgement["verdict"] for judgement in read_jsonl(directory / "judgements.jsonl")}
         assert verdicts <= {None, int(rate)} and int(rate) in verdicts
-        assert "oracle" in read_jsonl(folder / "judgements.jsonl")[0]["model"]
+        assert "oracle" in read_jsonl(directory / "judgements.jsonl")[0]["model"]
 
 
 def test_a_dry_run_prints_the_estimate_and_a_request(candidates, tmp_path, capsys):
@@ -195,7 +195,7 @@ def test_batch_files_give_the_same_judgements(candidates, tmp_path, capsys, fini
     with pytest.raises(UserError, match="1 calls have no result"):
         main(JudgeArguments(**arguments, read_batch=str(tmp_path / "part.jsonl")))
     main(JudgeArguments(**arguments, read_batch=[str(tmp_path / "rest.jsonl")]))
-    live, batch = (read_jsonl(folder / "judgements.jsonl") for folder in (finished, tmp_path / "out"))
+    live, batch = (read_jsonl(directory / "judgements.jsonl") for directory in (finished, tmp_path / "out"))
     keys = ("id", "verdict", "scores", "dropped")
     assert [[row[key] for key in keys] for row in live] == [[row[key] for key in keys] for row in batch]
 
@@ -332,11 +332,11 @@ def judge_process(candidates, output_dir, base_url, **settings):
     return subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def judge_killed(candidates, folder, server, kills, **settings):
+def judge_killed(candidates, directory, server, kills, **settings):
     """Run, kill after each of these numbers of replies, and run again to the end."""
     in_flight = 0
     for replies in (*kills, None):
-        process = judge_process(candidates, folder, server.base_url, **settings)
+        process = judge_process(candidates, directory, server.base_url, **settings)
         if replies is None:
             _, errors = process.communicate()
             assert process.returncode == 0, errors.decode()
@@ -349,8 +349,8 @@ def judge_killed(candidates, folder, server, kills, **settings):
         process.wait()
 
 
-def check_complete(folder, server, n, allowed_twice):
-    judgements = read_jsonl(folder / "judgements.jsonl")
+def check_complete(directory, server, n, allowed_twice):
+    judgements = read_jsonl(directory / "judgements.jsonl")
     assert len({judgement["id"] for judgement in judgements}) == len(judgements) == n
     assert all((judgement["verdict"] is None) == (judgement["dropped"] is not None) for judgement in judgements)
     paid_twice = sum(number - 1 for number in server.delivered.values())

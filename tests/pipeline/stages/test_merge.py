@@ -33,18 +33,18 @@ from medst_trl.policy.vusr import VUSR
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run whose stage 1 has memorised its few questions and answers."""
-    folder = tmp_path_factory.mktemp("run")
+    directory = tmp_path_factory.mktemp("run")
     model, processor = tiny_llava(**tiny_run.SMALL)
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
-    (folder / "instruct").mkdir()
+    model.save_pretrained(directory / "base")
+    processor.save_pretrained(directory / "base")
+    (directory / "instruct").mkdir()
     rows = [{**tiny_run.conversation(n, turns=1), "image_ids": [str(n)]} for n in range(4)]
     for message in (message for row in rows for message in row["messages"]):
         message["vusr"] = False
     dataset = Dataset.from_list(rows, features=instruct_features())
-    dataset.to_parquet(folder / "instruct" / "train-00000-of-00001.parquet")
+    dataset.to_parquet(directory / "instruct" / "train-00000-of-00001.parquet")
     options = {
-        "model_name_or_path": folder / "base", "dataset": folder / "instruct", "output_dir": folder / "sft",
+        "model_name_or_path": directory / "base", "dataset": directory / "instruct", "output_dir": directory / "sft",
         "max_steps": 80, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lora_r": 8, "lora_alpha": 16,
         "vision_lora_r": 4, "vision_lora_alpha": 8, "lora_dropout": 0.0, "report_to": "none", "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1000, "gradient_checkpointing": False,
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     sft.main(
         *sft.STAGE.make_parser().parse_args_and_config([word for pair in options.items() for word in _words(*pair)])
     )
-    return folder
+    return directory
 
 
 def _words(name, value):

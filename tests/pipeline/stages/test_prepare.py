@@ -45,19 +45,19 @@ def talk(name, images, question="<image>\nWhat?"):
 
 
 def prepare(tmp_path, **arguments):
-    folder = tmp_path / arguments.pop("to", "out")
+    directory = tmp_path / arguments.pop("to", "out")
     settings = SOURCES.get(arguments["source"]).settings_from(arguments)
     for name in vars(settings) if settings else ():
         arguments.pop(name, None)
-    main(PrepareArguments(output_dir=str(folder), num_workers=2, **arguments), settings)
-    return folder
+    main(PrepareArguments(output_dir=str(directory), num_workers=2, **arguments), settings)
+    return directory
 
 
-def contents(folder):
+def contents(directory):
     """Everything a later stage can see."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
         if path.is_file() and path.name not in ("stage.json", ".stage.lock")
     }
 
@@ -74,27 +74,27 @@ def test_conversations_with_bad_images_are_rejected(tmp_path, capsys):
     records = [talk(f"Doe_{n}", f"Doe_{n}.png") for n in range(6)]
     records += [talk("two", ["Doe_0.png", "Doe_1.png"], "<image> or <image>?"), talk("words", None, "What?")]
     records += [talk("e", "empty.png"), talk("m", "none.png"), talk("s", "../secret.png"), talk("two", None, "What?")]
-    folder = prepare(tmp_path, **llava(tmp_path, records), validation_fraction=0.3)
+    directory = prepare(tmp_path, **llava(tmp_path, records), validation_fraction=0.3)
 
-    rejected = {(row["id"], row["reason"]) for row in lines(folder / "rejected.jsonl")}
+    rejected = {(row["id"], row["reason"]) for row in lines(directory / "rejected.jsonl")}
     assert rejected == {("e", "empty"), ("m", "missing"), ("s", "outside_image_folder"), ("two", "duplicate_id")}
-    train, validation = (load_records(folder / "instruct", split) for split in ("train", "validation"))
+    train, validation = (load_records(directory / "instruct", split) for split in ("train", "validation"))
     check_columns(train, "instruct")
     assert len(train) + len(validation) == 8
     seen = [{image for row in dataset for image in row["image_ids"]} for dataset in (train, validation)]
     assert seen[0].isdisjoint(seen[1]) and sum(map(len, seen)) == 6
     for row in [*train, *validation]:
         assert [image_id(image) for image in row["images"]] == row["image_ids"]
-    counts = json.loads((folder / "stage.json").read_text())["counts"]
+    counts = json.loads((directory / "stage.json").read_text())["counts"]
     assert counts["rejected"] == {"duplicate_id": 1, "empty": 1, "missing": 1, "outside_image_folder": 1}
     assert "rejected: " in capsys.readouterr().out
     # No column of what may be published holds a file name; the index beside it does.
-    published = b"".join(path.read_bytes() for path in folder.rglob("*.parquet"))
+    published = b"".join(path.read_bytes() for path in directory.rglob("*.parquet"))
     import pyarrow.parquet as pq
 
-    cells = json.dumps([pq.read_table(path).drop(["images"]).to_pylist() for path in folder.rglob("*.parquet")])
+    cells = json.dumps([pq.read_table(path).drop(["images"]).to_pylist() for path in directory.rglob("*.parquet")])
     assert "Doe_" not in cells.replace("Answer Doe_", "") and b".png" not in published
-    assert {row["image"] for row in lines(folder / "image_index.jsonl")} >= {"Doe_0.png", "empty.png"}
+    assert {row["image"] for row in lines(directory / "image_index.jsonl")} >= {"Doe_0.png", "empty.png"}
 
 
 def test_interrupted_after_any_file_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
@@ -194,11 +194,11 @@ def test_a_directory_of_images_gives_each_image_once(tmp_path):
     for name, seed in (("b.png", 1), ("a/c.bmp", 1), ("d.png", 2)):
         save(tmp_path / "images" / name, seed)
     (tmp_path / "images" / "notes.txt").write_text("no image")
-    folder = prepare(tmp_path, source="images", data_path=str(tmp_path / "images"))
-    dataset = load_records(folder / "images", "train")
+    directory = prepare(tmp_path, source="images", data_path=str(tmp_path / "images"))
+    dataset = load_records(directory / "images", "train")
     check_columns(dataset, "instruct")
     assert len(dataset) == 2 and dataset["messages"][:] == [[], []]
-    reasons = {row["id"]: row["reason"] for row in lines(folder / "rejected.jsonl")}
+    reasons = {row["id"]: row["reason"] for row in lines(directory / "rejected.jsonl")}
     assert reasons == {"a/c.bmp": "duplicate_image", "notes.txt": "not_an_image"}
 
 
@@ -212,42 +212,42 @@ def test_a_table_with_questions_becomes_three_datasets(tmp_path):
         "a.png,Normal?,No,train",
     ]
     (tmp_path / "table.csv").write_text("\n".join([*rows, "b.png,,,"]))
-    folder = prepare(tmp_path, source="images", data_path=str(tmp_path / "table.csv"))
-    (row,) = load_records(folder / "benchmark", "test")
+    directory = prepare(tmp_path, source="images", data_path=str(tmp_path / "table.csv"))
+    (row,) = load_records(directory / "benchmark", "test")
     assert [question["answer"] for question in row["questions"]] == ["Liver"]
-    (talk,) = load_records(folder / "instruct", "train")
+    (talk,) = load_records(directory / "instruct", "train")
     assert [text_of(message["content"]) for message in talk["messages"]] == ["Normal?", "No"]
-    assert len(load_records(folder / "images", "train")) == 1
+    assert len(load_records(directory / "images", "train")) == 1
 
 
 def test_phantoms_become_three_datasets(tmp_path):
     numbers = {"num_phantoms": 60, "num_test_phantoms": 20, "num_unlabelled_phantoms": 10, "phantom_turns": 2}
-    folder = prepare(tmp_path, source="phantoms", **numbers, validation_fraction=0.3)
-    train, validation = (load_records(folder / "instruct", split) for split in ("train", "validation"))
+    directory = prepare(tmp_path, source="phantoms", **numbers, validation_fraction=0.3)
+    train, validation = (load_records(directory / "instruct", split) for split in ("train", "validation"))
     assert len(train) + len(validation) == 60 and 5 < len(validation) < 35
     assert all(len(row["messages"]) == 4 for row in train)
     assert all(row["id"].startswith("phantom-") for row in train)
-    benchmark = load_records(folder / "benchmark", "test")
+    benchmark = load_records(directory / "benchmark", "test")
     check_columns(benchmark, "benchmark")
-    assert len(benchmark) == 20 and len(load_records(folder / "images", "train")) == 10
+    assert len(benchmark) == 20 and len(load_records(directory / "images", "train")) == 10
     assert image_id(benchmark[0]["image"]) == benchmark[0]["image_id"]
 
 
 @pytest.mark.parametrize("source", ["vqa_rad", "vqa_rad_mevf"])
 def test_vqa_rad_has_its_counts_and_pixels(tmp_path, shared_data, source, capsys):
-    folder = prepare(tmp_path, source=source, data_path=str(shared_data / "vqa_rad"), image_disjoint=True)
-    counts = json.loads((folder / "stage.json").read_text())["counts"]
+    directory = prepare(tmp_path, source=source, data_path=str(shared_data / "vqa_rad"), image_disjoint=True)
+    counts = json.loads((directory / "stage.json").read_text())["counts"]
     assert counts["datasets"]["benchmark/test"] == {"images": 203, "questions": 451, "open": 179, "closed": 272}
     assert counts["notes"]["images_in_train_and_test"] == (202 if source == "vqa_rad" else 203)
     assert counts["notes"]["pairs_in_train_and_test"] == (1 if source == "vqa_rad" else 14)
     assert "images in train and test: 20" in capsys.readouterr().out
-    benchmark, train = load_records(folder / "benchmark", "test"), load_records(folder / "instruct", "train")
+    benchmark, train = load_records(directory / "benchmark", "test"), load_records(directory / "instruct", "train")
     held = set(benchmark["image_id"])
     assert held.isdisjoint(image for row in train for image in row["image_ids"])
     # Every pixel is that of the file on disk, in the same JPEG encoding.
     from datasets import Image as ImageFeature
 
-    names = {row["image_id"]: row["image"] for row in lines(folder / "image_index.jsonl")}
+    names = {row["image_id"]: row["image"] for row in lines(directory / "image_index.jsonl")}
     for row in benchmark.cast_column("image", ImageFeature(decode=False)).select(range(0, 203, 20)):
         stored = Image.open(io.BytesIO(row["image"]["bytes"]))
         source_image = Image.open(shared_data / "vqa_rad" / "images" / names[row["image_id"]])
@@ -259,8 +259,8 @@ def test_mevf_without_the_release_publishes_no_file_name_as_link(tmp_path):
     row = {"image_name": "synpic1.png", "question_type": "PRES", "answer": "yes", "answer_type": "CLOSED"}
     for qid, name in enumerate(("trainset", "testset")):
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps([row | {"qid": qid, "question": f"Is it {qid}?"}]))
-    folder = prepare(tmp_path, source="vqa_rad_mevf", data_path=str(tmp_path / "data"))
-    (question,) = load_records(folder / "benchmark", "test")[0]["questions"]
+    directory = prepare(tmp_path, source="vqa_rad_mevf", data_path=str(tmp_path / "data"))
+    (question,) = load_records(directory / "benchmark", "test")[0]["questions"]
     assert question["link"].startswith("id-")
 
 

@@ -19,18 +19,18 @@ from medst_trl.training.collator import DataCollatorForSelfQuestioning
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A base model and an instruct dataset with both splits, as `base` and `prepare` leave them."""
-    folder = tmp_path_factory.mktemp("inputs")
+    directory = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_llava(**tiny_run.SMALL)
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
-    (folder / "instruct").mkdir()
+    model.save_pretrained(directory / "base")
+    processor.save_pretrained(directory / "base")
+    (directory / "instruct").mkdir()
     for split, numbers in {"train": range(12), "validation": range(100, 104)}.items():
         rows = [{**tiny_run.conversation(n), "image_ids": [str(n)]} for n in numbers]
         for message in (message for row in rows for message in row["messages"]):
             message["vusr"] = False
         dataset = Dataset.from_list(rows, features=instruct_features())
-        dataset.to_parquet(folder / "instruct" / f"{split}-00000-of-00001.parquet")
-    return folder
+        dataset.to_parquet(directory / "instruct" / f"{split}-00000-of-00001.parquet")
+    return directory
 
 
 def _run(inputs, output_dir, **options):

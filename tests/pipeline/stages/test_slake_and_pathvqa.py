@@ -16,70 +16,73 @@ from medst_trl.evaluation.vqa import questions_of
 from medst_trl.pipeline.stages import evaluate, prepare
 
 
-def draw(folder: Path, names) -> None:
+def draw(directory: Path, names) -> None:
     """Draw one image per name, no two alike."""
     for number, name in enumerate(sorted(set(names))):
-        path = folder / name
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (24, 24), (number % 256, number // 256, 77)).save(path)
 
 
 @pytest.fixture(scope="module")
 def slake(shared_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slake")
+    directory = tmp_path_factory.mktemp("slake")
     records = {}
     for split, pattern in SLAKE_FILES.items():
         (source,) = (shared_data / "slake").glob(pattern)
         rows = json.loads(source.read_text(encoding="utf-8"))
         records[split] = rows[-20:] + rows[:40]  # Chinese questions follow the English ones
-        (folder / f"{split}.json").write_text(json.dumps(records[split]))  # the names of the copy on the Hub
-    draw(folder / "imgs", [record["img_name"] for rows in records.values() for record in rows])
+        (directory / f"{split}.json").write_text(json.dumps(records[split]))  # the names of the copy on the Hub
+    draw(directory / "imgs", [record["img_name"] for rows in records.values() for record in rows])
     prepare.main(
         prepare.PrepareArguments(
-            output_dir=str(folder / "out"), source="slake", data_path=str(folder), image_folder=str(folder / "imgs")
+            output_dir=str(directory / "out"),
+            source="slake",
+            data_path=str(directory),
+            image_folder=str(directory / "imgs"),
         )
     )
-    return folder, records["test"]
+    return directory, records["test"]
 
 
 @pytest.fixture(scope="module")
 def pathvqa(shared_data, tmp_path_factory):
-    folder, names = tmp_path_factory.mktemp("pathvqa"), []
+    directory, names = tmp_path_factory.mktemp("pathvqa"), []
     for split, pattern in PATHVQA_FILES.items():
         (source,) = (shared_data / "pathvqa").glob(pattern)
         records = json.loads(source.read_text(encoding="utf-8"))[:12]
-        (folder / source.name).write_text(json.dumps(records))
+        (directory / source.name).write_text(json.dumps(records))
         short = "val" if split == "validation" else split
         names += [f"{short}/{record['img_id']}.png" for record in records]
-    draw(folder / "images", names)
+    draw(directory / "images", names)
     prepare.main(
         prepare.PrepareArguments(
-            output_dir=str(folder / "out"), source="pathvqa", data_path=str(folder),
-            image_folder=str(folder / "images"),
+            output_dir=str(directory / "out"), source="pathvqa", data_path=str(directory),
+            image_folder=str(directory / "images"),
         ),
         PathVqaSettings(image_pattern="{split}/{img_id}.png"),
     )  # fmt: skip
-    return folder
+    return directory
 
 
-def scores_of(folder, predictions, **arguments):
-    out = folder / predictions.stem
-    arguments = {"benchmark": str(folder / "out" / "benchmark"), "bootstrap_samples": 20} | arguments
+def scores_of(directory, predictions, **arguments):
+    out = directory / predictions.stem
+    arguments = {"benchmark": str(directory / "out" / "benchmark"), "bootstrap_samples": 20} | arguments
     evaluate.main(evaluate.EvaluateArguments(predictions=str(predictions), output_dir=str(out), **arguments))
     return json.loads((out / "scores.json").read_text())
 
 
 def test_slake_predictions_of_medevalkit_are_scored(slake):
     """MedEvalKit asks in both languages, in the order of the file; our benchmark has the English questions."""
-    folder, records = slake
+    directory, records = slake
     keys = {"question": "question", "answer": "answer", "answer_type": "answer_type", "lang": "q_lang"}
     results = [
         {ours: record[theirs] for ours, theirs in keys.items()} | {"response": record["answer"].upper() + "."}
         for record in records
     ]
-    (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False))
+    (directory / "results.json").write_text(json.dumps(results, ensure_ascii=False))
     english = [record for record in records if record["q_lang"] == "en"]
-    content = scores_of(folder, folder / "results.json")
+    content = scores_of(directory, directory / "results.json")
     assert 0 < len(english) < len(records)
     assert content["counts"]["records"] == content["scores"]["strict"]["n"] == len(english)
     assert content["counts"]["rejected"] == {"not in English": len(records) - len(english)}

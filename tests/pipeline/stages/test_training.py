@@ -31,16 +31,16 @@ from medst_trl.training.dpo import MultimodalDPOConfig
 from medst_trl.training.sft import SelfQuestioningConfig
 
 
-def write(folder, numbers, split="train", features=None, **columns):
+def write(directory, numbers, split="train", features=None, **columns):
     """An instruct dataset of conversations about these numbers, whose ids are `r<number>`."""
     rows = [{**tiny_run.conversation(n), "image_ids": [str(n)], **columns} for n in numbers]
     for message in (message for row in rows for message in row["messages"]):
         message["vusr"] = False
-    folder.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True)
     extra = {name: Value("string") for name in columns}
     dataset = Dataset.from_list(rows, features=Features({**instruct_features(), **(features or {}), **extra}))
-    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return str(folder)
+    dataset.to_parquet(directory / f"{split}-00000-of-00001.parquet")
+    return str(directory)
 
 
 def load(*names, max_records=None, eval_strategy="no"):
