@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Let a trained policy ask: send an image and a bare `<vusr>`, and the model writes a question.
+Let a trained policy ask questions: send an image and a bare `<vusr>`, and the model writes a question.
 
 ```bash
 python examples/ask_questions.py runs/demo/sft

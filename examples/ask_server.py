@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Ask a served policy about an image, and let it ask.
+Ask a served policy about an image, and let it ask questions.
 
 ```bash
 medst merge --model_name_or_path runs/demo/dpo --output_dir runs/demo/merged
@@ -49,7 +49,7 @@ def main(base_url: str, model: str, image: Image.Image, question: str, count: in
     return pairs
 
 
-def drawn_scan() -> Image.Image:
+def synthetic_scan() -> Image.Image:
     from medst_trl.demo.phantoms import make_phantoms
 
     return make_phantoms(1, seed=0, split="test")[0].image
@@ -63,4 +63,10 @@ if __name__ == "__main__":
     parser.add_argument("--question", default="What does the image show?")
     parser.add_argument("--count", type=int, default=3, help="number of questions that the model asks")
     args = parser.parse_args()
-    main(args.base_url, args.model, Image.open(args.image) if args.image else drawn_scan(), args.question, args.count)
+    main(
+        args.base_url,
+        args.model,
+        Image.open(args.image) if args.image else synthetic_scan(),
+        args.question,
+        args.count,
+    )

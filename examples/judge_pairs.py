@@ -62,9 +62,9 @@ def main(model: str | None = None, base_url: str | None = None, pairs: int = 6) 
         for judgement in judge(candidates):
             judgements.append(judgement)
             print(f"\n{judgement['question']}")
-            for place, answer in enumerate(judgement["answers"]):
-                score = judgement["scores"][place] if judgement["scores"] else "-"
-                print(f"  {'>' if judgement['verdict'] == place else ' '} {score:>4}  {answer}")
+            for index, answer in enumerate(judgement["answers"]):
+                score = judgement["scores"][index] if judgement["scores"] else "-"
+                print(f"  {'>' if judgement['verdict'] == index else ' '} {score:>4}  {answer}")
             if judgement["dropped"]:
                 print(f"  dropped: {judgement['dropped']}")
     statistics = judge_statistics(judgements, judge.prices)

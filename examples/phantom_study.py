@@ -164,7 +164,7 @@ def chart(results: dict, name: str, kind: str, title: str) -> str:
         figures = {label: results["arms"][arm][kind].get(name) for arm, label in arms.items()}
         bars = []
         for label, figure in figures.items():
-            if figure and any(figure[end] for end in ("mean", "standard_error")):  # not stage 1 against itself
+            if figure and any(figure[end] for end in ("mean", "standard_error")):  # skip stage 1 against itself
                 spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
                 bars.append(Bar(label, figure["mean"], figure["mean"] - spread, figure["mean"] + spread))
         groups += [Group(judge, bars)] if bars else []

@@ -24,7 +24,7 @@ EXAMPLES = [
         "answer": "no",
         "answer_type": "closed",
         "prediction": "The lungs are normal.",
-    },  # llava_med counts it as right
+    },  # correct under llava_med
     {
         "id": "3",
         "answer": "left lower lobe",

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Stage 1 from Python: train a vision-language model to answer and to ask, then let it ask.
+Stage 1 from Python: train a vision-language model to answer and ask questions, then let it ask one.
 
 ```bash
 python examples/train_self_questioning.py

@@ -3,9 +3,9 @@
 """
 Size of the package by directory: `python tests/code_size.py [PACKAGE]`.
 
-A line of code holds something else than a docstring, a comment or blanks. Continuation lines count. For each
-directory it prints files, lines of code, and files that exactly one other file of the package imports; then the
-longest functions.
+Docstrings, comments and blank lines are not counted as code; continuation lines are. For each directory, it prints
+the number of files, of lines of code, and of files that exactly one other file of the package imports. Then it prints
+the longest functions.
 """
 
 import ast
@@ -21,7 +21,7 @@ _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 
 
 def lines_of_code(source: str) -> set[int]:
-    """Numbers of the lines that hold code."""
+    """Return the numbers of the lines that contain code."""
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in _LAYOUT:
@@ -35,21 +35,21 @@ def lines_of_code(source: str) -> set[int]:
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
-    """Dotted name of a file of the package."""
+    """Return the dotted name of a file of the package."""
     parts = path.relative_to(package.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported_modules(path: Path, modules: set[str], package: Path = PACKAGE) -> set[str]:
-    """Modules of the package that a file imports anywhere, for type checking included."""
+    """Return the modules of the package that a file imports anywhere, including imports for type checking."""
     name = module_name(path, package)
-    here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    own_package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in modules}
         elif isinstance(node, ast.ImportFrom):
-            start = here[: len(here) - node.level + 1] if node.level else []
+            start = own_package[: len(own_package) - node.level + 1] if node.level else []
             source = ".".join([*start, *(node.module.split(".") if node.module else [])])
             for alias in node.names:
                 target = f"{source}.{alias.name}"
@@ -66,8 +66,8 @@ def main(package: Path) -> None:
     for name, path in modules.items():
         source = path.read_text(encoding="utf-8")
         code = lines_of_code(source)
-        inside = path.relative_to(package).parts
-        row = rows[inside[0] + "/" if len(inside) > 1 else "(top level)"]
+        parts = path.relative_to(package).parts
+        row = rows[parts[0] + "/" if len(parts) > 1 else "(top level)"]
         row[0] += 1
         row[1] += len(code)
         row[2] += importers[name] == 1

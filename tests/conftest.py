@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""No network, few threads, and the real data where a machine has it."""
+"""Test environment without network and with few threads, and fixtures for plugins, real data and the demo."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def empty_working_directory(tmp_path_factory, monkeypatch) -> Path:
-    """No test sees what lies in the checkout, such as the results of `make demo` in `runs/`."""
+    """Run each test in an empty directory, so that it does not depend on results in the checkout such as `runs/`."""
     directory = tmp_path_factory.mktemp("cwd")
     monkeypatch.chdir(directory)
     return directory
@@ -26,7 +26,7 @@ def empty_working_directory(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Writes a plugin file that is loaded, by this process and those it starts, until the test ends."""
+    """Return a function that writes a plugin file. This process and its children load it until the test ends."""
     from medst_trl.base import registry
     from medst_trl.base.registry import Registry
 
@@ -54,9 +54,7 @@ def plugin(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """
-    Folder of real data files (VQA-RAD, SLAKE, PathVQA, GPT-4 reviews); tests that need it are skipped without it.
-    """
+    """Directory of real data (VQA-RAD, SLAKE, PathVQA, GPT-4 reviews). Tests that need it are skipped without it."""
     default = Path(__file__).parents[2] / "shared" / "data"
     directory = Path(os.environ.get("MEDST_SHARED_DATA", default))
     if not directory.is_dir():
@@ -66,7 +64,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_base(tmp_path_factory) -> Path:
-    """The general-purpose model that the demo starts from. Takes a minute."""
+    """Directory of the general-purpose model that the demo starts from. Takes a minute."""
     from demo_run import run_demo
 
     directory = tmp_path_factory.mktemp("base") / "run"
@@ -76,7 +74,7 @@ def demo_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_run(demo_base, tmp_path_factory) -> Path:
-    """A finished demo; not to be changed. What it printed lies beside it. Takes minutes."""
+    """Directory of a finished demo, which tests must not change. Its output is in `../printed`. Takes minutes."""
     from demo_run import run_demo
 
     directory = tmp_path_factory.mktemp("demo") / "demo"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A block that starts like this cannot run on every machine. Its commands are still checked against the parsers.
+# Blocks that start with such a comment do not run on every machine. Their commands are still checked by the parsers.
 NEEDS = re.compile(r"# needs (a GPU|the Hub|a judge|a server|SLURM|data)")
 
 
@@ -38,14 +38,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a shell block as words, with lines joined, comments removed and its own variables replaced."""
+    """Split the commands of a shell block into words. Join lines, remove comments and expand the block's variables."""
     variables, found = {}, []
     for line in block.text.replace("\\\n", " ").splitlines():
         for name, value in variables.items():
             line = re.sub(rf"\$({name}\b|{{{name}}})", value.replace("\\", r"\\"), line)
         for part in re.split(r"\s(?:&&|\|)\s", line):
             words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # MODEL=... alone, or before a command
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # MODEL=... on its own line or before a command
                 name, _, value = words.pop(0).partition("=")
                 variables[name] = value
             if words:

@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A Hub on loopback with the routes that huggingface_hub and datasets call: public and private repositories with commits
-and branches, LFS uploads, downloads by range, tokens with and without write access.
+A fake Hub on localhost with the routes that huggingface_hub and datasets call: public and private repositories with
+commits and branches, LFS uploads, range downloads, and tokens with and without write access.
 
-huggingface_hub reads the endpoint when it is imported, so clients run in processes of their own, see [`client`].
+huggingface_hub reads the endpoint when it is imported, so clients run in separate processes, see [`client`].
 """
 
 import base64
@@ -31,7 +31,7 @@ LFS_SUFFIXES = (".parquet", ".safetensors")
 @dataclass
 class Repository:
     private: bool
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # revision to its files
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # files by revision
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
@@ -51,13 +51,14 @@ class Repository:
 @dataclass
 class FakeHub:
     """
-    What the Hub holds, and the calls that it received.
+    Contents of the Hub and the calls that it received.
 
     Attributes:
         repositories: By (`"model"` or `"dataset"`, `"org/name"`).
-        uploads: SHA-256 of the LFS objects that were sent, in order.
+        objects: LFS objects by SHA-256.
+        uploads: SHA-256 of the uploaded LFS objects, in order.
         calls: `"METHOD path"` of each call.
-        broken_after: Number of LFS uploads after which connections are dropped. None: no limit.
+        broken_after: Number of LFS uploads after which the Hub drops connections, or None.
         failing: Status of all replies, or None.
     """
 
@@ -73,7 +74,7 @@ class FakeHub:
         repository = self.repositories[kind, repo_id] = Repository(private)
         repository.commit("main", {}, "initial commit")
         if files:
-            repository.commit("main", files, "by somebody")
+            repository.commit("main", files, "add files")
 
     def files(self, kind: str, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         repository = self.repositories[kind, repo_id]
@@ -104,7 +105,7 @@ def client(
     **environment: str,
 ) -> subprocess.CompletedProcess:
     """Run a Python command (`"-m", "medst_trl", ...` or `"-c", code`) with this Hub and its own caches."""
-    # Without the Hub settings of this process: tokens, caches, offline mode.
+    # Drop the Hub settings of this process, such as tokens, caches and offline mode.
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     settings |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -183,12 +184,12 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         if not self._may_write():
             return
-        asked = json.loads(self.body)
-        kind, repo_id = asked.get("type") or "model", f"{asked.get('organization') or 'me'}/{asked['name']}"
+        request = json.loads(self.body)
+        kind, repo_id = request.get("type") or "model", f"{request.get('organization') or 'me'}/{request['name']}"
         url = f"{self.hub.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
         if (kind, repo_id) in self.hub.repositories:
             return self._send(409, {"error": "You already created this repo", "url": url})
-        private = asked.get("private") or asked.get("visibility") == "private"
+        private = request.get("private") or request.get("visibility") == "private"
         self.hub.add(kind, repo_id, {}, bool(private))
         return self._send(200, {"url": url})
 
@@ -220,13 +221,13 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, kind: str, repo_id: str, revision: str) -> None:
         if not self._may_write() or (found := self._files(kind, repo_id, revision)) is None:
             return
-        there = found[0].commits[found[1]]
+        files = found[0].commits[found[1]]
         answers = []
-        for asked in json.loads(self.body)["files"]:
-            name = asked["path"]
+        for file in json.loads(self.body)["files"]:
+            name = file["path"]
             mode = "lfs" if name.endswith(LFS_SUFFIXES) else "regular"
             answers.append(
-                {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": _oid(name, there.get(name))}
+                {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": _oid(name, files.get(name))}
             )
         self._send(200, {"files": answers})
 
@@ -234,10 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_write():
             return
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}
-            entry = {"oid": asked["oid"], "size": asked["size"]}
-            objects.append(entry if asked["oid"] in self.hub.objects else entry | {"actions": upload})
+        for item in json.loads(self.body)["objects"]:
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
+            entry = {"oid": item["oid"], "size": item["size"]}
+            objects.append(entry if item["oid"] in self.hub.objects else entry | {"actions": upload})
         self._send(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
 
     def put(self, oid: str) -> None:
@@ -288,9 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := self._files(kind, repo_id, revision)) is None:
             return
         body = self.body.decode()
-        asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
+        names = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
         files = found[0].commits[found[1]]
-        self._send(200, [_entry(name, files[name]) for name in asked if name in files])
+        self._send(200, [_entry(name, files[name]) for name in names if name in files])
 
     def resolve(self, kind: str | None, repo_id: str, revision: str, name: str) -> None:
         if (found := self._files(kind or "model", repo_id, revision)) is None:
@@ -300,8 +301,8 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self._send(404, {"error": "no such file"}, headers | {"X-Error-Code": "EntryNotFound"})
         headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start, end = int(asked[1]), int(asked[2] or len(content) - 1)
+        if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            start, end = int(requested[1]), int(requested[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             return self._send(206, content[start : end + 1], headers)
         return self._send(200, content, headers)
@@ -318,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(name: str, content: bytes | None) -> str | None:
-    """The object id that git uses; the SHA-256 of the content for LFS files."""
+    """Return the git object id of a file, or the SHA-256 of its content for LFS files."""
     if content is None:
         return None
     if name.endswith(LFS_SUFFIXES):

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny processors of the tested families, built in code: real templates, real special tokens, no weights.
 
-Templates come from the installed TRL, which has those of many families. Those of LLaVA-1.5, Llama 3.2-Vision and
-InternVL, which it lacks, are written here after their published behaviour.
+Most templates come from the installed TRL. It has none for LLaVA-1.5, Llama 3.2-Vision and InternVL; their templates
+are written here and follow the published ones.
 """
 
 import re
@@ -35,7 +35,7 @@ from transformers import (
 )
 
 
-# llava-hf/llava-1.5: images first, then texts, a blank behind each; no turn ends with the end-of-sequence token
+# llava-hf/llava-1.5: images first, then texts, each followed by a space; turns do not end with the EOS token
 LLAVA_15_HF = """\
 {%- for message in messages -%}
 {%- if message['role'] != 'system' -%}{{ message['role'].upper() + ': ' }}{%- endif -%}
@@ -47,7 +47,7 @@ LLAVA_15_HF = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
 
-# meta-llama/Llama-3.2-11B-Vision: string or list content, trimmed, `<|image|>` in front
+# meta-llama/Llama-3.2-11B-Vision: string or list content, trimmed, `<|image|>` for each image
 LLAMA_32_VISION = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -70,7 +70,7 @@ LLAMA_32_VISION = """\
 {%- endif %}
 """
 
-# OpenGVLab/InternVL3-*-hf: ChatML, string or list content, a newline behind each image
+# OpenGVLab/InternVL3-*-hf: ChatML, string or list content, a newline after each image
 INTERNVL = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\n' }}
@@ -100,7 +100,8 @@ _CORPUS = [
 ]
 
 
-# Words as Llama 3 and Qwen split them: newlines never lean on what follows, so a prompt and its answer split apart
+# Words as split by Llama 3 and Qwen. Newlines never join the text that follows, so a token never spans a prompt and
+# its answer.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -132,7 +133,7 @@ def _llava(template: str) -> ProcessorMixin:
         ["<unk>", "<s>", "</s>", "<image>", "<pad>"],
         unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
     )  # fmt: skip
-    # Llama's tokenizer adds the beginning of the sequence itself, where the template does not write it
+    # Llama's tokenizer adds the BOS token if the template does not write it
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
@@ -160,7 +161,7 @@ def _llava_next() -> ProcessorMixin:
 
 
 class _Qwen2_5_VLWithoutVideo(Qwen2_5_VLProcessor):
-    """Its video processor needs torchvision, which has no build for a CPU torch; images work without it."""
+    """Qwen2.5-VL without its video processor, which needs torchvision. Images work without it."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -204,7 +205,7 @@ def _idefics3(template: str) -> ProcessorMixin:
 
 
 class _InternVLWithoutVideo(InternVLProcessor):
-    """Its video processor needs torchvision, too."""
+    """InternVL without its video processor, which needs torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -256,7 +257,7 @@ def _vuser_text_role() -> ProcessorMixin:
 
 TEXT_ROLE = "vuser-text-role"  # has no token `<vusr>`
 FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
-    "vicuna": _tiny,  # LLaVA-1.5's original format, answers closed by </s>
+    "vicuna": _tiny,  # LLaVA-1.5's original format, in which answers end with </s>
     "llava-1.5-hf": partial(_llava, LLAVA_15_HF),
     TEXT_ROLE: _vuser_text_role,
     "llava-next": _llava_next,
@@ -269,14 +270,14 @@ FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
     "internvl": _internvl,
 }
 
-# So that AutoProcessor finds them in a directory that they were saved to.
+# AutoProcessor needs these classes to load a saved processor.
 AutoProcessor.register(Qwen2_5_VLConfig, _Qwen2_5_VLWithoutVideo, exist_ok=True)
 AutoProcessor.register(InternVLConfig, _InternVLWithoutVideo, exist_ok=True)
 
 
 @cache
 def prepared_processor(family: str) -> ProcessorMixin:
-    """A family's processor with `<vusr>`, shared by the tests that only read it."""
+    """Return a family's processor with `<vusr>`. It is cached, so tests must not change it."""
     from medst_trl.policy.vusr import add_vusr
 
     processor = FAMILIES[family]()

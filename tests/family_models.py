@@ -3,7 +3,7 @@
 """Tiny random models of the tested families, for the processors of `families.py`.
 
 Their weights make every logit depend on the image, on positions and on distant tokens, so that a wrong mask or a wrong
-position shows.
+position changes the logits.
 """
 
 import math
@@ -32,7 +32,7 @@ QWEN_VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
 }  # fmt: skip
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
-WINDOW = 12  # of sliding attention, in tokens: far less than a prompt, more than an image
+WINDOW = 12  # tokens of sliding-window attention: far fewer than in a prompt, more than in an image
 
 
 def _from_config(
@@ -47,7 +47,8 @@ def _from_config(
     **overrides,
 ) -> PreTrainedModel:
     """
-    A model of a configuration whose `tokens` are named by their text; `overrides` go to its text configuration.
+    Build a random model. `tokens` maps keys of the configuration to the text of a token; `whole` updates the
+    configuration and `overrides` its text configuration.
     """
     tokenizer = processor.tokenizer
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -64,17 +65,17 @@ def _from_config(
 
 
 def _draw_weights(model: PreTrainedModel) -> None:
-    """Keep activations near one at every layer; the usual 0.02 of large models would let little pass through."""
+    """Initialize weights so that activations stay near one in every layer. The usual std of 0.02 is too small here."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=1 / math.sqrt(parameter[0].numel()))
-            elif "norm" in name or name.endswith("bias"):  # small changes of a gain of one (Gemma: of zero)
+            elif "norm" in name or name.endswith("bias"):  # perturb gains, which are one (zero in Gemma)
                 parameter.add_(0.1 * torch.randn(parameter.shape))
 
 
 def _vicuna(processor: ProcessorMixin, seed: int, **overrides) -> PreTrainedModel:
-    """LLaVA-1.5 as the package builds it; `overrides` are arguments of `tiny_llava`."""
+    """Build LLaVA-1.5 with `tiny_llava`; `overrides` are its arguments."""
     settings = {"image_size": 16, "patch_size": 8, "vision_size": 32, "text_size": 32, "head_size": 16} | overrides
     return tiny_llava(seed=seed, **settings)[0]
 
@@ -164,19 +165,19 @@ def _mllama(*args, **kwargs) -> PreTrainedModel:
     model = _from_config("mllama", text, vision, {"image_token_index": "<|image|>"}, *args, **kwargs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate"):  # closed until it is trained
+            if name.endswith("gate"):  # zero before training
                 parameter.fill_(0.7)
     return model
 
 
-# Their images are not tokens of the prompt, so they neither share prompts nor pack documents.
+# Images are not tokens of the prompt in these families, so they support neither prefix sharing nor packing.
 CROSS_ATTENTION: dict[str, Callable[..., PreTrainedModel]] = {"llama-3.2-vision": _mllama}
-# Qwen2-VL's published template is byte for byte that of Qwen2.5-VL
+# The published templates of Qwen2-VL and Qwen2.5-VL are identical
 _PROCESSORS = {"qwen2-vl": "qwen2.5-vl", "llava-mistral": "llava-1.5-hf", "prototype-llava": "vicuna"}
 
 
 def base_model(family: str, seed: int = 0, **overrides) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model of a family and its processor, as published: without `<vusr>`."""
+    """Return a model of a family and its processor as published, without `<vusr>`."""
     processor = FAMILIES[_PROCESSORS.get(family, family)]()
     return (MODELS | CROSS_ATTENTION)[family](processor, seed, **overrides), processor
 
@@ -185,12 +186,12 @@ def tiny_model(
     family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **overrides
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    A model of a family, in float32 and evaluation mode, and its processor, both with `<vusr>`.
+    Return a model of a family, in float32 and evaluation mode, and its processor, both with `<vusr>`.
 
     Args:
         family (`str`): A key of `MODELS` or `CROSS_ATTENTION`.
-        seed (`int`, *optional*, defaults to `0`): Seed of the weights. The global random state is left as it was.
-        attn_implementation (`str`, *optional*, defaults to `"sdpa"`): Of both towers.
+        seed (`int`, *optional*, defaults to `0`): Seed of the weights. The global random state does not change.
+        attn_implementation (`str`, *optional*, defaults to `"sdpa"`): Attention of both towers.
         **overrides: Settings of the text configuration (of `tiny_llava` for `"vicuna"`).
     """
     processor = FAMILIES[_PROCESSORS.get(family, family)]()

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A judge on loopback: an OpenAI-compatible HTTP server that fails as the test asks, call by call.
+A judge on localhost: an OpenAI-compatible HTTP server with a fault for each call that the test selects.
 
 ```python
 with JudgeServer(fault=lambda number, body: "500" if number == 0 else None) as server:
@@ -43,27 +43,28 @@ STATUSES = {
 
 
 def reply_with(version: str, scores: tuple[float, float]) -> str:
-    """A well-formed reply that gives these scores to the answers shown first and second."""
+    """Return a well-formed reply that gives these scores to the first and second answer shown."""
     return JUDGE_PROMPTS.get(version).write(scores, "Both answers address the question.")
 
 
 def shown_texts(messages: list[dict[str, Any]]) -> tuple[str, str, str, str]:
-    """Prompt, question, first and second answer of a request."""
+    """Return the name of the prompt, the question, and the first and second answer of a request."""
     return next((p.name, *texts) for p in JUDGE_PROMPTS.values() if p.shown and (texts := p.shown(messages)))
 
 
 def prefers_longer(body: dict[str, Any]) -> str:
-    """A judge whose verdict does not depend on the order."""
+    """Reply as a judge whose verdict does not depend on the order."""
     version, _, first, second = shown_texts(body["messages"])
     return reply_with(version, (5, 5) if len(first) == len(second) else (8, 5) if len(first) > len(second) else (5, 8))
 
 
 def prefers_first(body: dict[str, Any]) -> str:
+    """Reply as a judge that always prefers the answer shown first."""
     return reply_with(shown_texts(body["messages"])[0], (9, 4))
 
 
 class RandomFaults:
-    """A fault for some of the calls: `{"429": 0.1, "500": 0.05}`."""
+    """Random faults with these rates, for example `{"429": 0.1, "500": 0.05}`."""
 
     def __init__(self, rates: dict[str, float], seed: int = 0):
         self.rates, self.random = rates, random.Random(seed)
@@ -79,14 +80,18 @@ class RandomFaults:
 
 class JudgeServer:
     """
+    Judge server that runs in a thread while the context is open.
+
     Attributes:
-        base_url: For the client.
+        base_url: URL for the client.
         bodies: Bodies of the requests.
-        headers: Their headers.
+        headers: Headers of the requests.
+        times: Start times of the requests.
         delivered: Number of complete replies by request (a hash of its messages).
-        outcomes: Number of calls by fault (`"ok"` if there was none).
-        busy_seconds: Sum of the time of all calls: the cost of the latency alone.
-        most_at_once: The largest number of concurrent calls.
+        outcomes: Number of calls by fault (`"ok"` without a fault).
+        busy_seconds: Total duration of all calls.
+        in_flight: Number of calls that are being answered.
+        max_concurrent: Largest number of concurrent calls.
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class JudgeServer:
         self.delivered: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.busy_seconds = 0.0
-        self.under_way = self.most_at_once = 0
+        self.in_flight = self.max_concurrent = 0
 
     def __enter__(self) -> "JudgeServer":
         started = threading.Event()
@@ -139,7 +144,7 @@ class JudgeServer:
                 elif not await self._call(head, json.loads(body), reader, writer):
                     return
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass  # the client went away, perhaps killed, or the test is over
+            pass  # the client closed the connection or was killed, or the test has ended
         finally:
             writer.close()
 
@@ -151,23 +156,23 @@ class JudgeServer:
 
     async def _call(self, head: str, body: dict[str, Any], reader, writer) -> bool:
         """Answer one call. False closes the connection."""
-        begun = time.monotonic()
-        self.under_way += 1
-        self.most_at_once = max(self.most_at_once, self.under_way)
+        started = time.monotonic()
+        self.in_flight += 1
+        self.max_concurrent = max(self.max_concurrent, self.in_flight)
         fault = self.fault(len(self.bodies), body)
         self.bodies.append(body)
         self.headers.append(head)
-        self.times.append(begun)
+        self.times.append(started)
         self.outcomes[fault or "ok"] += 1
         try:
             return await self._answer(fault, body, reader, writer)
         finally:
-            self.under_way -= 1
-            self.busy_seconds += time.monotonic() - begun
+            self.in_flight -= 1
+            self.busy_seconds += time.monotonic() - started
 
     async def _answer(self, fault: str | None, body: dict[str, Any], reader, writer) -> bool:
         if fault == "hang":
-            await reader.read(1)  # until the client has had enough
+            await reader.read(1)  # until the client times out
             return False
         await asyncio.sleep(self.latency)
         if fault == "reset":

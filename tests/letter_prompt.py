@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A judge prompt of one letter, as a plugin file."""
+"""Plugin with a judge prompt whose reply is one letter."""
 
 from contextlib import contextmanager
 
@@ -48,10 +48,10 @@ JUDGE_PROMPTS.register(
 
 @contextmanager
 def letter_prompt(directory, monkeypatch):
-    """Register the judge prompt `letter` while the context lasts."""
+    """Register the judge prompt `letter` inside the context, and yield the path of the plugin."""
     path = directory / "letter.py"
     path.write_text(PLUGIN)
-    JUDGE_PROMPTS.names()  # the built-in ones first
+    JUDGE_PROMPTS.names()  # load the built-in prompts first
     monkeypatch.setenv(PLUGINS_VARIABLE, str(path))
     load_plugins()
     try:

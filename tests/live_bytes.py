@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the bytes of all live tensors, on any device, also on the `meta` device, whose tensors have no data."""
+"""Count the bytes of all live tensors on any device, including the `meta` device, whose tensors have no data."""
 
 import weakref
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes allocated by operations inside the block: `now`, and the maximum so far, `peak`."""
+    """Count the bytes allocated by operations inside the block: `now` and the maximum so far, `peak`."""
 
     def __init__(self):
         super().__init__()

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A run directory as the stages write it, made without a model: small, but with every kind of file.
+Write a small run directory with every kind of file that the stages write, without a model.
 
-`python tests/made_run.py DIRECTORY` writes one to look at.
+`python tests/made_run.py DIRECTORY` writes one for inspection.
 """
 
 import json
@@ -74,7 +74,7 @@ def sft(run: Path, steps: int = 20) -> None:
 
 
 def generate(run: Path, phantoms: list, round: str = "") -> list[dict]:
-    """Candidates: two questions per image, each with a right and a wrong answer."""
+    """Write and return candidates: two questions per image, each with a right and a wrong answer."""
     directory = write_stage(
         run / round / "generate",
         "generate",
@@ -158,7 +158,7 @@ def dpo(run: Path, round: str = "", chosen: float = -1.0, steps: int = 15) -> No
 
 
 def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, change=None) -> Path:
-    """Predictions of a model that is right with probability `skill`, scored as the stage scores them."""
+    """Write predictions of a model that is right with probability `skill`, and their scores."""
     n = sum(len(phantom.questions) for phantom in phantoms)
     counts = {str(run / "prepare" / "benchmark"): {"records": n, "rejected": {}, "cut_off": 0}}
     started = f"2026-01-01T{10 + ('aligned' in name)}:00:00+00:00"
@@ -170,10 +170,10 @@ def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, cha
         for phantom in phantoms:
             for question in phantom.questions:
                 right = rng.random() < (0.3 if control else skill)
-                said = answer(question["question"], phantom.truth) if right else "Unclear."
+                prediction = answer(question["question"], phantom.truth) if right else "Unclear."
                 row = {k: question[k] for k in ("id", "question", "answer", "answer_type", "question_type")}
                 image_id = next(iter(benchmark_rows([phantom])))["image_id"]
-                rows.append(row | {"image_id": image_id, "prediction": said, "generation": {"ended": True}})
+                rows.append(row | {"image_id": image_id, "prediction": prediction, "generation": {"ended": True}})
         if change and control is None:
             rows = change(rows)
         write_jsonl(control_path(directory / "predictions.jsonl", control), rows)

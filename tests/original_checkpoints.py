@@ -1,8 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Small checkpoints in exactly the layout of the original LLaVA code, written without any model class.
+"""Small checkpoints in the layout of the original LLaVA code, and a reference forward pass of that model.
 
-And that model's forward, written out in plain torch functions, to hold converted checkpoints against.
+Both use plain torch functions and no model class. Tests compare converted checkpoints with the reference.
 """
 
 import json
@@ -92,7 +92,7 @@ def projector_weights(kind: str, prefix: str = "model.mm_projector.", seed: int 
 
 
 def lora_weights(weights: dict[str, torch.Tensor], start: str, seed: int = 3) -> dict[str, torch.Tensor]:
-    """LoRA on every linear layer of `weights`, under PEFT's names with the prefix `start`."""
+    """Return LoRA weights for every linear layer of `weights`, with PEFT's names and the prefix `start`."""
     random, made = _normal(seed), {}
     for name, weight in weights.items():
         if name.endswith(("_proj.weight", ".fc1.weight", ".fc2.weight")):
@@ -147,7 +147,7 @@ def write_weights(directory: Path, weights: dict[str, torch.Tensor], form: str, 
 
 
 def write_clip(directory: Path, weights: dict[str, torch.Tensor] | None = None, form: str = "bin") -> Path:
-    """Write a directory as openai/clip-vit-large-patch14-336 is published: both halves of CLIP."""
+    """Write a directory in the layout of openai/clip-vit-large-patch14-336, with both towers of CLIP."""
     directory.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         text = {"text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(8, 8)}
@@ -164,7 +164,7 @@ def write_clip(directory: Path, weights: dict[str, torch.Tensor] | None = None, 
 def write_training_output(
     directory: Path, lora: dict, trainables: dict, vision_lora: dict | None = None, kind: str = "cluster"
 ) -> Path:
-    """Write a directory as the original training code leaves it."""
+    """Write a directory as the original training code saves it."""
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "base_model_name_or_path": "/home/author/base"}
     (directory / "Vit-lora").mkdir(parents=True)
     for where, weights in ((directory, lora), (directory / "Vit-lora", vision_lora)):
@@ -188,7 +188,7 @@ def write_tokenizer(directory: Path, pieces: list[str] | None = None, legacy: bo
 
 
 def sentencepiece(pieces: list[str], model_type: int = 2) -> bytes:
-    """A sentencepiece file: a piece is a message of its text, score and kind; the trainer's settings follow."""
+    """Return a sentencepiece file: a message per piece with its text, score and type, then the trainer's settings."""
 
     def chunk(number: int, content: bytes) -> bytes:
         assert len(content) < 128
@@ -204,10 +204,10 @@ def sentencepiece(pieces: list[str], model_type: int = 2) -> bytes:
 
 def forward(weights: dict[str, torch.Tensor], kind: str, ids: torch.Tensor, pixels: torch.Tensor, image_id: int):
     """
-    Logits of the original model, written out.
+    Compute the logits of the original model.
 
-    `weights` under original names, the vision tower inside; `ids` of shape (length,) with the expanded image;
-    `pixels` of shape (1, 3, side, side).
+    `weights` have the original names and include the vision tower. `ids` have shape (length,) with one id per image
+    patch. `pixels` have shape (1, 3, side, side).
     """
     features = _clip(weights, pixels)
     at = "model.mm_projector."
@@ -230,7 +230,7 @@ def _clip(weights, pixels):
     patches = F.conv2d(pixels, weights[f"{INSIDE}embeddings.patch_embedding.weight"], stride=VISION["patch_size"])
     x = torch.cat([weights[f"{INSIDE}embeddings.class_embedding"][None, None], patches.flatten(2).transpose(1, 2)], 1)
     x = norm("pre_layrnorm", x + weights[f"{INSIDE}embeddings.position_embedding.weight"])
-    for layer in range(VISION["num_hidden_layers"] - 1):  # features are those before the last layer
+    for layer in range(VISION["num_hidden_layers"] - 1):  # features come from the layer before the last
         at = f"encoder.layers.{layer}"
         y = norm(f"{at}.layer_norm1", x)
         q, k, v = (
@@ -245,7 +245,7 @@ def _clip(weights, pixels):
 
 
 def _prototypes(weights, at, x):
-    """The extractor as it was released, with its tensor of every center at every position."""
+    """Compute the prototype extractor as released, with a tensor of every center at every position."""
     value, feature = _linear(weights, f"{at}v", x), _linear(weights, f"{at}f", x)
     centers = F.adaptive_avg_pool1d(x.transpose(1, 2), CENTERS).transpose(1, 2)
     pooled = F.adaptive_avg_pool1d(feature.transpose(1, 2), CENTERS).transpose(1, 2)
@@ -266,12 +266,12 @@ def _prototypes(weights, at, x):
 def _llama(weights, x):
     heads, keys = TEXT["num_attention_heads"], TEXT["num_key_value_heads"]
     size = TEXT["hidden_size"] // heads
-    # in float32 for any weights: an angle of hundreds is off by 1e-5, as in every Llama
+    # in float32 for weights of any dtype, as in all Llama implementations: large angles are off by 1e-5
     angles = torch.arange(len(x))[:, None].float() * (1 / TEXT["rope_theta"] ** (torch.arange(0, size, 2) / size))
     cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
 
     def norm(name, y):
-        exact = y.float()  # as in every Llama
+        exact = y.float()  # as in all Llama implementations
         exact = exact * (exact.pow(2).mean(-1, keepdim=True) + TEXT["rms_norm_eps"]).rsqrt()
         return exact.to(y.dtype) * weights[f"{name}.weight"]
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The prototype extractor in its plain form, for comparison: the same values with far more memory."""
+"""Reference implementation of the prototype extractor: the same values, with far more memory."""
 
 import torch
 from torch.nn import functional as F
@@ -9,7 +9,7 @@ from medst_trl import PrototypeExtractor
 
 
 def plain(extractor: PrototypeExtractor, x: torch.Tensor) -> torch.Tensor:
-    """Position by position as the method is described, with its tensor of (batch, centers, positions, channels)."""
+    """Follow the description of the method directly, with a tensor of shape (batch, centers, positions, channels)."""
     weights = dict(extractor.named_parameters())
     linear = lambda name, inputs: inputs @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
     n, length = extractor.num_centers, x.shape[1]

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Configurations of the real models that recipes start from, in their real dimensions and without weights.
+Configurations of the models that recipes start from, with their real dimensions and without weights.
 
-`EXPECTED` has what stage 1 trains of each, worked out by hand from these dimensions.
+`EXPECTED` has the number of parameters that stage 1 trains in each, computed by hand from these dimensions.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ def _llava() -> LlavaConfig:
 
 
 def _gemma() -> Gemma3Config:
-    """Gemma 3 4B with SigLIP-400M at 896 pixels; input and output embedding are one."""
+    """Gemma 3 4B with SigLIP-400M at 896 pixels; input and output embeddings are tied."""
     return Gemma3Config(
         text_config={
             "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
@@ -71,7 +71,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "google/medgemma-4b-it": _gemma,
     "Qwen/Qwen2.5-VL-7B-Instruct": _qwen,
 }
-# Of the published checkpoints, which the dimensions above have to give.
+# Number of parameters of the published checkpoints, which the configurations must reproduce.
 PARAMETERS = {
     "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
     "google/medgemma-4b-it": 4_300_079_472,
@@ -79,45 +79,45 @@ PARAMETERS = {
 }
 
 
-def _pairs(rank: int, *layers: tuple[int, int]) -> int:
-    """Two matrices beside each linear layer: inputs x rank and rank x outputs."""
+def _lora_parameters(rank: int, *layers: tuple[int, int]) -> int:
+    """Return the number of LoRA parameters: inputs x rank and rank x outputs for each linear layer."""
     return sum(rank * (inputs + outputs) for inputs, outputs in layers)
 
 
 # With LoRA of rank 128 in the language model and 32 in the vision tower.
 EXPECTED = {
     "llava-hf/llava-1.5-7b-hf": {
-        # 32 layers: q, k, v, o; gate, up; down. And the row of `<vusr>`
-        "language": 32 * _pairs(128, *[(4096, 4096)] * 4, *[(4096, 11008)] * 2, (11008, 4096)) + 4096,
-        # 23 of 24 layers, the last one's output is not read: q, k, v, out; fc1; fc2
-        "vision": 23 * _pairs(32, *[(1024, 1024)] * 4, (1024, 4096), (4096, 1024)),
+        # 32 layers: q, k, v, o; gate, up; down; and the row of `<vusr>`
+        "language": 32 * _lora_parameters(128, *[(4096, 4096)] * 4, *[(4096, 11008)] * 2, (11008, 4096)) + 4096,
+        # 23 of 24 layers, because the output of the last is not used: q, k, v, out; fc1; fc2
+        "vision": 23 * _lora_parameters(32, *[(1024, 1024)] * 4, (1024, 4096), (4096, 1024)),
         # two layers with a bias each
         "projector": (1024 + 1) * 4096 + (4096 + 1) * 4096,
     },
     "google/medgemma-4b-it": {
         # 34 layers, 8 heads of 256 for queries and 4 for keys and values
         "language": 34
-        * _pairs(128, (2560, 2048), *[(2560, 1024)] * 2, (2048, 2560), *[(2560, 10240)] * 2, (10240, 2560))
+        * _lora_parameters(128, (2560, 2048), *[(2560, 1024)] * 2, (2048, 2560), *[(2560, 10240)] * 2, (10240, 2560))
         + 2560,
-        "vision": 27 * _pairs(32, *[(1152, 1152)] * 4, (1152, 4304), (4304, 1152)),
-        # one matrix, and the gain of a norm
+        "vision": 27 * _lora_parameters(32, *[(1152, 1152)] * 4, (1152, 4304), (4304, 1152)),
+        # one matrix and the gain of a norm
         "projector": 1152 * 2560 + 1152,
     },
     "Qwen/Qwen2.5-VL-7B-Instruct": {
         # 28 layers, 28 heads of 128 for queries and 4 for keys and values
         "language": 28
-        * _pairs(128, (3584, 3584), *[(3584, 512)] * 2, (3584, 3584), *[(3584, 18944)] * 2, (18944, 3584))
+        * _lora_parameters(128, (3584, 3584), *[(3584, 512)] * 2, (3584, 3584), *[(3584, 18944)] * 2, (18944, 3584))
         + 3584,
-        # 32 layers: q, k and v in one; out; gate, up; down
-        "vision": 32 * _pairs(32, (1280, 3 * 1280), (1280, 1280), *[(1280, 3420)] * 2, (3420, 1280)),
-        # the gain of a norm, and two layers with a bias each over four patches
+        # 32 layers: q, k and v in one matrix; out; gate, up; down
+        "vision": 32 * _lora_parameters(32, (1280, 3 * 1280), (1280, 1280), *[(1280, 3420)] * 2, (3420, 1280)),
+        # the gain of a norm, and two layers with a bias over four patches each
         "projector": 1280 + (5120 + 1) * 5120 + (5120 + 1) * 3584,
     },
 }
 
 
 def config_directory(name: str, directory: Path) -> Path:
-    """A directory with the `config.json` of a model on the Hub, and nothing else."""
+    """Save only the `config.json` of a model on the Hub, and return its directory."""
     if name not in CONFIGS:
         raise KeyError(f"A recipe starts from {name!r}: add its dimensions, and what it trains, to {__file__}.")
     CONFIGS[name]().save_pretrained(directory / name)
@@ -125,7 +125,7 @@ def config_directory(name: str, directory: Path) -> Path:
 
 
 def trainable_parameters(step: Step, steps: Sequence[Step] = ()) -> dict[str, int]:
-    """The number of parameters by part that a plan shows for a step that trains."""
+    """Return the number of parameters by part that a plan shows for a training step."""
     counts = Counter()
     for trained in trained_parameters(policy_of(step, steps)):
         counts[trained.part] += trained.count

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A real `transformers serve` on loopback, for as long as a test needs it."""
+"""Run `transformers serve` on localhost during a test."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ import pytest
 
 @contextmanager
 def serve(directory: str) -> Iterator[str]:
-    """The address that an OpenAI client takes; the test is skipped where the server's packages are missing."""
+    """Yield the base URL for an OpenAI client. Skip the test if the packages of the server are missing."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"`transformers serve` needs {', '.join(missing)} (pip install 'transformers[serving]')")

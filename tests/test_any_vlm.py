@@ -3,7 +3,7 @@
 """Every family completes every stage: adapter, stage 1, questions and answers, stage 2, saving, loading, merging.
 
 The models of `family_models.py` are saved like a published base, without `<vusr>`, and loaded by `load_policy`. Each
-family runs once, and the tests look at its results.
+family runs once, and the tests check its results.
 """
 
 import json
@@ -41,8 +41,8 @@ TIED = {"gemma-3", "internvl"}  # by default in their configurations
 RANKS = {"r": 8, "lora_alpha": 16, "vision_r": 4, "vision_lora_alpha": 12, "lora_dropout": 0.0}
 
 
-def asked(processor, vusr: bool = False):
-    """Inputs of a prompt about an image: a question to answer, or a bare `<vusr>`."""
+def prompt_inputs(processor, vusr: bool = False):
+    """Return the model inputs of a prompt about an image: a question to answer, or a bare `<vusr>`."""
     image = Image.fromarray(np.random.default_rng(3).integers(0, 255, (24, 16, 3), dtype=np.uint8))
     messages = to_ask([], 1) if vusr else to_answer([], 1, "What about 3 in turn 0?")
     return chat_inputs(processor, [messages], [[image]])
@@ -50,7 +50,7 @@ def asked(processor, vusr: bool = False):
 
 def log_probs(model, processor) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([model(**asked(processor, vusr)).logits[0] for vusr in (False, True)]).log_softmax(-1)
+        return torch.cat([model(**prompt_inputs(processor, vusr)).logits[0] for vusr in (False, True)]).log_softmax(-1)
 
 
 class Run:
@@ -69,8 +69,8 @@ class Run:
 
     @cached_property
     def sft(self):
-        """The trainer of stage 1 after two steps (in the first, the half of LoRA that starts at zero blocks the
-        gradient of the other)."""
+        """The trainer of stage 1 after two steps. In the first, LoRA's B matrices are zero, so its A matrices get no
+        gradient."""
         model, processor = self.policy
         token = processor.tokenizer.convert_tokens_to_ids(VUSR)
         self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -117,10 +117,10 @@ def test_the_base_loads_unchanged(run):
     assert (head is embedding) == (run.family in TIED)
 
 
-def test_the_adapter_is_exactly_where_gradients_arrive(run):
-    """LoRA belongs on the linear layers of a tower that receive a gradient in the plain model."""
+def test_the_adapter_is_on_exactly_the_layers_that_receive_gradients(run):
+    """LoRA is expected on the linear layers of both towers that receive a gradient without an adapter."""
     plain, processor = tiny_model(run.family)
-    output = plain(**asked(processor))
+    output = plain(**prompt_inputs(processor))
     output.logits.square().sum().backward()
     parts = model_parts(plain)
     head = plain.get_output_embeddings()
@@ -152,14 +152,14 @@ def test_the_adapter_is_exactly_where_gradients_arrive(run):
     assert rows == [(1, run.base_model.get_input_embeddings().embedding_dim)]
 
 
-def test_an_sft_step_moves_exactly_what_trains(run):
+def test_sft_changes_exactly_the_trainable_parameters(run):
     model = run.sft.model
     assert all(math.isfinite(entry["loss"]) for entry in run.sft.state.log_history if "loss" in entry)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, run.start[name]) != parameter.requires_grad, name
 
 
-def test_the_adapter_reloads(run):
+def test_the_reloaded_adapter_gives_the_same_log_probabilities(run):
     trainer = run.sft
     model, processor = load_policy(str(run.directory / "sft"))
     assert processor.chat_template == run.policy[1].chat_template
@@ -167,7 +167,7 @@ def test_the_adapter_reloads(run):
     assert not torch.allclose(log_probs(model, processor), log_probs(*load_policy(str(run.directory / "base"))))
 
 
-def test_the_policy_asks_and_answers_twice(run):
+def test_the_policy_asks_questions_and_writes_two_answers(run):
     trainer = run.sft
     assert trainer
     model, processor = load_policy(str(run.directory / "sft"))
@@ -191,17 +191,17 @@ def test_the_policy_asks_and_answers_twice(run):
         assert not any(VUSR in text for text in (question, *row["answers"]))
 
 
-def test_a_dpo_step_starts_at_ln_2_and_keeps_the_reference(run):
+def test_dpo_starts_at_ln_2_and_keeps_the_reference(run):
     trainer = run.dpo
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[1] != losses[0]
     reference = []
     for name, parameter in trainer.model.named_parameters():
-        moved = not torch.equal(parameter, run.dpo_start[name])
+        changed = not torch.equal(parameter, run.dpo_start[name])
         # Pairs never contain `<vusr>`; its row only matters in a tied output layer.
         trains = parameter.requires_grad and (run.family in TIED or "trainable_tokens" not in name)
-        assert moved == trains, name
-        reference += [moved] if "ref" in name.split(".") else []
+        assert changed == trains, name
+        reference += [changed] if "ref" in name.split(".") else []
     assert len(reference) == len(list(run.sft.model.parameters())) - len(run.before) and not any(reference)
 
 
@@ -223,7 +223,7 @@ def test_the_merged_model_gives_the_same_log_probabilities(run):
     assert not torch.equal(row, run.before[f"{model_parts(merged).embedding}.weight"][token])
 
 
-def test_messages_name_every_tested_family():
+def test_messages_list_exactly_the_tested_families():
     models = [base_model(family)[0] for family in [*MODELS, *CROSS_ATTENTION]]
     assert {model.config.model_type for model in models} == {
         model_type for family in FAMILIES.values() for model_type in family.model_types
@@ -231,7 +231,7 @@ def test_messages_name_every_tested_family():
 
 
 UNSUPPORTED = {  # type, settings, message
-    "text alone": ("llama", {}, "`llama`, which has no vision tower"),
+    "text only": ("llama", {}, "`llama`, which has no vision tower"),
     "Q-Former": ("blip-2", {"text_config": {"model_type": "opt"}}, "`blip-2`, whose images pass through a Q-Former"),
     "Q-Former with text": ("instructblip", {"text_config": {"model_type": "opt"}}, "through a Q-Former"),
     "encoder and decoder": ("florence2", {}, "`florence2`, an encoder with a decoder"),
@@ -240,9 +240,9 @@ UNSUPPORTED = {  # type, settings, message
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_unsupported_models_are_refused_before_weights_are_read(tmp_path, kind):
-    model_type, settings, said = UNSUPPORTED[kind]
+    model_type, settings, message = UNSUPPORTED[kind]
     CONFIG_MAPPING[model_type](**settings).save_pretrained(tmp_path)  # without weights
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_policy(str(tmp_path))
     assert str(tmp_path) in str(error.value) and "Tested families: Gemma 3" in str(error.value)
 
@@ -255,7 +255,7 @@ def test_an_unsupported_model_object_is_refused():
         adapter_config(model)
 
 
-@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is here")
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 def test_a_processor_without_torchvision_names_the_extra(tmp_path):
     model, processor = base_model("qwen2.5-vl")
     model.config.save_pretrained(tmp_path)
@@ -273,11 +273,11 @@ def test_a_processor_without_replacement_offsets_is_refused(monkeypatch):
     processor = tiny_model("llava-1.5-hf")[1]
     call = type(processor).__call__
 
-    def silent(self, *args, **kwargs):
+    def call_without_offsets(self, *args, **kwargs):
         batch = call(self, *args, **kwargs)
         batch.pop("text_replacement_offsets")
         return batch
 
-    monkeypatch.setattr(type(processor), "__call__", silent)
+    monkeypatch.setattr(type(processor), "__call__", call_without_offsets)
     with pytest.raises(UserError, match="return_text_replacement_offsets.*Tested families"):
         DataCollatorForSelfQuestioning(processor)([tiny_run.conversation(0)])

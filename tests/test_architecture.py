@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The rings of docs/architecture.md, read from the import statements (those inside functions and for typing too)."""
+"""Imports follow the rings of docs/architecture.md, including imports inside functions and for type checking."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -20,7 +20,7 @@ BUDGET = 16_550  # lowered with every change that makes the package smaller, unt
 
 FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 IMPORTS = {name: imported_modules(path, set(FILES)) - {"medst_trl"} for name, path in FILES.items()}
-del IMPORTS["medst_trl"]  # the public names, from everywhere
+del IMPORTS["medst_trl"]  # it re-exports the public names of all packages
 
 
 def ring(module: str) -> str:
@@ -31,7 +31,7 @@ def package(module: str) -> str:
     return module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -54,15 +54,15 @@ def test_no_import_points_outwards():
     assert outwards == set()
 
 
-def test_modules_form_no_circle():
-    assert circle(IMPORTS) == []
+def test_modules_have_no_import_cycle():
+    assert find_cycle(IMPORTS) == []
 
 
-def test_packages_form_no_circle():
+def test_packages_have_no_import_cycle():
     graph: dict[str, set[str]] = {}
     for name, imports in IMPORTS.items():
         graph.setdefault(package(name), set()).update(package(found) for found in imports)
-    assert circle({name: found - {name} for name, found in graph.items()}) == []
+    assert find_cycle({name: found - {name} for name, found in graph.items()}) == []
 
 
 def test_the_package_stays_within_its_budget():
@@ -71,7 +71,6 @@ def test_the_package_stays_within_its_budget():
 
 @pytest.mark.parametrize("name", sorted(IMPORTS))
 def test_imports_are_relative_within_a_directory_and_absolute_between_them(name):
-
     own = package(name)
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -80,12 +79,12 @@ def test_imports_are_relative_within_a_directory_and_absolute_between_them(name)
                 assert "." in node.module.removeprefix(f"{own}."), f"line {node.lineno}"
 
 
-# What every module of a kind defines, by convention: stages, metrics, and scripts.
+# Names that several stages, metrics or scripts define by convention.
 CONVENTIONS = {"STAGE", "check", "logger", "main", "make_trainer", "plan", "score", "shown_texts", "summarize"}
 
 
 def test_a_public_name_is_defined_once():
-    places: dict[str, list[str]] = {}
+    modules: dict[str, list[str]] = {}
     for name, path in FILES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -97,5 +96,5 @@ def test_a_public_name_is_defined_once():
                 continue
             for public in defined:
                 if not public.startswith("_") and public not in CONVENTIONS:
-                    places.setdefault(public, []).append(name)
-    assert {public: found for public, found in places.items() if len(found) > 1} == {}
+                    modules.setdefault(public, []).append(name)
+    assert {public: found for public, found in modules.items() if len(found) > 1} == {}

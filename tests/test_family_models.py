@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny models depend on what the tests of masks and positions vary; otherwise those tests could not fail."""
+"""The tiny models react to what the tests of masks and positions change. Otherwise those tests could not fail."""
 
 import pytest
 import tiny_run
@@ -13,7 +13,7 @@ from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 SLIDING = ["llava-mistral", "gemma-3"]
 M_ROPE = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
-CLEAR = 1e-3
+MIN_CHANGE = 1e-3
 
 
 def _inputs(processor, *rows):
@@ -22,8 +22,8 @@ def _inputs(processor, *rows):
     return batch
 
 
-def _change(model, one: dict, other: dict) -> torch.Tensor:
-    """The difference of the logits at each position of the first row."""
+def _logit_change(model, one: dict, other: dict) -> torch.Tensor:
+    """Return the largest difference of the logits at each position of the first row."""
     with torch.no_grad():
         difference = model(**one).logits - model(**other).logits
     return difference[0].abs().amax(-1)
@@ -49,11 +49,11 @@ def test_logits_depend_on_the_image(family):
     model, processor = tiny_model(family)
     one, other = (_inputs(processor, tiny_run.conversation(3, turns=3)) for _ in range(2))
     other["pixel_values"] = other["pixel_values"].flip(0 if family in M_ROPE else -1)
-    assert _change(model, one, other).amax() > CLEAR
-    # at every position within reach of the image: each layer passes it on by the length of a window
+    assert _logit_change(model, one, other).amax() > MIN_CHANGE
+    # Every later position depends on the image, with a sliding window at least those within its length.
     reach = slice(None) if family != "llava-mistral" else slice(WINDOW)
     image = (one["input_ids"][0] == model.config.image_token_id).nonzero()
-    assert (_change(model, one, other)[int(image[-1]) + 1 :][reach] > CLEAR).all()
+    assert (_logit_change(model, one, other)[int(image[-1]) + 1 :][reach] > MIN_CHANGE).all()
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -61,12 +61,12 @@ def test_logits_depend_on_the_order_of_distant_tokens(family):
     model, processor = tiny_model(family)
     one, other = _inputs(processor), _inputs(processor)
     end = one["input_ids"].shape[1]
-    back = WINDOW + 6 if family == "llava-mistral" else 40  # outside the window, within reach of two layers
+    back = WINDOW + 6 if family == "llava-mistral" else 40  # outside the window, but reached through two layers
     first, second = end - back, end - back + 1
     assert one["input_ids"][0, first] != one["input_ids"][0, second]
     other["input_ids"][0, [first, second]] = one["input_ids"][0, [second, first]]
-    change = _change(model, one, other)
-    assert not change[:first].any() and change[-1] > CLEAR
+    change = _logit_change(model, one, other)
+    assert not change[:first].any() and change[-1] > MIN_CHANGE
 
 
 @pytest.mark.parametrize("family", SLIDING)
@@ -75,22 +75,22 @@ def test_sliding_windows_are_shorter_than_the_inputs(family):
     inputs = _inputs(processor)
     with torch.no_grad():
         change = (model(**inputs).logits - wide(**inputs).logits)[0].abs().amax(-1)
-    assert change[:WINDOW].amax() < 1e-5 and (change[2 * WINDOW :] > CLEAR).all()
+    assert change[:WINDOW].amax() < 1e-5 and (change[2 * WINDOW :] > MIN_CHANGE).all()
 
 
 def test_image_tokens_of_gemma_attend_to_each_other():
     model, processor = tiny_model("gemma-3")
     one, other = _inputs(processor), _inputs(processor)
     other["token_type_ids"] = torch.zeros_like(one["token_type_ids"])
-    assert _change(model, one, other)[-1] > CLEAR
+    assert _logit_change(model, one, other)[-1] > MIN_CHANGE
 
 
 @pytest.mark.parametrize("family", M_ROPE)
-def test_qwens_positions_count_rows_and_columns(family):
+def test_qwen_positions_depend_on_image_rows_and_columns(family):
     model, processor = tiny_model(family)
     one, other = _inputs(processor), _inputs(processor)
     other["position_ids"] = torch.arange(one["input_ids"].shape[1])[None]
-    assert _change(model, one, other)[-1] > CLEAR
+    assert _logit_change(model, one, other)[-1] > MIN_CHANGE
 
 
 def test_weights_depend_only_on_the_seed():

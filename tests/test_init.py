@@ -11,16 +11,16 @@ import pytest
 import medst_trl
 
 
-def test_the_import_is_light_until_a_name_is_used():
+def test_importing_the_package_imports_no_heavy_package():
     code = "import sys, medst_trl; print({'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize("name", [name for name in medst_trl.__all__ if not name.startswith("__")])
-def test_a_public_name_is_that_of_its_module(name):
+def test_a_public_name_is_the_object_of_its_module(name):
     value = getattr(medst_trl, name)
     assert value is getattr(import_module(medst_trl._MODULE_OF[name]), name)
-    assert value.__doc__, f"{name} is public and says nothing of itself"
+    assert value.__doc__, f"{name} is public and has no docstring"
     assert name in dir(medst_trl)
 
 

@@ -39,8 +39,8 @@ def requirements(setup):
 
 
 def test_every_package_is_found():
-    inside = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "medst_trl").rglob("__init__.py")}
-    assert inside | {"medst_trl.accelerate_configs", "medst_trl.recipes"} <= set(find_namespace_packages(ROOT))
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "medst_trl").rglob("__init__.py")}
+    assert packages | {"medst_trl.accelerate_configs", "medst_trl.recipes"} <= set(find_namespace_packages(ROOT))
 
 
 def test_tested_versions_are_within_the_declared_ranges(setup):
@@ -48,7 +48,7 @@ def test_tested_versions_are_within_the_declared_ranges(setup):
     assert not any("+" in version for version in tested.values()), "a local version cannot be installed from an index"
     for requirement in requirements(setup):
         name = requirement.name.lower().replace("_", "-")
-        # extras that the tests do without
+        # not installed for the tests
         if name in ("torchvision", "trackio"):
             continue
         assert requirement.specifier.contains(tested[name]), f"{requirement} does not allow {tested[name]}"
@@ -91,7 +91,7 @@ def wheel(tmp_path_factory):
     return next(directory.glob("*.whl"))
 
 
-def test_the_wheel_holds_one_package_with_all_its_files(wheel):
+def test_the_wheel_contains_one_package_with_all_its_files(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"medst_trl"}
     expected = [path.relative_to(ROOT) for path in (ROOT / "medst_trl").rglob("*.py")]
@@ -123,7 +123,7 @@ print(medst_trl.__file__, find_recipe("for_this_test"), find_config("zero2"))
     assert result.stdout.count(str(tmp_path / "site")) == 3
 
 
-def test_licence_and_version():
+def test_the_licence_is_complete_and_the_version_is_valid():
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
     assert re.fullmatch(r"\d+\.\d+\.\d+", medst_trl.__version__)
@@ -138,5 +138,5 @@ def test_recipes_are_executable_and_have_a_summary():
 
     for name, path in packaged_recipes().items():
         assert path.read_text().startswith("#!/usr/bin/env -S python -m medst_trl\n#"), name
-        assert path.stat().st_mode & 0o111, f"{name} has no run bit"
-        assert summary(path), f"{name} does not open with what it is"
+        assert path.stat().st_mode & 0o111, f"{name} is not executable"
+        assert summary(path), f"{name} has no summary"

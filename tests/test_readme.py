@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every command in README.md and docs/ is known to its parser, and every block that can run on any machine runs."""
+"""Every command in README.md and docs/ is valid, and every block that runs on any machine runs."""
 
 import ast
 import configparser
@@ -24,11 +24,11 @@ from medst_trl.pipeline import launch
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in BLOCKS if block.language == "bash"]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
-ELSEWHERE = {"cd", "export", "git", "hf", "python", "sbatch", "transformers", "vllm", "lmms-eval"}
+OTHER_PROGRAMS = {"cd", "export", "git", "hf", "python", "sbatch", "transformers", "vllm", "lmms-eval"}
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_every_command_is_known(block, monkeypatch, capsys):
+def test_every_command_is_valid(block, monkeypatch, capsys):
     seen = []
     monkeypatch.chdir(ROOT)
     for module in (cli, medst_trl.__main__):
@@ -69,11 +69,11 @@ def _check(words: list[str], seen: list[str]) -> None:
         case ["python", script, *_] if script.startswith("examples/"):
             assert (ROOT / script).is_file()
         case _:
-            assert words[0] in ELSEWHERE, words
+            assert words[0] in OTHER_PROGRAMS, words
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_parses(block):
+def test_python_blocks_parse(block):
     ast.parse(block.text)
 
 
@@ -94,8 +94,8 @@ def test_links_have_targets():
                 assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
 
 
-# What the ten commands need and a laptop lacks, and its replacement: a tiny model and rates that suit it.
-ON_A_LAPTOP = {
+# Replacements with which the ten commands run on a laptop: a tiny model, a local judge, and suitable learning rates.
+LAPTOP_REPLACEMENTS = {
     "MODEL=llava-hf/llava-1.5-7b-hf": "MODEL=runs/demo/base",
     'JUDGE="--model gpt-4o"': 'JUDGE="--model judge --base_url {judge} --min_margin 0"',
     "--learning_rate 2e-4 --vision_learning_rate 5e-5 --projector_learning_rate 2e-5": "--learning_rate 7e-4 "
@@ -105,11 +105,11 @@ ON_A_LAPTOP = {
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory, demo_run) -> Path:
-    """A directory as a reader has it: the checkout, a finished demo, scans, and a table of questions about some."""
+def workspace(tmp_path_factory, demo_run) -> Path:
+    """Directory of a reader of the docs: the checkout, a finished demo, scans, and a table of questions and images."""
     from medst_trl.demo.phantoms import make_phantoms
 
-    directory = tmp_path_factory.mktemp("desk")
+    directory = tmp_path_factory.mktemp("workspace")
     for name in ("recipes", "examples", "docs"):
         shutil.copytree(ROOT / name, directory / name)
     shutil.copytree(demo_run, directory / "runs/demo")
@@ -129,40 +129,42 @@ def desk(tmp_path_factory, demo_run) -> Path:
     return directory
 
 
-def _run(block: Block, desk: Path, text: str | None = None) -> None:
+def _run(block: Block, workspace: Path, text: str | None = None) -> None:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OPENAI_API_KEY": "sk-x",
     }
     program = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-    done = subprocess.run([*program, text or block.text], cwd=desk, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*program, text or block.text], cwd=workspace, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_that_run_anywhere_run(page, desk):
+def test_blocks_that_run_anywhere_run(page, workspace):
     for block in blocks(page):
         if block.language == "bash" and block.runs_anywhere:
-            own = ("make ", "pip ")  # they create environments or run this test
+            own = ("make ", "pip ")  # these create environments or run this test
             text = "".join(line for line in block.text.splitlines(True) if not line.startswith(own))
-            _run(block, desk, text or "true")
+            _run(block, workspace, text or "true")
         elif block.language == "python":
-            _run(block, desk)
+            _run(block, workspace)
 
 
 @pytest.mark.slow
-def test_the_ten_commands(desk):
+def test_the_ten_commands_run(workspace):
     (block,) = [
         block for block in blocks(ROOT / "README.md") if "runs/mine/merged" in block.text and "medst sft" in block.text
     ]
     text = block.text
     with JudgeServer() as server:
-        for there, here in ON_A_LAPTOP.items():
-            assert there in text, there
-            text = text.replace(there, here.replace("{judge}", server.base_url))
-        _run(block, desk, text)
-    mine = desk / "runs/mine"
+        for original, replacement in LAPTOP_REPLACEMENTS.items():
+            assert original in text, original
+            text = text.replace(original, replacement.replace("{judge}", server.base_url))
+        _run(block, workspace, text)
+    mine = workspace / "runs/mine"
     assert (mine / "merged/model.safetensors").is_file() and (mine / "dpo/adapter_model.safetensors").is_file()
     assert (mine / "report/index.html").is_file() and (mine / "evaluate/scores.json").is_file()
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The recipes that come with the package, each by itself: its settings, its inputs, what it trains, its batches, and the
-whole of it on a few records. A new recipe is found here without being named.
+Packaged recipes: their settings, inputs, trained parameters and batch sizes, and complete runs on a few records. New
+recipes are found automatically.
 """
 
 import json
@@ -30,7 +30,9 @@ from medst_trl.pipeline.settings import Option
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-LARGE = [path for path in RECIPES if "base" not in read_recipe(path).sections]  # with a model from the Hub
+LARGE = [
+    path for path in RECIPES if "base" not in read_recipe(path).sections
+]  # those that start from a model on the Hub
 TRAIN = ("sft", "dpo")
 
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -47,7 +49,7 @@ def settings(name):
 
 @pytest.fixture
 def with_data(tmp_path, monkeypatch):
-    """Write the data of a recipe where it expects it, in the current directory."""
+    """Return a function that writes the data of a recipe to the current directory, where the recipe expects it."""
     monkeypatch.chdir(tmp_path)
 
     def write(path):
@@ -61,7 +63,7 @@ def with_data(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def real_dimensions(tmp_path_factory):
-    """The directory of a model's configuration, by its name."""
+    """Return a function that saves the configuration of a model, given its name, and returns the directory."""
     directory = tmp_path_factory.mktemp("configs")
     return lambda name: str(config_directory(name, directory))
 
@@ -70,7 +72,7 @@ def real_dimensions(tmp_path_factory):
 
 
 @each_recipe
-def test_its_comment_says_what_it_is_and_how_to_run_it(path):
+def test_the_header_describes_the_recipe_and_how_to_run_it(path):
     text = path.read_text()
     assert text.startswith("#!/usr/bin/env -S python -m medst_trl\n") and os.access(path, os.X_OK)
     for heading in ("# What it is", "# What it needs", "# Run it", "# Change it"):
@@ -80,18 +82,18 @@ def test_its_comment_says_what_it_is_and_how_to_run_it(path):
 
 
 @each_recipe
-def test_it_is_valid_with_its_data(path, with_data):
+def test_a_recipe_is_valid_with_its_data(path, with_data):
     lines = validate(read_recipe(with_data(path)))
     assert len(lines) == len(read_recipe(path).steps())
 
 
 @each_large_recipe
-def test_without_its_data_the_missing_files_are_reported(path, tmp_path, monkeypatch):
+def test_the_missing_files_of_a_recipe_are_reported(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         validate(read_recipe(path))
     for step in read_recipe(path).steps("prepare"):
-        assert f"section {step.label}: data_path: {step.settings['data_path']} does not exist" in str(told.value)
+        assert f"section {step.label}: data_path: {step.settings['data_path']} does not exist" in str(error.value)
 
 
 @each_recipe
@@ -100,7 +102,7 @@ def test_each_section_writes_to_its_own_directory(path):
     assert len(set(directories)) == len(directories)
 
 
-def test_the_demo_is_the_whole_loop():
+def test_the_demo_runs_the_whole_loop():
     steps = settings("demo")
     loop = ["base", "prepare", "sft", "generate", "judge", "dpo", "evaluate/stage_1", "evaluate/aligned", "report"]
     assert list(steps) == loop
@@ -110,7 +112,7 @@ def test_the_demo_is_the_whole_loop():
 
 
 @pytest.mark.parametrize("name", ["stllava_med_7b", "stllava_med_7b_finetuned", "stllava_med_7b_24gb"])
-def test_the_settings_are_the_papers(name):
+def test_the_settings_match_the_paper(name):
     steps = settings(name)
     rates = ("learning_rate", "vision_learning_rate", "projector_learning_rate")
     ranks = ("lora_r", "lora_alpha", "vision_lora_r", "vision_lora_alpha")
@@ -154,7 +156,7 @@ def test_the_commented_convert_section_works(with_data, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_dimensions_are_those_of_the_published_models(name, real_dimensions):
+def test_the_dimensions_match_the_published_models(name, real_dimensions):
     assert meta_model(real_dimensions(name)).num_parameters() == PARAMETERS[name]
 
 
@@ -183,7 +185,7 @@ def test_trained_parameters_equal_those_computed_by_hand(path, real_dimensions):
 
 @each_large_recipe
 @pytest.mark.parametrize("processes", [1, 4, 8])
-def test_its_batch_is_the_same_on_any_number_of_gpus(path, processes):
+def test_the_batch_size_does_not_depend_on_the_number_of_gpus(path, processes):
     for step in read_recipe(path).steps():
         if step.stage.name in TRAIN:
             processes = 1 if step.accelerate_config == "single_gpu" else processes
@@ -197,7 +199,7 @@ def test_its_batch_is_the_same_on_any_number_of_gpus(path, processes):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The directory of a model with 60k parameters, and an environment in which recipes can run."""
+    """Save a model with 60k parameters, prepare the environment of recipes, and return the directory of the model."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     for part in tiny_llava(**tiny_run.SMALL):
@@ -206,7 +208,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def tiny_options(path, model, judge, **sft):
-    """Options with which a recipe for GPUs ends within seconds on a CPU. Its method is unchanged."""
+    """Return options with which a recipe for GPUs finishes within seconds on a CPU. They do not change its method."""
     options = []
     for step in read_recipe(path).steps():
         given, stage = step.settings, step.stage.name
@@ -239,7 +241,7 @@ def tiny_options(path, model, judge, **sft):
     [pytest.param(path, marks=[] if path.stem == "stllava_med_7b" else pytest.mark.slow) for path in LARGE],
     ids=lambda path: path.stem,
 )
-def test_it_runs_on_a_few_records(path, with_data, tiny, capsys):
+def test_a_recipe_runs_on_a_few_records(path, with_data, tiny, capsys):
     with_data(path)
     with JudgeServer() as judge:
         words = [str(path), *tiny_options(path, tiny, judge.base_url)]
@@ -247,9 +249,9 @@ def test_it_runs_on_a_few_records(path, with_data, tiny, capsys):
         run_recipe(words)
         asked = len(judge.bodies)
         capsys.readouterr()
-        run_recipe(words)  # and again: everything is finished
+        run_recipe(words)  # the second time, every stage is finished
     steps = {step.label: step for step in read_recipe(path).steps()}
-    records = {label: made(step) for label, step in steps.items() if step.stage.name not in ("report", "push")}
+    records = {label: record_of(step) for label, step in steps.items() if step.stage.name not in ("report", "push")}
     assert all(record["status"] == "complete" for record in records.values())
     assert capsys.readouterr().out.count("is finished and unchanged") == len(records)
     if "dpo" in steps:
@@ -262,7 +264,7 @@ def test_it_runs_on_a_few_records(path, with_data, tiny, capsys):
 
 
 def test_stage_1_starts_from_an_aligned_projector(with_data, tiny):
-    """As the comments of both recipes say: alignment trains only the projector, and is merged before stage 1."""
+    """Alignment trains only the projector and is merged before stage 1, as the headers of both recipes say."""
     alignment, paper = with_data(recipe("llava_med_alignment")), with_data(recipe("stllava_med_7b"))
     short = {"max_steps": "3"}
     run_recipe([str(alignment), *tiny_options(alignment, tiny, "", **short)])
@@ -282,5 +284,5 @@ def test_stage_1_starts_from_an_aligned_projector(with_data, tiny):
         assert any(kind in name for name in names), kind
 
 
-def made(step):
+def record_of(step):
     return json.loads(Path(step.settings["output_dir"], "stage.json").read_text())

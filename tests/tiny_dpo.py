@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A stage-2 run small enough for a test: pairs of answers about noise, and an adapter that differs from its start.
+A small stage-2 run: preference pairs about noise images, and an adapter that differs from its initial values.
 
 As a script it runs in a separate process:
 `python tests/tiny_dpo.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N]`
@@ -59,14 +59,14 @@ def pair(number: int) -> dict:
 
 
 def adapter_policy(save_to: Path | None = None, **kwargs):
-    """A policy with an adapter all of whose parts differ from their initial values, as after stage 1."""
+    """Return a policy with an adapter whose parts all differ from their initial values, as after stage 1."""
     model, processor = small_policy(**kwargs)
     if save_to is not None:
         model.save_pretrained(save_to / "base")
         processor.save_pretrained(save_to / "base")
         model.config._name_or_path = model.name_or_path = str(save_to / "base")
     ranks = {"r": 8, "lora_alpha": 16, "vision_r": 4, "vision_lora_alpha": 8, "lora_dropout": 0.0}
-    torch.manual_seed(5)  # of LoRA's own initialisation
+    torch.manual_seed(5)  # for the initialization of LoRA
     model = get_peft_model(model, adapter_config(model, vusr_token_id=add_vusr(processor), **ranks))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A stage-1 run small enough for a test: four-turn conversations about noise, a LLaVA of 60k parameters.
+A small stage-1 run: four-turn conversations about noise images, and a LLaVA with 60k parameters.
 
 As a script it runs in a separate process, which a test can kill or start with two ranks:
 `python tests/tiny_run.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N | --kill_while_saving N]`
@@ -38,7 +38,7 @@ def text(content: str) -> list[dict]:
 
 
 def conversation(number: int, turns: int = 2, with_image: bool = True) -> dict:
-    """An example with its own image and a few turns of unequal length."""
+    """Return an example with its own image and a few turns of different lengths."""
     pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     messages = []
     for turn in range(turns):
@@ -106,16 +106,16 @@ class KillAfterStep(TrainerCallback):
 
 
 def kill_while_saving(step: int) -> None:
-    """The process dies half-way through the optimizer's file of checkpoint `step`."""
+    """Kill the process when half of the optimizer state of checkpoint `step` is written."""
     save = torch.save
 
-    def dying_save(obj, file, *args, **kwargs):
+    def killing_save(obj, file, *args, **kwargs):
         save(obj, file, *args, **kwargs)
         if f"checkpoint-{step}" in str(file) and str(file).endswith("optimizer.pt"):
             os.truncate(file, os.path.getsize(file) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = dying_save
+    torch.save = killing_save
 
 
 if __name__ == "__main__":

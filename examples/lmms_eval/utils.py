@@ -66,7 +66,7 @@ def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] |
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
-    """The record of an answer for every metric it counts in, with its `score` for lmms-eval's standard errors."""
+    """Return the record of an answer for each of its metrics, with its `score` for lmms-eval's standard errors."""
     record = {key: doc.get(key) for key in ("image_id", *COLUMNS)}
     record |= {"prediction": results[0], **answer_type(doc["answer"], doc.get("answer_type"))}
     scores = {variant: score_records([record], variant)[0][1] for variant in ("strict", "llava_med")}
@@ -85,7 +85,7 @@ def _figure(records: list[dict[str, Any]], variant: str, figure: tuple[str, ...]
 
 
 def __getattr__(name: str) -> partial:
-    """`!function utils.strict_open_f1`: the function by which lmms-eval aggregates all records of that metric."""
+    """Return the aggregation function of a metric, for example for `!function utils.strict_open_f1`."""
     if name not in METRICS:
         raise AttributeError(name)
     variant, figure = METRICS[name]

@@ -34,7 +34,7 @@ def serve(pipe, latency: float, rates: dict[str, float]) -> None:
     with JudgeServer(fault=RandomFaults(rates), latency=latency, retry_after="1") as server:
         pipe.send(server.base_url)
         pipe.recv()
-        pipe.send((server.busy_seconds, dict(server.outcomes), server.most_at_once))
+        pipe.send((server.busy_seconds, dict(server.outcomes), server.max_concurrent))
 
 
 def candidates(n: int) -> list[dict]:

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The example converts predictions between formats, and its mistakes end in a message."""
+"""The example converts predictions between formats, and the examples report invalid arguments in one message."""
 
 import json
 import runpy
@@ -28,14 +28,14 @@ RECORDS = [
         ("score_predictions", ["no.jsonl"], "no.jsonl cannot be read"),
     ],
 )
-def test_mistakes_end_in_a_message(name, arguments, message, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_end_in_a_message(name, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = Path(__file__).parents[2] / "examples" / f"{name}.py"
     monkeypatch.setattr("sys.argv", [str(path), *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         runpy.run_path(str(path), run_name="__main__")
-    assert ended.value.code
-    assert message in capsys.readouterr().err + str(ended.value.code)
+    assert error.value.code
+    assert message in capsys.readouterr().err + str(error.value.code)
 
 
 def test_every_format_is_converted_and_read_back(tmp_path, capsys):
@@ -54,7 +54,7 @@ def test_every_format_is_converted_and_read_back(tmp_path, capsys):
     back = [json.loads(line) for line in (tmp_path / "back.jsonl").read_text().splitlines()]
     assert [{key: row[key] for key in RECORDS[0]} for row in back] == RECORDS
 
-    # LLaVA-Med's own answer files hold neither right answers nor images; its file of questions does
+    # LLaVA-Med's answer files contain neither right answers nor images. Its file of questions does.
     rows = [json.loads(line) | {"metadata": {}} for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, rows)))
     gold = str(tmp_path / "answers_questions.json")

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From another project's file to a dataset for `medst dpo`, and back."""
+"""The example converts another project's file to a dataset for `medst dpo`, and back."""
 
 import json
 import runpy
@@ -11,7 +11,7 @@ from PIL import Image
 from medst_trl.data.schema import check_columns, load_records
 
 
-def test_pairs_make_a_round_trip(tmp_path, capsys):
+def test_pairs_survive_a_round_trip(tmp_path, capsys):
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "convert_preferences.py"))
     records = []
     for number in range(40):

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The examples run as they are, and do what they say."""
+"""The examples run and produce what they describe."""
 
 import json
 import runpy
@@ -18,20 +18,20 @@ def _main(name: str):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
-def test_training(tmp_path):
+def test_train_self_questioning_saves_an_adapter_and_asks_a_question(tmp_path):
     question = _main("train_self_questioning")(None, None, str(tmp_path), 2)
     assert question
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "chat_template.jinja").is_file()
 
 
-def test_collating(capsys):
+def test_collate_questions_samples_new_questions_in_each_epoch(capsys):
     trained = _main("collate_questions")()
-    assert trained["questions"][0] != trained["questions"][1]  # drawn anew
+    assert trained["questions"][0] != trained["questions"][1]  # sampled again
     assert trained["answers"][0] == trained["answers"][1]
     assert "<vusr>" in capsys.readouterr().out
 
 
-def test_scoring(tmp_path, capsys):
+def test_score_predictions_scores_its_examples_and_a_file(tmp_path, capsys):
     scores = _main("score_predictions")()
     assert (
         scores["strict"]["closed"]["accuracy"]["value"] == 50
@@ -44,13 +44,13 @@ def test_scoring(tmp_path, capsys):
     assert "no verdict" in capsys.readouterr().out
 
 
-def test_preferences(tmp_path):
+def test_train_preferences_learns_a_margin(tmp_path):
     last = _main("train_preferences")(None, None, str(tmp_path), 15)
     assert last["rewards/margins"] > 0.05
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_the_study_sums_up_its_seeds(tmp_path, monkeypatch):
+def test_phantom_study_averages_over_seeds(tmp_path, monkeypatch):
     study = runpy.run_path(str(EXAMPLES / "phantom_study.py"))
     steps = {step.label: step for step in read_recipe("phantom_study").steps()}
     assert {label.removeprefix("evaluate/") for label in steps if label.startswith("evaluate/")} == set(study["ARMS"])
@@ -83,6 +83,6 @@ def _write(path: Path, content: dict) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_each_fits_a_page(path):
-    longest = 230 if path.stem == "phantom_study" else 100  # an experiment of its own
+def test_each_example_is_short(path):
+    longest = 230 if path.stem == "phantom_study" else 100  # a whole experiment
     assert len(path.read_text().splitlines()) <= longest

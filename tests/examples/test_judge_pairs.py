@@ -9,7 +9,7 @@ from judge_server import JudgeServer
 PATH = Path(__file__).parents[2] / "examples" / "judge_pairs.py"
 
 
-def test_the_oracle_prefers_the_truth(capsys):
+def test_the_oracle_prefers_the_true_answers(capsys):
     judgements = runpy.run_path(str(PATH))["main"](pairs=4)
     assert [judgement["verdict"] for judgement in judgements] == [0, 0, 0, 0]
     assert "longer answer wins" in capsys.readouterr().out

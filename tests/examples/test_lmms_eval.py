@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The task files for lmms-eval give the figures of `score_vqa`. They run here as in lmms-eval 0.7: `process_docs`
+The task files for lmms-eval give the scores of `score_vqa`. They run here as in lmms-eval 0.7: `process_docs`
 flattens the documents, each document has its prompt and image, results are scored on documents without images, and
 each metric has its own aggregation.
 """
@@ -47,7 +47,7 @@ def read_task(name):
 
 
 def evaluate(task, dataset, answer):
-    """The figure of each metric, and its records."""
+    """Return the score of each metric, and its records."""
     docs = task["process_docs"](dataset)
     without_images = docs.remove_columns("image")
     results = defaultdict(list)
@@ -71,7 +71,7 @@ def figure_of(metric, scores):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def benchmark_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("benchmark")
     rows = list(benchmark_rows(make_phantoms(8, seed=0, split="test")))
     Dataset.from_list(rows, features=benchmark_features()).to_parquet(directory / "test-00000-of-00001.parquet")
@@ -79,35 +79,37 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_figures_are_those_of_score_vqa(directory, name):
+def test_scores_equal_those_of_score_vqa(benchmark_directory, name):
     task = read_task(f"{name}.yaml")
-    benchmark = load_dataset(str(directory), split=task["test_split"])  # as lmms-eval opens `dataset_path`
+    benchmark = load_dataset(str(benchmark_directory), split=task["test_split"])  # as lmms-eval opens `dataset_path`
     rng = random.Random(0)
     right = {question["question"]: question["answer"] for question in questions_of(benchmark)}
-    said = []
+    answers = []
 
     def answer(prompt, image):
-        said.append(rng.choice([right[prompt], "no", "I see no lung here", "", f"{right[prompt]} {right[prompt]}\n"]))
-        return said[-1]
+        answers.append(
+            rng.choice([right[prompt], "no", "I see no lung here", "", f"{right[prompt]} {right[prompt]}\n"])
+        )
+        return answers[-1]
 
     figures, records = evaluate(task, benchmark, answer)
     asked = questions_of(benchmark)
-    rows = [question | {"prediction": text} for question, text in zip(asked, said, strict=True)]
+    rows = [question | {"prediction": text} for question, text in zip(asked, answers, strict=True)]
     scores = {variant: score_vqa(rows, variant, bootstrap_samples=0) for variant in ("strict", "llava_med")}
     assert figures.keys() == {metric["metric"] for metric in task["metric_list"]}
     for metric, value in figures.items():
         leaf = figure_of(metric, scores)
         assert value == leaf["value"], metric
-        # lmms-eval makes standard errors of these: one score a question, by image
+        # lmms-eval computes standard errors from these: one score per question, clustered by image
         assert len(records[metric]) == leaf["n"]
         assert sum(record["score"] for record in records[metric]) / leaf["n"] == pytest.approx(value)
         assert {record[task["cluster_key"]] for record in records[metric]} <= set(benchmark["image_id"])
-    assert len({round(value) for value in figures.values()}) > 5, "equal figures test nothing"
+    assert len({round(value) for value in figures.values()}) > 5, "the scores must differ between metrics"
 
 
-def test_each_question_keeps_its_image(directory):
+def test_each_question_keeps_its_image(benchmark_directory):
     task = read_task("vqa_rad.yaml")
-    benchmark = load_dataset(str(directory), split="test")
+    benchmark = load_dataset(str(benchmark_directory), split="test")
     docs = task["process_docs"](benchmark)
     by_id = dict(zip(benchmark["image_id"], benchmark["image"]))
     asked = questions_of(benchmark)
@@ -116,7 +118,7 @@ def test_each_question_keeps_its_image(directory):
 
 
 def test_a_mirror_on_the_hub_is_scored_without_types():
-    """With image, question and answer only, yes and no answers count as closed and records as independent."""
+    """Yes and no answers count as closed, and records as independent, without the columns of the benchmark."""
     rows = [
         {"image": Image.new("L", (4, 4), shade), "question": question, "answer": answer}
         for shade, (question, answer) in enumerate([("Is it?", "Yes"), ("Where is it?", "left lung")])
@@ -138,6 +140,6 @@ def test_the_group_lists_all_tasks():
     tasks = [read_task(f"{name}.yaml") for name in TASKS]
     group = yaml.safe_load((TASKS_DIRECTORY / "medst.yaml").read_text())
     assert group["task"] == [task["task"] for task in tasks]
-    # lmms-eval takes every .yaml file for a task: the template has no suffix
+    # lmms-eval reads every .yaml file as a task, so the template has no suffix
     assert {path.stem for path in TASKS_DIRECTORY.glob("*.yaml")} == {*TASKS, "medst"}
     assert all(task["generation_kwargs"]["max_new_tokens"] == 64 for task in tasks)

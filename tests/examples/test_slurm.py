@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The SLURM example on a cluster of two nodes that are this machine."""
+"""Run the SLURM example on a simulated cluster, whose two nodes are this machine."""
 
 import json
 import os
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from jsonl import write_prediction
 
 from medst_trl.pipeline.launch import without_launcher
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm_several_nodes.sh"
-# What SLURM does: a task on each node, each told its number. The job fails with any of them.
+# Like SLURM's srun: start one task per node with its SLURM_NODEID, and fail if a task fails.
 SRUN = """\
 #!/bin/bash
 shift  # --kill-on-bad-exit
@@ -33,10 +34,6 @@ evaluate:
   bootstrap_samples: 0
   num_processes: 2
 """
-PREDICTION = {
-    "id": "1", "image_id": "a", "question": "Is there a fracture?", "answer": "no", "answer_type": "closed",
-    "question_type": "presence", "prediction": "no", "generation": "{}",
-}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -46,7 +43,7 @@ def test_two_nodes_take_part_in_one_stage(tmp_path):
         (tmp_path / "bin" / name).write_text(content)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(PREDICTION) + "\n")
+    write_prediction(tmp_path / "predictions.jsonl")
     config = tmp_path / "ddp.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\n"
                       "rdzv_backend: static\nsame_network: true\nnum_machines: 1\nmachine_rank: 0\n")  # fmt: skip
@@ -69,7 +66,7 @@ def test_two_nodes_take_part_in_one_stage(tmp_path):
     assert record["status"] == "complete" and record["settings"]["seed"] == 4
 
 
-def test_what_it_asks_of_slurm_and_of_accelerate():
+def test_the_script_uses_valid_options_of_slurm_and_accelerate():
     text = SCRIPT.read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
     assert {"nodes", "gpus-per-node", "requeue"} <= options.keys()

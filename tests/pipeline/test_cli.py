@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from jsonl import write_prediction
 
 from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
@@ -45,16 +46,12 @@ evaluate:
   predictions: predictions.jsonl
   bootstrap_samples: 0
 """
-PREDICTION = {
-    "id": "1", "image_id": "a", "question": "Is there a fracture?", "answer": "no", "answer_type": "closed",
-    "question_type": "presence", "prediction": "no", "generation": "{}",
-}  # fmt: skip
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(PREDICTION) + "\n")
+    write_prediction(tmp_path / "predictions.jsonl")
     path = tmp_path / "mine.yaml"
     path.write_text(RECIPE)
     path.chmod(0o755)

@@ -20,15 +20,15 @@ from medst_trl.pipeline.stages import dpo
 
 def write_pairs(directory, rows, split="train"):
     directory.mkdir(exist_ok=True)
-    known = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
-    dataset = Dataset.from_list([row | known for row in rows], features=preference_features())
+    columns = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
+    dataset = Dataset.from_list([row | columns for row in rows], features=preference_features())
     dataset.to_parquet(directory / f"{split}-00000-of-00001.parquet")
     return directory
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """An adapter and preference pairs with both splits, as `sft` and `judge` leave them."""
+    """An adapter and preference pairs with both splits, as written by `sft` and `judge`."""
     directory = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_dpo.adapter_policy(save_to=directory)
     model.save_pretrained(directory / "sft", save_embedding_layers=False)
@@ -58,12 +58,12 @@ def test_the_adapter_is_trained_further_and_saved_with_its_record(inputs, tmp_pa
     names = {"rewards/margins", "logps/chosen", "logratios/chosen", "lengths/rejected", "eval_rewards/accuracies"}
     assert names <= set(record["metrics"])
     assert not (tmp_path / "dpo" / "ref").exists() and not list((tmp_path / "dpo").rglob("training_args.bin"))
-    said = capsys.readouterr().out
-    assert "Stage 2 is done: 3 steps on 12 preference pairs" in said and "nats" in said
+    printed = capsys.readouterr().out
+    assert "Stage 2 is done: 3 steps on 12 preference pairs" in printed and "nats" in printed
     load_policy(str(tmp_path / "dpo"))
 
 
-def test_the_card_is_for_an_image_model(inputs, tmp_path):
+def test_the_model_card_shows_how_to_load_a_vision_language_model(inputs, tmp_path):
     run(inputs, tmp_path / "dpo")
     card = (tmp_path / "dpo" / "README.md").read_text()
     assert "load_policy" in card and "<vusr>" in card
@@ -79,14 +79,14 @@ def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_
         run(inputs, tmp_path / "dpo", beta=0.5)
 
 
-def test_a_frozen_vision_tower_is_saved_as_it_was(inputs, tmp_path):
+def test_a_frozen_vision_tower_is_saved_unchanged(inputs, tmp_path):
     weights, _ = run(inputs, tmp_path / "dpo", train_vision=False)
     before = load_file(inputs / "sft" / "adapter_model.safetensors")
-    moved = {name for name in before if not torch.equal(weights[name], before[name])}
-    assert moved and not any("vision_tower" in name for name in moved)
+    changed = {name for name in before if not torch.equal(weights[name], before[name])}
+    assert changed and not any("vision_tower" in name for name in changed)
 
 
-def test_a_model_without_an_adapter_gets_one(inputs, tmp_path):
+def test_a_model_without_an_adapter_gets_a_new_one(inputs, tmp_path):
     weights, _ = run(inputs, tmp_path / "dpo", model_name_or_path=inputs / "base", lora_r=4, vision_lora_r=2)
     assert any("vision_tower" in name and "lora_A" in name and len(w) == 2 for name, w in weights.items())
 
@@ -103,43 +103,43 @@ def test_identical_answers_are_rejected_and_a_dataset_of_only_such_pairs_is_refu
     pairs = write_pairs(tmp_path / "same", [rows[3]])
     with pytest.raises(UserError, match="1 because both answers say the same"):
         run(inputs, tmp_path / "none", dataset=pairs)
-    run(inputs, tmp_path / "none")  # what has failed before it began does not stand in the way
+    run(inputs, tmp_path / "none")  # the failed run left no record that would refuse this one
 
 
-def test_a_wrong_dataset_is_refused_before_a_directory_is_created(inputs, tmp_path):
+def test_an_invalid_dataset_is_refused_before_a_directory_is_created(inputs, tmp_path):
     with pytest.raises(UserError, match="medst judge"):
-        wrong = tmp_path / "wrong"
-        wrong.mkdir()
-        Dataset.from_list([{"id": "1"}]).to_parquet(wrong / "train-00000-of-00001.parquet")
-        run(inputs, tmp_path / "dpo", dataset=wrong)
+        invalid = tmp_path / "invalid"
+        invalid.mkdir()
+        Dataset.from_list([{"id": "1"}]).to_parquet(invalid / "train-00000-of-00001.parquet")
+        run(inputs, tmp_path / "dpo", dataset=invalid)
     assert not (tmp_path / "dpo").exists()
 
 
-def cache_of(directory):
+def cached_files(directory):
     return sorted(path.name for path in (directory / "reference_log_probs").iterdir())
 
 
-def test_reference_log_probs_are_kept_beside_the_pairs_and_reused(inputs, tmp_path, capsys):
+def test_reference_log_probs_are_cached_next_to_the_pairs_and_reused(inputs, tmp_path, capsys):
     pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
     before = fingerprint(pairs)
     options = {"dataset": pairs, "precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 3}
     live, _ = run(inputs, tmp_path / "live", **options | {"precompute_ref_log_probs": False})
     first, record = run(inputs, tmp_path / "first", **options)
     assert record["settings"]["precompute_ref_log_probs"] is True and "eval_rewards/margins" in record["metrics"]
-    (name,) = cache_of(pairs)
+    (name,) = cached_files(pairs)
     assert name.endswith(".parquet") and not (tmp_path / "first" / "reference_log_probs").exists()
-    assert fingerprint(pairs) == before  # so a run that began without the file can go on
-    assert len(load_dataset(str(pairs), split="train")) == 12  # the pairs alone
+    assert fingerprint(pairs) == before  # so a run that started without the cache can resume
+    assert len(load_dataset(str(pairs), split="train")) == 12  # the cache is not loaded as pairs
     capsys.readouterr()
     again, _ = run(inputs, tmp_path / "again", **options, beta=0.1)
-    assert "16 of 16 pairs are known" in capsys.readouterr().out and cache_of(pairs) == [name]
+    assert "16 of 16 pairs are known" in capsys.readouterr().out and cached_files(pairs) == [name]
     for weights in (first, again):
         assert all(torch.allclose(weights[key], live[key], atol=2e-5) for key in live)
     run(inputs, tmp_path / "again", **options, ref_log_probs_dir=tmp_path / "elsewhere")  # finished: nothing to do
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_reference_log_probs_beside_read_only_pairs_are_read_and_kept_with_the_run(
+def test_reference_log_probs_of_read_only_pairs_are_read_and_cached_in_the_run_directory(
     inputs, tmp_path, capsys, monkeypatch
 ):
     pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
@@ -149,9 +149,9 @@ def test_reference_log_probs_beside_read_only_pairs_are_read_and_kept_with_the_r
     capsys.readouterr()
     run(inputs, tmp_path / "second", dataset=pairs, precompute_ref_log_probs=True)
     assert "8 of 12 pairs are known" in capsys.readouterr().out
-    assert cache_of(tmp_path / "second") == cache_of(pairs)
+    assert cached_files(tmp_path / "second") == cached_files(pairs)
     assert before == [(path, path.stat().st_mtime_ns) for path in sorted(pairs.rglob("*"))]
-    # Started anew, the run still has it.
+    # `overwrite` keeps the cache of the run.
     options = {"dataset": pairs, "precompute_ref_log_probs": True, "beta": 0.5, "overwrite": True}
     run(inputs, tmp_path / "second", **options)
     assert "12 of 12 pairs are known" in capsys.readouterr().out

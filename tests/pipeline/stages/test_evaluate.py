@@ -9,6 +9,7 @@ from itertools import chain
 
 import pytest
 from datasets import Dataset
+from jsonl import read_jsonl
 from judge_server import JudgeServer
 
 from medst_trl.base.errors import UserError
@@ -35,10 +36,6 @@ def evaluate(**settings):
             for cls, own in zip(classes, names, strict=True)
         )
     )
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_benchmark(directory, n):
@@ -107,8 +104,8 @@ def test_a_finished_run_prints_its_table_again(finished, inputs, capsys):
     evaluate(output_dir=str(finished), **inputs, **FAST | {"batch_size": 3})
     printed = capsys.readouterr().out
     assert (finished / "scores.json").stat().st_mtime_ns == before
-    for shown in ("exact match", "majority", "real - blank", "real - shuffled", "strict", "llava_med", "split test"):
-        assert shown in printed
+    for text in ("exact match", "majority", "real - blank", "real - shuffled", "strict", "llava_med", "split test"):
+        assert text in printed
 
 
 def test_a_changed_setting_is_refused(finished, inputs):
@@ -120,16 +117,16 @@ def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def dies_in_a_control(*args, control=None, **kwargs):
-        for place, row in enumerate(vqa_answers(*args, control=control, **kwargs)):
-            if control == "blank" and place == 5:
+    def killed_in_a_control(*args, control=None, **kwargs):
+        for index, row in enumerate(vqa_answers(*args, control=control, **kwargs)):
+            if control == "blank" and index == 5:
                 raise Killed
             yield row
 
     vqa_answers = vqa.answer_benchmark
     args = {"output_dir": str(tmp_path / "out"), **inputs, **FAST}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vqa, "answer_benchmark", dies_in_a_control)
+        patch.setattr(vqa, "answer_benchmark", killed_in_a_control)
         evaluate(**args)
     assert not (tmp_path / "out" / "scores.json").exists()
     evaluate(**args)
@@ -138,7 +135,7 @@ def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_ranks_write_what_one_writes(finished, inputs, tmp_path):
+def test_two_ranks_write_the_same_files_as_one(finished, inputs, tmp_path):
     code = (
         "import sys; from medst_trl.base.processes import process_state; process_state()\n"
         "from medst_trl.pipeline.stages.evaluate import STAGE, main;"
@@ -158,7 +155,7 @@ def test_two_ranks_write_what_one_writes(finished, inputs, tmp_path):
     assert done.stdout.count("Scores are in") == 1
 
 
-def test_several_benchmarks_get_a_directory_each(inputs, tmp_path):
+def test_each_of_several_benchmarks_gets_a_directory(inputs, tmp_path):
     other = write_benchmark(tmp_path / "other" / "benchmark", 3)
     benchmark = [*inputs["benchmark"], other]
     args = inputs | {"benchmark": benchmark, "output_dir": str(tmp_path / "out"), "controls": "none"}
@@ -171,7 +168,7 @@ def test_several_benchmarks_get_a_directory_each(inputs, tmp_path):
         assert not (tmp_path / "out" / name / "predictions_blank.jsonl").exists()
 
 
-def test_a_single_image_is_refused_before_anything_is_computed(inputs, tmp_path):
+def test_shuffling_a_single_image_is_refused_before_anything_is_computed(inputs, tmp_path):
     benchmark = write_benchmark(tmp_path / "benchmark", 1)
     with pytest.raises(UserError, match="'shuffled'"):
         evaluate(output_dir=str(tmp_path / "out"), **inputs | {"benchmark": benchmark}, **FAST)
@@ -213,7 +210,7 @@ def test_malformed_lines_are_rejected(predictions, tmp_path, capsys):
 
 
 def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
-    """LLaVA-Med's answers, joined with the benchmark, have the scores of the run they come from, controls included."""
+    """Answers in LLaVA-Med's format, joined with the benchmark, get the scores and controls of the original run."""
     for path in finished.glob("predictions*.jsonl"):
         rows = [
             {"question_id": row["id"], "prompt": row["question"], "text": row["prediction"], "metadata": {}}
@@ -222,22 +219,24 @@ def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
         (tmp_path / path.name).write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     common = {"predictions": str(tmp_path / "predictions.jsonl"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match="Give the benchmark that it answers"):
-        evaluate(**common)  # leaves nothing behind that would refuse the next
+        evaluate(**common)  # leaves no record that would refuse the next run
     evaluate(**common, benchmark=inputs["benchmark"], bootstrap_samples=20)
     before, after = (json.loads((directory / "scores.json").read_text()) for directory in (finished, tmp_path / "out"))
     assert after["scores"] == before["scores"] and after["controls"] == before["controls"]
     assert after["format"] == "llava_med"
     assert after["counts"]["rejected"] == {"repeated id": 1}
     assert [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")] == ["repeated id"]
-    kept, asked = (read_jsonl(directory / "predictions.jsonl") for directory in (tmp_path / "out", finished))
-    assert [(row["id"], row["prediction"]) for row in kept] == [(row["id"], row["prediction"]) for row in asked]
+    kept, original = (read_jsonl(directory / "predictions.jsonl") for directory in (tmp_path / "out", finished))
+    assert [(row["id"], row["prediction"]) for row in kept] == [(row["id"], row["prediction"]) for row in original]
 
-    results = [{"question": row["question"], "answer": row["answer"], "response": row["prediction"]} for row in asked]
+    results = [
+        {"question": row["question"], "answer": row["answer"], "response": row["prediction"]} for row in original
+    ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     common = {"predictions": str(tmp_path / "results.json"), "output_dir": str(tmp_path / "guessed")}
     evaluate(**common, predictions_format="medevalkit", bootstrap_samples=0, controls=["none"])
-    assert f"{len(asked)} count as closed if" in capsys.readouterr().out
-    assert json.loads((tmp_path / "guessed" / "scores.json").read_text())["scores"]["strict"]["n"] == len(asked)
+    assert f"{len(original)} count as closed if" in capsys.readouterr().out
+    assert json.loads((tmp_path / "guessed" / "scores.json").read_text())["scores"]["strict"]["n"] == len(original)
     with pytest.raises(UserError, match="holds no prediction.*LLaVA-Med's answer files"):
         evaluate(**common | {"output_dir": str(tmp_path / "x")}, predictions_format="llava_med")
 
@@ -267,12 +266,12 @@ def test_control_files_of_other_questions_are_refused(predictions, tmp_path):
         ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),
     ],
 )
-def test_wrong_settings_are_refused(change, message, tmp_path):
+def test_invalid_settings_are_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         evaluate(output_dir=str(tmp_path / "out"), **change)
 
 
-def test_unknown_closed_rule_is_refused():
+def test_an_unknown_closed_rule_is_refused():
     words = ["--output_dir", "o", "--predictions", "p", "--closed_rule", "x"]
     with pytest.raises(UserError, match="invalid choice: 'x'"):
         STAGE.make_parser().parse_args_into_dataclasses(words)
@@ -290,7 +289,7 @@ def test_the_parser_reads_lists_and_metric_settings():
 
 
 def request_of(body):
-    """The question of a request and the URL of its image. None for the request that tests the server."""
+    """Return the question of a request and the URL of its image, or None for the request that checks the server."""
     content = body["messages"][-1]["content"]
     if isinstance(content, str):
         return None
@@ -298,11 +297,11 @@ def request_of(body):
     return text["text"], image["image_url"]["url"]
 
 
-def asked(server):
+def requests_to(server):
     return [request for body in server.bodies if (request := request_of(body))]
 
 
-def served(server, inputs, directory, **settings):
+def evaluate_hosted(server, inputs, directory, **settings):
     evaluate(
         output_dir=str(directory), engine="server", model_name_or_path="gpt-4o",
         concurrency=2, benchmark=inputs["benchmark"], max_new_tokens=3, bootstrap_samples=20,
@@ -312,8 +311,8 @@ def served(server, inputs, directory, **settings):
 
 def test_a_hosted_model_is_evaluated_with_controls(finished, inputs, tmp_path):
     with JudgeServer(answer=lambda body: str(hash(request_of(body)) % 7)) as server:
-        served(server, inputs, tmp_path / "out")
-        requests = asked(server)
+        evaluate_hosted(server, inputs, tmp_path / "out")
+        requests = requests_to(server)
         assert {body["model"] for body in server.bodies} == {"gpt-4o"}
         assert all(body["temperature"] == 0 for body in server.bodies[1:])
     rows = {
@@ -335,27 +334,27 @@ def test_a_hosted_model_is_evaluated_with_controls(finished, inputs, tmp_path):
     assert settings["engine"] == "server" and "dtype" not in settings
 
 
-def test_an_interrupted_hosted_run_asks_only_what_is_left(inputs, tmp_path, monkeypatch):
+def test_an_interrupted_hosted_run_sends_only_the_remaining_requests(inputs, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def dies(*args, control=None, **kwargs):
-        for place, row in enumerate(answers(*args, control=control, **kwargs)):
-            if control == "blank" and place == 5:
+    def killed_in_a_control(*args, control=None, **kwargs):
+        for index, row in enumerate(answers(*args, control=control, **kwargs)):
+            if control == "blank" and index == 5:
                 raise Killed
             yield row
 
     answers = vqa.answer_benchmark
     with JudgeServer(answer=lambda body: "yes") as server:
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(vqa, "answer_benchmark", dies)
-            served(server, inputs, tmp_path / "out")
-        before = len(asked(server))
-        served(server, inputs, tmp_path / "out", base_url=f"{server.base_url}/")
+            patch.setattr(vqa, "answer_benchmark", killed_in_a_control)
+            evaluate_hosted(server, inputs, tmp_path / "out")
+        before = len(requests_to(server))
+        evaluate_hosted(server, inputs, tmp_path / "out", base_url=f"{server.base_url}/")
         n = len(read_jsonl(tmp_path / "out" / "predictions.jsonl"))
-        assert len(asked(server)) - before == 2 * n - 5
-        served(server, inputs, tmp_path / "out")  # finished
-        assert len(asked(server)) - before == 2 * n - 5
+        assert len(requests_to(server)) - before == 2 * n - 5
+        evaluate_hosted(server, inputs, tmp_path / "out")  # finished
+        assert len(requests_to(server)) - before == 2 * n - 5
 
 
 def test_refused_questions_count_as_wrong(inputs, tmp_path, capsys):
@@ -363,7 +362,7 @@ def test_refused_questions_count_as_wrong(inputs, tmp_path, capsys):
         return "image" if "modality" in json.dumps(body["messages"]) else None
 
     with JudgeServer(answer=lambda body: "yes", fault=fault) as server:
-        served(server, inputs, tmp_path / "out", controls="none")
+        evaluate_hosted(server, inputs, tmp_path / "out", controls="none")
     rows = read_jsonl(tmp_path / "out" / "predictions.jsonl")
     refused = [row for row in rows if "problem" in row["generation"]]
     assert refused and all("modality" in row["question"] and row["prediction"] == "" for row in refused)
@@ -373,9 +372,9 @@ def test_refused_questions_count_as_wrong(inputs, tmp_path, capsys):
     assert f"{len(refused)} questions were refused and count as wrong" in capsys.readouterr().out
 
 
-def test_a_wrong_server_leaves_no_record(inputs, tmp_path):
+def test_a_failed_server_check_leaves_no_record(inputs, tmp_path):
     with JudgeServer(fault=lambda number, body: "404_model") as server, pytest.raises(UserError, match="no model"):
-        served(server, inputs, tmp_path / "out")
+        evaluate_hosted(server, inputs, tmp_path / "out")
     with JudgeServer(answer=lambda body: "yes") as server:
-        served(server, inputs, tmp_path / "out", controls="none", max_records=2)
+        evaluate_hosted(server, inputs, tmp_path / "out", controls="none", max_records=2)
     assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from jsonl import read_jsonl
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import check_columns, instruct_features, load_records
@@ -28,7 +29,7 @@ FAST = {
     "min_question_words": 1, "batch_size": 2, "rows_per_shard": 5, "seed": 3,
 }  # fmt: skip
 RECORDS = 14
-# A stage in its own process. If its first argument is not 0, it dies by SIGKILL after that number of records.
+# Run the stage in a separate process. If the first argument is not 0, SIGKILL it after that number of records.
 SCRIPT = """
 import os, signal, sys
 from medst_trl.base.processes import process_state
@@ -36,20 +37,16 @@ from medst_trl.selftrain.candidates import CandidateGenerator
 from medst_trl.pipeline.stages.generate import STAGE, main
 
 state, outcomes = process_state(), CandidateGenerator.outcomes
-def dying(self, *args):
-    for place, outcome in enumerate(outcomes(self, *args)):
-        if place == int(sys.argv[1]):
+def killed(self, *args):
+    for index, outcome in enumerate(outcomes(self, *args)):
+        if index == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
         yield outcome
 if int(sys.argv[1]):
-    CandidateGenerator.outcomes = dying
+    CandidateGenerator.outcomes = killed
 main(*STAGE.make_parser().parse_args_into_dataclasses(sys.argv[2:])[:-1])
 print("world", state.num_processes)
 """
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_images(directory, rows):
@@ -94,7 +91,7 @@ def files(directory):
     }
 
 
-def test_files_and_counts(finished, inputs):
+def test_a_run_writes_its_files_and_counts(finished, inputs):
     candidates = load_records(finished / "candidates", "train")
     check_columns(candidates, "candidates")
     counts = json.loads((finished / "stage.json").read_text())["counts"]
@@ -105,16 +102,16 @@ def test_files_and_counts(finished, inputs):
     assert counts["answers"] == 2 * len(candidates)
     assert counts["rejected"]["unreadable_image"] == counts["rejected"]["repeated_images"] == 1
     assert sum(counts["rejected"].values()) == len(rejected)
-    assert counts["questions"] == len(candidates) + len(rejected) - 2, "every question is somewhere"
+    assert counts["questions"] == len(candidates) + len(rejected) - 2, "every question is a candidate or rejected"
     assert all(set(row) == {"id", "reason", "value"} for row in rejected)
     order = list(load_records(inputs["images"], "train")["id"])
-    places = [order.index(key.partition("#")[0]) for key in candidates["id"]]
-    assert places == sorted(places), "in the order of the images"
+    positions = [order.index(key.partition("#")[0]) for key in candidates["id"]]
+    assert positions == sorted(positions), "in the order of the images"
     models = {json.loads(text)["model"] for text in candidates["generation"]}
     assert models == {Path(inputs["model_name_or_path"]).name}, "local paths are private"
     shards = [name for name in files(finished) if name.startswith("candidates")]
     assert len(shards) == -(-len(candidates) // 5)
-    assert len(files(finished)) == len(shards) + 1, "nothing else is left"
+    assert len(files(finished)) == len(shards) + 1, "no other file is left"
 
 
 def test_a_finished_stage_is_skipped(finished, inputs, capsys):
@@ -131,40 +128,40 @@ def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch, aft
     class Killed(BaseException):
         pass
 
-    def dying(self, *args):
-        for place, outcome in enumerate(outcomes(self, *args)):
-            if place == after:
+    def killed(self, *args):
+        for index, outcome in enumerate(outcomes(self, *args)):
+            if index == after:
                 raise Killed
             yield outcome
 
-    outcomes, window, looked_at = CandidateGenerator.outcomes, CandidateGenerator._window, []
+    outcomes, window, window_sizes = CandidateGenerator.outcomes, CandidateGenerator._window, []
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CandidateGenerator, "outcomes", dying)
+        patch.setattr(CandidateGenerator, "outcomes", killed)
         main(*arguments(inputs, tmp_path / "out"))
     assert not (tmp_path / "out" / "candidates").exists()
     monkeypatch.setattr(
-        CandidateGenerator, "_window", lambda self, records: looked_at.append(len(records)) or window(self, records)
+        CandidateGenerator, "_window", lambda self, records: window_sizes.append(len(records)) or window(self, records)
     )
     main(*arguments(inputs, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished)
-    assert sum(looked_at) == RECORDS - after // 4 * 4, "whole windows are not computed again"
+    assert sum(window_sizes) == RECORDS - after // 4 * 4, "whole windows are not computed again"
 
 
 def test_a_run_interrupted_while_writing_files_resumes(finished, inputs, tmp_path, monkeypatch):
-    """Nothing is sampled again."""
+    """The resumed run samples no text again."""
     from medst_trl.data import schema as shards
 
     class Killed(BaseException):
         pass
 
-    def dying(path, rows, features):
+    def killed(path, rows, features):
         if "00001-of" in path.name:
             raise Killed
         write(path, rows, features)
 
     write = shards._write_shard
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(shards, "_write_shard", dying)
+        patch.setattr(shards, "_write_shard", killed)
         main(*arguments(inputs, tmp_path / "out"))
     monkeypatch.setattr(CandidateGenerator, "_window", None)
     main(*arguments(inputs, tmp_path / "out"))
@@ -182,7 +179,7 @@ def test_rounds_share_no_images(inputs, tmp_path):
 
 
 def test_a_run_without_candidates_reports_the_reasons(inputs, tmp_path, monkeypatch):
-    """And reports them again without sampling again."""
+    """A second run reports them again without sampling."""
     args = arguments(inputs, tmp_path / "out", english_questions=True, max_records=6)
     for _ in range(2):
         with pytest.raises(
@@ -197,7 +194,7 @@ def test_a_run_without_candidates_reports_the_reasons(inputs, tmp_path, monkeypa
 
 
 def test_a_run_that_wrote_nothing_leaves_no_record(finished, inputs, tmp_path, monkeypatch):
-    """For example if the model is missing or the first text fails."""
+    """For example, the model is missing or the first text cannot be sampled."""
     out = tmp_path / "out"
     broken = tmp_path / "model"
     broken.mkdir()
@@ -231,7 +228,7 @@ def test_a_run_that_wrote_texts_keeps_its_record(inputs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("status", ["complete", "running"])
 def test_instruct_is_read_if_images_do_not_exist(inputs, tmp_path, capsys, status):
-    """Only if `medst prepare` has finished. The message and the record say so."""
+    """Only if `medst prepare` is complete. A message and the record name the directory that is read."""
     prepare = tmp_path / "prepare"
     shutil.copytree(inputs["images"], prepare / "instruct")
     (prepare / "stage.json").write_text(json.dumps({"stage": "prepare", "status": status}))
@@ -275,8 +272,7 @@ def test_images_are_preferred_if_they_exist(inputs, tmp_path):
         ({"images": "/nowhere/images"}, "/nowhere/images"),
     ],
 )
-def test_invalid_settings_are_refused(inputs, change, message, tmp_path):
-    """Before anything is written."""
+def test_invalid_settings_are_refused_before_anything_is_written(inputs, change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main(*arguments(inputs, tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
@@ -312,22 +308,22 @@ def test_help_and_defaults():
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_twice_resumes(finished, inputs, tmp_path, ranks):
-    """After SIGKILL on one or two processes, it ends on two with the files of an uninterrupted run."""
+    """A run killed twice on one or two processes is finished on two, with the files of an uninterrupted run."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
 
-    def run(processes, die_after):
+    def run(processes, kill_after):
         launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
         settings = FAST | inputs | {"output_dir": tmp_path / "out"}
-        words = [str(script), str(die_after), *(f"--{key}={value}" for key, value in settings.items())]
+        words = [str(script), str(kill_after), *(f"--{key}={value}" for key, value in settings.items())]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
         return subprocess.run(
             [sys.executable, *launch, *words], capture_output=True, text=True, env=environment, timeout=300
         )
 
-    for die_after in (1, 3):
-        died = run(ranks, die_after)
-        assert died.returncode == -signal.SIGKILL if ranks == 1 else died.returncode != 0, died.stderr
+    for kill_after in (1, 3):
+        result = run(ranks, kill_after)
+        assert result.returncode == -signal.SIGKILL if ranks == 1 else result.returncode != 0, result.stderr
         assert not (tmp_path / "out" / "candidates").exists()
     log = (tmp_path / "out" / ".generated.jsonl.incomplete").read_bytes()
     assert log.count(b"\n") >= 3

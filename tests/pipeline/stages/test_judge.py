@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import pytest
 from datasets import Dataset
+from jsonl import read_jsonl
 from judge_server import JudgeServer, RandomFaults, prefers_first, reply_with
 from letter_prompt import letter_prompt
 
 from medst_trl.base.errors import UserError
-from medst_trl.cli import main as command
+from medst_trl.cli import main as medst
 from medst_trl.data.schema import (
     benchmark_features,
     candidate_features,
@@ -41,12 +42,8 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def write_candidates(directory, n, split="unlabelled", answers=None):
-    """Write questions about phantoms. The first answer is right, and for every second question also longer."""
+    """Write questions about phantoms. The first answer is right, and for every second question it is also longer."""
     rows = []
     for number, phantom in enumerate(make_phantoms(n, seed=0, split=split)):
         record = next(iter(benchmark_rows([phantom])))
@@ -122,7 +119,7 @@ def test_a_second_run_does_nothing(finished, candidates, capsys):
     assert "judged" in printed and "flips" in printed and "preferences, train" in printed
 
 
-def test_a_changed_setting_is_refused_and_overwriting_costs_nothing(candidates, tmp_path):
+def test_a_changed_setting_is_refused_and_overwriting_reuses_the_replies(candidates, tmp_path):
     with JudgeServer() as server:
         run(candidates, tmp_path / "out", server)
         with pytest.raises(UserError, match="min_margin"):
@@ -140,7 +137,7 @@ def test_runs_share_a_cache(candidates, tmp_path):
     assert (tmp_path / "a/judgements.jsonl").read_bytes() != b""
 
 
-def test_images_of_a_benchmark_are_kept_out(candidates, tmp_path):
+def test_pairs_with_images_of_a_benchmark_are_dropped(candidates, tmp_path):
     rows = list(benchmark_rows(make_phantoms(4, seed=0, split="unlabelled")))
     (tmp_path / "benchmark").mkdir()
     path = tmp_path / "benchmark" / "test-00000-of-00001.parquet"
@@ -156,7 +153,7 @@ def test_images_of_a_benchmark_are_kept_out(candidates, tmp_path):
 
 
 @pytest.mark.parametrize("version", ["rubric", "paper"])
-def test_the_oracle_judges_phantoms_by_their_truth(candidates, tmp_path, version):
+def test_the_oracle_judges_phantoms_by_their_ground_truth(candidates, tmp_path, version):
     for rate in (0.0, 1.0):
         directory = tmp_path / str(rate)
         main(
@@ -213,19 +210,19 @@ def test_reference_captions_are_sent(candidates, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [(lambda body: reply_with("rubric", (7, 7)), "temperature"), (prefers_first, "stronger judge")],
 )
-def test_an_empty_result_comes_with_advice_and_keeps_the_judgements(candidates, tmp_path, answer, said):
+def test_an_empty_result_is_explained_and_keeps_the_judgements(candidates, tmp_path, answer, message):
     with JudgeServer(answer=answer) as server:
-        for _ in range(2):  # the second time costs nothing
-            with pytest.raises(UserError, match=said) as error:
+        for _ in range(2):  # the second run reuses the replies
+            with pytest.raises(UserError, match=message) as error:
                 run(candidates, tmp_path / "out", server)
         assert len(server.bodies) == 24 and "judgements.jsonl" in str(error.value)
     assert len(read_jsonl(tmp_path / "out/judgements.jsonl")) == 12
 
 
-def test_the_advice_to_lower_the_margin_can_be_followed(candidates, tmp_path):
+def test_the_suggested_lower_margin_works(candidates, tmp_path):
     with JudgeServer() as server:
         with pytest.raises(UserError, match="--min_margin.*--overwrite true"):
             run(candidates, tmp_path / "out", server, min_margin=5)
@@ -240,7 +237,7 @@ def test_the_advice_to_lower_the_margin_can_be_followed(candidates, tmp_path):
         ({"stage": "sft", "status": "complete"}, False), ([], False), (None, False),
     ],
 )  # fmt: skip
-def test_a_benchmark_that_prepare_had_no_data_for_is_skipped(candidates, tmp_path, capsys, record, is_skipped):
+def test_a_benchmark_that_prepare_did_not_write_is_skipped(candidates, tmp_path, capsys, record, is_skipped):
     (tmp_path / "prepare").mkdir()
     if record is not None:
         (tmp_path / "prepare/stage.json").write_text(json.dumps(record))
@@ -249,7 +246,7 @@ def test_a_benchmark_that_prepare_had_no_data_for_is_skipped(candidates, tmp_pat
         if is_skipped:
             run(candidates, tmp_path / "out", server, **settings)
             assert "without a benchmark" in capsys.readouterr().out
-            run(candidates, tmp_path / "out", server)  # the same as naming none
+            run(candidates, tmp_path / "out", server)  # equal to a run without benchmarks
             assert len(server.bodies) == 24
         else:
             with pytest.raises(UserError, match=r"benchmarks: \[\]"):
@@ -259,10 +256,10 @@ def test_a_benchmark_that_prepare_had_no_data_for_is_skipped(candidates, tmp_pat
                 run(candidates, tmp_path / "out2", server, benchmarks=[str(tmp_path / "prepare/bench")])
 
 
-def test_a_key_in_the_address_is_written_nowhere(candidates, tmp_path):
-    address = "http://127.0.0.1:9/v1?api_key=abcdefsecret"
+def test_a_key_in_the_base_url_is_never_written(candidates, tmp_path):
+    url = "http://127.0.0.1:9/v1?api_key=abcdefsecret"
     with pytest.raises(UserError, match="cannot be reached") as error:
-        main(arguments(candidates, str(tmp_path / "out"), model="judge", base_url=address, max_retries=0))
+        main(arguments(candidates, str(tmp_path / "out"), model="judge", base_url=url, max_retries=0))
     assert "abcdefsecret" not in str(error.value)
     with JudgeServer() as server:
         run(candidates, tmp_path / "out", server)
@@ -273,16 +270,16 @@ def test_a_key_in_the_address_is_written_nowhere(candidates, tmp_path):
 
 def test_a_judge_that_often_flips_causes_a_warning(candidates, tmp_path, capsys):
     def answer(body):
-        return prefers_first(body) if sum(map(ord, str(body["messages"][1]["content"][-1]))) % 2 else steady(body)
+        return prefers_first(body) if sum(map(ord, str(body["messages"][1]["content"][-1]))) % 2 else consistent(body)
 
-    steady = JudgeServer().answer
+    consistent = JudgeServer().answer
     with JudgeServer(answer=answer) as server:
         run(candidates, tmp_path / "out", server)
     assert "WARNING: the judge changes its verdict" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("changes", "message"),
     [
         ({"model": None}, "--model"), ({"base_url": None}, "OPENAI_API_KEY"), ({"candidates": "/nowhere"}, "nowhere"),
         ({"split": "test"}, "no split"), ({"validation_share": 1.0}, "validation_share"), ({"max_cost": 1.0}, "price"),
@@ -294,16 +291,16 @@ def test_a_judge_that_often_flips_causes_a_warning(candidates, tmp_path, capsys)
         ({"oracle_error_rate": 0.2, "image_size": 32}, "image_size is 32.*64"),
     ],
 )  # fmt: skip
-def test_mistakes_are_reported_before_a_record_is_written(candidates, tmp_path, wrong, said):
+def test_invalid_settings_are_reported_before_a_record_is_written(candidates, tmp_path, changes, message):
     settings = {"candidates": candidates, "output_dir": str(tmp_path / "out"), "model": "judge"}
-    settings |= {"base_url": "http://127.0.0.1:9/v1"} | wrong
+    settings |= {"base_url": "http://127.0.0.1:9/v1"} | changes
     oracle = OracleArguments(settings.pop("oracle_error_rate", None))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         main(JudgeArguments(**settings), oracle)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_any_reply_does_not_claim_the_directory(candidates, tmp_path):
+def test_a_run_without_any_reply_leaves_no_record(candidates, tmp_path):
     with JudgeServer(fault=lambda number, body: "404_model") as server, pytest.raises(UserError, match="judge-1"):
         run(candidates, tmp_path / "out", server, model="jugde")
     with JudgeServer() as server:
@@ -333,7 +330,7 @@ def judge_process(candidates, output_dir, base_url, **settings):
 
 
 def judge_killed(candidates, directory, server, kills, **settings):
-    """Run, kill after each of these numbers of replies, and run again to the end."""
+    """Kill a run after each number of replies in `kills`, then finish it. Return the number of calls in flight."""
     in_flight = 0
     for replies in (*kills, None):
         process = judge_process(candidates, directory, server.base_url, **settings)
@@ -344,44 +341,44 @@ def judge_killed(candidates, directory, server, kills, **settings):
         while server.delivered.total() < replies and process.poll() is None:
             time.sleep(0.01)
         assert process.poll() is None, process.stderr.read().decode()
-        in_flight += server.under_way
+        in_flight += server.in_flight
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def check_complete(directory, server, n, allowed_twice):
+def check_complete(directory, server, n, allowed_repeats):
     judgements = read_jsonl(directory / "judgements.jsonl")
     assert len({judgement["id"] for judgement in judgements}) == len(judgements) == n
     assert all((judgement["verdict"] is None) == (judgement["dropped"] is not None) for judgement in judgements)
-    paid_twice = sum(number - 1 for number in server.delivered.values())
-    assert paid_twice <= allowed_twice
+    repeats = sum(number - 1 for number in server.delivered.values())
+    assert repeats <= allowed_repeats
     return judgements
 
 
 def test_a_killed_run_resumes(candidates, tmp_path):
     with JudgeServer(latency=0.05) as server:
         judge_killed(candidates, tmp_path / "out", server, kills=(6,), concurrency=2)
-        judgements = check_complete(tmp_path / "out", server, 12, allowed_twice=2)
+        judgements = check_complete(tmp_path / "out", server, 12, allowed_repeats=2)
     assert all(judgement["verdict"] is not None for judgement in judgements)
 
 
 @pytest.mark.slow
 def test_2000_pairs_survive_a_bad_server_and_two_kills(tmp_path):
-    """Every pair is judged or dropped with a reason; only calls in progress at a kill are paid for twice."""
+    """Every pair is judged or dropped with a reason; only calls in flight at a kill are sent twice."""
     candidates = write_candidates(tmp_path / "candidates", 2000)
     rates = {"429": 0.10, "500": 0.05, "hang": 0.05, "garbage": 0.025, "nonsense": 0.025, "truncate": 0.02}
     with JudgeServer(fault=RandomFaults(rates), latency=0.1, retry_after="0.2") as server:
         judge_killed(
             candidates, tmp_path / "out", server, kills=(800, 2500), concurrency=32, timeout=2, duplicate_similarity=1
         )
-        judgements = check_complete(tmp_path / "out", server, 2000, allowed_twice=2 * 32)
+        judgements = check_complete(tmp_path / "out", server, 2000, allowed_repeats=2 * 32)
     dropped = [judgement["dropped"] for judgement in judgements if judgement["dropped"]]
     assert len(dropped) < 20 and set(dropped) <= {"request_failed", "unparsable"}
     record = json.loads((tmp_path / "out/stage.json").read_text())
     assert record["counts"]["judge"]["judged"] + sum(record["counts"]["judge"]["dropped"].values()) == 2000
 
 
-def test_a_prompt_of_a_plugin_appears_everywhere(candidates, tmp_path, monkeypatch, capsys):
+def test_every_command_accepts_the_prompt_of_a_plugin(candidates, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = f"""
 output_dir: run
@@ -394,8 +391,8 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
         assert "letter (one letter for the better answer)" in " ".join(
             STAGE.make_parser("medst judge").format_help().split()
         )
-        assert command(["recipes", "validate", "my.yaml", "--plugins", str(plugin)]) == 0
-        assert command(["run", "my.yaml", "--dry_run", "--plugins", str(plugin)]) == 0
+        assert medst(["recipes", "validate", "my.yaml", "--plugins", str(plugin)]) == 0
+        assert medst(["run", "my.yaml", "--dry_run", "--plugins", str(plugin)]) == 0
         assert "US dollars for all of them" in capsys.readouterr().out
         assert (
             PairwiseJudge("m", prompt_version="letter").estimate(load_records(candidates, "train")).output_tokens == 24
@@ -408,7 +405,7 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
         assert {judgement["verdict"] for judgement in read_jsonl(tmp_path / "run/judge/judgements.jsonl")} <= {None, 0}
         pairs = load_records("run/judge/preferences", "train")
         assert {json.loads(judge)["prompt_version"] for judge in pairs["judge"]} == {"letter"}
-        assert command(["report", "--run", "run", "--output_dir", "page"]) == 0
+        assert medst(["report", "--run", "run", "--output_dir", "page"]) == 0
         assert "letter" in (tmp_path / "page/index.html").read_text(encoding="utf-8")
 
         with JudgeServer(answer=lambda body: "B") as server:
@@ -422,7 +419,7 @@ class CoinArguments:
     coin_side: str | None = field(default=None, metadata={"help": "Answer every request with this letter."})
 
 
-def test_a_registered_judge_server_appears_everywhere(candidates, tmp_path, monkeypatch, capsys):
+def test_every_command_accepts_a_registered_judge_server(candidates, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(
         f"output_dir: run\njudge: {{coin_side: A, prompt_version: letter, candidates: {candidates}, benchmarks: []}}\n"
@@ -450,8 +447,8 @@ def test_a_registered_judge_server_appears_everywhere(candidates, tmp_path, monk
         JUDGE_SERVERS.register(coin)
         try:
             assert "--coin_side" in STAGE.make_parser("medst judge").format_help()
-            assert command(["recipes", "validate", "my.yaml"]) == 0
-            assert command(["run", "my.yaml", "--dry_run"]) == 0
+            assert medst(["recipes", "validate", "my.yaml"]) == 0
+            assert medst(["run", "my.yaml", "--dry_run"]) == 0
             assert "none: a coin" in capsys.readouterr().out
             with pytest.raises(UserError, match="must be A or B"):
                 main(arguments(candidates, "run/judge"), CoinArguments("C"))

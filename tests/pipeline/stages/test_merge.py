@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`medst merge` after `medst sft`: checked on the training data, then served by a real server."""
+"""`medst merge` after `medst sft`: the merged model is checked on the training data and served by a real server."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ from medst_trl.policy.vusr import VUSR
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose stage 1 has memorised its few questions and answers."""
+    """Run directory in which stage 1 has memorised a few questions and answers."""
     directory = tmp_path_factory.mktemp("run")
     model, processor = tiny_llava(**tiny_run.SMALL)
     model.save_pretrained(directory / "base")
@@ -85,7 +85,7 @@ def test_record_and_card_describe_the_merge(run, merged, capsys):
     assert _merge(run / "sft", merged, "--dtype", "bfloat16") == 2
 
 
-def test_the_output_names_the_examples(run, tmp_path, capsys):
+def test_the_output_shows_which_examples_were_used(run, tmp_path, capsys):
     _merge(run / "sft", tmp_path / "recorded")
     assert f"4 conversations ({run / 'instruct'})" in capsys.readouterr().out
     _merge(run / "sft", tmp_path / "given", "--dataset", str(run / "instruct"), "--num_examples", "1")
@@ -100,8 +100,8 @@ def test_the_output_names_the_examples(run, tmp_path, capsys):
     record["settings"]["load_in_4bit"] = True
     (elsewhere / "stage.json").write_text(json.dumps(record))
     _merge(elsewhere, tmp_path / "drawn", "--dtype", "bfloat16")
-    said = capsys.readouterr().out
-    assert "synthetic scans" in said and "in bfloat16 (allowed" in said and "base in 4 bits" in said
+    printed = capsys.readouterr().out
+    assert "synthetic scans" in printed and "in bfloat16 (allowed" in printed and "base in 4 bits" in printed
 
 
 def _image():
@@ -116,8 +116,8 @@ def test_preferences_and_benchmarks_give_examples(kind, tmp_path):
         "score_chosen": 2.0, "score_rejected": 1.0, "judge": "{}",
     }  # fmt: skip
     question = dict.fromkeys(("id", "answer_type", "question_type", "link"), "x")
-    asked = {"image_id": "p", "image": _image(), "questions": [question | {"question": "Dark?", "answer": "Yes"}]}
-    rows, features = ([pair], preference_features()) if kind == "preferences" else ([asked], benchmark_features())
+    row = {"image_id": "p", "image": _image(), "questions": [question | {"question": "Dark?", "answer": "Yes"}]}
+    rows, features = ([pair], preference_features()) if kind == "preferences" else ([row], benchmark_features())
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "test-00000-of-00001.parquet")
     (example,) = read_examples(str(tmp_path), "test", 4)
     assert example["id"] == "p" and len(example["images"]) == 1
@@ -133,7 +133,7 @@ def test_preferences_and_benchmarks_give_examples(kind, tmp_path):
         ("missing", (), "missing"),
     ],
 )
-def test_a_refused_merge_leaves_nothing(run, tmp_path, capsys, adapter, options, message):
+def test_a_refused_merge_writes_nothing(run, tmp_path, capsys, adapter, options, message):
     assert _merge(run / adapter, tmp_path / "out", *(word.format(run=run) for word in options)) == 2
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".stage.lock"]
@@ -142,18 +142,18 @@ def test_a_refused_merge_leaves_nothing(run, tmp_path, capsys, adapter, options,
 KILLED = """
 import os, sys
 replace = os.replace
-def dying(source, target):
+def replace_and_kill(source, target):
     replace(source, target)
     if str(target).endswith("model.safetensors"):
         os.kill(os.getpid(), 9)
-os.replace = dying
+os.replace = replace_and_kill
 from medst_trl.cli import main
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.slow
-def test_a_killed_merge_can_be_run_again(run, merged, tmp_path):
+def test_a_killed_merge_resumes(run, merged, tmp_path):
     words = ["merge", "--model_name_or_path", str(run / "sft"), "--output_dir", str(tmp_path / "merged")]
     assert subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True).returncode == -signal.SIGKILL
     left = {path.name for path in (tmp_path / "merged").iterdir()}
@@ -164,7 +164,7 @@ def test_a_killed_merge_can_be_run_again(run, merged, tmp_path):
     assert {path.name for path in merged.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
 
 
-def test_a_recipe_places_merge_after_the_last_round(tmp_path):
+def test_a_recipe_merges_after_the_last_round(tmp_path):
     path = tmp_path / "r.yaml"
     sections = "base:\nprepare: {source: phantoms}\nsft:\ngenerate: {max_records: 9}\njudge: {model: m}\nmerge:\n"
     path.write_text(f"output_dir: out\n{sections}evaluate:\n")
@@ -188,7 +188,7 @@ def served(merged):
         yield openai.OpenAI(base_url=url, api_key="none")
 
 
-def _say(client, model: Path, image, text, **settings):
+def _reply(client, model: Path, image, text, **settings):
     file = io.BytesIO()
     image.save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -198,7 +198,7 @@ def _say(client, model: Path, image, text, **settings):
     return reply.choices[0].message.content.strip()
 
 
-def test_a_server_answers_and_asks_as_the_adapter_does(run, merged, served):
+def test_the_served_model_answers_and_asks_like_the_adapter(run, merged, served):
     model, processor = load_policy(str(run / "sft"))
     asked = set()
     for number in range(4):
@@ -211,17 +211,17 @@ def test_a_server_answers_and_asks_as_the_adapter_does(run, merged, served):
             write_texts(model, processor, chat_inputs(processor, [messages], [[image]]), 24)[0][0]
             for messages in (to_answer, to_ask)
         ]
-        assert [_say(served, merged, image, text, temperature=0) for text in (question, VUSR)] == expected
+        assert [_reply(served, merged, image, text, temperature=0) for text in (question, VUSR)] == expected
         assert expected[0] == answer and expected[1].startswith("What about")
         asked.add(expected[1])
-    assert len(asked) > 1, "it asks about the image"
+    assert len(asked) > 1, "the question depends on the image"
 
 
-def test_a_server_samples_at_a_given_temperature(merged, served):
-    """`transformers serve` never turns sampling on: the saved generation config does."""
+def test_a_server_samples_at_the_requested_temperature(merged, served):
+    """`transformers serve` never enables sampling; the saved generation config does."""
     image = tiny_run.conversation(0)["images"][0]
-    assert len({_say(served, merged, image, VUSR, temperature=5.0, seed=seed) for seed in range(4)}) > 1
-    assert len({_say(served, merged, image, VUSR, temperature=0, seed=seed) for seed in range(2)}) == 1
+    assert len({_reply(served, merged, image, VUSR, temperature=5.0, seed=seed) for seed in range(4)}) > 1
+    assert len({_reply(served, merged, image, VUSR, temperature=0, seed=seed) for seed in range(2)}) == 1
 
 
 def test_zero_examples_are_refused(tmp_path):

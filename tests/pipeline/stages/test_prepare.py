@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The stage `prepare` on small data, killed and resumed, and on the real VQA-RAD."""
+"""The stage `prepare` on small data, interrupted and resumed, and on the real VQA-RAD."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from jsonl import read_jsonl
 from PIL import Image
 
 from medst_trl.base.errors import UserError
@@ -39,7 +40,7 @@ def llava(tmp_path, records):
     return {"source": "llava", "data_path": str(tmp_path / "data.json"), "image_folder": str(tmp_path / "images")}
 
 
-def talk(name, images, question="<image>\nWhat?"):
+def conversation(name, images, question="<image>\nWhat?"):
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {name}"}]
     return {"id": name, "image": images, "conversations": turns}
 
@@ -54,7 +55,7 @@ def prepare(tmp_path, **arguments):
 
 
 def contents(directory):
-    """Everything a later stage can see."""
+    """Return the SHA-256 of each file that a later stage can read."""
     return {
         path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in directory.rglob("*")
@@ -62,21 +63,25 @@ def contents(directory):
     }
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_conversations_with_bad_images_are_rejected(tmp_path, capsys):
     for n in range(6):
         save(tmp_path / "images" / f"Doe_{n}.png", n)
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     save(tmp_path / "secret.png", 99)
-    records = [talk(f"Doe_{n}", f"Doe_{n}.png") for n in range(6)]
-    records += [talk("two", ["Doe_0.png", "Doe_1.png"], "<image> or <image>?"), talk("words", None, "What?")]
-    records += [talk("e", "empty.png"), talk("m", "none.png"), talk("s", "../secret.png"), talk("two", None, "What?")]
+    records = [conversation(f"Doe_{n}", f"Doe_{n}.png") for n in range(6)]
+    records += [
+        conversation("two", ["Doe_0.png", "Doe_1.png"], "<image> or <image>?"),
+        conversation("words", None, "What?"),
+    ]
+    records += [
+        conversation("e", "empty.png"),
+        conversation("m", "none.png"),
+        conversation("s", "../secret.png"),
+        conversation("two", None, "What?"),
+    ]
     directory = prepare(tmp_path, **llava(tmp_path, records), validation_fraction=0.3)
 
-    rejected = {(row["id"], row["reason"]) for row in lines(directory / "rejected.jsonl")}
+    rejected = {(row["id"], row["reason"]) for row in read_jsonl(directory / "rejected.jsonl")}
     assert rejected == {("e", "empty"), ("m", "missing"), ("s", "outside_image_folder"), ("two", "duplicate_id")}
     train, validation = (load_records(directory / "instruct", split) for split in ("train", "validation"))
     check_columns(train, "instruct")
@@ -88,27 +93,27 @@ def test_conversations_with_bad_images_are_rejected(tmp_path, capsys):
     counts = json.loads((directory / "stage.json").read_text())["counts"]
     assert counts["rejected"] == {"duplicate_id": 1, "empty": 1, "missing": 1, "outside_image_folder": 1}
     assert "rejected: " in capsys.readouterr().out
-    # No column of what may be published holds a file name; the index beside it does.
+    # No column of a published dataset contains a file name. The index next to it does.
     published = b"".join(path.read_bytes() for path in directory.rglob("*.parquet"))
     import pyarrow.parquet as pq
 
     cells = json.dumps([pq.read_table(path).drop(["images"]).to_pylist() for path in directory.rglob("*.parquet")])
     assert "Doe_" not in cells.replace("Answer Doe_", "") and b".png" not in published
-    assert {row["image"] for row in lines(directory / "image_index.jsonl")} >= {"Doe_0.png", "empty.png"}
+    assert {row["image"] for row in read_jsonl(directory / "image_index.jsonl")} >= {"Doe_0.png", "empty.png"}
 
 
-def test_interrupted_after_any_file_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+def test_a_run_interrupted_after_any_file_resumes_with_the_same_files(tmp_path, monkeypatch):
     for n in range(7):
         save(tmp_path / "images" / f"{n}.png", n)
-    arguments = llava(tmp_path, [talk(f"t{n}", f"{n % 7}.png") for n in range(20)])
+    arguments = llava(tmp_path, [conversation(f"t{n}", f"{n % 7}.png") for n in range(20)])
     arguments |= {"rows_per_shard": 3, "validation_fraction": 0.4}
-    whole = contents(prepare(tmp_path, to="whole", **arguments))
-    real, kills = os.replace, 0
+    uninterrupted = contents(prepare(tmp_path, to="uninterrupted", **arguments))
+    os_replace, interruptions = os.replace, 0
     for stop_after in range(20):
         done = []
 
         def replace(source, target, done=done, stop_after=stop_after):
-            real(source, target)
+            os_replace(source, target)
             if not str(target).endswith("stage.json"):
                 done.append(target)
                 if len(done) > stop_after:
@@ -117,16 +122,16 @@ def test_interrupted_after_any_file_and_resumed_equals_uninterrupted(tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
             try:
-                prepare(tmp_path, to=f"cut{stop_after}", **arguments)
+                prepare(tmp_path, to=f"interrupted_{stop_after}", **arguments)
             except KeyboardInterrupt:
-                kills += 1
+                interruptions += 1
             else:
                 break
-        assert contents(prepare(tmp_path, to=f"cut{stop_after}", **arguments)) == whole
-    assert kills >= 8
+        assert contents(prepare(tmp_path, to=f"interrupted_{stop_after}", **arguments)) == uninterrupted
+    assert interruptions >= 8
 
 
-def test_a_killed_process_is_resumed(tmp_path):
+def test_a_killed_run_resumes(tmp_path):
     arguments = ["--source", "phantoms", "--num_phantoms", "400", "--num_test_phantoms", "0", "--rows_per_shard", "10"]
     code = "from medst_trl.pipeline.stages.prepare import *; main(*STAGE.make_parser().parse_args_and_config())"
     killed = tmp_path / "killed"
@@ -140,13 +145,15 @@ def test_a_killed_process_is_resumed(tmp_path):
     assert json.loads((killed / "stage.json").read_text())["status"] == "running"
     shared = {"source": "phantoms", "num_phantoms": 400, "num_test_phantoms": 0, "rows_per_shard": 10}
     assert len(contents(prepare(tmp_path, to="killed", **shared))) == 42
-    unseen = {name: digest for name, digest in contents(killed).items() if not name.rpartition("/")[2].startswith(".")}
-    assert unseen == contents(prepare(tmp_path, to="whole", **shared))
+    visible = {
+        name: digest for name, digest in contents(killed).items() if not name.rpartition("/")[2].startswith(".")
+    }
+    assert visible == contents(prepare(tmp_path, to="uninterrupted", **shared))
 
 
-def test_a_finished_run_is_skipped_and_a_changed_one_refused(tmp_path, capsys):
+def test_a_finished_run_is_skipped_and_a_changed_one_is_refused(tmp_path, capsys):
     save(tmp_path / "images" / "a.png", 0)
-    arguments = llava(tmp_path, [talk("t", "a.png")])
+    arguments = llava(tmp_path, [conversation("t", "a.png")])
     before = contents(prepare(tmp_path, **arguments))
     assert contents(prepare(tmp_path, **arguments)) == before
     assert "nothing to do" in capsys.readouterr().out
@@ -160,13 +167,13 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(tmp_path, capsys):
 
 def test_a_run_resumes_after_a_full_disk(tmp_path, monkeypatch):
     save(tmp_path / "images" / "a.png", 0)
-    arguments = llava(tmp_path, [talk(f"t{n}", "a.png") for n in range(5)])
+    arguments = llava(tmp_path, [conversation(f"t{n}", "a.png") for n in range(5)])
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("medst_trl.data.schema._write_shard", full)
+        patch.setattr("medst_trl.data.schema._write_shard", disk_full)
         with pytest.raises(UserError, match="is full"):
             prepare(tmp_path, **arguments)
     assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 5
@@ -174,7 +181,7 @@ def test_a_run_resumes_after_a_full_disk(tmp_path, monkeypatch):
 
 def test_invalid_settings_are_refused(tmp_path):
     save(tmp_path / "images" / "a.png", 0)
-    good = llava(tmp_path, [talk("t", "a.png")])
+    good = llava(tmp_path, [conversation("t", "a.png")])
     for changes, match in (
         ({"data_path": str(tmp_path / "none.json")}, "data_path"),
         ({"data_path": None}, "data_path"),
@@ -186,11 +193,11 @@ def test_invalid_settings_are_refused(tmp_path):
             prepare(tmp_path, **good | changes)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="2 missing"):
-        prepare(tmp_path, **llava(tmp_path, [talk("t", "x.png"), talk("u", "y.png")]))
-    assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 2
+        prepare(tmp_path, **llava(tmp_path, [conversation("t", "x.png"), conversation("u", "y.png")]))
+    assert len(read_jsonl(tmp_path / "out" / "rejected.jsonl")) == 2
 
 
-def test_a_directory_of_images_gives_each_image_once(tmp_path):
+def test_each_image_of_a_directory_is_used_once(tmp_path):
     for name, seed in (("b.png", 1), ("a/c.bmp", 1), ("d.png", 2)):
         save(tmp_path / "images" / name, seed)
     (tmp_path / "images" / "notes.txt").write_text("no image")
@@ -198,7 +205,7 @@ def test_a_directory_of_images_gives_each_image_once(tmp_path):
     dataset = load_records(directory / "images", "train")
     check_columns(dataset, "instruct")
     assert len(dataset) == 2 and dataset["messages"][:] == [[], []]
-    reasons = {row["id"]: row["reason"] for row in lines(directory / "rejected.jsonl")}
+    reasons = {row["id"]: row["reason"] for row in read_jsonl(directory / "rejected.jsonl")}
     assert reasons == {"a/c.bmp": "duplicate_image", "notes.txt": "not_an_image"}
 
 
@@ -215,8 +222,8 @@ def test_a_table_with_questions_becomes_three_datasets(tmp_path):
     directory = prepare(tmp_path, source="images", data_path=str(tmp_path / "table.csv"))
     (row,) = load_records(directory / "benchmark", "test")
     assert [question["answer"] for question in row["questions"]] == ["Liver"]
-    (talk,) = load_records(directory / "instruct", "train")
-    assert [text_of(message["content"]) for message in talk["messages"]] == ["Normal?", "No"]
+    (conversation,) = load_records(directory / "instruct", "train")
+    assert [text_of(message["content"]) for message in conversation["messages"]] == ["Normal?", "No"]
     assert len(load_records(directory / "images", "train")) == 1
 
 
@@ -234,7 +241,7 @@ def test_phantoms_become_three_datasets(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["vqa_rad", "vqa_rad_mevf"])
-def test_vqa_rad_has_its_counts_and_pixels(tmp_path, shared_data, source, capsys):
+def test_vqa_rad_has_the_published_counts_and_unchanged_pixels(tmp_path, shared_data, source, capsys):
     directory = prepare(tmp_path, source=source, data_path=str(shared_data / "vqa_rad"), image_disjoint=True)
     counts = json.loads((directory / "stage.json").read_text())["counts"]
     assert counts["datasets"]["benchmark/test"] == {"images": 203, "questions": 451, "open": 179, "closed": 272}
@@ -242,12 +249,12 @@ def test_vqa_rad_has_its_counts_and_pixels(tmp_path, shared_data, source, capsys
     assert counts["notes"]["pairs_in_train_and_test"] == (1 if source == "vqa_rad" else 14)
     assert "images in train and test: 20" in capsys.readouterr().out
     benchmark, train = load_records(directory / "benchmark", "test"), load_records(directory / "instruct", "train")
-    held = set(benchmark["image_id"])
-    assert held.isdisjoint(image for row in train for image in row["image_ids"])
-    # Every pixel is that of the file on disk, in the same JPEG encoding.
+    test_images = set(benchmark["image_id"])
+    assert test_images.isdisjoint(image for row in train for image in row["image_ids"])
+    # The pixels equal those of the file on disk, and the format is still JPEG.
     from datasets import Image as ImageFeature
 
-    names = {row["image_id"]: row["image"] for row in lines(directory / "image_index.jsonl")}
+    names = {row["image_id"]: row["image"] for row in read_jsonl(directory / "image_index.jsonl")}
     for row in benchmark.cast_column("image", ImageFeature(decode=False)).select(range(0, 203, 20)):
         stored = Image.open(io.BytesIO(row["image"]["bytes"]))
         source_image = Image.open(shared_data / "vqa_rad" / "images" / names[row["image_id"]])
@@ -264,7 +271,7 @@ def test_mevf_without_the_release_publishes_no_file_name_as_link(tmp_path):
     assert question["link"].startswith("id-")
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_package():
     code = (
         "import sys, medst_trl.pipeline.stages.prepare as p; p.STAGE.make_parser(prog='x').format_help(); "
         "print([name for name in ('torch', 'datasets', 'pyarrow') if name in sys.modules])"

@@ -15,7 +15,7 @@ from medst_trl.pipeline.stages.push import PushArguments, main
 
 @pytest.fixture
 def pushed(monkeypatch):
-    """Calls of `push_directory`, which tests/hub tests against a Hub."""
+    """Calls of `push_directory`, which is replaced here. `tests/hub` tests it against a Hub."""
     calls = []
 
     def push_directory(directory, repo_id, **settings):
@@ -45,11 +45,11 @@ def test_pushes_are_private_by_default(pushed, capsys):
 def test_no_argument_accepts_a_token(pushed, capsys):
     given = ["push", "--source", "data", "--repo_id", "org/name", "--token", "hf_0123456789abcdef0123"]
     assert cli.main(given) == 2 and not pushed
-    said = capsys.readouterr()
-    assert "token" in said.err and "hf_0123456789abcdef0123" not in said.err + said.out
+    printed = capsys.readouterr()
+    assert "token" in printed.err and "hf_0123456789abcdef0123" not in printed.err + printed.out
 
 
-def test_a_recorded_push_is_repeated_only_if_its_input_changed_and_with_overwrite(pushed, tmp_path):
+def test_a_recorded_push_is_repeated_only_with_overwrite_if_its_input_has_changed(pushed, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("1")
     args = PushArguments(str(tmp_path / "data"), "org/name", output_dir=str(tmp_path / "push"))

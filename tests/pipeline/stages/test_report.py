@@ -18,7 +18,7 @@ def run(tmp_path):
     return run
 
 
-def test_the_page_is_written_again_when_the_run_has_grown(run, capsys):
+def test_the_page_is_written_again_when_the_run_has_new_results(run, capsys):
     args = ReportArguments(run=str(run), bootstrap_samples=20)
     main(args)
     page = run / "report" / "index.html"

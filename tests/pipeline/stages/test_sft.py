@@ -18,7 +18,7 @@ from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A base model and an instruct dataset with both splits, as `base` and `prepare` leave them."""
+    """A base model and an instruct dataset with both splits, as written by `base` and `prepare`."""
     directory = tmp_path_factory.mktemp("inputs")
     model, processor = tiny_llava(**tiny_run.SMALL)
     model.save_pretrained(directory / "base")
@@ -44,7 +44,7 @@ def _run(inputs, output_dir, **options):
     return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
 
 
-def test_a_run_leaves_an_adapter_and_its_record(inputs, tmp_path, capsys):
+def test_a_run_writes_an_adapter_and_its_record(inputs, tmp_path, capsys):
     weights, record = _run(inputs, tmp_path / "sft")
     assert record["status"] == "complete"
     assert record["counts"] == {"records": 12, "set_aside": {}, "truncated": 0, "steps": 3}
@@ -52,8 +52,8 @@ def test_a_run_leaves_an_adapter_and_its_record(inputs, tmp_path, capsys):
     kinds = ("language_model", "vision_tower", "multi_modal_projector", "trainable_tokens")
     assert all(any(kind in name for name in weights) for kind in kinds)
     assert not list((tmp_path / "sft").glob("*.incomplete")) and not list((tmp_path / "sft").rglob("*.bin"))
-    said = capsys.readouterr().out
-    assert "Training" in said and "projector" in said and "Stage 1 is done" in said
+    printed = capsys.readouterr().out
+    assert "Training" in printed and "projector" in printed and "Stage 1 is done" in printed
 
 
 def test_the_text_role_needs_no_token(inputs, tmp_path):
@@ -66,7 +66,7 @@ def test_the_text_role_needs_no_token(inputs, tmp_path):
 def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     before, _ = _run(inputs, tmp_path / "sft")
     stamp = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
-    _run(inputs, tmp_path / "sft", logging_steps=1, dataloader_num_workers=1)  # changes no result
+    _run(inputs, tmp_path / "sft", logging_steps=1, dataloader_num_workers=1)  # these do not change the result
     assert (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="projector_learning_rate"):
         _run(inputs, tmp_path / "sft", projector_learning_rate=1e-5)
@@ -75,22 +75,23 @@ def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_
 
 
 def test_an_interrupted_run_resumes(inputs, tmp_path, monkeypatch):
-    whole, _ = _run(inputs, tmp_path / "whole", save_steps=2)
+    uninterrupted, _ = _run(inputs, tmp_path / "uninterrupted", save_steps=2)
     from medst_trl.training.sft import SelfQuestioningTrainer
 
-    def cut(self, *args, **kwargs):
+    def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SelfQuestioningTrainer, "save_model", _second_time(SelfQuestioningTrainer.save_model, cut))
+        patch.setattr(SelfQuestioningTrainer, "save_model", _once_then(SelfQuestioningTrainer.save_model, interrupt))
         with pytest.raises(KeyboardInterrupt):
-            _run(inputs, tmp_path / "cut", save_steps=2)
-    assert json.loads((tmp_path / "cut" / "stage.json").read_text())["status"] == "running"
-    again, _ = _run(inputs, tmp_path / "cut", save_steps=2)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+            _run(inputs, tmp_path / "interrupted", save_steps=2)
+    assert json.loads((tmp_path / "interrupted" / "stage.json").read_text())["status"] == "running"
+    resumed, _ = _run(inputs, tmp_path / "interrupted", save_steps=2)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
-def _second_time(first, second):
+def _once_then(first, second):
+    """Return a function that calls `first` once and `second` from then on."""
     calls = iter([first])
     return lambda *args, **kwargs: next(calls, second)(*args, **kwargs)
 
@@ -116,13 +117,13 @@ def test_early_stopping_without_its_settings_is_refused(inputs, tmp_path):
     assert not (tmp_path / "sft").exists()
 
 
-def test_a_missing_split_is_named(inputs, tmp_path):
+def test_a_missing_split_is_reported(inputs, tmp_path):
     with pytest.raises(UserError, match="dev"):
         _run(inputs, tmp_path / "sft", train_split="dev")
-    _run(inputs, tmp_path / "sft")  # nothing stands in the way of the corrected command
+    _run(inputs, tmp_path / "sft")  # the corrected command runs
 
 
-def test_the_projector_can_train_alone(inputs, tmp_path):
+def test_the_projector_can_be_trained_alone(inputs, tmp_path):
     alone = {"lora_r": 0, "vision_lora_r": 0, "train_vusr": False}
     weights, _ = _run(inputs, tmp_path / "sft", **alone)
     assert weights and all("multi_modal_projector" in name for name in weights)
@@ -147,20 +148,20 @@ def test_the_projector_can_train_alone(inputs, tmp_path):
     ],
     ids=["frozen_language_model", "projector_and_token", "frozen_token"],
 )
-def test_the_trained_parts_can_be_chosen(inputs, tmp_path, options, parts):
+def test_the_trained_parts_can_be_selected(inputs, tmp_path, options, parts):
     weights, _ = _run(inputs, tmp_path / "sft", **options, max_steps=1)
     kinds = ("vision_tower", "multi_modal_projector", "trainable_tokens", "language_model")
     assert {next(kind for kind in kinds if kind in name) for name in weights} == parts
 
 
-def test_a_step_is_the_same_however_it_is_divided(inputs, tmp_path, capsys):
+def test_gradient_accumulation_does_not_change_the_result(inputs, tmp_path, capsys):
     options = {"max_steps": 2, "effective_batch_size": 6, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1e-2}
     whole, _ = _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=6)
     assert "6 conversations per step: 6 x 1 process x 1 accumulated." in capsys.readouterr().out
-    divided, _ = _run(inputs, tmp_path / "divided", **options, per_device_train_batch_size=2)
+    accumulated, _ = _run(inputs, tmp_path / "accumulated", **options, per_device_train_batch_size=2)
     assert "6 conversations per step: 2 x 1 process x 3 accumulated." in capsys.readouterr().out
-    assert all(torch.allclose(whole[name], divided[name], atol=1e-5) for name in whole)
-    _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=3)  # the same run, and it is finished
+    assert all(torch.allclose(whole[name], accumulated[name], atol=1e-5) for name in whole)
+    _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=3)  # the same run, which is finished
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="effective_batch_size: 6 before, 12 now"):
         _run(inputs, tmp_path / "whole", **options | {"effective_batch_size": 12}, per_device_train_batch_size=6)
@@ -169,20 +170,20 @@ def test_a_step_is_the_same_however_it_is_divided(inputs, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_resumes_with_its_steps_divided_differently(inputs, tmp_path, monkeypatch):
+def test_a_run_resumes_with_another_per_device_batch_size(inputs, tmp_path, monkeypatch):
     options = {
         "max_steps": 4, "effective_batch_size": 6, "lora_dropout": 0.0, "save_steps": 1, "optim": "sgd",
         "learning_rate": 1e-2, "train_sampling_strategy": "group_by_length",
     }  # fmt: skip
-    whole, _ = _run(inputs, tmp_path / "whole", **options, per_device_train_batch_size=6)
+    uninterrupted, _ = _run(inputs, tmp_path / "uninterrupted", **options, per_device_train_batch_size=6)
     from medst_trl.training.sft import SelfQuestioningTrainer
 
-    def cut(self, *args, **kwargs):
+    def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # in the middle of an epoch of two steps
-        patch.setattr(SelfQuestioningTrainer, "save_model", _second_time(SelfQuestioningTrainer.save_model, cut))
+        patch.setattr(SelfQuestioningTrainer, "save_model", _once_then(SelfQuestioningTrainer.save_model, interrupt))
         with pytest.raises(KeyboardInterrupt):
-            _run(inputs, tmp_path / "cut", **options, per_device_train_batch_size=6)
-    again, _ = _run(inputs, tmp_path / "cut", **options, per_device_train_batch_size=2)
-    assert all(torch.allclose(whole[name], again[name], atol=1e-5) for name in whole)
+            _run(inputs, tmp_path / "interrupted", **options, per_device_train_batch_size=6)
+    resumed, _ = _run(inputs, tmp_path / "interrupted", **options, per_device_train_batch_size=2)
+    assert all(torch.allclose(uninterrupted[name], resumed[name], atol=1e-5) for name in uninterrupted)

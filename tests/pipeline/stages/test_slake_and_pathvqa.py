@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Real records of SLAKE and PathVQA, with drawn images under their names, from `prepare` to the scores."""
+"""Real records of SLAKE and PathVQA with synthetic images, from `prepare` to the scores."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ from medst_trl.evaluation.vqa import questions_of
 from medst_trl.pipeline.stages import evaluate, prepare
 
 
-def draw(directory: Path, names) -> None:
-    """Draw one image per name, no two alike."""
+def write_images(directory: Path, names) -> None:
+    """Write a different image for each file name."""
     for number, name in enumerate(sorted(set(names))):
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,8 +32,8 @@ def slake(shared_data, tmp_path_factory):
         (source,) = (shared_data / "slake").glob(pattern)
         rows = json.loads(source.read_text(encoding="utf-8"))
         records[split] = rows[-20:] + rows[:40]  # Chinese questions follow the English ones
-        (directory / f"{split}.json").write_text(json.dumps(records[split]))  # the names of the copy on the Hub
-    draw(directory / "imgs", [record["img_name"] for rows in records.values() for record in rows])
+        (directory / f"{split}.json").write_text(json.dumps(records[split]))  # the file names of the copy on the Hub
+    write_images(directory / "imgs", [record["img_name"] for rows in records.values() for record in rows])
     prepare.main(
         prepare.PrepareArguments(
             output_dir=str(directory / "out"),
@@ -54,7 +54,7 @@ def pathvqa(shared_data, tmp_path_factory):
         (directory / source.name).write_text(json.dumps(records))
         short = "val" if split == "validation" else split
         names += [f"{short}/{record['img_id']}.png" for record in records]
-    draw(directory / "images", names)
+    write_images(directory / "images", names)
     prepare.main(
         prepare.PrepareArguments(
             output_dir=str(directory / "out"), source="pathvqa", data_path=str(directory),
@@ -73,7 +73,7 @@ def scores_of(directory, predictions, **arguments):
 
 
 def test_slake_predictions_of_medevalkit_are_scored(slake):
-    """MedEvalKit asks in both languages, in the order of the file; our benchmark has the English questions."""
+    """MedEvalKit asks the questions of both languages in file order. Our benchmark has only the English ones."""
     directory, records = slake
     keys = {"question": "question", "answer": "answer", "answer_type": "answer_type", "lang": "q_lang"}
     results = [
@@ -103,20 +103,21 @@ def test_pathvqa_predictions_of_vlmevalkit_are_scored(pathvqa):
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
         writer.writerow(["index", "question", "answer", "prediction"])
         for number, question in enumerate(asked):
-            said = question["answer"] if question["answer_type"] == "closed" else "I do not know"
-            writer.writerow([number, question["question"], question["answer"], said])
+            prediction = question["answer"] if question["answer_type"] == "closed" else "I do not know"
+            writer.writerow([number, question["question"], question["answer"], prediction])
     content = scores_of(pathvqa, path)
     assert content["format"] == "vlmevalkit" and content["counts"]["rejected"] == {}
     assert content["scores"]["strict"]["closed"]["accuracy"]["value"] == 100
     assert content["scores"]["strict"]["open"]["exact_match"] == {
         "value": 0, "n": sum(question["answer_type"] == "open" for question in asked), "interval": [0, 0],
     } | {"majority": content["scores"]["strict"]["open"]["exact_match"]["majority"]}  # fmt: skip
-    # Without the benchmark the scores are the same, because PathVQA's closed questions are those of yes and no;
-    # only the images are unknown.
-    path = path.rename(path.with_name("alone.tsv"))
-    alone = scores_of(pathvqa, path, benchmark=[])
-    assert alone["counts"]["answer_types_guessed"] == len(asked)
+    # The scores are the same without the benchmark, because PathVQA's closed questions are its yes/no questions. Only
+    # the images are unknown.
+    path = path.rename(path.with_name("without_benchmark.tsv"))
+    without_benchmark = scores_of(pathvqa, path, benchmark=[])
+    assert without_benchmark["counts"]["answer_types_guessed"] == len(asked)
     assert (
-        alone["scores"]["strict"]["closed"]["accuracy"]["n"] == content["scores"]["strict"]["closed"]["accuracy"]["n"]
+        without_benchmark["scores"]["strict"]["closed"]["accuracy"]["n"]
+        == content["scores"]["strict"]["closed"]["accuracy"]["n"]
     )
-    assert alone["scores"]["strict"]["n_images"] is None
+    assert without_benchmark["scores"]["strict"]["n_images"] is None

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What both training stages share: datasets, batch size, bounds of settings, a continued adapter, the end of a log."""
+"""Code shared by both training stages: datasets, bounds of settings, continued adapters, logs, and batch sizes."""
 
 import re
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ from medst_trl.training.sft import SelfQuestioningConfig
 
 
 def write(directory, numbers, split="train", features=None, **columns):
-    """An instruct dataset of conversations about these numbers, whose ids are `r<number>`."""
+    """Write an instruct dataset with one conversation per number, whose id is `r<number>`."""
     rows = [{**tiny_run.conversation(n), "image_ids": [str(n)], **columns} for n in numbers]
     for message in (message for row in rows for message in row["messages"]):
         message["vusr"] = False
@@ -107,11 +107,11 @@ def check(**changes):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_setting_out_of_bounds_is_named(change):
+def test_a_setting_out_of_bounds_is_reported(change):
     ((name, value),) = change.items()
-    with pytest.raises(UserError, match=name) as told:
+    with pytest.raises(UserError, match=name) as error:
         check(**change)
-    assert str(value) in str(told.value)
+    assert str(value) in str(error.value)
 
 
 def test_settings_within_bounds_pass():
@@ -137,16 +137,16 @@ class Arguments:
 
 
 def test_the_default_adapter_settings_match_the_stage():
-    own = {name: field.default for name, field in Arguments.__dataclass_fields__.items() if "lora" in name}
-    assert own == {name: SftArguments.__dataclass_fields__[name].default for name in own}
+    settings = {name: field.default for name, field in Arguments.__dataclass_fields__.items() if "lora" in name}
+    assert settings == {name: SftArguments.__dataclass_fields__[name].default for name in settings}
 
 
 def test_a_continued_adapter_keeps_its_shape():
     model, _ = tiny_dpo.adapter_policy()
-    said = keep_shape(Arguments(), model)
+    message = keep_shape(Arguments(), model)
     for own in ("own lora_r 8, vision_lora_r 4", " lora_alpha 16", " vision_lora_alpha 8", " lora_dropout 0.0."):
-        assert own in said
-    assert keep_shape(Arguments(lora_r=8, vision_lora_alpha=8, lora_dropout=0.0), model) == said
+        assert own in message
+    assert keep_shape(Arguments(lora_r=8, vision_lora_alpha=8, lora_dropout=0.0), model) == message
 
 
 @pytest.mark.parametrize("other", [{"lora_r": 16}, {"vision_lora_r": 0}, {"lora_alpha": 8}, {"lora_dropout": 0.1}])
@@ -185,21 +185,21 @@ def test_a_step_has_the_same_size_on_any_number_of_processes(per_device, process
 def test_an_indivisible_batch_size_is_refused_with_alternatives(effective, per_device, processes):
     with pytest.raises(UserError, match="These work") as raised:
         accumulation_steps(effective, per_device, processes)
-    said = str(raised.value).partition("These work")[2]
-    sizes = re.search(r"per_device_train_batch_size ([\d, or]+) on", said)
+    message = str(raised.value).partition("These work")[2]
+    sizes = re.search(r"per_device_train_batch_size ([\d, or]+) on", message)
     for size in re.findall(r"\d+", sizes[1]) if sizes else ():
         assert accumulation_steps(effective, int(size), processes)
-    counts = re.search(r"([\d, or]+) process(?:es)? with", said)
+    counts = re.search(r"([\d, or]+) process(?:es)? with", message)
     for count in re.findall(r"\d+", counts[1]) if counts else ():
         assert accumulation_steps(effective, per_device, int(count))
-    assert sizes or counts or f"multiple of {per_device * processes}" in said
+    assert sizes or counts or f"multiple of {per_device * processes}" in message
 
 
-def test_only_the_nearest_alternatives_are_named():
+def test_only_the_nearest_alternatives_are_suggested():
     with pytest.raises(UserError, match=": 6, 7, 9, 10, 11, 14, 15 or 18 processes with"):
         accumulation_steps(55440, 8, 13)
     with pytest.raises(UserError, match="per_device_train_batch_size 1, "):
-        accumulation_steps(10**10 + 1, 8, 1)  # at once: ten thousand million candidates are not tried
+        accumulation_steps(10**10 + 1, 8, 1)  # fast, because not all 10**10 candidates are tried
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (-8, 8, 1), (8, 0, 1)])

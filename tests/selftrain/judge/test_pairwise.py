@@ -311,7 +311,7 @@ def test_max_cost_is_never_exceeded(tmp_path):
 def test_concurrency_is_used_and_not_exceeded():
     with JudgeServer(latency=0.03) as server:
         list(judge_with(server, concurrency=6)(candidates(30)))
-    assert server.most_at_once == 6
+    assert server.max_concurrent == 6
 
 
 def test_concurrency_falls_if_the_server_rejects_calls(monkeypatch):
@@ -324,7 +324,7 @@ def test_concurrency_falls_if_the_server_rejects_calls(monkeypatch):
 
     monkeypatch.setattr("medst_trl.engines.client.Pace", RecordingPace)
     server = JudgeServer(latency=0.2, retry_after="0.2")
-    server.fault = lambda number, body: "429" if server.under_way > 3 else None
+    server.fault = lambda number, body: "429" if server.in_flight > 3 else None
     with server:
         judge = judge_with(server, concurrency=24)
         judgements = list(judge(candidates(30)))
