@@ -63,10 +63,5 @@ if __name__ == "__main__":
     parser.add_argument("--question", default="What does the image show?")
     parser.add_argument("--count", type=int, default=3, help="number of questions that the model asks")
     args = parser.parse_args()
-    main(
-        args.base_url,
-        args.model,
-        Image.open(args.image) if args.image else synthetic_scan(),
-        args.question,
-        args.count,
-    )
+    image = Image.open(args.image) if args.image else synthetic_scan()
+    main(args.base_url, args.model, image, args.question, args.count)

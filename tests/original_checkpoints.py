@@ -153,9 +153,8 @@ def write_clip(directory: Path, weights: dict[str, torch.Tensor] | None = None, 
         text = {"text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(8, 8)}
         both = weights | text | {"visual_projection.weight": torch.ones(8, 32), "logit_scale": torch.ones(())}
         write_weights(directory, both | {"vision_model.embeddings.position_ids": torch.arange(290)[None]}, form)
-    (directory / "config.json").write_text(
-        json.dumps({"model_type": "clip", "vision_config": VISION, "text_config": {}})
-    )
+    config = {"model_type": "clip", "vision_config": VISION, "text_config": {}}
+    (directory / "config.json").write_text(json.dumps(config))
     mean = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "crop_size": 136, "size": 136}
     (directory / "preprocessor_config.json").write_text(json.dumps(mean))
     return directory

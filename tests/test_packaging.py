@@ -65,8 +65,8 @@ def test_the_command_is_installed():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("wheel")
-    source = directory / "source"
+    target = tmp_path_factory.mktemp("wheel")
+    source = target / "source"
     source.mkdir()
     for name in ("medst_trl", "recipes"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -75,20 +75,9 @@ def wheel(tmp_path_factory):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     (source / "recipes" / "for_this_test.yaml").write_text("base:\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(directory),
-    ]
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(target)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
-    return next(directory.glob("*.whl"))
+    return next(target.glob("*.whl"))
 
 
 def test_the_wheel_contains_one_package_with_all_its_files(wheel):
