@@ -43,20 +43,20 @@ def _from_config(
     processor: ProcessorMixin,
     seed: int,
     *,
-    whole: dict | None = None,
+    settings: dict | None = None,
     **overrides,
 ) -> PreTrainedModel:
     """
-    Build a random model. `tokens` maps keys of the configuration to the text of a token; `whole` updates the
+    Build a random model. `tokens` maps keys of the configuration to the text of a token; `settings` updates the
     configuration and `overrides` its text configuration.
     """
     tokenizer = processor.tokenizer
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**TEXT, **text, "vocab_size": len(tokenizer), **special, **overrides}
-    whole = {**(whole or {}), **{name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}}
+    settings = {**(settings or {}), **{name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}}
     if "tie_word_embeddings" in text:
-        whole["tie_word_embeddings"] = text["tie_word_embeddings"]
-    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, **whole)
+        settings["tie_word_embeddings"] = text["tie_word_embeddings"]
+    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -81,10 +81,10 @@ def _vicuna(processor: ProcessorMixin, seed: int, **overrides) -> PreTrainedMode
 
 
 def _llava(model_type: str, text: dict, *args, **kwargs) -> PreTrainedModel:
-    whole = {"image_seq_length": 4, "vision_feature_layer": -2}
+    settings = {"image_seq_length": 4, "vision_feature_layer": -2}
     if model_type == "llava_next":
-        whole["image_grid_pinpoints"] = [[16, 32], [32, 16], [32, 32]]
-    return _from_config(model_type, text, CLIP, {"image_token_id": "<image>"}, *args, whole=whole, **kwargs)
+        settings["image_grid_pinpoints"] = [[16, 32], [32, 16], [32, 32]]
+    return _from_config(model_type, text, CLIP, {"image_token_id": "<image>"}, *args, settings=settings, **kwargs)
 
 
 def _qwen(model_type: str, text: dict, vision: dict, *args, **kwargs) -> PreTrainedModel:
@@ -104,14 +104,14 @@ def _gemma3(*args, **kwargs) -> PreTrainedModel:
         "image_token_id": "<image_soft_token>", "boi_token_id": "<start_of_image>", "eoi_token_id": "<end_of_image>",
     }  # fmt: skip
     vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
-    return _from_config("gemma3", text, vision, tokens, *args, whole={"mm_tokens_per_image": 4}, **kwargs)
+    return _from_config("gemma3", text, vision, tokens, *args, settings={"mm_tokens_per_image": 4}, **kwargs)
 
 
 def _idefics3(model_type: str, *args, **kwargs) -> PreTrainedModel:
     vision = {**VISION, "model_type": f"{model_type}_vision"}
     tokens = {"image_token_id": "<image>"}
     return _from_config(
-        model_type, {"model_type": "llama"}, vision, tokens, *args, whole={"scale_factor": 2}, **kwargs
+        model_type, {"model_type": "llama"}, vision, tokens, *args, settings={"scale_factor": 2}, **kwargs
     )
 
 
@@ -119,15 +119,14 @@ def _internvl(*args, **kwargs) -> PreTrainedModel:
     vision = {**VISION, "model_type": "internvl_vision"}
     tokens = {"image_token_id": "<IMG_CONTEXT>"}
     return _from_config(
-        "internvl", {"model_type": "qwen2"}, vision, tokens, *args, whole={"image_seq_length": 4}, **kwargs
+        "internvl", {"model_type": "qwen2"}, vision, tokens, *args, settings={"image_seq_length": 4}, **kwargs
     )
 
 
 def _prototype_llava(*args, **kwargs) -> PreTrainedModel:
-    whole = {"image_seq_length": 4, "num_centers": 3}
-    return _from_config(
-        "prototype_llava", {"model_type": "llama"}, CLIP, {"image_token_id": "<image>"}, *args, whole=whole, **kwargs
-    )
+    text, tokens = {"model_type": "llama"}, {"image_token_id": "<image>"}
+    settings = {"image_seq_length": 4, "num_centers": 3}
+    return _from_config("prototype_llava", text, CLIP, tokens, *args, settings=settings, **kwargs)
 
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {  # builder(processor, seed, **overrides)

@@ -30,9 +30,8 @@ from medst_trl.pipeline.settings import Option
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-LARGE = [
-    path for path in RECIPES if "base" not in read_recipe(path).sections
-]  # those that start from a model on the Hub
+# Recipes that start from a model on the Hub.
+LARGE = [path for path in RECIPES if "base" not in read_recipe(path).sections]
 TRAIN = ("sft", "dpo")
 
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -247,7 +246,7 @@ def test_a_recipe_runs_on_a_few_records(path, with_data, tiny, capsys):
         words = [str(path), *tiny_options(path, tiny, judge.base_url)]
         assert main(["recipes", "validate", *words]) == 0
         run_recipe(words)
-        asked = len(judge.bodies)
+        num_requests = len(judge.bodies)
         capsys.readouterr()
         run_recipe(words)  # the second time, every stage is finished
     steps = {step.label: step for step in read_recipe(path).steps()}
@@ -256,7 +255,7 @@ def test_a_recipe_runs_on_a_few_records(path, with_data, tiny, capsys):
     assert capsys.readouterr().out.count("is finished and unchanged") == len(records)
     if "dpo" in steps:
         orders = 2 if steps["judge"].settings["order"] == "both" else 1
-        assert 0 < records["dpo"]["counts"]["pairs"] <= asked / orders == len(judge.bodies) / orders
+        assert 0 < records["dpo"]["counts"]["pairs"] <= num_requests / orders == len(judge.bodies) / orders
         for name in ("vqa_rad", "slake", "pathvqa"):  # 2 test images with 2 questions each
             for label in ("evaluate/stage_1", "evaluate/aligned"):
                 predictions = Path(steps[label].settings["output_dir"], name, "predictions.jsonl").read_text()

@@ -47,7 +47,7 @@ def process_docs(dataset: "Dataset") -> "Dataset":
     """Turn a benchmark (one row per image) into one row per question with its image. A mirror stays unchanged."""
     if "questions" not in dataset.column_names:
         return dataset
-    pairs = [(row, question) for row, asked in enumerate(dataset["questions"]) for question in asked]
+    pairs = [(row, question) for row, questions in enumerate(dataset["questions"]) for question in questions]
     flat = dataset.remove_columns("questions").select([row for row, _ in pairs])
     for column in COLUMNS:
         flat = flat.add_column(column, [question[column] for _, question in pairs])

@@ -27,7 +27,7 @@ TASKS = ("vqa_rad", "slake", "path_vqa")
 
 
 class Loader(yaml.FullLoader):
-    """Resolves `!function utils.name` to the function in the utils.py beside the file."""
+    """Resolve `!function utils.name` to the function in the utils.py next to the file."""
 
 
 def _function(loader, node):
@@ -93,8 +93,8 @@ def test_scores_equal_those_of_score_vqa(benchmark_directory, name):
         return answers[-1]
 
     figures, records = evaluate(task, benchmark, answer)
-    asked = questions_of(benchmark)
-    rows = [question | {"prediction": text} for question, text in zip(asked, answers, strict=True)]
+    questions = questions_of(benchmark)
+    rows = [question | {"prediction": text} for question, text in zip(questions, answers, strict=True)]
     scores = {variant: score_vqa(rows, variant, bootstrap_samples=0) for variant in ("strict", "llava_med")}
     assert figures.keys() == {metric["metric"] for metric in task["metric_list"]}
     for metric, value in figures.items():
@@ -112,8 +112,8 @@ def test_each_question_keeps_its_image(benchmark_directory):
     benchmark = load_dataset(str(benchmark_directory), split="test")
     docs = task["process_docs"](benchmark)
     by_id = dict(zip(benchmark["image_id"], benchmark["image"]))
-    asked = questions_of(benchmark)
-    assert [(doc["id"], doc["image_id"]) for doc in docs] == [(row["id"], row["image_id"]) for row in asked]
+    questions = questions_of(benchmark)
+    assert [(doc["id"], doc["image_id"]) for doc in docs] == [(row["id"], row["image_id"]) for row in questions]
     assert all(doc["image"].tobytes() == by_id[doc["image_id"]].tobytes() for doc in docs)
 
 

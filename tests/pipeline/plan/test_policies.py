@@ -54,7 +54,7 @@ def trainer(tmp_path, lora=True, vusr=True, **ranks):
 
 
 @pytest.mark.parametrize(
-    ("settings", "real"),
+    ("settings", "trainer_settings"),
     [
         ({}, {}),
         ({"vision_lora_r": 0}, {"vision_r": 0}),
@@ -64,9 +64,9 @@ def trainer(tmp_path, lora=True, vusr=True, **ranks):
         ({"load_in_4bit": True}, {}),
     ],
 )
-def test_the_counts_of_stage_1_match_its_trainer(settings, real, base, tmp_path):
+def test_the_counts_of_stage_1_match_its_trainer(settings, trainer_settings, base, tmp_path):
     counted = trainable_parameters(step("sft", model_name_or_path=base, **settings))
-    assert counted == trainer(tmp_path, **real).trainable_parameters()
+    assert counted == trainer(tmp_path, **trainer_settings).trainable_parameters()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -72,9 +72,9 @@ def test_the_model_card_shows_how_to_load_a_vision_language_model(inputs, tmp_pa
 
 def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     run(inputs, tmp_path / "dpo")
-    stamp = (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns
+    modified = (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns
     run(inputs, tmp_path / "dpo", logging_steps=2)
-    assert (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "dpo" / "adapter_model.safetensors").stat().st_mtime_ns == modified
     with pytest.raises(UserError, match="beta: 0.1 before, 0.5 now"):
         run(inputs, tmp_path / "dpo", beta=0.5)
 

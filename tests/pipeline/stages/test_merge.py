@@ -79,9 +79,9 @@ def test_record_and_card_describe_the_merge(run, merged, capsys):
     assert "Merged from a local base and a local adapter" in card and "medst_trl import" not in card
     assert "### sft" in card and str(run) not in card.replace(str(merged), "")
     assert find_contents(merged).kind == "model" and "generation_config.json" in find_contents(merged).files
-    stamp = (merged / "model.safetensors").stat().st_mtime_ns
+    modified = (merged / "model.safetensors").stat().st_mtime_ns
     assert _merge(run / "sft", merged) == 0 and "nothing to do" in capsys.readouterr().out
-    assert (merged / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (merged / "model.safetensors").stat().st_mtime_ns == modified
     assert _merge(run / "sft", merged, "--dtype", "bfloat16") == 2
 
 
@@ -156,8 +156,8 @@ main(sys.argv[1:])
 def test_a_killed_merge_resumes(run, merged, tmp_path):
     words = ["merge", "--model_name_or_path", str(run / "sft"), "--output_dir", str(tmp_path / "merged")]
     assert subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True).returncode == -signal.SIGKILL
-    left = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert "model.safetensors" in left and "config.json" not in left
+    written = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert "model.safetensors" in written and "config.json" not in written
     assert medst(words) == 0
     again, first = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", merged))
     assert again.keys() == first.keys() and all(first[name].equal(again[name]) for name in first)
@@ -200,7 +200,7 @@ def _reply(client, model: Path, image, text, **settings):
 
 def test_the_served_model_answers_and_asks_like_the_adapter(run, merged, served):
     model, processor = load_policy(str(run / "sft"))
-    asked = set()
+    questions = set()
     for number in range(4):
         example = tiny_run.conversation(number, turns=1)
         image, (question, answer) = example["images"][0], (m["content"][-1]["text"] for m in example["messages"])
@@ -213,8 +213,8 @@ def test_the_served_model_answers_and_asks_like_the_adapter(run, merged, served)
         ]
         assert [_reply(served, merged, image, text, temperature=0) for text in (question, VUSR)] == expected
         assert expected[0] == answer and expected[1].startswith("What about")
-        asked.add(expected[1])
-    assert len(asked) > 1, "the question depends on the image"
+        questions.add(expected[1])
+    assert len(questions) > 1, "the question depends on the image"
 
 
 def test_a_server_samples_at_the_requested_temperature(merged, served):

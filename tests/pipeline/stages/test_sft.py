@@ -65,9 +65,9 @@ def test_the_text_role_needs_no_token(inputs, tmp_path):
 
 def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     before, _ = _run(inputs, tmp_path / "sft")
-    stamp = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
+    modified = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
     _run(inputs, tmp_path / "sft", logging_steps=1, dataloader_num_workers=1)  # these do not change the result
-    assert (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns == modified
     with pytest.raises(UserError, match="projector_learning_rate"):
         _run(inputs, tmp_path / "sft", projector_learning_rate=1e-5)
     after, _ = _run(inputs, tmp_path / "sft", projector_learning_rate=1e-5, overwrite=True)

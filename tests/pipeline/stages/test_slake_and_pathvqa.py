@@ -96,26 +96,26 @@ def test_slake_predictions_of_medevalkit_are_scored(slake):
 
 
 def test_pathvqa_predictions_of_vlmevalkit_are_scored(pathvqa):
-    asked = questions_of(load_dataset(str(pathvqa / "out" / "benchmark"), split="test"))
-    assert len(asked) > 10 and len({question["image_id"] for question in asked}) > 3
+    questions = questions_of(load_dataset(str(pathvqa / "out" / "benchmark"), split="test"))
+    assert len(questions) > 10 and len({question["image_id"] for question in questions}) > 3
     path = pathvqa / "model_PathVQA_TEST.tsv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
         writer.writerow(["index", "question", "answer", "prediction"])
-        for number, question in enumerate(asked):
+        for number, question in enumerate(questions):
             prediction = question["answer"] if question["answer_type"] == "closed" else "I do not know"
             writer.writerow([number, question["question"], question["answer"], prediction])
     content = scores_of(pathvqa, path)
     assert content["format"] == "vlmevalkit" and content["counts"]["rejected"] == {}
     assert content["scores"]["strict"]["closed"]["accuracy"]["value"] == 100
     assert content["scores"]["strict"]["open"]["exact_match"] == {
-        "value": 0, "n": sum(question["answer_type"] == "open" for question in asked), "interval": [0, 0],
+        "value": 0, "n": sum(question["answer_type"] == "open" for question in questions), "interval": [0, 0],
     } | {"majority": content["scores"]["strict"]["open"]["exact_match"]["majority"]}  # fmt: skip
     # The scores are the same without the benchmark, because PathVQA's closed questions are its yes/no questions. Only
     # the images are unknown.
     path = path.rename(path.with_name("without_benchmark.tsv"))
     without_benchmark = scores_of(pathvqa, path, benchmark=[])
-    assert without_benchmark["counts"]["answer_types_guessed"] == len(asked)
+    assert without_benchmark["counts"]["answer_types_guessed"] == len(questions)
     assert (
         without_benchmark["scores"]["strict"]["closed"]["accuracy"]["n"]
         == content["scores"]["strict"]["closed"]["accuracy"]["n"]
