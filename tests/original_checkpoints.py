@@ -24,7 +24,7 @@ TEXT = {
     "max_position_embeddings": 512,
 }  # fmt: skip
 CENTERS, RANK, ALPHA = 256, 4, 8
-INSIDE = "model.vision_tower.vision_tower.vision_model."
+TOWER = "model.vision_tower.vision_tower.vision_model."  # prefix of the names of its weights
 
 _WORDS = ["US", "ER", "USER", "▁USER", "VUSER", "▁VUSER", "▁A", "SS", "ASS", "▁ASS", "is", "▁is", "th", "the", "▁the"]
 PIECES = [
@@ -224,22 +224,22 @@ def _clip(weights, pixels):
     heads, width = VISION["num_attention_heads"], VISION["hidden_size"]
 
     def norm(name, x):
-        return F.layer_norm(x, (width,), weights[f"{INSIDE}{name}.weight"], weights[f"{INSIDE}{name}.bias"], 1e-5)
+        return F.layer_norm(x, (width,), weights[f"{TOWER}{name}.weight"], weights[f"{TOWER}{name}.bias"], 1e-5)
 
-    patches = F.conv2d(pixels, weights[f"{INSIDE}embeddings.patch_embedding.weight"], stride=VISION["patch_size"])
-    x = torch.cat([weights[f"{INSIDE}embeddings.class_embedding"][None, None], patches.flatten(2).transpose(1, 2)], 1)
-    x = norm("pre_layrnorm", x + weights[f"{INSIDE}embeddings.position_embedding.weight"])
+    patches = F.conv2d(pixels, weights[f"{TOWER}embeddings.patch_embedding.weight"], stride=VISION["patch_size"])
+    x = torch.cat([weights[f"{TOWER}embeddings.class_embedding"][None, None], patches.flatten(2).transpose(1, 2)], 1)
+    x = norm("pre_layrnorm", x + weights[f"{TOWER}embeddings.position_embedding.weight"])
     for layer in range(VISION["num_hidden_layers"] - 1):  # features come from the layer before the last
         at = f"encoder.layers.{layer}"
         y = norm(f"{at}.layer_norm1", x)
         q, k, v = (
-            _linear(weights, f"{INSIDE}{at}.self_attn.{name}_proj", y).unflatten(-1, (heads, -1)).transpose(1, 2)
+            _linear(weights, f"{TOWER}{at}.self_attn.{name}_proj", y).unflatten(-1, (heads, -1)).transpose(1, 2)
             for name in "qkv"
         )
         y = torch.softmax(q @ k.transpose(2, 3) / (width // heads) ** 0.5, -1) @ v
-        x = x + _linear(weights, f"{INSIDE}{at}.self_attn.out_proj", y.transpose(1, 2).flatten(2))
-        y = _quick_gelu(_linear(weights, f"{INSIDE}{at}.mlp.fc1", norm(f"{at}.layer_norm2", x)))
-        x = x + _linear(weights, f"{INSIDE}{at}.mlp.fc2", y)
+        x = x + _linear(weights, f"{TOWER}{at}.self_attn.out_proj", y.transpose(1, 2).flatten(2))
+        y = _quick_gelu(_linear(weights, f"{TOWER}{at}.mlp.fc1", norm(f"{at}.layer_norm2", x)))
+        x = x + _linear(weights, f"{TOWER}{at}.mlp.fc2", y)
     return x[:, 1:]
 
 

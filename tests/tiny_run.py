@@ -11,14 +11,16 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from PIL import Image
 from transformers import TrainerCallback
 
+from medst_trl.data.schema import instruct_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import prepare_policy
@@ -47,6 +49,26 @@ def conversation(number: int, turns: int = 2, with_image: bool = True) -> dict:
         messages.append({"role": "user", "content": [*image, *text(question)]})
         messages.append({"role": "assistant", "content": text(answer)})
     return {"id": f"r{number}", "images": [Image.fromarray(pixels)] * with_image, "messages": messages}
+
+
+def write_instruct(
+    directory: Path,
+    numbers: Iterable[int],
+    split: str = "train",
+    *,
+    turns: int = 2,
+    features: dict | None = None,
+    **columns,
+) -> str:
+    """Write an instruct dataset with one conversation per number, whose id is `r<number>`, and text `columns`."""
+    rows = [{**conversation(n, turns), "image_ids": [str(n)], **columns} for n in numbers]
+    for message in (message for row in rows for message in row["messages"]):
+        message["vusr"] = False
+    directory.mkdir(exist_ok=True)
+    extra = {name: Value("string") for name in columns}
+    dataset = Dataset.from_list(rows, features=Features({**instruct_features(), **(features or {}), **extra}))
+    dataset.to_parquet(directory / f"{split}-00000-of-00001.parquet")
+    return str(directory)
 
 
 def small_policy(**kwargs):

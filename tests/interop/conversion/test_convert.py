@@ -26,14 +26,14 @@ ROWS = len(original.PIECES)
 def full_model(kind="mlp2x_gelu", rows=ROWS):
     """Return all weights under their original names, including the vision tower."""
     return (
-        original.language_weights(rows) | original.projector_weights(kind) | original.vision_weights(original.INSIDE)
+        original.language_weights(rows) | original.projector_weights(kind) | original.vision_weights(original.TOWER)
     )
 
 
 def split_tower(weights):
     """Split the weights into those without the vision tower and those of the tower under the names of CLIP."""
-    tower = {name.replace(original.INSIDE, CLIP): t for name, t in weights.items() if name.startswith(original.INSIDE)}
-    return {name: t for name, t in weights.items() if not name.startswith(original.INSIDE)}, tower
+    tower = {name.replace(original.TOWER, CLIP): t for name, t in weights.items() if name.startswith(original.TOWER)}
+    return {name: t for name, t in weights.items() if not name.startswith(original.TOWER)}, tower
 
 
 def assert_same_logits(directory, weights, kind):
@@ -67,7 +67,7 @@ def test_full_models_in_every_format_give_the_same_logits(tmp_path, kind, form):
         original.write_clip(tmp_path / "clip", tower, form.removeprefix("sharded-"))
     else:  # the checkpoint contains the tower: only the configuration is read from the directory of CLIP
         body = weights | {
-            f"{original.INSIDE}embeddings.position_ids": torch.arange(290)[None],
+            f"{original.TOWER}embeddings.position_ids": torch.arange(290)[None],
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5),
         }
         original.write_clip(tmp_path / "clip")
@@ -102,7 +102,7 @@ def test_a_training_output_is_merged_with_its_base(tmp_path, base_form, prefixes
 
     merged = original.merged(original.language_weights(), lora, "base_model.model.")
     merged_tower = original.merged(tower, vision_lora, start)
-    merged |= {name.replace(CLIP, original.INSIDE): tensor for name, tensor in merged_tower.items()} | projector
+    merged |= {name.replace(CLIP, original.TOWER): tensor for name, tensor in merged_tower.items()} | projector
     assert_same_logits(tmp_path / "out", merged, "cluster")
 
 

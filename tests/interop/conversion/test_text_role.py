@@ -21,7 +21,7 @@ def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("stllava_med")
     weights = original.language_weights() | original.projector_weights("cluster")
     original.write_clip(directory / "clip")
-    original.write_checkpoint(directory / "source", weights | original.vision_weights(original.INSIDE), "cluster")
+    original.write_checkpoint(directory / "source", weights | original.vision_weights(original.TOWER), "cluster")
     convert_checkpoint(str(directory / "source"), directory / "text")
     convert_checkpoint(str(directory / "source"), directory / "token", vusr_role="token")
     return directory

@@ -20,7 +20,7 @@ from serving import serve
 
 from medst_trl import load_policy
 from medst_trl.cli import main as medst
-from medst_trl.data.schema import benchmark_features, instruct_features, preference_features
+from medst_trl.data.schema import benchmark_features, preference_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs, write_texts
 from medst_trl.hub.contents import find_contents
@@ -37,12 +37,7 @@ def run(tmp_path_factory):
     model, processor = tiny_llava(**tiny_run.SMALL)
     model.save_pretrained(directory / "base")
     processor.save_pretrained(directory / "base")
-    (directory / "instruct").mkdir()
-    rows = [{**tiny_run.conversation(n, turns=1), "image_ids": [str(n)]} for n in range(4)]
-    for message in (message for row in rows for message in row["messages"]):
-        message["vusr"] = False
-    dataset = Dataset.from_list(rows, features=instruct_features())
-    dataset.to_parquet(directory / "instruct" / "train-00000-of-00001.parquet")
+    tiny_run.write_instruct(directory / "instruct", range(4), turns=1)
     options = {
         "model_name_or_path": directory / "base", "dataset": directory / "instruct", "output_dir": directory / "sft",
         "max_steps": 80, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lora_r": 8, "lora_alpha": 16,

@@ -5,12 +5,10 @@ import json
 import pytest
 import tiny_run
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 
 from medst_trl import load_policy
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import instruct_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.stages import sft
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
@@ -23,13 +21,8 @@ def inputs(tmp_path_factory):
     model, processor = tiny_llava(**tiny_run.SMALL)
     model.save_pretrained(directory / "base")
     processor.save_pretrained(directory / "base")
-    (directory / "instruct").mkdir()
-    for split, numbers in {"train": range(12), "validation": range(100, 104)}.items():
-        rows = [{**tiny_run.conversation(n), "image_ids": [str(n)]} for n in numbers]
-        for message in (message for row in rows for message in row["messages"]):
-            message["vusr"] = False
-        dataset = Dataset.from_list(rows, features=instruct_features())
-        dataset.to_parquet(directory / "instruct" / f"{split}-00000-of-00001.parquet")
+    tiny_run.write_instruct(directory / "instruct", range(12))
+    tiny_run.write_instruct(directory / "instruct", range(100, 104), "validation")
     return directory
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import tiny_dpo
 import tiny_run
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, List, Value
 from peft import get_peft_model
+from tiny_run import write_instruct
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import instruct_features
 from medst_trl.pipeline.stages import training
 from medst_trl.pipeline.stages.dpo import DpoArguments
 from medst_trl.pipeline.stages.sft import SftArguments
@@ -31,18 +31,6 @@ from medst_trl.training.dpo import MultimodalDPOConfig
 from medst_trl.training.sft import SelfQuestioningConfig
 
 
-def write(directory, numbers, split="train", features=None, **columns):
-    """Write an instruct dataset with one conversation per number, whose id is `r<number>`."""
-    rows = [{**tiny_run.conversation(n), "image_ids": [str(n)], **columns} for n in numbers]
-    for message in (message for row in rows for message in row["messages"]):
-        message["vusr"] = False
-    directory.mkdir(exist_ok=True)
-    extra = {name: Value("string") for name in columns}
-    dataset = Dataset.from_list(rows, features=Features({**instruct_features(), **(features or {}), **extra}))
-    dataset.to_parquet(directory / f"{split}-00000-of-00001.parquet")
-    return str(directory)
-
-
 def load(*names, max_records=None, eval_strategy="no"):
     args = SimpleNamespace(
         dataset=list(names), train_split="train", validation_split="validation", max_records=max_records
@@ -51,7 +39,10 @@ def load(*names, max_records=None, eval_strategy="no"):
 
 
 def test_several_datasets_are_concatenated_in_order(tmp_path):
-    first, second = write(tmp_path / "a", range(3)), write(tmp_path / "b", range(10, 12), source="elsewhere")
+    first, second = (
+        write_instruct(tmp_path / "a", range(3)),
+        write_instruct(tmp_path / "b", range(10, 12), source="elsewhere"),
+    )
     joined = load(first, second)["train"]
     assert joined["id"] == ["r0", "r1", "r2", "r10", "r11"]
     for row, number in zip(joined, (0, 1, 2, 10, 11)):
@@ -63,20 +54,23 @@ def test_several_datasets_are_concatenated_in_order(tmp_path):
 
 
 def test_ids_shared_by_two_datasets_are_made_unique(tmp_path):
-    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(1, 3))
+    first, second = write_instruct(tmp_path / "a", range(2)), write_instruct(tmp_path / "b", range(1, 3))
     assert load(first, second, first)["train"]["id"] == ["r0", "r1", "r1@2", "r2", "r0@3", "r1@3"]
     assert load(first)["train"]["id"] == ["r0", "r1"]
 
 
 def test_datasets_with_large_strings_can_be_concatenated(tmp_path):
     large = {"id": Value("large_string"), "image_ids": List(Value("large_string"))}
-    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(5, 7), features=large)
+    first, second = (
+        write_instruct(tmp_path / "a", range(2)),
+        write_instruct(tmp_path / "b", range(5, 7), features=large),
+    )
     assert load(first, second)["train"]["id"] == ["r0", "r1", "r5", "r6"]
 
 
 def test_every_dataset_needs_its_split_and_columns(tmp_path):
-    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(2))
-    write(tmp_path / "a", range(20, 22), split="validation")
+    first, second = write_instruct(tmp_path / "a", range(2)), write_instruct(tmp_path / "b", range(2))
+    write_instruct(tmp_path / "a", range(20, 22), split="validation")
     with pytest.raises(UserError, match="b has no split 'validation'"):
         load(first, second, eval_strategy="steps")
     assert load(first, eval_strategy="steps")["eval"]["id"] == ["r20", "r21"]
