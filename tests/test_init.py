@@ -24,7 +24,7 @@ def test_a_public_name_is_the_object_of_its_module(name):
     assert name in dir(medst_trl)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'SelfAnsweringTrainer'"):
         medst_trl.SelfAnsweringTrainer  # noqa: B018
     with pytest.raises(ImportError):

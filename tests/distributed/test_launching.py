@@ -14,6 +14,7 @@ import accelerate.commands.launch as accelerate_launch
 import pytest
 from accelerate.commands.config import config_args
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from jsonl import write_prediction
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline import launch
@@ -35,16 +36,12 @@ evaluate:
   predictions: predictions.jsonl
   bootstrap_samples: 0
 """
-PREDICTION = {
-    "id": "1", "image_id": "a", "question": "Is there a fracture?", "answer": "no", "answer_type": "closed",
-    "question_type": "presence", "prediction": "no", "generation": "{}",
-}  # fmt: skip
 NOT_DISTRIBUTED = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_processes: 4\n"
 
 
 @pytest.fixture
 def directory(tmp_path):
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(PREDICTION) + "\n")
+    write_prediction(tmp_path / "predictions.jsonl")
     (tmp_path / "mine.yaml").write_text(RECIPE)
     (tmp_path / "mine.yaml").chmod(0o755)
     (tmp_path / "four.yaml").write_text(NOT_DISTRIBUTED)

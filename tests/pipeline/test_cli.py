@@ -160,7 +160,7 @@ def test_an_invalid_command_prints_one_message_to_stderr(argv, message, capsys):
     assert out == ""
 
 
-def test_exit_codes(capsys):
+def test_errors_are_mapped_to_exit_codes(capsys):
     def raising(error):
         def function():
             raise error

@@ -107,7 +107,7 @@ def test_unused_settings_are_not_compared(tmp_path):
         start(source="slake", language="en")
 
 
-def test_read_record_and_is_complete_accept_missing_and_damaged_records(tmp_path):
+def test_missing_and_damaged_records_are_read_as_empty(tmp_path):
     assert read_record(tmp_path) == {} and not is_complete(tmp_path)
     record = open_record(tmp_path)
     assert read_record(tmp_path)["stage"] == "prepare" and not is_complete(tmp_path)
@@ -232,7 +232,7 @@ def test_a_damaged_record_is_refused_and_can_be_overwritten(tmp_path, length):
     assert open_record(tmp_path, overwrite=True).status == "new"
 
 
-def test_a_run_killed_while_writing_its_record_keeps_the_old_one(tmp_path, monkeypatch):
+def test_a_run_killed_while_writing_its_record_keeps_the_old_one(tmp_path):
     open_record(tmp_path).finish(counts={"n": 1})
     (tmp_path / ".stage.json.tmp").write_text('{"status": "comp')
     assert open_record(tmp_path).status == "finished"
@@ -354,10 +354,8 @@ def test_a_record_takes_settings_and_inputs_from_the_stage(tmp_path):
 def test_settings_of_an_unused_engine_are_not_compared(tmp_path):
     stage = Stage("toy", "a test", lambda: (_Arguments, _Engine, _OtherEngine), print)
     arguments = _Arguments(str(tmp_path / "out"), "x")
-    settings = vars(arguments) | {
-        "precision": "low",
-        "speed": 1,
-    }  # earlier versions recorded the settings of all engines
+    # Earlier versions recorded the settings of all engines.
+    settings = vars(arguments) | {"precision": "low", "speed": 1}
     StageRecord.open(arguments.output_dir, stage="toy", settings=settings).finish()
     assert StageRecord.of(stage, arguments, _Engine()).status == "finished"
     with pytest.raises(UserError, match="speed"):

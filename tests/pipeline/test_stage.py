@@ -129,9 +129,8 @@ def test_a_plugin_stage_is_validated_and_planned(toy, capsys):
     assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
     out = capsys.readouterr().out
     rows = "  counts      2 of all pairs of judge\n  time        4 s at 0.5 pairs per second\n"
-    assert (
-        f"\ntoy\n{rows}" in out and "data        2 pairs" in out
-    )  # `dpo` uses the number of pairs that the output of `toy` declares
+    # `dpo` uses the number of pairs that the output of `toy` declares.
+    assert f"\ntoy\n{rows}" in out and "data        2 pairs" in out
 
 
 @pytest.mark.parametrize("program", [["-m", "medst_trl.cli", "run"], ["-m", "medst_trl"]])

@@ -204,7 +204,7 @@ def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):
     return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes, 8), machine)
 
 
-def test_the_parts_of_a_7b_model_under_zero_2(tmp_path):
+def test_the_memory_of_a_7b_model_under_zero_2_equals_hand_computed_values(tmp_path):
     parts = memory(step("sft", str(config_directory(LLAVA, tmp_path)))).parts
     lora = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert lora == 319_815_680
@@ -250,7 +250,7 @@ def test_only_the_language_model_is_quantized(llava):
     assert frozen_bytes(policy, 2) == 2 * policy.model.num_parameters()
 
 
-def test_the_memory_of_the_reference(llava):
+def test_the_reference_needs_memory_only_if_it_is_a_copy(llava):
     sft = step("sft", llava)
     adapter = sum(p.numel() for p in policy_of(sft).model.parameters() if p.requires_grad)
 

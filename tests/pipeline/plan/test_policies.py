@@ -117,7 +117,7 @@ def test_a_merged_model_has_the_shape_of_the_base(base):
     assert merged.model.num_parameters() == meta_model(base).num_parameters() and not merged.is_adapter
 
 
-def test_the_counts_of_the_demo():
+def test_the_counts_of_the_demo_equal_hand_computed_values():
     steps = read_recipe("demo").steps()
     sft = next(step for step in steps if step.label == "sft")
     counts = trainable_parameters(sft, steps)

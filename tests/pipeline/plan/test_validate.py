@@ -80,7 +80,7 @@ def test_the_batch_is_shown_for_the_given_number_of_processes(check):
     assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in out
 
 
-def test_a_config_for_one_process_uses_one_process(check):
+def test_a_config_for_one_process_allows_only_one_process(check):
     assert "single_gpu; batch 64 on 1 (8 x 8)\n" in check("--accelerate_config", "single_gpu")[1]
     code, out = check("--accelerate_config", "single_gpu", "--num_processes", "2")
     assert code == 2 and "single_gpu is for one process, not for 2" in out

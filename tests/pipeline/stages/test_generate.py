@@ -296,7 +296,7 @@ def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == before
 
 
-def test_help_and_defaults():
+def test_the_parser_has_defaults_and_help():
     help = " ".join(STAGE.make_parser().format_help().split())
     assert "rejects only equal answers" in help and "the model in this process" in help and "--server_kind" in help
     args, *_ = STAGE.make_parser().parse_args_into_dataclasses(

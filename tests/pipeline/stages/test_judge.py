@@ -363,7 +363,7 @@ def test_a_killed_run_resumes(candidates, tmp_path):
 
 
 @pytest.mark.slow
-def test_2000_pairs_survive_a_bad_server_and_two_kills(tmp_path):
+def test_2000_pairs_are_judged_despite_a_faulty_server_and_two_kills(tmp_path):
     """Every pair is judged or dropped with a reason; only calls in flight at a kill are sent twice."""
     candidates = write_candidates(tmp_path / "candidates", 2000)
     rates = {"429": 0.10, "500": 0.05, "hang": 0.05, "garbage": 0.025, "nonsense": 0.025, "truncate": 0.02}

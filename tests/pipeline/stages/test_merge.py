@@ -64,7 +64,7 @@ def merged(run):
     return run / "merged"
 
 
-def test_record_and_card_describe_the_merge(run, merged, capsys):
+def test_the_record_and_the_model_card_describe_the_merge(run, merged, capsys):
     record = json.loads((merged / "stage.json").read_text())
     proof = record["merged"]["proof"]
     assert record["status"] == "complete" and record["metrics"]["float32_difference"] <= 1e-4
@@ -104,7 +104,7 @@ def _image():
 
 
 @pytest.mark.parametrize("kind", ["preferences", "benchmark"])
-def test_preferences_and_benchmarks_give_examples(kind, tmp_path):
+def test_preferences_and_benchmarks_can_provide_examples(kind, tmp_path):
     prompt, chosen, *_ = ([message] for message in tiny_run.conversation(0)["messages"])
     pair = {
         "id": "p", "images": [_image()], "image_ids": ["0"], "prompt": prompt, "chosen": chosen, "rejected": chosen,
