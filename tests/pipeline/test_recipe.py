@@ -98,7 +98,7 @@ def test_base_is_evaluated_if_nothing_is_trained(tmp_path):
 def test_inputs_of_stages_are_settings():
     for stage in STAGES.values():
         keys = set(actions_of(stage.make_parser()))
-        # `report` and `push` run again each time.
+        # `report` and `push` need no record.
         records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()
         named = {name for item in stage.inputs for name in (item.key, item.split, item.unless) if name is not None}
         assert named | records | stage.operational <= keys
