@@ -25,9 +25,7 @@ ROWS = len(original.PIECES)
 
 def full_model(kind="mlp2x_gelu", rows=ROWS):
     """Return all weights under their original names, including the vision tower."""
-    return (
-        original.language_weights(rows) | original.projector_weights(kind) | original.vision_weights(original.TOWER)
-    )
+    return original.language_weights(rows) | original.projector_weights(kind) | original.vision_weights(original.TOWER)
 
 
 def split_tower(weights):
