@@ -3,11 +3,11 @@
 """Test the engine interface and an engine from a plugin file."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from commands import run_medst
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import load_records, text_of
@@ -78,12 +78,9 @@ evaluate:
 """
 
 
-def run_medst(tmp_path, *arguments, code=0):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    environment.pop("MEDST_PLUGINS", None)
-    command = [sys.executable, "-m", "medst_trl.cli", *arguments]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == code, result.stderr
+def medst_output(tmp_path, *arguments, code=0):
+    """Run `medst` and return its output on one line."""
+    result = run_medst(tmp_path, *arguments, code=code)
     return " ".join((result.stdout + result.stderr).split())
 
 
@@ -92,13 +89,13 @@ def test_an_engine_from_a_plugin_file_appears_everywhere(tmp_path):
     (tmp_path / "mine.yaml").write_text(RECIPE)
     plugins = ("--plugins", "plugin.py")
     for stage in ("generate", "evaluate"):
-        text = run_medst(tmp_path, stage, "--help", *plugins)
+        text = medst_output(tmp_path, stage, "--help", *plugins)
         assert "echo (the number of each text)" in text
         assert "settings of the engine echo:" in text and "--echo_ending" in text
-    assert "mine.yaml is valid" in run_medst(tmp_path, "recipes", "validate", "mine.yaml", *plugins)
-    assert "nowhere, with here?, model a model" in run_medst(tmp_path, "run", "mine.yaml", "--dry_run", *plugins)
+    assert "mine.yaml is valid" in medst_output(tmp_path, "recipes", "validate", "mine.yaml", *plugins)
+    assert "nowhere, with here?, model a model" in medst_output(tmp_path, "run", "mine.yaml", "--dry_run", *plugins)
 
-    run_medst(tmp_path, "run", "mine.yaml", *plugins)
+    medst_output(tmp_path, "run", "mine.yaml", *plugins)
     generation = load_records(tmp_path / "run" / "generate" / "candidates", "train")["generation"]
     described = {"model": "a model", "engine": "echo", "ending": " here?"}
     assert all(described.items() <= json.loads(text).items() for text in generation)
@@ -109,11 +106,11 @@ def test_an_engine_from_a_plugin_file_appears_everywhere(tmp_path):
     assert {(row["prediction"], row["generation"]["engine"]) for row in rows} == {("What is number 1?", "echo")}
     assert (tmp_path / "run" / "evaluate" / "predictions_shuffled.jsonl").is_file()
 
-    text = run_medst(
+    text = medst_output(
         tmp_path, "run", "mine.yaml", "--stage", "generate", "--generate.echo_ending", "!", *plugins, code=2
     )
     assert "echo_ending" in text and "--overwrite" in text
-    text = run_medst(tmp_path, "recipes", "validate", "mine.yaml", code=2)
+    text = medst_output(tmp_path, "recipes", "validate", "mine.yaml", code=2)
     assert "echo_ending" in text or "Unknown engine 'echo'" in text, "the engine is known without its plugin"
 
 

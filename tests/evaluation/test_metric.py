@@ -3,11 +3,10 @@
 """Test that a metric of a plugin file appears in help, recipes, tables, `scores.json`, cards and reports."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
+from commands import run_medst
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.registry import Registry
@@ -45,36 +44,28 @@ METRICS.register(
 
 
 @pytest.fixture
-def run_medst(tmp_path):
+def run_with_plugin(tmp_path):
     """Write the plugin and a predictions file, and return a function that runs `medst` with the plugin."""
     plugin = tmp_path / "brevity.py"
     plugin.write_text(PLUGIN)
-    environment = os.environ | {"MEDST_PLUGINS": str(plugin)}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "medst_trl.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-
     rows = [
         {"id": str(number), "answer": "lung", "answer_type": kind, "prediction": text}
         for number, (kind, text) in enumerate([("open", "a lung"), ("open", "it is a lung"), ("closed", "yes")])
     ]
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run
+    return partial(run_medst, tmp_path, MEDST_PLUGINS=str(plugin))
 
 
-def test_help_lists_a_plugin_metric_and_its_settings(run_medst):
-    result = run_medst("evaluate", "--help")
-    assert result.returncode == 0, result.stderr
+def test_help_lists_a_plugin_metric_and_its_settings(run_with_plugin):
+    result = run_with_plugin("evaluate", "--help")
     text = " ".join(result.stdout.split())
     assert "brevity (share of short answers)" in text
     assert "--max_words" in text and "Words of a short answer." in text
 
 
-def test_scores_of_a_plugin_metric_are_printed_and_written(run_medst, tmp_path):
+def test_scores_of_a_plugin_metric_are_printed_and_written(run_with_plugin, tmp_path):
     arguments = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "strict"]
-    result = run_medst(*arguments, "--output_dir", "out", "--max_words", "3")
-    assert result.returncode == 0, result.stderr
+    result = run_with_plugin(*arguments, "--output_dir", "out", "--max_words", "3")
     assert "brevity, max words 3: 3 questions" in result.stdout
     line = next(line for line in result.stdout.splitlines() if line.startswith("short answers"))
     assert line.split()[2:4] == ["2", "50.0"]
@@ -90,31 +81,27 @@ def test_scores_of_a_plugin_metric_are_printed_and_written(run_medst, tmp_path):
     }
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["max_words"] == 3
 
-    again = run_medst(*arguments, "--output_dir", "out", "--max_words", "3")
+    again = run_with_plugin(*arguments, "--output_dir", "out", "--max_words", "3")
     assert "nothing to do" in again.stdout and "short answers" in again.stdout
-    changed = run_medst(*arguments, "--output_dir", "out")
-    assert changed.returncode == 2 and "max_words: 3 before, 2 now" in changed.stderr
+    changed = run_with_plugin(*arguments, "--output_dir", "out", code=2)
+    assert "max_words: 3 before, 2 now" in changed.stderr
 
 
-def test_recipes_accept_a_plugin_metric(run_medst, tmp_path):
+def test_recipes_accept_a_plugin_metric(run_with_plugin, tmp_path):
     recipe = "output_dir: runs\nevaluate:\n  predictions: predictions.jsonl\n  variants: {}\n  max_words: 1\n"
     (tmp_path / "good.yaml").write_text(recipe.format("[strict, brevity]"))
     (tmp_path / "bad.yaml").write_text(recipe.format("[brevty]"))
-    assert "is valid" in run_medst("recipes", "validate", "good.yaml").stdout
-    result = run_medst("run", "good.yaml")
-    assert result.returncode == 0, result.stderr
+    assert "is valid" in run_with_plugin("recipes", "validate", "good.yaml").stdout
+    result = run_with_plugin("run", "good.yaml")
     assert "brevity, max words 1" in result.stdout
-    result = run_medst("recipes", "validate", "bad.yaml")
-    assert result.returncode == 2
+    result = run_with_plugin("recipes", "validate", "bad.yaml", code=2)
     assert "Unknown metric 'brevty'. Did you mean 'brevity'?" in result.stderr
 
 
-def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(run_medst, tmp_path):
+def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(run_with_plugin, tmp_path):
     arguments = ["--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", "run/evaluate"]
-    assert run_medst("evaluate", *arguments).returncode == 0
-    command = [sys.executable, "-m", "medst_trl.cli", "report", "--run", "run", "--output_dir", "run/report"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    run_with_plugin("evaluate", *arguments)
+    result = run_medst(tmp_path, "report", "--run", "run", "--output_dir", "run/report")
     assert "short answers" in result.stdout
     page = (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
     assert "Short answers, 2 questions" in page  # the title of a chart
@@ -127,12 +114,10 @@ def test_cards_and_reports_show_a_plugin_metric_without_the_plugin(run_medst, tm
     assert "| brevity | short answers | 50.0 " in card
 
 
-def test_runs_without_the_metric_do_not_depend_on_the_plugin(run_medst, tmp_path):
+def test_runs_without_the_metric_do_not_depend_on_the_plugin(run_with_plugin, tmp_path):
     arguments = ["evaluate", "--predictions", "predictions.jsonl", "--variants", "strict", "--output_dir", "out"]
-    assert run_medst(*arguments).returncode == 0
-    command = [sys.executable, "-m", "medst_trl.cli", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    run_with_plugin(*arguments)
+    result = run_medst(tmp_path, *arguments)
     assert "nothing to do" in result.stdout
 
 

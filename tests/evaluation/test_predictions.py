@@ -3,11 +3,9 @@
 """Test predictions files of medst_trl. tests/interop/predictions tests those of other projects."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from commands import run_medst
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.predictions import read_predictions
@@ -75,16 +73,10 @@ PREDICTION_FORMATS.register(
 def test_a_format_of_a_plugin_is_detected_and_scored(tmp_path):
     (tmp_path / "plugin.py").write_text(PLUGIN)
     (tmp_path / "p.bars").write_text("lung|a lung\nleft|right\n")
-    command = [sys.executable, "-m", "medst_trl.cli", "evaluate", "--plugins", "plugin.py"]
-
-    def run_medst(*arguments):
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=os.environ.copy()
-        )
-
-    assert "bars (answer and prediction between bars)" in " ".join(run_medst("--help").stdout.split())
-    result = run_medst("--predictions", "p.bars", "--output_dir", "out", "--variants", "strict")
-    assert result.returncode == 0, result.stderr
+    evaluate = ("evaluate", "--plugins", "plugin.py")
+    text = run_medst(tmp_path, *evaluate, "--help").stdout
+    assert "bars (answer and prediction between bars)" in " ".join(text.split())
+    run_medst(tmp_path, *evaluate, "--predictions", "p.bars", "--output_dir", "out", "--variants", "strict")
     content = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert content["format"] == "bars" and content["scores"]["strict"]["exact_match"]["value"] == 50
     written = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]

@@ -3,12 +3,11 @@
 """Test that cards and the report show a source and a metric of a plugin file without loading the plugin."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from commands import run_medst
 
 from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.metric import METRICS
@@ -63,18 +62,15 @@ def run(tmp_path_factory) -> Path:
     """Write a run with `prepare` and two evaluations, by processes that load the plugin."""
     tmp_path = tmp_path_factory.mktemp("plugin")
     (tmp_path / "plugin.py").write_text(PLUGIN)
-
-    def run_medst(*arguments: str) -> None:
-        command = [sys.executable, "-m", "medst_trl.cli", "--plugins", "plugin.py", *arguments]
-        result = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-
-    run_medst("prepare", "--source", "squares", "--output_dir", "run/prepare")
+    run_with_plugin = partial(run_medst, tmp_path, "--plugins", "plugin.py")
+    run_with_plugin("prepare", "--source", "squares", "--output_dir", "run/prepare")
     for name, prediction in (("before", "it is a lung that you see"), ("after", "a lung")):
         row = {"id": "1", "image_id": "a", "answer": "lung", "answer_type": "open", "prediction": prediction}
         (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n")
         directory = f"run/evaluate/{name}"
-        run_medst("evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", directory)
+        run_with_plugin(
+            "evaluate", "--predictions", "predictions.jsonl", "--variants", "brevity", "--output_dir", directory
+        )
     return tmp_path / "run"
 
 
