@@ -4,18 +4,16 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 from .errors import UserError
+from .hub_ids import cached_revision, can_be_hub_id
 
 
 SAMPLE_BYTES = 1 << 20  # a large file inside a directory is read only at its start, middle and end
 MANY_FILES = 10_000  # with more files (raw images), only names and sizes are compared
 # Beside preference pairs: the reference's log-probabilities, computed while training. Not a part of the dataset.
 REFERENCE_FOLDER = "reference_log_probs"
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
@@ -38,17 +36,9 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
         return {"path": str(source), "sha256": _sha256_of_file(path)}
     if path.is_dir():
         return {"path": str(source), "sha256": _sha256_of_directory(path)}
-    if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+    if not can_be_hub_id(str(source)):
         raise UserError(f"{source}: no such file or directory. Run the stage that makes it, or correct the path.")
     return {"hub_id": str(source), "revision": cached_revision(str(source))}
-
-
-def split_revision(source: str) -> tuple[str, str | None]:
-    """A Hub id and its revision (`"org/name@main"`), if it has one; a path that exists is returned as it is."""
-    if os.path.exists(source) or not _HUB_ID.fullmatch(source):
-        return source, None
-    name, _, revision = source.partition("@")
-    return name, revision or None
 
 
 def same_source(old: dict, new: dict) -> bool:
@@ -99,18 +89,3 @@ def _sample(path: Path, size: int) -> bytes:
             file.seek(start)
             parts.append(file.read(SAMPLE_BYTES))
     return b"".join(parts)
-
-
-def cached_revision(hub_id: str) -> str | None:
-    """The commit of this id in the local Hub cache, without a network call."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    name, _, revision = hub_id.partition("@")
-    for kind in ("models", "datasets"):
-        repository = Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
-        reference = repository / "refs" / (revision or "main")
-        if reference.is_file():
-            return reference.read_text().strip()
-        if revision and (repository / "snapshots" / revision).is_dir():
-            return revision
-    return None

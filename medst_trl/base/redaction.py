@@ -1,8 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keep secrets, and paths of this machine, out of files, messages and publications."""
+"""Keep secrets out of files, messages and publications."""
 
-import os
 import re
 from typing import Any
 
@@ -11,7 +10,7 @@ HIDDEN = "<hidden>"
 
 _SECRET_KEY = re.compile(r"token$|api_?key|secret|password|passwd|credential|private_key|authorization", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|vusr)_token$", re.IGNORECASE)
-# Hub and OpenAI style keys, and the user:password of a URL, wherever they stand
+# Hub and OpenAI style keys, and the user:password of a URL, anywhere in a text
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 # ... and the values of such parameters in the query of a URL
 _SECRET_PARAMETER = re.compile(
@@ -37,10 +36,3 @@ def hide_secrets(value: Any, key: str = "") -> Any:
             return HIDDEN
         return _SECRET_PARAMETER.sub(rf"\g<1>{HIDDEN}", _SECRET_VALUE.sub(HIDDEN, value))
     return value
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name is a path on this machine, and not a Hub id or the name of a model on a server."""
-    if name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name:
-        return True
-    return name.count("/") > 1 or ("/" in name and os.path.exists(name))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, explain_full_disk
-from medst_trl.base.fingerprints import split_revision
+from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.registry import Registry
 
 from .parallel import ordered_map

@@ -7,15 +7,12 @@ This file holds the settings and checks that other stages need before there is a
 library, so that help and validation stay fast.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.hub_ids import is_repo_id
 from medst_trl.base.settings import documented
-
-
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 @documented
@@ -42,7 +39,7 @@ def check_repo_id(repo_id: str | None, key: str) -> None:
     """Raise a [`UserError`] if the setting `key` is missing, or not an owner and a name."""
     if repo_id is None:
         raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
-    if not _REPO_ID.fullmatch(repo_id):
+    if not is_repo_id(repo_id):
         raise UserError(f"{key} is {repo_id!r}. It must be OWNER/NAME, such as my-org/vqa-rad-preferences.")
 
 

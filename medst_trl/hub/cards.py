@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.base.redaction import looks_local
+from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.data.schema import KINDS, complete_shards, splits_in
 from medst_trl.evaluation.metric import recorded_figures
 from medst_trl.policy.chat_template import has_text_role, is_wrapped
@@ -98,7 +98,7 @@ def model_card(
         license=license,
         library_name="peft" if contents.kind == "adapter" else "transformers",
         pipeline_tag="image-text-to-text",
-        base_model=base_model.partition("@")[0] if base_model and not looks_local(base_model) else None,
+        base_model=base_model.partition("@")[0] if is_hub_id(base_model) else None,
         tags=["medst_trl", "medical", "trl", "self-questioning", *(step.stage for step in steps[-1:])],
         model_name=repo_id.rpartition("/")[2],
         eval_results=[score for result in results for score in result.for_hub] or None,
@@ -278,7 +278,7 @@ def _is_model(evaluated: Path, model: Path) -> bool:
 
 def _benchmark_name(benchmark: str, path: Path) -> str:
     """The Hub id, the source that the benchmark's record names, or else the directory of the scores."""
-    if benchmark.count("/") == 1 and not looks_local(benchmark) and not Path(benchmark).exists():
+    if is_hub_id(benchmark):
         return benchmark.partition("@")[0]
     sources = [step.settings.get("source") for step in (steps_to(Path(benchmark)) if benchmark else [])]
     if sources and sources[-1]:

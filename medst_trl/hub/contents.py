@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
-from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
-from medst_trl.base.redaction import looks_local
+from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.base.hub_ids import is_hub_id, looks_local, split_revision
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.stage import STAGES
 
@@ -163,7 +163,7 @@ def public_base(directory: Path, given: str | None) -> str | None:
     base = given or base_model_of(directory)
     if base is None:
         return None
-    if looks_local(base) or Path(base).exists() or base.count("/") != 1:
+    if not is_hub_id(base):
         raise UserError(
             f"The base of the adapter in {directory} is {base}, a local model that nobody else can load. Push the "
             f"base first (`medst push --source {base} --repo_id ORG/BASE`), then push the adapter with "

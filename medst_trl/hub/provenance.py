@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medst_trl.base.redaction import hide_secrets, is_secret_key, looks_local
+from medst_trl.base.hub_ids import is_hub_id, looks_local
+from medst_trl.base.redaction import hide_secrets, is_secret_key
 from medst_trl.data.source import SOURCES
 from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import STAGES
@@ -146,9 +147,8 @@ def read_merged(directory: Path) -> dict[str, Any] | None:
         merged, (adapter,) = record["merged"], record["inputs"]["model_name_or_path"]
         base, facts = merged["base"], merged | merged["proof"]
         shown = {name: facts[name] for name in ("dtype", "float32_difference", "stored_difference", "trained_in_4bit")}
-        is_local = looks_local(base) or Path(base).exists()
         return shown | {
-            "base": None if is_local else with_revision(base, merged["base_revision"]),
+            "base": with_revision(base, merged["base_revision"]) if is_hub_id(base) else None,
             "adapter": hub_id_text(adapter["hub_id"], merged["adapter_revision"])
             if "hub_id" in adapter
             else f"a local adapter (SHA-256 {str(adapter.get('sha256'))[:12]})",

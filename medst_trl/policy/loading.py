@@ -4,12 +4,9 @@
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
-from huggingface_hub import constants, get_session
 from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import (
@@ -25,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.fingerprints import split_revision
+from medst_trl.base.hub_ids import check_reachable, split_revision
 
 from . import DTYPES
 from .adapters import DAMAGED, SHOWN, load_adapter, read_adapter_config, retie_lm_head
@@ -35,7 +32,6 @@ from .parts import model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
 
-HUB_TIMEOUT = 10  # seconds, for an answer of any kind
 # Keys of config.json in the original code's layout, which transformers does not read.
 _ORIGINAL = ("mm_projector_type", "mm_vision_tower")
 
@@ -143,34 +139,6 @@ def _base_of(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, 
             f"{error}"
         ) from error
     return base, revision or (None if given else config.revision)
-
-
-def check_reachable(name_or_path: str) -> None:
-    """
-    Check with one short request that a model is a directory, in the local cache, or on a Hub that answers.
-
-    transformers and huggingface_hub try every file six times, with pauses: almost three minutes.
-
-    Args:
-        name_or_path (`str`):
-            Directory or Hub id, without revision.
-
-    Raises:
-        UserError: if it is none of these. If the Hub does not answer but the cache has the model, a line says how to
-            use it without waiting.
-    """
-    if Path(name_or_path).is_dir() or constants.HF_HUB_OFFLINE:
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except httpx2.TransportError as error:
-        reason = f"{constants.ENDPOINT} does not answer ({str(error) or type(error).__name__})"
-        if not Path(constants.HF_HUB_CACHE, f"models--{name_or_path.replace('/', '--')}", "snapshots").is_dir():
-            raise UserError(
-                f"{name_or_path!r} is not a directory, {reason}, and the local cache has no copy of it. Correct the "
-                "path, or check the network."
-            ) from None
-        print(f"{reason}; looking for {name_or_path} in the cache. HF_HUB_OFFLINE=1 skips this check.")
 
 
 def has_file(name_or_path: str, name: str, revision: str | None) -> bool:

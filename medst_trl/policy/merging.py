@@ -25,11 +25,11 @@ from transformers import (
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
-from medst_trl.base.fingerprints import split_revision
+from medst_trl.base.hub_ids import check_reachable, split_revision
 
 from . import DTYPES
 from .base_weights import hub_commit
-from .loading import check_dtype, check_reachable, has_file, load_policy
+from .loading import check_dtype, has_file, load_policy
 
 
 Batches = list[dict[str, torch.Tensor]]

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from tqdm.auto import tqdm
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.data.images import image_id
 from medst_trl.policy.adapters import retie_lm_head
 from medst_trl.policy.vusr import tokenizer_of
@@ -182,11 +182,10 @@ def about_reference(model: torch.nn.Module) -> dict[str, Any]:
     """For people: what the reference is called, and what computed it. No paths."""
     base = base_of(model)
     name = base.config._name_or_path or ""
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name)
     packages = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
     versions = {name: import_module(name).__version__ for name in packages}
     return {
-        "base_model": (name if is_hub_id else Path(name).name) or type(base).__name__,
+        "base_model": (name if is_hub_id(name) else Path(name).name) or type(base).__name__,
         "adapter": hasattr(model, "get_base_model"),
         "versions": {"python": platform.python_version()} | versions,
     }

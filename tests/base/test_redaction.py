@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from medst_trl.base.redaction import HIDDEN, hide_secrets, looks_local
+from medst_trl.base.redaction import HIDDEN, hide_secrets
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,3 @@ def test_secret_parameters_of_a_url_are_hidden(name):
 )
 def test_other_parameters_are_kept(text):
     assert hide_secrets(text) == text
-
-
-@pytest.mark.parametrize("name", ["/data/x", "~/x", "./x", "../x", "runs/demo/sft", "C:\\models\\x", "file:/x"])
-def test_paths_look_local(name):
-    assert looks_local(name)
-
-
-@pytest.mark.parametrize("name", ["gpt-4o", "org/name", "org/name@main", "some judge"])
-def test_hub_ids_and_names_do_not_look_local(name):
-    assert not looks_local(name)

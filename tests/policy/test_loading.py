@@ -256,7 +256,7 @@ def test_directories_offline_mode_and_cached_models_are_accepted(unreachable_url
     from huggingface_hub import constants
 
     from medst_trl.base.errors import UserError
-    from medst_trl.policy.loading import check_reachable
+    from medst_trl.base.hub_ids import check_reachable
 
     check_reachable("org/not-here")  # the tests run in offline mode: transformers reports it
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

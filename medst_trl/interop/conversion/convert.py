@@ -18,8 +18,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrain
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, move_files, write_json
-from medst_trl.base.fingerprints import cached_revision
-from medst_trl.pipeline.plan import transfers
+from medst_trl.base.hub_ids import cached_revision, hub_answers
 from medst_trl.policy.families import family_of
 from medst_trl.policy.merging import check_shard_size, remove_model
 from medst_trl.policy.parts import on_meta
@@ -161,7 +160,7 @@ def planned_config(settings: Mapping[str, Any]) -> tuple[LlavaConfig, bool] | No
 
 def _is_available(source: str) -> bool:
     """Whether a directory or Hub id can be read now."""
-    return Path(source).is_dir() or cached_revision(source) is not None or transfers.hub_answers()
+    return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()
 
 
 def _role(given: str | None, config: LlavaConfig, has_vision_lora: bool) -> str:

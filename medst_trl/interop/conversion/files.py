@@ -23,8 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.fingerprints import split_revision
-from medst_trl.policy.loading import check_reachable
+from medst_trl.base.hub_ids import check_reachable, split_revision
 
 
 # Names of the weights in a directory, in the order in which they are looked for.

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.fingerprints import split_revision
+from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
 from medst_trl.pipeline.stage import MODEL
 from medst_trl.policy.parts import model_parts, on_meta
 
 from .steps import maker_of, stage_arguments
-from .transfers import hub_answers, is_hub_id
 
 
 if TYPE_CHECKING:

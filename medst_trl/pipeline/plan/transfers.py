@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step downloads, where its engine sends prompts, and what it uploads: quickly, with and without a network."""
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id
 from medst_trl.engines.engine import ENGINES
 from medst_trl.pipeline.stage import FILE, RUN
 
@@ -17,7 +16,6 @@ from .steps import maker_of
 if TYPE_CHECKING:
     from medst_trl.pipeline.recipe import Step
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WEIGHTS = (".safetensors", ".bin")  # transformers downloads the first of these that a repository has
 
 
@@ -71,37 +69,10 @@ def _size(source: str, kind: str) -> str:
     return "size unknown" if hub_answers() else "size unknown: the Hub cannot be reached"
 
 
-# The Hub
-
-
-def is_hub_id(source: object) -> bool:
-    """Whether a setting that names no file or directory here is looked for on the Hub."""
-    return isinstance(source, str) and bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
-
-
-@cache
-def hub_answers() -> bool:
-    """
-    Whether the Hub can be reached. It is asked once: without a network, the retries of huggingface_hub take half a
-    minute for each file.
-    """
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=3)
-    except Exception:  # of any HTTP client that huggingface_hub uses
-        return False
-    return True
-
-
 def _is_cached(hub_id: str, kind: str) -> bool:
     """Whether the local cache has the large files of a repository, so that little or nothing is downloaded."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    snapshots = Path(HF_HUB_CACHE, f"{kind}s--{hub_id.partition('@')[0].replace('/', '--')}", "snapshots")
-    return any(path.suffix in (*_WEIGHTS, ".parquet") for path in snapshots.glob("*/**/*"))
+    files = cached_repository(hub_id, kind).glob("snapshots/*/**/*")
+    return any(path.suffix in (*_WEIGHTS, ".parquet") for path in files)
 
 
 @cache

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input, Output
 
 from .steps import check_sharding, effective_batch, hardware_of, maker_of, stage_arguments
-from .transfers import is_hub_id
 
 
 PROCESSES = (1, 4, 8)  # checked if no number is given

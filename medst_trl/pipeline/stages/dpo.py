@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.files import atomic_path, write_jsonl
-from medst_trl.base.fingerprints import REFERENCE_FOLDER, split_revision
+from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.training.arguments import MultimodalDPOSettings

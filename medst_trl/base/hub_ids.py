@@ -1,0 +1,116 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Names of models and datasets: Hub ids, revisions, paths of this machine, and whether the Hub answers."""
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from .errors import UserError
+
+
+HUB_TIMEOUT = 10  # seconds, for an answer of any kind
+
+_HUB_ID = re.compile(r"(?P<owner>\w[\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
+
+
+def can_be_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, with or without an owner and a revision."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME, without a revision."""
+    match = _HUB_ID.fullmatch(name)
+    return match is not None and match["owner"] is not None and "@" not in name
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether a setting is looked for on the Hub: `org/name` or `org/name@revision`, and no path of this machine."""
+    if not isinstance(name, str) or os.path.exists(name):
+        return False
+    match = _HUB_ID.fullmatch(name)
+    return match is not None and match["owner"] is not None
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a path on this machine, and not a Hub id or the name of a model on a server."""
+    if name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name:
+        return True
+    return name.count("/") > 1 or ("/" in name and os.path.exists(name))
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Split `org/name@main` into a Hub id and its revision. A path that exists is returned as it is."""
+    if os.path.exists(source) or not can_be_hub_id(source):
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
+def cached_repository(hub_id: str, kind: str = "model") -> Path:
+    """The directory of the local Hub cache for a model or a dataset; it may not exist."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"{kind}s--{hub_id.partition('@')[0].replace('/', '--')}")
+
+
+def cached_revision(hub_id: str) -> str | None:
+    """The commit of a Hub id in the local cache, without a network call."""
+    revision = hub_id.partition("@")[2]
+    for kind in ("model", "dataset"):
+        repository = cached_repository(hub_id, kind)
+        reference = repository / "refs" / (revision or "main")
+        if reference.is_file():
+            return reference.read_text().strip()
+        if revision and (repository / "snapshots" / revision).is_dir():
+            return revision
+    return None
+
+
+def hub_failure(timeout: float = HUB_TIMEOUT) -> str | None:
+    """
+    Return why the Hub does not answer one short request; None if it does.
+
+    transformers and huggingface_hub try every file six times, with pauses: almost three minutes without a network.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception as error:  # of any HTTP client that huggingface_hub uses
+        return f"{constants.ENDPOINT} does not answer ({str(error) or type(error).__name__})"
+    return None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached. Asked once per process."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and hub_failure(timeout=3) is None
+
+
+def check_reachable(name_or_path: str) -> None:
+    """
+    Check that a model is a directory, in the local cache, or on a Hub that answers.
+
+    Args:
+        name_or_path (`str`):
+            Directory or Hub id, without revision.
+
+    Raises:
+        UserError: if it is none of these. If the Hub does not answer but the cache has the model, a line says how to
+            use it without waiting.
+    """
+    from huggingface_hub import constants
+
+    if Path(name_or_path).is_dir() or constants.HF_HUB_OFFLINE or (reason := hub_failure()) is None:
+        return
+    if not (cached_repository(name_or_path) / "snapshots").is_dir():
+        raise UserError(
+            f"{name_or_path!r} is not a directory, {reason}, and the local cache has no copy of it. Correct the path, "
+            "or check the network."
+        )
+    print(f"{reason}; looking for {name_or_path} in the cache. HF_HUB_OFFLINE=1 skips this check.")
