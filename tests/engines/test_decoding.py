@@ -120,7 +120,7 @@ def test_ended_texts_leave_the_batch(monkeypatch):
 
     monkeypatch.setattr(model, "generate", counting)
     texts = write_texts(model, processor, remembered_inputs(model, processor), 12, sampler(), DRAWS)
-    assert rows[:2] == [len(DRAWS), sum(DRAWS)], "each prompt is read once"
+    assert rows[:2] == [len(DRAWS), sum(DRAWS)], "a prompt is read more than once"
     assert rows[1:] == sorted(rows[1:], reverse=True) and rows[-1] < rows[1]
     assert len(texts) == sum(DRAWS)
 

@@ -72,7 +72,7 @@ def test_images_of_the_current_batch_stay_if_there_is_no_room_for_all(monkeypatc
     memory = memory_of("vicuna", first, second)
     monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
     memory.encode([third], [third.image], keep=[second])
-    assert all(image in memory for image in (first, second, third)), "images of the current batch are dropped"
+    assert all(image in memory for image in (first, second, third)), "images of the current batch are not kept"
     memory.encode([fourth], [fourth.image])
     assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
     assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].features)] * 3
@@ -86,7 +86,7 @@ def test_features_are_kept_in_main_memory(monkeypatch):
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape[0]) or cpu(self))
     memory.encode([image], [image.image])
-    assert moved == [memory.tokens[image]] * 3, "the features of the image and those of two layers"
+    assert moved == [memory.tokens[image]] * 3, "the features of the image or of its two layers were not moved"
     memory.model.to("meta")
     output = memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])["mm_encoder_outputs"]["image"]
     layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
