@@ -1,8 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A small stage-1 or stage-2 run under FSDP2 on CPU ranks. accelerate supports FSDP2 only on GPUs, so the ranks are
-declared as GPU ranks.
+A small stage-1 or stage-2 run under FSDP2 on CPU ranks. accelerate does not support FSDP2 on CPUs, so the ranks
+are declared as GPU ranks.
 
 `accelerate launch --config_file fsdp2.yaml --num_processes 2 tests/fsdp_on_cpus.py tiny_run OUTPUT_DIR '{...}'`
 """

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A judge on localhost: an OpenAI-compatible HTTP server with a fault for each call that the test selects.
+A judge on localhost: an OpenAI-compatible HTTP server. A test selects the fault of each call.
 
 ```python
 with JudgeServer(fault=lambda number, body: "500" if number == 0 else None) as server:

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from jsonl import read_jsonl
 
 from medst_trl.base.errors import UserError
 
@@ -51,7 +52,7 @@ def test_every_format_is_converted_and_read_back(tmp_path, capsys):
     counts = [main(str(tmp_path / source), str(tmp_path / target), format) for source, target, format in steps]
     assert counts == [{"records": 4, "repeated id": 1}, *[{"records": 4}] * 3]
     assert "4 predictions, 1 rejected {'repeated id': 1}" in capsys.readouterr().out
-    back = [json.loads(line) for line in (tmp_path / "back.jsonl").read_text().splitlines()]
+    back = read_jsonl(tmp_path / "back.jsonl")
     assert [{key: row[key] for key in RECORDS[0]} for row in back] == RECORDS
 
     # LLaVA-Med's answer files contain neither right answers nor images. Its file of questions does.
@@ -59,7 +60,7 @@ def test_every_format_is_converted_and_read_back(tmp_path, capsys):
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, rows)))
     gold = str(tmp_path / "answers_questions.json")
     assert main(str(tmp_path / "plain.jsonl"), str(tmp_path / "joined.jsonl"), "medst", gold) == {"records": 4}
-    joined = [json.loads(line) for line in (tmp_path / "joined.jsonl").read_text().splitlines()]
+    joined = read_jsonl(tmp_path / "joined.jsonl")
     assert [row["prediction"] for row in joined] == [record["prediction"] for record in RECORDS]
     assert [row["answer"] for row in joined] == ["yes"] * 4
     with pytest.raises(UserError, match="holds no right answers"):

@@ -59,7 +59,8 @@ def files_in(directory: str | Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
+def read_complete_lines(path: str | Path) -> list[dict]:
+    """Return the records of a file without its last line, which an interruption can leave incomplete."""
     return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
 
 
@@ -84,7 +85,7 @@ def resume(stage: str, *more: str) -> dict:
 
 def mark_first_line(path: str, edit) -> str:
     """Edit the first record of the interrupted run, so that a recomputed record would differ, and return its id."""
-    rows = read_jsonl(path)
+    rows = read_complete_lines(path)
     edit(rows[0])
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows[0]["id"]
@@ -183,8 +184,8 @@ def test_generate_keeps_finished_records():
         row["candidates"][0]["answers"][0] = MARK
 
     mark_first_line(log, mark)
-    kept = [candidate for row in read_jsonl(log) for candidate in row["candidates"]]
-    assert kept and len(read_jsonl(log)) == 2
+    kept = [candidate for row in read_complete_lines(log) for candidate in row["candidates"]]
+    assert kept and len(read_complete_lines(log)) == 2
     record = resume("generate")
     assert record["counts"] == record_of("runs/generate")["counts"]
     candidates = {
@@ -198,14 +199,14 @@ def test_generate_keeps_finished_records():
 
 def test_judge_requests_only_the_missing_replies():
     cache = Path("interrupted/judge/judge_cache.jsonl")
-    cached, replies = cache.read_bytes(), len(read_jsonl("runs/judge/judge_cache.jsonl"))
+    cached, replies = cache.read_bytes(), len(read_complete_lines("runs/judge/judge_cache.jsonl"))
     with JudgeServer() as server:
         record = resume("judge", "--base_url", server.base_url)
         assert len(server.bodies) == replies - cached.count(b"\n") > 0
-    assert cache.read_bytes().startswith(cached) and len(read_jsonl(cache)) == replies
+    assert cache.read_bytes().startswith(cached) and len(read_complete_lines(cache)) == replies
     assert record["counts"]["preferences"] == record_of("runs/judge")["counts"]["preferences"]
     judgements, expected = (
-        {row["id"]: (row["verdict"], row["scores"]) for row in read_jsonl(f"{run}/judge/judgements.jsonl")}
+        {row["id"]: (row["verdict"], row["scores"]) for row in read_complete_lines(f"{run}/judge/judgements.jsonl")}
         for run in ("interrupted", "runs")
     )
     assert judgements == expected
@@ -227,15 +228,15 @@ def test_evaluate_keeps_finished_predictions():
         row["prediction"] = MARK
 
     key = mark_first_line(f"{directory}/predictions_blank.jsonl.incomplete", mark)
-    kept = read_jsonl(f"{directory}/predictions_blank.jsonl.incomplete")
+    kept = read_complete_lines(f"{directory}/predictions_blank.jsonl.incomplete")
     answers = files_in(directory)[f"{directory}/predictions.jsonl"]
     assert len(kept) == 3
     record = resume("evaluate")
     assert files_in(directory)[f"{directory}/predictions.jsonl"] == answers
-    blank = {row["id"]: row for row in read_jsonl(f"{directory}/predictions_blank.jsonl")}
+    blank = {row["id"]: row for row in read_complete_lines(f"{directory}/predictions_blank.jsonl")}
     assert len(blank) == 4 and all(blank[row["id"]] == row for row in kept)
     assert blank[key]["prediction"] == MARK
-    assert len(read_jsonl(f"{directory}/predictions_shuffled.jsonl")) == 4
+    assert len(read_complete_lines(f"{directory}/predictions_shuffled.jsonl")) == 4
     assert record["counts"] == record_of("runs/evaluate")["counts"]
     assert (Path(directory) / "scores.json").is_file()
 
