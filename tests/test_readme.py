@@ -146,8 +146,8 @@ def _run(block: Block, workspace: Path, text: str | None = None) -> None:
 def test_blocks_that_run_anywhere_run(page, workspace):
     for block in blocks(page):
         if block.language == "bash" and block.runs_anywhere:
-            own = ("make ", "pip ")  # these create environments or run this test
-            text = "".join(line for line in block.text.splitlines(True) if not line.startswith(own))
+            skipped = ("make ", "pip ")  # these create environments or run this test
+            text = "".join(line for line in block.text.splitlines(True) if not line.startswith(skipped))
             _run(block, workspace, text or "true")
         elif block.language == "python":
             _run(block, workspace)
