@@ -15,10 +15,9 @@ from trl import DPOConfig, DPOTrainer
 from medst_trl.base.errors import UserError, closest
 from medst_trl.policy.adapters import train_in_full_precision
 
-from .arguments import MultimodalDPOSettings
 from .images import check_has_images
-from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses
-from .preference_collator import DataCollatorForMultimodalPreference, UsablePairs, usable_pairs
+from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
+from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import (
     DataCollatorWithReference,
@@ -28,6 +27,7 @@ from .reference_log_probs import (
     log_probs_of_reference,
     sharing_weights,
 )
+from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer, base_of
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad, without_precompute
 
@@ -42,7 +42,7 @@ DISPLACEMENT_PATIENCE = 3  # logs in a row, so that one unlucky batch does not c
 class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
     """
     Configuration of [`MultimodalDPOTrainer`]: that of TRL's [`~trl.DPOConfig`], and the settings documented in
-    [`MultimodalDPOSettings`] and [`PolicySettings`].
+    [`MultimodalDPOSettings`] and [`TrainerSettings`].
 
     > [!NOTE]
     > Differs from [`~trl.DPOConfig`]: `learning_rate` defaults to `5e-6` (the paper's), `max_length` to `2048`,
@@ -75,8 +75,8 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
     Losses and metrics are those of TRL's [`~trl.DPOTrainer`], and losses registered in `LOSSES`. The reference is the
     policy at the start: a frozen copy of an adapter that is trained further, in all its parts (LoRA, projector,
     `<vusr>` row); the model alone under a new adapter; a copy of the whole model without an adapter. Pairs that cannot
-    be trained on are rejected before the first step (`pairs`). Further metrics are the mean answer `lengths/chosen`
-    and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how much more likely the answers
+    be used are rejected before the first step: see `pairs` for the training set, and `all_pairs` for each set by name
+    (`train`, `eval`, or `eval_NAME` if there are several). Further metrics are the mean answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how much more likely the answers
     are than under the reference, in nats. A warning is logged when the chosen answers become less likely too
     (likelihood displacement).
 
@@ -113,8 +113,10 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
-        eval_datasets = _by_name(eval_dataset)
-        _check_are_datasets({"train_dataset": train_dataset, **eval_datasets})
+        datasets = {"train": train_dataset, **_by_name(eval_dataset)}
+        _check_are_datasets(datasets)
+        if args.precompute_ref_log_probs:
+            check_precompute(args)
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -128,10 +130,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
             pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
             share_prefix=args.share_prefix and obstacle is None,
         )
-        datasets = (train_dataset, *eval_datasets.values())
-        all_pairs = [usable_pairs(dataset, processing_class, args.max_length) for dataset in datasets]
-        self.pairs, self.train_lengths = all_pairs[0], all_pairs[0].lengths
-        usable = {name: pairs.dataset for name, pairs in zip(eval_datasets, all_pairs[1:], strict=True)}
+        self.all_pairs = {
+            name: usable_pairs(dataset, processing_class, args.max_length, name) for name, dataset in datasets.items()
+        }
+        self.pairs, *evaluated = self.all_pairs.values()
+        self.train_lengths, usable = self.pairs.lengths, [pairs.dataset for pairs in evaluated]
         cache = None
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(given or model, processing_class, collator, args)
@@ -141,7 +144,9 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
                 ref_model=reference,
                 args=args,
                 train_dataset=self.pairs.dataset,
-                eval_dataset=usable if isinstance(eval_dataset, dict) else usable.get("eval_dataset"),
+                eval_dataset=dict(zip(eval_dataset, usable))
+                if isinstance(eval_dataset, dict)
+                else next(iter(usable), None),
                 processing_class=processing_class,
                 data_collator=collator,
                 **kwargs,
@@ -152,7 +157,7 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self._share_prefix(obstacle)
         self._separate_losses()
         self.add_callback(WarnOfDisplacement())
-        self._precompute_reference(cache, all_pairs)
+        self._precompute_reference(cache)
 
     def _finish_reference(self, trained: set[str] | None, shares_weights: bool) -> None:
         """
@@ -178,16 +183,17 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
     def _separate_losses(self) -> None:
         """Leave TRL its own losses, and keep the registered ones with their weights."""
         losses = list(zip(self.loss_types, self.loss_weights, strict=True))
-        self.registered_losses = [(LOSSES.get(name), weight) for name, weight in losses if name in LOSSES]
-        self.loss_types = [name for name, _ in losses if name not in LOSSES]
-        self.loss_weights = [weight for name, weight in losses if name not in LOSSES]
+        self.registered_losses = [(LOSSES.get(name), weight) for name, weight in losses if is_registered(name)]
+        self.loss_types = [name for name, _ in losses if not is_registered(name)]
+        self.loss_weights = [weight for name, weight in losses if not is_registered(name)]
 
-    def _precompute_reference(self, cache: ReferenceCache | None, all_pairs: list[UsablePairs]) -> None:
+    def _precompute_reference(self, cache: ReferenceCache | None) -> None:
         """Let the reference read all pairs, and remove it from memory."""
         if cache is None:
             return
-        lengths = [length for pairs in all_pairs for length in pairs.lengths]
-        log_probs = log_probs_of_reference(self, cache, [pairs.dataset for pairs in all_pairs], lengths)
+        pairs = self.all_pairs.values()
+        lengths = [length for of_set in pairs for length in of_set.lengths]
+        log_probs = log_probs_of_reference(self, cache, [of_set.dataset for of_set in pairs], lengths)
         self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
         self.precompute_ref_logps, self.ref_model = True, None
         self.accelerator.free_memory()  # which holds the reference too, and so far nothing else
@@ -282,7 +288,6 @@ def _trained_parameters(model: Any) -> set[str]:
 def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> Any:
     """The reference if none is given; `None` if it is the policy without its adapter or with the adapter `ref`."""
     if args.precompute_ref_log_probs:
-        check_precompute(args)
         return sharing_weights(model)
     if hasattr(model, "peft_config") or peft_config is not None:
         return None
@@ -291,7 +296,7 @@ def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> 
 
 
 def _by_name(eval_dataset: Any) -> dict[str, Any]:
-    """The evaluation sets: none, one, or several in a `dict`."""
+    """The evaluation sets (none, one, or several in a `dict`) by the prefix of their metrics."""
     if isinstance(eval_dataset, dict):
-        return eval_dataset
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+        return {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval": eval_dataset}

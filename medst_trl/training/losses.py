@@ -27,7 +27,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from medst_trl.base.errors import closest
 from medst_trl.base.registry import Registry
 
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from trl import DPOConfig
 
 TRUE_VIEW = "image"
-COMPUTED_VIEWS = frozenset({TRUE_VIEW})  # what the trainer gives a loss
+COMPUTED_VIEWS = frozenset({TRUE_VIEW})  # views that the trainer computes
 
 
 class Answers(NamedTuple):
@@ -49,7 +48,7 @@ class Answers(NamedTuple):
 @dataclass(frozen=True)
 class PairLogProbs:
     """
-    What a loss knows of a batch of preference pairs.
+    Log-probabilities, lengths and weights of a batch of preference pairs: the input of a [`PreferenceLoss`].
 
     Args:
         policy (`dict[str, Answers]`):
@@ -93,6 +92,11 @@ class PreferenceLoss(Protocol):
     paper: str
     views: tuple[str, ...] = ()
 
+    @property
+    def summary(self) -> str:
+        """What `--help` shows beside the name."""
+        return self.paper
+
     @abstractmethod
     def __call__(self, pairs: PairLogProbs, args: "DPOConfig") -> "Tensor":
         """
@@ -106,14 +110,11 @@ class PreferenceLoss(Protocol):
         ...
 
 
-LOSSES: Registry[PreferenceLoss] = Registry("loss", [], ["paper", "__call__"])
-
-
 def trl_losses() -> list[str]:
     """
     Names of the losses that the installed `DPOTrainer` computes; empty if they cannot be read.
 
-    Read from its source file, because importing it would import torch.
+    They are read from its source file, because importing it would import torch.
     """
     try:
         source = Path(find_spec("trl").origin).with_name("trainer").joinpath("dpo_trainer.py").read_text("utf-8")
@@ -122,43 +123,49 @@ def trl_losses() -> list[str]:
     return list(dict.fromkeys(re.findall(r"loss_type == ['\"](\w+)['\"]", source)))
 
 
-def check_losses(names: Sequence[str], args: Any = None) -> None:
+@dataclass(frozen=True)
+class TrlLoss:
+    """A loss that TRL's `DPOTrainer` computes itself."""
+
+    name: str
+    paper: str = "see DPOConfig"
+    summary: str = "TRL"
+
+
+LOSSES: Registry[PreferenceLoss | TrlLoss] = Registry("loss", [], ["paper", "summary"])
+for _name in trl_losses():
+    LOSSES.register(TrlLoss(_name))
+
+
+def is_registered(name: str) -> bool:
+    """Whether a loss is one of ours or a plugin's, and not TRL's."""
+    return name in LOSSES and not isinstance(LOSSES.get(name), TrlLoss)
+
+
+def check_losses(names: Sequence[str], args: Any) -> None:
     """
-    Check a `loss_type` before a model is loaded.
+    Check a `loss_type` before a model is loaded. If TRL's losses cannot be read, unknown names pass.
 
     Args:
         names (sequence of `str`):
             Values of `loss_type`.
-        args ([`~trl.DPOConfig`], *optional*):
+        args ([`~trl.DPOConfig`]):
             The other settings.
 
     Raises:
-        ValueError: for an unknown loss, naming the known ones; for one that shares its name with one of TRL's; for one
-            that needs a view of the image that is not computed, or a setting that only TRL's losses support.
+        UserError: for an unknown loss; the message lists the known ones.
+        ValueError: for a loss that needs a view of the image that is not computed, or a setting that only TRL's losses
+            support.
     """
-    theirs = trl_losses()
-    for name in names:
-        if name not in LOSSES:
-            if theirs and name not in theirs:
-                known = sorted({*theirs, *LOSSES})
-                raise ValueError(
-                    f"Unknown loss_type {name!r}.{closest(name, known)} Choose one of {', '.join(known)}."
-                )
+    for name in names if trl_losses() else filter(is_registered, names):
+        loss = LOSSES.get(name)
+        if isinstance(loss, TrlLoss):
             continue
-        if name in theirs:
-            raise ValueError(f"The loss {name!r} of a plugin shares its name with one of TRL's. Rename it.")
-        if missing := set(getattr(LOSSES.get(name), "views", ())) - COMPUTED_VIEWS:
+        if missing := set(getattr(loss, "views", ())) - COMPUTED_VIEWS:
             raise ValueError(
                 f"The loss {name!r} compares the image view {', '.join(sorted(missing))}, which is not computed. "
                 f"Computed: {', '.join(sorted(COMPUTED_VIEWS))}."
             )
         for setting in ("ld_alpha", "use_weighting"):
-            if getattr(args, setting, None):
+            if getattr(args, setting):
                 raise ValueError(f"{setting} works with TRL's losses only. Remove it, or the loss {name!r}.")
-
-
-def loss_help() -> str:
-    """The help of `loss_type`, with all known losses."""
-    registered = "".join(f", {loss.name} ({loss.paper})" for loss in LOSSES.values())
-    known = ", ".join(trl_losses()) or "those of TRL"
-    return f"Loss, or several losses, summed with loss_weights: {known}{registered}."

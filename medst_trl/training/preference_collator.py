@@ -219,9 +219,14 @@ class UsablePairs:
     lengths: list[int]
 
 
-def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int | None) -> UsablePairs:
+def usable_pairs(
+    dataset: Dataset, processor: "ProcessorMixin", max_length: int | None, name: str = "train"
+) -> UsablePairs:
     """
     Reject the pairs that cannot be trained on.
+
+    All are checked before the first step, and not one by one in batches as in stage 1, because TRL gathers batches as
+    if they were of equal size on all ranks.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -230,6 +235,8 @@ def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int 
             Processor prepared by [`add_vusr`].
         max_length (`int` or `None`):
             Longest sequence in tokens, image tokens included.
+        name (`str`, *optional*, defaults to `"train"`):
+            What the dataset is called in messages.
 
     Returns:
         [`UsablePairs`]
@@ -250,7 +257,7 @@ def usable_pairs(dataset: Dataset, processor: "ProcessorMixin", max_length: int 
     if not kept:
         counts, whys = Counter(reasons.values()), PAIR_REJECTION_REASONS.items()
         found = "; ".join(f"{counts[r]} because {why.format(max_length=max_length)}" for r, why in whys if counts[r])
-        raise UserError(f"No preference pair can be trained on: {found or 'the dataset is empty'}.")
+        raise UserError(f"No preference pair of the {name} dataset can be used: {found or 'it is empty'}.")
     return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)
 
 

@@ -40,28 +40,33 @@ def resume_checkpoint(output_dir: str | Path, accelerator: "Accelerator") -> str
             found = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
             if found[0] is not None:
                 _check_optimizer(Path(found[0]), accelerator)
-        except UserError as error:  # the other ranks would wait forever
+        except Exception as error:  # the other ranks would wait forever
             found = [error]
     broadcast_object_list(found)
-    if isinstance(found[0], UserError):
+    if isinstance(found[0], Exception):
         leave_peers()  # on all ranks: otherwise gloo's threads may abort the process
         raise found[0]
     return found[0]
 
 
 def _check_optimizer(checkpoint: Path, accelerator: "Accelerator") -> None:
-    """Refuse a checkpoint of another kind of launch: DeepSpeed fails on it, and the Trainer drops the optimizer."""
+    """
+    Refuse a checkpoint whose optimizer this launch cannot read. DeepSpeed would fail, and the Trainer would start with
+    a new optimizer.
+    """
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
     if not parts and not uses_deepspeed:
         return
     if parts and uses_deepspeed and parts == accelerator.num_processes:
         return
-    writers = f"{parts} process{'es' * (parts > 1)} of DeepSpeed" if parts else "processes without DeepSpeed"
-    remedy = f"with as many (--num_processes {parts})" if parts else "without it (--accelerate_config multi_gpu)"
+    processes, launch = "processes without DeepSpeed", "--accelerate_config multi_gpu"
+    if parts:
+        processes = f"{parts} process{'es' * (parts > 1)} of DeepSpeed"
+        launch = f"--accelerate_config zero2 --num_processes {parts}"
     raise UserError(
-        f"{checkpoint} was written by {writers}, and only such processes can read its optimizer. Resume {remedy}, or "
-        "start again with --overwrite."
+        f"{checkpoint} was written by {processes}, and only such processes can read its optimizer. Resume with "
+        f"{processes} ({launch}), or start again with --overwrite."
     )
 
 

@@ -13,10 +13,10 @@ from trl import SFTConfig, SFTTrainer
 
 from medst_trl.base.errors import UserError
 
-from .arguments import SelfQuestioningSettings
 from .collator import DataCollatorForSelfQuestioning
 from .images import check_has_images, with_stored_images
 from .packing import conversation_lengths, packing_cost, rope_positions
+from .settings import SelfQuestioningSettings
 from .trainer import PolicyTrainer, RejectedExamples, base_of
 from .upstream import fused_outputs
 
@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 class SelfQuestioningConfig(SelfQuestioningSettings, SFTConfig):
     """
     Configuration of [`SelfQuestioningTrainer`]: that of TRL's [`~trl.SFTConfig`], and the settings documented in
-    [`SelfQuestioningSettings`] and [`PolicySettings`].
+    [`SelfQuestioningSettings`] and [`TrainerSettings`].
 
     > [!NOTE]
     > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's),

@@ -51,7 +51,7 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
 
 class PolicyTrainer(GroupsByLength, UpstreamFixes):
     """
-    Mixin for TRL's trainers that train a policy on images, whose arguments are [`PolicySettings`].
+    Mixin for TRL's trainers that train a policy on images, whose arguments are [`TrainerSettings`].
 
     Weights that train are kept in float32, each part of the model trains at its own learning rate, and a checkpoint
     holds an adapter without PEFT's copy of the embedding and with the fingerprint of its base. Logs have the learning

@@ -13,11 +13,11 @@ from datasets.features.image import Image as ImageFeature
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
-from medst_trl.training import arguments, trainer
-from medst_trl.training.arguments import default_workers
+from medst_trl.training import settings, trainer
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.images import with_stored_images
 from medst_trl.training.packing import conversation_lengths
+from medst_trl.training.settings import default_workers
 from medst_trl.training.sft import SelfQuestioningConfig
 from medst_trl.training.trainer import DataWait
 
@@ -138,7 +138,7 @@ def test_two_workers_train_the_same_as_none(tmp_path):
 @pytest.mark.parametrize(("accelerator", "use_cpu"), [(True, False), (True, True), (False, False)])
 def test_workers_are_used_only_with_an_accelerator(monkeypatch, tmp_path, accelerator, use_cpu):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none", use_cpu=use_cpu)
     starts = accelerator and not use_cpu
     assert args.dataloader_num_workers == (8 if starts else 0)
@@ -146,7 +146,7 @@ def test_workers_are_used_only_with_an_accelerator(monkeypatch, tmp_path, accele
 
 
 def test_processes_on_one_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert default_workers() == 4
 

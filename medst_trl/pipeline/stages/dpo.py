@@ -36,8 +36,8 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
-from medst_trl.training.arguments import MultimodalDPOSettings
 from medst_trl.training.losses import loss_help
+from medst_trl.training.settings import MultimodalDPOSettings
 
 from .training import (
     PolicyArguments,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
-from medst_trl.training.arguments import SelfQuestioningSettings
+from medst_trl.training.settings import SelfQuestioningSettings
 
 from .training import (
     PolicyArguments,

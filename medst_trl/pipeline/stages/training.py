@@ -20,7 +20,7 @@ from medst_trl.pipeline.stage import Stage
 from medst_trl.policy import DTYPES
 from medst_trl.policy.parts import model_parts
 from medst_trl.policy.vusr import VUSR_ROLES, add_vusr
-from medst_trl.training.arguments import UsualSettings
+from medst_trl.training.settings import CommonTrlSettings
 
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class PolicyArguments:
 
 def listed_settings(own: type) -> type:
     """A trainer's own settings and the usual ones of TRL, for `--help`."""
-    return make_dataclass("TrainingSettings", [], bases=(own, UsualSettings))
+    return make_dataclass("TrainingSettings", [], bases=(own, CommonTrlSettings))
 
 
 def train_policy(

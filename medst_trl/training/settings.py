@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the two trainers, our own and the usual ones of TRL, apart from TRL: `--help` needs no torch."""
+"""Settings of the two trainers: our own, and the common ones of TRL. Nothing heavy is imported, so `--help` is fast."""
 
 import os
 from dataclasses import dataclass, field
@@ -13,13 +13,12 @@ MAX_WORKERS = 8  # with more, decoding is faster than any model here trains, and
 
 def default_workers() -> int:
     """Default number of data loader workers with an accelerator: this process's share of the CPU cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @documented
 @dataclass
-class PolicySettings:
+class TrainerSettings:
     """
     Mixin for [`~transformers.TrainingArguments`]: learning rates by part, and defaults that suit the machine.
 
@@ -47,15 +46,15 @@ class PolicySettings:
 
         if self.bf16 is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.bf16 = False  # TRL's default of True suits accelerators; on a CPU it is slow and less exact
-        # Without an accelerator, workers would take the cores from the model. And starting them draws from the random
-        # numbers of a CPU's dropout: a resumed run, which starts them again, would differ if they were persistent.
+        # Without an accelerator, workers would take cores from the model. Starting them also draws random numbers, as
+        # dropout on a CPU does: with persistent workers, a resumed run, which starts them again, would differ.
         has_accelerator = torch.accelerator.is_available() and not self.use_cpu
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_workers() if has_accelerator else 0
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = has_accelerator and self.dataloader_num_workers > 0
         if not has_accelerator:
-            self.dataloader_pin_memory = False  # of no use, and torch warns of it for every loader
+            self.dataloader_pin_memory = False  # it has no effect, and torch warns for every loader
         if self.ddp_backend is None:
             self.ddp_backend = backend_on_cpus()
         super().__post_init__()
@@ -63,7 +62,7 @@ class PolicySettings:
 
 @documented
 @dataclass
-class SelfQuestioningSettings(PolicySettings):
+class SelfQuestioningSettings(TrainerSettings):
     """
     Settings of [`SelfQuestioningConfig`] besides those of [`~trl.SFTConfig`].
 
@@ -97,7 +96,7 @@ class SelfQuestioningSettings(PolicySettings):
 
 @documented
 @dataclass
-class MultimodalDPOSettings(PolicySettings):
+class MultimodalDPOSettings(TrainerSettings):
     """
     Settings of [`MultimodalDPOConfig`] besides those of [`~trl.DPOConfig`].
 
@@ -106,10 +105,16 @@ class MultimodalDPOSettings(PolicySettings):
             Peak learning rate (the paper: 5e-6).
         max_length (`int`, *optional*, defaults to `2048`):
             Maximum number of tokens per sequence, including image tokens. Longer answers are truncated.
+        beta (`float`, *optional*, defaults to `0.1`):
+            How strongly the policy is held to the reference. Higher values keep it closer.
         train_sampling_strategy (`str`, *optional*, defaults to `"group_by_length"`):
             Which pairs share a batch: `group_by_length` (pairs of similar length), `random` or `sequential`.
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
-            Loss, or several losses, summed with loss_weights: those of TRL and of plugins.
+            Loss, or several losses, summed with loss_weights.
+        loss_weights (`list[float]`, *optional*):
+            Weight of each loss in loss_type. Default: 1 each.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Label smoothing of the losses robust and exo_pair.
         share_prefix (`bool`, *optional*, defaults to `True`):
             Process the image and prompt of a pair once for both answers, if the model supports it. The training
             step is the same.
@@ -123,8 +128,11 @@ class MultimodalDPOSettings(PolicySettings):
 
     learning_rate: float = 5e-6
     max_length: int | None = 2048
+    beta: float = 0.1
     train_sampling_strategy: str = "group_by_length"
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None
+    label_smoothing: float = 0.0
     share_prefix: bool = True
     precompute_ref_log_probs: bool = False
     ref_log_probs_dir: str | None = None
@@ -132,9 +140,9 @@ class MultimodalDPOSettings(PolicySettings):
 
 @documented
 @dataclass
-class UsualSettings:
+class CommonTrlSettings:
     """
-    The settings of TRL's configurations that most runs need, for `--help`, which does not import TRL.
+    The settings of TRL's configurations that most runs need: `--help` shows them without importing TRL.
 
     Types and defaults are those of [`~trl.SFTConfig`] and [`~trl.DPOConfig`]; a test compares them.
 
