@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 NOT_DISTRIBUTED = "not distributed"
+SHARDED = ("DeepSpeed ZeRO-3", "FSDP")  # how kinds begin that shard the weights themselves
 
 
 def rank() -> int:

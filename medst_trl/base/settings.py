@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from math import isfinite
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def documented(cls: _T) -> _T:
 
 def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
     """
-    Refuse numbers out of bounds, NaN included. None stands for a setting that is not given.
+    Refuse numbers out of bounds, NaN and infinity. None stands for a setting that is not given.
 
     Args:
         args (`Any`):
@@ -82,7 +83,7 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
             limits[name].append((_COMPARE[words], words.replace("_", " "), bound))
     for name, own in limits.items():
         value = getattr(args, name)
-        if value is not None and not all(holds(value, bound) for holds, _, bound in own):
+        if value is not None and not (isfinite(value) and all(holds(value, bound) for holds, _, bound in own)):
             expected = " and ".join(f"{words} {bound}" for _, words, bound in own)
             raise UserError(f"{name} is {value}. It must be {expected}.")
 

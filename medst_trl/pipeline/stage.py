@@ -212,7 +212,8 @@ class Stage:
             Whether it can use several processes. The others run in one.
         trains (`str`, *optional*):
             For a stage that trains a policy, what its examples are called, such as `"pairs"`. Its dataclasses are then
-            a `PolicyArguments` and a `TrainingArguments`, and `--dry_run` shows parameters, batch, steps and memory.
+            a `TrainingStageArguments` and a `TrainingArguments`, and `--dry_run` shows parameters, batch, steps and
+            memory.
         plan (`Callable`, *optional*):
             Its own rows in the plan of a recipe (`--dry_run`): from a [`Counter`] and what `main` takes to pairs of a
             label and a text. Rows of the same label are shown as one.

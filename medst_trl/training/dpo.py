@@ -75,10 +75,10 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
     Losses and metrics are those of TRL's [`~trl.DPOTrainer`], and losses registered in `LOSSES`. The reference is the
     policy at the start: a frozen copy of an adapter that is trained further, in all its parts (LoRA, projector,
     `<vusr>` row); the model alone under a new adapter; a copy of the whole model without an adapter. Pairs that cannot
-    be used are rejected before the first step: see `pairs` for the training set, and `all_pairs` for each set by name
-    (`train`, `eval`, or `eval_NAME` if there are several). Further metrics are the mean answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how much more likely the answers
-    are than under the reference, in nats. A warning is logged when the chosen answers become less likely too
-    (likelihood displacement).
+    be used are rejected before the first step, see `pairs` (the training set) and `rejected_records` (of all sets).
+    Further metrics are the mean answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and
+    `logratios/rejected`, how much more likely the answers are than under the reference, in nats. A warning is logged
+    when the chosen answers become less likely too (likelihood displacement).
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -133,8 +133,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self.all_pairs = {
             name: usable_pairs(dataset, processing_class, args.max_length, name) for name, dataset in datasets.items()
         }
-        self.pairs, *evaluated = self.all_pairs.values()
-        self.train_lengths, usable = self.pairs.lengths, [pairs.dataset for pairs in evaluated]
+        self.pairs = self.all_pairs["train"]
+        self.train_lengths = self.pairs.lengths
+        evaluated = {name: pairs.dataset for name, pairs in self.all_pairs.items() if name != "train"}
+        if isinstance(eval_dataset, dict):
+            evaluated = {name.removeprefix("eval_"): dataset for name, dataset in evaluated.items()}
         cache = None
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(given or model, processing_class, collator, args)
@@ -144,14 +147,12 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
                 ref_model=reference,
                 args=args,
                 train_dataset=self.pairs.dataset,
-                eval_dataset=dict(zip(eval_dataset, usable))
-                if isinstance(eval_dataset, dict)
-                else next(iter(usable), None),
+                eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get("eval"),
                 processing_class=processing_class,
                 data_collator=collator,
                 **kwargs,
             )
-        # The reference is what training starts from, so it need not be saved with each checkpoint.
+        # Save only the policy's adapter: the reference equals the adapter that training starts from.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
         self._finish_reference(trained, shares_weights=given is None and cache is not None)
         self._share_prefix(obstacle)
@@ -159,8 +160,19 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self.add_callback(WarnOfDisplacement())
         self._precompute_reference(cache)
 
+    @property
+    def rejected_records(self) -> dict[str, str]:
+        """The reason of each rejected pair by id, in an evaluation set by `eval/ID` (`eval_NAME/ID` of several)."""
+        return {
+            record if pairs is self.pairs else f"{name}/{record}": reason
+            for name, pairs in self.all_pairs.items()
+            for record, reason in pairs.rejected_records.items()
+        }
+
     def _finish_reference(self, trained: set[str] | None, shares_weights: bool) -> None:
         """
+        Complete the reference that TRL has made.
+
         Args:
             trained (`set[str]`, *optional*): Parameters that train, if an adapter is trained further.
             shares_weights (`bool`): Whether the reference is a second model with the policy's weights.
@@ -171,6 +183,7 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
             complete_reference_adapter(self.model, trained)
 
     def _share_prefix(self, obstacle: str | None) -> None:
+        """Let policy and reference read both answers after one prompt, or warn of the obstacle."""
         if not self.args.share_prefix:
             return
         if obstacle is not None:
@@ -223,7 +236,7 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         return result
 
     def _pair_log_probs(self, inputs, of_policy, of_reference, weight, probability) -> PairLogProbs:
-        """What registered losses know of a batch, from what policy and reference have returned for it."""
+        """The input of registered losses, from what policy and reference have returned for a batch."""
         mask = inputs["completion_mask"][:, 1:]
 
         def answers(outputs) -> Answers:

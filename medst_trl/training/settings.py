@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the two trainers: our own, and the common ones of TRL. Nothing heavy is imported, so `--help` is fast."""
+"""Settings of the two trainers: our own and the common ones of TRL. `--help` reads them, so nothing imports torch."""
 
 import os
 from dataclasses import dataclass, field

@@ -20,7 +20,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
 from medst_trl.pipeline.recipe import read_yaml
-from medst_trl.pipeline.stages import training
+from medst_trl.pipeline.stages import _training as training
 
 
 ENVIRONMENT = without_launcher(os.environ) | {
@@ -178,7 +178,7 @@ def test_configs_do_not_set_training_arguments(path):
 @pytest.mark.parametrize(
     ("options", "stage", "message"),
     [
-        ({"load_in_4bit": True}, 3, "load_in_4bit runs on one GPU"),
+        ({"load_in_4bit": True}, 3, "load_in_4bit does not work with DeepSpeed ZeRO-3"),
         ({"load_in_4bit": True, "use_lora": False}, 2, "use_lora: false trains it"),
         ({}, 3, "ZeRO-3 trains the row of <vusr> on GPUs only"),
         ({"train_vusr": False}, 3, None),

@@ -79,7 +79,8 @@ import sys
 from medst_trl.cli import main
 for argv in (["--help"], ["run", "--help"], ["recipes", "--help"], ["recipes", "ls"], ["--version"]):
     assert main(argv) == 0
-print({"torch", "transformers", "trl", "accelerate", "datasets", "peft"} & set(sys.modules))
+heavy = {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "pyarrow", "numpy"}
+print(heavy & set(sys.modules))
 """
     result = run(sys.executable, "-c", code)
     assert result.stdout.splitlines()[-1] == "set()", result.stderr
@@ -122,6 +123,7 @@ def test_help_lists_common_settings_and_help_all_lists_every_setting(stage, caps
     common = capsys.readouterr().out
     assert main([stage, "--help", "all"]) == 0
     complete = capsys.readouterr().out
+    assert ("--beta" in common and "--loss_weights" in common and "--label_smoothing" in common) == (stage == "dpo")
     assert "--learning_rate" in common and "--adam_beta2" not in common and "--help all" in common
     assert "--learning_rate" in complete and "--adam_beta2" in complete and len(complete) > 2 * len(common)
     listed = actions_of(STAGES.get(stage).make_parser(is_listing=True))

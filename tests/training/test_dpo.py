@@ -116,8 +116,17 @@ def test_pairs_that_cannot_be_trained_on_are_rejected(tmp_path):
     assert trainer.pairs.rejected_records == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
     trainer.train()
 
-    with pytest.raises(UserError, match="1 because both answers say the same"):
+    with pytest.raises(UserError, match="the train dataset can be used: 1 because both answers say the same"):
         make_trainer(tmp_path, rows=[rows[1]])
+
+
+def test_rejected_pairs_of_evaluation_are_listed(tmp_path):
+    good, bad = pair(50), pair(51)
+    bad["rejected"] = bad["chosen"]
+    trainer = make_trainer(tmp_path, eval_rows=[good, bad])
+    assert trainer.rejected_records == {"eval/p51": "chosen_equals_rejected"} and not trainer.pairs.rejected_records
+    with pytest.raises(UserError, match="the eval dataset can be used"):
+        make_trainer(tmp_path, eval_rows=[bad])
 
 
 def test_answers_that_do_not_fit_are_truncated_and_counted(tmp_path):

@@ -429,6 +429,11 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, settings, environmen
         setattr(args, name, value)
     with pytest.raises(UserError, match=message):
         check_precompute(args)
+    (model, processor), (reference, _) = adapter_policy(), adapter_policy()
+    with pytest.raises(UserError, match=message):  # of a given reference, too
+        MultimodalDPOTrainer(
+            model, args, train_dataset=Dataset.from_list([pair(1)]), ref_model=reference, processing_class=processor
+        )
     with monkeypatch.context() as zero3, pytest.raises(UserError, match="ZeRO-3"):
         zero3.setattr(args, "deepspeed_plugin", type("Plugin", (), {"zero_stage": 3}), raising=False)
         check_precompute(args)

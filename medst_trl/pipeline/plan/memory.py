@@ -39,10 +39,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.pipeline.batch import Batch
 from medst_trl.policy.parts import model_parts
 
 from .policies import Policy, is_of_adapter
-from .steps import Batch, Hardware
+from .steps import Hardware
 
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def training_memory(
     Args:
         policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
         arguments (`tuple`): The stage's dataclasses.
-        batch ([`~medst_trl.pipeline.plan.steps.Batch`]): Examples of a step.
+        batch ([`~medst_trl.pipeline.batch.Batch`]): Examples of a step.
         hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
         length (`int`, *optional*): Tokens of an example. Defaults to `max_length`.
     """
@@ -167,8 +168,7 @@ def state_bytes(
 def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
     """Bytes of the elements of a training, with the types that its stage chooses."""
     half = training.bf16 or training.fp16
-    frozen = args.dtype or ("bfloat16" if half and args.use_lora else "float32")
-    stream = 4 if frozen == "float32" else 2
+    stream = 4 if args.weights_dtype(training) == "float32" else 2
     if hardware.is_deepspeed:
         stream = 2 if half else 4
     is_autocast = half and not hardware.is_deepspeed

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.pipeline.batch import Batch, number_of
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.record import is_complete
 from medst_trl.pipeline.stage import Count
+from medst_trl.pipeline.stages._training import check_sharding
 
 from .memory import GIB, Memory, training_memory
 from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
 from .steps import (
-    Batch,
     Hardware,
     Rows,
-    check_sharding,
     effective_batch,
     hardware_of,
-    number_of,
+    located,
     schedule,
     stage_arguments,
     training_examples,
@@ -179,7 +179,8 @@ class _Plan:
 
     def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[_Row]:
         args, training = arguments
-        check_sharding(step, arguments, hardware)
+        with located(step):
+            check_sharding(hardware.kind, *arguments)
         batch = effective_batch(step, hardware.processes, arguments)
         examples = training_examples(args, self.steps)
         planned = schedule(examples, batch, training.num_train_epochs, training.max_steps)
@@ -213,8 +214,8 @@ def _policy(step: "Step", policy: Policy, arguments: tuple[Any, ...]) -> Iterato
     parameters = policy.model.num_parameters() - (total if policy.is_adapter else 0)
     name = args.model_name_or_path
     base = policy.base if Path(policy.base) == Path(name) else f"{name} on {policy.base}"
-    dtype = args.dtype or ("bfloat16" if training.bf16 and args.use_lora else "float32")
-    yield "model", f"{base}, {_short(parameters)} parameters, {'4-bit' if args.load_in_4bit else dtype}"
+    dtype = "4-bit" if args.load_in_4bit else args.weights_dtype(training)
+    yield "model", f"{base}, {_short(parameters)} parameters, {dtype}"
     rates = {"vision": training.vision_learning_rate, "projector": training.projector_learning_rate}
     width = max(len(item.how) for item in trained)
     for item in trained:

@@ -18,7 +18,7 @@ from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
 from medst_trl.pipeline.stage import MODEL
 from medst_trl.policy.parts import model_parts, on_meta
 
-from .steps import maker_of, stage_arguments
+from .steps import located, maker_of, stage_arguments
 
 
 if TYPE_CHECKING:
@@ -109,42 +109,26 @@ def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, 
     Raises:
         NotKnownYet: as for [`model_at`].
     """
+    from peft import get_peft_model
     from trl.trainer.utils import disable_dropout_in_model
 
-    from medst_trl.pipeline.stages.training import keep_shape
+    from medst_trl.pipeline.stages._training import new_adapter
     from medst_trl.policy.adapters import freeze_vision
 
     args, training = arguments or stage_arguments(step)
     policy = model_at(args.model_name_or_path, steps, training.trust_remote_code, args.base_model_name_or_path)
-    trains_token = getattr(args, "train_vusr", True) and not (
-        policy.text_role or getattr(args, "vusr_role", None) == "text"
-    )
-    if args.use_lora and not policy.is_adapter:
-        return _with_new_adapter(policy, args, trains_token)
-    if policy.is_adapter and hasattr(args, "lora_dropout"):
-        keep_shape(args, policy.model)
+    trains_token = args.train_vusr and not (policy.text_role or args.vusr_role == "text")
+    with located(step):
+        config = new_adapter(args, policy.model, 0 if trains_token else None)  # the row of any token has the same size
+    if config is not None:
+        return Policy(get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base)
     if trains_token and not policy.is_adapter:
         _add_row_for_vusr(policy)
-    if not getattr(args, "train_vision", True):
+    if not args.train_vision:
         freeze_vision(policy.model)
     if getattr(training, "disable_dropout", False):  # DPO does
         disable_dropout_in_model(policy.model)
     return policy
-
-
-def _with_new_adapter(policy: Policy, args: Any, trains_token: bool) -> Policy:
-    from peft import get_peft_model
-
-    from medst_trl.policy.adapters import adapter_config
-
-    config = adapter_config(
-        policy.model,
-        vusr_token_id=0 if trains_token else None,  # every row has the same size
-        r=args.lora_r,
-        lora_dropout=getattr(args, "lora_dropout", 0.0),
-        vision_r=args.vision_lora_r if getattr(args, "train_vision", True) else 0,
-    )
-    return Policy(get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base)
 
 
 def _add_row_for_vusr(policy: Policy) -> None:

@@ -1,25 +1,26 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A step before it runs: its arguments, its hardware, its rows, its batch and its optimizer steps.
+What is known about a stage before it runs: its arguments, hardware, rows, batch and optimizer steps.
 
 The machine that plans need not be the one that runs.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.processes import SHARDED
 from medst_trl.hub import HubArguments, check_push
+from medst_trl.pipeline.batch import Batch, number_of
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
 from medst_trl.pipeline.settings import parse
 from medst_trl.pipeline.stage import Count
-from medst_trl.pipeline.stages.training import set_accumulation
 
 
 if TYPE_CHECKING:
@@ -56,19 +57,22 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
         training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
-    try:
-        _check(step, arguments)
-    except UserError as error:
-        raise UserError(str(error) if step.where in str(error) else f"{step.where}: {error}") from None
+    with located(step):
+        if step.stage.check is not None:
+            step.stage.check(*without_hub(arguments))
+        for settings in arguments:
+            if getattr(settings, "push_to_hub", False):
+                check_push(settings)
     return arguments
 
 
-def _check(step: "Step", arguments: tuple[Any, ...]) -> None:
-    if step.stage.check is not None:
-        step.stage.check(*without_hub(arguments))
-    for settings in arguments:
-        if getattr(settings, "push_to_hub", False):
-            check_push(settings)
+@contextmanager
+def located(step: "Step") -> Iterator[None]:
+    """Name the section of a step in the errors raised inside the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if step.where in str(error) else f"{step.where}: {error}") from None
 
 
 def without_hub(arguments: tuple[Any, ...]) -> list[Any]:
@@ -105,7 +109,7 @@ class Hardware:
     @property
     def shards_weights(self) -> bool:
         """Whether the weights themselves are sharded, not only gradients and optimizer."""
-        return self.kind == "DeepSpeed ZeRO-3" or self.kind.startswith("FSDP")
+        return self.kind.startswith(SHARDED)
 
     @property
     def device(self) -> str:
@@ -115,12 +119,6 @@ class Hardware:
     def devices(self) -> str:
         """Number and name of the devices, for example `4 GPUs`."""
         return number_of(self.processes, self.device)
-
-
-def number_of(number: int | str, what: str) -> str:
-    """A number with its noun: `4 GPUs`, `1 process`."""
-    plural = "es" if what.endswith("s") else "s"
-    return f"{number} {what}{'' if str(number) == '1' else plural}"
 
 
 def hardware_of(step: "Step") -> Hardware:
@@ -137,10 +135,8 @@ def hardware_of(step: "Step") -> Hardware:
     config = read_config(name)
     given = step.num_processes or config.num_processes
     processes = given or max(1, gpus) * config.num_machines
-    try:
+    with located(step):
         kind = config.kind_on(processes)
-    except UserError as error:
-        raise UserError(f"{step.where}: {error}") from None
     shortages = []
     if not config.use_cpu and gpus < processes // config.num_machines:
         shortages.append(
@@ -154,35 +150,7 @@ def hardware_of(step: "Step") -> Hardware:
     return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
 
 
-def check_sharding(step: "Step", arguments: tuple[Any, ...], hardware: Hardware) -> None:
-    """Refuse what the training stages refuse under a launcher that shards the weights."""
-    for name in ("load_in_4bit", "precompute_ref_log_probs"):
-        if hardware.shards_weights and any(getattr(settings, name, False) for settings in arguments):
-            raise UserError(
-                f"{step.where}: {name} does not work with {hardware.kind}, which shards the weights. "
-                "Use zero2 or multi_gpu, or remove it."
-            )
-
-
 # Batch and optimizer steps
-
-
-@dataclass(frozen=True)
-class Batch:
-    """
-    The examples of one optimizer step.
-
-    Args:
-        per_device (`int`): Examples per batch of one process.
-        accumulation (`int`): Batches of each process per step.
-        processes (`int`): Number of processes.
-        effective (`int`): Examples per step, the product of these.
-    """
-
-    per_device: int
-    accumulation: int
-    processes: int
-    effective: int
 
 
 def effective_batch(step: "Step", num_processes: int, arguments: tuple[Any, ...] | None = None) -> Batch:
@@ -192,21 +160,14 @@ def effective_batch(step: "Step", num_processes: int, arguments: tuple[Any, ...]
     Raises:
         UserError: if its `effective_batch_size` cannot be met on them.
     """
-    args, training = arguments or stage_arguments(step)
-    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    division = SimpleNamespace(world_size=num_processes, **{key: getattr(training, key) for key in keys})
-    try:
-        set_accumulation(args, division)
-    except UserError as error:
-        raise UserError(f"{step.where}: {error}") from None
-    per_device, accumulation = division.per_device_train_batch_size, division.gradient_accumulation_steps
-    return Batch(per_device, accumulation, num_processes, per_device * accumulation * num_processes)
+    with located(step):
+        return Batch.of(*(arguments or stage_arguments(step)), num_processes)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """
-    The optimizer steps of a training.
+    The optimizer steps of a training run.
 
     Args:
         steps (`int`, *optional*): Their number; None if the number of examples is unknown.

@@ -35,15 +35,16 @@ from medst_trl.base.files import atomic_path, write_jsonl
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.settings import documented
+from medst_trl.pipeline.batch import number_of
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
-from medst_trl.training.losses import loss_help
+from medst_trl.training.log_history import end_of_log
+from medst_trl.training.losses import LOSSES, trl_losses
 from medst_trl.training.settings import MultimodalDPOSettings
 
-from .training import (
-    PolicyArguments,
+from ._training import (
+    TrainingStageArguments,
     check_settings,
     describe_run,
-    end_of_log,
     listed_settings,
     new_adapter,
     train_policy,
@@ -62,18 +63,16 @@ if TYPE_CHECKING:
 
 @documented
 @dataclass
-class DpoArguments(PolicyArguments):
+class DpoArguments(TrainingStageArguments):
     """
     Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`].
 
     Args:
-        dataset (`str`):
-            Directory or Hub id of preference pairs (`medst judge` writes them).
         train_vision (`bool`, *optional*, defaults to `True`):
-            Whether to train the adapter's LoRA layers in the vision tower further.
+            Train the vision tower: the adapter's layers in it, those of a new adapter, or all its weights. False
+            freezes it.
     """
 
-    dataset: str
     train_vision: bool = True
 
 
@@ -90,33 +89,34 @@ def make_trainer(
 ) -> "MultimodalDPOTrainer":
     from medst_trl import MultimodalDPOTrainer
     from medst_trl.policy.adapters import freeze_vision
+    from medst_trl.policy.vusr import add_vusr
 
     if training_args.precompute_ref_log_probs:
         training_args.ref_log_probs_dir = _reference_directory(args.dataset, training_args)
     if not args.train_vision:
         freeze_vision(model)
-    # DPO compares log-probabilities with and without the adapter, so dropout is off.
-    changes = {"lora_dropout": 0.0} if args.train_vision else {"lora_dropout": 0.0, "vision_r": 0}
     return MultimodalDPOTrainer(
         model=model,
         args=training_args,
         processing_class=processor,
-        peft_config=new_adapter(args, model, processor, **changes),
+        peft_config=new_adapter(args, model, add_vusr(processor)),
         **datasets,
     )
 
 
 def summarize(trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
     """Counts, metrics and a summary of a finished run; `rejected.jsonl` is written."""
-    reasons = trainer.pairs.rejected_records
+    reasons, rejected = trainer.rejected_records, trainer.pairs.rejected_records
     if reasons and trainer.accelerator.is_main_process:
         rows = ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items())
         write_jsonl(Path(trainer.args.output_dir, "rejected.jsonl"), rows)
-    counts = {"pairs": records, "set_aside": dict(Counter(reasons.values())), "truncated": trainer.pairs.truncated}
+    counts = {"pairs": records, "set_aside": dict(Counter(rejected.values())), "truncated": trainer.pairs.truncated}
     kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
     means = end_of_log(trainer.state.log_history)
     metrics = {name: mean for name, mean in means.items() if name in ("train_loss", "loss") or name.startswith(kinds)}
     trained_on = describe_run(trainer, f"{len(trainer.train_dataset)} preference pairs", counts)
+    if of_evaluation := len(reasons) - len(rejected):
+        trained_on += f"; {number_of(of_evaluation, 'pair')} for evaluation rejected (rejected.jsonl)"
     return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
 
 
@@ -126,8 +126,8 @@ def _outcome(metrics: dict[str, float]) -> str:
         return ""
     change = metrics["logratios/chosen"]
     return (
-        f" At the end {metrics['rewards/accuracies']:.0%} of the pairs are in the judge's order, and the chosen "
-        f"answers are {'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats)."
+        f" At the end, the policy prefers the chosen answer in {metrics['rewards/accuracies']:.0%} of the pairs. "
+        f"Chosen answers are {'less' if change < 0 else 'more'} likely than under the reference ({change:+.2f} nats)."
     )
 
 
@@ -167,13 +167,7 @@ def _copy_new(files: "Iterable[Path]", directory: Path) -> None:
 def _arguments() -> tuple[type, ...]:
     from medst_trl import MultimodalDPOConfig
 
-    return DpoArguments, _with_losses(MultimodalDPOConfig)
-
-
-def _with_losses(settings: type) -> type:
-    """The same settings, with all losses in their help: the registry is complete only after the plugins."""
-    settings.__dataclass_fields__["loss_type"].metadata = {"help": loss_help().replace("%", "%%")}
-    return settings
+    return DpoArguments, MultimodalDPOConfig
 
 
 STAGE = STAGES.register(
@@ -186,7 +180,7 @@ STAGE = STAGES.register(
         distributed=True,
         trains="pairs",
         arguments=_arguments,
-        listed=lambda: (DpoArguments, listed_settings(_with_losses(MultimodalDPOSettings))),
+        listed=lambda: (DpoArguments, listed_settings(MultimodalDPOSettings)),
         check=check_settings,
         main=main,
         inputs=(
@@ -195,5 +189,6 @@ STAGE = STAGES.register(
             Input("dataset", "preferences", sources=(("judge", "preferences"),), split="train_split"),
         ),
         outputs=(Output("", MODEL),),
+        registries={"loss_type": LOSSES} if trl_losses() else {},  # without their names, any name may be TRL's
     )
 )

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import documented, make_lists
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.training.settings import SelfQuestioningSettings
 
-from .training import (
-    PolicyArguments,
+from ._training import (
+    TrainingStageArguments,
     check_settings,
     describe_run,
     keep_shape,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @documented
 @dataclass
-class SftArguments(PolicyArguments):
+class SftArguments(TrainingStageArguments):
     """
     Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`].
 
@@ -71,6 +71,8 @@ class SftArguments(PolicyArguments):
             Stop after N evaluations without a better eval_loss, and keep the best checkpoint.
     """
 
+    checks_shape = True
+
     dataset: list[str]
     lora_dropout: float = 0.05
     train_vusr: bool = True
@@ -78,8 +80,7 @@ class SftArguments(PolicyArguments):
     early_stopping_patience: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.dataset, str):  # a recipe may give a single one without a list
-            self.dataset = [self.dataset]
+        make_lists(self, "dataset")
 
 
 def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
@@ -96,6 +97,7 @@ def make_trainer(
     from transformers import EarlyStoppingCallback
 
     from medst_trl import SelfQuestioningTrainer
+    from medst_trl.policy.vusr import add_vusr
 
     shape = keep_shape(args, model) if hasattr(model, "peft_config") else None
     patience = args.early_stopping_patience
@@ -103,7 +105,7 @@ def make_trainer(
         model=model,
         args=training_args,
         processing_class=processor,
-        peft_config=new_adapter(args, model, processor, lora_dropout=args.lora_dropout),
+        peft_config=new_adapter(args, model, add_vusr(processor)),
         callbacks=[EarlyStoppingCallback(patience)] if patience is not None else None,
         **datasets,
     )

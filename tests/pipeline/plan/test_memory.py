@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.plan.memory import (
     BUCKET,
     Precision,
@@ -26,7 +27,7 @@ from medst_trl.pipeline.plan.memory import (
     training_memory,
 )
 from medst_trl.pipeline.plan.policies import Policy, meta_model, policy_of
-from medst_trl.pipeline.plan.steps import Batch, Hardware, stage_arguments
+from medst_trl.pipeline.plan.steps import Hardware, stage_arguments
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.adapters import adapter_config
@@ -201,7 +202,7 @@ def step(stage, model, **settings):
 def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):
     arguments = stage_arguments(planned)
     machine = hardware(kind, 1 if kind == "not distributed" else 4)
-    return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes, 8), machine)
+    return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes), machine)
 
 
 def test_the_memory_of_a_7b_model_under_zero_2_equals_hand_computed_values(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import tiny_run
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.plan.steps import Batch, Rows, effective_batch, schedule, training_examples
+from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.plan.steps import Rows, effective_batch, schedule, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.settings import read_options
 from medst_trl.pipeline.stage import STAGES, Count
@@ -24,12 +25,12 @@ def sft(**settings):
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_the_effective_batch_size_does_not_depend_on_the_number_of_processes(processes):
     batch = effective_batch(sft(effective_batch_size=128, per_device_train_batch_size=8), processes)
-    assert batch == Batch(8, 16 // processes, processes, 128)
+    assert batch == Batch(8, 16 // processes, processes) and batch.effective == 128
 
 
 def test_a_batch_without_an_effective_size_grows_with_the_number_of_processes():
     batch = effective_batch(sft(per_device_train_batch_size=8, gradient_accumulation_steps=4), 4)
-    assert batch == Batch(8, 4, 4, 128)
+    assert batch == Batch(8, 4, 4) and batch.effective == 128
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
@@ -53,13 +54,13 @@ def test_the_number_of_steps_matches_the_trainer(rows, settings, tmp_path):
     settings = {"max_steps": -1, "num_train_epochs": 3} | settings
     trainer = tiny_run.make_trainer(tmp_path, n=rows, learning_rate=0.0, **settings)
     trainer.train()
-    batch = Batch(4, settings.get("gradient_accumulation_steps", 1), 1, 4)
+    batch = Batch(4, settings.get("gradient_accumulation_steps", 1), 1)
     planned = schedule(Count(rows), batch, settings["num_train_epochs"], settings["max_steps"])
     assert planned.steps == trainer.state.global_step
 
 
 def test_the_number_of_steps_is_unknown_if_the_size_of_the_data_is_unknown():
-    batch, unknown = Batch(4, 1, 1, 4), Count(None, depends_on="prepare")
+    batch, unknown = Batch(4, 1, 1), Count(None, depends_on="prepare")
     assert schedule(unknown, batch, 3, -1).steps is None
     assert schedule(unknown, batch, 3, 70).steps == 70
     assert unknown.capped(100) == Count(100, at_most=True) and Count(50).capped(100, skipped=20) == Count(30)

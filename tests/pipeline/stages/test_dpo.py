@@ -165,9 +165,19 @@ def test_another_directory_for_reference_log_probs_can_be_set(inputs, tmp_path):
     assert not (pairs / "reference_log_probs").exists()
 
 
-def test_a_pair_with_a_broken_image_is_listed_as_rejected(inputs, tmp_path):
+def test_a_pair_with_a_broken_image_is_listed_as_rejected(inputs, tmp_path, capsys):
     rows = [tiny_dpo.pair(number) for number in range(8)]
     rows[3]["images"] = [{"bytes": b"not an image", "path": None}]
-    _, record = run(inputs, tmp_path / "dpo", dataset=write_pairs(tmp_path / "pairs", rows))
+    write_pairs(tmp_path / "pairs", rows, "validation")
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    _, record = run(inputs, tmp_path / "dpo", dataset=pairs, eval_strategy="epoch")
     assert record["counts"]["set_aside"] == {"unreadable_image": 1} and record["counts"]["steps"] == 3
-    assert json.loads((tmp_path / "dpo" / "rejected.jsonl").read_text())["id"] == "p3"
+    rejected = [json.loads(line)["id"] for line in (tmp_path / "dpo" / "rejected.jsonl").read_text().splitlines()]
+    assert rejected == ["p3", "eval/p3"]
+    assert "1 pair for evaluation rejected" in capsys.readouterr().out
+
+
+def test_all_weights_of_an_adapter_cannot_be_trained(inputs, tmp_path):
+    with pytest.raises(UserError, match="use_lora is false, but .*sft is an adapter"):
+        run(inputs, tmp_path / "dpo", use_lora=False)
+    assert not (tmp_path / "dpo" / "stage.json").exists()

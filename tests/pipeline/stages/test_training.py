@@ -14,20 +14,20 @@ from peft import get_peft_model
 from tiny_run import write_instruct
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.stages import training
-from medst_trl.pipeline.stages.dpo import DpoArguments
-from medst_trl.pipeline.stages.sft import SftArguments
-from medst_trl.pipeline.stages.training import (
-    accumulation_steps,
+from medst_trl.pipeline.batch import Batch, accumulation_steps
+from medst_trl.pipeline.stage import Input, Stage
+from medst_trl.pipeline.stages import _training as training
+from medst_trl.pipeline.stages._training import (
     check_training_bounds,
-    division_of,
-    end_of_log,
     keep_shape,
     load_splits,
-    set_accumulation,
+    train_policy,
 )
+from medst_trl.pipeline.stages.dpo import DpoArguments
+from medst_trl.pipeline.stages.sft import SftArguments
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.training.dpo import MultimodalDPOConfig
+from medst_trl.training.log_history import end_of_log
 from medst_trl.training.sft import SelfQuestioningConfig
 
 
@@ -155,7 +155,7 @@ def test_a_projector_without_lora_keeps_its_shape():
     model, _ = tiny_run.small_policy()
     model = get_peft_model(model, adapter_config(model, r=0, vision_r=0))
     assert keep_shape(Arguments(), model).endswith("lora_r 0, vision_lora_r 0.")
-    with pytest.raises(UserError, match="lora_r 0, which"):
+    with pytest.raises(UserError, match="lora_r 0 and keeps it"):
         keep_shape(Arguments(lora_r=8), model)
 
 
@@ -202,12 +202,19 @@ def test_numbers_below_one_are_refused(numbers):
         accumulation_steps(*numbers)
 
 
-def test_accumulation_is_set_from_the_arguments_of_a_stage():
-    training_args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=1, world_size=4)
-    set_accumulation(SimpleNamespace(effective_batch_size=None), training_args)
-    assert training_args.gradient_accumulation_steps == 1
-    set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
-    assert training_args.gradient_accumulation_steps == 4
-    assert division_of(training_args, "pairs") == "128 pairs per step: 8 x 4 processes x 4 accumulated."
+def test_accumulation_follows_from_the_arguments_of_a_stage():
+    training_args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    assert Batch.of(SimpleNamespace(effective_batch_size=None), training_args, 4).accumulation == 1
+    batch = Batch.of(SimpleNamespace(effective_batch_size=128), training_args, 4)
+    assert batch.accumulation == 4
+    assert batch.text("pairs") == "128 pairs per step: 8 x 4 processes x 4 accumulated."
+    training_args.gradient_accumulation_steps = 4
     with pytest.raises(UserError, match="Remove gradient_accumulation_steps"):
-        set_accumulation(SimpleNamespace(effective_batch_size=128), training_args)
+        Batch.of(SimpleNamespace(effective_batch_size=128), training_args, 4)
+
+
+def test_a_training_stage_needs_no_check(tmp_path):
+    stage = Stage("mine", "trains", lambda: (), main=None, inputs=(Input("dataset", "instruct"),))
+    args = SftArguments("m", [str(tmp_path / "missing")])
+    with pytest.raises(UserError, match="missing"):
+        train_policy(stage, args, SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none"), None, None)

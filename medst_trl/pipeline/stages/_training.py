@@ -1,25 +1,27 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the two training stages share: settings and their checks, data, policy, run directory, and how a run ends."""
+"""
+What the stages that train a policy share: arguments and their checks, data, adapter, and the run itself.
 
-from collections import defaultdict
+Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use this too.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
-from medst_trl.base.processes import launched_kind
-from medst_trl.base.settings import documented
+from medst_trl.base.processes import SHARDED, launched_kind
+from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import features_of, load_records
-from medst_trl.hub.cards import write_card
+from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import Stage
 from medst_trl.policy import DTYPES
-from medst_trl.policy.parts import model_parts
-from medst_trl.policy.vusr import VUSR_ROLES, add_vusr
 from medst_trl.training.settings import CommonTrlSettings
 
 
@@ -52,9 +54,11 @@ _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
 
 @documented
 @dataclass
-class PolicyArguments:
+class TrainingStageArguments:
     """
     Which policy a stage trains, on which data, and with which adapter.
+
+    A stage without one of the settings below the others has the value that is given for it here.
 
     Args:
         model_name_or_path (`str`):
@@ -68,9 +72,9 @@ class PolicyArguments:
         max_records (`int`, *optional*):
             Train only on the first N records.
         use_lora (`bool`, *optional*, defaults to `True`):
-            Train a LoRA adapter: the model's own, or else a new one. False trains all weights.
+            Train a LoRA adapter: the model's own, or else a new one. False trains all weights of a full model.
         lora_r (`int`, *optional*, defaults to `128`):
-            LoRA rank in the language model, for a new adapter. 0 freezes the model.
+            LoRA rank in the language model, for a new adapter. 0 freezes the language model.
         lora_alpha (`int`, *optional*, defaults to `256`):
             LoRA scale in the language model, for a new adapter.
         vision_lora_r (`int`, *optional*, defaults to `32`):
@@ -110,15 +114,26 @@ class PolicyArguments:
     attn_implementation: str | None = None
     overwrite: bool = False
 
+    lora_dropout: ClassVar[float] = 0.0
+    train_vision: ClassVar[bool] = True
+    train_vusr: ClassVar[bool] = True
+    vusr_role: ClassVar[str | None] = None
+    checks_shape: ClassVar[bool] = False  # whether settings may not differ from the shape of the model's own adapter
+
+    def weights_dtype(self, training_args: "TrainingArguments") -> str:
+        """Type in which the weights are loaded: by default float32 if all train, else that of the computation."""
+        is_half = self.use_lora and (training_args.bf16 or training_args.fp16)
+        return self.dtype or (("bfloat16" if training_args.bf16 else "float16") if is_half else "float32")
+
 
 def listed_settings(own: type) -> type:
-    """A trainer's own settings and the usual ones of TRL, for `--help`."""
+    """A trainer's own settings and the common ones of TRL, for `--help`."""
     return make_dataclass("TrainingSettings", [], bases=(own, CommonTrlSettings))
 
 
 def train_policy(
     stage: Stage,
-    args: PolicyArguments,
+    args: TrainingStageArguments,
     training_args: "TrainingArguments",
     make_trainer: "Callable[..., Trainer]",
     summarize: "Callable[[Trainer, int], tuple[dict[str, Any], dict[str, float], str]]",
@@ -129,21 +144,24 @@ def train_policy(
     Args:
         stage ([`Stage`]):
             The stage, with an input `dataset`.
-        args ([`PolicyArguments`]):
+        args ([`TrainingStageArguments`]):
             Its arguments.
         training_args ([`~transformers.TrainingArguments`]):
             Those of its trainer.
         make_trainer (`Callable`):
-            From `args`, `training_args`, the model, its processor, `train_dataset` and `eval_dataset` (`None` without
-            an evaluation) to the trainer.
+            Takes `args`, `training_args`, the model, its processor, `train_dataset` and `eval_dataset` (`None` without
+            an evaluation), and returns the trainer.
         summarize (`Callable`):
-            From the trained trainer and the number of records to counts and metrics for `stage.json`, and a summary
-            for people. Called on every rank.
+            Takes the trained trainer and the number of records, and returns counts and metrics for `stage.json`, and a
+            summary for readers. Called on every rank.
     """
+    from medst_trl.hub.cards import write_card
     from medst_trl.training.resume import resume_checkpoint
 
-    stage.check(args, training_args)
-    set_accumulation(args, training_args)
+    if stage.check is not None:
+        stage.check(args, training_args)
+    batch = Batch.of(args, training_args, training_args.world_size)
+    training_args.gradient_accumulation_steps = batch.accumulation  # before there is a trainer: DeepSpeed reads it
     kind = next(item.kind for item in stage.inputs if item.key == "dataset")
     datasets = load_splits(args, training_args, kind)
     record = open_record(args, training_args, stage.name)
@@ -153,7 +171,8 @@ def train_policy(
         policy = load_trainable_policy(args, training_args)
         named = {"train_dataset": datasets["train"], "eval_dataset": datasets.get("eval")}
         trainer = make_trainer(args, training_args, *policy, **named)
-        print_trainable_parameters(trainer, stage.trains)
+        parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
+        trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}")
         checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
@@ -181,7 +200,7 @@ def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "di
 def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
     """
     One split of one or several datasets, concatenated. An id that an earlier dataset has taken gets the number of its
-    dataset as a suffix (`17@2`), because draws of `<vusr>` turns and `rejected.jsonl` go by the id.
+    dataset as a suffix (`17@2`), because `<vusr>` turns are drawn by id and `rejected.jsonl` lists ids.
     """
     from datasets import concatenate_datasets
 
@@ -202,9 +221,9 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
 
 def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> StageRecord:
     """The stage's record in `output_dir`, see [`StageRecord.open`]."""
-    # As they were given: `to_dict()` adds what the machine is, which may differ when a run is resumed.
+    # The settings as given: `to_dict()` adds values that depend on the machine, which may differ when a run resumes.
     given = {item.name: getattr(training_args, item.name) for item in fields(training_args) if item.init}
-    operational = {name for name in training_args.to_dict() if name.startswith(_OPERATIONAL_PREFIXES)}
+    operational = {name for name in given if name.startswith(_OPERATIONAL_PREFIXES)}
     return StageRecord.open(
         training_args.output_dir,
         stage=stage,
@@ -225,83 +244,64 @@ def save_result(trainer: "Trainer") -> None:
 
 
 def describe_run(trainer: "Trainer", examples: str, counts: dict[str, Any]) -> str:
-    """What a finished run trained on and what it left out, from the counts for `stage.json`: part of a sentence."""
+    """Describe what a finished run trained on and what it rejected, from the counts for `stage.json`."""
     rejected = (f", {count} rejected as {reason} (rejected.jsonl)" for reason, count in counts["set_aside"].items())
     truncated = f", {counts['truncated']} truncated at max_length" if counts["truncated"] else ""
     return f"{trainer.state.global_step} steps on {examples}{''.join(rejected)}{truncated}"
-
-
-def print_trainable_parameters(trainer: "Trainer", examples: str) -> None:
-    """Print the number of trained parameters by part, and how a step is divided, once for all processes."""
-    counts = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
-    trainer.accelerator.print(f"Training {counts} parameters, {division_of(trainer.args, examples)}")
-
-
-def end_of_log(log_history: Sequence[dict[str, Any]], share: float = 0.2) -> dict[str, float]:
-    """
-    Average each figure over the last part of a Trainer's log, since a single entry may be of one small batch.
-
-    Args:
-        log_history (sequence of `dict`):
-            `trainer.state.log_history`, as `trainer_state.json` keeps it.
-        share (`float`, *optional*, defaults to `0.2`):
-            Share of the log's training entries to average over, at least one entry.
-
-    Returns:
-        `dict[str, float]`: By name, evaluations as they were logged last. Empty if nothing was logged.
-    """
-    steps = [entry for entry in log_history if "loss" in entry]
-    values = defaultdict(list)
-    for entry in steps[-max(1, round(share * len(steps))) :]:
-        for name, value in entry.items():
-            if isinstance(value, int | float):
-                values[name].append(value)
-    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
-    for entry in log_history:
-        means |= {name: value for name, value in entry.items() if name.startswith("eval_") or name == "train_loss"}
-    return means
 
 
 # The policy
 
 
 def load_trainable_policy(
-    args: PolicyArguments, training_args: "TrainingArguments"
+    args: TrainingStageArguments, training_args: "TrainingArguments"
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Load the model and processor that `args` name, frozen weights in the type that training computes in."""
+    """Load the model and processor that `args` name."""
     from medst_trl.policy.loading import load_policy
 
-    frozen = "float32"
-    if args.use_lora and (training_args.bf16 or training_args.fp16):
-        frozen = "bfloat16" if training_args.bf16 else "float16"
     return load_policy(
         args.model_name_or_path,
         base_model_name_or_path=args.base_model_name_or_path,
-        dtype=args.dtype or frozen,
+        dtype=args.weights_dtype(training_args),
         is_trainable=True,
         load_in_4bit=args.load_in_4bit,
-        vusr_role=getattr(args, "vusr_role", None),  # stage 2 finds it in the template that stage 1 saved
+        vusr_role=args.vusr_role,  # stage 2 finds it in the template that stage 1 saved
         trust_remote_code=training_args.trust_remote_code,
         attn_implementation=args.attn_implementation,
     )
 
 
 def new_adapter(
-    args: PolicyArguments, model: "PreTrainedModel", processor: "ProcessorMixin", **changes: Any
+    args: TrainingStageArguments, model: "PreTrainedModel | PeftModel", vusr_token_id: int | None
 ) -> "LoraConfig | None":
-    """A new adapter with the settings of `args`; `None` if the model has one or trains in full."""
+    """
+    A new adapter with the settings of `args`; `None` if the model has one or trains in full.
+
+    Raises:
+        UserError: for an adapter if all weights would have to train, or see [`keep_shape`].
+    """
     from medst_trl.policy.adapters import adapter_config
 
-    if not args.use_lora or hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config"):
+        if not args.use_lora:
+            raise UserError(
+                f"use_lora is false, but {args.model_name_or_path} is an adapter. Start from a full model (`medst "
+                "merge` makes one), or remove use_lora."
+            )
+        if args.checks_shape:
+            keep_shape(args, model)
         return None
-    settings = {
-        "vusr_token_id": add_vusr(processor) if getattr(args, "train_vusr", True) else None,
-        "r": args.lora_r,
-        "lora_alpha": args.lora_alpha,
-        "vision_r": args.vision_lora_r,
-        "vision_lora_alpha": args.vision_lora_alpha,
-    }
-    return adapter_config(model, **settings | changes)
+    if not args.use_lora:
+        return None
+    return adapter_config(
+        model,
+        vusr_token_id=vusr_token_id if args.train_vusr else None,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        vision_r=args.vision_lora_r if args.train_vision else 0,
+        vision_lora_alpha=args.vision_lora_alpha,
+    )
 
 
 def keep_shape(args: Any, model: "PeftModel") -> str:
@@ -324,14 +324,16 @@ def keep_shape(args: Any, model: "PeftModel") -> str:
         raise UserError(
             f"{args.model_name_or_path} is an adapter with "
             + ", ".join(f"{name} {own[name]}" for name in other)
-            + ", which is trained further. "
+            + " and keeps it. "
             + ", ".join(f"{name} {getattr(args, name)}" for name in other)
-            + " would need a new adapter. Remove the setting, or start from the base model."
+            + " would need a new adapter: remove the setting, or start from the base model."
         )
     return "The adapter keeps its own " + ", ".join(f"{name} {value}" for name, value in own.items()) + "."
 
 
 def _shape_of(model: "PeftModel") -> dict[str, float]:
+    from medst_trl.policy.parts import model_parts
+
     name, part_of = model.active_adapter, model_parts(model.get_base_model()).part_of
     # Of the layers, not of their weights: under ZeRO-3 those have no shape.
     layers = {part_of(path): layer for path, layer in model.named_modules() if name in getattr(layer, "lora_A", ())}
@@ -340,94 +342,6 @@ def _shape_of(model: "PeftModel") -> dict[str, float]:
     for part, layer in layers.items():
         shape[f"{prefixes[part]}lora_alpha"] = layer.lora_alpha[name]
     return shape | ({"lora_dropout": model.peft_config[name].lora_dropout} if layers else {})
-
-
-# One batch size for any number of processes: what is learned depends on the examples of an optimizer step.
-
-
-def accumulation_steps(effective: int, per_device: int, processes: int) -> int:
-    """
-    Number of batches that each process takes per optimizer step.
-
-    Args:
-        effective (`int`): Examples per step, over all processes.
-        per_device (`int`): Examples per batch of one process.
-        processes (`int`): Number of processes.
-
-    Returns:
-        `int`: `effective / (per_device * processes)`.
-
-    Raises:
-        UserError: if that is not a whole number, naming sizes and numbers of processes that divide it.
-
-    Example:
-    ```python
-    >>> accumulation_steps(128, per_device=8, processes=4)
-    4
-    ```
-    """
-    if min(effective, per_device, processes) < 1:
-        raise UserError(
-            f"effective_batch_size {effective}, per_device_train_batch_size {per_device} and the number of processes "
-            f"{processes} must be 1 or more."
-        )
-    if effective % (per_device * processes) == 0:
-        return effective // (per_device * processes)
-    options = []
-    if effective % processes == 0:
-        sizes = _divisors(effective // processes, near=per_device)
-        options.append(f"per_device_train_batch_size {sizes} on {_processes(processes)}")
-    if effective % per_device == 0:
-        counts = _divisors(effective // per_device, near=processes)
-        options.append(f"{counts} process{'es' * (counts != '1')} with per_device_train_batch_size {per_device}")
-    if not options:
-        options.append(f"an effective_batch_size that is a multiple of {per_device * processes}")
-    raise UserError(
-        f"effective_batch_size {effective} cannot be divided into batches of {per_device} on {_processes(processes)}: "
-        f"{per_device * processes} does not divide it. These work: {'; or '.join(options)}."
-    )
-
-
-def set_accumulation(args: Any, training_args: "TrainingArguments") -> None:
-    """
-    Set `gradient_accumulation_steps` from a stage's `effective_batch_size`, if it has one, in place.
-
-    Call it before there is a trainer, because DeepSpeed then takes the number from the arguments.
-
-    Raises:
-        UserError: if the size cannot be met, or both are given.
-    """
-    if args.effective_batch_size is None:
-        return
-    if training_args.gradient_accumulation_steps != 1:
-        raise UserError(
-            f"effective_batch_size {args.effective_batch_size} determines gradient_accumulation_steps. Remove "
-            f"gradient_accumulation_steps ({training_args.gradient_accumulation_steps})."
-        )
-    training_args.gradient_accumulation_steps = accumulation_steps(
-        args.effective_batch_size, training_args.per_device_train_batch_size, training_args.world_size
-    )
-
-
-def division_of(training_args: "TrainingArguments", examples: str) -> str:
-    """Describe how a step is divided: `128 conversations per step: 8 x 4 processes x 4 accumulated.`"""
-    per_device, processes = training_args.per_device_train_batch_size, training_args.world_size
-    accumulated = training_args.gradient_accumulation_steps
-    return (
-        f"{per_device * processes * accumulated} {examples} per step: {per_device} x {_processes(processes)} x "
-        f"{accumulated} accumulated."
-    )
-
-
-def _divisors(number: int, near: int) -> str:
-    """The eight divisors nearest to `near`, in ascending order: `"1, 2 or 4"`."""
-    divisors = [divisor for divisor in range(1, min(number, 2**16) + 1) if number % divisor == 0]
-    *others, last = map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - near))[:8]))
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' * (count > 1)}"
 
 
 # Checks before anything is read or loaded
@@ -439,17 +353,16 @@ def check_settings(args: Any, training_args: "TrainingArguments") -> None:
 
     Raises:
         UserError: for a setting out of bounds, for `load_in_4bit` if the 4-bit weights would have to train or to be
-            divided among ranks, and for ZeRO-3 without GPUs if the token trains.
+            sharded, and for ZeRO-3 without GPUs if the token trains.
     """
     check_training_bounds(args, training_args)
-    plugin = training_args.deepspeed_plugin
-    uses_zero_3 = plugin is not None and plugin.zero_stage == 3
-    uses_fsdp = launched_kind().startswith("FSDP") or training_args.fsdp_plugin_args is not None
     if args.load_in_4bit and not args.use_lora:
         raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one of them.")
-    if args.load_in_4bit and (uses_fsdp or uses_zero_3):
-        raise UserError("load_in_4bit runs on one GPU, under DDP and ZeRO-2. Use multi_gpu or zero2, or remove it.")
-    if uses_zero_3 and args.use_lora and getattr(args, "train_vusr", True) and not _has_gpu():
+    plugin, kind = training_args.deepspeed_plugin, launched_kind()
+    if plugin is not None or training_args.fsdp_plugin_args is not None:
+        kind = "FSDP" if plugin is None else f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    check_sharding(kind, args, training_args)
+    if kind.endswith("ZeRO-3") and args.use_lora and args.train_vusr and not _has_gpu():
         # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
         raise UserError(
             "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or in `medst sft` train_vusr: false."
@@ -462,6 +375,21 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def check_sharding(kind: str, *settings: Any) -> None:
+    """
+    Refuse settings that do not work if the weights are sharded.
+
+    Args:
+        kind (`str`): How the processes share their work, see [`launched_kind`].
+        *settings (dataclass): The stage's arguments and those of its trainer.
+    """
+    for name in ("load_in_4bit", "precompute_ref_log_probs"):
+        if kind.startswith(SHARDED) and any(getattr(item, name, False) for item in settings):
+            raise UserError(
+                f"{name} does not work with {kind}, which shards the weights. Use zero2 or multi_gpu, or remove it."
+            )
+
+
 def check_training_bounds(args: Any, training_args: Any) -> None:
     """
     Refuse numbers out of bounds and unknown values.
@@ -470,16 +398,12 @@ def check_training_bounds(args: Any, training_args: Any) -> None:
         UserError: for a number out of bounds, for training that would end before its first step, and for an unknown
             `dtype` or `vusr_role`.
     """
-    for settings in (args, training_args):
-        for name, least in _AT_LEAST.items():
-            value, most = getattr(settings, name, None), _AT_MOST.get(name, inf)
-            if value is not None and not (least <= value <= most and value < inf):  # false for NaN
-                upper = f" and at most {most}" if name in _AT_MOST else ""
-                raise UserError(f"{name} is {value}. It must be at least {least}{upper}.")
-    epochs = getattr(training_args, "num_train_epochs", 1)
-    if not 0 < epochs < inf and getattr(training_args, "max_steps", -1) <= 0:
+    from medst_trl.policy.vusr import VUSR_ROLES
+
+    given = vars(training_args) | vars(args)
+    check_bounds(SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given), at_least=_AT_LEAST, at_most=_AT_MOST)
+    epochs = given.get("num_train_epochs", 1)
+    if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
         raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
-    for name, known in {"dtype": DTYPES, "vusr_role": VUSR_ROLES}.items():
-        value = getattr(args, name, None)
-        if value is not None and value not in known:
-            raise UserError(f"Unknown {name} {value!r}. Choose one of {', '.join(known)}.")
+    check_choice("dtype", given.get("dtype"), DTYPES)
+    check_choice("vusr_role", given.get("vusr_role"), VUSR_ROLES)
