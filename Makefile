@@ -42,7 +42,7 @@ IMAGES := $(if $(DATA),--images $(DATA)/images)
 
 bench: .venv/.ready
 	$(BENCH)/bench_dpo.py $(IMAGES) --output runs/bench/cpu/dpo.json
-	$(BENCH)/bench_sft.py $(IMAGES) --ways stock ours 'ours, packed' --output runs/bench/cpu/sft.json
+	$(BENCH)/bench_sft.py $(IMAGES) --variants stock ours 'ours, packed' --output runs/bench/cpu/sft.json
 	$(BENCH)/bench_sft.py $(IMAGES) --shape cpu_64 --output runs/bench/cpu/sft_64.json
 	$(BENCH)/bench_generate.py $(IMAGES) --output runs/bench/cpu/generate.json
 	$(BENCH)/bench_collator.py $(IMAGES)

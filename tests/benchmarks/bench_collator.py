@@ -1,15 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the self-questioning collator costs over TRL's stock vision collator, as a share of a training step.
+Extra cost of the self-questioning collator over TRL's stock vision collator, as a share of a training step.
 
 ```bash
 python tests/benchmarks/bench_collator.py --images vqa_rad/images
 ```
 
-The same batches go through TRL's collator (assistant-only loss, which needs `{% generation %}` markers), through ours,
-and through forward, backward and optimizer step of a tiny LLaVA. Medians of `--repeats` rounds over all batches, one
-process.
+The same batches are collated by TRL's collator (with assistant-only loss, which needs `{% generation %}` markers) and
+by ours. The training step is forward, backward and optimizer step of a tiny LLaVA. Figures are medians of `--repeats`
+rounds over all batches in one process.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from medst_trl.policy.loading import prepare_policy
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 
-def examples(folder: Path | None, count: int, turns: int) -> list[dict]:
-    """Conversations of a few turns about real images, or about noise of their size."""
-    paths = sorted(folder.iterdir())[:count] if folder else []
+def examples(directory: Path | None, count: int, turns: int) -> list[dict]:
+    """Return conversations of `turns` turns about real images or about noise of a similar size."""
+    paths = sorted(directory.iterdir())[:count] if directory else []
     rng = np.random.default_rng(0)
     noise = lambda: Image.fromarray(rng.integers(0, 255, (700, 700, 3), dtype=np.uint8))  # noqa: E731
     images = [Image.open(path).convert("RGB") for path in paths] or [noise() for _ in range(count)]
@@ -49,18 +49,18 @@ def examples(folder: Path | None, count: int, turns: int) -> list[dict]:
     return rows
 
 
-def seconds(function, batches) -> float:
-    begun = time.perf_counter()
+def seconds_per_batch(function, batches) -> float:
+    start = time.perf_counter()
     for batch in batches:
         function(batch)
-    return (time.perf_counter() - begun) / len(batches)
+    return (time.perf_counter() - start) / len(batches)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of images; noise of 700 x 700 pixels without it")
+    parser.add_argument("--images", type=Path, help="directory of images; default: noise of 700 x 700 pixels")
     parser.add_argument("--count", type=int, default=64, help="number of conversations")
-    parser.add_argument("--turns", type=int, default=4, help="question-answer pairs in a conversation")
+    parser.add_argument("--turns", type=int, default=4, help="number of question-answer pairs per conversation")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
@@ -82,12 +82,12 @@ def main() -> None:
     collated = [{k: v for k, v in ours(batch).items() if k != "question_mask"} for batch in batches]
     times = {"stock": [], "ours": [], "step": []}
     for _ in range(args.repeats + 1):  # the first round warms up
-        times["stock"].append(seconds(stock, batches))
-        times["ours"].append(seconds(ours, batches))
-        times["step"].append(seconds(step, collated))
+        times["stock"].append(seconds_per_batch(stock, batches))
+        times["ours"].append(seconds_per_batch(ours, batches))
+        times["step"].append(seconds_per_batch(step, collated))
     rounds = list(zip(*(times[name][1:] for name in ("stock", "ours", "step")), strict=True))
     for name, values in times.items():
-        print(f"{name:<5} {1000 * statistics.median(values[1:]):8.1f} ms a batch of {args.batch_size}")
+        print(f"{name:<5} {1000 * statistics.median(values[1:]):8.1f} ms per batch of {args.batch_size}")
     share = statistics.median((ours_ - stock_) / (stock_ + step_) for stock_, ours_, step_ in rounds)
     ratio = statistics.median(ours_ / stock_ for stock_, ours_, _ in rounds)
     print(f"ours / stock {ratio:.3f}; extra cost {100 * share:+.2f}% of a training step (stock collator + model)")

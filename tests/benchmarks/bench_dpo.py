@@ -1,25 +1,25 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-How long a step of DPO on images takes: ours, and TRL's DPOTrainer with its own vision collator.
+Time of a DPO step on images: ours, and TRL's DPOTrainer with its own vision collator.
 
 ```bash
 python tests/benchmarks/bench_dpo.py                                  # minutes on two cores
 python tests/benchmarks/bench_dpo.py --shape llava_7b --output dpo_7b.json
-python tests/benchmarks/bench_dpo.py --images vqa_rad/images          # real images instead of drawn ones
+python tests/benchmarks/bench_dpo.py --images vqa_rad/images          # real images instead of generated ones
 ```
 
-The same pairs, weights, batch size and settings; the loss of the first batch is compared before anything is timed. A
-repetition is one epoch of each trainer's own `train()`, collating included:
+All variants use the same pairs, weights, batch size and settings. The loss of the first batch is compared before
+anything is timed. A repetition is one epoch of each trainer's own `train()`, including collation:
 
-- `stock`: `trl.DPOTrainer`, reference computed in each step
-- `ours`: `MultimodalDPOTrainer` as it is by default, reference computed in each step
-- `ours, cached`: with `precompute_ref_log_probs`, so no reference in the step
+- `stock`: `trl.DPOTrainer`; the reference is computed in each step
+- `ours`: `MultimodalDPOTrainer` with default settings; the reference is computed in each step
+- `ours, cached`: with `precompute_ref_log_probs`; no reference is computed in the step
 
-"times stock" is the median (least, greatest) over the repetitions of stock's time divided by the way's own. The floor
-is what a way's operations take at the rate of a large matrix product on this machine; tokens are those of prompt and
-both answers, each counted once, whatever a trainer computes twice. The adapter of `llava_7b` is the paper's, new, so
-that its reference is the bare model.
+"times stock" is the time of stock divided by the time of the variant: the median over the repetitions, with minimum
+and maximum. The floor is the time that the operations of a variant would take at the rate of a large matrix product
+on this machine. The tokens of the prompt and of both answers count once, even if a trainer computes them twice.
+`llava_7b` has a new adapter with the paper's settings, so its reference is the base model.
 """
 
 import argparse
@@ -33,20 +33,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from flops import Layout, computed_again, fewer_operations, forward, training, weights_of
-from measure import Machine, Row, add_common_arguments, alternate, report, synchronise
+from flops import Layout, fewer_operations, forward, recomputed, training, weights_of
+from measure import Machine, Row, add_common_arguments, alternate, report, synchronize
 from shapes import SHAPES, Shape, answer_lengths, build_model, build_processor, preference_pairs, prompt_tokens
 from steps import (
     Epoch,
     batches_of,
     check_equal,
     common_arguments,
+    copy_model,
     copy_trained,
-    evaluated,
+    evaluation_loss,
     largest_that_fits,
-    nudge,
+    perturb,
     scored_positions,
-    twin,
 )
 from trl import DPOConfig, DPOTrainer
 
@@ -54,7 +54,7 @@ from medst_trl.policy.adapters import adapter_config
 from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer, WarnOfDisplacement
 
 
-WAYS = ("stock", "ours", "ours, cached")
+VARIANTS = ("stock", "ours", "ours, cached")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Setting:
     answers: str
     batch_size: int
     batches: int
-    ways: Sequence[str] = WAYS
+    variants: Sequence[str] = VARIANTS
     gradient_checkpointing: bool = False
     images: Path | None = None
 
@@ -77,54 +77,54 @@ class Setting:
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
-        """Tokens of the answers of each pair."""
+        """Numbers of tokens of the answers of each pair."""
         return list(itertools.islice(itertools.cycle(answer_lengths(self.answers)), self.batch_size * self.batches))
 
 
 def make_trainers(setting: Setting, model: "torch.nn.Module", cache: str) -> dict[str, DPOTrainer]:
-    """A trainer for each variant, all with the same weights, which differ slightly from the reference."""
+    """Make a trainer for each variant. All have the same weights, which differ slightly from the reference."""
     shape, trainers = setting.shape, {}
     dataset = preference_pairs(shape, build_processor(shape), setting.lengths, len(setting.lengths), setting.images)
     common = common_arguments(setting.batch_size, setting.device, shape.dtype, setting.gradient_checkpointing)
-    for way in setting.ways:
-        policy = twin(model, share_weights=shape.lora)
+    for variant in setting.variants:
+        policy = copy_model(model, share_weights=shape.lora)
         kwargs = {"model": policy, "train_dataset": dataset, "processing_class": build_processor(shape)}
         if shape.lora:
             kwargs["peft_config"] = adapter_config(policy)
-        if way == "stock":
-            if not shape.lora:  # it would load the reference from disk by name
-                kwargs["ref_model"] = twin(model, share_weights=False)
-            trainers[way] = DPOTrainer(args=DPOConfig(max_length=2048, **common), **kwargs)
+        if variant == "stock":
+            if not shape.lora:  # otherwise it would load the reference from disk by name
+                kwargs["ref_model"] = copy_model(model, share_weights=False)
+            trainers[variant] = DPOTrainer(args=DPOConfig(max_length=2048, **common), **kwargs)
         else:
-            cached = {"precompute_ref_log_probs": True, "ref_log_probs_dir": cache} if "cached" in way else {}
-            trainers[way] = MultimodalDPOTrainer(args=MultimodalDPOConfig(**common, **cached), **kwargs)
-            trainers[way].remove_callback(WarnOfDisplacement)  # likelihoods mean nothing here
+            cached = {"precompute_ref_log_probs": True, "ref_log_probs_dir": cache} if "cached" in variant else {}
+            trainers[variant] = MultimodalDPOTrainer(args=MultimodalDPOConfig(**common, **cached), **kwargs)
+            trainers[variant].remove_callback(WarnOfDisplacement)  # likelihoods have no meaning here
     for trainer in trainers.values():
-        copy_trained(trainers[setting.ways[0]].model, trainer.model)
+        copy_trained(trainers[setting.variants[0]].model, trainer.model)
     for trainer in trainers.values():
-        nudge(trainer.model)
+        perturb(trainer.model)
     return trainers
 
 
 def reference_seconds(trainer: DPOTrainer, device: torch.device) -> float:
-    """Time to compute the reference of a pair without loading data: the cost of caching it."""
+    """Return the seconds to compute the reference of a pair without loading data: the cost of caching it."""
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
-    synchronise(device)
-    begun = time.perf_counter()
+    synchronize(device)
+    start = time.perf_counter()
     for batch in batches:
         trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-    synchronise(device)
-    return (time.perf_counter() - begun) / len(trainer.train_dataset)
+    synchronize(device)
+    return (time.perf_counter() - start) / len(trainer.train_dataset)
 
 
-def operations(setting: Setting, trainer: DPOTrainer, way: str) -> tuple[float, float]:
+def operations(setting: Setting, trainer: DPOTrainer, variant: str) -> tuple[float, float]:
     """
-    Operations of an epoch as a way lays pairs out: those it cannot do without, and those executed, with padding and
-    what is computed twice.
+    Return the operations of an epoch with the layout of a variant: those needed, and those executed, with padding and
+    recomputation.
     """
     prompt, lengths = prompt_tokens(setting.shape), setting.lengths
-    labelled, batches = sum(map(sum, lengths)), batches_of(trainer)
-    if way == "stock":
+    labeled, batches = sum(map(sum, lengths)), batches_of(trainer)
+    if variant == "stock":
         rows = [prompt + length for pair in lengths for length in pair]
         padded = [batch["input_ids"].shape[1] for batch in batches for _ in batch["input_ids"]]
     else:
@@ -132,40 +132,40 @@ def operations(setting: Setting, trainer: DPOTrainer, way: str) -> tuple[float, 
         padded = [int(batch["shared_length"]) for batch in batches for _ in batch["prefix_length"]]
     config, policy = trainer.model.config, weights_of(trainer.model)
     reference = weights_of(trainer.model, with_adapter=False)
-    scored = scored_positions(setting.device, labelled, sum(padded) - len(padded))
-    needed, executed = Layout(len(rows), rows, labelled), Layout(len(rows), padded, scored)
+    scored = scored_positions(setting.device, labeled, sum(padded) - len(padded))
+    needed, executed = Layout(len(rows), rows, labeled), Layout(len(rows), padded, scored)
     totals = [training(config, policy, layout) for layout in (needed, executed)]
-    if "cached" not in way:
+    if "cached" not in variant:
         totals = [total + forward(config, reference, layout) for total, layout in zip(totals, (needed, executed))]
-    return totals[0], totals[1] + computed_again(config, policy, executed, setting.gradient_checkpointing)
+    return totals[0], totals[1] + recomputed(config, policy, executed, setting.gradient_checkpointing)
 
 
 def measure(setting: Setting, model: "torch.nn.Module", machine: Machine, repeats: int) -> list[Row]:
-    """The rows of one setting."""
+    """Measure all variants in one setting and return their rows."""
     with tempfile.TemporaryDirectory() as cache:
         trainers = make_trainers(setting, model, cache)
-    first = [trainers[setting.ways[0]].train_dataset[number] for number in range(setting.batch_size)]
-    losses = {way: evaluated(trainer, copy.deepcopy(first)) for way, trainer in trainers.items()}
+    first = [trainers[setting.variants[0]].train_dataset[number] for number in range(setting.batch_size)]
+    losses = {variant: evaluation_loss(trainer, copy.deepcopy(first)) for variant, trainer in trainers.items()}
     same = check_equal(losses, setting.shape.dtype)
-    epochs = {way: Epoch(trainer, setting.device) for way, trainer in trainers.items()}
+    epochs = {variant: Epoch(trainer, setting.device) for variant, trainer in trainers.items()}
     for epoch in epochs.values():
         epoch.warm_up()
     runs = alternate(epochs, repeats)
     caching = reference_seconds(trainers["ours"], setting.device) if {"ours", "ours, cached"} <= set(trainers) else 0.0
-    counted = {way: operations(setting, trainer, way) for way, trainer in trainers.items()}
+    counted = {variant: operations(setting, trainer, variant) for variant, trainer in trainers.items()}
     rows, pairs = [], len(setting.lengths)
-    for way in setting.ways:
-        needed, executed = counted[way]
-        once = caching if "cached" in way else 0.0
+    for variant in setting.variants:
+        needed, executed = counted[variant]
+        once = caching if "cached" in variant else 0.0
         notes = [
             f"{setting.batches} batches of {setting.batch_size}",
-            fewer_operations(*counted[setting.ways[0]], *counted[way]),
+            fewer_operations(*counted[setting.variants[0]], *counted[variant]),
         ]
-        notes += [same] if way == setting.ways[0] else []
-        notes += [f"its reference takes {1e3 * once:.3g} ms a pair, once"] if once else []
+        notes += [same] if variant == setting.variants[0] else []
+        notes += [f"computing its reference takes {1e3 * once:.3g} ms per pair, once"] if once else []
         rows.append(
             Row(
-                what=setting.what, way=way, unit="pair", runs=runs[way], stock=runs[setting.ways[0]],
+                what=setting.what, variant=variant, unit="pair", runs=runs[variant], stock=runs[setting.variants[0]],
                 tokens=prompt_tokens(setting.shape) + sum(map(sum, setting.lengths)) / pairs, flops=needed / pairs,
                 executed_flops=executed / pairs, floor_seconds=machine.seconds_for(needed / pairs), once_seconds=once,
                 notes="; ".join(notes),
@@ -179,12 +179,14 @@ def main(arguments: list[str] | None = None) -> dict:
     add_common_arguments(parser)
     parser.add_argument(
         "--lengths", nargs="*",
-        help="answer lengths: 80 (2 x 80 tokens), gpt (80-150, GPT-4's), short (MMedPO's), or a JSON file of "
+        help="answer lengths: 80 (2 x 80 tokens), gpt (80 to 150, GPT-4's), short (MMedPO's), or a JSON file of "
         "[[chosen, rejected], ...]. Default: 80 and short on a CPU, gpt and short on a GPU",
     )  # fmt: skip
-    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="the first is compared with")
-    parser.add_argument("--batch_size", type=int, help="pairs a batch; halved for all ways where one does not fit")
-    parser.add_argument("--batches", type=int, help="batches a repetition")
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="the first variant is the baseline"
+    )
+    parser.add_argument("--batch_size", type=int, help="pairs per batch; halved if memory runs out")
+    parser.add_argument("--batches", type=int, help="batches per repetition")
     args = parser.parse_args(arguments)
 
     shape, device = SHAPES[args.shape], torch.device(args.device or SHAPES[args.shape].device)
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for answers in args.lengths or (["gpt", "short"] if on_gpu else ["80", "short"]):
         for checkpointing in (True, False) if on_gpu else (False,):
             setting = Setting(
-                shape, device, answers, args.batch_size or shape.dpo[0], args.batches or shape.dpo[1], args.ways,
+                shape, device, answers, args.batch_size or shape.dpo[0], args.batches or shape.dpo[1], args.variants,
                 checkpointing, args.images,
             )  # fmt: skip
             rows += largest_that_fits(
@@ -204,7 +206,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 lambda size: measure(replace(setting, batch_size=size), model, machine, args.repeats),  # noqa: B023
             )
             gc.collect()
-    settings = {"shape": args.shape, "repeats": args.repeats, "images": "real" if args.images else "drawn"}
+    settings = {"shape": args.shape, "repeats": args.repeats, "images": "real" if args.images else "generated"}
     return report("DPO", settings, machine, rows, args.output)
 
 

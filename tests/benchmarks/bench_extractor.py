@@ -1,14 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Memory of the prototype extractor beside the released form, which builds (batch, centers, positions, channels).
+Memory of the prototype extractor, compared with the released code, whose tensors are (batch, centers, positions,
+channels).
 
 ```bash
 python tests/benchmarks/bench_extractor.py
 ```
 
-The most bytes of tensors alive at a time in a forward and backward pass in float32, outputs compared; the tests
-compare gradients, too, in float64. 12 GB of memory are enough.
+The figure is the peak size of all live tensors in a forward and backward pass in float32. The outputs are compared;
+the tests also compare gradients, in float64. Needs 12 GB of memory.
 """
 
 import argparse
@@ -26,10 +27,10 @@ from plain_extractor import plain
 from medst_trl import PrototypeExtractor
 
 
-def peak(form, extractor: PrototypeExtractor, x: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Bytes at the peak of a forward and backward pass, and the output."""
+def peak(implementation, extractor: PrototypeExtractor, x: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Return the peak bytes of a forward and backward pass, and the output."""
     with LiveBytes() as memory:
-        output = form(x)
+        output = implementation(x)
         torch.autograd.grad(output.square().mean(), [x, *extractor.parameters()])
     return memory.peak, output.detach()
 
@@ -46,10 +47,10 @@ def main() -> None:
     for channels_out in args.channels_out:
         extractor = PrototypeExtractor(args.channels, channels_out)
         x = torch.randn(args.batch_size, args.positions, args.channels, requires_grad=True)
-        ours, mine = peak(extractor, extractor, x)
+        ours, output = peak(extractor, extractor, x)
         theirs, expected = peak(lambda x, extractor=extractor: plain(extractor, x), extractor, x)
-        # Not element by element: in float32 a position between two centers may go to the other one.
-        assert (mine - expected).norm() < 0.05 * expected.norm(), "the two forms differ"
+        # Not element by element: in float32, a position between two centers may be assigned to the other one.
+        assert (output - expected).norm() < 0.05 * expected.norm(), "the two implementations differ"
         print(f"| {channels_out} | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB | {theirs / ours:.0f} |")
 
 

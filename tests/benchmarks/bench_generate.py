@@ -1,22 +1,23 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-How long it takes to ask a question about an image and to answer it twice: ours, and one text at a time.
+Time to generate a question about an image and two answers to it: ours, and one text per batch.
 
 ```bash
 python tests/benchmarks/bench_generate.py                                  # a minute on two cores
 python tests/benchmarks/bench_generate.py --shape llava_7b --output generate_7b.json
 ```
 
-- `batch 1`: as the first STLLaVA-Med code does it, `model.generate` for one text at a time, drawn by one global seed;
-  the image is preprocessed and encoded for each of the three texts
+- `batch 1`: as in the original STLLaVA-Med code, `model.generate` for one text per batch, with one global seed; the
+  image is preprocessed and encoded for each of the three texts
 - `ours`: `CandidateGenerator` with its own engine
 
-The same weights, images, kind of prompt and sampling (temperature 1.2, top-k 100, top-p 0.95). The terminator is made
-so unlikely that every text has exactly as many tokens as asked for. `batch 1` takes the first of the images alone, and
-figures are for one candidate (a question and two answers). The floor: prompts at the rate of a large matrix product;
-then, for each token, all weights and the cache at the rate of a copy, shared by the texts written at a time, or their
-operations where those take longer. A small model's weights may stay in a CPU's cache and then beat that floor.
+Both use the same weights, images, prompts and sampling (temperature 1.2, top-k 100, top-p 0.95). Terminators are
+suppressed, so every text has exactly the requested number of tokens. `batch 1` uses only the first of the images, and
+figures are per candidate (a question and two answers). The floor is the time of the prompts at the rate of a large
+matrix product plus the time of each token: reading all weights and the cache at the rate of a memory copy, shared by
+the texts of a batch, or computing the operations, whichever takes longer. Small weights may stay in the CPU's cache,
+and the measured time can then be below this floor.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from flops import Layout, decoding_bytes, forward, weights_of
-from measure import Machine, PeakMemory, Row, Run, add_common_arguments, alternate, report, synchronise
-from shapes import PROMPT_TOKENS, SHAPES, build_model, build_processor, unlabelled_images
+from measure import Machine, PeakMemory, Row, Run, add_common_arguments, alternate, report, synchronize
+from shapes import PROMPT_TOKENS, SHAPES, build_model, build_processor, unlabeled_images
 
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import Sampling, to_answer, to_ask
@@ -41,7 +42,7 @@ NUM_ANSWERS = 2
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a question and of an answer."""
+    """Numbers of tokens of a question and of an answer."""
 
     question: int
     answer: int
@@ -51,18 +52,18 @@ class Lengths:
         return self.question + NUM_ANSWERS * self.answer
 
 
-class EveryQuestion:
-    """Lets every text pass as a question: those of random weights are none."""
+class AcceptAll:
+    """Question filter that accepts every text, because models with random weights write no real questions."""
 
     def problem(self, reply, earlier=()) -> None:
         return None
 
 
-def never_ends(model, processor) -> None:
+def suppress_terminators(model, processor) -> None:
     """
-    Puts the terminator, and rows of the vocabulary that no token has, behind the 100 likeliest tokens, in place.
+    Keep terminators and vocabulary rows without a token out of the 100 most likely tokens, in place.
 
-    A score of zero is below half of the others.
+    Their logits become zero, which is below half of the other logits.
     """
     with torch.no_grad():
         head = model.get_output_embeddings().weight
@@ -70,8 +71,8 @@ def never_ends(model, processor) -> None:
         head[processor.tokenizer.all_special_ids] = 0
 
 
-def one_at_a_time(model, processor, dataset: Dataset, lengths: Lengths, seed: int = 0) -> list[list[str]]:
-    """The question and the answers about each image, each text by a `generate` of its own."""
+def one_text_per_batch(model, processor, dataset: Dataset, lengths: Lengths, seed: int = 0) -> list[list[str]]:
+    """Generate the question and the answers about each image, with one call of `generate` per text."""
     torch.manual_seed(seed)
 
     def write(messages: list[dict], image, max_new_tokens: int) -> str:
@@ -92,52 +93,52 @@ def one_at_a_time(model, processor, dataset: Dataset, lengths: Lengths, seed: in
     return candidates
 
 
-def generator(model, processor, lengths: Lengths, batch_size: int | None) -> CandidateGenerator:
-    """Ours, for texts of such lengths."""
+def make_generator(model, processor, lengths: Lengths, batch_size: int | None) -> CandidateGenerator:
+    """Make our generator for texts of the given lengths."""
     return CandidateGenerator(
         model, processor, num_questions=1, num_answers=NUM_ANSWERS, batch_size=batch_size,
         question_sampling=Sampling(max_new_tokens=lengths.question),
-        answer_sampling=Sampling(max_new_tokens=lengths.answer), question_filter=EveryQuestion(),
+        answer_sampling=Sampling(max_new_tokens=lengths.answer), question_filter=AcceptAll(),
     )  # fmt: skip
 
 
-def timed(device: torch.device, model, candidates: int, work) -> Run:
+def run_timed(device: torch.device, model, candidates: int, work) -> Run:
     with PeakMemory(device, lambda: [*model.parameters(), *model.buffers()]) as memory:
-        synchronise(device)
-        begun = time.perf_counter()
+        synchronize(device)
+        start = time.perf_counter()
         work()
-        synchronise(device)
-        seconds = time.perf_counter() - begun
+        synchronize(device)
+        seconds = time.perf_counter() - start
     return Run(seconds, candidates, peak_bytes=memory.peak_bytes)
 
 
 def floor(model, processor, machine: Machine, lengths: Lengths, texts: int, shared: bool) -> tuple[float, float]:
     """
-    Operations of a candidate, and the least seconds for it.
+    Return the operations of a candidate and the minimum time in seconds.
 
     Args:
-        texts (`int`): Answers written at a time.
-        shared (`bool`): Whether an image is encoded, and an answer's prompt read, once for all that need it.
+        texts (`int`): Number of answers per batch.
+        shared (`bool`): Whether each image and each prompt of answers is encoded only once.
     """
     config, weights = model.config, weights_of(model)
     image = Layout(images=1, lengths=(), scored=0)
-    ask = _prompt_tokens(processor, to_ask([], 1))
+    ask_tokens = _prompt_tokens(processor, to_ask([], 1))
     answer = _prompt_tokens(processor, to_answer([], 1, "")) + lengths.question
-    answer_prompts = 1 if shared else NUM_ANSWERS
+    num_answer_prompts = 1 if shared else NUM_ANSWERS
     images = 1 if shared else 1 + NUM_ANSWERS
-    prompts = images * forward(config, weights, image) + forward(config, weights, Layout(0, [ask], 1))
-    prompts += answer_prompts * forward(config, weights, Layout(0, [answer], 1))
-    seconds, a_token = machine.seconds_for(prompts), forward(config, weights, Layout(0, [1], 1))
+    prompts = images * forward(config, weights, image) + forward(config, weights, Layout(0, [ask_tokens], 1))
+    prompts += num_answer_prompts * forward(config, weights, Layout(0, [answer], 1))
+    seconds, per_token = machine.seconds_for(prompts), forward(config, weights, Layout(0, [1], 1))
     questions = max(1, texts // NUM_ANSWERS) if shared else 1
     for prompt, new, rows, draws in (
-        (ask, lengths.question, questions, 1),
+        (ask_tokens, lengths.question, questions, 1),
         (answer, lengths.answer, texts, NUM_ANSWERS),
     ):
         context = prompt + new / 2  # on average
         reading = decoding_bytes(config, weights, model.dtype.itemsize, rows, context) / machine.bytes_per_second
-        computing = machine.seconds_for(rows * a_token)
+        computing = machine.seconds_for(rows * per_token)
         seconds += draws * new * max(reading, computing) / rows
-    return prompts + lengths.candidate * a_token, seconds
+    return prompts + lengths.candidate * per_token, seconds
 
 
 def _prompt_tokens(processor, messages: list[dict]) -> int:
@@ -149,13 +150,11 @@ def _prompt_tokens(processor, messages: list[dict]) -> int:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
-    parser.add_argument("--num_images", type=int, help="images that ours asks about")
-    parser.add_argument("--num_images_at_batch_1", type=int, help="the first of them, which batch 1 asks about")
+    parser.add_argument("--num_images", type=int, help="number of images for ours")
+    parser.add_argument("--num_images_at_batch_1", type=int, help="number of images for batch 1, the first of them")
     parser.add_argument("--question_tokens", type=int)
     parser.add_argument("--answer_tokens", type=int)
-    parser.add_argument(
-        "--batch_size", type=int, help="texts ours writes at a time, instead of what it chooses itself"
-    )
+    parser.add_argument("--batch_size", type=int, help="texts per batch for ours; default: chosen automatically")
     args = parser.parse_args(arguments)
 
     shape, device = SHAPES[args.shape], torch.device(args.device or SHAPES[args.shape].device)
@@ -165,34 +164,36 @@ def main(arguments: list[str] | None = None) -> dict:
     machine = Machine.measure(device, shape.dtype, quick=args.shape == "tiny")
     processor = build_processor(shape)
     model = prepare_policy(build_model(shape, processor, device).requires_grad_(False), processor).eval()
-    never_ends(model, processor)
-    dataset = unlabelled_images(num_images, args.images)
-    few = dataset.select(range(at_batch_1))
-    generate = generator(model, processor, lengths, args.batch_size)
-    ways = {
-        "batch 1": lambda: timed(device, model, len(few), lambda: one_at_a_time(model, processor, few, lengths)),
-        "ours": lambda: timed(device, model, len(dataset), lambda: list(generate.outcomes(dataset))),
+    suppress_terminators(model, processor)
+    dataset = unlabeled_images(num_images, args.images)
+    first_images = dataset.select(range(at_batch_1))
+    generate = make_generator(model, processor, lengths, args.batch_size)
+    variants = {
+        "batch 1": lambda: run_timed(
+            device, model, len(first_images), lambda: one_text_per_batch(model, processor, first_images, lengths)
+        ),
+        "ours": lambda: run_timed(device, model, len(dataset), lambda: list(generate.outcomes(dataset))),
     }
-    one_at_a_time(model, processor, few.select([0]), Lengths(4, 4))
-    list(generator(model, processor, Lengths(4, 4), 4).outcomes(few))
-    runs = alternate(ways, args.repeats)
+    one_text_per_batch(model, processor, first_images.select([0]), Lengths(4, 4))
+    list(make_generator(model, processor, Lengths(4, 4), 4).outcomes(first_images))
+    runs = alternate(variants, args.repeats)
     texts = generate.engine.batch_size
     if args.batch_size is None and device.type == "cuda":
         texts = largest_batch(model, PROMPT_TOKENS, lengths.answer)
     texts = min(texts, NUM_ANSWERS * num_images)
     rows = []
-    for way in ways:
-        shared = way == "ours"
+    for variant in variants:
+        shared = variant == "ours"
         flops, seconds = floor(model, processor, machine, lengths, texts if shared else 1, shared)
         rows.append(
             Row(
                 what=f"a question of {lengths.question} and {NUM_ANSWERS} answers of {lengths.answer} tokens",
-                way=way, unit="candidate", tokens=lengths.candidate, runs=runs[way], stock=runs["batch 1"],
+                variant=variant, unit="candidate", tokens=lengths.candidate, runs=runs[variant], stock=runs["batch 1"],
                 flops=flops, floor_seconds=seconds,
-                notes=f"{num_images} images, {texts} texts at a time" if shared else f"{at_batch_1} images",
+                notes=f"{num_images} images, {texts} texts per batch" if shared else f"{at_batch_1} images",
             )
         )  # fmt: skip
-    settings = {"shape": args.shape, "repeats": args.repeats, "images": "real" if args.images else "drawn"}
+    settings = {"shape": args.shape, "repeats": args.repeats, "images": "real" if args.images else "generated"}
     return report("Generation", settings, machine, rows, args.output)
 
 

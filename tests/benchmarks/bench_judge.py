@@ -1,17 +1,17 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-How close the judge's client comes to what a faulty server allows.
+Throughput of the judge's client with a faulty server, as a share of the highest possible throughput.
 
 ```bash
-python tests/benchmarks/bench_judge.py                 # 2,000 pairs, 32 calls at a time
-python tests/benchmarks/bench_judge.py 500 16 0.5      # pairs, calls at a time, latency in seconds
+python tests/benchmarks/bench_judge.py                 # 2,000 pairs, 32 concurrent calls
+python tests/benchmarks/bench_judge.py 500 16 0.5      # pairs, concurrent calls, latency in seconds
 ```
 
-The server (in a process of its own) answers with 10% 429, 5% 500, 5% time-outs, 5% garbage and 2% truncated bodies.
-What it allows: the time that all calls spent with it, the failed and repeated ones included, divided by the calls that
-may be under way. The client's throughput is its share of that; the rest is its own overhead, slots left empty while
-calls wait to be repeated, and the tail of the run.
+The server runs in a separate process. Its responses are 10% 429, 5% 500, 5% timeouts, 5% garbage and 2% truncated
+bodies. The ideal time is the total time that all calls, including failed and repeated ones, spend at the server,
+divided by the number of concurrent calls. The throughput is the ideal time divided by the measured time. The rest is
+overhead of the client, slots that are empty while calls wait to be retried, and the end of the run.
 """
 
 import io
@@ -56,22 +56,23 @@ def measure(pairs: int, concurrency: int, latency: float, rates: dict[str, float
     from medst_trl.selftrain.judge.judgements import judge_statistics
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, latency, rates), daemon=True)
+    pipe, server_pipe = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve, args=(server_pipe, latency, rates), daemon=True)
     process.start()
-    judge = PairwiseJudge("judge", base_url=ours.recv(), concurrency=concurrency, timeout=TIMEOUT)
+    judge = PairwiseJudge("judge", base_url=pipe.recv(), concurrency=concurrency, timeout=TIMEOUT)
     rows = candidates(pairs)
-    begun, processor = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     judgements = list(judge(rows))
-    seconds, processor = time.perf_counter() - begun, time.process_time() - processor
-    ours.send("end")
-    busy, outcomes, most = ours.recv()
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    pipe.send("end")
+    busy, outcomes, most = pipe.recv()
     process.join()
     statistics = judge_statistics(judgements)
     return {
         "pairs": pairs, "concurrency": concurrency, "latency": latency, "seconds": round(seconds, 2),
         "allowed_seconds": round(busy / concurrency, 2), "throughput": round(busy / concurrency / seconds, 3),
-        "client_ms_a_call": round(1000 * processor / sum(outcomes.values()), 2), "most_at_once": most,
+        "client_ms_a_call": round(1000 * cpu_seconds / sum(outcomes.values()), 2), "most_at_once": most,
         "judged": statistics["judged"], "dropped": statistics["dropped"], "outcomes": outcomes,
     }  # fmt: skip
 
@@ -82,4 +83,4 @@ def main(pairs: int = 2000, concurrency: int = 32, latency: float = 0.5) -> None
 
 
 if __name__ == "__main__":
-    main(*(kind(word) for kind, word in zip((int, int, float), sys.argv[1:])))
+    main(*(kind(argument) for kind, argument in zip((int, int, float), sys.argv[1:])))

@@ -1,10 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-python tests/benchmarks/bench_prepare.py vqa_rad
+Images per second of `medst prepare`, compared with reading and decoding the files only.
 
-How many images a second `medst prepare` turns into datasets, beside what the disk and the JPEG decoder alone allow.
-The whole stage is timed (fingerprints of the input, decoding, hashing, writing), without the imports of Python.
+```bash
+python tests/benchmarks/bench_prepare.py vqa_rad
+```
+
+The whole stage is timed (fingerprints of the input, decoding, hashing, writing), without Python's imports.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import datasets  # noqa: F401  so that no import is timed
+import datasets  # noqa: F401  imported here so that the import is not timed
 import pyarrow.parquet  # noqa: F401
 from PIL import Image
 
@@ -30,23 +33,23 @@ def decode(path: Path) -> None:
 
 
 def measure(name: str, work, num_images: int, repeats: int) -> None:
-    """Prints the best of some runs: other work on the machine only ever makes them slower."""
+    """Print the best of `repeats` runs, because other work on the machine can only slow a run down."""
     best, best_cpu = float("inf"), float("inf")
     for _ in range(repeats):
         start, cpu = time.perf_counter(), time.process_time()
         work()
         best, best_cpu = min(best, time.perf_counter() - start), min(best_cpu, time.process_time() - cpu)
-    print(f"{name:32} {num_images / best:8.0f} images/s   {best_cpu / num_images * 1e3:6.2f} ms CPU an image")
+    print(f"{name:32} {num_images / best:8.0f} images/s   {best_cpu / num_images * 1e3:6.2f} ms CPU per image")
 
 
 def prepare(arguments: dict) -> None:
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        main(PrepareArguments(output_dir=folder + "/prepare", **arguments))
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(None):
+        main(PrepareArguments(output_dir=directory + "/prepare", **arguments))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of VQA-RAD, with its images in images/")
+    parser.add_argument("data", type=Path, help="directory of VQA-RAD with its images in images/")
     parser.add_argument("--source", default="vqa_rad", choices=["vqa_rad", "vqa_rad_mevf"])
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -64,9 +67,9 @@ if __name__ == "__main__":
 
     pixels = bytes(int(megapixels / len(files) * 3e6))
     stages = {
-        "read (disk or its cache)": lambda: run(Path.read_bytes),
+        "read (disk or file cache)": lambda: run(Path.read_bytes),
         "read, decode": lambda: run(decode),
-        "SHA-256 of as many bytes": lambda: run(lambda _: hashlib.sha256(pixels)),
+        "SHA-256 of the same bytes": lambda: run(lambda _: hashlib.sha256(pixels)),
         "read, decode, hash, strip": lambda: run(load_image),
         "medst prepare --source images": lambda: prepare(
             {"source": "images", "data_path": str(args.data / "images"), "num_workers": args.num_workers}

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks are scripts that find each other beside them; their tests find them here."""
+"""Put the directory of the benchmarks on the path: they are scripts that import each other by name."""
 
 import sys
 from pathlib import Path

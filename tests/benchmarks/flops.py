@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Operations of a training step and of generation, by formula: the floor under a time.
+"""Formulas for the operations of a training step and of generation, from which the floor of a time follows.
 
-A multiplication and an addition are two operations. Every weight matrix costs two for each token it reads; attention
-costs four for each query, key and channel, all keys counted, as dense attention computes them. The rest (norms,
-softmax, rotations) is left out. `torch.utils.flop_counter` counts the same, which a test looks at.
+A multiplication and an addition are two operations. A weight matrix costs two operations per weight and token, and
+attention four per query, key and channel, with all keys, as in dense attention. Norms, softmax and rotations are
+ignored. A test compares the formulas with `torch.utils.flop_counter`.
 """
 
 import re
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Layout:
     """
-    What goes through the model at once.
+    Input sizes of a forward pass.
 
     Args:
-        images (`int`): Images through the vision tower.
-        lengths (`Sequence[int]`): Tokens of each sequence the language model attends over, padding included.
-        scored (`int`): Tokens for which the output layer is computed.
+        images (`int`): Number of images that the vision tower encodes.
+        lengths (`Sequence[int]`): Number of tokens of each sequence of the language model, padding included.
+        scored (`int`): Number of tokens for which the output layer is computed.
     """
 
     images: int
@@ -37,7 +37,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers in the weight matrices that a token meets, by part, all and those trained."""
+    """Numbers of parameters in the weight matrices of each part: all, and the trained ones."""
 
     all: dict[str, int]
     trained: dict[str, int]
@@ -45,13 +45,15 @@ class Weights:
 
 def weights_of(model: "nn.Module", with_adapter: bool = True) -> Weights:
     """
+    Count the weights of a model.
+
     Args:
-        model (`nn.Module`): Vision-language model of LLaVA's kind, or a PEFT model of one.
-        with_adapter (`bool`): Whether an adapter counts; a reference with its adapter switched off has none.
+        model (`nn.Module`): LLaVA-like vision-language model, or a PEFT model of one.
+        with_adapter (`bool`): Whether to count the adapter. A reference with a disabled adapter has none.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts = model_parts(base)
-    every, trained = dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0)
+    all_weights, trained = dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0)
     for name, parameter in model.named_parameters():
         saved_twice = ".original_module." in name if with_adapter else ".modules_to_save." in name
         adapter = re.search(r"\.lora_[AB]\.", name)
@@ -64,9 +66,9 @@ def weights_of(model: "nn.Module", with_adapter: bool = True) -> Weights:
         layer = re.search(r"layers\.(\d+)\.", name)
         if part == "vision" and layer and int(layer[1]) in parts.unused_vision_layers:
             part = "unused vision"
-        every[part] += parameter.numel()
+        all_weights[part] += parameter.numel()
         trained[part] += parameter.numel() if parameter.requires_grad else 0
-    return Weights(every, trained)
+    return Weights(all_weights, trained)
 
 
 _PARTS = ("patches", "vision", "unused vision", "projector", "language", "head")
@@ -76,8 +78,8 @@ def _tokens(config, layout: Layout) -> dict[str, int]:
     patches = layout.images * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return {
         "patches": patches,
-        "vision": patches + layout.images,  # and the class token
-        "unused vision": patches + layout.images,  # computed all the same, without a gradient
+        "vision": patches + layout.images,  # with the class token
+        "unused vision": patches + layout.images,  # computed, but without a gradient
         "projector": patches,
         "language": sum(layout.lengths),
         "head": layout.scored,
@@ -85,7 +87,7 @@ def _tokens(config, layout: Layout) -> dict[str, int]:
 
 
 def attention(config, layout: Layout) -> dict[str, int]:
-    """Operations of attention, forward, by part."""
+    """Return the operations of attention in a forward pass, by part."""
     vision, text = config.vision_config, config.text_config
     side = (vision.image_size // vision.patch_size) ** 2 + 1
     layer = 4 * vision.hidden_size * layout.images * side**2
@@ -97,34 +99,34 @@ def attention(config, layout: Layout) -> dict[str, int]:
 
 
 def _unused_layers(config) -> range:
-    """Layers of the vision tower behind the one whose features are read."""
+    """Return the layers of the vision tower after the one whose features are used."""
     count, read = config.vision_config.num_hidden_layers, config.vision_feature_layer
     return range(read if read >= 0 else count + 1 + read, count)
 
 
 def forward(config, weights: Weights, layout: Layout) -> int:
-    """Operations of a forward pass."""
+    """Return the operations of a forward pass."""
     tokens = _tokens(config, layout)
     return 2 * sum(tokens[part] * weights.all[part] for part in _PARTS) + sum(attention(config, layout).values())
 
 
 def training(config, weights: Weights, layout: Layout) -> int:
     """
-    Operations of forward and backward: once more for the gradient of each layer's input, and once more for that of
-    each weight that is trained. Attention has two products back for each forward.
+    Return the operations of a forward and backward pass. The backward pass computes the gradients of the inputs and of
+    the trained weights, each with as many operations as the forward pass; for attention, it has twice as many.
     """
     tokens, attended = _tokens(config, layout), attention(config, layout)
-    # Pixels need no gradient, and what nothing is read from gets none.
+    # Pixels need no gradient, and unused layers get none.
     through = 2 * sum(tokens[part] * weights.all[part] for part in ("vision", "projector", "language", "head"))
     trained = 2 * sum(tokens[part] * weights.trained[part] for part in _PARTS if part != "unused vision")
     back = through + trained + 2 * (attended["vision"] + attended["language"])
     return forward(config, weights, layout) + back
 
 
-def computed_again(config, weights: Weights, layout: Layout, gradient_checkpointing: bool) -> int:
+def recomputed(config, weights: Weights, layout: Layout, gradient_checkpointing: bool) -> int:
     """
-    What is computed a second time for the backward pass: always the scores of attention and the output layer, and
-    under gradient checkpointing all layers.
+    Return the operations that the backward pass recomputes: always the attention scores and the output layer, and all
+    layers with gradient checkpointing.
     """
     attended = attention(config, layout)
     scores = (attended["vision"] + attended["language"]) // 2
@@ -135,16 +137,16 @@ def computed_again(config, weights: Weights, layout: Layout, gradient_checkpoint
 
 
 def fewer_operations(stock_needed: float, stock_executed: float, needed: float, executed: float) -> str:
-    """How stock's operations stand to those of a way, in words: the ratio that rates equal for both would give."""
+    """Describe the ratio of stock's operations to those of a variant, which is the speedup at equal rates."""
     return (
-        f"operations: stock has {stock_needed / needed:.2f} times as many, {stock_executed / executed:.2f} as executed"
+        f"operations of stock over these: {stock_needed / needed:.2f} needed, {stock_executed / executed:.2f} executed"
     )
 
 
-def decoding_bytes(config, weights: Weights, bytes_each: int, batch: int, context: int) -> int:
-    """Bytes that one decoding step reads: every weight of language model and output layer, and the cache."""
+def decoding_bytes(config, weights: Weights, bytes_per_value: int, batch: int, context: int) -> int:
+    """Return the bytes that a decoding step reads: the weights of language model and output layer, and the cache."""
     text = config.text_config
     key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * text.num_hidden_layers * key_value_heads * head_size * context * batch
-    return bytes_each * (weights.all["language"] + weights.all["head"] + cache)
+    return bytes_per_value * (weights.all["language"] + weights.all["head"] + cache)

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What all benchmarks share: alternating repetition, medians, memory, what the machine allows, and the table.
+"""Code that all benchmarks share: alternating repetitions, medians, memory, the machine's rates, and the table.
 
-A ratio only means something within one run: the ways to compare take turns in one process, in another order each
-time, and the ratio is taken within each repetition before its median is.
+Only ratios within one run are meaningful. The variants run alternately in one process, in changing order, and a ratio
+is the median of the ratios within each repetition.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import torch
 @dataclass
 class Run:
     """
-    One repetition of one way to do the work.
+    One repetition of a variant.
 
     Args:
-        seconds (`float`): From begin to end, the device's work included.
-        units (`int`): How many pairs, conversations, ... were done.
-        waited (`float`, *optional*): Seconds of those spent getting and collating data in the training process.
-        peak_bytes (`int`, *optional*): Most device memory of this way alone, see [`PeakMemory`]; `None` on a CPU.
+        seconds (`float`): Wall-clock time, including the work of the device.
+        units (`int`): Number of pairs, conversations, ... that were processed.
+        waited (`float`, *optional*): Seconds that the training process spent loading and collating data.
+        peak_bytes (`int`, *optional*): Peak device memory of this variant, see [`PeakMemory`]; `None` on a CPU.
     """
 
     seconds: float
@@ -37,31 +37,31 @@ class Run:
     peak_bytes: int | None = None
 
     @property
-    def seconds_a_unit(self) -> float:
+    def seconds_per_unit(self) -> float:
         return self.seconds / self.units
 
 
-def alternate(ways: Mapping[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:
+def alternate(variants: Mapping[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:
     """
-    Runs each way once in each repetition, every second repetition in reverse order, so that none always comes first.
+    Run each variant once per repetition, in reverse order in every second repetition, so that none is always first.
 
     Args:
-        ways (mapping of `str` to callable): What to compare, warm already.
-        repeats (`int`): Repetitions.
+        variants (mapping of `str` to callable): Variants to compare, already warmed up.
+        repeats (`int`): Number of repetitions.
 
     Returns:
-        `dict[str, list[Run]]`: The runs of each way, one for each repetition.
+        `dict[str, list[Run]]`: The runs of each variant, one per repetition.
     """
-    runs = {name: [] for name in ways}
+    runs = {name: [] for name in variants}
     for repetition in range(repeats):
-        for name in list(ways) if repetition % 2 == 0 else reversed(ways):
-            runs[name].append(ways[name]())
+        for name in list(variants) if repetition % 2 == 0 else reversed(variants):
+            runs[name].append(variants[name]())
     return runs
 
 
 @dataclass
 class Spread:
-    """Median, least and greatest of some figures."""
+    """Median, minimum and maximum of measurements."""
 
     median: float
     least: float
@@ -78,24 +78,24 @@ class Spread:
 @dataclass
 class Row:
     """
-    A line of the table: one way to do some work, beside stock and beside its floor. All but the runs is for one unit.
+    A row of the table: a variant, compared with the baseline and with its floor. Values are per unit, except the runs.
 
     Args:
-        what (`str`): The work and its setting, the same for the ways that are compared.
-        way (`str`): `"stock"`, `"ours"`, ...
-        unit (`str`): What is counted: `"pair"`, `"conversation"`, `"candidate"`.
-        tokens (`float`): Its tokens, each counted once however often a way computes it.
+        what (`str`): The setting, the same for all variants that are compared.
+        variant (`str`): `"stock"`, `"ours"`, ...
+        unit (`str`): What is counted: `"pair"`, `"conversation"` or `"candidate"`.
+        tokens (`float`): Number of tokens, each counted once even if a variant computes it several attempts.
         runs (`list[Run]`): The repetitions.
-        stock (`list[Run]`): Those of the way to compare with.
-        flops (`float`): Operations that this way of laying the work out cannot do without, see `flops.py`.
-        executed_flops (`float`, *optional*): The same with padding, and what gradient checkpointing computes again.
-        floor_seconds (`float`): The least time the machine's rates allow for them.
-        once_seconds (`float`, *optional*): Seconds spent on a unit once, before the first epoch; not in `runs`.
-        notes (`str`, *optional*): Whatever has to be known to read the figures.
+        stock (`list[Run]`): The repetitions of the baseline.
+        flops (`float`): Operations that the layout of this variant requires, see `flops.py`.
+        executed_flops (`float`, *optional*): Executed operations, with padding and recomputation.
+        floor_seconds (`float`): Minimum time for `flops` at the machine's rates.
+        once_seconds (`float`, *optional*): Seconds spent once, before the first epoch; not included in `runs`.
+        notes (`str`, *optional*): Notes on the figures.
     """
 
     what: str
-    way: str
+    variant: str
     unit: str
     tokens: float
     runs: list[Run]
@@ -108,32 +108,32 @@ class Row:
 
     @property
     def seconds(self) -> Spread:
-        """Seconds a unit."""
-        return Spread.of([run.seconds_a_unit for run in self.runs])
+        """Seconds per unit."""
+        return Spread.of([run.seconds_per_unit for run in self.runs])
 
     @property
     def speedup(self) -> Spread:
-        """Stock's time over this way's, within each repetition."""
+        """Time of the baseline over the time of this variant, within each repetition."""
         pairs = zip(self.stock, self.runs, strict=True)
-        return Spread.of([stock.seconds_a_unit / own.seconds_a_unit for stock, own in pairs])
+        return Spread.of([stock.seconds_per_unit / own.seconds_per_unit for stock, own in pairs])
 
     @property
     def speedup_without_data(self) -> Spread:
-        """The same without the time both spent getting and collating data."""
+        """The speedup without the time spent loading and collating data."""
         pairs = zip(self.stock, self.runs, strict=True)
         computing = lambda run: (run.seconds - run.waited) / run.units  # noqa: E731
         return Spread.of([computing(stock) / computing(own) for stock, own in pairs])
 
     @property
     def waited(self) -> float:
-        """Share of the time spent getting and collating data."""
+        """Share of the time spent loading and collating data."""
         return statistics.median(run.waited / run.seconds for run in self.runs)
 
     def as_json(self, machine: "Machine") -> dict:
-        """The row with all that follows from it, in SI units."""
+        """Return the row with all derived figures, in SI units."""
         median, peak, stock_peak = self.seconds.median, _peak(self.runs), _peak(self.stock)
         return {
-            "what": self.what, "way": self.way, "unit": self.unit, "tokens": self.tokens,
+            "what": self.what, "way": self.variant, "unit": self.unit, "tokens": self.tokens,
             "runs": [asdict(run) for run in self.runs], "seconds": asdict(self.seconds),
             "speedup": asdict(self.speedup), "speedup_without_data": asdict(self.speedup_without_data),
             "waited_share": self.waited, "units_per_second": 1 / median, "tokens_per_second": self.tokens / median,
@@ -155,16 +155,16 @@ class Row:
 @dataclass
 class Machine:
     """
-    What the machine allows, measured in the same run.
+    The rates of the machine, measured in the same run.
 
     Args:
-        device (`str`): Its name.
-        dtype (`str`): Type of the numbers.
-        threads (`int`): Threads of torch on a CPU.
-        matmul_flops (`float`): Operations a second of a large matrix product.
-        bytes_per_second (`float`): Bytes read and written a second when memory is copied.
-        data_sheet_flops (`float`, *optional*): What the maker says of the former, where TRL knows it.
-        versions (`dict[str, str]`): Of the libraries.
+        device (`str`): Name of the device.
+        dtype (`str`): Data type of the weights.
+        threads (`int`): Number of CPU threads of torch.
+        matmul_flops (`float`): Operations per second of a large matrix product.
+        bytes_per_second (`float`): Bytes read and written per second by a memory copy.
+        data_sheet_flops (`float`, *optional*): Peak operations per second in the data sheet, if TRL knows it.
+        versions (`dict[str, str]`): Versions of the libraries.
     """
 
     device: str
@@ -178,10 +178,12 @@ class Machine:
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype, quick: bool = False) -> "Machine":
         """
+        Measure the rates of a device.
+
         Args:
-            device (`torch.device`): Device that does the work.
-            dtype (`torch.dtype`): Type of the weights.
-            quick (`bool`): Small sizes that say nothing, for tests.
+            device (`torch.device`): Device to measure.
+            dtype (`torch.dtype`): Data type of the weights.
+            quick (`bool`): Whether to use small sizes, for tests only.
         """
         from trl.trainer.utils import get_peak_flops
 
@@ -201,37 +203,37 @@ class Machine:
         )
 
     def seconds_for(self, flops: float) -> float:
-        """The least time for so many operations."""
+        """Return the minimum time for the given number of operations."""
         return flops / self.matmul_flops
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _rate(device: torch.device, amount: float, work: Callable[[], object], times: int = 8) -> float:
-    """The best rate of some tries: what the machine can do."""
+def _rate(device: torch.device, amount: float, work: Callable[[], object], attempts: int = 8) -> float:
+    """Return the best rate of several attempts."""
     best = 0.0
-    for attempt in range(times + 2):  # the first two warm up
-        synchronise(device)
-        begun = time.perf_counter()
+    for attempt in range(attempts + 2):  # the first two are warm-up
+        synchronize(device)
+        start = time.perf_counter()
         work()
-        synchronise(device)
+        synchronize(device)
         if attempt >= 2:
-            best = max(best, amount / (time.perf_counter() - begun))
+            best = max(best, amount / (time.perf_counter() - start))
     return best
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """Operations a second of a square matrix product: 2 x side^3 of them."""
+    """Return the operations per second of a square matrix product, which has 2 x side^3 operations."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
     return _rate(device, 2 * side**3, lambda: torch.mm(left, right, out=out))
 
 
 def bytes_per_second(device: torch.device, megabytes: int) -> float:
-    """Bytes a second of a copy within the device's memory, read and written ones counted."""
+    """Return the bytes read and written per second by a copy within the device's memory."""
     source = torch.ones(megabytes * 2**20 // 4, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     return _rate(device, 2 * source.nbytes, lambda: target.copy_(source))
@@ -239,8 +241,8 @@ def bytes_per_second(device: torch.device, megabytes: int) -> float:
 
 class PeakMemory:
     """
-    The most CUDA memory one of several models in a process takes: what it holds all the time (`held`) and what comes
-    on top while it works. So the others, whose weights are in memory too, do not count. `None` on a CPU.
+    Measure the peak CUDA memory of one of several models in a process: its permanent memory (`held`) and what it
+    allocates while it works. The weights of the other models do not count. `None` on a CPU.
 
     Example:
     ```python
@@ -268,50 +270,50 @@ class PeakMemory:
 
 
 def bytes_of(tensors: Sequence[torch.Tensor], device: torch.device) -> int:
-    """Memory of some tensors on a kind of device, shared memory counted once."""
+    """Return the bytes of the tensors on the type of `device`, with shared memory counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-EXPLAINED = """\
-columns of the table: median [least, greatest] over the repetitions
-  ms                 a unit: a pair, a conversation, a candidate
-  times stock        time of the first way over the way's own, within each repetition
-  without data       the same without getting and collating data
-  tokens/s           each token of a unit counted once, however often a way computes it
-  waits for data     share of the time in which the training process gets and collates data
-  peak GiB           most GPU memory of this way alone, and as a share of the first way's
-  floor, ms          the least time for the operations (or bytes) a unit needs, at the rates measured in this run
-  of matmul peak     those operations a second over the rate of a large matrix product; then with padding, and what is
-                     computed twice; then over the rate of the data sheet
+COLUMN_HELP = """\
+columns of the table: median [minimum, maximum] over the repetitions
+  ms                 per unit: a pair, a conversation or a candidate
+  times stock        time of the first variant over that of the variant, within each repetition
+  without data       the same without loading and collating data
+  tokens/s           each token counts once, even if a variant computes it several times
+  data wait          share of the time in which the training process loads and collates data
+  peak GiB           peak GPU memory of the variant, and its ratio to that of the first variant
+  floor, ms          minimum time for the operations (or bytes) of a unit at the rates measured in this run
+  share of peak      those operations per second over the rate of a large matrix product; then with padding and
+                     recomputation; then over the rate in the data sheet
 """
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every benchmark, and what its table says."""
+    """Add the arguments of every benchmark and the explanation of its table."""
     from shapes import SHAPES
 
-    parser.epilog = EXPLAINED
+    parser.epilog = COLUMN_HELP
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu", help="model and data, see shapes.py")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions, each with every way once")
+    parser.add_argument("--repeats", type=int, default=5, help="number of repetitions of all variants")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
-    parser.add_argument("--images", type=Path, help="folder of JPEG files; drawn ones of the same size without it")
-    parser.add_argument("--device", help="default: that of the shape")
+    parser.add_argument("--images", type=Path, help="directory of JPEG files; default: generated images")
+    parser.add_argument("--device", help="default: the device of the shape")
 
 
 def report(bench: str, settings: Mapping, machine: Machine, rows: Sequence[Row], output: Path | None) -> dict:
     """
-    Prints a Markdown table and writes it all as JSON.
+    Print a Markdown table and write all figures as JSON.
 
     Args:
         bench (`str`): Name of the benchmark.
-        settings (mapping): What was measured.
-        machine ([`Machine`]): What it was measured on.
+        settings (mapping): Settings of the benchmark.
+        machine ([`Machine`]): Machine of the measurement.
         rows (sequence of [`Row`]): The results.
         output (`Path`, *optional*): JSON file to write.
 
     Returns:
-        `dict`: What the JSON file holds.
+        `dict`: The content of the JSON file.
     """
     result = {
         "bench": bench,
@@ -327,21 +329,21 @@ def report(bench: str, settings: Mapping, machine: Machine, rows: Sequence[Row],
 
 
 COLUMNS = (
-    "what", "way", "ms", "times stock", "without data", "units/s", "tokens/s", "waits for data", "peak GiB",
-    "floor, ms", "of matmul peak", "with padding and recomputing", "of data sheet",
+    "setting", "variant", "ms", "times stock", "without data", "units/s", "tokens/s", "data wait", "peak GiB",
+    "floor, ms", "share of matmul peak", "with padding and recomputation", "share of data sheet peak",
 )  # fmt: skip
 
 
 def markdown(result: Mapping) -> str:
-    """The table of what [`report`] writes. Figures are medians, with the least and greatest in brackets."""
+    """Return the table of a result of [`report`]: medians, with minimum and maximum in brackets."""
     machine = result["machine"]
     data_sheet = f"{machine['data_sheet_flops'] / 1e12:.3g} TFLOP/s" if machine["data_sheet_flops"] else "n/a"
     lines = [
         f"## {result['bench']}: {', '.join(f'{name} {value}' for name, value in result['settings'].items())}",
         "",
         f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads. Measured in this run: "
-        f"{machine['matmul_flops'] / 1e12:.3g} TFLOP/s of a large matrix product, "
-        f"{machine['bytes_per_second'] / 1e9:.3g} GB/s of a copy; data sheet: {data_sheet}. "
+        f"{machine['matmul_flops'] / 1e12:.3g} TFLOP/s for a large matrix product, "
+        f"{machine['bytes_per_second'] / 1e9:.3g} GB/s for a memory copy; data sheet: {data_sheet}. "
         + ", ".join(f"{name} {number}" for name, number in machine["versions"].items()),
         "",
         "| " + " | ".join(COLUMNS) + " |",
@@ -352,7 +354,7 @@ def markdown(result: Mapping) -> str:
         cells = (
             row["what"],
             row["way"],
-            f"{milliseconds} a {row['unit']}",
+            f"{milliseconds} per {row['unit']}",
             f"{Spread(**row['speedup'])}",
             _digits(row["speedup_without_data"]["median"]),
             _digits(row["units_per_second"]),

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: models built in code with random weights, and data of exact lengths in tokens.
+"""Models with random weights and data with exact token lengths for the benchmarks.
 
-Speed depends on sizes and lengths alone, so nothing is downloaded. The lengths are recorded from real data and given
-as numbers; the words are drawn.
+Speed depends only on sizes and lengths, so nothing is downloaded. The lengths are recorded from real data; the words
+are random.
 """
 
 import io
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Shape:
     """
-    Sizes of a LLaVA and of what is measured with it.
+    Sizes of a LLaVA model and of the data of its benchmarks.
 
     Args:
-        vision (`dict`): Of the CLIP vision tower, as `CLIPVisionConfig` names them.
-        text (`dict`): Of the Llama, as `LlamaConfig` names them.
-        dtype (`torch.dtype`): Type of the weights.
-        device (`str`): Where it is meant to run.
-        lora (`bool`): Whether the paper's adapter is trained, or all weights.
-        dpo (`tuple[int, int]`): Pairs a batch, batches a repetition.
-        sft (`tuple[int, int]`): Conversations a batch, batches a repetition.
+        vision (`dict`): Arguments of `CLIPVisionConfig` for the vision tower.
+        text (`dict`): Arguments of `LlamaConfig` for the language model.
+        dtype (`torch.dtype`): Data type of the weights.
+        device (`str`): Default device.
+        lora (`bool`): Whether to train the paper's adapter instead of all weights.
+        dpo (`tuple[int, int]`): Number of pairs per batch and of batches per repetition.
+        sft (`tuple[int, int]`): Number of conversations per batch and of batches per repetition.
         generation (`tuple[int, int, int, int]`):
-            Images, those of them that are also asked one text at a time, tokens of a question, tokens of an answer.
+            Number of images for ours, of images for `batch 1`, of tokens per question and of tokens per answer.
     """
 
     vision: dict
@@ -60,7 +60,7 @@ class Shape:
 
 
 SHAPES = {
-    # For tests: nothing about speed can be learned from it.
+    # For tests; its speed is meaningless.
     "tiny": Shape(
         vision={"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64,
                 "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -68,9 +68,9 @@ SHAPES = {
               "num_attention_heads": 2, "max_position_embeddings": 2048},
         dtype=torch.float32, device="cpu", lora=False, dpo=(2, 2), sft=(4, 2), generation=(3, 2, 8, 6),
     ),
-    # LLaVA-1.5's image (336 pixels, 576 tokens), so its lengths, on a model of which 5 repetitions of everything take
-    # minutes on two cores. Wide and deep enough (384, 4 layers) that matrix products and not Python take the time; the
-    # vision tower takes some 5% of the operations of a step as stock TRL does it, as in the 7B model (4%).
+    # LLaVA-1.5's image (336 pixels, 576 tokens) and so its lengths, with a model for which 5 repetitions of everything
+    # take minutes on two cores. It is wide and deep enough (384, 4 layers) that matrix products dominate, not Python.
+    # The vision tower has about 5% of the operations of a step of stock TRL, similar to the 7B model (4%).
     "cpu": Shape(
         vision={"image_size": 336, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512,
                 "num_hidden_layers": 4, "num_attention_heads": 2},
@@ -78,7 +78,7 @@ SHAPES = {
               "num_attention_heads": 6, "max_position_embeddings": 2048},
         dtype=torch.float32, device="cpu", lora=False, dpo=(2, 2), sft=(4, 2), generation=(8, 2, 24, 80),
     ),
-    # The same with 64 tokens an image, as SmolVLM and small images in Qwen-VL have: then texts make the lengths.
+    # The same with 64 tokens per image, as in SmolVLM and for small images in Qwen-VL: texts determine the lengths.
     "cpu_64": Shape(
         vision={"image_size": 112, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512,
                 "num_hidden_layers": 4, "num_attention_heads": 2},
@@ -96,21 +96,22 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-# LLaVA-1.5's prompt of a short question, its image and the template included.
+# Tokens of LLaVA-1.5's prompt with a short question, including the image and the template.
 PROMPT_TOKENS = 600
 
-# Tokens of answer pairs, the terminator included, by the tokenizer of Llama 2.
+# Tokens of answer pairs, including the terminator, with the tokenizer of Llama 2.
 ANSWER_LENGTHS = {
     "80": [(80, 80)],
-    # LLaVA-Med's 193 questions (`llava_med_eval_qa50_gpt4_judged.jsonl`): GPT-4's answer and LLaVA-Med's to the 30
-    # questions where both have 80 to 150 tokens.
+    # GPT-4's and LLaVA-Med's answers to 30 of LLaVA-Med's 193 questions (`llava_med_eval_qa50_gpt4_judged.jsonl`), for
+    # which both answers have 80 to 150 tokens.
     "gpt": [
         (142, 100), (147, 133), (112, 94), (95, 90), (132, 83), (125, 138), (136, 104), (91, 111), (88, 114),
         (96, 92), (116, 105), (81, 121), (150, 130), (124, 111), (102, 108), (92, 84), (116, 119), (124, 141),
         (102, 107), (81, 120), (85, 85), (115, 109), (129, 139), (102, 108), (145, 125), (116, 98), (148, 124),
         (121, 116), (103, 108), (130, 87),
     ],
-    # MMedPO's pairs about VQA-RAD (`mmedpo_vqa-rad_dpo_weighted.json`): chosen and rejected of every 56th of 1,797.
+    # Chosen and rejected answers of every 56th of MMedPO's 1,797 pairs about VQA-RAD
+    # (`mmedpo_vqa-rad_dpo_weighted.json`).
     "short": [
         (2, 44), (2, 23), (13, 18), (5, 19), (2, 14), (4, 13), (2, 16), (2, 18), (3, 3), (2, 23), (8, 37), (7, 18),
         (8, 31), (2, 35), (3, 15), (2, 14), (6, 26), (4, 113), (5, 15), (2, 20), (22, 43), (8, 19), (2, 22), (6, 20),
@@ -119,7 +120,7 @@ ANSWER_LENGTHS = {
 }  # fmt: skip
 
 # Tokens of question, answer, question, answer, ... of VQA-RAD's training questions as conversations about an image
-# (`medst prepare --source vqa_rad`): every 12th of 588, by the tokenizer of Llama 2.
+# (`medst prepare --source vqa_rad`): every 12th of 588, with the tokenizer of Llama 2.
 VQA_RAD_TURNS = [
     [9, 1, 9, 3, 8, 8, 8, 2], [10, 1, 12, 1, 9, 1], [10, 1, 20, 3, 23, 1, 7, 1], [11, 1, 13, 1, 9, 1, 10, 1],
     [14, 1], [10, 4, 9, 7, 8, 4], [9, 1, 7, 3, 8, 3], [6, 6, 10, 2, 8, 1], [8, 1, 9, 5, 9, 1], [8, 6, 13, 5, 15, 1],
@@ -137,8 +138,8 @@ VQA_RAD_TURNS = [
 
 def build_processor(shape: Shape) -> "LlavaProcessor":
     """
-    A processor of LLaVA-1.5's kind. Its template writes the beginning-of-sequence token itself, so that stock TRL,
-    which adds none, reads the same text.
+    Build a processor like LLaVA-1.5's. Its template contains the beginning-of-sequence token, so that stock TRL, which
+    does not add one, encodes the same text.
     """
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
@@ -148,7 +149,7 @@ def build_processor(shape: Shape) -> "LlavaProcessor":
         tokenizer=train_tokenizer(base_data.all_texts(), 1024),
         patch_size=shape.vision["patch_size"],
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the select strategy drops again
+        num_additional_image_tokens=1,  # CLIP's class token, which the select strategy removes
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -157,7 +158,7 @@ def build_model(
     shape: Shape, processor: "LlavaProcessor", device: torch.device, attention: str = "sdpa", seed: int = 0
 ) -> "LlavaForConditionalGeneration":
     """
-    A LLaVA with random weights, built on the device. Its vocabulary has rows to spare, so `<vusr>` changes nothing.
+    Build a LLaVA with random weights on the device. Its vocabulary has spare rows, so `<vusr>` does not resize it.
     """
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -177,18 +178,18 @@ def build_model(
 
 
 def known_words(processor: "LlavaProcessor") -> list[str]:
-    """Words that are one token behind a blank and at the beginning of a line."""
+    """Return the words that are a single token after a space and at the start of a line."""
     tokens = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     newline = len(tokens("\n"))
     return [w for w in base_data.WORDS if len(tokens(f" {w}")) == 1 and len(tokens(f"\n{w}")) == newline + 1]
 
 
-def some_images(count: int, folder: Path | None, seed: int = 0) -> Iterator[bytes]:
-    """JPEG files: those of a folder, over and over, or drawn ones of 0.65 megapixels, the mean of VQA-RAD."""
+def image_files(count: int, directory: Path | None, seed: int = 0) -> Iterator[bytes]:
+    """Yield JPEG files: those of a directory, repeated, or generated ones of 0.65 megapixels, the mean of VQA-RAD."""
     from PIL import Image as PILImage
 
-    if folder is not None:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    if directory is not None:
+        paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
         yield from (path.read_bytes() for path in islice(cycle(paths), count))
         return
     rng = np.random.default_rng(seed)
@@ -201,7 +202,7 @@ def some_images(count: int, folder: Path | None, seed: int = 0) -> Iterator[byte
 
 def answer_lengths(name_or_file: str) -> list[tuple[int, int]]:
     """
-    Tokens of chosen and rejected answers, by name (see `ANSWER_LENGTHS`) or from a JSON file: `[[120, 95], ...]`.
+    Return the tokens of chosen and rejected answers, from `ANSWER_LENGTHS` or from a JSON file: `[[120, 95], ...]`.
     """
     if name_or_file in ANSWER_LENGTHS:
         return ANSWER_LENGTHS[name_or_file]
@@ -217,7 +218,7 @@ def preference_pairs(
     seed: int = 0,
 ) -> Dataset:
     """
-    Pairs whose prompts have exactly [`prompt_tokens`] tokens and whose answers those of `lengths`, in turn.
+    Make pairs with prompts of exactly [`prompt_tokens`] tokens and answers of the given lengths, which are repeated.
 
     Returns:
         `Dataset`: Columns `id`, `images`, `prompt`, `chosen`, `rejected`.
@@ -228,9 +229,9 @@ def preference_pairs(
     messages = List({"role": Value("string"), "content": List(part)})
     features = Features({"id": Value("string"), "images": List(Image())} | dict.fromkeys(_MESSAGE_COLUMNS, messages))
     rows = []
-    for number, image in enumerate(some_images(count, images)):
+    for number, image in enumerate(image_files(count, images)):
         chosen, rejected = lengths[number % len(lengths)]
-        # They differ in their first words: equal answers would be rejected.
+        # Different first words, because pairs with equal answers are rejected.
         first, other = rng.sample(words, 2)
         question = _words(words, question_words, rng)
         rows.append(
@@ -249,7 +250,7 @@ _MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def prompt_tokens(shape: Shape) -> int:
-    """Tokens of a preference pair's prompt: 600 where an image has 576, else 24 more than an image has."""
+    """Return the tokens of a preference pair's prompt: 24 more than an image has, and so 600 for 576 image tokens."""
     return shape.image_tokens + PROMPT_TOKENS - 576
 
 
@@ -261,15 +262,15 @@ def conversations(
     images: Path | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Conversations about images with questions and answers of exact lengths, in turn."""
+    """Make conversations about images with questions and answers of exactly the given lengths, which are repeated."""
     words, rng = known_words(processor), random.Random(seed)
     rows = []
-    for number, image in enumerate(some_images(count, images)):
+    for number, image in enumerate(image_files(count, images)):
         messages = []
-        for place, length in enumerate(turns[number % len(turns)]):
-            opening = [] if messages else [image_part()]
-            role = "assistant" if place % 2 else "user"
-            messages.append(message(role, [*opening, text_part(_words(words, length, rng))]))
+        for turn, length in enumerate(turns[number % len(turns)]):
+            image_parts = [] if messages else [image_part()]
+            role = "assistant" if turn % 2 else "user"
+            messages.append(message(role, [*image_parts, text_part(_words(words, length, rng))]))
         rows.append(
             {
                 "id": f"c{number}",
@@ -281,18 +282,18 @@ def conversations(
     return Dataset.from_list(rows, features=instruct_features())
 
 
-def unlabelled_images(count: int, images: Path | None = None, seed: int = 0) -> Dataset:
-    """Images to ask about, as `medst prepare --source images` gives them."""
+def unlabeled_images(count: int, images: Path | None = None, seed: int = 0) -> Dataset:
+    """Make a dataset of images without conversations, like that of `medst prepare --source images`."""
     rows = [
         {"id": f"u{number}", "images": [{"bytes": image, "path": None}], "image_ids": [f"i{number}"], "messages": []}
-        for number, image in enumerate(some_images(count, images, seed))
+        for number, image in enumerate(image_files(count, images, seed))
     ]
     return Dataset.from_list(rows, features=instruct_features())
 
 
 def _words(words: list[str], count: int, rng: random.Random, first: str | None = None) -> str:
-    drawn = [rng.choice(words) for _ in range(count)]
-    return " ".join([first, *drawn[1:]] if first and drawn else drawn)
+    chosen_words = [rng.choice(words) for _ in range(count)]
+    return " ".join([first, *chosen_words[1:]] if first and chosen_words else chosen_words)
 
 
 def _answer(text: str) -> dict:

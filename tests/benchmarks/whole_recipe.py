@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-How long the paper's whole recipe takes on one device, from what the benchmarks have measured there.
+Estimate the time of the paper's whole recipe on one device from the results of the benchmarks.
 
 ```bash
 python tests/benchmarks/bench_sft.py --shape llava_7b --output runs/bench/sft.json
@@ -10,10 +10,10 @@ python tests/benchmarks/bench_dpo.py --shape llava_7b --output runs/bench/dpo.js
 python tests/benchmarks/whole_recipe.py runs/bench/*.json
 ```
 
-STLLaVA-Med (https://huggingface.co/papers/2406.19973), which took 4 A100 for 10 hours: 37k conversations, a question
-about each of 10k images and two answers, 10k pairs. Each figure is a count of the paper times a measured time; what
-was not measured is not counted: loading, saving, evaluation, and the judge, which waits for a server. Conversations
-and answers are as long as those measured.
+STLLaVA-Med (https://huggingface.co/papers/2406.19973) was trained on 4 A100 GPUs in 10 hours: 37k conversations, a
+question and two answers for each of 10k images, and 10k pairs. Each figure is a count of the paper multiplied by a
+measured time. Loading, saving, evaluation and the judge, which depends on a server, are not included. The lengths of
+conversations and answers are those of the benchmarks.
 """
 
 import argparse
@@ -29,10 +29,10 @@ class Item:
     A part of the recipe.
 
     Args:
-        bench (`str`): Benchmark that measures it.
-        name (`str`): What it is.
-        count (`int`): Of what the benchmark counts.
-        baseline (`str`): How the benchmark calls the way without ours.
+        bench (`str`): Benchmark that measures the part.
+        name (`str`): Name in the table.
+        count (`int`): Number of units of the benchmark.
+        baseline (`str`): Name of the baseline in the benchmark.
     """
 
     bench: str
@@ -50,19 +50,19 @@ ITEMS = (
 
 def read(files: Sequence[Path]) -> dict[str, dict]:
     """
-    The results by benchmark.
+    Read the results, by benchmark.
 
     Raises:
-        SystemExit: if one is missing or there twice, or they are of different devices or models.
+        SystemExit: If a result is missing or given twice, or if the results are of different devices or shapes.
     """
     results = {}
     for file in files:
         result = json.loads(file.read_text())
         if result["bench"] in results:
-            raise SystemExit(f"{file}: there are two results of {result['bench']}; give one of each.")
+            raise SystemExit(f"{file}: {result['bench']} has two results. Give one result per benchmark.")
         results[result["bench"]] = result
     if missing := [item.bench for item in ITEMS if item.bench not in results]:
-        raise SystemExit(f"No result of {', '.join(missing)}: run that benchmark with --output first.")
+        raise SystemExit(f"No result of {', '.join(missing)}. Run the benchmark with --output first.")
     for what, values in {
         "devices": {result["machine"]["device"] for result in results.values()},
         "shapes": {result["settings"]["shape"] for result in results.values()},
@@ -72,25 +72,27 @@ def read(files: Sequence[Path]) -> dict[str, dict]:
     return results
 
 
-def seconds_a_unit(row: dict, epochs: int) -> float:
-    """So many epochs, and what is done once before them."""
+def seconds_per_unit(row: dict, epochs: int) -> float:
+    """Return the seconds per unit of all epochs and of the work that is done once before them."""
     return epochs * row["seconds"]["median"] + row["once_seconds"]
 
 
 def fastest(rows: Sequence[dict], baseline: str, epochs: int) -> tuple[dict, dict]:
-    """The fastest row of ours in the first setting that was measured, and that of the baseline."""
+    """Return the fastest row of ours in the first setting, and the fastest row of the baseline."""
     first = rows[0]["what"].removesuffix(", checkpointing")
     rows = [row for row in rows if row["what"].removesuffix(", checkpointing") == first]
-    by_time = lambda row: seconds_a_unit(row, epochs)  # noqa: E731
+    by_time = lambda row: seconds_per_unit(row, epochs)  # noqa: E731
     ours = min((row for row in rows if row["way"].startswith("ours")), key=by_time)
     return ours, min((row for row in rows if row["way"] == baseline), key=by_time)
 
 
 def whole_recipe(results: dict[str, dict], epochs: dict[str, int]) -> str:
     """
+    Make a table of the time of each part of the recipe.
+
     Args:
-        results (`dict`): From [`read`].
-        epochs (`dict[str, int]`): How often each benchmark's data is gone through.
+        results (`dict`): Results from [`read`].
+        epochs (`dict[str, int]`): Number of epochs, by benchmark.
 
     Returns:
         `str`: A Markdown table.
@@ -99,17 +101,17 @@ def whole_recipe(results: dict[str, dict], epochs: dict[str, int]) -> str:
     lines = [
         f"One {any_result['machine']['device']}, shape {any_result['settings']['shape']}:",
         "",
-        "| item | count | measured | hours | without ours |",
+        "| item | count | measured | hours | baseline, hours |",
         "|---|---|---|---|---|",
     ]
-    hours, without = {}, 0.0
+    hours, baseline_hours = {}, 0.0
     for item in ITEMS:
         ours, baseline = fastest(results[item.bench]["rows"], item.baseline, epochs[item.bench])
         hours[item.name], stock = (
-            item.count * seconds_a_unit(row, epochs[item.bench]) / 3600 for row in (ours, baseline)
+            item.count * seconds_per_unit(row, epochs[item.bench]) / 3600 for row in (ours, baseline)
         )
-        without += stock
-        measured = f"{1e3 * ours['seconds']['median']:.3g} ms a {ours['unit']}"
+        baseline_hours += stock
+        measured = f"{1e3 * ours['seconds']['median']:.3g} ms per {ours['unit']}"
         measured += f" and {1e3 * ours['once_seconds']:.3g} once" if ours["once_seconds"] else ""
         lines.append(
             f"| {item.name} ({ours['what']}; {ours['way']}) | {item.count:,} x {epochs[item.bench]} | {measured}, "
@@ -118,7 +120,7 @@ def whole_recipe(results: dict[str, dict], epochs: dict[str, int]) -> str:
     total = sum(hours.values())
     largest = sorted(hours, key=hours.get, reverse=True)[:2]
     lines += [
-        f"| all | | | {total:.2f} | {without:.2f} |",
+        f"| total | | | {total:.2f} | {baseline_hours:.2f} |",
         "",
         "The two largest items: " + ", ".join(f"{name} ({hours[name] / total:.0%})" for name in largest) + ".",
     ]
