@@ -284,7 +284,8 @@ columns of the table: median [minimum, maximum] over the repetitions
   data wait          share of the time in which the training process loads and collates data
   peak GiB           peak GPU memory of the variant, and its ratio to that of the first variant
   floor, ms          minimum time for the operations (or bytes) of a unit at the rates measured in this run
-  share of peak      those operations per second over the rate of a large matrix product; then with padding and
+  share of matmul peak
+                     those operations per second over the rate of a large matrix product; then with padding and
                      recomputation; then over the rate in the data sheet
 """
 
