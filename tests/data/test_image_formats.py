@@ -86,12 +86,12 @@ def test_monochrome1_is_inverted(tmp_path):
     assert np.array_equal(load_pixels(monochrome2), 255 - load_pixels(inverted))
 
 
-def test_colour_is_kept(tmp_path):
+def test_colors_are_kept(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert np.array_equal(load_pixels(save_dicom(tmp_path / "a.dcm", values, "RGB")), values)
 
 
-def test_dicom_is_recognised_by_content_without_its_suffix(tmp_path):
+def test_dicom_is_recognized_without_its_suffix(tmp_path):
     path = save_dicom(tmp_path / "a.dcm", RAMP)
     assert np.array_equal(
         load_pixels(path.rename(tmp_path / "IM000001")), load_pixels(save_dicom(tmp_path / "b.dcm", RAMP))

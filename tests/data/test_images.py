@@ -75,7 +75,7 @@ def test_8_bit_images_keep_their_pixels(tmp_path, name):
     kept = Image.open(io.BytesIO(stored.bytes))
     assert kept.mode in ("L", "RGB") and kept.format in ("JPEG", "PNG")
     if name in ("grey.jpg", "rgb.jpg", "progressive.jpg", "subsampled.jpg", "restarts.jpg"):
-        assert kept.format == "JPEG", "not encoded again"
+        assert kept.format == "JPEG", "the JPEG is encoded again"
 
 
 @pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("I;16", "a.tif"), ("I", "a.tif"), ("F", "a.tif")])

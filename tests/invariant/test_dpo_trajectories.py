@@ -64,14 +64,14 @@ def assert_shared(shared: Trajectory, separate: Trajectory) -> None:
 
 @pytest.mark.parametrize("loss_types", LOSSES, ids="+".join)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_shared_prefix(tmp_path, policy, loss_types):
+def test_prefix_sharing_does_not_change_the_trajectory(tmp_path, policy, loss_types):
     shared, separate = dpo(tmp_path, policy=policy, loss_type=list(loss_types)), baseline(policy, *loss_types)
     assert_shared(shared, separate)
     assert_same(shared, separate, TOLERANCE)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_shared_prefix_with_truncated_answers(tmp_path, policy):
+def test_prefix_sharing_with_truncated_answers_does_not_change_the_trajectory(tmp_path, policy):
     settings = {"policy": policy, "max_length": 80}
     trainer = make_trainer(tmp_path / "shared", rows=pairs(), **DESCENT, **settings)
     assert 0 < trainer.pairs.truncated < len(trainer.train_dataset)
@@ -80,7 +80,7 @@ def test_shared_prefix_with_truncated_answers(tmp_path, policy):
     assert_same(shared, separate, TOLERANCE)
 
 
-def test_shared_prefix_without_images(tmp_path):
+def test_prefix_sharing_without_images_does_not_change_the_trajectory(tmp_path):
     rows = pairs(with_images=False)
     shared, separate = (dpo(tmp_path / str(share), rows=rows, share_prefix=share) for share in (True, False))
     assert_shared(shared, separate)
@@ -88,7 +88,7 @@ def test_shared_prefix_without_images(tmp_path):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_shared_prefix_in_every_family(tmp_path, family):
+def test_prefix_sharing_does_not_change_the_trajectory_of_any_family(tmp_path, family):
     shared, separate = (
         dpo(tmp_path / str(share), policy=tiny_model(family), share_prefix=share) for share in (True, False)
     )
@@ -96,7 +96,7 @@ def test_shared_prefix_in_every_family(tmp_path, family):
     assert_same(shared, separate, TOLERANCE)
 
 
-def test_shared_prefix_in_half_precision(tmp_path):
+def test_prefix_sharing_hardly_changes_the_trajectory_in_half_precision(tmp_path):
     settings = {"bf16": True, "use_cpu": True}
     shared, separate = (dpo(tmp_path / str(share), share_prefix=share, **settings) for share in (True, False))
     assert_shared(shared, separate)
@@ -105,7 +105,7 @@ def test_shared_prefix_in_half_precision(tmp_path):
 
 @pytest.mark.parametrize("share_prefix", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("policy", "use_reentrant"), [*((p, False) for p in POLICIES), ("continued_adapter", True)])
-def test_gradient_checkpointing(tmp_path, policy, use_reentrant, share_prefix):
+def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, policy, use_reentrant, share_prefix):
     checkpointed = dpo(
         tmp_path, policy=policy, share_prefix=share_prefix, gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
@@ -116,7 +116,7 @@ def test_gradient_checkpointing(tmp_path, policy, use_reentrant, share_prefix):
 
 @pytest.mark.parametrize("share_prefix", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_cached_reference(tmp_path, policy, share_prefix):
+def test_a_cached_reference_does_not_change_the_trajectory(tmp_path, policy, share_prefix):
     settings = {"policy": policy, "share_prefix": share_prefix, "precompute_ref_log_probs": True}
     settings["ref_log_probs_dir"] = str(tmp_path / "cache")
     written, read = (dpo(tmp_path / run, **settings) for run in ("writes_cache", "reads_cache"))
@@ -127,7 +127,7 @@ def test_cached_reference(tmp_path, policy, share_prefix):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-def test_shared_prefix_on_two_ranks(tmp_path, policy):
+def test_prefix_sharing_on_two_ranks_does_not_change_the_trajectory(tmp_path, policy):
     settings = {**DESCENT, "policy": policy}
     one = follow(make_trainer(tmp_path / "one", per_device_train_batch_size=4, share_prefix=False, **settings))
     two = follow_ranks("tiny_dpo.py", tmp_path / "two", 2, per_device_train_batch_size=2, **settings)

@@ -48,13 +48,13 @@ def assert_packed(packed: Trajectory, padded: Trajectory) -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_packing(tmp_path, lora):
+def test_packing_does_not_change_the_trajectory(tmp_path, lora):
     packed = sft(tmp_path, lora=lora, pack_sequences=True)
     assert_packed(packed, baseline(lora))
     assert_same(packed, baseline(lora), TOLERANCE)
 
 
-def test_packing_with_truncated_and_rejected_conversations(tmp_path):
+def test_packing_truncated_and_rejected_conversations_does_not_change_the_trajectory(tmp_path):
     rows = conversations()
     rows[5]["messages"][1]["content"][0]["text"] = "very " * 200
     packed, padded = (
@@ -65,7 +65,7 @@ def test_packing_with_truncated_and_rejected_conversations(tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in MODELS if family not in ("gemma-3", "internvl")])
-def test_packing_in_every_family_that_separates_conversations(tmp_path, family):
+def test_packing_does_not_change_the_trajectory_of_any_family_that_separates_conversations(tmp_path, family):
     packed, padded = (
         sft(tmp_path / str(pack), policy=(*tiny_model(family), None), lora=False, pack_sequences=pack)
         for pack in (True, False)
@@ -74,7 +74,7 @@ def test_packing_in_every_family_that_separates_conversations(tmp_path, family):
     assert_same(packed, padded, TOLERANCE)
 
 
-def test_packing_in_half_precision(tmp_path):
+def test_packing_hardly_changes_the_trajectory_in_half_precision(tmp_path):
     packed, padded = (
         sft(tmp_path / str(pack), pack_sequences=pack, bf16=True, use_cpu=True) for pack in (True, False)
     )
@@ -86,7 +86,7 @@ def test_packing_in_half_precision(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "use_reentrant"), [(True, False), (True, True), (False, False)], ids=["lora", "reentrant", "full"]
 )
-def test_gradient_checkpointing(tmp_path, lora, use_reentrant, pack):
+def test_gradient_checkpointing_does_not_change_the_trajectory(tmp_path, lora, use_reentrant, pack):
     checkpointed = sft(
         tmp_path, lora=lora, pack_sequences=pack, gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
@@ -97,7 +97,7 @@ def test_gradient_checkpointing(tmp_path, lora, use_reentrant, pack):
 
 @pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_accumulated_gradients(tmp_path, lora, pack):
+def test_gradient_accumulation_does_not_change_the_trajectory(tmp_path, lora, pack):
     accumulated = sft(
         tmp_path, lora=lora, pack_sequences=pack, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
@@ -107,7 +107,7 @@ def test_accumulated_gradients(tmp_path, lora, pack):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_packing_on_two_ranks(tmp_path, lora):
+def test_packing_on_two_ranks_does_not_change_the_trajectory(tmp_path, lora):
     settings = {**SETTINGS, "lora": lora, "n": 40}
     one = follow(make_trainer(tmp_path / "one", **settings))
     settings |= {"per_device_train_batch_size": 4, "pack_sequences": True}

@@ -23,7 +23,7 @@ from medst_trl.training.encoding import IGNORED
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adding_twice_changes_nothing(family):
+def test_adding_the_token_twice_changes_nothing(family):
     processor = FAMILIES[family]()
     token_id, template, size = add_vusr(processor), processor.chat_template, len(processor.tokenizer)
     assert (add_vusr(processor), processor.chat_template, len(processor.tokenizer)) == (token_id, template, size)

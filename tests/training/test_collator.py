@@ -139,7 +139,7 @@ def test_persistent_workers_see_the_next_epoch(workers):
 @given(turns=st.integers(1, 6), images=st.integers(0, 2), max_length=st.integers(1, 400), asked=st.booleans())
 def test_truncation_ends_after_an_answer_and_never_inside_an_image(family, turns, images, max_length, asked):
     example, ratio = _long_conversation(turns, images), float(asked)
-    whole = _collator(family, sq_ratio=ratio)([example])
+    untruncated = _collator(family, sq_ratio=ratio)([example])
     batch = _collator(family, sq_ratio=ratio, max_length=max_length)([example])
     if "rejected" in batch:
         assert batch["rejected"] == {"r1": "too_long"} and (batch["labels"] == IGNORED).all()
@@ -148,16 +148,16 @@ def test_truncation_ends_after_an_answer_and_never_inside_an_image(family, turns
         assert first_answer_ends >= max_length
         return
     length = batch["input_ids"].shape[1]
-    assert length <= max_length or length == whole["input_ids"].shape[1] <= max_length
+    assert length <= max_length or length == untruncated["input_ids"].shape[1] <= max_length
     labels = batch["labels"][0]
     end = int((labels != IGNORED).nonzero()[-1]) + 1  # only the template's closing text follows
-    assert batch["input_ids"][0, :end].tolist() == whole["input_ids"][0, :end].tolist()
-    assert labels.tolist() == whole["labels"][0, :length].tolist()
+    assert batch["input_ids"][0, :end].tolist() == untruncated["input_ids"][0, :end].tolist()
+    assert labels.tolist() == untruncated["labels"][0, :length].tolist()
     last = labels[labels != IGNORED][-1]
-    assert last == whole["labels"][0][whole["labels"][0] != IGNORED][-1]  # a terminator
+    assert last == untruncated["labels"][0][untruncated["labels"][0] != IGNORED][-1]  # a terminator
     assert not batch["question_mask"][0][labels != IGNORED][-1]
     if images:
-        assert batch["pixel_values"].shape == whole["pixel_values"].shape
+        assert batch["pixel_values"].shape == untruncated["pixel_values"].shape
 
 
 def test_truncation_keeps_all_turns_that_fit():

@@ -77,11 +77,11 @@ def test_the_prefix_is_the_prompt_and_the_longest_pair_sets_the_shared_length(fa
 
 def test_a_long_answer_is_truncated_and_a_prompt_without_room_is_refused():
     processor, rows = prepared_processor("vicuna"), examples()
-    whole = DataCollatorForMultimodalPreference(processor)(rows)
-    longest = int(whole["attention_mask"].sum(1).max())
+    untruncated = DataCollatorForMultimodalPreference(processor)(rows)
+    longest = int(untruncated["attention_mask"].sum(1).max())
     truncated = DataCollatorForMultimodalPreference(processor, max_length=longest - 4, share_prefix=True)(rows)
     assert truncated["input_ids"].shape[1] == longest - 4
-    assert torch.equal(truncated["input_ids"], whole["input_ids"][:, : longest - 4])
+    assert torch.equal(truncated["input_ids"], untruncated["input_ids"][:, : longest - 4])
     assert truncated["shared_length"] <= 2 * (longest - 4)
     with pytest.raises(UserError, match=r"'p\d'.*no answer fits into max_length=20"):
         DataCollatorForMultimodalPreference(processor, max_length=20)(rows)

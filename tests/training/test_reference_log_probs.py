@@ -240,7 +240,7 @@ def cached_run(tmp_path_factory):
 
 
 def key_of(change=None, policy=adapter_policy, **settings) -> str:
-    """Return the cache key of a policy, after changing it in place."""
+    """Return the cache key of a policy, after changing it in offset."""
     model, processor = policy()
     if change is not None:
         with torch.no_grad():
@@ -451,7 +451,7 @@ def test_deepspeed_does_not_round_reference_log_probs(tmp_path, monkeypatch):
         assert torch.equal(prepared[name], batch[name]) and prepared[name].dtype == torch.float32
 
 
-def test_a_reference_that_changes_is_refused(tmp_path):
+def test_a_reference_that_is_updated_during_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sync_ref_model"):
         MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, sync_ref_model=True)
 
@@ -628,8 +628,8 @@ def test_a_damaged_file_is_marked_broken_and_written_again(tmp_path, caplog, dam
     elif damage == "empty":
         cache.path.write_bytes(b"")
     elif damage == "flipped":  # one bit of a log-probability
-        place = pq.ParquetFile(cache.path).metadata.row_group(0).column(2).data_page_offset + 60
-        cache.path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        offset = pq.ParquetFile(cache.path).metadata.row_group(0).column(2).data_page_offset + 60
+        cache.path.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
     elif damage == "no_metadata":
         pq.write_table(table.replace_schema_metadata(None), cache.path)
     else:
