@@ -96,7 +96,7 @@ def test_prefix_sharing_does_not_change_the_trajectory_of_any_family(tmp_path, f
     assert_same(shared, separate, TOLERANCE)
 
 
-def test_prefix_sharing_hardly_changes_the_trajectory_in_half_precision(tmp_path):
+def test_prefix_sharing_in_half_precision_changes_the_trajectory_only_by_rounding(tmp_path):
     settings = {"bf16": True, "use_cpu": True}
     shared, separate = (dpo(tmp_path / str(share), share_prefix=share, **settings) for share in (True, False))
     assert_shared(shared, separate)

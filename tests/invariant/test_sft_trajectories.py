@@ -74,7 +74,7 @@ def test_packing_does_not_change_the_trajectory_of_any_family_that_separates_con
     assert_same(packed, padded, TOLERANCE)
 
 
-def test_packing_hardly_changes_the_trajectory_in_half_precision(tmp_path):
+def test_packing_in_half_precision_changes_the_trajectory_only_by_rounding(tmp_path):
     packed, padded = (
         sft(tmp_path / str(pack), pack_sequences=pack, bf16=True, use_cpu=True) for pack in (True, False)
     )
