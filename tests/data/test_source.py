@@ -3,12 +3,12 @@
 """A registered source is available in every command that uses sources."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
 
 import pytest
+from commands import run_medst
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.source import SOURCES, Records, Source, SourceCard
@@ -58,28 +58,19 @@ SOURCES.register(
 """
 
 
-def medst(tmp_path, *arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    environment.pop("MEDST_PLUGINS", None)
-    command = [sys.executable, "-m", "medst_trl.cli", *arguments]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 def test_a_source_from_a_plugin_file_works_in_every_command(tmp_path):
     (tmp_path / "toys.py").write_text(PLUGIN)
     (tmp_path / "toys.yaml").write_text("output_dir: run\nprepare:\n  source: toys\n  toy_scans: 5\n")
     plugins = ("--plugins", "toys.py")
 
-    text = medst(tmp_path, *plugins, "prepare", "--help")
+    text = run_medst(tmp_path, *plugins, "prepare", "--help").stdout
     assert "toys (grey squares for this test)" in " ".join(text.split())
     assert "settings of the source toys:" in text and "--toy_scans" in text
 
-    assert "toys.yaml is valid" in medst(tmp_path, *plugins, "recipes", "validate", "toys.yaml")
-    assert "5 rows of instruct/train" in medst(tmp_path, *plugins, "run", "toys.yaml", "--dry_run")
+    assert "toys.yaml is valid" in run_medst(tmp_path, *plugins, "recipes", "validate", "toys.yaml").stdout
+    assert "5 rows of instruct/train" in run_medst(tmp_path, *plugins, "run", "toys.yaml", "--dry_run").stdout
 
-    text = medst(tmp_path, *plugins, "run", "toys.yaml")
+    text = run_medst(tmp_path, *plugins, "run", "toys.yaml").stdout
     assert "5 conversations" in text
     record = json.loads((tmp_path / "run" / "prepare" / "stage.json").read_text())
     assert record["counts"]["datasets"]["instruct/train"] == {"images": 5, "conversations": 5, "answers": 5}

@@ -3,16 +3,14 @@
 """Registered losses: they match TRL's, alone and combined, and unusable losses are refused before training."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import tiny_dpo
 import torch
 import torch.nn.functional as F
+from commands import run_medst
 from datasets import Dataset
 from trl import DPOTrainer
 
@@ -180,11 +178,7 @@ def test_a_loss_from_a_plugin_file_works_in_every_command(tmp_path):
     )
 
     def medst(*arguments, code=0):
-        command = [sys.executable, "-m", "medst_trl.cli", *arguments]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
-        environment.pop("MEDST_PLUGINS", None)
-        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-        assert process.returncode == code, process.stderr
+        process = run_medst(tmp_path, *arguments, code=code, ACCELERATE_USE_CPU="true")
         return " ".join((process.stdout if code == 0 else process.stderr).split())
 
     plugins = ("--plugins", "mine.py")
