@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import instruct_features, preference_features
+from medst_trl.data.schema import preference_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.pipeline.stages import dpo, sft
@@ -281,17 +281,11 @@ def inputs(tmp_path_factory):
     model, processor = tiny_run.small_policy(text_size=64)
     model.save_pretrained(directory / "base")
     processor.save_pretrained(directory / "base")
-    rows = [tiny_run.conversation(n) | {"image_ids": [str(n)]} for n in range(12)]
-    for message in (message for row in rows for message in row["messages"]):
-        message["vusr"] = False
+    tiny_run.write_instruct(directory / "instruct", range(12))
     judged = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}
-    pairs = [tiny_dpo.pair(n) | judged for n in range(12)]
-    for name, content, features in (
-        ("instruct", rows, instruct_features()),
-        ("preferences", pairs, preference_features()),
-    ):
-        (directory / name).mkdir()
-        Dataset.from_list(content, features=features).to_parquet(directory / name / "train-00000-of-00001.parquet")
+    pairs = Dataset.from_list([tiny_dpo.pair(n) | judged for n in range(12)], features=preference_features())
+    (directory / "preferences").mkdir()
+    pairs.to_parquet(directory / "preferences" / "train-00000-of-00001.parquet")
     return directory
 
 
