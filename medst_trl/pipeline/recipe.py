@@ -246,15 +246,20 @@ class Recipe:
         return {key: value for name in names for key, value in self._given(name).items()}
 
     def _inputs(self, job: _Job, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Inputs from the output of other sections. If such a section is a list, the input has to be given."""
-        inputs = {}
+        """
+        Default inputs: for each, the output of the nearest earlier section that makes its kind. If that section is a
+        list, the input has no default.
+        """
+        names, inputs = list(STAGES), {}
+        earlier = [
+            STAGES.get(name) for name in reversed(names[: names.index(job.stage.name)]) if name in self.sections
+        ]
         for item in job.stage.inputs:
-            if item.unless is not None and settings.get(item.unless) is not None:
-                continue
-            for source, directory in item.sources:
-                items = self.sections.get(source, [])
-                if source == RUN or (len(items) == 1 and "name" not in items[0]):
-                    inputs.setdefault(item.key, str(Path(self._directory_of(source, job), directory)))
+            if item.unless is None or settings.get(item.unless) is None:
+                if item.kind == RUN:
+                    inputs[item.key] = self.output_dir
+                elif (made := item.default_among(earlier)) and "name" not in self.sections[made[0].name][0]:
+                    inputs[item.key] = str(Path(self._directory_of(made[0].name, job), made[1].directory))
         return inputs
 
     def _inputs_of_round(self, job: _Job, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +267,7 @@ class Recipe:
         inputs, where = {}, f"{self.path}, section {job.stage.name}"
         stages = map(STAGES.get, self.sections)
         trained = next((stage.name for stage in stages if stage.repeats and stage.makes(MODEL)), None)
-        policy = next((item for item in job.stage.inputs if item.kind == MODEL and item.sources), None)
+        policy = next((item for item in job.stage.inputs if item.kind == MODEL and item.has_default), None)
         if job.round > 1 and trained is not None and policy is not None:
             inputs[policy.key] = str(self._directory_of_round(job.round - 1) / trained)
             if policy.is_remote(settings) and policy.key not in self._given(job.label):

@@ -14,7 +14,7 @@ STAGE = STAGES.register(
         after=("judge",),
         arguments=lambda: (FilterArguments,),
         main=main,
-        inputs=(Input("pairs", "preferences", sources=(("judge", "preferences"),), split="split"),),
+        inputs=(Input("pairs", "preferences", split="split"),),
         outputs=(Output("preferences", "preferences"),),
     )
 )
@@ -104,9 +104,11 @@ class Input:
         kind (`str`):
             A kind of dataset (such as `"instruct"`), `"data"` for any of them, or `"model"`, `"checkpoint"`, `"file"`
             or `"run"`.
-        sources (`tuple` of `(stage, directory)`):
-            Where a recipe takes it from when the setting is not given: the output directory of the first of these
-            stages that has a section. The stage `"run"` stands for the directory of the run.
+        has_default (`bool`):
+            Whether a recipe fills in a missing setting: with the output of this kind of the nearest earlier section,
+            or, for the kind `"run"`, with the directory of the run.
+        accepts (`Callable`, *optional*):
+            From an earlier stage and its output to whether that output can be the default.
         alternatives (`tuple` of `str`):
             Further kinds of dataset that serve as well.
         split (`str`, *optional*):
@@ -114,14 +116,15 @@ class Input:
         default_split (`str`):
             The split if that setting is not given.
         unless (`str`, *optional*):
-            A setting that replaces this input: if it is given, nothing is taken from `sources`.
+            A setting that replaces this input: if it is given, there is no default.
         is_remote (`Callable`, *optional*):
             From the settings to whether the value is a name on a server, so that there is nothing to find here.
     """
 
     key: str
     kind: str
-    sources: tuple[tuple[str, str], ...] = ()
+    has_default: bool = True
+    accepts: "Callable[[Stage, Output], bool]" = field(default=lambda stage, output: True)
     alternatives: tuple[str, ...] = ()
     split: str | None = None
     default_split: str = "train"
@@ -142,6 +145,11 @@ class Input:
         if value is None or self.is_remote(settings):
             return []
         return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
+
+    def default_among(self, stages: "Iterable[Stage]") -> "tuple[Stage, Output] | None":
+        """The first of the stages with an output that can be the default, and that output."""
+        made = ((stage, output) for stage in stages for output in stage.outputs if output.kind == self.kind)
+        return next((found for found in made if self.has_default and self.accepts(*found)), None)
 
     def split_in(self, settings: Mapping[str, Any]) -> str:
         """The split that the settings ask for."""

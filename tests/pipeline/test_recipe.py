@@ -119,6 +119,13 @@ def test_a_section_that_is_a_list_runs_once_per_item(tmp_path):
         steps(tmp_path, text + "\nsft: {model_name_or_path: org/model}")
 
 
+def test_a_list_has_no_default_even_if_an_earlier_section_makes_the_same_kind(tmp_path):
+    text = "sft: {model_name_or_path: org/model, dataset: org/data}\ndpo:\n"
+    text += "".join(f"  - {{name: {name}, dataset: org/pairs}}\n" for name in ("a", "b"))
+    with pytest.raises(UserError, match="section merge: model_name_or_path must be set"):
+        steps(tmp_path, text + "merge:\n")
+
+
 @pytest.mark.parametrize(
     "items", ["[]", "[{source: phantoms}]", "[{name: a}, {name: a}]", "[{name: a/b}]", "[{name: ..}]", "[1]", "text"]
 )

@@ -66,7 +66,7 @@ STAGES.register(
         check=check,
         main=main,
         plan=plan,
-        inputs=(Input("pairs", "preferences", sources=(("judge", "preferences"),)),),
+        inputs=(Input("pairs", "preferences"),),
         outputs=(Output("preferences", "preferences", lambda settings, split, counter: Count(settings["limit"])),),
     )
 )
@@ -162,12 +162,25 @@ def test_unknown_and_circular_predecessors_are_refused():
         _in_pipeline_order([stage("a"), stage("x", "a", "y"), stage("y", "x")])
 
 
-def test_the_sources_of_inputs_have_the_right_kind():
-    for stage in STAGES.values():
-        for item in stage.inputs:
-            for source, directory in item.sources:
-                if source in STAGES:
-                    assert STAGES.get(source).output(directory).kind in item.kinds, (stage.name, item.key)
+def test_a_default_input_is_the_output_of_its_kind_of_the_nearest_earlier_stage():
+    def makers(name, key):
+        stage, found = STAGES.get(name), []
+        earlier = [STAGES.get(other) for other in reversed(STAGES.names()[: STAGES.names().index(name)])]
+        while made := stage.input(key).default_among(earlier):
+            found.append((made[0].name, made[1].directory))
+            earlier = earlier[earlier.index(made[0]) + 1 :]
+        return found
+
+    assert makers("sft", "model_name_or_path") == [("base", ""), ("convert", "")]
+    assert makers("sft", "dataset") == [("prepare", "instruct")]
+    assert makers("generate", "model_name_or_path") == [("sft", ""), ("base", ""), ("convert", "")]
+    assert makers("generate", "images") == [("prepare", "images")]
+    assert makers("judge", "candidates") == [("generate", "candidates")]
+    assert makers("judge", "benchmarks") == makers("evaluate", "benchmark") == [("prepare", "benchmark")]
+    assert makers("dpo", "dataset") == [("judge", "preferences")]
+    assert makers("merge", "model_name_or_path") == [("dpo", ""), ("sft", "")]
+    assert makers("evaluate", "model_name_or_path") == [("dpo", ""), ("sft", ""), ("base", ""), ("convert", "")]
+    assert makers("dpo", "base_model_name_or_path") == []
 
 
 def test_stages_declare_what_they_train_and_publish():

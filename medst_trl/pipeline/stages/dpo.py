@@ -184,9 +184,9 @@ STAGE = STAGES.register(
         check=check_settings,
         main=main,
         inputs=(
-            Input("model_name_or_path", MODEL, sources=(("sft", ""), ("convert", ""), ("base", ""))),
-            Input("base_model_name_or_path", MODEL),
-            Input("dataset", "preferences", sources=(("judge", "preferences"),), split="train_split"),
+            Input("model_name_or_path", MODEL),
+            Input("base_model_name_or_path", MODEL, has_default=False),
+            Input("dataset", "preferences", split="train_split"),
         ),
         outputs=(Output("", MODEL),),
         registries={"loss_type": LOSSES} if trl_losses() else {},  # without their names, any name may be TRL's

@@ -317,15 +317,14 @@ STAGE = STAGES.register(
             Input(
                 "model_name_or_path",
                 MODEL,
-                sources=(("dpo", ""), ("sft", ""), ("convert", ""), ("base", "")),
+                accepts=lambda stage, output: output.merges is None,
                 unless="predictions",
                 is_remote=lambda settings: not loads_model(settings),
             ),
-            Input("base_model_name_or_path", MODEL),
+            Input("base_model_name_or_path", MODEL, has_default=False),
             Input(
                 "benchmark",
                 "benchmark",
-                sources=(("prepare", "benchmark"),),
                 split="split",
                 default_split="test",
                 unless="predictions",

@@ -263,11 +263,10 @@ STAGE = STAGES.register(
             Input(
                 "model_name_or_path",
                 MODEL,
-                sources=(("sft", ""), ("convert", ""), ("base", "")),
                 is_remote=lambda settings: not loads_model(settings),
             ),
-            Input("base_model_name_or_path", MODEL),
-            Input("images", "instruct", sources=(("prepare", "images"),), alternatives=("images",), split="split"),
+            Input("base_model_name_or_path", MODEL, has_default=False),
+            Input("images", "images", alternatives=("instruct",), split="split"),
         ),
         outputs=(Output("candidates", "candidates", _count),),
         registries={"engine": ENGINES},

@@ -376,8 +376,8 @@ STAGE = STAGES.register(
         plan=plan,
         registries={"prompt_version": JUDGE_PROMPTS},
         inputs=(
-            Input("candidates", "candidates", sources=(("generate", "candidates"),), split="split"),
-            Input("benchmarks", "benchmark", sources=(("prepare", "benchmark"),), default_split="test"),
+            Input("candidates", "candidates", split="split"),
+            Input("benchmarks", "benchmark", default_split="test"),
             Input("reference_captions", FILE),
             Input("read_batch", FILE),
         ),

@@ -262,8 +262,8 @@ STAGE = STAGES.register(
         arguments=lambda: (MergeArguments,),
         main=main,
         inputs=(
-            Input("model_name_or_path", MODEL, sources=(("dpo", ""), ("sft", ""))),
-            Input("base_model_name_or_path", MODEL),
+            Input("model_name_or_path", MODEL, accepts=lambda stage, output: stage.trains is not None),
+            Input("base_model_name_or_path", MODEL, has_default=False),
             Input("dataset", ANY, split="split"),
         ),
         outputs=(Output("", MODEL, merges="model_name_or_path"),),

@@ -72,6 +72,6 @@ STAGE = STAGES.register(
         after=("evaluate",),
         arguments=lambda: (ReportArguments,),
         main=main,
-        inputs=(Input("run", RUN, sources=((RUN, ""),)),),
+        inputs=(Input("run", RUN),),
     )
 )

@@ -155,9 +155,9 @@ STAGE = STAGES.register(
         check=check,
         main=main,
         inputs=(
-            Input("model_name_or_path", MODEL, sources=(("convert", ""), ("base", ""))),
-            Input("base_model_name_or_path", MODEL),
-            Input("dataset", "instruct", sources=(("prepare", "instruct"),), split="train_split"),
+            Input("model_name_or_path", MODEL),
+            Input("base_model_name_or_path", MODEL, has_default=False),
+            Input("dataset", "instruct", split="train_split"),
         ),
         outputs=(Output("", MODEL),),
     )
