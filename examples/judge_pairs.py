@@ -17,14 +17,13 @@ python examples/judge_pairs.py --model Qwen/Qwen2.5-VL-7B-Instruct --base_url ht
 """
 
 import argparse
-from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
 
 from medst_trl import PairwiseJudge
 from medst_trl.data.schema import image_part, text_part
-from medst_trl.demo.oracle import serve_oracle
+from medst_trl.demo.oracle import open_oracle
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
 
@@ -48,25 +47,24 @@ def make_candidates(n: int) -> list[dict[str, Any]]:
 
 def main(model: str | None = None, base_url: str | None = None, pairs: int = 6) -> list[dict[str, Any]]:
     candidates = make_candidates(pairs)
-    server = nullcontext(base_url) if model else serve_oracle(Dataset.from_list(candidates))
-    with server as base_url:
-        judge = PairwiseJudge(
-            model or "phantom-oracle",
-            base_url=base_url,
-            prompt_version="rubric",  # or "paper" for the prompt of STLLaVA-Med
-            order="both",  # drops verdicts that change when the answers are swapped
-            concurrency=4,
-        )
-        print(judge.estimate(candidates))
-        judgements = []
-        for judgement in judge(candidates):
-            judgements.append(judgement)
-            print(f"\n{judgement['question']}")
-            for index, answer in enumerate(judgement["answers"]):
-                score = judgement["scores"][index] if judgement["scores"] else "-"
-                print(f"  {'>' if judgement['verdict'] == index else ' '} {score:>4}  {answer}")
-            if judgement["dropped"]:
-                print(f"  dropped: {judgement['dropped']}")
+    judge = PairwiseJudge(
+        model or "phantom-oracle",
+        base_url=base_url,
+        local=None if model else open_oracle(Dataset.from_list(candidates)),
+        prompt_version="rubric",  # or "paper" for the prompt of STLLaVA-Med
+        order="both",  # drops verdicts that change when the answers are swapped
+        concurrency=4,
+    )
+    print(judge.estimate(candidates))
+    judgements = []
+    for judgement in judge(candidates):
+        judgements.append(judgement)
+        print(f"\n{judgement['question']}")
+        for index, answer in enumerate(judgement["answers"]):
+            score = judgement["scores"][index] if judgement["scores"] else "-"
+            print(f"  {'>' if judgement['verdict'] == index else ' '} {score:>4}  {answer}")
+        if judgement["dropped"]:
+            print(f"  dropped: {judgement['dropped']}")
     statistics = judge_statistics(judgements, judge.prices)
     print("\n" + "\n".join([format_statistics(statistics), *warnings_of(statistics)]))
     return judgements

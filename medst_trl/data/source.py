@@ -317,10 +317,6 @@ class Source:
     image_folders: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
-    def __post_init__(self):
-        if self.settings is not None:
-            self.settings._argument_group_name = f"settings of the source {self.name}"  # read by HfArgumentParser
-
     def settings_from(self, values: Mapping[str, Any]) -> Any:
         """Its settings, as far as `values` (of a recipe) has them; None for a source without any."""
         if self.settings is None:

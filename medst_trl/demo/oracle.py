@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-An oracle that judges drawn phantoms by their truth, served on loopback to the same client as real judges.
+An oracle that judges drawn phantoms by their content, called by the same client as real judges.
 
 With it the whole loop runs and is measured without a network: pairs go through the same prompts, requests, replies and
 parsing, and the judge's error rate is known because it is a setting.
@@ -9,14 +9,10 @@ parsing, and the judge's error rate is known because it is a setting.
 
 import base64
 import io
-import json
 import random
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +22,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.images import image_id
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
-from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeServer
+from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, LocalJudge
 
 from . import phantoms
 from .phantoms import Truth
@@ -35,7 +31,6 @@ from .phantoms import Truth
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ORACLE_MODEL = "phantom-oracle"
 MOST_PHANTOMS = 100_000  # drawn to find the images
 
 # Facts that each kind of question asks for.
@@ -78,12 +73,11 @@ def score_answer(question: str, text: str, truth: Truth) -> int:
     return max(1, min(9, 1 + round(8 * (right - wrong) / len(asked))))
 
 
-@contextmanager
-def serve_oracle(
+def open_oracle(
     candidates: "Dataset", error_rate: float = 0.0, seed: int = 0, prompt_version: str = "rubric"
-) -> Iterator[str]:
+) -> Callable[[dict[str, Any]], str]:
     """
-    Serve the oracle for the phantoms of some candidates while the context lasts.
+    Return a judge that knows the phantoms of some candidates.
 
     Args:
         candidates (`datasets.Dataset`):
@@ -95,43 +89,35 @@ def serve_oracle(
         prompt_version (`str`, *optional*, defaults to `"rubric"`):
             Judge prompt of the requests. It must have `shown` and `write`.
 
-    Yields:
-        `str`: base URL of an OpenAI-compatible server, such as `"http://127.0.0.1:49152/v1"`.
+    Returns:
+        `Callable`: takes the body of a request, returns the reply. See `local` of [`PairwiseJudge`].
 
     Raises:
         UserError: if a candidate is not about such a phantom, or the oracle cannot answer the prompt.
     """
-    prompt = JUDGE_PROMPTS.get(prompt_version)
-    if prompt.shown is None or prompt.write is None:
-        raise UserError(f"The oracle cannot answer the judge prompt {prompt.name!r}: it lacks shown or write.")
+    prompt = _prompt(prompt_version)
     truths = _truths({image_ids[0] for image_ids in candidates["image_ids"] if image_ids}, seed)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def reply(body: dict[str, Any]) -> str:
+        question, *answers = prompt.shown(body["messages"])
+        image = image_id(_image_of(body["messages"]))
+        scores = [score_answer(question, text, truths[image]) for text in answers]
+        if random.Random(f"{seed}/{image}/{question}/{sorted(answers)}").random() < error_rate:
+            scores.reverse()
+        return prompt.write(scores, "As the phantom was drawn.")
 
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body = json.dumps(_complete(request, prompt, truths, error_rate, seed)).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    return reply
 
-        def log_message(self, *arguments):
-            pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128  # a client may open this many connections at once
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+def _prompt(version: str) -> JudgePrompt:
+    prompt = JUDGE_PROMPTS.get(version)
+    if prompt.shown is None or prompt.write is None:
+        able = [other.name for other in JUDGE_PROMPTS.values() if other.shown and other.write]
+        raise UserError(
+            f"The oracle cannot answer the judge prompt {version!r}: it lacks shown or write. Set prompt_version to "
+            f"one of {', '.join(able)}."
+        )
+    return prompt
 
 
 def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
@@ -147,28 +133,6 @@ def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
         f"phantoms of seed {seed}, and the oracle knows no others. Set seed to that of `medst prepare`, or replace "
         "oracle_error_rate by a judge (model)."
     )
-
-
-def _complete(
-    request: dict[str, Any], prompt: JudgePrompt, truths: dict[str, Truth], error_rate: float, seed: int
-) -> dict[str, Any]:
-    messages = request["messages"]
-    question, *answers = prompt.shown(messages)
-    image = image_id(_image_of(messages))
-    truth = truths[image]
-    scores = [score_answer(question, text, truth) for text in answers]
-    if random.Random(f"{seed}/{image}/{question}/{sorted(answers)}").random() < error_rate:
-        scores.reverse()
-    reply = prompt.write(scores, "As the phantom was drawn.")
-    words = sum(len(str(message["content"]).split()) for message in messages)
-    return {
-        "id": "oracle",
-        "object": "chat.completion",
-        "created": 0,
-        "model": ORACLE_MODEL,
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
-        "usage": {"prompt_tokens": words, "completion_tokens": len(reply.split()), "total_tokens": words},
-    }
 
 
 def _image_of(messages: list[dict[str, Any]]) -> Image.Image:
@@ -198,7 +162,7 @@ def _plain(text: str) -> str:
 
 @documented
 @dataclass
-class OracleArguments:
+class OracleArguments(LocalJudge):
     """
     Settings of the oracle judge.
 
@@ -207,28 +171,28 @@ class OracleArguments:
             Use the oracle judge, which knows the content of phantoms, with this fraction of wrong verdicts.
     """
 
+    name, summary = "oracle", "the phantoms' oracle, in this process"
+
     oracle_error_rate: float | None = None
 
+    @property
+    def is_chosen(self) -> bool:
+        return self.oracle_error_rate is not None
 
-def _check(settings: OracleArguments, args: Any) -> None:
-    check_bounds(settings, at_least={"oracle_error_rate": 0}, at_most={"oracle_error_rate": 1})
-    if args.image_size < phantoms.SIZE:
-        raise UserError(
-            f"image_size is {args.image_size}. With oracle_error_rate it must be at least {phantoms.SIZE}: the oracle "
-            "recognises phantoms by their pixels, so they must be sent unchanged."
-        )
+    def check(self, args: Any) -> None:
+        check_bounds(self, at_least={"oracle_error_rate": 0}, at_most={"oracle_error_rate": 1})
+        _prompt(args.prompt_version)
+        if args.image_size < phantoms.SIZE:
+            raise UserError(
+                f"image_size is {args.image_size}. With oracle_error_rate it must be at least {phantoms.SIZE}: the "
+                "oracle recognizes phantoms by their pixels, so they must be sent unchanged."
+            )
+
+    def model_name(self, args: Any) -> str:
+        return f"phantom-oracle-{self.oracle_error_rate:g}-{args.seed}"
+
+    def open(self, args: Any, candidates: "Dataset") -> Callable[[dict[str, Any]], str]:
+        return open_oracle(candidates, self.oracle_error_rate, args.seed, args.prompt_version)
 
 
-JUDGE_SERVERS.register(
-    JudgeServer(
-        name="oracle",
-        summary="the phantoms' oracle, in this process",
-        settings=OracleArguments,
-        is_chosen=lambda settings: settings.oracle_error_rate is not None,
-        check=_check,
-        model=lambda settings, args: f"{ORACLE_MODEL}-{settings.oracle_error_rate:g}-{args.seed}",
-        serve=lambda settings, args, candidates: serve_oracle(
-            candidates, settings.oracle_error_rate, args.seed, args.prompt_version
-        ),
-    )
-)
+LOCAL_JUDGES.register(OracleArguments)

@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The one client for everything that calls a server: the engine `server`, the judge, and whatever comes later.
+The client for all calls to chat servers: those of the engine `server` and those of the judge.
 
-It retries, keeps a pace that the server can follow, speaks the server's dialect, stays within a budget, caches every
-reply that was paid for, and stops the run with one clear message when nothing can succeed.
+It retries, adapts the number of concurrent calls and the request fields to the server, stays within a budget, caches
+every reply that has a key, and stops the run with one clear message when nothing can succeed.
 """
 
 import asyncio
@@ -14,15 +14,17 @@ import random
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import documented
 
-from .cost import Budget, Prices, ReplyCache, RequestSize
-from .trouble import Dialect, Trouble, clean_message, row_of_content, trouble_of
+from .cost import Budget, Prices, ReplyCache, RequestSize, prices_of
+from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_content
 
 
 if TYPE_CHECKING:
@@ -30,30 +32,71 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 RE_ASKS = 2  # further attempts at a request whose reply cannot be read
-GIVE_UP_AFTER = 8  # calls given up in a row, all for one cause, before the run stops
-RECENTLY = 10.0  # seconds; a server that answered others since works, and a failed call need not wait long
+GIVE_UP_AFTER = 8  # consecutive calls that fail for one reason before the run stops
+RECENTLY = 10.0  # seconds; if the server answered another call within this time, a failed call is retried soon
 LONGEST_RETRY_AFTER = 300.0  # seconds; a longer wait is reported instead
 
-TOO_MANY = 0.35  # share of recent calls turned away from which the server counts as overloaded
+TOO_MANY = 0.35  # if a larger share of recent calls is rejected, the server counts as overloaded
 MIN_SEEN = 10  # number of calls that the share is taken of; two for each slot if that is more
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none
 
 NO_SIZE = RequestSize(0, 0)  # of calls without a budget
 
 
-@dataclass
+@documented
+@dataclass(kw_only=True, eq=False)
+class CallSettings:
+    """
+    How a server is called, and what that may cost.
+
+    Args:
+        key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Name of the environment variable that holds the API key.
+        concurrency (`int`, *optional*, defaults to `16`):
+            Maximum number of concurrent calls.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Maximum duration of a call in seconds.
+        max_retries (`int`, *optional*, defaults to `6`):
+            Maximum number of retries of a call after 429, 5xx or a timeout.
+        max_cost (`float`, *optional*):
+            Budget in US dollars. It is a hard limit.
+        price_per_million_input_tokens (`float`, *optional*):
+            Price in US dollars. Known for gpt-4o, gpt-4.1 and their small versions.
+        price_per_million_output_tokens (`float`, *optional*):
+            Price in US dollars. Known for the same models.
+    """
+
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 16
+    timeout: float = 120.0
+    max_retries: int = 6
+    max_cost: float | None = None
+    price_per_million_input_tokens: float | None = None
+    price_per_million_output_tokens: float | None = None
+
+    def prices_of(self, model: str) -> Prices:
+        """Return the prices that are set, else the known prices of a model."""
+        return prices_of(model, self.price_per_million_input_tokens, self.price_per_million_output_tokens)
+
+
+# These settings change how replies are obtained, not their content.
+CALL_SETTINGS = frozenset({"base_url", *(item.name for item in fields(CallSettings))})
+CALL_BOUNDS = {"concurrency": 1, "max_cost": 0, "max_retries": 0, "timeout": 0.01}
+
+
+@dataclass(eq=False)
 class Call:
     """
-    One request to a chat API.
+    One request to a chat API. Compared by identity.
 
     Attributes:
         body (`Callable`): Makes the body of the request; images are encoded only then.
         key (`str`, *optional*): Hash of everything that decides the reply. None: the reply is not cached.
         size (`RequestSize`): Tokens of its prompt, for the budget.
-        read (`Callable`): From a reply to its meaning, or None if it cannot be read. By default the reply itself.
+        read (`Callable`): Maps a reply to its meaning, or to None if it cannot be read. By default the reply itself.
         reminder (`str`): User message after a reply that cannot be read.
-        tag: Anything by which the caller recognises the call.
-        on_piece (`Callable`, *optional*): Called with each piece of the reply as the server writes it.
+        tag: Any value; the caller identifies the call by it.
+        on_piece (`Callable`, *optional*): Called with each piece of the reply as the server sends it.
     """
 
     body: Callable[[], dict[str, Any]]
@@ -66,7 +109,7 @@ class Call:
 
 
 @dataclass
-class Answer:
+class Outcome:
     """
     The outcome of a call.
 
@@ -76,7 +119,7 @@ class Answer:
         attempts (`list[dict]`): The replies so far, as the cache keeps them.
         cached (`bool`): Whether no call had to be made.
         detail (`str`): The server's message, if there is no reply.
-        trouble (`Trouble` or `None`): The trouble that ended it, if the server gave no reply in this run.
+        error (`CallError` or `None`): The error that ended it, if the server gave no reply in this run.
         charges (`list[dict]`): All calls for it that may have been charged.
     """
 
@@ -85,7 +128,7 @@ class Answer:
     attempts: list[dict[str, Any]]
     cached: bool
     detail: str = ""
-    trouble: Trouble | None = None
+    error: CallError | None = None
     charges: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -100,25 +143,19 @@ class Client:
     Args:
         model (`str`):
             Name of the model, for messages; the bodies of the calls carry it.
+        settings ([`CallSettings`], *optional*):
+            Key, concurrency, timeout and retries.
+        base_url (`str`, *optional*):
+            Address of the API. Defaults to `OPENAI_BASE_URL`, then to OpenAI's.
         cache (`ReplyCache`, *optional*):
             Where replies are looked up and kept, for calls with a key. By default in memory.
         budget (`Budget`, *optional*):
             What may be spent. By default there is no limit.
-        base_url (`str`, *optional*):
-            Address of the API. Defaults to `OPENAI_BASE_URL`, then to OpenAI's.
-        key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable that holds the API key.
-        concurrency (`int`, *optional*, defaults to `16`):
-            Maximum number of calls in flight.
-        timeout (`float`, *optional*, defaults to `120`):
-            Seconds for one call.
-        max_retries (`int`, *optional*, defaults to `6`):
-            Number of retries of a call that failed for a passing cause.
         offline (`bool`, *optional*, defaults to `False`):
             Make no calls: what the cache lacks is counted in `missing`.
         advice (`Mapping[str, str]`, *optional*):
-            Messages for kinds of refusals (`"content_filter"`, `"bad_request"` ...) that stop the run when every call
-            meets them. Other refusals never stop it.
+            Messages that replace [`NEXT_STEPS`]. Refusals of single calls (`"content_filter"`, `"bad_request"` ...)
+            stop the run only if they have one and every call meets them.
         setting (`str`, *optional*, defaults to `"model"`):
             Name of the setting that names the model, for messages.
         http_client (`httpx2.AsyncClient`, *optional*):
@@ -133,82 +170,95 @@ class Client:
     def __init__(
         self,
         model: str,
-        cache: ReplyCache | None = None,
-        budget: Budget | None = None,
+        settings: CallSettings | None = None,
         *,
         base_url: str | None = None,
-        key_variable: str = "OPENAI_API_KEY",
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        max_retries: int = 6,
+        cache: ReplyCache | None = None,
+        budget: Budget | None = None,
         offline: bool = False,
         advice: Mapping[str, str] | None = None,
         setting: str = "model",
         http_client: Any = None,
     ):
-        self.model, self.variable, self.setting, self.advice = model, key_variable, setting, advice or {}
+        self.model, self.settings = model, settings or CallSettings()
+        self.setting, self.advice, self.offline = setting, advice or {}, offline
         self.cache = ReplyCache() if cache is None else cache
         self.budget = Budget(Prices(None, None)) if budget is None else budget
-        self.max_retries, self.offline, self.timeout = max_retries, offline, timeout
-        self.pace = Pace(concurrency)
+        self.limit = AdaptiveLimit(self.settings.concurrency)
         self.events: Counter[str] = Counter()
         self.missing = 0
         self.stop_error: UserError | None = None
-        self._stopping, self._explained = asyncio.Event(), asyncio.Event()
+        self._stopping = asyncio.Event()
         self._settled = asyncio.Condition()
         self._locks: dict[str, asyncio.Lock] = {}
-        self._dialect = Dialect()
+        self._tasks: set[asyncio.Task] = set()
+        self._fields = AcceptedFields()
         self._ever_read = False  # in this run or an earlier one
         self._works = False  # a reply was read in this run
         self._held: list[dict[str, Any]] = []  # refusals until then
         self._last_answer = -math.inf
         self._in_a_row: Counter[str] = Counter()
-        self._secret = None if offline else api_key(key_variable, base_url)
+        self._secret = None if offline else api_key(self.settings.key_variable, base_url)
         self._openai = None if offline else self._connect(base_url, http_client)
         self.base_url = clean_message(str(self._openai.base_url if self._openai else base_url)).rstrip("/")
 
     def _connect(self, base_url: str | None, http_client: Any) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
 
+        timeout = self.settings.timeout
         return AsyncOpenAI(
-            api_key=self._secret, base_url=base_url, timeout=self.timeout, max_retries=0, http_client=http_client
+            api_key=self._secret, base_url=base_url, timeout=timeout, max_retries=0, http_client=http_client
         )
 
     async def close(self) -> None:
+        """Cancel the calls in flight and close the connections."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._openai is not None:
             await self._openai.close()
 
-    async def ask(self, call: Call) -> Answer:
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no further call is made."""
+        return self._stopping.is_set()
+
+    async def ask(self, call: Call) -> Outcome:
         """
-        Return the answer to a call, from the cache if it is there.
+        Return the outcome of a call, from the cache if it is there.
 
         Raises:
             Stopped: if the run has to stop; `stop_error` says why.
         """
-        if call.key is None:
-            return await self._ask(call, [])
-        async with self._locks.setdefault(call.key, asyncio.Lock()):  # calls with the same key are made once
-            held = [row for row in self._held if row["key"] == call.key]
-            answer = await self._ask(call, self.cache.attempts(call.key) + held)
-            answer.charges = self.cache.charges(call.key)
-            return answer
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            if call.key is None:
+                return await self._ask(call, [])
+            async with self._locks.setdefault(call.key, asyncio.Lock()):  # calls with the same key are made once
+                held = [row for row in self._held if row["key"] == call.key]
+                outcome = await self._ask(call, self.cache.attempts(call.key) + held)
+                outcome.charges = self.cache.charges(call.key)
+                return outcome
+        finally:
+            self._tasks.discard(task)
 
-    async def _ask(self, call: Call, attempts: list[dict[str, Any]]) -> Answer:
+    async def _ask(self, call: Call, attempts: list[dict[str, Any]]) -> Outcome:
         cached = True
         while True:
-            answer = self._settle(call, attempts, cached)
-            if answer is not None:
-                return answer
+            outcome = self._settle(call, attempts, cached)
+            if outcome is not None:
+                return outcome
             if self.offline:
                 self.missing += 1
-                return Answer(None, "request_failed", attempts, cached, "no result")
+                return Outcome(None, "request_failed", attempts, cached, "no result")
             cached = False
             try:
                 row = await self._call_until_answered(call, attempts)
-            except Trouble as trouble:
-                if call.key is None or trouble.reason == "request_failed":
-                    return Answer(None, trouble.reason, attempts, cached, trouble.detail, trouble)
-                row = {"error": trouble.reason, "detail": trouble.detail}
+            except CallError as error:
+                if call.key is None or error.reason == "request_failed":
+                    return Outcome(None, error.reason, attempts, cached, error.detail, error)
+                row = {"error": error.reason, "detail": error.detail}
             row = {"key": call.key, "attempt": len(attempts)} | row
             self._keep(row)
             attempts = [*attempts, row]
@@ -220,30 +270,30 @@ class Client:
         elif row["key"] is not None:
             self.cache.add(row)
 
-    def _settle(self, call: Call, attempts: list[dict[str, Any]], cached: bool) -> Answer | None:
-        """Return what the attempts so far amount to; None if another one is due."""
+    def _settle(self, call: Call, attempts: list[dict[str, Any]], cached: bool) -> Outcome | None:
+        """Return the outcome that the attempts give, or None if another attempt is needed."""
         if not attempts:
             return None
         if "error" in attempts[-1]:
-            return Answer(None, attempts[-1]["error"], attempts, cached, attempts[-1].get("detail") or "")
+            return Outcome(None, attempts[-1]["error"], attempts, cached, attempts[-1].get("detail") or "")
         reading = call.read(attempts[-1]["reply"])
         if reading is None and len(attempts) <= RE_ASKS and not self.offline:
             return None
         if reading is None:
             if not cached:
-                self._gave_up(Trouble("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
-            return Answer(None, "unparsable", attempts, cached)
+                self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
+            return Outcome(None, "unparsable", attempts, cached)
         self._ever_read = True
         if not cached:
             self._works = True
             for row in self._held:
                 self.cache.add(row)
             self._held.clear()
-        return Answer(reading, None, attempts, cached)
+        return Outcome(reading, None, attempts, cached)
 
     async def _call_until_answered(self, call: Call, attempts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return one reply, whatever it says. Raises `Trouble` when the call is given up."""
-        body = await asyncio.to_thread(call.body)
+        """Return one reply, readable or not. Raises `CallError` if all retries fail."""
+        body = await asyncio.to_thread(_body_of, call)
         prompt_tokens = call.size.at_most
         if attempts:  # a model at temperature 0 needs a reason to write something else
             last = {"role": "assistant", "content": attempts[-1]["reply"][:2000] or "(nothing)"}
@@ -255,50 +305,52 @@ class Client:
         while True:
             sent = {}
             try:
-                async with self.pace.slot():
-                    sent = self._dialect.apply(body)
+                async with self.limit.slot():
+                    sent = self._fields.apply(body)
                     return await self._paid_call(call, {"at_most": at_most}, sent)
-            except Trouble as trouble:
-                if self._dialect.learn(trouble, sent):
+            except CallError as error:
+                if self._fields.learn(error, sent):
                     continue
-                await self._check_retry(trouble, attempt)
+                await self._check_retry(error, attempt)
                 works = time.monotonic() - self._last_answer < RECENTLY
-                await self._sleep(wait_before(min(attempt, 1) if works else attempt, trouble.retry_after))
+                await self._sleep(wait_before(min(attempt, 1) if works else attempt, error.retry_after))
                 attempt += 1
 
-    async def _check_retry(self, trouble: Trouble, attempt: int) -> None:
-        """Return to retry the call, raise `Stopped` if the run has to stop, or `Trouble` to give the call up."""
-        self.events[trouble.kind] += 1
-        if trouble.action == "stop":
-            await self._explain_and_stop(trouble)
+    async def _check_retry(self, error: CallError, attempt: int) -> None:
+        """Return to retry the call, raise `Stopped` if the run has to stop, or the error if the call has failed."""
+        self.events[error.kind] += 1
+        if error.action == "stop":
+            if not self.is_stopping:  # otherwise another call met the same error and explains it
+                self._stopping.set()
+                self._stop(self.next_step(error, await self._offered_models() if error.kind == "model" else ""))
             raise Stopped from None
-        if trouble.action == "drop" or attempt >= self.max_retries:
-            self._gave_up(trouble)
-            raise trouble
-        if (trouble.retry_after or 0) > LONGEST_RETRY_AFTER:
+        if error.action == "drop" or attempt >= self.settings.max_retries:
+            self._gave_up(error)
+            raise error
+        if (error.retry_after or 0) > LONGEST_RETRY_AFTER:
             self._stop(
-                f"The server at {self.base_url} asks to wait {trouble.retry_after / 60:.0f} minutes before the next "
-                f"call ({trouble.detail}). Finished work is kept: run the same command again then."
+                f"The server at {self.base_url} asks to wait {error.retry_after / 60:.0f} minutes before the next "
+                f"call ({error.detail}). Finished work is kept: run the same command again then."
             )
             raise Stopped from None
 
     async def _paid_call(self, call: Call, at_most: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         """Make one HTTP call inside a slot, within the budget. Its cost is kept, so that later runs know it."""
-        if self._stopping.is_set():
+        if self.is_stopping:
             raise Stopped
         reserved = self.budget.prices.cost_of(at_most)
         await self._reserve(reserved)
         try:
             row = await self._send(body, call.on_piece)
-        except Trouble as trouble:
-            if trouble.usage:
-                self._lost(call.key, trouble.kind, {"usage": trouble.usage}, reserved)
-            elif trouble.charged:
-                self._lost(call.key, trouble.kind, at_most, reserved)
+        except CallError as error:
+            if error.usage:
+                self._lost(call.key, error.kind, {"usage": error.usage}, reserved)
+            elif error.charged:
+                self._lost(call.key, error.kind, at_most, reserved)
             else:
                 self.budget.settle(reserved, 0)
-            if trouble.is_pushback:
-                self.pace.pushed_back(trouble.retry_after)
+            if error.is_pushback:
+                self.limit.pushed_back(error.retry_after)
             raise
         except BaseException:  # cancelled: the server may have been at work
             self._lost(call.key, "cancelled", at_most, reserved)
@@ -306,7 +358,7 @@ class Client:
         else:
             row = row if row["usage"] else row | at_most
             self.budget.settle(reserved, self.budget.prices.cost_of(row))
-            self.pace.went_well()
+            self.limit.went_well()
             self._last_answer = time.monotonic()
             self._in_a_row.pop("server", None)
             return row
@@ -329,18 +381,18 @@ class Client:
         self.events["calls"] += 1
         pieces: list[str] = []
         try:
-            async with asyncio.timeout(self.timeout):  # httpx2's own limits start anew with every byte
+            async with asyncio.timeout(self.settings.timeout):  # httpx2's timeouts restart with every byte
                 if on_piece is not None:
                     return await self._stream(body, pieces, on_piece)
                 response = await self._openai.chat.completions.with_raw_response.create(**body)
                 return row_of_content(response.content, self._secret)
         except TimeoutError:
-            trouble = Trouble("timeout", f"no answer within {self.timeout:g} s", charged=True)
+            problem = CallError("timeout", f"no answer within {self.settings.timeout:g} s", charged=True)
         except openai.APIError as error:
-            trouble = trouble_of(error, self._secret)
-        if pieces:  # what the caller has shown cannot be taken back
-            trouble = Trouble("interrupted", trouble.detail, charged=True)
-        raise trouble
+            problem = error_of(error, self._secret)
+        if pieces:  # the caller may already have shown them, so the call is not retried
+            problem = CallError("interrupted", problem.detail, charged=True)
+        raise problem
 
     async def _stream(
         self, body: dict[str, Any], pieces: list[str], on_piece: Callable[[str], None]
@@ -358,40 +410,46 @@ class Client:
         """Reserve money. If there is not enough, wait for what calls in flight release."""
         async with self._settled:
             while not self.budget.reserve(amount):
-                if self._stopping.is_set():
+                if self.is_stopping:
                     raise Stopped
                 if self.budget.reserved <= 1e-12:
                     spent = self.budget.spent + self.budget.uncertain
                     self._stop(
                         f"The budget is used up: ${spent:.4f} of max_cost {self.budget.max_cost:g} are spent, and the "
                         f"next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same "
-                        "command again to go on."
+                        "command again to resume."
                     )
                     self._settled.notify_all()
                     raise Stopped
                 await self._settled.wait()
 
-    def _gave_up(self, trouble: Trouble) -> None:
-        """Count a call that was given up, and stop the run if nothing else ever happens."""
-        cause = "server" if trouble.action == "retry" else trouble.kind
+    def _gave_up(self, error: CallError) -> None:
+        """Count a failed call, and stop the run if every call fails in this way."""
+        cause = "server" if error.action == "retry" else error.kind
         self._in_a_row[cause] += 1
-        if trouble.action == "retry":
-            unreachable = trouble.kind in ("connection", "not_json", "error_body") and self._last_answer == -math.inf
+        if error.action == "retry":
+            unreachable = error.kind in ("connection", "not_json", "error_body") and self._last_answer == -math.inf
             hopeless = self._in_a_row[cause] >= (1 if unreachable else GIVE_UP_AFTER)
         else:
             hopeless = cause in self.advice and not self._ever_read and self._in_a_row[cause] >= GIVE_UP_AFTER
         if hopeless:
-            self._stop(self.next_step(trouble))
+            self._stop(self.next_step(error))
 
-    def next_step(self, trouble: Trouble, offers: str = "") -> str:
-        """Return the message of a run that this trouble stops."""
-        return trouble.next_step(self.model, self.base_url, self.variable, offers, self.setting, self.advice)
+    def next_step(self, error: CallError, offers: str = "") -> str:
+        """
+        Return the message of a run that this error stops.
 
-    async def _explain_and_stop(self, trouble: Trouble) -> None:
-        if self._stopping.is_set():  # another call met the same trouble and is about to explain it
-            return
-        self._stopping.set()
-        self._stop(self.next_step(trouble, await self._offered_models() if trouble.kind == "model" else ""))
+        Args:
+            error ([`CallError`]): The error.
+            offers (`str`, *optional*): The models that the server offers, as the end of a sentence.
+        """
+        steps = NEXT_STEPS | dict(self.advice)
+        text = steps.get(error.kind, "The server refuses every request: {detail}").format(
+            model=self.model, base_url=self.base_url, variable=self.settings.key_variable, offers=offers,
+            setting=self.setting, detail=error.detail or "no details",
+            code=f" ({error.status})" if error.status else "",
+        )  # fmt: skip
+        return f"{text.rstrip('.')}. Finished work is kept: run the same command again to resume."
 
     async def _offered_models(self) -> str:
         try:
@@ -404,12 +462,6 @@ class Client:
     def _stop(self, message: str) -> None:
         self.stop_error = self.stop_error or UserError(message)
         self._stopping.set()
-        self._explained.set()
-
-    async def why_stopped(self) -> UserError:
-        """Return the reason of a [`Stopped`], which another call may still be finding out."""
-        await self._explained.wait()
-        return self.stop_error
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, unless the run is stopped meanwhile."""
@@ -420,12 +472,21 @@ class Client:
         raise Stopped
 
 
+def _body_of(call: Call) -> dict[str, Any]:
+    from medst_trl.data.image_formats import ImageProblem
+
+    try:
+        return call.body()
+    except ImageProblem as problem:
+        raise CallError("image_unreadable", str(problem)) from None
+
+
 @contextmanager
 def open_portal(client: Client) -> Iterator["BlockingPortal"]:
     """
     Run an event loop on its own thread, from which synchronous code (also in a notebook) starts a client's calls.
 
-    Leaving it with an error, or early, cancels the calls in flight. The client is closed in any case.
+    At the end, calls in flight are cancelled and the client is closed.
     """
     from anyio.from_thread import start_blocking_portal
 
@@ -434,6 +495,57 @@ def open_portal(client: Client) -> Iterator["BlockingPortal"]:
             yield portal
         finally:
             portal.call(client.close)
+
+
+def run_calls(
+    client: Client,
+    first: Iterable[Call],
+    then: Callable[[Call, Outcome], Iterable[Call]] = lambda call, outcome: (),
+    at_once: int | None = None,
+) -> Iterator[tuple[Call, Outcome]]:
+    """
+    Make calls, and those that follow from their outcomes.
+
+    Args:
+        client ([`Client`]):
+            Makes the calls.
+        first (iterable of [`Call`]):
+            The first calls. Consumed lazily, as soon as another call can start.
+        then (`Callable`, *optional*):
+            Maps a call and its outcome to further calls.
+        at_once (`int`, *optional*):
+            Number of calls that are started or wait for a retry. Defaults to the client's concurrency.
+
+    Yields:
+        `tuple[Call, Outcome]`: each call with its outcome, in any order.
+
+    Raises:
+        UserError: if the run has to stop, after the outcomes of all calls in flight.
+    """
+    at_once, first, finished, in_flight = at_once or client.settings.concurrency, iter(first), SimpleQueue(), 0
+    with open_portal(client) as portal:
+
+        def start(call: Call) -> None:
+            nonlocal in_flight
+            in_flight += 1
+            portal.start_task_soon(client.ask, call).add_done_callback(lambda done: finished.put((call, done)))
+
+        while True:
+            while in_flight < at_once and not client.is_stopping and (call := next(first, None)) is not None:
+                start(call)
+            if not in_flight:
+                break
+            call, done = finished.get()
+            in_flight -= 1
+            try:
+                outcome = done.result()
+            except Stopped:
+                continue
+            for following in then(call, outcome):
+                start(following)
+            yield call, outcome
+    if client.stop_error is not None:
+        raise client.stop_error
 
 
 def api_key(variable: str, base_url: str | None) -> str:
@@ -456,13 +568,14 @@ def api_key(variable: str, base_url: str | None) -> str:
     return value or "none"
 
 
-class Pace:
+class AdaptiveLimit:
     """
-    A number of slots that adapts: halved when the server turns away many calls, one more for each round that it takes.
+    Limit of concurrent calls: halved when the server rejects many calls, and raised by one after each round of
+    successful calls.
 
-    A single 429 among successes holds back its own call only: a server that fails now and then is not overloaded, and
-    slowing down would not help it. When a good part of recent calls is turned away, the number of slots is halved, and
-    no call starts before the time the server named.
+    A single 429 among successes holds back only its own call: a server that fails now and then is not overloaded, and
+    slowing down would not help it. When a good part of recent calls is rejected, the number of slots is halved, and no
+    call starts before the time that the server named.
 
     Args:
         most (`int`):
@@ -484,8 +597,8 @@ class Pace:
             await self._changed.wait_for(lambda: self._active < int(self.slots))
             self._active += 1
         try:
-            while (left := self._pause_until - time.monotonic()) > 0:
-                await asyncio.sleep(left)
+            while (wait := self._pause_until - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
             yield
         finally:
             self._active -= 1
@@ -499,12 +612,12 @@ class Pace:
             self.slots = min(self.most, self.slots + 1 / self.slots)
 
     def pushed_back(self, retry_after: float | None) -> None:
-        """Record that the server turned a call away: 429, overloaded, or no answer in time."""
+        """Record that the server rejected a call: 429, overloaded, or no answer in time."""
         self._recent.append(True)
-        if sum(self._recent) / self._recent.maxlen > TOO_MANY:  # of few calls, chance alone can fail many
+        if sum(self._recent) / self._recent.maxlen > TOO_MANY:  # in a small sample, many failures can be chance
             self.slots = max(1.0, self.slots / 2)
             self._pause_until = max(self._pause_until, time.monotonic() + (retry_after or 0))
-            self._recent.clear()  # the calls in flight say nothing about the new pace
+            self._recent.clear()  # the calls in flight say nothing about the new limit
 
 
 def wait_before(attempt: int, retry_after: float | None) -> float:

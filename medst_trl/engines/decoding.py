@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import VUSR
 from medst_trl.policy.families import family_of
-from medst_trl.policy.spans import in_form, typed_parts
+from medst_trl.policy.spans import in_form
 from medst_trl.policy.vusr import neutralise_parts, turn_format
 
-from .engine import Sampling
+from .engine import Sampling, sent_parts
 
 
 if TYPE_CHECKING:
@@ -88,11 +88,7 @@ def chat_inputs(
 
 
 def _message(processor: "ProcessorMixin", message: dict[str, Any], form: str, images) -> dict[str, Any]:
-    parts = typed_parts(message["content"])
-    safe = iter(neutralise_parts([part["text"] for part in parts if part["type"] == "text"], processor)[0])
-    parts = [{"type": "text", "text": next(safe)} if part["type"] == "text" else {"type": "image"} for part in parts]
-    if message.get("vusr"):
-        parts.append({"type": "text", "text": VUSR})
+    parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor)[0])
     if form != "string":
         parts = [
             {"type": "image", "image": next(images).convert("RGB")} if part["type"] == "image" else part

@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The engine interface: prompts in, replies out, whether the model runs in this process or on a server.
+The engine interface: an engine writes replies to prompts, with a model in this process or on a server.
 
-Generation, evaluation and chat know engines only through [`Engine`]. A new one is a class and an [`EngineKind`], which
-registers it; CONTRIBUTING.md has an example.
+Generation and evaluation use engines only through [`Engine`]. A new one is a class and an [`EngineKind`], which
+registers it, in a file of its own in `kinds/`; CONTRIBUTING.md has an example.
 """
 
 import re
@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.registry import Registry
-from medst_trl.base.settings import settings_among
 from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.policy.chat_template import VUSR
+from medst_trl.policy.spans import typed_parts
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# The first implementation's request for a description.
+# The prompt with which the original STLLaVA-Med code asks for a description.
 DESCRIBE = "Can you describe the image in detail?"
 
 
@@ -50,7 +51,7 @@ class Sampling:
 @dataclass(frozen=True, eq=False)
 class OpenedImage:
     """
-    An image of a prompt. Each is equal to itself alone, and an engine remembers its features as long as it exists.
+    An image of a prompt. Compared by identity. An engine keeps its features for as long as the object exists.
 
     Args:
         bytes (`bytes`): The file as the dataset holds it; empty for an image that is only in memory.
@@ -64,7 +65,7 @@ class OpenedImage:
 @dataclass(frozen=True)
 class Prompt:
     """
-    A conversation that the model is to continue.
+    A conversation that the model continues.
 
     Args:
         messages (`list[dict]`):
@@ -84,7 +85,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Reply:
     """
-    What came back for a prompt.
+    The reply to a prompt.
 
     Args:
         text (`str`): The text without surrounding whitespace.
@@ -105,7 +106,7 @@ class Request:
     Args:
         prompt ([`Prompt`]): The conversation.
         sampling ([`Sampling`]): How to sample the text.
-        tag (*optional*): Anything by which the caller recognises the request.
+        tag (*optional*): Any value; the caller identifies the request by it.
     """
 
     prompt: Prompt
@@ -114,20 +115,20 @@ class Request:
 
 
 def nothing_follows(request: Request, reply: Reply) -> Iterable[Request]:
-    """The default of [`Engine.run`]: a reply leads to no further request."""
+    """Default of `then` in [`Engine.run`]: no follow-up requests."""
     return ()
 
 
 class Engine(ABC):
     """
-    Writes texts. Everything that needs texts calls one of these methods and asks for nothing else.
+    Generates texts. Callers use only these methods and attributes.
 
     Attributes:
         name (`str`):
             Name of its [`EngineKind`].
         batch_size (`int`, *optional*):
-            Number of requests that are written together: callers hand [`Engine.run`] a few batches per call. None for
-            an engine that starts each request when it has room: callers hand it all requests in one call.
+            Number of requests per batch: callers pass [`Engine.run`] a few batches per call. None for an engine that
+            starts each request when it has room: callers pass all requests in one call.
     """
 
     name: str
@@ -142,10 +143,10 @@ class Engine(ABC):
 
         Args:
             first (iterable of [`Request`]):
-                The first requests. They are taken one after another, when there is room for them.
+                The first requests. Consumed lazily, as soon as the engine can start another request.
             then (`Callable`, *optional*):
-                From a request and its reply to the requests that follow. It is called once for each reply, in the
-                caller's thread, before the reply is yielded.
+                Maps a request and its reply to follow-up requests. It is called in the caller's thread, before the
+                reply is yielded.
 
         Yields:
             `tuple[Request, Reply]`: each request with its reply, in any order. A request that the model refuses has a
@@ -165,40 +166,49 @@ class Engine(ABC):
         """Yield the text of one prompt piece by piece, as it is written. The pieces make up the reply's text."""
         yield self.write([prompt], sampling)[0].text
 
-    def check(self) -> None:  # noqa: B027 (an engine that needs no test has none)
+    def check(self) -> None:  # noqa: B027 (optional to override)
         """
-        Test whether the engine can write before anything depends on it.
+        Check early that the engine works.
 
         Raises:
-            UserError: if it cannot, saying why.
+            UserError: if it does not, with the reason.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Return what the column `generation` says about the engine: its `model` and its name."""
+        """Return the engine's entries of the column `generation`: `model`, `engine` and perhaps others."""
         return {"model": None, "engine": self.name}
 
-    def batches(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+    def batches(self, number: int, prompt_of: Callable[[int], Prompt]) -> list[list[int]]:
         """
-        Divide prompts that are all known in advance, so that each batch has prompts of similar length.
+        Divide a fixed list of prompts into batches, if possible of similar length.
 
         Args:
-            prompts (iterable of [`Prompt`]):
-                All prompts. Each is looked at once and not kept, so that images need not be in memory together.
+            number (`int`):
+                Number of prompts.
+            prompt_of (`Callable`):
+                Returns the prompt of a number. It opens the images: an engine that looks at each prompt should not
+                keep it.
 
         Returns:
             `list[list[int]]`: the numbers of the prompts in each batch, in the order in which to run the batches.
         """
-        return [[number] for number, _ in enumerate(prompts)]
+        size = self.batch_size or 1
+        return [list(range(start, min(start + size, number))) for start in range(0, number, size)]
 
 
 class BatchEngine(Engine):
-    """An engine that writes whole batches: it needs only `write`."""
+    """
+    An engine that writes whole batches. It needs only `write`, which receives more than `batch_size` prompts and
+    divides them itself.
+    """
+
+    batch_size: int = 16
 
     @abstractmethod
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]: ...
 
     def run(self, first, then=nothing_follows):
-        """Write all first requests, then all requests that follow from them, and so on. See [`Engine.run`]."""
+        """Write all first requests, then all follow-up requests, and so on. See [`Engine.run`]."""
         wave = list(first)
         while wave:
             following = []
@@ -214,7 +224,7 @@ class BatchEngine(Engine):
 @dataclass(frozen=True)
 class EngineKind:
     """
-    What `--engine NAME` stands for.
+    A registered engine: a value of `--engine`.
 
     Args:
         name (`str`):
@@ -224,13 +234,13 @@ class EngineKind:
         settings (`type`):
             Dataclass of its settings, whose names no other engine has.
         open (`Callable`):
-            From `model_name_or_path` and settings to the [`Engine`].
+            Takes `model_name_or_path` and the settings, returns the [`Engine`].
         check (`Callable`, *optional*):
             Raises a `UserError` for settings that cannot work, before anything is written or loaded.
         loads_model (`bool`, *optional*, defaults to `False`):
             Whether `model_name_or_path` is loaded in this process; otherwise it is only a name.
         address (`Callable`, *optional*):
-            From settings to where prompts are sent, for the plan of a run.
+            Takes the settings, returns the address to which prompts are sent, for the plan of a run.
         operational (`frozenset[str]`, *optional*):
             Settings that do not change a text and may differ when a run is resumed.
     """
@@ -244,27 +254,24 @@ class EngineKind:
     address: Callable[[Any], str | None] = lambda settings: None
     operational: frozenset[str] = frozenset()
 
-    def __post_init__(self):
-        self.settings._argument_group_name = f"settings of the engine {self.name}"  # read by HfArgumentParser
 
-    def settings_among(self, given: Iterable[Any]) -> Any:
-        """Return this engine's settings among those of all engines, or its defaults."""
-        return settings_among(given, self.settings)
-
-
+DEFAULT_ENGINE = "transformers"
 ENGINES: Registry[EngineKind] = Registry(
-    "engine", ("medst_trl.engines.transformers", "medst_trl.engines.server"), ("summary", "settings", "open")
+    "engine",
+    ("medst_trl.engines.kinds",),
+    ("summary", "settings", "open"),
+    order=lambda kinds: sorted(kinds, key=lambda kind: kind.name != DEFAULT_ENGINE),  # the default first
 )
 
 
 def loads_model(settings: Mapping[str, Any]) -> bool:
     """Return whether the engine that a stage's settings name loads its model in this process."""
-    name = settings.get("engine") or "transformers"
+    name = settings.get("engine") or DEFAULT_ENGINE
     return name not in ENGINES or ENGINES.get(name).loads_model
 
 
 def without_margins(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the pieces of a text without the whitespace around it, so that they make up a reply's text."""
+    """Yield the pieces of a text without leading and trailing whitespace."""
     held = ""  # whitespace that may turn out to be the end
     has_begun = False
     for piece in pieces:
@@ -294,6 +301,21 @@ def to_ask(history: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
 def to_answer(history: list[dict[str, Any]], images: int, question: str) -> list[dict[str, Any]]:
     """Return the messages that ask a question in an ordinary user turn."""
     return [*history, message("user", ([] if history else [image_part()] * images) + [text_part(question)])]
+
+
+def sent_parts(turn: dict[str, Any], neutralise: Callable[[list[str]], Iterable[str]]) -> list[dict[str, Any]]:
+    """
+    Return the typed parts of a message as an engine sends them to the model. `<vusr>` is the last part of a turn that
+    the model writes.
+
+    Args:
+        turn (`dict`): A message of a [`Prompt`].
+        neutralise (`Callable`): Takes the texts of the message, returns them without control tokens.
+    """
+    parts = typed_parts(turn["content"])
+    safe = iter(neutralise([part["text"] for part in parts if part["type"] == "text"]))
+    parts = [{"type": "text", "text": next(safe)} if part["type"] == "text" else {"type": "image"} for part in parts]
+    return [*parts, {"type": "text", "text": VUSR}] if turn.get("vusr") else parts
 
 
 def open_images(stored: Sequence[dict[str, Any]]) -> list[OpenedImage]:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
-from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Reply, Request, Sampling, open_images, to_answer
+from medst_trl.engines.engine import (
+    DEFAULT_ENGINE,
+    Engine,
+    OpenedImage,
+    Prompt,
+    Reply,
+    Request,
+    Sampling,
+    open_images,
+    to_answer,
+)
 
 from .controls import blank_image, shown_rows
 
@@ -19,7 +29,6 @@ from .controls import blank_image, shown_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ENGINE_IF_MISSING = "transformers"  # predictions of earlier versions do not name their engine
 OPENED = 64  # images in memory, since questions about one image follow each other or share a batch
 
 
@@ -90,9 +99,11 @@ def answer_benchmark(
         "decoding": "greedy",
         "max_new_tokens": max_new_tokens,
         "control": control,
-        **({} if engine.name == ENGINE_IF_MISSING else {"engine": engine.name}),
+        **({} if engine.name == DEFAULT_ENGINE else {"engine": engine.name}),
     }
-    batches = engine.batches(map(prompt, questions))[state.process_index :: state.num_processes]
+    batches = engine.batches(len(questions), lambda number: prompt(questions[number]))[
+        state.process_index :: state.num_processes
+    ]
     batches = [[questions[number] for number in batch] for batch in batches]
     total = sum(map(len, batches))
     # A batch with any question left is computed as a whole, so that its numbers stay the same.

@@ -28,7 +28,7 @@ from medst_trl.engines.engine import (
     to_ask,
     to_describe,
 )
-from medst_trl.engines.transformers import TransformersEngine
+from medst_trl.engines.kinds.transformers import TransformersEngine
 
 from .candidate_files import row_maker, undecoded
 from .filters import QuestionFilter, normalised, pair_answers

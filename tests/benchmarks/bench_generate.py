@@ -32,7 +32,7 @@ from shapes import PROMPT_TOKENS, SHAPES, build_model, build_processor, unlabele
 
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import Sampling, to_answer, to_ask
-from medst_trl.engines.transformers import largest_batch
+from medst_trl.engines.kinds.transformers import largest_batch
 from medst_trl.policy.loading import prepare_policy
 from medst_trl.selftrain.candidates import CandidateGenerator
 

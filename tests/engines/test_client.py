@@ -13,9 +13,9 @@ import pytest
 
 from medst_trl.base.errors import UserError
 from medst_trl.engines import client as judge_client
-from medst_trl.engines.client import Call, Client, Pace, Stopped, api_key, wait_before
+from medst_trl.engines.client import AdaptiveLimit, Call, CallSettings, Client, Stopped, api_key, wait_before
 from medst_trl.engines.cost import Budget, Prices, ReplyCache, RequestSize
-from medst_trl.engines.trouble import retry_after_of, trouble_in_body, trouble_of_status
+from medst_trl.engines.responses import CallError, error_of_status, retry_after_of, row_of_body
 from medst_trl.selftrain.judge.prompts.paper import read_paper
 
 
@@ -62,7 +62,8 @@ def ask(responses, requests=None, cache=None, budget=None, **settings):
 
     async def run():
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
-        client = Client("m", cache, budget, http_client=http, **{"advice": ADVICE} | settings)
+        calls = CallSettings(**{name: settings.pop(name) for name in ("max_retries",) if name in settings})
+        client = Client("m", calls, cache=cache, budget=budget, http_client=http, **{"advice": ADVICE} | settings)
         answers = []
         for item in requests or [request()]:
             try:
@@ -181,7 +182,7 @@ def test_a_cached_reply_does_not_count_as_a_reply_of_the_server(tmp_path):
     ],
 )  # fmt: skip
 def test_error_messages_of_servers_are_classified(status, message, kind):
-    assert trouble_of_status(status, {"message": message}).kind == kind
+    assert error_of_status(status, {"message": message}).kind == kind
 
 
 def test_a_server_that_takes_no_images_stops_the_run_with_advice():
@@ -233,7 +234,7 @@ def test_an_interrupted_run_resumes_after_the_last_attempt():
         ("'temperature' does not support 0 with this model", None),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The server takes no temperature")
+@pytest.mark.filterwarnings("ignore:The server does not accept a temperature")
 def test_refused_fields_are_replaced_or_left_out(message, replacement):
     body = {"response_format": {"type": "json_schema", "json_schema": {}}}
     requests = [request("a", **body), request("b", **body)]
@@ -290,7 +291,7 @@ def test_a_call_to_a_hanging_server_times_out():
             await asyncio.sleep(60)
 
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(hang))
-        client = Client("m", ReplyCache(), Budget(Prices(1, 1)), http_client=http, timeout=0.05, max_retries=1)
+        client = Client("m", CallSettings(timeout=0.05, max_retries=1), budget=Budget(Prices(1, 1)), http_client=http)
         return client, await client.ask(request())
 
     client, answer = asyncio.run(run())
@@ -302,7 +303,7 @@ def test_the_budget_stops_the_run_before_it_is_exceeded():
     prices = Prices(1e3, 1e3)  # a call costs $0.11, and at most $0.15
     requests = [request(str(n)) for n in range(50)]
     client, answers, sent = ask([completion()], requests, budget=Budget(prices, 1.0))
-    assert "max_cost 1" in str(client.stop_error) and "go" in str(client.stop_error)
+    assert "max_cost 1" in str(client.stop_error) and "resume" in str(client.stop_error)
     assert len(sent) == len(answers) == 8 and client.budget.spent == pytest.approx(0.88)
 
 
@@ -348,8 +349,10 @@ def test_an_invalid_variable_name_or_key_is_refused_but_not_printed(monkeypatch)
 
 def test_no_message_contains_the_key():
     for text in (f"bad key {KEY}", f"Bearer {KEY}!", "https://user:word@host/v1"):
-        for trouble in (trouble_of_status(500, {"message": text}, secret=KEY), trouble_in_body(text, KEY)):
-            message = f"{trouble} {trouble.detail} {trouble.next_step('m', 'http://x', 'V')}"
+        with pytest.raises(CallError) as in_body:
+            row_of_body({"error": text}, KEY)
+        for error in (error_of_status(500, {"message": text}, secret=KEY), in_body.value):
+            message = f"{error} {error.detail} {Client('m', base_url='http://x').next_step(error)}"
             assert KEY not in message and "user:word" not in message
 
 
@@ -378,7 +381,7 @@ def test_waits_grow_up_to_a_limit(monkeypatch):
 
 
 def test_the_pace_falls_when_many_calls_are_refused_and_rises_again():
-    pace = Pace(32)
+    pace = AdaptiveLimit(32)
     for _ in range(100):  # one call in ten fails: the server is not overloaded
         pace.pushed_back(None)
         for _ in range(9):
@@ -394,7 +397,7 @@ def test_the_pace_falls_when_many_calls_are_refused_and_rises_again():
 
 def test_no_call_starts_before_an_overloaded_server_allows_it():
     async def run():
-        pace, start = Pace(4), time.monotonic()
+        pace, start = AdaptiveLimit(4), time.monotonic()
         for _ in range(10):
             pace.pushed_back(0.2)
         async with pace.slot():
@@ -405,7 +408,7 @@ def test_no_call_starts_before_an_overloaded_server_allows_it():
 
 def test_slots_are_neither_exceeded_nor_leaked():
     async def run():
-        pace, active, maximum = Pace(5), 0, 0
+        pace, active, maximum = AdaptiveLimit(5), 0, 0
 
         async def call(number):
             nonlocal active, maximum

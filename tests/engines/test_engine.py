@@ -3,6 +3,7 @@
 """Test the engine interface and an engine from a plugin file."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 from commands import run_medst
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import settings_among
 from medst_trl.data.schema import load_records, text_of
+from medst_trl.engines import kinds
 from medst_trl.engines.engine import (
     ENGINES,
     BatchEngine,
@@ -21,8 +24,8 @@ from medst_trl.engines.engine import (
     to_answer,
     without_margins,
 )
-from medst_trl.engines.server import ServerSettings
-from medst_trl.engines.transformers import TransformersSettings
+from medst_trl.engines.kinds.server import ServerSettings
+from medst_trl.engines.kinds.transformers import TransformersSettings
 
 
 PLUGIN = """
@@ -129,9 +132,13 @@ def test_listing_the_engines_imports_no_heavy_package():
 
 def test_an_engine_kind_finds_its_settings_among_those_of_all_engines():
     given = [ServerSettings(base_url="http://x/v1"), TransformersSettings(dtype="float32")]
-    assert ENGINES.get("transformers").settings_among(given).dtype == "float32"
-    assert ENGINES.get("server").settings_among(given).base_url == "http://x/v1"
-    assert ENGINES.get("server").settings_among([]).server_kind == "vllm"
+    assert settings_among(given, ENGINES.get("transformers").settings).dtype == "float32"
+    assert settings_among(given, ENGINES.get("server").settings).base_url == "http://x/v1"
+    assert settings_among([], ENGINES.get("server").settings).server_kind == "vllm"
+
+
+def test_every_module_in_the_directory_registers_an_engine():
+    assert {module.name for module in pkgutil.iter_modules(kinds.__path__)} == set(ENGINES)
 
 
 class Upper(BatchEngine):
@@ -146,6 +153,13 @@ class Upper(BatchEngine):
         texts = [text_of(prompt.messages[-1]["content"]) for prompt in prompts]
         self.batches_written.append((texts, sampling.temperature))
         return [Reply(text.upper()) for text in texts]
+
+
+class DefaultBatches(BatchEngine):
+    """Engine that does not set its batch size."""
+
+    def write(self, prompts, sampling):
+        return [Reply("") for _ in prompts]
 
 
 def ask(text, temperature=0.0):
@@ -163,6 +177,14 @@ def test_a_batch_engine_answers_follow_up_requests_together():
     assert all(text == tag.upper() for tag, text in pairs)
     assert engine.batches_written == [
         (["a", "b", "c"], 0.0), (["a?", "b?", "c?"], 1.0), (["a!", "b!", "c!"], 0.0)]  # fmt: skip
+
+
+def test_a_batch_engine_divides_prompts_by_its_batch_size():
+    def prompt_of(number):
+        raise AssertionError("the prompt is not needed")
+
+    assert Upper().batches(5, prompt_of) == [[0, 1], [2, 3], [4]]
+    assert [len(batch) for batch in DefaultBatches().batches(40, prompt_of)] == [16, 16, 8]
 
 
 def test_an_engine_without_streaming_yields_the_whole_text():

@@ -20,8 +20,8 @@ from tiny_run import small_policy
 from medst_trl import CandidateGenerator, adapter_config
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, message, text_part
-from medst_trl.engines import server as server_module
 from medst_trl.engines.engine import (
+    ENGINES,
     OpenedImage,
     Prompt,
     Request,
@@ -31,8 +31,8 @@ from medst_trl.engines.engine import (
     to_ask,
     to_describe,
 )
-from medst_trl.engines.server import ServerEngine
-from medst_trl.engines.transformers import TransformersEngine
+from medst_trl.engines.kinds.server import ServerEngine, ServerSettings
+from medst_trl.engines.kinds.transformers import TransformersEngine
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain.filters import QuestionFilter
 
@@ -54,10 +54,13 @@ def chat_completion(text, finish_reason="stop"):
     }  # fmt: skip
 
 
+def server_engine(*args, **settings):
+    return ServerEngine(*args, **{"max_retries": 1} | settings)
+
+
 @pytest.fixture
 def fake_server(monkeypatch):
     """Start a server that records its requests and replies with the (status, body) of its attribute `reply(body)`."""
-    monkeypatch.setattr(server_module, "RETRIES", 1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     class Handler(BaseHTTPRequestHandler):
@@ -92,7 +95,7 @@ def fake_server(monkeypatch):
 def test_messages_and_images_are_sent(fake_server, format):
     history = [*to_answer([], 1, "What <image> is </s> this?"), message("assistant", [text_part(f"A {VUSR} scan.")])]
     ask = prompt(to_ask(history, 1), format=format)
-    (reply,) = ServerEngine(fake_server.url, "m").write([ask], Sampling(max_new_tokens=9))
+    (reply,) = server_engine(fake_server.url, "m").write([ask], Sampling(max_new_tokens=9))
     assert (reply.text, reply.ended, reply.problem) == ("Where is it?", True, None)
     ((path, headers, body),) = fake_server.requests
     assert path == "/v1/chat/completions"
@@ -121,7 +124,7 @@ def test_messages_and_images_are_sent(fake_server, format):
     ],
 )  # fmt: skip
 def test_each_server_kind_gets_its_own_fields(fake_server, kind, sampling, sent):
-    ServerEngine(fake_server.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
+    server_engine(fake_server.url, "m", kind).write([prompt(to_ask([], 1))], sampling)
     body = {key: value for key, value in fake_server.requests[0][2].items() if key not in ("model", "messages")}
     if "generation_config" in body:
         body["generation_config"] = json.loads(body["generation_config"])
@@ -134,7 +137,7 @@ def test_replies_are_in_order_and_tell_whether_they_ended(fake_server):
         return 200, chat_completion(body["messages"][0]["content"][-1]["text"], "length")
 
     fake_server.reply = reply
-    replies = ServerEngine(fake_server.url, "m", concurrency=4).write(
+    replies = server_engine(fake_server.url, "m", concurrency=4).write(
         [prompt(to_answer([], 1, str(number))) for number in range(9)], Sampling()
     )
     assert [reply.text for reply in replies] == list("012345678")
@@ -143,16 +146,16 @@ def test_replies_are_in_order_and_tell_whether_they_ended(fake_server):
 
 def test_empty_and_invalid_texts_are_accepted(fake_server):
     fake_server.reply = lambda body: (200, chat_completion(None))
-    assert ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
+    assert server_engine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == ""
     fake_server.reply = lambda body: (200, chat_completion("half a character: \ud800"))
-    ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
+    server_engine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text.encode()
 
 
 def test_transient_failures_are_retried(fake_server):
     fake_server.reply = lambda body: (
         (503, {"error": "busy"}) if len(fake_server.requests) == 1 else (200, chat_completion("ok?"))
     )
-    assert ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    assert server_engine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
     assert len(fake_server.requests) == 2
 
 
@@ -162,7 +165,7 @@ def test_a_refused_request_gives_a_reply_with_a_problem(fake_server):
         if "b'" in body["messages"][0]["content"][-1]["text"]
         else (200, chat_completion("Yes"))
     )
-    replies = ServerEngine(fake_server.url, "m").write(
+    replies = server_engine(fake_server.url, "m").write(
         [prompt(to_answer([], 1, text)) for text in ("a", "b'", "c")], Sampling()
     )
     assert [reply.problem for reply in replies] == [None, "request_failed", None]
@@ -188,19 +191,19 @@ def test_permanent_failures_stop_the_run(fake_server, reply, kind, message, monk
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuv")
     fake_server.reply, fake_server.kind = lambda body: reply, kind
     with pytest.raises(UserError, match=message) as error:
-        ServerEngine(fake_server.url, "m").check()
+        server_engine(fake_server.url, "m").check()
     assert "sk-abc" not in str(error.value) and error.value.__cause__ is None
     assert fake_server.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuv"
     if reply[0] != 400:
         with pytest.raises(UserError):
-            ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())
+            server_engine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())
 
 
 def test_one_permanent_failure_stops_all_requests(fake_server):
     """A refused key is not sent again for each image."""
     fake_server.reply = lambda body: (401, {})
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        ServerEngine(fake_server.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
+        server_engine(fake_server.url, "m", concurrency=2).write([prompt(to_ask([], 1))] * 50, Sampling())
     assert len(fake_server.requests) <= 2
 
 
@@ -210,7 +213,7 @@ def test_retry_after_is_respected(fake_server):
         return (429, {"error": "busy"}) if len(times) == 1 else (200, chat_completion("ok?"))
 
     times, fake_server.reply, fake_server.headers = [], reply, {"Retry-After": "0.7"}
-    assert ServerEngine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
+    assert server_engine(fake_server.url, "m").write([prompt(to_ask([], 1))], Sampling())[0].text == "ok?"
     assert 0.7 <= times[1] - times[0] < 1.5
 
 
@@ -223,8 +226,8 @@ def test_fields_that_a_hosted_model_refuses_are_replaced_or_left_out(fake_server
         return 200, chat_completion("Yes")
 
     fake_server.reply = reply
-    with pytest.warns(UserWarning, match="takes no temperature"):
-        replies = ServerEngine(fake_server.url, "m", "openai", concurrency=1).write(
+    with pytest.warns(UserWarning, match="not accept a temperature"):
+        replies = server_engine(fake_server.url, "m", "openai", concurrency=1).write(
             [prompt(to_answer([], 1, text)) for text in "ab"], Sampling(temperature=0.0, max_new_tokens=8)
         )
     assert [reply.text for reply in replies] == ["Yes", "Yes"]
@@ -253,7 +256,7 @@ def test_follow_up_requests_start_as_soon_as_their_reply_arrives(fake_server):
         return Request(prompt(to_answer([], 1, text)), Sampling(), text)
 
     fake_server.reply = reply
-    run = ServerEngine(fake_server.url, "m", concurrency=2).run(map(ask, ["slow", "fast"]), then)
+    run = server_engine(fake_server.url, "m", concurrency=2).run(map(ask, ["slow", "fast"]), then)
     assert sorted(request.tag for request, _ in run) == ["fast", "fast again", "fast again and again", "slow"]
 
 
@@ -265,7 +268,7 @@ def test_requests_are_made_only_when_there_is_room_for_them(fake_server):
             made.append(number)
             yield Request(prompt(to_ask([], 1)), Sampling())
 
-    run = ServerEngine(fake_server.url, "m", concurrency=3).run(requests())
+    run = server_engine(fake_server.url, "m", concurrency=3).run(requests())
     next(run)
     assert len(made) == 3
     run.close()
@@ -274,9 +277,79 @@ def test_requests_are_made_only_when_there_is_room_for_them(fake_server):
 
 def test_an_image_without_a_file_is_sent_as_png(fake_server):
     image = Image.new("RGB", (4, 3), (128, 128, 128))
-    ServerEngine(fake_server.url, "m").write([Prompt(to_ask([], 1), [OpenedImage(b"", image)])], Sampling())
+    server_engine(fake_server.url, "m").write([Prompt(to_ask([], 1), [OpenedImage(b"", image)])], Sampling())
     url = fake_server.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))).size == (4, 3)
+
+
+@pytest.mark.parametrize("format", ["TIFF", "BMP", "GIF", "WEBP"])
+def test_an_image_that_servers_do_not_read_is_sent_as_png(fake_server, format):
+    server_engine(fake_server.url, "m").write([prompt(to_ask([], 1), format=format)], Sampling())
+    url = fake_server.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"]
+    kind, _, content = url.partition(";base64,")
+    sent, stored = Image.open(io.BytesIO(base64.b64decode(content))), stored_image(0, format)["bytes"]
+    assert kind == "data:image/png" and sent.format == "PNG"
+    assert sent.convert("RGB").tobytes() == Image.open(io.BytesIO(stored)).convert("RGB").tobytes()
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="Unknown server_kind 'vlm'. Did you mean 'vllm'"):
+        ServerEngine("http://localhost/v1", "m", "vlm")
+
+
+def test_the_first_test_leaves_room_for_a_model_that_thinks(fake_server):
+    server_engine(fake_server.url, "m").check()
+    assert fake_server.requests[0][2]["max_tokens"] == 16
+
+
+def priced_engine(url, **settings):
+    prices = {"price_per_million_input_tokens": 1e3, "price_per_million_output_tokens": 1e3}
+    return server_engine(url, "m", **prices | settings)
+
+
+def test_the_budget_of_an_engine_is_never_exceeded(fake_server):
+    usage = {"prompt_tokens": 200, "completion_tokens": 10, "total_tokens": 210}  # $0.21 each
+    fake_server.reply = lambda body: (200, chat_completion("Yes") | {"usage": usage})
+    engine, replies = priced_engine(fake_server.url, max_cost=2.0, concurrency=3), []
+    engine.check()
+    sampling = Sampling(max_new_tokens=10)
+    requests = [Request(prompt(to_answer([], 1, "Where is it?")), sampling, number) for number in range(50)]
+    with pytest.raises(UserError, match="budget is used up.*max_cost 2.*raise --max_cost"):
+        for item in engine.run(requests):
+            replies.append(item)
+    paid = len(fake_server.requests) * 0.21
+    assert 1 < paid <= 2 and engine.budget.spent == pytest.approx(paid)
+    assert len(replies) == len(fake_server.requests) - 1, "replies in flight are kept"
+    before = len(fake_server.requests)
+    with pytest.raises(UserError, match="budget is used up"):
+        engine.write([requests[0].prompt], Sampling(max_new_tokens=2000))
+    assert len(fake_server.requests) == before, "the budget is one for all calls of an engine"
+
+
+def test_a_call_that_may_have_been_charged_counts_in_the_budget(fake_server):
+    fake_server.reply = lambda body: time.sleep(0.5) or (200, chat_completion("late"))
+    engine = priced_engine(fake_server.url, max_cost=100.0, timeout=0.05, max_retries=0)
+    with pytest.raises(UserError, match="in time.*raise --timeout"):
+        engine.write([prompt(to_ask([], 1))], Sampling())
+    assert 0.256 < engine.budget.uncertain < 100
+
+
+def test_a_budget_needs_prices():
+    with pytest.raises(UserError, match="max_cost needs prices"):
+        ServerEngine("http://localhost/v1", "m", max_cost=1.0)
+    assert ServerEngine("http://localhost/v1", "gpt-4o", "openai", max_cost=1.0).budget.max_cost == 1.0
+
+
+def test_processes_share_the_budget(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    settings = ServerSettings(base_url="http://localhost/v1", max_cost=2.0)
+    assert ENGINES.get("server").open("gpt-4o", settings).budget.max_cost == 0.5
+
+
+def test_the_key_comes_from_the_variable_that_is_set(fake_server, monkeypatch):
+    monkeypatch.setenv("THEIR_KEY", "sk-abcdefghijklmnopqrstuv")
+    server_engine(fake_server.url, "m", key_variable="THEIR_KEY").check()
+    assert fake_server.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuv"
 
 
 def event_stream(*texts):
@@ -294,7 +367,7 @@ def test_a_reply_is_streamed(fake_server):
         lambda body: (200, event_stream(" ", "Where ", "is it?", " ", "\n")),
         "text/event-stream",
     )
-    assert list(ServerEngine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling())) == ["Where", " is it?"]
+    assert list(server_engine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling())) == ["Where", " is it?"]
     assert fake_server.requests[0][2]["stream"] is True
 
 
@@ -309,22 +382,21 @@ def test_a_reply_is_streamed(fake_server):
 def test_permanent_failures_stop_a_stream(fake_server, reply, message):
     fake_server.reply = lambda body: reply
     with pytest.raises(UserError, match=message):
-        list(ServerEngine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
+        list(server_engine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
 
 
-def test_an_unreachable_server_is_reported_without_its_password(monkeypatch):
-    monkeypatch.setattr(server_module, "RETRIES", 0)
+def test_an_unreachable_server_is_reported_without_its_password():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     with pytest.raises(UserError, match=f"The server at http://<hidden>@127.0.0.1:{port}/v1 cannot be reached"):
-        ServerEngine(f"http://user:secret@127.0.0.1:{port}/v1", "m").check()
+        server_engine(f"http://user:secret@127.0.0.1:{port}/v1", "m", max_retries=0).check()
 
 
 def test_a_hanging_server_times_out(fake_server):
     fake_server.reply = lambda body: time.sleep(0.5) or (200, chat_completion("late"))
     with pytest.raises(UserError, match="did not answer in time"):
-        ServerEngine(fake_server.url, "m", timeout=0.05).check()
+        server_engine(fake_server.url, "m", timeout=0.05).check()
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +478,7 @@ def test_a_real_server_streams_the_text_that_it_writes(merged, served):
 
 
 def test_a_real_server_refuses_wrong_settings(merged, served):
-    with pytest.raises(UserError, match="as model 'other'"):
+    with pytest.raises(UserError, match="the model 'other'"):
         ServerEngine(served, "other", "transformers").check()
     with pytest.raises(UserError, match="top_k"):
         ServerEngine(served, merged[0], "vllm").check()

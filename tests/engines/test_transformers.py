@@ -4,8 +4,8 @@ import pytest
 import torch
 from family_models import MODELS, tiny_model
 
-from medst_trl.engines import transformers as transformers_engine
-from medst_trl.engines.transformers import MOST, bytes_of_a_text, largest_batch
+from medst_trl.engines.kinds import transformers as transformers_engine
+from medst_trl.engines.kinds.transformers import MAX_BATCH_SIZE, bytes_of_a_text, largest_batch
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -47,7 +47,7 @@ def test_the_estimate_is_close_for_llava_7b():
     assert cached < bytes_of_a_text(config, torch.bfloat16, 640, 256) < 1.3 * cached
 
 
-@pytest.mark.parametrize(("texts_free", "expected"), [(0.5, 1), (1.3, 1), (10.1, 8), (10_000, MOST)])
+@pytest.mark.parametrize(("texts_free", "expected"), [(0.5, 1), (1.3, 1), (10.1, 8), (10_000, MAX_BATCH_SIZE)])
 def test_the_largest_batch_depends_on_free_memory(texts_free, expected, monkeypatch):
     model, _ = tiny_model("vicuna")
     need = bytes_of_a_text(model.config.get_text_config(), model.dtype, 30, 20)

@@ -14,7 +14,7 @@ from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer
-from medst_trl.engines.transformers import TransformersEngine
+from medst_trl.engines.kinds.transformers import TransformersEngine
 from medst_trl.evaluation import vqa
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions

@@ -23,10 +23,10 @@ from medst_trl.data.images import image_id
 from medst_trl.data.parallel import ordered_map
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
 from medst_trl.engines import decoding, image_features
-from medst_trl.engines import transformers as transformers_engine
 from medst_trl.engines.decoding import SeededSampler, chat_inputs
 from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
 from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.kinds import transformers as transformers_engine
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain import candidates as candidates_module
@@ -461,7 +461,7 @@ def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
 def estimate_batch_sizes(engine):
     """Make the engine estimate its batch size, as it does on an accelerator."""
     engine._estimates = True
-    engine._most["texts"] = transformers_engine.MOST
+    engine._most["text"] = transformers_engine.MAX_BATCH_SIZE
 
 
 @pytest.mark.parametrize("fit", [1, 5, 9])
@@ -503,11 +503,11 @@ def test_windows_do_not_depend_on_free_memory(policy):
     """Free memory differs between processes and runs. With different windows, records would be lost."""
     model, processor = copy.deepcopy(policy[0]).to("meta"), policy[1]
     engine = transformers_engine.TransformersEngine(model, processor)
-    assert engine._estimates and engine.batch_size == transformers_engine.NOMINAL
+    assert engine._estimates and engine.batch_size == transformers_engine.WINDOW_BATCH_SIZE
     engine = transformers_engine.TransformersEngine(model, processor, 5)
     assert not engine._estimates and engine.batch_size == 5
     engine = transformers_engine.TransformersEngine(*policy)
-    assert not engine._estimates and engine.batch_size == transformers_engine.ON_CPU
+    assert not engine._estimates and engine.batch_size == transformers_engine.CPU_BATCH_SIZE
 
 
 def test_images_of_the_next_window_are_opened_in_the_background(images, monkeypatch):

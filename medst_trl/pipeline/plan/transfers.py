@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id
+from medst_trl.base.settings import settings_among
 from medst_trl.engines.engine import ENGINES
 from medst_trl.pipeline.stage import FILE, RUN
 
@@ -43,7 +44,7 @@ def prompts(arguments: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
     """The row on the server to which the engine of a step sends its prompts, if it is not in the same process."""
     if hasattr(arguments[0], "engine"):
         kind = ENGINES.get(arguments[0].engine)
-        if address := kind.address(kind.settings_among(arguments)):
+        if address := kind.address(settings_among(arguments, kind.settings)):
             yield "asks", f"{address}, model {arguments[0].model_name_or_path}"
 
 

@@ -187,7 +187,7 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
 
 def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
     """The settings of the engine, with a batch size that does not depend on memory: it changes the last digits."""
-    settings = kind.settings_among(given)
+    settings = settings_among(given, kind.settings)
     return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
 
 

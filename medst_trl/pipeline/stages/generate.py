@@ -34,10 +34,10 @@ from typing import Any
 
 from medst_trl.base.processes import rank
 from medst_trl.base.row_log import RowLog
-from medst_trl.base.settings import check_bounds, documented
+from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.schema import load_records
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.engine import ENGINES, Sampling, loads_model
+from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
@@ -110,7 +110,7 @@ class GenerateArguments:
     images: str
     output_dir: str
     split: str = "train"
-    engine: str = "transformers"
+    engine: str = DEFAULT_ENGINE
     num_questions: int = 1
     num_answers: int = 2
     temperature: float = 1.2
@@ -151,7 +151,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     """
     check(args, *engine_settings)
     kind = ENGINES.get(args.engine)
-    settings = kind.settings_among(engine_settings)
+    settings = settings_among(engine_settings, kind.settings)
     args = replace(args, images=_find_images(args.images))
     images = load_records(args.images, args.split, "instruct")
     records, rejected = select_records(images, args.skip_records, args.max_records)
@@ -178,7 +178,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
 def check(args: GenerateArguments, *engine_settings: Any) -> None:
     """Raise a `UserError` for arguments that are invalid."""
     kind = ENGINES.get(args.engine)
-    kind.check(kind.settings_among(engine_settings))
+    kind.check(settings_among(engine_settings, kind.settings))
     check_bounds(args, at_least=_AT_LEAST | {"max_question_words": args.min_question_words}, at_most=_AT_MOST)
 
 

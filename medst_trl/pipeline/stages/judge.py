@@ -29,24 +29,25 @@ OpenAI's Batch API costs half as much. `--write_batch requests.jsonl` writes its
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
-from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
-from medst_trl.data.reading import read_json_records
+from medst_trl.base.settings import check_bounds, documented, make_lists
+from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import load_records, preference_features, write_split
-from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens, prices_of
+from medst_trl.engines.client import CALL_SETTINGS
+from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
-from medst_trl.selftrain.judge.server import JUDGE_SERVERS, JudgeSettings, chosen_server
+from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
 from medst_trl.selftrain.preferences import Preferences, build_preferences
 
 
@@ -124,51 +125,49 @@ class JudgeArguments(JudgeSettings):
         make_lists(self, "benchmarks", "read_batch")
 
 
-def main(args: JudgeArguments, *servers: Any) -> None:
+def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     """
     Run the stage.
 
     Args:
         args ([`JudgeArguments`]): Its arguments.
-        *servers: Settings of judge servers. See [`~medst_trl.selftrain.judge.server.JudgeServer`].
+        *judges ([`LocalJudge`]): Settings of local judges.
     """
     from medst_trl.selftrain.judge.batch import read_batch
 
-    check(args, *servers)
+    check(args, *judges)
     args.benchmarks = _existing_benchmarks(args.benchmarks)
     candidates = _open_candidates(args.candidates, args.split)
     benchmarks = [_open_benchmark(name) for name in args.benchmarks]
-    with _open_judge(args, servers, candidates) as judge:
-        if args.dry_run:
-            return _print_request(judge, candidates)
-        if args.write_batch:
-            return _write_batch(args.write_batch, judge, candidates)
-        if not args.read_batch:
-            judge.check_key()
-        # Settings of all servers, the defaults included: earlier versions recorded them.
-        own = [settings_among(servers, server.settings) for server in JUDGE_SERVERS.values()]
-        record = StageRecord.of(STAGE, args, *own)
-        if record.status == "finished":
-            return _print_summary(record)
-        with record:
-            if args.read_batch:
-                counts = read_batch(judge.cache, args.read_batch)
-                print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
-            judgements, statistics = _judge(judge, candidates, record.output_dir, offline=bool(args.read_batch))
-            selection = {name: getattr(args, name) for name in _SELECTION}
-            preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
-            _write_preferences(args, record.output_dir, candidates, preferences, statistics["pairs"])
-            record.finish(counts={"judge": statistics, "preferences": preferences.counts})
+    judge = _make_judge(args, judges, candidates)
+    if args.dry_run:
+        return _print_request(judge, candidates)
+    if args.write_batch:
+        return _write_batch(args.write_batch, judge, candidates)
+    if not args.read_batch:
+        judge.check_key()
+    record = StageRecord.of(STAGE, args, chosen_judge(judges))
+    if record.status == "finished":
+        return _print_summary(record)
+    with record:
+        if args.read_batch:
+            counts = read_batch(judge.cache, args.read_batch)
+            print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
+        judgements, statistics = _judge(judge, candidates, record.output_dir, offline=bool(args.read_batch))
+        selection = {name: getattr(args, name) for name in _SELECTION}
+        preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
+        _write_preferences(args, record.output_dir, candidates, preferences, statistics["pairs"])
+        record.finish(counts={"judge": statistics, "preferences": preferences.counts})
     _print_summary(record)
 
 
-def check(args: JudgeArguments, *servers: Any) -> None:
+def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     """Raise a `UserError` for arguments that cannot work."""
-    if served := chosen_server(servers):
-        server, settings = served
-        server.check(settings, args)
+    JUDGE_PROMPTS.get(args.prompt_version)
+    if local := chosen_judge(judges):
+        local.check(args)
     elif args.model is None:
-        raise UserError("No judge is named. Set --model to its name on the server (such as gpt-4o).")
+        raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
     check_bounds(
         args,
         at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1},
@@ -220,36 +219,36 @@ def _open_benchmark(name: str) -> "Dataset":
 def _read_captions(path: str | None) -> dict[str, str]:
     """Return captions by image_id from JSON lines, none without a file."""
     captions = {}
-    for position, row in read_json_records(Path(path), known_by="image_id") if path else ():
-        if not (isinstance(row, dict) and isinstance(row.get("image_id"), str) and "caption" in row):
+    lines = read_text_file(Path(path), "reference_captions").split("\n") if path else ()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row["image_id"], str):
+                raise TypeError
+            captions[row["image_id"]] = str(row["caption"])
+        except (ValueError, TypeError, KeyError):
             raise UserError(
-                f"{path}, line {position + 1}: not an object with image_id and caption. Correct or delete the line."
-            )
-        captions[row["image_id"]] = str(row["caption"])
+                f"{path}, line {number}: not an object with image_id and caption. Correct or delete the line."
+            ) from None
     return captions
 
 
-@contextmanager
-def _open_judge(args: JudgeArguments, servers: tuple[Any, ...], candidates: "Dataset") -> Iterator["PairwiseJudge"]:
-    """Yield the judge, while its server runs if it is one of ours."""
+def _make_judge(args: JudgeArguments, judges: Sequence[LocalJudge], candidates: "Dataset") -> "PairwiseJudge":
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
     settings = {item.name: getattr(args, item.name) for item in fields(JudgeSettings)}
     settings |= {"cache_dir": args.cache_dir or args.output_dir, "captions": _read_captions(args.reference_captions)}
-    context = nullcontext(args.base_url)
-    if served := chosen_server(servers):
-        server, own = served
-        context = server.serve(own, args, candidates)
-        settings |= {"model": server.model(own, args)}
-        settings |= {"price_per_million_input_tokens": 0.0, "price_per_million_output_tokens": 0.0}
-    with context as base_url:
-        yield PairwiseJudge(**settings | {"base_url": base_url})
+    if local := chosen_judge(judges):
+        settings |= {"model": local.model_name(args), "local": local.open(args, candidates)}
+    return PairwiseJudge(**settings)
 
 
 def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:
     """Print the estimate and the first request."""
     from medst_trl.data.image_formats import ImageProblem
-    from medst_trl.selftrain.judge.images import without_image_bytes
+    from medst_trl.engines.images import without_image_bytes
 
     print(f"judge: {judge.estimate(candidates)}")
     for _, requests in judge.requests(candidates):
@@ -333,10 +332,10 @@ def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
     return replace(pairs_to_judge(settings, counter), at_most=True)  # ties and disagreements are dropped
 
 
-def plan(counter: Counter, args: JudgeArguments, *servers: Any) -> Iterator[tuple[str, str]]:
+def plan(counter: Counter, args: JudgeArguments, *judges: LocalJudge) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan: the requests, and what they may cost."""
-    if served := chosen_server(servers):
-        yield "asks", f"none: {served[0].summary}"
+    if local := chosen_judge(judges):
+        yield "asks", f"none: {local.summary}"
     elif args.read_batch:
         yield "asks", "none: replies come from read_batch"
     elif args.write_batch:
@@ -354,7 +353,7 @@ def plan(counter: Counter, args: JudgeArguments, *servers: Any) -> Iterator[tupl
 
 def _expected_cost(args: JudgeArguments, count: Count) -> str:
     """Return what the requests may cost together, empty if that is not known."""
-    prices = prices_of(args.model, args.price_per_million_input_tokens, args.price_per_million_output_tokens)
+    prices = args.prices_of(args.model)
     if not prices.known or count.number is None:
         return ""
     text = 4000 / BYTES_PER_TOKEN  # instructions, question and two answers
@@ -370,7 +369,7 @@ STAGE = STAGES.register(
         help=__doc__,
         after=("generate",),
         repeats=True,
-        arguments=lambda: (JudgeArguments, *(server.settings for server in JUDGE_SERVERS.values()), HubArguments),
+        arguments=lambda: (JudgeArguments, *LOCAL_JUDGES.values(), HubArguments),
         check=check,
         main=main,
         plan=plan,
@@ -382,13 +381,7 @@ STAGE = STAGES.register(
             Input("read_batch", FILE),
         ),
         outputs=(Output("preferences", "preferences", _count),),
-        # How replies are obtained, not what they say. A judge is known by its model, on any server.
-        operational=frozenset(
-            {
-                "base_url", "key_variable", "concurrency", "max_cost", "price_per_million_input_tokens",
-                "price_per_million_output_tokens", "timeout", "max_retries", "cache_dir", "dry_run", "write_batch",
-                "read_batch", "num_workers",
-            }
-        ),
+        # These settings change how replies are obtained, not their content. A judge is identified by its model name.
+        operational=CALL_SETTINGS | {"cache_dir", "dry_run", "write_batch", "read_batch", "num_workers"},
     )
-)  # fmt: skip
+)

@@ -14,7 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.cost import ReplyCache
-from medst_trl.engines.trouble import Trouble, row_of_body, trouble_of_status
+from medst_trl.engines.responses import CallError, error_of_status, row_of_body
 
 from .pairwise import PairwiseJudge
 
@@ -111,10 +111,10 @@ def _read_line(cache: ReplyCache, line: bytes) -> str:
         key = result["custom_id"]
         try:
             row = _row(result)
-        except Trouble as trouble:
-            if trouble.reason == "request_failed":
+        except CallError as error:
+            if error.reason == "request_failed":
                 return "failed"
-            row = {"error": trouble.reason, "detail": trouble.detail}
+            row = {"error": error.reason, "detail": error.detail}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "unreadable"
     if not cache.attempts(key):
@@ -123,7 +123,7 @@ def _read_line(cache: ReplyCache, line: bytes) -> str:
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the reply of a result line as the cache keeps it, or raise the `Trouble` that it reports."""
+    """Return the reply of a result line as the cache keeps it, or raise the `CallError` that it reports."""
     response = result.get("response") or {}
     status, body = response.get("status_code"), response.get("body") or {}
     if status == 200:
@@ -131,7 +131,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     error = result.get("error") or body.get("error") or {}
     if status is None and not error:
         raise ValueError("no result")
-    raise trouble_of_status(int(status or 500), error)
+    raise error_of_status(int(status or 500), error)
 
 
 def _read(path: str | os.PathLike) -> Iterator[bytes]:

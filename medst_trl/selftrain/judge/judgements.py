@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of answers, the judgement on each, and what many judgements say about their judge."""
+"""Pairs of answers, the judgement on each, and statistics of a judge."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.client import Answer, Call
+from medst_trl.engines.client import Call, Outcome
 from medst_trl.engines.cost import Prices
 
 from .prompt import MAX_CHARS, JudgePrompt, fit
@@ -41,7 +41,7 @@ class Pair:
         id (`str`): Id of the candidate, followed by `/<k>` if the candidate has more than two answers.
         candidate (`str`): Id of the candidate.
         image_ids (`tuple[str, ...]`): Image ids of the candidate.
-        images (`tuple`): The images in any form that [`JudgeImage.read`] accepts.
+        images (`tuple`): The images in any form that [`RequestImage.read`] accepts.
         history (`tuple[tuple[str, str], ...]`): Role and text of the turns before the question.
         question (`str`): The last user message.
         answers (`tuple[str, str]`): In the candidate's order.
@@ -77,31 +77,29 @@ def pairs_of(candidate: Mapping[str, Any]) -> Iterator[Pair]:
 
 def make_judgement(
     pair: Pair,
-    asked: Sequence[tuple[Call, Answer]],
+    asked: Sequence[tuple[Call, Outcome]],
     *,
     model: str,
     prompt: JudgePrompt,
     prices: Prices,
     min_margin: float,
-    problem: str | None = None,
 ) -> dict[str, Any]:
     """
     Return one line of `judgements.jsonl`.
 
     Args:
         pair ([`Pair`]): The answers that were compared.
-        asked (sequence of `(Call, Answer)`): The outcome of each order.
+        asked (sequence of `(Call, Outcome)`): The outcome of each order; empty if the answers are equal or an image
+            cannot be read.
         model (`str`): Name of the judge.
         prompt ([`JudgePrompt`]): How it was asked.
         prices ([`Prices`]): For the cost.
         min_margin (`float`): Minimum difference between the mean scores.
-        problem (`str`, *optional*): Why no request was made.
     """
-    orders = [_order(request, answer, prices) for request, answer in asked]
-    scores, verdict, dropped = _decide(orders, [answer.reason for _, answer in asked], min_margin)
-    if pair.answers[0] == pair.answers[1]:
-        dropped = "tie"
-    dropped = problem or dropped
+    orders = [_order(call, outcome, prices) for call, outcome in asked]
+    scores, verdict, dropped = _decide(orders, [outcome.reason for _, outcome in asked], min_margin)
+    if not asked:
+        dropped = "tie" if pair.answers[0] == pair.answers[1] else "image_unreadable"
     texts = (pair.question, *pair.answers)
     return {
         "id": pair.id,
@@ -127,28 +125,28 @@ def _is_neutralised(prompt: JudgePrompt, texts: tuple[str, str, str]) -> bool:
     return prompt.shown(prompt.messages(texts[0], texts[1:], [], [], [])) != tuple(map(fit, texts))
 
 
-def _order(request: Call, answer: Answer, prices: Prices) -> dict[str, Any]:
+def _order(call: Call, outcome: Outcome, prices: Prices) -> dict[str, Any]:
     """Return the outcome of one order, with scores and verdict by answer instead of by position."""
-    last = answer.attempts[-1] if answer.attempts else {}
+    last = outcome.attempts[-1] if outcome.attempts else {}
     usage = Counter()
-    for call in answer.charges:
-        usage.update(call.get("usage") or {})
+    for charge in outcome.charges:
+        usage.update(charge.get("usage") or {})
     order = {
-        "shown": list(request.tag),
+        "shown": list(call.tag),
         "scores": None,
         "verdict": None,
-        "reply": last.get("reply") or answer.detail,
+        "reply": last.get("reply") or outcome.detail,
         "usage": dict(usage) or None,
-        "cost": round(sum(map(prices.cost_of, answer.charges)), 9) if prices.known else None,
+        "cost": round(sum(map(prices.cost_of, outcome.charges)), 9) if prices.known else None,
         "finish_reason": last.get("finish_reason"),
-        "cached": answer.cached,
-        "request": request.key,
+        "cached": outcome.cached,
+        "request": call.key,
     }
-    if reading := answer.reading:
-        order["scores"] = _by_answer(reading.scores, request.tag)
-        order["verdict"] = "tie" if reading.verdict == "tie" else request.tag[reading.verdict]
+    if reading := outcome.reading:
+        order["scores"] = _by_answer(reading.scores, call.tag)
+        order["verdict"] = "tie" if reading.verdict == "tie" else call.tag[reading.verdict]
         if reading.criteria is not None:
-            order["criteria"] = {name: _by_answer(pair, request.tag) for name, pair in reading.criteria.items()}
+            order["criteria"] = {name: _by_answer(pair, call.tag) for name, pair in reading.criteria.items()}
     return order
 
 
@@ -237,7 +235,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices | N
 
 
 def _count_verdicts(orders: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Count what the orders of one pair say."""
+    """Count the verdicts of the orders of one pair."""
     read = [order for order in orders if order["verdict"] is not None]
     decided = [order for order in read if order["verdict"] != "tie"]
     twice = len(decided) == 2
@@ -270,7 +268,7 @@ def _share(part: float, whole: int) -> float | None:
 
 
 def warnings_of(statistics: Mapping[str, Any]) -> list[str]:
-    """Return the reasons to distrust the judge that the statistics give."""
+    """Return warnings about biases of the judge."""
     lines, first = [], statistics["first_place_rate"]
     if (statistics["flip_rate"] or 0) > MANY_FLIPS:
         place = "first" if first is not None and first > 0.5 else "second"
@@ -286,7 +284,7 @@ def warnings_of(statistics: Mapping[str, Any]) -> list[str]:
     if (statistics["longer_wins"] or 0) > 0.75:
         lines.append(
             f"the longer answer wins {statistics['longer_wins']:.0%} of the pairs, which teaches the policy to be "
-            "wordy. length_balanced=true evens it out."
+            "verbose. length_balanced=true evens it out."
         )
     return lines
 

@@ -4,39 +4,39 @@
 
 import asyncio
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from hashlib import sha256
-from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import check_bounds
+from medst_trl.base.settings import check_bounds, check_choice
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.engines.client import Call, Client, Stopped, api_key, open_portal
-from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens, prices_of
+from medst_trl.engines.client import CALL_BOUNDS, Call, Client, Outcome, api_key, run_calls
+from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
+from medst_trl.engines.images import RequestImage
 
-from .images import JudgeImage
 from .judgements import Pair, make_judgement, pairs_of
 from .prompt import JUDGE_PROMPTS
-from .server import JudgeSettings
+from .settings import JudgeSettings
 
+
+if TYPE_CHECKING:
+    from httpx2 import AsyncClient, Request
 
 ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
-PAIRS_PER_SLOT = 3  # pairs in progress per concurrent call: those that wait for a retry leave no slot empty
+CALLS_PER_SLOT = 6  # calls in flight per concurrent call, so that slots stay busy while some wait for a retry
+LOCAL_URL = "http://localhost/v1"  # of a judge in this process; nothing is sent there
 # Messages for a run in which the judge refuses everything.
 _ADVICE = {
     "content_filter": "The judge refuses every pair for its content. Choose another --model",
-    "image_refused": "The judge refuses every image: {detail}. Choose a --model that sees images",
+    "image_refused": "The judge refuses every image: {detail}. Choose a --model that accepts images",
     "bad_request": "The judge's server refuses every request: {detail}. Look at one with --dry_run true",
     "unparsable": "None of the judge's replies could be read; the last one began with: {detail}. Choose a stronger "
     "--model, another --prompt_version, or more --max_tokens",
 }
-_AT_LEAST = {
-    "concurrency": 1, "image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0, "max_cost": 0,
-    "max_retries": 0, "timeout": 0.01,
-}  # fmt: skip
+_AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0} | CALL_BOUNDS
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,12 @@ class PairwiseJudge(JudgeSettings):
 
     Args:
         model, base_url, prompt_version, order, min_margin, ...:
-            The fields of [`JudgeSettings`] in their order. Only `model` is required.
+            The fields of [`JudgeSettings`]. Only `model` is required.
         captions (`dict`, *optional*):
             Reference captions by `image_id`, for prompts that show them.
+        local (`Callable`, *optional*):
+            A judge in this process that replaces the server: takes the body of a request, returns the reply. Its calls
+            are free.
         http_client (`httpx2.AsyncClient`, *optional*):
             Replaces the client's own, for proxies and tests.
 
@@ -105,23 +108,25 @@ class PairwiseJudge(JudgeSettings):
     """
 
     captions: Mapping[str, str] | None = None
+    local: Callable[[dict[str, Any]], str] | None = None
     http_client: Any = None
 
     def __post_init__(self):
         if not self.model:
-            raise UserError("The judge has no name. Set model to its name on the server.")
+            raise UserError("No judge model is set. Set model to its name on the server.")
         self.captions = dict(self.captions or {})
         self.prompt = JUDGE_PROMPTS.get(self.prompt_version)
-        prices = self.price_per_million_input_tokens, self.price_per_million_output_tokens
-        self.prices = prices_of(self.model, *prices)
+        if self.local is not None:
+            self.base_url = LOCAL_URL
+            self.price_per_million_input_tokens = self.price_per_million_output_tokens = 0.0
+        self.prices = self.prices_of(self.model)
         self.events: Counter[str] = Counter()
         self._check()
         Budget(self.prices, self.max_cost)
         self.cache = ReplyCache(self.cache_dir)
 
     def _check(self) -> None:
-        if self.order not in ORDERS:
-            raise UserError(f"Unknown order {self.order!r}. Choose one of {', '.join(ORDERS)}.")
+        check_choice("order", self.order, ORDERS)
         if self.captions and "captions" not in self.prompt.uses:
             able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
             raise UserError(
@@ -187,7 +192,7 @@ class PairwiseJudge(JudgeSettings):
         return Estimate(counts["pairs"], counts["calls"], counts["cached"], counts["input"], output, cost, paid)
 
     def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Call]]]:
-        """Yield each pair with its requests, none if there is nothing to ask or an image cannot be read."""
+        """Yield each pair with its requests: none if its answers are equal or an image cannot be read."""
         for candidate in candidates:
             for pair in pairs_of(candidate):
                 try:
@@ -204,11 +209,11 @@ class PairwiseJudge(JudgeSettings):
         """
         if pair.answers[0] == pair.answers[1]:
             return []
-        images = [JudgeImage.read(image, self.image_size) for image in pair.images]
+        images = [RequestImage.read(image, self.image_size) for image in pair.images]
         tokens = sum(image_tokens(self.model, *image.size) for image in images)
         return [self._request(pair, shown, images, tokens) for shown in ORDERS[self.order]]
 
-    def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[JudgeImage], tokens: int) -> Call:
+    def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[RequestImage], tokens: int) -> Call:
         answers = [pair.answers[place] for place in shown]
         history = pair.history if "history" in self.prompt.uses else ()
         captions = [self.captions[name] for name in pair.image_ids if name in self.captions]
@@ -234,52 +239,50 @@ class PairwiseJudge(JudgeSettings):
     def _run(self, candidates: Iterable[Mapping[str, Any]], offline: bool, spent: float) -> Iterator[dict[str, Any]]:
         """Yield judgements in the order of the pairs, and raise an error after all that are finished."""
         client = Client(
-            self.model, self.cache, Budget(self.prices, self.max_cost, spent), base_url=self.base_url,
-            key_variable=self.key_variable, concurrency=self.concurrency, timeout=self.timeout,
-            max_retries=self.max_retries, offline=offline, advice=_ADVICE, http_client=self.http_client,
+            self.model, self, base_url=self.base_url, cache=self.cache, offline=offline, advice=_ADVICE,
+            budget=Budget(self.prices, self.max_cost, spent),
+            http_client=self.http_client if self.local is None else _local_client(self.local),
         )  # fmt: skip
         self.events = client.events
-        pairs = enumerate(pair for candidate in candidates for pair in pairs_of(candidate))
-        finished, waiting, in_flight, due = SimpleQueue(), {}, 0, 0
-        with open_portal(client) as portal:
-            while True:
-                while in_flight < PAIRS_PER_SLOT * self.concurrency and client.stop_error is None:
-                    index, pair = next(pairs, (None, None))
-                    if pair is None:
-                        break
-                    future = portal.start_task_soon(self._judge, client, pair)
-                    future.add_done_callback(lambda done, index=index: finished.put((index, done)))
-                    in_flight += 1
-                if not in_flight:
-                    break
-                index, done = finished.get()
-                in_flight -= 1
-                waiting[index] = done.result()
-                while waiting.get(due) is not None:
-                    yield waiting.pop(due)
-                    due += 1
-        if client.stop_error is not None:
-            raise client.stop_error
+        waiting: deque[tuple[Pair, list[Call]]] = deque()
+        outcomes: dict[Call, Outcome] = {}
+
+        def calls() -> Iterator[Call]:
+            for pair, own in self.requests(candidates):
+                waiting.append((pair, own))
+                yield from own
+
+        def finished() -> Iterator[dict[str, Any]]:
+            while waiting and all(call in outcomes for call in waiting[0][1]):
+                pair, own = waiting.popleft()
+                asked = [(call, outcomes.pop(call)) for call in own]
+                if any(outcome.error and outcome.error.kind == "image_unreadable" for _, outcome in asked):
+                    asked = []
+                yield make_judgement(
+                    pair, asked, model=self.model, prompt=self.prompt, prices=self.prices, min_margin=self.min_margin
+                )
+
+        for call, outcome in run_calls(client, calls(), at_once=CALLS_PER_SLOT * self.concurrency):
+            outcomes[call] = outcome
+            yield from finished()
+        yield from finished()
         if client.missing:
             raise UserError(
                 f"{client.missing:,} calls have no result yet. The others are kept: write the missing ones with "
                 "--write_batch, or send them live by leaving out --read_batch."
             )
 
-    async def _judge(self, client: Client, pair: Pair) -> dict[str, Any] | None:
-        """Return the judgement on a pair, or `None` if the run is being stopped."""
-        problem, calls, answers = None, [], []
-        try:
-            calls = await asyncio.to_thread(self.requests_of, pair)
-            # Wait for all of them, even if one is stopped: calls in progress are paid for.
-            answers = await asyncio.gather(*map(client.ask, calls), return_exceptions=True)
-            if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
-                raise errors[0]
-        except ImageProblem:
-            problem, calls, answers = "image_unreadable", [], []
-        except Stopped:
-            return None
-        return make_judgement(
-            pair, list(zip(calls, answers, strict=True)), model=self.model, prompt=self.prompt, prices=self.prices,
-            min_margin=self.min_margin, problem=problem,
-        )  # fmt: skip
+
+def _local_client(judge: Callable[[dict[str, Any]], str]) -> "AsyncClient":
+    """Return an HTTP client whose requests a function answers. Tokens are counted in words."""
+    from httpx2 import AsyncClient, MockTransport, Response
+
+    async def respond(request: "Request") -> Response:
+        body = json.loads(request.content)
+        reply = await asyncio.to_thread(judge, body)
+        words = sum(len(str(message["content"]).split()) for message in body["messages"])
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
+        usage = {"prompt_tokens": words, "completion_tokens": len(reply.split())}
+        return Response(200, json={"choices": [choice], "usage": usage})
+
+    return AsyncClient(transport=MockTransport(respond))

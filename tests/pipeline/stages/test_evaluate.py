@@ -16,8 +16,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.engines.server import ServerSettings
-from medst_trl.engines.transformers import TransformersSettings
+from medst_trl.engines.kinds.server import ServerSettings
+from medst_trl.engines.kinds.transformers import TransformersSettings
 from medst_trl.evaluation import vqa
 from medst_trl.evaluation.metrics.llava_med import LlavaMedSettings
 from medst_trl.pipeline.stages.evaluate import STAGE, EvaluateArguments, main
@@ -370,6 +370,20 @@ def test_refused_questions_count_as_wrong(inputs, tmp_path, capsys):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["counts"]["refused"] == len(refused) and scores["counts"]["records"] == len(rows)
     assert f"{len(refused)} questions were refused and count as wrong" in capsys.readouterr().out
+
+
+def test_a_hosted_run_stops_at_its_budget_and_resumes(inputs, tmp_path):
+    prices = {"price_per_million_input_tokens": 1, "price_per_million_output_tokens": 1}
+    usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+    with JudgeServer(answer=lambda body: "yes", usage=usage) as server:
+        with pytest.raises(UserError, match="--max_cost"):
+            evaluate_hosted(server, inputs, tmp_path / "out", controls="none", max_cost=0.001, **prices)
+        assert 0.0003 < server.delivered.total() * 101e-6 <= 0.001
+        before = len(requests_to(server))
+        evaluate_hosted(server, inputs, tmp_path / "out", controls="none", max_cost=1.0, **prices)
+        n = len(read_jsonl(tmp_path / "out" / "predictions.jsonl"))
+        assert len(requests_to(server)) == n, "a resumed run asks only for what is missing"
+        assert before < n
 
 
 def test_a_failed_server_check_leaves_no_record(inputs, tmp_path):

@@ -17,8 +17,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import check_columns, instruct_features, load_records
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.engines.server import ServerSettings
-from medst_trl.engines.transformers import TransformersSettings
+from medst_trl.engines.kinds.server import ServerSettings
+from medst_trl.engines.kinds.transformers import TransformersSettings
 from medst_trl.pipeline.stages.generate import STAGE, GenerateArguments, main
 from medst_trl.policy.loading import prepare_policy
 from medst_trl.selftrain.candidates import CandidateGenerator
@@ -280,7 +280,7 @@ def test_invalid_settings_are_refused_before_anything_is_written(inputs, change,
 
 def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
     from medst_trl.engines.engine import BatchEngine, Reply
-    from medst_trl.engines.server import ServerEngine
+    from medst_trl.engines.kinds.server import ServerEngine
 
     texts = iter(range(10**6))
     monkeypatch.setattr(ServerEngine, "check", lambda self: None)

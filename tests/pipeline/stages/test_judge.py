@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from datasets import Dataset
@@ -32,8 +31,7 @@ from medst_trl.engines.cost import CACHE_FILE
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
-from medst_trl.selftrain.judge.server import JUDGE_SERVERS
-from medst_trl.selftrain.judge.server import JudgeServer as JudgeServerKind
+from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, LocalJudge
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +161,47 @@ def test_the_oracle_judges_phantoms_by_their_ground_truth(candidates, tmp_path, 
         verdicts = {judgement["verdict"] for judgement in read_jsonl(directory / "judgements.jsonl")}
         assert verdicts <= {None, int(rate)} and int(rate) in verdicts
         assert "oracle" in read_jsonl(directory / "judgements.jsonl")[0]["model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('\n\n{"image_id": "a", "caption": "b"}\n["a"]\n', "line 4: not an object with image_id and caption"),
+        ('{"image_id": 7, "caption": "b"}', "line 1"),
+        (None, "Correct the path to the reference_captions"),
+        ("\n", None),
+    ],
+)
+def test_reference_captions_are_checked(candidates, tmp_path, text, message):
+    path = tmp_path / "captions.jsonl"
+    if text is not None:
+        path.write_text(text)
+    settings = {"model": "judge", "reference_captions": str(path), "dry_run": True}
+    if message is None:
+        return main(arguments(candidates, tmp_path / "out", **settings))
+    with pytest.raises(UserError, match=message):
+        main(arguments(candidates, tmp_path / "out", **settings))
+
+
+def test_the_oracle_refuses_a_prompt_that_it_cannot_answer_before_the_run(monkeypatch):
+    paper = JUDGE_PROMPTS.get("paper")
+    monkeypatch.setitem(JUDGE_PROMPTS._objects, "paper", replace(paper, shown=None))
+    with pytest.raises(UserError, match="cannot answer the judge prompt 'paper'.*one of rubric"):
+        STAGE.check(arguments("anywhere", "out", prompt_version="paper"), OracleArguments(0.1))
+
+
+def test_only_the_chosen_local_judge_is_recorded(candidates, tmp_path):
+    main(arguments(candidates, tmp_path / "oracle"), OracleArguments(0.1))
+    assert json.loads((tmp_path / "oracle/stage.json").read_text())["settings"]["oracle_error_rate"] == 0.1
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server)
+        record = json.loads((tmp_path / "out/stage.json").read_text())
+        assert "oracle_error_rate" not in record["settings"]
+        record["settings"]["oracle_error_rate"] = None  # as version 0.1.0 did
+        (tmp_path / "out/stage.json").write_text(json.dumps(record))
+        run(candidates, tmp_path / "out", server)
+        with pytest.raises(UserError, match="oracle_error_rate"):
+            main(arguments(candidates, tmp_path / "out"), OracleArguments(0.1))
 
 
 def test_a_dry_run_prints_the_estimate_and_a_request(candidates, tmp_path, capsys):
@@ -415,36 +454,34 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
 
 
 @dataclass
-class CoinArguments:
+class CoinArguments(LocalJudge):
+    name, summary = "coin", "a coin"
+
     coin_side: str | None = field(default=None, metadata={"help": "Answer every request with this letter."})
 
+    @property
+    def is_chosen(self):
+        return self.coin_side is not None
 
-def test_every_command_accepts_a_registered_judge_server(candidates, tmp_path, monkeypatch, capsys):
+    def check(self, args):
+        if self.coin_side not in ("A", "B"):
+            raise UserError("coin_side must be A or B.")
+
+    def model_name(self, args):
+        return f"coin-{self.coin_side}"
+
+    def open(self, args, candidates):
+        return lambda body: self.coin_side
+
+
+def test_every_command_accepts_a_registered_local_judge(candidates, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(
         f"output_dir: run\njudge: {{coin_side: A, prompt_version: letter, candidates: {candidates}, benchmarks: []}}\n"
     )
 
-    @contextmanager
-    def serve(settings, args, candidates):
-        with JudgeServer(answer=lambda body: settings.coin_side) as server:
-            yield server.base_url
-
-    def check(settings, args):
-        if settings.coin_side not in ("A", "B"):
-            raise UserError("coin_side must be A or B.")
-
-    coin = JudgeServerKind(
-        name="coin",
-        summary="a coin",
-        settings=CoinArguments,
-        is_chosen=lambda settings: settings.coin_side is not None,
-        check=check,
-        model=lambda settings, args: f"coin-{settings.coin_side}",
-        serve=serve,
-    )
     with letter_prompt(tmp_path, monkeypatch):
-        JUDGE_SERVERS.register(coin)
+        LOCAL_JUDGES.register(CoinArguments)
         try:
             assert "--coin_side" in STAGE.make_parser("medst judge").format_help()
             assert medst(["recipes", "validate", "my.yaml"]) == 0
@@ -457,7 +494,7 @@ def test_every_command_accepts_a_registered_judge_server(candidates, tmp_path, m
                 CoinArguments("A"),
             )
         finally:
-            del JUDGE_SERVERS._objects["coin"]
+            del LOCAL_JUDGES._objects["coin"]
     judgements = read_jsonl(tmp_path / "run/judge/judgements.jsonl")
     assert {(judgement["verdict"], judgement["model"]) for judgement in judgements} == {(0, "coin-A")}
     assert json.loads((tmp_path / "run/judge/stage.json").read_text())["settings"]["coin_side"] == "A"

@@ -12,7 +12,7 @@ from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import candidate_features
-from medst_trl.engines.client import Pace
+from medst_trl.engines.client import AdaptiveLimit
 from medst_trl.engines.cost import CACHE_FILE, Prices
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
@@ -294,6 +294,29 @@ def test_a_run_stops_when_its_consumer_stops():
         assert len(server.bodies) < 100
 
 
+def test_calls_in_flight_are_cancelled_when_the_consumer_stops(tmp_path):
+    with JudgeServer(fault=lambda number, body: "hang" if number else None) as server:
+        judge = judge_with(server, cache_dir=tmp_path, order="single", max_retries=0)
+        run = judge(candidates(9))
+        assert next(run)["verdict"] is not None
+        run.close()
+    lost = [row["lost"] for line in (tmp_path / CACHE_FILE).open() if "lost" in (row := json.loads(line))]
+    assert lost and set(lost) == {"cancelled"} and judge.events == {"calls": len(lost) + 1}
+
+
+def test_judges_are_compared_by_identity():
+    judge = PairwiseJudge("m")
+    assert judge != PairwiseJudge("m") and len({judge, PairwiseJudge("m")}) == 2
+
+
+def test_a_judge_in_this_process_replaces_the_server():
+    judge = PairwiseJudge("mine", local=lambda body: reply_with("rubric", (9, 4)), order="single", max_cost=0.0)
+    for _ in range(2):  # it can run again
+        judgements = list(judge(candidates(3)))
+    assert [judgement["verdict"] for judgement in judgements] == [0, 0, 0]
+    assert judge_statistics(judgements, judge.prices)["usage"]["all"]["cost"] == 0
+
+
 def test_max_cost_is_never_exceeded(tmp_path):
     settings = {"price_per_million_input_tokens": 1, "price_per_million_output_tokens": 1, "cache_dir": tmp_path}
     with JudgeServer(latency=0.002) as server:  # a reply costs $0.00105
@@ -317,12 +340,12 @@ def test_concurrency_is_used_and_not_exceeded():
 def test_concurrency_falls_if_the_server_rejects_calls(monkeypatch):
     slots = []
 
-    class RecordingPace(Pace):
+    class RecordingLimit(AdaptiveLimit):
         def pushed_back(self, retry_after):
             super().pushed_back(retry_after)
             slots.append(self.slots)
 
-    monkeypatch.setattr("medst_trl.engines.client.Pace", RecordingPace)
+    monkeypatch.setattr("medst_trl.engines.client.AdaptiveLimit", RecordingLimit)
     server = JudgeServer(latency=0.2, retry_after="0.2")
     server.fault = lambda number, body: "429" if server.in_flight > 3 else None
     with server:

@@ -53,7 +53,7 @@ def test_shown_texts_and_written_scores_are_read_back(version):
     prompt = JUDGE_PROMPTS.get(version)
     messages = prompt.messages("Where?", ["left\n\nlung", "right"], ["data:a", "data:b"])
     assert prompt.shown(messages) == ("Where?", "left\n\nlung", "right")
-    assert [other.name for other in JUDGE_PROMPTS.values() if other.shown(messages)] == [version]
+    assert [other.name for other in JUDGE_PROMPTS.values() if other.shown and other.shown(messages)] == [version]
     for scores, verdict in (((8, 5), 0), ((5, 8), 1), ((7, 7), "tie")):
         reading = prompt.read(prompt.write(scores, "Nothing to add."))
         assert (reading.scores, reading.verdict) == (scores, verdict)

@@ -9,7 +9,7 @@ from PIL import Image
 from random_images import random_image
 
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.selftrain.judge.images import JudgeImage, without_image_bytes
+from medst_trl.engines.images import RequestImage, without_image_bytes
 from medst_trl.selftrain.judge.prompts.paper import paper_messages
 
 
@@ -28,7 +28,7 @@ def decode_data_url(image):
 @pytest.mark.parametrize(("format", "kind"), [("PNG", "data:image/png"), ("JPEG", "data:image/jpeg")])
 def test_a_small_image_is_sent_unchanged(format, kind):
     data = image_bytes(40, 30, format=format)
-    assert decode_data_url(JudgeImage.read({"bytes": data, "path": None}, 64)) == (kind, data)
+    assert decode_data_url(RequestImage.read({"bytes": data, "path": None}, 64)) == (kind, data)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_small_image_is_sent_unchanged(format, kind):
 )
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (65, 3)])
 def test_a_large_image_is_scaled_down(format, kind, size):
-    image = JudgeImage.read(image_bytes(*size, format=format), 64)
+    image = RequestImage.read(image_bytes(*size, format=format), 64)
     media_type, data = decode_data_url(image)
     decoded = Image.open(io.BytesIO(data))
     assert media_type == kind == f"data:image/{decoded.format.lower()}"
@@ -53,8 +53,8 @@ def test_images_are_read_from_bytes_rows_files_and_pil_images(tmp_path):
         {"bytes": None, "path": str(tmp_path / "a.png")},
         tmp_path / "a.png",
     ):
-        assert decode_data_url(JudgeImage.read(image, 64))[1] == data
-    as_pil = JudgeImage.read(Image.open(io.BytesIO(data)), 64)
+        assert decode_data_url(RequestImage.read(image, 64))[1] == data
+    as_pil = RequestImage.read(Image.open(io.BytesIO(data)), 64)
     assert np.array_equal(
         np.asarray(Image.open(io.BytesIO(decode_data_url(as_pil)[1]))), np.asarray(Image.open(io.BytesIO(data)))
     )
@@ -62,7 +62,7 @@ def test_images_are_read_from_bytes_rows_files_and_pil_images(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
 def test_every_mode_can_be_scaled_down(mode):
-    assert max(Image.open(io.BytesIO(decode_data_url(JudgeImage.read(image_bytes(90, 90, mode), 32))[1])).size) == 32
+    assert max(Image.open(io.BytesIO(decode_data_url(RequestImage.read(image_bytes(90, 90, mode), 32))[1])).size) == 32
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_every_mode_can_be_scaled_down(mode):
 )
 def test_unreadable_images_raise_an_image_problem(image):
     with pytest.raises(ImageProblem):
-        _ = JudgeImage.read(image, 32).data_url
+        _ = RequestImage.read(image, 32).data_url
 
 
 def test_a_displayed_request_has_no_image_bytes():
-    body = {"messages": paper_messages("Q?", ["a", "b"], [JudgeImage.read(image_bytes(20, 20), 64).data_url])}
+    body = {"messages": paper_messages("Q?", ["a", "b"], [RequestImage.read(image_bytes(20, 20), 64).data_url])}
     shown = str(without_image_bytes(body))
     assert "base64" not in shown and "bytes of image/png" in shown and "[Question]" in shown

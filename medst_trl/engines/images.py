@@ -1,9 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images as the judge receives them: not too large, and with their true media type."""
+"""Images of requests to a server: not too large, and with their true media type."""
 
 import base64
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,28 +18,33 @@ from medst_trl.data.image_formats import ImageProblem, to_8_bit
 from medst_trl.data.images import store_image
 
 
-# Formats that every judge reads. Others are sent as PNG.
+# Formats that every server reads. Others are sent as PNG.
 _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 
 
 @dataclass(frozen=True)
-class JudgeImage:
+class RequestImage:
     """
-    One image of a candidate, as a request carries it.
+    One image of a request.
 
     Args:
         data (`bytes`):
             The image file as stored in the dataset.
-        image_size (`int`):
+        image_size (`int`, *optional*):
             Maximum side in pixels. A larger image is scaled down, a smaller one is sent with its own bytes.
     """
 
     data: bytes
-    image_size: int
+    image_size: int | None = None
 
     @classmethod
-    def read(cls, image: Any, image_size: int) -> "JudgeImage":
-        """Read an image in any form that a dataset gives: PIL, `{"bytes", "path"}`, bytes or a path."""
+    def read(cls, image: Any, image_size: int | None = None) -> "RequestImage":
+        """
+        Read an image in any form that a dataset gives: PIL, `{"bytes", "path"}`, bytes or a path.
+
+        Raises:
+            ImageProblem: if its file cannot be read.
+        """
         if isinstance(image, Image.Image):
             return cls(store_image(image).bytes, image_size)
         if isinstance(image, dict):
@@ -57,10 +63,9 @@ class JudgeImage:
     def size(self) -> tuple[int, int]:
         """Width and height as sent, from the header alone."""
         width, height = self._open().size
-        longest = max(width, height)
-        if longest <= self.image_size:
+        scale = (self.image_size or math.inf) / max(width, height)
+        if scale >= 1:
             return width, height
-        scale = self.image_size / longest
         return max(1, round(width * scale)), max(1, round(height * scale))
 
     @cached_property

@@ -1,6 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What chat servers send back: a reply, or trouble, sorted by what to do: stop the run, retry, or drop the call."""
+"""
+Parse what chat servers return: a reply, or an error with the action to take (stop the run, retry, drop the call).
+"""
 
 import json
 import re
@@ -16,24 +18,24 @@ from medst_trl.base.redaction import HIDDEN, hide_secrets
 
 _SHOWN = 300  # characters of a server's message that are kept
 
-# Kinds of trouble: these stop the run, these drop the call, and all others are retried.
+# Kinds of errors: these stop the run, these drop the call, and all others are retried.
 STOPS = frozenset({"auth", "quota", "model", "address", "no_images"})
-DROPS = frozenset({"content_filter", "image_refused", "bad_request", "unparsable", "interrupted"})
+DROPS = frozenset({"content_filter", "image_refused", "bad_request", "unparsable", "interrupted", "image_unreadable"})
 
-_NEXT_STEPS = {
+NEXT_STEPS = {
     "auth": "{base_url} refused the API key{code}. Set a valid one in the environment variable {variable}",
     "quota": "The account has no quota or credit left. Top it up or raise its limit",
     "model": "The server at {base_url} has no model {model!r} ({detail}). Correct --{setting}{offers}",
     "address": "There is no chat API at {base_url}. Correct --base_url; it usually ends in /v1",
-    "no_images": "The server takes no images for {model!r}: {detail}. Choose a --{setting} that sees images, or allow "
-    "images in the server's settings (vLLM: --limit-mm-per-prompt)",
+    "no_images": "The server does not accept images for {model!r}: {detail}. Set --{setting} to a model that accepts "
+    "images, or allow images in the server's settings (vLLM: --limit-mm-per-prompt)",
     "connection": "The server at {base_url} cannot be reached ({detail}). Start it, or correct --base_url",
-    "timeout": "The server at {base_url} did not answer in time. Check its load, or allow it more time",
+    "timeout": "The server at {base_url} did not answer in time. Check its load, or raise --timeout",
     "not_json": "{base_url} is not a chat API ({detail}). Correct --base_url; it usually ends in /v1",
     "error_body": "The server at {base_url} answers with an error: {detail}. Look at its log",
     "server_error": "The server at {base_url} fails{code}: {detail}. Look at its log, or try later",
-    "interrupted": "The server at {base_url} broke off its reply: {detail}. Look at its log, or try again",
-    "rate_limit": "The server at {base_url} turns every call away: {detail}. Lower --concurrency, or try later",
+    "interrupted": "The server at {base_url} stopped in the middle of its reply: {detail}. Look at its log, or retry",
+    "rate_limit": "The server at {base_url} rejects every call: {detail}. Lower --concurrency, or try later",
 }
 
 # Parts of servers' messages, in lower case.
@@ -55,12 +57,12 @@ _OF_FORMAT = re.compile(r"response_format|json_schema|json_object|structured|gui
 
 
 @dataclass(eq=False)
-class Trouble(Exception):
+class CallError(Exception):
     """
     A call without a usable reply.
 
     Attributes:
-        kind (`str`): One word, such as `"auth"`; see `STOPS`, `DROPS` and `_NEXT_STEPS`.
+        kind (`str`): One word, such as `"auth"`; see `STOPS`, `DROPS` and `NEXT_STEPS`.
         detail (`str`): The server's message, shortened and without secrets.
         status (`int` or `None`): HTTP status, if there was one.
         retry_after (`float` or `None`): Seconds the server asked to wait.
@@ -81,77 +83,42 @@ class Trouble(Exception):
 
     @property
     def is_pushback(self) -> bool:
-        """Whether the server could not keep up, so that the pace may have to fall."""
+        """Whether the server could not keep up, so that fewer concurrent calls may be better."""
         return self.kind in ("rate_limit", "timeout") or self.status in (503, 529)
 
     @property
     def reason(self) -> str:
-        """The trouble as judgements name it."""
+        """The reason as judgements record it."""
         return self.kind if self.kind in ("content_filter", "image_refused", "unparsable") else "request_failed"
 
-    def next_step(
-        self,
-        model: str,
-        base_url: str,
-        variable: str,
-        offers: str = "",
-        setting: str = "model",
-        advice: Mapping[str, str] | None = None,
-    ) -> str:
-        """
-        Return the message of a run that this trouble stops.
 
-        Args:
-            model (`str`): Name of the model.
-            base_url (`str`): Address of the API.
-            variable (`str`): Environment variable of the API key.
-            offers (`str`, *optional*): The models that the server offers, as the end of a sentence.
-            setting (`str`, *optional*, defaults to `"model"`): Name of the setting that names the model.
-            advice (`Mapping`, *optional*): Messages for further kinds of trouble.
-        """
-        steps = _NEXT_STEPS | dict(advice or {})
-        text = steps.get(self.kind, "The server refuses every request: {detail}").format(
-            model=model, base_url=base_url, variable=variable, offers=offers, setting=setting,
-            detail=self.detail or "no details", code=f" ({self.status})" if self.status else "",
-        )  # fmt: skip
-        return f"{text.rstrip('.')}. Finished work is kept: run the same command again to resume."
-
-
-def trouble_of(error: Exception, secret: str | None = None) -> Trouble:
-    """Sort an exception of the openai client."""
+def error_of(error: Exception, secret: str | None = None) -> CallError:
+    """Classify an exception of the openai client."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):
-        return Trouble("timeout", "no answer in time", charged=True)
+        return CallError("timeout", "no answer in time", charged=True)
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {"message": _text_of(error.response)}
-        return trouble_of_status(error.status_code, body, error.response.headers, secret)
+        return error_of_status(error.status_code, body, error.response.headers, secret)
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.
     charged = type(cause).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
-    return Trouble("connection", clean_message(str(cause) or type(cause).__name__, secret), charged=charged)
+    return CallError("connection", clean_message(str(cause) or type(cause).__name__, secret), charged=charged)
 
 
-def trouble_of_status(
+def error_of_status(
     status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None, secret: str | None = None
-) -> Trouble:
-    """Sort an HTTP status (or one that an error body names) together with the body's `error` object."""
+) -> CallError:
+    """Classify an HTTP status (or one that an error body names) together with the body's `error` object."""
     code = f"{error.get('code') or ''} {error.get('type') or ''}".lower()
     message = str(error.get("message") or error.get("detail") or "")
-    return Trouble(
+    return CallError(
         _kind_of(status, code, message.lower()),
         clean_message(message or f"status {status}", secret),
         status,
         retry_after_of(headers or {}),
     )
-
-
-def trouble_in_body(error: Any, secret: str | None = None) -> Trouble:
-    """Sort the `error` of a body that came with status 200."""
-    error = error if isinstance(error, dict) else {"message": str(error)}
-    status = error.get("status") or error.get("status_code") or error.get("code")
-    status = int(status) if str(status).isdigit() else 200
-    return trouble_of_status(status, error, None, secret)
 
 
 def clean_message(text: str, secret: str | None = None) -> str:
@@ -217,14 +184,14 @@ def row_of_content(content: bytes, secret: str | None = None) -> dict[str, Any]:
     Return reply, finish reason and usage of the content of a response with status 200.
 
     Raises:
-        Trouble: if it is not a chat completion.
+        CallError: if it is not a chat completion.
     """
     try:
         return row_of_body(json.loads(content), secret)
     except (ValueError, RecursionError):
         start = content[:60].decode("utf-8", "replace")
         detail = "an HTML page" if start.lstrip()[:1] == "<" else clean_message(start, secret) or "nothing"
-        raise Trouble("not_json", f"it sends {detail}", charged=True) from None
+        raise CallError("not_json", f"it sends {detail}", charged=True) from None
 
 
 def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
@@ -232,10 +199,12 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
     Return reply, finish reason and usage of a chat completion.
 
     Raises:
-        Trouble: if the body is an error or a refusal.
+        CallError: if the body is an error or a refusal.
     """
     if isinstance(body, dict) and body.get("error"):
-        raise trouble_in_body(body["error"], secret)
+        error = body["error"] if isinstance(body["error"], dict) else {"message": str(body["error"])}
+        status = str(error.get("status") or error.get("status_code") or error.get("code"))
+        raise error_of_status(int(status) if status.isdigit() else 200, error, None, secret)
     try:
         choice = body["choices"][0]
         message = choice["message"]
@@ -243,14 +212,14 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
     except (TypeError, KeyError, IndexError, AttributeError):
         usage = _usage(body.get("usage")) if isinstance(body, dict) else None
         said = f"no choices in {clean_message(json.dumps(body)[:100], secret)}"
-        raise Trouble("error_body", said, charged=True, usage=usage) from None
+        raise CallError("error_body", said, charged=True, usage=usage) from None
     usage = _usage(body.get("usage"))
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     finish_reason = choice.get("finish_reason")
     if refusal or finish_reason == "content_filter":
         said = clean_message(str(refusal or "the reply was filtered"), secret)
-        raise Trouble("content_filter", said, charged=True, usage=usage)
+        raise CallError("content_filter", said, charged=True, usage=usage)
     return {"reply": content or "", "finish_reason": finish_reason, "usage": usage}
 
 
@@ -262,7 +231,7 @@ def _usage(usage: Any) -> dict[str, int] | None:
 
 
 @dataclass
-class Dialect:
+class AcceptedFields:
     """The fields of a request that this server has refused so far."""
 
     formats: list[str | None] = field(default_factory=lambda: ["json_schema", "json_object", None])
@@ -270,7 +239,7 @@ class Dialect:
     no_temperature: bool = False
 
     def apply(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return a request in the fields that this server takes."""
+        """Return a request in the fields that this server accepts."""
         body = dict(body)
         if "response_format" in body and self.formats[0] != "json_schema":
             body["response_format"] = {"type": self.formats[0]}
@@ -282,11 +251,15 @@ class Dialect:
             body.pop("temperature", None)
         return body
 
-    def learn(self, trouble: Trouble, sent: dict[str, Any]) -> bool:
-        """Return whether a refused request can be put in other fields. Calls in flight meanwhile agree."""
-        if trouble.status not in (400, 422):
+    def learn(self, error: CallError, sent: dict[str, Any]) -> bool:
+        """
+        Learn from a refused request which field to change.
+
+        Returns whether to send it again; concurrent calls may learn the same.
+        """
+        if error.status not in (400, 422):
             return False
-        text = trouble.detail
+        text = error.detail
         if "response_format" in sent and _OF_FORMAT.search(text):
             if self.apply(sent).get("response_format") == sent["response_format"]:
                 self.formats.pop(0)
@@ -296,7 +269,9 @@ class Dialect:
             return True
         if "temperature" in sent and "temperature" in text:
             if not self.no_temperature:
-                warnings.warn("The server takes no temperature: it samples as its own settings say.", stacklevel=2)
+                warnings.warn(
+                    "The server does not accept a temperature. It samples with its own settings.", stacklevel=2
+                )
             self.no_temperature = True
             return True
         return False

@@ -9,27 +9,35 @@ from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state, rank
-from medst_trl.base.settings import check_bounds, documented
+from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import text_of
-
-from .decoding import SeededSampler, chat_inputs, shares_prompts, write_texts
-from .engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling, without_margins
-from .image_features import ImageMemory
+from medst_trl.engines.decoding import SeededSampler, chat_inputs, shares_prompts, write_texts
+from medst_trl.engines.engine import (
+    ENGINES,
+    BatchEngine,
+    EngineKind,
+    OpenedImage,
+    Prompt,
+    Reply,
+    Sampling,
+    without_margins,
+)
+from medst_trl.engines.image_features import ImageMemory
 
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-ON_CPU = 16  # default batch size, also on a device that does not report its free memory
-# Where the default is as many texts as fit, windows of records are made for this batch size: what fits differs between
-# processes and between runs, and all processes have to share the same windows.
-NOMINAL = 64
-ENCODED_TOGETHER = 32  # images; more do not make a vision tower faster
+CPU_BATCH_SIZE = 16  # default batch size, also on a device that does not report its free memory
+# Windows of records assume this batch size when the real one depends on free memory: free memory differs between
+# processes and runs, but all processes must use the same windows.
+WINDOW_BATCH_SIZE = 64
+IMAGES_PER_BATCH = 32  # images; more do not make a vision tower faster
 
-MOST = 256  # larger batches are hardly faster: reading the cache then takes the time, and that grows with the batch
+MAX_BATCH_SIZE = 256  # larger batches are hardly faster: reading the cache then takes most time
 SHARE_OF_FREE = 0.8  # allocators leave gaps, and a layer of the cache is in memory twice while it grows
 # For each token of the vocabulary: scores in float32, warped, sorted, and cumulated in float64.
 BYTES_PER_SCORE = 64
@@ -65,8 +73,8 @@ class TransformersEngine(BatchEngine):
     rest of its batch (up to floating-point ties).
 
     An image is preprocessed and encoded once as long as its [`OpenedImage`] exists, if [`ImageMemory`] has room for
-    it, and equal prompts of a batch are read once. Families without a proof that this changes nothing
-    ([`shares_prompts`]) do without.
+    it, and equal prompts of a batch are processed once. Only families for which a test shows that this changes nothing
+    use it ([`shares_prompts`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -85,20 +93,20 @@ class TransformersEngine(BatchEngine):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
         reports_memory = self.model.device.type not in ("cpu", "mps")
-        self.batch_size = batch_size or (NOMINAL if reports_memory else ON_CPU)
+        self.batch_size = batch_size or (WINDOW_BATCH_SIZE if reports_memory else CPU_BATCH_SIZE)
         self._estimates = batch_size is None and reports_memory
         # Per batch; less, for the rest of the run, once that has run out of memory.
         self._most = {
-            "texts": MOST if self._estimates else self.batch_size,
-            "images": min(self.batch_size, ENCODED_TOGETHER),
+            "text": MAX_BATCH_SIZE if self._estimates else self.batch_size,
+            "image": min(self.batch_size, IMAGES_PER_BATCH),
         }
         self._images = None
         if shares_prompts(self.model):
             self._images = ImageMemory(self.model, processor)
         elif rank() == 0:
             print(
-                f"Models of the type {self.model.config.model_type} read each prompt and its images once per text: "
-                "reading them once for several texts is not proven to give the same texts."
+                f"{self.model.config.model_type} models process each prompt and its images once per text: sharing "
+                "them between texts is not tested for this family."
             )
         self._image_lengths: dict[Any, int] = {}
 
@@ -115,11 +123,11 @@ class TransformersEngine(BatchEngine):
             self._encode(image for image in _images_of(prompts) if image not in self._images.tokens)
         lengths = self._lengths(prompts)
         groups = _groups(prompts)
-        # The hardest batch first, and equal prompts together.
+        # The largest batch first, and equal prompts together.
         order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], groups[place], place))
 
         def next_batch(start: int) -> list[int]:
-            size = self._most["texts"]
+            size = self._most["text"]
             if self._estimates:  # the first prompt is the longest
                 size = min(size, largest_batch(self.model, lengths[order[start]], sampling.max_new_tokens))
             end = start + size
@@ -131,7 +139,7 @@ class TransformersEngine(BatchEngine):
         def write_batch(batch: list[int]) -> list[tuple[str, bool]]:
             return self._write_batch([prompts[place] for place in batch], [groups[place] for place in batch], sampling)
 
-        texts = self._in_batches(len(order), next_batch, write_batch, "texts")
+        texts = self._in_batches(len(order), next_batch, write_batch, "text")
         replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
 
@@ -168,27 +176,27 @@ class TransformersEngine(BatchEngine):
     def describe(self) -> dict[str, Any]:
         return {"model": getattr(self.model.config, "name_or_path", None) or None, "engine": self.name}
 
-    def batches(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+    def batches(self, number: int, prompt_of: Callable[[int], Prompt]) -> list[list[int]]:
         """Divide prompts by their length, the longest first: a batch that is too large fails at the start of a run."""
         texts, images = [], []
-        for prompt in prompts:
+        for prompt in map(prompt_of, range(number)):
             texts.append(_text_of(prompt))
             images.append(self._length_by_size(prompt))
         lengths = [one + other for one, other in zip(images, self._text_lengths(texts), strict=True)]
-        order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        order = sorted(range(number), key=lambda place: (-lengths[place], place))
+        return [[order[place] for place in batch] for batch in super().batches(number, prompt_of)]
 
     def _encode(self, opened: Iterable[OpenedImage], keep: Container = ()) -> None:
         opened = list(opened)
 
         def next_batch(start: int) -> list[OpenedImage]:
-            return opened[start : start + self._most["images"]]
+            return opened[start : start + self._most["image"]]
 
         def encode_batch(batch: list[OpenedImage]) -> list[OpenedImage]:
             self._images.encode(batch, [image.image for image in batch], keep)
             return batch
 
-        self._in_batches(len(opened), next_batch, encode_batch, "images")
+        self._in_batches(len(opened), next_batch, encode_batch, "image")
 
     def _in_batches(
         self, total: int, next_batch: Callable[[int], list], work: Callable[[list], list], what: str
@@ -198,9 +206,9 @@ class TransformersEngine(BatchEngine):
 
         Args:
             total (`int`): Number of items in all batches.
-            next_batch (`Callable`): From the number of finished items to the next batch.
-            work (`Callable`): From a batch to as many results.
-            what (`str`): Name of the items in messages.
+            next_batch (`Callable`): Maps the number of finished items to the next batch.
+            work (`Callable`): Maps a batch to its results, one for each item.
+            what (`str`): Name of an item in messages.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -222,7 +230,7 @@ class TransformersEngine(BatchEngine):
     def _write_batch(self, prompts: list[Prompt], groups: list[int], sampling: Sampling) -> list[tuple[str, bool]]:
         sampler = self._sampler(prompts, sampling)
         draws = None
-        if self._images is not None:  # the first of each group is read for all of it
+        if self._images is not None:  # the first of each group is processed for all of it
             draws = list(Counter(groups).values())
             prompts = [prompt for place, prompt in enumerate(prompts) if groups.index(groups[place]) == place]
         conversations = [prompt.messages for prompt in prompts]
@@ -242,7 +250,7 @@ class TransformersEngine(BatchEngine):
         return SeededSampler(sampling, [prompt.stream for prompt in prompts]) if sampling.temperature > 0 else None
 
     def _lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Return about how many tokens each prompt has: those of its texts and of its images."""
+        """Estimate the number of tokens of each prompt: those of its texts and of its images."""
         texts = self._text_lengths([_text_of(prompt) for prompt in prompts])
         if self._images is None:
             return [self._length_by_size(prompt) + own for prompt, own in zip(prompts, texts, strict=True)]
@@ -264,13 +272,13 @@ class TransformersEngine(BatchEngine):
     def _halve(self, tried: int, what: str) -> None:
         if tried == 1:
             raise UserError(
-                f"Not enough memory for a batch of one of the {what}. Use a smaller model or --dtype bfloat16, images "
+                f"Not enough memory for a single {what}. Use a smaller model or --dtype bfloat16, images "
                 "with fewer pixels (the size or max_pixels of the model's processor), shorter texts (max_new_tokens, "
                 "max_question_tokens), or a machine with more memory. If main memory is what runs out, a smaller "
                 "--batch_size helps: fewer images are in memory together. Finished work is kept."
             )
         self._most[what] = tried // 2
-        print(f"Not enough memory for {tried} {what} per batch. Continuing with {self._most[what]}.")
+        print(f"Not enough memory for {tried} {what}s per batch. Continuing with {self._most[what]}.")
 
 
 def _text_of(prompt: Prompt) -> str:
@@ -283,7 +291,7 @@ def _images_of(prompts: Sequence[Prompt]) -> dict[OpenedImage, None]:
 
 
 def _groups(prompts: Sequence[Prompt]) -> list[int]:
-    """Return for each prompt the place of the first one that reads the same: only their random streams differ."""
+    """Return for each prompt the place of the first equal one: only their random streams differ."""
     first: dict[Any, int] = {}
     read = [(repr(prompt.messages), *map(id, prompt.images)) for prompt in prompts]
     return [first.setdefault(key, place) for place, key in enumerate(read)]
@@ -302,12 +310,12 @@ def largest_batch(model: "PreTrainedModel", prompt_tokens: int, max_new_tokens: 
             Largest number of tokens of a text.
 
     Returns:
-        `int`: size of a batch, from 1 to `MOST`.
+        `int`: size of a batch, from 1 to `MAX_BATCH_SIZE`.
     """
     config = model.config.get_text_config(decoder=True)
     deepstack = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     need = bytes_of_a_text(config, model.dtype, prompt_tokens, max_new_tokens, 1 + len(deepstack))
-    return max(1, min(MOST, int(SHARE_OF_FREE * free_bytes(model.device)) // need))
+    return max(1, min(MAX_BATCH_SIZE, int(SHARE_OF_FREE * free_bytes(model.device)) // need))
 
 
 def bytes_of_a_text(
@@ -342,10 +350,7 @@ def free_bytes(device: "torch.device") -> int:
 def _check(settings: TransformersSettings) -> None:
     from medst_trl.policy import DTYPES
 
-    if settings.dtype not in DTYPES:
-        raise UserError(
-            f"Unknown dtype {settings.dtype!r}.{closest(settings.dtype, DTYPES)} Choose one of {', '.join(DTYPES)}."
-        )
+    check_choice("dtype", settings.dtype, DTYPES)
     check_bounds(settings, at_least={"batch_size": 1})
 
 

@@ -1,0 +1,262 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The engine `server`: any OpenAI-compatible server that runs the policy with its `<vusr>` chat template."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.processes import world_size
+from medst_trl.base.settings import check_bounds, check_choice, documented
+from medst_trl.data.source import printable
+from medst_trl.engines.client import (
+    CALL_BOUNDS,
+    CALL_SETTINGS,
+    Call,
+    CallSettings,
+    Client,
+    Outcome,
+    Stopped,
+    open_portal,
+    run_calls,
+)
+from medst_trl.engines.cost import Budget, RequestSize, image_tokens
+from medst_trl.engines.engine import (
+    ENGINES,
+    Engine,
+    EngineKind,
+    Prompt,
+    Reply,
+    Request,
+    Sampling,
+    nothing_follows,
+    sent_parts,
+    without_margins,
+)
+
+
+# The server's tokenizer is not known here, so whatever looks like a control token is kept from becoming one.
+_CONTROL = re.compile(r"<(?=[|/]?\w[^<>\s]*>)|\[(?=/?[A-Z_]+\])")
+
+
+@documented
+@dataclass(kw_only=True)
+class ServerSettings(CallSettings):
+    """
+    Settings of the engine `server`.
+
+    Args:
+        base_url (`str`, *optional*):
+            URL of the server's API.
+        server_kind (`str`, *optional*, defaults to `"vllm"`):
+            Kind of server, which decides how sampling settings are sent: vllm, sglang, transformers or openai.
+        concurrency (`int`, *optional*, defaults to `32`):
+            Maximum number of concurrent calls of each process.
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Maximum duration of a call in seconds.
+        max_retries (`int`, *optional*, defaults to `5`):
+            Maximum number of retries of a call after 429, 5xx or a timeout.
+        max_cost (`float`, *optional*):
+            Budget in US dollars for one run of the command. It is a hard limit, divided equally among the processes. A
+            resumed run has the whole budget again: what earlier runs spent is not counted.
+    """
+
+    base_url: str | None = None
+    server_kind: str = "vllm"
+    concurrency: int = 32
+    timeout: float = 600.0
+    max_retries: int = 5
+    max_cost: float | None = None
+
+
+def _openai(sampling: Sampling) -> dict[str, Any]:
+    """Return OpenAI's fields, which have no top-k."""
+    if sampling.temperature == 0:
+        return {"temperature": 0.0, "max_tokens": sampling.max_new_tokens}
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+
+
+def _vllm(sampling: Sampling) -> dict[str, Any]:
+    """Return the fields of vLLM and SGLang: OpenAI's and top-k."""
+    top_k = {} if sampling.temperature == 0 else {"extra_body": {"top_k": sampling.top_k or -1}}
+    return _openai(sampling) | top_k
+
+
+def _transformers(sampling: Sampling) -> dict[str, Any]:
+    """
+    Return the field of `transformers serve`: it has none for top-k and decodes greedily by default, so it gets a
+    generation config.
+    """
+    config = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
+    if sampling.temperature > 0:
+        config |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return {"extra_body": {"generation_config": json.dumps(config)}}
+
+
+SERVER_KINDS = {"vllm": _vllm, "sglang": _vllm, "transformers": _transformers, "openai": _openai}
+
+
+class ServerEngine(Engine):
+    """
+    Writes texts by requests to a server. Its samples do not depend on the seed of the run.
+
+    Args:
+        base_url (`str`):
+            Address of its API, for example `"http://localhost:8000/v1"`.
+        model (`str`):
+            Name of the policy on the server.
+        kind (`str`, *optional*, defaults to `"vllm"`):
+            How sampling settings are sent: `"vllm"`, `"sglang"`, `"transformers"` (`transformers serve`), `"openai"`.
+        **settings:
+            Further fields of [`ServerSettings`]. The budget `max_cost` is for all calls of this engine.
+
+    Raises:
+        UserError: for an unknown kind, or a budget without prices.
+
+    Example:
+
+    ```python
+    >>> server = ServerEngine("http://localhost:8000/v1", model="runs/demo/merged", kind="vllm")
+    >>> candidates = list(CandidateGenerator(server, num_questions=2)(images))
+    ```
+    """
+
+    name = "server"
+
+    def __init__(self, base_url: str, model: str, kind: str = "vllm", **settings: Any):
+        check_choice("server_kind", kind, SERVER_KINDS)
+        self.model = model
+        self.settings = ServerSettings(base_url=base_url, server_kind=kind, **settings)
+        self.budget = Budget(self.settings.prices_of(model), self.settings.max_cost)
+        self._fields_of = SERVER_KINDS[kind]
+
+    def check(self) -> None:
+        """
+        Ask for a few tokens to test whether the server responds, has the model and accepts the settings.
+
+        Raises:
+            UserError: if not.
+        """
+        client, hello = self._client(), [{"role": "user", "content": "Hello"}]
+        # More than one token: hosted models that think before they answer may refuse a shorter reply.
+        body = {"model": self.model, "messages": hello, **self._fields_of(Sampling(max_new_tokens=16))}
+        ((_, outcome),) = run_calls(client, [Call(lambda: body, size=RequestSize.of(hello, 0))])
+        reply = self._reply(client, outcome)
+        if reply.problem:
+            raise UserError(
+                f"The server at {client.base_url} cannot run the model {self.model!r} ({reply.text}). Set "
+                f"model_name_or_path to the name under which it serves the model, and server_kind to its kind "
+                f"({', '.join(SERVER_KINDS)})."
+            )
+
+    def run(self, first, then=nothing_follows):
+        """
+        Answer requests, and what follows from their replies, as soon as the server has room. See [`Engine.run`].
+
+        A request that the server refuses has a reply with the problem `request_failed`.
+
+        Raises:
+            UserError: if the server cannot be reached, refuses the API key, has no such model, or keeps failing, or if
+                the budget is used up.
+        """
+        client = self._client()
+
+        def follow(call: Call, outcome: Outcome) -> Iterator[Call]:
+            return map(self._call, then(call.tag, self._reply(client, outcome)))
+
+        for call, outcome in run_calls(client, map(self._call, first), follow):
+            yield call.tag, self._reply(client, outcome)
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """Yield the text of one prompt as the server sends it. Closing the iterator ends the request."""
+        client, pieces = self._client(), SimpleQueue()
+        call = replace(self._call(Request(prompt, sampling)), on_piece=pieces.put)
+        with open_portal(client) as portal:
+            done = portal.start_task_soon(client.ask, call)
+            done.add_done_callback(lambda _: pieces.put(None))
+            yield from without_margins(map(printable, iter(pieces.get, None)))
+            try:
+                reply = self._reply(client, done.result())
+            except Stopped:
+                raise client.stop_error from None
+        if reply.problem:
+            raise UserError(f"The server at {client.base_url} refuses the request: {reply.text}.")
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self.model, "engine": self.name}
+
+    def _client(self) -> Client:
+        url = self.settings.base_url
+        return Client(self.model, self.settings, base_url=url, budget=self.budget, setting="model_name_or_path")
+
+    def _reply(self, client: Client, outcome: Outcome) -> Reply:
+        """Return the reply of a call. Raises a `UserError` if no call can succeed."""
+        if outcome.error is None:
+            finish_reason = outcome.attempts[-1]["finish_reason"]
+            return Reply(printable(outcome.reading).strip(), ended=finish_reason != "length")
+        if outcome.error.action == "drop":
+            status = f"{outcome.error.status}: " if outcome.error.status else ""
+            return Reply(f"{status}{outcome.detail}", problem="request_failed")
+        raise UserError(client.next_step(outcome.error))
+
+    def _call(self, request: Request) -> Call:
+        from medst_trl.engines.images import RequestImage
+
+        images = [RequestImage.read(opened.bytes or opened.image) for opened in request.prompt.images]
+
+        def body(urls: list[str]) -> dict[str, Any]:
+            messages = _messages(request.prompt.messages, iter(urls))
+            return {"model": self.model, "messages": messages, **self._fields_of(request.sampling)}
+
+        tokens = sum(image_tokens(self.model, *image.size) for image in images)
+        size = RequestSize.of(body([""] * len(images))["messages"], tokens)
+        return Call(lambda: body([image.data_url for image in images]), size=size, tag=request)
+
+
+def _messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str, Any]]:
+    """Return messages as the API accepts them, each image in its place as a data URL."""
+    messages = []
+    for turn in turns:
+        content = [
+            part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
+            for part in sent_parts(turn, lambda texts: map(_neutralised, texts))
+        ]
+        # In the API, assistant messages are plain strings.
+        text = "".join(part.get("text", "") for part in content)
+        messages.append({"role": turn["role"], "content": text if turn["role"] == "assistant" else content})
+    return messages
+
+
+def _neutralised(text: str) -> str:
+    from medst_trl.policy.vusr import ZERO_WIDTH_NON_JOINER
+
+    return _CONTROL.sub(lambda match: match[0] + ZERO_WIDTH_NON_JOINER, text)
+
+
+def _check(settings: ServerSettings) -> None:
+    check_choice("server_kind", settings.server_kind, SERVER_KINDS)
+    if not settings.base_url:
+        raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
+    check_bounds(settings, at_least=CALL_BOUNDS)
+
+
+def _open(model_name_or_path: str, settings: ServerSettings) -> ServerEngine:
+    own = vars(settings) | {"max_cost": settings.max_cost and settings.max_cost / world_size()}
+    return ServerEngine(own.pop("base_url"), model_name_or_path, own.pop("server_kind"), **own)
+
+
+ENGINES.register(
+    EngineKind(
+        name="server",
+        summary="an OpenAI-compatible server",
+        settings=ServerSettings,
+        open=_open,
+        check=_check,
+        address=lambda settings: f"{settings.base_url} ({settings.server_kind})",
+        operational=CALL_SETTINGS,
+    )
+)

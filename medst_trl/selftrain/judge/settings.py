@@ -1,0 +1,142 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a judge, and local judges, which `medst judge` runs itself."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from medst_trl.base.registry import Registry
+from medst_trl.base.settings import documented
+from medst_trl.engines.client import CallSettings
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@documented
+@dataclass(eq=False)
+class JudgeSettings(CallSettings):
+    """
+    Which judge compares the answers, how it is asked, and what that may cost.
+
+    Args:
+        model (`str`, *optional*):
+            Name of the judge on its server, such as gpt-4o.
+        base_url (`str`, *optional*):
+            URL of an OpenAI-compatible API, such as http://localhost:8000/v1. Default: OpenAI's.
+        prompt_version (`str`, *optional*, defaults to `"rubric"`):
+            Prompt for the judge.
+        order (`str`, *optional*, defaults to `"both"`):
+            both: show each pair in both orders, and drop it if the verdicts differ. single: show it in one order, as
+            in the paper.
+        min_margin (`float`, *optional*, defaults to `1.0`):
+            Drop pairs whose mean scores differ by less than this.
+        image_size (`int`, *optional*, defaults to `768`):
+            Maximum side length in pixels of the images that are sent.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature of the judge.
+        max_tokens (`int`, *optional*, defaults to `600`):
+            Maximum number of tokens of a reply.
+        cache_dir (`str`, *optional*):
+            Directory of judge_cache.jsonl. The key of a reply is made of model name, prompt, images and settings, not
+            of base_url: give different models different names. By default replies are kept in memory.
+        max_cost (`float`, *optional*):
+            Budget in US dollars for these judgements, including earlier runs. It is a hard limit.
+    """
+
+    model: str | None = None
+    base_url: str | None = None
+    prompt_version: str = "rubric"
+    order: str = "both"
+    min_margin: float = 1.0
+    _: KW_ONLY
+    image_size: int = 768
+    temperature: float = 0.0
+    max_tokens: int = 600
+    cache_dir: str | None = None
+    max_cost: float | None = None
+
+
+class LocalJudge(ABC):
+    """
+    A judge that runs inside the stage: a dataclass of its settings on the command line of `medst judge`, registered
+    itself. Its calls are free.
+
+    Names of settings are unique over all local judges, and defaults are `None`: settings of a judge that is not chosen
+    do not count.
+
+    Attributes:
+        name (`str`):
+            Its name in the registry.
+        summary (`str`):
+            What it is, for the plan of a run.
+
+    Example:
+
+    ```python
+    @documented
+    @dataclass
+    class Coin(LocalJudge):
+        '''
+        Settings of the judge `coin`.
+
+        Args:
+            coin_seed (`int`, *optional*):
+                Use a judge that tosses a coin, with this seed.
+        '''
+
+        name, summary = "coin", "a coin"
+
+        coin_seed: int | None = None
+
+        @property
+        def is_chosen(self):
+            return self.coin_seed is not None
+
+        def model_name(self, args):
+            return f"coin-{self.coin_seed}"
+
+        def open(self, args, candidates):
+            coin, prompt = random.Random(self.coin_seed), JUDGE_PROMPTS.get(args.prompt_version)
+            return lambda body: prompt.write((coin.choice((1, 10)), 5), "I tossed a coin.")
+
+
+    LOCAL_JUDGES.register(Coin)
+    ```
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def is_chosen(self) -> bool:
+        """Whether these settings ask for this judge."""
+
+    @abstractmethod
+    def model_name(self, args: Any) -> str:
+        """Return the name of the judge. Replies are cached by it, so it must contain everything that decides them."""
+
+    @abstractmethod
+    def open(self, args: Any, candidates: "Dataset") -> Callable[[dict[str, Any]], str]:
+        """
+        Return the judge: a function that takes the body of a request and returns the text of the reply.
+
+        Args:
+            args (dataclass): Arguments of the stage.
+            candidates ([`~datasets.Dataset`]): What it will judge.
+        """
+
+    def check(self, args: Any) -> None:  # noqa: B027 (optional to override)
+        """Raise a `UserError` for settings that cannot work with the stage's arguments."""
+
+
+LOCAL_JUDGES: Registry[type[LocalJudge]] = Registry("local judge", ("medst_trl.demo.oracle",), ("summary",))
+
+
+def chosen_judge(arguments: Iterable[Any]) -> LocalJudge | None:
+    """Return the local judge among these dataclasses of settings that is chosen."""
+    return next((item for item in arguments if isinstance(item, LocalJudge) and item.is_chosen), None)
