@@ -31,7 +31,7 @@ SOURCES.register(
     Source(
         name="my_hospital",
         summary="a directory of reports (`*.json`) with their images",
-        read=lambda request: request.read_files(read_reports, request.settings.ward),
+        read=lambda request: read_reports(request.data_path, request.image_folder, request.settings.ward),
         settings=MyHospitalSettings,
         card=SourceCard("reports of my hospital"),
     )
@@ -107,7 +107,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A line of `rejected.jsonl`: the record that cannot be used, one word why, and the offending value."""
+    """A row of `rejected.jsonl`: the record's id, the reason in one word, and the offending value."""
 
     id: str
     reason: str
@@ -121,7 +121,7 @@ class Rejected:
 
 
 def list_reasons(counts: Mapping[str, int]) -> str:
-    """The reasons of rejected records with their numbers, for messages."""
+    """Format counts by reason for a message: `3 no_image, 1 missing`."""
     return ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
 
 
@@ -136,17 +136,19 @@ class BadRecord(ValueError):
 @dataclass
 class Records:
     """
-    Everything a reader found. Records name their images but do not touch them.
+    The records that a source has read. They name their images but do not open them.
 
     Attributes:
         name (`str`): Prefix of the ids that are made for questions.
-        image_folder (`Path` or `None`): Where the images are; no image may lie outside. None: images in memory.
+        image_folder (`Path` or `None`): Directory of the images; no image may be outside. None: they are no files.
+        images ([`ImageReader`] or `None`): Reads the images if they are no files in `image_folder`.
         conversations, questions, rejected: See the classes.
         counts (`dict[str, int]`): Further numbers to report, such as questions in other languages.
     """
 
     name: str
     image_folder: Path | None = None
+    images: "ImageReader | None" = None
     conversations: list[Conversation] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -168,14 +170,13 @@ class Records:
 
         Args:
             items (iterable of `(position, dict)`):
-                As `reading.py` gives them. A [`Rejected`] among them is passed on.
+                As `reading.py` yields them. A [`Rejected`] among them is added to the rejected records.
             make (`Callable`):
-                From the record's id and the record to a conversation or question; None for a record that is not
-                wanted.
+                Takes the id and the record, and returns a conversation or a question, or None to skip the record.
             default_id (`Callable`):
-                From position and record to the id of a record that has none of its own.
+                Takes the position and the record, and returns the id of a record without its own.
             own_id (`Callable`, *optional*):
-                From a record to the id that it states; None or `""` if it states none.
+                Takes the record and returns its own id; None or `""` if it has none.
         """
         taken = {record.id for record in self}
         for position, item in items:
@@ -204,11 +205,11 @@ class Records:
         return [name for record in self for name in record.images]
 
     def published_id(self, name: str, images: tuple[str, ...]) -> str:
-        """[`published_id`] of a record or link. Images in memory have no file names to reveal."""
+        """Return [`published_id`] of a record or link. Without image files there are no file names to reveal."""
         return published_id(name, images) if self.image_folder else name
 
     def first(self, number: int | None) -> "Records":
-        """The first `number` conversations, and questions about the first `number` images per split. None: all."""
+        """Return the first `number` conversations, and questions about the first `number` images per split."""
         if number is None:
             return self
         images: dict[str, set[str]] = defaultdict(set)
@@ -253,30 +254,17 @@ class SourceRequest:
         data_path (`pathlib.Path`, *optional*):
             File or directory of the data. None for a source that needs none.
         image_folder (`pathlib.Path`, *optional*):
-            The directory that names of images start from.
+            Directory that the names of images are relative to.
         settings (`Any`, *optional*):
             The source's own settings, an object of its `settings` class.
         seed (`int`, *optional*, defaults to `0`):
-            Seed for everything that the source draws.
-        max_pixels (`int`, *optional*, defaults to 100 million):
-            Larger images are rejected.
+            Seed for everything that the source samples.
     """
 
     data_path: Path | None = None
     image_folder: Path | None = None
     settings: Any = None
     seed: int = 0
-    max_pixels: int = 100_000_000
-
-    def images(self) -> "ImageReader":
-        """Reader of the image files in `image_folder`."""
-        from .images import FolderImages
-
-        return FolderImages(self.image_folder, self.max_pixels)
-
-    def read_files(self, reader: Callable[..., Records], *settings: Any) -> "tuple[Records, ImageReader]":
-        """What `reader` finds for `data_path`, `image_folder` and further settings, with the reader of image files."""
-        return reader(self.data_path, self.image_folder, *settings), self.images()
 
 
 @dataclass(frozen=True)
@@ -290,7 +278,7 @@ class Source:
         summary (`str`):
             What it reads, in a line for `medst prepare --help`.
         read (`Callable`):
-            From a [`SourceRequest`] to the [`Records`] and the reader of their images.
+            Takes a [`SourceRequest`] and returns the [`Records`].
         card ([`SourceCard`]):
             What cards say about it.
         settings (`type`, *optional*):
@@ -299,21 +287,24 @@ class Source:
             `count(settings, kind, split)` returns the number of rows, before a validation split, for the plan of a
             run; `None` if it cannot be known before reading.
         needs_data (`bool`, *optional*, defaults to `True`):
-            Whether it reads `data_path`.
+            Whether it reads `data_path`. A source that does not ignores `max_records`.
+        reads_folders (`bool`, *optional*, defaults to `False`):
+            Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
         image_folders (`tuple` of `str`, *optional*):
             Directories beside the data where images are searched first, unless `--image_folder` is given.
             `IMAGE_FOLDERS` has the usual ones.
         files (`tuple` of `str`, *optional*):
-            Names of its settings that are paths. They are compared by content when a stage is run again.
+            Names of its settings that are paths. They must exist, and are compared by content on a re-run.
     """
 
     name: str
     summary: str
-    read: Callable[[SourceRequest], "tuple[Records, ImageReader]"]
+    read: Callable[[SourceRequest], Records]
     card: SourceCard
     settings: type | None = None
     count: Callable[[Any, str, str], int | None] | None = None
     needs_data: bool = True
+    reads_folders: bool = False
     image_folders: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
@@ -370,8 +361,8 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
     A record's id as it may be published: its own, unless that reveals the name of a file.
 
     An id with a path in it, with the suffix of an image, or with the name of one of its images becomes `id-` and the
-    first 16 hexadecimal digits of its SHA-256: file names often hold names or numbers of patients. With the source at
-    hand, the same rule finds the record again.
+    first 16 hexadecimal digits of its SHA-256: file names often hold names or numbers of patients. Anyone who has the
+    source data can find the record again with the same rule.
     """
     from PIL import Image
 

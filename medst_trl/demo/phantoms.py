@@ -272,7 +272,7 @@ class PhantomSettings:
     phantom_turns: int | None = None
 
 
-def read_phantoms(request: SourceRequest) -> tuple[Records, MemoryImages]:
+def read_phantoms(request: SourceRequest) -> Records:
     """Draw the phantoms that the settings ask for, with their conversations and questions."""
     settings, seed = request.settings, request.seed
     train = make_phantoms(settings.num_phantoms, seed)
@@ -283,7 +283,7 @@ def read_phantoms(request: SourceRequest) -> tuple[Records, MemoryImages]:
     talks += [Conversation(phantom.id, (phantom.id,), []) for phantom in unlabelled]
     questions = [Question(image=phantom.id, split="test", **row) for phantom in test for row in phantom.questions]
     images = MemoryImages({phantom.id: phantom.image for phantom in train + test + unlabelled})
-    return Records("phantoms", conversations=talks, questions=questions), images
+    return Records("phantoms", images=images, conversations=talks, questions=questions)
 
 
 def _count(settings: PhantomSettings, kind: str, split: str) -> int | None:

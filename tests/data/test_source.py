@@ -41,7 +41,7 @@ def read(request):
         for name in names
     ]
     images = {name: Image.new("L", (8, 8), number) for number, name in enumerate(names)}
-    return Records("toys", conversations=talks), MemoryImages(images)
+    return Records("toys", conversations=talks, images=MemoryImages(images))
 
 
 SOURCES.register(

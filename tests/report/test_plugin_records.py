@@ -29,7 +29,7 @@ def read(request):
     turns = [message("user", [image_part(), text_part("Shade?")]), message("assistant", [text_part("Grey.")])]
     images = {f"square-{number}": Image.new("L", (8, 8), number) for number in range(3)}
     conversations = [Conversation(name, (name,), turns) for name in images]
-    return Records("squares", conversations=conversations), MemoryImages(images)
+    return Records("squares", conversations=conversations, images=MemoryImages(images))
 
 
 SOURCES.register(

@@ -77,7 +77,7 @@ SOURCES.register(
     Source(
         name="captions",
         summary="a table (csv, tsv, jsonl) with columns image and caption; each caption answers a request",
-        read=lambda request: request.read_files(read_captions, request.seed),
-        card=SourceCard("captioned images, from a collection named by the publisher of this repository"),
+        read=lambda request: read_captions(request.data_path, request.image_folder, request.seed),
+        card=SourceCard("the publisher's own collection of captioned images"),
     )
 )

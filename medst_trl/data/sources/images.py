@@ -30,7 +30,7 @@ def read_folder(directory: Path) -> Records:
     """
     Read every file in a directory, except hidden ones, as one unlabelled image.
 
-    Whether a file is an image depends on its content, not its name; others are rejected when the images are read.
+    Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
     records = Records("images", directory)
     for root, directories, files in os.walk(directory):
@@ -104,7 +104,8 @@ SOURCES.register(
     Source(
         name="images",
         summary="a directory of images, or a table (csv, tsv, jsonl) with image, optionally question, answer, split",
-        read=lambda request: request.read_files(read_table),
+        read=lambda request: read_table(request.data_path, request.image_folder),
         card=SourceCard("images from the publisher of this repository"),
+        reads_folders=True,
     )
 )

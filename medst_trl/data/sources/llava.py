@@ -120,9 +120,7 @@ SOURCES.register(
     Source(
         name="llava",
         summary="a JSON or JSONL file of conversations (`id`, `image`, `conversations`)",
-        read=lambda request: request.read_files(read_llava),
-        card=SourceCard(
-            "conversations in LLaVA's format, from a collection named by the publisher of this repository"
-        ),
+        read=lambda request: read_llava(request.data_path, request.image_folder),
+        card=SourceCard("the publisher's own collection of conversations in LLaVA's format"),
     )
 )

@@ -109,7 +109,7 @@ SOURCES.register(
     Source(
         name="pathvqa",
         summary="the directory with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json",
-        read=lambda request: request.read_files(read_pathvqa, request.settings.image_pattern),
+        read=lambda request: read_pathvqa(request.data_path, request.image_folder, request.settings.image_pattern),
         card=SourceCard(
             "PathVQA (pathology)",
             homepage="https://github.com/UCSD-AI4H/PathVQA",

@@ -43,7 +43,7 @@ SOURCES.register(
     Source(
         name="slake",
         summary="the directory with train.json, validate.json (validation.json on the Hub), test.json",
-        read=lambda request: request.read_files(read_slake, request.settings.language),
+        read=lambda request: read_slake(request.data_path, request.image_folder, request.settings.language),
         card=SourceCard(
             "SLAKE (radiology)",
             homepage="https://www.med-vqa.com/slake/",

@@ -165,7 +165,7 @@ SOURCES.register(
     Source(
         name="vqa_rad",
         summary="the official VQA-RAD release: its JSON file or directory",
-        read=lambda request: request.read_files(read_vqa_rad),
+        read=lambda request: read_vqa_rad(request.data_path, request.image_folder),
         card=SourceCard("VQA-RAD (radiology; images from MedPix)", **_CARD),
         image_folders=IMAGE_FOLDERS,
     )
@@ -174,7 +174,7 @@ SOURCES.register(
     Source(
         name="vqa_rad_mevf",
         summary="the directory with MEVF's trainset.json and testset.json",
-        read=lambda request: request.read_files(read_vqa_rad_mevf, request.settings.release_path),
+        read=lambda request: read_vqa_rad_mevf(request.data_path, request.image_folder, request.settings.release_path),
         card=SourceCard("VQA-RAD in MEVF's split (radiology; images from MedPix)", **_CARD),
         settings=MevfSettings,
         image_folders=IMAGE_FOLDERS,

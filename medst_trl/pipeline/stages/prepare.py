@@ -52,22 +52,23 @@ class PrepareArguments:
         source (`str`):
             Kind of data to read.
         data_path (`str`, *optional*):
-            File or directory of the data. Not needed for phantoms.
+            File or directory of the data. Not needed by sources that generate their data.
         image_folder (`str`, *optional*):
-            Directory of the images. File names are relative to it and must not lead out of it. Default: images/ beside
-            the questions of a benchmark, otherwise the directory of the data.
+            Directory of the images. File names are relative to it and must stay inside it. Default: for a benchmark,
+            images/ (or VQA_RAD Image Folder/ or imgs/) beside its questions, otherwise the directory of the data.
         validation_fraction (`float`, *optional*, defaults to `0.0`):
             Fraction of the training images to use for validation. All records of such an image move with it.
         image_disjoint (`bool`, *optional*, defaults to `False`):
             Drop training questions about images that are also in the test or validation set.
         max_records (`int`, *optional*):
-            Use only the first N conversations, and the first N images with questions of each split.
+            Use only the first N conversations, and the first N images with questions of each split. Sources that
+            generate their data have their own settings for it.
         max_pixels (`int`, *optional*, defaults to `100000000`):
             Reject images with more pixels before decoding them.
         rows_per_shard (`int`, *optional*, defaults to `512`):
             Rows per Parquet file.
         seed (`int`, *optional*, defaults to `0`):
-            Seed for the validation split, the requests for captions, and phantoms.
+            Seed for the validation split and for everything that a source samples.
         num_workers (`int`, *optional*, defaults to `0`):
             Number of threads that decode images. 0 uses one per core.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -99,8 +100,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
             Settings of sources. Those of the chosen source are used; if they are not given, its defaults.
     """
     from medst_trl.data.image_index import index_images
+    from medst_trl.data.images import FolderImages
 
-    source, request = SOURCES.get(args.source), check(args, *others)
+    check(args, *others)
+    source, request = SOURCES.get(args.source), request_of(args, *others)
     record = _open_record(args, source, request)
     if record.status == "finished":
         return
@@ -109,9 +112,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
     if source.needs_data:
         _set_limits_of_pil(args.max_pixels)
     with record:
-        records, reader = source.read(request)
+        records = source.read(request)
         if source.needs_data:  # the others have settings for their sizes
             records = records.first(args.max_records)
+        reader = records.images or FolderImages(records.image_folder, args.max_pixels)
         index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
         datasets = assemble(
             records,
@@ -123,22 +127,22 @@ def main(args: PrepareArguments, *others: Any) -> None:
         write_jsonl(output_dir / "rejected.jsonl", [rejected.as_row() for rejected in datasets.rejected])
         counts = datasets.counts()
         if not counts["datasets"]:
-            reasons = list_reasons(counts["rejected"]) or "there are no records"
+            if not counts["rejected"]:
+                where = f" in {request.data_path}" if request.data_path else ""
+                raise UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
             raise UserError(
-                f"Nothing in {request.data_path or args.source} can be used: {reasons}. Each record is listed with "
-                f"its reason in {output_dir / 'rejected.jsonl'}. Correct the data, and add --overwrite."
+                f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}. Each "
+                f"record is listed with its reason in {output_dir / 'rejected.jsonl'}. Correct the data, and add "
+                "--overwrite."
             )
         _write(datasets, reader, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
 
-def check(args: PrepareArguments, *others: Any) -> SourceRequest:
+def check(args: PrepareArguments, *others: Any) -> None:
     """
-    Check the arguments, and find the data and its images.
-
-    Returns:
-        [`SourceRequest`]: without paths for a source that needs no data.
+    Check the arguments without opening the data: a plan may be made on a machine that does not have it.
 
     Raises:
         UserError: for an invalid value or a missing path.
@@ -146,23 +150,45 @@ def check(args: PrepareArguments, *others: Any) -> SourceRequest:
     source = SOURCES.get(args.source)
     check_bounds(
         args,
-        at_least={"validation_fraction": 0, "max_records": 1, "max_pixels": 1, "rows_per_shard": 1},
+        at_least={"validation_fraction": 0, "max_records": 1, "max_pixels": 1, "rows_per_shard": 1, "num_workers": 0},
         below={"validation_fraction": 1},
     )
-    settings = settings_among(others, source.settings)
-    request = SourceRequest(settings=settings, seed=args.seed, max_pixels=args.max_pixels)
+    if source.needs_data and args.data_path is None:
+        raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
+    if not source.needs_data or Path(args.data_path).exists():
+        request_of(args, *others)
+
+
+def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
+    """
+    Find the data and its images.
+
+    Returns:
+        [`SourceRequest`]: without paths for a source that needs no data.
+
+    Raises:
+        UserError: for a missing path.
+    """
+    source = SOURCES.get(args.source)
+    request = SourceRequest(settings=settings_among(others, source.settings), seed=args.seed)
+    for name in source.files:
+        path = getattr(request.settings, name)
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{name} does not exist: {path}. Correct the path.")
     if not source.needs_data:
         return request
-    if args.data_path is None:
-        raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
     data_path = Path(args.data_path)
     if not data_path.exists():
-        raise UserError(f"data_path does not exist: {data_path}. The source {args.source!r} needs its data there.")
+        raise UserError(
+            f"data_path does not exist: {data_path}. Correct the path to the data of the source {args.source!r}."
+        )
     directory = data_path if data_path.is_dir() else data_path.parent
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]
     if not image_folder.is_dir():
         raise UserError(f"image_folder is not a directory: {image_folder}. Correct the path to the images.")
+    if source.reads_folders and data_path.is_dir():
+        image_folder = data_path
     return replace(request, data_path=data_path, image_folder=image_folder)
 
 
@@ -178,7 +204,7 @@ def _open_record(args: PrepareArguments, source: Source, request: SourceRequest)
 def _set_limits_of_pil(max_pixels: int) -> None:
     from PIL import Image
 
-    # PIL's own limit applies to this process, too; ours is checked before anything is decoded.
+    # Raise PIL's own limit to ours, which is checked before decoding.
     Image.MAX_IMAGE_PIXELS = max_pixels
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which it may quote
@@ -219,12 +245,6 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
         print(f"  rejected: {list_reasons(counts['rejected'])} (see rejected.jsonl)")
 
 
-def _check_before(args: PrepareArguments, *others: Any) -> None:
-    """[`check`], but a plan may be made on a machine without the data."""
-    if args.data_path is None or Path(args.data_path).exists():
-        check(args, *others)
-
-
 def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
     """Rows of a split that is not written yet, as far as the source knows."""
     source, limit = SOURCES.get(settings["source"]) if settings.get("source") else None, settings.get("max_records")
@@ -235,7 +255,7 @@ def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
     if kind == "instruct" and (in_train := source.count(own, kind, "train")) is not None:
         held_out = round(in_train * settings.get("validation_fraction", 0.0))
         number = in_train - held_out if split == "train" else (number or 0) + held_out
-    return Count(number).capped(limit)
+    return Count(number).capped(limit if source.needs_data else None)
 
 
 def plan(counter: Counter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:
@@ -248,7 +268,8 @@ def plan(counter: Counter, args: PrepareArguments, *others: Any) -> Iterator[tup
     if source.count is not None:
         splits = [("instruct", "train"), ("instruct", "validation"), ("images", "train"), ("benchmark", "test")]
         counts = {f"{kind}/{split}": counter.rows(str(Path(args.output_dir, kind)), split) for kind, split in splits}
-        yield "writes", ", ".join(count.of(f"rows of {name}") for name, count in counts.items() if count.number)
+        if known := [count.of(f"rows of {name}") for name, count in counts.items() if count.number]:
+            yield "writes", ", ".join(known)
 
 
 STAGE = STAGES.register(
@@ -262,10 +283,10 @@ STAGE = STAGES.register(
             *(source.settings for source in SOURCES.values() if source.settings),
             HubArguments,
         ),
-        check=_check_before,
+        check=check,
         main=main,
         plan=plan,
-        inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder", "release_path")),
+        inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder")),
         outputs=tuple(
             Output(kind, kind, count=lambda settings, split, counter, kind=kind: _count(settings, split, kind))
             for kind in ("instruct", "benchmark", "images")

@@ -20,7 +20,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import check_columns, load_records, text_of
 from medst_trl.data.source import SOURCES
-from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, main
+from medst_trl.pipeline.stage import Count
+from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, main, plan
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def prepare(tmp_path, **arguments):
     settings = SOURCES.get(arguments["source"]).settings_from(arguments)
     for name in vars(settings) if settings else ():
         arguments.pop(name, None)
-    main(PrepareArguments(output_dir=str(directory), num_workers=2, **arguments), settings)
+    main(PrepareArguments(**{"output_dir": str(directory), "num_workers": 2} | arguments), settings)
     return directory
 
 
@@ -188,6 +189,8 @@ def test_invalid_settings_are_refused(tmp_path):
         ({"image_folder": str(tmp_path / "none")}, "image_folder"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"max_records": 0}, "max_records"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"source": "vqa_rad_mevf", "release_path": "none.json"}, "release_path does not exist: none.json"),
     ):
         with pytest.raises(UserError, match=match):
             prepare(tmp_path, **good | changes)
@@ -207,6 +210,45 @@ def test_each_image_of_a_directory_is_used_once(tmp_path):
     assert len(dataset) == 2 and dataset["messages"][:] == [[], []]
     reasons = {row["id"]: row["reason"] for row in read_jsonl(directory / "rejected.jsonl")}
     assert reasons == {"a/c.bmp": "duplicate_image", "notes.txt": "not_an_image"}
+
+
+def test_a_directory_of_images_is_read_whatever_image_folder_is(tmp_path):
+    """A recipe may set image_folder for another `prepare` step."""
+    for name, seed in (("scans/0.png", 0), ("scans/1.png", 1), ("other/0.png", 2)):
+        save(tmp_path / name, seed)
+    arguments = {"source": "images", "data_path": str(tmp_path / "scans")}
+    folder = prepare(tmp_path, **arguments, image_folder=str(tmp_path / "other"))
+    ids = {image_id(Image.open(tmp_path / "scans" / f"{number}.png")) for number in range(2)}
+    assert {row["image_ids"][0] for row in load_records(folder / "images", "train")} == ids
+    assert json.loads((folder / "stage.json").read_text())["inputs"]["image_folder"] == []
+
+
+def test_settings_are_checked_where_the_data_is_not(tmp_path):
+    elsewhere = {"output_dir": str(tmp_path), "source": "images", "data_path": str(tmp_path / "elsewhere")}
+    check(PrepareArguments(**elsewhere))
+    with pytest.raises(UserError, match="validation_fraction is 5"):
+        check(PrepareArguments(**elsewhere, validation_fraction=5))
+
+
+def test_a_source_without_records_says_so(tmp_path):
+    (tmp_path / "table.csv").write_text("image,question,answer\n")
+    with pytest.raises(UserError, match="The source 'images' found no records in .*table.csv"):
+        prepare(tmp_path, source="images", data_path=str(tmp_path / "table.csv"))
+    with pytest.raises(UserError, match=r"The source 'phantoms' found no records\. Correct"):
+        prepare(tmp_path, source="phantoms", num_phantoms=0, num_test_phantoms=0)
+
+
+def test_max_records_does_not_count_for_a_source_that_generates_its_data(tmp_path):
+    args = PrepareArguments(output_dir=str(tmp_path), source="phantoms", max_records=10)
+    counted = {"source": "phantoms", "max_records": 10, "num_phantoms": 40}
+    output = next(item for item in STAGE.outputs if item.kind == "instruct")
+    assert output.count(counted, "train", None).number == 40
+
+    class Unknown:
+        def rows(self, directory, split):
+            return Count(None)
+
+    assert list(plan(Unknown(), args)) == []
 
 
 def test_a_table_with_questions_becomes_three_datasets(tmp_path):
