@@ -316,6 +316,26 @@ def load_records(path_or_hub_id: str | PathLike, split: str, kind: str | None = 
     return dataset
 
 
+def with_stored_images(dataset: Any) -> Any:
+    """Return the same rows with images as they are stored (`bytes` and `path`). Only a plain dataset changes."""
+    from datasets import Dataset, Features
+
+    if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
+        return dataset
+    dataset = dataset.with_format(None)  # a copy of what describes the rows, not of the rows
+    # Not by casting a column: for a list of images that maps the rows and writes all of them to the cache.
+    dataset.info.features = Features({name: _stored(feature) for name, feature in dataset.features.items()})
+    return dataset
+
+
+def _stored(feature: Any) -> Any:
+    from datasets import Image, List
+
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return List(Image(decode=False))
+    return Image(decode=False) if isinstance(feature, Image) else feature
+
+
 def _open(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
+from medst_trl.data.schema import with_stored_images
 from medst_trl.engines.engine import (
     DEFAULT_ENGINE,
     Engine,
@@ -131,9 +132,7 @@ def _prediction(question: dict[str, Any], reply: Reply, generation: dict[str, An
 
 def _prompts(benchmark: "Dataset", shown: list[int], control: str | None) -> Callable[[dict[str, Any]], Prompt]:
     """From a question to its prompt: the question and the image that is shown for it."""
-    from datasets import Image
-
-    stored = benchmark.cast_column("image", Image(decode=False))
+    stored = with_stored_images(benchmark)
 
     @lru_cache(OPENED)
     def opened(row: int) -> OpenedImage:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_jsonl, write_text
+from medst_trl.base.settings import check_choice
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.images import MAX_PIXELS, FolderImages
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import check_columns, preference_features, text_of, write_split
+from medst_trl.data.schema import check_columns, preference_features, text_of, with_stored_images, write_split
 from medst_trl.data.source import BadRecord, Records, Rejected, list_reasons, published_id
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 
@@ -199,16 +200,12 @@ def write_preference_file(
         format (`str`, *optional*, defaults to `"stllava_med"`):
             `"stllava_med"` or `"mmedpo"`. The latter's `weighted_score` is that of the file read, 1.0 without one.
     """
-    from datasets import Image, List
-
-    if format not in FORMATS:
-        raise UserError(f"Unknown preference format {format!r}. Choose one of {', '.join(FORMATS)}.")
+    check_choice("format", format, FORMATS)
     check_columns(dataset, "preferences")
     path, image_folder = Path(path), Path(image_folder)
     image_folder.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = dataset.cast_column("images", List(Image(decode=False)))
-    records = [_record(row, image_folder, format) for row in rows]
+    records = [_record(row, image_folder, format) for row in with_stored_images(dataset)]
     write_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -11,11 +11,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.parts import model_parts
 
 
@@ -49,22 +49,6 @@ def images_of(example: Mapping[str, Any]) -> list[Any]:
 def with_images(example: Mapping[str, Any], images: list[Any]) -> dict[str, Any]:
     """The same example with its images replaced."""
     return {**{name: value for name, value in example.items() if name != "image"}, "images": images}
-
-
-def with_stored_images(dataset: Any) -> Any:
-    """The same rows with images as they are stored (`bytes` and `path`); anything but a plain dataset as it is."""
-    if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
-        return dataset
-    dataset = dataset.with_format(None)  # a copy of what describes the rows, not of the rows
-    # Not by casting a column, which would write all images again.
-    dataset.info.features = Features({name: _stored(feature) for name, feature in dataset.features.items()})
-    return dataset
-
-
-def _stored(feature: Any) -> Any:
-    if isinstance(feature, List) and isinstance(feature.feature, ImageFeature):
-        return List(ImageFeature(decode=False))
-    return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
 
 
 def with_decoded_images(example: dict[str, Any]) -> dict[str, Any]:

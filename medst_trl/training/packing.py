@@ -23,12 +23,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import pad
 
+from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.families import family_of
 from medst_trl.policy.spans import render_conversation
 from medst_trl.policy.vusr import tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation
-from .images import UnreadableImage, image_size, images_of, with_images, with_stored_images
+from .images import UnreadableImage, image_size, images_of, with_images
 
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import text_of
+from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.spans import RenderedConversation, render_conversation
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
@@ -39,7 +39,6 @@ from .images import (
     images_of,
     with_decoded_images,
     with_images,
-    with_stored_images,
 )
 
 

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.schema import with_stored_images
 
 from .collator import DataCollatorForSelfQuestioning
-from .images import check_has_images, with_stored_images
+from .images import check_has_images
 from .packing import conversation_lengths, packing_cost, rope_positions
 from .settings import SelfQuestioningSettings
 from .trainer import PolicyTrainer, RejectedExamples, base_of

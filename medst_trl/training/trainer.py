@@ -19,12 +19,13 @@ from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.files import write_jsonl
+from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision
 from medst_trl.policy.base_weights import write_base_file
 from medst_trl.policy.loading import load_policy, prepare_policy
 from medst_trl.policy.parts import ModelParts, model_parts
 
-from .images import DecodesImages, encode_blank_images, with_stored_images
+from .images import DecodesImages, encode_blank_images
 from .packing import GroupsByLength
 from .upstream import UpstreamFixes, name_fsdp_layers
 

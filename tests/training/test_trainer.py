@@ -13,9 +13,9 @@ from datasets.features.image import Image as ImageFeature
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
+from medst_trl.data.schema import with_stored_images
 from medst_trl.training import settings, trainer
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.images import with_stored_images
 from medst_trl.training.packing import conversation_lengths
 from medst_trl.training.settings import default_workers
 from medst_trl.training.sft import SelfQuestioningConfig

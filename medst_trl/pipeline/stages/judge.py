@@ -39,7 +39,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, documented, make_lists
 from medst_trl.data.reading import read_text_file
-from medst_trl.data.schema import load_records, preference_features, write_split
+from medst_trl.data.schema import load_records, preference_features, with_stored_images, write_split
 from medst_trl.engines.client import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
@@ -193,14 +193,12 @@ def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
 
 def _open_candidates(name: str, split: str) -> "Dataset":
     """Load candidates with their images as bytes."""
-    from datasets import Image, List
-
     if Path(name).is_dir() and not any(Path(name).glob("*.parquet")):
         raise UserError(
             f"{name} holds no candidates, so there is nothing to judge. rejected.jsonl and stage.json of its stage "
             "say why. Generate from more images."
         )
-    return load_records(name, split, "candidates").cast_column("images", List(Image(decode=False)))
+    return with_stored_images(load_records(name, split, "candidates"))
 
 
 def _open_benchmark(name: str) -> "Dataset":
