@@ -287,7 +287,7 @@ class Source:
             `count(settings, kind, split)` returns the number of rows, before a validation split, for the plan of a
             run; `None` if it cannot be known before reading.
         needs_data (`bool`, *optional*, defaults to `True`):
-            Whether it reads `data_path`. A source that does not ignores `max_records`.
+            Whether it reads `data_path`.
         reads_folders (`bool`, *optional*, defaults to `False`):
             Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
         image_folders (`tuple` of `str`, *optional*):

@@ -61,8 +61,7 @@ class PrepareArguments:
         image_disjoint (`bool`, *optional*, defaults to `False`):
             Drop training questions about images that are also in the test or validation set.
         max_records (`int`, *optional*):
-            Use only the first N conversations, and the first N images with questions of each split. Sources that
-            generate their data have their own settings for it.
+            Use only the first N conversations, and the first N images with questions of each split.
         max_pixels (`int`, *optional*, defaults to `100000000`):
             Reject images with more pixels before decoding them.
         rows_per_shard (`int`, *optional*, defaults to `512`):
@@ -112,9 +111,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
     if source.needs_data:
         _set_limits_of_pil(args.max_pixels)
     with record:
-        records = source.read(request)
-        if source.needs_data:  # the others have settings for their sizes
-            records = records.first(args.max_records)
+        records = source.read(request).first(args.max_records)
         reader = records.images or FolderImages(records.image_folder, args.max_pixels)
         index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
         datasets = assemble(
@@ -255,7 +252,7 @@ def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
     if kind == "instruct" and (in_train := source.count(own, kind, "train")) is not None:
         held_out = round(in_train * settings.get("validation_fraction", 0.0))
         number = in_train - held_out if split == "train" else (number or 0) + held_out
-    return Count(number).capped(limit if source.needs_data else None)
+    return Count(number, at_most=limit is not None).capped(limit)
 
 
 def plan(counter: Counter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:

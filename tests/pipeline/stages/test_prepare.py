@@ -238,17 +238,24 @@ def test_a_source_without_records_says_so(tmp_path):
         prepare(tmp_path, source="phantoms", num_phantoms=0, num_test_phantoms=0)
 
 
-def test_max_records_does_not_count_for_a_source_that_generates_its_data(tmp_path):
-    args = PrepareArguments(output_dir=str(tmp_path), source="phantoms", max_records=10)
-    counted = {"source": "phantoms", "max_records": 10, "num_phantoms": 40}
-    output = next(item for item in STAGE.outputs if item.kind == "instruct")
-    assert output.count(counted, "train", None).number == 40
+def test_max_records_counts_for_every_source(tmp_path):
+    numbers = {"num_phantoms": 40, "num_test_phantoms": 20, "max_records": 10}
+    directory = prepare(tmp_path, source="phantoms", **numbers)
+    rows = {
+        kind: len(load_records(directory / kind, split))
+        for kind, split in (("instruct", "train"), ("benchmark", "test"))
+    }
+    assert rows == {"instruct": 10, "benchmark": 10}
+    planned = {item.kind: item.count({"source": "phantoms"} | numbers, "train", None) for item in STAGE.outputs}
+    assert planned["instruct"] == Count(10, at_most=True)
 
+
+def test_the_plan_of_a_source_without_counts_has_no_empty_row(tmp_path):
     class Unknown:
         def rows(self, directory, split):
             return Count(None)
 
-    assert list(plan(Unknown(), args)) == []
+    assert list(plan(Unknown(), PrepareArguments(output_dir=str(tmp_path), source="phantoms"))) == []
 
 
 def test_a_table_with_questions_becomes_three_datasets(tmp_path):
