@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test environment without network and with few threads, and fixtures for plugins, real data and the demo."""
 
+import json
 import os
 import shutil
 import sys
@@ -60,6 +61,15 @@ def shared_data() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no real data at {directory} (set MEDST_SHARED_DATA)")
     return directory
+
+
+@pytest.fixture(scope="session")
+def golden_metrics(shared_data) -> dict:
+    """Scores that LLaVA-Med's own scripts give. Tests that need them are skipped without the file."""
+    path = shared_data.parent / "golden" / "llava_med_metrics.json"
+    if not path.is_file():
+        pytest.skip(f"no reference scores at {path}")
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="session")

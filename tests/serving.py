@@ -36,6 +36,8 @@ def serve(directory: str) -> Iterator[str]:
             except OSError:
                 assert process.poll() is None, "transformers serve ended"
                 time.sleep(0.2)
+        else:
+            pytest.fail("transformers serve did not become healthy within 2 minutes")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()

@@ -303,7 +303,7 @@ def test_the_budget_stops_the_run_before_it_is_exceeded():
     prices = Prices(1e3, 1e3)  # a call costs $0.11, and at most $0.15
     requests = [request(str(n)) for n in range(50)]
     client, answers, sent = ask([completion()], requests, budget=Budget(prices, 1.0))
-    assert "max_cost 1" in str(client.stop_error) and "resume" in str(client.stop_error)
+    assert "max_cost 1" in str(client.stop_error) and "raise --max_cost" in str(client.stop_error)
     assert len(sent) == len(answers) == 8 and client.budget.spent == pytest.approx(0.88)
 
 

@@ -88,6 +88,10 @@ def test_the_table_shows_the_difference():
 
 def test_predictions_of_different_questions_are_refused():
     real = rows(["yes", "no"])
-    for control in (real[:1], [*real, *real], [row | {"id": None} for row in real]):
-        with pytest.raises(UserError):
+    for control, message in (
+        (real[:1], "do not answer the same questions: 1 id"),
+        ([*real, *real], "is repeated"),
+        ([row | {"id": None} for row in real], "has no id"),
+    ):
+        with pytest.raises(UserError, match=message):
             compare_vqa(real, control)

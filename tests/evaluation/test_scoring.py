@@ -172,14 +172,14 @@ class TestLlavaMed:
     def test_only_the_first_32_full_stops_are_removed(self):
         assert llava_med.normalize_word("." * 33) == "."
 
-    def test_normalization_equals_the_golden_file(self, shared_data):
-        golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["normalize_word"]
+    def test_normalization_equals_the_golden_file(self, golden_metrics):
+        golden = golden_metrics["normalize_word"]
         assert {text: llava_med.normalize_word(text.lower()) for text in golden} == golden
 
     @pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
-    def test_scores_equal_the_golden_file(self, shared_data, name):
+    def test_scores_equal_the_golden_file(self, shared_data, golden_metrics, name):
         file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
-        golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["files"][file]
+        golden = golden_metrics["files"][file]
         release = json.loads((shared_data / "vqa_rad" / "VQA_RAD Dataset Public.json").read_text())
         by_id = {str(row["qid"]): row for row in release}
         lines = (shared_data / "predictions" / file).read_text().splitlines()
@@ -285,8 +285,12 @@ class TestBadRecords:
             score_vqa([record("yes", "yes"), {"answer": "yes", "answer_type": "open"}])
 
     def test_invalid_settings_are_refused(self):
-        for kwargs in ({"variant": "loose"}, {"closed_rule": "gated"}, {"variant": "llava_med", "closed_rule": "x"}):
-            with pytest.raises(UserError):
+        for kwargs, message in (
+            ({"variant": "loose"}, "Unknown metric 'loose'"),
+            ({"closed_rule": "gated"}, "closed_rule is not a setting of the metric 'strict'"),
+            ({"variant": "llava_med", "closed_rule": "x"}, "Unknown closed_rule 'x'"),
+        ):
+            with pytest.raises(UserError, match=message):
                 score_vqa([record("yes", "yes")], **kwargs)
 
     def test_figures_without_records_have_no_value(self):

@@ -175,6 +175,8 @@ def test_training_resumes_from_its_checkpoint(stage):
     assert new[2]["step"] == 3 and new[2]["loss"] == pytest.approx(uninterrupted[2]["loss"], rel=1e-3)
     expected, weights = (load_file(path / "adapter_model.safetensors") for path in (Path("runs", stage), directory))
     assert expected.keys() == weights.keys()
+    for name, weight in weights.items():  # on another machine than the one that trained the fixtures
+        assert torch.allclose(weight, expected[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_generate_keeps_finished_records():

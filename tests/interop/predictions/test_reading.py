@@ -253,7 +253,7 @@ def test_bytes_of_another_encoding_reject_one_row(tmp_path):
 
 @pytest.mark.parametrize("reader", [read_vqa_rad, read_vqa_rad_mevf])
 @pytest.mark.parametrize("name", ["1epoch", "llava-zeorshot"])
-def test_published_answers_of_llava_med_have_the_golden_scores(shared_data, reader, name):
+def test_published_answers_of_llava_med_have_the_golden_scores(shared_data, golden_metrics, reader, name):
     """The answers are joined with the official release by id, and with MEVF's split, whose ids differ, by order."""
     source = reader(shared_data / "vqa_rad", shared_data / "vqa_rad" / "images")
     test = (question for question in source.questions if question.split == "test")
@@ -261,7 +261,7 @@ def test_published_answers_of_llava_med_have_the_golden_scores(shared_data, read
     questions.sort(key=lambda question: question["image_id"])  # the order of a benchmark
     file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
     records, rejected = read_predictions(shared_data / "predictions" / file, benchmark=questions)
-    golden = json.loads((shared_data.parent / "golden" / "llava_med_metrics.json").read_text())["files"][file]
+    golden = golden_metrics["files"][file]
     scores = score_vqa(records, "llava_med", bootstrap_samples=0)
     assert (len(records), rejected) == (451, [])
     assert len({record["image_id"] for record in records}) == 203

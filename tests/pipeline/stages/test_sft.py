@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -97,11 +98,16 @@ def test_an_adapter_is_trained_further(inputs, tmp_path):
 
 
 def test_the_best_checkpoint_by_evaluation_loss_is_kept(inputs, tmp_path):
-    _, record = _run(
+    weights, _ = _run(
         inputs, tmp_path / "sft", eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
         load_best_model_at_end=True, early_stopping_patience=1,
     )  # fmt: skip
-    assert record["metrics"]["eval_loss"] > 0
+    state = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = Path(state["best_model_checkpoint"])
+    assert best.name == f"checkpoint-{min(losses, key=losses.get)}" and state["best_metric"] == min(losses.values())
+    assert weights.keys() == (kept := load_file(best / "adapter_model.safetensors")).keys()
+    assert all(torch.equal(weight, kept[name]) for name, weight in weights.items())
 
 
 def test_early_stopping_without_its_settings_is_refused(inputs, tmp_path):

@@ -365,13 +365,22 @@ def test_all_pairs_are_judged_despite_random_faults():
 
 
 @pytest.mark.parametrize(
-    "invalid",
-    [{"prompt_version": "papr"}, {"order": "all"}, {"concurrency": 0}, {"image_size": 0}, {"temperature": -1},
-     {"timeout": 0}, {"min_margin": float("nan")}, {"max_cost": 1},
-     {"captions": {"a": "b"}, "prompt_version": "paper"}, {"model": ""}],
-)  # fmt: skip
-def test_invalid_settings_are_refused(invalid):
-    with pytest.raises(UserError):
+    "invalid, message",
+    [
+        ({"prompt_version": "papr"}, "'papr'. Did you mean 'paper'"),
+        ({"order": "all"}, "order 'all'"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"min_margin": float("nan")}, "min_margin is nan"),
+        ({"max_cost": 1}, "max_cost needs prices"),
+        ({"captions": {"a": "b"}, "prompt_version": "paper"}, "'paper' does not show reference captions"),
+        ({"model": ""}, "Set model"),
+    ],
+)
+def test_invalid_settings_are_refused(invalid, message):
+    with pytest.raises(UserError, match=message):
         PairwiseJudge(**{"model": "judge", **invalid})
 
 
