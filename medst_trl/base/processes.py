@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """This process among those of a launch: its rank, how the processes are connected, and how to wait for them."""
 
+import gc
 import os
+import sys
 from typing import TYPE_CHECKING
 
 
@@ -33,12 +35,30 @@ def launched_kind() -> str:
 
 
 def leave_peers() -> None:
-    """Leave the process group before the process ends: otherwise gloo's threads sometimes abort it."""
-    if world_size() > 1:
-        import torch.distributed
+    """
+    End the process group, and with it gloo's threads, before the interpreter ends.
 
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    A thread that releases a tensor while the interpreter ends aborts the process ("terminate called without an active
+    exception", https://github.com/pytorch/pytorch/pull/179291). `destroy_process_group` only drops torch's own
+    references: the threads end with the last reference, so what else holds the group has to go first. A caller that
+    has a trainer deletes it before it calls this.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    gc.collect()  # a model that DDP wraps is part of a reference cycle
+    _release_group_in_deepspeed()
+    distributed.destroy_process_group()
+
+
+def _release_group_in_deepspeed() -> None:
+    """accelerate imports DeepSpeed (0.19) wherever it is installed, which takes the group as a default argument."""
+    backend = getattr(sys.modules.get("deepspeed.comm.torch"), "TorchBackend", None)
+    for name in ("barrier", "monitored_barrier"):
+        function = getattr(backend, name, None)
+        if function is not None and function.__defaults__:  # None, as if it had been imported before there was a group
+            world = sys.modules["torch.distributed"].group.WORLD
+            function.__defaults__ = tuple(None if value is world else value for value in function.__defaults__)
 
 
 def process_state() -> "PartialState":

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, same_source
-from medst_trl.base.processes import process_state, world_size
+from medst_trl.base.processes import leave_peers, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 
 from .stage import STAGES, Stage
@@ -263,7 +263,7 @@ class StageRecord:
                 message = [error]
         broadcast_object_list(message)
         if isinstance(message[0], Exception):  # on all ranks alike, so they can leave the group in order
-            torch.distributed.destroy_process_group()
+            leave_peers()
             raise message[0]
         return record or cls(directory, *message[0], writes=False)
 

@@ -8,9 +8,11 @@ Rows are read in order, so that one of the two ranks has no image in its batches
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import tiny_dpo
 import tiny_run
@@ -20,6 +22,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from medst_trl.__main__ import main as run_recipe
+from medst_trl.base.registry import PLUGINS_VARIABLE
 from medst_trl.data.schema import instruct_features, preference_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.launch import launch_command, without_launcher
@@ -82,13 +85,27 @@ def medst(stage, output_dir, config=None, **options):
         pytest.importorskip("deepspeed")
     launcher = {"accelerate_config": config, "num_processes": 2} if config else {}
     arguments = [f"--{key}={value}" for key, value in (options | launcher | {"output_dir": output_dir}).items()]
-    environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "medst_trl.cli", stage, *arguments],
-        env=environment, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    return run_launch([sys.executable, "-m", "medst_trl.cli", stage, *arguments])
+
+
+def run_launch(command, **environment):
+    """Run a launch and return what it prints. Fails with the output of all ranks, also if it does not end in time."""
+    environment = {
+        **without_launcher(os.environ), **environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }  # fmt: skip
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as launch:
+        try:
+            out, err = launch.communicate(timeout=280)
+        except subprocess.TimeoutExpired:
+            launcher = psutil.Process(launch.pid)
+            for process in [*launcher.children(recursive=True), launcher]:
+                process.send_signal(signal.SIGABRT)  # with PYTHONFAULTHANDLER, each prints where it is
+            out, err = launch.communicate(timeout=30)
+            pytest.fail(f"The launch did not end in 280 s.\n{out}\n{err}")
+    assert launch.returncode == 0, err
+    return out
 
 
 def assert_same_training(one, two, tolerance=2e-5):
@@ -138,21 +155,36 @@ def one_rank(inputs, tmp_path_factory):
     return directory
 
 
+# A plugin that counts gloo's threads at exit: one that is left may abort the process.
+THREADS = """\
+import atexit
+from pathlib import Path
+
+def count():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print("gloo threads at exit:", sum("gloo" in name for name in names), flush=True)
+
+atexit.register(count)
+"""
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def two_ranks(request, inputs, tmp_path_factory):
     """Directory of the results with two processes and one row per batch, so that one process never has an image."""
     if request.param == "zero2":
         pytest.importorskip("deepspeed")
     directory = tmp_path_factory.mktemp("two")
+    plugin = directory / "threads.py"
+    plugin.write_text(THREADS)
     path = write_recipe(
         inputs, directory, per_device_train_batch_size=1, accelerate_config=request.param, num_processes=2
     )
     for stage, batch_size in STEP.items():
         command, environment = launch_command(["medst_trl", path, "--stage", stage], request.param, 2)
-        environment = without_launcher(os.environ) | environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count(f"{batch_size}: 1 x 2 processes x 4 accumulated.") == 1  # printed only by rank 0
+        out = run_launch(command, **environment | {PLUGINS_VARIABLE: str(plugin)})
+        assert out.count(f"{batch_size}: 1 x 2 processes x 4 accumulated.") == 1  # printed only by rank 0
+        if request.param == "cpu":
+            assert out.count("gloo threads at exit: 0") == 2
     return directory
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
-from medst_trl.base.processes import SHARDED, launched_kind
+from medst_trl.base.processes import SHARDED, launched_kind, leave_peers
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import features_of, load_records
 from medst_trl.pipeline.batch import Batch
@@ -183,7 +183,8 @@ def train_policy(
         write_card(training_args.output_dir)
     trainer.accelerator.print(f"{summary} Adapter and processor are in {training_args.output_dir}.")
     trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
-    trainer.end()
+    del trainer  # it holds the process group
+    leave_peers()
 
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
