@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
 
-BATCHES_PER_WINDOW = 2  # a window is written to disk at once: it is what an interrupted run computes again
+BATCHES_PER_WINDOW = 2  # batches are made within a window of records; an interrupted run repeats at most one
 OPENING_THREADS = 2  # for engines without windows
 _SHOWN = 500  # characters of a rejected text that are kept
 
@@ -97,11 +97,11 @@ class _Record:
 @dataclass(eq=False, repr=False)
 class CandidateGenerator:
     """
-    Makes questions with several answers each from images (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
+    Generate questions about images, with several answers to each (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 
     For each image the policy asks in an empty `<vusr>` turn. Each question is then asked in an ordinary user turn and
-    answered several times, independently. Texts that are no questions, and answers that say the same, are rejected
-    with their reason. With a model in this process each text has its own random stream, named by seed, record id and
+    answered several times, independently. Texts that are not questions, and equal answers, are rejected with their
+    reason. With a model in this process each text has its own random stream, named by seed, record id and
     number: the candidates do not depend on the number of processes, on interruptions, or (up to floating-point ties)
     on the batch size.
 
@@ -137,7 +137,7 @@ class CandidateGenerator:
             `id`, `reason` and `value` of what the last call rejected.
 
     Raises:
-        UserError: for settings that cannot give pairs.
+        UserError: for settings that cannot produce pairs.
 
     Example:
 
@@ -221,9 +221,9 @@ class CandidateGenerator:
         state = process_state()
         windows = self._windows(len(ids), state.num_processes)[state.process_index :: state.num_processes]
         left = [window for window in windows if any(ids[row] not in done for row in window)]
-        total, still = (sum(map(len, some)) for some in (windows, left))
+        total, remaining = (sum(map(len, some)) for some in (windows, left))
         with tqdm(
-            total=total, initial=total - still, desc="candidates", unit="image", disable=not state.is_main_process
+            total=total, initial=total - remaining, desc="candidates", unit="image", disable=not state.is_main_process
         ) as bar:
             for outcome in self._outcomes(dataset, left):
                 if outcome["id"] not in done:
@@ -260,20 +260,16 @@ class CandidateGenerator:
             return list(map(_Record.open, undecoded(dataset, window)))
 
         for records in ordered_map(opened, windows, num_workers=1, ahead=1):
-            yield from self._window(records)
-
-    def _window(self, records: Sequence[_Record]) -> list[dict[str, Any]]:
-        """Complete some records, each step in batches over all of them."""
-        deque(self._finished(records), maxlen=0)
-        return [record.outcome() for record in records]
+            deque(self._finished(records), maxlen=0)  # each step in batches over all records
+            yield from (record.outcome() for record in records)
 
     def _finished(self, records: Iterable[_Record]) -> Iterator[_Record]:
-        """Let the engine complete the records, and yield each as soon as it is complete."""
+        """Run the requests of the records, and yield each record when it is complete."""
         without_requests: deque[_Record] = deque()
 
         def first() -> Iterator[Request]:
             for record in records:
-                requests = self._first(record)
+                requests = self._first_requests(record)
                 record.open_requests = len(requests)
                 if not requests:
                     without_requests.append(record)
@@ -281,7 +277,7 @@ class CandidateGenerator:
 
         def then(request: Request, reply: Reply) -> list[Request]:
             record, *numbers = request.tag
-            following = self._following(request, reply, record, *numbers)
+            following = self._next_requests(request, reply, record, *numbers)
             record.open_requests += len(following) - 1
             return following
 
@@ -292,7 +288,7 @@ class CandidateGenerator:
                 yield request.tag[0]
         yield from without_requests
 
-    def _first(self, record: _Record) -> list[Request]:
+    def _first_requests(self, record: _Record) -> list[Request]:
         if not record.images:
             return []
         if not self.describe_first:
@@ -300,10 +296,10 @@ class CandidateGenerator:
         greedy = Sampling(temperature=0.0, max_new_tokens=self.answer_sampling.max_new_tokens)
         return [Request(Prompt(to_describe(len(record.images)), record.images), greedy, (record,))]
 
-    def _following(
+    def _next_requests(
         self, request: Request, reply: Reply, record: _Record, question: int | None = None, answer: int | None = None
     ) -> list[Request]:
-        """Take a reply, and return what to ask next: questions after a description, answers after a question."""
+        """Return the requests after a reply: questions after a description, answers after a question."""
         if question is None:
             if problem := reply.problem or (not reply.text and "empty_description"):
                 record.reject(problem, reply.text)

@@ -356,7 +356,7 @@ def test_candidates_are_the_same_without_shared_prompts(policy, images, expected
     """Each text then has its own prompt and pixels, as for families that do not share prompts."""
     disable_shared_prompts(monkeypatch)
     assert outcomes(policy, images, batch_size=batch_size) == expected
-    assert capsys.readouterr().out.count("Models of the type llava read each prompt and its images once per text") == 1
+    assert capsys.readouterr().out.count("llava models process each prompt and its images once per text") == 1
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
@@ -570,7 +570,7 @@ def test_too_little_memory_for_one_text_is_reported(policy, images, monkeypatch)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
-    with pytest.raises(UserError, match="Not enough memory for a batch of one of the texts.*a smaller --batch_size"):
+    with pytest.raises(UserError, match="Not enough memory for a single text.*a smaller --batch_size"):
         outcomes(policy, images)
 
 
