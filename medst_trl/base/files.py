@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files that appear under their final name only when they are complete, and what happens when the disk is full."""
+"""Write files atomically, and explain a full disk."""
 
 import errno
 import json
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .processes import rank
 
 
-# safetensors and torch.save raise their own errors, which keep the cause in their text or not at all.
+# safetensors and torch.save raise their own errors, which mention the cause only in their message, or not at all.
 _FULL_DISK = re.compile(r"No space left on device|StorageFull|QuotaExceeded|inline_container\.cc|PytorchStreamWriter")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]:
     """
-    A temporary path beside `path`, renamed to `path` when the block ends, removed when it raises.
+    Yield a temporary path beside `path`. It is renamed to `path` when the block ends, and deleted if the block raises.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -30,9 +31,8 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Pat
             Whether the content must survive a crash of the machine.
     """
     path = Path(path)
-    # The same name in every run, so that what a killed run left is overwritten. Ranks may write the same file.
-    rank = os.environ.get("RANK", "0")
-    temporary = path.with_name(f".{path.name}.tmp" if rank == "0" else f".{path.name}.{rank}.tmp")
+    # The name is the same in every run, so that leftovers of a killed run are overwritten. Ranks may write the same file.
+    temporary = path.with_name(f".{path.name}.{rank()}.tmp" if rank() else f".{path.name}.tmp")
     try:
         yield temporary
         if fsync:
@@ -63,14 +63,14 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
 
 
 def move_files(source: Path, target: Path, last: str = "config.json") -> None:
-    """Move all files of one directory into another, `last` at the end: a target that has it is complete."""
+    """Move all files of one directory into another, and `last` at the end: a target that has it is complete."""
     for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
         os.replace(path, target / path.name)
     source.rmdir()
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that there was no space left to write to."""
+    """Whether an error was caused by a full disk."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return _FULL_DISK.search(str(error)) is not None

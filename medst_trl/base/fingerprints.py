@@ -1,24 +1,27 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of inputs: the content of a file or directory, or the revision of a Hub repository."""
+"""What a result depends on: the content or Hub revision of its inputs, and the versions of packages."""
 
 import hashlib
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .errors import UserError
 from .hub_ids import cached_revision, can_be_hub_id
 
 
+PACKAGES = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 SAMPLE_BYTES = 1 << 20  # a large file inside a directory is read only at its start, middle and end
 MANY_FILES = 10_000  # with more files (raw images), only names and sizes are compared
-# Beside preference pairs: the reference's log-probabilities, computed while training. Not a part of the dataset.
+# Beside preference pairs: log-probabilities under the reference, computed by training. Not part of the dataset.
 REFERENCE_FOLDER = "reference_log_probs"
 
 
 def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
     """
-    Describe what `source` holds now, in a form that can be compared later.
+    Describe the current content of `source`, for a later comparison.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -42,11 +45,22 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
 
 
 def same_source(old: dict, new: dict) -> bool:
-    """Whether two fingerprints can be of the same content. A revision not known yet matches any other."""
+    """Whether two fingerprints can be of the same content. An unknown revision matches any other."""
     if "hub_id" in old and "hub_id" in new:
         revisions = {old["revision"], new["revision"]} - {None}
         return old["hub_id"] == new["hub_id"] and len(revisions) < 2
     return "sha256" in old and old.get("sha256") == new.get("sha256")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def _sha256_of_file(path: Path) -> str:
@@ -67,7 +81,7 @@ def _sha256_of_directory(directory: Path) -> str:
 
 
 def _content_files(directory: Path) -> list[str]:
-    """Names of the files that are the result: not hidden ones, records, checkpoints or log-probabilities."""
+    """Names of the files of the result, without hidden files, records, checkpoints and log-probabilities."""
     names = []
     for root, directories, files in os.walk(directory):
         skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""This process among those of a launch: its rank, how the processes are connected, and how to wait for them."""
+"""This process among those of a launch: its rank, its CPU cores, and how the processes are connected."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ SHARDED = ("DeepSpeed ZeRO-3", "FSDP")  # how kinds begin that shard the weights
 
 
 def rank() -> int:
-    """The number of this process, known before anything is imported that could start a process group."""
+    """The number of this process, also before there is a process group."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -25,8 +25,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def launched_kind() -> str:
-    """How the processes of this launch share their work: `"DDP"`, `"DeepSpeed ZeRO-2"`, `"FSDP2"`, or not at all."""
+    """How the processes share their work: `"DDP"`, `"DeepSpeed ZeRO-2"`, `"FSDP2"` or `"not distributed"`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -62,7 +67,7 @@ def _release_group_in_deepspeed() -> None:
 
 
 def process_state() -> "PartialState":
-    """accelerate's state of this process, made so that it also sees its peers where they run on CPUs."""
+    """accelerate's state of this process, created so that processes on CPUs also see each other."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -75,7 +80,7 @@ def backend_on_cpus() -> str | None:
     """
     The backend that connects DeepSpeed's processes on a machine without GPUs; None anywhere else.
 
-    DeepSpeed finds it itself, but accelerate (1.15) takes each process for the only one unless the backend is named.
+    DeepSpeed finds it itself, but accelerate (1.15) treats each process as the only one if no backend is given.
     """
     import torch
 

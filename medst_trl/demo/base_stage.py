@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.files import move_files
 from medst_trl.base.settings import documented
-from medst_trl.pipeline.stage import MODEL, STAGES, Counter, Output, Stage
+from medst_trl.pipeline.stage import MODEL, STAGES, Output, RowCounter, Stage
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def main(args: BaseArguments) -> None:
     from medst_trl.pipeline.record import StageRecord
 
     record = StageRecord.of(STAGE, args)
-    if record.status == "finished":
+    if record.decision == "skip":
         return
     print(
         f"base: training a tiny general-purpose model on {args.num_pictures} pictures of plain shapes and "
@@ -185,7 +185,7 @@ def _prepared_config() -> "PreTrainedConfig":
     return prepare_policy(*tiny_llava()).config
 
 
-def plan(counter: Counter, args: BaseArguments) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: BaseArguments) -> Iterator[tuple[str, str]]:
     """The stage's rows in a plan."""
     yield "trains", f"a tiny model on {args.num_texts:,} texts and {args.num_pictures:,} pictures, one epoch"
 

@@ -16,6 +16,7 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.processes import rank
 from medst_trl.base.redaction import hide_secrets
 
 from . import check_push, check_repo_id
@@ -167,7 +168,7 @@ def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any
 
     If the push fails, the stage stays finished, and running it again repeats the push only.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if rank() != 0:
         return
     try:
         pushed = push_directory(directory, repo_id, **settings)

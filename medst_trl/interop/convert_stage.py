@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.settings import documented
-from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Counter, Input, Output, Stage
+from medst_trl.pipeline.stage import CHECKPOINT, MODEL, STAGES, Input, Output, RowCounter, Stage
 
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def main(args: ConvertArguments) -> None:
 
     settings = asdict(args)
     record = StageRecord.of(STAGE, args)
-    if record.status == "finished":
+    if record.decision == "skip":
         return
     with record:
         converted = convert_checkpoint(**{k: v for k, v in settings.items() if k != "overwrite"})
@@ -106,7 +106,7 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
     return planned_config(settings)
 
 
-def plan(counter: Counter, args: ConvertArguments) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: ConvertArguments) -> Iterator[tuple[str, str]]:
     """The stage's rows in a plan."""
     yield "reads", args.source + (f" on {args.base}" if args.base else "")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medst_trl.base.errors import UserError, closest
-from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, world_size
+from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, world_size
 
 from .recipe import read_yaml
 
@@ -160,7 +160,7 @@ def launch_command(
         environment |= _on_cpus(asked)
         options = ["--mixed_precision", "no", *options]
     # accelerate's own default is a single thread
-    cores_each = len(os.sched_getaffinity(0)) // max(1, num_processes // machines)
+    cores_each = cores() // max(1, num_processes // machines)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_each)))
     has_port = asked.has_port or any(option.startswith("--main_process_port") for option in options)
     if machines == 1 and not has_port:

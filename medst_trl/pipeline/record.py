@@ -1,29 +1,28 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-`stage.json`, the record of a stage: what it was asked to do, with which inputs, and how far it got.
+`stage.json`, the record of a stage: its settings and inputs, and whether it is complete.
 
-It is written when a stage starts and again when it ends, so that a second run knows whether to skip, to resume or to
-refuse. A directory without one is not ours, and nothing in it is ever deleted.
+It is written when a stage starts and again when it ends, so that a second run can decide whether to skip the stage, to
+resume it or to refuse. A directory without a record is not ours, and nothing in it is ever deleted.
 """
 
+import fcntl
 import json
 import os
-import platform
 import shutil
 import socket
 import time
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk, write_json
-from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, same_source
+from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_versions, same_source
 from medst_trl.base.processes import leave_peers, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 
@@ -32,9 +31,8 @@ from .stage import STAGES, Stage
 
 RECORD_FILE = "stage.json"
 LOCK = ".stage.lock"
-PACKAGES = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
-# Never part of a result: where it is, and what the run was asked to do with an earlier one there.
+# Never affect the result: where it is written, and whether it replaces an earlier one.
 ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 
 # May be in a directory before a stage starts there, and stay when the stage is overwritten (besides *.log, .stage.*).
@@ -49,9 +47,9 @@ class StageRecord:
     [`StageRecord.open`].
 
     Attributes:
-        status (`str`):
-            `"new"`: start from nothing. `"continue"`: an earlier run with the same settings was interrupted, resume
-            from what it left. `"finished"`: everything is there, return.
+        decision (`str`):
+            `"start"`: there is no earlier run. `"resume"`: an earlier run with the same settings was interrupted.
+            `"skip"`: an earlier run with the same settings is complete, return.
         output_dir (`pathlib.Path`):
             The stage's directory.
         content (`dict`):
@@ -61,18 +59,19 @@ class StageRecord:
 
     ```python
     record = StageRecord.of(STAGE, args)
-    if record.status == "finished":
+    if record.decision == "skip":
         return
-    ...
+    with record:  # a failure deletes the record of a new run, so that a corrected command is not refused
+        ...
     record.finish(counts={"records": 315})
     ```
     """
 
     def __init__(
-        self, output_dir: Path, status: str, content: dict[str, Any], *, writes: bool, lock: TextIO | None = None
+        self, output_dir: Path, decision: str, content: dict[str, Any], *, writes: bool, lock: TextIO | None = None
     ):
         self.output_dir = output_dir
-        self.status = status
+        self.decision = decision
         self.content = content
         self._writes = writes
         self._lock = lock
@@ -90,9 +89,9 @@ class StageRecord:
         overwrite: bool = False,
     ) -> "StageRecord":
         """
-        Begin, resume or recognise a stage in `output_dir`, and write its record.
+        Decide whether to start, resume or skip a stage in `output_dir`, and write its record.
 
-        Under a distributed launch every rank has to call this. Rank 0 decides and writes, the others follow.
+        Under a distributed launch, every rank must call this. Rank 0 decides and writes, the others follow.
 
         Args:
             output_dir (`str` or `os.PathLike`):
@@ -101,15 +100,15 @@ class StageRecord:
                 Name of the stage, for example `"sft"`. Its `operational` settings may differ from an earlier run, and
                 its `earlier_defaults` fill in what the record of an earlier version lacks.
             settings (`dict`):
-                All settings, as JSON can hold them. Secrets are stored as `"<hidden>"` and never compared.
+                All settings. Secrets are stored as `"<hidden>"` and never compared.
             inputs (`dict`, *optional*):
                 Name to path, Hub id, list of these, or None. They are compared by content or revision, so a setting of
                 the same name is not compared as text.
             operational (collection of `str`, *optional*):
-                More keys of `settings` that may differ: those that change no result in this run, such as the settings
-                of a source or engine that it does not use.
+                More keys of `settings` that may differ, because they do not affect the result of this run: for example
+                the settings of a source or engine that it does not use.
             overwrite (`bool`, *optional*, defaults to `False`):
-                Delete what an earlier run of this stage left in `output_dir` and start again.
+                Delete the results of an earlier run of this stage in `output_dir`, and start again.
 
         Raises:
             UserError: if the directory holds something else, another process is writing it, an input is missing, or a
@@ -134,29 +133,30 @@ class StageRecord:
             stage ([`Stage`]):
                 The stage.
             args (dataclass):
-                Its own settings, with `output_dir` and perhaps `overwrite`.
+                Its own settings.
             *others (dataclass, *optional*):
-                Settings of the sources, engines and so on that this run uses; None for one without settings. Those of
-                others do not count, though earlier versions recorded them all.
+                Settings of the trainer, source, engine and so on that this run uses; None for one without settings.
+                Those of others do not count, though earlier versions recorded them all. One of the dataclasses has
+                `output_dir`, and one may have `overwrite`.
             inputs (`dict`, *optional*):
                 As in [`StageRecord.open`]. By default the stage's inputs that `args` name, without operational ones
                 and names on a server.
             operational (collection of `str`, *optional*):
                 As in [`StageRecord.open`].
         """
-        own, used = asdict(args), [args, *(item for item in others if item is not None)]
-        settings = {name: value for item in used for name, value in asdict(item).items()}
+        used = [args, *(item for item in others if item is not None)]
+        settings = {field.name: getattr(item, field.name) for item in used for field in fields(item) if field.init}
         unused = {item.name for kind in stage.arguments() if kind not in map(type, used) for item in fields(kind)}
         if inputs is None:
-            named = [item for item in stage.inputs if item.key in own and item.key not in stage.operational]
-            inputs = {item.key: own[item.key] for item in named if not item.is_remote(own)}
+            named = [item for item in stage.inputs if hasattr(args, item.key) and item.key not in stage.operational]
+            inputs = {item.key: settings[item.key] for item in named if not item.is_remote(settings)}
         return cls.open(
-            args.output_dir,
+            settings["output_dir"],
             stage=stage.name,
             settings=settings,
             inputs=inputs,
             operational={*operational, *(unused - settings.keys())},
-            overwrite=own.get("overwrite", False),
+            overwrite=settings.get("overwrite", False),
         )
 
     def finish(self, counts: Mapping[str, Any] | None = None, **extra: Any) -> None:
@@ -165,7 +165,7 @@ class StageRecord:
 
         Args:
             counts (`dict`, *optional*):
-                Numbers to keep (records read, rejected by reason, steps taken).
+                Numbers to keep: records read, rejected by reason, steps taken.
             **extra:
                 More entries of `stage.json`.
         """
@@ -186,16 +186,16 @@ class StageRecord:
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """Remove the record of a new run that failed before it left anything, and explain a full disk."""
+        """Delete the record of a new run that failed before it wrote a result, and explain a full disk."""
         if not isinstance(error, Exception):
             return
-        if self._writes and self.status == "new":
+        if self._writes and self.decision == "start":
             self._forget()
         with explain_full_disk(self.output_dir):
             raise error
 
     def _forget(self) -> None:
-        """Settings that may be the reason of a failure must not stop a corrected command."""
+        """Delete the record of a run without results, so that a corrected command is not refused."""
         is_alone = world_size() == 1  # another process may be about to fill an empty file
         left = [
             path
@@ -223,9 +223,9 @@ class StageRecord:
         old = _read(directory, stage, overwrite)
         if old is None:
             directory.mkdir(parents=True, exist_ok=True)
-            status, lock = "new", _lock(directory)
+            decision, lock = "start", _lock(directory)
         elif overwrite:
-            status, lock = "new", _lock(directory)
+            decision, lock = "start", _lock(directory)
             _empty(directory)
         else:
             earlier, free = (declared.earlier_defaults, declared.operational) if declared else ({}, ())
@@ -235,21 +235,21 @@ class StageRecord:
             _warn_of_versions(directory, old["versions"], new["versions"])
             if old["status"] == "complete":
                 print(f"{stage}: {directory} is finished and unchanged, nothing to do.")
-                return cls(directory, "finished", old, writes=False)
-            status, lock = "continue", _lock(directory)
+                return cls(directory, "skip", old, writes=False)
+            decision, lock = "resume", _lock(directory)
             print(f"{stage}: resuming {directory}, started {old['started']}.")
             new |= {"started": old["started"], "seconds": old["seconds"] + _seconds_of_interrupted_run(directory)}
         _write(directory, new)
-        return cls(directory, status, new, writes=True, lock=lock)
+        return cls(directory, decision, new, writes=True, lock=lock)
 
     @classmethod
     def _decide_for_all_ranks(cls, directory, *arguments) -> "StageRecord":
-        """Rank 0 alone reads the directory: what it writes there would mislead a rank that comes a moment later."""
+        """Let rank 0 alone read the directory: a later rank would read what rank 0 has just written."""
         import torch.distributed
         from accelerate.utils import broadcast_object_list
 
         state = process_state()
-        if not torch.distributed.is_initialized():  # each rank would take itself for the only one
+        if not torch.distributed.is_initialized():  # each rank would act as if it were the only one
             raise UserError(
                 f"{world_size()} processes were started, but there are no GPUs for them. To use CPUs: "
                 "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
@@ -258,18 +258,18 @@ class StageRecord:
         if state.is_main_process:
             try:
                 record = cls._decide(directory, *arguments)
-                message = [(record.status, record.content)]
-            except Exception as error:  # the other ranks would wait for ever
+                message = [(record.decision, record.content)]
+            except Exception as error:  # the other ranks would wait forever
                 message = [error]
         broadcast_object_list(message)
-        if isinstance(message[0], Exception):  # on all ranks alike, so they can leave the group in order
+        if isinstance(message[0], Exception):  # on all ranks, so all of them leave the group
             leave_peers()
             raise message[0]
         return record or cls(directory, *message[0], writes=False)
 
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:
-    """What the record in a directory holds; empty if there is none, or none that can be read."""
+    """Return the content of the record in a directory; empty if there is no record that can be read."""
     try:
         content = json.loads(Path(directory, RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -278,27 +278,16 @@ def read_record(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
-    """Whether a directory holds the finished output of a stage, of any stage by default."""
+    """Whether a directory holds the complete output of a stage, by default of any stage."""
     record = read_record(directory)
     return record.get("status") == "complete" and stage in (None, record.get("stage"))
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 # An earlier run in the directory
 
 
 def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None:
-    """The record of an earlier run of this stage; None if the directory is empty or missing."""
+    """Return the record of an earlier run of this stage; None if the directory is empty or missing."""
     path = directory / RECORD_FILE
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir is a file, not a directory: {directory}.")
@@ -307,11 +296,11 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # truncated by a crash of the machine: ours, but it no longer says with which settings
+    except ValueError:  # truncated by a crash of the machine: the directory is ours, but its settings are lost
         if overwrite:
             return {}
         raise UserError(
-            f"{path} is damaged, so it is unknown how the files beside it were made. Choose another output_dir, or "
+            f"{path} is damaged, so the settings of the files beside it are unknown. Choose another output_dir, or "
             f"start again with --overwrite (deletes the contents of {directory})."
         ) from None
     if not isinstance(record, dict) or not {"stage", "status", "versions", "inputs", "settings"} <= record.keys():
@@ -374,11 +363,11 @@ def _empty(directory: Path) -> None:
             shutil.rmtree(child)
         else:
             child.unlink()
-    record.unlink()  # last: a run killed in here leaves a directory that is still known as ours
+    record.unlink()  # last, so that the directory is still ours if this is interrupted
 
 
 def _seconds_of_interrupted_run(directory: Path) -> float:
-    """From the record of a killed run to the last file it wrote: it could not say itself how long it took."""
+    """Seconds from the record to the last file: a killed run cannot record its duration."""
     start = (directory / RECORD_FILE).stat().st_mtime
     written = [path.stat().st_mtime for path in directory.rglob("*") if path.is_file() and not _is_ignorable(path)]
     return round(max(0.0, max(written) - start), 3)
@@ -391,12 +380,8 @@ def _is_ignorable(path: Path) -> bool:
 # Writing
 
 
-def _lock(directory: Path) -> TextIO | None:
-    """Keep other processes out for as long as this one lives; the system releases the lock whatever happens."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
+def _lock(directory: Path) -> TextIO:
+    """Lock the directory; the system releases the lock when the process ends."""
     file = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held until the stage or the process ends)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -416,7 +401,7 @@ def _lock(directory: Path) -> TextIO | None:
 
 
 def _write(directory: Path, content: dict) -> None:
-    # Unlike other files, this one must survive a crash of the machine: it says whether the rest can be trusted.
+    # This file must survive a crash of the machine: it tells whether the others are complete.
     write_json(directory / RECORD_FILE, content, fsync=True)
 
 
@@ -426,7 +411,7 @@ def _fingerprints(source: Any) -> list[dict]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as it will read back from JSON, so that old and new can be compared."""
+    """The value as JSON reads it back, so that old and new can be compared."""
     return json.loads(json.dumps(value, default=lambda item: sorted(item) if isinstance(item, set) else str(item)))
 
 

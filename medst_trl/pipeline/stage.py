@@ -80,7 +80,7 @@ class Count:
         return f"{'at most ' if self.at_most else ''}{self.number:,} {what}"
 
 
-class Counter(Protocol):
+class RowCounter(Protocol):
     """What `Output.count` and `Stage.plan` can ask about the other steps of the recipe."""
 
     def rows(self, directory: str, split: str) -> Count:
@@ -167,7 +167,7 @@ class Output:
         kind (`str`):
             A kind of dataset, or `"model"`.
         count (`Callable`, *optional*):
-            `(settings, split, counter) -> Count`: how many rows it will have, for `--dry_run`; see [`Counter`].
+            `(settings, split, counter) -> Count`: how many rows it will have, for `--dry_run`; see [`RowCounter`].
         config (`Callable`, *optional*):
             For a new model: from the settings to its configuration and whether it has the text role `VUSER:`, for
             `--dry_run`; None if that is not known before the stage has run.
@@ -179,7 +179,7 @@ class Output:
 
     directory: str
     kind: str
-    count: Callable[[Mapping[str, Any], str, Counter], Count] | None = None
+    count: Callable[[Mapping[str, Any], str, RowCounter], Count] | None = None
     config: Callable[[Mapping[str, Any]], "tuple[PreTrainedConfig, bool] | None"] | None = None
     merges: str | None = None
     is_published: bool = True
@@ -223,7 +223,7 @@ class Stage:
             a `TrainingStageArguments` and a `TrainingArguments`, and `--dry_run` shows parameters, batch, steps and
             memory.
         plan (`Callable`, *optional*):
-            Its own rows in the plan of a recipe (`--dry_run`): from a [`Counter`] and what `main` takes to pairs of a
+            Its own rows in the plan of a recipe (`--dry_run`): from a [`RowCounter`] and what `main` takes to pairs of a
             label and a text. Rows of the same label are shown as one.
         inputs (`tuple` of [`Input`]):
             What it reads.

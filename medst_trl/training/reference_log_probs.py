@@ -13,14 +13,12 @@ import json
 import logging
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +33,7 @@ from tqdm.auto import tqdm
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
-from medst_trl.base.fingerprints import REFERENCE_FOLDER
+from medst_trl.base.fingerprints import REFERENCE_FOLDER, package_versions
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import with_stored_images
@@ -183,12 +181,10 @@ def about_reference(model: torch.nn.Module) -> dict[str, Any]:
     """For people: what the reference is called, and what computed it. No paths."""
     base = base_of(model)
     name = base.config._name_or_path or ""
-    packages = ("medst_trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    versions = {name: import_module(name).__version__ for name in packages}
     return {
         "base_model": (name if is_hub_id(name) else Path(name).name) or type(base).__name__,
         "adapter": hasattr(model, "get_base_model"),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": package_versions(),
     }
 
 

@@ -5,6 +5,7 @@
 import os
 from dataclasses import dataclass, field
 
+from medst_trl.base.processes import cores
 from medst_trl.base.settings import documented
 
 
@@ -13,7 +14,7 @@ MAX_WORKERS = 8  # with more, decoding is faster than any model here trains, and
 
 def default_workers() -> int:
     """Default number of data loader workers with an accelerator: this process's share of the CPU cores, at most 8."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @documented

@@ -391,13 +391,13 @@ from medst_trl.cli import guarded
 from medst_trl.pipeline.record import StageRecord
 def main(seed):
     record = StageRecord.open("out", stage="x", settings={"seed": seed})
-    open(f"{record.status}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}", "w")
+    open(f"{record.decision}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}", "w")
     record.finish()
 guarded(main, 0) or sys.exit(guarded(main, 1))
 """)
     command, environment = launch_command(["stage"], "cpu", 2)
     result = run(*command, env=ONE_CPU | environment | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
-    assert {"new-0-of-2", "new-1-of-2"} <= set(os.listdir(tmp_path)), result.stderr
+    assert {"start-0-of-2", "start-1-of-2"} <= set(os.listdir(tmp_path)), result.stderr
     assert result.returncode == 2 and "seed: 0 before, 1 now" in result.stderr
     assert "Traceback" not in result.stderr
 

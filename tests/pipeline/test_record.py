@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from medst_trl.base import fingerprints
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.redaction import HIDDEN, hide_secrets
-from medst_trl.pipeline import record as stage_record
 from medst_trl.pipeline.record import StageRecord, is_complete, read_record
 from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
@@ -32,7 +32,7 @@ def stored(directory):
 
 def test_a_new_record_is_written_when_a_run_starts(tmp_path):
     record = open_record(tmp_path / "out")
-    assert record.status == "new"
+    assert record.decision == "start"
     content = stored(tmp_path / "out")
     assert content["status"] == "running" and content["stage"] == "prepare" and content["settings"]["seed"] == 0
     assert {"python", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "medst_trl"} == set(
@@ -44,7 +44,7 @@ def test_a_finished_and_unchanged_stage_is_skipped_and_its_record_is_kept(tmp_pa
     open_record(tmp_path).finish(counts={"records": 3}, rejected={"blank": 1})
     before = (tmp_path / "stage.json").read_bytes()
     again = open_record(tmp_path, num_workers=8)  # an operational key
-    assert again.status == "finished"
+    assert again.decision == "skip"
     assert again.content["counts"] == {"records": 3} and again.content["rejected"] == {"blank": 1}
     again.finish(counts={"records": 0})
     assert (tmp_path / "stage.json").read_bytes() == before
@@ -58,7 +58,7 @@ def test_an_interrupted_run_is_resumed_and_its_seconds_add_up(tmp_path):
     (tmp_path / "part").write_text("x")
     os.utime(tmp_path / "part", (1_000_050, 1_000_050))
     record = open_record(tmp_path)
-    assert record.status == "continue"
+    assert record.decision == "resume"
     record.finish()
     assert 150 <= stored(tmp_path)["seconds"] < 160
     assert stored(tmp_path)["started"] == content["started"]
@@ -76,7 +76,7 @@ def test_a_changed_setting_is_refused_with_its_old_and_new_value(tmp_path, finis
 
 def test_a_setting_that_the_record_lacks_is_ignored_if_it_is_none_or_false(tmp_path):
     open_record(tmp_path).finish()
-    assert open_record(tmp_path, new_option=None, other=False).status == "finished"
+    assert open_record(tmp_path, new_option=None, other=False).decision == "skip"
     with pytest.raises(UserError, match=r"new_option: \(not set\) before, 0 now"):
         open_record(tmp_path, new_option=0)
     open_record(tmp_path / "next", new_option=True)
@@ -91,7 +91,7 @@ def test_earlier_defaults_replace_settings_that_the_record_lacks(tmp_path, monke
     )  # fmt: skip
     monkeypatch.setitem(STAGES._objects, "toy", toy)
     open_record(tmp_path, stage="toy", workers=1).finish()
-    assert open_record(tmp_path, stage="toy", rate=0.5, workers=2).status == "finished"
+    assert open_record(tmp_path, stage="toy", rate=0.5, workers=2).decision == "skip"
     with pytest.raises(UserError, match="rate: 0.5 before, 0.6 now"):
         open_record(tmp_path, stage="toy", rate=0.6)
 
@@ -101,8 +101,8 @@ def test_unused_settings_are_not_compared(tmp_path):
         return StageRecord.open(tmp_path, stage="prepare", settings=settings, operational=unused)
 
     start("language", source="vqa_rad", language="en").finish()
-    assert start("language", source="vqa_rad", language="zh").status == "finished"
-    assert start("language", source="vqa_rad").status == "finished"
+    assert start("language", source="vqa_rad", language="zh").decision == "skip"
+    assert start("language", source="vqa_rad").decision == "skip"
     with pytest.raises(UserError, match='source: "vqa_rad" before, "slake" now'):
         start(source="slake", language="en")
 
@@ -121,7 +121,7 @@ def test_missing_and_damaged_records_are_read_as_empty(tmp_path):
 def test_tuples_sets_and_paths_equal_their_json_form(tmp_path):
     settings = {"betas": (0.9, 0.99), "kinds": {"b", "a"}, "path": tmp_path}
     open_record(tmp_path / "out", **settings).finish()
-    assert open_record(tmp_path / "out", **settings).status == "finished"
+    assert open_record(tmp_path / "out", **settings).decision == "skip"
 
 
 def test_inputs_are_compared_by_content_not_by_path(tmp_path):
@@ -130,7 +130,7 @@ def test_inputs_are_compared_by_content_not_by_path(tmp_path):
     out = tmp_path / "out"
     open_record(out, inputs={"source": source}, source=str(source)).finish()
     moved = source.rename(tmp_path / "moved.json")
-    assert open_record(out, inputs={"source": moved}, source=str(moved)).status == "finished"
+    assert open_record(out, inputs={"source": moved}, source=str(moved)).decision == "skip"
     moved.write_text("[2]")
     with pytest.raises(UserError, match="input source: .*SHA-256"):
         open_record(out, inputs={"source": moved}, source=str(moved))
@@ -180,7 +180,7 @@ def test_a_hub_id_is_compared_by_its_revision_in_the_cache(tmp_path, monkeypatch
     reference.write_text("a" * 40)  # downloaded while the stage ran
     record.finish()
     assert stored(out)["inputs"]["model"] == [{"hub_id": "org/name", "revision": "a" * 40}]
-    assert open_record(out, inputs={"model": "org/name"}).status == "finished"
+    assert open_record(out, inputs={"model": "org/name"}).decision == "skip"
     reference.write_text("b" * 40)
     with pytest.raises(UserError, match="org/name at aaaa.*org/name at bbbb"):
         open_record(out, inputs={"model": "org/name"})
@@ -193,7 +193,7 @@ def test_overwrite_starts_from_an_empty_directory(tmp_path):
     (tmp_path / ".progress").write_text("old")
     (tmp_path / "run.log").write_text("kept")
     record = open_record(tmp_path, seed=2, overwrite=True)
-    assert record.status == "new"
+    assert record.decision == "start"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".stage.lock", "run.log", "stage.json"]
 
 
@@ -229,21 +229,21 @@ def test_a_damaged_record_is_refused_and_can_be_overwritten(tmp_path, length):
     (tmp_path / "stage.json").write_bytes((tmp_path / "stage.json").read_bytes()[:length])
     with pytest.raises(UserError, match=r"damaged[\s\S]*--overwrite"):
         open_record(tmp_path)
-    assert open_record(tmp_path, overwrite=True).status == "new"
+    assert open_record(tmp_path, overwrite=True).decision == "start"
 
 
 def test_a_run_killed_while_writing_its_record_keeps_the_old_one(tmp_path):
     open_record(tmp_path).finish(counts={"n": 1})
     (tmp_path / ".stage.json.tmp").write_text('{"status": "comp')
-    assert open_record(tmp_path).status == "finished"
+    assert open_record(tmp_path).decision == "skip"
 
 
 def test_another_version_of_a_package_causes_a_warning(tmp_path, monkeypatch):
     open_record(tmp_path).finish()
-    real = stage_record.version
-    monkeypatch.setattr(stage_record, "version", lambda name: "9.9" if name == "torch" else real(name))
+    real = fingerprints.version
+    monkeypatch.setattr(fingerprints, "version", lambda name: "9.9" if name == "torch" else real(name))
     with pytest.warns(UserWarning, match="torch .* -> 9.9"):
-        assert open_record(tmp_path).status == "finished"
+        assert open_record(tmp_path).decision == "skip"
 
 
 def test_secrets_are_neither_written_nor_compared(tmp_path):
@@ -256,7 +256,7 @@ def test_secrets_are_neither_written_nor_compared(tmp_path):
     open_record(tmp_path, **secrets).finish()
     text = (tmp_path / "stage.json").read_text()
     assert "very-secret" not in text and "hf_abc" not in text and text.count(HIDDEN) == 5
-    assert open_record(tmp_path, **(secrets | {"hub_token": "another"})).status == "finished"
+    assert open_record(tmp_path, **(secrets | {"hub_token": "another"})).decision == "skip"
 
 
 def test_settings_whose_names_resemble_secrets_are_kept():
@@ -275,7 +275,7 @@ except UserError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Another process is writing" in result.stdout and record.status == "new"
+    assert "Another process is writing" in result.stdout and record.decision == "start"
     assert f"host {socket.gethostname()}, pid {os.getpid()}" in result.stdout
 
 
@@ -357,6 +357,6 @@ def test_settings_of_an_unused_engine_are_not_compared(tmp_path):
     # Earlier versions recorded the settings of all engines.
     settings = vars(arguments) | {"precision": "low", "speed": 1}
     StageRecord.open(arguments.output_dir, stage="toy", settings=settings).finish()
-    assert StageRecord.of(stage, arguments, _Engine()).status == "finished"
+    assert StageRecord.of(stage, arguments, _Engine()).decision == "skip"
     with pytest.raises(UserError, match="speed"):
         StageRecord.of(stage, arguments, _Engine(), _OtherEngine(2))

@@ -46,7 +46,7 @@ def check(args):
 def main(args):
     check(args)
     record = StageRecord.open(args.output_dir, stage="toy", settings=asdict(args), inputs={"pairs": args.pairs})
-    if record.status != "finished":
+    if record.decision != "skip":
         Path(args.output_dir, "count.json").write_text(json.dumps({"limit": args.limit}))
         record.finish()
 

@@ -216,7 +216,7 @@ def training_examples(args: Any, steps: Sequence["Step"]) -> Count:
 
 class Rows:
     """
-    Answers a stage's questions about the recipe; see [`~medst_trl.pipeline.stage.Counter`].
+    Answers a stage's questions about the recipe; see [`~medst_trl.pipeline.stage.RowCounter`].
 
     Args:
         steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*): The steps of the recipe.

@@ -7,7 +7,7 @@ Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,8 +164,8 @@ def train_policy(
     training_args.gradient_accumulation_steps = batch.accumulation  # before there is a trainer: DeepSpeed reads it
     kind = next(item.kind for item in stage.inputs if item.key == "dataset")
     datasets = load_splits(args, training_args, kind)
-    record = open_record(args, training_args, stage.name)
-    if record.status == "finished":
+    record = open_record(stage, args, training_args)
+    if record.decision == "skip":
         return
     with record:
         policy = load_trainable_policy(args, training_args)
@@ -220,18 +220,15 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
     return concatenate_datasets(joined)
 
 
-def open_record(args: Any, training_args: "TrainingArguments", stage: str) -> StageRecord:
-    """The stage's record in `output_dir`, see [`StageRecord.open`]."""
-    # The settings as given: `to_dict()` adds values that depend on the machine, which may differ when a run resumes.
-    given = {item.name: getattr(training_args, item.name) for item in fields(training_args) if item.init}
-    operational = {name for name in given if name.startswith(_OPERATIONAL_PREFIXES)}
-    return StageRecord.open(
-        training_args.output_dir,
-        stage=stage,
-        settings=asdict(args) | given,
+def open_record(stage: Stage, args: Any, training_args: "TrainingArguments") -> StageRecord:
+    """Open the record of a training stage, see [`StageRecord.of`]."""
+    operational = {item.name for item in fields(training_args) if item.name.startswith(_OPERATIONAL_PREFIXES)}
+    return StageRecord.of(
+        stage,
+        args,
+        training_args,
         inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
         operational=operational | (_DIVISION_SETTINGS if args.effective_batch_size else set()),
-        overwrite=args.overwrite,
     )
 
 

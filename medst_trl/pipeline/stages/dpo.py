@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.files import atomic_path, write_jsonl
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
+from medst_trl.base.processes import rank
 from medst_trl.base.settings import documented
 from medst_trl.pipeline.batch import number_of
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
@@ -136,7 +137,7 @@ def _reference_directory(dataset: str, training_args: "MultimodalDPOConfig") -> 
     beside, own = Path(dataset, REFERENCE_FOLDER), Path(training_args.output_dir, REFERENCE_FOLDER)
     writable = os.path.isdir(dataset) and os.access(beside if beside.exists() else dataset, os.W_OK)
     directory = Path(training_args.ref_log_probs_dir or (beside if writable else own))
-    if directory != beside and int(os.environ.get("RANK", "0")) == 0:  # the main process reads the cache for all
+    if directory != beside and rank() == 0:  # the main process reads the cache for all
         _copy_new(beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset), directory)
     return str(directory)
 

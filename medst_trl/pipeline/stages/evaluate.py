@@ -63,8 +63,7 @@ from medst_trl.evaluation.predictions import (
 from medst_trl.evaluation.tables import format_file
 from medst_trl.evaluation.vqa import write_predictions
 from medst_trl.pipeline.record import StageRecord
-from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, Stage
-from medst_trl.pipeline.stage import Counter as PlanCounter
+from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
     directories = _output_directories(args)
     scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
     scoring["settings"] = {name: value for item in metric_settings if item for name, value in asdict(item).items()}
-    if record.status != "finished":
+    if record.decision != "skip":
         with record:
             if args.predictions:
                 counts = _score_file(args, scoring)
@@ -273,7 +272,7 @@ def _score(
     return scores, answers, rejected
 
 
-def plan(counter: PlanCounter, args: EvaluateArguments, *settings: Any) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: EvaluateArguments, *settings: Any) -> Iterator[tuple[str, str]]:
     """The stage's rows in a plan."""
     if args.predictions:
         yield "scores", args.predictions

@@ -40,7 +40,7 @@ from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_complete
-from medst_trl.pipeline.stage import MODEL, STAGES, Count, Counter, Input, Output, Stage
+from medst_trl.pipeline.stage import MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.candidate_files import select_records, write_candidates
 from medst_trl.selftrain.candidates import CandidateGenerator
 from medst_trl.selftrain.filters import QuestionFilter
@@ -156,7 +156,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     images = load_records(args.images, args.split, "instruct")
     records, rejected = select_records(images, args.skip_records, args.max_records)
     record = StageRecord.of(STAGE, args, settings, operational=kind.operational)
-    if record.status == "finished":
+    if record.decision == "skip":
         return
     log, counts = record.output_dir / ".generated.jsonl", None
     with record:
@@ -223,12 +223,12 @@ def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:
         print(f"  rejected: {list_reasons(counts['rejected'])} (see {Path(args.output_dir, 'rejected.jsonl')})")
 
 
-def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
+def _count(settings: Mapping[str, Any], split: str, counter: RowCounter) -> Count:
     """Return the largest number of questions with answers: some are rejected."""
     return replace(images_to_ask_about(settings, counter).times(settings.get("num_questions", 1)), at_most=True)
 
 
-def images_to_ask_about(settings: Mapping[str, Any], counter: Counter) -> Count:
+def images_to_ask_about(settings: Mapping[str, Any], counter: RowCounter) -> Count:
     """Return the number of images that the stage asks about, for a plan."""
     if "images" not in settings:
         return Count(None, depends_on="images")
@@ -238,7 +238,7 @@ def images_to_ask_about(settings: Mapping[str, Any], counter: Counter) -> Count:
     return images.capped(settings.get("max_records"), settings.get("skip_records", 0))
 
 
-def plan(counter: Counter, args: GenerateArguments, *engine_settings: Any) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: GenerateArguments, *engine_settings: Any) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan."""
     images = images_to_ask_about(vars(args), counter)
     yield "asks", f"{images.of('images')}, {args.num_questions} x a question and {args.num_answers} answers"

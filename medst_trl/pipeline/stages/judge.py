@@ -44,7 +44,7 @@ from medst_trl.engines.client import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_complete
-from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
+from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
@@ -147,7 +147,7 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     if not args.read_batch:
         judge.check_key()
     record = StageRecord.of(STAGE, args, chosen_judge(judges))
-    if record.status == "finished":
+    if record.decision == "skip":
         return _print_summary(record)
     with record:
         if args.read_batch:
@@ -318,7 +318,7 @@ def _print_summary(record: StageRecord) -> None:
         print(f"judge: WARNING: {line}")
 
 
-def pairs_to_judge(settings: Mapping[str, Any], counter: Counter) -> Count:
+def pairs_to_judge(settings: Mapping[str, Any], counter: RowCounter) -> Count:
     """Count the pairs of answers that the stage compares: the first and second answer, the third and fourth ..."""
     if "candidates" not in settings:
         return Count(None, depends_on="candidates")
@@ -326,11 +326,11 @@ def pairs_to_judge(settings: Mapping[str, Any], counter: Counter) -> Count:
     return candidates.times(counter.settings_behind(settings["candidates"]).get("num_answers", 2) // 2)
 
 
-def _count(settings: Mapping[str, Any], split: str, counter: Counter) -> Count:
+def _count(settings: Mapping[str, Any], split: str, counter: RowCounter) -> Count:
     return replace(pairs_to_judge(settings, counter), at_most=True)  # ties and disagreements are dropped
 
 
-def plan(counter: Counter, args: JudgeArguments, *judges: LocalJudge) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan: the requests, and what they may cost."""
     if local := chosen_judge(judges):
         yield "asks", f"none: {local.summary}"

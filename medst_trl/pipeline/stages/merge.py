@@ -92,7 +92,7 @@ def main(args: MergeArguments) -> None:
     from medst_trl.pipeline.record import StageRecord, read_record
 
     record = StageRecord.of(STAGE, args)
-    if record.status == "finished":
+    if record.decision == "skip":
         return
 
     from medst_trl.hub.cards import write_card

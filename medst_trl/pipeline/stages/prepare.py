@@ -17,7 +17,6 @@ Output in `output_dir`, depending on what the source contains:
   image_index.jsonl                      image_id of every file (the datasets themselves contain no file names)
 """
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
+from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import Datasets, assemble
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import SOURCES, Source, SourceRequest, list_reasons
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord
-from medst_trl.pipeline.stage import FILE, STAGES, Count, Counter, Input, Output, Stage
+from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
 
 
 if TYPE_CHECKING:
@@ -104,10 +104,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
     check(args, *others)
     source, request = SOURCES.get(args.source), request_of(args, *others)
     record = _open_record(args, source, request)
-    if record.status == "finished":
+    if record.decision == "skip":
         return
     output_dir = Path(args.output_dir)
-    num_workers = args.num_workers or _number_of_cores()
+    num_workers = args.num_workers or cores()
     if source.needs_data:
         _set_limits_of_pil(args.max_pixels)
     with record:
@@ -207,10 +207,6 @@ def _set_limits_of_pil(max_pixels: int) -> None:
     warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which it may quote
 
 
-def _number_of_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _write(datasets: Datasets, reader: "ImageReader", output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
 
@@ -255,7 +251,7 @@ def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
     return Count(number, at_most=limit is not None).capped(limit)
 
 
-def plan(counter: Counter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan."""
     source = SOURCES.get(args.source)
     if source.needs_data:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from medst_trl.base.settings import documented
-from medst_trl.pipeline.stage import FILE, STAGES, Counter, Input, Stage
+from medst_trl.pipeline.stage import FILE, STAGES, Input, RowCounter, Stage
 
 
 @documented
@@ -80,7 +80,7 @@ def main(args: PushArguments) -> None:
     record = None
     if args.output_dir is not None:
         record = StageRecord.of(STAGE, args)
-        if record.status == "finished":
+        if record.decision == "skip":
             return
     settings = {name: value for name, value in settings.items() if name not in ("source", "output_dir", "overwrite")}
     pushed = push_directory(args.source, **settings)
@@ -92,7 +92,7 @@ def main(args: PushArguments) -> None:
     )
 
 
-def plan(counter: Counter, args: PushArguments) -> Iterator[tuple[str, str]]:
+def plan(counter: RowCounter, args: PushArguments) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan."""
     yield "uploads", f"{args.source} to {args.repo_id}, {'private' if args.private else 'PUBLIC'}"
 
