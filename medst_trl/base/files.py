@@ -31,7 +31,8 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Pat
             Whether the content must survive a crash of the machine.
     """
     path = Path(path)
-    # The name is the same in every run, so that leftovers of a killed run are overwritten. Ranks may write the same file.
+    # The same name in every run, so that leftovers of a killed run are overwritten. It has the rank, because ranks may
+    # write the same file.
     temporary = path.with_name(f".{path.name}.{rank()}.tmp" if rank() else f".{path.name}.tmp")
     try:
         yield temporary

@@ -223,8 +223,8 @@ class Stage:
             a `TrainingStageArguments` and a `TrainingArguments`, and `--dry_run` shows parameters, batch, steps and
             memory.
         plan (`Callable`, *optional*):
-            Its own rows in the plan of a recipe (`--dry_run`): from a [`RowCounter`] and what `main` takes to pairs of a
-            label and a text. Rows of the same label are shown as one.
+            Adds rows to the plan of a recipe (`--dry_run`). Takes a [`RowCounter`] and what `main` takes, and yields
+            pairs of a label and a text. Rows with the same label are shown as one.
         inputs (`tuple` of [`Input`]):
             What it reads.
         outputs (`tuple` of [`Output`]):
