@@ -9,7 +9,7 @@ gives self-questioning its later turns.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from .schema import dialogue
@@ -19,7 +19,7 @@ from .source import Conversation, Question, Records, Rejected
 @dataclass(frozen=True)
 class Datasets:
     """
-    What is made of the records of a source.
+    The datasets made from the records of a source.
 
     Attributes:
         rows (`dict[tuple[str, str], list[dict]]`):
@@ -75,7 +75,7 @@ def assemble(
         image_disjoint:
             See [`hold_out`].
     """
-    talks, unlabelled, questions, rejected = [], {}, [], list(records.rejected)
+    conversations, unlabelled, questions, rejected = [], {}, [], list(records.rejected)
     for record in records:
         problem = next((problems[name] for name in record.images if name in problems), None)
         if problem is not None:
@@ -83,7 +83,7 @@ def assemble(
         elif isinstance(record, Question):
             questions.append(record)
         elif record.messages:
-            talks.append(record)
+            conversations.append(record)
         elif (image := image_ids[record.images[0]]) in unlabelled:  # each unlabelled image once
             rejected.append(Rejected(record.id, "duplicate_image", unlabelled[image].images[0]))
         else:
@@ -91,24 +91,25 @@ def assemble(
     splits, overlap = hold_out(questions, image_ids, image_disjoint)
     for split in ("validation", "train"):
         for image, about in by_image(splits[split], image_ids).items():
-            talks += conversations_about_image(f"{records.name}-{split}-{image[:16]}", about)
-    talks = split_off_validation(talks, image_ids, validation_fraction, seed)
+            conversations += conversations_about_image(f"{records.name}-{split}-{image[:16]}", about)
+    conversations = split_off_validation(conversations, image_ids, validation_fraction, seed)
     rows = {("benchmark", "test"): _benchmark_rows(records, splits["test"], image_ids)}
     for split in ("train", "validation"):
-        rows["instruct", split] = _instruct_rows(records, [talk for talk in talks if talk.split == split], image_ids)
+        of_split = [conversation for conversation in conversations if conversation.split == split]
+        rows["instruct", split] = _instruct_rows(records, of_split, image_ids)
     rows["images", "train"] = _instruct_rows(records, unlabelled.values(), image_ids)
     return Datasets(rows, rejected, records.counts | (overlap if records.questions else {}))
 
 
-def _instruct_rows(records: Records, talks: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
+def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
     return [
         {
-            "id": records.published_id(talk.id, talk.images),
-            "images": list(talk.images),
-            "image_ids": [image_ids[name] for name in talk.images],
-            "messages": talk.messages,
+            "id": records.published_id(conversation.id, conversation.images),
+            "images": list(conversation.images),
+            "image_ids": [image_ids[name] for name in conversation.images],
+            "messages": conversation.messages,
         }
-        for talk in talks
+        for conversation in kept
     ]
 
 
@@ -177,15 +178,11 @@ def split_off_validation(
     """
     Move about a `fraction` of the images, with all their conversations, from train to validation.
 
-    Which ones depends on the images and the seed alone, not on order or on what else is in the source. Images that
-    one conversation shows together stay together. A conversation without an image is drawn by its id.
+    Which images depends only on the images and the seed, not on their order or on other records of the source. Images
+    of one conversation stay together. A conversation without an image is drawn by its id.
     """
     conversations = list(conversations)
-    together = DisjointSets()
-    for conversation in conversations:
-        ids = [image_ids[name] for name in conversation.images]
-        for other in ids[1:]:
-            together.join(ids[0], other)
+    together = DisjointSets([image_ids[name] for name in conversation.images] for conversation in conversations)
 
     def key(conversation: Conversation) -> str:
         return together.find(image_ids[conversation.images[0]]) if conversation.images else conversation.id
@@ -197,7 +194,7 @@ def split_off_validation(
 
 
 def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dict[str, list[Question]]:
-    """Questions by `image_id`, images and questions in the order in which they come."""
+    """Group questions by `image_id`, in their original order."""
     groups = defaultdict(list)
     for question in questions:
         groups[image_ids[question.image]].append(question)
@@ -205,7 +202,7 @@ def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dic
 
 
 def plain_question(text: str) -> str:
-    """A question for comparing: lower case, single spaces."""
+    """Normalize a question for comparison: lower case, single spaces."""
     return " ".join(text.lower().split())
 
 
@@ -214,29 +211,34 @@ def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[str, str]:
 
 
 def draw(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the key and the seed alone."""
+    """Return a number in [0, 1) that depends only on the key and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
 class DisjointSets:
-    """Sets that grow together (union-find). An item that was not joined with another is a set of its own."""
+    """
+    Join groups that share a member (union-find).
 
-    def __init__(self):
+    Args:
+        groups (iterable of sequences):
+            Their members are sortable.
+    """
+
+    def __init__(self, groups: Iterable[Sequence[Hashable]]):
         self._parents: dict[Hashable, Hashable] = {}
+        for group in groups:
+            for member in group[1:]:  # the smaller representative stays, so the order of the groups does not matter
+                first, second = sorted((self.find(group[0]), self.find(member)))
+                self._parents[second] = first
 
     def find(self, item: Hashable) -> Hashable:
-        """The member that represents the set of `item`."""
+        """Return the member that represents the set of `item`; the item itself if it is in no group."""
         root = item
         while (parent := self._parents.get(root, root)) != root:
             root = parent
         while item != root:  # shorten the path for the next search
             self._parents[item], item = root, self._parents.get(item, item)
         return root
-
-    def join(self, first: Hashable, second: Hashable) -> None:
-        """Join the sets of two items. The smaller representative stays, so the order of joining does not matter."""
-        first, second = sorted((self.find(first), self.find(second)))
-        self._parents[second] = first
 
 
 # --- Conversations ---------------------------------------------------------------------------------------------------
@@ -269,10 +271,12 @@ def linked_groups(questions: Iterable[Question]) -> list[list[Question]]:
     Group the questions about one image by what they ask: those that share a link, and those with the same words,
     whatever their links are. Groups and their members keep their order.
     """
-    questions, same = list(questions), DisjointSets()
-    for question in questions:
-        if question.link is not None:
-            same.join(("words", plain_question(question.question)), ("link", question.link))
+    questions = list(questions)
+    same = DisjointSets(
+        (("words", plain_question(question.question)), ("link", question.link))
+        for question in questions
+        if question.link is not None
+    )
     groups = defaultdict(list)
     for question in questions:
         groups[same.find(("words", plain_question(question.question)))].append(question)

@@ -22,6 +22,9 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 
 
+DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
+
+
 class ImageProblem(Exception):
     """
     An image that cannot be used.

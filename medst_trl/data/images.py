@@ -1,35 +1,38 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Read image files from outside: what is stored of each, its `image_id`, or why it cannot be used.
+Read image files: the bytes to store, the `image_id`, or the reason why a file cannot be used.
 
-Images keep every pixel and lose everything else. An 8-bit grey or RGB JPEG or PNG keeps its own compressed bytes
+Images keep every pixel and lose everything else. An 8-bit gray or RGB JPEG or PNG keeps its own compressed bytes
 without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`).
 """
 
 import hashlib
 import io
+import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .image_formats import ImageProblem, check_pixels, read_dicom, strip_jpeg, strip_png, to_8_bit
+from .image_formats import DICOM_SUFFIXES, ImageProblem, check_pixels, read_dicom, strip_jpeg, strip_png, to_8_bit
+from .parallel import ordered_map
+from .source import ImageReader, Rejected
 
 
 MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
-MAX_BYTES_PER_PIXEL = 16  # no honest file is larger, so larger ones are not read into memory
+MAX_BYTES_PER_PIXEL = 16  # no valid image file is larger, so larger ones are not read into memory
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX"}
-DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,10 @@ class StoredImage:
     Attributes:
         bytes (`bytes`): An 8-bit JPEG or PNG file without metadata.
         image_id (`str`): See [`image_id`].
-        width, height (`int`): In pixels, upright.
     """
 
     bytes: bytes
     image_id: str
-    width: int
-    height: int
 
 
 def image_id(image: Image.Image) -> str:
@@ -68,7 +68,7 @@ def image_id(image: Image.Image) -> str:
 def store_image(image: Image.Image) -> StoredImage:
     """Store an image in memory as an 8-bit PNG. See [`to_8_bit`] for other modes."""
     image = to_8_bit(image)
-    return StoredImage(_png(image), image_id(image), *image.size)
+    return StoredImage(_png(image), image_id(image))
 
 
 def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, identify: bool = True) -> StoredImage:
@@ -82,7 +82,8 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, identif
             Larger images are rejected by their header, before anything is decoded. PIL's own limit
             (`Image.MAX_IMAGE_PIXELS`) applies as well.
         identify (`bool`, *optional*, defaults to `True`):
-            Whether to find the `image_id`, which takes decoding the pixels. Without it, it is empty.
+            Whether to compute the `image_id`, for which the pixels are decoded. Without it, `image_id` is empty, and
+            files that keep their bytes are not decoded: only for files that were accepted before.
 
     Raises:
         ImageProblem: with a reason word, whatever is wrong with the file.
@@ -94,12 +95,7 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, identif
         image, own_bytes = read_dicom(data, max_pixels), None
     else:
         image, own_bytes = _decode(data, max_pixels, identify)
-    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "", *image.size)
-
-
-def stored_bytes(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The `bytes` of [`load_image`], without decoding a file that keeps its own. Only for files it has accepted."""
-    return load_image(path, max_pixels, identify=False).bytes
+    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "")
 
 
 def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
@@ -117,14 +113,6 @@ def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
     if not path.startswith(os.path.join(root, "")):
         raise ImageProblem("outside_image_folder")
     return Path(path)
-
-
-class ImageReader(Protocol):
-    """Where images come from: first their ids are read, one by one, and later the bytes to store."""
-
-    def image_id(self, name: str) -> str: ...
-
-    def stored_bytes(self, name: str) -> bytes: ...
 
 
 class FolderImages:
@@ -151,7 +139,8 @@ class FolderImages:
         return image.image_id
 
     def stored_bytes(self, name: str) -> bytes:
-        return self._kept.get(name) or stored_bytes(resolve_inside(self.directory, name), self.max_pixels)
+        path = resolve_inside(self.directory, name)
+        return self._kept.get(name) or load_image(path, self.max_pixels, identify=False).bytes
 
 
 @dataclass(frozen=True)
@@ -165,6 +154,59 @@ class MemoryImages:
 
     def stored_bytes(self, name: str) -> bytes:
         return store_image(self.images[name]).bytes
+
+
+def index_images(
+    names: Iterable[str], reader: ImageReader, path: Path, num_workers: int
+) -> tuple[dict[str, str], dict[str, Rejected]]:
+    """
+    Identify the images of a source before anything is written: splits, duplicates and leakage are decided by
+    `image_id`. A file keeps the `image_id` of each image, or its problem. An interrupted run resumes where it ends.
+
+    Args:
+        names (iterable of `str`): File names; each is read once.
+        reader ([`ImageReader`]): Reads them.
+        path (`pathlib.Path`): The JSON lines to write. The file is beside the datasets and not part of them.
+        num_workers (`int`): Number of threads.
+
+    Returns:
+        `image_id` by name for the images that can be used, and a [`Rejected`] by name for the others.
+    """
+    from tqdm.auto import tqdm
+
+    def identify(name: str) -> dict:
+        try:
+            return {"image": name, "image_id": reader.image_id(name)}
+        except ImageProblem as problem:
+            return {"image": name, "reason": problem.reason, "detail": str(problem)}
+
+    names = list(dict.fromkeys(names))
+    partial = path.with_name(f".{path.name}.tmp")
+    entries = {entry["image"]: entry for file in (partial, path) for entry in _read_entries(file)}
+    todo = [name for name in names if name not in entries]
+    if todo or not path.exists():
+        # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
+        found = tqdm(ordered_map(identify, todo, num_workers), "images", len(todo), unit="image", disable=None)
+        with open(partial, "w", encoding="utf-8") as file:
+            for entry in chain(list(entries.values()), found):
+                entries[entry["image"]] = entry
+                file.write(json.dumps(entry) + "\n")
+                file.flush()  # a killed process loses nothing that the system has
+        os.replace(partial, path)
+    good, bad = {}, {}
+    for name in names:
+        match entries[name]:
+            case {"image_id": image_id}:
+                good[name] = image_id
+            case {"reason": reason, "detail": detail}:
+                bad[name] = Rejected("", reason, f"{name}: {detail}")
+    return good, bad
+
+
+def _read_entries(path: Path) -> Iterator[dict]:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        with suppress(ValueError):  # the last line of a killed run
+            yield json.loads(line)
 
 
 def _bytes_of(path: Path, max_pixels: int) -> bytes:
@@ -206,7 +248,7 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
         return image, own_bytes
     except ImageProblem:
         raise
-    except Image.DecompressionBombError as error:  # ICO and similar formats know the size of an image only now
+    except Image.DecompressionBombError as error:  # the size of an ICO image is known only after decoding
         raise ImageProblem("too_large", str(error)) from None
     except (OSError, EOFError, SyntaxError, struct.error, IndexError) as error:
         raise ImageProblem("truncated", str(error)) from None

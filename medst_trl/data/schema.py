@@ -45,7 +45,7 @@ MEANINGS = {
     "image_id": "SHA-256 of the pixels of the image",
     "messages": "`role` and `content` as typed parts (`image`, `text`); `vusr`: the model writes this user turn",
     "questions": "`question`, `answer`, `answer_type` (open, closed), `question_type`, `link` (shared by paraphrases)",
-    "prompt": "messages up to the question",
+    "prompt": "messages up to and including the question",
     "answers": "the answers; the first and second are compared",
     "chosen": "the better answer, as a message",
     "rejected": "the worse answer, as a message",
@@ -62,25 +62,6 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class KindCard:
-    """
-    What the card of a published dataset says about its kind.
-
-    Args:
-        about (`str`):
-            What the dataset is, in a sentence.
-        use (`str`):
-            How to use it, in Markdown; `{id}` stands for the repository.
-        columns (`dict` of `str` to `str`, *optional*, defaults to `MEANINGS`):
-            The meaning of columns, in Markdown.
-    """
-
-    about: str
-    use: str
-    columns: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
-
-
-@dataclass(frozen=True)
 class Kind:
     """
     A kind of dataset on disk.
@@ -93,20 +74,26 @@ class Kind:
         columns (`dict`):
             Its columns as plain data, so that the package can be imported without `datasets`: `"image"` or the name of
             a [`~datasets.Value`], `[...]` for a list, a dict for a struct.
-        card ([`KindCard`]):
-            What the card of a published dataset says.
+        about (`str`):
+            What the dataset is, in a sentence for the card of a published one.
+        use (`str`):
+            How to use it, in Markdown for the card; `{id}` stands for the repository.
         marker (`str`, *optional*):
-            The column by which a directory of Parquet files is recognised as this kind.
+            The column by which a directory of Parquet files is recognized as this kind.
         optional (`dict`, *optional*):
             Columns that a dataset may lack, and the value that fills them in.
+        meanings (`dict` of `str` to `str`, *optional*, defaults to `MEANINGS`):
+            The meaning of columns, in Markdown.
     """
 
     name: str
     maker: str
     columns: Mapping[str, Any]
-    card: KindCard
+    about: str
+    use: str
     marker: str | None = None
     optional: Mapping[str, Any] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
     def features(self) -> "Features":
         """Its columns as `datasets.Features`."""
@@ -125,7 +112,7 @@ def _feature(column: Any) -> Any:
     return Image() if column == "image" else Value(column)
 
 
-KINDS: Registry[Kind] = Registry("kind of dataset", (), ("maker", "columns", "card"))
+KINDS: Registry[Kind] = Registry("kind of dataset", (), ("maker", "columns", "about", "use"))
 
 
 _IMAGES = {"id": "string", "images": ["image"], "image_ids": ["string"]}
@@ -138,39 +125,31 @@ for _kind in (
         "instruct",
         "prepare",
         _INSTRUCT,
-        KindCard(
-            "Conversations about medical images, for instruction tuning.",
-            "Train on it with `medst sft --dataset {id}`.",
-        ),
+        "Conversations about medical images, for instruction tuning.",
+        "Train on it with `medst sft --dataset {id}`.",
         marker="messages",
     ),
     Kind(
         "images",
         "prepare",
         _INSTRUCT,
-        KindCard(
-            "Medical images without labels, to ask questions about.",
-            "Ask questions about them with `medst generate --images {id}`.",
-        ),
+        "Medical images without labels, to ask questions about.",
+        "Ask questions about them with `medst generate --images {id}`.",
     ),
     Kind(
         "benchmark",
         "prepare",
         {"image_id": "string", "image": "image", "questions": [_QUESTION]},
-        KindCard(
-            "Questions about medical images with reference answers, for evaluation.",
-            "Evaluate on it with `medst evaluate --benchmark {id}`.",
-        ),
+        "Questions about medical images with reference answers, for evaluation.",
+        "Evaluate on it with `medst evaluate --benchmark {id}`.",
         marker="questions",
     ),
     Kind(
         "candidates",
         "generate",
         _IMAGES | {"prompt": [_MESSAGE], "answers": ["string"], "generation": "string"},
-        KindCard(
-            "Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
-            "Judge them with `medst judge --candidates {id}`.",
-        ),
+        "Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
+        "Judge them with `medst judge --candidates {id}`.",
         marker="answers",
     ),
     Kind(
@@ -179,10 +158,8 @@ for _kind in (
         _IMAGES
         | {"prompt": [_MESSAGE], "chosen": [_MESSAGE], "rejected": [_MESSAGE]}
         | {"score_chosen": "float64", "score_rejected": "float64", "judge": "string"},
-        KindCard(
-            "Preference pairs about medical images: a question and two answers, the better one chosen.",
-            "Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
-        ),
+        "Preference pairs about medical images: a question and two answers, the better one chosen.",
+        "Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
         marker="chosen",
         optional={"score_chosen": None, "score_rejected": None, "judge": None},
     ),
@@ -190,10 +167,8 @@ for _kind in (
         "predictions",
         "evaluate",
         dict.fromkeys(PREDICTION_COLUMNS, "string"),
-        KindCard(
-            "Answers of a model to the questions of a benchmark, with the reference answers.",
-            "Score them with `medst evaluate --predictions FILE`.",
-        ),
+        "Answers of a model to the questions of a benchmark, with the reference answers.",
+        "Score them with `medst evaluate --predictions FILE`.",
     ),
 ):
     KINDS.register(_kind)
@@ -432,7 +407,7 @@ def write_split(
     if not records:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(f".{split}-*.tmp"):  # of a killed run; this one may give its file another name
+    for leftover in directory.glob(f".{split}-*.tmp"):  # left by a killed run, whose files may have had other names
         leftover.unlink()
     total = -(-len(records) // rows_per_shard)
     shards = [directory / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]

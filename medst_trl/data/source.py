@@ -45,13 +45,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from medst_trl.base.registry import Registry
-
-
-if TYPE_CHECKING:
-    from .images import ImageReader  # imports PIL, which reading and scoring predictions do without
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions of a benchmark, as releases come
@@ -133,6 +129,14 @@ class BadRecord(ValueError):
         self.reason, self.value = reason, value
 
 
+class ImageReader(Protocol):
+    """Reads images by name: first the `image_id` of each, later the bytes to store."""
+
+    def image_id(self, name: str) -> str: ...
+
+    def stored_bytes(self, name: str) -> bytes: ...
+
+
 @dataclass
 class Records:
     """
@@ -148,7 +152,7 @@ class Records:
 
     name: str
     image_folder: Path | None = None
-    images: "ImageReader | None" = None
+    images: ImageReader | None = None
     conversations: list[Conversation] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -366,7 +370,7 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
     """
     from PIL import Image
 
-    from .images import DICOM_SUFFIXES
+    from .image_formats import DICOM_SUFFIXES
 
     suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES}
     stems = {PurePosixPath(image.replace("\\", "/")).name.split(".")[0] for image in images}

@@ -62,7 +62,7 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
     return _render(
         "dataset.md",
         data,
-        kind=KINDS.get(contents.kind).card,
+        kind=KINDS.get(contents.kind),
         repo_id=repo_id,
         has_references=any(name.startswith(REFERENCE_FOLDER) for name in contents.files),
         splits=splits,

@@ -300,11 +300,7 @@ def _without(pairs: list[dict], gone: Mapping[int, Any], reason: str, rejected: 
 
 def _split(pairs: list[dict], validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Return train and validation pairs. Images of one pair stay together; a pair without images goes by its id."""
-    together = DisjointSets()
-    for pair in pairs:
-        for other in pair["image_ids"][1:]:
-            together.join(pair["image_ids"][0], other)
-
+    together = DisjointSets(pair["image_ids"] for pair in pairs)
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
     keys = [together.find(pair["image_ids"][0]) if pair["image_ids"] else pair["id"] for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}

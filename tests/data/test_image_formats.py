@@ -11,7 +11,7 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.images import load_image, stored_bytes
+from medst_trl.data.images import load_image
 
 
 pydicom = pytest.importorskip("pydicom")
@@ -44,7 +44,7 @@ def save_dicom(path, values: np.ndarray, photometric="MONOCHROME2", **tags):
 def load_pixels(path) -> np.ndarray:
     stored = load_image(path)
     assert b"Doe" not in stored.bytes and b"4711" not in stored.bytes
-    assert stored_bytes(path) == stored.bytes
+    assert load_image(path, identify=False).bytes == stored.bytes
     image = Image.open(io.BytesIO(stored.bytes))
     assert image.format == "PNG"
     return np.asarray(image)

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.image_index import index_images
-from medst_trl.data.images import FolderImages, MemoryImages
+from medst_trl.data.images import FolderImages, MemoryImages, index_images
 
 
 @dataclass

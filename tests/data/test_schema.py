@@ -118,8 +118,8 @@ def test_optional_columns_that_are_missing_are_filled_in(tmp_path):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_documents_its_columns(name):
     kind = KINDS.get(name)
-    assert set(kind.columns) <= set(kind.card.columns) and set(kind.optional) <= set(kind.columns)
-    assert (kind.card.about and "{id}" in kind.card.use) or name == "predictions"
+    assert set(kind.columns) <= set(kind.meanings) and set(kind.optional) <= set(kind.columns)
+    assert (kind.about and "{id}" in kind.use) or name == "predictions"
     assert kind.marker is None or kind_of(kind.columns) is kind
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
@@ -30,14 +30,10 @@ from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import Datasets, assemble
 from medst_trl.data.schema import features_of, write_split
-from medst_trl.data.source import SOURCES, Source, SourceRequest, list_reasons
+from medst_trl.data.source import SOURCES, ImageReader, Source, SourceRequest, list_reasons
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
-
-
-if TYPE_CHECKING:
-    from medst_trl.data.images import ImageReader
 
 
 @documented
@@ -98,8 +94,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             Settings of sources. Those of the chosen source are used; if they are not given, its defaults.
     """
-    from medst_trl.data.image_index import index_images
-    from medst_trl.data.images import FolderImages
+    from medst_trl.data.images import FolderImages, index_images
 
     check(args, *others)
     source, request = SOURCES.get(args.source), request_of(args, *others)
@@ -207,7 +202,7 @@ def _set_limits_of_pil(max_pixels: int) -> None:
     warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which it may quote
 
 
-def _write(datasets: Datasets, reader: "ImageReader", output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
+def _write(datasets: Datasets, reader: ImageReader, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
 
     @lru_cache(maxsize=8)  # conversations about one image follow each other
