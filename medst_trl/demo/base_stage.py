@@ -7,7 +7,7 @@ Build a tiny LLaVA in code and train it on plain shapes and plain text, so that 
 medst base --output_dir runs/demo/base
 ```
 
-It takes the place of the general-purpose vision-language model that the paper starts from. It knows squares, corners,
+It replaces the general-purpose vision-language model from which the paper starts. It knows squares, corners,
 bright and dark, and medical words, but has seen no scan and no medical label.
 
 Output in `output_dir`: the model (safetensors) and its processor, written when training is done. An interrupted run
@@ -22,7 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.files import move_files
 from medst_trl.base.settings import documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Output, RowCounter, Stage
 
@@ -86,6 +85,7 @@ def main(args: BaseArguments) -> None:
         f"{args.num_texts} plain texts. It sees no scan and none of the labels."
     )
 
+    from medst_trl.policy.merging import staged_model
     from medst_trl.training.resume import newest_complete_checkpoint
 
     from .tiny_model import tiny_llava
@@ -94,7 +94,9 @@ def main(args: BaseArguments) -> None:
     trainer = _trainer(args, model, processor)
     result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_directory(args)))
     if trainer.accelerator.is_main_process:
-        _save(model, processor, Path(args.output_dir))
+        with staged_model(Path(args.output_dir), ".saving") as staging:
+            model.save_pretrained(staging)
+            processor.save_pretrained(staging)
         shutil.rmtree(_run_directory(args))
     record.finish(
         counts={"parameters": model.num_parameters(), "steps": trainer.state.global_step},
@@ -160,15 +162,6 @@ def _trainer(args: BaseArguments, model, processor):
         data_collator=collate,
         processing_class=processor,
     )
-
-
-def _save(model, processor, output_dir: Path) -> None:
-    """Save model and processor so that `config.json` appears last: a directory that has it is complete."""
-    staging = output_dir / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    processor.save_pretrained(staging)
-    move_files(staging, output_dir)
 
 
 def _config(settings: dict[str, Any]) -> "tuple[PreTrainedConfig, bool]":

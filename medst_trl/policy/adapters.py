@@ -22,13 +22,13 @@ from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
 
-from .parts import model_parts
+from .parts import base_of, model_parts
 
 
 WEIGHTS = "adapter_model.safetensors"
-SHOWN = 3  # tensors in a message
+MAX_LISTED = 3  # tensors in a message
 # What the libraries raise on files that are damaged, or valid JSON of something else.
-DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 def adapter_config(
@@ -81,7 +81,7 @@ def adapter_config(
     unused = [rf"{vision}layers?\.{layer}\..*" for layer in parts.unused_vision_layers if vision_r]
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=r or vision_r or 1,  # used by no layer where it is 0, but PEFT refuses 0
+        r=r or vision_r or 1,  # PEFT refuses 0; if it is 0, no layer uses this value
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=targets,
@@ -138,7 +138,7 @@ def train_in_full_precision(model: PeftModel) -> None:
 
 def freeze_vision(model: PreTrainedModel | PeftModel) -> None:
     """Freeze the vision tower, including an adapter's weights in it, in place."""
-    parts = model_parts(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    parts = model_parts(base_of(model))
     for name, parameter in model.named_parameters():
         if parts.part_of(name) == "vision":
             parameter.requires_grad_(False)
@@ -170,7 +170,7 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig:
         )
     try:
         config = PeftConfig.from_pretrained(adapter, revision=revision)
-    except DAMAGED as error:
+    except LOADING_ERRORS as error:
         raise UserError(
             f"adapter_config.json of the adapter {adapter!r} cannot be read ({type(error).__name__}: {error}). Copy "
             "or download it again."
@@ -212,10 +212,10 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, adapter, revision=revision, is_trainable=is_trainable)
-    except (RuntimeError, *DAMAGED, re.error, UserWarning) as error:
+    except (RuntimeError, *LOADING_ERRORS, re.error, UserWarning) as error:
         raise _does_not_fit(adapter, model, config, _problems(error)) from error
     if unused := _unused(loaded, stored):
-        raise _does_not_fit(adapter, model, config, [f"no place for {key}" for key in unused])
+        raise _does_not_fit(adapter, model, config, [f"the model has no tensor {key}" for key in unused])
     return loaded
 
 
@@ -249,8 +249,8 @@ def _problems(error: Exception) -> list[str]:
 
 
 def _does_not_fit(adapter: str, model: PreTrainedModel, config: PeftConfig, problems: list[str]) -> UserError:
-    shown = "".join(f"\n  {problem[:300]}" for problem in problems[:SHOWN])
-    more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    shown = "".join(f"\n  {problem[:300]}" for problem in problems[:MAX_LISTED])
+    more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     return UserError(
         f"The adapter {adapter!r} does not fit {model.name_or_path!r} (it names {config.base_model_name_or_path!r} as "
         f"its base):{shown}{more}\nPass the model it was trained on as base_model_name_or_path."

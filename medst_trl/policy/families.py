@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Family:
     """
-    A family of vision-language models. The defaults are those of a family about which nothing is known.
+    A family of vision-language models. The defaults make no assumptions.
 
     Args:
         name (`str`):
@@ -34,7 +34,7 @@ class Family:
         title (`str`):
             Name in messages and in docs/models.md.
         model_types (`tuple[str, ...]`):
-            Values of `config.model_type`.
+            Values of `config.model_type`. If two families list one, the family that was registered last counts.
         limits (`str`, *optional*, defaults to `"none known"`):
             Limits, for docs/models.md.
         packs_with (`frozenset[str]`, *optional*):
@@ -110,13 +110,13 @@ for _family in (
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model type; for one that no family lists, a family about which nothing is known."""
-    unknown = Family(model_type, model_type, (model_type,))
-    return next((family for family in FAMILIES.values() if model_type in family.model_types), unknown)
+    """Return the family of a model type; for one that no family lists, a `Family` with the defaults."""
+    listed = [family for family in FAMILIES.values() if model_type in family.model_types]
+    return listed[-1] if listed else Family(model_type, model_type, (model_type,))
 
 
 def tested_families() -> str:
-    """A sentence that lists the families, for the end of a message."""
+    """Return a sentence that lists the families, for the end of a message."""
     return f"Tested families: {'; '.join(family.title for family in FAMILIES.values())}."
 
 
@@ -153,7 +153,7 @@ def check_architecture(config: "PreTrainedConfig", name: str) -> None:
         UserError: for a model with a Q-Former or with an encoder for its text.
     """
     if getattr(config, "qformer_config", None) is not None:
-        problem = "whose images pass through a Q-Former. Where an adapter belongs in it is not known"
+        problem = "whose images pass through a Q-Former, in which the place of an adapter is unknown"
     elif config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         problem = "an encoder with a decoder. Only decoders are trained on conversations"
     else:

@@ -23,9 +23,10 @@ from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.hub_ids import check_reachable, split_revision
+from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import DAMAGED, SHOWN, load_adapter, read_adapter_config, retie_lm_head
+from .adapters import LOADING_ERRORS, MAX_LISTED, load_adapter, read_adapter_config, retie_lm_head
 from .base_weights import check_base, hub_commit
 from .families import check_family
 from .parts import model_parts, on_meta
@@ -89,7 +90,7 @@ def load_policy(
     >>> model, processor = load_policy("runs/demo/sft")
     ```
     """
-    check_dtype(dtype)
+    check_choice("dtype", dtype if isinstance(dtype, str) else None, DTYPES)
     name, named_revision = split_revision(model_name_or_path)
     base, base_kwargs = name, {"revision": revision or named_revision, "trust_remote_code": trust_remote_code}
     revision = base_kwargs["revision"]
@@ -97,7 +98,7 @@ def load_policy(
     adapter = read_adapter_config(name, revision) if has_file(name, "adapter_config.json", revision) else None
     processor_from = name, dict(base_kwargs)
     if adapter is not None:
-        base, base_kwargs["revision"] = _base_of(name, adapter, base_model_name_or_path)
+        base, base_kwargs["revision"] = _base_named_by(name, adapter, base_model_name_or_path)
         if not has_file(name, "tokenizer_config.json", revision):
             processor_from = base, base_kwargs
     _check_config(base, base_kwargs)
@@ -114,19 +115,8 @@ def load_policy(
     return model.eval(), processor
 
 
-def check_dtype(dtype: str | torch.dtype) -> None:
-    """
-    Check the name of a type of weights.
-
-    Raises:
-        UserError: if it is unknown.
-    """
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise UserError(f"Unknown dtype {dtype!r}. Choose one of {', '.join(DTYPES)}.")
-
-
-def _base_of(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, str | None]:
-    """Name and revision of an adapter's base."""
+def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, str | None]:
+    """Return name and revision of an adapter's base."""
     named = given or config.base_model_name_or_path
     if not named:
         raise UserError(f"The adapter {adapter!r} names no base model. Pass base_model_name_or_path.")
@@ -171,7 +161,7 @@ def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
                 f"--source {name_or_path} --output_dir DIRECTORY, and use that directory."
             )
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    except DAMAGED:
+    except LOADING_ERRORS:
         return  # reported when processor and model are loaded
     check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
 
@@ -185,7 +175,7 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> ProcessorMixin
             f"The processor of {name_or_path!r} needs a missing package: {what}. The video half of Qwen-VL, InternVL "
             'and SmolVLM needs torchvision: pip install "medst_trl[video]"'
         ) from error
-    except DAMAGED as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"No processor could be loaded from {name_or_path!r}: {_reason(error)}") from error
 
 
@@ -193,7 +183,7 @@ def _load_base(
     name_or_path: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adapter: str | None
 ) -> PreTrainedModel:
     """
-    Load a model without an adapter, and check that no weight was missing: transformers initialises those at random and
+    Load a model without an adapter, and check that no weight was missing: transformers initializes those at random and
     only logs it. `adapter` is the adapter whose base it is, for messages.
     """
     of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
@@ -204,7 +194,7 @@ def _load_base(
         )
     except torch.OutOfMemoryError:
         raise
-    except (*DAMAGED, ImportError, SafetensorError) as error:
+    except (*LOADING_ERRORS, ImportError, SafetensorError) as error:
         raise UserError(failed + _reason(error)) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -213,15 +203,15 @@ def _load_base(
             f"{failed}some of its weights have other shapes than config.json says (listed above). Download it again."
         ) from error
     if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        raise UserError(f"{failed}its files lack {', '.join(missing[:SHOWN])}{more}. Download it again.")
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+        raise UserError(f"{failed}its files lack {', '.join(missing[:MAX_LISTED])}{more}. Download it again.")
     # transformers 5 no longer keeps it, and the base of an adapter has to be found again.
     model.hub_commit = hub_commit(name_or_path, "config.json", kwargs["revision"])
     return model
 
 
 def _reason(error: Exception) -> str:
-    """The text of an error, with its type where Python alone wrote it."""
+    """Return the text of an error, with its type if the message is Python's own (`KeyError: 'x'`)."""
     return str(error) if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
 
 
@@ -303,7 +293,7 @@ def add_embedding_row(model: PreTrainedModel, token_id: int) -> None:
 
 
 def _gathered(weight: torch.nn.Parameter) -> AbstractContextManager:
-    """Make a weight whole, of which a rank holds a part under ZeRO-3, for a block whose changes reach every rank."""
+    """Gather a weight that ZeRO-3 shards. Changes inside the block reach every rank."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed

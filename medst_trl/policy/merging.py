@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Merge an adapter into its base: a stand-alone checkpoint, published only once it predicts what the adapter predicts.
+Merge an adapter into its base: a stand-alone model that appears only after its predictions match the adapter's.
 """
 
 import os
@@ -26,10 +26,11 @@ from transformers import (
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
 from medst_trl.base.hub_ids import check_reachable, split_revision
+from medst_trl.base.settings import check_choice
 
 from . import DTYPES
 from .base_weights import hub_commit
-from .loading import check_dtype, has_file, load_policy
+from .loading import has_file, load_policy
 
 
 Batches = list[dict[str, torch.Tensor]]
@@ -95,7 +96,7 @@ def merge_policy(
             above the tolerance. Nothing is left in `output_dir` then.
     """
     check_shard_size(max_shard_size)
-    check_dtype(dtype)
+    check_choice("dtype", dtype, DTYPES)
     examples = list(examples)
     load = partial(
         load_policy,
@@ -113,14 +114,13 @@ def merge_policy(
     proof["float32_difference"] = difference(log_probs(model, batches), expected)
     check_difference(proof["float32_difference"], TOLERANCE, "merged in memory, in float32")
     facts["parameters"], dtype = model.num_parameters(), facts["dtype"]
-    with _staging(Path(output_dir)) as staging:
+    with staged_model(Path(output_dir), ".merging") as staging:
         _save(model, processor, staging, dtype, max_shard_size)
         del model  # one copy in memory at a time
         saved, saved_processor = _load_plainly(staging, dtype, trust_remote_code)
         check_same_inputs(batches, batches_of(saved_processor, examples))
-        proof["stored_difference"] = difference(log_probs(saved, batches), expected)
+        proof |= {"stored_difference": difference(log_probs(saved, batches), expected), "stored_tolerance": TOLERANCE}
         del saved
-        proof["stored_tolerance"] = TOLERANCE
         if dtype in ("bfloat16", "float16"):
             adapter, _ = load(dtype=dtype)
             proof["stored_tolerance"] = ROUNDING_FACTOR * difference(log_probs(adapter, batches), expected)
@@ -151,7 +151,7 @@ def _check_adapter(adapter: str) -> None:
 
 
 def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
-    """What is merged, with the commits from which the Hub cache loaded it, and the type to save."""
+    """Describe the merge: base, Hub commits, and the type to save. Raise if the base cannot be merged into."""
     base = model.get_base_model()
     config = AutoConfig.from_pretrained(
         base.name_or_path, revision=base.hub_commit, trust_remote_code=trust_remote_code
@@ -199,12 +199,13 @@ def _load_plainly(directory: Path, dtype: str, trust_remote_code: bool) -> tuple
 
 
 @contextmanager
-def _staging(output_dir: Path) -> Iterator[Path]:
+def staged_model(output_dir: Path, name: str) -> Iterator[Path]:
     """
-    A directory for the files until the model is proven: they then replace those of another model, `config.json` last.
-    If the block raises (a full disk, too) it is removed: half a model of many gigabytes is of no use.
+    Yield the directory `name` inside `output_dir` for the files of a model. When the block ends, they replace those of
+    another model in `output_dir`, `config.json` last: a directory that has it is complete. If the block raises, they
+    are deleted.
     """
-    staging = output_dir / ".merging"
+    staging = output_dir / name
     shutil.rmtree(staging, ignore_errors=True)
     try:
         yield staging

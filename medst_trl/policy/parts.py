@@ -56,6 +56,11 @@ class ModelParts:
         return "vision" if name.startswith(f"{self.vision_tower}.") else "language"
 
 
+def base_of(model: "nn.Module") -> "PreTrainedModel":
+    """Return the model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
     """Build the vision-language model of a configuration on the meta device, without memory for its weights."""
     import torch
@@ -71,7 +76,7 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Vision-language model of any family, not wrapped by PEFT (`peft_model.get_base_model()` otherwise).
+            Vision-language model of any family, not wrapped by PEFT (see [`base_of`]).
 
     Returns:
         [`ModelParts`]

@@ -3,9 +3,9 @@
 """
 Spans: where the questions and answers of a conversation are in its rendered text.
 
-The first implementation split the rendered text and tokenized the pieces again, so text such as ` ASSISTANT: ` inside
-an answer moved the loss onto the user's words. Here each question and answer is rendered between two private-use
-characters, which are then removed: the template alone decides what surrounds them, and the text is tokenized once.
+Splitting the rendered text and tokenizing the pieces again would move the loss onto the user's words if an answer
+contains ` ASSISTANT: `. So each question and answer is rendered between two private-use characters, which are then
+removed: the template alone decides what surrounds them, and the text is tokenized once.
 """
 
 import re
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 class Span(NamedTuple):
-    """
-    Characters `start` to `end` (exclusive) of a rendered text: a question or an answer with its terminator.
-    """
+    """A question or an answer with its terminator: `start` to `end` (exclusive), in characters or in tokens."""
 
     start: int
     end: int

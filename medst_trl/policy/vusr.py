@@ -16,6 +16,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, TypeVar
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.settings import check_choice
 
 from .chat_template import (
     LEFT,
@@ -94,28 +95,32 @@ def _set_template(processor: "ProcessorMixin", template: str | dict[str, str]) -
 
 
 def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenizerBase") -> None:
-    name = type(processor).__name__
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which does not report the position of a token "
-            "in the text, so questions and answers cannot be located. Load the fast one "
-            "(`use_fast=True`, `pip install tokenizers`)."
-        )
-    if tokenizer.pad_token is None:
-        raise UserError(
+    name, slow = type(processor).__name__, type(tokenizer).__name__
+    requirements = (
+        (
+            tokenizer.is_fast,
+            f"{name} has a slow tokenizer ({slow}), which does not report the position of a token in the text, so "
+            "questions and answers cannot be located. Load the fast one (`use_fast=True`, `pip install tokenizers`).",
+        ),
+        (
+            tokenizer.pad_token,
             f"The tokenizer of {name} has no pad token, so batches cannot be padded. Set one and save the processor, "
-            "for example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
-        )
-    if tokenizer.eos_token is None:
-        raise UserError(
+            "for example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`.",
+        ),
+        (
+            tokenizer.eos_token,
             f"The tokenizer of {name} has no end-of-sequence token, so a turn could not end. Set "
-            "`processor.tokenizer.eos_token` and save the processor."
-        )
-    if not (processor.chat_template or tokenizer.chat_template):
-        raise UserError(
+            "`processor.tokenizer.eos_token` and save the processor.",
+        ),
+        (
+            processor.chat_template or tokenizer.chat_template,
             f"{name} has no chat template. Set `processor.chat_template` to that of an instruction-tuned model of the "
-            "same family and save the processor."
-        )
+            "same family and save the processor.",
+        ),
+    )
+    for found, problem in requirements:
+        if not found:
+            raise UserError(problem)
 
 
 def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
@@ -135,10 +140,9 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
         UserError: if the role is unknown, the template is not in Vicuna's format, or the processor was saved with the
             other role.
     """
+    check_choice("vusr_role", role, VUSR_ROLES)
     if role is None:
         return
-    if role not in VUSR_ROLES:
-        raise UserError(f"Unknown vusr_role {role!r}. Choose one of {', '.join(VUSR_ROLES)}.")
     tokenizer = tokenizer_of(processor)
     template = processor.chat_template or tokenizer.chat_template
     if has_text_role(template) == (role == "text"):

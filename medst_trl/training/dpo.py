@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.policy.adapters import train_in_full_precision
+from medst_trl.policy.parts import base_of
 
 from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
@@ -28,7 +29,7 @@ from .reference_log_probs import (
     sharing_weights,
 )
 from .settings import MultimodalDPOSettings
-from .trainer import PolicyTrainer, base_of
+from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad, without_precompute
 
 

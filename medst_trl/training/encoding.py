@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.data_utils import prepare_multimodal_messages
@@ -33,14 +33,6 @@ TOKEN_INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels",
     "question_mask", "completion_mask",
 )  # fmt: skip
-
-
-class TokenSpan(NamedTuple):
-    """Tokens `start` to `end` (exclusive) of a row that are a question or an answer with its terminator."""
-
-    start: int
-    end: int
-    is_question: bool
 
 
 @dataclass(frozen=True)
@@ -68,12 +60,12 @@ class Encoded:
 
     Args:
         batch ([`~transformers.BatchFeature`]): `input_ids`, `attention_mask` (batch, length), `pixel_values`, ...
-        spans (`list[list[TokenSpan]]`): The questions and answers of each row, in order.
+        spans (`list[list[Span]]`): The questions and answers of each row, in order.
         rendered (`list[RenderedConversation]`): The text of each row, image placeholders not expanded.
     """
 
     batch: "BatchFeature"
-    spans: list[list[TokenSpan]]
+    spans: list[list[Span]]
     rendered: list[RenderedConversation]
 
     @property
@@ -150,7 +142,7 @@ def encode(
 
 def tokens_without_images(
     processor: "ProcessorMixin", rendered: list[RenderedConversation]
-) -> list[tuple[list[int], TokenSpan]]:
+) -> list[tuple[list[int], Span]]:
     """The tokens of rendered conversations, each image a placeholder, and the span of their last answers."""
     encoded = tokenizer_of(processor)(
         [conversation.text for conversation in rendered],
@@ -186,10 +178,10 @@ def _after_expanding_images(spans: list[Span], replaced: list[dict[str, Any]]) -
     ]
 
 
-def _in_tokens(span: Span, offsets: torch.Tensor) -> TokenSpan:
+def _in_tokens(span: Span, offsets: torch.Tensor) -> Span:
     starts, ends = offsets.unbind(-1)
     tokens = ((starts < span.end) & (ends > span.start)).nonzero()  # padding has width zero and matches nothing
-    return TokenSpan(int(tokens[0]), int(tokens[-1]) + 1, span.is_question)
+    return Span(int(tokens[0]), int(tokens[-1]) + 1, span.is_question)
 
 
 def _plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:

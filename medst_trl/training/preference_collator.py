@@ -19,14 +19,13 @@ from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.spans import RenderedConversation, render_conversation
+from medst_trl.policy.spans import RenderedConversation, Span, render_conversation
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
 from .encoding import (
     TOKEN_INPUTS,
     Encoded,
     ImageConversation,
-    TokenSpan,
     as_conversation,
     encode,
     tokens_without_images,
@@ -60,12 +59,12 @@ class PairOfRows(NamedTuple):
     Args:
         prefix_length (`int`): Number of tokens in the prefix: the prompt and its images.
         tails (`tuple[torch.Tensor, torch.Tensor]`): The tokens after it, of the chosen and the rejected row.
-        answers (`tuple[TokenSpan, TokenSpan]`): Spans of the answers in their rows.
+        answers (`tuple[Span, Span]`): Spans of the answers in their rows.
     """
 
     prefix_length: int
     tails: tuple[torch.Tensor, torch.Tensor]
-    answers: tuple[TokenSpan, TokenSpan]
+    answers: tuple[Span, Span]
 
 
 @dataclass
@@ -151,8 +150,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
                 prefix_length=shared + images,
                 tails=(torch.tensor(one[shared:]), torch.tensor(other[shared:])),
                 answers=tuple(
-                    TokenSpan(answer.start + images, answer.end + images, False)
-                    for answer in (one_answer, other_answer)
+                    Span(answer.start + images, answer.end + images, False) for answer in (one_answer, other_answer)
                 ),
             )
             if not torch.equal(encoded.batch["input_ids"][row, pair.prefix_length : lengths[row]], pair.tails[0]):
@@ -262,7 +260,7 @@ def usable_pairs(
 
 def _check_pair(
     example: dict[str, Any], processor: "ProcessorMixin", max_length: int | None, image_tokens: dict[tuple, int]
-) -> tuple[str | None, list[TokenSpan]]:
+) -> tuple[str | None, list[Span]]:
     """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
     try:
         for image in images_of(example):
@@ -281,7 +279,7 @@ def _check_pair(
     if (key := tuple(sizes)) not in image_tokens:
         blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
         image_tokens[key] = encode(processor, [blank]).spans[0][-1].start - answers[0].start
-    answers = [TokenSpan(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
+    answers = [Span(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
     if max_length is not None and any(answer.start >= max_length for answer in answers):
         return "too_long", []
     return None, answers

@@ -38,10 +38,10 @@ from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head
+from medst_trl.policy.parts import base_of
 from medst_trl.policy.vusr import tokenizer_of
 
 from .images import DecodesImages, images_of, with_decoded_images
-from .trainer import base_of
 
 
 if TYPE_CHECKING:

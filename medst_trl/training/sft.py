@@ -13,12 +13,13 @@ from trl import SFTConfig, SFTTrainer
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import with_stored_images
+from medst_trl.policy.parts import base_of
 
 from .collator import DataCollatorForSelfQuestioning
 from .images import check_has_images
 from .packing import conversation_lengths, packing_cost, rope_positions
 from .settings import SelfQuestioningSettings
-from .trainer import PolicyTrainer, RejectedExamples, base_of
+from .trainer import PolicyTrainer, RejectedExamples
 from .upstream import fused_outputs
 
 

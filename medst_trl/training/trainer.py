@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers import AutoProcessor, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.files import write_jsonl
@@ -23,7 +23,7 @@ from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision
 from medst_trl.policy.base_weights import write_base_file
 from medst_trl.policy.loading import load_policy, prepare_policy
-from medst_trl.policy.parts import ModelParts, model_parts
+from medst_trl.policy.parts import ModelParts, base_of, model_parts
 
 from .images import DecodesImages, encode_blank_images
 from .packing import GroupsByLength
@@ -43,11 +43,6 @@ REJECTION_REASONS = {
     "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
     "nothing_to_train": "it has neither an answer nor a question that can be asked",
 }
-
-
-def base_of(model: torch.nn.Module) -> PreTrainedModel:
-    """The model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class PolicyTrainer(GroupsByLength, UpstreamFixes):

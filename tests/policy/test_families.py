@@ -72,6 +72,12 @@ def test_every_module_uses_a_family_from_a_plugin(tmp_path):
     assert "SmolVLM; Toy VLM." in message
 
 
+def test_a_plugin_can_replace_a_built_in_family(monkeypatch):
+    monkeypatch.setattr(FAMILIES, "_objects", dict(FAMILIES._objects))
+    FAMILIES.register(Family("my_llava", "My LLaVA", ("llava",), shares_prompts=False))
+    assert family_of("llava").name == "my_llava" and family_of("llava_next").name == "llava_next"
+
+
 def test_an_unknown_model_type_gets_conservative_defaults():
     unknown = family_of("another")
     assert (unknown.packs_with, unknown.shares_prompts, unknown.shares_prefix) == (frozenset(), False, None)

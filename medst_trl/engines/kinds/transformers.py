@@ -25,6 +25,7 @@ from medst_trl.engines.engine import (
     without_margins,
 )
 from medst_trl.engines.image_features import ImageMemory
+from medst_trl.policy.parts import base_of
 
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class TransformersEngine(BatchEngine):
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin", batch_size: int | None = None):
         # An adapter's layers are inside its base model, and that is the one whose `forward` has the arguments.
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = base_of(model)
         self.processor = processor
         reports_memory = self.model.device.type not in ("cpu", "mps")
         self.batch_size = batch_size or (WINDOW_BATCH_SIZE if reports_memory else CPU_BATCH_SIZE)

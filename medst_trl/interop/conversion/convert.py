@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrain
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, move_files, write_json
 from medst_trl.base.hub_ids import cached_revision, hub_answers
+from medst_trl.base.settings import check_choice
 from medst_trl.policy.families import family_of
 from medst_trl.policy.merging import check_shard_size, remove_model
 from medst_trl.policy.parts import on_meta
@@ -106,9 +107,8 @@ def convert_checkpoint(
     Raises:
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
     """
-    for name, value, choices in (("vusr_role", vusr_role, (None, *VUSR_ROLES)), ("dtype", dtype, CONVERTED_DTYPES)):
-        if value not in choices:
-            raise UserError(f"Unknown {name} {value!r}. Choose one of {', '.join(filter(None, choices))}.")
+    check_choice("vusr_role", vusr_role, VUSR_ROLES)
+    check_choice("dtype", dtype, CONVERTED_DTYPES)
     check_shard_size(max_shard_size)
     checkpoint = open_checkpoint(source, base, projector, vision_tower, vision_lora)
     config, parts = checkpoint.config, checkpoint.parts

@@ -9,11 +9,11 @@ transformers serve runs/vqa_rad/merged
 ```
 
 Output in `output_dir`: safetensors, processor, chat template and generation config. Plain transformers, `load_policy`
-and servers can load them, and `medst push` publishes them. Before the model is complete, it is loaded from disk and
-compared with the adapter, both for answers and for questions. The comparison uses the first conversations of
-`dataset`, or else of the data that the adapter was trained on, or else synthetic scans. In float32, no log-probability
-may differ by more than 1e-4. In a smaller type, the limit is three times the rounding error of that type in the
-adapter itself. `stage.json` has the differences.
+and servers can load them, and `medst push` publishes them. Before the files get their final names, the model is loaded
+from disk and compared with the adapter, both for answers and for questions. The comparison uses the first
+conversations of `dataset`, or else of the data that the adapter was trained on, or else synthetic images. In float32,
+no log-probability may differ by more than 1e-4. In a smaller type, the limit is three times the rounding error of that
+type in the adapter itself. `stage.json` has the differences.
 
 Merging runs on the CPU and needs memory for the model in float32: 28 GB for 7B. An adapter trained on a 4-bit base is
 merged into the published base, which differs from the one it was trained on: evaluate the result. The saved sampling
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 
 
@@ -54,7 +54,7 @@ class MergeArguments:
             Type of the saved weights: float32, bfloat16, float16, or auto (the type of the base).
         dataset (`str`, *optional*):
             Directory or Hub id of conversations, preference pairs or a benchmark for the comparison. Default: the data
-            that the adapter was trained on if its record names an existing directory, else synthetic scans.
+            that the adapter was trained on if its record names an existing directory, else synthetic images.
         split (`str`, *optional*, defaults to `"train"`):
             Split of the dataset.
         num_examples (`int`, *optional*, defaults to `4`):
@@ -125,8 +125,7 @@ def main(args: MergeArguments) -> None:
 
 def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """The conversations to compare on, and where they are from."""
-    if args.num_examples < 1:
-        raise UserError(f"num_examples is {args.num_examples}. Comparing needs at least one conversation.")
+    check_bounds(args, at_least={"num_examples": 1})
     if args.dataset is not None:
         return read_examples(args.dataset, args.split, args.num_examples), args.dataset
     try:
@@ -136,7 +135,7 @@ def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[
         is_here = False
     if is_here:
         return read_examples(dataset, trained["settings"].get("train_split") or "train", args.num_examples), dataset
-    return drawn_examples(args.num_examples), "synthetic scans"
+    return drawn_examples(args.num_examples), "synthetic images"
 
 
 def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -170,15 +169,11 @@ def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
 
 
 def _conversation(row: dict[str, Any]) -> dict[str, Any] | None:
-    from medst_trl.data.schema import image_part, message, text_part
+    from medst_trl.data.schema import dialogue
 
     if row.get("questions"):
-        asked = row["questions"][0]
-        turns = [
-            message("user", [image_part(), text_part(asked["question"])]),
-            message("assistant", [text_part(asked["answer"])]),
-        ]
-        return {"id": row["image_id"], "images": [row["image"]], "messages": turns}
+        turns = [(row["questions"][0]["question"], row["questions"][0]["answer"])]
+        return {"id": row["image_id"], "images": [row["image"]], "messages": dialogue(turns, num_images=1)}
     if "chosen" in row:
         row = row | {"messages": [*row["prompt"], *row["chosen"]]}
     messages = row.get("messages") or ()
@@ -188,24 +183,16 @@ def _conversation(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def drawn_examples(count: int = 2) -> list[dict[str, Any]]:
-    """Draw conversations about scans, with the source `phantoms`."""
-    from io import BytesIO
-
+    """Generate conversations about images of noise: predictions are compared, not their meaning."""
+    import numpy as np
     from PIL import Image
 
-    from medst_trl.data.source import SOURCES, SourceRequest
+    from medst_trl.data.schema import dialogue
 
-    source = SOURCES.get("phantoms")
-    settings = source.settings_from({"num_phantoms": count, "num_test_phantoms": 0, "phantom_turns": 1})
-    records, images = source.read(SourceRequest(settings=settings))
-    return [
-        {
-            "id": conversation.id,
-            "images": [Image.open(BytesIO(images.stored_bytes(name))) for name in conversation.images],
-            "messages": conversation.messages,
-        }
-        for conversation in records.conversations
-    ]
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)) for _ in range(count)]
+    messages = dialogue([("What does the scan show?", "A large bright lesion in the upper left quadrant.")], 1)
+    return [{"id": f"noise-{n}", "images": [image], "messages": messages} for n, image in enumerate(images)]
 
 
 def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) -> list[dict[str, "torch.Tensor"]]:
@@ -228,29 +215,30 @@ def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) 
     ]
     batches = [batch for batch in batches if (batch["labels"] != -100).any()]
     if not batches:
-        raise UserError("The examples to compare the merged model on have no answer to compare. Give another dataset.")
+        raise UserError("None of the examples has an answer to compare. Give another dataset.")
     return batches
 
 
 def _summary(args: MergeArguments, merged: dict[str, Any], source: str) -> str:
     proof = merged["proof"]
     conversations = f"{proof['examples']} conversation" + "s" * (proof["examples"] > 1)
-    text = (
+    parts = [
         f"merge: {merged['parameters']:,} parameters in {merged['dtype']}, in {args.output_dir}. On {proof['tokens']} "
         f"answer and question tokens of {conversations} ({source}) the log-probabilities differ from "
         f"the adapter's by at most {proof['float32_difference']:.1e} in float32"
-    )
+    ]
     if merged["dtype"] != "float32":
-        text += (
+        parts.append(
             f" and {proof['stored_difference']:.1e} in {merged['dtype']} (allowed: {proof['stored_tolerance']:.1e}, "
             "three times the rounding error of this type in the adapter)"
         )
+    parts.append(".")
     if merged["trained_in_4bit"]:
-        text += (
-            ".\nThe adapter was trained on its base in 4 bits and is merged into the published base: the merged model "
-            "equals the adapter on that base. Evaluate it"
+        parts.append(
+            "\nThe adapter was trained on its base in 4 bits and is merged into the published base: the merged model "
+            "equals the adapter on that base. Evaluate it."
         )
-    return f"{text}."
+    return "".join(parts)
 
 
 STAGE = STAGES.register(
