@@ -215,7 +215,7 @@ def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) 
     ]
     batches = [batch for batch in batches if (batch["labels"] != -100).any()]
     if not batches:
-        raise UserError("None of the examples has an answer to compare. Give another dataset.")
+        raise UserError("The examples have no answer to compare. Give another dataset.")
     return batches
 
 
