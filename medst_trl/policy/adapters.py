@@ -26,7 +26,7 @@ from .parts import base_of, model_parts
 
 
 WEIGHTS = "adapter_model.safetensors"
-MAX_LISTED = 3  # tensors in a message
+MAX_TENSORS = 3  # tensors in a message
 # What the libraries raise on files that are damaged, or valid JSON of something else.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
@@ -249,8 +249,8 @@ def _problems(error: Exception) -> list[str]:
 
 
 def _does_not_fit(adapter: str, model: PreTrainedModel, config: PeftConfig, problems: list[str]) -> UserError:
-    shown = "".join(f"\n  {problem[:300]}" for problem in problems[:MAX_LISTED])
-    more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    shown = "".join(f"\n  {problem[:300]}" for problem in problems[:MAX_TENSORS])
+    more = f"\n  ... and {len(problems) - MAX_TENSORS} more" if len(problems) > MAX_TENSORS else ""
     return UserError(
         f"The adapter {adapter!r} does not fit {model.name_or_path!r} (it names {config.base_model_name_or_path!r} as "
         f"its base):{shown}{more}\nPass the model it was trained on as base_model_name_or_path."

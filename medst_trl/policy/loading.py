@@ -26,7 +26,7 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import LOADING_ERRORS, MAX_LISTED, load_adapter, read_adapter_config, retie_lm_head
+from .adapters import LOADING_ERRORS, MAX_TENSORS, load_adapter, read_adapter_config, retie_lm_head
 from .base_weights import check_base, hub_commit
 from .families import check_family
 from .parts import model_parts, on_meta
@@ -203,8 +203,8 @@ def _load_base(
             f"{failed}some of its weights have other shapes than config.json says (listed above). Download it again."
         ) from error
     if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        raise UserError(f"{failed}its files lack {', '.join(missing[:MAX_LISTED])}{more}. Download it again.")
+        more = f" and {len(missing) - MAX_TENSORS} more" if len(missing) > MAX_TENSORS else ""
+        raise UserError(f"{failed}its files lack {', '.join(missing[:MAX_TENSORS])}{more}. Download it again.")
     # transformers 5 no longer keeps it, and the base of an adapter has to be found again.
     model.hub_commit = hub_commit(name_or_path, "config.json", kwargs["revision"])
     return model
