@@ -113,17 +113,17 @@ def workspace(tmp_path_factory, demo_run) -> Path:
     for name in ("recipes", "examples", "docs"):
         shutil.copytree(ROOT / name, directory / name)
     shutil.copytree(demo_run, directory / "runs/demo")
-    for name in ("scans", "labelled"):
+    for name in ("scans", "labeled"):
         (directory / name).mkdir()
     make_phantoms(1, 2, split="unlabelled")[0].image.save(directory / "scan.png")
     for number, phantom in enumerate(make_phantoms(40, 1, split="unlabelled")):
         phantom.image.save(directory / f"scans/{number}.png")
-    with open(directory / "labelled/questions.csv", "w", newline="") as file:
+    with open(directory / "labeled/questions.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "question", "answer", "split"])
         for split, count in (("train", 225), ("test", 20)):
             for number, phantom in enumerate(make_phantoms(count, 1, split=split)):
-                phantom.image.save(directory / f"labelled/{split}_{number}.png")
+                phantom.image.save(directory / f"labeled/{split}_{number}.png")
                 for question in phantom.questions:
                     rows.writerow([f"{split}_{number}.png", question["question"], question["answer"], split])
     return directory
