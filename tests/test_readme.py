@@ -19,6 +19,7 @@ from judge_server import JudgeServer
 import medst_trl.__main__
 from medst_trl import cli
 from medst_trl.pipeline import launch
+from medst_trl.pipeline.recipe import read_recipe
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -75,6 +76,18 @@ def _check(words: list[str], seen: list[str]) -> None:
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_parse(block):
     ast.parse(block.text)
+
+
+def test_the_recipe_of_the_page_is_valid(tmp_path, monkeypatch):
+    (block,) = [block for block in blocks(ROOT / "docs/recipes.md") if block.language == "yaml"]
+    (tmp_path / "mine.yaml").write_text(block.text, encoding="utf-8")
+    monkeypatch.setenv("WANDB_PROJECT", "")  # the recipe sets it
+    steps = {step.label: step.settings for step in read_recipe(tmp_path / "mine.yaml").steps()}
+    assert list(steps)[:3] == ["prepare/scans", "prepare/labeled", "sft"]
+    assert steps["generate"]["model_name_or_path"] == steps["dpo"]["model_name_or_path"] == "runs/mine/sft"
+    assert steps["judge"]["candidates"] == "runs/mine/generate/candidates"
+    assert steps["dpo"]["dataset"] in ("runs/mine/judge/preferences", ["runs/mine/judge/preferences"])
+    assert steps["evaluate/aligned"]["model_name_or_path"] == "runs/mine/dpo"
 
 
 def test_the_readme_is_short():
