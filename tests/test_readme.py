@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from code_size import PACKAGE, imported_modules, module_name
 from documents import PAGES, ROOT, Block, blocks, commands
 from judge_server import JudgeServer
 
@@ -96,15 +97,20 @@ def test_the_readme_is_short():
     assert max(map(len, text.splitlines())) < 100
 
 
-def test_links_have_targets():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in headings, f"{page.name}: {target}"
-            elif not target.startswith("http"):
-                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_have_targets(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 # Replacements with which the ten commands run on a laptop: a tiny model, a local judge, and suitable learning rates.
@@ -182,30 +188,49 @@ def test_the_ten_commands_run(workspace):
     assert (mine / "report/index.html").is_file() and (mine / "evaluate/scores.json").is_file()
 
 
-def test_examples_of_contributing_work_as_plugins(tmp_path):
-    examples = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block.language == "python"]
-    files = [tmp_path / f"example_{number}.py" for number in range(len(examples))]
-    for file, block in zip(files, examples):
-        file.write_text(block.text, encoding="utf-8")
-    text = "\n".join(block.text for block in examples)
-    registries = sorted(set(re.findall(r"^from (medst_trl[\w.]+) import ([A-Z_]+),", text, re.MULTILINE)))
-    code = "from importlib import import_module\n" + "".join(
-        f"print(*import_module({module!r}).{name})\n" for module, name in registries
-    )
-    environment = os.environ | {"MEDST_PLUGINS": os.pathsep.join(map(str, files))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    names = {
-        "".join(found)
-        for found in re.findall(r'^ *(?:\w+\()*name ?= ?"(\w+)"|(?:Metric|name)\(?=?"(\w+)"', text, re.M)
-    }
-    assert len(names) == len(examples) and names <= set(done.stdout.split())
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
-def test_paths_of_the_architecture_page_exist():
-    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    paths = {path for path in re.findall(r"`((?:\w+/)+[\w.]*)`", text) if not (ROOT / path).exists()}
+def test_files_of_the_architecture_page_exist():
+    paths = {path for path in re.findall(r"`((?:\w+/)+[\w.]*)`", ARCHITECTURE) if not (ROOT / path).exists()}
     assert len(paths) > 30
     assert {path for path in paths if not (ROOT / "medst_trl" / path).exists()} == set()
-    for name in set(re.findall(r"`(\w+)`", text)):  # functions and classes
+    names = {file.name for directory in ("medst_trl", "tests") for file in (ROOT / directory).rglob("*.py")}
+    assert set(re.findall(r"`(\w+\.py)`", ARCHITECTURE)) <= names
+
+
+def test_names_of_the_architecture_page_are_in_the_files_beside_them():
+    """`path.py`: `name` and `name`, up to the next path or the end of the paragraph."""
+    beside = re.findall(r"`([\w/]+\.py)`:\s(?=([^|\n]*(?:\n[^|\n]+)*))", ARCHITECTURE)
+    assert len(beside) > 15
+    for path, text in beside:
+        names = re.findall(r"`(\w+)`", re.split(r"`[\w/]+\.py`|;", text)[0])
+        source = (ROOT / "medst_trl" / path).read_text(encoding="utf-8")
+        assert names and [name for name in names if not re.search(rf"\b{name}\b", source)] == [], path
+    for name in set(re.findall(r"`(\w+)`", ARCHITECTURE)):  # other functions and classes
         if not name.isupper() and ("_" in name or name[0].isupper()):
             assert subprocess.run(["grep", "-rqw", name, str(ROOT / "medst_trl")]).returncode == 0, name
+
+
+def test_packages_import_only_what_the_architecture_page_lists_above_them():
+    rings = re.findall(r"^\| (\d?)[^|]*\| (`.+?`) \|", ARCHITECTURE, re.MULTILINE)
+    first = [number for number, _ in rings].index("1")
+    layers = [{path} for _, path in rings[first : first + 6]]  # one package each
+    layers += [{"`pipeline/`"}, {"`hub/`", "`report/`"}]
+    layers += [{"`pipeline/stages/`", "`pipeline/plan/`", "`cli.py`", "`__main__.py`"}]
+    level = {
+        f"medst_trl.{path.strip('`').removesuffix('/').removesuffix('.py').replace('/', '.')}": number
+        for number, layer in enumerate(layers)
+        for path in layer
+    }
+
+    def level_of(module: str) -> int | None:
+        names = [name for name in level if f"{module}.".startswith(f"{name}.")]
+        return level[max(names, key=len)] if names else None
+
+    files = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    assert {"medst_trl.data", "medst_trl.evaluation", "medst_trl.cli"} <= level.keys() <= files.keys()
+    for module, path in files.items():
+        for imported in imported_modules(path, set(files)):
+            if level_of(module) is not None and level_of(imported) is not None:
+                assert level_of(imported) <= level_of(module), f"{module} imports {imported}"
