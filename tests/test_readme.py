@@ -204,7 +204,7 @@ def test_names_of_the_architecture_page_are_in_the_files_beside_them():
     beside = re.findall(r"`([\w/]+\.py)`:\s(?=([^|\n]*(?:\n[^|\n]+)*))", ARCHITECTURE)
     assert len(beside) > 15
     for path, text in beside:
-        names = re.findall(r"`(\w+)`", re.split(r"`[\w/]+\.py`|;", text)[0])
+        names = re.findall(r"`(\w+)`", re.split(r"`[\w/]+\.py`|;|(?<=`)\)", text)[0])
         source = (ROOT / "medst_trl" / path).read_text(encoding="utf-8")
         assert names and [name for name in names if not re.search(rf"\b{name}\b", source)] == [], path
     for name in set(re.findall(r"`(\w+)`", ARCHITECTURE)):  # other functions and classes
