@@ -234,3 +234,26 @@ def test_packages_import_only_what_the_architecture_page_lists_above_them():
         for imported in imported_modules(path, set(files)):
             if level_of(module) is not None and level_of(imported) is not None:
                 assert level_of(imported) <= level_of(module), f"{module} imports {imported}"
+
+
+def messages_of_the_package() -> list[str]:
+    """Return the string literals of the package, with `...` for the values in f-strings."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+                found.append("".join(parts))
+    return found
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = [text for row in rows for text in re.findall(r'"(.+?)"', row) if "cannot import name" not in text]
+    assert len(quoted) > 4
+    known = messages_of_the_package()
+    for text in quoted:
+        parts = [part.strip() for part in re.split(r"\.\.\.|\bN\b", text) if part.strip()]
+        assert any(all(part in message for part in parts) for message in known), text
