@@ -225,7 +225,7 @@ def test_sft_compares_equal_losses(tmp_path, capsys):
     assert "| ours, packed |" in capsys.readouterr().out
 
 
-def test_every_text_has_the_requested_number_of_tokens(processor):
+def test_every_text_has_the_requested_number_of_tokens():
     from medst_trl.policy.loading import prepare_policy
 
     own_processor = build_processor(TINY)

@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import gzip
+import itertools
 import json
 
 import pytest
@@ -47,16 +48,19 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("position", range(6))
-@pytest.mark.parametrize("form", ["array", "indented", "lines"])
+@pytest.mark.parametrize(
+    ("form", "position", "broken"),
+    [
+        case
+        for case in itertools.product(("array", "indented", "lines"), range(6), BROKEN)
+        if not (case[:2] == ("lines", 0) and case[2].startswith("["))  # such a file would be read as an array
+    ],
+)
 def test_a_broken_record_rejects_only_itself(tmp_path, broken, position, form):
     texts = [json.dumps(record, indent=2 if form == "indented" else None) for record in GOOD]
     texts.insert(position, broken)
     if form == "lines":
         text, name = "\n".join(texts), "a.jsonl"
-        if text.startswith("["):
-            return  # would be read as an array
     else:
         text, name = "[" + ",\n".join(texts) + "]", "a.json"
     good, bad = read(tmp_path, text, name)

@@ -119,7 +119,7 @@ def test_optional_columns_that_are_missing_are_filled_in(tmp_path):
 def test_every_kind_documents_its_columns(name):
     kind = KINDS.get(name)
     assert set(kind.columns) <= set(kind.meanings) and set(kind.optional) <= set(kind.columns)
-    assert (kind.about and "{id}" in kind.use) or name == "predictions"
+    assert kind.about and ("--predictions FILE" if name == "predictions" else "{id}") in kind.use
     assert kind.marker is None or kind_of(kind.columns) is kind
 
 

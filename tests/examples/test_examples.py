@@ -50,7 +50,7 @@ def test_train_preferences_learns_a_margin(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_phantom_study_averages_over_seeds(tmp_path, monkeypatch):
+def test_phantom_study_averages_over_seeds(tmp_path):
     study = runpy.run_path(str(EXAMPLES / "phantom_study.py"))
     steps = {step.label: step for step in read_recipe("phantom_study").steps()}
     assert {label.removeprefix("evaluate/") for label in steps if label.startswith("evaluate/")} == set(study["ARMS"])

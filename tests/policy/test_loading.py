@@ -289,7 +289,7 @@ def inputs(tmp_path_factory):
     return directory
 
 
-def train(stage, inputs, output_dir, **options):
+def train(stage, output_dir, **options):
     options = {
         "output_dir": output_dir, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
         "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "load_in_4bit": True, **options,
@@ -303,7 +303,7 @@ def train(stage, inputs, output_dir, **options):
 def adapter(inputs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained") / "sft"
     paths = {"model_name_or_path": inputs / "base", "dataset": inputs / "instruct"}
-    train(sft, inputs, directory, **paths, lora_r=4, vision_lora_r=2, bf16=True, use_cpu=True)
+    train(sft, directory, **paths, lora_r=4, vision_lora_r=2, bf16=True, use_cpu=True)
     return directory
 
 
@@ -341,7 +341,7 @@ def test_trained_weights_are_in_full_precision_and_load_with_either_base(inputs,
 @pytest.mark.parametrize("precompute", [False, True])
 def test_dpo_starts_at_the_reference(inputs, adapter, tmp_path, precompute):
     paths = {"model_name_or_path": adapter, "dataset": inputs / "preferences", "ref_log_probs_dir": tmp_path / "ref"}
-    weights = train(dpo, inputs, tmp_path / "dpo", **paths, precompute_ref_log_probs=precompute)
+    weights = train(dpo, tmp_path / "dpo", **paths, precompute_ref_log_probs=precompute)
     log = json.loads((tmp_path / "dpo" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
@@ -355,7 +355,7 @@ def test_dpo_starts_at_the_reference(inputs, adapter, tmp_path, precompute):
 def test_full_finetuning_in_4_bits_is_refused(inputs, tmp_path):
     paths = {"model_name_or_path": inputs / "base", "dataset": inputs / "instruct"}
     with pytest.raises(UserError, match="use_lora: false"):
-        train(sft, inputs, tmp_path / "sft", **paths, use_lora=False)
+        train(sft, tmp_path / "sft", **paths, use_lora=False)
 
 
 def test_the_error_for_a_missing_package_names_the_extra(inputs, tmp_path, monkeypatch):
@@ -363,4 +363,4 @@ def test_the_error_for_a_missing_package_names_the_extra(inputs, tmp_path, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     paths = {"model_name_or_path": inputs / "base", "dataset": inputs / "instruct"}
     with pytest.raises(UserError, match=r'pip install "medst_trl\[qlora\]"'):
-        train(sft, inputs, tmp_path / "sft", **paths)
+        train(sft, tmp_path / "sft", **paths)

@@ -20,7 +20,7 @@ def test_ordinary_text_is_unchanged():
 
 
 def test_lone_surrogates_can_be_written():
-    clean("\ud83d").encode("utf-8")
+    assert clean("a\ud83db").encode("utf-8").decode("utf-8") == "a\ufffdb"
 
 
 def test_secrets_are_hidden():

@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, prepared_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from medst_trl.base.errors import UserError
@@ -52,13 +53,21 @@ def test_images_come_before_string_content():
         _collator(sq_ratio=0.0)([example])["input_ids"] for example in (parts, {**parts, "messages": strings})
     )
     assert torch.equal(from_parts, from_strings)
+    tokenizer = prepared_processor("vicuna").tokenizer
+    before, after = tokenizer.decode(from_strings[0]).rsplit("<image>", 1)
+    assert "What about 0 in turn 0?" in after and "What about" not in before
 
 
 def test_grey_and_palette_images_are_read_as_rgb():
     example = tiny_run.conversation(0)
     grey = example["images"][0].convert("L")
-    actual, expected = (_collator()([{**example, "images": [i]}])["pixel_values"] for i in (grey, grey.convert("RGB")))
-    assert torch.equal(actual, expected)
+    palette = example["images"][0].convert("P", palette=Image.Palette.ADAPTIVE)
+    assert (grey.mode, palette.mode) == ("L", "P")
+    for image in (grey, palette):
+        actual, expected = (
+            _collator()([{**example, "images": [i]}])["pixel_values"] for i in (image, image.convert("RGB"))
+        )
+        assert torch.equal(actual, expected)
 
 
 def test_the_error_for_a_wrong_number_of_images_names_the_record():

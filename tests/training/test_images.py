@@ -74,6 +74,7 @@ def test_a_truncated_image_is_reported(tmp_path, kind, fraction):
             with pytest.raises(UnreadableImage, match="cannot be read"):
                 check_image(image)
         else:
+            assert kind == "JPEG2000"  # some versions of OpenJPEG decode a part of an image
             check_image(image)
 
 

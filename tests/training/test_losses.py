@@ -31,10 +31,9 @@ def register_loss(monkeypatch):
 
 class Sigmoid(PreferenceLoss):
     name, paper = "toy", "https://example.org/paper"
-    seen = None
 
     def __call__(self, pairs, args):
-        Sigmoid.seen = pairs
+        self.seen = pairs
         ratios = pairs.log_ratios()
         return -F.logsigmoid(args.beta * (ratios.chosen - ratios.rejected))
 
@@ -57,17 +56,17 @@ def train(directory, **settings):
 @pytest.mark.parametrize("policy", ["continued_adapter", "new_adapter", "full"])
 @pytest.mark.parametrize("variant", ["shared prefix", "separate rows", "cached reference"])
 @pytest.mark.parametrize(
-    "losses",
+    "loss_settings",
     [{"loss_type": ["toy"]}, {"loss_type": ["toy", "sigmoid"], "loss_weights": [0.25, 0.75]}],
     ids=["alone", "mixed"],
 )
-def test_a_loss_equal_to_sigmoid_trains_like_sigmoid(tmp_path, register_loss, policy, variant, losses):
+def test_a_loss_equal_to_sigmoid_trains_like_sigmoid(tmp_path, register_loss, policy, variant, loss_settings):
     register_loss(Sigmoid())
     settings = {"policy": policy, "share_prefix": variant != "separate rows"}
     if variant == "cached reference":
         settings |= {"precompute_ref_log_probs": True, "ref_log_probs_dir": str(tmp_path / "cache")}
     expected, expected_gradients = train(tmp_path / "sigmoid", **settings)
-    actual, gradients = train(tmp_path / "toy", **settings, **losses)
+    actual, gradients = train(tmp_path / "toy", **settings, **loss_settings)
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
     assert gradients.keys() == expected_gradients.keys()
@@ -76,23 +75,23 @@ def test_a_loss_equal_to_sigmoid_trains_like_sigmoid(tmp_path, register_loss, po
 
 
 def test_the_weights_of_losses_and_pairs_multiply_the_loss(tmp_path, register_loss):
-    register_loss(Sigmoid())
+    register_loss(toy := Sigmoid())
     plain, _ = train(tmp_path, loss_type=["toy"], max_steps=1)
     half, _ = train(tmp_path, loss_type=["toy"], loss_weights=[0.5], max_steps=1)
-    assert Sigmoid.seen.weight is None and Sigmoid.seen.flip_probability is None
+    assert toy.seen.weight is None and toy.seen.flip_probability is None
     rows = [tiny_dpo.pair(number) | {"weight": 3.0, "probability": 0.9} for number in range(12)]
     weighted, _ = train(tmp_path, loss_type=["toy"], rows=rows, max_steps=1)
     assert half[0][0] == pytest.approx(0.5 * plain[0][0], abs=1e-6)
     assert weighted[0][0] == pytest.approx(3 * plain[0][0], abs=1e-6)
-    assert Sigmoid.seen.weight.tolist() == [3.0] * 4
-    assert Sigmoid.seen.flip_probability.tolist() == pytest.approx([0.1] * 4)
+    assert toy.seen.weight.tolist() == [3.0] * 4
+    assert toy.seen.flip_probability.tolist() == pytest.approx([0.1] * 4)
 
 
 def test_a_loss_receives_log_probabilities_and_lengths_of_each_pair(tmp_path, register_loss):
-    register_loss(Sigmoid())
+    register_loss(toy := Sigmoid())
     trainer = tiny_dpo.make_trainer(tmp_path, loss_type=["toy"], max_steps=1)
     trainer.train()
-    seen, log = Sigmoid.seen, trainer.state.log_history[0]
+    seen, log = toy.seen, trainer.state.log_history[0]
     assert seen.policy["image"].chosen.requires_grad and not seen.reference["image"].chosen.requires_grad
     for kind in ("chosen", "rejected"):
         assert getattr(seen.policy["image"], kind).mean().item() == pytest.approx(log[f"logps/{kind}"], abs=1e-4)

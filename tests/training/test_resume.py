@@ -80,10 +80,14 @@ def test_a_broken_checkpoint_is_renamed(checkpoints, name, damage):
 
 
 def test_a_second_broken_checkpoint_of_the_same_step_keeps_the_first(checkpoints):
-    (checkpoints / "checkpoint-6.broken").mkdir()
+    first = checkpoints / "checkpoint-6.broken"
+    first.mkdir()
+    (first / "optimizer.pt").write_bytes(b"the first copy")
     (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
     newest_complete_checkpoint(checkpoints)
-    assert (checkpoints / "checkpoint-6.broken-2" / "optimizer.pt").exists()
+    assert (checkpoints / "checkpoint-6.broken-2" / "optimizer.pt").stat().st_size > 1000
+    assert [path.name for path in first.iterdir()] == ["optimizer.pt"]
+    assert (first / "optimizer.pt").read_bytes() == b"the first copy"
 
 
 def test_a_run_can_resume_with_another_number_of_processes(checkpoints, caplog):

@@ -59,7 +59,7 @@ def test_every_image_is_decoded_and_resized_once_per_epoch(tmp_path, monkeypatch
     assert counts == {"decode_example": 3 * 6, "_preprocess": 3 * 6}
 
 
-def test_stored_and_decoded_images_make_the_same_batch(monkeypatch):
+def test_stored_and_decoded_images_make_the_same_batch():
     collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1])
     dataset = Dataset.from_list([tiny_run.conversation(i, with_image=i != 2) for i in range(4)])
     shuffled = dataset.select([3, 0, 2, 1])

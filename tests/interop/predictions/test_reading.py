@@ -3,6 +3,7 @@
 """Test that predictions files of other projects are read, and are joined only with the right answers."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -192,15 +193,16 @@ class TestVlmEvalKit:
         with pytest.raises(UserError, match="no right answers"):  # a test set with hidden answers
             read_predictions(path)
 
+    def test_the_error_for_a_missing_openpyxl_names_the_extra(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "openpyxl", None)
+        (tmp_path / "p.xlsx").write_bytes(b"no workbook")
+        with pytest.raises(UserError, match=r"medst_trl\[xlsx\], or .* PRED_FORMAT=tsv"):
+            read_predictions(tmp_path / "p.xlsx")
+
     def test_workbooks_are_read_with_openpyxl(self, tmp_path):
+        openpyxl = pytest.importorskip("openpyxl")
         path = tmp_path / "p.xlsx"
         path.write_bytes(b"no workbook")
-        try:
-            import openpyxl
-        except ImportError:
-            with pytest.raises(UserError, match=r"medst_trl\[xlsx\], or .* PRED_FORMAT=tsv"):
-                read_predictions(path)
-            return
         with pytest.raises(UserError, match="cannot be read as a workbook"):
             read_predictions(path)
         book = openpyxl.Workbook()

@@ -96,9 +96,16 @@ def test_the_number_of_rows_depends_on_settings(words, expected):
     assert training_examples(args, steps).number == expected
 
 
-def test_the_number_of_examples_is_unknown_if_the_datasets_are_unknown(tmp_path):
-    args = SimpleNamespace(dataset=["a/one", "b/two"], train_split="train", max_records=None)
-    assert training_examples(args, []) == Count(None, depends_on="a/one and b/two")
+def test_the_number_of_examples_is_unknown_if_a_dataset_is_unknown():
+    labels, steps = steps_of("demo")
+    (known,) = labels["sft"].settings["dataset"]
+    for datasets, unknown in (
+        (["a/one", "b/two"], "a/one and b/two"), ([known, "b/two"], "b/two"), (["a/one", known], "a/one"),
+    ):  # fmt: skip
+        args = SimpleNamespace(dataset=datasets, train_split="train", max_records=None)
+        assert training_examples(args, steps) == Count(None, depends_on=unknown)
+    args = SimpleNamespace(dataset=[known, known], train_split="train", max_records=None)
+    assert training_examples(args, steps) == Count(2 * 225)
 
 
 def test_every_two_answers_make_a_pair():
