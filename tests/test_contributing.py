@@ -12,7 +12,7 @@ import sys
 import pytest
 from documents import ROOT, Block, blocks
 
-from medst_trl.base.registry import PLUGINS_VARIABLE
+from medst_trl.base.registry import PLUGINS_GROUP, PLUGINS_VARIABLE
 
 
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -108,6 +108,19 @@ def test_examples_work_as_plugins(tmp_path):
     for file, example in zip(files, EXAMPLES):
         file.write_text(example.text, encoding="utf-8")
     printed = list_everything(tmp_path, **{PLUGINS_VARIABLE: os.pathsep.join(map(str, files))})
+    assert [words for words in LISTED if words not in printed] == []
+
+
+def test_examples_work_as_entry_points(tmp_path):
+    modules = [f"my_example_{number}" for number in range(len(EXAMPLES))]
+    for module, example in zip(modules, EXAMPLES):
+        (tmp_path / f"{module}.py").write_text(example.text, encoding="utf-8")
+    about = tmp_path / "my_examples-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-examples\nVersion: 1.0\n")
+    points = "\n".join(f"{module} = {module}" for module in modules)
+    (about / "entry_points.txt").write_text(f"[{PLUGINS_GROUP}]\n{points}\n")
+    printed = list_everything(tmp_path, PYTHONPATH=str(tmp_path))
     assert [words for words in LISTED if words not in printed] == []
 
 
