@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What calls to a server cost: prices, tokens before a call, a budget that holds, and a cache of what was paid for."""
+"""Cost of calls to a server: prices, tokens of a request, a budget, and a cache of replies."""
 
 import json
 import math
@@ -14,8 +14,6 @@ from medst_trl.base.errors import UserError
 
 
 CACHE_FILE = "judge_cache.jsonl"
-
-
 BYTES_PER_TOKEN = 4.0  # English in UTF-8, for estimates
 MESSAGE_TOKENS = 40  # roles, separators, name of the schema
 
@@ -41,7 +39,8 @@ class Prices:
         return self.cost(tokens.get("prompt_tokens", 0), tokens.get("completion_tokens", 0))
 
 
-# List prices and the tokens of an image (base, each tile of 512 x 512) of November 2026. Longest name first.
+# List prices of November 2026, and the tokens of an image: base, and per tile of 512 x 512 pixels. Longer names first:
+# names are matched as prefixes.
 _KNOWN: dict[str, tuple[float, float, int, int]] = {
     "gpt-4o-mini": (0.15, 0.60, 2833, 5667),
     "gpt-4o": (2.50, 10.00, 85, 170),
@@ -108,7 +107,7 @@ class RequestSize:
 
 class Budget:
     """
-    Budget that is never exceeded, calls in flight included.
+    Spending limit that includes calls in flight.
 
     A call reserves the most it can cost before it is sent and settles its real cost afterwards. A call whose outcome
     is unknown (a timeout) keeps its reservation, since the server may have charged it.
@@ -156,7 +155,7 @@ class Budget:
 
 class ReplyCache:
     """
-    Replies by the key of their request, in a file that only grows: no reply in it is ever paid for again.
+    Replies by the key of their request, in an append-only file, so that no reply is paid for twice.
 
     A line is `{"key", "attempt", "reply", "finish_reason", "usage"}`, or `{"key", "attempt", "error", "detail"}` for a
     request that was refused for its content. `{"key", "lost", "usage"}` is a call that may have been charged and left

@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-From conversations to the model's input, and from its tokens to texts: what all local generation shares.
+Convert conversations to model inputs, and generated tokens to texts.
 
-A prompt is read once however many texts follow it ([`read_once`]), texts that have ended leave their batch
-([`continue_texts`]), and each text is sampled from its own random stream ([`SeededSampler`]), so that it does not
+A prompt is prefilled once for all of its texts ([`prefill`]), finished texts leave their batch
+([`generate_dropping_finished`]), and each text has its own random stream ([`SeededSampler`]), so that it does not
 depend on its batch.
 """
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature, LogitsProcessor, PreTrainedModel, ProcessorMixin
 
-STEPS_PER_CALL = 32  # few, so that a text that has ended does not stay long; many, since each call takes time to start
+# Tokens per call of `generate`: with fewer, finished texts leave sooner; with more, less time goes to starting calls.
+STEPS_PER_CALL = 32
 
-# Overrides the model's own generation config, of which remain the tokens that end a text and those that a text never
-# contains (`suppress_tokens`, `bad_words_ids`, `sequence_bias`).
+# Overrides the model's generation config except the tokens that end a text and those that it forbids
+# (`suppress_tokens`, `bad_words_ids`, `sequence_bias`).
 GREEDY = {
     # transformers' defaults: it warns of other values, which have no effect without sampling
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
@@ -38,7 +39,7 @@ GREEDY = {
     "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
     "force_words_ids": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
     "use_mtp": None,
-    # what counts from the call of `generate`: a text may take several calls (`continue_texts`)
+    # settings that count from the start of a call: a text may take several calls
     "min_length": None, "min_new_tokens": None, "max_time": None, "forced_eos_token_id": None,
     "begin_suppress_tokens": None, "exponential_decay_length_penalty": None, "encoder_repetition_penalty": None,
     "encoder_no_repeat_ngram_size": None, "token_healing": None,
@@ -103,11 +104,11 @@ def write_texts(
     inputs: "BatchFeature",
     max_new_tokens: int,
     sampler: "LogitsProcessor | None" = None,
-    draws: Sequence[int] | None = None,
+    samples_per_prompt: Sequence[int] | None = None,
     **generates: Any,
 ) -> list[tuple[str, bool]]:
     """
-    Let the model write one or several texts for each prompt of a batch.
+    Generate one or several texts for each prompt of a batch.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -120,11 +121,11 @@ def write_texts(
             Maximum length of a text.
         sampler ([`~transformers.LogitsProcessor`], *optional*):
             Chooses the tokens, by leaving one of them a finite score. By default the most likely token.
-        draws (sequence of `int`, *optional*):
-            Number of texts for each prompt, which the model reads once; only for models that [`shares_prompts`]
-            accepts. By default one text, and nothing is shared.
+        samples_per_prompt (sequence of `int`, *optional*):
+            Number of texts for each prompt, which is prefilled once; only for models that [`shares_prompts`] accepts.
+            By default one text, and nothing is shared.
         **generates:
-            Further arguments of `generate`, where `draws` is None.
+            Further arguments of `generate`, if `samples_per_prompt` is None.
 
     Returns:
         `list[tuple[str, bool]]`: each text, and whether the model ended it. The texts of the first prompt come first.
@@ -135,7 +136,7 @@ def write_texts(
     tokenizer, config = processor.tokenizer, model.generation_config
     ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends)
-    vusr = tokenizer.get_vocab().get(VUSR)  # read, never predicted
+    vusr = tokenizer.get_vocab().get(VUSR)  # a token of prompts, never predicted
     never = {*(config.suppress_tokens or []), *([] if vusr is None else [vusr])}
     settings = GREEDY | {
         "use_cache": True,  # configurations saved after gradient checkpointing may disable it
@@ -144,7 +145,7 @@ def write_texts(
         "suppress_tokens": sorted(never) or None,
     }
     with torch.inference_mode():
-        if draws is None:
+        if samples_per_prompt is None:
             output = model.generate(
                 **inputs,
                 **settings,
@@ -155,63 +156,65 @@ def write_texts(
             )
             tokens = output[:, inputs["input_ids"].shape[1] :]
         else:
-            if max(draws) > 1:
-                inputs = read_once(model, inputs, draws, **settings)
-            tokens = continue_texts(model, inputs, max_new_tokens, sampler, **settings)
+            if max(samples_per_prompt) > 1:
+                inputs = prefill(model, inputs, samples_per_prompt, **settings)
+            tokens = generate_dropping_finished(model, inputs, max_new_tokens, sampler, **settings)
     ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(1).tolist()
     return [(text.strip(), end) for text, end in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended)]
 
 
 def shares_prompts(model: "PreTrainedModel") -> bool:
     """
-    Return whether a model writes the same texts from one reading of a prompt ([`read_once`]) and from image features
-    instead of pixels ([`ImageMemory`]).
+    Return whether a model generates the same texts from a shared prefill ([`prefill`]) and from image features instead
+    of pixels ([`ImageFeatureCache`]).
     """
     # Gemma 3 was published with "hybrid"; `generate` treats it as none.
     cache = model.generation_config.cache_implementation
     return family_of(model.config.model_type).shares_prompts and cache in (None, "hybrid")
 
 
-def read_once(
-    model: "PreTrainedModel", inputs: "Mapping[str, Any]", draws: Sequence[int], **settings: Any
+def prefill(
+    model: "PreTrainedModel", inputs: "Mapping[str, Any]", samples_per_prompt: Sequence[int], **settings: Any
 ) -> "dict[str, torch.Tensor]":
     """
-    Read each prompt of a batch once, and repeat its cache for each of its texts.
+    Prefill each prompt of a batch once, and repeat its cache for each of its texts.
 
-    All tokens but the last are read: `generate` needs one to continue from. (`num_return_sequences` would repeat the
-    prompts before they are read.)
+    The last token is left out: `generate` needs one to continue from. (`num_return_sequences` would repeat the prompts
+    before the prefill.)
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A model that [`shares_prompts`] accepts.
         inputs (`Mapping`):
             Inputs of `generate`, padded on the left.
-        draws (sequence of `int`):
+        samples_per_prompt (sequence of `int`):
             Number of texts for each prompt.
         **settings:
             Further arguments of `generate`.
 
     Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` of shape (sum of draws, length), and
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` of shape (number of texts, length), and
         `past_key_values`, for `generate`.
     """
     import torch
 
     ids = inputs["input_ids"]
-    is_read = {
+    prefilled = {
         name: value[:, :-1] if isinstance(value, torch.Tensor) and value.shape == ids.shape else value
         for name, value in inputs.items()
     }
-    cache = model.generate(**is_read, **settings, max_new_tokens=1, return_dict_in_generate=True).past_key_values
-    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(torch.tensor(draws, device=ids.device))
+    cache = model.generate(**prefilled, **settings, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(
+        torch.tensor(samples_per_prompt, device=ids.device)
+    )
     return _rows(model, ids, inputs["attention_mask"], cache, rows)
 
 
-def continue_texts(
+def generate_dropping_finished(
     model: "PreTrainedModel", inputs: "Mapping[str, Any]", max_new_tokens: int, sampler: Any = None, **settings: Any
 ) -> "torch.Tensor":
     """
-    `generate`, from which texts that have ended are removed every `STEPS_PER_CALL` steps.
+    Call `generate` repeatedly, and remove finished texts from the batch after every `STEPS_PER_CALL` tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -322,7 +325,7 @@ class SeededSampler:
         uniform = self._uniforms[:, min(self._step, self._uniforms.shape[1] - 1), None]
         below_total = torch.nextafter(total, torch.zeros_like(total))  # `uniform * total` may round up to it
         token = torch.searchsorted(cumulative, torch.minimum(uniform * total, below_total), right=True)
-        # Read only after generation: on a GPU each read would wait for it.
+        # Checked only after generation: on a GPU each check would wait for it.
         broken = ~total.isfinite().all()
         self._broken = broken if self._broken is None else self._broken | broken
         self._step += 1

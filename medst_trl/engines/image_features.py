@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A memory of image features: each image is preprocessed and encoded once, however many prompts show it."""
+"""Cache of image features: each image is preprocessed and encoded once for all prompts that show it."""
 
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -52,13 +52,13 @@ class EncodedImage:
         return sum(rows.nbytes for rows in (self.features, *self.deepstack))
 
 
-class ImageMemory:
+class ImageFeatureCache:
     """
-    The features of the images in use.
+    Cache of the features of the images in use.
 
     The key of an image is an object, and its features are freed with that object: a caller that holds the keys of a
     window holds the features of a window. They are kept in main memory; the accelerator has only those of the prompts
-    that are being read.
+    in a prefill.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -103,7 +103,7 @@ class ImageMemory:
         self._trim(keep)
         placeholders, grids, tiles = [], [], []
 
-        def listen(*args, **kwargs):
+        def record_images(*args, **kwargs):
             processed, texts = process(*args, **kwargs)
             placeholders.extend(texts)
             grids.extend(torch.as_tensor(grid) for grid in processed.get("image_grid_thw", ()))
@@ -113,14 +113,14 @@ class ImageMemory:
         # Prompts with nothing but an image: the numbers of their tokens divide the features among the images.
         bare = [{"role": "user", "content": [{"type": "image"}], "vusr": True}]
         process = self.processor._process_images
-        with _processing_images_by(self.processor, listen):
+        with _processing_images_by(self.processor, record_images):
             inputs = chat_inputs(self.processor, [bare] * len(images), [[image] for image in images])
         inputs = inputs.to(self.model.device, self.model.dtype)
         get_features = self.model.base_model.get_image_features
         wanted = [name for name in inspect.signature(get_features).parameters if name in inputs]
         with torch.inference_mode():
             output = get_features(**{name: inputs[name] for name in wanted}, return_dict=True)
-        # The model takes the type of output that it makes, with one tensor in it or a list of tensors.
+        # The model accepts its own output type, with one tensor in it or a list of tensors.
         self._output_type, self._is_tensor = type(output), isinstance(output.pooler_output, torch.Tensor)
         tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
         features, *deepstack = (
@@ -135,7 +135,7 @@ class ImageMemory:
             self.tokens[key] = tokens[number]
 
     def _trim(self, keep: Container) -> None:
-        """Free the last images if all together take more than `MOST_BYTES`."""
+        """Free the last images if all together exceed `MOST_BYTES`."""
         # The first ones stay: they are also the first to be needed again.
         held = 0
         for key, image in list(self._known.items()):
@@ -165,13 +165,13 @@ class ImageMemory:
         known = [self._known[key] for own in keys for key in own]
         grids = [image.grid for image in known if image.grid is not None]
 
-        def answer(*args, **kwargs):
+        def replay_images(*args, **kwargs):
             processed = {"image_grid_thw": torch.stack(grids)} if grids else {}
             if known[0].tiles is not None:  # InternVL's processor cuts the pixels into tiles; there are none
                 processed = {"num_patches": [image.tiles for image in known], "pixel_values": torch.empty(0)}
             return processed, [image.placeholder for image in known]
 
-        with _processing_images_by(self.processor, answer):
+        with _processing_images_by(self.processor, replay_images):
             inputs = chat_inputs(self.processor, conversations, images)
         inputs.pop("pixel_values", None)
         if not known:

@@ -38,7 +38,7 @@ def select_records(
     dataset: "Dataset", skip: int = 0, most: int | None = None
 ) -> tuple["Dataset", list[dict[str, str]]]:
     """
-    Return the records `skip` to `skip + most` among those with different images.
+    Drop records that repeat the images of an earlier one, skip the first `skip`, and return at most `most`.
 
     Args:
         dataset ([`~datasets.Dataset`]):

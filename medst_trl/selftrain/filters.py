@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Filters: which sampled questions are answered, and which answers differ enough to be compared."""
+"""Filters of sampled questions, and of answers that are too similar to be compared."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?:;。])\s+|\n")
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
 _BLANKS_AND_CLOSING = " \t\r\n\"'”’)]}*_.:"
 
-# First words of questions without a question mark. "When" opens statements as well: "When the lesion is large, ...".
+# First words of questions without a question mark. "When" also opens statements: "When the lesion is large, ...".
 _QUESTION_WORDS = frozenset("what which where who whom whose why how".split())  # noqa: SIM905
 _AUXILIARIES = frozenset(
     """is are was were am do does did can could has have had will would shall should may might must isn't aren't wasn't
@@ -114,7 +114,7 @@ def normalised(text: str) -> str:
 
 def same_answer(first: str, second: str, max_similarity: float = 0.95) -> str | None:
     """
-    Return whether two answers say the same.
+    Return the reason why two answers count as the same, or None.
 
     Args:
         first, second (`str`):

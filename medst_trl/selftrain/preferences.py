@@ -5,7 +5,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ def select_preferences(
     seed: int = 0,
 ) -> Preferences:
     """
-    Select preference pairs from any origin, and split them by image.
+    Select preference pairs from any source of pairs, and split them by image.
 
     Drops, by reason: `duplicate_id`, `chosen_equals_rejected`, `image_in_benchmark`,
     `image_and_question_in_benchmark`, `duplicate_pair` (see [`duplicate_pairs`]), `near_duplicate_question` (see
@@ -158,11 +158,11 @@ def select_preferences(
         length_balanced (`bool`, *optional*, defaults to `False`):
             Drop pairs until, in each split, the longer answer is chosen as often as it is rejected.
         seed (`int`, *optional*, defaults to 0):
-            Seed for the draw of validation images and of pairs dropped for the balance.
+            Seed for the selection of validation images and of pairs dropped for the balance.
     """
     rejected = list(rejected)
     total = len(pairs) + len(rejected)
-    usable, shared = _usable_pairs(pairs, rejected, _BenchmarkOverlap(benchmarks), keep_benchmark_images)
+    usable, shared = _usable_pairs(pairs, rejected, _benchmark_overlap(benchmarks), keep_benchmark_images)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
         usable = _without(usable, near_duplicates(usable, duplicate_similarity), "near_duplicate_question", rejected)
@@ -181,13 +181,16 @@ def select_preferences(
 
 
 def _usable_pairs(
-    pairs: Sequence[dict], rejected: list[Rejected], overlap: "_BenchmarkOverlap", keep_benchmark_images: bool
+    pairs: Sequence[dict],
+    rejected: list[Rejected],
+    overlap: Callable[[Sequence[str], str], str],
+    keep_benchmark_images: bool,
 ) -> tuple[list[dict], Counter]:
     """Return pairs without repeated ids, equal answers and benchmark images, and what pairs share with benchmarks."""
     usable, ids, shared = [], set(), Counter()
     for pair in pairs:
         question = _text(pair, "prompt")
-        what = overlap.of(pair["image_ids"], question)
+        what = overlap(pair["image_ids"], question)
         shared[what] += 1
         if pair["id"] in ids:
             rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
@@ -201,24 +204,25 @@ def _usable_pairs(
     return usable, shared
 
 
-class _BenchmarkOverlap:
-    """Images and questions of benchmarks (columns `image_id`, `questions`), whose images are not decoded."""
+def _benchmark_overlap(benchmarks: Iterable["Dataset"]) -> Callable[[Sequence[str], str], str]:
+    """
+    Return a function from images and a question to what they share with benchmarks: `"image_and_question"`, `"image"`,
+    `"question"` or `"nothing"`. Benchmarks have the columns `image_id` and `questions`; images are not decoded.
+    """
+    questions_of: dict[str, set[str]] = defaultdict(set)
+    for benchmark in benchmarks:
+        for row in benchmark.select_columns(["image_id", "questions"]):
+            questions_of[row["image_id"]] |= {plain_question(item["question"]) for item in row["questions"]}
+    all_questions = set().union(*questions_of.values())
 
-    def __init__(self, benchmarks: Iterable["Dataset"]):
-        self._questions_of: dict[str, set[str]] = {}
-        for benchmark in benchmarks:
-            for row in benchmark.select_columns(["image_id", "questions"]):
-                questions = self._questions_of.setdefault(row["image_id"], set())
-                questions.update(plain_question(question["question"]) for question in row["questions"])
-        self._questions = set().union(*self._questions_of.values())
-
-    def of(self, image_ids: Sequence[str], question: str) -> str:
-        """What a question about images shares: `"image_and_question"`, `"image"`, `"question"` or `"nothing"`."""
+    def shared(image_ids: Sequence[str], question: str) -> str:
         question = plain_question(question)
-        asked = [self._questions_of[image] for image in image_ids if image in self._questions_of]
+        asked = [questions_of[image] for image in image_ids if image in questions_of]
         if asked:
             return "image_and_question" if any(question in questions for questions in asked) else "image"
-        return "question" if question in self._questions else "nothing"
+        return "question" if question in all_questions else "nothing"
+
+    return shared
 
 
 def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
@@ -235,15 +239,15 @@ def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
     Returns:
         `dict[int, str]`: position of each duplicate, with the id of the pair that stays.
     """
-    kept, gone = {}, {}
+    kept, duplicates = {}, {}
     for place in _by_margin(pairs, range(len(pairs))):
         pair = pairs[place]
         prompt = tuple((turn["role"], normalised(text_of(turn["content"]))) for turn in pair["prompt"])
         answers = frozenset(normalised(_text(pair, key)) for key in ("chosen", "rejected"))
         winner = kept.setdefault((tuple(pair["image_ids"]), prompt, answers), pair)
         if winner is not pair:
-            gone[place] = winner["id"]
-    return gone
+            duplicates[place] = winner["id"]
+    return duplicates
 
 
 def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
@@ -263,7 +267,7 @@ def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
     groups = defaultdict(list)
     for place, pair in enumerate(pairs):
         groups[tuple(pair["image_ids"])].append(place)
-    gone = {}
+    duplicates = {}
     for places in groups.values():
         kept: list[tuple[set[str], dict]] = []
         for place in _by_margin(pairs, places):
@@ -271,11 +275,11 @@ def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
             words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
             for others, other in kept:
                 if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
-                    gone[place] = _text(other, "prompt")
+                    duplicates[place] = _text(other, "prompt")
                     break
             else:
                 kept.append((words, pair))
-    return gone
+    return duplicates
 
 
 def _by_margin(pairs: Sequence[dict], places: Iterable[int]) -> list[int]:
@@ -292,10 +296,10 @@ def _similarity(first: set[str], second: set[str]) -> float:
     return len(first & second) / len(first | second) if first or second else 1.0
 
 
-def _without(pairs: list[dict], gone: Mapping[int, Any], reason: str, rejected: list[Rejected]) -> list[dict]:
-    """Return the pairs without those at the positions `gone`, which are rejected with its values."""
-    rejected += [Rejected(pairs[place]["id"], reason, gone[place]) for place in sorted(gone)]
-    return [pair for place, pair in enumerate(pairs) if place not in gone]
+def _without(pairs: list[dict], dropped: Mapping[int, Any], reason: str, rejected: list[Rejected]) -> list[dict]:
+    """Return the pairs without those at the positions `dropped`, which are rejected with its values."""
+    rejected += [Rejected(pairs[place]["id"], reason, dropped[place]) for place in sorted(dropped)]
+    return [pair for place, pair in enumerate(pairs) if place not in dropped]
 
 
 def _split(pairs: list[dict], validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:

@@ -18,13 +18,13 @@ from medst_trl.engines.decoding import (
     GREEDY,
     SeededSampler,
     chat_inputs,
-    read_once,
+    prefill,
     shares_prompts,
     warpers,
     write_texts,
 )
 from medst_trl.engines.engine import OpenedImage, Sampling, random_stream, to_answer, to_ask
-from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.families import FAMILIES
 
 
@@ -54,7 +54,7 @@ def plain_inputs(processor, rows=ROWS):
 
 
 def remembered_inputs(model, processor):
-    memory = ImageMemory(model, processor)
+    memory = ImageFeatureCache(model, processor)
     # The order and the batches differ from those of the prompts.
     memory.encode([HIGH], [HIGH.image])
     memory.encode([SQUARE, WIDE], [SQUARE.image, WIDE.image])
@@ -79,7 +79,7 @@ def test_shared_prompts_give_the_same_logits(family):
     settings = GREEDY | {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
     with torch.inference_mode():
         plain = model.generate(**plain_inputs(processor), **settings)
-        shared = model.generate(**read_once(model, remembered_inputs(model, processor), DRAWS, **GREEDY), **settings)
+        shared = model.generate(**prefill(model, remembered_inputs(model, processor), DRAWS, **GREEDY), **settings)
     assert torch.equal(plain.sequences, shared.sequences)
     for one, other in zip(plain.logits, shared.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=5e-6)

@@ -13,7 +13,7 @@ from random_images import random_image
 from medst_trl.engines import image_features
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import OpenedImage, to_answer
-from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.image_features import ImageFeatureCache
 
 
 def opened_image(seed, size=(32, 32)):
@@ -22,7 +22,7 @@ def opened_image(seed, size=(32, 32)):
 
 def memory_of(family, *images):
     """Encode the images with a tiny model of the family."""
-    memory = ImageMemory(*tiny_model(family))
+    memory = ImageFeatureCache(*tiny_model(family))
     memory.encode(images, [one.image for one in images])
     return memory
 

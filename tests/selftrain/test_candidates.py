@@ -25,7 +25,7 @@ from medst_trl.data.schema import candidate_features, check_columns, instruct_fe
 from medst_trl.engines import decoding, image_features
 from medst_trl.engines.decoding import SeededSampler, chat_inputs
 from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
-from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.engines.kinds import transformers as transformers_engine
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
@@ -320,8 +320,8 @@ def test_out_of_memory_while_encoding_halves_the_batch_of_images(policy, images,
         written.append(sum(draws))
         return decoding.write_texts(model, processor, inputs, max_new_tokens, sampler, draws)
 
-    encode_all = ImageMemory.encode
-    monkeypatch.setattr(ImageMemory, "encode", encode)
+    encode_all = ImageFeatureCache.encode
+    monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     assert outcomes(policy, images, batch_size=16) == expected
     assert "Not enough memory for 8 images per batch. Continuing with 4" in capsys.readouterr().out
@@ -340,8 +340,8 @@ def test_out_of_memory_while_writing_leaves_the_batch_of_images_unchanged(policy
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return decoding.write_texts(model, processor, inputs, max_new_tokens, sampler, draws)
 
-    encode_all = ImageMemory.encode
-    monkeypatch.setattr(ImageMemory, "encode", encode)
+    encode_all = ImageFeatureCache.encode
+    monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     monkeypatch.setattr(transformers_engine, "write_texts", write_texts)
     outcomes(policy, images.select([0, 1, 2, 3, 5, 6]), batch_size=2)
     assert encoded == [2, 2, 2]
@@ -410,8 +410,8 @@ def test_only_the_features_of_one_window_are_in_memory(policy, images, monkeypat
         encode_all(self, keys, pictures, keep)
         held.append(len(self._known))
 
-    encode_all = ImageMemory.encode
-    monkeypatch.setattr(ImageMemory, "encode", encode)
+    encode_all = ImageFeatureCache.encode
+    monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     generate = CandidateGenerator(*policy, batch_size=1, question_filter=ANY_TEXT, **SHORT)
     assert len(list(generate.outcomes(images))) == 7
     assert sorted(set(held)) == [1, 2, 3], "more than the images of two records are in memory"
@@ -428,12 +428,12 @@ def test_images_without_room_in_memory_are_encoded_again(policy, images, expecte
         encoded.update(keys)
         held.append((len(self._known), len(set(keys).union(keep))))
 
-    encode_all = ImageMemory.encode
-    memory = ImageMemory(*policy)
+    encode_all = ImageFeatureCache.encode
+    memory = ImageFeatureCache(*policy)
     image = OpenedImage(b"", random_image(0, (20, 16)))
     memory.encode([image], [image.image])
     monkeypatch.setattr(image_features, "MOST_BYTES", room * memory[image].bytes)
-    monkeypatch.setattr(ImageMemory, "encode", encode)
+    monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     assert outcomes(policy, images, batch_size=4) == expected
     assert all(known <= room + needed for known, needed in held)
     assert sum(times == 1 for times in encoded.values()) == room
@@ -443,12 +443,12 @@ def test_images_without_room_in_memory_are_encoded_again(policy, images, expecte
 def test_equal_prompts_are_read_once(policy, images, expected, monkeypatch):
     reads = []
 
-    def read_once(model, inputs, draws, **settings):
+    def prefill(model, inputs, draws, **settings):
         reads.append((len(inputs["input_ids"]), list(draws)))
         return read_shared(model, inputs, draws, **settings)
 
-    read_shared = decoding.read_once
-    monkeypatch.setattr(decoding, "read_once", read_once)
+    read_shared = decoding.prefill
+    monkeypatch.setattr(decoding, "prefill", prefill)
     assert outcomes(policy, images, batch_size=16) == expected
     asked = sum(len(outcome["candidates"]) for outcome in expected)
     assert reads[0] == (7, [2] * 7), "the questions about an image do not share a prompt"

@@ -24,7 +24,7 @@ from medst_trl.engines.engine import (
     Sampling,
     without_margins,
 )
-from medst_trl.engines.image_features import ImageMemory
+from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.parts import base_of
 
 
@@ -73,9 +73,9 @@ class TransformersEngine(BatchEngine):
     Writes texts with a model in this process. A text depends on its prompt and its random stream alone, not on the
     rest of its batch (up to floating-point ties).
 
-    An image is preprocessed and encoded once as long as its [`OpenedImage`] exists, if [`ImageMemory`] has room for
-    it, and equal prompts of a batch are processed once. Only families for which a test shows that this changes nothing
-    use it ([`shares_prompts`]).
+    An image is preprocessed and encoded once as long as its [`OpenedImage`] exists and [`ImageFeatureCache`] has room
+    for it. Equal prompts of a batch are processed once. Both only for families for which a test shows that this
+    changes nothing ([`shares_prompts`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -103,7 +103,7 @@ class TransformersEngine(BatchEngine):
         }
         self._images = None
         if shares_prompts(self.model):
-            self._images = ImageMemory(self.model, processor)
+            self._images = ImageFeatureCache(self.model, processor)
         elif rank() == 0:
             print(
                 f"{self.model.config.model_type} models process each prompt and its images once per text: sharing "
@@ -230,9 +230,9 @@ class TransformersEngine(BatchEngine):
 
     def _write_batch(self, prompts: list[Prompt], groups: list[int], sampling: Sampling) -> list[tuple[str, bool]]:
         sampler = self._sampler(prompts, sampling)
-        draws = None
+        samples_per_prompt = None
         if self._images is not None:  # the first of each group is processed for all of it
-            draws = list(Counter(groups).values())
+            samples_per_prompt = list(Counter(groups).values())
             prompts = [prompt for place, prompt in enumerate(prompts) if groups.index(groups[place]) == place]
         conversations = [prompt.messages for prompt in prompts]
         images = [[opened.image for opened in prompt.images] for prompt in prompts]
@@ -242,7 +242,7 @@ class TransformersEngine(BatchEngine):
             needed = _images_of(prompts)
             self._encode((image for image in needed if image not in self._images), keep=needed)
             inputs = self._images.inputs(conversations, [prompt.images for prompt in prompts], images)
-        texts = write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, draws)
+        texts = write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, samples_per_prompt)
         if sampler is not None:
             sampler.check()
         return texts

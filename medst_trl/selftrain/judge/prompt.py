@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from medst_trl.base.registry import Registry
+from medst_trl.data.source import printable
 
 
 MAX_CHARS = 12_000  # about 3,000 tokens; a longer text is cut, and the prompt says so
@@ -71,7 +72,7 @@ class JudgePrompt:
             text of the turns before the question, `captions` reference captions of the images. The prompt passes
             each text through [`fit`]. The messages decide the key of a cached reply.
         read (`Callable`):
-            From a reply to a [`Reading`], or `None` if the reply is not certain.
+            Takes a reply, returns a [`Reading`], or `None` if the reply is ambiguous.
         reminder (`str`):
             User message after a reply that cannot be read.
         reply_tokens (`int`):
@@ -83,7 +84,7 @@ class JudgePrompt:
         defaults (`dict`, *optional*):
             More fields of the request, such as `{"reasoning_effort": "low"}`. The judge's settings win over them.
         shown (`Callable`, *optional*):
-            From messages back to `(question, answer_1, answer_2)`, or `None` if they are not of this prompt.
+            Takes messages, returns `(question, answer_1, answer_2)`, or `None` if they are not of this prompt.
         write (`Callable`, *optional*):
             `write(scores, comment)` returns a reply. A prompt with `shown` and `write` works with the oracle judge.
     """
@@ -110,7 +111,7 @@ JUDGE_PROMPTS: Registry[JudgePrompt] = Registry(
 
 def fit(text: str) -> str:
     """Return a text that any server accepts: no lone surrogates, and not longer than `MAX_CHARS`."""
-    text = text.encode("utf-8", "replace").decode()
+    text = printable(text)
     if len(text) <= MAX_CHARS:
         return text
     return f"{text[:MAX_CHARS]}\n(cut here: {len(text) - MAX_CHARS:,} more characters are not shown)"

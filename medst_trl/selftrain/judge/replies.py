@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read scores from a judge's reply, in free text or JSON. What is not certain is None."""
+"""Read scores from a judge's reply, in free text or JSON. An ambiguous reply gives None."""
 
 import json
 import re
@@ -47,7 +47,7 @@ _MARKUP = re.compile(r"[*`_#>]+(?=\S)|(?<=\S)[*`_]+|```\w*")
 
 def parse_scores(text: str) -> tuple[float, float] | None:
     """
-    Read the two scores of a judge's reply, as real judges write them.
+    Read the two scores of a judge's reply, in the forms that judges use.
 
     Accepts the requested line (`8 9`, also `8/10 7`, `8, 7`, after blank lines or before prose), scores next to the
     name of their answer (`Answer 1: 8 ... Answer 2: 7`, `I would give Answer 1 a 9 out of 10`), a last line of two

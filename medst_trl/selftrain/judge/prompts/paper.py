@@ -82,8 +82,8 @@ def neutralise_marks(text: str) -> str:
     """
     Replace square brackets by round ones where a text could be taken for a mark (`[System]`, `[End Answer 1]`).
 
-    That is every bracket that opens a line, since the marks stand on lines of their own and can be spelled in too many
-    ways, and elsewhere those around a word of the marks. `a nodule [12 mm] in size` stays as it is.
+    That is every bracket that opens a line, since the marks are on lines of their own and there are too many ways to
+    spell them, and elsewhere those around a word of the marks. `a nodule [12 mm] in size` stays as it is.
     """
     plain, places, opens_line = _plain(text)
     characters = list(text)
@@ -98,7 +98,10 @@ def neutralise_marks(text: str) -> str:
 
 
 def _plain(text: str) -> tuple[str, list[int], set[int]]:
-    """Return a text as a reader sees it, the place of each character in the text, and brackets that open a line."""
+    """
+    Return the visible characters of a text, simplified, the position of each in the text, and the positions of
+    brackets that open a line.
+    """
     plain, places, opens_line, line_begins = [], [], set(), True
     for place, original in enumerate(text):
         for character in unicodedata.normalize("NFKD", original):

@@ -4,8 +4,8 @@
 A rubric whose reply is JSON: a score for each criterion, and a verdict.
 
 Questions and answers come from a model in training, and sooner or later one of them reads like an instruction to the
-judge. Each text stands between marks with a code that is a hash of the texts, so that no text can contain its own
-closing mark.
+judge. Each text is between marks with a code that is a hash of the texts, so that no text can contain its own closing
+mark.
 """
 
 import json
