@@ -80,7 +80,7 @@ class Registry(Generic[_T]):
                 f"Two {self.kind} objects share the name {name!r}: one is from {self._origins[name]}, one from "
                 f"{_loading}. Rename one of them."
             )
-        if settings := getattr(item, "settings", None):
+        if settings := item if isinstance(item, type) else getattr(item, "settings", None):
             settings._argument_group_name = f"settings of the {self.kind} {name}"  # read by HfArgumentParser
         self._objects[name], self._origins[name] = item, _loading
         return item

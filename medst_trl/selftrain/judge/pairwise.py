@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, check_choice
@@ -21,9 +21,6 @@ from .judgements import Pair, make_judgement, pairs_of
 from .prompt import JUDGE_PROMPTS
 from .settings import JudgeSettings
 
-
-if TYPE_CHECKING:
-    from httpx2 import AsyncClient, Request
 
 ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
 CALLS_PER_SLOT = 6  # calls in flight per concurrent call, so that slots stay busy while some wait for a retry
@@ -244,26 +241,25 @@ class PairwiseJudge(JudgeSettings):
             http_client=self.http_client if self.local is None else _local_client(self.local),
         )  # fmt: skip
         self.events = client.events
-        waiting: deque[tuple[Pair, list[Call]]] = deque()
+        places: deque[list[dict[str, Any]]] = deque()  # one for each pair, in order; empty until its judgement is made
+        pair_of: dict[Call, tuple[Pair, list[Call], list[dict[str, Any]]]] = {}
         outcomes: dict[Call, Outcome] = {}
 
         def calls() -> Iterator[Call]:
             for pair, own in self.requests(candidates):
-                waiting.append((pair, own))
+                places.append([] if own else [self._judgement(pair, [])])
+                pair_of.update(dict.fromkeys(own, (pair, own, places[-1])))
                 yield from own
 
         def finished() -> Iterator[dict[str, Any]]:
-            while waiting and all(call in outcomes for call in waiting[0][1]):
-                pair, own = waiting.popleft()
-                asked = [(call, outcomes.pop(call)) for call in own]
-                if any(outcome.error and outcome.error.kind == "image_unreadable" for _, outcome in asked):
-                    asked = []
-                yield make_judgement(
-                    pair, asked, model=self.model, prompt=self.prompt, prices=self.prices, min_margin=self.min_margin
-                )
+            while places and places[0]:
+                yield places.popleft()[0]
 
         for call, outcome in run_calls(client, calls(), at_once=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
+            pair, own, place = pair_of.pop(call)
+            if all(one in outcomes for one in own):
+                place.append(self._judgement(pair, [(one, outcomes.pop(one)) for one in own]))
             yield from finished()
         yield from finished()
         if client.missing:
@@ -272,12 +268,19 @@ class PairwiseJudge(JudgeSettings):
                 "--write_batch, or send them live by leaving out --read_batch."
             )
 
+    def _judgement(self, pair: Pair, asked: list[tuple[Call, Outcome]]) -> dict[str, Any]:
+        if any(outcome.error and outcome.error.kind == "image_unreadable" for _, outcome in asked):
+            asked = []
+        return make_judgement(
+            pair, asked, model=self.model, prompt=self.prompt, prices=self.prices, min_margin=self.min_margin
+        )
 
-def _local_client(judge: Callable[[dict[str, Any]], str]) -> "AsyncClient":
+
+def _local_client(judge: Callable[[dict[str, Any]], str]) -> Any:
     """Return an HTTP client whose requests a function answers. Tokens are counted in words."""
     from httpx2 import AsyncClient, MockTransport, Response
 
-    async def respond(request: "Request") -> Response:
+    async def respond(request: Any) -> Response:
         body = json.loads(request.content)
         reply = await asyncio.to_thread(judge, body)
         words = sum(len(str(message["content"]).split()) for message in body["messages"])
