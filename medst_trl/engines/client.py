@@ -40,6 +40,8 @@ TOO_MANY = 0.35  # if a larger share of recent calls is rejected, the server cou
 MIN_SEEN = 10  # number of calls that the share is taken of; two for each slot if that is more
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none
 
+NO_SIZE = RequestSize(0, 0)  # of calls without a budget
+
 
 @documented
 @dataclass(kw_only=True, eq=False)
@@ -99,7 +101,7 @@ class Call:
 
     body: Callable[[], dict[str, Any]]
     key: str | None = None
-    size: RequestSize = RequestSize(0, 0)
+    size: RequestSize = NO_SIZE
     read: Callable[[str], Any | None] = str
     reminder: str = ""
     tag: Any = None
