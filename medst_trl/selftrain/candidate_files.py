@@ -4,13 +4,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
-from medst_trl.data.schema import candidate_features, write_split
+from medst_trl.data.schema import candidate_features, with_stored_images, write_split
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import bytes_of
 
@@ -137,10 +137,11 @@ def row_maker(dataset: "Dataset", generation: str) -> Callable[[dict[str, Any]],
         generation (`str`): See [`CandidateGenerator.generation`].
     """
     rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
+    records = with_stored_images(dataset)
 
     def make_row(candidate: dict[str, Any]) -> dict[str, Any]:
         record_id, _, _ = candidate["id"].rpartition("#")
-        (record,) = undecoded(dataset, [rows[record_id]])
+        record = records[rows[record_id]]
         return {
             "id": candidate["id"],
             "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
@@ -151,10 +152,3 @@ def row_maker(dataset: "Dataset", generation: str) -> Callable[[dict[str, Any]],
         }
 
     return make_row
-
-
-def undecoded(dataset: "Dataset", rows: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Yield rows of a dataset with images as `{"bytes", "path"}`, without the copy that a cast would write."""
-    stored = dataset.with_format("arrow")
-    for row in rows:
-        yield stored[row].to_pylist()[0]

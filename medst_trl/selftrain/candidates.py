@@ -13,7 +13,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.settings import check_bounds
 from medst_trl.data.parallel import ordered_map
-from medst_trl.data.schema import check_columns, message, text_part
+from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
     Engine,
@@ -30,7 +30,7 @@ from medst_trl.engines.engine import (
 )
 from medst_trl.engines.kinds.transformers import TransformersEngine
 
-from .candidate_files import row_maker, undecoded
+from .candidate_files import row_maker
 from .filters import QuestionFilter, normalised, pair_answers
 
 
@@ -250,15 +250,15 @@ class CandidateGenerator:
         return [range(start, min(start + size, records)) for start in range(0, records, size)]
 
     def _outcomes(self, dataset: "Dataset", windows: Sequence[range]) -> Iterator[dict[str, Any]]:
+        rows = with_stored_images(dataset)
+
+        def opened(window: Iterable[int]) -> list[_Record]:
+            return [_Record.open(rows[row]) for row in window]
+
         if self.engine.batch_size is None:
-            rows = undecoded(dataset, chain.from_iterable(windows))
-            for record in self._finished(ordered_map(_Record.open, rows, OPENING_THREADS)):
-                yield record.outcome()
+            records = chain.from_iterable(ordered_map(opened, windows, OPENING_THREADS))
+            yield from (record.outcome() for record in self._finished(records))
             return
-
-        def opened(window: range) -> list[_Record]:
-            return list(map(_Record.open, undecoded(dataset, window)))
-
         for records in ordered_map(opened, windows, num_workers=1, ahead=1):
             deque(self._finished(records), maxlen=0)  # each step in batches over all records
             yield from (record.outcome() for record in records)
