@@ -343,12 +343,8 @@ class Client:
         try:
             row = await self._send(body, call.on_piece)
         except CallError as error:
-            if error.usage:
-                self._lost(call.key, error.kind, {"usage": error.usage}, reserved)
-            elif error.charged:
-                self._lost(call.key, error.kind, at_most, reserved)
-            else:
-                self.budget.settle(reserved, 0)
+            bill = {"usage": error.usage} if error.usage else at_most if error.charged else {}
+            self._lost(call.key, error.kind, bill, reserved)
             if error.is_pushback:
                 self.limit.pushed_back(error.retry_after)
             raise
@@ -367,12 +363,12 @@ class Client:
                 self._settled.notify_all()
 
     def _lost(self, key: str | None, kind: str, bill: dict[str, Any], reserved: float) -> None:
-        """Account for a call that left no reply but may be charged."""
-        if "usage" in bill:
-            self.budget.settle(reserved, self.budget.prices.cost_of(bill))
-        else:
+        """Account for a call that left no reply but may be charged. An empty bill: it was not charged."""
+        if "at_most" in bill:
             self.budget.leave_open(reserved)
-        if key is not None:
+        else:
+            self.budget.settle(reserved, self.budget.prices.cost_of(bill))
+        if key is not None and bill:
             self.cache.add_lost({"key": key, "lost": kind} | bill)
 
     async def _send(self, body: dict[str, Any], on_piece: Callable[[str], None] | None) -> dict[str, Any]:

@@ -180,12 +180,12 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
 
 
 def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
-    """Leave out benchmarks that a finished `prepare` had no data for: recipes name them in any case."""
+    """Drop benchmarks that a finished `prepare` did not make. Recipes name them by default."""
     existing = []
     for name in benchmarks:
         path = Path(name)
         if path.name == "benchmark" and not path.exists() and is_complete(path.parent, "prepare"):
-            print(f"judge: {path.parent} was prepared without a benchmark, so no images are kept out for it.")
+            print(f"judge: {path.parent} was prepared without a benchmark, so it excludes no images.")
         else:
             existing.append(name)
     return existing
@@ -202,7 +202,7 @@ def _open_candidates(name: str, split: str) -> "Dataset":
 
 
 def _open_benchmark(name: str) -> "Dataset":
-    """Load the test split of a benchmark whose images are kept out of training."""
+    """Load the test split of a benchmark whose images must not be trained on."""
     try:
         return load_records(name, "test", "benchmark")
     except UserError as error:
