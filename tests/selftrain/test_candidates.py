@@ -21,7 +21,7 @@ from medst_trl import CandidateGenerator
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
 from medst_trl.data.parallel import ordered_map
-from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of
+from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of, with_stored_images
 from medst_trl.engines import decoding, image_features
 from medst_trl.engines.decoding import SeededSampler, chat_inputs
 from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
@@ -30,7 +30,7 @@ from medst_trl.engines.kinds import transformers as transformers_engine
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain import candidates as candidates_module
-from medst_trl.selftrain.candidate_files import select_records, undecoded
+from medst_trl.selftrain.candidate_files import select_records
 from medst_trl.selftrain.filters import QuestionFilter
 
 
@@ -118,8 +118,8 @@ def test_candidates_have_the_documented_columns(policy, images, expected):
     assert generate.rejected == [item for outcome in expected for item in outcome["rejected"]]
     dataset = Dataset.from_list(rows, features=candidate_features())
     check_columns(dataset, "candidates")
-    stored = {row["id"]: row for row in undecoded(images, range(len(images)))}
-    for row, raw in zip(rows, undecoded(dataset, range(len(dataset)))):
+    stored = {row["id"]: row for row in with_stored_images(images)}
+    for row, raw in zip(rows, with_stored_images(dataset)):
         source = stored[row["id"].partition("#")[0]]
         assert raw["images"] == source["images"], "the bytes of the images have changed"
         assert row["image_ids"] == source["image_ids"]
