@@ -134,13 +134,15 @@ def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch, aft
                 raise Killed
             yield outcome
 
-    outcomes, window, window_sizes = CandidateGenerator.outcomes, CandidateGenerator._window, []
+    outcomes, finished_records, window_sizes = CandidateGenerator.outcomes, CandidateGenerator._finished, []
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(CandidateGenerator, "outcomes", killed)
         main(*arguments(inputs, tmp_path / "out"))
     assert not (tmp_path / "out" / "candidates").exists()
     monkeypatch.setattr(
-        CandidateGenerator, "_window", lambda self, records: window_sizes.append(len(records)) or window(self, records)
+        CandidateGenerator,
+        "_finished",
+        lambda self, records: window_sizes.append(len(records)) or finished_records(self, records),
     )
     main(*arguments(inputs, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished)
@@ -163,7 +165,7 @@ def test_a_run_interrupted_while_writing_files_resumes(finished, inputs, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shards, "_write_shard", killed)
         main(*arguments(inputs, tmp_path / "out"))
-    monkeypatch.setattr(CandidateGenerator, "_window", None)
+    monkeypatch.setattr(CandidateGenerator, "_finished", None)
     main(*arguments(inputs, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished)
 
@@ -187,7 +189,7 @@ def test_a_run_without_candidates_reports_the_reasons(inputs, tmp_path, monkeypa
             match=r"All of 12 questions about 6 images were rejected: .*not_a_question.*add --overwrite true",
         ):
             main(*args)
-        monkeypatch.setattr(CandidateGenerator, "_window", None)
+        monkeypatch.setattr(CandidateGenerator, "_finished", None)
     reasons = [row["reason"] for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
     assert len(reasons) == 12 + 1
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["status"] == "running"
@@ -205,7 +207,7 @@ def test_a_run_that_wrote_nothing_leaves_no_record(finished, inputs, tmp_path, m
     with pytest.raises(UserError, match="model"):
         main(*arguments(inputs, out, model_name_or_path=str(broken)))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
-        patch.setattr(CandidateGenerator, "_window", failing)
+        patch.setattr(CandidateGenerator, "_finished", failing)
         main(*arguments(inputs, out, temperature=0.7))
     assert not files(out)
     main(*arguments(inputs, out))
@@ -216,10 +218,10 @@ def test_a_run_that_wrote_texts_keeps_its_record(inputs, tmp_path, monkeypatch):
     def failing(self, records):
         if (tmp_path / "out" / ".generated.jsonl.incomplete").stat().st_size:
             raise UserError("no memory")
-        return window(self, records)
+        return finished_records(self, records)
 
-    window = CandidateGenerator._window
-    monkeypatch.setattr(CandidateGenerator, "_window", failing)
+    finished_records = CandidateGenerator._finished
+    monkeypatch.setattr(CandidateGenerator, "_finished", failing)
     with pytest.raises(UserError, match="no memory"):
         main(*arguments(inputs, tmp_path / "out"))
     with pytest.raises(UserError, match="temperature: 1.2 before, 0.7 now"):
