@@ -1,12 +1,12 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Run recipes under a launcher that is already chosen:
+Run recipes under your own launcher:
 
 ```bash
 accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
-accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is itself executable
-python -m medst_trl recipes/demo.yaml                           # without one: all stages, in this process
+accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is executable
+python -m medst_trl recipes/demo.yaml                           # without a launcher: all stages in this process
 ```
 
 Options are those of `medst run`. Stages that use a single process run on rank 0, while the other ranks wait.
@@ -23,8 +23,8 @@ from medst_trl.base.processes import launched_kind, leave_peers, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.cli import guarded, help_in, run_recipe, run_stage
 from medst_trl.pipeline.launch import check_launched, use_one_gpu, without_launcher
+from medst_trl.pipeline.options import Option, parse, read_options, take
 from medst_trl.pipeline.recipe import Step, read_recipe
-from medst_trl.pipeline.settings import Option, parse, read_options, take
 
 
 def main(argv: list[str]) -> None:
@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
     paths, options = read_options(argv)
     which, options = take(options, "stage")
     if take(options, "dry_run", is_flag=True)[0]:
-        raise UserError(f"A plan needs no launcher: medst run {' '.join(paths)} --dry_run --num_processes N")
+        raise UserError(f"--dry_run does not run under a launcher. Use `medst run {' '.join(paths)} --dry_run`.")
     if not paths:
-        raise UserError("No recipe is given. For example: accelerate launch -m medst_trl recipes/demo.yaml")
+        raise UserError("Give a recipe, for example: accelerate launch -m medst_trl recipes/demo.yaml")
     for path in paths:
         recipe = read_recipe(path, options)
         steps = recipe.steps(which)
@@ -54,8 +54,8 @@ def _check_together(steps: Sequence[Step], path: str) -> None:
     """
     Refuse several distributed stages in one launch if one of them trains, because it ends the process group.
 
-    If it is made again in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may find the first group's
-    addresses in the launcher's store: after hours, and with a traceback.
+    If a second group is created in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may connect to the
+    addresses of the first group, and fail hours later.
     """
     shared = [step.label for step in steps if step.stage.distributed]
     trains = any(step.stage.trains for step in steps)
@@ -75,10 +75,10 @@ def _run(step: Step) -> None:
 
 
 def _run_on_rank_0(step: Step, program: list[str], options: list[Option], number: int) -> None:
-    """Run a step in a process outside the launcher: inside it, libraries would wait for the other ranks."""
+    """Run a step in a process outside the launcher. Inside it, libraries would wait for the other ranks."""
     import torch.distributed
 
-    # The store the launcher keeps, rather than a barrier: nothing times out, and no process group is made too early.
+    # Wait on the launcher's store, not at a barrier: it does not time out and creates no process group.
     store = torch.distributed.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(days=30)
     )

@@ -32,7 +32,6 @@ import select
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -44,7 +43,7 @@ from medst_trl.base.errors import UserError, closest
 from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.registry import add_plugins, plugin_files
-from medst_trl.pipeline.settings import Option, actions_of, as_count, parse, read_options, refuse_secrets, take
+from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, refuse_secrets, take
 from medst_trl.pipeline.stage import STAGES, Stage
 
 
@@ -58,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(function: Callable[..., int | None], *arguments) -> int:
-    """Run a command. What the user can fix ends in one message instead of a traceback."""
-    # It advises a package that is neither needed nor ours (bitsandbytes 0.50).
+    """Run a command. An error that the user can fix is printed as one message, without a traceback."""
+    # It recommends a package that is not needed (bitsandbytes 0.50).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return function(*arguments) or 0
@@ -70,7 +69,7 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        return 128 + signal.SIGPIPE  # as any command before `| head` that has read enough
+        return 128 + signal.SIGPIPE  # like any command whose output goes to `head`
     except Exception as error:
         if not is_full_disk(error):
             raise
@@ -78,12 +77,12 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether this prints into a pipe that nobody reads any more."""
+    """Whether the output is a pipe whose reader has ended."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     is_gone = any(event & select.POLLERR for _, event in poll.poll(0))
     if is_gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the output that is flushed at exit
     return is_gone
 
 
@@ -115,7 +114,7 @@ def _dispatch(words: Sequence[str]) -> int | None:
 
 
 def help_in(item: Any) -> str:
-    """The help text in a docstring: all behind its first line."""
+    """The part of a docstring after its first line: the help text."""
     return inspect.getdoc(item).partition("\n\n")[2]
 
 
@@ -155,8 +154,8 @@ def run_recipe(argv: list[str]) -> int | None:
     from medst_trl.pipeline.launch import is_launched
     from medst_trl.pipeline.recipe import read_recipe
 
-    words, options = read_options(argv)
-    which, options = take(options, "stage")
+    words, given = read_options(argv)
+    which, options = take(given, "stage")
     is_plan, options = take(options, "dry_run", is_flag=True)
     if len(words) != 1:
         raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
@@ -169,7 +168,10 @@ def run_recipe(argv: list[str]) -> int | None:
     start = time.monotonic()
     recipe = read_recipe(words[0], options)
     steps = recipe.steps(which)
-    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], argv)
+    plugins = [word for path in plugin_files() for word in ("--plugins", path)]
+    settings = [word for option in given if option.key != "overwrite" for word in option.as_words()]
+    again = shlex.join(["medst", "run", *words, *settings, *plugins])
+    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], again)
     if code == 0:
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
@@ -180,7 +182,7 @@ def run_recipe(argv: list[str]) -> int | None:
 
 
 def _command(path: str, step: "Step", options: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
-    """The command that runs a step in a process of its own, and its environment."""
+    """The command that runs a step in its own process, and its environment."""
     from medst_trl.pipeline.launch import launch_command
 
     settings = [word for option in options for word in option.as_words()]
@@ -190,16 +192,14 @@ def _command(path: str, step: "Step", options: Sequence[Option]) -> tuple[list[s
     return [sys.executable, "-m", *program], dict(os.environ)
 
 
-def _run_steps(steps: Sequence["Step"], commands: Sequence[tuple[list[str], dict[str, str]]], argv: list[str]) -> int:
-    """Run steps one after another, until one fails. `argv` is what to repeat to continue."""
+def _run_steps(steps: Sequence["Step"], commands: Sequence[tuple[list[str], dict[str, str]]], again: str) -> int:
+    """Run steps one after another until one fails. `again` is the command to continue."""
     from medst_trl.pipeline.launch import run
 
     for number, (step, (command, environment)) in enumerate(zip(steps, commands, strict=True), 1):
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
         code = run(command, environment | {"PYTHONUNBUFFERED": "1"})
         if code != 0:
-            plugins = [word for path in plugin_files() for word in ("--plugins", path)]
-            again = shlex.join(["medst", "run", *(word for word in argv if word != "--overwrite"), *plugins])
             print(f"\nStopped in {step.label}. Finished work is kept. To continue:\n  {again}", file=sys.stderr)
             return code if code > 0 else 128 - code
     return 0
@@ -239,7 +239,7 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
 
 
 def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
-    """Run a stage, and publish what it has made, now or in an earlier run, if its settings say so."""
+    """Run a stage, and publish its results, of this run or an earlier one, if its settings say so."""
     from medst_trl.hub import HubArguments
     from medst_trl.hub.push import PushAfterStage
 
@@ -249,7 +249,7 @@ def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
 
 
 def _read_launch(stage: Stage, argv: list[str]) -> tuple[Namespace, list[str]]:
-    """The options that every stage has besides its settings, and the rest of the command line."""
+    """Read the options that every stage has besides its settings, and return the rest of the command line."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--accelerate_config", "--num_processes"):
         parser.add_argument(name)
@@ -258,7 +258,7 @@ def _read_launch(stage: Stage, argv: list[str]) -> tuple[Namespace, list[str]]:
 
 
 def _launch_options(stage: Stage, parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """The words that are not settings of the stage, if `accelerate launch` knows them all."""
+    """Return the words that are not settings of the stage. All must be options of `accelerate launch`."""
     required = [action for action in parser._actions if action.required]
     for action in required:  # an unknown option is reported before a missing one
         action.required = False
@@ -288,8 +288,7 @@ def _recipes(argv: list[str]) -> int | None:
     usage: medst recipes ls | show NAME | cp NAME [FILE]
            medst recipes validate RECIPE [--stage STAGE] [--num_processes N] [--key value ...]
 
-    Lists the packaged recipes, prints one, or copies one (by default into the current directory), so that you can
-    change it.
+    Lists the packaged recipes, prints one, or copies one, by default into the current directory.
 
     `validate` checks a file or a packaged recipe and accepts the options of `medst run`. It checks keys and types,
     that inputs exist or are made by an earlier section, the columns of datasets, accelerate configurations, and the
@@ -309,9 +308,9 @@ def _recipes(argv: list[str]) -> int | None:
             copy = Path(target[0] if target else source.name)
             copy = copy / source.name if copy.is_dir() else copy
             if copy.exists():
-                raise UserError(f"{copy} already exists: medst recipes cp {name} ANOTHER_FILE")
+                raise UserError(f"{copy} already exists. Choose another file: medst recipes cp {name} FILE")
             shutil.copy(source, copy)  # with its executable bit
-            print(f"{copy}: change it, then `medst run {copy}`.")
+            print(f"Copied to {copy}. Edit it, then run `medst run {copy}`.")
         case ["show" | "cp" | "validate"]:
             raise UserError(f"medst recipes {argv[0]} takes a recipe. `medst recipes ls` lists them.")
         case ["validate", *words]:
@@ -323,13 +322,11 @@ def _recipes(argv: list[str]) -> int | None:
 
 
 def _validate(argv: list[str]) -> int:
-    if "torch" not in sys.modules:  # only TRL can check TRL's settings, and it imports torch: not into this process
+    if "torch" not in sys.modules:  # TRL checks its own settings and imports torch, so this runs in a child process
+        from medst_trl.pipeline.launch import run
+
         code = "import sys, torch; from medst_trl.cli import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, "recipes", "validate", *argv]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(done.stdout, end="")
-        print(done.stderr, end="", file=sys.stderr)
-        return done.returncode
+        return run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
     from medst_trl.pipeline.plan.validate import validate
     from medst_trl.pipeline.recipe import read_recipe
 

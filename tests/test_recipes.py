@@ -22,11 +22,11 @@ from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
 from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import effective_batch
 from medst_trl.pipeline.plan.validate import validate
 from medst_trl.pipeline.recipe import read_recipe
-from medst_trl.pipeline.settings import Option
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

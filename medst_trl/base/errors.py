@@ -1,21 +1,31 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The exception whose message is written for the user, and the closest match of a misspelt name."""
+"""The exception for errors that the user can fix, and the closest match of a misspelt name."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class UserError(Exception):
     """
-    Something the user can fix: a wrong key, a missing file, a directory with other content than expected.
+    An error that the user can fix: an unknown key, a missing file, a directory with unexpected content.
 
     The command line prints the message without a traceback and exits with 2, so the message must be complete: what is
     wrong, where (file, record id, key), and what to do next.
     """
 
 
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put a place, such as the section of a recipe, in front of the messages of errors raised inside the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
+
+
 def closest(word: str, known: Collection[str]) -> str:
-    """The text " Did you mean 'x'?", or an empty text if no known word is close."""
+    """Return " Did you mean 'x'?", or an empty text if no known word is close."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -10,9 +10,9 @@ HIDDEN = "<hidden>"
 
 _SECRET_KEY = re.compile(r"token$|api_?key|secret|password|passwd|credential|private_key|authorization", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|vusr)_token$", re.IGNORECASE)
-# Hub and OpenAI style keys, and the user:password of a URL, anywhere in a text
+# Keys of the Hub and of OpenAI, and the user:password of a URL, anywhere in a text
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-# ... and the values of such parameters in the query of a URL
+# The values of such parameters in the query of a URL
 _SECRET_PARAMETER = re.compile(
     r"(?<=[?&;])((?:[\w.-]{0,60}[_.-])?(?:api-?key|key|(?:access|auth)?token|sig|signature|(?:client)?secret|password"
     r"|passwd|pwd|auth|authorization|credentials?)=)[^&;#\s\"'<>]+",
@@ -26,7 +26,7 @@ def is_secret_key(key: str) -> bool:
 
 
 def hide_secrets(value: Any, key: str = "") -> Any:
-    """A copy of `value` (dicts, lists, scalars) in which every secret is replaced by `"<hidden>"`."""
+    """Copy `value` (dicts, lists, scalars) and replace every secret with `"<hidden>"`."""
     if isinstance(value, dict):
         return {name: hide_secrets(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):

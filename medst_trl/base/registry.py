@@ -33,8 +33,8 @@ _T = TypeVar("_T")
 PLUGINS_VARIABLE = "MEDST_PLUGINS"  # paths of plugin files, joined by os.pathsep
 PLUGINS_GROUP = "medst_trl.plugins"
 
-_loading = "medst_trl"  # who registers: the package, or the plugin that is being imported
-_plugins: dict[str, UserError | None] = {}  # those imported once, and the error of those that failed
+_loading = "medst_trl"  # the package or plugin that is being imported
+_plugins: dict[str, UserError | None] = {}  # the plugins imported so far, and the errors of those that failed
 
 
 class Registry(Generic[_T]):
@@ -43,13 +43,13 @@ class Registry(Generic[_T]):
 
     Args:
         kind (`str`):
-            What an object is called in messages, for example `"source"`.
+            The name of an object in messages, for example `"source"`.
         modules (sequence of `str`):
-            Modules that register the built-in objects. A package stands for all modules directly inside it.
+            Modules that register the built-in objects. For a package, all modules directly inside it are imported.
         parts (sequence of `str`):
             Attributes that every object must have.
         order (`Callable`, *optional*):
-            From all objects to the order in which they are listed.
+            Takes all objects and returns them in the order in which they are listed.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Registry(Generic[_T]):
 
     def get(self, name: str) -> _T:
         """
-        The object of that name.
+        Return the object of that name.
 
         Raises:
-            UserError: if there is none, naming those there are.
+            UserError: if it is unknown; the message lists the known names.
         """
         self._load()
         if name not in self._objects:
@@ -99,8 +99,8 @@ class Registry(Generic[_T]):
             )
         return self._objects[name]
 
-    def name(self, name: str) -> str:
-        """The name itself if there is such an object, see [`get`]."""
+    def check(self, name: str) -> str:
+        """Return `name` if it is registered; raise as [`get`] otherwise."""
         return self.get(name).name
 
     def names(self) -> list[str]:
@@ -119,6 +119,10 @@ class Registry(Generic[_T]):
         """All objects in listing order."""
         return [self._objects[name] for name in self.names()]
 
+    def settings(self) -> list[type]:
+        """The dataclasses with settings of the objects, without those of objects that have none."""
+        return [item.settings for item in self.values() if item.settings is not None]
+
     def _load(self) -> None:
         if self._is_loaded:
             return
@@ -135,13 +139,13 @@ class Registry(Generic[_T]):
 
 
 def plugin_files() -> list[str]:
-    """Paths of the plugin files that this process and those it starts import."""
+    """Paths of the plugin files that this process and its children import."""
     return [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
 
 
 def add_plugins(argv: Sequence[str]) -> list[str]:
     """
-    Take `--plugins FILE` from a command line and pass the files to this process and all that it starts.
+    Remove `--plugins FILE` from a command line, and make the files known to this process and its children.
 
     Returns:
         The rest of the command line.
@@ -156,6 +160,8 @@ def add_plugins(argv: Sequence[str]) -> list[str]:
             rest.append(word)
             continue
         path = Path(value if equals else next(words, ""))
+        if not path.name:
+            raise UserError("--plugins takes a file, which registers your objects.")
         if not path.is_file():
             raise UserError(f"--plugins: file not found: {path}. Give a Python file that registers your objects.")
         files.append(str(path.resolve()))

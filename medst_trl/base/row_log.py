@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A file of JSON lines that several processes write together and that an interrupted run resumes."""
+"""JSON lines file that several processes write together. A re-run resumes it."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -16,8 +16,8 @@ class RowLog:
     """
     Rows by their `id`, appended as they are computed.
 
-    While the run lasts, each process appends to a file of its own, `<path>.incomplete` or `<path>.incomplete-<rank>`.
-    `path` itself appears once all rows are there.
+    During the run, each process appends to its own file, `<path>.incomplete` or `<path>.incomplete-<rank>`. `path`
+    itself appears when all rows are computed.
 
     Args:
         path (`pathlib.Path`):
@@ -33,23 +33,23 @@ class RowLog:
     @classmethod
     def fill(cls, path: Path, ids: Collection[str], compute: Callable[[set[str]], Iterable[dict[str, Any]]]) -> None:
         """
-        Write the rows of `ids` to `path`, in that order. Does nothing where the file is complete.
+        Write the rows of `ids` to `path`, in that order. Does nothing if the file is complete.
 
         Args:
             path (`pathlib.Path`):
                 The final file.
             ids (collection of `str`):
-                Ids of all rows. All processes of a launch have to call this with the same ones.
+                Ids of all rows. All processes of a launch must pass the same ids.
             compute (`Callable`):
-                From the ids that earlier runs have finished to the rows that are left for this process.
+                Takes the ids that earlier runs finished and yields the remaining rows of this process.
 
         Raises:
-            UserError: if rows are missing in the end.
+            UserError: if rows are missing after all processes have finished.
         """
         state = process_state()
         log = cls(path, state.process_index)
         is_complete, done = path.exists(), {row["id"] for row in log.rows()}
-        state.wait_for_everyone()  # all processes have seen the same before one of them writes
+        state.wait_for_everyone()  # all processes must read the same state before one of them writes
         if is_complete:
             return
         if not done.issuperset(ids):
@@ -60,13 +60,13 @@ class RowLog:
         state.wait_for_everyone()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows so far, of all processes, also of an earlier run with another number of them."""
+        """All rows written so far, also by an earlier run with another number of processes."""
         for part in self._parts():
             for line in part.read_bytes().split(b"\n")[:-1]:  # a last line without a line break is incomplete
                 yield json.loads(line)
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append each row as soon as it is there. An incomplete last line of an earlier run is removed first."""
+        """Append each row as soon as it is computed. An incomplete last line of an earlier run is removed first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._own, "a+b") as file:
             file.seek(0)
@@ -85,8 +85,8 @@ class RowLog:
         rows = {row["id"]: row for row in self.rows()}
         if missing := [key for key in ids if key not in rows]:
             raise UserError(
-                f"{len(missing)} of {len(ids)} rows are missing beside {self.path}, for example {missing[0]!r}. All "
-                "processes have to see the same output_dir. Run the command again to add the missing ones."
+                f"{len(missing)} of {len(ids)} rows of {self.path} are missing, for example {missing[0]!r}. All "
+                "processes must use the same output_dir. Run the command again to add the missing rows."
             )
         write_jsonl(self.path, (rows[key] for key in ids))
         for part in self._parts():

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What settings in dataclasses have in common: help texts from docstrings, bounds, lists, and finding one's own."""
+"""Helpers for dataclasses of settings: help texts from docstrings, bounds, lists, and selection by class."""
 
 import inspect
 import operator
@@ -60,7 +60,7 @@ def documented(cls: _T) -> _T:
 
 def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
     """
-    Refuse numbers out of bounds, NaN and infinity. None stands for a setting that is not given.
+    Refuse numbers out of bounds, including NaN and infinity. None means that a setting is not given.
 
     Args:
         args (`Any`):
@@ -90,7 +90,7 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """
-    Refuse a value that is none of its choices. None stands for a setting that is not given.
+    Refuse a value that is not one of the choices. None means that the setting is not given.
 
     Args:
         name (`str`):
@@ -98,7 +98,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         value (`Any`):
             Its value.
         choices (iterable of `str`):
-            The values that it may have.
+            The valid values.
 
     Raises:
         UserError: with the closest match and all choices.
@@ -109,7 +109,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def make_lists(args: Any, *names: str) -> None:
-    """Turn settings that hold a single value into lists: a recipe may leave the brackets out."""
+    """Convert settings with a single value to lists, so that a recipe can omit the brackets."""
     for name in names:
         value = getattr(args, name)
         setattr(args, name, [value] if isinstance(value, str) else list(value or []))

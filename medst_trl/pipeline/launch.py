@@ -1,12 +1,12 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Start stages under `accelerate launch`, and find out under which launcher this process runs.
+Start stages under `accelerate launch`, and check the launcher of this process.
 
-`accelerate launch` (1.15) sometimes does something else than it was asked for without a word. It starts one process,
-whatever `--num_processes` says, unless its kind is one of several GPUs, DeepSpeed or FSDP: with `--cpu`, with a
-configuration of kind `NO` or `MULTI_CPU`, and by default on a machine with fewer than two GPUs. And several processes
-on CPUs lose DeepSpeed or FSDP. Training would run, and exit with 0. [`check_launched`] notices both.
+`accelerate launch` (1.15) silently ignores some of its options. It starts one process, whatever `--num_processes` is,
+unless the configuration is for several GPUs, DeepSpeed or FSDP: with `--cpu`, with a configuration of kind `NO` or
+`MULTI_CPU`, and by default on a machine with fewer than two GPUs. Several processes on CPUs run without DeepSpeed or
+FSDP. Training would run to its end on the wrong number of processes. [`check_launched`] detects both.
 """
 
 import importlib.util
@@ -20,15 +20,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError, closest, located
 from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, world_size
 
+from .batch import number_of
 from .recipe import read_yaml
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
-# What launchers tell their processes. A process outside them must not believe that it has peers to wait for.
+# What launchers set for their processes. They are removed for a process outside the launcher, which would otherwise
+# wait for peers.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MASTER_", "GROUP_", "ROLE_")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # set if mpirun has started the peers
@@ -40,7 +42,7 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # set 
 @dataclass(frozen=True)
 class AccelerateConfig:
     """
-    What an accelerate configuration asks for.
+    The settings of an accelerate configuration that matter here.
 
     Args:
         name (`str`): Its name or path, as given.
@@ -48,7 +50,7 @@ class AccelerateConfig:
         num_processes (`int`, *optional*): Number of processes.
         use_cpu (`bool`): Whether it runs on CPUs.
         num_machines (`int`): Number of machines.
-        has_port (`bool`): Whether it names the port at which processes meet.
+        has_port (`bool`): Whether it sets the port at which processes meet.
     """
 
     name: str
@@ -60,10 +62,10 @@ class AccelerateConfig:
 
     def kind_on(self, num_processes: int | None) -> str:
         """
-        How that number of processes shares the work.
+        Return how that number of processes shares the work.
 
         Raises:
-            UserError: if the configuration is for one process and accelerate would start one without a word.
+            UserError: if the configuration is for one process, because accelerate would silently start one.
         """
         if self.kind != NOT_DISTRIBUTED or (num_processes or 1) == 1:
             return self.kind
@@ -76,10 +78,10 @@ class AccelerateConfig:
 
 def find_config(name_or_path: str) -> Path:
     """
-    Resolve the name of a packaged accelerate configuration (`"zero2"`), or a path to one.
+    Find an accelerate configuration by its path or, for a packaged one, by its name (`"zero2"`).
 
     Raises:
-        UserError: if it is neither.
+        UserError: if there is no such file.
     """
     packaged = {path.stem: path for path in CONFIGS.glob("*.yaml")}
     if name_or_path in packaged:
@@ -93,7 +95,7 @@ def find_config(name_or_path: str) -> Path:
 
 
 def default_config(num_processes: int | None = None) -> str:
-    """The configuration if none is given: one process, on a GPU if there is one."""
+    """The configuration if none is given: by default one process, on a GPU if there is one."""
     if gpu_count():
         return "single_gpu" if (num_processes or 1) == 1 else "multi_gpu"
     return "cpu"
@@ -140,37 +142,37 @@ def launch_command(
         program (sequence of `str`):
             Module and arguments, as after `python -m`.
         config (`str` or `None`):
-            Name or path of the accelerate configuration; by default the one that suits the machine.
+            Name or path of the accelerate configuration; None to choose one for this machine.
         num_processes (`int`, *optional*):
             Number of processes. By default the configuration's, or one for each GPU.
         options (sequence of `str`, *optional*):
             Further options of `accelerate launch`.
 
     Raises:
-        UserError: if the machine lacks the GPUs or the packages for it.
+        UserError: if the machine lacks the GPUs or packages that it needs.
     """
-    asked = read_config(config or default_config(num_processes))
-    machines = _number(options, "--num_machines") or asked.num_machines
-    num_processes = num_processes or asked.num_processes or _one_for_each_gpu(asked) * machines
-    if asked.kind_on(num_processes) != asked.kind:  # one process that is to be several on CPUs
-        asked = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=asked.has_port)
-    _check_packages(asked.name, asked.kind)
+    requested = read_config(config or default_config(num_processes))
+    machines = _number(options, "--num_machines") or requested.num_machines
+    num_processes = num_processes or requested.num_processes or _one_for_each_gpu(requested) * machines
+    if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
+        requested = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=requested.has_port)
+    _check_packages(requested.name, requested.kind)
     environment = dict(os.environ)
-    if asked.kind != NOT_DISTRIBUTED and (asked.use_cpu or not gpu_count()):
-        environment |= _on_cpus(asked)
+    if requested.kind != NOT_DISTRIBUTED and (requested.use_cpu or not gpu_count()):
+        environment |= _on_cpus(requested)
         options = ["--mixed_precision", "no", *options]
     # accelerate's own default is a single thread
     cores_each = cores() // max(1, num_processes // machines)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_each)))
-    has_port = asked.has_port or any(option.startswith("--main_process_port") for option in options)
+    has_port = requested.has_port or any(option.startswith("--main_process_port") for option in options)
     if machines == 1 and not has_port:
         options = ["--main_process_port", "0", *options]  # a free one, so that two runs can share a machine
-    command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--config_file", str(find_config(asked.name))]
+    command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--config_file", str(find_config(requested.name))]
     return [*command, "--num_processes", str(num_processes), *options, "-m", *program], environment
 
 
 def _number(options: Sequence[str], name: str) -> int | None:
-    """The value of an option of `accelerate launch`, given as two words or as one."""
+    """The value of an option of `accelerate launch`, given as `--name N` or `--name=N`."""
     words = [word for option in options for word in option.split("=", 1)]
     return int(words[words.index(name) + 1]) if name in words[:-1] else None
 
@@ -197,16 +199,16 @@ def _on_cpus(config: AccelerateConfig) -> dict[str, str]:
     if config.kind.startswith("FSDP"):
         raise UserError(
             f"accelerate_config {config.name} divides the weights among GPUs, and this machine has none: accelerate "
-            "would leave FSDP out. Use cpu, or zero2."
+            "would silently ignore FSDP. Use cpu, or zero2."
         )
     if config.kind.startswith("DeepSpeed"):
-        # With ACCELERATE_USE_CPU, which may be in the environment, accelerate would leave DeepSpeed out.
+        # With ACCELERATE_USE_CPU, which the user may have set, accelerate would ignore DeepSpeed.
         return {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
     return {"ACCELERATE_USE_CPU": "true"}
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command and return its exit code. What ends this process ends the command and its children too."""
+    """Run a command and return its exit code. If this process is stopped, so are the command and its children."""
 
     def on_termination(number, frame):
         raise SystemExit(128 + number)
@@ -223,18 +225,18 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _end(process: subprocess.Popen, number: int) -> None:
-    """Ask the whole process tree to stop, and kill it if it has not stopped after half a minute."""
+    """Ask the process and its children to stop, and kill them after 30 seconds."""
     try:
         os.killpg(process.pid, number)
         process.wait(timeout=30)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it was quicker
+    except ProcessLookupError:  # it has already ended
         pass
 
 
 def main() -> None:
-    """`accelerate launch`, but a failure below it ends with the stage's exit code instead of a second traceback."""
+    """Run `accelerate launch`. If the stage fails, exit with its exit code instead of a second traceback."""
     from accelerate.commands.launch import launch_command as accelerate_launch
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -245,7 +247,7 @@ def main() -> None:
         sys.exit(error.returncode)
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
-    except (ImportError, ValueError) as error:  # what accelerate says about its own options and missing packages
+    except (ImportError, ValueError) as error:  # accelerate's errors about its options and missing packages
         sys.exit(f"accelerate launch: {error}")
 
 
@@ -259,42 +261,43 @@ def is_launched() -> bool:
 
 def check_launched(config: str | None, num_processes: int | None, where: str) -> None:
     """
-    Compare the launcher that is asked for with the one this process runs under.
+    Compare the requested launcher with the launcher of this process.
 
-    A wrong launch would train, and exit with 0: on one process instead of eight, or without ZeRO.
+    Otherwise, training would run to its end on one process instead of eight, or without ZeRO.
 
     Raises:
-        UserError: if they differ, or if accelerate itself did something else than it was asked for.
+        UserError: if they differ, or if accelerate has ignored one of its own options.
     """
     _check_peers(where)
     _check_sharding(where)
-    running = f"{world_size()} process{'es' * (world_size() > 1)}, {launched_kind()}"
-    hint = "Use `medst run`, or start it with the launcher it asks for."
+    running = f"{number_of(world_size(), 'process')}, {launched_kind()}"
+    hint = "Use `medst run`, or the requested launcher."
     if config is not None:
-        asked = read_config(config)
-        num_processes = num_processes or asked.num_processes
-        kind = asked.kind_on(num_processes)
+        requested = read_config(config)
+        num_processes = num_processes or requested.num_processes
+        with located(where):
+            kind = requested.kind_on(num_processes)
         if kind != launched_kind():
-            raise UserError(f"{where}: accelerate_config {config} asks for {kind}, but this runs as {running}. {hint}")
+            raise UserError(f"{where}: accelerate_config {config} is for {kind}, but this runs as {running}. {hint}")
     if num_processes is not None and num_processes != world_size():
-        raise UserError(f"{where}: {num_processes} processes are asked for, but this runs as {running}. {hint}")
+        raise UserError(f"{where}: {num_processes} processes were requested, but this runs as {running}. {hint}")
 
 
 def _check_peers(where: str) -> None:
-    """Refuse to be the only process where several were asked for."""
-    # accelerate names a meeting point for several processes, and then gives this one no place among them.
+    """Refuse to run if this is the only process, but several were requested."""
+    # accelerate sets MASTER_PORT for several processes, but not WORLD_SIZE for this one.
     is_alone = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
     if not is_alone or "MASTER_PORT" not in os.environ or any(os.environ.get(name, "1") != "1" for name in _MPI_SIZES):
         return
     command, environment = _launcher()
-    if "MASTER_PORT" in environment:  # handed down from further above
+    if "MASTER_PORT" in environment:  # set by an outer launcher
         return
-    found = re.search(r"--num[_-]processes[= ](\d+)", " ".join(command))  # else it is in a configuration file
+    found = re.search(r"--num[_-]processes[= ](\d+)", " ".join(command))  # otherwise it is in a configuration file
     on_cpus = "" if gpu_count() else "ACCELERATE_USE_CPU=true "
     raise UserError(
-        f"{where}: {found[1] if found else 'several'} processes are asked for, but accelerate has started one. Start "
+        f"{where}: {found[1] if found else 'several'} processes were requested, but accelerate has started one. Start "
         f"it with\n  {on_cpus}accelerate launch --multi_gpu --num_processes {found[1] if found else 2} "
-        f"{shlex.join(sys.orig_argv[1:])}\nor ask for one process."
+        f"{shlex.join(sys.orig_argv[1:])}\nor request one process."
     )
 
 
@@ -313,7 +316,7 @@ def _launcher() -> tuple[list[str], dict[str, str]]:
 
 
 def _check_sharding(where: str) -> None:
-    """Refuse to run without DeepSpeed or FSDP if they were asked for."""
+    """Refuse to run without DeepSpeed or FSDP if they were requested."""
 
     def is_on(variable: str) -> bool:
         return os.environ.get(variable, "").lower() in ("true", "1", "yes", "y", "on")
@@ -321,20 +324,20 @@ def _check_sharding(where: str) -> None:
     for kind, remedy in {"DeepSpeed": "DS_ACCELERATOR=cpu instead", "FSDP": "FSDP needs GPUs"}.items():
         if is_on(f"ACCELERATE_USE_{kind.upper()}") and is_on("ACCELERATE_USE_CPU"):
             raise UserError(
-                f"{where}: accelerate leaves {kind} out if ACCELERATE_USE_CPU is set, and says nothing. Unset it "
-                f"({remedy}), or choose multi_gpu (DDP)."
+                f"{where}: accelerate silently ignores {kind} if ACCELERATE_USE_CPU is set. Unset it ({remedy}), or "
+                "choose multi_gpu (DDP)."
             )
 
 
 def use_one_gpu() -> None:
-    """Give a process without peers only the first visible GPU: on several, Trainer would use DataParallel."""
+    """Let a single process see only the first visible GPU. With several, the Trainer would use DataParallel."""
     if world_size() == 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for an independent process that is started from within a launched one."""
+    """The environment without the launcher's variables, for an independent process."""
     return {
         name: value
         for name, value in environment.items()

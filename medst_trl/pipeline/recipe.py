@@ -1,11 +1,11 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A recipe: one run in one YAML file, with a section for each stage.
+Recipes: the settings of a whole run in one YAML file, with a section for each stage.
 
 ```yaml
 output_dir: runs/demo            # each stage writes to its own directory in here, such as runs/demo/sft
-seed: 0                          # shared: every stage that knows the key takes it
+seed: 0                          # shared: every stage that has this setting takes it
 prepare:
   source: phantoms
 sft:                             # reads runs/demo/prepare/instruct by default
@@ -14,17 +14,25 @@ sft:                             # reads runs/demo/prepare/instruct by default
 evaluate:                        # a list runs the stage once per item, into runs/demo/evaluate/<name>
   - name: benchmark
   - name: blank
-    control: blank
+    controls: [blank]
 ```
 
-`{sft}` in a value stands for the directory of that section, `{prepare/slake}` for that of one item, `{run}` for the
-run directory. With `rounds: 3` (or `--rounds 3`) the stages that repeat (generate, judge, dpo), and the evaluations
-that read from them, run three times, into `round_1/`, `round_2/` and `round_3/`. Each round's policy asks and answers
-in the next one, about the images after those of the round before. The model that a section names is the one for the
-first round.
+The settings of a step are merged in this order, and later ones replace earlier ones (`Recipe._merge`):
 
-Relative paths are relative to the current directory, as in TRL; neither `~` nor `$VARIABLES` are expanded. Of two
-settings the more specific one applies (an item or section over a shared one), and the command line over the file.
+1. default inputs: the outputs of earlier sections
+2. shared settings of the file, if the stage has them
+3. its section, or its item of a list
+4. `--key value` on the command line, if the stage has that setting
+5. `--section.key value` on the command line
+6. in later rounds, the policy of the previous round and the records that follow those of the previous round
+
+Then `{sft}` in a value is replaced by the directory of that section, `{prepare/slake}` by that of one item, and
+`{run}` by the run directory. Relative paths are relative to the current directory, as in TRL; neither `~` nor
+`$VARIABLES` are expanded.
+
+With `rounds: 3` (or `--rounds 3`) the stages that repeat (generate, judge, dpo), and the evaluations that read from
+them, run three times, into `round_1/`, `round_2/` and `round_3/`. The model that a section names is the one for the
+first round.
 """
 
 import os
@@ -40,7 +48,7 @@ import yaml
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.registry import PLUGINS_VARIABLE
 
-from .settings import Option, actions_of, as_count, convert, refuse_secrets, require
+from .options import Option, actions_of, as_count, convert, refuse_secrets, require
 from .stage import MODEL, RUN, STAGES, Stage
 
 
@@ -80,41 +88,41 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One run of a stage before its settings are known: the stage, an item of its section, and a round."""
+class _PendingStep:
+    """A [`Step`] whose settings are not merged yet: a stage, its section (or one item of it), and its round."""
 
     stage: Stage
-    item: dict[str, Any]
+    content: dict[str, Any]
     round: int | None = None
 
     @property
     def section(self) -> str:
-        return f"{self.stage.name}/{self.item['name']}" if "name" in self.item else self.stage.name
+        return f"{self.stage.name}/{self.content['name']}" if "name" in self.content else self.stage.name
 
     @property
     def label(self) -> str:
         return self.section if self.round is None else f"round_{self.round}/{self.section}"
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What chooses it: its stage, its item, its round, or its label."""
-        return (self.stage.name, self.section, self.label, f"round_{self.round}")
+    def targets(self) -> tuple[str, ...]:
+        """The sections under which the command line can set its settings: the more specific, the later."""
+        return (self.stage.name, self.section, self.label)
 
     @property
-    def own(self) -> dict[str, Any]:
-        return {key: value for key, value in self.item.items() if key != "name"}
+    def settings(self) -> dict[str, Any]:
+        return {key: value for key, value in self.content.items() if key != "name"}
 
 
 class Recipe:
     """
-    A recipe with the options of the command line laid over it. Made by [`read_recipe`].
+    A recipe with the options of the command line. Made by [`read_recipe`].
 
     Args:
         path (`str`):
             The file, for messages.
         content (`dict`):
-            What the file holds.
-        options (sequence of [`~medst_trl.pipeline.settings.Option`], *optional*):
+            The content of the file.
+        options (sequence of [`~medst_trl.pipeline.options.Option`], *optional*):
             Settings from the command line.
     """
 
@@ -132,180 +140,189 @@ class Recipe:
         for option in options:
             if option.target is not None and option.target not in self.labels:
                 raise UserError(f"--{option.target}.{option.key}: {self._no_section(option.target)}")
+            if re.fullmatch(r"round_\d+", option.target or ""):
+                raise UserError(f"--{option.target}.{option.key}: name a section, such as {option.target}/dpo.")
 
     @cached_property
     def output_dir(self) -> str:
         """The run directory: from the command line, from the recipe, or named after the recipe."""
-        given = self._given(None).get("output_dir") or self.shared.get("output_dir")
-        return str(given or Path("runs", Path(self.path).stem))
+        directory = self._options_for().get("output_dir") or self.shared.get("output_dir")
+        return str(directory or Path("runs", Path(self.path).stem))
 
     @cached_property
     def rounds(self) -> int | None:
         """The number of rounds; None to run every stage once, without rounds."""
-        return as_count(self._given(None).get("rounds", self.shared.get("rounds")), "rounds", self.path)
+        return as_count(self._options_for().get("rounds", self.shared.get("rounds")), "rounds", self.path)
 
     @property
     def labels(self) -> list[str]:
         """The sections, the items of those that are lists, and the rounds."""
-        jobs = self._jobs_without_rounds
-        in_rounds = [job for job in jobs if job.stage.repeats or job.stage.joins_rounds]
-        labels = [*self.sections, *(job.section for job in jobs)]
+        in_rounds = [step for step in self._without_rounds if step.stage.repeats or step.stage.joins_rounds]
+        labels = [*self.sections, *(step.section for step in self._without_rounds)]
         for number in range(1, (self.rounds or 0) + 1):
-            names = [name for job in in_rounds for name in (job.stage.name, job.section)]
+            names = [name for step in in_rounds for name in (step.stage.name, step.section)]
             labels += [f"round_{number}", *(f"round_{number}/{name}" for name in names)]
         return list(dict.fromkeys(labels))
 
     def steps(self, which: str | None = None, complete: bool = True) -> list[Step]:
         """
-        The steps to run, in pipeline order, each checked.
+        Return the steps to run, in pipeline order, with checked settings.
 
         Args:
             which (`str`, *optional*):
                 A stage (`"prepare"`), an item (`"prepare/slake"`), a round or a label. All by default.
             complete (`bool`, *optional*, defaults to `True`):
-                Whether required settings must be there.
+                Whether to refuse a step without a required setting.
 
         Raises:
             UserError: for an unknown key or an invalid value in the recipe or on the command line.
         """
-        chosen = [job for job in self._jobs() if which in (None, *job.names)]
+        chosen = [step for step in self._in_order() if which in (None, *step.targets, f"round_{step.round}")]
         if not chosen:
             raise UserError(self._no_section(which))
-        self._check_shared_keys(first=[job.stage.name for job in chosen])
-        steps = [self._step(job) for job in chosen]
+        self._check_shared_keys(first=[step.stage.name for step in chosen])
+        steps = [self._step(step) for step in chosen]
         for step in steps if complete else ():
             require(self._parser(step.stage), step.settings, step.where)
         return steps
 
-    # Which steps there are, and in which order
-
-    @property
-    def _jobs_without_rounds(self) -> list[_Job]:
-        return [_Job(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
-
-    def _jobs(self) -> list[_Job]:
-        """Every run of a stage in its order: what runs once, then the rounds, then what uses all of them."""
-        once = self._jobs_without_rounds
-        if self.rounds is None:
-            return once
-        order, repeats = list(STAGES), [stage.name for stage in STAGES.values() if stage.repeats]
-        repeated = [job for job in once if job.stage.repeats or self._reads_a_round(job)]
-        if not repeated:
-            raise UserError(f"{self.path}: rounds repeat {', '.join(repeats)}, and it has a section for none of them.")
-        if any(job.stage.repeats and "name" in job.item for job in once):
-            raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} must be one section each, not lists.")
-        behind = order[order.index(repeats[-1]) + 1 :]
-        last = [job for job in once if job.stage.name in behind and not job.stage.joins_rounds]
-        first = [job for job in once if job not in repeated and job not in last]
-        return [*first, *(replace(job, round=n) for n in range(1, self.rounds + 1) for job in repeated), *last]
-
-    def _reads_a_round(self, job: _Job) -> bool:
-        """Whether a stage that joins rounds reads what a round makes. Otherwise it needs to run only once."""
-        if not job.stage.joins_rounds:
-            return False
-        directory = self._directory_of_round(1)
-        settings = self._settings(replace(job, round=1)) | {"output_dir": None}
-        items = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
-        return any(isinstance(item, str) and Path(item).is_relative_to(directory) for item in items)
-
     # The settings of a step
 
-    def _step(self, job: _Job) -> Step:
-        where = f"{self.path}, section {job.label}"
-        own = job.own | self._given_to(job)
-        if job.round is not None and "output_dir" in own:
-            raise UserError(f"{where}: with rounds, output_dir lies in the directory of the round. Remove it.")
+    def _step(self, step: _PendingStep) -> Step:
+        where, stage = f"{self.path}, section {step.label}", step.stage
+        own = step.settings | self._options_for(*step.targets)
+        if step.round is not None and "output_dir" in own:
+            raise UserError(f"{where}: with rounds, output_dir is in the directory of the round. Remove it.")
         for key in LAUNCH_KEYS:
-            if key in own and not job.stage.distributed:
-                raise UserError(f"{where}: {job.stage.name} runs in a single process and takes no {key}.")
-        settings = self._settings(job)
+            if key in own and not stage.distributed:
+                raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
+        known = self._keys(stage)
+        for option in self.options:
+            if option.target in step.targets and option.key not in known.union(LAUNCH_KEYS):
+                advice = closest(option.key, known) or f" See `medst {stage.name} --help`."
+                raise UserError(f"--{option.target}.{option.key}: {stage.name} has no such setting.{advice}")
+        settings = self._merge(step)
         config, number = (settings.pop(key, None) for key in LAUNCH_KEYS)
-        settings = convert(self._parser(job.stage), settings, where)
-        return Step(job.stage, job.label, settings, where, config, as_count(number, "num_processes", where))
+        settings = convert(self._parser(stage), settings, where)
+        return Step(stage, step.label, settings, where, config, as_count(number, "num_processes", where))
 
-    def _settings(self, job: _Job) -> dict[str, Any]:
-        """Defaults, then shared settings, then the section's own, then the command line's: the last one applies."""
-        known = self._keys(job.stage) - {"output_dir"} | set(LAUNCH_KEYS if job.stage.distributed else ())
-        shared, given = (
+    def _merge(self, step: _PendingStep) -> dict[str, Any]:
+        """Merge the settings of a step, in the order in the docstring of this module."""
+        known = self._keys(step.stage) - {"output_dir"} | set(LAUNCH_KEYS if step.stage.distributed else ())
+        shared, options = (
             {key: value for key, value in settings.items() if key in known}
-            for settings in (self.shared, self._given(None))
+            for settings in (self.shared, self._options_for())
         )
-        settings = {"output_dir": str(Path(self.output_dir, job.label))}
-        settings |= shared | job.own | given | self._given_to(job)
-        settings = self._inputs(job, settings) | settings
-        if job.round is not None and job.stage.repeats:
-            settings |= self._inputs_of_round(job, settings) | self._given(job.label)
-        return {key: self._resolved(value, job) for key, value in settings.items()}
+        settings = {"output_dir": str(Path(self.output_dir, step.label))}
+        settings |= shared | step.settings | options | self._options_for(*step.targets)
+        settings = self._default_inputs(step, settings) | settings
+        if step.round is not None and step.stage.repeats:
+            settings |= self._round_inputs(step, settings) | self._options_for(step.label)
+        return {key: self._with_directories(value, step) for key, value in settings.items()}
 
-    def _given(self, target: str | None) -> dict[str, Any]:
-        return {option.key: option.value for option in self.options if option.target == target}
+    def _options_for(self, *targets: str) -> dict[str, Any]:
+        """Settings from the command line for sections, the last one applies; without one, those for all stages."""
+        names = targets or (None,)
+        return {option.key: option.value for name in names for option in self.options if option.target == name}
 
-    def _given_to(self, job: _Job) -> dict[str, Any]:
-        """Settings from the command line for this section, its item or this round."""
-        names = dict.fromkeys([job.stage.name, job.section, job.label])
-        return {key: value for name in names for key, value in self._given(name).items()}
-
-    def _inputs(self, job: _Job, settings: Mapping[str, Any]) -> dict[str, str]:
+    def _default_inputs(self, step: _PendingStep, settings: Mapping[str, Any]) -> dict[str, str]:
         """
-        Default inputs: for each, the output of the nearest earlier section that makes its kind. If that section is a
+        The default of each input: the output of the nearest earlier section that makes its kind. If that section is a
         list, the input has no default.
         """
         names, inputs = list(STAGES), {}
         earlier = [
-            STAGES.get(name) for name in reversed(names[: names.index(job.stage.name)]) if name in self.sections
+            STAGES.get(name) for name in reversed(names[: names.index(step.stage.name)]) if name in self.sections
         ]
-        for item in job.stage.inputs:
+        for item in step.stage.inputs:
             if item.unless is None or settings.get(item.unless) is None:
                 if item.kind == RUN:
                     inputs[item.key] = self.output_dir
                 elif (made := item.default_among(earlier)) and "name" not in self.sections[made[0].name][0]:
-                    inputs[item.key] = str(Path(self._directory_of(made[0].name, job), made[1].directory))
+                    inputs[item.key] = str(Path(self._directory_of(made[0].name, step), made[1].directory))
         return inputs
 
-    def _inputs_of_round(self, job: _Job, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a round takes from the one before: its policy, and the record at which it stopped."""
-        inputs, where = {}, f"{self.path}, section {job.stage.name}"
+    def _round_inputs(self, step: _PendingStep, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What a round takes from the previous one: its policy, and the number of records that are used."""
+        inputs, where = {}, f"{self.path}, section {step.stage.name}"
         stages = map(STAGES.get, self.sections)
         trained = next((stage.name for stage in stages if stage.repeats and stage.makes(MODEL)), None)
-        policy = next((item for item in job.stage.inputs if item.kind == MODEL and item.has_default), None)
-        if job.round > 1 and trained is not None and policy is not None:
-            inputs[policy.key] = str(self._directory_of_round(job.round - 1) / trained)
-            if policy.is_remote(settings) and policy.key not in self._given(job.label):
-                name = f"--round_2/{job.stage.name}"
+        policy = next((item for item in step.stage.inputs if item.kind == MODEL and item.has_default), None)
+        if step.round > 1 and trained is not None and policy is not None:
+            inputs[policy.key] = str(self._directory_of_round(step.round - 1) / trained)
+            if policy.is_remote(settings) and policy.key not in self._options_for(step.label):
+                name = f"--round_2/{step.stage.name}"
                 raise UserError(
-                    f"{where}: a server cannot be told to run the policy of the round before. Use engine: "
-                    f"transformers, or run the rounds one by one with {name}.base_url and {name}.{policy.key}."
+                    f"{where}: a server cannot switch to the policy of the previous round. Use engine: transformers, "
+                    f"or run the rounds one by one with {name}.base_url and {name}.{policy.key}."
                 )
-        if job.stage.advances is not None and self.rounds > 1:
-            skipped, used = job.stage.advances
+        if step.stage.advances is not None and self.rounds > 1:
+            skipped, used = step.stage.advances
             size = settings.get(used)
             if not str(size).isdecimal():
-                raise UserError(f"{where}: each round uses other records. Set the number per round: {used}.")
-            inputs[skipped] = int(settings.get(skipped) or 0) + (job.round - 1) * int(size)
+                raise UserError(f"{where}: each round uses different records. Set {used}, the number per round.")
+            inputs[skipped] = int(settings.get(skipped) or 0) + (step.round - 1) * int(size)
         return inputs
 
-    def _resolved(self, value: Any, job: _Job) -> Any:
-        """A setting with each `{section}` replaced by that section's directory."""
+    # Directories
+
+    def _with_directories(self, value: Any, step: _PendingStep) -> Any:
+        """A setting in which each `{section}` is replaced by that section's directory."""
         if isinstance(value, list):
-            return [self._resolved(item, job) for item in value]
+            return [self._with_directories(item, step) for item in value]
         if not isinstance(value, str):
             return value
         sections = rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}"
-        return re.sub(sections, lambda match: self._directory_of(match[1], job), value)
+        return re.sub(sections, lambda match: self._directory_of(match[1], step), value)
 
-    def _directory_of(self, label: str, job: _Job) -> str:
-        """The directory of a section (or of one of its items), as a run of a stage sees it."""
-        if label == RUN:
+    def _directory_of(self, section: str, reader: _PendingStep) -> str:
+        """The directory of a section (or of one of its items) from which a step reads."""
+        if section == RUN:
             return self.output_dir
-        found = next((other for other in self._jobs_without_rounds if other.section == label), None)
+        found = next((step for step in self._without_rounds if step.section == section), None)
         if found is None:
-            raise UserError(f"{self.path}, section {job.label}: {{{label}}}: {self._no_section(label)}")
-        number = (job.round or self.rounds) if found.stage.repeats else None
-        own = found.own | self._given_to(found)
-        return str(own.get("output_dir") or Path(self._directory_of_round(number), label))
+            items = [f"{{{step.section}}}" for step in self._without_rounds if step.stage.name == section]
+            problem = f"is a list. Name one of its items: {', '.join(items)}." if items else self._no_section(section)
+            raise UserError(f"{self.path}, section {reader.label}: {{{section}}}{' ' if items else ': '}{problem}")
+        number = (reader.round or self.rounds) if found.stage.repeats else None
+        own = found.settings | self._options_for(*found.targets)
+        return str(own.get("output_dir") or Path(self._directory_of_round(number), section))
 
     def _directory_of_round(self, number: int | None) -> Path:
         return Path(self.output_dir) if number is None else Path(self.output_dir, f"round_{number}")
+
+    # The order of the steps
+
+    @property
+    def _without_rounds(self) -> list[_PendingStep]:
+        return [_PendingStep(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
+
+    def _in_order(self) -> list[_PendingStep]:
+        """All steps in their order: those before the rounds, the rounds, and those after the rounds."""
+        steps = self._without_rounds
+        if self.rounds is None:
+            return steps
+        order, repeats = list(STAGES), [stage.name for stage in STAGES.values() if stage.repeats]
+        repeated = [step for step in steps if step.stage.repeats or self._reads_a_round(step)]
+        if not repeated:
+            raise UserError(
+                f"{self.path}: `rounds` repeats {', '.join(repeats)}, but the recipe has a section for none of them."
+            )
+        if any(step.stage.repeats and "name" in step.content for step in steps):
+            raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} must be one section each, not lists.")
+        later = order[order.index(repeats[-1]) + 1 :]
+        last = [step for step in steps if step.stage.name in later and not step.stage.joins_rounds]
+        first = [step for step in steps if step not in repeated and step not in last]
+        return [*first, *(replace(step, round=n) for n in range(1, self.rounds + 1) for step in repeated), *last]
+
+    def _reads_a_round(self, step: _PendingStep) -> bool:
+        """Whether a stage that joins rounds reads what a round makes. Otherwise it needs to run only once."""
+        if not step.stage.joins_rounds:
+            return False
+        directory = self._directory_of_round(1)
+        settings = self._merge(replace(step, round=1)) | {"output_dir": None}
+        values = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
+        return any(isinstance(value, str) and Path(value).is_relative_to(directory) for value in values)
 
     # Checks
 
@@ -318,29 +335,31 @@ class Recipe:
         return set(actions_of(self._parser(stage)))
 
     def _check_shared_keys(self, first: Sequence[str]) -> None:
-        """Each shared key must be a setting of some stage here; `first` are asked first, to import less."""
+        """Check that each shared key is a setting of some stage here; `first` are asked first, to import less."""
         stages = [STAGES.get(name) for name in dict.fromkeys([*first, *self.sections])]
-        for key in {**self.shared, **self._given(None)}:
+        options = self._options_for()
+        for key in self.shared | options:
             if key in RECIPE_KEYS or any(key in self._keys(stage) for stage in stages):
                 continue
-            known = {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages))
-            raise UserError(
-                f"{self.path}: {key!r} is neither a section nor a setting of any stage here.{closest(key, known)}"
-            )
+            near = closest(key, {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages)))
+            if key in options:
+                raise UserError(f"--{key}: no stage of {self.path} has such a setting.{near}")
+            raise UserError(f"{self.path}: {key!r} is neither a section nor a setting of any stage here.{near}")
 
     def _no_section(self, name: str) -> str:
-        return f"{self.path} has no section {name!r}, it has {', '.join(self.labels)}.{closest(name, self.labels)}"
+        labels = self.labels
+        return f"{self.path} has no section {name!r}. Its sections: {', '.join(labels)}.{closest(name, labels)}"
 
 
 def _items(path: str, name: str, section: Any) -> list[dict[str, Any]]:
-    """The settings in a section, once per item if it is a list."""
+    """The settings of each item of a section; of the section itself if it is not a list."""
     if section is None:
-        return [{}]  # `base:` alone: run it with its defaults
+        return [{}]  # `base:` alone runs it with its defaults
     if isinstance(section, dict):
         return [section]
     if not isinstance(section, list) or not section or not all(isinstance(item, dict) for item in section):
         raise UserError(
-            f"{path}, section {name}: must hold `key: value` settings, or a list of such settings with a name each."
+            f"{path}, section {name}: must be `key: value` settings, or a list of such settings, each with a name."
         )
     names = [str(item.get("name", "")) for item in section]
     for item_name in names:
@@ -357,16 +376,16 @@ def _items(path: str, name: str, section: Any) -> list[dict[str, Any]]:
 
 def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Recipe:
     """
-    Read a recipe, and set the environment variables it lists under `env`, as TRL does.
+    Read a recipe, and set the environment variables in its `env`, as TRL does.
 
     Args:
         source (`str` or `os.PathLike`):
             A file, or the name of a packaged recipe (`"demo"`).
-        options (sequence of [`~medst_trl.pipeline.settings.Option`], *optional*):
+        options (sequence of [`~medst_trl.pipeline.options.Option`], *optional*):
             Settings from the command line.
 
     Raises:
-        UserError: if there is no such recipe, it is not valid YAML, or a section is invalid.
+        UserError: if there is no such recipe, or it is not valid YAML, or a section is invalid.
     """
     path = find_recipe(source)
     return Recipe(str(path), _read(path), options)
@@ -374,10 +393,10 @@ def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Re
 
 def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
     """
-    The settings for one stage in a file: its section of a recipe, or the whole of a flat file as TRL has them.
+    Read the settings of one stage from its section of a recipe, or from a flat file as in TRL.
 
     Raises:
-        UserError: if it is a recipe for other stages, or one that runs this stage several times.
+        UserError: if it is a recipe without this stage, or one that runs it several times.
     """
     path = find_recipe(source)
     content = _read(path)
@@ -422,23 +441,21 @@ def _all_keys(content: Any) -> Iterator[str]:
 
 
 def recipes_directory() -> Path:
-    """The packaged recipes: inside the package once it is installed, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
+    """The directory of the packaged recipes."""
+    return Path(__file__).parents[1] / "recipes"
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """Name to file."""
+    """The files of the packaged recipes, by name."""
     return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
 
 
 def find_recipe(source: str | os.PathLike) -> Path:
     """
-    Resolve a path, or the name of a packaged recipe.
+    Find the file of a recipe by its path or, for a packaged one, by its name.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if there is no such file.
     """
     path = Path(source)
     if path.is_file():
@@ -460,7 +477,7 @@ def summary(path: Path) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """
-    Read a mapping from YAML, with `1e-4` as a number and `no` as a word.
+    Read a mapping from YAML 1.2, in which `1e-4` is a number and `no` is text.
 
     Raises:
         UserError: if it is not YAML, is not a mapping, or has a key twice.
@@ -475,7 +492,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where PyYAML's 1.1 surprises: there `1e-4` is text, `eval_strategy: no` is False, and 1:30 is 90."""
+    """Loader for YAML 1.2. In PyYAML's 1.1, `1e-4` is text, `eval_strategy: no` is False, and 1:30 is 90."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]

@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The stages of a run: what each reads, what it makes and which settings it takes.
+Stages: what each of them reads and makes, and its settings.
 
-A stage is one file. It defines a dataclass of settings and a `main` that takes it, and registers both at its bottom:
+A stage is one file. It defines a dataclass of settings and a `main` that takes it, and registers both at the end:
 
 ```python
 STAGE = STAGES.register(
@@ -20,9 +20,9 @@ STAGE = STAGES.register(
 )
 ```
 
-Commands, recipes, `medst recipes validate`, `--dry_run`, the push after a stage and the report read these fields and
-know no stage by name. The built-in stages are imported when `STAGES` is first read, so their modules import nothing
-heavy at the top: `arguments` and `main` may import what they need when they are called.
+Commands, recipes, `medst recipes validate`, `--dry_run`, the push after a stage and the report read these fields. The
+built-in stages are imported when `STAGES` is first read, so their modules import nothing heavy at the top: `arguments`
+and `main` import what they need when they are called.
 """
 
 import warnings
@@ -47,6 +47,8 @@ FILE = "file"  # a file or directory on this machine
 RUN = "run"  # the directory of a whole run
 NO_DATASETS = frozenset({MODEL, CHECKPOINT, FILE, RUN})
 
+COMMANDS = ("run", "recipes", "help")  # of `medst`, besides the stages
+
 
 @dataclass(frozen=True)
 class Count:
@@ -56,7 +58,7 @@ class Count:
     Args:
         number (`int`, *optional*): The number; None if it is unknown.
         at_most (`bool`): Whether the number is an upper bound: some records may be rejected, or only a limit is known.
-        depends_on (`str`): What has to run or be there before the number is known.
+        depends_on (`str`): What must run or exist before the number is known.
     """
 
     number: int | None
@@ -81,16 +83,16 @@ class Count:
 
 
 class RowCounter(Protocol):
-    """What `Output.count` and `Stage.plan` can ask about the other steps of the recipe."""
+    """Answers the questions of `Output.count` and `Stage.plan` about the other steps of the recipe."""
 
     def rows(self, directory: str, split: str) -> Count:
-        """Rows in a split of a dataset, on disk or made by an earlier step."""
+        """The number of rows in a split of a dataset, on disk or made by an earlier step."""
 
     def settings_behind(self, directory: str) -> Mapping[str, Any]:
-        """Settings of the step that makes a dataset; empty if no step of the recipe does."""
+        """The settings of the step that makes a dataset; empty if no step of the recipe does."""
 
     def time(self, number: int | None, unit: str) -> Iterable[tuple[str, str]]:
-        """The row about how long the step takes for that number of units, if the user has given its throughput."""
+        """A row with the duration of the step for that number of units, if the user has given its throughput."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class Input:
             Whether a recipe fills in a missing setting: with the output of this kind of the nearest earlier section,
             or, for the kind `"run"`, with the directory of the run.
         accepts (`Callable`, *optional*):
-            From an earlier stage and its output to whether that output can be the default.
+            Takes an earlier stage and its output, and returns whether that output can be the default.
         alternatives (`tuple` of `str`):
-            Further kinds of dataset that serve as well.
+            Other kinds of dataset that are accepted.
         split (`str`, *optional*):
             The setting that names the split.
         default_split (`str`):
@@ -118,7 +120,8 @@ class Input:
         unless (`str`, *optional*):
             A setting that replaces this input: if it is given, there is no default.
         is_remote (`Callable`, *optional*):
-            From the settings to whether the value is a name on a server, so that there is nothing to find here.
+            Takes the settings and returns whether the value is a name on a server, so that nothing is looked up on
+            this machine.
     """
 
     key: str
@@ -147,12 +150,12 @@ class Input:
         return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
 
     def default_among(self, stages: "Iterable[Stage]") -> "tuple[Stage, Output] | None":
-        """The first of the stages with an output that can be the default, and that output."""
+        """Return the first of the stages that has an output that can be the default, and that output."""
         made = ((stage, output) for stage in stages for output in stage.outputs if output.kind == self.kind)
         return next((found for found in made if self.has_default and self.accepts(*found)), None)
 
     def split_in(self, settings: Mapping[str, Any]) -> str:
-        """The split that the settings ask for."""
+        """The split in the settings."""
         return settings.get(self.split, self.default_split) if self.split else self.default_split
 
 
@@ -169,10 +172,10 @@ class Output:
         count (`Callable`, *optional*):
             `(settings, split, counter) -> Count`: how many rows it will have, for `--dry_run`; see [`RowCounter`].
         config (`Callable`, *optional*):
-            For a new model: from the settings to its configuration and whether it has the text role `VUSER:`, for
-            `--dry_run`; None if that is not known before the stage has run.
+            For a new model, for `--dry_run`: takes the settings and returns its configuration and whether it has the
+            text role `VUSER:`; None if that is unknown before the stage has run.
         merges (`str`, *optional*):
-            For a new model that is one of the inputs with its adapter merged: the setting that names that input.
+            For a new model that merges an adapter, which is one of the inputs: the setting of that input.
         is_published (`bool`):
             Whether `push_to_hub` uploads it.
     """
@@ -190,6 +193,8 @@ class Stage:
     """
     One stage: a command (`medst NAME`) and a section of recipes.
 
+    A simple stage needs `name`, `summary`, `help`, `arguments`, `main`, `inputs` and `outputs`.
+
     Args:
         name (`str`):
             The command, the section in a recipe and the directory inside the run directory.
@@ -198,7 +203,7 @@ class Stage:
         help (`str`):
             The text above the settings in `medst NAME --help`: the module's docstring.
         arguments (`Callable`):
-            Returns the dataclasses of its settings. Called when they are needed, so it may import heavy modules.
+            Returns the dataclasses of its settings. Called when they are needed, so it can import heavy modules.
         listed (`Callable`, *optional*):
             Returns the dataclasses that `--help` shows, if it should not show all (`--help all` does) or `arguments`
             imports torch.
@@ -208,14 +213,14 @@ class Stage:
             Takes what `main` takes and raises a [`UserError`] for settings that cannot work. Called before a run and
             for plans, so it opens nothing.
         after (`tuple` of `str`):
-            Stages it comes after. It is listed and run directly behind the last of them.
+            Stages before it. It is listed and run directly after the last of them.
         repeats (`bool`):
-            Whether every round of `rounds: N` runs it. Stages behind the last one that repeats run after all rounds.
+            Whether every round of `rounds: N` runs it. Stages after the last one that repeats run after all rounds.
         joins_rounds (`bool`):
             Whether a round runs it if it reads what the round makes; otherwise it runs before the rounds.
         advances (`(str, str)`, *optional*):
-            The settings for the number of records to skip and to use: each round starts behind the records of the one
-            before.
+            The settings for the number of records to skip and to use. Each round uses the records that follow those of
+            the previous round.
         distributed (`bool`):
             Whether it can use several processes. The others run in one.
         trains (`str`, *optional*):
@@ -230,11 +235,11 @@ class Stage:
         outputs (`tuple` of [`Output`]):
             What it makes.
         operational (`frozenset` of `str`):
-            Settings that change no result, so that a resumed run may change them.
+            Settings that do not affect the result, so that a resumed run may change them.
         registries (`Mapping` of [`Registry`]):
-            Settings whose value is a name in a registry: the help lists the names, and others are refused.
+            Settings whose value is a name in a registry. The help lists the names, and other values are refused.
         earlier_defaults (`Mapping`):
-            Values of settings that records of earlier versions lack, if they are not today's defaults.
+            Values of settings that records of earlier versions lack, if these are not the defaults of today.
     """
 
     name: str
@@ -257,6 +262,10 @@ class Stage:
     registries: Mapping[str, Registry] = field(default_factory=dict)
     earlier_defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        if self.name in COMMANDS:
+            raise UserError(f"A stage cannot have the name {self.name!r}: `medst {self.name}` is another command.")
+
     @property
     def published(self) -> tuple[str, ...]:
         """Directories inside its output that `push_to_hub` uploads, `""` for the output itself."""
@@ -277,7 +286,7 @@ class Stage:
 
     def make_parser(self, prog: str | None = None, *, is_listing: bool = False) -> "TrlParser":
         """
-        The parser of its settings. Raises a [`UserError`] where argparse prints all options and exits.
+        Make the parser of its settings. Its errors raise a [`UserError`]; argparse would print all options and exit.
 
         Args:
             prog (`str`, *optional*):
@@ -296,8 +305,7 @@ class Stage:
             for name in (item.name for item in fields(kind)):
                 if owners.setdefault(name, owner) != owner:
                     raise UserError(
-                        f"The {owners[name]} and the {owner} both have one named {name!r}. Rename it where it is "
-                        "registered."
+                        f"The setting {name!r} belongs to the {owners[name]} and to the {owner}. Rename one of them."
                     )
         parser = TrlParser(
             kinds, prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
@@ -306,14 +314,14 @@ class Stage:
         for key, registry in self.registries.items():
             action = parser._option_string_actions[f"--{key}"]
             names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())
-            action.help, action.type = f"{action.help} One of {names}.".replace("%", "%%"), registry.name
+            action.help, action.type = f"{action.help} One of {names}.".replace("%", "%%"), registry.check
         needed = (f"{action.option_strings[0]} {action.dest.upper()}" for action in parser._actions if action.required)
-        parser.usage = " ".join(["%(prog)s", *needed, "[--setting value ...]"])  # all of them fill three screens
+        parser.usage = " ".join(["%(prog)s", *needed, "[--setting value ...]"])  # the complete one fills three screens
         parser.epilog = "--config FILE reads settings from a recipe or a flat YAML file."
         if self.distributed:
             parser.epilog += (
-                " --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes "
-                "and other options of `accelerate launch` start the stage under that launcher; without any it runs in "
+                " With --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), "
+                "--num_processes or other options of `accelerate launch`, the stage runs under that launcher; without, in "
                 "this process."
             )
         if self.listed is not None:
@@ -321,7 +329,7 @@ class Stage:
         return parser
 
     def refuse(self, message: str) -> NoReturn:
-        """Report a wrong command line of the stage."""
+        """Report an invalid command line of the stage."""
         raise UserError(f"medst {self.name}: {message}. See `medst {self.name} --help`.")
 
 
@@ -330,7 +338,7 @@ class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
 
 
 def _in_pipeline_order(stages: Sequence[Stage]) -> list[Stage]:
-    """Each stage directly behind the last of those it comes after."""
+    """Put each stage directly after the last of those before it."""
     names, ordered, waiting = [stage.name for stage in stages], [], list(stages)
     for stage in stages:
         for name in stage.after:

@@ -62,7 +62,7 @@ def is_complete(directory):
 def test_the_error_for_one_process_instead_of_two_shows_a_working_command(directory):
     process = run(directory, "accelerate launch --cpu --num_processes 2 -m medst_trl mine.yaml --stage evaluate")
     assert process.returncode != 0 and not is_complete(directory)
-    assert "2 processes are asked for, but accelerate has started one" in process.stderr
+    assert "2 processes were requested, but accelerate has started one" in process.stderr
     (suggestion,) = (line for line in process.stderr.splitlines() if "--multi_gpu" in line)
     assert suggestion.endswith("-m medst_trl mine.yaml --stage evaluate")
     process = run(directory, suggestion.replace("--multi_gpu", "--multi_gpu --main_process_port 0"))
@@ -93,7 +93,7 @@ def test_one_process_is_refused_if_several_were_requested_in_any_way(directory, 
     assert started[0].num_processes == num_processes
     if num_processes == 1:
         return check_launched(None, None, "medst sft")
-    with pytest.raises(UserError, match="processes are asked for, but accelerate has started one"):
+    with pytest.raises(UserError, match="processes were requested, but accelerate has started one"):
         check_launched(None, None, "medst sft")
 
 

@@ -23,7 +23,7 @@ from medst_trl.pipeline.launch import (
     use_one_gpu,
     without_launcher,
 )
-from medst_trl.pipeline.settings import actions_of
+from medst_trl.pipeline.options import actions_of
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -113,7 +113,7 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
     result = run(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("demo.yaml is valid.\n")
-    assert "unknown key 'learning_rat'. Did you mean 'learning_rate'?" in result.stderr
+    assert "--sft.learning_rat: sft has no such setting. Did you mean 'learning_rate'?" in result.stderr
     assert "section sft: max_grad_norm: 'many' is not a valid float" in result.stderr
 
 
@@ -270,6 +270,12 @@ def test_run_runs_each_stage_and_skips_finished_ones(recipe, tmp_path, monkeypat
     assert "=== evaluate" not in out
     code, out, err = medst_run("--stage", "prepare", "--prepare.num_phantoms", "5", "--overwrite")
     assert code == 0, err
+
+
+def test_the_command_to_continue_does_not_overwrite(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "run", lambda command, environment: 1)
+    assert main(["run", "mine.yaml", "--overwrite", "true", "--stage", "prepare", "--prepare.overwrite=true"]) == 1
+    assert capsys.readouterr().err.endswith("  medst run mine.yaml --stage prepare\n")
 
 
 def test_the_summary_of_a_run_aligns_labels_and_directories(recipe, monkeypatch, capsys):
@@ -453,6 +459,12 @@ def test_a_launcher_that_does_not_match_the_config_is_refused(launcher, variable
     else:
         with pytest.raises(UserError, match="recipe: .* but this runs as"):
             check_launched(config, count, "recipe")
+
+
+def test_several_processes_for_a_config_of_one_are_refused_with_the_section(launcher):
+    launcher(WORLD_SIZE=2)
+    with pytest.raises(UserError, match="^r.yaml, section sft: accelerate_config single_gpu is for one process"):
+        check_launched("single_gpu", 2, "r.yaml, section sft")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
+from medst_trl.pipeline.options import Option, actions_of, read_options
 from medst_trl.pipeline.recipe import _Loader, find_recipe, packaged_recipes, read_recipe, read_yaml, step_of_file
-from medst_trl.pipeline.settings import Option, actions_of, read_options
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -209,9 +209,13 @@ def test_env_sets_environment_variables(tmp_path, monkeypatch):
         ("prepare: {source: phantoms, accelerate_config: zero2}", [], "single process"),
         ("sft: {num_processes: some}", [], "not a number of processes"),
         ("seed: 1", [], "needs a section"),
-        ("base:", ["--base.warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
-        ("base:", ["--bse.warmup_steps", "3"], r"no section 'bse', it has base. Did you mean 'base'\?"),
-        ("base:", ["--warmup_stepz", "3"], r"Did you mean 'warmup_steps'\?"),
+        (
+            "base:",
+            ["--base.warmup_stepz", "3"],
+            r"^--base.warmup_stepz: base has no such setting. Did you mean 'warmup_steps'\?",
+        ),
+        ("base:", ["--bse.warmup_steps", "3"], r"no section 'bse'. Its sections: base. Did you mean 'base'\?"),
+        ("base:", ["--warmup_stepz", "3"], r"^--warmup_stepz: no stage of .* Did you mean 'warmup_steps'\?"),
         ("base:\nenv: [A]", [], "env must map"),
         ("base: {hub_token: x}", [], "secrets do not belong"),
         ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
@@ -223,7 +227,7 @@ def test_errors_name_their_location(tmp_path, text, words, message):
 
 
 def test_a_stage_without_a_section_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has no section 'sft', it has base"):
+    with pytest.raises(UserError, match="has no section 'sft'. Its sections: base"):
         steps(tmp_path, "base:", which="sft")
 
 
@@ -335,6 +339,9 @@ def test_a_section_name_in_braces_is_replaced_by_its_directory(tmp_path):
     assert moved["evaluate/stage_1"].settings["model_name_or_path"] == "there/sft"
     with pytest.raises(UserError, match="no section 'dpo'"):
         steps(tmp_path, "sft: {model_name_or_path: a, dataset: '{dpo}'}")
+    text = "prepare: [{name: a, source: phantoms}, {name: b, source: phantoms}]\nsft: {dataset: '{prepare}/instruct'}"
+    with pytest.raises(UserError, match="{prepare} is a list. Name one of its items: {prepare/a}, {prepare/b}."):
+        steps(tmp_path, text)
 
 
 def test_other_braces_in_values_are_kept(tmp_path):
@@ -384,11 +391,12 @@ def test_steps_of_rounds_can_be_selected_and_configured(tmp_path):
     [
         (LOOP.replace("max_records: 100", ""), ["--rounds", "2"], "max_records"),
         (LOOP, ["--rounds", "two"], "not a number of rounds"),
-        (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot be told"),
+        (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot switch"),
         (FULL, ["--rounds", "2"], "none of them"),
         (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "Remove it"),
         (LOOP.replace("dpo: {beta: 0.2}", "dpo: [{name: a}, {name: b}]"), ["--rounds", "2"], "not lists"),
         (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
+        (LOOP, ["--rounds", "2", "--round_2.beta", "1"], "--round_2.beta: name a section, such as round_2/dpo"),
     ],
 )
 def test_rounds_that_cannot_run_are_refused(tmp_path, text, words, message):

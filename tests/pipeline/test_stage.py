@@ -125,7 +125,7 @@ def test_a_plugin_stage_is_validated_and_planned(toy, capsys):
     assert main(["recipes", "validate", "mine.yaml", "--toy.limit", "0"]) == 2
     assert "section toy: limit is 0" in capsys.readouterr().err
     assert main(["recipes", "validate", "mine.yaml", "--toy.limits", "2"]) == 2
-    assert "section toy: unknown key 'limits'. Did you mean 'limit'?" in capsys.readouterr().err
+    assert "--toy.limits: toy has no such setting. Did you mean 'limit'?" in capsys.readouterr().err
     assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
     out = capsys.readouterr().out
     rows = "  counts      2 of all pairs of judge\n  time        4 s at 0.5 pairs per second\n"
@@ -153,6 +153,12 @@ def test_the_section_of_a_plugin_stage_is_unknown_without_the_plugin(tmp_path):
 
 def stage(name, *after):
     return Stage(name=name, summary="", arguments=tuple, main=print, after=after)
+
+
+@pytest.mark.parametrize("name", ["run", "recipes", "help"])
+def test_a_stage_with_the_name_of_another_command_is_refused(name):
+    with pytest.raises(UserError, match=f"A stage cannot have the name {name!r}"):
+        Stage(name, "summary", arguments=tuple, main=print)
 
 
 def test_unknown_and_circular_predecessors_are_refused():

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, located
 from medst_trl.pipeline.batch import Batch, number_of
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.record import is_complete
@@ -22,7 +22,6 @@ from .steps import (
     Rows,
     effective_batch,
     hardware_of,
-    located,
     schedule,
     stage_arguments,
     training_examples,
@@ -32,8 +31,8 @@ from .transfers import downloads, prompts, uploads
 
 
 if TYPE_CHECKING:
+    from medst_trl.pipeline.options import Option
     from medst_trl.pipeline.recipe import Recipe, Step
-    from medst_trl.pipeline.settings import Option
 
 _Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
 LABEL = 12  # width of the labels
@@ -179,7 +178,7 @@ class _Plan:
 
     def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[_Row]:
         args, training = arguments
-        with located(step):
+        with located(step.where):
             check_sharding(hardware.kind, *arguments)
         batch = effective_batch(step, hardware.processes, arguments)
         examples = training_examples(args, self.steps)

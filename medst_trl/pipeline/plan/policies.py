@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
 from medst_trl.pipeline.stage import MODEL
 from medst_trl.policy.parts import model_parts, on_meta
 
-from .steps import located, maker_of, stage_arguments
+from .steps import maker_of, stage_arguments
 
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, 
     args, training = arguments or stage_arguments(step)
     policy = model_at(args.model_name_or_path, steps, training.trust_remote_code, args.base_model_name_or_path)
     trains_token = args.train_vusr and not (policy.text_role or args.vusr_role == "text")
-    with located(step):
+    with located(step.where):
         config = new_adapter(args, policy.model, 0 if trains_token else None)  # the row of any token has the same size
     if config is not None:
         return Policy(get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base)

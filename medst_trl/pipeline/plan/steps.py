@@ -8,18 +8,17 @@ The machine that plans need not be the one that runs.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, located
 from medst_trl.base.processes import SHARDED
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch, number_of
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
-from medst_trl.pipeline.settings import parse
+from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.stage import Count
 
 
@@ -57,22 +56,13 @@ def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
         training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
-    with located(step):
+    with located(step.where):
         if step.stage.check is not None:
             step.stage.check(*without_hub(arguments))
         for settings in arguments:
             if getattr(settings, "push_to_hub", False):
                 check_push(settings)
     return arguments
-
-
-@contextmanager
-def located(step: "Step") -> Iterator[None]:
-    """Name the section of a step in the errors raised inside the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error) if step.where in str(error) else f"{step.where}: {error}") from None
 
 
 def without_hub(arguments: tuple[Any, ...]) -> list[Any]:
@@ -135,7 +125,7 @@ def hardware_of(step: "Step") -> Hardware:
     config = read_config(name)
     given = step.num_processes or config.num_processes
     processes = given or max(1, gpus) * config.num_machines
-    with located(step):
+    with located(step.where):
         kind = config.kind_on(processes)
     shortages = []
     if not config.use_cpu and gpus < processes // config.num_machines:
@@ -160,7 +150,7 @@ def effective_batch(step: "Step", num_processes: int, arguments: tuple[Any, ...]
     Raises:
         UserError: if its `effective_batch_size` cannot be met on them.
     """
-    with located(step):
+    with located(step.where):
         return Batch.of(*(arguments or stage_arguments(step)), num_processes)
 
 

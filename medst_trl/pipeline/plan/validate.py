@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input, Output
 from medst_trl.pipeline.stages._training import check_sharding
 
-from .steps import effective_batch, hardware_of, located, maker_of, stage_arguments
+from .steps import effective_batch, hardware_of, maker_of, stage_arguments
 
 
 PROCESSES = (1, 4, 8)  # checked if no number is given
@@ -119,7 +119,7 @@ def _launch(step: Step) -> Iterator[str]:
     yield step.accelerate_config or "the default launcher"
     if not step.stage.trains:
         return
-    with located(step):
+    with located(step.where):
         check_sharding(hardware.kind, *stage_arguments(step))
     is_single = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None
     yield "batch " + _batches(step, [step.num_processes] if step.num_processes else [1] if is_single else PROCESSES)

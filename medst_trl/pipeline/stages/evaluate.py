@@ -307,7 +307,8 @@ STAGE = STAGES.register(
         distributed=True,
         arguments=lambda: (
             EvaluateArguments,
-            *(item.settings for item in (*ENGINES.values(), *METRICS.values()) if item.settings),
+            *ENGINES.settings(),
+            *METRICS.settings(),
         ),
         check=check,
         main=main,

@@ -268,7 +268,7 @@ STAGE = STAGES.register(
         after=("base",),
         arguments=lambda: (
             PrepareArguments,
-            *(source.settings for source in SOURCES.values() if source.settings),
+            *SOURCES.settings(),
             HubArguments,
         ),
         check=check,

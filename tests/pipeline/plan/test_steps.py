@@ -9,9 +9,9 @@ import tiny_run
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.options import read_options
 from medst_trl.pipeline.plan.steps import Rows, effective_batch, schedule, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe
-from medst_trl.pipeline.settings import read_options
 from medst_trl.pipeline.stage import STAGES, Count
 from medst_trl.pipeline.stages.judge import pairs_to_judge
 

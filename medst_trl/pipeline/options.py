@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Settings on their way to a stage: read from a command line or a YAML file, converted, checked, made into dataclasses.
+Options on a command line, and the settings of a stage: how they are converted, checked and made into dataclasses.
 
-TRL's own `--config` passes values on as YAML reads them. Here a value takes the same path whether it is in a file or
-on the command line, so a wrong one is reported with its key and file before anything runs.
+TRL's `--config` uses values as YAML reads them. Here the values of a recipe are converted in the same way, whether
+they are in its file or on the command line, so an invalid one is reported with its key and file before anything runs.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError, closest, located
 from medst_trl.base.redaction import is_secret_key
 
 
@@ -44,7 +44,9 @@ class Option:
         name = f"--{self.target}.{self.key}" if self.target else f"--{self.key}"
         if isinstance(self.value, list):
             return [name, *self.value]
-        return [name] if self.value is True else [f"{name}={self.value}"]
+        if self.value is True:
+            return [name]
+        return [f"{name}={self.value}"] if _opens_option(self.value) else [name, self.value]
 
 
 _ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
@@ -52,14 +54,14 @@ _ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
 
 def read_options(argv: Sequence[str]) -> tuple[list[str], list[Option]]:
     """
-    Divide the command line of a recipe into leading words and options.
+    Split the command line of a recipe into leading words and options.
 
     Args:
         argv (sequence of `str`):
             `recipe [recipe ...] [--key value] [--key=value] [--flag] [--section.key value] [section.key=value]`
 
     Returns:
-        The words before the first option, and the options in their order.
+        The words before the first option, and the options in order.
 
     Raises:
         UserError: for a secret, which other users of the machine could read.
@@ -85,7 +87,7 @@ def _opens_option(word: str) -> bool:
 
 
 def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple[Any, list[Option]]:
-    """The value of one plain option, None (or False, for a flag) if it is not given, and the other options."""
+    """Return the value of an option for all stages (None or False if it is missing), and the other options."""
     own = [option.value for option in options if option.target is None and option.key == key]
     rest = [option for option in options if option.target is not None or option.key != key]
     if not is_flag:
@@ -93,7 +95,7 @@ def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple
             raise UserError(f"--{key} takes one value.")
         return own[-1] if own else None, rest
     if wrong := [value for value in own if str(value).lower() not in ("true", "false")]:
-        raise UserError(f"--{key} is either on or off and takes no {wrong[0]!r}.")
+        raise UserError(f"--{key} is a flag: true or false, not {wrong[0]!r}.")
     return bool(own) and str(own[-1]).lower() == "true", rest
 
 
@@ -108,7 +110,7 @@ def refuse_secrets(keys: Iterable[str]) -> None:
 
 
 def as_count(value: Any, key: str, where: str) -> int | None:
-    """A number of at least 1 (such as `num_processes`), or None."""
+    """Convert a number of at least 1 (such as `num_processes`), or None."""
     if value is None or (str(value).isdecimal() and int(value) > 0):
         return value if value is None else int(value)
     raise UserError(f"{where}: {key}: {value!r} is not a number of {key.removeprefix('num_')}.")
@@ -118,7 +120,7 @@ def as_count(value: Any, key: str, where: str) -> int | None:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The settings that a parser takes, by the name they have in recipes."""
+    """The settings of a parser, by their names in recipes."""
     actions = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # the first: `--no_x` shares the dest of `--x`
@@ -159,11 +161,11 @@ def parse(
     parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str, argv: Iterable[str] = ()
 ) -> tuple[Any, ...]:
     """
-    The parser's dataclasses, filled from converted `settings` and then from `argv`, which takes precedence. Words of
-    `argv` that are not settings, such as those for a launcher, are ignored.
+    Fill the parser's dataclasses from converted `settings` and from `argv`, which takes precedence. Words of `argv`
+    that are not settings, such as those for a launcher, are ignored.
 
     Raises:
-        UserError: for what a dataclass itself refuses.
+        UserError: if a dataclass refuses a value.
     """
     parser.set_defaults_with_config(**settings)
     try:
@@ -185,9 +187,8 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
 
 def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
     try:
-        converted = _typed(action.type, value)
-    except UserError as error:  # of a registry, which lists the names
-        raise UserError(f"{where}: {error}") from None
+        with located(where):  # a registry's error lists the names
+            converted = _typed(action.type, value)
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         name = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)
         raise UserError(f"{where}: {value!r} is not a valid {name}.") from None
@@ -197,7 +198,7 @@ def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def _typed(convert_text, value: Any) -> Any:
-    """Convert through text: what a setting may be must not depend on whether it is in YAML or on a command line."""
+    """Convert through text: a setting must accept the same values in YAML and on a command line."""
     if convert_text is None:
         return value
     if isinstance(value, float) and value.is_integer():  # `max_steps: 1e3`
