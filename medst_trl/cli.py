@@ -37,18 +37,17 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from medst_trl import __version__
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.registry import add_plugins, plugin_files
+from medst_trl.pipeline import launch
 from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, refuse_secrets, take
+from medst_trl.pipeline.recipe import Step, find_recipe, packaged_recipes, read_recipe, step_of_file, summary
 from medst_trl.pipeline.stage import STAGES, Stage
-
-
-if TYPE_CHECKING:
-    from medst_trl.pipeline.recipe import Step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,8 +98,6 @@ def _dispatch(words: Sequence[str]) -> int | None:
         stages = "\n".join(f"  {stage.name:<{width}}{stage.summary}" for stage in STAGES.values())
         print(help_in(sys.modules[__name__]).replace("{stages}", stages))
     elif command in ("-V", "--version"):
-        from . import __version__
-
         print(f"medst {__version__}")
     elif command == "run":
         return run_recipe(argv)
@@ -151,15 +148,12 @@ def run_recipe(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(help_in(run_recipe))
         return 0
-    from medst_trl.pipeline.launch import is_launched
-    from medst_trl.pipeline.recipe import read_recipe
-
     words, given = read_options(argv)
     which, options = take(given, "stage")
     is_plan, options = take(options, "dry_run", is_flag=True)
     if len(words) != 1:
         raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
-    if is_launched():
+    if launch.is_launched():
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
     if is_plan:
         from medst_trl.pipeline.plan.plan import print_plan
@@ -181,24 +175,20 @@ def run_recipe(argv: list[str]) -> int | None:
     return code
 
 
-def _command(path: str, step: "Step", options: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
+def _command(path: str, step: Step, options: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
     """The command that runs a step in its own process, and its environment."""
-    from medst_trl.pipeline.launch import launch_command
-
     settings = [word for option in options for word in option.as_words()]
     program = ["medst_trl", path, "--stage", step.label, *settings]
     if step.stage.distributed:
-        return launch_command(program, step.accelerate_config, step.num_processes)
+        return launch.launch_command(program, step.accelerate_config, step.num_processes)
     return [sys.executable, "-m", *program], dict(os.environ)
 
 
-def _run_steps(steps: Sequence["Step"], commands: Sequence[tuple[list[str], dict[str, str]]], again: str) -> int:
+def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[str, str]]], again: str) -> int:
     """Run steps one after another until one fails. `again` is the command to continue."""
-    from medst_trl.pipeline.launch import run
-
     for number, (step, (command, environment)) in enumerate(zip(steps, commands, strict=True), 1):
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
-        code = run(command, environment | {"PYTHONUNBUFFERED": "1"})
+        code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1"})
         if code != 0:
             print(f"\nStopped in {step.label}. Finished work is kept. To continue:\n  {again}", file=sys.stderr)
             return code if code > 0 else 128 - code
@@ -209,9 +199,6 @@ def _run_steps(steps: Sequence["Step"], commands: Sequence[tuple[list[str], dict
 
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:
-    from medst_trl.pipeline.launch import check_launched, is_launched, launch_command, run, use_one_gpu
-    from medst_trl.pipeline.recipe import step_of_file
-
     name = f"medst {stage.name}"
     options = [word for word in argv if word.startswith("--")]
     refuse_secrets(option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options)
@@ -228,11 +215,12 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     launch_options = _launch_options(stage, parser, given)
     if (config or num_processes or launch_options) and not stage.distributed:
         raise UserError(f"{name} runs in a single process and takes no options of accelerate launch.")
-    if is_launched():
-        check_launched(config, num_processes, name)
+    if launch.is_launched():
+        launch.check_launched(config, num_processes, name)
     elif config or num_processes or launch_options:
-        return run(*launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes, launch_options))
-    use_one_gpu()
+        program = ["medst_trl.cli", stage.name, *argv]
+        return launch.run(*launch.launch_command(program, config, num_processes, launch_options))
+    launch.use_one_gpu()
     run_stage(stage, parse(parser, {}, name, given))
     leave_peers()
     return 0
@@ -294,8 +282,6 @@ def _recipes(argv: list[str]) -> int | None:
     that inputs exist or are made by an earlier section, the columns of datasets, accelerate configurations, and the
     batch size on 1, 4 and 8 processes or on the given number. It needs no GPU, no Hub and no weights.
     """
-    from medst_trl.pipeline.recipe import find_recipe, packaged_recipes, summary
-
     match argv:
         case ["ls"]:
             recipes = packaged_recipes()
@@ -323,12 +309,9 @@ def _recipes(argv: list[str]) -> int | None:
 
 def _validate(argv: list[str]) -> int:
     if "torch" not in sys.modules:  # TRL checks its own settings and imports torch, so this runs in a child process
-        from medst_trl.pipeline.launch import run
-
         code = "import sys, torch; from medst_trl.cli import main; sys.exit(main(sys.argv[1:]))"
-        return run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
+        return launch.run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
     from medst_trl.pipeline.plan.validate import validate
-    from medst_trl.pipeline.recipe import read_recipe
 
     words, options = read_options(argv)
     which, options = take(options, "stage")

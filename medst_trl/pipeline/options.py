@@ -186,24 +186,14 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
+    """Convert through text: a setting must accept the same values in YAML and on a command line."""
+    number = int(value) if isinstance(value, float) and value.is_integer() else value  # `max_steps: 1e3`
     try:
         with located(where):  # a registry's error lists the names
-            converted = _typed(action.type, value)
+            converted = value if action.type is None else action.type(str(number))
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         name = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)
         raise UserError(f"{where}: {value!r} is not a valid {name}.") from None
     if action.choices is not None and converted not in action.choices:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}.")
     return converted
-
-
-def _typed(convert_text, value: Any) -> Any:
-    """Convert through text: a setting must accept the same values in YAML and on a command line."""
-    if convert_text is None:
-        return value
-    if isinstance(value, float) and value.is_integer():  # `max_steps: 1e3`
-        try:
-            return convert_text(str(int(value)))
-        except ValueError:
-            pass
-    return convert_text(str(value))

@@ -37,11 +37,12 @@ first round.
 
 import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -51,9 +52,6 @@ from medst_trl.base.registry import PLUGINS_VARIABLE
 from .options import Option, actions_of, as_count, convert, refuse_secrets, require
 from .stage import MODEL, RUN, STAGES, Stage
 
-
-if TYPE_CHECKING:
-    from trl.scripts.utils import TrlParser
 
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # shared or in a section; they are for the launcher
 RECIPE_KEYS = ("output_dir", "env", "rounds", *LAUNCH_KEYS)
@@ -131,7 +129,7 @@ class Recipe:
         self.sections = {name: _items(path, name, content[name]) for name in STAGES if name in content}
         self.shared = {key: value for key, value in content.items() if key not in STAGES}
         self.options = options
-        self._parsers: dict[str, TrlParser] = {}
+        self._parsers: dict[str, ArgumentParser] = {}
         if not self.sections:
             raise UserError(
                 f"{path}: a recipe needs a section for at least one stage ({', '.join(STAGES)}). "
@@ -326,7 +324,7 @@ class Recipe:
 
     # Checks
 
-    def _parser(self, stage: Stage) -> "TrlParser":
+    def _parser(self, stage: Stage) -> ArgumentParser:
         if stage.name not in self._parsers:  # those of the training stages import torch
             self._parsers[stage.name] = stage.make_parser(f"medst {stage.name}")
         return self._parsers[stage.name]

@@ -67,14 +67,11 @@ class StageRecord:
     ```
     """
 
-    def __init__(
-        self, output_dir: Path, decision: str, content: dict[str, Any], *, writes: bool, lock: TextIO | None = None
-    ):
+    def __init__(self, output_dir: Path, decision: str, content: dict[str, Any], lock: TextIO | None = None):
         self.output_dir = output_dir
         self.decision = decision
         self.content = content
-        self._writes = writes
-        self._lock = lock
+        self._lock = lock  # None if this process does not write the record
         self._start = time.monotonic()
 
     @classmethod
@@ -114,8 +111,8 @@ class StageRecord:
             UserError: if the directory holds something else, another process is writing it, an input is missing, or a
                 setting or input that affects the result has changed (naming each, with its old and new value).
         """
-        arguments = (Path(output_dir), stage, settings, inputs or {}, operational, overwrite)
-        return cls._decide(*arguments) if world_size() == 1 else cls._decide_for_all_ranks(*arguments)
+        decide = cls._decide if world_size() == 1 else cls._decide_for_all_ranks
+        return decide(Path(output_dir), stage, settings, inputs or {}, operational, overwrite)
 
     @classmethod
     def of(
@@ -169,7 +166,7 @@ class StageRecord:
             **extra:
                 More entries of `stage.json`.
         """
-        if not self._writes:
+        if self._lock is None:
             return
         inputs = self.content["inputs"]
         for name, value in inputs.items():  # a Hub revision is known once something was downloaded
@@ -179,8 +176,7 @@ class StageRecord:
         self.content["seconds"] = round(self.content["seconds"] + time.monotonic() - self._start, 3)
         self.content["finished"] = _now()
         _write(self.output_dir, self.content)
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def __enter__(self) -> "StageRecord":
         return self
@@ -189,7 +185,7 @@ class StageRecord:
         """Delete the record of a new run that failed before it wrote a result, and explain a full disk."""
         if not isinstance(error, Exception):
             return
-        if self._writes and self.decision == "start":
+        if self._lock is not None and self.decision == "start":
             self._forget()
         with explain_full_disk(self.output_dir):
             raise error
@@ -235,12 +231,12 @@ class StageRecord:
             _warn_of_versions(directory, old["versions"], new["versions"])
             if old["status"] == "complete":
                 print(f"{stage}: {directory} is finished and unchanged, nothing to do.")
-                return cls(directory, "skip", old, writes=False)
+                return cls(directory, "skip", old)
             decision, lock = "resume", _lock(directory)
             print(f"{stage}: resuming {directory}, started {old['started']}.")
             new |= {"started": old["started"], "seconds": old["seconds"] + _seconds_of_interrupted_run(directory)}
         _write(directory, new)
-        return cls(directory, decision, new, writes=True, lock=lock)
+        return cls(directory, decision, new, lock)
 
     @classmethod
     def _decide_for_all_ranks(cls, directory, *arguments) -> "StageRecord":
@@ -265,7 +261,7 @@ class StageRecord:
         if isinstance(message[0], Exception):  # on all ranks, so all of them leave the group
             leave_peers()
             raise message[0]
-        return record or cls(directory, *message[0], writes=False)
+        return record or cls(directory, *message[0])
 
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:

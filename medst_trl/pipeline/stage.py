@@ -320,9 +320,9 @@ class Stage:
         parser.epilog = "--config FILE reads settings from a recipe or a flat YAML file."
         if self.distributed:
             parser.epilog += (
-                " With --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), "
-                "--num_processes or other options of `accelerate launch`, the stage runs under that launcher; without, in "
-                "this process."
+                " --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes "
+                "and other options of `accelerate launch` run the stage under that launcher. Without any of them, it "
+                "runs in this process."
             )
         if self.listed is not None:
             parser.epilog += f" --help all lists more settings of {self.name}: all those of TRL and transformers."
