@@ -34,7 +34,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.registry import add_plugins, plugin_files
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, refuse_secrets, take
+from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take
 from medst_trl.pipeline.recipe import Step, find_recipe, packaged_recipes, read_recipe, step_of_file, summary
 from medst_trl.pipeline.stage import STAGES, Stage
 
@@ -200,19 +200,21 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:
     name = f"medst {stage.name}"
-    options = [word for word in argv if word.startswith("--")]
-    refuse_secrets(option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options)
+    words, options = read_options(argv)
     if {"-h", "--help"} & set(argv):
         stage.make_parser(name, is_listing="all" not in argv).print_help()
         return 0
     parser = stage.make_parser(name)
-    shared, given = _read_launch(stage, argv)
-    config, num_processes = shared.accelerate_config, as_count(shared.num_processes, "num_processes", name)
-    if shared.config is not None:
-        step = step_of_file(stage, shared.config)
-        config, num_processes = config or step.accelerate_config, num_processes or step.num_processes
-        parser.set_defaults_with_config(**step.settings)
-    launch_options = _launch_options(stage, parser, given)
+    file, options = take(options, "config")
+    config, options = take(options, "accelerate_config")
+    number, options = take(options, "num_processes")
+    step = step_of_file(stage, file) if file else Step(stage, stage.name, {}, name)
+    config, num_processes = (
+        config or step.accelerate_config,
+        as_count(number, "num_processes", name) or step.num_processes,
+    )
+    own = [option for option in options if not option.target and f"--{option.key}" in parser._option_string_actions]
+    launch_options = _launch_options(stage, parser, words, [option for option in options if option not in own])
     if (config or num_processes or launch_options) and not stage.distributed:
         raise UserError(f"{name} runs in a single process and takes no options of accelerate launch.")
     if launch.is_launched():
@@ -221,7 +223,7 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
         program = ["medst_trl.cli", stage.name, *argv]
         return launch.run(*launch.launch_command(program, config, num_processes, launch_options))
     launch.use_one_gpu()
-    run_stage(stage, parse(parser, {}, name, given))
+    run_stage(stage, parse(parser, step.settings, name, [word for option in own for word in option.as_words()]))
     leave_peers()
     return 0
 
@@ -236,34 +238,18 @@ def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
     push.run()
 
 
-def _read_launch(stage: Stage, argv: list[str]) -> tuple[Namespace, list[str]]:
-    """Read the options that every stage has besides its settings, and return the rest of the command line."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--accelerate_config", "--num_processes"):
-        parser.add_argument(name)
-    parser.error = stage.refuse
-    return parser.parse_known_args(argv)
-
-
-def _launch_options(stage: Stage, parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """Return the words that are not settings of the stage. All must be options of `accelerate launch`."""
-    required = [action for action in parser._actions if action.required]
-    for action in required:  # an unknown option is reported before a missing one
-        action.required = False
-    rest = parser.parse_known_args(argv)[1]
-    for action in required:
-        action.required = True
-    options: set[str] = set()
-    if stage.distributed and rest:
+def _launch_options(stage: Stage, parser: ArgumentParser, words: list[str], options: list[Option]) -> list[str]:
+    """Return the options that are not settings of the stage. All must be options of `accelerate launch`."""
+    known = {}
+    if stage.distributed and options:
         from accelerate.commands.launch import launch_command_parser
 
-        options = set(launch_command_parser()._option_string_actions)
-    for word in rest:
-        name = word.partition("=")[0]
-        if (word.startswith("-") and name not in options) or (word is rest[0] and not word.startswith("-")):
-            near = closest(name, options | {f"--{key}" for key in actions_of(parser)})
-            raise UserError(f"medst {stage.name}: unknown option {name!r}.{near}")
-    return rest
+        known = launch_command_parser()._option_string_actions
+    names = [option.as_words()[0].partition("=")[0] for option in options]
+    if unknown := [*words, *(name for name in names if name not in known)]:
+        near = closest(unknown[0], [*known, *(f"--{key}" for key in actions_of(parser))])
+        raise UserError(f"medst {stage.name}: unknown option {unknown[0]!r}.{near}")
+    return [word for option in options for word in option.as_words()]
 
 
 # medst recipes

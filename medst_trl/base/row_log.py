@@ -85,7 +85,7 @@ class RowLog:
         rows = {row["id"]: row for row in self.rows()}
         if missing := [key for key in ids if key not in rows]:
             raise UserError(
-                f"{len(missing)} of {len(ids)} rows of {self.path} are missing, for example {missing[0]!r}. All "
+                f"{len(missing)} of {len(ids)} rows are missing in {self.path}, for example {missing[0]!r}. All "
                 "processes must use the same output_dir. Run the command again to add the missing rows."
             )
         write_jsonl(self.path, (rows[key] for key in ids))

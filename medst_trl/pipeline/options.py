@@ -46,7 +46,8 @@ class Option:
             return [name, *self.value]
         if self.value is True:
             return [name]
-        return [f"{name}={self.value}"] if _opens_option(self.value) else [name, self.value]
+        is_option = self.value.startswith("-") or _opens_option(self.value)
+        return [f"{name}={self.value}"] if is_option else [name, self.value]
 
 
 _ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
@@ -92,7 +93,7 @@ def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple
     rest = [option for option in options if option.target is not None or option.key != key]
     if not is_flag:
         if not all(isinstance(value, str) for value in own):
-            raise UserError(f"--{key} takes one value.")
+            raise UserError(f"argument --{key}: expected one argument. Give a value.")
         return own[-1] if own else None, rest
     if wrong := [value for value in own if str(value).lower() not in ("true", "false")]:
         raise UserError(f"--{key} is a flag: true or false, not {wrong[0]!r}.")
@@ -161,19 +162,20 @@ def parse(
     parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str, argv: Iterable[str] = ()
 ) -> tuple[Any, ...]:
     """
-    Fill the parser's dataclasses from converted `settings` and from `argv`, which takes precedence. Words of `argv`
-    that are not settings, such as those for a launcher, are ignored.
+    Fill the parser's dataclasses from converted `settings` and from `argv`, which takes precedence.
 
     Raises:
-        UserError: if a dataclass refuses a value.
+        UserError: if a dataclass refuses a value, or a word of `argv` belongs to no setting.
     """
     parser.set_defaults_with_config(**settings)
     try:
-        *arguments, _ = parser.parse_args_into_dataclasses(
+        *arguments, rest = parser.parse_args_into_dataclasses(
             args=list(argv), look_for_args_file=False, return_remaining_strings=True
         )
     except ValueError as error:  # a dataclass's own checks, such as those of TrainingArguments
         raise UserError(f"{where}: {error}") from error
+    if rest:
+        raise UserError(f"{where}: unknown option {rest[0]!r}. See `{parser.prog} --help`.")
     return tuple(arguments)
 
 

@@ -145,6 +145,7 @@ def test_help_lists_common_settings_and_help_all_lists_every_setting(stage, caps
         (["base", "--output_dir", "x", "--warmup_steps", "many"], "invalid int value: 'many'"),
         (["base", "--output_dir", "x", "--warmup_step", "3"], "Did you mean '--warmup_steps'?"),  # no abbreviations
         (["base", "stray"], "unknown option 'stray'"),
+        (["base", "--output_dir", "x", "stray"], "unknown option 'stray'"),
         (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
         (["base", "--config"], "argument --config: expected one argument"),
         (["base", "--api_key=very-secret"], "secrets do not belong"),
@@ -273,6 +274,7 @@ def test_run_runs_each_stage_and_skips_finished_ones(recipe, tmp_path, monkeypat
 
 
 def test_the_command_to_continue_does_not_overwrite(recipe, monkeypatch, capsys):
+    monkeypatch.delenv("MEDST_PLUGINS", raising=False)
     monkeypatch.setattr(launch, "run", lambda command, environment: 1)
     assert main(["run", "mine.yaml", "--overwrite", "true", "--stage", "prepare", "--prepare.overwrite=true"]) == 1
     assert capsys.readouterr().err.endswith("  medst run mine.yaml --stage prepare\n")
