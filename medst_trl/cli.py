@@ -209,10 +209,8 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     config, options = take(options, "accelerate_config")
     number, options = take(options, "num_processes")
     step = step_of_file(stage, file) if file else Step(stage, stage.name, {}, name)
-    config, num_processes = (
-        config or step.accelerate_config,
-        as_count(number, "num_processes", name) or step.num_processes,
-    )
+    config = config or step.accelerate_config
+    num_processes = as_count(number, "num_processes", name) or step.num_processes
     own = [option for option in options if not option.target and f"--{option.key}" in parser._option_string_actions]
     launch_options = _launch_options(stage, parser, words, [option for option in options if option not in own])
     if (config or num_processes or launch_options) and not stage.distributed:

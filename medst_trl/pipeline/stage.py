@@ -305,7 +305,7 @@ class Stage:
             for name in (item.name for item in fields(kind)):
                 if owners.setdefault(name, owner) != owner:
                     raise UserError(
-                        f"The setting {name!r} belongs to the {owners[name]} and to the {owner}. Rename one of them."
+                        f"The {owners[name]} and the {owner} both have a setting {name!r}. Rename one of them."
                     )
         parser = TrlParser(
             kinds, prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
