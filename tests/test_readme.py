@@ -19,8 +19,9 @@ from judge_server import JudgeServer
 
 import medst_trl.__main__
 from medst_trl import cli
+from medst_trl.base.registry import PLUGINS_VARIABLE
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.recipe import packaged_recipes, read_recipe
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -257,3 +258,30 @@ def test_messages_of_the_troubleshooting_page_exist():
     for text in quoted:
         parts = [part.strip() for part in re.split(r"\.\.\.|\bN\b", text) if part.strip()]
         assert any(all(part in message for part in parts) for message in known), text
+
+
+# Registries whose built-in objects are listed in a table of a page.
+LISTED_IN = {
+    "medst_trl.data.source.SOURCES": "data.md",
+    "medst_trl.data.schema.KINDS": "data.md",
+    "medst_trl.selftrain.judge.prompt.JUDGE_PROMPTS": "judging.md",
+    "medst_trl.evaluation.metric.METRICS": "evaluation.md",
+    "medst_trl.engines.engine.ENGINES": "models.md",
+    "medst_trl.pipeline.stage.STAGES": "recipes.md",
+}
+
+
+def test_tables_list_every_built_in_object():
+    code = "".join(
+        f"from {registry.rpartition('.')[0]} import {registry.rpartition('.')[2]} as found\nprint(*found)\n"
+        for registry in LISTED_IN
+    )
+    environment = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE}
+    command = [sys.executable, "-c", code]  # other tests register objects in this process
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    listed = [(page, names.split()) for page, names in zip(LISTED_IN.values(), done.stdout.splitlines(), strict=True)]
+    listed.append(("recipes.md", list(packaged_recipes())))
+    for page, names in listed:
+        rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+        first_column = re.findall(r"\w+", " ".join(rows))
+        assert names and [name for name in names if name not in first_column] == [], page
