@@ -215,7 +215,7 @@ def load_adapter(
     except (RuntimeError, *LOADING_ERRORS, re.error, UserWarning) as error:
         raise _does_not_fit(adapter, model, config, _problems(error)) from error
     if unused := _unused(loaded, stored):
-        raise _does_not_fit(adapter, model, config, [f"the model has no tensor {key}" for key in unused])
+        raise _does_not_fit(adapter, model, config, [f"the model has no place for {key}" for key in unused])
     return loaded
 
 
