@@ -36,7 +36,7 @@ class Datasets:
     notes: dict[str, int]
 
     def counts(self) -> dict[str, dict]:
-        """Numbers by dataset, the notes, and the number of rejected records by reason, most frequent first."""
+        """Return numbers by dataset, the notes, and the number of rejected records by reason, most frequent first."""
         return {
             "datasets": {f"{kind}/{split}": _count(rows) for (kind, split), rows in self.rows.items() if rows},
             "notes": self.notes,

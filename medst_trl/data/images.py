@@ -226,7 +226,7 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
 
 
 def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, bytes | None]:
-    """The upright 8-bit image, and the file's own bytes without metadata if they can be kept."""
+    """Return the upright 8-bit image, and the file's own bytes without metadata if they can be kept."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:

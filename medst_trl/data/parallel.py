@@ -12,7 +12,7 @@ def ordered_map(
     function: Callable[[Any], Any], items: Iterable[Any], num_workers: int, ahead: int | None = None
 ) -> Iterator[Any]:
     """
-    `map` on several threads, with results in order.
+    Map a function over items on several threads, and yield the results in order.
 
     Unlike `Executor.map` it looks only a few items ahead, so that memory stays small and an error ends it soon.
     (`buffersize` of Python 3.14's `Executor.map` does the same.)

@@ -34,7 +34,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 def find_file(directory: Path, pattern: str) -> Path:
     """
-    The one file of a directory that matches a pattern.
+    Find the one file of a directory that matches a pattern.
 
     Raises:
         UserError: if there is none, or several.
@@ -53,7 +53,7 @@ def read_text_file(path: Path, what: str = "data") -> str:
 
     Args:
         path (`pathlib.Path`): The file.
-        what (`str`, *optional*, defaults to `"data"`): What it should be, for the message.
+        what (`str`, *optional*, defaults to `"data"`): What the file contains, for the message.
 
     Raises:
         UserError: if it cannot be read, or its first bytes are those of an archive, a workbook or UTF-16.
@@ -68,13 +68,13 @@ def read_text_file(path: Path, what: str = "data") -> str:
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
-def read_json_records(path: Path, known_by: str) -> Iterator[tuple[int, dict | Rejected]]:
+def read_json_records(path: Path, key: str) -> Iterator[tuple[int, dict | Rejected]]:
     """
-    The records of a JSON array or of JSON lines, whichever the file holds.
+    Read the records of a JSON array or of JSON lines, depending on the file.
 
     What cannot be parsed is rejected as `malformed_json`, and reading continues with the next record. In JSON lines
-    that is the next line. In an array it is the next object that parses and has the key `known_by`, so that a part of
-    the broken record is not taken for a record. A truncated file gives its complete records.
+    that is the next line. In an array it is the next object that parses and has the key `key`, so that a part of
+    the broken record does not count as a record. A truncated file gives its complete records.
 
     Raises:
         UserError: if the file is missing, empty or holds neither an array nor lines of objects.
@@ -84,7 +84,7 @@ def read_json_records(path: Path, known_by: str) -> Iterator[tuple[int, dict | R
     is_array = text[start : start + 1] == "["
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
         raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
-    items = _from_array(text, start + 1, known_by) if is_array else _from_lines(text)
+    items = _from_array(text, start + 1, key) if is_array else _from_lines(text)
     for position, item in enumerate(items):
         if not isinstance(item, dict | Rejected):
             item = Rejected("", "not_an_object", item)
@@ -105,7 +105,7 @@ def _from_lines(text: str) -> Iterator[Any]:
             at = _BETWEEN.match(line, at).end()
 
 
-def _from_array(text: str, at: int, known_by: str) -> Iterator[Any]:
+def _from_array(text: str, at: int, key: str) -> Iterator[Any]:
     while True:
         at = _BETWEEN.match(text, at).end()
         if at == len(text) or text[at] == "]":
@@ -113,19 +113,19 @@ def _from_array(text: str, at: int, known_by: str) -> Iterator[Any]:
         item, end = _parse(text, at)
         if item is _BROKEN:
             yield Rejected("", "malformed_json", text[at : at + 200])
-            end = _next_record(text, at + 1, known_by)
+            end = _next_record(text, at + 1, key)
         else:
             yield item
         at = end
 
 
-def _next_record(text: str, at: int, known_by: str) -> int:
-    """Where the next record starts; the end of the text if there is none."""
+def _next_record(text: str, at: int, key: str) -> int:
+    """Return where the next record starts, or the end of the text if there is none."""
     while (at := text.find("{", at)) >= 0:
         item, end = _parse(text, at)
         if item is _BROKEN:
             at += 1
-        elif known_by in item:
+        elif key in item:
             return at
         else:  # a part of the broken record, such as one of its turns
             at = end
@@ -139,15 +139,15 @@ def _parse(text: str, at: int) -> tuple[Any, int]:
         return _BROKEN, at
 
 
-def read_rows(path: Path, known_by: str = "image") -> Iterator[tuple[int, dict | Rejected]]:
+def read_rows(path: Path, key: str = "image") -> Iterator[tuple[int, dict | Rejected]]:
     """
-    The rows of a table that has a column `known_by`: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+    Read the rows of a table that has a column `key`: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
 
     Raises:
         UserError: if the file cannot be read, or its header lacks the column.
     """
     if path.suffix.lower() in (".json", ".jsonl"):
-        yield from read_json_records(path, known_by)
+        yield from read_json_records(path, key)
         return
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     rows = _fields(path, delimiter)
@@ -155,7 +155,7 @@ def read_rows(path: Path, known_by: str = "image") -> Iterator[tuple[int, dict |
     if header is None:
         raise UserError(f"{path} is empty.")
     header = [name.strip() for name in header]
-    check_header(header, (known_by,), path, delimiter)
+    check_header(header, (key,), path, delimiter)
     for position, fields in enumerate(rows):
         if len(fields) == len(header):
             yield position, dict(zip(header, fields))
@@ -164,7 +164,7 @@ def read_rows(path: Path, known_by: str = "image") -> Iterator[tuple[int, dict |
 
 
 def _fields(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Rows of a CSV or TSV file that are not empty. (`csv.DictReader` would hide fields that are missing or extra.)"""
+    """Yield the rows of a CSV or TSV file that are not empty. (`csv.DictReader` would hide fields that are missing or extra.)"""
     reader = csv.reader(io.StringIO(read_text_file(path, "table"), newline=""), delimiter=delimiter)
     while True:
         try:

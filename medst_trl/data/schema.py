@@ -96,7 +96,7 @@ class Kind:
     meanings: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
     def features(self) -> "Features":
-        """Its columns as `datasets.Features`."""
+        """Return its columns as `datasets.Features`."""
         from datasets import Features
 
         return Features({name: _feature(column) for name, column in self.columns.items()})
@@ -175,22 +175,22 @@ for _kind in (
 
 
 def image_part() -> dict:
-    """The position of an image in the content of a message."""
+    """Return the position of an image in the content of a message."""
     return {"type": "image", "text": None}
 
 
 def text_part(text: str) -> dict:
-    """Text in the content of a message."""
+    """Return text in the content of a message."""
     return {"type": "text", "text": text}
 
 
 def message(role: str, content: list[dict], vusr: bool = False) -> dict:
-    """One message: `role` is `"user"` or `"assistant"`; `vusr` marks a user turn that the model writes."""
+    """Return one message: `role` is `"user"` or `"assistant"`; `vusr` marks a user turn that the model writes."""
     return {"role": role, "content": content, "vusr": vusr}
 
 
 def dialogue(turns: Iterable[tuple[str, str]], num_images: int = 0) -> list[dict]:
-    """The messages of questions and their answers; the images come before the first question."""
+    """Return the messages of questions and their answers; the images come before the first question."""
     messages = []
     for question, answer in turns:
         images = [] if messages else [image_part() for _ in range(num_images)]
@@ -200,12 +200,12 @@ def dialogue(turns: Iterable[tuple[str, str]], num_images: int = 0) -> list[dict
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The text of a message's content, without its image parts."""
+    """Return the text of a message's content, without its image parts."""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def features_of(kind: str) -> "Features":
-    """The columns of a kind of dataset, see `KINDS`."""
+    """Return the columns of a kind of dataset, see `KINDS`."""
     return KINDS.get(kind).features()
 
 
@@ -244,7 +244,7 @@ def check_columns(dataset: "Dataset", kind: str) -> None:
 
 
 def kind_of(columns: Collection[str]) -> Kind | None:
-    """The kind of the dataset that has these columns, or None. Unlabelled images count as `"instruct"`."""
+    """Return the kind of the dataset that has these columns, or None. Unlabeled images count as `"instruct"`."""
     return next((kind for kind in reversed(KINDS.values()) if kind.marker in columns), None)
 
 
@@ -257,7 +257,7 @@ def _fill_columns(dataset: "Dataset") -> "Dataset":
 
 
 def _shape(feature) -> object:
-    """A feature as nested names and types: list, struct, image or the type of a value (`large_string` is a string)."""
+    """Return a feature as nested names and types. `large_string` counts as `string`."""
     if isinstance(feature, Mapping):
         return {name: _shape(inner) for name, inner in feature.items()}
     if hasattr(feature, "feature"):
@@ -338,13 +338,13 @@ def _open(path_or_hub_id: str | PathLike, split: str) -> "Dataset":
 
 
 def splits_in(directory: str | PathLike) -> list[str]:
-    """Names of the splits in a directory of `<split>-*.parquet` files, training first."""
+    """Return the names of the splits in a directory of `<split>-*.parquet` files, training first."""
     return sorted({match["split"] for match in _shards(Path(directory))}, key=lambda split: (split != "train", split))
 
 
 def complete_shards(directory: Path, split: str) -> list[Path]:
     """
-    The files of a split.
+    Return the files of a split.
 
     Raises:
         UserError: if there are none, or some are missing.

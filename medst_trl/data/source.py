@@ -97,7 +97,7 @@ class Question:
 
     @property
     def images(self) -> tuple[str]:
-        """Its image, as those of a [`Conversation`]."""
+        """Return its image, as those of a [`Conversation`]."""
         return (self.image,)
 
 
@@ -159,7 +159,7 @@ class Records:
     counts: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Conversation | Question]:
-        """All conversations, then all questions."""
+        """Iterate over all conversations, then all questions."""
         return chain(self.conversations, self.questions)
 
     def collect(
@@ -205,7 +205,7 @@ class Records:
 
     @property
     def image_names(self) -> list[str]:
-        """Names of the images of all records, with repetitions."""
+        """Return the names of the images of all records, with repetitions."""
         return [name for record in self for name in record.images]
 
     def published_id(self, name: str, images: tuple[str, ...]) -> str:
@@ -313,7 +313,7 @@ class Source:
     files: tuple[str, ...] = ()
 
     def settings_from(self, values: Mapping[str, Any]) -> Any:
-        """Its settings, as far as `values` (of a recipe) has them; None for a source without any."""
+        """Return its settings with the `values` (of a recipe) that they have; None for a source without settings."""
         if self.settings is None:
             return None
         return self.settings(**{item.name: values[item.name] for item in fields(self.settings) if item.name in values})
@@ -329,7 +329,7 @@ SOURCES: Registry[Source] = Registry(
 
 def text_value(value: Any, missing: str) -> str:
     """
-    The text of a field, without surrounding whitespace. Numbers become text (VQA-RAD answers `4`).
+    Return the text of a field, without surrounding whitespace. Numbers become text (VQA-RAD answers `4`).
 
     Raises:
         BadRecord: `missing` if there is none, `not_text` for a list or another object, `bad_unicode` for a lone
@@ -346,23 +346,23 @@ def text_value(value: Any, missing: str) -> str:
 
 
 def optional_text(value: Any) -> str | None:
-    """[`text_value`] of a field that may be missing."""
+    """Return [`text_value`] of a field that may be missing."""
     return None if value is None or value == "" else text_value(value, missing="not_text")
 
 
 def guess_answer_type(answer: str) -> str:
-    """The answer type where none is stated: `"closed"` for yes and no, `"open"` otherwise."""
+    """Return the answer type if none is given: `"closed"` for yes and no, `"open"` otherwise."""
     return "closed" if answer.lower() in ("yes", "no") else "open"
 
 
 def printable(text: str) -> str:
-    """The text with `?` for what UTF-8 cannot hold, so that it can be written to a file."""
+    """Replace what UTF-8 cannot encode by `?`, so that the text can be written to a file."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def published_id(name: str, images: tuple[str, ...]) -> str:
     """
-    A record's id as it may be published: its own, unless that reveals the name of a file.
+    Return a record's id as it may be published: its own, unless that reveals the name of a file.
 
     An id with a path in it, with the suffix of an image, or with the name of one of its images becomes `id-` and the
     first 16 hexadecimal digits of its SHA-256: file names often hold names or numbers of patients. Anyone who has the

@@ -179,7 +179,7 @@ def guess_format(path: str | os.PathLike) -> str:
     """The format that matches a file's name and the keys of its first record; our own if none does."""
     path = Path(path)
     try:
-        first = next((row for _, row in read_json_records(path, known_by="question") if isinstance(row, dict)), {})
+        first = next((row for _, row in read_json_records(path, key="question") if isinstance(row, dict)), {})
     except UserError:
         first = {}
     return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), OWN_FORMAT)

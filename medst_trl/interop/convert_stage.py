@@ -80,24 +80,24 @@ def main(args: ConvertArguments) -> None:
 
     from .conversion import convert_checkpoint
 
-    settings = asdict(args)
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":
         return
     with record:
-        converted = convert_checkpoint(**{k: v for k, v in settings.items() if k != "overwrite"})
-        record.finish(counts={"parameters": converted.parameters}, **asdict(converted))
+        converted = convert_checkpoint(**{name: value for name, value in asdict(args).items() if name != "overwrite"})
+        record.finish(counts={"parameters": converted["parameters"]}, **converted)
     print(
-        f"convert: {converted.model_type}, {converted.parameters:,} parameters in {converted.dtype}, every tensor "
-        f"accounted for ({converted.changed} merged with LoRA, {converted.changed_in_vision} of them in the vision "
-        f"tower; {len(converted.left_out)} left out because the model does not need them), in {args.output_dir}."
+        f"convert: {converted['model_type']}, {converted['parameters']:,} parameters in {converted['dtype']}, every "
+        f"tensor accounted for ({converted['changed']} merged with LoRA, {converted['changed_in_vision']} of them in "
+        f"the vision tower; {len(converted['left_out'])} left out because the model does not need them), in "
+        f"{args.output_dir}."
     )
-    if family_of(converted.model_type).is_own:
+    if family_of(converted["model_type"]).is_own:
         print("convert: only transformers with medst_trl loads this model; vLLM and SGLang cannot.")
-    if converted.vusr_role == "text":
-        print("convert: it asks with the text role VUSER: and its system prompt (--vusr_role token for the token).")
+    if converted["vusr_role"] == "text":
+        print("convert: questions start with the text role VUSER:. For the token, convert with --vusr_role token.")
     else:
-        print("convert: it asks with the token <vusr> once stage 1 has trained it (--vusr_role text for VUSER:).")
+        print("convert: questions start with the token <vusr> of stage 1. For VUSER:, convert with --vusr_role text.")
 
 
 def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
@@ -107,7 +107,7 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
 
 
 def plan(counter: RowCounter, args: ConvertArguments) -> Iterator[tuple[str, str]]:
-    """The stage's rows in a plan."""
+    """Yield the stage's rows in a plan."""
     yield "reads", args.source + (f" on {args.base}" if args.base else "")
 
 

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from medst_trl.base.errors import UserError
@@ -59,12 +60,6 @@ class PreferenceFile:
     images: FolderImages | None = None
 
 
-@dataclass(frozen=True)
-class _Pair:
-    id: str
-    row: dict
-
-
 def read_preference_file(
     path: str | os.PathLike, image_folder: str | os.PathLike, max_pixels: int = MAX_PIXELS
 ) -> PreferenceFile:
@@ -86,7 +81,7 @@ def read_preference_file(
             Larger images are rejected before they are decoded.
 
     Raises:
-        UserError: if the file holds no records at all, or the directory does not exist.
+        UserError: if the file contains no records, or the directory does not exist.
 
     Example:
 
@@ -103,22 +98,22 @@ def read_preference_file(
 
     @cache
     def identify(image: str) -> str | ImageProblem:
-        """Read an image once, whether it can be used or not."""
+        """Read each image once, usable or not."""
         try:
             return images.image_id(image)
         except ImageProblem as problem:
             return problem
 
-    def pair(name: str, record: dict) -> _Pair:
+    def pair(name: str, record: dict) -> SimpleNamespace:
         row = _read_pair(record)
         row["image_ids"] = [identify(image) for image in row["images"]]
         for image, found in zip(row["images"], row["image_ids"], strict=True):
             if isinstance(found, ImageProblem):
                 raise BadRecord(found.reason, f"{image}: {found}")
-        return _Pair(name, {"id": published_id(name, tuple(row["images"])), **row})
+        return SimpleNamespace(id=name, row={"id": published_id(name, tuple(row["images"])), **row})
 
     records.collect(
-        read_json_records(path, known_by="image"),
+        read_json_records(path, key="image"),
         pair,
         default_id=lambda position, _: f"record-{position:06d}",
         own_id=lambda record: record.get("id"),
@@ -229,7 +224,7 @@ def _write_image(image: dict, image_id: str, folder: Path) -> str:
 
 
 def _turn(message: dict) -> dict:
-    # A placeholder in a text would be taken for an image of its own.
+    # A placeholder in a text would count as another image.
     parts = [
         PLACEHOLDER if part["type"] == "image" else part["text"].replace(PLACEHOLDER, "image")
         for part in message["content"]

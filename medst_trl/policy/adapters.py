@@ -95,7 +95,7 @@ def adapter_config(
 
 def _linear_layers(model: PreTrainedModel, towers: list[str], projectors: tuple[str, ...]) -> str:
     """
-    A regular expression that matches the names of the linear layers in `towers`, for any layer number.
+    Return a regular expression that matches the names of the linear layers in `towers`, for any layer number.
 
     Only layers in a numbered stack count: SigLIP's pooling head is outside it, and no language model reads its output.
     """
@@ -231,7 +231,7 @@ def _stored_keys(adapter: str, revision: str | None) -> list[str]:
 
 
 def _unused(model: PeftModel, stored: list[str]) -> list[str]:
-    """Stored keys from which nothing was loaded. Where only names differ (other versions), PEFT has translated."""
+    """Return the stored keys from which nothing was loaded. PEFT translates names of other versions."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if len(stored) <= len(expected):
         return []

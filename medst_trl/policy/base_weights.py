@@ -125,7 +125,7 @@ def _recorded(path: Path) -> str | None:
 
 
 def _find(name_or_path: str, name: str, revision: str | None, local_files_only: bool = True) -> Path | None:
-    """A file of a directory, of the local Hub cache, or of the Hub; `None` if there is none."""
+    """Find a file of a directory, of the local Hub cache, or of the Hub; `None` if there is none."""
     try:
         found = cached_file(name_or_path, name, revision=revision, local_files_only=local_files_only)
     except OSError:

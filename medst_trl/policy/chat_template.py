@@ -74,7 +74,7 @@ def wrap_chat_template(
 
 
 def _file(name: str, **values: str) -> str:
-    """A template of this package, with a value for each `@NAME@` in it."""
+    """Read a template of this package, with a value for each `@NAME@` in it."""
     text = (_TEMPLATES / name).read_text(encoding="utf-8")
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)
@@ -82,12 +82,12 @@ def _file(name: str, **values: str) -> str:
 
 
 def is_wrapped(template: str | dict[str, str] | None) -> bool:
-    """Whether the template (every one of a processor's named templates) has the `<vusr>` wrapper."""
+    """Return whether the template (every one of a processor's named templates) has the `<vusr>` wrapper."""
     return _starts_with(template, MARK)
 
 
 def has_text_role(template: str | dict[str, str] | None) -> bool:
-    """Whether a chat template has the role `VUSER:`, which needs no token."""
+    """Return whether a chat template has the role `VUSER:`, which needs no token."""
     return _starts_with(template, TEXT_ROLE_MARK)
 
 

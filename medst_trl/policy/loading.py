@@ -133,7 +133,7 @@ def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple
 
 def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
     """
-    Whether a directory or a Hub repository has a file of this name.
+    Return whether a directory or a Hub repository has a file of this name.
 
     Raises:
         UserError: if there is no such directory or repository.
@@ -152,7 +152,7 @@ def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
 
 
 def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
-    """[`check_family`] for a directory or Hub repository, if its configuration can be read."""
+    """Call [`check_family`] for a directory or Hub repository, if its configuration can be read."""
     try:
         content, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs["revision"])
         if any(content.get(key) for key in _ORIGINAL):

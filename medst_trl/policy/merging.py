@@ -77,7 +77,7 @@ def merge_policy(
         examples (iterable of `dict`):
             Conversations to compare on: `id`, `images`, `messages`.
         batches_of (`Callable`):
-            From a processor and the examples to batches with `labels`, as the adapter was trained on them.
+            Takes a processor and the examples, and returns batches with `labels`, as in the adapter's training.
         base_model_name_or_path (`str`, *optional*):
             Base, if it has moved.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -97,14 +97,9 @@ def merge_policy(
     """
     check_shard_size(max_shard_size)
     check_choice("dtype", dtype, DTYPES)
-    examples = list(examples)
-    load = partial(
-        load_policy,
-        model_name_or_path,
-        base_model_name_or_path=base_model_name_or_path,
-        trust_remote_code=trust_remote_code,
-    )
     _check_adapter(model_name_or_path)
+    examples, own = list(examples), {"base_model_name_or_path": base_model_name_or_path}
+    load = partial(load_policy, model_name_or_path, **own, trust_remote_code=trust_remote_code)
     model, processor = load(dtype="float32")
     facts = _facts(model, model_name_or_path, dtype, trust_remote_code)
     batches = batches_of(processor, examples)
@@ -119,20 +114,26 @@ def merge_policy(
         del model  # one copy in memory at a time
         saved, saved_processor = _load_plainly(staging, dtype, trust_remote_code)
         check_same_inputs(batches, batches_of(saved_processor, examples))
-        proof |= {"stored_difference": difference(log_probs(saved, batches), expected), "stored_tolerance": TOLERANCE}
+        proof["stored_difference"] = difference(log_probs(saved, batches), expected)
         del saved
-        if dtype in ("bfloat16", "float16"):
-            adapter, _ = load(dtype=dtype)
-            proof["stored_tolerance"] = ROUNDING_FACTOR * difference(log_probs(adapter, batches), expected)
+        proof["stored_tolerance"] = _tolerance(load, dtype, batches, expected)
         check_difference(proof["stored_difference"], proof["stored_tolerance"], f"loaded from disk, in {dtype}")
     if dtype == "float32":
         proof["float32_difference"] = proof["stored_difference"]
     return facts | {"proof": proof}
 
 
+def _tolerance(load: Callable[..., tuple], dtype: str, batches: Batches, expected: list[torch.Tensor]) -> float:
+    """Return the largest difference allowed in a type, see `ROUNDING_FACTOR`."""
+    if dtype not in ("bfloat16", "float16"):
+        return TOLERANCE
+    adapter, _ = load(dtype=dtype)
+    return ROUNDING_FACTOR * difference(log_probs(adapter, batches), expected)
+
+
 def check_shard_size(size: str) -> None:
     """
-    Check a size of a file of weights, before hours of work.
+    Check a maximum size of a file of weights, before hours of work.
 
     Raises:
         UserError: if it is not a size.

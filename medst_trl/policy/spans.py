@@ -59,7 +59,7 @@ def typed_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def can_be_asked(message: dict[str, Any]) -> bool:
-    """Whether a message can be a `<vusr>` turn: a user message with text and no image in the middle of it."""
+    """Return whether a message can be a `<vusr>` turn: a user message with text and no image in the middle of it."""
     if message["role"] != "user" or not text_of(message["content"]).strip():
         return False
     kinds = [part["type"] for part in typed_parts(message["content"])]
@@ -114,7 +114,7 @@ def render_conversation(
 def _marked(
     parts: list[dict[str, Any]], processor: "ProcessorMixin", is_question: bool
 ) -> tuple[list[dict[str, Any]], int]:
-    """A training target with its text between the two marks, and the number of places neutralised in it."""
+    """Return a training target with its text between the two marks, and the number of places neutralized in it."""
     body, changed = neutralise(text_of(parts), processor)
     images = [part for part in parts if part["type"] != "text"]
     # Templates that close a user turn with nothing get the end-of-sequence token; the wrapper does it for answers.
@@ -124,7 +124,7 @@ def _marked(
 
 
 def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin") -> tuple[str, list[Span]]:
-    """The text and its spans, from the text split at the marks and whether each target is a question."""
+    """Return the text and its spans. `pieces` is the text split at the marks; `targets`: whether each is a question."""
     turns, eos = turn_format(processor), tokenizer_of(processor).eos_token
     ends = {True: turns.question_end or eos, False: turns.answer_end or eos}
     leads = {True: turns.question_lead, False: turns.answer_lead}

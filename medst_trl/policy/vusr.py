@@ -6,7 +6,7 @@ The `<vusr>` token of a processor, and how data is kept free of control tokens.
 A user turn that starts with `<vusr>` is written by the model (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 The token is a special token whose input embedding is trained; the model reads it and never predicts it. Only the chat
 template and the span encoder write it: data marks a message with `vusr: true`, and data text that spells a control
-token is neutralised. Where the template has the text role `VUSER:` ([`set_vusr_role`]) there is no token.
+token is neutralized. Where the template has the text role `VUSER:` ([`set_vusr_role`]) there is no token.
 """
 
 import re
@@ -176,7 +176,7 @@ _FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDicti
 
 
 def _once_per_template(compute: "Callable[[ProcessorMixin], _T]") -> "Callable[[ProcessorMixin], _T]":
-    """Decorator that computes something about a processor again only when its chat template or vocabulary changes."""
+    """Cache something about a processor until its chat template or vocabulary changes."""
 
     @wraps(compute)
     def known(processor: "ProcessorMixin") -> _T:
@@ -198,7 +198,7 @@ def turn_format(processor: "ProcessorMixin") -> TurnFormat:
 
 
 def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
-    """Ids of the tokens that end a question or an answer: the template's terminators and the end-of-sequence token."""
+    """Return the ids of the tokens that end a question or an answer: the template's terminators and the end-of-sequence token."""
     turns, tokenizer = turn_format(processor), tokenizer_of(processor)
     stops = {turns.question_end, turns.answer_end, tokenizer.eos_token} - {"", None}
     return sorted(tokenizer.convert_tokens_to_ids(stop) for stop in stops)
@@ -206,7 +206,7 @@ def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
 
 def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
     """
-    Whether the tokenizer has to add its special tokens to a rendered conversation, as transformers decides at
+    Return whether the tokenizer must add its special tokens to a rendered conversation, as transformers decides at
     inference.
 
     LLaVA-1.5's template writes no beginning-of-sequence token, so `apply_chat_template(tokenize=True)` lets the
@@ -238,7 +238,7 @@ def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
 
 
 def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> tuple[list[str], int]:
-    """Neutralise the text parts of one message, which a template may join, so that no token spans two of them."""
+    """Neutralize the text parts of one message, which a template may join, so that no token spans two of them."""
     safe, total = [], 0
     for text in texts:
         text, changed = neutralise(text, processor)

@@ -21,7 +21,7 @@ GOOD = [
 def read(tmp_path, text: str | bytes, name: str = "a.json"):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    items = [item for _, item in read_json_records(path, known_by="question")]
+    items = [item for _, item in read_json_records(path, key="question")]
     good = [item for item in items if isinstance(item, dict)]
     return good, [item for item in items if isinstance(item, Rejected)]
 
@@ -114,7 +114,7 @@ def test_a_file_without_records_is_refused(tmp_path, text):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.json"):
-        list(read_json_records(tmp_path / "none.json", known_by="question"))
+        list(read_json_records(tmp_path / "none.json", key="question"))
 
 
 def test_bytes_that_are_not_utf8_affect_only_their_text(tmp_path):

@@ -68,7 +68,7 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
 
 
 def instruction(name: str, caption: str, seed: int) -> str:
-    """The request of record `name`: for a brief or a detailed description, depending on the caption's length."""
+    """Return the request of record `name`: for a brief or a detailed description, by the length of the caption."""
     wordings = DETAILED if len(caption.split()) >= DETAILED_FROM else BRIEF
     return wordings[int(draw(f"instruction:{name}", seed) * len(wordings))]
 

@@ -41,7 +41,7 @@ def read_llava(path: Path, image_folder: Path) -> Records:
 
     records = Records("llava", image_folder)
     records.collect(
-        read_json_records(path, known_by="conversations"),
+        read_json_records(path, key="conversations"),
         conversation,
         default_id=lambda position, _: f"record-{position:06d}",
         own_id=lambda record: record.get("id"),
@@ -51,7 +51,7 @@ def read_llava(path: Path, image_folder: Path) -> Records:
 
 def split_at_images(text: str) -> list[dict]:
     """
-    The typed parts of a human text: an image part for each `<image>`, and text parts for the text between.
+    Return the typed parts of a human text: an image part for each `<image>`, and text parts for the text between.
 
     Line breaks around a placeholder and whitespace around the whole text are dropped, as are parts of only whitespace.
 
@@ -72,7 +72,7 @@ def split_at_images(text: str) -> list[dict]:
 
 
 def image_names(value) -> tuple[str, ...]:
-    """The file names in a record's field `image`: one, a list of them, or none."""
+    """Return the file names in a record's field `image`: one, a list of them, or none."""
     names = value if isinstance(value, list) else [value] if value not in (None, "") else []
     if not all(isinstance(name, str) and name for name in names):
         raise BadRecord("bad_image_field", value)
@@ -80,7 +80,7 @@ def image_names(value) -> tuple[str, ...]:
 
 
 def llava_messages(turns, num_images: int) -> list[dict]:
-    """The turns of one conversation as messages, see [`read_llava`]; raises [`BadRecord`] with its reasons."""
+    """Convert the turns of one conversation to messages, see [`read_llava`]. Raises [`BadRecord`] with its reasons."""
     if not isinstance(turns, list) or not turns:
         raise BadRecord("no_conversation", turns)
     messages = []

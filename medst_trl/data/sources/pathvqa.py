@@ -75,8 +75,8 @@ def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.
 def _pairs(
     file: Path, split: str, image_pattern: str, counts: dict[str, int]
 ) -> Iterator[tuple[str, dict | Rejected]]:
-    """The questions of all entries of a file with their names; an entry that cannot be used is rejected as a whole."""
-    for position, entry in read_json_records(file, known_by="sentf"):
+    """Yield the questions of all entries of a file with their names. An unusable entry is rejected as a whole."""
+    for position, entry in read_json_records(file, key="sentf"):
         name = f"pathvqa-{split}-{position:05d}"
         if isinstance(entry, Rejected):
             yield name, entry

@@ -127,14 +127,14 @@ def collect_questions(
         )
 
     records.collect(
-        read_json_records(file, known_by="question"),
+        read_json_records(file, key="question"),
         question,
         default_id=lambda position, record: str(record.get("qid", f"{file.name}#{position}")),
     )
 
 
 def _answer_type(value: Any) -> str:
-    """VQA-RAD has `"CLOSED "` with a blank."""
+    """Return the answer type. VQA-RAD writes `"CLOSED "` with a blank."""
     kind = value.strip().lower() if isinstance(value, str) else value
     if kind not in ANSWER_TYPES:
         raise BadRecord("bad_answer_type", value)
@@ -142,9 +142,9 @@ def _answer_type(value: Any) -> str:
 
 
 def _links(release: Path) -> dict[tuple[str, str], str]:
-    """Image and question, in any of its wordings, to the link of the official release."""
+    """Map image and question, in any of its wordings, to the link of the official release."""
     links = defaultdict(set)
-    for _, record in read_json_records(release, known_by="question"):
+    for _, record in read_json_records(release, key="question"):
         if isinstance(record, dict):
             for key in ("question", "question_rephrase", "question_frame"):
                 if record.get(key) not in (None, "", "NULL"):

@@ -22,7 +22,7 @@ MAX_LISTED = 20
 PROJECTOR, VISION = "model.multi_modal_projector.", "model.vision_tower."
 NORM = "model.language_model.norm.weight"
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-# What PEFT and LLaVA's trainer put before a name.
+# Prefixes that PEFT and LLaVA's trainer add to names.
 _PREFIXES = (("base_model.model.", ""), ("model.model.", "model."))
 # From the start of a name in any of the layouts to its start in the model. The first match counts.
 _TO_MODEL = (
@@ -68,7 +68,7 @@ def model_name(name: str) -> str | None:
     Translate a tensor's name in a checkpoint of any layout to its name in the model.
 
     Returns:
-        `str` or `None`: `None` for a tensor of none of the layouts.
+        `str` or `None`: `None` for a tensor of an unknown layout.
     """
     for prefix in _PREFIXES:
         name = _renamed(name, (prefix,)) or name
@@ -115,12 +115,12 @@ def _scale(path: Path) -> tuple[float, int]:
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or not of a LoRA ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{path} is damaged or not a LoRA configuration ({type(error).__name__}: {error}).") from error
     unusual = [name for name in _OTHER_THAN_LORA if config.get(name)]
     if rank < 1 or config.get("peft_type", "LORA") != "LORA" or unusual:
         raise UserError(
-            f"{path} is not of plain LoRA ({', '.join(unusual) or config.get('peft_type')}). Merge it with PEFT "
-            "first, and convert the merged model."
+            f"{path} is not a plain LoRA adapter ({', '.join(unusual) or config.get('peft_type')}). Merge it with "
+            "PEFT first, and convert the merged model."
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
@@ -157,7 +157,7 @@ class Parts:
             elif name is None or (in_clip and not name.startswith(VISION)):
                 self.unused.append(tensor)
             elif name in placed:
-                raise UserError(f"{tensor} and {placed[name]} are both the model's {name}.")
+                raise UserError(f"Two tensors map to {name}: {tensor} and {placed[name]}. Remove one of them.")
             else:
                 placed[name] = tensor
         if any(name.startswith(PROJECTOR) for name in placed):
@@ -169,7 +169,7 @@ class Parts:
         Add the LoRA layers of a directory with `adapter_config.json` and `adapter_model.bin` or `.safetensors`.
 
         Raises:
-            UserError: if a file is missing or damaged, a layer lacks one factor, the adapter is not of plain LoRA, or
+            UserError: if a file is missing or damaged, a layer lacks one factor, the adapter is not plain LoRA, or
                 another one changes the same weight.
         """
         path, factors = directory / "adapter_config.json", {}
@@ -185,7 +185,7 @@ class Parts:
         for name, pair in factors.items():
             if len(pair) != 2:
                 (half,) = pair.values()
-                raise UserError(f"{half.file} has only one of the two factors of a layer: {half}.")
+                raise UserError(f"{half.file} lacks lora_A or lora_B of a layer; it has only {half}.")
             a, b = pair["A"], pair["B"]
             if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
                 raise UserError(f"{a} and {b} do not fit the rank {rank} in {path}.")
@@ -206,7 +206,7 @@ class Parts:
             model ([`~transformers.PreTrainedModel`]): The model on the meta device.
 
         Raises:
-            UserError: listing what is missing, of another shape, or has no place.
+            UserError: listing what is missing, unexpected, or of the wrong shape.
         """
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if model.config.tie_word_embeddings:

@@ -86,7 +86,7 @@ def open_checkpoint(
         parts.change(lora)
     embedding = parts.weights.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
-        raise UserError("The checkpoint holds no embedding (model.embed_tokens.weight), so it is no language model.")
+        raise UserError("The checkpoint has no embedding (model.embed_tokens.weight), so it is not a language model.")
     config = llava_config(original, vision, rows=embedding.shape[0])  # not vocab_size: embeddings get resized
     parts.check(on_meta(config))
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
@@ -132,13 +132,13 @@ def original_config(directory: Path, base_directory: Path) -> dict[str, Any]:
 
 
 def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) -> dict[str, Any]:
-    """The configuration of a converted base in the original's keys."""
+    """Return the configuration of a converted base in the original's keys."""
     projector = _PROJECTOR_OF.get(config.get("model_type"))
     are_parts = isinstance(config["text_config"], dict) and isinstance(config.get("vision_config"), dict)
     if projector is None or directory == base_directory or not are_parts:
         raise UserError(
-            f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands take "
-            "it as it is; here it can be the --base of a training output."
+            f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands read "
+            "it directly; here it can only be the --base of a training output."
         )
     images = read_json(base_directory / "processor_config.json").get("image_processor", {})
     return {
@@ -161,7 +161,7 @@ def _projector(projector: str) -> list[StoredTensor]:
 def _vision_tower(
     config: dict[str, Any], vision_tower: str | None, parts: Parts, base_directory: Path
 ) -> tuple[Path, CLIPVisionConfig]:
-    """The vision tower's directory and configuration. Its weights are added if the checkpoint holds none."""
+    """Find the vision tower's directory and configuration. Add its weights if the checkpoint has none."""
     is_converted = isinstance(config.get("vision_config"), dict)
     if parts.has_vision and vision_tower is None and is_converted:
         return base_directory, CLIPVisionConfig(**config["vision_config"])
@@ -245,7 +245,9 @@ def _check(original: dict[str, Any], vision: CLIPVisionConfig) -> None:
     }
     for key, is_refused in refused.items():
         if is_refused:
-            raise UserError(f"{key} is {original[key]!r} in config.json, which no model like LLaVA-1.5 has.")
+            raise UserError(
+                f"{key} is {original[key]!r} in config.json. Only architectures like LLaVA-1.5 can be converted."
+            )
     width = original.get("mm_hidden_size", vision.hidden_size)
     if width != vision.hidden_size:
         raise UserError(
@@ -265,7 +267,7 @@ def vision_config(directory: Path) -> CLIPVisionConfig:
     content = content.get("vision_config", content) if content.get("model_type") == "clip" else content
     if content.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise UserError(
-            f"{directory} holds a model of the type {content['model_type']!r}. The vision tower has to be CLIP."
+            f"{directory} holds a model of the type {content['model_type']!r}. The vision tower must be CLIP."
         )
     known = CLIPVisionConfig().to_dict().keys() - {"model_type", "dtype", "transformers_version"}
     with _explained(str(directory / "config.json")):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +33,6 @@ from .processor import SPECIAL_IDS, build_processor
 CONVERTED_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Converted:
-    """
-    What a conversion wrote.
-
-    Args:
-        model_type (`str`): `"llava"` or `"prototype_llava"`.
-        vusr_role (`str`): `"token"` or `"text"`.
-        parameters (`int`): Number of parameters of the model.
-        changed (`int`): Number of weights that LoRA layers were merged into.
-        changed_in_vision (`int`): Number of those in the vision tower.
-        left_out (`list[str]`): Names of the tensors that the model does not need.
-        dtype (`str`): Type of the weights.
-    """
-
-    model_type: str
-    vusr_role: str
-    parameters: int
-    changed: int
-    changed_in_vision: int
-    left_out: list[str]
-    dtype: str
-
-
 def convert_checkpoint(
     source: str,
     output_dir: str | Path,
@@ -69,7 +44,7 @@ def convert_checkpoint(
     vusr_role: str | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
-) -> Converted:
+) -> dict[str, Any]:
     """
     Convert a checkpoint of the original LLaVA code, or of one built on it, to a model that transformers loads.
 
@@ -102,7 +77,9 @@ def convert_checkpoint(
             Largest size of a file of weights, and about the memory needed.
 
     Returns:
-        [`Converted`]
+        `dict`: `model_type` (`"llava"` or `"prototype_llava"`), `vusr_role` (`"token"` or `"text"`), `parameters`, the
+        number of weights that LoRA layers were merged into (`changed`) and of those in the vision tower
+        (`changed_in_vision`), the names of the tensors that the model does not need (`left_out`), and `dtype`.
 
     Raises:
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
@@ -119,15 +96,15 @@ def convert_checkpoint(
     sources = (source, base, projector, vision_tower, vision_lora)
     staging = _staging_directory(Path(output_dir), sources, (role, dtype, max_shard_size))
     _write(staging, model, parts, processor, max_shard_size)
-    return Converted(
-        model_type=config.model_type,
-        vusr_role=role,
-        parameters=model.num_parameters(),
-        changed=len(parts.changes),
-        changed_in_vision=sum(name.startswith(VISION) for name in parts.changes),
-        left_out=sorted(parts.left_out),
-        dtype=str(model.config.dtype).removeprefix("torch."),
-    )
+    return {
+        "model_type": config.model_type,
+        "vusr_role": role,
+        "parameters": model.num_parameters(),
+        "changed": len(parts.changes),
+        "changed_in_vision": sum(name.startswith(VISION) for name in parts.changes),
+        "left_out": sorted(parts.left_out),
+        "dtype": str(model.config.dtype).removeprefix("torch."),
+    }
 
 
 def planned_config(settings: Mapping[str, Any]) -> tuple[LlavaConfig, bool] | None:
@@ -139,7 +116,7 @@ def planned_config(settings: Mapping[str, Any]) -> tuple[LlavaConfig, bool] | No
 
     Returns:
         The configuration and whether the model has the text role; None if the original's configuration is neither here
-        nor on a Hub that answers.
+        nor on a Hub that responds.
 
     Raises:
         UserError: for a checkpoint that [`convert_checkpoint`] would refuse.
@@ -164,12 +141,12 @@ def _is_available(source: str) -> bool:
 
 
 def _role(given: str | None, config: LlavaConfig, has_vision_lora: bool) -> str:
-    """How the model asks: as given, or else as it was trained."""
+    """Return how the model asks: as given, or else as it was trained."""
     return given or ("text" if family_of(config.model_type).text_role or has_vision_lora else "token")
 
 
 def _staging_directory(output_dir: Path, sources: tuple[str | None, ...], settings: tuple[str, ...]) -> Path:
-    """A directory for the files until all are complete. Only the same conversion resumes what it holds."""
+    """Make a directory for the files until all are complete. Only the same conversion resumes what it contains."""
     for source in filter(None, sources):
         if output_dir.is_dir() and Path(source).exists() and output_dir.samefile(source):
             raise UserError(f"output_dir {output_dir} is also the input. Choose another one.")
@@ -192,7 +169,7 @@ def _write(
             path.unlink()
     try:
         _write_weights(staging, model, parts, max_shard_size)
-    except UserError:  # resuming would end the same way
+    except UserError:  # a resumed run would fail again
         shutil.rmtree(staging)
         raise
     processor.save_pretrained(staging)
@@ -227,7 +204,7 @@ def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shar
 
 
 def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
-    """A weight to write. New rows of embedding and output layer are the mean of the others, as in [`load_policy`]."""
+    """Return a weight to write. New rows of embedding and output layer are the mean of the others."""
     stored, rows, dtype = parts.read(name), config.text_config.vocab_size, config.dtype
     if name in (EMBEDDING, HEAD) and len(stored) < rows:
         mean = stored.float().mean(0, keepdim=True).to(stored.dtype)

@@ -67,7 +67,7 @@ def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
 
 
 def _weight_patterns(name: str, revision: str | None) -> list[str]:
-    """A model in both formats is downloaded in one of them; a training output has parts in each."""
+    """Choose one format of a model that has both. A training output has parts in each."""
     try:
         files = huggingface_hub.list_repo_files(name, revision=revision)
     except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache holds what was chosen when it was downloaded
@@ -164,7 +164,7 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"{index} is damaged (weight_map). Download it again.")
     listed = sorted(set(weight_map.values()))
     if outside := [name for name in listed if Path(name).name != name]:
-        raise UserError(f"{index} names a file outside its directory, {outside[0]!r}, and cannot be trusted.")
+        raise UserError(f"{index} names a file outside its directory, {outside[0]!r}. Do not use this checkpoint.")
     shards = [index.parent / name for name in listed]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(
@@ -236,7 +236,7 @@ def _load_pickle(file: Path):
 
 
 def _reason(error: Exception) -> str:
-    """The line of PyTorch's long advice that says what is wrong."""
+    """Return the line of PyTorch's long advice that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     main = [line for line in lines if "GLOBAL" in line or line.startswith(("WeightsUnpickler error", "Unsupported"))]
     return (main or lines or [type(error).__name__])[0][:200]

@@ -33,9 +33,9 @@ def build_processor(checkpoint: Checkpoint, text_role: bool) -> LlavaProcessor:
     """
     Build the processor of a checkpoint, and set the ids of its tokens in the checkpoint's configuration, in place.
 
-    Images have the mean colour and deviation of the vision tower's own processor. They are padded with the mean colour
-    to a square where LLaVA-1.5 was trained so. The first implementation did that in training only; here every stage
-    does what the processor says.
+    Images have the mean color and deviation of the vision tower's own processor. They are padded with the mean color
+    to a square where LLaVA-1.5 was trained so. The original code pads in training only; here every stage uses the
+    processor.
 
     Args:
         checkpoint ([`Checkpoint`]):
@@ -54,7 +54,7 @@ def build_processor(checkpoint: Checkpoint, text_role: bool) -> LlavaProcessor:
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         **({"do_pad": True} if pad else {}),
-        **_colours(checkpoint.vision_directory),
+        **_colors(checkpoint.vision_directory),
     )
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return LlavaProcessor(
@@ -83,8 +83,8 @@ def _set_tokens(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast) -> None
             setattr(part, name, getattr(tokenizer, name))
 
 
-def _colours(directory: Path) -> dict[str, Any]:
-    """Mean and deviation of colours if a vision tower has its own; CLIP's otherwise."""
+def _colors(directory: Path) -> dict[str, Any]:
+    """Return mean and deviation of colors if a vision tower has its own; CLIP's otherwise."""
     found = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         content = read_json(directory / name)
@@ -160,8 +160,11 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
         if token in vocab:
             continue
         llama.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
-        if llama.convert_tokens_to_ids(token) != index:
-            raise UserError(f"{directory}: the added token {token!r} has the id {index}, which leaves a gap.")
+        if (free := llama.convert_tokens_to_ids(token)) != index:
+            raise UserError(
+                f"{directory}: the added token {token!r} has the id {index}, which leaves a gap: the next free id is "
+                f"{free}. Copy the tokenizer's files again."
+            )
     # With the general class the file tokenizer.json alone decides how text is split.
     return PreTrainedTokenizerFast(
         tokenizer_object=llama.backend_tokenizer,
@@ -172,7 +175,7 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _added_tokens(directory: Path, decoder: dict) -> list[tuple[int, str]]:
-    """Tokens after the pieces in order of their ids, which are listed in one of two places."""
+    """Return the tokens after the pieces in order of their ids. They are in one of two files."""
     found = [(int(index), token["content"]) for index, token in decoder.items()]
     return sorted(found or [(index, token) for token, index in read_json(directory / "added_tokens.json").items()])
 

@@ -31,7 +31,7 @@ _GOLD = ("id", "image_id", "question", "answer", "answer_type", "question_type")
 
 def json_rows(path: Path, keys: Collection[str]) -> Iterator[ReadRow]:
     """Objects of a JSON array or of JSON lines that have a value for each of `keys`; the others as errors."""
-    for position, row in read_json_records(path, known_by=next(iter(keys))):
+    for position, row in read_json_records(path, key=next(iter(keys))):
         name = f"row {position + 1}"
         if isinstance(row, Rejected):
             yield name, RecordError(_REASONS[row.reason], row.value, name)

@@ -71,8 +71,8 @@ def test_full_models_in_every_format_give_the_same_logits(tmp_path, kind, form):
         original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", body, kind, form)
     converted = convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
-    assert converted.model_type == {"mlp2x_gelu": "llava", "cluster": "prototype_llava"}[kind]
-    assert len(converted.left_out) == (5 if form.startswith("sharded") else 2)
+    assert converted["model_type"] == {"mlp2x_gelu": "llava", "cluster": "prototype_llava"}[kind]
+    assert len(converted["left_out"]) == (5 if form.startswith("sharded") else 2)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     assert_same_logits(tmp_path / "out", weights, kind)
@@ -96,7 +96,7 @@ def test_a_training_output_is_merged_with_its_base(tmp_path, base_form, prefixes
         tmp_path / "output", lora, {f"base_model.model.{name}": t for name, t in projector.items()}, vision_lora
     )
     converted = convert_checkpoint(str(output), tmp_path / "out", base=str(base))
-    assert converted.vusr_role == "text" and converted.changed == (len(lora) + len(vision_lora)) // 2
+    assert converted["vusr_role"] == "text" and converted["changed"] == (len(lora) + len(vision_lora)) // 2
 
     merged = original.merged(original.language_weights(), lora, "base_model.model.")
     merged_tower = original.merged(tower, vision_lora, start)
@@ -113,7 +113,7 @@ def test_a_training_output_is_merged_with_a_language_model_and_clip(tmp_path):
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     output = original.write_training_output(tmp_path / "output", lora, projector, kind="mlp2x_gelu")
     parts = {"base": str(base), "vision_tower": str(tmp_path / "clip")}
-    assert convert_checkpoint(str(output), tmp_path / "out", **parts).vusr_role == "token"
+    assert convert_checkpoint(str(output), tmp_path / "out", **parts)["vusr_role"] == "token"
     assert_same_logits(tmp_path / "out", full_model() | original.merged(body, lora, "base_model.model."), "mlp2x_gelu")
 
 
@@ -150,7 +150,7 @@ def test_weights_keep_their_type_and_lora_is_merged_in_float32(tmp_path):
     base = original.write_checkpoint(tmp_path / "base", weights)
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
-    assert convert_checkpoint(str(output), tmp_path / "out", base=str(base)).dtype == "bfloat16"
+    assert convert_checkpoint(str(output), tmp_path / "out", base=str(base))["dtype"] == "bfloat16"
     name = "model.layers.0.mlp.up_proj.weight"
     expected = original.merged({name: weights[name].float()}, lora, "base_model.model.")[name].bfloat16()
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
