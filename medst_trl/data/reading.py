@@ -164,7 +164,7 @@ def read_rows(path: Path, key: str = "image") -> Iterator[tuple[int, dict | Reje
 
 
 def _fields(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Yield the rows of a CSV or TSV file that are not empty. (`csv.DictReader` would hide fields that are missing or extra.)"""
+    """Yield the rows of a table that are not empty. (`csv.DictReader` would hide missing and extra fields.)"""
     reader = csv.reader(io.StringIO(read_text_file(path, "table"), newline=""), delimiter=delimiter)
     while True:
         try:

@@ -124,7 +124,7 @@ def _marked(
 
 
 def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin") -> tuple[str, list[Span]]:
-    """Return the text and its spans. `pieces` is the text split at the marks; `targets`: whether each is a question."""
+    """Return the text and its spans from the text split at the marks, and whether each target is a question."""
     turns, eos = turn_format(processor), tokenizer_of(processor).eos_token
     ends = {True: turns.question_end or eos, False: turns.answer_end or eos}
     leads = {True: turns.question_lead, False: turns.answer_lead}

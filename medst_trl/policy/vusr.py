@@ -198,7 +198,7 @@ def turn_format(processor: "ProcessorMixin") -> TurnFormat:
 
 
 def stop_token_ids(processor: "ProcessorMixin") -> list[int]:
-    """Return the ids of the tokens that end a question or an answer: the template's terminators and the end-of-sequence token."""
+    """Return the ids of the tokens that end a turn: the template's terminators and the end-of-sequence token."""
     turns, tokenizer = turn_format(processor), tokenizer_of(processor)
     stops = {turns.question_end, turns.answer_end, tokenizer.eos_token} - {"", None}
     return sorted(tokenizer.convert_tokens_to_ids(stop) for stop in stops)
