@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The exception for errors that the user can fix, and the closest match of a misspelt name."""
+"""The exception for errors that the user can fix, and words for messages: the closest match, numbers with nouns."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,3 +29,9 @@ def closest(word: str, known: Collection[str]) -> str:
     """Return " Did you mean 'x'?", or an empty text if no known word is close."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def number_of(number: int | str, what: str) -> str:
+    """A number with its noun: `4 GPUs`, `1 process`."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if str(number) == '1' else plural}"

@@ -5,11 +5,14 @@
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+_T = TypeVar("_T")
 
 NOT_DISTRIBUTED = "not distributed"
 SHARDED = ("DeepSpeed ZeRO-3", "FSDP")  # how kinds begin that shard the weights themselves
@@ -74,6 +77,26 @@ def process_state() -> "PartialState":
     if (backend := backend_on_cpus()) is not None:
         return PartialState(backend=backend)
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def on_main_process(function: Callable[[], _T]) -> _T:
+    """
+    Run a function on the main process alone. Every rank returns its result, or raises its error and leaves the group:
+    a rank that waited for another would wait forever.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    result: list[Any] = [None]
+    if process_state().is_main_process:
+        try:
+            result = [function()]
+        except Exception as error:
+            result = [error]
+    broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        leave_peers()
+        raise result[0]
+    return result[0]
 
 
 def backend_on_cpus() -> str | None:

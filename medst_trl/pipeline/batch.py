@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,6 @@ def accumulation_steps(effective: int, per_device: int, processes: int) -> int:
         f"{number_of(processes, 'process')}: it is not a multiple of {per_device * processes}. These work: "
         f"{'; or '.join(options)}."
     )
-
-
-def number_of(number: int | str, what: str) -> str:
-    """A number with its noun: `4 GPUs`, `1 process`."""
-    plural = "es" if what.endswith("s") else "s"
-    return f"{number} {what}{'' if str(number) == '1' else plural}"
 
 
 def _divisors(number: int, near: int) -> str:

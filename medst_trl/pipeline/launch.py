@@ -20,10 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medst_trl.base.errors import UserError, closest, located
+from medst_trl.base.errors import UserError, closest, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, world_size
 
-from .batch import number_of
 from .recipe import read_yaml
 
 

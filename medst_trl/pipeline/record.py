@@ -17,13 +17,14 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_versions, same_source
-from medst_trl.base.processes import leave_peers, process_state, world_size
+from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 
 from .stage import STAGES, Stage
@@ -224,10 +225,12 @@ class StageRecord:
             decision, lock = "start", _lock(directory)
             _empty(directory)
         else:
-            earlier, free = (declared.earlier_defaults, declared.operational) if declared else ({}, ())
+            earlier, free = (declared.earlier_defaults, declared.operational) if declared else ({}, frozenset())
+            free = {*free, *operational, *inputs, *ALWAYS_OPERATIONAL}
             old_settings = {key: value for key, value in earlier.items() if key in new["settings"]} | old["settings"]
-            compared = (old_settings.keys() | new["settings"].keys()) - {*operational, *free, *inputs}
-            _refuse_changes(directory, old | {"settings": old_settings}, new, compared - ALWAYS_OPERATIONAL)
+            settings = old_settings.keys() | new["settings"].keys()
+            compared = [key for key in settings if not any(fnmatchcase(key, pattern) for pattern in free)]
+            _refuse_changes(directory, old | {"settings": old_settings}, new, compared)
             _warn_of_versions(directory, old["versions"], new["versions"])
             if old["status"] == "complete":
                 print(f"{stage}: {directory} is finished and unchanged, nothing to do.")
@@ -242,26 +245,21 @@ class StageRecord:
     def _decide_for_all_ranks(cls, directory, *arguments) -> "StageRecord":
         """Let rank 0 alone read the directory: a later rank would read what rank 0 has just written."""
         import torch.distributed
-        from accelerate.utils import broadcast_object_list
 
-        state = process_state()
+        process_state()
         if not torch.distributed.is_initialized():  # each rank would act as if it were the only one
             raise UserError(
                 f"{world_size()} processes were started, but there are no GPUs for them. To use CPUs: "
                 "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
             )
-        record, message = None, [None]
-        if state.is_main_process:
-            try:
-                record = cls._decide(directory, *arguments)
-                message = [(record.decision, record.content)]
-            except Exception as error:  # the other ranks would wait forever
-                message = [error]
-        broadcast_object_list(message)
-        if isinstance(message[0], Exception):  # on all ranks, so all of them leave the group
-            leave_peers()
-            raise message[0]
-        return record or cls(directory, *message[0])
+        own = []  # on the main process: a lock cannot be sent
+
+        def decide() -> tuple[str, dict]:
+            own.append(cls._decide(directory, *arguments))
+            return own[0].decision, own[0].content
+
+        decision, content = on_main_process(decide)
+        return own[0] if own else cls(directory, decision, content)
 
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:

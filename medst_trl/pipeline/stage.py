@@ -235,7 +235,7 @@ class Stage:
         outputs (`tuple` of [`Output`]):
             What it makes.
         operational (`frozenset` of `str`):
-            Settings that do not affect the result, so that a resumed run may change them.
+            Settings that do not affect the result, so that a resumed run may change them; `*` stands for any text.
         registries (`Mapping` of [`Registry`]):
             Settings whose value is a name in a registry. The help lists the names, and other values are refused.
         earlier_defaults (`Mapping`):

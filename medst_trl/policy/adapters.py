@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
 
-from .parts import base_of, model_parts
+from .parts import model_parts
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -138,7 +138,7 @@ def train_in_full_precision(model: PeftModel) -> None:
 
 def freeze_vision(model: PreTrainedModel | PeftModel) -> None:
     """Freeze the vision tower, including an adapter's weights in it, in place."""
-    parts = model_parts(base_of(model))
+    parts = model_parts(model)
     for name, parameter in model.named_parameters():
         if parts.part_of(name) == "vision":
             parameter.requires_grad_(False)

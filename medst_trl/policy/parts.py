@@ -18,6 +18,7 @@ from .families import check_architecture, tested_families
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -70,13 +71,13 @@ def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
         return AutoModelForImageTextToText.from_config(config, **kwargs)
 
 
-def model_parts(model: "PreTrainedModel") -> ModelParts:
+def model_parts(model: "PreTrainedModel | PeftModel") -> ModelParts:
     """
     Find the parts of a vision-language model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Vision-language model of any family, not wrapped by PEFT (see [`base_of`]).
+            Vision-language model of any family. The names are those of the model without PEFT's wrapper.
 
     Returns:
         [`ModelParts`]
@@ -84,6 +85,7 @@ def model_parts(model: "PreTrainedModel") -> ModelParts:
     Raises:
         UserError: if the model exposes no vision tower or no projector, or has a Q-Former instead.
     """
+    model = base_of(model)
     names = {id(module): name for name, module in model.named_modules()}
     vision, language = model.get_encoder("image"), model.get_decoder()
     if vision is model or id(vision) not in names:

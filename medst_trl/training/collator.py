@@ -23,10 +23,10 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
     """
     Data collator of self-questioning (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 
-    In every conversation some user turns become `<vusr>` turns, in which the question is a training target. They are
-    drawn again in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
+    In every conversation, some user turns become `<vusr>` turns, in which the question is a training target. They are
+    sampled again in each epoch, for each (seed, epoch, example id, turn). Targets are every assistant answer with its
     terminator and, in a `<vusr>` turn, the question with its terminator; never the token itself, role tags, the system
-    prompt, image positions or padding. Text from data that spells a control token is neutralised.
+    prompt, image positions or padding. Text from data that spells a control token is neutralized.
 
     A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer
     that fits. It is rejected if its first answer does not fit, if it has nothing to train, or if an image cannot be
@@ -42,11 +42,11 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         max_length (`int`, *optional*):
             Longest sequence in tokens, image tokens included. `None` for no limit.
         sq_ratio (`float`, *optional*, defaults to `0.5`):
-            Share of the eligible user turns that become `<vusr>` turns. `1.0` is the paper's setting.
+            Fraction of the eligible user turns that become `<vusr>` turns. `1.0` is the paper's setting.
         sq_first_turn (`bool`, *optional*, defaults to `True`):
-            Whether the first user turn is eligible, which a bare `<vusr>` after the image asks for. The paper: no.
+            Whether the first user turn is eligible. The paper: no.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
+            Seed of the sampling.
         pad_to_multiple_of (`int`, *optional*):
             If set, sequences are padded to a multiple of it.
         packing (`float`, *optional*):
@@ -83,11 +83,11 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the `<vusr>` turns of another epoch from now on, in data loader workers too."""
+        """Sample the `<vusr>` turns of another epoch from now on, in data loader workers too."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "DataCollatorForSelfQuestioning":
-        """A padding collator with the same settings whose draws stay those of epoch 0."""
+        """A padding collator with the same settings that always samples as in epoch 0."""
         # The Trainer weights evaluation batches by their rows, which must be examples.
         return replace(self, packing=None)
 
@@ -165,7 +165,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
 
     def _encode(self, conversations: list[ImageConversation]) -> tuple[dict[str, Any], list[list[int]], int]:
         """
-        The batch, the token at which each target of each conversation ends, and the number of places neutralised.
+        The batch, the token at which each target of each conversation ends, and the number of places neutralized.
         """
         encoded = encode(self.processor, conversations, self.pad_to_multiple_of)
         batch = encoded.batch

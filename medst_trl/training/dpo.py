@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError, closest
@@ -18,7 +18,7 @@ from medst_trl.policy.parts import base_of
 
 from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
-from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
+from .preference_collator import DataCollatorForMultimodalPreference, UsablePairs, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import (
     DataCollatorWithReference,
@@ -114,10 +114,8 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
-        datasets = {"train": train_dataset, **_by_name(eval_dataset)}
-        _check_are_datasets(datasets)
-        if args.precompute_ref_log_probs:
-            check_precompute(args)
+        datasets = _datasets_by_name(train_dataset, eval_dataset)
+        check_precompute(args)
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -125,20 +123,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         trained = _trained_parameters(model) if given is None and hasattr(model, "peft_config") else None
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         obstacle = cannot_share(base_of(model))
-        collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
-            processing_class,
-            max_length=args.max_length,
-            pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
-            share_prefix=args.share_prefix and obstacle is None,
-        )
+        collator = kwargs.pop("data_collator", None) or _default_collator(processing_class, args, obstacle is None)
         self.all_pairs = {
             name: usable_pairs(dataset, processing_class, args.max_length, name) for name, dataset in datasets.items()
         }
-        self.pairs = self.all_pairs["train"]
         self.train_lengths = self.pairs.lengths
-        evaluated = {name: pairs.dataset for name, pairs in self.all_pairs.items() if name != "train"}
-        if isinstance(eval_dataset, dict):
-            evaluated = {name.removeprefix("eval_"): dataset for name, dataset in evaluated.items()}
         cache = None
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(given or model, processing_class, collator, args)
@@ -148,7 +137,7 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
                 ref_model=reference,
                 args=args,
                 train_dataset=self.pairs.dataset,
-                eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get("eval"),
+                eval_dataset=self._usable_evaluation(is_several=isinstance(eval_dataset, dict)),
                 processing_class=processing_class,
                 data_collator=collator,
                 **kwargs,
@@ -162,6 +151,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self._precompute_reference(cache)
 
     @property
+    def pairs(self) -> UsablePairs:
+        """The pairs of the training set."""
+        return self.all_pairs["train"]
+
+    @property
     def rejected_records(self) -> dict[str, str]:
         """The reason of each rejected pair by id, in an evaluation set by `eval/ID` (`eval_NAME/ID` of several)."""
         return {
@@ -169,6 +163,13 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
             for name, pairs in self.all_pairs.items()
             for record, reason in pairs.rejected_records.items()
         }
+
+    def _usable_evaluation(self, is_several: bool) -> dict[str, Dataset] | Dataset | None:
+        """The evaluation sets without rejected pairs, in the form in which they were given."""
+        usable = {name: pairs.dataset for name, pairs in self.all_pairs.items() if name != "train"}
+        if is_several:
+            return {name.removeprefix("eval_"): dataset for name, dataset in usable.items()}
+        return usable.get("eval")
 
     def _finish_reference(self, trained: set[str] | None, shares_weights: bool) -> None:
         """
@@ -280,15 +281,15 @@ class WarnOfDisplacement(TrainerCallback):
             )
 
 
-def _check_are_datasets(datasets: dict[str, Any]) -> None:
-    """Raise a [`UserError`] for pairs that cannot all be checked before the first step."""
-    for name, dataset in datasets.items():
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                f"The dataset {name!r} is of type {type(dataset).__name__}. DPO does not support streaming here, "
-                "because pairs are checked before training. Give one split as a datasets.Dataset, loaded without "
-                "streaming."
-            )
+def _default_collator(
+    processor: ProcessorMixin, args: MultimodalDPOConfig, can_share: bool
+) -> DataCollatorForMultimodalPreference:
+    return DataCollatorForMultimodalPreference(
+        processor,
+        max_length=args.max_length,
+        pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
+        share_prefix=args.share_prefix and can_share,
+    )
 
 
 def _trained_parameters(model: Any) -> set[str]:
@@ -309,8 +310,21 @@ def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> 
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def _by_name(eval_dataset: Any) -> dict[str, Any]:
-    """The evaluation sets (none, one, or several in a `dict`) by the prefix of their metrics."""
-    if isinstance(eval_dataset, dict):
-        return {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval": eval_dataset}
+def _datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Dataset]:
+    """
+    The datasets by name: `train`, and `eval` or `eval_NAME` for each of several in a `dict`.
+
+    Raises:
+        UserError: for pairs that cannot all be checked before the first step.
+    """
+    several = eval_dataset if isinstance(eval_dataset, dict) else {}
+    datasets = {"train": train_dataset} | {f"eval_{name}": dataset for name, dataset in several.items()}
+    if eval_dataset is not None and not isinstance(eval_dataset, dict):
+        datasets["eval"] = eval_dataset
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                f"{name}_dataset is of type {type(dataset).__name__}. DPO does not support streaming here, because "
+                "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
+            )
+    return datasets

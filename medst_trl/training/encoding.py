@@ -1,17 +1,19 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to tokens: each is rendered and tokenized once, and offsets locate its questions and answers.
+"""Turn conversations into tokens: each is rendered and tokenized once, and offsets locate its questions and answers.
 
-Both collators use this, so that a prompt reads the same in stage 1 and in stage 2.
+Both collators use this, so that a prompt has the same tokens in both stages.
 """
 
 import bisect
 from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from medst_trl.base.errors import UserError
@@ -22,10 +24,6 @@ from medst_trl.policy.vusr import adds_special_tokens, tokenizer_of
 
 from .images import images_of
 
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from transformers import BatchFeature, ProcessorMixin
 
 IGNORED = -100  # label of a token that is no target
 # Inputs with one entry per token, truncated together.
@@ -49,7 +47,7 @@ class ImageConversation:
 
     id: str
     messages: list[dict[str, Any]]
-    images: "list[Image.Image]"
+    images: list[Image.Image]
     asked: frozenset[int] = frozenset()
 
 
@@ -60,11 +58,11 @@ class Encoded:
 
     Args:
         batch ([`~transformers.BatchFeature`]): `input_ids`, `attention_mask` (batch, length), `pixel_values`, ...
-        spans (`list[list[Span]]`): The questions and answers of each row, in order.
+        spans (`list[list[Span]]`): The tokens of the questions and answers of each row, in order.
         rendered (`list[RenderedConversation]`): The text of each row, image placeholders not expanded.
     """
 
-    batch: "BatchFeature"
+    batch: BatchFeature
     spans: list[list[Span]]
     rendered: list[RenderedConversation]
 
@@ -81,14 +79,14 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
     Raises:
         UserError: if images and image parts differ in number.
     """
-    images = [
-        image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image for image in images_of(example)
-    ]
+    images = [item.convert("RGB") if getattr(item, "mode", "RGB") != "RGB" else item for item in images_of(example)]
     example_id = id_of(example, messages)
+    plain = []
+    for message in messages:
+        content = message["content"]
+        plain.append({**message, "content": content if isinstance(content, str) else typed_parts(content)})
     try:
-        prepared = prepare_multimodal_messages(
-            [{**message, "content": _plain(message["content"])} for message in messages], images=images
-        )
+        prepared = prepare_multimodal_messages(plain, images=images)
     except ValueError as error:
         raise UserError(f"Record {example_id!r} cannot be collated: {error}") from error
     # The images are kept beside the messages: the template needs only their positions.
@@ -108,7 +106,7 @@ def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None)
 
 
 def encode(
-    processor: "ProcessorMixin", conversations: Collection[ImageConversation], pad_to_multiple_of: int | None = None
+    processor: ProcessorMixin, conversations: Collection[ImageConversation], pad_to_multiple_of: int | None = None
 ) -> Encoded:
     """
     Render, tokenize and pad (on the right) a batch of conversations.
@@ -141,7 +139,7 @@ def encode(
 
 
 def tokens_without_images(
-    processor: "ProcessorMixin", rendered: list[RenderedConversation]
+    processor: ProcessorMixin, rendered: list[RenderedConversation]
 ) -> list[tuple[list[int], Span]]:
     """The tokens of rendered conversations, each image a placeholder, and the span of their last answers."""
     encoded = tokenizer_of(processor)(
@@ -156,7 +154,7 @@ def tokens_without_images(
 
 
 def _check_offsets(
-    processor: "ProcessorMixin", text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int
+    processor: ProcessorMixin, text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int
 ) -> None:
     """Refuse a processor that makes the text longer without reporting where: labels would land on wrong tokens."""
     gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
@@ -182,7 +180,3 @@ def _in_tokens(span: Span, offsets: torch.Tensor) -> Span:
     starts, ends = offsets.unbind(-1)
     tokens = ((starts < span.end) & (ends > span.start)).nonzero()  # padding has width zero and matches nothing
     return Span(int(tokens[0]), int(tokens[-1]) + 1, span.is_question)
-
-
-def _plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    return content if isinstance(content, str) else typed_parts(content)

@@ -1,29 +1,20 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images of training examples: stored and decoded, their size and whether they can be read, and blank ones."""
+"""Images of training examples: stored and decoded, their size, and whether they can be read."""
 
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import with_stored_images
-from medst_trl.policy.parts import model_parts
-
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, ProcessorMixin
-
-BLANK_SIDE = 64  # pixels; processors that resize images need no more
 
 
 class UnreadableImage(UserError):
@@ -67,7 +58,7 @@ def check_has_images(dataset: Any) -> None:
         )
 
 
-def image_size(image: "Image.Image | dict[str, Any]") -> tuple[int, int]:
+def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     """
     Width and height in pixels after decoding. Of a stored image only the header is read.
 
@@ -86,7 +77,7 @@ def image_size(image: "Image.Image | dict[str, Any]") -> tuple[int, int]:
             return opened.size[::-1] if _is_transposed(opened, image) else opened.size
 
 
-def check_image(image: "Image.Image | dict[str, Any]") -> None:
+def check_image(image: Image.Image | dict[str, Any]) -> None:
     """Raise [`UnreadableImage`] if an image is incomplete. A JPEG or PNG that ends correctly is not decoded."""
     if not isinstance(image, dict):
         return
@@ -136,57 +127,3 @@ def _explained(image: Any) -> Iterator[None]:
         raise UnreadableImage(
             f"the image {path or ''}".rstrip() + f" cannot be read ({type(error).__name__}: {reason})"
         ) from error
-
-
-# Blank images. DeepSpeed and FSDP exchange gradients, and ZeRO-3 and FSDP weights, in the order in which layers run. A
-# rank whose batch is text alone would skip the vision tower: the ranks then wait for each other forever, or add up
-# gradients of different layers (https://github.com/hiyouga/LLaMA-Factory/issues/5616). So that rank encodes a blank
-# image and adds nothing of it to its tokens: every trained weight has a gradient, which is zero there.
-
-
-def encode_blank_images(model: "PreTrainedModel", processor: "ProcessorMixin") -> None:
-    """
-    Make a model encode a blank image whenever it runs without one, in place. Its outputs stay the same.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Vision-language model, not wrapped by PEFT. One that reads images by cross-attention, without
-            `get_image_features`, is left as it is.
-        processor ([`~transformers.ProcessorMixin`]):
-            Its processor.
-    """
-    backbone = model.base_model
-    if not hasattr(backbone, "get_image_features"):
-        return
-    parts = model_parts(model)
-    decoder, tower = model.get_submodule(parts.language_model), model.get_submodule(parts.vision_tower)
-    pixels = processor.image_processor(images=[Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))], return_tensors="pt")
-    pixels = {name: pixels[name] for name in signature(backbone.get_image_features).parameters if name in pixels}
-    runs = []  # of the vision tower since the backbone began
-
-    def add_nothing(module, args, kwargs):
-        if runs or kwargs.get("inputs_embeds") is None:
-            return None
-        embeddings, dtype = kwargs["inputs_embeds"], next(tower.parameters()).dtype
-        blank = {
-            name: value.to(embeddings.device, dtype if value.is_floating_point() else None)
-            for name, value in pixels.items()
-        }
-        features = backbone.get_image_features(**blank, return_dict=True)
-        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
-        nothing = sum((rows.float() * 0).sum() for rows in _tensors(layers))
-        return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
-
-    backbone.register_forward_pre_hook(lambda module, args: runs.clear())
-    tower.register_forward_pre_hook(lambda module, args: runs.append(True))
-    # Before the decoder, where images are encoded otherwise, so that every rank runs its layers in one order.
-    decoder.register_forward_pre_hook(add_nothing, with_kwargs=True)
-
-
-def _tensors(features: Any) -> "Iterator[torch.Tensor]":
-    """All tensors of the features: families return one, or one for each image or layer."""
-    if isinstance(features, list | tuple):
-        for item in features:
-            yield from _tensors(item)
-    else:
-        yield features

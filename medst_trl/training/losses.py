@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Preference losses besides those of TRL, for `loss_type`.
+Preference losses for `loss_type`: those of TRL by name, and your own:
 
 ```python
 class Margin(PreferenceLoss):

@@ -13,12 +13,13 @@ copies all its images, so the lengths are kept beside the dataset.
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import pad
@@ -32,16 +33,12 @@ from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation
 from .images import UnreadableImage, image_size, images_of, with_images
 
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-    from transformers import PreTrainedModel, ProcessorMixin
-
 logger = get_logger(__name__)
 
-UNREADABLE_SIDE = 224  # assumed for an image without a readable header, in pixels: its example will be rejected
+UNREADABLE_SIDE = 224  # pixels, assumed for an image without a readable header; the collator rejects its example
 
 
-def packing_cost(model: "PreTrainedModel") -> tuple[float | None, str]:
+def packing_cost(model: PreTrainedModel) -> tuple[float | None, str]:
     """
     Cost of long rows for a model, which decides how batches are packed, see [`rows_of`].
 
@@ -68,11 +65,7 @@ def packing_cost(model: "PreTrainedModel") -> tuple[float | None, str]:
 
 
 def pack(
-    batch: dict[str, Any],
-    cost: float,
-    images: Sequence[int],
-    pad_token_id: int,
-    pad_to_multiple_of: int | None = None,
+    batch: dict[str, Any], cost: float, images: Sequence[int], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> None:
     """
     Pack a padded batch, in place.
@@ -146,7 +139,7 @@ def _balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
     return rows
 
 
-def rope_positions(model: "PreTrainedModel", batch: dict[str, Any]) -> torch.Tensor:
+def rope_positions(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """
     Positions of a packed batch in the form the model takes.
 
@@ -254,7 +247,7 @@ class GroupsByLength:
         # The Trainer would group these too and need their lengths; this is what it does with every other strategy.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def get_train_dataloader(self) -> "DataLoader":
+    def get_train_dataloader(self) -> DataLoader:
         self._length_sampler = None  # it may be of another dataset
         dataloader = super().get_train_dataloader()
         if self._length_sampler is not None:
@@ -265,7 +258,7 @@ class GroupsByLength:
 
 
 def conversation_lengths(
-    dataset: Dataset, processor: "ProcessorMixin", max_length: int | None = None
+    dataset: Dataset, processor: ProcessorMixin, max_length: int | None = None
 ) -> list[int] | None:
     """
     Approximate number of tokens of each conversation, at the cost of one tokenization. No image is decoded.
@@ -320,5 +313,5 @@ def _with_sizes(example: dict[str, Any]) -> ImageConversation:
 def _height_and_width(image: Any) -> tuple[int, int]:
     try:
         return image_size(image)[::-1]
-    except UnreadableImage:  # the collator will reject its example
+    except UnreadableImage:  # the collator rejects its example
         return UNREADABLE_SIDE, UNREADABLE_SIDE

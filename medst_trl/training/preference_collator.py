@@ -1,19 +1,20 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From preference pairs to batches, in which prompts read as in stage 1 and images are processed once.
+"""Turn preference pairs into batches. Prompts have the same tokens as in stage 1, and images are processed once.
 
-Which pairs can be trained on is decided before the first step, at the cost of one tokenization: a pair left out of a
-batch would leave ranks with batches of different size, which TRL gathers as if they were equal.
+Pairs that cannot be trained on are rejected before the first step, at the cost of one tokenization. Dropping them from
+batches, as in stage 1, would leave ranks with batches of different size, which TRL gathers as if they were equal.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import BatchFeature, ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
@@ -22,14 +23,7 @@ from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.spans import RenderedConversation, Span, render_conversation
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
-from .encoding import (
-    TOKEN_INPUTS,
-    Encoded,
-    ImageConversation,
-    as_conversation,
-    encode,
-    tokens_without_images,
-)
+from .encoding import TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, tokens_without_images
 from .images import (
     DecodesImages,
     UnreadableImage,
@@ -40,9 +34,6 @@ from .images import (
     with_images,
 )
 
-
-if TYPE_CHECKING:
-    from transformers import BatchFeature, ProcessorMixin
 
 PAIR_REJECTION_REASONS = {
     "chosen_equals_rejected": "both answers say the same, so there is nothing to prefer",
@@ -75,7 +66,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
     TRL's own collator tokenizes prompt and completion separately and adds no beginning-of-sequence token; for
     LLaVA-1.5 the first log-probabilities would then be those of another text than the model was trained on and sampled
     from. Here prompt and answer are rendered and tokenized together, and control tokens spelled in data are
-    neutralised, as in [`DataCollatorForSelfQuestioning`]. The images of a pair are processed once, not twice.
+    neutralized, as in [`DataCollatorForSelfQuestioning`]. The images of a pair are processed once, not twice.
 
     Each example has `prompt` (messages, the last one a user's), `chosen` and `rejected` (one assistant message each),
     `images` (a list, may be empty, decoded or as `datasets` stores them) and optionally `id`, `weight` and
@@ -137,7 +128,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
     def _pairs(
         self, chosen: list[ImageConversation], encoded: Encoded, rejected: list[RenderedConversation]
     ) -> list[PairOfRows]:
-        """The rejected rows come from their text alone, because the chosen rows have their images."""
+        """Build both rows of each pair. The rejected row needs only its text, because it has the same images."""
         pairs = []
         lengths = encoded.batch["attention_mask"].sum(1).tolist()
         texts = tokens_without_images(self.processor, [*encoded.rendered, *rejected])
@@ -166,7 +157,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
             pairs.append(pair)
         return pairs
 
-    def _rows(self, encoded: "BatchFeature", pairs: list[PairOfRows]) -> dict[str, Any]:
+    def _rows(self, encoded: BatchFeature, pairs: list[PairOfRows]) -> dict[str, Any]:
         """The batch with both rows of each pair and their `completion_mask`; images as they are in `encoded`."""
         batch = {name: value for name, value in encoded.items() if name not in TOKEN_INPUTS}
         rows = {name: [] for name in encoded if name in TOKEN_INPUTS} | {"completion_mask": []}
@@ -217,13 +208,10 @@ class UsablePairs:
 
 
 def usable_pairs(
-    dataset: Dataset, processor: "ProcessorMixin", max_length: int | None, name: str = "train"
+    dataset: Dataset, processor: ProcessorMixin, max_length: int | None, name: str = "train"
 ) -> UsablePairs:
     """
     Reject the pairs that cannot be trained on.
-
-    All are checked before the first step, and not one by one in batches as in stage 1, because TRL gathers batches as
-    if they were of equal size on all ranks.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -259,7 +247,7 @@ def usable_pairs(
 
 
 def _check_pair(
-    example: dict[str, Any], processor: "ProcessorMixin", max_length: int | None, image_tokens: dict[tuple, int]
+    example: dict[str, Any], processor: ProcessorMixin, max_length: int | None, image_tokens: dict[tuple, int]
 ) -> tuple[str | None, list[Span]]:
     """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
     try:

@@ -15,22 +15,21 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
 from medst_trl.policy.families import family_of
 
 from .encoding import TOKEN_INPUTS
 
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = get_logger(__name__)
 
@@ -112,7 +111,7 @@ class PrefixSharing:
             Then only the first batch is compared, and batches of another kind stay in the stock layout.
     """
 
-    def __init__(self, model: "PreTrainedModel", is_sharded: bool = False):
+    def __init__(self, model: PreTrainedModel, is_sharded: bool = False):
         PartialState()  # the logger asks it for the rank; with a trainer it exists already
         self.config = model.config.get_text_config()
         self.is_causal = family_of(model.config.model_type).causal
@@ -143,17 +142,12 @@ class PrefixSharing:
 
         return forward
 
-    def _stock(self, model: "PreTrainedModel", *args, **inputs) -> Any:
+    def _stock(self, model: PreTrainedModel, *args, **inputs) -> Any:
         self.config._attn_implementation = self.attention
         return self.forward(model, *args, **inputs)
 
     def _shared(
-        self,
-        model: "PreTrainedModel",
-        inputs: dict[str, Any],
-        prefix_length: torch.Tensor,
-        shared_length: int,
-        attention: str,
+        self, model: Any, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int, attention: str
     ) -> Any:
         labels = inputs["labels"]
         if attention == "flex_attention":
@@ -176,7 +170,7 @@ class PrefixSharing:
         output = self.forward(model, **{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
         return _in_stock_layout(output, layout, labels)
 
-    def _compare(self, model: "PreTrainedModel", inputs: dict[str, Any], share: Callable[[], Any]) -> bool:
+    def _compare(self, model: PreTrainedModel, inputs: dict[str, Any], share: Callable[[], Any]) -> bool:
         """Whether both layouts give the same log-probabilities. Warns if not."""
         training = model.training
         model.eval()  # dropout would differ
@@ -203,7 +197,7 @@ class PrefixSharing:
 
 
 def _positions(
-    model: "PreTrainedModel", inputs: dict[str, Any], layout: SharedLayout, prefix_length: torch.Tensor
+    model: PreTrainedModel, inputs: dict[str, Any], layout: SharedLayout, prefix_length: torch.Tensor
 ) -> torch.Tensor:
     """
     Position ids in the shared layout, of shape (batch, shared length), or (3, batch, shared length) for m-RoPE: those
@@ -221,7 +215,7 @@ def _positions(
     return positions.gather(2, column.expand(3, -1, -1)) + behind
 
 
-def _is_exact(model: "PreTrainedModel") -> bool:
+def _is_exact(model: PreTrainedModel) -> bool:
     """Whether the model computes in full precision."""
     device = next(model.parameters()).device.type
     rounds = torch.is_autocast_enabled(device) or (
@@ -247,7 +241,7 @@ def _without_model(forward: Callable) -> Callable:
     return functools.wraps(forward)(lambda model, *args, **inputs: forward(*args, **inputs))
 
 
-def cannot_share(model: "PreTrainedModel") -> str | None:
+def cannot_share(model: PreTrainedModel) -> str | None:
     """
     Why a model cannot read two answers after one prompt; `None` if it may be able to.
 
@@ -288,11 +282,11 @@ def _in_stock_layout(output: Any, layout: SharedLayout, labels: torch.Tensor) ->
     return output
 
 
-# The attention mask: one rule in the form FlexAttention takes (`mask_mod`), evaluated to a dense mask for SDPA and
-# eager attention. A four-dimensional mask, or a dict of them by layer type, passes through transformers unchanged.
+# The attention mask: one rule, from which transformers makes a dense mask and torch one for FlexAttention. A
+# four-dimensional mask, or a dict of them by layer type, passes through a model's forward unchanged.
 
 
-def layer_types(config: "PreTrainedConfig") -> set[str]:
+def layer_types(config: PreTrainedConfig) -> set[str]:
     """
     The types of attention in a language model's layers.
 
@@ -318,12 +312,12 @@ def attention_for(own: str, length: int, device: torch.device) -> str:
 
 
 def branch_masks(
-    config: "PreTrainedConfig",
+    config: PreTrainedConfig,
     implementation: str,
     branches: torch.Tensor,
     positions: torch.Tensor,
     blocks: torch.Tensor | None = None,
-) -> "torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]":
+) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
     """
     Attention mask in which every branch sees the trunk and itself, and no other branch.
 
@@ -361,13 +355,8 @@ def branch_masks(
     return next(iter(masks.values())) if len(masks) == 1 else masks
 
 
-def _evaluate(rule, implementation: str, batch: int, length: int, device: torch.device) -> "torch.Tensor | BlockMask":
+def _evaluate(rule, implementation: str, batch: int, length: int, device: torch.device) -> torch.Tensor | BlockMask:
     if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
         return create_block_mask(rule, batch, None, length, length, device=device)
-    index = torch.arange(length, device=device)
-    mask = rule(torch.arange(batch, device=device)[:, None, None, None], 0, index[:, None], index[None, :])
-    if implementation == "eager":  # it adds the mask, so a boolean mask would be silently wrong
-        return torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return mask
+    make_mask = eager_mask if implementation == "eager" else sdpa_mask
+    return make_mask(batch, length, length, mask_function=rule, allow_is_causal_skip=False, device=device)

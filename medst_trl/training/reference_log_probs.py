@@ -3,9 +3,9 @@
 """`precompute_ref_log_probs` for images: the reference reads each pair once and is then removed from memory.
 
 TRL (1.16) refuses the option for images, because it keeps the numbers as columns of a dataset that it would have to
-copy. Here they are in a file beside the dataset, that later runs, and other people's, can trust: the file's name is
-the hash of the reference and of all settings that affect the numbers, a row's key that of messages and pixels. After
-any change the key is simply not found. The collator adds the numbers to each batch.
+copy. Here they are in a file beside the dataset, which later runs and other users can reuse safely: the name of the
+file is the hash of the reference and its settings, and the key of a row is the hash of messages and pixels. If
+anything changes, the key is not found and the numbers are computed again. The collator adds them to each batch.
 """
 
 import hashlib
@@ -21,20 +21,24 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
+from datasets import Dataset
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, package_versions
 from medst_trl.base.hub_ids import is_hub_id
+from medst_trl.base.processes import cores, on_main_process
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head
@@ -43,11 +47,6 @@ from medst_trl.policy.vusr import tokenizer_of
 
 from .images import DecodesImages, images_of, with_decoded_images
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, ProcessorMixin
-    from trl import DPOConfig, DPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class ReferenceLogProbs(NamedTuple):
     Log-probabilities of a pair under the reference.
 
     Args:
-        id (`str`): Its id when they were computed, for people; pairs are looked up by [`pair_key`].
+        id (`str`): Its id when they were computed, for readers; pairs are looked up by [`pair_key`].
         chosen, rejected (`float`): Log-probability of each answer given the prompt, in nats.
     """
 
@@ -100,8 +99,10 @@ def sha256_of(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_precompute(args: "DPOConfig") -> None:
-    """Raise a [`UserError`] where the reference cannot be computed before training."""
+def check_precompute(args: DPOConfig) -> None:
+    """Raise a [`UserError`] for `precompute_ref_log_probs` where the reference cannot be computed before training."""
+    if not args.precompute_ref_log_probs:
+        return
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if zero3 or args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise UserError(
@@ -110,7 +111,7 @@ def check_precompute(args: "DPOConfig") -> None:
         )
 
 
-def sharing_weights(model: torch.nn.Module) -> "PreTrainedModel":
+def sharing_weights(model: torch.nn.Module) -> PreTrainedModel:
     """
     A second model with the same weights, in evaluation mode: the policy as it is now, before anything is added to it.
 
@@ -135,7 +136,7 @@ def sharing_weights(model: torch.nn.Module) -> "PreTrainedModel":
 
 
 def cache_of_reference(
-    model: torch.nn.Module, processor: "ProcessorMixin", collator: Any, args: "DPOConfig"
+    model: torch.nn.Module, processor: ProcessorMixin, collator: Any, args: DPOConfig
 ) -> "ReferenceCache":
     """
     The cache of a reference, in `args.ref_log_probs_dir` or `output_dir`.
@@ -148,13 +149,13 @@ def cache_of_reference(
         collator: Collator of the batches it reads.
         args ([`~trl.DPOConfig`]): Configuration.
     """
-    settings = [settings_of_reference(model, processor, collator, args) if args.process_index == 0 else None]
+    settings = on_main_process(lambda: settings_of_reference(model, processor, collator, args))
     directory = args.ref_log_probs_dir or Path(args.output_dir) / REFERENCE_FOLDER
-    return ReferenceCache(directory, broadcast_object_list(settings)[0], about_reference(model))
+    return ReferenceCache(directory, settings, about_reference(model))
 
 
 def settings_of_reference(
-    model: torch.nn.Module, processor: "ProcessorMixin", collator: Any, args: "DPOConfig"
+    model: torch.nn.Module, processor: ProcessorMixin, collator: Any, args: DPOConfig
 ) -> dict[str, Any]:
     """Everything that affects the log-probabilities of a pair except the pair, in a form that JSON can hold."""
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
@@ -178,7 +179,7 @@ def settings_of_reference(
 
 
 def about_reference(model: torch.nn.Module) -> dict[str, Any]:
-    """For people: what the reference is called, and what computed it. No paths."""
+    """For readers: what the reference is called, and what computed it. No paths."""
     base = base_of(model)
     name = base.config._name_or_path or ""
     return {
@@ -198,7 +199,7 @@ def hash_weights(model: torch.nn.Module) -> str:
         return hashlib.sha256(head + hashlib.sha256(values).digest()).digest()
 
     tensors = [(name, value) for name, value in sorted(model.state_dict().items()) if torch.is_tensor(value)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, cores())) as threads:
         return hashlib.sha256(b"".join(threads.map(digest, tensors))).hexdigest()
 
 
@@ -241,7 +242,7 @@ class DataCollatorWithReference(DecodesImages):
 
 
 def log_probs_of_reference(
-    trainer: "DPOTrainer", cache: "ReferenceCache", datasets: "Sequence[Dataset]", lengths: Sequence[int]
+    trainer: DPOTrainer, cache: "ReferenceCache", datasets: Sequence[Dataset], lengths: Sequence[int]
 ) -> dict[str, ReferenceLogProbs]:
     """
     Log-probabilities of each pair under `trainer.ref_model`, read from the cache, or else computed and kept there.
@@ -264,8 +265,7 @@ def log_probs_of_reference(
     accelerator = trainer.accelerator
     pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets])
     keys = _keys_of(pairs, trainer)
-    known = [cache.read() if accelerator.is_main_process else None]
-    known = broadcast_object_list(known)[0]
+    known = on_main_process(cache.read)
     missing = {key: place for place, key in reversed(list(enumerate(keys))) if key not in known}
     unique = dict.fromkeys(keys)
     accelerator.print(
@@ -283,7 +283,7 @@ def log_probs_of_reference(
     return {key: known[key] for key in unique}
 
 
-def _keys_of(pairs: ConcatDataset, trainer: "DPOTrainer") -> list[str]:
+def _keys_of(pairs: ConcatDataset, trainer: DPOTrainer) -> list[str]:
     """The key of each pair; images are decoded in the workers of the data loader."""
     accelerator = trainer.accelerator
     mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
@@ -296,7 +296,7 @@ def _pair_keys(examples: list[dict[str, Any]]) -> list[str]:
 
 
 def _compute(
-    trainer: "DPOTrainer", cache: "ReferenceCache", pairs: ConcatDataset, keys: list[str], batches: list[list[int]]
+    trainer: DPOTrainer, cache: "ReferenceCache", pairs: ConcatDataset, keys: list[str], batches: list[list[int]]
 ) -> dict[str, ReferenceLogProbs]:
     """Compute this rank's share."""
     computed = {}
@@ -309,7 +309,7 @@ def _compute(
         log_probs = (part.float().tolist() for part in trainer.compute_ref_log_probs(trainer.ref_model, batch))
         rows = {keys[place]: ReferenceLogProbs(*row) for place, *row in zip(places, ids, *log_probs, strict=True)}
         for key, row in rows.items():
-            if not _is_sound(key, row):
+            if not _is_valid(key, row):
                 raise UserError(
                     f"Record {row.id!r}: its log-probabilities under the reference are {row.chosen} (chosen) and "
                     f"{row.rejected} (rejected). Compute in float32 or bf16, or remove the record."
@@ -324,7 +324,7 @@ def _with_ids(collator: Callable, examples: list[dict[str, Any]]) -> tuple[list[
     return ids, collator([with_decoded_images(example) for example in examples])
 
 
-def _batches(trainer: "DPOTrainer", title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
+def _batches(trainer: DPOTrainer, title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
     """This rank's batches, which the data loader's workers prepare, with a progress bar on the main process."""
     loader = DataLoader(pairs, num_workers=trainer.args.dataloader_num_workers, **how)
     is_quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
@@ -347,7 +347,7 @@ class ReferenceCache:
         settings (`dict`):
             Everything that affects the numbers except the pair: the reference's weights, template, length, ...
         about (`dict`, *optional*):
-            Information for people. Not compared.
+            Information for readers. Not compared.
 
     Attributes:
         path (`pathlib.Path`): The file. It appears complete under this name.
@@ -365,13 +365,13 @@ class ReferenceCache:
 
     def read(self) -> dict[str, ReferenceLogProbs]:
         """
-        Known log-probabilities by pair key: the file's rows, and those that interrupted runs left. A file that cannot
-        be read, or does not match its name, is renamed to `*.broken`.
+        Known log-probabilities by pair key: the rows of the file, and those that interrupted runs left. A file that
+        cannot be read, or does not match its name, is renamed to `*.broken`.
         """
         known = self._read_file()
         for part in self.parts():
             known |= _read_part(part)
-        return {key: row for key, row in known.items() if _is_sound(key, row)}
+        return {key: row for key, row in known.items() if _is_valid(key, row)}
 
     def parts(self) -> list[Path]:
         """Files that runs left that did not reach [`ReferenceCache.write`]."""
@@ -408,7 +408,7 @@ class ReferenceCache:
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             return self._discard(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
         if sha256_of(written_for) != sha256_of(self.settings):
-            return self._discard("it was written for another reference, and renamed")
+            return self._discard("it belongs to another reference")
         return rows
 
     def _discard(self, problem: str) -> dict[str, ReferenceLogProbs]:
@@ -443,6 +443,6 @@ def _read_part(path: Path) -> dict[str, ReferenceLogProbs]:
     return rows
 
 
-def _is_sound(key: Any, row: ReferenceLogProbs) -> bool:
+def _is_valid(key: Any, row: ReferenceLogProbs) -> bool:
     numbers = (row.chosen, row.rejected)
     return isinstance(key, str) and len(key) == 64 and all(isinstance(n, float) and math.isfinite(n) for n in numbers)

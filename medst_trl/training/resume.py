@@ -11,45 +11,37 @@ import logging
 import os
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
-from medst_trl.base.errors import UserError
-from medst_trl.base.processes import leave_peers
+from medst_trl.base.errors import UserError, number_of
+from medst_trl.base.processes import on_main_process
 
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
 
-def resume_checkpoint(output_dir: str | Path, accelerator: "Accelerator") -> str | None:
+def resume_checkpoint(output_dir: str | Path, accelerator: Accelerator) -> str | None:
     """
-    [`newest_complete_checkpoint`] for every rank: the main process looks for it and broadcasts the result.
+    [`newest_complete_checkpoint`], as the main process finds it, on every rank.
 
     Raises:
         UserError: if this launch cannot read the optimizer's state in it.
     """
-    found = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [newest_complete_checkpoint(output_dir, accelerator.num_processes)]
-            if found[0] is not None:
-                _check_optimizer(Path(found[0]), accelerator)
-        except Exception as error:  # the other ranks would wait forever
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        leave_peers()  # on all ranks: otherwise gloo's threads may abort the process
-        raise found[0]
-    return found[0]
+
+    def find() -> str | None:
+        found = newest_complete_checkpoint(output_dir, accelerator.num_processes)
+        if found is not None:
+            _check_optimizer(Path(found), accelerator)
+        return found
+
+    return on_main_process(find)
 
 
-def _check_optimizer(checkpoint: Path, accelerator: "Accelerator") -> None:
+def _check_optimizer(checkpoint: Path, accelerator: Accelerator) -> None:
     """
     Refuse a checkpoint whose optimizer this launch cannot read. DeepSpeed would fail, and the Trainer would start with
     a new optimizer.
@@ -62,7 +54,7 @@ def _check_optimizer(checkpoint: Path, accelerator: "Accelerator") -> None:
         return
     processes, launch = "processes without DeepSpeed", "--accelerate_config multi_gpu"
     if parts:
-        processes = f"{parts} process{'es' * (parts > 1)} of DeepSpeed"
+        processes = f"{number_of(parts, 'process')} of DeepSpeed"
         launch = f"--accelerate_config zero2 --num_processes {parts}"
     raise UserError(
         f"{checkpoint} was written by {processes}, and only such processes can read its optimizer. Resume with "

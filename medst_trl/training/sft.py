@@ -33,7 +33,7 @@ class SelfQuestioningConfig(SelfQuestioningSettings, SFTConfig):
     [`SelfQuestioningSettings`] and [`TrainerSettings`].
 
     > [!NOTE]
-    > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048` (the paper's),
+    > Differs from [`~trl.SFTConfig`]: `max_length` defaults to `2048`,
     > `restore_callback_states_from_checkpoint` to `True`, `bf16` to `False` without an accelerator, and
     > `dataloader_num_workers` to this process's share of the CPU cores with an accelerator.
     """

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What both trainers share, losses apart: load and save a policy, train its parts at their own rates, feed images."""
+"""The base of both trainers, without losses: loading, saving, learning rates by part, images, rejected examples."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from transformers import AutoProcessor, TrainerCallback
+from transformers import AutoProcessor, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.files import write_jsonl
@@ -25,17 +25,14 @@ from medst_trl.policy.base_weights import write_base_file
 from medst_trl.policy.loading import load_policy, prepare_policy
 from medst_trl.policy.parts import ModelParts, base_of, model_parts
 
-from .images import DecodesImages, encode_blank_images
+from .images import DecodesImages
 from .packing import GroupsByLength
-from .upstream import UpstreamFixes, name_fsdp_layers
+from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
 
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin, TrainingArguments
 
 logger = get_logger(__name__)
 
-LONG_WAIT = 0.1  # share of the time above which the step waits too long for data
+LONG_WAIT = 0.1  # fraction of the time above which the step waits too long for data
 DATA_WAIT_PATIENCE = 3  # logs in a row; workers may start during the first ones
 
 REJECTION_REASONS = {
@@ -51,7 +48,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     Weights that train are kept in float32, each part of the model trains at its own learning rate, and a checkpoint
     holds an adapter without PEFT's copy of the embedding and with the fingerprint of its base. Logs have the learning
-    rate of each part and `data_wait`, the share (0 to 1) of the time since the last log in which the main process
+    rate of each part and `data_wait`, the fraction (0 to 1) of the time since the last log in which the main process
     waited for data; a warning explains what to do if it stays above a tenth.
     """
 
@@ -59,8 +56,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     @staticmethod
     def load_model(
-        model: Any, processing_class: "ProcessorMixin | None", args: "TrainingArguments"
-    ) -> "tuple[torch.nn.Module, ProcessorMixin]":
+        model: Any, processing_class: ProcessorMixin | None, args: TrainingArguments
+    ) -> tuple[torch.nn.Module, ProcessorMixin]:
         """The model and its processor, loaded if they are given by name, with `<vusr>` token and template."""
         if isinstance(model, str):
             model_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -105,7 +102,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     def model_parts(self) -> ModelParts:
         """The parts of the model under PEFT and distributed wrappers."""
-        return model_parts(base_of(self.accelerator.unwrap_model(self.model)))
+        return model_parts(self.accelerator.unwrap_model(self.model))
 
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trained parameters of each part."""
@@ -146,7 +143,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return {group["part"]: group["lr"] for group in groups if "part" in group}
 
     def _get_learning_rate(self):
-        # The Trainer asks before the scheduler's step, and logs later: the rates of the other parts belong to it.
+        # The Trainer reads the rate before the scheduler's step and logs it later. Keep the other parts' rates of the
+        # same step.
         self._rates_of_step = self.learning_rates()
         return super()._get_learning_rate()
 
@@ -199,7 +197,7 @@ class DataWait:
     Args:
         waits_for_device (`bool`, *optional*, defaults to `False`):
             Whether a batch is copied to an accelerator before it is returned. The copy waits for all work queued on
-            the accelerator before it, which is not waiting for data, so that work is awaited first.
+            the accelerator, which is not a wait for data, so the queue is emptied first.
     """
 
     def __init__(self, waits_for_device: bool = False):
@@ -209,7 +207,7 @@ class DataWait:
         self.long_waits = 0
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, with the wait for each of them measured."""
+        """Yield the same batches, and measure the wait for each."""
         while True:
             if self.waits_for_device:
                 torch.accelerator.synchronize()
@@ -223,7 +221,7 @@ class DataWait:
             yield batch
 
     def share(self) -> float:
-        """Share of the time since the last call, or the start, that was spent waiting; from 0 to 1."""
+        """Fraction (0 to 1) of the time since the last call, or the start, that was spent waiting."""
         now = time.monotonic()
         share = self.waited / max(now - self.since, 1e-9)
         self.waited, self.since = 0.0, now
@@ -233,10 +231,12 @@ class DataWait:
 
 class RejectedExamples(TrainerCallback):
     """
-    Training examples that the collator rejects, kept in `rejected.jsonl` of the output directory, and truncated ones.
+    Collects the training examples that the collator rejects, in `rejected.jsonl` of the output directory, and counts
+    truncated ones.
 
-    The collator meets them again in every epoch; each is written once. The file is updated with each checkpoint, so
-    that a run that is interrupted and resumed still names all of them.
+    The collator rejects them during training, again in every epoch, because the data may be a stream that cannot be
+    checked before. Each is listed once. The file is updated with each checkpoint, so it is complete after a resumed
+    run.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -252,7 +252,7 @@ class RejectedExamples(TrainerCallback):
         self.truncated: set[str] = set()
 
     def add(self, rejected: Mapping[str, str], truncated: Iterable[str]) -> None:
-        """Add examples of this rank, with a warning the first time each is rejected."""
+        """Add examples of this rank, with a warning the first time that one is rejected."""
         for example_id, reason in rejected.items():
             if example_id not in self.reasons:
                 why = REJECTION_REASONS[reason].format(max_length=self.max_length)

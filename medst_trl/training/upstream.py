@@ -3,23 +3,37 @@
 """
 Workarounds for TRL, PEFT, transformers and accelerate, each with its issue and what removes it.
 
-"No issue known" means that we found none; the versions are those in which we saw the behavior. Three more are where
-they act: what a trainer must not do under ZeRO-3 (https://github.com/huggingface/trl/issues/6089) in `trainer.py`,
-PEFT's wrapper of a tied output layer in `policy/adapters.py`, and accelerate's view of DeepSpeed on CPUs in
-`base/processes.py`.
+"No issue known" means that we found none; the versions are those in which we saw the behavior. Some are elsewhere, at
+the one place where they act:
+
+- `trainer.py`: what a trainer must not do under ZeRO-3 (https://github.com/huggingface/trl/issues/6089)
+- `packing.py`: a sampler that knows its epoch (https://github.com/modelscope/ms-swift/pull/9658)
+- `images.py`: `datasets` decodes the first image of a list twice
+- `encoding.py`: Idefics3 makes tensors of replacement offsets
+- `policy/adapters.py`: PEFT's wrapper of a tied output layer, and tensors that PEFT leaves out silently
+- `policy/loading.py`: transformers 5 forgets the commit of a model
+- `pipeline/stages/_training.py`: PEFT needs a CUDA device for trained tokens under ZeRO-3
+- `pipeline/stage.py`: warnings about names that transformers has deprecated
+- `base/processes.py`: accelerate's view of DeepSpeed on CPUs
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
+from peft import PeftModel
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from trl import DPOConfig
+
+from medst_trl.policy.parts import model_parts
 
 
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import Trainer
-    from trl import DPOConfig
+BLANK_SIDE = 64  # pixels; processors that resize images need no more
 
 # Float inputs that the loss compares with log-probabilities, as TRL calls them.
 FULL_PRECISION_INPUTS = frozenset({"ref_chosen_logps", "ref_rejected_logps", "weight", "probability"})
@@ -67,7 +81,7 @@ class UpstreamFixes(LoadsPublishedNames):
 
 
 @contextmanager
-def fused_outputs(module: "torch.nn.Module") -> Iterator[list[Any]]:
+def fused_outputs(module: torch.nn.Module) -> Iterator[list[Any]]:
     """
     Collect what TRL's fused LM head returns inside the block, in order. The trainers (TRL 1.16) keep these per-token
     log-probabilities to themselves. No issue known.
@@ -86,7 +100,7 @@ def fused_outputs(module: "torch.nn.Module") -> Iterator[list[Any]]:
 
 
 @contextmanager
-def without_precompute(args: "DPOConfig") -> Iterator[None]:
+def without_precompute(args: DPOConfig) -> Iterator[None]:
     """
     Switch `precompute_ref_log_probs` off inside the block: TRL (1.16) refuses it for images, because it keeps the
     numbers as columns of a dataset that it would have to copy. To be removed once it accepts it, see
@@ -99,7 +113,7 @@ def without_precompute(args: "DPOConfig") -> Iterator[None]:
         args.precompute_ref_log_probs = asked
 
 
-def complete_reference_adapter(model: "PeftModel", trains: set[str]) -> None:
+def complete_reference_adapter(model: PeftModel, trains: set[str]) -> None:
     """
     Make the adapter `ref` a frozen copy of `default` in all its parts, and let only the parameters `trains` train.
 
@@ -118,7 +132,7 @@ def complete_reference_adapter(model: "PeftModel", trains: set[str]) -> None:
 
 
 @contextmanager
-def keep_requires_grad(model: "torch.nn.Module") -> Iterator[None]:
+def keep_requires_grad(model: torch.nn.Module) -> Iterator[None]:
     """
     Restore after the block which parameters train.
 
@@ -132,7 +146,7 @@ def keep_requires_grad(model: "torch.nn.Module") -> Iterator[None]:
         parameter.requires_grad_(requires_grad)
 
 
-def name_fsdp_layers(trainer: "Trainer") -> None:
+def name_fsdp_layers(trainer: Trainer) -> None:
     """
     Name the layers that FSDP shards one by one, unless the accelerate configuration does, in place.
 
@@ -142,9 +156,60 @@ def name_fsdp_layers(trainer: "Trainer") -> None:
     """
     if not trainer.is_fsdp_enabled:
         return
-    from accelerate.utils.dataclasses import get_module_class_from_name
-
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
         names = sorted(trainer.model._no_split_modules or ())
         plugin.transformer_cls_names_to_wrap = [n for n in names if get_module_class_from_name(trainer.model, n)]
+
+
+def encode_blank_images(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """
+    Make a model encode a blank image whenever it runs without one, in place. Its outputs stay the same.
+
+    DeepSpeed and FSDP exchange gradients, and ZeRO-3 and FSDP weights, in the order in which layers run. A rank whose
+    batch is text alone would skip the vision tower: the ranks then wait for each other forever, or add up gradients of
+    different layers (https://github.com/hiyouga/LLaMA-Factory/issues/5616). So that rank encodes a blank image and
+    adds nothing of it to its tokens: every trained weight has a gradient, which is zero there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Vision-language model, not wrapped by PEFT. One that reads images by cross-attention, without
+            `get_image_features`, is left as it is.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+    """
+    backbone = model.base_model
+    if not hasattr(backbone, "get_image_features"):
+        return
+    parts = model_parts(model)
+    decoder, tower = model.get_submodule(parts.language_model), model.get_submodule(parts.vision_tower)
+    pixels = processor.image_processor(images=[Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))], return_tensors="pt")
+    pixels = {name: pixels[name] for name in signature(backbone.get_image_features).parameters if name in pixels}
+    runs = []  # of the vision tower since the backbone began
+
+    def add_nothing(module, args, kwargs):
+        if runs or kwargs.get("inputs_embeds") is None:
+            return None
+        embeddings, dtype = kwargs["inputs_embeds"], next(tower.parameters()).dtype
+        blank = {
+            name: value.to(embeddings.device, dtype if value.is_floating_point() else None)
+            for name, value in pixels.items()
+        }
+        features = backbone.get_image_features(**blank, return_dict=True)
+        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+        nothing = sum((rows.float() * 0).sum() for rows in _tensors(layers))
+        return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
+
+    backbone.register_forward_pre_hook(lambda module, args: runs.clear())
+    tower.register_forward_pre_hook(lambda module, args: runs.append(True))
+    # Before the decoder, where images are encoded otherwise, so that every rank runs its layers in one order.
+    decoder.register_forward_pre_hook(add_nothing, with_kwargs=True)
+
+
+def _tensors(features: Any) -> Iterator[torch.Tensor]:
+    """All tensors of the features: families return one, or one for each image or layer."""
+    if isinstance(features, list | tuple):
+        for item in features:
+            yield from _tensors(item)
+    else:
+        yield features

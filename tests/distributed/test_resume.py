@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny_run
@@ -48,6 +49,16 @@ def test_deepspeed_cannot_resume_another_optimizer(checkpoints):
     with pytest.raises(UserError, match="without DeepSpeed"):
         resume_checkpoint(checkpoints, make_accelerator(DistributedType.DEEPSPEED, 1))
     assert resume_checkpoint(checkpoints, make_accelerator(DistributedType.MULTI_GPU, 2)) is not None
+
+
+def test_every_error_of_the_main_process_reaches_the_other_ranks(checkpoints, monkeypatch):
+    (checkpoints / "checkpoint-1" / "scheduler.pt").unlink()  # so that the checkpoint is renamed
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=PermissionError("read-only")))
+    sent = []
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", sent.extend)
+    with pytest.raises(PermissionError):
+        resume_checkpoint(checkpoints, make_accelerator(DistributedType.MULTI_GPU, 2))
+    assert isinstance(sent[0], PermissionError)
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_losses_of_trl_and_their_sums_can_be_trained(tmp_path, loss_type):
     ],
 )
 def test_invalid_settings_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, UserError), match=message):
         MultimodalDPOConfig(output_dir=str(tmp_path), **settings)
 
 

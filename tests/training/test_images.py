@@ -15,7 +15,8 @@ from tiny_run import conversation
 from medst_trl.policy.loading import prepare_policy
 from medst_trl.policy.parts import model_parts
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.images import UnreadableImage, check_image, encode_blank_images, image_size
+from medst_trl.training.images import UnreadableImage, check_image, image_size
+from medst_trl.training.upstream import encode_blank_images
 
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8)

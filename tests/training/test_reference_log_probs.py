@@ -615,7 +615,7 @@ def test_a_renamed_file_of_another_reference_is_marked_broken(tmp_path, caplog):
     other.write(rows(1))
     other.path.rename(cache.path)
     assert cache.read() == {} and not cache.path.exists()
-    assert len(caplog.records) == 1 and "written for another reference" in caplog.text
+    assert len(caplog.records) == 1 and "belongs to another reference" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "no_metadata", "other_columns"])

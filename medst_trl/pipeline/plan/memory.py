@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-GPU memory of a training step, by formula. An estimate: memory that the allocator cannot use is added, 5 to 15%.
+GPU memory of a training step, by formula. An estimate: fragmentation adds 5 to 15%.
 
 **Weights, gradients, optimizer.** With F frozen parameters of `w` bytes, T trained ones, `s` bytes of optimizer state
 for each of these (AdamW: two float32, 8; in 8 bit: 2), `b` bytes of an element in computation, n processes:
@@ -30,14 +30,18 @@ new adapter or if its log-probabilities are precomputed, and otherwise a second 
     dropout       a mask on each LoRA input              1 byte per element on a GPU
 
 With gradient checkpointing only the input of each layer is kept, and one layer after another is recomputed. A tower
-in which nothing trains, and before which nothing trains, keeps nothing. After the last layer come the tiles of TRL's
+keeps nothing if neither it nor anything before it trains. After the last layer come the tiles of TRL's
 fused output layer, 4,096 tokens by 32,768 entries of the vocabulary, instead of all logits.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from medst_trl.pipeline.batch import Batch
 from medst_trl.policy.parts import model_parts
@@ -46,13 +50,9 @@ from .policies import Policy, is_of_adapter
 from .steps import Hardware
 
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 GIB = 2**30
 BUCKET = 5e8  # elements; DeepSpeed's reduce_bucket_size, allocated whole
-LIVE = 1e9  # elements; its stage3_max_live_parameters
+MAX_GATHERED = 1e9  # elements; its stage3_max_live_parameters
 CONTEXT = 0.6 * GIB  # CUDA's context, kernels and cuBLAS workspaces
 NCCL = 0.4 * GIB  # buffers between GPUs
 SECOND_ANSWER = 256  # tokens of a pair's other answer, if its prompt is shared
@@ -117,8 +117,8 @@ def training_memory(
     compute, checkpointing = precision.compute, training.gradient_checkpointing
     trained = policy.model.num_parameters(only_trainable=True)
     frozen = frozen_bytes(policy, compute if hardware.is_deepspeed else precision.stream, args.load_in_4bit)
-    held = 4 if policy.is_adapter else precision.stream
-    parts = state_bytes(trained, frozen, hardware, compute, optimizer_bytes(training.optim), held)
+    trained_element = 4 if policy.is_adapter else precision.stream
+    parts = state_bytes(trained, frozen, hardware, compute, optimizer_bytes(training.optim), trained_element)
     parts["gathered weights"] = _gathered_elements(policy, hardware) * compute
     parts["reference"] = _reference(policy, training, frozen, hardware, precision)
     sequences, tokens = _sequences(training, batch, length)
@@ -136,7 +136,7 @@ def training_memory(
 
 
 def state_bytes(
-    trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8, held: int = 4
+    trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8, trained_element: int = 4
 ) -> dict[str, float]:
     """
     Bytes of weights, gradients and optimizer; see the table above.
@@ -147,7 +147,7 @@ def state_bytes(
         hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
         compute (`int`, *optional*, defaults to `4`): Bytes of an element in computation.
         optimizer (`int`, *optional*, defaults to `8`): Bytes of optimizer state for each trained parameter.
-        held (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.
+        trained_element (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.
     """
     n = hardware.processes
     shards = n if hardware.shards_weights else 1
@@ -159,10 +159,17 @@ def state_bytes(
             "optimizer": (4 + optimizer) * trained / n,
             "buckets": compute * BUCKET,
         }
-    state = optimizer * trained * (held / 4 if optimizer == 8 else 1)  # AdamW's has the type of the parameter
-    parts = {"weights": frozen, "trained": held * trained, "gradients": held * trained, "optimizer": state}
+    state = (
+        optimizer * trained * (trained_element / 4 if optimizer == 8 else 1)
+    )  # AdamW's has the type of the parameter
+    parts = {
+        "weights": frozen,
+        "trained": trained_element * trained,
+        "gradients": trained_element * trained,
+        "optimizer": state,
+    }
     parts = {name: size / shards for name, size in parts.items()}
-    return parts | ({"buckets": held * trained} if hardware.kind == "DDP" else {})
+    return parts | ({"buckets": trained_element * trained} if hardware.kind == "DDP" else {})
 
 
 def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
@@ -197,10 +204,8 @@ def quantized_bytes(weights: int) -> float:
     return weights / 2 + weights / 64 * (1 + 4 / 256)
 
 
-def quantized_layers(policy: Policy) -> "list[nn.Module]":
+def quantized_layers(policy: Policy) -> list[nn.Module]:
     """The linear layers that `load_in_4bit` quantizes: those of the language model, without the output layer."""
-    from torch import nn
-
     model = policy.base_model
     layers = model.get_submodule(model_parts(model).language_model).named_modules()
     return [module for name, module in layers if isinstance(module, nn.Linear) and "lora_" not in name]
@@ -226,7 +231,7 @@ def _gathered_elements(policy: Policy, hardware: Hardware) -> float:
     if not hardware.shards_weights:
         return 0
     if hardware.is_deepspeed:
-        return min(policy.model.num_parameters(), LIVE)
+        return min(policy.model.num_parameters(), MAX_GATHERED)
     layers = Counter()
     for name, parameter in policy.model.named_parameters():
         match = re.search(r"^(.*?\.\d+)\.", name)
@@ -262,7 +267,7 @@ class Tower:
         dropout (`bool`): Whether LoRA layers have dropout.
     """
 
-    def __init__(self, module: "nn.Module", config: "PreTrainedConfig", needs_graph: bool):
+    def __init__(self, module: nn.Module, config: PreTrainedConfig, needs_graph: bool):
         def first(*names: str, default: int | None = None) -> int:
             return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
 
@@ -282,8 +287,7 @@ class Tower:
         )
         self._read_lora(module)
 
-    def _read_lora(self, module: "nn.Module") -> None:
-        from peft.tuners.lora import LoraLayer
+    def _read_lora(self, module: nn.Module) -> None:
 
         adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and layer.lora_A]
         dropouts = [next(iter(layer.lora_dropout.values())) for layer in adapted]
@@ -371,7 +375,7 @@ def towers(policy: Policy) -> tuple[Tower, Tower]:
     )
 
 
-def patches_of(model: "PreTrainedModel") -> int:
+def patches_of(model: PreTrainedModel) -> int:
     """Patches of one image in the vision tower, those of all its tiles."""
     vision = model.config.vision_config
     sizes = getattr(vision, "image_size", None) or DYNAMIC_IMAGE

@@ -6,45 +6,46 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medst_trl.base.errors import UserError, located
-from medst_trl.pipeline.batch import Batch, number_of
-from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.base.errors import UserError, located, number_of
+from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id
+from medst_trl.base.settings import settings_among
+from medst_trl.engines.engine import ENGINES
+from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.options import Option
+from medst_trl.pipeline.recipe import Recipe, Step, read_recipe
 from medst_trl.pipeline.record import is_complete
-from medst_trl.pipeline.stage import Count
+from medst_trl.pipeline.stage import FILE, RUN, Count
 from medst_trl.pipeline.stages._training import check_sharding
 
 from .memory import GIB, Memory, training_memory
 from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
 from .steps import (
     Hardware,
-    Rows,
+    RecipeCounts,
     effective_batch,
     hardware_of,
+    maker_of,
     schedule,
     stage_arguments,
     training_examples,
     without_hub,
 )
-from .transfers import downloads, prompts, uploads
 
-
-if TYPE_CHECKING:
-    from medst_trl.pipeline.options import Option
-    from medst_trl.pipeline.recipe import Recipe, Step
 
 _Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
 LABEL = 12  # width of the labels
+_WEIGHTS = (".safetensors", ".bin")  # transformers downloads the first of these that a repository has
 
 
-def print_plan(source: str, options: Sequence["Option"], which: str | None = None) -> None:
+def print_plan(source: str, options: Sequence[Option], which: str | None = None) -> None:
     """Print the plan of a recipe, for `medst run RECIPE --dry_run`. See [`plan_recipe`]."""
     throughput, options = read_throughput(options)
     print(plan_recipe(read_recipe(source, options), which, throughput))
 
 
-def read_throughput(options: Sequence["Option"]) -> tuple[dict[str | None, float], list["Option"]]:
+def read_throughput(options: Sequence[Option]) -> tuple[dict[str | None, float], list[Option]]:
     """
     Separate `--throughput N` and `--sft.throughput N` from the other options.
 
@@ -64,9 +65,7 @@ def read_throughput(options: Sequence["Option"]) -> tuple[dict[str | None, float
     return rates, [option for option in options if option.key != "throughput"]
 
 
-def plan_recipe(
-    recipe: "Recipe", which: str | None = None, throughput: Mapping[str | None, float] | None = None
-) -> str:
+def plan_recipe(recipe: Recipe, which: str | None = None, throughput: Mapping[str | None, float] | None = None) -> str:
     """
     Plan the steps of a recipe. Nothing is run.
 
@@ -107,58 +106,57 @@ class _Plan:
             As for [`plan_recipe`].
     """
 
-    def __init__(self, steps: Sequence["Step"], throughput: Mapping[str | None, float]):
+    def __init__(self, steps: Sequence[Step], throughput: Mapping[str | None, float]):
         self.steps = steps
         self.throughput = throughput
         self.downloaded: set[str] = set()
         self.shortages: list[str] = []
-        self.trains = self.has_memory = self.has_time = False
+        self.labels: set[str] = set()
         self.weight_bytes = cache(self._weight_bytes)  # of a 7B model within seconds, and several steps may run it
 
-    def lines(self, step: "Step") -> Iterator[str]:
+    def lines(self, step: Step) -> Iterator[str]:
         """Heading and rows of a step."""
         hardware = hardware_of(step)
         arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
         self.shortages += hardware.shortages
-        rows = self._rows_for(step)
-        self.has_time |= rows.throughput is not None
         if is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"):
             yield f"{step.label}: already finished; skipped unless its settings have changed"
             return
         yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")
         before = ""
-        for label, text in self._rows(step, arguments, hardware, rows):
+        for label, text in self._rows(step, arguments, hardware, self._counts_for(step)):
             yield f"  {label if label != before else '':<{LABEL}}{text}"
             before = label
+            self.labels.add(label)
 
-    def _rows_for(self, step: "Step") -> Rows:
+    def _counts_for(self, step: Step) -> RecipeCounts:
         for_all = self.throughput.get(None) if step.stage.trains else None
         by_stage = self.throughput.get(step.stage.name, for_all)
-        return Rows(self.steps, self.throughput.get(step.label, by_stage))
+        return RecipeCounts(self.steps, self.throughput.get(step.label, by_stage))
 
-    def _rows(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[_Row]:
+    def _rows(self, step: Step, arguments: tuple, hardware: Hardware, counts: RecipeCounts) -> Iterator[_Row]:
         if step.stage.trains:
-            yield from self._training(step, arguments, hardware, rows)
+            yield from self._training(step, arguments, hardware, counts)
         else:
             yield from self._model(step, arguments[0])
         if step.stage.plan is not None:
-            yield from step.stage.plan(rows, *without_hub(arguments))
-        yield from downloads(step, self.steps, self.downloaded)
-        yield from prompts(arguments)
-        yield from uploads(step, arguments)
+            yield from (row for row in step.stage.plan(counts, *without_hub(arguments)) if row[1])
+        yield from _downloads(step, self.steps, self.downloaded)
+        yield from _prompts(arguments)
+        yield from _uploads(step, arguments)
 
     def notes(self) -> Iterator[str]:
         """The lines below all steps."""
-        if self.has_memory:
-            yield "Memory is an estimate for the longest examples; the allocator takes 5 to 15% more."
-        if self.trains and not self.has_time:
+        if "memory" in self.labels:
+            yield "Memory is an estimate for the longest examples; fragmentation adds 5 to 15%."
+        if "batch" in self.labels and "time" not in self.labels:
             yield "Time: --throughput N (examples per second over all processes), --sft.throughput N for one stage."
         for shortage in dict.fromkeys(self.shortages):
             yield f"Note: {shortage}."
 
     # A step that runs a model
 
-    def _model(self, step: "Step", args: Any) -> Iterator[_Row]:
+    def _model(self, step: Step, args: Any) -> Iterator[_Row]:
         name, model = getattr(args, "model_name_or_path", None), step.stage.input("model_name_or_path")
         if name is not None and not (model and model.is_remote(step.settings)):
             size = self.weight_bytes(name, step.settings.get("dtype", "auto")) if hasattr(args, "engine") else None
@@ -176,14 +174,14 @@ class _Plan:
 
     # A step that trains
 
-    def _training(self, step: "Step", arguments: tuple[Any, ...], hardware: Hardware, rows: Rows) -> Iterator[_Row]:
+    def _training(self, step: Step, arguments: tuple, hardware: Hardware, counts: RecipeCounts) -> Iterator[_Row]:
         args, training = arguments
         with located(step.where):
             check_sharding(hardware.kind, *arguments)
         batch = effective_batch(step, hardware.processes, arguments)
         examples = training_examples(args, self.steps)
         planned = schedule(examples, batch, training.num_train_epochs, training.max_steps)
-        memory, self.trains = [], True
+        memory = []
         try:
             policy = policy_of(step, self.steps, arguments)
         except NotKnownYet as reason:
@@ -192,7 +190,6 @@ class _Plan:
             yield from _policy(step, policy, arguments)
             longest = training_memory(policy, arguments, batch, hardware)
             memory = [longest, training_memory(policy, arguments, batch, hardware, longest.length // 2)]
-            self.has_memory = True
         if hasattr(training, "beta"):
             yield "loss", f"{' + '.join(training.loss_type)}, beta {training.beta:g}{_reference(training, memory)}"
         yield "batch", _batch(batch, hardware)
@@ -200,10 +197,10 @@ class _Plan:
         yield "steps", f"{_steps(planned, examples)}; {_scheduler(training)}"
         if memory:
             yield from _memory(memory, training, hardware)
-        yield from rows.time(None if planned.steps is None else planned.steps * batch.effective, "examples")
+        yield from counts.time(None if planned.steps is None else planned.steps * batch.effective, "examples")
 
 
-def _policy(step: "Step", policy: Policy, arguments: tuple[Any, ...]) -> Iterator[_Row]:
+def _policy(step: Step, policy: Policy, arguments: tuple[Any, ...]) -> Iterator[_Row]:
     """The model and what of it trains."""
     args, training = arguments
     trained = trained_parameters(policy)
@@ -218,8 +215,8 @@ def _policy(step: "Step", policy: Policy, arguments: tuple[Any, ...]) -> Iterato
     rates = {"vision": training.vision_learning_rate, "projector": training.projector_learning_rate}
     width = max(len(item.how) for item in trained)
     for item in trained:
-        rate = _rate(rates.get(item.part) or training.learning_rate)
-        yield "trains", f"{item.part:<11}{item.how:<{width}}{item.count:>16,}   learning rate {rate}"
+        rate = training.learning_rate if rates.get(item.part) is None else rates[item.part]
+        yield "trains", f"{item.part:<11}{item.how:<{width}}{item.count:>16,}   learning rate {_rate(rate)}"
     yield "trains", f"{'total':<11}{'':<{width}}{total:>16,}   {total / parameters:.1%} of the model"
 
 
@@ -277,3 +274,72 @@ def _rate(rate: float) -> str:
 
 def _size(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+# Transfers: quickly, with and without a network
+
+
+def _downloads(step: Step, steps: Sequence[Step], known: set[str]) -> Iterator[_Row]:
+    """What a step downloads from the Hub, without what earlier steps do (`known`), to which it is added."""
+    for item in step.stage.inputs:
+        for source in item.names(step.settings) if item.kind not in (FILE, RUN) else ():
+            if is_hub_id(source) and source not in known and maker_of(source, steps)[0] is None:
+                known.add(source)
+                kind = "dataset" if item.is_dataset else "model"
+                yield "downloads", f"{kind} {source} ({_download(source, kind)})"
+
+
+def _prompts(arguments: tuple[Any, ...]) -> Iterator[_Row]:
+    """The server to which the engine of a step sends its prompts, if it is not in the same process."""
+    if hasattr(arguments[0], "engine"):
+        kind = ENGINES.get(arguments[0].engine)
+        if address := kind.address(settings_among(arguments, kind.settings)):
+            yield "asks", f"{address}, model {arguments[0].model_name_or_path}"
+
+
+def _uploads(step: Step, arguments: tuple[Any, ...]) -> Iterator[_Row]:
+    """The repositories to which a step pushes its outputs."""
+    for settings in arguments:
+        if getattr(settings, "push_to_hub", False):
+            repo_id = getattr(settings, "hub_dataset_id", None) or getattr(settings, "hub_model_id", None)
+            private = "PUBLIC" if settings.hub_private_repo is False else "private"
+            if len(step.stage.published) == 1:
+                yield "uploads", f"{repo_id}, {private}"
+            else:
+                for directory in step.stage.published:
+                    yield "uploads", f"{repo_id}-{directory}, {private}, if it is made"
+
+
+def _download(source: str, kind: str) -> str:
+    if _is_cached(source, kind):
+        return "in the cache"
+    size = _download_size(source, kind)
+    if size is not None:
+        return f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+    return "size unknown" if hub_answers() else "size unknown: the Hub cannot be reached"
+
+
+def _is_cached(hub_id: str, kind: str) -> bool:
+    """Whether the local cache has the large files of a repository, so that little or nothing is downloaded."""
+    files = cached_repository(hub_id, kind).glob("snapshots/*/**/*")
+    return any(path.suffix in (*_WEIGHTS, ".parquet") for path in files)
+
+
+def _download_size(hub_id: str, kind: str) -> int | None:
+    """
+    Bytes of a repository that are downloaded, those of a model's weights or of a whole dataset. None if the Hub cannot
+    be reached or does not say.
+    """
+    if not hub_answers():
+        return None
+    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        tree = HfApi().list_repo_tree(name, recursive=True, repo_type=kind, revision=revision or None)
+        sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    except (OSError, HfHubHTTPError):
+        return None
+    weights = next((end for end in _WEIGHTS if any(path.endswith(end) for path in sizes)), "")
+    return sum(size for path, size in sizes.items() if kind == "dataset" or path.endswith(weights))

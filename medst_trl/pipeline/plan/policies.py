@@ -11,22 +11,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.utils import disable_dropout_in_model
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
-from medst_trl.pipeline.stage import MODEL
-from medst_trl.policy.parts import model_parts, on_meta
+from medst_trl.pipeline.recipe import Step
+from medst_trl.pipeline.stage import MODEL, Output
+from medst_trl.pipeline.stages._training import new_adapter
+from medst_trl.policy.adapters import freeze_vision
+from medst_trl.policy.chat_template import VUSR, has_text_role
+from medst_trl.policy.loading import add_embedding_row
+from medst_trl.policy.parts import base_of, model_parts, on_meta
 
 from .steps import maker_of, stage_arguments
-
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
-
-    from medst_trl.pipeline.recipe import Step
-    from medst_trl.pipeline.stage import Output
 
 
 class NotKnownYet(UserError):
@@ -55,9 +57,9 @@ class Policy:
     text_role: bool = False
 
     @property
-    def base_model(self) -> "PreTrainedModel":
+    def base_model(self) -> PreTrainedModel:
         """The model without PEFT's wrapper; LoRA layers stay inside."""
-        return self.model.get_base_model() if self.is_adapter else self.model
+        return base_of(self.model)
 
     @property
     def is_adapter(self) -> bool:
@@ -75,7 +77,7 @@ class Trained:
 
 def trained_parameters(policy: Policy) -> list[Trained]:
     """What of a policy trains, as its trainer counts it: by part, and how."""
-    parts, counts = model_parts(policy.base_model), Counter()
+    parts, counts = model_parts(policy.model), Counter()
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:
             counts[parts.part_of(name), _how(name, parameter)] += parameter.numel()
@@ -94,7 +96,7 @@ def _how(name: str, parameter: Any) -> str:
 # The policy of a step
 
 
-def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, ...] | None = None) -> Policy:
+def policy_of(step: Step, steps: Sequence[Step] = (), arguments: tuple[Any, ...] | None = None) -> Policy:
     """
     The model that a step trains, as its stage makes it.
 
@@ -109,12 +111,6 @@ def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, 
     Raises:
         NotKnownYet: as for [`model_at`].
     """
-    from peft import get_peft_model
-    from trl.trainer.utils import disable_dropout_in_model
-
-    from medst_trl.pipeline.stages._training import new_adapter
-    from medst_trl.policy.adapters import freeze_vision
-
     args, training = arguments or stage_arguments(step)
     policy = model_at(args.model_name_or_path, steps, training.trust_remote_code, args.base_model_name_or_path)
     trains_token = args.train_vusr and not (policy.text_role or args.vusr_role == "text")
@@ -133,11 +129,6 @@ def policy_of(step: "Step", steps: Sequence["Step"] = (), arguments: tuple[Any, 
 
 def _add_row_for_vusr(policy: Policy) -> None:
     """Add a row for `<vusr>` if the vocabulary has none to spare, which only a tokenizer can tell."""
-    from transformers import AutoTokenizer
-
-    from medst_trl.policy.chat_template import VUSR
-    from medst_trl.policy.loading import add_embedding_row
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(policy.base, local_files_only=not hub_answers())
     except (OSError, ValueError):
@@ -146,7 +137,7 @@ def _add_row_for_vusr(policy: Policy) -> None:
 
 
 def model_at(
-    name_or_path: str, steps: Sequence["Step"] = (), trust_remote_code: bool = False, base: str | None = None
+    name_or_path: str, steps: Sequence[Step] = (), trust_remote_code: bool = False, base: str | None = None
 ) -> Policy:
     """
     The model or adapter in a directory or on the Hub, or the one that a step of the recipe will make.
@@ -155,7 +146,11 @@ def model_at(
         NotKnownYet: if it cannot be known before a step has run, or not without the Hub.
     """
     if (config := _adapter_config(name_or_path)) is not None:
-        return _with_adapter(model_at(base or config.base_model_name_or_path, steps, trust_remote_code), config)
+        policy = model_at(base or config.base_model_name_or_path, steps, trust_remote_code)
+        config.inference_mode = False  # it is trained further
+        return Policy(
+            get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base, continues_adapter=True
+        )
     if not Path(name_or_path, "config.json").is_file():
         step, output = maker_of(name_or_path, steps)
         if output is not None and output.kind == MODEL:
@@ -163,7 +158,7 @@ def model_at(
     return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=_has_text_role(name_or_path))
 
 
-def _made_by(step: "Step", output: "Output", steps: Sequence["Step"]) -> Policy:
+def _made_by(step: Step, output: Output, steps: Sequence[Step]) -> Policy:
     """The model that a step will make."""
     directory = str(Path(step.settings["output_dir"], output.directory))
     if step.stage.trains:
@@ -186,19 +181,10 @@ def is_of_adapter(name: str) -> bool:
     return any(kind in name for kind in (".lora_A.", ".lora_B.", ".modules_to_save.", ".trainable_tokens_delta."))
 
 
-def _with_adapter(policy: Policy, config: "LoraConfig") -> Policy:
-    """A base with an adapter that is trained further."""
-    from peft import get_peft_model
-
-    config.inference_mode = False
-    model = get_peft_model(policy.model, config, low_cpu_mem_usage=True)
-    return Policy(model, policy.base, continues_adapter=True)
-
-
 # Configurations
 
 
-def meta_model(name_or_path: str, trust_remote_code: bool = False) -> "PreTrainedModel":
+def meta_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     Build a vision-language model on the meta device from its configuration. No weights are read or downloaded.
 
@@ -211,8 +197,6 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> "PreTraine
     Raises:
         UserError: if there is no configuration of a vision-language model, or it is not available offline.
     """
-    from transformers import AutoConfig
-
     name, revision = split_revision(name_or_path)
     is_local, common = Path(name).is_dir(), {"trust_remote_code": trust_remote_code}
     is_offline = not is_local and not hub_answers()
@@ -230,11 +214,8 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> "PreTraine
         raise UserError(f"{name_or_path!r} is not a vision-language model: {error}") from None
 
 
-def _adapter_config(name_or_path: str) -> "LoraConfig | None":
+def _adapter_config(name_or_path: str) -> LoraConfig | None:
     """The configuration of an adapter that exists; None for anything else."""
-    from peft import PeftConfig
-    from transformers.utils.peft_utils import find_adapter_config_file
-
     name, revision = split_revision(name_or_path)
     is_offline = not Path(name).is_dir() and not hub_answers()
     try:
@@ -246,7 +227,5 @@ def _adapter_config(name_or_path: str) -> "LoraConfig | None":
 
 def _has_text_role(directory: str) -> bool:
     """Whether the model in a directory was saved with the text role, for which no token is trained."""
-    from medst_trl.policy.chat_template import has_text_role
-
     template = Path(directory, "chat_template.jinja")
     return template.is_file() and has_text_role(template.read_text(encoding="utf-8"))

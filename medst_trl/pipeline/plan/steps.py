@@ -11,20 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medst_trl.base.errors import UserError, located
+from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import SHARDED
 from medst_trl.hub import HubArguments, check_push
-from medst_trl.pipeline.batch import Batch, number_of
+from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
 from medst_trl.pipeline.options import parse
-from medst_trl.pipeline.stage import Count
+from medst_trl.pipeline.recipe import Step
+from medst_trl.pipeline.stage import Count, Output
 
-
-if TYPE_CHECKING:
-    from medst_trl.pipeline.recipe import Step
-    from medst_trl.pipeline.stage import Output
 
 # TrainingArguments refuses these on a machine without a GPU, and imports DeepSpeed for the last.
 _MACHINE_SETTINGS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "deepspeed")
@@ -33,7 +30,7 @@ _MACHINE_SETTINGS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval",
 # Arguments
 
 
-def stage_arguments(step: "Step", on_gpu: bool = True) -> tuple[Any, ...]:
+def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
     """
     Fill the dataclasses of a stage and check them as the stage does before its work, on a machine without its GPUs.
 
@@ -111,7 +108,7 @@ class Hardware:
         return number_of(self.processes, self.device)
 
 
-def hardware_of(step: "Step") -> Hardware:
+def hardware_of(step: Step) -> Hardware:
     """
     What a step will run on: by its settings, else by its accelerate configuration, else what this machine has.
 
@@ -143,7 +140,7 @@ def hardware_of(step: "Step") -> Hardware:
 # Batch and optimizer steps
 
 
-def effective_batch(step: "Step", num_processes: int, arguments: tuple[Any, ...] | None = None) -> Batch:
+def effective_batch(step: Step, num_processes: int, arguments: tuple[Any, ...] | None = None) -> Batch:
     """
     The batch of a training step on a number of processes.
 
@@ -194,26 +191,26 @@ def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: 
 # Rows
 
 
-def training_examples(args: Any, steps: Sequence["Step"]) -> Count:
+def training_examples(args: Any, steps: Sequence[Step]) -> Count:
     """The number of examples that the arguments of a training stage name."""
     names = [args.dataset] if isinstance(args.dataset, str) else args.dataset
-    counts = [Rows(steps).rows(name, args.train_split) for name in names]
+    counts = [RecipeCounts(steps).rows(name, args.train_split) for name in names]
     if unknown := [count.depends_on for count in counts if count.number is None]:
         return Count(None, depends_on=" and ".join(unknown)).capped(args.max_records)
     total = Count(sum(count.number for count in counts), any(count.at_most for count in counts))
     return total.capped(args.max_records)
 
 
-class Rows:
+class RecipeCounts:
     """
-    Answers a stage's questions about the recipe; see [`~medst_trl.pipeline.stage.RowCounter`].
+    Tells a stage about the other steps of the recipe; see [`~medst_trl.pipeline.stage.RowCounter`].
 
     Args:
         steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*): The steps of the recipe.
         throughput (`float`, *optional*): Units per second of the stage that asks.
     """
 
-    def __init__(self, steps: Sequence["Step"] = (), throughput: float | None = None):
+    def __init__(self, steps: Sequence[Step] = (), throughput: float | None = None):
         self.steps = steps
         self.throughput = throughput
 
@@ -239,7 +236,7 @@ class Rows:
             yield "time", f"{_duration(number / self.throughput)} at {self.throughput:g} {unit} per second"
 
 
-def maker_of(path: str, steps: Sequence["Step"]) -> "tuple[Step | None, Output | None]":
+def maker_of(path: str, steps: Sequence[Step]) -> tuple[Step | None, Output | None]:
     """The step that makes a path, and which of its outputs the path is; None if there is no such step or output."""
     makers = [step for step in steps if Path(path).is_relative_to(step.settings["output_dir"])]
     if not makers:

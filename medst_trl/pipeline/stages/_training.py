@@ -8,6 +8,7 @@ Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import features_of, load_records
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.record import StageRecord
-from medst_trl.pipeline.stage import Stage
+from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
 from medst_trl.training.settings import CommonTrlSettings
 
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
 
 
 # Training arguments that do not affect what is learned, so that a resumed run may change them.
-_OPERATIONAL_PREFIXES = (
-    "logging_", "log_", "report_to", "run_name", "trackio_", "disable_tqdm", "save_", "hub_", "push_to_hub",
+_OPERATIONAL = frozenset({
+    "logging_*", "log_*", "report_to", "run_name", "trackio_*", "disable_tqdm", "save_*", "hub_*", "push_to_hub*",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "resume_from_checkpoint", "ddp_", "gradient_checkpointing", "activation_checkpointing", "include_",
-    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config",
+    "resume_from_checkpoint", "ddp_*", "gradient_checkpointing*", "activation_checkpointing*", "include_*",
+    "debug", "skip_memory_metrics", "use_cpu", "local_rank", "deepspeed*", "fsdp*", "parallelism_config",
     "torch_empty_cache_steps", "ref_log_probs_dir", "precompute_ref_batch_size",
-)  # fmt: skip
+})  # fmt: skip
 
-# With a fixed `effective_batch_size` these two only say how a step is divided (see tests/distributed).
+# With a fixed `effective_batch_size` these two only divide a step (see tests/distributed).
 _DIVISION_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 _AT_LEAST = {
@@ -64,7 +65,7 @@ class TrainingStageArguments:
         model_name_or_path (`str`):
             Directory or Hub id of a vision-language model, or of an adapter to train further.
         dataset (`str`):
-            Directory or Hub id of the dataset.
+            Directory or Hub id of the dataset. `medst dpo` reads preference pairs, as `medst judge` writes them.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         validation_split (`str`, *optional*, defaults to `"validation"`):
@@ -126,9 +127,55 @@ class TrainingStageArguments:
         return self.dtype or (("bfloat16" if training_args.bf16 else "float16") if is_half else "float32")
 
 
-def listed_settings(own: type) -> type:
-    """A trainer's own settings and the common ones of TRL, for `--help`."""
-    return make_dataclass("TrainingSettings", [], bases=(own, CommonTrlSettings))
+def training_stage(
+    arguments: type[TrainingStageArguments],
+    config: str,
+    settings: type,
+    kind: str,
+    make_trainer: "Callable[..., Trainer]",
+    summarize: "Callable[[Trainer, int], tuple[dict[str, Any], dict[str, float], str]]",
+    **more: Any,
+) -> Stage:
+    """
+    Register a stage that trains a policy.
+
+    Args:
+        arguments (`type`):
+            Its dataclass of arguments.
+        config (`str`):
+            Public name of the trainer's configuration, which is imported when it is needed.
+        settings (`type`):
+            The trainer's own settings. `--help` shows them and the common ones of TRL.
+        kind (`str`):
+            Kind of the dataset.
+        make_trainer (`Callable`):
+            Takes `args`, `training_args`, and as keywords what a trainer needs besides `args`: the model, its
+            processor and datasets, and the configuration of a new adapter. Returns the trainer.
+        summarize (`Callable`):
+            Takes the trained trainer and the number of records, and returns counts and metrics for `stage.json`, and a
+            summary for readers. Called on every rank.
+        **more:
+            Further fields of [`Stage`].
+    """
+
+    def main(args: TrainingStageArguments, training_args: "TrainingArguments") -> None:
+        train_policy(stage, args, training_args, make_trainer, summarize)
+
+    stage = Stage(
+        arguments=lambda: (arguments, getattr(import_module("medst_trl"), config)),
+        listed=lambda: (arguments, make_dataclass("TrainingSettings", [], bases=(settings, CommonTrlSettings))),
+        main=main,
+        distributed=True,
+        inputs=(
+            Input("model_name_or_path", MODEL),
+            Input("base_model_name_or_path", MODEL, has_default=False),
+            Input("dataset", kind, split="train_split"),
+        ),
+        outputs=(Output("", MODEL),),
+        operational=_OPERATIONAL,
+        **{"check": check_settings} | more,
+    )
+    return STAGES.register(stage)
 
 
 def train_policy(
@@ -136,7 +183,7 @@ def train_policy(
     args: TrainingStageArguments,
     training_args: "TrainingArguments",
     make_trainer: "Callable[..., Trainer]",
-    summarize: "Callable[[Trainer, int], tuple[dict[str, Any], dict[str, float], str]]",
+    summarize: "Callable[..., tuple[dict[str, Any], dict[str, float], str]]",
 ) -> None:
     """
     Train, from the newest complete checkpoint if there is one, and leave adapter, processor, record and card.
@@ -148,12 +195,8 @@ def train_policy(
             Its arguments.
         training_args ([`~transformers.TrainingArguments`]):
             Those of its trainer.
-        make_trainer (`Callable`):
-            Takes `args`, `training_args`, the model, its processor, `train_dataset` and `eval_dataset` (`None` without
-            an evaluation), and returns the trainer.
-        summarize (`Callable`):
-            Takes the trained trainer and the number of records, and returns counts and metrics for `stage.json`, and a
-            summary for readers. Called on every rank.
+        make_trainer, summarize (`Callable`):
+            See [`training_stage`].
     """
     from medst_trl.hub.cards import write_card
     from medst_trl.training.resume import resume_checkpoint
@@ -162,15 +205,12 @@ def train_policy(
         stage.check(args, training_args)
     batch = Batch.of(args, training_args, training_args.world_size)
     training_args.gradient_accumulation_steps = batch.accumulation  # before there is a trainer: DeepSpeed reads it
-    kind = next(item.kind for item in stage.inputs if item.key == "dataset")
-    datasets = load_splits(args, training_args, kind)
+    datasets = load_splits(args, training_args, stage.input("dataset").kind)
     record = open_record(stage, args, training_args)
     if record.decision == "skip":
         return
     with record:
-        policy = load_trainable_policy(args, training_args)
-        named = {"train_dataset": datasets["train"], "eval_dataset": datasets.get("eval")}
-        trainer = make_trainer(args, training_args, *policy, **named)
+        trainer = _with_policy(make_trainer, args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
         trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}")
         checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
@@ -185,6 +225,28 @@ def train_policy(
     trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
     del trainer  # it holds the process group
     leave_peers()
+
+
+def _with_policy(
+    make_trainer: "Callable[..., Trainer]", args: Any, training_args: Any, datasets: "dict[str, Dataset]"
+) -> "Trainer":
+    """The trainer of the policy that `args` name."""
+    from medst_trl.policy.vusr import add_vusr
+
+    model, processor = load_trainable_policy(args, training_args)
+    shape = keep_shape(args, model) if args.checks_shape and hasattr(model, "peft_config") else None
+    trainer = make_trainer(
+        args,
+        training_args,
+        model=model,
+        processing_class=processor,
+        peft_config=new_adapter(args, model, add_vusr(processor)),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+    )
+    if shape:
+        trainer.accelerator.print(shape)
+    return trainer
 
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
@@ -210,11 +272,11 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
         return datasets[0]
     features = features_of(kind)
     taken, joined = set(), []
-    for place, dataset in enumerate(datasets, start=1):
+    for number, dataset in enumerate(datasets, start=1):
         dataset = dataset.select_columns(list(features))
         if dataset.features != features:  # for example large strings; a cast copies the images
             dataset = dataset.cast(features)
-        ids = [f"{name}@{place}" if name in taken else name for name in dataset["id"]]
+        ids = [f"{name}@{number}" if name in taken else name for name in dataset["id"]]
         taken.update(ids)
         joined.append(dataset.remove_columns("id").add_column("id", ids))
     return concatenate_datasets(joined)
@@ -222,13 +284,12 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
 
 def open_record(stage: Stage, args: Any, training_args: "TrainingArguments") -> StageRecord:
     """Open the record of a training stage, see [`StageRecord.of`]."""
-    operational = {item.name for item in fields(training_args) if item.name.startswith(_OPERATIONAL_PREFIXES)}
     return StageRecord.of(
         stage,
         args,
         training_args,
         inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
-        operational=operational | (_DIVISION_SETTINGS if args.effective_batch_size else set()),
+        operational=_DIVISION_SETTINGS if args.effective_batch_size else (),
     )
 
 
@@ -254,10 +315,11 @@ def describe_run(trainer: "Trainer", examples: str, counts: dict[str, Any]) -> s
 def load_trainable_policy(
     args: TrainingStageArguments, training_args: "TrainingArguments"
 ) -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Load the model and processor that `args` name."""
+    """Load the model and processor that `args` name, the vision tower frozen unless it trains."""
+    from medst_trl.policy.adapters import freeze_vision
     from medst_trl.policy.loading import load_policy
 
-    return load_policy(
+    model, processor = load_policy(
         args.model_name_or_path,
         base_model_name_or_path=args.base_model_name_or_path,
         dtype=args.weights_dtype(training_args),
@@ -267,6 +329,9 @@ def load_trainable_policy(
         trust_remote_code=training_args.trust_remote_code,
         attn_implementation=args.attn_implementation,
     )
+    if not args.train_vision:
+        freeze_vision(model)
+    return model, processor
 
 
 def new_adapter(
@@ -332,7 +397,7 @@ def keep_shape(args: Any, model: "PeftModel") -> str:
 def _shape_of(model: "PeftModel") -> dict[str, float]:
     from medst_trl.policy.parts import model_parts
 
-    name, part_of = model.active_adapter, model_parts(model.get_base_model()).part_of
+    name, part_of = model.active_adapter, model_parts(model).part_of
     # Of the layers, not of their weights: under ZeRO-3 those have no shape.
     layers = {part_of(path): layer for path, layer in model.named_modules() if name in getattr(layer, "lora_A", ())}
     prefixes = {"language": "", "vision": "vision_"}

@@ -27,38 +27,25 @@ them from there, `medst push` publishes them, and for a dataset on the Hub they 
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import number_of
 from medst_trl.base.files import atomic_path, write_jsonl
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import documented
-from medst_trl.pipeline.batch import number_of
-from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.training.log_history import end_of_log
 from medst_trl.training.losses import LOSSES, trl_losses
 from medst_trl.training.settings import MultimodalDPOSettings
 
-from ._training import (
-    TrainingStageArguments,
-    check_settings,
-    describe_run,
-    listed_settings,
-    new_adapter,
-    train_policy,
-)
+from ._training import TrainingStageArguments, describe_run, training_stage
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedModel, ProcessorMixin
-
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
@@ -77,32 +64,12 @@ class DpoArguments(TrainingStageArguments):
     train_vision: bool = True
 
 
-def main(args: DpoArguments, training_args: "MultimodalDPOConfig") -> None:
-    train_policy(STAGE, args, training_args, make_trainer, summarize)
-
-
-def make_trainer(
-    args: DpoArguments,
-    training_args: "MultimodalDPOConfig",
-    model: "PreTrainedModel | PeftModel",
-    processor: "ProcessorMixin",
-    **datasets: "Dataset | None",
-) -> "MultimodalDPOTrainer":
+def make_trainer(args: DpoArguments, training_args: "MultimodalDPOConfig", **inputs: Any) -> "MultimodalDPOTrainer":
     from medst_trl import MultimodalDPOTrainer
-    from medst_trl.policy.adapters import freeze_vision
-    from medst_trl.policy.vusr import add_vusr
 
     if training_args.precompute_ref_log_probs:
         training_args.ref_log_probs_dir = _reference_directory(args.dataset, training_args)
-    if not args.train_vision:
-        freeze_vision(model)
-    return MultimodalDPOTrainer(
-        model=model,
-        args=training_args,
-        processing_class=processor,
-        peft_config=new_adapter(args, model, add_vusr(processor)),
-        **datasets,
-    )
+    return MultimodalDPOTrainer(args=training_args, **inputs)
 
 
 def summarize(trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
@@ -138,11 +105,15 @@ def _reference_directory(dataset: str, training_args: "MultimodalDPOConfig") -> 
     writable = os.path.isdir(dataset) and os.access(beside if beside.exists() else dataset, os.W_OK)
     directory = Path(training_args.ref_log_probs_dir or (beside if writable else own))
     if directory != beside and rank() == 0:  # the main process reads the cache for all
-        _copy_new(beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset), directory)
+        for path in beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset):
+            if not (directory / path.name).exists():
+                directory.mkdir(parents=True, exist_ok=True)
+                with atomic_path(directory / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
     return str(directory)
 
 
-def _downloaded(hub_id: str) -> "Iterable[Path]":
+def _downloaded(hub_id: str) -> Iterable[Path]:
     """The files of log-probabilities in a Hub dataset; none if it has none or the Hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -157,39 +128,18 @@ def _downloaded(hub_id: str) -> "Iterable[Path]":
     return Path(found).glob(files)
 
 
-def _copy_new(files: "Iterable[Path]", directory: Path) -> None:
-    for path in files:
-        if not (directory / path.name).exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            with atomic_path(directory / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-
-
-def _arguments() -> tuple[type, ...]:
-    from medst_trl import MultimodalDPOConfig
-
-    return DpoArguments, MultimodalDPOConfig
-
-
-STAGE = STAGES.register(
-    Stage(
-        name="dpo",
-        summary="stage 2: train the model to prefer its better answers",
-        help=__doc__,
-        after=("judge",),
-        repeats=True,
-        distributed=True,
-        trains="pairs",
-        arguments=_arguments,
-        listed=lambda: (DpoArguments, listed_settings(MultimodalDPOSettings)),
-        check=check_settings,
-        main=main,
-        inputs=(
-            Input("model_name_or_path", MODEL),
-            Input("base_model_name_or_path", MODEL, has_default=False),
-            Input("dataset", "preferences", split="train_split"),
-        ),
-        outputs=(Output("", MODEL),),
-        registries={"loss_type": LOSSES} if trl_losses() else {},  # without their names, any name may be TRL's
-    )
+STAGE = training_stage(
+    DpoArguments,
+    "MultimodalDPOConfig",
+    MultimodalDPOSettings,
+    "preferences",
+    make_trainer,
+    summarize,
+    name="dpo",
+    summary="stage 2: train the model to prefer its better answers",
+    help=__doc__,
+    after=("judge",),
+    repeats=True,
+    trains="pairs",
+    registries={"loss_type": LOSSES} if trl_losses() else {},  # without their names, any name may be TRL's
 )

@@ -27,25 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented, make_lists
-from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.training.settings import SelfQuestioningSettings
 
-from ._training import (
-    TrainingStageArguments,
-    check_settings,
-    describe_run,
-    keep_shape,
-    listed_settings,
-    new_adapter,
-    train_policy,
-)
+from ._training import TrainingStageArguments, check_settings, describe_run, training_stage
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedModel, ProcessorMixin
-
     from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
@@ -83,35 +70,16 @@ class SftArguments(TrainingStageArguments):
         make_lists(self, "dataset")
 
 
-def main(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
-    train_policy(STAGE, args, training_args, make_trainer, summarize)
-
-
 def make_trainer(
-    args: SftArguments,
-    training_args: "SelfQuestioningConfig",
-    model: "PreTrainedModel | PeftModel",
-    processor: "ProcessorMixin",
-    **datasets: "Dataset | None",
+    args: SftArguments, training_args: "SelfQuestioningConfig", **inputs: Any
 ) -> "SelfQuestioningTrainer":
     from transformers import EarlyStoppingCallback
 
     from medst_trl import SelfQuestioningTrainer
-    from medst_trl.policy.vusr import add_vusr
 
-    shape = keep_shape(args, model) if hasattr(model, "peft_config") else None
     patience = args.early_stopping_patience
-    trainer = SelfQuestioningTrainer(
-        model=model,
-        args=training_args,
-        processing_class=processor,
-        peft_config=new_adapter(args, model, add_vusr(processor)),
-        callbacks=[EarlyStoppingCallback(patience)] if patience is not None else None,
-        **datasets,
-    )
-    if shape:
-        trainer.accelerator.print(shape)
-    return trainer
+    callbacks = [EarlyStoppingCallback(patience)] if patience is not None else None
+    return SelfQuestioningTrainer(args=training_args, callbacks=callbacks, **inputs)
 
 
 def summarize(trainer: "SelfQuestioningTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
@@ -136,29 +104,17 @@ def check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
         )
 
 
-def _arguments() -> tuple[type, ...]:
-    from medst_trl import SelfQuestioningConfig
-
-    return SftArguments, SelfQuestioningConfig
-
-
-STAGE = STAGES.register(
-    Stage(
-        name="sft",
-        summary="stage 1: train a model to answer and to ask",
-        help=__doc__,
-        after=("prepare",),
-        distributed=True,
-        trains="conversations",
-        arguments=_arguments,
-        listed=lambda: (SftArguments, listed_settings(SelfQuestioningSettings)),
-        check=check,
-        main=main,
-        inputs=(
-            Input("model_name_or_path", MODEL),
-            Input("base_model_name_or_path", MODEL, has_default=False),
-            Input("dataset", "instruct", split="train_split"),
-        ),
-        outputs=(Output("", MODEL),),
-    )
+STAGE = training_stage(
+    SftArguments,
+    "SelfQuestioningConfig",
+    SelfQuestioningSettings,
+    "instruct",
+    make_trainer,
+    summarize,
+    name="sft",
+    summary="stage 1: train a model to answer and to ask",
+    help=__doc__,
+    after=("prepare",),
+    trains="conversations",
+    check=check,
 )

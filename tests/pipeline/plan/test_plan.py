@@ -12,8 +12,9 @@ from recipe_models import CONFIGS, config_directory
 from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
-from medst_trl.pipeline.plan.steps import Rows
+from medst_trl.pipeline.plan.steps import RecipeCounts
 from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.stage import STAGES
 
 
 RECIPE = """\
@@ -107,6 +108,18 @@ def test_the_plan_depends_on_the_config_and_the_number_of_processes(recipe, caps
     found = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
     assert found["sft"]["batch"] == ["8 per GPU x 2 accumulated x 8 GPUs = 128"]
     assert "gathered weights" in found["sft"]["memory"][1] and list(found) == ["", "sft"]
+
+
+def test_the_type_of_the_weights_and_rates_of_zero_are_shown(recipe, capsys):
+    found = plan(capsys, recipe, "--stage", "sft", "--sft.fp16", "true", "--sft.vision_learning_rate", "0")["sft"]
+    assert found["model"][0].endswith("parameters, float16")
+    assert [line.split()[-1] for line in found["trains"] if line.startswith("vision")] == ["0e0"]
+
+
+def test_a_row_without_text_is_not_printed(recipe, capsys, monkeypatch):
+    monkeypatch.setitem(vars(STAGES.get("generate")), "plan", lambda *arguments: [("writes", ""), ("asks", "nobody")])
+    found = plan(capsys, recipe, "--stage", "generate")["generate"]
+    assert found["asks"] == ["nobody"] and "writes" not in found
 
 
 def test_each_round_is_planned(recipe, capsys):
@@ -206,7 +219,7 @@ def test_the_plan_shows_the_number_of_judge_requests(recipe, tmp_path, settings,
     steps = read_recipe(recipe).steps()
     step = next(step for step in steps if step.label == "judge")
     args, *servers, _ = stage_arguments(step)
-    assert next(iter(step.stage.plan(Rows(steps), args, *servers)))[1].startswith(line)
+    assert next(iter(step.stage.plan(RecipeCounts(steps), args, *servers)))[1].startswith(line)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import tiny_run
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import read_options
-from medst_trl.pipeline.plan.steps import Rows, effective_batch, schedule, training_examples
+from medst_trl.pipeline.plan.steps import RecipeCounts, effective_batch, schedule, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.stage import STAGES, Count
 from medst_trl.pipeline.stages.judge import pairs_to_judge
@@ -74,10 +74,10 @@ def steps_of(name, *words):
 def test_the_rows_of_the_demo_are_known_before_it_runs():
     labels, steps = steps_of("demo")
     directory = labels["prepare"].settings["output_dir"]
-    assert Rows(steps).rows(f"{directory}/instruct", "train") == Count(225)
-    assert Rows(steps).rows(f"{directory}/images", "train") == Count(2000)
-    assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(6000, at_most=True)
-    assert Rows(steps).rows(labels["dpo"].settings["dataset"], "train") == Count(6000, at_most=True)
+    assert RecipeCounts(steps).rows(f"{directory}/instruct", "train") == Count(225)
+    assert RecipeCounts(steps).rows(f"{directory}/images", "train") == Count(2000)
+    assert pairs_to_judge(labels["judge"].settings, RecipeCounts(steps)) == Count(6000, at_most=True)
+    assert RecipeCounts(steps).rows(labels["dpo"].settings["dataset"], "train") == Count(6000, at_most=True)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_number_of_examples_is_unknown_if_a_dataset_is_unknown():
 
 def test_every_two_answers_make_a_pair():
     labels, steps = steps_of("demo", "--generate.num_answers", "4", "--generate.max_records", "10")
-    assert pairs_to_judge(labels["judge"].settings, Rows(steps)) == Count(10 * 3 * 2, at_most=True)
+    assert pairs_to_judge(labels["judge"].settings, RecipeCounts(steps)) == Count(10 * 3 * 2, at_most=True)
 
 
 def test_datasets_on_disk_are_counted(tmp_path):
@@ -118,5 +118,5 @@ def test_datasets_on_disk_are_counted(tmp_path):
 
     rows = [{"id": str(n), "images": [], "image_ids": [], "messages": []} for n in range(7)]
     write_split(tmp_path / "instruct", "train", rows, dict, instruct_features(), 3)
-    assert Rows().rows(str(tmp_path / "instruct"), "train") == Count(7)
-    assert Rows().rows(str(tmp_path / "instruct"), "test").number is None
+    assert RecipeCounts().rows(str(tmp_path / "instruct"), "train") == Count(7)
+    assert RecipeCounts().rows(str(tmp_path / "instruct"), "test").number is None

@@ -97,7 +97,7 @@ def test_a_config_for_one_process_allows_only_one_process(check):
         ("loss_type: [sigmoid, sft]", "beta: much", "section dpo: beta: 'much' is not a valid float"),
         ("per_device_train_batch_size: 8", "max_length: -5", "section sft: max_length is -5"),
         ("source: llava, ", "", "section prepare: source must be set"),
-        ("model: gpt-4o", "model: null", "No judge is named"),
+        ("model: gpt-4o", "model: null", "No judge model is set"),
         ("zero2", "zero22", "accelerate_config 'zero22' is neither a file nor one of"),
         ("talks.json", "talk.json", "section prepare: data_path: talk.json does not exist"),
         ('generate: {images: "{prepare}/instruct"}\n', "", "section judge: candidates must be set"),
@@ -168,7 +168,7 @@ def test_validation_needs_neither_the_hub_nor_weights(check, monkeypatch):
         monkeypatch.setattr(owner, name, fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub_answers = Mock(side_effect=AssertionError("the Hub was contacted"))
-    monkeypatch.setattr("medst_trl.pipeline.plan.transfers.hub_answers", hub_answers)
+    monkeypatch.setattr("medst_trl.pipeline.plan.plan.hub_answers", hub_answers)
     monkeypatch.setattr("medst_trl.pipeline.plan.policies.hub_answers", hub_answers)
     with warnings.catch_warnings(action="error"):
         code, out = check()

@@ -45,7 +45,7 @@ def run(inputs, output_dir, **options):
         "report_to": "none", "disable_tqdm": True, **options,
     }  # fmt: skip
     arguments = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
-    dpo.main(*dpo.STAGE.make_parser().parse_args_and_config(arguments))
+    dpo.STAGE.main(*dpo.STAGE.make_parser().parse_args_and_config(arguments))
     return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
 
 

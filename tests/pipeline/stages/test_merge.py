@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         "vision_lora_r": 4, "vision_lora_alpha": 8, "lora_dropout": 0.0, "report_to": "none", "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1000, "gradient_checkpointing": False,
     }  # fmt: skip
-    sft.main(
+    sft.STAGE.main(
         *sft.STAGE.make_parser().parse_args_and_config([word for pair in options.items() for word in _words(*pair)])
     )
     return directory

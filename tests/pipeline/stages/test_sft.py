@@ -34,7 +34,7 @@ def _run(inputs, output_dir, **options):
         "report_to": "none", "disable_tqdm": True, **options,
     }  # fmt: skip
     arguments = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
-    sft.main(*sft.STAGE.make_parser().parse_args_and_config(arguments))
+    sft.STAGE.main(*sft.STAGE.make_parser().parse_args_and_config(arguments))
     return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
 
 
