@@ -93,6 +93,7 @@ class Call:
         body (`Callable`): Makes the body of the request; images are encoded only then.
         key (`str`, *optional*): Hash of everything that decides the reply. None: the reply is not cached.
         size (`RequestSize`): Tokens of its prompt, for the budget.
+        max_tokens (`int`): Maximum number of tokens of its reply, for the budget, if the body has no `max_tokens`.
         read (`Callable`): Maps a reply to its meaning, or to None if it cannot be read. By default the reply itself.
         reminder (`str`): User message after a reply that cannot be read.
         tag: Any value; the caller identifies the call by it.
@@ -102,6 +103,7 @@ class Call:
     body: Callable[[], dict[str, Any]]
     key: str | None = None
     size: RequestSize = NO_SIZE
+    max_tokens: int = 0
     read: Callable[[str], Any | None] = str
     reminder: str = ""
     tag: Any = None
@@ -300,7 +302,7 @@ class Client:
             reminder = {"role": "user", "content": call.reminder}
             body = body | {"messages": [*body["messages"], last, reminder]}
             prompt_tokens = prompt_tokens + RequestSize.of([last, reminder], 0).at_most
-        at_most = {"prompt_tokens": prompt_tokens, "completion_tokens": body.get("max_tokens", 0)}
+        at_most = {"prompt_tokens": prompt_tokens, "completion_tokens": body.get("max_tokens", call.max_tokens)}
         attempt = 0
         while True:
             sent = {}

@@ -277,6 +277,14 @@ def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
     return record.get("status") == "complete" and stage in (None, record.get("stage"))
 
 
+def is_left_out(path: str | os.PathLike, kind: str) -> bool:
+    """Whether a directory is an output of this kind that a finished stage did not make: it had no data for it."""
+    path = Path(path)
+    stage = read_record(path.parent).get("stage")
+    outputs = STAGES.get(stage).outputs if stage in STAGES and is_complete(path.parent) else ()
+    return not path.exists() and (path.name, kind) in {(output.directory, output.kind) for output in outputs}
+
+
 # An earlier run in the directory
 
 

@@ -328,13 +328,7 @@ class CandidateGenerator:
         return self._samples(record, messages, self.answer_sampling, self.num_answers, "answer", question)
 
     def _samples(
-        self,
-        record: _Record,
-        messages: list[dict[str, Any]],
-        sampling: Sampling,
-        count: int,
-        purpose: str,
-        *numbers: int,
+        self, record: _Record, messages: list[dict], sampling: Sampling, count: int, purpose: str, *numbers: int
     ) -> list[Request]:
         """Return requests for independent texts, each with its own random stream and its numbers in the tag."""
         streams = [random_stream(self.seed, record.id, purpose, *numbers, number) for number in range(count)]

@@ -326,6 +326,13 @@ def test_the_budget_of_an_engine_is_never_exceeded(fake_server):
     assert len(fake_server.requests) == before, "the budget is one for all calls of an engine"
 
 
+@pytest.mark.parametrize("kind", ["vllm", "transformers", "openai"])
+def test_a_reply_without_usage_costs_its_maximum(fake_server, kind):
+    engine = priced_engine(fake_server.url, kind=kind, max_cost=100.0)
+    engine.write([prompt(to_ask([], 1))], Sampling(max_new_tokens=5000))
+    assert 5 < engine.budget.spent < 6
+
+
 def test_a_call_that_may_have_been_charged_counts_in_the_budget(fake_server):
     fake_server.reply = lambda body: time.sleep(0.5) or (200, chat_completion("late"))
     engine = priced_engine(fake_server.url, max_cost=100.0, timeout=0.05, max_retries=0)

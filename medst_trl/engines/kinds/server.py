@@ -214,7 +214,12 @@ class ServerEngine(Engine):
 
         tokens = sum(image_tokens(self.model, *image.size) for image in images)
         size = RequestSize.of(body([""] * len(images))["messages"], tokens)
-        return Call(lambda: body([image.data_url for image in images]), size=size, tag=request)
+        return Call(
+            lambda: body([image.data_url for image in images]),
+            size=size,
+            max_tokens=request.sampling.max_new_tokens,
+            tag=request,
+        )
 
 
 def _messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str, Any]]:

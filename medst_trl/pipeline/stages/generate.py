@@ -39,7 +39,7 @@ from medst_trl.data.schema import load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
-from medst_trl.pipeline.record import StageRecord, is_complete
+from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.candidate_files import select_records, write_candidates
 from medst_trl.selftrain.candidates import CandidateGenerator
@@ -202,11 +202,9 @@ def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
 
 
 def _find_images(images: str) -> str:
-    """Return the directory to read: `instruct/` if a finished `medst prepare` did not write `images/`."""
-    directory = Path(images)
-    instruct = directory.parent / "instruct"
-    is_missing = directory.name == "images" and not directory.exists()
-    if not (is_missing and instruct.is_dir() and is_complete(directory.parent, "prepare")):
+    """Return the directory to read: `instruct/` if a finished stage did not make `images/`."""
+    instruct = Path(images).with_name("instruct")
+    if not (is_left_out(images, "images") and instruct.is_dir()):
         return images
     if rank() == 0:
         print(f"generate: {images} does not exist. Using the images of {instruct} (not its messages).")

@@ -43,7 +43,7 @@ from medst_trl.data.schema import load_records, preference_features, with_stored
 from medst_trl.engines.client import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
-from medst_trl.pipeline.record import StageRecord, is_complete
+from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
@@ -180,12 +180,11 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
 
 
 def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
-    """Drop benchmarks that a finished `prepare` did not make. Recipes name them by default."""
+    """Drop benchmarks that a finished stage did not make. Recipes name them by default."""
     existing = []
     for name in benchmarks:
-        path = Path(name)
-        if path.name == "benchmark" and not path.exists() and is_complete(path.parent, "prepare"):
-            print(f"judge: {path.parent} was prepared without a benchmark, so it excludes no images.")
+        if is_left_out(name, "benchmark"):
+            print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
         else:
             existing.append(name)
     return existing
