@@ -67,7 +67,7 @@ class Estimate:
         )
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class PairwiseJudge(JudgeSettings):
     """
     Compare the answers of each candidate with a vision-language model behind an OpenAI-compatible API.
