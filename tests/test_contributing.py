@@ -3,6 +3,7 @@
 """The examples of CONTRIBUTING.md work as plugins, and in the directories of the package that the page names."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,12 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 from documents import ROOT, Block, blocks
+from PIL import Image
 
 from medst_trl.base.registry import PLUGINS_GROUP, PLUGINS_VARIABLE
+from medst_trl.data.schema import dialogue, preference_features
 
 
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -51,6 +55,32 @@ LISTED = (
     "count preference pairs",
     "recipe: ['prepare', 'judge', 'count', 'evaluate']",
 )
+
+
+RUNS_EVERYTHING = """
+import torch
+from medst_trl import MultimodalDPOConfig
+from medst_trl.cli import main
+from medst_trl.data.schema import dialogue
+from medst_trl.engines.engine import ENGINES, Prompt, Sampling
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
+from medst_trl.training.losses import LOSSES, Answers, PairLogProbs
+
+for command in (
+    "prepare --source my_hospital --data_path reports.json --output_dir prepared",
+    "evaluate --predictions predictions.jsonl --variants strict brevity --output_dir evaluated",
+    "count --dataset pairs --output_dir counted",
+    "count --dataset pairs --output_dir counted",
+):
+    assert main(command.split()) == 0
+kind = ENGINES.get("echo")
+question, _ = dialogue([("Where?", "Left.")])
+print(kind.open("any", kind.settings("A: ")).write([Prompt([question], [])], Sampling())[0].text)
+print(JUDGE_PROMPTS.get("two_numbers").read("7 3"))
+one, two = torch.tensor([-1.0]), torch.tensor([-3.0])
+pairs = PairLogProbs({"image": Answers(one, two)}, {"image": Answers(two, two)}, Answers(one, one))
+print("loss", LOSSES.get("margin")(pairs, MultimodalDPOConfig(output_dir="x", beta=0.1, report_to="none")).item())
+"""
 
 
 def list_everything(tmp_path, **environment):
@@ -128,6 +158,33 @@ def test_examples_work_inside_the_package(extended, tmp_path):
     printed = list_everything(tmp_path, PYTHONPATH=str(extended))
     assert f"package: {extended}" in printed
     assert [words for words in LISTED if words not in printed] == []
+
+
+def test_examples_inside_the_package_run(extended, tmp_path):
+    Image.new("L", (8, 8), 90).save(tmp_path / "scan.png")
+    reports = [{"image": "scan.png", "findings": "A small nodule."}, {"image": "scan.png"}]
+    (tmp_path / "reports.json").write_text(json.dumps(reports))
+    answered = {"id": "1", "question": "What?", "answer": "nodule", "answer_type": "open", "prediction": "a nodule"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(answered) + "\n")
+    question, chosen = dialogue([("Where?", "Left.")])
+    pair = {"id": "a", "images": [], "image_ids": [], "prompt": [question], "chosen": [chosen], "rejected": [chosen]}
+    pair = dict.fromkeys(preference_features()) | pair
+    Dataset.from_list([pair], preference_features()).to_parquet(tmp_path / "pairs/train-00000-of-00001.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS_EVERYTHING],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(extended), "HF_HOME": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    printed = done.stdout
+    record = json.loads((tmp_path / "prepared/stage.json").read_text())["counts"]
+    assert record["rejected"] == {"no_findings": 1}
+    assert re.search(r"^short\b.* 100\.0", printed, re.MULTILINE)  # the figure of the metric in the printed table
+    assert json.loads((tmp_path / "counted/count.json").read_text()) == {"pairs": 1}
+    assert "finished and unchanged" in printed  # the second run of `count`
+    assert "A: Where?" in printed and "Reading(scores=(7.0, 3.0), verdict=0" in printed and "loss 0.8" in printed
 
 
 def test_examples_inside_the_package_keep_its_structure(extended):
