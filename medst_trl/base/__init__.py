@@ -1,3 +1,3 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every part uses and what depends on no part: errors, files, hashes, redaction, registries."""
+"""The innermost ring, which imports no other part: errors, files, hashes, redaction, registries."""

@@ -42,7 +42,7 @@ def looks_local(name: str) -> bool:
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Split `org/name@main` into a Hub id and its revision. A path that exists is returned as it is."""
+    """Split `org/name@main` into a Hub id and its revision. An existing path is returned unchanged."""
     if os.path.exists(source) or not can_be_hub_id(source):
         return source, None
     name, _, revision = source.partition("@")

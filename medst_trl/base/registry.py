@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Registries: everything of one kind (sources, judge prompts, engines, families, metrics, losses, stages), by name.
+Registries: all objects of one kind (sources, judge prompts, engines, families, metrics, losses, stages), by name.
 
 An object registers itself when its module is imported:
 
@@ -39,7 +39,7 @@ _plugins: dict[str, UserError | None] = {}  # the plugins imported so far, and t
 
 class Registry(Generic[_T]):
     """
-    All objects of one kind. Iterating gives them in the order in which they were registered.
+    All objects of one kind. Iterating yields their names in listing order.
 
     Args:
         kind (`str`):

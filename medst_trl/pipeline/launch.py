@@ -23,6 +23,7 @@ from pathlib import Path
 from medst_trl.base.errors import UserError, closest, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, world_size
 
+from .options import as_count
 from .recipe import read_yaml
 
 
@@ -135,7 +136,7 @@ def launch_command(
     program: Sequence[str], config: str | None, num_processes: int | None = None, options: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
     """
-    The command and environment that run a Python module under accelerate.
+    Return the command and environment that run a Python module under accelerate.
 
     Args:
         program (sequence of `str`):
@@ -145,13 +146,14 @@ def launch_command(
         num_processes (`int`, *optional*):
             Number of processes. By default the configuration's, or one for each GPU.
         options (sequence of `str`, *optional*):
-            Further options of `accelerate launch`.
+            Further options of `accelerate launch`, as `["--name", "value"]`.
 
     Raises:
         UserError: if the machine lacks the GPUs or packages that it needs.
     """
     requested = read_config(config or default_config(num_processes))
-    machines = _number(options, "--num_machines") or requested.num_machines
+    given = dict(zip(options, options[1:]))
+    machines = as_count(given.get("--num_machines"), "num_machines", "medst") or requested.num_machines
     num_processes = num_processes or requested.num_processes or _one_for_each_gpu(requested) * machines
     if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
         requested = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=requested.has_port)
@@ -160,20 +162,12 @@ def launch_command(
     if requested.kind != NOT_DISTRIBUTED and (requested.use_cpu or not gpu_count()):
         environment |= _on_cpus(requested)
         options = ["--mixed_precision", "no", *options]
-    # accelerate's own default is a single thread
     cores_each = cores() // max(1, num_processes // machines)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_each)))
-    has_port = requested.has_port or any(option.startswith("--main_process_port") for option in options)
-    if machines == 1 and not has_port:
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_each)))  # accelerate's own default is 1
+    if machines == 1 and not requested.has_port and "--main_process_port" not in given:
         options = ["--main_process_port", "0", *options]  # a free one, so that two runs can share a machine
     command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--config_file", str(find_config(requested.name))]
     return [*command, "--num_processes", str(num_processes), *options, "-m", *program], environment
-
-
-def _number(options: Sequence[str], name: str) -> int | None:
-    """The value of an option of `accelerate launch`, given as `--name N` or `--name=N`."""
-    words = [word for option in options for word in option.split("=", 1)]
-    return int(words[words.index(name) + 1]) if name in words[:-1] else None
 
 
 def _one_for_each_gpu(config: AccelerateConfig) -> int:

@@ -28,7 +28,7 @@ class Option:
     Args:
         target (`str` or `None`):
             `"sft"` or `"prepare/<name>"` for `--sft.key` or `--prepare/<name>.key`; None for a plain `--key`, which
-            applies to every stage that knows it.
+            applies to every stage that has this setting.
         key (`str`):
             The setting.
         value (`str`, `list` of `str` or `bool`):

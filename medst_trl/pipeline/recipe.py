@@ -219,7 +219,7 @@ class Recipe:
         return {key: self._with_directories(value, step) for key, value in settings.items()}
 
     def _options_for(self, *targets: str) -> dict[str, Any]:
-        """Settings from the command line for sections, the last one applies; without one, those for all stages."""
+        """Settings from the command line for sections, of which the last applies; by default those for all stages."""
         names = targets or (None,)
         return {option.key: option.value for name in names for option in self.options if option.target == name}
 
@@ -241,7 +241,7 @@ class Recipe:
         return inputs
 
     def _round_inputs(self, step: _PendingStep, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a round takes from the previous one: its policy, and the number of records that are used."""
+        """Settings that depend on the previous round: its policy, and the number of records used so far."""
         inputs, where = {}, f"{self.path}, section {step.stage.name}"
         stages = map(STAGES.get, self.sections)
         trained = next((stage.name for stage in stages if stage.repeats and stage.makes(MODEL)), None)

@@ -36,7 +36,7 @@ LOCK = ".stage.lock"
 # Never affect the result: where it is written, and whether it replaces an earlier one.
 ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 
-# May be in a directory before a stage starts there, and stay when the stage is overwritten (besides *.log, .stage.*).
+# Files that may exist before a stage starts, and that --overwrite keeps (besides *.log and .stage.*).
 NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl", REFERENCE_FOLDER})
 
 _MISSING = "(not set)"
@@ -54,7 +54,7 @@ class StageRecord:
         output_dir (`pathlib.Path`):
             The stage's directory.
         content (`dict`):
-            What `stage.json` holds.
+            The content of `stage.json`.
 
     Example:
 

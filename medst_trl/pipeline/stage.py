@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from trl.scripts.utils import TrlParser
 
-# What an input can be besides a kind of dataset (`medst_trl.data.schema.KINDS`).
+# Kinds of inputs besides the kinds of datasets (`medst_trl.data.schema.KINDS`).
 ANY = "data"  # a dataset of any kind
 MODEL = "model"  # a model or an adapter: a directory or a Hub id
 CHECKPOINT = "checkpoint"  # weights in another project's format: a file, a directory or a Hub id
@@ -334,7 +334,7 @@ class Stage:
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the description as it is written, and adds each option's default."""
+    """Keep the line breaks of the description, and add the default of each option."""
 
 
 def _in_pipeline_order(stages: Sequence[Stage]) -> list[Stage]:
