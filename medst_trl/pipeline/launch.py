@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from medst_trl.base.errors import UserError, closest, located, number_of
@@ -152,7 +153,7 @@ def launch_command(
         UserError: if the machine lacks the GPUs or packages that it needs.
     """
     requested = read_config(config or default_config(num_processes))
-    given = dict(zip(options, options[1:]))
+    given = dict(pairwise(options))
     machines = as_count(given.get("--num_machines"), "num_machines", "medst") or requested.num_machines
     num_processes = num_processes or requested.num_processes or _one_for_each_gpu(requested) * machines
     if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
