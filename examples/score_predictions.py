@@ -14,7 +14,7 @@ import sys
 from medst_trl import score_vqa
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.predictions import read_predictions
-from medst_trl.evaluation.tables import format_scores
+from medst_trl.evaluation.scores_file import format_scores
 
 
 EXAMPLES = [

@@ -41,6 +41,11 @@ def looks_local(name: str) -> bool:
     return name.count("/") > 1 or ("/" in name and os.path.exists(name))
 
 
+def public_name(model: str) -> str:
+    """Return a model's name as it may be published: only the last part of a path on this machine."""
+    return Path(model).name if looks_local(model) or os.path.exists(model) else model
+
+
 def split_revision(source: str) -> tuple[str, str | None]:
     """Split `org/name@main` into a Hub id and its revision. An existing path is returned unchanged."""
     if os.path.exists(source) or not can_be_hub_id(source):

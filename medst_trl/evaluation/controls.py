@@ -6,8 +6,8 @@ Controls: the same evaluation with images that do not help, to show how much of 
 - `blank`: every image is replaced by a mid-grey one of the same size.
 - `shuffled`: every question is asked about another image of the benchmark, all questions of one image about the same.
 
-A score that the controls reach too does not come from looking at the image. LLaVA-Med's issue 130 reports answers that
-do not change with it: https://github.com/microsoft/LLaVA-Med/issues/130.
+If a control reaches the same score, the model does not need the image for it. LLaVA-Med's issue 130 reports answers
+that do not change with the image: https://github.com/microsoft/LLaVA-Med/issues/130.
 """
 
 import random
@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError
+from medst_trl.base.settings import check_choice
 
 from .scoring import clusters_of, figures, interval, resample, score_records, summarize, with_types
 
@@ -74,13 +75,12 @@ def shuffled_rows(image_ids: Sequence[str], seed: int = 0) -> list[int]:
 
 def shown_rows(image_ids: Sequence[str], control: str | None = None, seed: int = 0) -> list[int]:
     """
-    For each row of a benchmark, the row whose image a control shows.
+    Return for each row of a benchmark the row whose image a control shows.
 
     Raises:
         UserError: for an unknown control, or images that cannot be shuffled.
     """
-    if control is not None and control not in CONTROLS:
-        raise UserError(f"Unknown control {control!r}.{closest(control, CONTROLS)} Choose from {', '.join(CONTROLS)}.")
+    check_choice("control", control, CONTROLS)
     return shuffled_rows(image_ids, seed) if control == "shuffled" else list(range(len(image_ids)))
 
 

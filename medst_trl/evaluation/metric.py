@@ -19,7 +19,7 @@ METRICS.register(
 ```
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -48,13 +48,15 @@ class Figure:
 
     Args:
         path (`tuple` of `str`):
-            Where it is in the scores. One or two keys.
+            Its keys in the scores, one or two.
         label (`str`, *optional*):
             Its name in tables. Defaults to the path in words.
         in_card (`bool`, *optional*, defaults to `False`):
             Whether model cards list it.
         in_chart (`bool`, *optional*, defaults to `False`):
             Whether reports draw it.
+        by_type (`bool`, *optional*, defaults to `False`):
+            Whether tables also list it for each question type.
         higher_is_better (`bool`, *optional*, defaults to `True`):
             Direction of improvement.
     """
@@ -63,6 +65,7 @@ class Figure:
     label: str = ""
     in_card: bool = False
     in_chart: bool = False
+    by_type: bool = False
     higher_is_better: bool = True
 
     def __post_init__(self):
@@ -82,15 +85,15 @@ class Metric:
         figures (`tuple` of [`Figure`]):
             What it reports, in the order of tables.
         score (`Callable`):
-            From an [`Answered`] record and the settings to path and score, a number from 0 to 1, of the figures in
-            which the record counts.
+            Takes an [`Answered`] record and the settings. Returns a score from 0 to 1 for each figure in which the
+            record counts, by path.
         settings (`type`, *optional*):
             Dataclass of its settings. They become options of `medst evaluate`, so their names must be unique over all
             metrics, and each needs a default.
         applies (`Callable`, *optional*):
             Whether a record is scored at all. Every record by default.
         majority (`Callable`, *optional*):
-            From all records to path and percentage: what always giving the most frequent answer would score.
+            Takes all records. Returns the percentage that always giving the most frequent answer would score, by path.
     """
 
     name: str
@@ -103,13 +106,16 @@ class Metric:
 
 
 METRICS: Registry[Metric] = Registry(
-    "metric", ("medst_trl.evaluation.metrics",), ("summary", "figures", "score", "applies")
+    "metric",
+    ("medst_trl.evaluation.metrics",),
+    ("summary", "figures", "score", "applies"),
+    order=lambda metrics: sorted(metrics, key=lambda metric: metric.name != "strict"),  # the one to judge a model by
 )
 
 
 def make_settings(metric: Metric, values: Mapping[str, Any]) -> Any:
     """
-    The settings of a metric from keyword arguments, of which None stands for the default. None without settings.
+    Make the settings of a metric from keyword arguments, where None means the default. None for a metric without any.
 
     Raises:
         UserError: for a setting that the metric does not have, or an invalid value.
@@ -124,19 +130,14 @@ def make_settings(metric: Metric, values: Mapping[str, Any]) -> Any:
 
 
 def setting_names(metric: Metric) -> list[str]:
-    """Names of the settings of a metric."""
+    """Return the names of a metric's settings."""
     return [field.name for field in fields(metric.settings)] if metric.settings else []
 
 
-def describe_figures(names: Collection[str]) -> list[dict[str, Any]]:
-    """The figures of metrics as `scores.json` lists them: `metric` and the fields of [`Figure`]."""
+def describe_figures(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the figures of metrics as `scores.json` lists them: `metric` and the fields of [`Figure`]."""
     return [
         {"metric": name, **asdict(figure), "path": list(figure.path)}
         for name in names
         for figure in METRICS.get(name).figures
     ]
-
-
-def recorded_figures(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The figures that a `scores.json` describes; those of the registered metrics if an earlier version wrote it."""
-    return content.get("figures") or describe_figures([name for name in content["scores"] if name in METRICS])

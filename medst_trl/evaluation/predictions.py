@@ -10,25 +10,26 @@ themselves in `PREDICTION_FORMATS`.
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.registry import Registry
+from medst_trl.base.settings import settings_among
 from medst_trl.data.reading import read_json_records, read_text_file
-from medst_trl.data.source import printable
+from medst_trl.data.source import BadRecord, Rejected, printable
 
 from .controls import compare_vqa
-from .metric import METRICS, describe_figures, setting_names
-from .scoring import RecordError, read_answer, score_vqa
+from .metric import METRICS, describe_figures
+from .scoring import naming, read_answer, score_vqa
 
 
 OWN_FORMAT = "medst"
-MAX_SHOWN = 200  # characters of an offending value that are kept
+PREDICTIONS_FILE = "predictions.jsonl"
 
-ReadRow = tuple[str, dict[str, Any] | RecordError]
+ReadRow = tuple[str, dict[str, Any] | Rejected]
 """The name of a row in a file, for messages, and its record or the reason why there is none."""
 Benchmark = str | os.PathLike | Iterable[Mapping[str, Any]]
 """A benchmark's directory or Hub id, a file of questions, or the questions themselves."""
@@ -47,11 +48,12 @@ class PredictionFormat:
         expected (`str`):
             What such a file holds. Ends the message about a file that holds something else.
         guess (`Callable`):
-            From the path and the first JSON record (empty if there is none) to whether this is the file's format.
+            Takes the path and the first JSON record (empty if there is none). Returns whether this is the file's
+            format.
         read (`Callable`):
-            From the path, a [`Benchmark`] that has the right answers (or None) and its split to [`ReadRow`]s.
+            Takes the path, a [`Benchmark`] that has the right answers (or None) and its split. Returns [`ReadRow`]s.
         write (`Callable`):
-            From checked records and the path to the file, written atomically.
+            Takes checked records and the path. Writes the file, atomically.
     """
 
     name: str
@@ -110,22 +112,21 @@ def read_predictions(
     """
     found = PREDICTION_FORMATS.get(format or guess_format(path))
     records, rejected, seen = [], [], set()
-    for position, (name, record) in enumerate(found.read(Path(path), benchmark, split)):
+    for name, record in found.read(Path(path), benchmark, split):
         key = name
         try:
-            if isinstance(record, RecordError):
-                raise record
+            if isinstance(record, Rejected):
+                raise BadRecord(record.reason, record.value)
             if not isinstance(record, dict):
-                raise RecordError("not a JSON object", record, name)
+                raise BadRecord("not a JSON object", record)
             key = record.get("id", name)
             if not isinstance(key, str | int):
-                raise RecordError("id is not a text", key, name)
-            read_answer(record, position)
+                raise BadRecord("id is not a text", key)
+            read_answer(record)
             if record.get("id") in seen:
-                raise RecordError("repeated id", record["id"], key)
-        except RecordError as error:
-            value = printable(str(error.value)[:MAX_SHOWN])
-            rejected.append({"id": printable(str(key)), "reason": error.reason, "value": value})
+                raise BadRecord("repeated id", record["id"])
+        except BadRecord as error:
+            rejected.append(Rejected(str(key), error.reason, str(error.value)).as_row())
         else:
             records.append(record)
             seen.add(key)
@@ -158,8 +159,9 @@ def export_predictions(records: Iterable[Mapping[str, Any]], path: str | os.Path
     rows: dict[str, dict[str, Any]] = {}
     for position, record in enumerate(records):
         record = {**record, "id": str(position if record.get("id") is None else record["id"])}
-        read_answer(record, position)
-        check_unicode(record, f"Record {record['id']!r}")
+        with naming(record, position):
+            read_answer(record)
+            check_unicode(record)
         if record["id"] in rows:
             raise UserError(f"Two predictions have the id {record['id']!r}. Give each question its own.")
         rows[record["id"]] = record
@@ -168,15 +170,56 @@ def export_predictions(records: Iterable[Mapping[str, Any]], path: str | os.Path
     found.write(list(rows.values()), path)
 
 
-def check_unicode(record: dict[str, Any], name: str) -> None:
-    """Raise a [`RecordError`] if UTF-8 cannot hold its texts (bytes of another encoding become half characters)."""
+def check_unicode(record: dict[str, Any]) -> None:
+    """Raise a [`BadRecord`] if UTF-8 cannot hold its texts (lone surrogates, from bytes in another encoding)."""
     text = json.dumps(record, ensure_ascii=False, default=str)
     if printable(text) != text:
-        raise RecordError("characters that are no Unicode", text, name)
+        raise BadRecord("characters that are no Unicode", text)
+
+
+def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, Any]]:
+    """
+    Read all questions of a benchmark, in its order.
+
+    Returns:
+        `list[dict]`: id, image_id, question, answer, answer_type, question_type.
+
+    Raises:
+        UserError: if the benchmark does not exist, or the file holds something else.
+    """
+    if not isinstance(benchmark, str | os.PathLike):
+        return [dict(question) for question in benchmark]
+    if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
+        records = read_json_records(Path(benchmark), "id")
+        return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
+    from medst_trl.data.schema import load_records
+
+    from .vqa import questions_of
+
+    return questions_of(load_records(benchmark, split, "benchmark"))
+
+
+def _question(record: Any, name: str) -> dict[str, Any]:
+    try:
+        # Some of LLaVA-Med's files spell the key this way.
+        turns = record["conversations"] if "conversations" in record else record["conversatons"]
+        return {
+            "id": str(record["id"]),
+            "image_id": str(record["image"]) if record.get("image") else None,
+            "question": turns[0]["value"].replace("<image>", "").strip(),
+            "answer": turns[1]["value"],
+            "answer_type": record["answer_type"].strip().lower(),
+            "question_type": None,
+        }
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(
+            f"{name} is not one of LLaVA-Med's questions: expected id, answer_type and conversations with a question "
+            "and its answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
+        ) from None
 
 
 def guess_format(path: str | os.PathLike) -> str:
-    """The format that matches a file's name and the keys of its first record; our own if none does."""
+    """Return the format that matches a file's name and the keys of its first record; our own if none does."""
     path = Path(path)
     try:
         first = next((row for _, row in read_json_records(path, key="question") if isinstance(row, dict)), {})
@@ -193,10 +236,10 @@ def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test
             continue
         name = f"line {number}"
         try:
-            line.encode()  # half a character comes from bytes of another encoding
+            line.encode()  # fails for lone surrogates, from bytes in another encoding
             yield name, json.loads(line)
         except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
-            yield name, RecordError("not JSON", line, name)
+            yield name, Rejected(name, "not JSON", line)
 
 
 PREDICTION_FORMATS.register(
@@ -212,7 +255,7 @@ PREDICTION_FORMATS.register(
 
 
 def control_path(path: str | os.PathLike, control: str | None) -> Path:
-    """Where the predictions of a control are: `predictions_blank.jsonl` beside `predictions.jsonl`."""
+    """Return the path of a control's predictions: `predictions_blank.jsonl` beside `predictions.jsonl`."""
     path = Path(path)
     return path.with_name(f"{path.stem}_{control}{path.suffix}") if control else path
 
@@ -221,8 +264,8 @@ def score_predictions(
     records: Collection[Mapping[str, Any]],
     controls: Mapping[str, Collection[Mapping[str, Any]]],
     *,
-    variants: Collection[str] = ("strict", "llava_med"),
-    settings: Mapping[str, Any] | None = None,
+    variants: Collection[str] | None = None,
+    settings: Iterable[Any] = (),
     bootstrap_samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -235,9 +278,9 @@ def score_predictions(
         controls (`dict`):
             Name of each control to its predictions. Those of other questions than `records` are left out.
         variants (collection of `str`, *optional*):
-            Names of metrics.
-        settings (`dict`, *optional*):
-            Settings of metrics, for example `{"closed_rule": "gated"}`. Each metric takes its own.
+            Names of metrics. Defaults to all that are registered.
+        settings (iterable of dataclasses, *optional*):
+            Settings of metrics. A metric whose settings are missing uses its defaults.
         bootstrap_samples, seed:
             As in [`~medst_trl.evaluation.scoring.score_vqa`].
 
@@ -248,11 +291,11 @@ def score_predictions(
     Raises:
         UserError: if a control does not answer the same questions.
     """
-    common = {"bootstrap_samples": bootstrap_samples, "seed": seed}
-    arguments = {
-        variant: common | {name: (settings or {}).get(name) for name in setting_names(METRICS.get(variant))}
-        for variant in variants
-    }
+    variants, given = variants or METRICS.names(), list(settings)
+    arguments = {}
+    for variant in variants:
+        own = settings_among(given, METRICS.get(variant).settings)
+        arguments[variant] = {"bootstrap_samples": bootstrap_samples, "seed": seed, **(asdict(own) if own else {})}
     ids = {record.get("id") for record in records}
     compared = {}
     for control, others in controls.items():

@@ -6,11 +6,13 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from operator import mul
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.source import BadRecord
 
 from .metric import METRICS, Answered, FigurePath, make_settings
 
@@ -19,15 +21,6 @@ LEVEL = 0.95
 NO_TYPE = "(none)"  # question type of records without one, in a benchmark where others have one
 
 Scored = tuple[Answered, dict[FigurePath, float]]
-
-
-class RecordError(UserError):
-    """A record that cannot be scored. Holds the reason, one of a few that are counted, and the offending value."""
-
-    def __init__(self, reason: str, value: Any, name: str, advice: str = ""):
-        super().__init__(f"{name}: {reason} ({value!r}). {advice}".strip())
-        self.reason = reason
-        self.value = value
 
 
 def score_vqa(
@@ -66,8 +59,8 @@ def score_vqa(
         - `strict`: `exact_match` (all records), `open` (`exact_match`, `precision`, `recall`, `f1`) and `closed`
           (`accuracy`, divided into `yes_no` and `other` questions; `no_verdict`, the share of yes/no questions whose
           prediction says neither, each of them wrong). `exact_match` and `accuracy` carry `majority`: what the most
-          frequent answer of each question type would score. It is chosen with the right answers in view and without
-          looking at an image.
+          frequent answer of each question type would score. It uses the reference answers, but no
+          image.
         - `llava_med`: `open` (`exact`, `precision`, `recall`, `f1`, `bleu_1` to `bleu_3`) and `closed` (`accuracy`).
         - `question_types`: the same figures for each question type.
 
@@ -96,7 +89,7 @@ def summarize(
     bootstrap: Mapping[str, Any],
 ) -> dict[str, Any]:
     """
-    What [`score_vqa`] returns.
+    Summarize scored records as [`score_vqa`] returns them.
 
     Args:
         scored (`list`): Result of [`score_records`].
@@ -123,7 +116,7 @@ def summarize(
     for prefix in ((), *(("question_types", kind) for kind in types)):
         for path in (prefix + figure.path for figure in metric.figures):
             found = values.get(path, [])
-            _at(result, path[:-1])[path[-1]] = {
+            _nested(result, path[:-1])[path[-1]] = {
                 "value": 100 * math.fsum(found) / len(found) if found else None,
                 "n": len(found),
                 "interval": interval(means.get(path, [])),
@@ -131,43 +124,44 @@ def summarize(
     if not types:
         result["question_types"] = {}
     for path, value in metric.majority(answered).items() if metric.majority else ():
-        _at(result, path)["majority"] = value
+        _nested(result, path)["majority"] = value
     return result
 
 
 def score_records(records: Iterable[Mapping[str, Any]], variant: str, **settings: Any) -> list[Scored]:
-    """Each record with its scores, see [`score_vqa`]."""
+    """Score each record, see [`score_vqa`]."""
     metric = METRICS.get(variant)
     own_settings = make_settings(metric, settings)
-    answered = [read_answer(record, position) for position, record in enumerate(records)]
+    answered = []
+    for position, record in enumerate(records):
+        with naming(record, position):
+            answered.append(read_answer(record))
     if any(row.question_type is not None for row in answered):
         answered = [row._replace(question_type=row.question_type or NO_TYPE) for row in answered]
     return [(row, metric.score(row, own_settings) if metric.applies(row) else {}) for row in answered]
 
 
-def read_answer(record: Mapping[str, Any], position: int = 0) -> Answered:
+def read_answer(record: Mapping[str, Any]) -> Answered:
     """
     Check a record and normalize its values.
 
     Args:
         record (`dict`): See [`score_vqa`].
-        position (`int`, *optional*, defaults to `0`): Its position among the records, to name one without an id.
 
     Raises:
-        RecordError: naming the record and the key that is missing or invalid.
+        BadRecord: if a key is missing or invalid.
     """
-    name = f"Record {record['id']!r}" if record.get("id") is not None else f"Record number {position + 1} (without id)"
     for key in ("answer", "answer_type", "prediction"):
         value = record.get(key)
         if value is None or value != value:  # pandas reads an empty cell as NaN
-            raise RecordError(f"no {key}", value, name, "Each record needs answer, answer_type and prediction.")
+            raise BadRecord(f"no {key}", value)
         if not isinstance(value, str | int | float):
-            raise RecordError(f"{key} is not a text", value, name)
+            raise BadRecord(f"{key} is not a text", value)
     answer, answer_type = str(record["answer"]).strip(), str(record["answer_type"]).strip().lower()
     if not answer:
-        raise RecordError("empty answer", answer, name, "No prediction can match it. Remove the record.")
+        raise BadRecord("empty answer", answer)
     if answer_type not in ("open", "closed"):
-        raise RecordError("unknown answer_type", record["answer_type"], name, "It must be open or closed.")
+        raise BadRecord("unknown answer_type", record["answer_type"])
     question_type, image_id = record.get("question_type"), record.get("image_id")
     return Answered(
         None if image_id is None else str(image_id),
@@ -178,14 +172,28 @@ def read_answer(record: Mapping[str, Any], position: int = 0) -> Answered:
     )
 
 
+@contextmanager
+def naming(record: Mapping[str, Any], position: int) -> Iterator[None]:
+    """Turn a [`BadRecord`] into a [`UserError`] that names the record, by its position if it has no id."""
+    try:
+        yield
+    except BadRecord as error:
+        has_id = record.get("id") is not None
+        name = repr(record["id"]) if has_id else f"number {position + 1} (without id)"
+        raise UserError(
+            f"Record {name}: {error.reason} ({error.value!r}). Each record needs a text as answer and as "
+            "prediction, and open or closed as answer_type."
+        ) from None
+
+
 def clusters_of(scored: list[Scored]) -> list[Hashable]:
-    """What the bootstrap draws for each record: its image if every record names one, otherwise the record itself."""
+    """Return what the bootstrap draws for each record: its image if every record names one, otherwise the record."""
     images = [row.image_id for row, _ in scored]
     return list(range(len(images))) if None in images else images
 
 
 def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
-    """The scores of each record, repeated under its question type."""
+    """Yield the scores of each record, also under its question type."""
     for row, scores in scored:
         prefix = ("question_types", row.question_type)
         typed = {} if row.question_type is None else {prefix + path: value for path, value in scores.items()}
@@ -193,7 +201,7 @@ def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
 
 
 def figures(scores: Mapping[str, Any], path: FigurePath = ()) -> Iterator[tuple[FigurePath, dict[str, Any]]]:
-    """All figures in a result of [`score_vqa`], each with its path."""
+    """Yield all figures in a result of [`score_vqa`], each with its path."""
     for key, value in scores.items():
         if isinstance(value, Mapping):
             if "interval" in value:
@@ -202,7 +210,7 @@ def figures(scores: Mapping[str, Any], path: FigurePath = ()) -> Iterator[tuple[
                 yield from figures(value, (*path, key))
 
 
-def _at(result: dict[str, Any], path: FigurePath) -> dict[str, Any]:
+def _nested(result: dict[str, Any], path: FigurePath) -> dict[str, Any]:
     for key in path:
         result = result.setdefault(key, {})
     return result
@@ -265,7 +273,7 @@ def resample(
 
 
 def interval(means: Iterable[float | None]) -> list[float] | None:
-    """The percentile interval of resampled means at `LEVEL`, in percent. None if fewer than two are known."""
+    """Return the percentile interval of resampled means at `LEVEL`, in percent; None if fewer than two are known."""
     found = sorted(mean for mean in means if mean is not None)
     if len(found) < 2:
         return None

@@ -13,7 +13,6 @@ from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
 from medst_trl.data.schema import with_stored_images
 from medst_trl.engines.engine import (
-    DEFAULT_ENGINE,
     Engine,
     OpenedImage,
     Prompt,
@@ -71,9 +70,9 @@ def answer_benchmark(
 
     Yields:
         `dict`: a row of the predictions file: id, image_id, question, answer, answer_type, question_type,
-        `prediction`, `generation` (model, max_new_tokens, control, the image shown, and whether the answer ended
-        before `max_new_tokens`). If the engine refuses a question, the prediction is empty and `generation` has the
-        reason as `problem`.
+        `prediction`, `generation` (what the engine says about itself, max_new_tokens, control, the image shown, and
+        whether the answer ended before `max_new_tokens`). If the engine refuses a question, the prediction is empty
+        and `generation` has the reason as `problem`.
 
     Raises:
         UserError: for an unknown control, repeated ids, a benchmark whose images cannot be shuffled, or an engine that
@@ -95,13 +94,8 @@ def answer_benchmark(
     shown = shown_rows(image_ids, control, seed)
     prompt = _prompts(benchmark, shown, control)
     sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    settings = {
-        "model": model_name or engine.describe()["model"],
-        "decoding": "greedy",
-        "max_new_tokens": max_new_tokens,
-        "control": control,
-        **({} if engine.name == DEFAULT_ENGINE else {"engine": engine.name}),
-    }
+    settings = engine.describe() | ({"model": model_name} if model_name else {})
+    settings |= {"decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
     batches = engine.batches(len(questions), lambda number: prompt(questions[number]))[
         state.process_index :: state.num_processes
     ]
@@ -122,7 +116,7 @@ def answer_benchmark(
 
 
 def _prediction(question: dict[str, Any], reply: Reply, generation: dict[str, Any]) -> dict[str, Any]:
-    """A row of the predictions file."""
+    """Make a row of the predictions file."""
     row = {key: value for key, value in question.items() if key not in ("row", "link")}
     generation["ended"] = reply.ended
     if reply.problem:
@@ -131,7 +125,7 @@ def _prediction(question: dict[str, Any], reply: Reply, generation: dict[str, An
 
 
 def _prompts(benchmark: "Dataset", shown: list[int], control: str | None) -> Callable[[dict[str, Any]], Prompt]:
-    """From a question to its prompt: the question and the image that is shown for it."""
+    """Return a function that makes a question's prompt: its text and the image that is shown for it."""
     stored = with_stored_images(benchmark)
 
     @lru_cache(OPENED)
@@ -162,7 +156,7 @@ def write_predictions(path: str | Path, engine: Engine, benchmark: "Dataset", **
 
 def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:
     """
-    All questions in the benchmark's order, each with its `image_id` and the `row` of its image.
+    Return all questions in the benchmark's order, each with its `image_id` and the `row` of its image.
 
     Raises:
         UserError: if two have one id, or there are none.

@@ -45,7 +45,7 @@ def check_repo_id(repo_id: str | None, key: str) -> None:
 
 def check_push(settings: Any) -> str:
     """
-    The repository that a stage's dataclass names, its own [`HubArguments`] or a trainer's arguments.
+    Return the repository that a stage's dataclass names, its own [`HubArguments`] or a trainer's arguments.
 
     Raises:
         UserError: if it is missing or not an owner and a name.

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.data.schema import KINDS, complete_shards, splits_in
-from medst_trl.evaluation.metric import recorded_figures
+from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
 from medst_trl.policy.chat_template import has_text_role, is_wrapped
 from medst_trl.policy.families import family_of
 
@@ -35,7 +34,7 @@ _URL = re.compile(r"https?://[\w./?&=#%~+:-]+")
 
 def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None, run: Path | None = None) -> str:
     """
-    The README.md of a dataset.
+    Write the README.md of a dataset.
 
     Args:
         contents ([`Contents`]): The dataset.
@@ -82,7 +81,7 @@ def model_card(
     run: Path | None = None,
 ) -> str:
     """
-    The README.md of an adapter or a model.
+    Write the README.md of an adapter or a model.
 
     Args:
         contents ([`Contents`]): The adapter or model.
@@ -101,7 +100,7 @@ def model_card(
         base_model=base_model.partition("@")[0] if is_hub_id(base_model) else None,
         tags=["medst_trl", "medical", "trl", "self-questioning", *(step.stage for step in steps[-1:])],
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[score for result in results for score in result.for_hub] or None,
+        eval_results=[score for name, file in results for score in _for_hub(name, file)] or None,
         **{KIND: contents.kind},
     )
     return _render(
@@ -143,23 +142,26 @@ def _render(template: str, data: CardData, **values: Any) -> str:
         lstrip_blocks=True,
         autoescape=False,  # it is Markdown
     )
-    environment.filters |= {"cell": _cell, "flat": _flat, "hub_id": hub_id_text, "link": _link}
+    environment.filters |= {"cell": _cell, "flat": _flat, "hub_id": hub_id_text, "link": _link, "tenths": tenths}
     values |= {"title": _title(values["repo_id"]), "license": data.license}
     return environment.get_template(template).render(card_data=data.to_yaml(), **values)
 
 
 def _sources(contents: Contents, run: Path | None) -> list[dict[str, Any]]:
-    """What the sources of the data say about themselves, each once."""
+    """Return what the sources of the data say about themselves, each once."""
     cards = (step.source for step in steps_to(contents.directory, run) if step.source)
     return list({card["title"]: card for card in cards}.values())
 
 
 def _split(directory: Path, split: str) -> dict[str, Any]:
     shards = complete_shards(directory, split)
-    column = next(name for name in ("image_ids", "image_id") if name in pq.read_schema(shards[0]).names)
+    rows = sum(pq.read_metadata(shard).num_rows for shard in shards)
+    column = next((name for name in ("image_ids", "image_id") if name in pq.read_schema(shards[0]).names), None)
+    if column is None:  # a dataset in TRL's own format
+        return {"name": split, "rows": rows, "images": None}
     ids = pq.read_table(shards, columns=[column], partitioning=None)[column]
     images = pc.count_distinct(pc.list_flatten(ids) if column == "image_ids" else ids).as_py()
-    return {"name": split, "rows": len(ids), "images": images}
+    return {"name": split, "rows": rows, "images": images}
 
 
 def _size(rows: int) -> str:
@@ -172,7 +174,7 @@ def _title(repo_id: str) -> str:
 
 
 def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested counts as rows of a table. Floats are rounded to four digits."""
+    """Return nested counts as rows of a table. Floats are rounded to four digits."""
     rows = []
     for name, value in counts.items():
         if isinstance(value, Mapping):
@@ -183,7 +185,7 @@ def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _cell(value: Any) -> str:
-    """Text for a cell of a Markdown table. What data says can neither break the table nor become markup."""
+    """Return the text for a cell of a Markdown table. Data can neither break the table nor become markup."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
     return text.replace("[", "&#91;").replace("`", "&#96;")
 
@@ -192,31 +194,7 @@ def _link(text: str, url: str | None) -> str:
     return f"[{_cell(text)}]({url})" if url and _URL.fullmatch(url) else _cell(text)
 
 
-@dataclass(frozen=True)
-class Results:
-    """
-    One `scores.json`, as a model card shows it.
-
-    Attributes:
-        name (`str`): Hub id of the benchmark, or its source; never a path.
-        model (`str`): Name or directory of the model that was evaluated; empty if it is not recorded.
-        questions (`int`), images (`int`): Size of the benchmark.
-        controls (`list[str]`): Names of the controls.
-        rows (`list[list[str]]`):
-            Rows of the card's table: metric, figure, value with its interval, n, majority, one column per control.
-        for_hub (`list[EvalResult]`): The scores in the form that the Hub shows beside a model card.
-    """
-
-    name: str
-    model: str
-    questions: int
-    images: int
-    controls: list[str]
-    rows: list[list[str]]
-    for_hub: list[EvalResult]
-
-
-def read_results(directory: Path, model: Path) -> list[Results]:
+def read_results(directory: Path, model: Path) -> list[tuple[str, ScoresFile]]:
     """
     Read the scores in an output directory of `medst evaluate`, which has subdirectories for several benchmarks.
 
@@ -224,50 +202,39 @@ def read_results(directory: Path, model: Path) -> list[Results]:
         directory (`Path`): Where the scores are.
         model (`Path`): Directory of the model that must have been evaluated, if the scores name one that exists.
 
+    Returns:
+        `list`: for each `scores.json`, the name of the benchmark (its Hub id or source, never a path) and the scores.
+
     Raises:
-        UserError: if there are no scores, they cannot be read, or another model was evaluated.
+        UserError: if there are no scores, a file has another form, or another model was evaluated.
     """
-    paths = sorted(directory.glob("scores.json")) or sorted(directory.glob("*/scores.json"))
+    paths = sorted(directory.glob(SCORES_FILE)) or sorted(directory.glob(f"*/{SCORES_FILE}"))
     if not paths:
         raise UserError(f"{directory} has no scores.json. Give an output directory of `medst evaluate`.")
     results = []
     for path in paths:
-        try:
-            result = _results(json.loads(path.read_text(encoding="utf-8")), path)
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            raise UserError(f"{path} was not written by `medst evaluate`. Evaluate again, or leave it out.") from None
-        evaluated = Path(result.model)
-        if result.model and evaluated.exists() and not _is_model(evaluated, model):
+        file = ScoresFile.read(path)
+        evaluated = Path(name) if (name := file.content.get("model")) else None
+        if evaluated and evaluated.exists() and not _is_model(evaluated, model):
             raise UserError(f"{path} has the scores of {evaluated}, not of {model}. Leave it out, or push that model.")
-        results.append(result)
+        results.append((_benchmark_name(file.content.get("benchmark") or "", path), file))
     return results
 
 
-def _results(content: Mapping[str, Any], path: Path) -> Results:
-    first, controls = next(iter(content["scores"].values())), content.get("controls") or {}
-    name, split = _benchmark_name(content.get("benchmark") or "", path), content.get("split") or "test"
-    rows, for_hub = [], []
-    for figure in recorded_figures(content):
-        leaf = _leaf(content["scores"], figure)
-        if not figure["in_card"] or leaf.get("value") is None:
-            continue
-        metric, label, interval = figure["metric"], figure["label"].replace(": ", " "), leaf.get("interval")
-        value = _number(leaf["value"]) + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
-        others = (leaf.get("majority"), *(_leaf(scores, figure).get("value") for scores in controls.values()))
-        rows.append([metric, label, value, str(leaf.get("n", "")), *map(_number, others)])
-        for_hub.append(
-            EvalResult(
-                task_type="visual-question-answering",
-                dataset_type=name,
-                dataset_name=name,
-                dataset_split=split,
-                metric_type=figure["path"][-1],
-                metric_name=f"{metric} {label}",
-                metric_value=round(leaf["value"], 2),
-            )
+def _for_hub(name: str, file: ScoresFile) -> list[EvalResult]:
+    """Return the scores in the form that the Hub shows beside a model card."""
+    return [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=file.content.get("split") or "test",
+            metric_type=path[-1],
+            metric_name=f"{metric} {label}",
+            metric_value=round(leaf["value"], 2),
         )
-    model = content.get("model") or ""
-    return Results(name, model, first["n"], first["n_images"], list(controls), rows, for_hub)
+        for metric, path, label, leaf in file.for_card()
+    ]
 
 
 def _is_model(evaluated: Path, model: Path) -> bool:
@@ -277,22 +244,10 @@ def _is_model(evaluated: Path, model: Path) -> bool:
 
 
 def _benchmark_name(benchmark: str, path: Path) -> str:
-    """The Hub id, the source that the benchmark's record names, or else the directory of the scores."""
+    """Return the Hub id, the source that the benchmark's record names, or else the directory of the scores."""
     if is_hub_id(benchmark):
         return benchmark.partition("@")[0]
     sources = [step.settings.get("source") for step in (steps_to(Path(benchmark)) if benchmark else [])]
     if sources and sources[-1]:
         return sources[-1]
     return "benchmark" if path.parent.name == "evaluate" else path.parent.name
-
-
-def _leaf(scores: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a figure; empty if the scores do not have it."""
-    found = scores.get(figure["metric"])
-    for key in figure["path"]:
-        found = (found or {}).get(key)
-    return found or {}
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

@@ -3,18 +3,16 @@
 """What a push uploads: the files of a dataset, adapter or model, and copies of the few that name this machine."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.base.hub_ids import is_hub_id, looks_local, split_revision
+from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.stage import STAGES
 
@@ -33,7 +31,6 @@ MODEL_FILES = (
     "model.safetensors.index.json", *PROCESSOR_FILES,
 )  # fmt: skip
 
-JSON_COLUMNS = ("generation", "judge")  # texts that may name a model by its path
 PATH_KEYS = ("name_or_path", "_name_or_path")  # where transformers notes what a file was loaded from
 
 
@@ -64,7 +61,7 @@ class Contents:
 
 def find_contents(directory: Path) -> Contents:
     """
-    Recognise a dataset, an adapter or a model.
+    Recognize a dataset, an adapter or a model.
 
     Raises:
         UserError: if the directory holds none of them, holds several, or is incomplete.
@@ -73,7 +70,7 @@ def find_contents(directory: Path) -> Contents:
         raise UserError(f"{directory} is not a directory. Give the directory of a dataset, an adapter or a model.")
     path, record = nearest_record(directory)
     if record.get("status") == "running":  # half a result can look like a whole one
-        raise UserError(f"{path.parent} is not finished. Run its stage again, it resumes where it stopped; then push.")
+        raise UserError(f"{path.parent} is not finished. Run its stage again (it resumes), then push.")
     if (directory / "adapter_config.json").is_file():
         return Contents(directory, "adapter", _weights(directory, ADAPTER_FILES, "adapter_model.safetensors"))
     if (directory / "config.json").is_file():
@@ -117,9 +114,10 @@ def _dataset(directory: Path) -> Contents:
     return Contents(directory, name, [path.relative_to(directory).as_posix() for path in [*shards, *references]])
 
 
-def stage_files(contents: Contents, target: Path, card: str, base_model: str | None = None) -> None:
+def fill_upload(contents: Contents, target: Path, card: str, base_model: str | None = None) -> None:
     """
-    Fill an empty directory with what is to be uploaded: links to the originals, and copies of files that name paths.
+    Fill an empty directory with what is to be uploaded: links to the originals, and copies of
+    configurations without their paths.
 
     Args:
         contents ([`Contents`]): What is published. Its files are not changed.
@@ -138,14 +136,14 @@ def stage_files(contents: Contents, target: Path, card: str, base_model: str | N
             if public != config:  # other files stay as they are, byte for byte
                 write_json(path, public)
         elif name.endswith(".parquet"):
-            _write_without_local_models(source, path)
+            _check_models(source)
         if not path.exists():
             path.symlink_to(source.resolve())
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def base_model_of(directory: Path) -> str | None:
-    """The base that an adapter names, with its revision (`org/name@revision`) if it has one."""
+    """Return the base that an adapter names, with its revision (`org/name@revision`) if it has one."""
     path = directory / "adapter_config.json"
     if not path.is_file():
         return None
@@ -155,7 +153,7 @@ def base_model_of(directory: Path) -> str | None:
 
 def public_base(directory: Path, given: str | None) -> str | None:
     """
-    The Hub id of an adapter's base: the one given, or the adapter's own.
+    Return the Hub id of an adapter's base: the one given, or the adapter's own.
 
     Raises:
         UserError: if the base is a local directory, which nobody else could load.
@@ -182,32 +180,17 @@ def _without_paths(config: Any) -> Any:
     return [_without_paths(item) for item in config] if isinstance(config, list) else config
 
 
-def _write_without_local_models(source: Path, path: Path) -> None:
-    """Write a copy of a shard that names local models by their last part. Writes nothing if no row names one."""
-    file = pq.ParquetFile(source)
-    names = [name for name in JSON_COLUMNS if name in file.schema_arrow.names]
-    texts = file.read(columns=names).to_pydict()
-    public = {name: [_public_model(text) for text in texts[name]] for name in names}
-    if public == texts:
-        return
-    start = 0
-    with pq.ParquetWriter(path, file.schema_arrow) as writer:
-        for number in range(file.num_row_groups):  # one after the other: the images of all do not fit into memory
-            table = file.read_row_group(number)
-            for name in names:
-                index, column = table.schema.get_field_index(name), table.schema.field(name)
-                values = pa.array(public[name][start : start + len(table)], column.type)
-                table = table.set_column(index, column, values)
-            writer.write_table(table)
-            start += len(table)
-
-
-def _public_model(text: str | None) -> str | None:
-    try:
-        content = json.loads(text or "")
-    except ValueError:
-        return text
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, str) or not (looks_local(model) or os.path.exists(model)):
-        return text
-    return json.dumps(content | {"model": Path(model).name}, ensure_ascii=False)
+def _check_models(shard: Path) -> None:
+    """Refuse rows that name a model by its path on this machine, as version 0.1.0 wrote them."""
+    columns = {"generation", "judge"}.intersection(pq.read_schema(shard).names)
+    for name, texts in pq.read_table(shard, columns=list(columns), partitioning=None).to_pydict().items():
+        for text in dict.fromkeys(filter(None, texts)):
+            try:
+                model = json.loads(text)["model"]
+            except (ValueError, LookupError, TypeError):  # of another program
+                continue
+            if isinstance(model, str) and public_name(model) != model:
+                raise UserError(
+                    f"The column {name} of {shard} names a model by its path, which must not be published ({model}). "
+                    "Run the stage that made it again with --overwrite true: a judge's replies stay in its cache."
+                )

@@ -1,32 +1,16 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a result was made, as the `stage.json` of its directory and of its inputs' directories say."""
+"""History of a result, from the `stage.json` of its directory and of the directories of its inputs."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.hub_ids import is_hub_id, looks_local
-from medst_trl.base.redaction import hide_secrets, is_secret_key
+from medst_trl.base.redaction import hide_secrets, is_private_key
 from medst_trl.data.source import SOURCES
 from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import STAGES
-
-
-# Of the many arguments of a Trainer, those that determine the result.
-TRAINING_SETTINGS = (
-    "learning_rate", "vision_learning_rate", "projector_learning_rate", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
-    "weight_decay", "max_grad_norm", "max_length", "sq_ratio", "sq_first_turn", "question_loss_weight", "beta",
-    "loss_type", "loss_weights", "label_smoothing", "use_lora", "lora_r", "lora_alpha", "lora_dropout",
-    "vision_lora_r", "vision_lora_alpha", "train_vision", "load_in_4bit", "bf16", "fp16", "seed",
-)  # fmt: skip
-
-# Settings of other stages that name places or say how a run was carried out.
-_NOT_PUBLIC = re.compile(
-    r"path|folder|dir$|url|file|cache|variable|workers|overwrite|concurrency|_batch$|_pattern$|dry_run"
-)
 
 
 @dataclass(frozen=True)
@@ -51,7 +35,7 @@ class HistoryStep:
 
 
 def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Path and content of the `stage.json` of a directory or of its parent. The content is empty if it is damaged."""
+    """Return path and content of the `stage.json` of a directory or its parent. Damaged content is empty."""
     for place in (directory, directory.parent):
         if (place / RECORD_FILE).is_file():
             return place / RECORD_FILE, read_record(place)
@@ -60,7 +44,7 @@ def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
 
 def steps_to(directory: Path, run: Path | None = None) -> list[HistoryStep]:
     """
-    The stages that led to a result, in pipeline order, as far as their directories still exist.
+    Return the stages that led to a result, in pipeline order, as far as their directories still exist.
 
     Args:
         directory (`Path`): Output of a stage, or a dataset inside it.
@@ -100,22 +84,21 @@ def _step(record: dict[str, Any]) -> HistoryStep:
 
 
 def _public_settings(stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """Settings that affect the result, as single values, without paths and secrets."""
-    if stage in STAGES and STAGES.get(stage).trains:
-        names, types = TRAINING_SETTINGS, str | int | float | list
+    """Return the settings to publish, without paths and secrets. Of a stage that is not registered, only numbers."""
+    if stage in STAGES:
+        shown = STAGES.get(stage).shown_settings(settings)
     else:
-        names = [name for name in settings if not _NOT_PUBLIC.search(name) and name not in inputs]
-        types = str | int | float
-    return {
-        name: hide_secrets(value)
-        for name in names
-        if isinstance(value := settings.get(name), types) and value != [] and not is_secret_key(name)
-        if not (isinstance(value, str) and looks_local(value))
-    }
+        shown = {name: value for name, value in settings.items() if isinstance(value, int | float)}
+    public = {}
+    for name, value in shown.items():
+        items = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if name not in inputs and not is_private_key(name) and not any(map(looks_local, items)):
+            public[name] = hide_secrets(", ".join(items))
+    return public
 
 
 def _source_card(record: dict[str, Any]) -> dict[str, Any] | None:
-    """As `prepare` recorded it, or as the source is registered if an earlier version wrote the record."""
+    """Return the card in the record, or that of the registered source if an earlier version wrote the record."""
     card, name = record.get("source_card"), record.get("settings", {}).get("source")
     if card is None and name in SOURCES:
         card = asdict(SOURCES.get(name).card)
@@ -130,7 +113,7 @@ def _describe(source: dict[str, Any]) -> str:
 
 def read_merged(directory: Path) -> dict[str, Any] | None:
     """
-    What the record of `medst merge` says.
+    Read what the record of `medst merge` says.
 
     Args:
         directory (`Path`): A model.
@@ -159,12 +142,12 @@ def read_merged(directory: Path) -> dict[str, Any] | None:
 
 
 def with_revision(name: str | None, revision: str | None) -> str | None:
-    """A Hub id that carries its revision: `org/name@revision`."""
+    """Return a Hub id with its revision: `org/name@revision`."""
     return f"{name}@{revision}" if name and revision else name
 
 
 def hub_id_text(hub_id: str, revision: str | None = None) -> str:
-    """A Hub id as Markdown, with the revision that it carries or that is given."""
+    """Return a Hub id as Markdown, with the revision that it carries or that is given."""
     name, _, own = hub_id.partition("@")
     revision = revision or own
     return f"`{name}`" + (f" (revision {revision[:12]})" if revision else "")

@@ -21,7 +21,7 @@ from medst_trl.base.redaction import hide_secrets
 
 from . import check_push, check_repo_id
 from .cards import KIND, dataset_card, model_card
-from .contents import Contents, find_contents, public_base, stage_files
+from .contents import Contents, fill_upload, find_contents, public_base
 
 
 # Files of an earlier push that a later one may not have: a dataset of fewer shards, a model in fewer files.
@@ -64,8 +64,8 @@ def push_directory(
     Publish a dataset, an adapter or a model with its card. Nothing that names this machine is uploaded.
 
     The token comes from `hf auth login` or HF_TOKEN. If a push is interrupted, the same call resumes it: files that
-    the Hub already has are not sent again. A repository with other content is left alone: it must be new, empty, or
-    have the card of an earlier push of the same kind.
+    the Hub already has are not sent again. The repository must be new, empty, or have the card of an earlier push
+    of the same kind; other content is not touched.
 
     Args:
         directory (`str` or `os.PathLike`):
@@ -115,7 +115,7 @@ def push_directory(
         card = dataset_card(contents, repo_id, **settings)
     check_token()
     with TemporaryDirectory(prefix="medst_push_") as staging, explain_hub_errors(repo_id):
-        stage_files(contents, Path(staging), card, base_model)
+        fill_upload(contents, Path(staging), card, base_model)
         target = {"repo_id": repo_id, "repo_type": contents.repo_type, "revision": revision}
         message = commit_message or f"Upload {contents.title} with medst_trl"
         return _upload(contents, Path(staging), target, private, message, replace_content)
@@ -189,7 +189,7 @@ def _upload(
     if names and not replace_content:
         _check_ours(api, contents, target, names)
     if not names:
-        # The card first: if the upload of a large directory is interrupted, the repository is recognised as ours.
+        # The card first: if the upload of a large directory is interrupted, the repository is recognized as ours.
         card = staging / "README.md"
         api.upload_file(path_or_fileobj=card, path_in_repo=card.name, commit_message="Add the card", **target)
     patterns = ["*"] if replace_content else REPLACED[contents.repo_type]
@@ -228,16 +228,16 @@ def _check_ours(api: HfApi, contents: Contents, target: dict[str, Any], names: s
     )
 
 
-# What a status of the Hub means, and what to do next.
+# What a status of the Hub means, and what to do next; 0 for any other.
 _REFUSALS = {
+    0: "The Hub refuses the push to {repo_id} ({status}). Correct what it reports, or push again later: uploaded "
+    "files are kept.",
     401: "The Hub does not accept the token: it is invalid or has expired. Make one at "
     "https://huggingface.co/settings/tokens and log in with `hf auth login`, or set HF_TOKEN.",
     403: "The token may not write to {repo_id}. Use one with write access to {owner} "
     "(https://huggingface.co/settings/tokens; then `hf auth login` or HF_TOKEN), or push to a namespace of your own "
     "with --repo_id.",
     404: "The Hub has no {repo_id} that the token can see, or not that revision. Check both names.",
-    429: "The Hub accepts no more calls for now. Push again later: uploaded files are kept.",
-    500: "The Hub has a problem ({status}). Push again later: uploaded files are kept.",
 }
 
 
@@ -266,8 +266,7 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
 
 def _refusal(repo_id: str, error) -> str:
     status = error.response.status_code
-    default = "The Hub refuses the push to {repo_id} ({status}). Correct what it reports and push again."
-    meaning = _REFUSALS.get(500 if status > 500 else status, default)
+    meaning = _REFUSALS.get(status, _REFUSALS[0])
     reply = hide_secrets(str(error.server_message or "").strip())
     owner = repo_id.partition("/")[0]
     return meaning.format(repo_id=repo_id, owner=owner, status=status) + (f" The Hub says: {reply}" if reply else "")

@@ -29,9 +29,11 @@ import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from medst_trl.base.errors import UserError, closest
+from medst_trl.base.redaction import is_private_key
 from medst_trl.base.registry import Registry
 
 
@@ -283,6 +285,25 @@ class Stage:
     def makes(self, kind: str) -> bool:
         """Whether one of its outputs is of that kind."""
         return any(output.kind == kind for output in self.outputs)
+
+    def shown_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Return the settings in a record that cards and the report show: those that `--help` lists and that can change
+        the result, without inputs, secrets, places and what is not set.
+        """
+        kinds = self.listed() if self.listed is not None else ()
+        names = [item.name for kind in kinds for item in fields(kind)] or list(settings)
+        hidden = {*self.operational, *(item.key for item in self.inputs), "output_dir", "overwrite"}
+        for key, registry in self.registries.items():
+            for item in registry.values():
+                if item.name == settings.get(key):
+                    hidden |= getattr(item, "operational", frozenset())
+        return {
+            name: value
+            for name in names
+            if not is_private_key(name) and not any(fnmatchcase(name, pattern) for pattern in hidden)
+            if (value := settings.get(name)) not in (None, "", []) and not isinstance(value, dict)
+        }
 
     def make_parser(self, prog: str | None = None, *, is_listing: bool = False) -> "TrlParser":
         """

@@ -26,7 +26,7 @@ _SUPERVISED = (
     ("Next-token accuracy", "share of tokens", ("question_accuracy", "answer_accuracy"), None),
 )
 _PREFERENCE = (
-    ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2, a sigmoid loss at its start")),
+    ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2: sigmoid loss before training")),
     ("Reward margin", "nats × beta", ("rewards/margins", "eval_rewards/margins"), (0.0, "")),
     ("Pairs in the judge's order", "share", ("rewards/accuracies", "eval_rewards/accuracies"), (0.5, "by chance")),
     ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
@@ -37,7 +37,7 @@ _PREFERENCE = (
 
 
 def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
-    """The log of a trainer: of the finished run, or of the newest checkpoint of an unfinished one."""
+    """Return the log of a trainer: of the finished run, or of the newest checkpoint of an unfinished one."""
     checkpoints = [path for path in stage.directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     checkpoints.sort(key=lambda path: -int(path.name.rpartition("-")[2]))
     for path in (place / "trainer_state.json" for place in (stage.directory, *checkpoints)):
@@ -51,7 +51,7 @@ def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
 
 
 def training_charts(log: Log) -> list[Markup]:
-    """The charts of supervised or preference training for which the log has values."""
+    """Draw the charts of supervised or preference training for which the log has values."""
     charts: dict[str, Markup] = {}
     for title, unit, keys, level in _PREFERENCE if _points(log, "rewards/margins") else _SUPERVISED:
         lines = [Line(key, _points(log, key), dashed=True if key.startswith("eval_") else None) for key in keys]
@@ -62,14 +62,14 @@ def training_charts(log: Log) -> list[Markup]:
 
 def displacement(log: Log) -> str | None:
     """
-    A statement whether the chosen answers became less likely than under the reference (likelihood displacement); None
+    State whether the chosen answers became less likely than under the reference (likelihood displacement); None
     if the log does not show it.
     """
     kind, unit, threshold = "logratios", "nats", DISPLACED
     if not _points(log, "logratios/chosen"):
         kind, unit, threshold = "rewards", "nats × beta", DISPLACED * DEFAULT_BETA
     keys = (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins")
-    ends = last_values(log, keys)
+    ends = final_values(log, keys)
     chosen, rejected, margin = map(ends.get, keys)
     if chosen is None:
         return None
@@ -91,8 +91,8 @@ def displacement(log: Log) -> str | None:
     )
 
 
-def last_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
-    """The mean of each figure over the end of training."""
+def final_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
+    """Return the mean of each figure over the end of training."""
     means = {}
     for key in keys:
         values = [y for _, y in _points(log, key)]

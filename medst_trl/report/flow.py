@@ -14,29 +14,15 @@ from medst_trl.data.schema import KINDS
 from medst_trl.pipeline.stage import STAGES, Stage
 from medst_trl.selftrain.judge.judgements import judge_statistics, warnings_of
 
-from .charts import Bar, Group, bar_chart
+from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
-from .text import place, sentence, words
+from .text import relative_path, sentence, words
 
 
 KEPT = "kept"
 LEFT_OUT = ("rejected", "set_aside", "dropped")  # keys in `counts` that map reasons to numbers
 UNNAMED = ("datasets", "notes")  # keys in `counts` that only group others
 MAX_REASONS = 12
-
-# Settings that the page shows; all of them are in each stage's stage.json.
-_SHOWN = (
-    "source", "num_phantoms", "num_test_phantoms", "num_unlabelled_phantoms", "validation_fraction", "image_disjoint",
-    "model_name_or_path", "base_model_name_or_path", "model", "dataset", "images", "candidates", "benchmark",
-    "benchmarks", "split", "engine", "num_questions", "num_answers", "describe_first", "temperature", "top_k",
-    "top_p", "question_temperature", "skip_records", "prompt_version", "order", "min_margin", "oracle_error_rate",
-    "max_cost", "validation_share", "length_balanced", "keep_benchmark_images",
-    "sq_ratio", "sq_first_turn", "question_loss_weight", "loss_type", "loss_weights", "beta", "share_prefix",
-    "learning_rate", "vision_learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_steps",
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
-    "use_lora", "lora_r", "vision_lora_r", "train_vision", "dtype", "bf16", "controls", "closed_rule",
-    "max_new_tokens", "max_records", "seed",
-)  # fmt: skip
 
 
 @dataclass
@@ -81,7 +67,7 @@ class FlowStep:
 
 def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[FlowStep]]]]]:
     """
-    The stages in pipeline order, by round and within a round by stage, of which there may be several (evaluations).
+    Group the stages in pipeline order by round, and within a round by stage: there may be several evaluations.
 
     Args:
         run ([`Run`]): The run.
@@ -95,7 +81,7 @@ def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list
 
 
 def missing_stages(run: Run) -> list[str]:
-    """Names of the stages that read or make datasets and are not in the run (yet)."""
+    """Return the names of the stages that read or make datasets and are not in the run (yet)."""
     return [
         stage.name
         for stage in STAGES.values()
@@ -105,20 +91,19 @@ def missing_stages(run: Run) -> list[str]:
 
 
 def settings(run: Run, stage: StageRun) -> list[tuple[str, str]]:
-    """Names and values of the settings to show, without those that are empty or off."""
+    """Return a stage's inputs and the settings to show with their values, without those that are empty or off."""
+    inputs = {item.key: stage.settings.get(item.key) for item in stage.stage.inputs}
     shown = []
-    for key in _SHOWN:
-        value = stage.settings.get(key)
-        if value is None or value is False or value in ("", [], -1) or isinstance(value, dict):
-            continue
-        items = value if isinstance(value, list) else [value]
-        shown.append((key, ", ".join(place(item, run.directory) for item in items)))
+    for key, value in (inputs | stage.stage.shown_settings(stage.settings)).items():
+        if not (value in (None, "", [], -1) or value is False or isinstance(value, dict)):
+            items = value if isinstance(value, list) else [value]
+            shown.append((key, ", ".join(relative_path(item, run.directory) for item in items)))
     return shown
 
 
 def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> FlowStep:
     step, judging, counts = FlowStep(stage), judgings.get(stage.name), stage.counts
-    kept = counts.get("candidates") if _is_count(counts.get("candidates")) else None
+    kept = counts.get("candidates") if is_count(counts.get("candidates")) else None
     if "judge" in counts:  # statistics with a section of their own
         preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
         counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *LEFT_OUT)}
@@ -134,15 +119,15 @@ def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> FlowSte
 
 def _add(run: Run, step: FlowStep, name: str, value: Any) -> None:
     """Sort what a stage counted, at any depth, into what it made and what it left out."""
-    if _is_count(value):
+    if is_count(value):
         step.made.append((name, value))
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key in LEFT_OUT and isinstance(inner, dict):
-                step.left_out.update({reason: n for reason, n in inner.items() if _is_count(n) and n})
+                step.left_out.update({reason: n for reason, n in inner.items() if is_count(n) and n})
             else:
                 prefix = f"{name}: " if name else ""
-                _add(run, step, name if key in UNNAMED else prefix + words(place(key, run.directory)), inner)
+                _add(run, step, name if key in UNNAMED else prefix + words(relative_path(key, run.directory)), inner)
 
 
 def _bars(left_out: Counter, kept: int | None) -> Markup | None:
@@ -154,15 +139,16 @@ def _bars(left_out: Counter, kept: int | None) -> Markup | None:
     if rest := sum(n for _, n in ordered[MAX_REASONS:]):
         bars.append(Bar(f"{len(ordered) - MAX_REASONS} other reasons", rest, muted=True))
     title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
-    return bar_chart(title, [Group("", bars)], digits=None, axis=False)
+    return bar_chart(title, bars, digits=None, axis=False)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value in `counts` is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_judgings(run: Run) -> dict[str, Judging]:
-    """What each judge did, by the names of stages, from `judgements.jsonl`, which is read once, line by line."""
+    """Read what each judge did, by the names of stages, from `judgements.jsonl`, which is read once, line by line."""
     found = {stage.name: _read_judging(run, stage) for stage in run.stages}
     return {name: judging for name, judging in found.items() if judging.statistics["pairs"]}
 
@@ -173,7 +159,7 @@ def _read_judging(run: Run, stage: StageRun) -> Judging:
     cost = stage.counts.get("judge")
     for key in ("usage", "all", "cost"):
         cost = cost.get(key) if isinstance(cost, dict) else None
-    judging.cost = float(cost) if _is_count(cost) else None
+    judging.cost = float(cost) if is_count(cost) else None
     return judging
 
 
@@ -192,31 +178,22 @@ def _judgements(run: Run, stage: StageRun, judging: Judging) -> Iterator[dict[st
 
 def is_judgement(row: Mapping[str, Any]) -> bool:
     """Whether a line has everything that the page reads, with the right types."""
-    answers, scores, dropped, orders = (row.get(key) for key in ("answers", "scores", "dropped", "orders"))
-    if "dropped" not in row or not is_pair(answers, str):
+    try:
+        dropped, answers = row["dropped"], row["answers"]
+        valid = is_pair(answers) and isinstance("".join(answers), str)
+        if dropped is None:
+            low, high = row["scores"]
+            valid &= row["verdict"] in (0, 1) and answers[row["verdict"]] is not None and low - high is not None
+        else:
+            valid &= dropped + "" not in ("", KEPT)
+        for order in row["orders"]:
+            valid &= order["shown"] in ([0, 1], [1, 0]) and order.get("verdict") in (None, "tie", 0, 1)
+            valid &= order["cached"] is not None and sum((order.get("usage") or {}).values()) >= 0
+    except (LookupError, TypeError, ValueError, AttributeError):
         return False
-    if dropped is None and not (is_pair(scores, int | float) and _is_winner(row.get("verdict"))):
-        return False
-    known_reason = dropped is None or (isinstance(dropped, str) and dropped not in ("", KEPT))
-    return known_reason and isinstance(orders, list) and all(map(_is_order, orders))
+    return valid
 
 
-def _is_order(order: Any) -> bool:
-    if not isinstance(order, dict) or order.get("shown") not in ([0, 1], [1, 0]):
-        return False
-    usage, verdict = order.get("usage", ()), order.get("verdict", ())
-    known_usage = usage is None or (isinstance(usage, dict) and all(type(count) is int for count in usage.values()))
-    return known_usage and "cached" in order and (verdict is None or verdict == "tie" or _is_winner(verdict))
-
-
-def is_pair(value: Any, kind: type = object) -> bool:
-    """Whether a value is a list of two items of a type, which is not `bool`."""
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
-    )
-
-
-def _is_winner(value: Any) -> bool:
-    return type(value) is int and value in (0, 1)
+def is_pair(value: Any) -> bool:
+    """Whether a value is a list of two items."""
+    return isinstance(value, list) and len(value) == 2

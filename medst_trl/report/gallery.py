@@ -10,12 +10,14 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from medst_trl.base.errors import UserError
 from medst_trl.data.images import MAX_PIXELS
+from medst_trl.data.source import BadRecord
+from medst_trl.evaluation.metrics.strict import is_right
+from medst_trl.evaluation.scoring import read_answer
 
 from .flow import KEPT, Judging, is_judgement
-from .run_directory import Run, StageRun, parse_line
-from .scores import Comparison, Evaluation, is_right, read_answers
+from .run_directory import Run, StageRun, parse_object
+from .scores import Comparison, Evaluation, read_answers
 
 
 JPEG_QUALITY = 85
@@ -29,7 +31,7 @@ OUTCOMES = {
 
 
 @dataclass
-class Crossing:
+class ChangedAnswers:
     """
     How two policies answer the questions of a benchmark.
 
@@ -47,7 +49,7 @@ class Crossing:
 
 def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: int) -> list[dict[str, Any]]:
     """
-    At most `limit` pairs of a judge: half of them kept, the others dropped, with all reasons in turn.
+    Return at most `limit` pairs of a judge: half of them kept, the others dropped, with all reasons in turn.
 
     Returns:
         `list[dict]`: lines of `judgements.jsonl`, each with the data URLs of its `images`.
@@ -59,7 +61,7 @@ def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: 
     with open(judge.directory / "judgements.jsonl", "rb") as file:
         for offset in [*kept, *in_turn[: limit - len(kept)]]:
             file.seek(offset)
-            rows.append(parse_line(file.readline()) or {})
+            rows.append(parse_object(file.readline()) or {})
     rows = [row for row in rows if is_judgement(row)]
     # What the stages of the same round made comes first: the run directory may have moved.
     places = [*run.datasets("candidates", judge.round), *_paths(judge.settings.get("candidates"))]
@@ -67,8 +69,8 @@ def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: 
     return [row | {"images": images.get(str(row.get("candidate")), [])} for row in rows]
 
 
-def crossings(run: Run, comparison: Comparison, limit: int, size: int) -> Crossing | None:
-    """The newest policy beside the one before training, on the questions of a benchmark."""
+def changed_answers(run: Run, comparison: Comparison, limit: int, size: int) -> ChangedAnswers | None:
+    """Compare the newest policy with the one before training, on the questions of a benchmark."""
     if not comparison.compared:
         return None
     before, after = comparison.before, comparison.compared[-1]
@@ -76,11 +78,11 @@ def crossings(run: Run, comparison: Comparison, limit: int, size: int) -> Crossi
     by_outcome: dict[str, list[str]] = {name: [] for name in OUTCOMES.values()}
     try:
         for key in (key for key in new if key in old):
-            by_outcome[OUTCOMES[is_right(old[key]), is_right(new[key])]].append(key)
-    except UserError:
+            by_outcome[OUTCOMES[tuple(is_right(read_answer(side[key])) for side in (old, new))]].append(key)
+    except BadRecord:
         return None
     shown = {name: _spread(keys, limit // 3) for name, keys in list(by_outcome.items())[:3]}
-    places = [*run.datasets("benchmark"), *_paths(after.content.get("benchmark"))]
+    places = [*run.datasets("benchmark"), *_paths(after.file.content.get("benchmark"))]
     wanted = {str(new[key].get("image_id")) for keys in shown.values() for key in keys}
     images = find_images(run, places, "image_id", "image", wanted, size)
 
@@ -89,7 +91,7 @@ def crossings(run: Run, comparison: Comparison, limit: int, size: int) -> Crossi
         return new[key] | {"images": pictures, "before": old[key]["prediction"], "after": new[key]["prediction"]}
 
     cases = {name: [case(key) for key in keys] for name, keys in shown.items()}
-    return Crossing(before, after, {name: len(keys) for name, keys in by_outcome.items()}, cases)
+    return ChangedAnswers(before, after, {name: len(keys) for name, keys in by_outcome.items()}, cases)
 
 
 def _paths(setting: Any) -> list[Path]:
@@ -98,9 +100,9 @@ def _paths(setting: Any) -> list[Path]:
 
 
 def _spread(items: Sequence[Any], limit: int) -> list[Any]:
-    """At most `limit` of the items, evenly from first to last."""
+    """Return at most `limit` of the items, evenly from first to last."""
     count = min(limit, len(items))
-    return [items[place * len(items) // count] for place in range(count)]
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def find_images(
@@ -138,7 +140,7 @@ def find_images(
 
 
 def data_url(image: bytes | None, size: int) -> str:
-    """An image as a data URL, its longest side at most `size` pixels; empty if it cannot be read."""
+    """Return an image as a data URL, its longest side at most `size` pixels; empty if it cannot be read."""
     from PIL import Image
 
     if not image:
@@ -166,8 +168,8 @@ def _read_rows(path: Path, key: str, column: str, wanted: Collection[str]) -> di
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):  # names first: images are large
             names = file.read_row_group(group, columns=[key]).column(key).to_pylist()
-            places = [place for place, name in enumerate(names) if name in wanted]
-            if places:
-                table = file.read_row_group(group, columns=[column]).take(places)
-                rows |= zip((names[place] for place in places), table.column(column).to_pylist())
+            found = [index for index, name in enumerate(names) if name in wanted]
+            if found:
+                table = file.read_row_group(group, columns=[column]).take(found)
+                rows |= zip((names[index] for index in found), table.column(column).to_pylist())
     return rows

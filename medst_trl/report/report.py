@@ -3,12 +3,13 @@
 """A self-contained HTML page about a run: no network, no script, no other file, no path of this machine."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
 from markupsafe import Markup
 
 from medst_trl import __version__
@@ -16,12 +17,12 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 
 from . import text
-from .curves import displacement, last_values, read_log, training_charts
-from .flow import Judging, data_flow, is_pair, missing_stages, read_judgings, settings
-from .gallery import crossings, judged_cases
+from .curves import displacement, final_values, read_log, training_charts
+from .flow import Judging, data_flow, is_count, is_pair, missing_stages, read_judgings, settings
+from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun, read_run
 from .scores import Comparison, compare, read_evaluations
-from .text import number, words
+from .text import number, percent
 
 
 _TEMPLATE = "report.html.jinja"
@@ -30,12 +31,6 @@ GENERATOR = "medst_trl report"  # written into the page, so that a page of ours 
 _Row = tuple[str, list[str]]
 """A figure and its value in each round, as text; empty if the round has none."""
 
-_RATES = {
-    "verdicts that flip with the order, of pairs with two": "flip_rate",
-    "ties, of replies that could be read": "tie_rate",
-    "answer shown first wins, of replies with a winner (fair: 50%)": "first_place_rate",
-    "longer answer wins, of judged pairs of unequal length": "longer_wins",
-}
 # Values at the end of training.
 _TRAINED = {
     "loss at the end, nats": "loss",
@@ -52,7 +47,7 @@ class Training:
 
     run: StageRun
     charts: list[Markup]
-    ends: dict[str, float]
+    final_values: dict[str, float]
     displacement: str | None
 
 
@@ -67,8 +62,16 @@ class Round:
     cases: list[dict[str, Any]]
 
     @property
-    def ends(self) -> dict[str, float]:
-        return self.trainings[0].ends if self.trainings else {}
+    def kept(self) -> int:
+        """The preference pairs to train on: those that were judged, without what the judge's stage left out then."""
+        counts = self.judge.counts.get("preferences") if self.judge else None
+        splits = [split for split in counts.values() if isinstance(split, dict)] if isinstance(counts, dict) else []
+        pairs = [split["pairs"] for split in splits if is_count(split.get("pairs"))]
+        return sum(pairs) if pairs else self.judging.statistics["judged"]
+
+    @property
+    def final_values(self) -> dict[str, float]:
+        return self.trainings[0].final_values if self.trainings else {}
 
 
 @dataclass
@@ -89,7 +92,7 @@ def make_report(
     bootstrap_samples: int = 1000,
 ) -> Report:
     """
-    Make a page about a run. Stages that are missing or not finished are named as such.
+    Make a page about a run. Stages that are missing or not finished are listed as missing.
 
     Args:
         run (`str` or `os.PathLike`):
@@ -129,10 +132,9 @@ def make_report(
         "settings": [(stage, settings(run, stage)) for stage in run.stages],
         "missing": missing_stages(run),
         "comparisons": comparisons,
-        "crossings": [crossing for c in comparisons if (crossing := crossings(run, c, gallery, image_size))],
+        "changed_answers": [changed for c in comparisons if (changed := changed_answers(run, c, gallery, image_size))],
         "supervised": [_training(run, one) for one in run.select(lambda stage: stage.trains and not stage.repeats)],
         "rounds": rounds,
-        "judge_rows": judge_rows(rounds),
         "round_rows": round_rows(rounds, comparisons),
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
@@ -158,80 +160,36 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
     return path
 
 
-def judge_rows(rounds: Sequence[Round]) -> list[_Row]:
-    """What the judge did in each round."""
-    statistics = [one.judging.statistics if one.judging else None for one in rounds]
-    reasons = dict.fromkeys(reason for one in statistics if one for reason in one["dropped"])
-
-    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> _Row:
-        return name, [cell(one) if one else "" for one in statistics]
-
-    def usage(name: str, key: str) -> _Row:
-        return row(name, lambda one: number(one["usage"]["all"][key]))
-
-    models = [one.judging.models if one.judging else () for one in rounds]
-    rows = [
-        ("judge", ["; ".join(f"{model}, prompt {version}" for model, version in one) for one in models]),
-        row("pairs of answers", lambda one: number(one["pairs"])),
-        row("judged", lambda one: _share(one["judged"], one["pairs"])),
-        *(
-            row(f"dropped: {words(r)}", lambda one, r=r: _share(one["dropped"].get(r, 0), one["pairs"]))
-            for r in reasons
-        ),
-        *(row(name, lambda one, key=key: _percent(one[key])) for name, key in _RATES.items()),
-        row("chosen minus rejected answer, words, mean", lambda one: number(one["length_gap"], 2, "+")),
-        row("chosen minus rejected answer, score, mean", lambda one: number(one["mean_margin"], 2, "+")),
-        usage("replies", "replies"),
-        usage("tokens in prompts", "prompt_tokens"),
-        usage("tokens in replies", "completion_tokens"),
-        ("cost", ["" if one.judging is None else _dollars(one.judging.cost) for one in rounds]),
-    ]
-    return [(name, cells) for name, cells in rows if any(cells)]
-
-
 def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[_Row]:
-    """Judge, training and scores of every round in brief, without rows that have no value."""
+    """Return the rows that compare rounds: judge, training and scores, without rows that have no value."""
     judged = [one.judging.statistics if one.judging else None for one in rounds]
     rows = [
-        ("pairs kept", [number(one["judged"]) if one else "" for one in judged]),
-        ("verdicts that flip with the order", [_percent(one["flip_rate"]) if one else "" for one in judged]),
+        ("preference pairs kept", [number(one.kept) if one.judging else "" for one in rounds]),
+        ("verdicts that flip with the order", [percent(one["flip_rate"]) if one else "" for one in judged]),
     ]
     for name, key in _TRAINED.items():
-        rows.append((name, [number(one.ends[key], 3) if key in one.ends else "" for one in rounds]))
+        rows.append((name, [number(one.final_values[key], 3) if key in one.final_values else "" for one in rounds]))
     for comparison in comparisons:
         for metric, path in comparison.charted():
-            last = {e.run.round: leaf for e in comparison.evaluations if (leaf := e.leaf(metric, path))}
+            last = {e.run.round: leaf for e in comparison.evaluations if (leaf := e.file.leaf(metric, path))}
             cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
             rows.append((f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
     return [(name, cells) for name, cells in rows if any(cells)]
 
 
-def _environment(run: Run):
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    def shown(value: Any) -> Any:
-        return value if isinstance(value, Markup) else "" if value is None else text.clean(value)
-
-    environment = Environment(
-        loader=PackageLoader("medst_trl", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,  # cleans every value
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.tests["pair"] = is_pair
-    environment.filters |= {name: getattr(text, name) for name in ("cut", "duration", "number", "sentence", "words")}
-    environment.filters |= {
+def _environment(run: Run) -> Environment:
+    templates = text.environment()
+    templates.tests["pair"] = is_pair
+    templates.filters |= {
         "score": lambda value: f"{value:g}" if isinstance(value, int | float) else text.cut(value, 20),
         "without_paths": lambda value: text.without_paths(value, run.directory),
     }
-    return environment
+    return templates
 
 
 def _training(run: Run, stage: StageRun) -> Training:
     log = read_log(run, stage)
-    return Training(stage, training_charts(log), last_values(log, list(_TRAINED.values())), displacement(log))
+    return Training(stage, training_charts(log), final_values(log, list(_TRAINED.values())), displacement(log))
 
 
 def _round(run: Run, number: int, judgings: dict[str, Judging], gallery: int, image_size: int) -> Round:
@@ -257,15 +215,3 @@ def _versions(run: Run) -> dict[str, list[str]]:
             if version:
                 found.setdefault(name, {})[str(version)] = None
     return {name: list(versions) for name, versions in found.items()}
-
-
-def _share(part: int, total: int) -> str:
-    return f"{number(part)} of {number(total)} ({100 * part / total:.1f}%)" if total else "–"
-
-
-def _dollars(cost: float | None) -> str:
-    return "unknown" if cost is None else f"${cost:,.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"

@@ -80,11 +80,11 @@ class Run:
         return sorted({run.round for run in self.select(lambda stage: stage.repeats)})
 
     def select(self, is_wanted: Callable[[Stage], bool], round: int | None = None) -> list[StageRun]:
-        """The runs of the stages that are wanted, in all rounds or in one."""
+        """Return the runs of the stages that are wanted, in all rounds or in one."""
         return [run for run in self.stages if is_wanted(run.stage) and round in (None, run.round)]
 
     def datasets(self, kind: str, round: int | None = None) -> list[Path]:
-        """Directories of the datasets of a kind that the stages make."""
+        """Return the directories of the datasets of a kind that the stages make."""
         return [
             run.directory / output.directory
             for run in self.select(lambda stage: stage.makes(kind), round)
@@ -96,27 +96,25 @@ class Run:
         return path.relative_to(self.directory).as_posix()
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
-        """The object in a file. None, with a note, if it is damaged; None if there is no file."""
+        """Read the object in a file. None, with a note, if it is damaged; None if there is no file."""
         try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("not a JSON object")
-            return content
+            content = parse_object(path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             self.notes.append(f"{self.name(path)} cannot be read: {error.strerror}.")
-        except (ValueError, RecursionError):
+            return None
+        if content is None:
             self.notes.append(f"{self.name(path)} is damaged (not a JSON object) and is left out.")
-        return None
+        return content
 
     def read_lines(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The objects in a JSON lines file, each with its byte offset. Damaged lines are counted in a note."""
+        """Yield the objects in a JSON lines file with their byte offsets. Damaged lines are counted in a note."""
         damaged, offset = [], 0
         try:
             with open(path, "rb") as file:
                 for line_number, line in enumerate(file, start=1):
-                    content = parse_line(line)
+                    content = parse_object(line)
                     if content is not None:
                         yield offset, content
                     elif line.strip():
@@ -133,10 +131,10 @@ class Run:
             )
 
 
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object in a line; None for anything else."""
+def parse_object(text: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; None for anything else."""
     try:
-        content = json.loads(line)
+        content = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

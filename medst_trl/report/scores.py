@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All evaluations of a run side by side, and the changes since the one before preference training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,15 @@ from markupsafe import Markup
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import compare_vqa
-from medst_trl.evaluation.metric import METRICS, FigurePath, recorded_figures, setting_names
-from medst_trl.evaluation.predictions import OWN_FORMAT, read_predictions
-from medst_trl.evaluation.scoring import figures, score_records
-from medst_trl.evaluation.tables import align
+from medst_trl.evaluation.metric import METRICS, FigurePath, setting_names
+from medst_trl.evaluation.predictions import OWN_FORMAT, PREDICTIONS_FILE, read_predictions
+from medst_trl.evaluation.scores_file import SCORES_FILE, Leaf, Scores, ScoresFile, align, format_change, tenths
+from medst_trl.evaluation.scoring import figures
 from medst_trl.pipeline.stage import STAGES
 
-from .charts import Bar, Group, bar_chart
+from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
-from .text import place, sentence, words
-
-
-Scores = dict[str, dict[FigurePath, dict[str, Any]]]
-"""Metric to path to a figure: `value`, `n`, `interval` and more."""
+from .text import relative_path, sentence, words
 
 
 @dataclass
@@ -37,10 +33,9 @@ class Evaluation:
         trained_by ([`StageRun`], *optional*): The stage that made the model, if it is in the run.
         benchmark (`str`): The benchmark, in words.
         key (`tuple`): Data and split by content: evaluations of one key can be compared.
-        content (`dict`): The content of the file.
-        scores (`dict`): Its scores.
-        controls (`dict`): Control to its scores, whose figures have `difference` and `difference_interval`.
-        changes (`dict`): Metric to path to `(difference, interval)`, against the evaluation before training.
+        file ([`~medst_trl.evaluation.scores_file.ScoresFile`]): The scores.
+        changes (`dict`): Metric to path to a figure with `difference` and `difference_interval`, against the
+            evaluation before training.
     """
 
     label: str
@@ -49,20 +44,17 @@ class Evaluation:
     trained_by: StageRun | None
     benchmark: str
     key: tuple
-    content: dict[str, Any]
-    scores: Scores
-    controls: dict[str, Scores]
-    changes: dict[str, dict[FigurePath, tuple[float | None, list[float] | None]]] = field(default_factory=dict)
+    file: ScoresFile
+    changes: dict[str, dict[FigurePath, Leaf]] = field(default_factory=dict)
 
     @property
     def is_supervised(self) -> bool:
         """Whether a training stage made the model that does not belong to the rounds of preference training."""
         return self.trained_by is not None and self.trained_by.stage.trains and not self.trained_by.stage.repeats
 
-    def leaf(self, metric: str, path: FigurePath) -> dict[str, Any] | None:
-        """A figure, if it has a value."""
-        leaf = self.scores.get(metric, {}).get(path)
-        return leaf if leaf and leaf["value"] is not None else None
+    def change(self, metric: str, path: FigurePath) -> Leaf:
+        """The difference of a figure; empty if there is none."""
+        return self.changes.get(metric, {}).get(path, {})
 
 
 @dataclass
@@ -85,20 +77,16 @@ class Comparison:
         """Evaluations with differences, which are paired question by question."""
         return [evaluation for evaluation in self.evaluations if evaluation.changes]
 
-    @property
-    def described(self) -> dict[tuple[str, FigurePath], dict[str, Any]]:
-        """Metric and path to the description of a figure: `label`, `in_chart`, `higher_is_better`."""
-        found = (figure for evaluation in self.evaluations for figure in recorded_figures(evaluation.content))
-        return {(figure["metric"], tuple(figure["path"])): figure for figure in found}
+    def first(self, metric: str, path: FigurePath) -> Evaluation:
+        """The first evaluation that has a figure, for its label, n and majority baseline."""
+        return next(e for e in self.evaluations if path in e.file.scores.get(metric, {}))
 
     def label(self, metric: str, path: FigurePath) -> str:
-        if path[0] == "question_types":
-            return words(path[1])
-        figure = self.described.get((metric, path))
-        return figure["label"] if figure else words(": ".join(path))
+        return self.first(metric, path).file.label(metric, path)
 
     def is_better(self, metric: str, path: FigurePath, change: float) -> bool:
-        figure = self.described.get((metric, path)) or {}
+        path = path[2:] if path[0] == "question_types" else path
+        figure = self.first(metric, path).file.figures.get((metric, path), {})
         return (change > 0) == figure.get("higher_is_better", True)
 
     def title(self, metric: str) -> str:
@@ -106,46 +94,41 @@ class Comparison:
         return words(metric) + (f" ({METRICS.get(metric).summary})" if metric in METRICS else "")
 
     def rows(self, metric: str) -> list[FigurePath]:
-        """Figures with a value anywhere; of question types only their exact match."""
-        found = {}
-        for evaluation in self.evaluations:
-            for path, leaf in evaluation.scores.get(metric, {}).items():
-                if leaf["n"] and (path[0] != "question_types" or path[2:] == ("exact_match",)):
-                    found[path] = None
+        """Figures that any evaluation lists, those of question types last."""
+        found = dict.fromkeys(path for evaluation in self.evaluations for path in evaluation.file.shown(metric))
         return sorted(found, key=lambda path: path[0] == "question_types")
 
-    def first(self, metric: str, path: FigurePath) -> dict[str, Any]:
-        """The figure in the first evaluation that has it, for its n and majority baseline."""
-        return next(e.scores[metric][path] for e in self.evaluations if path in e.scores.get(metric, {}))
+    def leaf(self, metric: str, path: FigurePath) -> Leaf:
+        return self.first(metric, path).file.scores[metric][path]
 
     def has_majority(self, metric: str) -> bool:
-        return any("majority" in self.first(metric, path) for path in self.rows(metric))
+        return any("majority" in self.leaf(metric, path) for path in self.rows(metric))
 
     def controls(self) -> list[str]:
-        return list(dict.fromkeys(control for evaluation in self.evaluations for control in evaluation.controls))
+        return list(dict.fromkeys(control for evaluation in self.evaluations for control in evaluation.file.controls))
 
     def charted(self) -> list[tuple[str, FigurePath]]:
-        """Figures for charts: those of the first metric, and those of the others that it does not have."""
+        """Return the figures for charts: those of the first metric, and those of the others that it does not have."""
         found: dict[FigurePath, str] = {}
         for metric in self.metrics:
-            rows = self.rows(metric)
-            for (name, path), figure in self.described.items():
-                if name == metric and figure["in_chart"] and path in rows:
+            for path in self.rows(metric):
+                if self.first(metric, path).file.figures.get((metric, path), {}).get("in_chart"):
                     found.setdefault(path, metric)
         return [(metric, path) for path, metric in found.items()]
 
     def charts(self) -> list[Markup]:
-        """A chart for each figure, with the newest policy's controls and the majority baseline."""
+        """Draw a chart for each figure, with the newest policy's controls and the majority baseline."""
         charts = []
         for metric, path in self.charted():
-            bars = [_bar(e.label, e.scores, metric, path) for e in self.evaluations]
-            newest = self.evaluations[-1].controls.items()
+            bars = [_bar(e.label, e.file.scores, metric, path) for e in self.evaluations]
+            newest = self.evaluations[-1].file.controls.items()
             bars += [_bar(f"{control} images", scores, metric, path, muted=True) for control, scores in newest]
-            first, label = self.first(metric, path), self.label(metric, path)
+            leaf, label = self.leaf(metric, path), self.label(metric, path)
             charts.append(
                 bar_chart(
-                    f"{sentence(label)}, {first['n']:,} questions",
-                    [Group("", list(filter(None, bars)), first.get("majority"))],
+                    f"{sentence(label)}, {leaf['n']:,} questions",
+                    list(filter(None, bars)),
+                    mark=leaf.get("majority"),
                     unit=f"percent ({words(metric)}), with 95% intervals",
                     limits=(0, 100),
                     mark_name="majority baseline",
@@ -154,19 +137,15 @@ class Comparison:
         return charts
 
     def terminal_table(self) -> str:
-        """The figures before and after, for the terminal."""
+        """Format the figures before and after for the terminal."""
         metric = self.metrics[0]
         rows = [["", "n", *(e.label for e in self.evaluations)]]
         rows[0] += [f"{e.label} - {self.before.label}" for e in self.compared]
         for path in self.rows(metric):
-            leaves = [e.leaf(metric, path) for e in self.evaluations]
-            row = [self.label(metric, path), str(self.first(metric, path)["n"])]
-            row += [f"{leaf['value']:.1f}" if leaf else "" for leaf in leaves]
-            for evaluation in self.compared:
-                difference, bounds = evaluation.changes.get(metric, {}).get(path, (None, None))
-                interval = f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else ""
-                row.append("" if difference is None else f"{difference:+.1f}{interval}")
-            rows.append(row)
+            values = [(e.file.leaf(metric, path) or {}).get("value") for e in self.evaluations]
+            changes = [format_change(e.change(metric, path)) for e in self.compared]
+            n = str(self.leaf(metric, path)["n"])
+            rows.append([self.label(metric, path), n, *map(tenths, values), *changes])
         return "\n".join([f"{self.benchmark} ({words(metric)}, %, differences with 95% intervals)", *align(rows)])
 
 
@@ -176,17 +155,17 @@ def _bar(label: str, scores: Scores, metric: str, path: FigurePath, muted: bool 
 
 
 def read_evaluations(run: Run) -> list[Evaluation]:
-    """Every complete evaluation, the oldest policy first."""
+    """Read every complete evaluation, the oldest policy first."""
     found = []
     for stage in run.select(lambda stage: stage.makes("predictions")):
         evaluations = []
-        for path in (stage.directory / "scores.json", *sorted(stage.directory.glob("*/scores.json"))):
+        for path in (stage.directory / SCORES_FILE, *sorted(stage.directory.glob(f"*/{SCORES_FILE}"))):
             if (content := run.read_json(path)) is None:
                 continue
             try:
-                evaluations.append(_evaluation(run, stage, path.parent, content))
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-                run.notes.append(f"{run.name(path)} was not written by `medst evaluate` and is left out.")
+                evaluations.append(_evaluation(run, stage, path.parent, ScoresFile(content, run.name(path))))
+            except UserError as error:
+                run.notes.append(str(error))
         if not evaluations:
             run.notes.append(f"{stage.name} has no scores yet ({stage.state}).")
         found += evaluations
@@ -212,7 +191,7 @@ def compare(run: Run, evaluations: Sequence[Evaluation], bootstrap_samples: int)
             if (number := evaluation.run.round) and rounds.count(number) == 1:
                 evaluation.label = f"round {number}"
         before = next((e for e in group if e.is_supervised), group[0])
-        metrics = list(dict.fromkeys(metric for evaluation in group for metric in evaluation.scores))
+        metrics = list(dict.fromkeys(metric for evaluation in group for metric in evaluation.file.scores))
         for evaluation in group[group.index(before) + 1 :]:
             evaluation.changes = _changes(run, before, evaluation, bootstrap_samples)
         comparisons.append(Comparison(group[0].benchmark, group, before, metrics))
@@ -220,9 +199,9 @@ def compare(run: Run, evaluations: Sequence[Evaluation], bootstrap_samples: int)
 
 
 def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """The predictions of an evaluation by id; empty, with a note, if they cannot be read."""
+    """Return the predictions of an evaluation by id; empty, with a note, if they cannot be read."""
     try:
-        records, _ = read_predictions(evaluation.directory / "predictions.jsonl", OWN_FORMAT)
+        records, _ = read_predictions(evaluation.directory / PREDICTIONS_FILE, OWN_FORMAT)
         return {str(row["id"]): row for row in records}
     except (UserError, KeyError):
         path = f"{run.name(evaluation.directory)}/predictions.jsonl"
@@ -232,53 +211,32 @@ def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def is_right(record: Mapping[str, Any]) -> bool:
-    """Whether an answer is right by the metric `strict`: the verdict of a closed question, else the exact answer."""
-    ((_, scored),) = score_records([record], "strict")
-    return bool(scored.get(("closed", "accuracy"), scored[("exact_match",)]))
-
-
-def _evaluation(run: Run, stage: StageRun, directory: Path, content: dict[str, Any]) -> Evaluation:
+def _evaluation(run: Run, stage: StageRun, directory: Path, file: ScoresFile) -> Evaluation:
+    content = file.content
     data, split = content.get("data") or {}, content.get("split")
     source = str(content.get("benchmark") or content.get("predictions") or "predictions")
-    model = place(content.get("model") or "", run.directory)
+    model = relative_path(content.get("model") or "", run.directory)
     parts = [part for part in run.name(directory).split("/") if part != stage.stage.name]
-    for figure in recorded_figures(content):  # raises if one has the wrong shape
-        tuple(figure["path"]), figure["metric"] + figure["label"], figure["in_chart"], figure["higher_is_better"]
     return Evaluation(
         label=words("/".join(parts)) or stage.stage.name,
         directory=directory,
         run=stage,
         trained_by=next((one for one in run.stages if one.name == model), None),
-        benchmark=place(source, run.directory) + (f", split {split}" if split else ""),
+        benchmark=relative_path(source, run.directory) + (f", split {split}" if split else ""),
         key=(data.get("sha256") or data.get("revision") or source, split),
-        content=content,
-        scores=_checked(content["scores"]),
-        controls={control: _checked(scores) for control, scores in content["controls"].items()},
+        file=file,
     )
 
 
-def _checked(by_metric: Mapping[str, Any]) -> Scores:
-    """The figures of each metric. Raises if one has something else than a number where a number belongs."""
-    found = {metric: dict(figures(scores)) for metric, scores in by_metric.items()}
-    for leaf in (leaf for leaves in found.values() for leaf in leaves.values()):
-        int(leaf["n"])
-        values = [leaf["value"], leaf.get("majority"), leaf.get("difference")]
-        for bounds in filter(None, (leaf["interval"], leaf.get("difference_interval"))):
-            values += [bounds[0], bounds[1]]
-        for value in values:
-            float(value or 0)
-    return found
-
-
 def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples: int) -> dict:
-    """Differences paired question by question; empty if the predictions of one side are missing."""
+    """Compute differences, paired question by question; empty if the predictions of one side are missing."""
     sides = [read_answers(run, evaluation) for evaluation in (after, before)]
     changes = {}
-    for metric in after.scores.keys() & before.scores.keys() if all(sides) else ():
+    for metric in after.file.scores.keys() & before.file.scores.keys() if all(sides) else ():
         if metric not in METRICS:  # a plugin that this process does not have
             continue
-        settings = {name: after.content["scores"][metric].get(name) for name in setting_names(METRICS.get(metric))}
+        recorded = after.file.content["scores"][metric]
+        settings = {name: recorded.get(name) for name in setting_names(METRICS.get(metric))}
         try:
             compared = compare_vqa(
                 *(side.values() for side in sides), metric, bootstrap_samples=bootstrap_samples, **settings
@@ -289,5 +247,5 @@ def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples:
                 "difference is shown."
             )
             return {}
-        changes[metric] = {path: (leaf["difference"], leaf["difference_interval"]) for path, leaf in figures(compared)}
+        changes[metric] = dict(figures(compared))
     return changes

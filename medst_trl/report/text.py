@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from medst_trl.base.redaction import hide_secrets
 
 
@@ -20,21 +23,22 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"
 
 
 def clean(text: Any) -> str:
-    """The text with secrets hidden and invisible characters spelled out (`U+202E`). Markup is left to the escaping."""
+    """Hide secrets and spell out invisible characters (`U+202E`). Escaping takes care of markup."""
     text = _LONE_SURROGATE.sub("\ufffd", hide_secrets(str(text))).replace("\r\n", "\n")
     return _INVISIBLE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
 
 
 def cut(text: Any, limit: int) -> str:
-    """The first `limit` characters, and the number of the others."""
+    """Return the first `limit` characters, and the number of the others."""
     text = str(text)
     more = len(text) - limit
     return text if more <= 0 else f"{text[:limit]} … ({more:,} more characters)"
 
 
-def place(value: Any, run: Path) -> str:
+def relative_path(value: Any, run: Path) -> str:
     """
-    A path relative to the run directory, or its last part if it is outside. A Hub id and other names are unchanged.
+    Return a path relative to the run directory, or its last part if it is outside. A Hub id and other names are
+    unchanged.
     """
     text = str(value)
     if not text or "://" in text or not (os.sep in text or text.startswith("~")):
@@ -48,22 +52,22 @@ def place(value: Any, run: Path) -> str:
 
 
 def without_paths(text: str, run: Path) -> str:
-    """A message with each absolute path made relative to the run directory, or cut to its last part."""
-    return _ABSOLUTE_PATH.sub(lambda match: place(match[0], run), str(text))
+    """Make each absolute path in a message relative to the run directory, or cut it to its last part."""
+    return _ABSOLUTE_PATH.sub(lambda match: relative_path(match[0], run), str(text))
 
 
 def words(name: str) -> str:
-    """A name as words: `no verdict` for `no_verdict`."""
+    """Return a name as words: `no verdict` for `no_verdict`."""
     return name.replace("_", " ")
 
 
 def sentence(text: str) -> str:
-    """The text with a capital first letter."""
+    """Capitalize the first letter of a text."""
     return text[:1].upper() + text[1:]
 
 
 def number(value: float | None, digits: int | None = None, sign: str = "") -> str:
-    """A number for readers: `12,345`, `0.693`, `1.0e-05`, with `digits` decimals if given; a dash for None and NaN."""
+    """Format a number: `12,345`, `0.693`, `1.0e-05`, with `digits` decimals if given; a dash for None and NaN."""
     if value is None or value != value:
         return "–"
     if digits is not None:
@@ -77,11 +81,34 @@ def number(value: float | None, digits: int | None = None, sign: str = "") -> st
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
+def percent(share: float | None) -> str:
+    """Format a share in percent; a dash for None."""
+    return "–" if share is None else f"{share:.1%}"
+
+
 def duration(seconds: float | None) -> str:
-    """`3 min 12 s`, `2 h 5 min`."""
+    """Format a duration: `3 min 12 s`, `2 h 5 min`."""
     if seconds is None or seconds != seconds:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+
+
+def environment() -> Environment:
+    """Make the environment of the templates, which cleans and escapes every value."""
+
+    def shown(value: Any) -> Any:
+        return value if isinstance(value, Markup) else "" if value is None else clean(value)
+
+    templates = Environment(
+        loader=PackageLoader("medst_trl", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {f.__name__: f for f in (clean, cut, duration, number, percent, sentence, words)}
+    return templates

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import DisjointSets, draw, plain_question
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
@@ -105,7 +106,7 @@ def _preference_row(row: int, candidate: Mapping, judgement: Mapping) -> dict:
     )
     kept = ("shown", "scores", "verdict", "criteria")  # the replies stay in judgements.jsonl
     judge = {
-        "model": judgement.get("model"),
+        "model": public_name(judgement.get("model") or "") or None,  # pairs are shared, local paths not
         "prompt_version": judgement.get("prompt_version"),
         "orders": [{key: order[key] for key in kept if key in order} for order in judgement.get("orders") or ()],
     }

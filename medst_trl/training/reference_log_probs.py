@@ -37,7 +37,7 @@ from trl import DPOConfig, DPOTrainer
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, package_versions
-from medst_trl.base.hub_ids import is_hub_id
+from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import cores, on_main_process
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import with_stored_images
@@ -183,7 +183,7 @@ def about_reference(model: torch.nn.Module) -> dict[str, Any]:
     base = base_of(model)
     name = base.config._name_or_path or ""
     return {
-        "base_model": (name if is_hub_id(name) else Path(name).name) or type(base).__name__,
+        "base_model": public_name(name) or type(base).__name__,
         "adapter": hasattr(model, "get_base_model"),
         "versions": package_versions(),
     }

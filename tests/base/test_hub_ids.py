@@ -4,7 +4,7 @@
 
 import pytest
 
-from medst_trl.base.hub_ids import can_be_hub_id, is_hub_id, is_repo_id, looks_local, split_revision
+from medst_trl.base.hub_ids import can_be_hub_id, is_hub_id, is_repo_id, looks_local, public_name, split_revision
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_paths_look_local(name):
 @pytest.mark.parametrize("name", ["gpt-4o", "org/name", "org/name@main", "some judge"])
 def test_hub_ids_and_names_do_not_look_local(name):
     assert not looks_local(name)
+
+
+def test_only_the_last_part_of_a_path_is_public(tmp_path):
+    assert public_name(str(tmp_path / "jones" / "judge")) == "judge" and public_name(str(tmp_path)) == tmp_path.name
+    for name in ("gpt-4o", "org/judge", "org/judge@main", ""):
+        assert public_name(name) == name

@@ -10,8 +10,8 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.controls import blank_image, compare_vqa, shuffled_rows
+from medst_trl.evaluation.scores_file import format_scores
 from medst_trl.evaluation.scoring import figures, score_vqa
-from medst_trl.evaluation.tables import format_scores
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=30), st.integers(0, 5))

@@ -77,6 +77,7 @@ def test_scores_of_a_plugin_metric_are_printed_and_written(run_with_plugin, tmp_
         "label": "short answers",
         "in_card": True,
         "in_chart": True,
+        "by_type": False,
         "higher_is_better": True,
     }
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["max_words"] == 3

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.metrics import llava_med, strict
+from medst_trl.evaluation.scores_file import format_scores
 from medst_trl.evaluation.scoring import figures, score_vqa
-from medst_trl.evaluation.tables import format_scores
 
 
 def record(answer, prediction, answer_type="open", **more):

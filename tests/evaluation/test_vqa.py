@@ -85,7 +85,7 @@ def test_rows_have_the_columns_of_predictions(engine, benchmark):
         assert (row["image_id"], row["answer"]) == (image_id, question["answer"])
         assert row["generation"]["image_shown"] == image_id
         assert list(row["generation"]) == [
-            "model", "decoding", "max_new_tokens", "control", "image_shown", "ended"
+            "model", "engine", "decoding", "max_new_tokens", "control", "image_shown", "ended"
         ]  # fmt: skip
         assert row["generation"]["model"] == "tiny"
     assert score_vqa(rows, bootstrap_samples=0)["n"] == len(asked)

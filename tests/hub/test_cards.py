@@ -5,6 +5,7 @@
 import json
 
 import pytest
+from datasets import Features
 from huggingface_hub import DatasetCard, ModelCard
 
 from medst_trl.base.errors import UserError
@@ -74,6 +75,14 @@ def test_a_dataset_card_lists_the_stages_in_pipeline_order_without_paths(prefere
         assert hidden not in text
 
 
+def test_a_dataset_in_the_format_of_trl_has_a_card(tmp_path):
+    columns = ("images", "prompt", "chosen", "rejected")
+    features = Features({name: feature for name, feature in preference_features().items() if name in columns})
+    write_split(tmp_path, "train", [{name: [] for name in columns}], dict, features, 2)
+    card = dataset_card(find_contents(tmp_path), "org/name")
+    assert "| train | 1 |  |" in card and DatasetCard(card).data.medst_trl_kind == "preferences"
+
+
 def test_reference_log_probs_are_mentioned_and_are_not_a_data_file(preferences):
     without = dataset_card(find_contents(preferences), "org/name")
     assert "reference_log_probs" not in without
@@ -136,7 +145,7 @@ def write_scores(directory, benchmark, **more):
 def test_scores_become_evaluation_results_of_the_hub(tmp_path):
     prepare = write_stage(tmp_path / "prepare", "prepare", settings={"source": "vqa_rad"})
     (prepare / "benchmark").mkdir()
-    blank = {"blank": {"strict": {"closed": {"accuracy": {"value": 54.0}}}}}
+    blank = {"blank": {"strict": {"closed": {"accuracy": {"value": 54.0, "n": 30, "interval": None}}}}}
     evaluations = [
         write_scores(tmp_path / "evaluate", str(prepare / "benchmark"), controls=blank),
         # With several benchmarks, each has a directory.
@@ -182,6 +191,31 @@ def test_the_card_of_a_run_replaces_a_default_card(tmp_path):
     text = (directory / "README.md").read_text()
     assert "| learning_rate | 0.0002 |" in text and "logging_steps" not in text
     assert 'load_policy("' in text and "<vusr>" in text and "medst_trl_kind: model" in text
+
+
+def test_a_training_can_be_repeated_from_its_card(tmp_path):
+    settings = {
+        "effective_batch_size": 64, "dtype": "bfloat16", "vusr_role": "text", "loss_type": ["sigmoid", "sft"],
+        "train_vusr": True, "early_stopping_patience": 3, "beta": 0.1, "save_steps": 5, "hub_model_id": "org/x",
+        "attn_implementation": None, "max_records": 100,
+    }  # fmt: skip
+    for stage, expected in (
+        ("sft", ("train_vusr | True", "vusr_role | text")),
+        ("dpo", ("beta | 0.1", "sigmoid, sft")),
+    ):
+        directory = write_stage(write_model(tmp_path / stage), stage, settings=settings)
+        card = model_card(find_contents(directory), "org/name")
+        for text in (*expected, "effective_batch_size | 64", "dtype | bfloat16", "max_records | 100"):
+            assert text in card, text
+        for text in ("save_steps", "hub_model_id", "attn_implementation"):
+            assert text not in card, text
+
+
+def test_of_an_unknown_stage_only_numbers_are_published(tmp_path):
+    write_stage(tmp_path, "filter", settings={"min_words": 3, "names": "jones", "access_token": 7})
+    write_split(tmp_path / "data", "train", [ROW], dict, preference_features(), 2)
+    card = dataset_card(find_contents(tmp_path / "data"), "org/name")
+    assert "| min_words | 3 |" in card and "jones" not in card and "access_token" not in card
 
 
 def merged_card(directory, model_type="llava", template=MARK, **facts):

@@ -15,7 +15,7 @@ from medst_trl.data.schema import (
     preference_features,
     write_split,
 )
-from medst_trl.hub.contents import find_contents, public_base, stage_files
+from medst_trl.hub.contents import fill_upload, find_contents, public_base
 
 
 ROW = {
@@ -116,7 +116,7 @@ def adapter(directory, base, revision=None):
 def test_only_weights_processor_and_card_of_an_adapter_are_published(tmp_path):
     directory = adapter(tmp_path / "adapter", "/private/base")
     target = tmp_path / "staged"
-    stage_files(find_contents(directory), target, "# Card", "org/base@abc")
+    fill_upload(find_contents(directory), target, "# Card", "org/base@abc")
     files = {path.name: path.read_text() for path in target.iterdir()}
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"}
     assert not any(str(tmp_path) in content or "/private" in content for content in files.values())

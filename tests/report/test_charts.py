@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from medst_trl.report.charts import MAX_POINTS, WIDTH, Bar, Group, Line, bar_chart, line_chart
+from medst_trl.report.charts import MAX_POINTS, WIDTH, Bar, Line, bar_chart, line_chart
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -18,7 +18,7 @@ def draw_lines(*lines, **kwargs):
 
 
 def draw_bars(*bars, mark=None, **kwargs):
-    return ET.fromstring(bar_chart("A title", [Group("group", bars, mark)], **kwargs))
+    return ET.fromstring(bar_chart("A title", bars, mark=mark, **kwargs))
 
 
 def texts(svg):
@@ -72,7 +72,7 @@ def test_all_points_are_inside_the_chart(points):
 
 def test_no_chart_is_drawn_without_points():
     assert line_chart("t", [Line("x", []), Line("y", [(1, math.nan)])], x_label="", y_label="") == ""
-    assert bar_chart("t", [Group("g", [])]) == ""
+    assert bar_chart("t", []) == ""
 
 
 def test_long_logs_are_averaged():
@@ -108,10 +108,9 @@ def test_negative_bars_are_on_the_other_side_of_zero():
 
 
 def test_bars_with_the_same_name_have_the_same_colour():
-    groups = [Group("one", [Bar("a", 1), Bar("b", 2)]), Group("two", [Bar("b", 1), Bar("a", 2)])]
-    svg = ET.fromstring(bar_chart("t", groups))
-    colours = [re.search(r"--series-\d", rect.get("style"))[0] for rect in svg.iter(f"{SVG}rect")]
-    assert colours[0] == colours[3] != colours[1] == colours[2]
+    svg = draw_bars(Bar("a", 1), Bar("b", 2), Bar("b", 1), Bar("a", 2))
+    colors = [re.search(r"--series-\d", rect.get("style"))[0] for rect in svg.iter(f"{SVG}rect")]
+    assert colors[0] == colors[3] != colors[1] == colors[2]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_names_from_data_cannot_become_markup(hostile):
     lines = line_chart(
         hostile, [Line(hostile, [(0, 1), (1, 2)])], x_label=hostile, y_label=hostile, level=(1.5, hostile)
     )
-    bars = bar_chart(hostile, [Group(hostile, [Bar(hostile, 1, 0, 2)], 1)], unit=hostile, mark_name=hostile)
+    bars = bar_chart(hostile, [Bar(hostile, 1, 0, 2)], mark=1, unit=hostile, mark_name=hostile)
     for svg in (lines, bars):
         tags = {element.tag.removeprefix(SVG) for element in ET.fromstring(svg).iter()}
         assert tags <= {"svg", "title", "desc", "text", "line", "polyline", "rect", "circle"}

@@ -137,6 +137,14 @@ def test_the_terminal_table_has_scores_and_differences(original):
     assert not report.notes
 
 
+def test_the_number_of_kept_pairs_is_that_of_the_preferences(original, page):
+    """The judge's stage leaves out duplicates after the judge has decided."""
+    counts = json.loads((original / "round_2" / "judge" / "stage.json").read_text())["counts"]
+    kept, pairs = counts["preferences"]["train"]["pairs"], counts["judge"]["pairs"]
+    assert kept < counts["judge"]["judged"]
+    assert f"Preference pairs kept, round 2 {kept}of {pairs} pairs of answers" in page.words
+
+
 def test_answers_that_became_right_are_counted(original, page):
     rows = {}
     for name in ("stage_1", "aligned"):

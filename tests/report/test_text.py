@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from medst_trl.report.text import clean, cut, duration, number, place, without_paths
+from medst_trl.report.text import clean, cut, duration, number, relative_path, without_paths
 
 
 @pytest.mark.parametrize("code", [0x00, 0x07, 0x1B, 0x85, 0x202E, 0x2066, 0x200F, 0xFEFF])
@@ -49,7 +49,7 @@ def test_cut_text_ends_with_the_number_of_missing_characters():
     ],
 )
 def test_paths_are_relative_to_the_run_directory(value, expected):
-    assert place(value, Path("/data/run")) == expected
+    assert relative_path(value, Path("/data/run")) == expected
 
 
 def test_paths_in_messages_are_shortened():

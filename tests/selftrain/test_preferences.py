@@ -72,6 +72,12 @@ def test_the_winner_is_chosen_and_keeps_its_score(verdict):
     assert judge["model"] == "some-judge" and judge["orders"][0]["scores"] == [3.0, 7.5]
 
 
+def test_a_judge_that_is_named_by_its_path_is_not_named_in_the_pairs():
+    single = candidate(1)
+    [row] = build([single], [judgement(single, model="/home/jones/models/judge")]).train
+    assert json.loads(row["judge"])["model"] == "judge"
+
+
 def test_four_answers_give_two_pairs():
     single = candidate(1, answers=("a", "b", "c", "d"))
     rows = build([single], [judgement(single, 0, pair=0), judgement(single, 1, pair=1)]).train

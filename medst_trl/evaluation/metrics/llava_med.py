@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from medst_trl.base.errors import UserError, closest
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_choice, documented
 from medst_trl.evaluation.metric import METRICS, Answered, Figure, FigurePath, Metric
+
+from .strict import NUMBER_WORDS
 
 
 ClosedRule = Literal["gated", "substring", "drop_misses"]
@@ -41,13 +42,12 @@ _RESTORED = {
 } | {"somebody'd": "somebodyd"}  # the one entry that is reversed in the original table
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
+_NUMBERS = NUMBER_WORDS | {"none": "0"}
 _FULL_STOPS_REMOVED = 32  # the original passes a flag as the count: later full stops stay
 
 
 def normalize_word(text: str) -> str:
-    """The text normalisation of the VQA benchmark as LLaVA-Med applies it."""
+    """Normalize a text as LLaVA-Med does, by the rules of the VQA benchmark."""
     join = re.search(r"\d,\d", text) is not None
     words = text
     for mark in _PUNCTUATION:
@@ -73,11 +73,7 @@ class LlavaMedSettings:
     closed_rule: ClosedRule = "gated"
 
     def __post_init__(self):
-        if self.closed_rule not in CLOSED_RULES:
-            raise UserError(
-                f"Unknown closed_rule {self.closed_rule!r}.{closest(str(self.closed_rule), CLOSED_RULES)} Choose one "
-                f"of {', '.join(CLOSED_RULES)}."
-            )
+        check_choice("closed_rule", self.closed_rule, CLOSED_RULES)
 
 
 def score(row: Answered, settings: LlavaMedSettings) -> dict[FigurePath, float]:

@@ -8,7 +8,7 @@ Metric `strict`: the words of an answer as they are.
 - Closed questions whose right answer is yes or no: the first whole word `yes` or `no` of the prediction is its
   verdict. "normal lungs" has no verdict. A prediction without a verdict is wrong, and counted.
 - Other closed questions ("left or right?"): exact match of the whole answer. Benchmarks do not list the options, so a
-  sentence that mentions the right option may mention the wrong one too; it does not get the benefit of the doubt.
+  sentence that mentions the right option may mention the wrong one too: it counts as wrong.
 """
 
 import re
@@ -20,8 +20,8 @@ from medst_trl.evaluation.metric import METRICS, Answered, Figure, FigurePath, M
 
 
 VERDICTS = ("yes", "no")
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(_WORDS)}
 _ARTICLES = {"a", "an", "the"}
 _LEADING_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -39,7 +39,7 @@ def tokens(text: str) -> list[str]:
     """
     plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     plain = _THOUSANDS.sub("", _LEADING_POINT.sub("0.", plain)).replace("'", "").replace("\u2019", "")
-    words = [_NUMBERS.get(word, word) for word in _TOKEN.findall("".join(map(_spaced, plain)))]
+    words = [NUMBER_WORDS.get(word, word) for word in _TOKEN.findall("".join(map(_spaced, plain)))]
     return [word for word in words if word not in _ARTICLES] or words or plain.split() or text.split()
 
 
@@ -51,12 +51,12 @@ def _spaced(character: str) -> str:
 
 
 def verdict(words: Sequence[str]) -> str | None:
-    """The first whole word that is `yes` or `no`."""
+    """Return the first whole word that is `yes` or `no`."""
     return next((word for word in words if word in VERDICTS), None)
 
 
 def overlap(prediction: Sequence[str], answer: Sequence[str]) -> tuple[float, float, float]:
-    """Precision, recall and F1 of two lists of words. A word that occurs n and m times is shared min(n, m) times."""
+    """Return precision, recall and F1 of word lists. A word that occurs n and m times is shared min(n, m) times."""
     shared = (Counter(prediction) & Counter(answer)).total()
     if not shared:
         return 0.0, 0.0, 0.0
@@ -82,8 +82,14 @@ def score(row: Answered, settings: None = None) -> dict[FigurePath, float]:
     return scores
 
 
+def is_right(row: Answered) -> bool:
+    """Whether an answer is right: the verdict of a closed question, the whole answer of an open one."""
+    scores = score(row)
+    return bool(scores.get(("closed", "accuracy"), scores[("exact_match",)]))
+
+
 def majority(rows: Sequence[Answered]) -> dict[FigurePath, float | None]:
-    """Percentage of records whose answer is the most frequent one of their question type."""
+    """Return the percentage of records whose answer is the most frequent one of their question type."""
     groups = {
         ("exact_match",): rows,
         ("open", "exact_match"): [row for row in rows if not row.closed],
@@ -106,7 +112,7 @@ METRICS.register(
         name="strict",
         summary="token overlap, exact match, the first whole-word yes or no",
         figures=(
-            Figure(("exact_match",), in_card=True, in_chart=True),
+            Figure(("exact_match",), in_card=True, in_chart=True, by_type=True),
             Figure(("open", "exact_match")),
             Figure(("open", "precision")),
             Figure(("open", "recall"), in_card=True, in_chart=True),

@@ -16,16 +16,13 @@ from typing import Any
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
-from .questions import json_rows, read_with_answers
+from .questions import GOLD, json_rows, read_with_answers
 
 
-_GOLD = ("image_id", "question", "answer", "answer_type", "question_type")
-
-
-def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A prediction under LLaVA-Med's id, with the right answer if the file is one of ours."""
     metadata = row.get("metadata")
-    gold = {key: metadata[key] for key in _GOLD if key in metadata} if isinstance(metadata, Mapping) else {}
+    gold = {key: metadata[key] for key in GOLD if key in metadata} if isinstance(metadata, Mapping) else {}
     record = {"id": str(row["question_id"]), "question": row["prompt"], **gold, "prediction": row["text"]}
     return record | ({"generation": {"model": row["model_id"]}} if row.get("model_id") else {})
 
@@ -44,7 +41,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "text": str(record["prediction"]),
         "answer_id": hashlib.sha256(str(record["id"]).encode()).hexdigest()[:22],
         "model_id": model or "",
-        "metadata": {key: record[key] for key in _GOLD if record.get(key) is not None},
+        "metadata": {key: record[key] for key in GOLD if record.get(key) is not None},
     }
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.files import write_json
+from medst_trl.data.source import BadRecord
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
-from medst_trl.evaluation.scoring import RecordError
 
 from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers
 
@@ -52,10 +52,10 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     write_json(path, rows)
 
 
-def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A prediction, numbered in the file's order. SLAKE's questions in other languages than English are rejected."""
     if row.get("lang") not in (None, "en"):
-        raise RecordError(NOT_ENGLISH, row["lang"], name)
+        raise BadRecord(NOT_ENGLISH, row["lang"])
     response = str(row["response"])
     # A file of ours has the prediction itself, which may look like markup.
     prediction = row["prediction"] if row.get("prediction") is not None else final_answer(response)

@@ -16,43 +16,39 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import load_records
-from medst_trl.data.source import Rejected
-from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode
-from medst_trl.evaluation.scoring import RecordError
-from medst_trl.evaluation.vqa import questions_of
+from medst_trl.data.source import BadRecord, Rejected, guess_answer_type
+from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode, read_questions
 
 
 NOT_ENGLISH = "not in English"
 
 _REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object"}
-_GOLD = ("id", "image_id", "question", "answer", "answer_type", "question_type")
+GOLD = ("image_id", "question", "answer", "answer_type", "question_type")  # what a benchmark says about an id
 
 
 def json_rows(path: Path, keys: Collection[str]) -> Iterator[ReadRow]:
-    """Objects of a JSON array or of JSON lines that have a value for each of `keys`; the others as errors."""
+    """Objects of a JSON array or of JSON lines that have a value for each of `keys`; the others rejected."""
     for position, row in read_json_records(path, key=next(iter(keys))):
         name = f"row {position + 1}"
         if isinstance(row, Rejected):
-            yield name, RecordError(_REASONS[row.reason], row.value, name)
+            yield name, Rejected(name, _REASONS[row.reason], row.value)
         elif missing := [key for key in keys if row.get(key) is None or row[key] != row[key]]:
-            yield name, RecordError(f"no {missing[0]}", row, name)
+            yield name, Rejected(name, f"no {missing[0]}", row)
         else:
             yield name, {key: None if value != value else value for key, value in row.items()}  # NaN from pandas
 
 
 def answer_type(answer: Any, given: Any) -> dict[str, Any]:
-    """The answer type that a file gives, or a guess that is marked as one: yes and no make a closed question."""
+    """Return the answer type that a file gives, or a guess that is marked as one."""
     kind = str(given).strip().lower()
     if kind in ("open", "closed"):
         return {"answer_type": kind}
-    closed = str(answer).strip().lower() in ("yes", "no")
-    return {"answer_type": "closed" if closed else "open", "answer_type_guessed": True}
+    return {"answer_type": guess_answer_type(str(answer).strip()), "answer_type_guessed": True}
 
 
 def read_with_answers(
     read_rows: Callable[[Path], Iterable[ReadRow]],
-    make_record: Callable[[dict[str, Any], str, int], dict[str, Any]],
+    make_record: Callable[[dict[str, Any], int], dict[str, Any]],
     path: Path,
     benchmark: Benchmark | None,
     split: str,
@@ -62,9 +58,10 @@ def read_with_answers(
 
     Args:
         read_rows (`Callable`):
-            From the file to its rows as they are.
+            Takes the file and returns its rows as they are.
         make_record (`Callable`):
-            From a row, its name and its number from 0 to a record. Raises a [`RecordError`] for one without use.
+            Takes a row and its number from 0, and returns a record. Raises a [`BadRecord`] for a row that cannot be
+            used.
         path, benchmark, split:
             See [`PredictionFormat`].
 
@@ -75,11 +72,11 @@ def read_with_answers(
     for number, (name, row) in enumerate(read_rows(path)):
         if isinstance(row, dict):
             try:
-                row = make_record(row, name, number)
-                check_unicode(row, name)
+                row = make_record(row, number)
+                check_unicode(row)
                 records.append(row)
-            except RecordError as error:
-                row = error
+            except BadRecord as error:
+                row = Rejected(name, error.reason, error.value)
         rows.append((name, row))
     if benchmark is not None:
         return join_questions(rows, read_questions(benchmark, split), path)
@@ -89,43 +86,6 @@ def read_with_answers(
             "LLaVA-Med's file of questions (.json)."
         )
     return rows
-
-
-def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, Any]]:
-    """
-    Read all questions of a benchmark in its order.
-
-    Returns:
-        `list[dict]`: id, image_id, question, answer, answer_type, question_type.
-
-    Raises:
-        UserError: if the benchmark does not exist, or the file holds something else.
-    """
-    if not isinstance(benchmark, str | os.PathLike):
-        return [dict(question) for question in benchmark]
-    if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
-        records = read_json_records(Path(benchmark), "id")
-        return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
-    return questions_of(load_records(benchmark, split, "benchmark"))
-
-
-def _question(record: Any, name: str) -> dict[str, Any]:
-    try:
-        # Some of LLaVA-Med's files spell the key this way.
-        turns = record["conversations"] if "conversations" in record else record["conversatons"]
-        return {
-            "id": str(record["id"]),
-            "image_id": str(record["image"]) if record.get("image") else None,
-            "question": turns[0]["value"].replace("<image>", "").strip(),
-            "answer": turns[1]["value"],
-            "answer_type": record["answer_type"].strip().lower(),
-            "question_type": None,
-        }
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(
-            f"{name} is not one of LLaVA-Med's questions: expected id, answer_type and conversations with a question "
-            "and its answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
-        ) from None
 
 
 def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: str | os.PathLike) -> list[ReadRow]:
@@ -147,30 +107,30 @@ def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: s
             The file, to name it.
 
     Returns:
-        `list`: the rows. Errors stay, rows about no question of the benchmark become errors, and questions without a
-        prediction follow as errors.
+        `list`: the rows. Rows about no question of the benchmark are rejected, too, and questions without a prediction
+        follow as rejected rows.
 
     Raises:
         UserError: if they can be joined neither by id nor by order.
     """
     records = {position: record for position, (_, record) in enumerate(rows) if isinstance(record, dict)}
     failures = [f"{len(rows)} rows, {len(questions)} questions"]
-    for way, found in _ways(rows, records, questions):
+    for by, found in _matchings(rows, records, questions):
         differing = [at for at, question in found.items() if question and not _agree(records[at], question)]
         if not differing:
             return _joined(rows, found, questions)
         asked, there = records[differing[0]]["question"], found[differing[0]]["question"]
-        failures.append(f"by {way} {len(differing)} differ, for example {str(asked)[:80]!r} and {there[:80]!r}")
+        failures.append(f"by {by} {len(differing)} differ, for example {str(asked)[:80]!r} and {there[:80]!r}")
     raise UserError(
         f"{path} does not answer the questions of this benchmark ({'; '.join(failures)}). Give the benchmark and the "
         "split that were asked: with the same ids, or the same number and order of questions."
     )
 
 
-def _ways(
+def _matchings(
     rows: list[ReadRow], records: dict[int, dict], questions: list[dict[str, Any]]
 ) -> Iterator[tuple[str, dict[int, dict | None]]]:
-    """Ways of joining that are possible: a name, and position of each record to its question."""
+    """Yield the possible matchings: a name, and the question of each record by its position."""
     known = _by_id(questions)
     by_id = {position: known.get(str(record["id"])) for position, record in records.items()}
     if 2 * sum(question is not None for question in by_id.values()) > len(records):
@@ -179,23 +139,23 @@ def _ways(
     asked = [at for at, (_, row) in enumerate(rows) if isinstance(row, dict) or row.reason != NOT_ENGLISH]
     if len(asked) == len(questions):
         by_number = sorted(questions, key=lambda question: list(map(int, re.findall(r"\d+", str(question["id"])))))
-        for way, order in (("order", questions), ("order of ids", by_number)):
-            yield way, {position: question for position, question in zip(asked, order) if position in records}
+        for by, order in (("order", questions), ("order of ids", by_number)):
+            yield by, {position: question for position, question in zip(asked, order) if position in records}
 
 
 def _joined(rows: list[ReadRow], found: dict[int, dict | None], questions: list[dict[str, Any]]) -> list[ReadRow]:
     joined: list[ReadRow] = []
     for position, (name, record) in enumerate(rows):
-        if isinstance(record, RecordError):
+        if isinstance(record, Rejected):
             joined.append((name, record))
         elif found[position] is None:
-            joined.append((name, RecordError("not in the benchmark", record["id"], name)))
+            joined.append((name, Rejected(name, "not in the benchmark", record["id"])))
         else:
-            rest = {key: value for key, value in record.items() if key not in (*_GOLD, "answer_type_guessed")}
-            joined.append((name, {key: found[position].get(key) for key in _GOLD} | rest))
+            rest = {key: value for key, value in record.items() if key not in ("id", *GOLD, "answer_type_guessed")}
+            joined.append((name, {key: found[position].get(key) for key in ("id", *GOLD)} | rest))
     answered = {question["id"] for question in found.values() if question}
     missing = [question["id"] for question in questions if question["id"] not in answered]
-    return joined + [(str(key), RecordError("no prediction for a question", key, str(key))) for key in missing]
+    return joined + [(key, Rejected(key, "no prediction for a question", key)) for key in map(str, missing)]
 
 
 def _by_id(questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ Prediction files of VLMEvalKit: a table with `index`, `question`, `answer`, `pre
 data set. Its `PRED_FORMAT` chooses between `xlsx` (the default), `tsv` and `json`.
 
 An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pandas, which takes "NA", "None" and
-"null" for missing values; here they are texts.)
+"null" for missing values; here they are kept as text.)
 """
 
 import csv
@@ -19,8 +19,8 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_text
 from medst_trl.data.reading import check_header, read_text_file
+from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, ReadRow
-from medst_trl.evaluation.scoring import RecordError
 
 from .questions import answer_type, json_rows, read_with_answers
 
@@ -64,7 +64,7 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A prediction under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
     answer = None if row.get("answer") == "" else row.get("answer")
     return {
@@ -79,14 +79,14 @@ def _record(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
 
 
 def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[ReadRow]:
-    """Rows by column name; rows with more or fewer cells than the header are errors."""
+    """Rows by column name; rows with more or fewer cells than the header are rejected."""
     lines = iter(lines)
     header = [str(name) for name in next(lines, [])]
     check_header(header, _REQUIRED, path, _DELIMITERS[path.suffix.lower()], _EXPECTED)
     for number, cells in enumerate(lines, start=1):
         name = f"row {number}"
         if len(cells) != len(header):
-            yield name, RecordError(f"{len(cells)} cells instead of {len(header)}", cells, name)
+            yield name, Rejected(name, f"{len(cells)} cells instead of {len(header)}", cells)
         else:
             yield name, dict(zip(header, cells))
 

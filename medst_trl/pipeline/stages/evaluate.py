@@ -36,10 +36,9 @@ Predictions of other projects are converted to our format and saved as `predicti
 `benchmark` if it is given. LLaVA-Med's files need it, because they do not contain the right answers.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +48,20 @@ from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.engine import ENGINES, Engine, EngineKind, loads_model
+from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Engine, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
     OWN_FORMAT,
     PREDICTION_FORMATS,
+    PREDICTIONS_FILE,
     control_path,
     guess_format,
     read_predictions,
+    read_questions,
     score_predictions,
 )
-from medst_trl.evaluation.tables import format_file
+from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile
 from medst_trl.evaluation.vqa import write_predictions
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
@@ -96,8 +97,8 @@ class EvaluateArguments:
             Format of the predictions file. Default: detected from its keys.
         controls (`list[str]`, *optional*, defaults to `["blank", "shuffled"]`):
             Additional runs with wrong images: blank (a grey image), shuffled (the image of another question), or none.
-        variants (`list[str]`, *optional*, defaults to `["strict", "llava_med"]`):
-            Metrics to compute.
+        variants (`list[str]`, *optional*):
+            Metrics to compute. Default: all registered ones.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Maximum number of tokens of an answer.
         max_records (`int`, *optional*):
@@ -112,13 +113,13 @@ class EvaluateArguments:
 
     output_dir: str
     model_name_or_path: str | None = None
-    engine: str = "transformers"
+    engine: str = DEFAULT_ENGINE
     benchmark: list[str] = field(default_factory=list)
     split: str = "test"
     predictions: str | None = None
     predictions_format: str | None = None
     controls: list[str] = field(default_factory=lambda: ["blank", "shuffled"])
-    variants: list[str] = field(default_factory=lambda: ["strict", "llava_med"])
+    variants: list[str] = field(default_factory=METRICS.names)
     max_new_tokens: int = 64
     max_records: int | None = None
     bootstrap_samples: int = 1000
@@ -140,27 +141,27 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
         *settings: Settings of engines and metrics; those left out keep their defaults.
     """
     check(args, *settings)
-    benchmarks = _open_benchmarks(args)
     kind = ENGINES.get(args.engine)
     engine_settings = _engine_settings(kind, settings)
     metric_settings = [settings_among(settings, METRICS.get(name).settings) for name in args.variants]
     record = StageRecord.of(STAGE, args, engine_settings, *metric_settings, operational=kind.operational)
-    directories = _output_directories(args)
     scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
-    scoring["settings"] = {name: value for item in metric_settings if item for name, value in asdict(item).items()}
+    scoring["settings"] = metric_settings
     if record.decision != "skip":
         with record:
             if args.predictions:
                 counts = _score_file(args, scoring)
             else:
+                benchmarks = _open_benchmarks(args)
                 engine = kind.open(args.model_name_or_path, engine_settings)
                 engine.check()
                 counts = _run(args, engine, scoring, record.content["inputs"]["benchmark"], benchmarks)
             record.finish(counts=counts)
     if rank() == 0:
-        for directory in directories:
-            print(format_file(json.loads((directory / "scores.json").read_text(encoding="utf-8"))))
-        print(f"Scores are in {', '.join(str(directory / 'scores.json') for directory in directories)}.")
+        paths = [directory / SCORES_FILE for directory in _output_directories(args)]
+        for path in paths:
+            print(ScoresFile.read(path))
+        print(f"Scores are in {', '.join(map(str, paths))}.")
 
 
 def check(args: EvaluateArguments, *settings: Any) -> None:
@@ -182,16 +183,17 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
     for control in args.controls:
         shown_rows([], control)
     check_bounds(args, at_least={"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0})
+    _output_directories(args)
 
 
 def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
-    """The settings of the engine, with a batch size that does not depend on memory: it changes the last digits."""
+    """Return the engine's settings, with a batch size that does not depend on memory: it changes the last digits."""
     settings = settings_among(given, kind.settings)
     return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
 
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
-    """Output directory of each benchmark: several benchmarks get one each, by their names."""
+    """Return the output directory of each benchmark. Several benchmarks get one each, named after them."""
     output_dir = Path(args.output_dir)
     if len(args.benchmark) < 2:
         return [output_dir]
@@ -205,17 +207,9 @@ def _output_directories(args: EvaluateArguments) -> list[Path]:
 
 
 def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
-    """
-    Open the benchmarks, or read the predictions, before the record is written: a mistyped split or a missing benchmark
-    must not prevent the corrected command from running.
-    """
-    if args.predictions:
-        benchmark = next(iter(args.benchmark), None)
-        read_predictions(args.predictions, args.predictions_format, benchmark=benchmark, split=args.split)
-        return []
     benchmarks = [load_records(name, args.split, "benchmark") for name in args.benchmark]
     for benchmark in benchmarks:
-        for control in args.controls:
+        for control in args.controls:  # before the model answers anything
             shown_rows(benchmark["image_id"][:], control, args.seed)
     return benchmarks
 
@@ -227,13 +221,13 @@ def _run(
     asking = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "max_records")}
     asking["model_name"] = args.model_name_or_path
     for name, source, directory, benchmark in zip(args.benchmark, data, _output_directories(args), benchmarks):
-        path = directory / "predictions.jsonl"
-        for control in [None, *args.controls]:
-            write_predictions(control_path(path, control), engine, benchmark, control=control, **asking)
+        paths = {one: control_path(directory / PREDICTIONS_FILE, one) for one in (None, *args.controls)}
+        for control, path in paths.items():
+            write_predictions(path, engine, benchmark, control=control, **asking)
         if state.is_main_process:
             about = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
-            scores, _, _ = _score(path, args.controls, scoring, format=OWN_FORMAT)
-            write_json(directory / "scores.json", about | scores)
+            scores, _, _ = _score(paths, scoring)
+            write_json(directory / SCORES_FILE, about | scores)
             counts[name] = scores["counts"]
         state.wait_for_everyone()
     return counts
@@ -241,14 +235,15 @@ def _run(
 
 def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, Any]:
     directory = Path(args.output_dir)
-    controls = [control for control in args.controls if control_path(args.predictions, control).is_file()]
-    format, benchmark = args.predictions_format or guess_format(args.predictions), next(iter(args.benchmark), None)
-    source = {"format": format, "benchmark": benchmark, "split": args.split}
-    scores, answers, rejected = _score(args.predictions, controls, scoring, **source)
+    paths = {control: control_path(args.predictions, control) for control in (None, *args.controls)}
+    paths = {control: path for control, path in paths.items() if control is None or path.is_file()}
+    format = args.predictions_format or guess_format(args.predictions)
+    questions = read_questions(args.benchmark[0], args.split) if args.benchmark else None
+    scores, answers, rejected = _score(paths, scoring, format, questions)
     if format != OWN_FORMAT:
         for control, records in answers.items():
-            write_jsonl(control_path(directory / "predictions.jsonl", control), records)
-    write_json(directory / "scores.json", {"predictions": args.predictions, "format": format} | scores)
+            write_jsonl(control_path(directory / PREDICTIONS_FILE, control), records)
+    write_json(directory / SCORES_FILE, {"predictions": args.predictions, "format": format} | scores)
     if rejected:
         write_jsonl(directory / "rejected.jsonl", rejected)
         reasons = list_reasons(scores["counts"]["rejected"])
@@ -262,18 +257,26 @@ def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, A
 
 
 def _score(
-    path: str | Path, controls: list[str], scoring: dict[str, Any], **source: Any
+    paths: dict[str | None, Path],
+    scoring: dict[str, Any],
+    format: str = OWN_FORMAT,
+    questions: list[dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str | None, list[dict[str, Any]]], list[dict[str, str]]]:
-    """Scores of a predictions file and its controls, the records of each, and the rejected rows of the file."""
-    found = {control: read_predictions(control_path(path, control), **source) for control in (None, *controls)}
+    """
+    Score predictions (`paths[None]`) and their controls.
+
+    Returns:
+        `tuple`: the scores, the records of each file, and the rejected rows of the predictions.
+    """
+    found = {control: read_predictions(path, format, benchmark=questions) for control, path in paths.items()}
     answers, rejected = {control: records for control, (records, _) in found.items()}, found[None][1]
-    scores = score_predictions(answers[None], {control: answers[control] for control in controls}, **scoring)
+    scores = score_predictions(answers[None], {name: answers[name] for name in answers if name}, **scoring)
     scores["counts"]["rejected"] = dict(Counter(line["reason"] for line in rejected))
     return scores, answers, rejected
 
 
 def plan(counter: RowCounter, args: EvaluateArguments, *settings: Any) -> Iterator[tuple[str, str]]:
-    """The stage's rows in a plan."""
+    """Yield the stage's rows in a plan."""
     if args.predictions:
         yield "scores", args.predictions
         return
@@ -332,7 +335,7 @@ STAGE = STAGES.register(
             Input("predictions", FILE),
         ),
         outputs=(Output("", "predictions", is_published=False),),
-        earlier_defaults={"engine": "transformers"},
+        earlier_defaults={"engine": DEFAULT_ENGINE},
         registries={"engine": ENGINES, "variants": METRICS, "predictions_format": PREDICTION_FORMATS},
     )
 )

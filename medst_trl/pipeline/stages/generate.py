@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
 from medst_trl.base.row_log import RowLog
 from medst_trl.base.settings import check_bounds, documented, settings_among
@@ -184,7 +185,6 @@ def check(args: GenerateArguments, *engine_settings: Any) -> None:
 
 def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
     """Return a generator with the settings of the stage."""
-    path = Path(args.model_name_or_path)
     return CandidateGenerator(
         engine,
         num_questions=args.num_questions,
@@ -197,7 +197,7 @@ def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
         question_filter=QuestionFilter(args.min_question_words, args.max_question_words, args.english_questions),
         max_answer_similarity=args.max_answer_similarity,
         seed=args.seed,
-        model_name=path.name if path.exists() else args.model_name_or_path,  # candidates are shared, local paths not
+        model_name=public_name(args.model_name_or_path),  # candidates are shared, local paths not
     )
 
 

@@ -18,9 +18,13 @@ Afterwards, use the Hub id instead of the directory: `medst dpo --dataset my-org
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.settings import documented
+from medst_trl.hub import check_repo_id
 from medst_trl.pipeline.stage import FILE, STAGES, Input, RowCounter, Stage
 
 
@@ -76,24 +80,36 @@ def main(args: PushArguments) -> None:
     from medst_trl.hub.push import push_directory
     from medst_trl.pipeline.record import StageRecord
 
+    check(args)
+    record = nullcontext() if args.output_dir is None else StageRecord.of(STAGE, args)
+    if args.output_dir is not None and record.decision == "skip":
+        return
     settings = asdict(args)
-    record = None
-    if args.output_dir is not None:
-        record = StageRecord.of(STAGE, args)
-        if record.decision == "skip":
-            return
-    settings = {name: value for name, value in settings.items() if name not in ("source", "output_dir", "overwrite")}
-    pushed = push_directory(args.source, **settings)
-    if record is not None:
-        record.finish(counts={"files": pushed.files, "bytes": pushed.bytes}, url=pushed.url, commit=pushed.commit)
+    for name in ("source", "output_dir", "overwrite"):
+        del settings[name]
+    with record:
+        pushed = push_directory(args.source, **settings)
+        if args.output_dir is not None:
+            record.finish(counts={"files": pushed.files, "bytes": pushed.bytes}, url=pushed.url, commit=pushed.commit)
     print(
         f"push: the {pushed.title} in {args.source} is at {pushed.url} ({pushed.files} files, "
         f"{pushed.bytes / 1e6:.1f} MB), revision {pushed.commit[:12]}."
     )
 
 
+def check(args: PushArguments) -> None:
+    """Raise a `UserError` for a repository or a base model that is not a Hub id."""
+    check_repo_id(args.repo_id, "repo_id")
+    base = args.base_model_name_or_path
+    if base is not None and not is_hub_id(base):
+        raise UserError(
+            f"base_model_name_or_path is {base!r}, which is not a Hub id. Push that model first, and give its Hub id, "
+            "such as my-org/base."
+        )
+
+
 def plan(counter: RowCounter, args: PushArguments) -> Iterator[tuple[str, str]]:
-    """Return the stage's rows in a plan."""
+    """Yield the stage's rows in a plan."""
     yield "uploads", f"{args.source} to {args.repo_id}, {'private' if args.private else 'PUBLIC'}"
 
 
@@ -104,6 +120,7 @@ STAGE = STAGES.register(
         help=__doc__,
         after=("report",),
         arguments=lambda: (PushArguments,),
+        check=check,
         main=main,
         plan=plan,
         inputs=(Input("source", FILE), Input("evaluation", FILE)),

@@ -65,6 +65,35 @@ def test_a_recorded_push_is_repeated_only_with_overwrite_if_its_input_has_change
     assert len(pushed) == 2
 
 
+def test_a_failed_push_does_not_refuse_the_corrected_command(pushed, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("no")
+
+    (tmp_path / "data").mkdir()
+    args = PushArguments(str(tmp_path / "data"), "org/wrong", output_dir=str(tmp_path / "push"))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no"):
+        patch.setattr(push, "push_directory", refuse)
+        main(args)
+    args.repo_id = "org/right"
+    main(args)
+    assert [repo_id for _, repo_id, _ in pushed] == ["org/right"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repo_id": "name"}, "repo_id is 'name'"),
+        (
+            {"repo_id": "org/name", "base_model_name_or_path": "runs/demo/base"},
+            "'runs/demo/base', which is not a Hub id",
+        ),
+    ],
+)
+def test_names_that_are_not_hub_ids_are_refused_before_a_run(settings, message):
+    with pytest.raises(UserError, match=message):
+        STAGES.get("push").check(PushArguments("data", **settings))
+
+
 def test_a_refused_push_is_not_recorded_as_finished(pushed, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise UserError("no")
