@@ -117,8 +117,8 @@ def training_memory(
     compute, checkpointing = precision.compute, training.gradient_checkpointing
     trained = policy.model.num_parameters(only_trainable=True)
     frozen = frozen_bytes(policy, compute if hardware.is_deepspeed else precision.stream, args.load_in_4bit)
-    trained_element = 4 if policy.is_adapter else precision.stream
-    parts = state_bytes(trained, frozen, hardware, compute, optimizer_bytes(training.optim), trained_element)
+    element = 4 if policy.is_adapter else precision.stream
+    parts = state_bytes(trained, frozen, hardware, compute, optimizer_bytes(training.optim), element)
     parts["gathered weights"] = _gathered_elements(policy, hardware) * compute
     parts["reference"] = _reference(policy, training, frozen, hardware, precision)
     sequences, tokens = _sequences(training, batch, length)
@@ -136,7 +136,7 @@ def training_memory(
 
 
 def state_bytes(
-    trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8, trained_element: int = 4
+    trained: int, frozen: float, hardware: Hardware, compute: int = 4, optimizer: int = 8, element: int = 4
 ) -> dict[str, float]:
     """
     Bytes of weights, gradients and optimizer; see the table above.
@@ -147,7 +147,7 @@ def state_bytes(
         hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
         compute (`int`, *optional*, defaults to `4`): Bytes of an element in computation.
         optimizer (`int`, *optional*, defaults to `8`): Bytes of optimizer state for each trained parameter.
-        trained_element (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.
+        element (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.
     """
     n = hardware.processes
     shards = n if hardware.shards_weights else 1
@@ -159,17 +159,10 @@ def state_bytes(
             "optimizer": (4 + optimizer) * trained / n,
             "buckets": compute * BUCKET,
         }
-    state = (
-        optimizer * trained * (trained_element / 4 if optimizer == 8 else 1)
-    )  # AdamW's has the type of the parameter
-    parts = {
-        "weights": frozen,
-        "trained": trained_element * trained,
-        "gradients": trained_element * trained,
-        "optimizer": state,
-    }
+    state = optimizer * trained * (element / 4 if optimizer == 8 else 1)  # AdamW's has the type of the parameter
+    parts = {"weights": frozen, "trained": element * trained, "gradients": element * trained, "optimizer": state}
     parts = {name: size / shards for name, size in parts.items()}
-    return parts | ({"buckets": trained_element * trained} if hardware.kind == "DDP" else {})
+    return parts | ({"buckets": element * trained} if hardware.kind == "DDP" else {})
 
 
 def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
