@@ -29,7 +29,7 @@ from medst_trl.training.settings import CommonTrlSettings
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
 # Training arguments that do not affect what is learned, so that a resumed run may change them.
@@ -230,10 +230,23 @@ def train_policy(
 def _with_policy(
     make_trainer: "Callable[..., Trainer]", args: Any, training_args: Any, datasets: "dict[str, Dataset]"
 ) -> "Trainer":
-    """The trainer of the policy that `args` name."""
+    """Load the policy that `args` name, and make its trainer."""
+    from medst_trl.policy.adapters import freeze_vision
+    from medst_trl.policy.loading import load_policy
     from medst_trl.policy.vusr import add_vusr
 
-    model, processor = load_trainable_policy(args, training_args)
+    model, processor = load_policy(
+        args.model_name_or_path,
+        base_model_name_or_path=args.base_model_name_or_path,
+        dtype=args.weights_dtype(training_args),
+        is_trainable=True,
+        load_in_4bit=args.load_in_4bit,
+        vusr_role=args.vusr_role,  # stage 2 finds it in the template that stage 1 saved
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
+    if not args.train_vision:
+        freeze_vision(model)
     shape = keep_shape(args, model) if args.checks_shape and hasattr(model, "peft_config") else None
     trainer = make_trainer(
         args,
@@ -310,28 +323,6 @@ def describe_run(trainer: "Trainer", examples: str, counts: dict[str, Any]) -> s
 
 
 # The policy
-
-
-def load_trainable_policy(
-    args: TrainingStageArguments, training_args: "TrainingArguments"
-) -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """Load the model and processor that `args` name, the vision tower frozen unless it trains."""
-    from medst_trl.policy.adapters import freeze_vision
-    from medst_trl.policy.loading import load_policy
-
-    model, processor = load_policy(
-        args.model_name_or_path,
-        base_model_name_or_path=args.base_model_name_or_path,
-        dtype=args.weights_dtype(training_args),
-        is_trainable=True,
-        load_in_4bit=args.load_in_4bit,
-        vusr_role=args.vusr_role,  # stage 2 finds it in the template that stage 1 saved
-        trust_remote_code=training_args.trust_remote_code,
-        attn_implementation=args.attn_implementation,
-    )
-    if not args.train_vision:
-        freeze_vision(model)
-    return model, processor
 
 
 def new_adapter(
