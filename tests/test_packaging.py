@@ -120,12 +120,3 @@ def test_the_licence_is_complete_and_the_version_is_valid():
 
 def test_ci_is_executable():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
-
-
-def test_recipes_are_executable_and_have_a_summary():
-    from medst_trl.pipeline.recipe import packaged_recipes, summary
-
-    for name, path in packaged_recipes().items():
-        assert path.read_text().startswith("#!/usr/bin/env -S python -m medst_trl\n#"), name
-        assert path.stat().st_mode & 0o111, f"{name} is not executable"
-        assert summary(path), f"{name} has no summary"

@@ -26,7 +26,7 @@ from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import effective_batch
 from medst_trl.pipeline.plan.validate import validate
-from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.recipe import packaged_recipes, read_recipe, summary
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -73,7 +73,8 @@ def real_dimensions(tmp_path_factory):
 @each_recipe
 def test_the_header_describes_the_recipe_and_how_to_run_it(path):
     text = path.read_text()
-    assert text.startswith("#!/usr/bin/env -S python -m medst_trl\n") and os.access(path, os.X_OK)
+    assert text.startswith("#!/usr/bin/env -S python -m medst_trl\n#") and os.access(path, os.X_OK)
+    assert summary(path) and path.samefile(packaged_recipes()[path.stem])
     for heading in ("# What it is", "# What it needs", "# Run it", "# Change it"):
         assert heading in text
     assert f"medst run recipes/{path.name}" in text

@@ -88,7 +88,7 @@ def test_16_and_32_bit_grey_is_rescaled_to_8_bits_in_order(tmp_path, mode, name)
     assert (np.diff(stored.ravel()[order].astype(int)) >= 0).all()
 
 
-def test_uniform_and_non_finite_grey_values_can_be_stored(tmp_path):
+def test_uniform_and_non_finite_grey_values_can_be_stored():
     assert np.asarray(Image.open(io.BytesIO(store_image(Image.new("I;16", (4, 4), 900)).bytes))).max() == 0
     non_finite = Image.fromarray(np.array([[np.nan, 0, 1, np.inf, -np.inf]], np.float32))
     assert pixels(store_image(non_finite).bytes)[0, :, 0].tolist() == [0, 0, 255, 255, 0]

@@ -3,22 +3,14 @@
 """FSDP2 on CPUs: the same steps as one process, and a complete saved adapter."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny_dpo
 import tiny_run
 import torch
+from commands import launch_script
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-
-from medst_trl.pipeline.launch import find_config, without_launcher
-
-
-TESTS = Path(__file__).parents[1]
 
 
 DESCENT = {
@@ -33,15 +25,8 @@ DESCENT = {
 )
 def test_two_ranks_take_the_same_steps_as_one(tmp_path, module, settings):
     settings = DESCENT | settings
-    environment = without_launcher(os.environ) | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(find_config("fsdp2")),
-        "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", str(TESTS / "fsdp_on_cpus.py"),
-        module.__name__, str(tmp_path), json.dumps(settings | {"per_device_train_batch_size": 1}),
-    ]  # fmt: skip
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    overrides = json.dumps(settings | {"per_device_train_batch_size": 1})
+    process = launch_script("fsdp_on_cpus.py", module.__name__, str(tmp_path), overrides, kind="fsdp2")
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run.json").read_text())
     assert result["kind"].endswith("FSDP")

@@ -3,10 +3,6 @@
 """Checkpoints of several ranks are resumed to the same weights, and refused if they cannot be read."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -14,13 +10,10 @@ import pytest
 import tiny_run
 import torch
 from accelerate.utils import DistributedType
+from commands import launch_script
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.launch import without_launcher
 from medst_trl.training.resume import resume_checkpoint
-
-
-TESTS = Path(__file__).parents[1]
 
 
 def make_accelerator(kind: DistributedType, num_processes: int) -> SimpleNamespace:
@@ -68,19 +61,10 @@ def test_two_killed_ranks_resume_to_the_same_weights_with_zero_2(tmp_path):
         "max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2,
         "ddp_backend": "gloo",
     }  # fmt: skip
-    environment = without_launcher(os.environ) | {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }  # fmt: skip
 
     def run(directory, *kill):
         directory.mkdir(exist_ok=True)
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2",
-            "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0",
-            str(TESTS / "tiny_run.py"), str(directory), json.dumps(settings), *kill,
-        ]  # fmt: skip
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        return launch_script("tiny_run.py", str(directory), json.dumps(settings), *kill, kind="zero2")
 
     uninterrupted = run(tmp_path / "uninterrupted")
     assert uninterrupted.returncode == 0, uninterrupted.stderr

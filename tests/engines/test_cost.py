@@ -1,6 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -114,6 +116,43 @@ def test_two_caches_can_write_to_the_same_file(tmp_path):
     for number in range(20):
         (first if number % 2 else second).add(row(str(number), reply="x" * 10_000))
     assert all(ReplyCache(tmp_path).attempts(str(number)) for number in range(20))
+
+
+WRITER = """\
+import sys
+from medst_trl.engines.cost import ReplyCache
+cache = ReplyCache(sys.argv[1])
+print("ready", flush=True)
+input()  # both processes start to write at the same time
+for number in range(1000):
+    key = f"{sys.argv[2]}{number}"
+    cache.add({"key": key, "attempt": 0, "reply": key * 2_000, "finish_reason": "stop", "usage": None})
+cache.close()
+"""
+
+
+def test_two_processes_can_write_to_the_same_file_at_once(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert sum(map(bool, (tmp_path / CACHE_FILE).read_bytes().splitlines())) == 2000  # empty lines are allowed
+    cache = ReplyCache(tmp_path)
+    for key in (f"{name}{number}" for name in "ab" for number in range(1000)):
+        assert [attempt["reply"] for attempt in cache.attempts(key)] == [key * 2_000]
 
 
 def test_cache_without_a_directory_writes_no_file(tmp_path, monkeypatch):

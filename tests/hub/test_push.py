@@ -456,7 +456,7 @@ def test_a_push_without_a_valid_repository_is_refused(monkeypatch, repo_id, mess
         PushAfterStage(("",), [training_arguments(repo_id)])
 
 
-def test_a_push_without_a_token_is_refused(monkeypatch, tmp_path):
+def test_a_push_without_a_token_is_refused(monkeypatch):
     monkeypatch.setattr("medst_trl.hub.push.get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
         PushAfterStage(("",), [training_arguments("org/name")])

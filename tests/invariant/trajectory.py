@@ -9,19 +9,16 @@ gradient of zero would become a step of full size.
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from commands import launch_script
 from tiny_run import trained_weights
 from transformers import Trainer
 
 
-TESTS = Path(__file__).parents[1]
 STEPS = 5
 # Random sampling, so that both runs use the same batches in the same order, even if their default is to group them.
 DESCENT = {"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.1, "train_sampling_strategy": "random"}
@@ -83,16 +80,7 @@ def follow(trainer: Trainer) -> Trajectory:
 def follow_ranks(script: str, directory: Path, ranks: int, **overrides) -> Trajectory:
     """Train in one process per rank; `script` is `tiny_run.py` or `tiny_dpo.py`."""
     directory.mkdir(parents=True)
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
-        "--mixed_precision", "no", "--main_process_port", "0", str(TESTS / script), str(directory),
-        json.dumps(overrides),
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }  # fmt: skip
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    process = launch_script(script, str(directory), json.dumps(overrides), ranks=ranks)
     assert process.returncode == 0, process.stderr
     fallback_warnings = [
         line for line in process.stderr.splitlines() if "share_prefix:" in line or "pack_sequences:" in line

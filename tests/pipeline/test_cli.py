@@ -307,7 +307,7 @@ def test_run_is_refused_under_a_launcher(recipe):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_stops_its_child_processes(tmp_path, number):
+def test_an_interrupted_run_stops_its_child_processes(number):
     code = """
 import sys
 from medst_trl.cli import guarded
@@ -527,7 +527,7 @@ def test_a_single_process_uses_one_gpu(launcher, monkeypatch, visible, expected)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_a_closed_stdout_is_silent_and_other_broken_pipes_are_raised(capfd):
+def test_a_closed_stdout_is_silent_and_other_broken_pipes_are_raised():
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m medst_trl.cli recipes show demo | true; echo ${{PIPESTATUS[0]}}"],
         capture_output=True, text=True,

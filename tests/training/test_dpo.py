@@ -4,14 +4,13 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_dpo
 import torch
+from commands import launch_script
 from datasets import Dataset, DatasetDict
 from tiny_dpo import adapter_policy, make_trainer, pair, trained_weights
 from transformers import TrainerCallback
@@ -266,21 +265,11 @@ def test_the_adapter_is_saved_without_its_reference_and_can_be_loaded(tmp_path):
 def run_training_script(
     directory: Path, *arguments: str, ranks: int = 1, zero_2: bool = False, **overrides
 ) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    distributed = ["--multi_gpu"]
     if zero_2:
-        del environment["ACCELERATE_USE_CPU"]  # accelerate silently ignores DeepSpeed if this is set
-        environment["DS_ACCELERATOR"] = "cpu"
-        distributed, overrides["ddp_backend"] = ["--use_deepspeed", "--zero_stage", "2"], "gloo"
-    script = [str(Path(__file__).parents[1] / "tiny_dpo.py"), str(directory), json.dumps(overrides), *arguments]
-    command = [sys.executable, *script]
-    if ranks > 1:
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", *distributed, "--num_processes", str(ranks),
-            "--mixed_precision", "no", "--main_process_port", "0", *script,
-        ]  # fmt: skip
+        overrides["ddp_backend"] = "gloo"
     directory.mkdir(parents=True, exist_ok=True)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    kind = "zero2" if zero_2 else "ddp"
+    return launch_script("tiny_dpo.py", str(directory), json.dumps(overrides), *arguments, ranks=ranks, kind=kind)
 
 
 @pytest.mark.slow

@@ -4,11 +4,9 @@
 
 import gc
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import weakref
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +15,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import launch_script
 from datasets import Dataset
 from datasets.features.image import Image as ImageFeature
 from PIL import Image
@@ -507,16 +506,7 @@ def run_script(output_dir: Path, batches: int = 99, ranks: int = 1) -> subproces
     output_dir.mkdir(parents=True, exist_ok=True)
     script = output_dir.parent / "reference_run.py"
     script.write_text(SCRIPT)
-    launcher = [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks), "--mixed_precision", "no",
-        "--main_process_port", "0",
-    ]  # fmt: skip
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    command = [sys.executable, *(launcher if ranks > 1 else []), str(script), str(output_dir), str(batches)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return launch_script(script, str(output_dir), str(batches), ranks=ranks)
 
 
 @pytest.mark.slow

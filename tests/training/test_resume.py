@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
+from commands import launch_script
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -31,11 +30,8 @@ def uninterrupted(tmp_path_factory):
 
 
 def _run_until_killed(directory: Path, *kill: str) -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(directory), json.dumps(SETTINGS), *kill]
-    process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    process = launch_script("tiny_run.py", str(directory), json.dumps(SETTINGS), *kill, ranks=1)
+    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
 @pytest.mark.parametrize(

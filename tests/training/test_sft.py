@@ -1,9 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from commands import launch_script
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback
 
@@ -327,19 +325,11 @@ def test_a_saved_adapter_loads_as_the_same_policy(tmp_path):
 
 
 def _train_on_two_ranks(directory: Path, overrides: dict, *kill: str) -> dict | None:
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--main_process_port", "0", str(root / "tests" / "tiny_run.py"), str(directory), json.dumps(overrides), *kill,
-    ]  # fmt: skip
-    run = subprocess.run(command, env=environment, capture_output=True, timeout=240)
+    run = launch_script("tiny_run.py", str(directory), json.dumps(overrides), *kill)
     if kill:
         assert run.returncode != 0
         return None
-    assert run.returncode == 0, run.stderr.decode()
+    assert run.returncode == 0, run.stderr
     return json.loads((directory / "run.json").read_text())
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import json
 
 import pytest
 from PIL import Image
+from tables import write_table
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import load_records, text_of
@@ -13,17 +13,6 @@ from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 
 
 SHORT, LONG = " ".join(["word"] * 29), " ".join(["word"] * 30)
-
-
-def write_table(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
 
 
 def question_of(conversation):

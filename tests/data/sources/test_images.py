@@ -1,9 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import csv
-import json
 
 import pytest
+from tables import write_table
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.sources.images import read_folder, read_table
@@ -27,15 +27,7 @@ def test_a_table_can_contain_questions_and_images_without_questions(tmp_path, su
         {"image": "a.png", "question": "Normal?", "answer": "Yes", "split": ""},
         {"image": "b.png", "question": "", "answer": "", "split": ""},
     ]
-    path = tmp_path / f"table{suffix}"
-    if suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    source = read_table(path, tmp_path)
+    source = read_table(write_table(tmp_path / f"table{suffix}", rows), tmp_path)
     assert [(q.split, q.question, q.answer, q.answer_type) for q in source.questions] == [
         ("test", 'What, "exactly"?', "a\nliver", "open"),
         ("train", "Normal?", "Yes", "closed"),

@@ -193,7 +193,7 @@ def test_dry_run_under_a_launcher_is_refused(recipe):
         run_recipe([recipe, "--dry_run"])
 
 
-def test_the_dry_run_of_the_judge_is_passed_to_the_stage(recipe, capsys, monkeypatch):
+def test_the_dry_run_of_the_judge_is_passed_to_the_stage(recipe, monkeypatch):
     steps = {}
     monkeypatch.setattr(
         "medst_trl.pipeline.launch.run", lambda command, environment: steps.update(command=command) or 0

@@ -1,15 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from commands import launch_script
 from datasets import Dataset
 from jsonl import read_jsonl
 
@@ -315,13 +313,9 @@ def test_a_run_killed_twice_resumes(finished, inputs, tmp_path, ranks):
     script.write_text(SCRIPT)
 
     def run(processes, kill_after):
-        launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
         settings = FAST | inputs | {"output_dir": tmp_path / "out"}
-        words = [str(script), str(kill_after), *(f"--{key}={value}" for key, value in settings.items())]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-        return subprocess.run(
-            [sys.executable, *launch, *words], capture_output=True, text=True, env=environment, timeout=300
-        )
+        words = [str(kill_after), *(f"--{key}={value}" for key, value in settings.items())]
+        return launch_script(script, *words, ranks=processes)
 
     for kill_after in (1, 3):
         result = run(ranks, kill_after)

@@ -328,7 +328,7 @@ def test_help_imports_no_heavy_package():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_the_parser_reads_settings(tmp_path):
+def test_the_parser_reads_settings():
     args, *_ = STAGE.make_parser().parse_args_and_config(
         ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
     )
