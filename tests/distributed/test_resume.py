@@ -3,6 +3,7 @@
 """Checkpoints of several ranks are resumed to the same weights, and refused if they cannot be read."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
