@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from datasets import Dataset
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_jsonl, write_text
@@ -25,12 +27,8 @@ from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, preference_features, text_of, with_stored_images, write_split
 from medst_trl.data.source import BadRecord, Records, Rejected, list_reasons, published_id
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
+from medst_trl.selftrain.preferences import Preferences
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from medst_trl.selftrain.preferences import Preferences
 
 # Chosen and rejected conversation of a record, by format.
 FORMATS = {
@@ -151,7 +149,7 @@ def _read_pair(record: dict) -> dict:
     }
 
 
-def write_preferences(folder: str | os.PathLike, preferences: "Preferences", file: PreferenceFile) -> None:
+def write_preferences(folder: str | os.PathLike, preferences: Preferences, file: PreferenceFile) -> None:
     """
     Write the selected pairs of a file as a dataset with its images, for `medst dpo --dataset FOLDER`.
 
@@ -177,7 +175,7 @@ def write_preferences(folder: str | os.PathLike, preferences: "Preferences", fil
 
 
 def write_preference_file(
-    dataset: "Dataset",
+    dataset: Dataset,
     path: str | os.PathLike,
     image_folder: str | os.PathLike,
     format: Literal["stllava_med", "mmedpo"] = "stllava_med",

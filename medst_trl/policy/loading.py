@@ -26,8 +26,15 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import LOADING_ERRORS, MAX_TENSORS, load_adapter, read_adapter_config, retie_lm_head
-from .base_weights import check_base, hub_commit
+from .adapters import (
+    LOADING_ERRORS,
+    MAX_TENSORS,
+    check_base,
+    hub_commit,
+    load_adapter,
+    read_adapter_config,
+    retie_lm_head,
+)
 from .families import check_family
 from .parts import model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids

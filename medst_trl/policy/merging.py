@@ -29,7 +29,7 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .base_weights import hub_commit
+from .adapters import hub_commit
 from .loading import has_file, load_policy
 
 

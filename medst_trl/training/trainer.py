@@ -20,8 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import with_stored_images
-from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision
-from medst_trl.policy.base_weights import write_base_file
+from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
 from medst_trl.policy.loading import load_policy, prepare_policy
 from medst_trl.policy.parts import ModelParts, base_of, model_parts
 

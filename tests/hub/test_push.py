@@ -274,7 +274,7 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
     from transformers import AutoModelForImageTextToText
 
     from medst_trl.pipeline.stages import merge
-    from medst_trl.policy.base_weights import write_base_file
+    from medst_trl.policy.adapters import write_base_file
 
     local = tmp_path / "local"
     model, processor = adapter_policy(save_to=local)
@@ -329,7 +329,7 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
         assert figures == {"strict open f1": 41.25, "strict closed accuracy": 80.0}
 
     # The base is identified by the pinned revision of the adapter. This cache has no reference for `main`.
-    code = "from medst_trl.policy import base_weights as b; b.weights_fingerprint = lambda *source: print(source)\n"
+    code = "from medst_trl.policy import adapters as b; b.weights_fingerprint = lambda *source: print(source)\n"
     code += "from medst_trl import load_policy; load_policy('org/adapter')"
     result = client(hub.url, tmp_path / "elsewhere", "-c", code)
     assert f"('org/base', '{base.partition('@')[2]}')" in result.stdout

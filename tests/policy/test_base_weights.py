@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.base_weights import BASE_FILE, weights_fingerprint, write_base_file
+from medst_trl.policy.adapters import BASE_FILE, weights_fingerprint, write_base_file
 from medst_trl.policy.loading import load_policy
 
 

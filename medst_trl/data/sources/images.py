@@ -62,7 +62,7 @@ def read_table(path: Path, image_folder: Path) -> Records:
 
     def record(name: str, image: str, row: dict) -> Question | Conversation:
         if row.get("question") or row.get("answer"):
-            return _question(name, image, row)
+            return question_of(name, image, row)
         return Conversation(name, (image,), [])
 
     records = Records("images", image_folder)
@@ -80,7 +80,8 @@ def collect_rows(records: Records, path: Path, make: Callable[[str, str, dict], 
     )
 
 
-def _question(name: str, image: str, row: dict) -> Question:
+def question_of(name: str, image: str, row: dict) -> Question:
+    """Make a question of a row with the columns that [`read_table`] describes."""
     answer = text_value(row.get("answer"), missing="no_answer")
     split = row.get("split") or "train"
     if split not in _SPLITS:

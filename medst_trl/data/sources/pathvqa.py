@@ -13,14 +13,14 @@ from medst_trl.data.source import (
     IMAGE_FOLDERS,
     SOURCES,
     BadRecord,
-    Question,
     Records,
     Rejected,
     Source,
     SourceCard,
-    guess_answer_type,
     text_value,
 )
+
+from .images import question_of
 
 
 PATHVQA_FILES = {"test": "*test.json", "validation": "*val.json", "train": "*train.json"}
@@ -54,21 +54,10 @@ def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.
     """
     records = Records("pathvqa", image_folder, counts={"images_without_questions": 0})
 
-    def question(name: str, pair: dict) -> Question:
-        answer = text_value(pair["answer"], missing="no_answer")
-        return Question(
-            id=name,
-            image=pair["image"],
-            split=split,
-            question=text_value(pair["question"], missing="no_question"),
-            answer=answer,
-            answer_type=guess_answer_type(answer),
-        )
-
     for split, pattern in PATHVQA_FILES.items():
         pattern_of_split = image_pattern.replace("{split}", "val" if split == "validation" else split)
         pairs = _pairs(find_file(path, pattern), split, pattern_of_split, records.counts)
-        records.collect(pairs, question, default_id=lambda name, _: name)
+        records.collect(pairs, lambda name, row: question_of(name, row["image"], row), default_id=lambda name, _: name)
     return records
 
 
@@ -89,7 +78,7 @@ def _pairs(
             continue
         counts["images_without_questions"] += not pairs
         for number, (question, answer) in enumerate(pairs):
-            yield f"{name}-{number}", {"question": question, "answer": answer, "image": image}
+            yield f"{name}-{number}", {"question": question, "answer": answer, "image": image, "split": split}
 
 
 def _pairs_of(entry: dict) -> Iterator[tuple[object, object]]:
