@@ -3,13 +3,13 @@
 """
 What single formats need: 8-bit pixels, JPEG and PNG files without metadata, and DICOM.
 
-Images of other modes become 8-bit grey or RGB as follows:
+Images of other modes become 8-bit gray or RGB as follows:
 
 - 1-bit: black and white become 0 and 255.
 - Palette, CMYK, YCbCr, LAB and similar modes: RGB, by PIL's conversion.
 - Transparency: laid on black, the background of radiology, so that hidden content stays hidden.
-- More than 8 bits of grey (16-bit, 32-bit, float): the image's own minimum..maximum becomes 0..255, linearly. This
-  keeps the order, and a uniform image becomes black. PIL reduces 16-bit colour to its high bytes when it decodes.
+- More than 8 bits of gray (16-bit, 32-bit, float): the image's own minimum..maximum becomes 0..255, linearly. This
+  keeps the order, and a uniform image becomes black. PIL reduces 16-bit color to its high bytes when it decodes.
 """
 
 import io
@@ -101,17 +101,17 @@ def rescale(values: np.ndarray, low: float | None = None, high: float | None = N
 # A byte FF inside compressed data is followed by 00, by a restart marker or by another FF; a marker is none of these.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SOI, _EOI, _SOS, _APP0, _APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
-# Frame headers, Huffman and arithmetic tables (C0-CF), scan, quantisation tables, lines, restarts, hierarchy (DA-DF).
+# Frame headers, Huffman and arithmetic tables (C0-CF), scan, quantization tables, lines, restarts, hierarchy (DA-DF).
 _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)} - {0xC8}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def strip_jpeg(data: bytes) -> bytes | None:
     """
-    A JPEG file without APPn and COM segments and without what follows its end; the compressed image is untouched.
+    Return a JPEG file without APPn and COM segments and without what follows its end. The image itself is untouched.
 
-    Two application segments stay, cut to the fields that decide how colours decode: JFIF (without its thumbnail) and
-    Adobe. Returns `None` where the structure is not understood, so that the caller encodes the pixels again.
+    Two application segments stay, cut to the fields that decide how colors decode: JFIF (without its thumbnail) and
+    Adobe. Returns `None` for an unknown structure, so that the caller encodes the pixels again.
     """
     parts, at = [b"\xff\xd8"], 2
     while True:
@@ -142,15 +142,15 @@ def _needed_part(kind: int, segment: bytes) -> bytes | None:
     if kind == _APP0 and segment[:5] == b"JFIF\0" and len(segment) >= 14:
         return segment[:12] + b"\0\0"  # version and density; no thumbnail
     if kind == _APP14 and segment[:5] == b"Adobe" and len(segment) >= 12:
-        return segment[:12]  # holds the colour transform
+        return segment[:12]  # holds the color transform
     return segment if kind in _NEEDED else None
 
 
 def strip_png(data: bytes) -> bytes | None:
     """
-    A PNG file with its header, its compressed image and its end, and nothing else.
+    Return a PNG file with its header, its compressed image and its end, and nothing else.
 
-    Returns `None` unless it is 8-bit grey or RGB, for which no other chunk holds pixels. (The caller checks for
+    Returns `None` unless it is 8-bit gray or RGB, for which no other chunk holds pixels. (The caller checks for
     transparency.)
     """
     if data[:8] != _PNG_SIGNATURE or data[12:16] != b"IHDR" or data[24] != 8 or data[25] not in (0, 2):
@@ -171,16 +171,16 @@ def strip_png(data: bytes) -> bytes | None:
 
 def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
     """
-    The image of a DICOM file, mode "L" or "RGB". Nothing of the header survives, but text burned into the pixels does.
+    Read the image of a DICOM file, mode "L" or "RGB". The header is dropped; text burned into the pixels stays.
 
-    Grey values go through the modality LUT and the first window (linear, exact or sigmoid), whose two ends become 0
+    Gray values go through the modality LUT and the first window (linear, exact or sigmoid), whose two ends become 0
     and 255. Without a window they go through the VOI LUT if there is one, and their own minimum..maximum becomes
-    0..255. MONOCHROME1 is inverted, so that white is dense. Colour (RGB, YBR, palette) of 8 bits is taken as it is,
+    0..255. MONOCHROME1 is inverted, so that white is dense. Color (RGB, YBR, palette) of 8 bits is taken as it is,
     of 16 bits by its high bytes.
 
     Raises:
         ImageProblem: `several_frames`, `too_large`, `truncated`, `bad_window`, `unsupported` (a compression without a
-            decoder, an unknown colour space), `not_an_image` (no pixels, or not a DICOM file).
+            decoder, an unknown color space), `not_an_image` (no pixels, or not a DICOM file).
         UserError: if pydicom is not installed.
     """
     try:
@@ -205,7 +205,7 @@ def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _dicom_pixels(header) -> np.ndarray:
-    """Bytes of shape (height, width) or (height, width, 3)."""
+    """Return bytes of shape (height, width) or (height, width, 3)."""
     from pydicom.pixels import apply_color_lut, pixel_array
 
     try:
@@ -214,20 +214,20 @@ def _dicom_pixels(header) -> np.ndarray:
         raise ImageProblem("unsupported", str(error)) from None
     except Exception as error:
         raise ImageProblem("truncated", str(error)) from None
-    colours = header.get("PhotometricInterpretation", "")
+    colors = header.get("PhotometricInterpretation", "")
     try:
-        if colours == "PALETTE COLOR":
+        if colors == "PALETTE COLOR":
             values = apply_color_lut(values, header)
         if values.ndim == 3 and values.shape[2] == 3:
             return (values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)
-        if values.ndim != 2 or not colours.startswith("MONOCHROME"):
-            raise ImageProblem("unsupported", f"photometric interpretation {colours!r}")
-        grey = _window(values, header)
+        if values.ndim != 2 or not colors.startswith("MONOCHROME"):
+            raise ImageProblem("unsupported", f"photometric interpretation {colors!r}")
+        gray = _window(values, header)
     except ImageProblem:
         raise
     except Exception as error:
         raise ImageProblem("bad_window", str(error)) from None
-    return 255 - grey if colours == "MONOCHROME1" else grey
+    return 255 - gray if colors == "MONOCHROME1" else gray
 
 
 def _window(values: np.ndarray, header) -> np.ndarray:

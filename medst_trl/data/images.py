@@ -273,7 +273,7 @@ def _without_metadata(image: Image.Image, data: bytes) -> bytes | None:
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    clean = Image.new(image.mode, image.size)  # `info` may hold text, EXIF or a colour profile, which PIL would write
+    clean = Image.new(image.mode, image.size)  # `info` may hold text, EXIF or a color profile, which PIL would write
     clean.paste(image)
     clean.save(file, "PNG")
     return file.getvalue()

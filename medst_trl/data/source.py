@@ -61,7 +61,7 @@ class Conversation:
     Attributes:
         id (`str`): Unique in its source.
         images (`tuple[str, ...]`): File names inside the directory of images, in the order of the image parts.
-        messages (`list[dict]`): Made by `schema.message`; empty for unlabelled images.
+        messages (`list[dict]`): Made by `schema.message`; empty for unlabeled images.
         split (`str`): `"train"` or `"validation"`, as the source has it.
     """
 
@@ -235,7 +235,7 @@ class SourceCard:
         homepage (`str`, *optional*):
             Where its authors publish it.
         licence (`str`, *optional*):
-            Its licence, as its authors state it.
+            Its license, as its authors state it.
         citation (`str`, *optional*):
             The paper to cite.
         synthetic (`bool`, *optional*, defaults to `False`):

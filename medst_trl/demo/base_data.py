@@ -4,7 +4,7 @@
 What the tiny general-purpose model is trained on: plain text, and pictures of plain shapes with questions about them.
 
 The text (`plain_text.yaml`) explains a few everyday and medical words. Nothing in it says what any picture shows, and
-nothing in the pictures is medical: a picture is 64 x 64, grey, and shows one shape or none on a plain, striped, shaded
+nothing in the pictures is medical: a picture is 64 x 64, gray, and shows one shape or none on a plain, striped, shaded
 or grainy background.
 """
 
@@ -24,11 +24,11 @@ _TEXT = yaml.safe_load(Path(__file__).with_name("plain_text.yaml").read_text(enc
 DEFINITIONS: dict[str, str] = _TEXT["definitions"]
 WORDS = tuple(_TEXT["words"].split())
 BACKGROUNDS = ("plain", "striped", "shaded", "grainy")
-SHAPES = ("square", "circle", "triangle")  # drawn, but all called "shape": at this size they are hard to tell apart
+SHAPES = ("square", "circle", "triangle")  # all are named "shape": at this size they are hard to tell apart
 
 
 def training_conversations(num_texts: int, num_pictures: int, turns: int | None, seed: int) -> list[dict]:
-    """The training data in order: text first, then pictures with a little text between them."""
+    """Return the training data in order: text first, then pictures with a little text between them."""
     texts = list(explanations(num_texts, seed))
     later = [*conversations(draw_pictures(num_pictures, seed), seed, turns), *texts[: num_pictures // 30]]
     random.Random(seed).shuffle(later)
@@ -140,15 +140,15 @@ def _picture(rng: np.random.Generator) -> Picture:
         facts = {name: str(rng.choice(values)) for name, values in possible.items()}
         radius = SIZE * (rng.uniform(0.11, 0.14) if facts["size"] == "large" else rng.uniform(0.05, 0.075))
         corner = np.array((1 if "right" in facts["corner"] else -1, 1 if "lower" in facts["corner"] else -1))
-        centre_x, centre_y = SIZE / 2 + SIZE * 0.19 * corner + rng.uniform(-6, 6, size=2)
-        inside = _inside(str(rng.choice(SHAPES)), (x - centre_x) / radius, (y - centre_y) / radius)
+        center_x, center_y = SIZE / 2 + SIZE * 0.19 * corner + rng.uniform(-6, 6, size=2)
+        inside = _inside(str(rng.choice(SHAPES)), (x - center_x) / radius, (y - center_y) / radius)
         pixels[inside] = 245 if facts["brightness"] == "bright" else 8
     pixels += rng.normal(0, 8, size=pixels.shape)
     return Picture(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), background, **facts)
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether pixels are inside a shape of radius 1 around the origin."""
+    """Return whether pixels are inside a shape of radius 1 around the origin."""
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) <= 0.9
     if shape == "circle":

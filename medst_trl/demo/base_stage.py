@@ -108,7 +108,7 @@ def main(args: BaseArguments) -> None:
 
 
 def _run_directory(args: BaseArguments) -> Path:
-    """The Trainer's directory; hidden, so that it does not count as part of the result."""
+    """Return the Trainer's directory. It is hidden, so that it does not count as part of the result."""
     return Path(args.output_dir) / ".run"
 
 
@@ -165,7 +165,7 @@ def _trainer(args: BaseArguments, model, processor):
 
 
 def _config(settings: dict[str, Any]) -> "tuple[PreTrainedConfig, bool]":
-    """The configuration of the model after training, and that it has no text role."""
+    """Return the configuration of the model after training, and that it has no text role."""
     return deepcopy(_prepared_config()), False
 
 
@@ -179,7 +179,7 @@ def _prepared_config() -> "PreTrainedConfig":
 
 
 def plan(counter: RowCounter, args: BaseArguments) -> Iterator[tuple[str, str]]:
-    """The stage's rows in a plan."""
+    """Yield the stage's rows in a plan."""
     yield "trains", f"a tiny model on {args.num_texts:,} texts and {args.num_pictures:,} pictures, one epoch"
 
 

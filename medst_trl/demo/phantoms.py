@@ -3,7 +3,7 @@
 """
 The source `phantoms`: synthetic scans with known truth, to try and to measure everything without medical data.
 
-A phantom is a 64 x 64 grey image that looks a little like a CT, MRI or ultrasound scan, with or without one round
+A phantom is a 64 x 64 gray image that looks a little like a CT, MRI or ultrasound scan, with or without one round
 lesion. Because it is drawn, every question about it has one right answer, and an oracle can tell a right answer from
 a wrong one. Left and right are those of the image, not of the patient.
 
@@ -89,12 +89,12 @@ ANY_SCAN = ("presence", "modality", "description")  # kinds that a scan without 
 CLOSED = ("presence", "bright", "dark")
 
 
-def _normalise(question: str) -> str:
+def _normalize(question: str) -> str:
     return " ".join(question.split()).rstrip("?. ").lower()
 
 
 _KINDS = {
-    _normalise(wording.format(view=view)): kind
+    _normalize(wording.format(view=view)): kind
     for kind, wordings in QUESTIONS.items()
     for wording in wordings
     for view in VIEWS
@@ -102,13 +102,13 @@ _KINDS = {
 
 
 def question_kind(question: str) -> str | None:
-    """The kind of a question (a key of `QUESTIONS`) in any wording; `None` for other text."""
-    return _KINDS.get(_normalise(question))
+    """Return the kind of a question (a key of `QUESTIONS`) in any wording; `None` for other text."""
+    return _KINDS.get(_normalize(question))
 
 
 def is_well_formed(question: str, truth: Truth | None = None) -> bool:
     """
-    Whether the text is a question that phantoms answer; with `truth`, whether that phantom answers it.
+    Return whether the text is a question that phantoms answer; with `truth`, whether that phantom answers it.
 
     A scan without a lesion does not answer where the lesion is or what it looks like.
     """
@@ -118,7 +118,7 @@ def is_well_formed(question: str, truth: Truth | None = None) -> bool:
 
 def answer(question: str, truth: Truth) -> str:
     """
-    The right answer to a question about a phantom with this truth.
+    Return the right answer to a question about a phantom with this truth.
 
     Raises:
         ValueError: if the phantom cannot answer the question (see `is_well_formed`).
@@ -200,7 +200,7 @@ def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = No
 
 
 def instruct_row(name: str, turns: Iterable[tuple[str, str]], *images: Image.Image) -> dict:
-    """A conversation of questions and answers about phantoms, in the instruct columns."""
+    """Return a conversation of questions and answers about phantoms, in the instruct columns."""
     ids = [image_id(image) for image in images]
     return {"id": name, "images": list(images), "image_ids": ids, "messages": dialogue(turns, len(images))}
 
@@ -210,7 +210,7 @@ _TRUTHS += [Truth(m, False) for m in MODALITIES for _ in range(11)]
 
 
 def _ask(name: str, truth: Truth, rng: np.random.Generator) -> list[dict]:
-    """One question of each kind that the image answers, in a drawn wording; only one of "bright" and "dark"."""
+    """Return one question of each kind that the image answers, in a drawn wording; "bright" or "dark", not both."""
     kinds = ["presence", "modality", "description"]
     if truth.lesion:
         kinds += ["location", "appearance", str(rng.choice(BRIGHTNESSES))]
@@ -225,16 +225,16 @@ def _ask(name: str, truth: Truth, rng: np.random.Generator) -> list[dict]:
 
 
 def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
-    """Pixels, uint8 of shape (64, 64): background, tissue as the modality shows it, lesion, noise."""
+    """Draw pixels, uint8 of shape (64, 64): background, tissue as the modality shows it, lesion, noise."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float64)
-    centre_x, centre_y = SIZE / 2 + rng.uniform(-3, 3, size=2)
+    center_x, center_y = SIZE / 2 + rng.uniform(-3, 3, size=2)
     if truth.modality == "ultrasound":  # a fan of speckle, as from a curved probe above the image
-        depth, angle = np.hypot(x - centre_x, y + 26), np.arctan2(x - centre_x, y + 26)
+        depth, angle = np.hypot(x - center_x, y + 26), np.arctan2(x - center_x, y + 26)
         tissue = (depth > 29) & (depth < 86) & (np.abs(angle) < 0.62)
         pixels = np.where(tissue, 75 * rng.rayleigh(0.9, size=(SIZE, SIZE)), 0)
     else:
         width, height = SIZE * rng.uniform(0.40, 0.46, size=2)
-        radius = np.hypot((x - centre_x) / width, (y - centre_y) / height)
+        radius = np.hypot((x - center_x) / width, (y - center_y) / height)
         tissue = radius <= 1
         if truth.modality == "CT":  # uniform tissue inside a bright ring of bone
             pixels = np.where(tissue, np.where(radius > 0.92, 220, 110), 0)
@@ -242,8 +242,8 @@ def _draw(truth: Truth, rng: np.random.Generator) -> np.ndarray:
             pixels = np.where(tissue, 110 + 40 * np.cos(12 * radius), 0)
     if truth.lesion:
         reach = SIZE * 0.19
-        lesion_x = centre_x + (reach if "right" in truth.quadrant else -reach) + rng.uniform(-3, 3)
-        lesion_y = centre_y + (reach if "lower" in truth.quadrant else -reach) + rng.uniform(-3, 3)
+        lesion_x = center_x + (reach if "right" in truth.quadrant else -reach) + rng.uniform(-3, 3)
+        lesion_y = center_y + (reach if "lower" in truth.quadrant else -reach) + rng.uniform(-3, 3)
         radius = SIZE * (rng.uniform(0.115, 0.145) if truth.size == "large" else rng.uniform(0.055, 0.08))
         pixels[np.hypot(x - lesion_x, y - lesion_y) <= radius] = 245 if truth.brightness == "bright" else 8
     return np.clip(pixels + rng.normal(0, 8, size=(SIZE, SIZE)), 0, 255).astype(np.uint8)
@@ -273,7 +273,7 @@ class PhantomSettings:
 
 
 def read_phantoms(request: SourceRequest) -> Records:
-    """Draw the phantoms that the settings ask for, with their conversations and questions."""
+    """Draw phantoms with their conversations and questions, as the settings say."""
     settings, seed = request.settings, request.seed
     train = make_phantoms(settings.num_phantoms, seed)
     test = make_phantoms(settings.num_test_phantoms, seed, split="test")

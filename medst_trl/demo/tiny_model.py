@@ -100,7 +100,7 @@ def tiny_llava(
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(25)
         if not tie_word_embeddings:
             # Adapters do not train the output layer. Drawn as small as the others, it would give no token a
-            # probability near one, and sampling would pick nonsense.
+            # probability near one, and sampled texts would be random.
             model.lm_head.weight.mul_(4)
     return model.eval(), processor
 

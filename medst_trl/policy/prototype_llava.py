@@ -29,7 +29,7 @@ class PrototypeExtractor(nn.Module):
     Project image features into the language model's space, after adding to each the mean of the features most similar
     to it (https://huggingface.co/papers/2403.11299).
 
-    Prototypes start as averages of neighbouring positions and are refined by attention. Each position then adds its
+    Prototypes start as averages of neighboring positions and are refined by attention. Each position then adds its
     feature to the prototype it is most similar to, and receives that prototype's mean.
 
     The published code multiplies features and similarities into a tensor of shape (batch, prototypes, positions,
@@ -140,7 +140,7 @@ class PrototypeLlavaConfig(LlavaConfig):
 
 
 class PrototypeLlavaPreTrainedModel(LlavaPreTrainedModel):
-    """Base class: the configuration, and how missing weights are initialised."""
+    """Base class: the configuration, and how missing weights are initialized."""
 
     config: PrototypeLlavaConfig
 
@@ -188,7 +188,7 @@ class PrototypeLlavaForConditionalGeneration(PrototypeLlavaPreTrainedModel, Llav
     """
 
     def __init__(self, config: PrototypeLlavaConfig):
-        # Not through LLaVA's own, which would initialise a language model that is thrown away.
+        # Not through LLaVA's own, which would initialize a language model that is thrown away.
         PrototypeLlavaPreTrainedModel.__init__(self, config)
         self.model = PrototypeLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)

@@ -219,7 +219,7 @@ def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
 
 def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
     """
-    Insert a zero-width non-joiner after the first character of each control token that a text spells.
+    Break each control token that a text spells by a zero-width non-joiner after its first character.
 
     Args:
         text (`str`):

@@ -28,7 +28,7 @@ _SPLITS = ("train", "validation", "test")
 
 def read_folder(directory: Path) -> Records:
     """
-    Read every file in a directory, except hidden ones, as one unlabelled image.
+    Read every file in a directory, except hidden ones, as one unlabeled image.
 
     Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
@@ -51,7 +51,7 @@ def read_table(path: Path, image_folder: Path) -> Records:
 
     Columns: `image`, a file name; optionally `question` and `answer` together, and with them `id`, `split` (train,
     validation or test; default train), `answer_type` (open or closed; default closed for yes and no), `question_type`
-    and `link` (shared by the paraphrases of one question). A row without a question is an unlabelled image.
+    and `link` (shared by the paraphrases of one question). A row without a question is an unlabeled image.
 
     Rejected, by reason: `malformed_row`, `malformed_json`, `not_an_object`, `no_image`, `no_question`, `no_answer`,
     `bad_split`, `bad_answer_type`, `not_text`, `bad_unicode`, `duplicate_id`.

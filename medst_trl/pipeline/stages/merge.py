@@ -11,7 +11,7 @@ transformers serve runs/vqa_rad/merged
 Output in `output_dir`: safetensors, processor, chat template and generation config. Plain transformers, `load_policy`
 and servers can load them, and `medst push` publishes them. Before the files get their final names, the model is loaded
 from disk and compared with the adapter, both for answers and for questions. The comparison uses the first
-conversations of `dataset`, or else of the data that the adapter was trained on, or else synthetic images. In float32,
+conversations of `dataset`, or else of the data that the adapter was trained on, or else images of noise. In float32,
 no log-probability may differ by more than 1e-4. In a smaller type, the limit is three times the rounding error of that
 type in the adapter itself. `stage.json` has the differences.
 
@@ -54,7 +54,7 @@ class MergeArguments:
             Type of the saved weights: float32, bfloat16, float16, or auto (the type of the base).
         dataset (`str`, *optional*):
             Directory or Hub id of conversations, preference pairs or a benchmark for the comparison. Default: the data
-            that the adapter was trained on if its record names an existing directory, else synthetic images.
+            that the adapter was trained on if its record names an existing directory, else images of noise.
         split (`str`, *optional*, defaults to `"train"`):
             Split of the dataset.
         num_examples (`int`, *optional*, defaults to `4`):
@@ -124,7 +124,7 @@ def main(args: MergeArguments) -> None:
 
 
 def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The conversations to compare on, and where they are from."""
+    """Return the conversations for the comparison, and where they are from."""
     check_bounds(args, at_least={"num_examples": 1})
     if args.dataset is not None:
         return read_examples(args.dataset, args.split, args.num_examples), args.dataset
@@ -135,7 +135,7 @@ def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[
         is_here = False
     if is_here:
         return read_examples(dataset, trained["settings"].get("train_split") or "train", args.num_examples), dataset
-    return drawn_examples(args.num_examples), "synthetic images"
+    return drawn_examples(args.num_examples), "images of noise"
 
 
 def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ medst prepare --source images --data_path scans --output_dir runs/mine/scans
 Output in `output_dir`, depending on what the source contains:
   instruct/{train,validation}-*.parquet  columns id, images, image_ids, messages
   benchmark/test-*.parquet               columns image_id, image, questions; one row per image
-  images/train-*.parquet                 unlabelled images; columns as in instruct, with empty messages
+  images/train-*.parquet                 unlabeled images; columns as in instruct, with empty messages
   rejected.jsonl                         id, reason and value of every rejected record
   image_index.jsonl                      image_id of every file (the datasets themselves contain no file names)
 """
@@ -234,7 +234,7 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
 
 
 def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
-    """Rows of a split that is not written yet, as far as the source knows."""
+    """Count the rows of a split that is not written yet, as far as the source knows."""
     source, limit = SOURCES.get(settings["source"]) if settings.get("source") else None, settings.get("max_records")
     if source is None or source.count is None:
         return Count(limit, at_most=limit is not None)
@@ -247,7 +247,7 @@ def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
 
 
 def plan(counter: RowCounter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:
-    """Return the stage's rows in a plan."""
+    """Yield the stage's rows in a plan."""
     source = SOURCES.get(args.source)
     if source.needs_data:
         missing = "" if args.data_path and Path(args.data_path).exists() else "; not on this machine"

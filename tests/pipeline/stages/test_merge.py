@@ -96,7 +96,7 @@ def test_the_output_shows_which_examples_were_used(run, tmp_path, capsys):
     (elsewhere / "stage.json").write_text(json.dumps(record))
     _merge(elsewhere, tmp_path / "drawn", "--dtype", "bfloat16")
     printed = capsys.readouterr().out
-    assert "synthetic images" in printed and "in bfloat16 (allowed" in printed and "base in 4 bits" in printed
+    assert "images of noise" in printed and "in bfloat16 (allowed" in printed and "base in 4 bits" in printed
 
 
 def _image():
