@@ -388,6 +388,8 @@ class Client:
             problem = CallError("timeout", f"no answer within {self.settings.timeout:g} s", charged=True)
         except openai.APIError as error:
             problem = error_of(error, self._secret)
+        except ValueError:  # a line of a stream
+            problem = CallError("not_json", "it sends a stream that cannot be read", charged=True)
         if pieces:  # the caller may already have shown them, so the call is not retried
             problem = CallError("interrupted", problem.detail, charged=True)
         raise problem
@@ -402,6 +404,10 @@ class Client:
                 if choice.delta.content:
                     pieces.append(choice.delta.content)
                     on_piece(choice.delta.content)
+        if finish_reason == "content_filter":
+            raise CallError("content_filter", "the reply was filtered", charged=True)
+        if not pieces and finish_reason is None:
+            raise CallError("not_json", "it sends no stream", charged=True)
         return {"reply": "".join(pieces), "finish_reason": finish_reason, "usage": None}
 
     async def _reserve(self, amount: float) -> None:

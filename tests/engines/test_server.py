@@ -379,6 +379,20 @@ def test_a_reply_is_streamed(fake_server):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<html>login</html>", "is not a chat API"),
+        ("data: {broken\n\n", "is not a chat API"),
+        (event_stream("Wh").replace("null", '"content_filter"'), "refuses the request: the reply was filtered"),
+    ],
+)
+def test_a_stream_without_a_complete_reply_is_an_error(fake_server, text, message):
+    fake_server.reply, fake_server.kind = lambda body: (200, text), "text/event-stream"
+    with pytest.raises(UserError, match=message):
+        list(server_engine(fake_server.url, "m").stream(prompt(to_ask([], 1)), Sampling()))
+
+
+@pytest.mark.parametrize(
     ("reply", "message"),
     [
         ((400, {"error": {"message": "image too large"}}), "refuses the request: 400: image too large"),
