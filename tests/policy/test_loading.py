@@ -295,7 +295,7 @@ def train(stage, output_dir, **options):
         "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "load_in_4bit": True, **options,
     }  # fmt: skip
     arguments = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]
-    stage.main(*stage.STAGE.make_parser().parse_args_and_config(arguments))
+    stage.STAGE.main(*stage.STAGE.make_parser().parse_args_and_config(arguments))
     return load_file(output_dir / "adapter_model.safetensors")
 
 
