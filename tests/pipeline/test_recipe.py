@@ -101,7 +101,9 @@ def test_inputs_of_stages_are_settings():
         # `report` and `push` need no record.
         records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()
         named = {name for item in stage.inputs for name in (item.key, item.split, item.unless) if name is not None}
-        assert named | records | stage.operational <= keys
+        # The stages that train share patterns, some of which are for one of them or for other versions of TRL.
+        operational = set() if stage.trains else stage.operational
+        assert named | records | operational <= keys
 
 
 def test_a_section_that_is_a_list_runs_once_per_item(tmp_path):
