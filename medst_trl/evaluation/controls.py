@@ -6,6 +6,8 @@ Controls: the same evaluation with images that do not help, to show how much of 
 - `blank`: every image is replaced by a mid-grey one of the same size.
 - `shuffled`: every question is asked about another image of the benchmark, all questions of one image about the same.
 
+Both are built in; there is no registry for others.
+
 If a control reaches the same score, the model does not need the image for it. LLaVA-Med's issue 130 reports answers
 that do not change with the image: https://github.com/microsoft/LLaVA-Med/issues/130.
 """
