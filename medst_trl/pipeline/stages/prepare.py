@@ -266,11 +266,7 @@ STAGE = STAGES.register(
         summary="turn medical images, questions and conversations into datasets",
         help=__doc__,
         after=("base",),
-        arguments=lambda: (
-            PrepareArguments,
-            *SOURCES.settings(),
-            HubArguments,
-        ),
+        arguments=lambda: (PrepareArguments, *SOURCES.settings(), HubArguments),
         check=check,
         main=main,
         plan=plan,
