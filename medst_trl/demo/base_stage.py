@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Output, RowCounter, Stage
 
 
@@ -77,6 +77,7 @@ class BaseArguments:
 def main(args: BaseArguments) -> None:
     from medst_trl.pipeline.record import StageRecord
 
+    check(args)
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":
         return
@@ -90,21 +91,26 @@ def main(args: BaseArguments) -> None:
 
     from .tiny_model import tiny_llava
 
-    model, processor = tiny_llava(seed=args.seed)
-    trainer = _trainer(args, model, processor)
-    result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_directory(args)))
-    if trainer.accelerator.is_main_process:
-        with staged_model(Path(args.output_dir), ".saving") as staging:
-            model.save_pretrained(staging)
-            processor.save_pretrained(staging)
-        shutil.rmtree(_run_directory(args))
-    record.finish(
-        counts={"parameters": model.num_parameters(), "steps": trainer.state.global_step},
-        training_loss=result.training_loss,
-    )
+    with record:
+        model, processor = tiny_llava(seed=args.seed)
+        trainer = _trainer(args, model, processor)
+        result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_directory(args)))
+        if trainer.accelerator.is_main_process:
+            with staged_model(Path(args.output_dir), ".saving") as staging:
+                model.save_pretrained(staging)
+                processor.save_pretrained(staging)
+            shutil.rmtree(_run_directory(args))
+        counts = {"parameters": model.num_parameters(), "steps": trainer.state.global_step}
+        record.finish(counts=counts, training_loss=result.training_loss)
     print(
         f"base: {model.num_parameters():,} parameters, training loss {result.training_loss:.3f}, in {args.output_dir}"
     )
+
+
+def check(args: BaseArguments) -> None:
+    """Raise a `UserError` for numbers out of bounds."""
+    counts = ("num_texts", "num_pictures", "turns", "per_device_train_batch_size", "save_steps", "logging_steps")
+    check_bounds(args, at_least=dict.fromkeys(counts, 1) | {"warmup_steps": 0}, above={"learning_rate": 0})
 
 
 def _run_directory(args: BaseArguments) -> Path:
@@ -190,6 +196,7 @@ STAGE = STAGES.register(
         help=__doc__,
         after=("convert",),
         arguments=lambda: (BaseArguments,),
+        check=check,
         main=main,
         plan=plan,
         outputs=(Output("", MODEL, config=_config, is_published=False),),

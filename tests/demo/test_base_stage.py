@@ -105,3 +105,11 @@ def test_a_resumed_run_gives_the_same_weights(finished, tmp_path, moment):
     base.main(replace(finished, output_dir=str(tmp_path / "base")))
     reloaded = weights(tmp_path / "base")
     assert all(torch.equal(value, reloaded[name]) for name, value in weights(finished.output_dir).items())
+
+
+@pytest.mark.parametrize("invalid", [{"learning_rate": -1.0}, {"num_pictures": 0}, {"turns": 0}])
+def test_numbers_out_of_bounds_are_refused(tmp_path, invalid):
+    (name,) = invalid
+    with pytest.raises(UserError, match=f"{name} is"):
+        base.main(base.BaseArguments(output_dir=str(tmp_path / "base"), **FEW | invalid))
+    assert not (tmp_path / "base").exists()
