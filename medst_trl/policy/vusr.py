@@ -6,7 +6,8 @@ The `<vusr>` token of a processor, and how data is kept free of control tokens.
 A user turn that starts with `<vusr>` is written by the model (STLLaVA-Med, https://huggingface.co/papers/2406.19973).
 The token is a special token whose input embedding is trained; the model reads it and never predicts it. Data never
 contains it: a message is marked with `vusr: true`, the span encoder (training) and the engines (asking) write the
-token, and data text that spells a control token is neutralized. Where the template has the text role `VUSER:` ([`set_vusr_role`]) there is no token.
+token, and data text that spells a control token is neutralized. Where the template has the text role `VUSER:`
+([`set_vusr_role`]) there is no token.
 """
 
 import re
