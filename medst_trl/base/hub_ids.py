@@ -35,15 +35,18 @@ def is_hub_id(name: object) -> bool:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is a path on this machine, and not a Hub id or the name of a model on a server."""
-    if name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name:
-        return True
-    return name.count("/") > 1 or ("/" in name and os.path.exists(name))
+    """Whether a name is a path on this machine, and not a Hub id."""
+    return _is_absolute(name) or name.count("/") > 1 or ("/" in name and os.path.exists(name))
 
 
 def public_name(model: str) -> str:
     """Return a model's name as it may be published: only the last part of a path on this machine."""
-    return Path(model).name if looks_local(model) or os.path.exists(model) else model
+    is_path = _is_absolute(model) or os.path.exists(model)  # the name of a model on a server may have several slashes
+    return Path(model).name if is_path else model
+
+
+def _is_absolute(name: str) -> bool:
+    return name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name
 
 
 def split_revision(source: str) -> tuple[str, str | None]:

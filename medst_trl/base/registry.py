@@ -33,7 +33,8 @@ _T = TypeVar("_T")
 PLUGINS_VARIABLE = "MEDST_PLUGINS"  # paths of plugin files, joined by os.pathsep
 PLUGINS_GROUP = "medst_trl.plugins"
 
-_loading = "medst_trl"  # the package or plugin that is being imported
+_PACKAGE = "medst_trl"
+_loading = _PACKAGE  # the package or plugin that is being imported
 _plugins: dict[str, UserError | None] = {}  # the plugins imported so far, and the errors of those that failed
 
 
@@ -107,6 +108,10 @@ class Registry(Generic[_T]):
         """All names in listing order."""
         self._load()
         return [item.name for item in self.order(list(self._objects.values()))]
+
+    def built_in(self) -> list[str]:
+        """Names of the objects that come with the package, in order."""
+        return [name for name in self.names() if self._origins[name] == _PACKAGE]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -278,7 +278,7 @@ def score_predictions(
         controls (`dict`):
             Name of each control to its predictions. Those of other questions than `records` are left out.
         variants (collection of `str`, *optional*):
-            Names of metrics. Defaults to all that are registered.
+            Names of metrics. Defaults to those that come with the package.
         settings (iterable of dataclasses, *optional*):
             Settings of metrics. A metric whose settings are missing uses its defaults.
         bootstrap_samples, seed:
@@ -291,7 +291,7 @@ def score_predictions(
     Raises:
         UserError: if a control does not answer the same questions.
     """
-    variants, given = variants or METRICS.names(), list(settings)
+    variants, given = variants or METRICS.built_in(), list(settings)
     arguments = {}
     for variant in variants:
         own = settings_among(given, METRICS.get(variant).settings)

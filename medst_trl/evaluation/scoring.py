@@ -18,6 +18,10 @@ from .metric import METRICS, Answered, FigurePath, make_settings
 
 
 LEVEL = 0.95
+_ADVICE = {
+    "empty answer": "No prediction can match it. Remove the record.",
+    "unknown answer_type": "It must be open or closed.",
+}
 NO_TYPE = "(none)"  # question type of records without one, in a benchmark where others have one
 
 Scored = tuple[Answered, dict[FigurePath, float]]
@@ -180,10 +184,9 @@ def naming(record: Mapping[str, Any], position: int) -> Iterator[None]:
     except BadRecord as error:
         has_id = record.get("id") is not None
         name = repr(record["id"]) if has_id else f"number {position + 1} (without id)"
-        raise UserError(
-            f"Record {name}: {error.reason} ({error.value!r}). Each record needs a text as answer and as "
-            "prediction, and open or closed as answer_type."
-        ) from None
+        needed = "Each record needs answer, answer_type and prediction." if error.reason.startswith("no ") else ""
+        advice = _ADVICE.get(error.reason, needed)
+        raise UserError(f"Record {name}: {error.reason} ({error.value!r}). {advice}".strip()) from None
 
 
 def clusters_of(scored: list[Scored]) -> list[Hashable]:

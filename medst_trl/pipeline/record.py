@@ -194,15 +194,18 @@ class StageRecord:
     def _forget(self) -> None:
         """Delete the record of a run without results, so that a corrected command is not refused."""
         is_alone = world_size() == 1  # another process may be about to fill an empty file
+        record = self.output_dir / RECORD_FILE
+        start = record.stat().st_mtime
         left = [
             path
             for path in self.output_dir.iterdir()
-            if not (path.name == RECORD_FILE or path.suffix == ".log" or path.name.startswith(".stage."))
+            if not _is_ignorable(path) or (path.name in NOT_RESULTS and path.stat().st_mtime > start)  # paid replies
         ]
+        left.remove(record)
         if all(is_alone and path.is_file() and not path.stat().st_size for path in left):
             for path in left:
                 path.unlink()
-            (self.output_dir / RECORD_FILE).unlink()
+            record.unlink()
 
     @classmethod
     def _decide(cls, directory, stage, settings, inputs, operational, overwrite) -> "StageRecord":

@@ -49,5 +49,5 @@ def test_hub_ids_and_names_do_not_look_local(name):
 
 def test_only_the_last_part_of_a_path_is_public(tmp_path):
     assert public_name(str(tmp_path / "jones" / "judge")) == "judge" and public_name(str(tmp_path)) == tmp_path.name
-    for name in ("gpt-4o", "org/judge", "org/judge@main", ""):
+    for name in ("gpt-4o", "org/judge", "org/judge@main", "accounts/provider/models/judge", ""):
         assert public_name(name) == name

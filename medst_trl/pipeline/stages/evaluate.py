@@ -97,8 +97,8 @@ class EvaluateArguments:
             Format of the predictions file. Default: detected from its keys.
         controls (`list[str]`, *optional*, defaults to `["blank", "shuffled"]`):
             Additional runs with wrong images: blank (a grey image), shuffled (the image of another question), or none.
-        variants (`list[str]`, *optional*):
-            Metrics to compute. Default: all registered ones.
+        variants (`list[str]`, *optional*, defaults to `["strict", "llava_med"]`):
+            Metrics to compute. The default is those that come with the package.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Maximum number of tokens of an answer.
         max_records (`int`, *optional*):
@@ -119,7 +119,7 @@ class EvaluateArguments:
     predictions: str | None = None
     predictions_format: str | None = None
     controls: list[str] = field(default_factory=lambda: ["blank", "shuffled"])
-    variants: list[str] = field(default_factory=METRICS.names)
+    variants: list[str] = field(default_factory=METRICS.built_in)
     max_new_tokens: int = 64
     max_records: int | None = None
     bootstrap_samples: int = 1000
