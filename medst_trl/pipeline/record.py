@@ -199,7 +199,8 @@ class StageRecord:
         left = [
             path
             for path in self.output_dir.iterdir()
-            if not _is_ignorable(path) or (path.name in NOT_RESULTS and path.stat().st_mtime > start)  # paid replies
+            if not _is_ignorable(path)
+            or (path.is_file() and path.name in NOT_RESULTS and path.stat().st_mtime > start)  # replies paid for
         ]
         left.remove(record)
         if all(is_alone and path.is_file() and not path.stat().st_size for path in left):

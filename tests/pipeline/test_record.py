@@ -298,6 +298,12 @@ def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_
             raise ValueError("no such model")
 
     fail_after(lambda directory: None, rate=1)
+    for name in (".gitkeep", ".gitignore", "judge_cache.jsonl"):  # left by the user, or by an earlier run
+        path = tmp_path / "out" / name
+        path.write_text("x" * (name != ".gitkeep"))
+        os.utime(path, (0, 0))
+        fail_after(lambda directory: (directory / "reference_log_probs").mkdir(exist_ok=True), rate=len(name))
+        assert path.exists()
     fail_after(lambda directory: (directory / "rows.jsonl.incomplete").touch(), rate=2)  # not refused
     fail_after(lambda directory: (directory / "checkpoint-1").mkdir(), rate=3)  # opened, but without a row
     with pytest.raises(UserError, match="rate: 3 before, 4 now"):
