@@ -26,7 +26,7 @@ from pathlib import Path
 from jinja2 import Template
 
 from medst_trl.pipeline.recipe import find_recipe
-from medst_trl.report.charts import Bar, Group, bar_chart
+from medst_trl.report.charts import Bar, bar_chart
 from medst_trl.training.log_history import end_of_log
 
 
@@ -159,7 +159,7 @@ def collect(seeds: dict[int, Path]) -> dict:
 
 
 def chart(results: dict, name: str, kind: str, title: str) -> str:
-    groups = []
+    charts = []
     for judge, arms in BARS.items():
         figures = {label: results["arms"][arm][kind].get(name) for arm, label in arms.items()}
         bars = []
@@ -167,8 +167,8 @@ def chart(results: dict, name: str, kind: str, title: str) -> str:
             if figure and any(figure[end] for end in ("mean", "standard_error")):  # skip stage 1 against itself
                 spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
                 bars.append(Bar(label, figure["mean"], figure["mean"] - spread, figure["mean"] + spread))
-        groups += [Group(judge, bars)] if bars else []
-    return bar_chart(title, groups, unit="mean over seeds, bars: standard error")
+        charts.append(bar_chart(f"{title}: {judge}", bars, unit="mean over seeds, bars: standard error"))
+    return "".join(charts)
 
 
 def table(results: dict, names: list[str]) -> list[list[str]]:
