@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.processes import launched_kind, leave_peers, world_size
+from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.cli import guarded, help_in, run_recipe, run_stage
 from medst_trl.pipeline.launch import check_launched, use_one_gpu, without_launcher
@@ -56,14 +56,15 @@ def _check_together(steps: Sequence[Step], path: str) -> None:
 
     If a second group is created in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may connect to the
     addresses of the first group, and fail hours later.
+    A launcher that sets LOCAL_RANK makes a group on a GPU, even for one process.
     """
     shared = [step.label for step in steps if step.stage.distributed]
     trains = any(step.stage.trains for step in steps)
-    if trains and len(shared) > 1 and (world_size() > 1 or launched_kind().startswith("DeepSpeed")):
+    if trains and len(shared) > 1 and ("LOCAL_RANK" in os.environ or launched_kind() != NOT_DISTRIBUTED):
         raise UserError(
-            f"{path}: with several processes or DeepSpeed, a launch can run only one distributed stage if there is "
-            f"training, and {', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), "
-            f"or let `medst run {path}` do so."
+            f"{path}: a launch with a process group can run only one distributed stage if there is training, and "
+            f"{', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), or let "
+            f"`medst run {path}` do so."
         )
 
 

@@ -294,7 +294,8 @@ def _recipes(argv: list[str]) -> int | None:
 def _validate(argv: list[str]) -> int:
     if "torch" not in sys.modules:  # TRL checks its own settings and imports torch, so this runs in a child process
         code = "import sys, torch; from medst_trl.cli import main; sys.exit(main(sys.argv[1:]))"
-        return launch.run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
+        exit_code = launch.run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
+        return exit_code if exit_code >= 0 else 128 - exit_code  # as a shell does for a signal
     from medst_trl.pipeline.plan.validate import validate
 
     words, options = read_options(argv)

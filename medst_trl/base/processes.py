@@ -48,8 +48,8 @@ def leave_peers() -> None:
 
     A thread that releases a tensor while the interpreter ends aborts the process ("terminate called without an active
     exception", https://github.com/pytorch/pytorch/pull/179291). `destroy_process_group` only drops torch's own
-    references: the threads end with the last reference, so what else holds the group has to go first. A caller that
-    has a trainer deletes it before it calls this.
+    references: the threads end with the last reference, so delete every other reference first, such as a
+    trainer.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -60,7 +60,10 @@ def leave_peers() -> None:
 
 
 def _release_group_in_deepspeed() -> None:
-    """accelerate imports DeepSpeed (0.19) wherever it is installed, which takes the group as a default argument."""
+    """
+    Drop DeepSpeed's reference to the group. accelerate imports DeepSpeed (0.19) wherever it is installed, and
+    DeepSpeed takes the group as a default argument.
+    """
     backend = getattr(sys.modules.get("deepspeed.comm.torch"), "TorchBackend", None)
     for name in ("barrier", "monitored_barrier"):
         function = getattr(backend, name, None)

@@ -85,7 +85,8 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
         value = getattr(args, name)
         if value is not None and not (isfinite(value) and all(holds(value, bound) for holds, _, bound in own)):
             expected = " and ".join(f"{words} {bound}" for _, words, bound in own)
-            raise UserError(f"{name} is {value}. It must be {expected}.")
+            finite = "" if isfinite(value) else "finite and "
+            raise UserError(f"{name} is {value}. It must be {finite}{expected}.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

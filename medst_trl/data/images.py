@@ -139,8 +139,9 @@ class FolderImages:
         return image.image_id
 
     def stored_bytes(self, name: str) -> bytes:
-        path = resolve_inside(self.directory, name)
-        return self._kept.get(name) or load_image(path, self.max_pixels, identify=False).bytes
+        if (kept := self._kept.get(name)) is not None:
+            return kept
+        return load_image(resolve_inside(self.directory, name), self.max_pixels, identify=False).bytes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ resumes from its newest checkpoint.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +27,7 @@ from medst_trl.pipeline.stage import MODEL, STAGES, Output, RowCounter, Stage
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 
 @documented
@@ -118,14 +118,9 @@ def _run_directory(args: BaseArguments) -> Path:
     return Path(args.output_dir) / ".run"
 
 
-def _trainer(args: BaseArguments, model, processor):
-    import torch
-    from transformers import Trainer, TrainingArguments
-
+def _make_collator(processor: "ProcessorMixin") -> Callable[[list[dict]], dict]:
+    """Make a collator of conversations in which every word is a target."""
     from medst_trl.training.collator import DataCollatorForSelfQuestioning
-    from medst_trl.training.upstream import LoadsPublishedNames
-
-    from .base_data import training_conversations
 
     # Stage 1's collator for its rendering. It adds `<vusr>` to its processor, so it gets a copy.
     collator = DataCollatorForSelfQuestioning(deepcopy(processor), sq_ratio=0.0)
@@ -139,33 +134,50 @@ def _trainer(args: BaseArguments, model, processor):
         batch["labels"] = batch["input_ids"].masked_fill(~text, -100)
         return batch
 
+    return collate
+
+
+def _training_arguments(args: BaseArguments) -> "TrainingArguments":
+    import torch
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(_run_directory(args)),
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_steps,
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        save_steps=args.save_steps,
+        save_total_limit=1,
+        logging_steps=args.logging_steps,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=args.seed,
+    )
+
+
+def _trainer(args: BaseArguments, model: "PreTrainedModel", processor: "ProcessorMixin") -> "Trainer":
+    from transformers import Trainer
+
+    from medst_trl.training.upstream import LoadsPublishedNames
+
+    from .base_data import training_conversations
+
     # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
     class ResumingTrainer(LoadsPublishedNames, Trainer):
         pass
 
     return ResumingTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(_run_directory(args)),
-            num_train_epochs=1,
-            train_sampling_strategy="sequential",
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=args.warmup_steps,
-            adam_beta2=0.95,
-            weight_decay=0.01,
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            save_steps=args.save_steps,
-            save_total_limit=1,
-            logging_steps=args.logging_steps,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-            seed=args.seed,
-        ),
+        args=_training_arguments(args),
         train_dataset=training_conversations(args.num_texts, args.num_pictures, args.turns, args.seed),
-        data_collator=collate,
+        data_collator=_make_collator(processor),
         processing_class=processor,
     )
 

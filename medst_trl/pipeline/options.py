@@ -191,7 +191,7 @@ def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
     """Convert through text: a setting must accept the same values in YAML and on a command line."""
     number = int(value) if isinstance(value, float) and value.is_integer() else value  # `max_steps: 1e3`
     try:
-        with located(where):  # a registry's error lists the names
+        with located(where):  # so that a UserError names the place
             converted = value if action.type is None else action.type(str(number))
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         name = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)

@@ -219,7 +219,7 @@ class Recipe:
         return {key: self._with_directories(value, step) for key, value in settings.items()}
 
     def _options_for(self, *targets: str) -> dict[str, Any]:
-        """Settings from the command line for sections, of which the last applies; by default those for all stages."""
+        """Return the options for these sections; later sections win. Without sections: the options for all stages."""
         names = targets or (None,)
         return {option.key: option.value for name in names for option in self.options if option.target == name}
 
@@ -333,7 +333,7 @@ class Recipe:
         return set(actions_of(self._parser(stage)))
 
     def _check_shared_keys(self, first: Sequence[str]) -> None:
-        """Check that each shared key is a setting of some stage here; `first` are asked first, to import less."""
+        """Check that each shared key is a setting of a stage here. Those in `first` come first: it imports less."""
         stages = [STAGES.get(name) for name in dict.fromkeys([*first, *self.sections])]
         options = self._options_for()
         for key in self.shared | options:

@@ -24,11 +24,10 @@ from .reference_log_probs import (
     DataCollatorWithReference,
     ReferenceCache,
     cache_of_reference,
-    check_precompute,
     log_probs_of_reference,
     sharing_weights,
 )
-from .settings import MultimodalDPOSettings
+from .settings import MultimodalDPOSettings, check_sharding, sharding_kind
 from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad, without_precompute
 
@@ -115,7 +114,7 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
         datasets = _datasets_by_name(train_dataset, eval_dataset)
-        check_precompute(args)
+        check_sharding(sharding_kind(args), args)
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)

@@ -131,8 +131,11 @@ class TrlLoss:
     paper: str = "see DPOConfig"
     summary: str = "TRL"
 
+    def __call__(self, pairs: PairLogProbs, args: "DPOConfig") -> "Tensor":
+        raise NotImplementedError(f"TRL computes the loss {self.name!r}.")
 
-LOSSES: Registry[PreferenceLoss | TrlLoss] = Registry("loss", [], ["paper", "summary"])
+
+LOSSES: Registry[PreferenceLoss | TrlLoss] = Registry("loss", [], ["paper", "summary", "__call__"])
 for _name in trl_losses():
     LOSSES.register(TrlLoss(_name))
 

@@ -27,7 +27,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
@@ -97,18 +97,6 @@ def sha256_of(content: Any) -> str:
         content, sort_keys=True, default=lambda item: sorted(item) if isinstance(item, set) else str(item)
     )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_precompute(args: DPOConfig) -> None:
-    """Raise a [`UserError`] for `precompute_ref_log_probs` where the reference cannot be computed before training."""
-    if not args.precompute_ref_log_probs:
-        return
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if zero3 or args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise UserError(
-            f"precompute_ref_log_probs does not work with {'ZeRO-3' if zero3 else 'FSDP'}, which shards the weights. "
-            "Remove the option, or train with ZeRO-2 or on one GPU."
-        )
 
 
 def sharing_weights(model: torch.nn.Module) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def _check_optimizer(checkpoint: Path, accelerator: Accelerator) -> None:
     processes, launch = "processes without DeepSpeed", "--accelerate_config multi_gpu"
     if parts:
         processes = f"{number_of(parts, 'process')} of DeepSpeed"
-        launch = f"--accelerate_config zero2 --num_processes {parts}"
+        launch = f"--num_processes {parts} and the same accelerate_config, zero2 or zero3"
     raise UserError(
         f"{checkpoint} was written by {processes}, and only such processes can read its optimizer. Resume with "
         f"{processes} ({launch}), or start again with --overwrite."

@@ -4,8 +4,10 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
-from medst_trl.base.processes import cores
+from medst_trl.base.errors import UserError
+from medst_trl.base.processes import SHARDED, cores, launched_kind
 from medst_trl.base.settings import documented
 
 
@@ -15,6 +17,28 @@ MAX_WORKERS = 8  # with more, decoding is faster than any model here trains, and
 def default_workers() -> int:
     """Default number of data loader workers with an accelerator: this process's share of the CPU cores, at most 8."""
     return min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def sharding_kind(training_args: Any) -> str:
+    """How a run's processes share their work, see [`launched_kind`]; its training arguments come first."""
+    if training_args.deepspeed_plugin is not None:
+        return f"DeepSpeed ZeRO-{training_args.deepspeed_plugin.zero_stage}"
+    return "FSDP" if training_args.fsdp else launched_kind()
+
+
+def check_sharding(kind: str, *settings: Any) -> None:
+    """
+    Refuse settings that do not work if the weights are sharded.
+
+    Args:
+        kind (`str`): How the processes share their work, see [`sharding_kind`].
+        *settings (dataclass): The stage's arguments and those of its trainer.
+    """
+    for name in ("load_in_4bit", "precompute_ref_log_probs"):
+        if kind.startswith(SHARDED) and any(getattr(item, name, False) for item in settings):
+            raise UserError(
+                f"{name} does not work with {kind}, which shards the weights. Use zero2 or multi_gpu, or remove it."
+            )
 
 
 @documented
@@ -107,7 +131,7 @@ class MultimodalDPOSettings(TrainerSettings):
         max_length (`int`, *optional*, defaults to `2048`):
             Maximum number of tokens per sequence, including image tokens. Longer answers are truncated.
         beta (`float`, *optional*, defaults to `0.1`):
-            How strongly the policy is held to the reference. Higher values keep it closer.
+            Strength of the penalty that keeps the policy close to the reference.
         train_sampling_strategy (`str`, *optional*, defaults to `"group_by_length"`):
             Which pairs share a batch: `group_by_length` (pairs of similar length), `random` or `sequential`.
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):

@@ -14,7 +14,10 @@ the one place where they act:
 - `policy/loading.py`: transformers 5 forgets the commit of a model
 - `pipeline/stages/_training.py`: PEFT needs a CUDA device for trained tokens under ZeRO-3
 - `pipeline/stage.py`: warnings about names that transformers has deprecated
-- `base/processes.py`: accelerate's view of DeepSpeed on CPUs
+- `base/processes.py`: accelerate's view of DeepSpeed on CPUs; gloo's threads at exit
+  (https://github.com/pytorch/pytorch/pull/179291); the process group in DeepSpeed's default arguments
+- `pipeline/launch.py`: options that accelerate ignores silently
+- `cli.py`: bitsandbytes' advice in its log
 """
 
 from collections.abc import Iterator

@@ -78,7 +78,8 @@ def test_inherited_fields_keep_their_help():
     [
         (0, "share is 0. It must be above 0 and at most 1."),
         (1.5, "share is 1.5. It must be above 0 and at most 1."),
-        (float("nan"), "share is nan. It must be above 0 and at most 1."),
+        (float("nan"), "share is nan. It must be finite and above 0 and at most 1."),
+        (float("inf"), "share is inf. It must be finite and above 0 and at most 1."),
     ],
 )
 def test_numbers_out_of_bounds_are_refused(value, message):

@@ -188,7 +188,7 @@ def test_configs_do_not_set_training_arguments(path):
 def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, stage, message):
     monkeypatch.setattr(training, "_has_gpu", lambda: False)
     args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
-    training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp_plugin_args=None)
+    training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None)
     if message is None:
         training.check_settings(args, training_args)
     else:

@@ -117,6 +117,17 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
     assert "section sft: max_grad_norm: 'many' is not a valid float" in result.stderr
 
 
+def test_validate_exits_like_a_shell_if_its_child_is_killed(monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda command, environment: -signal.SIGKILL)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert main(["recipes", "validate", "demo"]) == 128 + signal.SIGKILL
+
+
+def test_help_of_dpo_names_its_dataset(capsys):
+    assert main(["dpo", "--help"]) == 0
+    assert "Directory or Hub id of preference pairs" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_help_lists_common_settings_and_help_all_lists_every_setting(stage, capsys):
     assert main([stage, "--help"]) == 0
@@ -350,7 +361,12 @@ def test_two_processes_run_a_recipe_together(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "variables", [{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2}, {"WORLD_SIZE": 2}]
+    "variables",
+    [
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 2},
+        {"WORLD_SIZE": 2},
+        {"WORLD_SIZE": 1, "LOCAL_RANK": 0},
+    ],
 )
 def test_several_training_stages_in_one_launch_are_refused(recipe, launcher, monkeypatch, variables):
     recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")

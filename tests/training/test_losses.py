@@ -5,6 +5,7 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny_dpo
@@ -162,6 +163,8 @@ def test_an_incomplete_loss_is_refused_when_it_is_registered(register_loss):
         register_loss(Unpublished())
     with pytest.raises(TypeError, match="__call__"):
         register_loss(Idle())
+    with pytest.raises(UserError, match="The loss 'data' .* lacks __call__"):
+        register_loss(SimpleNamespace(name="data", paper="https://example.org/paper", summary="no function"))
 
 
 def test_a_loss_from_a_plugin_file_works_in_every_command(tmp_path):

@@ -33,6 +33,7 @@ from medst_trl.training.reference_log_probs import (
     pair_key,
     sharing_weights,
 )
+from medst_trl.training.settings import check_sharding, sharding_kind
 
 
 TIMING_METRICS = ("runtime", "per_second", "flos", "data_wait")
@@ -418,16 +419,14 @@ def test_the_error_for_a_pair_without_reference_log_probs_names_it(tmp_path):
     [({"fsdp": "full_shard"}, {}, "FSDP"), ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP")],
 )
 def test_sharded_weights_are_refused(tmp_path, monkeypatch, settings, environment, message):
-    from medst_trl.training.reference_log_probs import check_precompute
-
     args = MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True)
-    check_precompute(args)
+    check_sharding(sharding_kind(args), args)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for name, value in settings.items():
         setattr(args, name, value)
     with pytest.raises(UserError, match=message):
-        check_precompute(args)
+        check_sharding(sharding_kind(args), args)
     (model, processor), (reference, _) = adapter_policy(), adapter_policy()
     with pytest.raises(UserError, match=message):  # of a given reference, too
         MultimodalDPOTrainer(
@@ -435,7 +434,7 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, settings, environmen
         )
     with monkeypatch.context() as zero3, pytest.raises(UserError, match="ZeRO-3"):
         zero3.setattr(args, "deepspeed_plugin", type("Plugin", (), {"zero_stage": 3}), raising=False)
-        check_precompute(args)
+        check_sharding(sharding_kind(args), args)
 
 
 def test_deepspeed_does_not_round_reference_log_probs(tmp_path, monkeypatch):

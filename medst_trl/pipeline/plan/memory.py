@@ -281,7 +281,6 @@ class Tower:
         self._read_lora(module)
 
     def _read_lora(self, module: nn.Module) -> None:
-
         adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and layer.lora_A]
         dropouts = [next(iter(layer.lora_dropout.values())) for layer in adapted]
         self.lora_inputs = sum(layer.in_features for layer in adapted) / self.layers

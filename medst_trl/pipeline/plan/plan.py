@@ -17,7 +17,7 @@ from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.recipe import Recipe, Step, read_recipe
 from medst_trl.pipeline.record import is_complete
 from medst_trl.pipeline.stage import FILE, RUN, Count
-from medst_trl.pipeline.stages._training import check_sharding
+from medst_trl.training.settings import check_sharding
 
 from .memory import GIB, Memory, training_memory
 from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters

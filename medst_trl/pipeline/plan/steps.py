@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError, located, number_of
-from medst_trl.base.processes import SHARDED
+from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import NOT_DISTRIBUTED, default_config, gpu_count, read_config
+from medst_trl.pipeline.launch import default_config, gpu_count, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import Count, Output

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import is_hub_id
-from medst_trl.pipeline.launch import NOT_DISTRIBUTED
+from medst_trl.base.processes import NOT_DISTRIBUTED
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input, Output
-from medst_trl.pipeline.stages._training import check_sharding
+from medst_trl.training.settings import check_sharding
 
 from .steps import effective_batch, hardware_of, maker_of, stage_arguments
 

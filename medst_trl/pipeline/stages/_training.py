@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
-from medst_trl.base.processes import SHARDED, launched_kind, leave_peers
+from medst_trl.base.processes import leave_peers
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import features_of, load_records
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
-from medst_trl.training.settings import CommonTrlSettings
+from medst_trl.training.settings import CommonTrlSettings, check_sharding, sharding_kind
 
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ class TrainingStageArguments:
     """
     Which policy a stage trains, on which data, and with which adapter.
 
-    A stage without one of the settings below the others has the value that is given for it here.
+    The class variables at the end are the values for a stage that has no such setting.
 
     Args:
         model_name_or_path (`str`):
             Directory or Hub id of a vision-language model, or of an adapter to train further.
         dataset (`str`):
-            Directory or Hub id of the dataset. `medst dpo` reads preference pairs, as `medst judge` writes them.
+            Directory or Hub id of the dataset.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         validation_split (`str`, *optional*, defaults to `"validation"`):
@@ -247,13 +247,14 @@ def _with_policy(
     )
     if not args.train_vision:
         freeze_vision(model)
-    shape = keep_shape(args, model) if args.checks_shape and hasattr(model, "peft_config") else None
+    peft_config = new_adapter(args, model, add_vusr(processor))
+    shape = describe_shape(model) if args.checks_shape and hasattr(model, "peft_config") else ""
     trainer = make_trainer(
         args,
         training_args,
         model=model,
         processing_class=processor,
-        peft_config=new_adapter(args, model, add_vusr(processor)),
+        peft_config=peft_config,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
     )
@@ -358,9 +359,9 @@ def new_adapter(
     )
 
 
-def keep_shape(args: Any, model: "PeftModel") -> str:
+def keep_shape(args: Any, model: "PeftModel") -> None:
     """
-    Describe the shape of an adapter that is trained further, and refuse settings that ask for another shape.
+    Refuse settings that ask for another shape of an adapter that is trained further.
 
     Args:
         args (dataclass):
@@ -382,7 +383,13 @@ def keep_shape(args: Any, model: "PeftModel") -> str:
             + ", ".join(f"{name} {getattr(args, name)}" for name in other)
             + " would need a new adapter: remove the setting, or start from the base model."
         )
-    return "The adapter keeps its own " + ", ".join(f"{name} {value}" for name, value in own.items()) + "."
+
+
+def describe_shape(model: "PeftModel") -> str:
+    """Describe the shape of an adapter that is trained further."""
+    return (
+        "The adapter keeps its own " + ", ".join(f"{name} {value}" for name, value in _shape_of(model).items()) + "."
+    )
 
 
 def _shape_of(model: "PeftModel") -> dict[str, float]:
@@ -412,14 +419,12 @@ def check_settings(args: Any, training_args: "TrainingArguments") -> None:
     check_training_bounds(args, training_args)
     if args.load_in_4bit and not args.use_lora:
         raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one of them.")
-    plugin, kind = training_args.deepspeed_plugin, launched_kind()
-    if plugin is not None or training_args.fsdp_plugin_args is not None:
-        kind = "FSDP" if plugin is None else f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    kind = sharding_kind(training_args)
     check_sharding(kind, args, training_args)
     if kind.endswith("ZeRO-3") and args.use_lora and args.train_vusr and not _has_gpu():
         # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
         raise UserError(
-            "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or in `medst sft` train_vusr: false."
+            "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or train_vusr: false if the stage has it."
         )
 
 
@@ -427,21 +432,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def check_sharding(kind: str, *settings: Any) -> None:
-    """
-    Refuse settings that do not work if the weights are sharded.
-
-    Args:
-        kind (`str`): How the processes share their work, see [`launched_kind`].
-        *settings (dataclass): The stage's arguments and those of its trainer.
-    """
-    for name in ("load_in_4bit", "precompute_ref_log_probs"):
-        if kind.startswith(SHARDED) and any(getattr(item, name, False) for item in settings):
-            raise UserError(
-                f"{name} does not work with {kind}, which shards the weights. Use zero2 or multi_gpu, or remove it."
-            )
 
 
 def check_training_bounds(args: Any, training_args: Any) -> None:

@@ -26,8 +26,8 @@ them from there, `medst push` publishes them, and for a dataset on the Hub they 
 
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,6 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import documented
-from medst_trl.training.log_history import end_of_log
 from medst_trl.training.losses import LOSSES, trl_losses
 from medst_trl.training.settings import MultimodalDPOSettings
 
@@ -49,6 +48,9 @@ if TYPE_CHECKING:
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
+_LAST_PART = 0.2  # of the logged steps, averaged for statements about the end of training
+
+
 @documented
 @dataclass
 class DpoArguments(TrainingStageArguments):
@@ -56,11 +58,14 @@ class DpoArguments(TrainingStageArguments):
     Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`].
 
     Args:
+        dataset (`str`):
+            Directory or Hub id of preference pairs (`medst judge` writes them).
         train_vision (`bool`, *optional*, defaults to `True`):
             Train the vision tower: the adapter's layers in it, those of a new adapter, or all its weights. False
             freezes it.
     """
 
+    dataset: str
     train_vision: bool = True
 
 
@@ -86,6 +91,30 @@ def summarize(trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, 
     if of_evaluation := len(reasons) - len(rejected):
         trained_on += f"; {number_of(of_evaluation, 'pair')} for evaluation rejected (rejected.jsonl)"
     return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
+
+
+def end_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """
+    Average each figure over the last fifth of a Trainer's log, because one entry may be of a small batch.
+
+    Args:
+        log_history (sequence of `dict`):
+            `trainer.state.log_history`, as `trainer_state.json` keeps it.
+
+    Returns:
+        `dict[str, float]`: By name. `train_loss` and the figures of evaluations are those logged last. Empty if
+        nothing was logged.
+    """
+    steps = [entry for entry in log_history if "loss" in entry]
+    values = defaultdict(list)
+    for entry in steps[-max(1, round(_LAST_PART * len(steps))) :]:
+        for name, value in entry.items():
+            if isinstance(value, int | float):
+                values[name].append(value)
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    for entry in log_history:
+        means |= {name: value for name, value in entry.items() if name.startswith("eval_") or name == "train_loss"}
+    return means
 
 
 def _outcome(metrics: dict[str, float]) -> str:
