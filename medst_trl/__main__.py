@@ -55,8 +55,8 @@ def _check_together(steps: Sequence[Step], path: str) -> None:
     Refuse several distributed stages in one launch if one of them trains, because it ends the process group.
 
     If a second group is created in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may connect to the
-    addresses of the first group, and fail hours later.
-    A launcher that sets LOCAL_RANK makes a group on a GPU, even for one process.
+    addresses of the first group, and fail hours later. accelerate makes a group for one process, too, if there are a
+    GPU and LOCAL_RANK.
     """
     shared = [step.label for step in steps if step.stage.distributed]
     trains = any(step.stage.trains for step in steps)

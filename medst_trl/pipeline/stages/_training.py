@@ -387,9 +387,8 @@ def keep_shape(args: Any, model: "PeftModel") -> None:
 
 def describe_shape(model: "PeftModel") -> str:
     """Describe the shape of an adapter that is trained further."""
-    return (
-        "The adapter keeps its own " + ", ".join(f"{name} {value}" for name, value in _shape_of(model).items()) + "."
-    )
+    own = ", ".join(f"{name} {value}" for name, value in _shape_of(model).items())
+    return f"The adapter keeps its own {own}."
 
 
 def _shape_of(model: "PeftModel") -> dict[str, float]:
