@@ -133,7 +133,7 @@ def run_recipe(argv: list[str]) -> int | None:
       --overwrite                delete the results of the selected stages, and start again
       --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: automatic)
       --num_processes N          number of processes for the stages that can use several
-      --dry_run                  print what the stages would train, download, ask and upload, and run nothing
+      --dry_run                  print what the stages would train, download, prompt and upload, and run nothing
       --throughput N             with --dry_run: examples per second, to estimate the time (--sft.throughput for sft)
       --plugins FILE             a Python file that registers your own stages, sources, ... (medst --help)
       --key value                a setting for every stage that has it; --output_dir is the run directory

@@ -294,7 +294,7 @@ def _prompts(arguments: tuple[Any, ...]) -> Iterator[_Row]:
     if hasattr(arguments[0], "engine"):
         kind = ENGINES.get(arguments[0].engine)
         if address := kind.address(settings_among(arguments, kind.settings)):
-            yield "asks", f"{address}, model {arguments[0].model_name_or_path}"
+            yield "prompts", f"{address}, model {arguments[0].model_name_or_path}"
 
 
 def _uploads(step: Step, arguments: tuple[Any, ...]) -> Iterator[_Row]:

@@ -332,20 +332,20 @@ def _count(settings: Mapping[str, Any], split: str, counter: RowCounter) -> Coun
 def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan: the requests, and what they may cost."""
     if local := chosen_judge(judges):
-        yield "asks", f"none: {local.summary}"
+        yield "prompts", f"none: {local.summary}"
     elif args.read_batch:
-        yield "asks", "none: replies come from read_batch"
+        yield "prompts", "none: replies come from read_batch"
     elif args.write_batch:
-        yield "asks", f"none: they are written to {args.write_batch}"
+        yield "prompts", f"none: they are written to {args.write_batch}"
     else:
         count = pairs_to_judge(vars(args), counter).times(2 if args.order == "both" else 1)
         requests = "requests" if count.number is None else f"at most {count.number:,} requests"
         url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        yield "asks", f"{requests} to {url}, model {args.model}"
+        yield "prompts", f"{requests} to {url}, model {args.model}"
         if count.number is None:
-            yield "asks", f"their number depends on {count.depends_on}"
+            yield "prompts", f"their number depends on {count.depends_on}"
         stop = f"stops at {args.max_cost:g} US dollars" if args.max_cost is not None else "no max_cost is set"
-        yield "asks", stop + _expected_cost(args, count)
+        yield "prompts", stop + _expected_cost(args, count)
 
 
 def _expected_cost(args: JudgeArguments, count: Count) -> str:

@@ -87,8 +87,8 @@ def test_the_plan_describes_each_step(recipe, tmp_path, capsys):
     assert "GiB on each GPU at 2,048 tokens" in sft["memory"][0] and "weights" in sft["memory"][1]
     assert sft["downloads"] == ["dataset some-org/conversations (size unknown: the Hub cannot be reached)"]
     assert found["generate"]["writes"] == ["at most 200 candidates"]
-    assert judge["asks"][0] == "at most 400 requests to https://api.openai.com/v1, model gpt-4o"
-    assert judge["asks"][1].startswith("stops at 5 US dollars; about 2 US dollars")
+    assert judge["prompts"][0] == "at most 400 requests to https://api.openai.com/v1, model gpt-4o"
+    assert judge["prompts"][1].startswith("stops at 5 US dollars; about 2 US dollars")
     assert judge["uploads"] == ["my-org/pairs, PUBLIC"] and dpo["uploads"] == ["my-org/aligned, private"]
     assert dpo["model"] == [f"out/sft on {sft['model'][0]}"]
     assert dpo["data"] == ["at most 200 pairs"] and dpo["steps"][0].startswith("at most 3: 3 epochs of 1")
@@ -117,9 +117,11 @@ def test_the_type_of_the_weights_and_rates_of_zero_are_shown(recipe, capsys):
 
 
 def test_a_row_without_text_is_not_printed(recipe, capsys, monkeypatch):
-    monkeypatch.setitem(vars(STAGES.get("generate")), "plan", lambda *arguments: [("writes", ""), ("asks", "nobody")])
+    monkeypatch.setitem(
+        vars(STAGES.get("generate")), "plan", lambda *arguments: [("writes", ""), ("prompts", "nobody")]
+    )
     found = plan(capsys, recipe, "--stage", "generate")["generate"]
-    assert found["asks"] == ["nobody"] and "writes" not in found
+    assert found["prompts"] == ["nobody"] and "writes" not in found
 
 
 def test_each_round_is_planned(recipe, capsys):
