@@ -26,8 +26,8 @@ from pathlib import Path
 from jinja2 import Template
 
 from medst_trl.pipeline.recipe import find_recipe
+from medst_trl.pipeline.stages.dpo import end_of_log
 from medst_trl.report.charts import Bar, bar_chart
-from medst_trl.training.log_history import end_of_log
 
 
 PAGE = Template(
