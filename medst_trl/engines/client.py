@@ -14,14 +14,14 @@ import random
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, documented
 
 from .cost import Budget, Prices, ReplyCache, RequestSize, prices_of
 from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_content
@@ -78,10 +78,18 @@ class CallSettings:
         """Return the prices that are set, else the known prices of a model."""
         return prices_of(model, self.price_per_million_input_tokens, self.price_per_million_output_tokens)
 
+    def check_calls(self, model: str) -> None:
+        """Raise a `UserError` for numbers out of bounds, or for a budget if the prices of a model are unknown."""
+        check_bounds(self, at_least=CALL_BOUNDS)
+        Budget(self.prices_of(model), self.max_cost)
+
 
 # These settings change how replies are obtained, not their content.
 CALL_SETTINGS = frozenset({"base_url", *(item.name for item in fields(CallSettings))})
-CALL_BOUNDS = {"concurrency": 1, "max_cost": 0, "max_retries": 0, "timeout": 0.01}
+CALL_BOUNDS = {"concurrency": 1, "max_cost": 0, "max_retries": 0, "timeout": 0.01,
+               "price_per_million_input_tokens": 0, "price_per_million_output_tokens": 0}  # fmt: skip
+# In a recipe, shared values of these are for the judge; engines take them only by name. See `Stage.not_shared`.
+NOT_SHARED = CALL_SETTINGS - {"base_url", "concurrency"}
 
 
 @dataclass(eq=False)
@@ -186,7 +194,7 @@ class Client:
         self.setting, self.advice, self.offline = setting, advice or {}, offline
         self.cache = ReplyCache() if cache is None else cache
         self.budget = Budget(Prices(None, None)) if budget is None else budget
-        self.limit = AdaptiveLimit(self.settings.concurrency)
+        self.limit = AdaptiveLimit(self.settings.concurrency, self._sleep)
         self.events: Counter[str] = Counter()
         self.missing = 0
         self.stop_error: UserError | None = None
@@ -350,6 +358,9 @@ class Client:
             if error.is_pushback:
                 self.limit.pushed_back(error.retry_after)
             raise
+        except UnicodeEncodeError:  # of the body: nothing was sent
+            self.budget.settle(reserved, 0)
+            raise
         except BaseException:  # cancelled: the server may have been at work
             self._lost(call.key, "cancelled", at_most, reserved)
             raise
@@ -388,8 +399,6 @@ class Client:
             problem = CallError("timeout", f"no answer within {self.settings.timeout:g} s", charged=True)
         except openai.APIError as error:
             problem = error_of(error, self._secret)
-        except ValueError:  # a line of a stream
-            problem = CallError("not_json", "it sends a stream that cannot be read", charged=True)
         if pieces:  # the caller may already have shown them, so the call is not retried
             problem = CallError("interrupted", problem.detail, charged=True)
         raise problem
@@ -398,12 +407,17 @@ class Client:
         self, body: dict[str, Any], pieces: list[str], on_piece: Callable[[str], None]
     ) -> dict[str, Any]:
         finish_reason = None
-        async for chunk in await self._openai.chat.completions.create(**body, stream=True):
-            for choice in chunk.choices:
-                finish_reason = choice.finish_reason or finish_reason
-                if choice.delta.content:
-                    pieces.append(choice.delta.content)
-                    on_piece(choice.delta.content)
+        stream = await self._openai.chat.completions.create(**body, stream=True)
+        try:
+            async for chunk in stream:
+                for choice in chunk.choices:
+                    finish_reason = choice.finish_reason or finish_reason
+                    if choice.delta.content:
+                        pieces.append(choice.delta.content)
+                        on_piece(choice.delta.content)
+        except ValueError:  # a line that is not JSON
+            kind = "interrupted" if pieces else "not_json"
+            raise CallError(kind, "it sends a stream that cannot be read", charged=True) from None
         if finish_reason == "content_filter":
             raise CallError("content_filter", "the reply was filtered", charged=True)
         if not pieces and finish_reason is None:
@@ -510,6 +524,9 @@ def run_calls(
     """
     Make calls, and those that follow from their outcomes.
 
+    When the run has to stop, no further call starts. Calls in flight, which may be paid for, are awaited for at most
+    the client's `timeout`.
+
     Args:
         client ([`Client`]):
             Makes the calls.
@@ -546,7 +563,8 @@ def run_calls(
             except Stopped:
                 continue
             for following in then(call, outcome):
-                start(following)
+                if not client.is_stopping:
+                    start(following)
             yield call, outcome
     if client.stop_error is not None:
         raise client.stop_error
@@ -584,10 +602,12 @@ class AdaptiveLimit:
     Args:
         most (`int`):
             Number of slots at the start, which is never exceeded.
+        sleep (`Callable`, *optional*):
+            Waits for a number of seconds. It may raise an error to end the wait of a call.
     """
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, most: int, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):
+        self.most, self._sleep = most, sleep
         self.slots = float(most)
         self._active = 0
         self._pause_until = 0.0
@@ -602,7 +622,7 @@ class AdaptiveLimit:
             self._active += 1
         try:
             while (wait := self._pause_until - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
+                await self._sleep(wait)
             yield
         finally:
             self._active -= 1

@@ -197,7 +197,7 @@ class ReplyCache:
         Keep a reply, in memory and on disk.
 
         Raises:
-            UserError: if the disk is full.
+            OSError: if the disk is full.
         """
         row = dict(row)
         self.added += 1

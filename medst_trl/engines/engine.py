@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.registry import Registry
@@ -21,6 +22,8 @@ from medst_trl.policy.spans import typed_parts
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from .images import RequestImage
 
 # The prompt with which the original STLLaVA-Med code asks for a description.
 DESCRIBE = "Can you describe the image in detail?"
@@ -60,6 +63,13 @@ class OpenedImage:
 
     bytes: bytes
     image: "Image.Image"
+
+    @cached_property
+    def as_sent(self) -> "RequestImage":
+        """The image in requests to a server, encoded once for all of them."""
+        from .images import RequestImage
+
+        return RequestImage.read(self.bytes or self.image)
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,8 @@ class EngineKind:
         open (`Callable`):
             Takes `model_name_or_path` and the settings, returns the [`Engine`].
         check (`Callable`, *optional*):
-            Raises a `UserError` for settings that cannot work, before anything is written or loaded.
+            Takes the settings and `model_name_or_path`, and raises a `UserError` if they cannot work, before anything
+            is written or loaded.
         loads_model (`bool`, *optional*, defaults to `False`):
             Whether `model_name_or_path` is loaded in this process; otherwise it is only a name.
         address (`Callable`, *optional*):
@@ -249,7 +260,7 @@ class EngineKind:
     summary: str
     settings: type
     open: Callable[[str, Any], Engine]
-    check: Callable[[Any], None] = lambda settings: None
+    check: Callable[[Any, str], None] = lambda settings, model_name_or_path: None
     loads_model: bool = False
     address: Callable[[Any], str | None] = lambda settings: None
     operational: frozenset[str] = frozenset()

@@ -20,9 +20,9 @@ evaluate:                        # a list runs the stage once per item, into run
 The settings of a step are merged in this order, and later ones replace earlier ones (`Recipe._merge`):
 
 1. default inputs: the outputs of earlier sections
-2. shared settings of the file, if the stage has them
+2. shared settings of the file, if the stage has and shares them
 3. its section, or its item of a list
-4. `--key value` on the command line, if the stage has that setting
+4. `--key value` on the command line, if the stage has and shares that setting
 5. `--section.key value` on the command line
 6. in later rounds, the policy of the previous round and the records that follow those of the previous round
 
@@ -206,9 +206,9 @@ class Recipe:
 
     def _merge(self, step: _PendingStep) -> dict[str, Any]:
         """Merge the settings of a step, in the order in the docstring of this module."""
-        known = self._keys(step.stage) - {"output_dir"} | set(LAUNCH_KEYS if step.stage.distributed else ())
+        taken = self._shared_keys(step.stage) - {"output_dir"} | set(LAUNCH_KEYS if step.stage.distributed else ())
         shared, options = (
-            {key: value for key, value in settings.items() if key in known}
+            {key: value for key, value in settings.items() if key in taken}
             for settings in (self.shared, self._options_for())
         )
         settings = {"output_dir": str(Path(self.output_dir, step.label))}
@@ -332,13 +332,19 @@ class Recipe:
     def _keys(self, stage: Stage) -> set[str]:
         return set(actions_of(self._parser(stage)))
 
+    def _shared_keys(self, stage: Stage) -> set[str]:
+        """The settings that a stage takes from the top level of the recipe and from `--key`."""
+        return self._keys(stage) - stage.not_shared
+
     def _check_shared_keys(self, first: Sequence[str]) -> None:
-        """Check that each shared key is a setting of a stage here. Those in `first` come first: it imports less."""
+        """Check that a stage here takes each shared key. Those in `first` come first: it imports less."""
         stages = [STAGES.get(name) for name in dict.fromkeys([*first, *self.sections])]
         options = self._options_for()
         for key in self.shared | options:
-            if key in RECIPE_KEYS or any(key in self._keys(stage) for stage in stages):
+            if key in RECIPE_KEYS or any(key in self._shared_keys(stage) for stage in stages):
                 continue
+            if owners := [stage.name for stage in stages if key in self._keys(stage)]:
+                raise UserError(f"{self.path}: {key} is not shared. Set it in a section, or as --{owners[0]}.{key}.")
             near = closest(key, {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages)))
             if key in options:
                 raise UserError(f"--{key}: no stage of {self.path} has such a setting.{near}")

@@ -238,6 +238,9 @@ class Stage:
             What it makes.
         operational (`frozenset` of `str`):
             Settings that do not affect the result, so that a resumed run may change them; `*` stands for any text.
+        not_shared (`frozenset` of `str`):
+            Settings that a recipe gives only in the section of the stage, or as `--STAGE.key` on the command line. Its
+            shared settings and `--key` do not reach them.
         registries (`Mapping` of [`Registry`]):
             Settings whose value is a name in a registry. The help lists the names, and other values are refused.
         earlier_defaults (`Mapping`):
@@ -261,6 +264,7 @@ class Stage:
     inputs: tuple[Input, ...] = ()
     outputs: tuple[Output, ...] = ()
     operational: frozenset[str] = frozenset()
+    not_shared: frozenset[str] = frozenset()
     registries: Mapping[str, Registry] = field(default_factory=dict)
     earlier_defaults: Mapping[str, Any] = field(default_factory=dict)
 

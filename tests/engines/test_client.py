@@ -13,7 +13,16 @@ import pytest
 
 from medst_trl.base.errors import UserError
 from medst_trl.engines import client as judge_client
-from medst_trl.engines.client import AdaptiveLimit, Call, CallSettings, Client, Stopped, api_key, wait_before
+from medst_trl.engines.client import (
+    AdaptiveLimit,
+    Call,
+    CallSettings,
+    Client,
+    Stopped,
+    api_key,
+    run_calls,
+    wait_before,
+)
 from medst_trl.engines.cost import Budget, Prices, ReplyCache, RequestSize
 from medst_trl.engines.responses import CallError, error_of_status, retry_after_of, row_of_body
 from medst_trl.selftrain.judge.prompts.paper import read_paper
@@ -404,6 +413,50 @@ def test_no_call_starts_before_an_overloaded_server_allows_it():
             return time.monotonic() - start
 
     assert asyncio.run(run()) >= 0.2
+
+
+def test_a_run_that_stops_does_not_wait_for_an_overloaded_server(monkeypatch):
+    monkeypatch.setattr(judge_client, "LONGEST_RETRY_AFTER", 10)
+    monkeypatch.setattr(judge_client, "TOO_MANY", 0)  # one rejection delays all calls
+    sent = []
+
+    async def respond(http_request):
+        sent.append(http_request)
+        await asyncio.sleep(0.3)  # meanwhile, the other calls wait for a slot
+        return httpx2.Response(429, json={"error": {"message": "busy"}}, headers={"Retry-After": "20"})
+
+    http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
+    client, start = Client("m", CallSettings(concurrency=4), http_client=http), time.monotonic()
+    with pytest.raises(UserError, match="asks to wait"):
+        list(run_calls(client, [request(str(number)) for number in range(8)], at_once=8))
+    assert len(sent) == 4 and time.monotonic() - start < 10
+
+
+def test_a_run_that_stops_starts_no_follow_ups():
+    client, asked = Client("m", base_url="http://localhost/v1"), []
+
+    async def answer(call):
+        client._stop("No more.")
+        asked.append(call.key)
+        return "answer"
+
+    def follow(call, outcome):
+        return [request("b")] if call.key == "a" else []
+
+    client.ask = answer
+    outcomes = []
+    with pytest.raises(UserError, match="No more"):
+        for call, outcome in run_calls(client, [request("a")], follow):
+            outcomes.append((call.key, outcome))
+    assert asked == ["a"] and outcomes == [("a", "answer")]
+
+
+def test_an_error_of_the_caller_is_raised_as_it_is():
+    """An invalid text is not an error of the server, and nothing was sent that could be charged."""
+    cache, budget = ReplyCache(), Budget(Prices(1.0, 1.0), max_cost=1.0)
+    with pytest.raises(UnicodeEncodeError):
+        ask([completion()], [request(messages=[{"role": "user", "content": "\ud800"}])], cache, budget)
+    assert budget.spent == budget.uncertain == budget.reserved == 0 and cache.charges("k") == []
 
 
 def test_slots_are_neither_exceeded_nor_leaked():

@@ -20,6 +20,7 @@ from tiny_run import small_policy
 from medst_trl import CandidateGenerator, adapter_config
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, message, text_part
+from medst_trl.engines import images
 from medst_trl.engines.engine import (
     ENGINES,
     OpenedImage,
@@ -275,6 +276,16 @@ def test_requests_are_made_only_when_there_is_room_for_them(fake_server):
     assert len(fake_server.requests) <= 3
 
 
+def test_an_image_is_encoded_once_for_all_its_requests(fake_server, monkeypatch):
+    stored, store = [], images.store_image
+    monkeypatch.setattr(images, "store_image", lambda image: stored.append(image) or store(image))
+    engine, opened = server_engine(fake_server.url, "m"), OpenedImage(b"", Image.new("RGB", (4, 3)))
+    engine.write([Prompt(to_answer([], 1, text), [opened]) for text in "abc"], Sampling())
+    assert len(stored) == 1
+    engine.write([Prompt(to_ask([], 1), [OpenedImage(b"", Image.new("RGB", (4, 3)))])], Sampling())
+    assert len(stored) == 2
+
+
 def test_an_image_without_a_file_is_sent_as_png(fake_server):
     image = Image.new("RGB", (4, 3), (128, 128, 128))
     server_engine(fake_server.url, "m").write([Prompt(to_ask([], 1), [OpenedImage(b"", image)])], Sampling())
@@ -345,6 +356,19 @@ def test_a_budget_needs_prices():
     with pytest.raises(UserError, match="max_cost needs prices"):
         ServerEngine("http://localhost/v1", "m", max_cost=1.0)
     assert ServerEngine("http://localhost/v1", "gpt-4o", "openai", max_cost=1.0).budget.max_cost == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_cost": 1.0}, "max_cost needs prices"),
+        ({"price_per_million_input_tokens": -1.0}, "price_per_million_input_tokens is -1.0"),
+        ({"price_per_million_output_tokens": -1.0}, "price_per_million_output_tokens is -1.0"),
+    ],
+)
+def test_missing_and_negative_prices_are_refused_before_a_run(settings, message):
+    with pytest.raises(UserError, match=message):
+        ENGINES.get("server").check(ServerSettings(base_url="http://localhost/v1", **settings), "m")
 
 
 def test_processes_share_the_budget(monkeypatch):

@@ -151,6 +151,28 @@ def test_shared_settings_apply_to_the_stages_that_have_them(tmp_path):
     assert "warmup_steps" not in found["prepare"].settings
 
 
+CALLS = """
+max_cost: 20
+timeout: 60
+key_variable: JUDGE_KEY
+generate: {engine: server, base_url: http://localhost/v1, model_name_or_path: m, images: me/images, timeout: 7}
+judge: {model: gpt-4o, benchmarks: []}
+"""
+
+
+def test_settings_of_calls_reach_other_stages_than_judge_only_by_name(tmp_path):
+    """A key or a budget for the judge is not used for another server."""
+    keys = ("max_cost", "timeout", "key_variable", "max_retries")
+
+    def settings(stage, *words):
+        return [steps(tmp_path, CALLS, *words)[stage].settings.get(key) for key in keys]
+
+    assert settings("generate") == [None, 7.0, None, None]
+    assert settings("judge") == [20.0, 60.0, "JUDGE_KEY", None]
+    assert settings("generate", "--max_retries", "3", "--generate.max_cost", "5") == [5.0, 7.0, None, None]
+    assert settings("judge", "--max_retries", "3", "--generate.max_cost", "5") == [20.0, 60.0, "JUDGE_KEY", 3]
+
+
 def test_output_dir_on_the_command_line_moves_the_whole_run(tmp_path):
     found = steps(tmp_path, FULL, "--output_dir", "/scratch")
     assert [step.settings["output_dir"] for step in found.values()] == [f"/scratch/{label}" for label in found]
@@ -219,6 +241,8 @@ def test_env_sets_environment_variables(tmp_path, monkeypatch):
         ("base:", ["--bse.warmup_steps", "3"], r"no section 'bse'. Its sections: base. Did you mean 'base'\?"),
         ("base:", ["--warmup_stepz", "3"], r"^--warmup_stepz: no stage of .* Did you mean 'warmup_steps'\?"),
         ("base:\nenv: [A]", [], "env must map"),
+        ("max_cost: 5\nevaluate:", [], r"yaml: max_cost is not shared.* section, or as --evaluate.max_cost"),
+        ("evaluate:", ["--max_cost", "5"], r"max_cost is not shared.* section, or as --evaluate.max_cost"),
         ("base: {hub_token: x}", [], "secrets do not belong"),
         ("base:\nenv: {HF_TOKEN: x}", [], "secrets do not belong"),
     ],

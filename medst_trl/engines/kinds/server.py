@@ -11,10 +11,9 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import world_size
-from medst_trl.base.settings import check_bounds, check_choice, documented
+from medst_trl.base.settings import check_choice, documented
 from medst_trl.data.source import printable
 from medst_trl.engines.client import (
-    CALL_BOUNDS,
     CALL_SETTINGS,
     Call,
     CallSettings,
@@ -62,7 +61,8 @@ class ServerSettings(CallSettings):
             Maximum number of retries of a call after 429, 5xx or a timeout.
         max_cost (`float`, *optional*):
             Budget in US dollars for one run of the command. It is a hard limit, divided equally among the processes. A
-            resumed run has the whole budget again: what earlier runs spent is not counted.
+            resumed run has the whole budget again: what earlier runs spent is not counted. It repeats, and pays again
+            for, all calls about an image whose candidates were not complete.
     """
 
     base_url: str | None = None
@@ -112,7 +112,8 @@ class ServerEngine(Engine):
         kind (`str`, *optional*, defaults to `"vllm"`):
             How sampling settings are sent: `"vllm"`, `"sglang"`, `"transformers"` (`transformers serve`), `"openai"`.
         **settings:
-            Further fields of [`ServerSettings`]. The budget `max_cost` is for all calls of this engine.
+            Further fields of [`ServerSettings`]. `max_cost` is the budget of all calls of this engine. Only the
+            commands divide it among processes.
 
     Raises:
         UserError: for an unknown kind, or a budget without prices.
@@ -204,9 +205,7 @@ class ServerEngine(Engine):
         raise UserError(client.next_step(outcome.error))
 
     def _call(self, request: Request) -> Call:
-        from medst_trl.engines.images import RequestImage
-
-        images = [RequestImage.read(opened.bytes or opened.image) for opened in request.prompt.images]
+        images = [opened.as_sent for opened in request.prompt.images]
 
         def body(urls: list[str]) -> dict[str, Any]:
             messages = _messages(request.prompt.messages, iter(urls))
@@ -242,11 +241,11 @@ def _neutralised(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0] + ZERO_WIDTH_NON_JOINER, text)
 
 
-def _check(settings: ServerSettings) -> None:
+def _check(settings: ServerSettings, model_name_or_path: str) -> None:
     check_choice("server_kind", settings.server_kind, SERVER_KINDS)
     if not settings.base_url:
         raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
-    check_bounds(settings, at_least=CALL_BOUNDS)
+    settings.check_calls(model_name_or_path)
 
 
 def _open(model_name_or_path: str, settings: ServerSettings) -> ServerEngine:

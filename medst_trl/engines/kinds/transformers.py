@@ -348,7 +348,7 @@ def free_bytes(device: "torch.device") -> int:
     return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
 
 
-def _check(settings: TransformersSettings) -> None:
+def _check(settings: TransformersSettings, model_name_or_path: str) -> None:
     from medst_trl.policy import DTYPES
 
     check_choice("dtype", settings.dtype, DTYPES)

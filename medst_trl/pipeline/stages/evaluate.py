@@ -48,6 +48,7 @@ from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
+from medst_trl.engines.client import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Engine, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS
@@ -177,7 +178,7 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
         raise UserError("Nothing to evaluate. Give model_name_or_path and benchmark, or predictions to score a file.")
     kind = ENGINES.get(args.engine)
     if not args.predictions:
-        kind.check(_engine_settings(kind, settings))
+        kind.check(_engine_settings(kind, settings), args.model_name_or_path)
     for name in args.variants:
         METRICS.get(name)
     for control in args.controls:
@@ -335,6 +336,7 @@ STAGE = STAGES.register(
             Input("predictions", FILE),
         ),
         outputs=(Output("", "predictions", is_published=False),),
+        not_shared=NOT_SHARED,
         earlier_defaults={"engine": DEFAULT_ENGINE},
         registries={"engine": ENGINES, "variants": METRICS, "predictions_format": PREDICTION_FORMATS},
     )

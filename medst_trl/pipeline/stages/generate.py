@@ -38,6 +38,7 @@ from medst_trl.base.row_log import RowLog
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.schema import load_records
 from medst_trl.data.source import list_reasons
+from medst_trl.engines.client import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
@@ -179,7 +180,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
 def check(args: GenerateArguments, *engine_settings: Any) -> None:
     """Raise a `UserError` for arguments that are invalid."""
     kind = ENGINES.get(args.engine)
-    kind.check(settings_among(engine_settings, kind.settings))
+    kind.check(settings_among(engine_settings, kind.settings), args.model_name_or_path)
     check_bounds(args, at_least=_AT_LEAST | {"max_question_words": args.min_question_words}, at_most=_AT_MOST)
 
 
@@ -267,6 +268,7 @@ STAGE = STAGES.register(
             Input("images", "images", alternatives=("instruct",), split="split"),
         ),
         outputs=(Output("candidates", "candidates", _count),),
+        not_shared=NOT_SHARED,
         registries={"engine": ENGINES},
     )
 )

@@ -168,6 +168,8 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
         local.check(args)
     elif args.model is None:
         raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
+    else:
+        args.check_calls(args.model)
     check_bounds(
         args,
         at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1},

@@ -100,8 +100,13 @@ class LocalJudge(ABC):
             return f"coin-{self.coin_seed}"
 
         def open(self, args, candidates):
-            coin, prompt = random.Random(self.coin_seed), JUDGE_PROMPTS.get(args.prompt_version)
-            return lambda body: prompt.write((coin.choice((1, 10)), 5), "I tossed a coin.")
+            prompt = JUDGE_PROMPTS.get(args.prompt_version)
+
+            def judge(body):
+                coin = random.Random(f"{self.coin_seed} {json.dumps(body, sort_keys=True)}")
+                return prompt.write((coin.choice((1, 10)), 5), "I tossed a coin.")
+
+            return judge
 
 
     LOCAL_JUDGES.register(Coin)
@@ -123,7 +128,8 @@ class LocalJudge(ABC):
     @abstractmethod
     def open(self, args: Any, candidates: "Dataset") -> Callable[[dict[str, Any]], str]:
         """
-        Return the judge: a function that takes the body of a request and returns the text of the reply.
+        Return the judge: a function that takes the body of a request and returns the text of the reply. Several
+        threads call it, in any order.
 
         Args:
             args (dataclass): Arguments of the stage.

@@ -98,6 +98,13 @@ def test_a_config_for_one_process_allows_only_one_process(check):
         ("per_device_train_batch_size: 8", "max_length: -5", "section sft: max_length is -5"),
         ("source: llava, ", "", "section prepare: source must be set"),
         ("model: gpt-4o", "model: null", "No judge model is set"),
+        ("gpt-4o,", "mine, base_url: http://localhost/v1, max_cost: 5,", "section judge: max_cost needs prices"),
+        ("gpt-4o,", "gpt-4o, price_per_million_input_tokens: -1,", "price_per_million_input_tokens is -1"),
+        (
+            '{prepare}/instruct"',
+            '{prepare}/instruct", engine: server, base_url: http://localhost/v1, max_cost: 5',
+            "section generate: max_cost needs prices",
+        ),
         ("zero2", "zero22", "accelerate_config 'zero22' is neither a file nor one of"),
         ("talks.json", "talk.json", "section prepare: data_path: talk.json does not exist"),
         ('generate: {images: "{prepare}/instruct"}\n', "", "section judge: candidates must be set"),

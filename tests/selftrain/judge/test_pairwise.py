@@ -317,6 +317,14 @@ def test_a_judge_in_this_process_replaces_the_server():
     assert judge_statistics(judgements, judge.prices)["usage"]["all"]["cost"] == 0
 
 
+def test_an_error_of_a_local_judge_is_raised_as_it_is():
+    asked = []
+    judge = PairwiseJudge("mine", local=lambda body: asked.append(body) or str(int("x")), order="single")
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(judge(candidates(1)))
+    assert len(asked) == 1
+
+
 def test_max_cost_is_never_exceeded(tmp_path):
     settings = {"price_per_million_input_tokens": 1, "price_per_million_output_tokens": 1, "cache_dir": tmp_path}
     with JudgeServer(latency=0.002) as server:  # a reply costs $0.00105
