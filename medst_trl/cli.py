@@ -245,7 +245,8 @@ def _launch_options(stage: Stage, parser: ArgumentParser, words: list[str], opti
         known = launch_command_parser()._option_string_actions
     names = [option.as_words()[0].partition("=")[0] for option in options]
     if unknown := [*words, *(name for name in names if name not in known)]:
-        near = closest(unknown[0], [*known, *(f"--{key}" for key in actions_of(parser))])
+        own = [f"--{key}" for key in actions_of(parser)]
+        near = closest(unknown[0], own) or closest(unknown[0], known)
         raise UserError(f"medst {stage.name}: unknown option {unknown[0]!r}.{near}")
     return [word for option in options for word in option.as_words()]
 
@@ -279,6 +280,7 @@ def _recipes(argv: list[str]) -> int | None:
             copy = copy / source.name if copy.is_dir() else copy
             if copy.exists():
                 raise UserError(f"{copy} already exists. Choose another file: medst recipes cp {name} FILE")
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, copy)  # with its executable bit
             print(f"Copied to {copy}. Edit it, then run `medst run {copy}`.")
         case ["show" | "cp" | "validate"]:

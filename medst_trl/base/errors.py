@@ -28,6 +28,7 @@ def located(where: str) -> Iterator[None]:
 def closest(word: str, known: Collection[str]) -> str:
     """Return " Did you mean 'x'?", or an empty text if no known word is close."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = near or [name for name in known if name[: len(word)] == word[: len(name)] and len(name) > 3 < len(word)]
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -295,8 +295,10 @@ def is_left_out(path: str | os.PathLike, kind: str) -> bool:
 def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None:
     """Return the record of an earlier run of this stage; None if the directory is empty or missing."""
     path = directory / RECORD_FILE
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"output_dir is a file, not a directory: {directory}.")
+    if file := next((path for path in (directory, *directory.parents) if path.is_file()), None):
+        raise UserError(
+            f"output_dir is {directory}, and {file} is a file, not a directory. Choose another output_dir."
+        )
     if not path.exists():
         _refuse_other_files(directory)
         return None

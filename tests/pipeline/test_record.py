@@ -310,6 +310,12 @@ def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_
         fail_after(lambda directory: None, rate=4)
 
 
+def test_a_directory_inside_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file, not a directory. Choose another"):
+        _open(tmp_path / "file" / "out")
+
+
 def test_a_full_disk_names_the_directory_of_the_stage(tmp_path):
     with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*it resumes"), _open(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
