@@ -245,8 +245,7 @@ def _launch_options(stage: Stage, parser: ArgumentParser, words: list[str], opti
         known = launch_command_parser()._option_string_actions
     names = [option.as_words()[0].partition("=")[0] for option in options]
     if unknown := [*words, *(name for name in names if name not in known)]:
-        own = [f"--{key}" for key in actions_of(parser)]
-        near = closest(unknown[0], own) or closest(unknown[0], known)
+        near = closest(unknown[0], [f"--{key}" for key in actions_of(parser)]) or closest(unknown[0], known)
         raise UserError(f"medst {stage.name}: unknown option {unknown[0]!r}.{near}")
     return [word for option in options for word in option.as_words()]
 

@@ -222,12 +222,11 @@ class StageRecord:
             "counts": {},
         }
         old = _read(directory, stage, overwrite)
-        if old is None:
+        if old is None or overwrite:
             directory.mkdir(parents=True, exist_ok=True)
             decision, lock = "start", _lock(directory)
-        elif overwrite:
-            decision, lock = "start", _lock(directory)
-            _empty(directory)
+            if old is not None:
+                _empty(directory)
         else:
             earlier, free = (declared.earlier_defaults, declared.operational) if declared else ({}, frozenset())
             free = {*free, *operational, *inputs, *ALWAYS_OPERATIONAL}
@@ -296,9 +295,7 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
     """Return the record of an earlier run of this stage; None if the directory is empty or missing."""
     path = directory / RECORD_FILE
     if file := next((path for path in (directory, *directory.parents) if path.is_file()), None):
-        raise UserError(
-            f"output_dir is {directory}, and {file} is a file, not a directory. Choose another output_dir."
-        )
+        raise UserError(f"output_dir {directory}: {file} is a file, not a directory. Choose another output_dir.")
     if not path.exists():
         _refuse_other_files(directory)
         return None
