@@ -190,7 +190,8 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
         code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1"})
         if code != 0:
-            print(f"\nStopped in {step.label}. Finished work is kept. To continue:\n  {again}", file=sys.stderr)
+            then = "Correct the error above, then run" if code == 2 else "To continue"
+            print(f"\nStopped in {step.label}. Finished work is kept. {then}:\n  {again}", file=sys.stderr)
             return code if code > 0 else 128 - code
     return 0
 

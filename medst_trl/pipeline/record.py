@@ -195,12 +195,12 @@ class StageRecord:
         """Delete the record of a run without results, so that a corrected command is not refused."""
         is_alone = world_size() == 1  # another process may be about to fill an empty file
         record = self.output_dir / RECORD_FILE
-        start = record.stat().st_mtime
+        # A cache that is newer than the record has replies that this run has paid for.
         left = [
             path
             for path in self.output_dir.iterdir()
             if not _is_ignorable(path)
-            or (path.is_file() and path.name in NOT_RESULTS and path.stat().st_mtime > start)  # replies paid for
+            or (path.is_file() and path.name in NOT_RESULTS and path.stat().st_mtime > record.stat().st_mtime)
         ]
         left.remove(record)
         if all(is_alone and path.is_file() and not path.stat().st_size for path in left):
