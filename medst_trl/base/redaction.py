@@ -13,7 +13,7 @@ _PLACE_KEY = re.compile(r"path|folder|dir$|url|file|cache|variable|_pattern$")
 _NOT_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|vusr)_token$", re.IGNORECASE)
 # Keys of the Hub and of OpenAI, and the user:password of a URL, anywhere in a text
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-# The values of such parameters in the query of a URL
+# Values of secret parameters in the query of a URL
 _SECRET_PARAMETER = re.compile(
     r"(?<=[?&;])((?:[\w.-]{0,60}[_.-])?(?:api-?key|key|(?:access|auth)?token|sig|signature|(?:client)?secret|password"
     r"|passwd|pwd|auth|authorization|credentials?)=)[^&;#\s\"'<>]+",

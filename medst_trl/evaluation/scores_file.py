@@ -14,6 +14,7 @@ from .scoring import figures
 
 
 SCORES_FILE = "scores.json"
+_FIGURE_KEYS = {"label", "in_card", "in_chart", "higher_is_better"}
 
 Leaf = Mapping[str, Any]
 """A figure in the scores: `value`, `n`, `interval`, perhaps `majority`, `difference` and `difference_interval`."""
@@ -49,7 +50,8 @@ class ScoresFile:
             described = content.get("figures") or describe_figures([m for m in content["scores"] if m in METRICS])
             self.figures = {(figure["metric"], tuple(figure["path"])): figure for figure in described}
             for figure in described:
-                figure["label"] + "", figure["in_card"], figure["in_chart"], figure["higher_is_better"]
+                if not (figure.keys() >= _FIGURE_KEYS and isinstance(figure["label"], str)):
+                    raise ValueError("not a figure")
             self.scores = _read_scores(content["scores"])
             controls = content.get("controls") or {}
             self.controls = {control: _read_scores(scores) for control, scores in controls.items()}

@@ -12,16 +12,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.row_log import RowLog
 from medst_trl.data.schema import with_stored_images
-from medst_trl.engines.engine import (
-    Engine,
-    OpenedImage,
-    Prompt,
-    Reply,
-    Request,
-    Sampling,
-    open_images,
-    to_answer,
-)
+from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Reply, Request, Sampling, open_images, to_answer
 
 from .controls import blank_image, shown_rows
 

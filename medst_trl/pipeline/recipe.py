@@ -363,7 +363,7 @@ def _items(path: str, name: str, section: Any) -> list[dict[str, Any]]:
         return [section]
     if not isinstance(section, list) or not section or not all(isinstance(item, dict) for item in section):
         raise UserError(
-            f"{path}, section {name}: must be `key: value` settings, or a list of such settings, each with a name."
+            f"{path}, section {name}: must be `key: value` settings, or a list with a name and settings in each item."
         )
     names = [str(item.get("name", "")) for item in section]
     for item_name in names:

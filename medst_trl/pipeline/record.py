@@ -343,7 +343,8 @@ def _refuse_changes(directory: Path, old: dict, new: dict, compared: Collection[
     if lines:
         raise UserError(
             f"{directory} was made with other settings:\n" + "\n".join(lines) + "\nRestore the old ones, choose "
-            f"another output_dir, or start again with --overwrite (deletes the contents of {directory})."
+            f"another output_dir, or start again with --overwrite (deletes the contents of {directory}). With `medst "
+            "run`, also give --stage: without it, --overwrite deletes the results of every stage."
         )
 
 

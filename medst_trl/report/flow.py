@@ -183,9 +183,10 @@ def is_judgement(row: Mapping[str, Any]) -> bool:
         valid = is_pair(answers) and isinstance("".join(answers), str)
         if dropped is None:
             low, high = row["scores"]
-            valid &= row["verdict"] in (0, 1) and answers[row["verdict"]] is not None and low - high is not None
+            valid &= row["verdict"] in (0, 1) and answers[row["verdict"]] is not None
+            valid &= isinstance(low, int | float) and isinstance(high, int | float)
         else:
-            valid &= dropped + "" not in ("", KEPT)
+            valid &= isinstance(dropped, str) and dropped not in ("", KEPT)
         for order in row["orders"]:
             valid &= order["shown"] in ([0, 1], [1, 0]) and order.get("verdict") in (None, "tie", 0, 1)
             valid &= order["cached"] is not None and sum((order.get("usage") or {}).values()) >= 0

@@ -96,7 +96,7 @@ class Run:
         return path.relative_to(self.directory).as_posix()
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
-        """Read the object in a file. None, with a note, if it is damaged; None if there is no file."""
+        """Read the object in a file. Return None if the file is missing, or, with a note, if it is damaged."""
         try:
             content = parse_object(path.read_bytes())
         except FileNotFoundError:

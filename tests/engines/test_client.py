@@ -14,14 +14,12 @@ import pytest
 from medst_trl.base.errors import UserError
 from medst_trl.engines import client as judge_client
 from medst_trl.engines.client import (
-    AdaptiveLimit,
     Call,
     CallSettings,
     Client,
     Stopped,
     api_key,
     run_calls,
-    wait_before,
 )
 from medst_trl.engines.cost import Budget, Prices, ReplyCache, RequestSize
 from medst_trl.engines.responses import CallError, error_of_status, retry_after_of, row_of_body
@@ -48,7 +46,7 @@ def request(key="k", **body):
 @pytest.fixture(autouse=True)
 def key_and_short_waits(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.pacing.FIRST_WAIT", 0.001)
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):
@@ -382,42 +380,9 @@ def test_retry_after_is_read_as_a_date():
     assert retry_after_of({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
 
 
-def test_waits_grow_up_to_a_limit(monkeypatch):
-    monkeypatch.undo()
-    waits = [max(wait_before(attempt, None) for _ in range(50)) for attempt in range(12)]
-    assert waits[0] <= 0.5 < waits[3] and max(waits) <= 30
-    assert 7 <= wait_before(0, 7.0) < 7.2
-
-
-def test_the_pace_falls_when_many_calls_are_refused_and_rises_again():
-    pace = AdaptiveLimit(32)
-    for _ in range(100):  # one call in ten fails: the server is not overloaded
-        pace.pushed_back(None)
-        for _ in range(9):
-            pace.went_well()
-    assert pace.slots == 32
-    for _ in range(200):
-        pace.pushed_back(None)
-    assert pace.slots == 1
-    for _ in range(2000):
-        pace.went_well()
-    assert pace.slots == 32
-
-
-def test_no_call_starts_before_an_overloaded_server_allows_it():
-    async def run():
-        pace, start = AdaptiveLimit(4), time.monotonic()
-        for _ in range(10):
-            pace.pushed_back(0.2)
-        async with pace.slot():
-            return time.monotonic() - start
-
-    assert asyncio.run(run()) >= 0.2
-
-
 def test_a_run_that_stops_does_not_wait_for_an_overloaded_server(monkeypatch):
     monkeypatch.setattr(judge_client, "LONGEST_RETRY_AFTER", 10)
-    monkeypatch.setattr(judge_client, "TOO_MANY", 0)  # one rejection delays all calls
+    monkeypatch.setattr("medst_trl.engines.pacing.TOO_MANY", 0)  # one rejection delays all calls
     sent = []
 
     async def respond(http_request):
@@ -457,29 +422,3 @@ def test_an_error_of_the_caller_is_raised_as_it_is():
     with pytest.raises(UnicodeEncodeError):
         ask([completion()], [request(messages=[{"role": "user", "content": "\ud800"}])], cache, budget)
     assert budget.spent == budget.uncertain == budget.reserved == 0 and cache.charges("k") == []
-
-
-def test_slots_are_neither_exceeded_nor_leaked():
-    async def run():
-        pace, active, maximum = AdaptiveLimit(5), 0, 0
-
-        async def call(number):
-            nonlocal active, maximum
-            async with pace.slot():
-                active += 1
-                maximum = max(maximum, active)
-                await asyncio.sleep(0.001)
-                active -= 1
-                if number % 7 == 0:
-                    raise ValueError
-
-        tasks = [asyncio.create_task(call(number)) for number in range(100)]
-        await asyncio.sleep(0.002)
-        for task in tasks[20:60:3]:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        async with asyncio.timeout(5):
-            await asyncio.gather(*(call(1) for _ in range(20)))
-        return maximum
-
-    assert asyncio.run(run()) == 5

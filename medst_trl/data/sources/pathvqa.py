@@ -9,16 +9,7 @@ from pathlib import Path
 
 from medst_trl.base.settings import documented
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.source import (
-    IMAGE_FOLDERS,
-    SOURCES,
-    BadRecord,
-    Records,
-    Rejected,
-    Source,
-    SourceCard,
-    text_value,
-)
+from medst_trl.data.source import IMAGE_FOLDERS, SOURCES, BadRecord, Records, Rejected, Source, SourceCard, text_value
 
 from .images import question_of
 

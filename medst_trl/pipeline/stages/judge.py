@@ -90,7 +90,7 @@ class JudgeArguments(JudgeSettings):
         duplicate_similarity (`float`, *optional*, defaults to `0.9`):
             Keep only one of the questions about an image that share this fraction of their words.
         validation_share (`float`, *optional*, defaults to `0.0`):
-            Fraction of the images to use for validation. All pairs of such an image move with it.
+            Fraction of the images to use for validation. All pairs of an image are in one split.
         length_balanced (`bool`, *optional*, defaults to `False`):
             Drop pairs until the longer answer is chosen as often as it is rejected.
         seed (`int`, *optional*, defaults to `0`):

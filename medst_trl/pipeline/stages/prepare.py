@@ -53,7 +53,7 @@ class PrepareArguments:
             Directory of the images. File names are relative to it and must stay inside it. Default: for a benchmark,
             images/ (or VQA_RAD Image Folder/ or imgs/) beside its questions, otherwise the directory of the data.
         validation_fraction (`float`, *optional*, defaults to `0.0`):
-            Fraction of the training images to use for validation. All records of such an image move with it.
+            Fraction of the training images to use for validation. All records of an image are in one split.
         image_disjoint (`bool`, *optional*, defaults to `False`):
             Drop training questions about images that are also in the test or validation set.
         max_records (`int`, *optional*):
