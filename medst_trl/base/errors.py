@@ -27,8 +27,9 @@ def located(where: str) -> Iterator[None]:
 
 def closest(word: str, known: Collection[str]) -> str:
     """Return " Did you mean 'x'?", or an empty text if no known word is close."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    near = near or [name for name in known if name[: len(word)] == word[: len(name)] and len(name) > 3 < len(word)]
+    near = [name for name in known if len(word) > 3 and name.startswith(word)]
+    near = near or get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = near or [name for name in known if len(name) > 3 and word.startswith(name)]
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
