@@ -12,7 +12,7 @@ from medst_trl.base.errors import closest
         ("learning_rat", ["learning_rate", "seed"], " Did you mean 'learning_rate'?"),
         (
             "--model",
-            ["--seed", "--model_name_or_path"],
+            ["--hub_model_id", "--model_name_or_path"],
             " Did you mean '--model_name_or_path'?",
         ),
         ("--model_name_or_path", ["--model", "--seed"], " Did you mean '--model'?"),
