@@ -366,7 +366,7 @@ def test_concurrency_falls_if_the_server_rejects_calls(monkeypatch):
 def test_all_pairs_are_judged_despite_random_faults():
     rates = dict.fromkeys(("429", "500", "garbage", "nonsense", "truncate", "reset", "hang"), 0.04)
     with JudgeServer(fault=RandomFaults(rates)) as server:
-        judgements = list(judge_with(server, concurrency=16, timeout=2)(candidates(60)))
+        judgements = list(judge_with(server, concurrency=16, timeout=5)(candidates(60)))
     assert len(judgements) == 60 and all(judgement["verdict"] is not None for judgement in judgements)
     nonsense = server.outcomes["nonsense"]  # these replies were also charged
     assert server.delivered.total() == 120 + nonsense and max(server.delivered.values()) == 1
