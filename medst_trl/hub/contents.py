@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
+from medst_trl.base.hub_ids import base_of_adapter, is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.stage import STAGES
 
@@ -148,7 +148,7 @@ def base_model_of(directory: Path) -> str | None:
     if not path.is_file():
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
-    return with_revision(config.get("base_model_name_or_path"), config.get("revision"))
+    return with_revision(base_of_adapter(directory, config.get("base_model_name_or_path")), config.get("revision"))
 
 
 def public_base(directory: Path, given: str | None) -> str | None:

@@ -127,6 +127,22 @@ def test_an_adapter_without_a_processor_uses_the_processor_of_its_base(tmp_path)
     assert loaded.chat_template == processor.chat_template
 
 
+@pytest.mark.filterwarnings("error:Cannot verify")
+def test_an_adapter_with_a_relative_base_loads_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_base("runs/base")
+    model, _ = load_policy("runs/base")
+    get_peft_model(model, adapter_config(model, r=4, vision_r=0)).save_pretrained("runs/adapter")
+    assert json.loads((tmp_path / "runs/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "runs/base"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for adapter in (str(tmp_path / "runs/adapter"), "../runs/adapter"):
+        loaded, _ = load_policy(adapter)
+        assert loaded.get_base_model().name_or_path == str(tmp_path / "runs/base")
+
+
 def test_a_moved_base_must_be_given(tmp_path):
     base_directory, adapter_directory, elsewhere = tmp_path / "base", tmp_path / "adapter", tmp_path / "elsewhere"
     save_base(base_directory)

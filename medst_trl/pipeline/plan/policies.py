@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import disable_dropout_in_model
 
 from medst_trl.base.errors import UserError, located
-from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
+from medst_trl.base.hub_ids import base_of_adapter, hub_answers, is_hub_id, split_revision
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
@@ -146,7 +146,8 @@ def model_at(
         NotKnownYet: if it cannot be known before a step has run, or not without the Hub.
     """
     if (config := _adapter_config(name_or_path)) is not None:
-        policy = model_at(base or config.base_model_name_or_path, steps, trust_remote_code)
+        named = base_of_adapter(name_or_path, config.base_model_name_or_path)
+        policy = model_at(base or named, steps, trust_remote_code)
         config.inference_mode = False  # it is trained further
         return Policy(
             get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base, continues_adapter=True
