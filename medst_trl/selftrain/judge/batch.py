@@ -23,13 +23,7 @@ MAX_REQUESTS = 50_000  # OpenAI's limit per file
 MAX_BYTES = 190_000_000  # OpenAI's limit is 200 MB
 
 
-def write_batch(
-    judge: PairwiseJudge,
-    candidates: Iterable[Mapping[str, Any]],
-    path: str | os.PathLike,
-    max_requests: int = MAX_REQUESTS,
-    max_bytes: int = MAX_BYTES,
-) -> list[Path]:
+def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> list[Path]:
     """
     Write the calls that are still to be made as input files of the Batch API.
 
@@ -39,28 +33,25 @@ def write_batch(
         candidates (iterable of `dict`):
             Rows as for the judge.
         path (`str` or `os.PathLike`):
-            The file. If the limits require several, the others are `<name>-2.jsonl`, `<name>-3.jsonl` and so on.
-        max_requests, max_bytes (`int`, *optional*):
-            Limits per file.
+            The file. If OpenAI's limits require several, the others are `<name>-2.jsonl`, `<name>-3.jsonl` and so on.
 
     Returns:
         `list[Path]`: the files; empty if every reply is cached.
     """
     path, files = Path(path), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbered = _numbered(_lines(judge, candidates), max_requests, max_bytes)
-    for number, lines in groupby(numbered, key=lambda item: item[0]):
+    for number, lines in groupby(_numbered(_lines(judge, candidates)), key=lambda item: item[0]):
         files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
         with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
             file.writelines(line for _, line in lines)
     return files
 
 
-def _numbered(lines: Iterable[bytes], max_requests: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """Yield each line with the number of its file, from 1."""
     number, requests, size = 1, 0, 0
     for line in lines:
-        if requests == max_requests or (requests and size + len(line) > max_bytes):
+        if requests == MAX_REQUESTS or (requests and size + len(line) > MAX_BYTES):
             number, requests, size = number + 1, 0, 0
         requests, size = requests + 1, size + len(line)
         yield number, line
@@ -108,13 +99,11 @@ def _read_line(cache: ReplyCache, line: bytes) -> str:
     """Keep one result in the cache, and return what it holds."""
     try:
         result = json.loads(line)
-        key = result["custom_id"]
-        try:
-            row = _row(result)
-        except CallError as error:
-            if error.reason == "request_failed":
-                return "failed"
-            row = {"error": error.reason, "detail": error.detail}
+        key, row = result["custom_id"], _row(result)
+    except CallError as error:
+        if error.reason == "request_failed":
+            return "failed"
+        key, row = result["custom_id"], {"error": error.reason, "detail": error.detail}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "unreadable"
     if not cache.attempts(key):

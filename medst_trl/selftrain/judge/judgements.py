@@ -1,22 +1,18 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of answers, the judgement on each, and statistics of a judge."""
+"""Statistics of a judge's verdicts, and messages about them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import text_of
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.client import Call, Outcome
 from medst_trl.engines.cost import Prices
 
-from .prompt import MAX_CHARS, JudgePrompt, fit
 
-
+UNKNOWN_PRICES = Prices(None, None)
 MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)
 
 _ADVICE = {
@@ -32,148 +28,7 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """
-    Two answers to one question.
-
-    Attributes:
-        id (`str`): Id of the candidate, followed by `/<k>` if the candidate has more than two answers.
-        candidate (`str`): Id of the candidate.
-        image_ids (`tuple[str, ...]`): Image ids of the candidate.
-        images (`tuple`): The images in any form that [`RequestImage.read`] accepts.
-        history (`tuple[tuple[str, str], ...]`): Role and text of the turns before the question.
-        question (`str`): The last user message.
-        answers (`tuple[str, str]`): In the candidate's order.
-    """
-
-    id: str
-    candidate: str
-    image_ids: tuple[str, ...]
-    images: tuple[Any, ...]
-    history: tuple[tuple[str, str], ...]
-    question: str
-    answers: tuple[str, str]
-
-
-def pairs_of(candidate: Mapping[str, Any]) -> Iterator[Pair]:
-    """
-    Yield the pairs of a candidate row: answers (0, 1), (2, 3) and so on. An odd answer is left over.
-
-    The columns are those of [`~medst_trl.data.schema.candidate_features`]; `image_ids` may be missing.
-    """
-    answers, prompt = candidate["answers"], candidate["prompt"]
-    for k in range(len(answers) // 2):
-        yield Pair(
-            id=candidate["id"] if len(answers) == 2 else f"{candidate['id']}/{k}",
-            candidate=candidate["id"],
-            image_ids=tuple(candidate.get("image_ids") or ()),
-            images=tuple(candidate["images"]),
-            history=tuple((message["role"], text_of(message["content"])) for message in prompt[:-1]),
-            question=text_of(prompt[-1]["content"]),
-            answers=(answers[2 * k], answers[2 * k + 1]),
-        )
-
-
-def make_judgement(
-    pair: Pair,
-    asked: Sequence[tuple[Call, Outcome]],
-    *,
-    model: str,
-    prompt: JudgePrompt,
-    prices: Prices,
-    min_margin: float,
-) -> dict[str, Any]:
-    """
-    Return one line of `judgements.jsonl`.
-
-    Args:
-        pair ([`Pair`]): The answers that were compared.
-        asked (sequence of `(Call, Outcome)`): The outcome of each order; empty if the answers are equal or an image
-            cannot be read.
-        model (`str`): Name of the judge.
-        prompt ([`JudgePrompt`]): How it was asked.
-        prices ([`Prices`]): For the cost.
-        min_margin (`float`): Minimum difference between the mean scores.
-    """
-    orders = [_order(call, outcome, prices) for call, outcome in asked]
-    scores, verdict, dropped = _decide(orders, [outcome.reason for _, outcome in asked], min_margin)
-    if not asked:
-        dropped = "tie" if pair.answers[0] == pair.answers[1] else "image_unreadable"
-    texts = (pair.question, *pair.answers)
-    return {
-        "id": pair.id,
-        "candidate": pair.candidate,
-        "image_ids": list(pair.image_ids),
-        "question": pair.question,
-        "answers": list(pair.answers),
-        "scores": scores,
-        "verdict": None if dropped else verdict,
-        "dropped": dropped,
-        "orders": orders,
-        "cut": any(len(text) > MAX_CHARS for text in texts),
-        "neutralised": _is_neutralised(prompt, texts),
-        "model": model,
-        "prompt_version": prompt.name,
-    }
-
-
-def _is_neutralised(prompt: JudgePrompt, texts: tuple[str, str, str]) -> bool:
-    """Return whether the prompt changes a text before it shows it, apart from its length."""
-    if prompt.shown is None:
-        return False
-    return prompt.shown(prompt.messages(texts[0], texts[1:], [], [], [])) != tuple(map(fit, texts))
-
-
-def _order(call: Call, outcome: Outcome, prices: Prices) -> dict[str, Any]:
-    """Return the outcome of one order, with scores and verdict by answer instead of by position."""
-    last = outcome.attempts[-1] if outcome.attempts else {}
-    usage = Counter()
-    for charge in outcome.charges:
-        usage.update(charge.get("usage") or {})
-    order = {
-        "shown": list(call.tag),
-        "scores": None,
-        "verdict": None,
-        "reply": last.get("reply") or outcome.detail,
-        "usage": dict(usage) or None,
-        "cost": round(sum(map(prices.cost_of, outcome.charges)), 9) if prices.known else None,
-        "finish_reason": last.get("finish_reason"),
-        "cached": outcome.cached,
-        "request": call.key,
-    }
-    if reading := outcome.reading:
-        order["scores"] = _by_answer(reading.scores, call.tag)
-        order["verdict"] = "tie" if reading.verdict == "tie" else call.tag[reading.verdict]
-        if reading.criteria is not None:
-            order["criteria"] = {name: _by_answer(pair, call.tag) for name, pair in reading.criteria.items()}
-    return order
-
-
-def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:
-    return [scores[shown.index(answer)] for answer in (0, 1)]
-
-
-def _decide(
-    orders: list[dict[str, Any]], reasons: list[str | None], min_margin: float
-) -> tuple[list[float] | None, int | None, str | None]:
-    """Return scores, verdict and the reason for dropping the pair, over all its orders."""
-    failed = next((reason for reason in reasons if reason), None)
-    if failed or not orders:
-        return None, None, failed
-    scores = [sum(order["scores"][answer] for order in orders) / len(orders) for answer in (0, 1)]
-    verdicts = {order["verdict"] for order in orders}
-    if {0, 1} <= verdicts:
-        return scores, None, "flip"
-    if "tie" in verdicts:
-        return scores, None, "tie"
-    verdict = verdicts.pop()
-    if scores[verdict] - scores[1 - verdict] < min_margin:
-        return scores, None, "small_margin"
-    return scores, verdict, None
-
-
-def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices | None = None) -> dict[str, Any]:
+def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = UNKNOWN_PRICES) -> dict[str, Any]:
     """
     Count the outcomes of the pairs, and measure the judge's biases.
 
@@ -249,17 +104,16 @@ def _count_verdicts(orders: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
-def _usage(requests: list[dict[str, Any]], prices: Prices | None) -> dict[str, Any]:
-    tokens, costs = Counter(), []
+def _usage(requests: Sequence[Mapping[str, Any]], prices: Prices) -> dict[str, Any]:
+    tokens = Counter()
     for request in requests:
         tokens.update(request["usage"] or {})
-        if prices is not None and prices.known:
-            costs.append(prices.cost_of(request) if request.get("cost") is None else request["cost"])
+    costs = (prices.cost_of(request) if request.get("cost") is None else request["cost"] for request in requests)
     return {
         "replies": len(requests),
         "prompt_tokens": tokens["prompt_tokens"],
         "completion_tokens": tokens["completion_tokens"],
-        "cost": round(sum(costs), 6) if prices is not None and prices.known else None,
+        "cost": round(sum(costs), 6) if prices.known else None,
     }
 
 

@@ -6,19 +6,21 @@ import asyncio
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, check_choice
 from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.schema import text_of
 from medst_trl.engines.client import CALL_BOUNDS, Call, Client, Outcome, api_key, run_calls
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from medst_trl.engines.images import RequestImage
 
-from .judgements import Pair, make_judgement, pairs_of
-from .prompt import JUDGE_PROMPTS
+from .prompt import JUDGE_PROMPTS, MAX_CHARS, fit
 from .settings import JudgeSettings
 
 
@@ -34,6 +36,49 @@ _ADVICE = {
     "--model, another --prompt_version, or more --max_tokens",
 }
 _AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0} | CALL_BOUNDS
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """
+    Two answers to one question.
+
+    Attributes:
+        id (`str`): Id of the candidate, followed by `/<k>` if the candidate has more than two answers.
+        candidate (`str`): Id of the candidate.
+        image_ids (`tuple[str, ...]`): Image ids of the candidate.
+        images (`tuple`): The images in any form that [`RequestImage.read`] accepts.
+        history (`tuple[tuple[str, str], ...]`): Role and text of the turns before the question.
+        question (`str`): The last user message.
+        answers (`tuple[str, str]`): In the candidate's order.
+    """
+
+    id: str
+    candidate: str
+    image_ids: tuple[str, ...]
+    images: tuple[Any, ...]
+    history: tuple[tuple[str, str], ...]
+    question: str
+    answers: tuple[str, str]
+
+
+def pairs_of(candidate: Mapping[str, Any]) -> Iterator[Pair]:
+    """
+    Yield the pairs of a candidate row: answers (0, 1), (2, 3) and so on. An odd answer is left over.
+
+    The columns are those of [`~medst_trl.data.schema.candidate_features`]; `image_ids` may be missing.
+    """
+    answers, prompt = candidate["answers"], candidate["prompt"]
+    for k in range(len(answers) // 2):
+        yield Pair(
+            id=candidate["id"] if len(answers) == 2 else f"{candidate['id']}/{k}",
+            candidate=candidate["id"],
+            image_ids=tuple(candidate.get("image_ids") or ()),
+            images=tuple(candidate["images"]),
+            history=tuple((message["role"], text_of(message["content"])) for message in prompt[:-1]),
+            question=text_of(prompt[-1]["content"]),
+            answers=(answers[2 * k], answers[2 * k + 1]),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,11 +163,6 @@ class PairwiseJudge(JudgeSettings):
             self.price_per_million_input_tokens = self.price_per_million_output_tokens = 0.0
         self.prices = self.prices_of(self.model)
         self.events: Counter[str] = Counter()
-        self._check()
-        Budget(self.prices, self.max_cost)
-        self.cache = ReplyCache(self.cache_dir)
-
-    def _check(self) -> None:
         check_choice("order", self.order, ORDERS)
         if self.captions and "captions" not in self.prompt.uses:
             able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
@@ -131,6 +171,8 @@ class PairwiseJudge(JudgeSettings):
                 f"of {', '.join(able)}, or leave out the captions."
             )
         check_bounds(self, at_least=_AT_LEAST)
+        Budget(self.prices, self.max_cost)
+        self.cache = ReplyCache(self.cache_dir)
 
     def __call__(self, candidates: Iterable[Mapping[str, Any]], offline: bool = False) -> Iterator[dict[str, Any]]:
         """
@@ -173,42 +215,30 @@ class PairwiseJudge(JudgeSettings):
 
     def estimate(self, candidates: Iterable[Mapping[str, Any]]) -> Estimate:
         """Estimate what judging `candidates` will take."""
-        counts, seen, paid = Counter(), set(), 0.0
+        pairs, likely = 0, {}  # tokens of each request by its key: pairs may share requests
         for _, requests in self.requests(candidates):
-            counts["pairs"] += 1
-            for request in requests:
-                if request.key in seen:
-                    continue
-                seen.add(request.key)
-                attempts = self.cache.attempts(request.key)
-                counts["cached" if attempts else "calls"] += 1
-                counts["input"] += 0 if attempts else request.size.likely
-                paid += sum(map(self.prices.cost_of, self.cache.charges(request.key)))
-        output = counts["calls"] * min(self.max_tokens, self.prompt.reply_tokens)
-        cost = self.prices.cost(counts["input"], output) if self.prices.known else None
-        return Estimate(counts["pairs"], counts["calls"], counts["cached"], counts["input"], output, cost, paid)
+            pairs += 1
+            likely |= {request.key: request.size.likely for request in requests}
+        calls = [key for key in likely if not self.cache.attempts(key)]
+        paid = sum(sum(map(self.prices.cost_of, self.cache.charges(key))) for key in likely)
+        tokens = sum(likely[key] for key in calls)
+        output = len(calls) * min(self.max_tokens, self.prompt.reply_tokens)
+        cost = self.prices.cost(tokens, output) if self.prices.known else None
+        return Estimate(pairs, len(calls), len(likely) - len(calls), tokens, output, cost, paid)
 
     def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Call]]]:
-        """Yield each pair with its requests: none if its answers are equal or an image cannot be read."""
-        for candidate in candidates:
-            for pair in pairs_of(candidate):
-                try:
-                    yield pair, self.requests_of(pair)
-                except ImageProblem:
-                    yield pair, []
-
-    def requests_of(self, pair: Pair) -> list[Call]:
         """
-        Return the requests of one pair, one for each order; none for two equal answers, which are a tie.
-
-        Raises:
-            ImageProblem: if an image cannot be opened.
+        Yield each pair with its requests, one for each order: none if its answers are equal, which is a tie, or an
+        image cannot be read.
         """
-        if pair.answers[0] == pair.answers[1]:
-            return []
-        images = [RequestImage.read(image, self.image_size) for image in pair.images]
-        tokens = sum(image_tokens(self.model, *image.size) for image in images)
-        return [self._request(pair, shown, images, tokens) for shown in ORDERS[self.order]]
+        for pair in chain.from_iterable(map(pairs_of, candidates)):
+            requests = []
+            if pair.answers[0] != pair.answers[1]:
+                with suppress(ImageProblem):
+                    images = [RequestImage.read(image, self.image_size) for image in pair.images]
+                    tokens = sum(image_tokens(self.model, *image.size) for image in images)
+                    requests = [self._request(pair, shown, images, tokens) for shown in ORDERS[self.order]]
+            yield pair, requests
 
     def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[RequestImage], tokens: int) -> Call:
         answers = [pair.answers[place] for place in shown]
@@ -268,12 +298,83 @@ class PairwiseJudge(JudgeSettings):
                 "--write_batch, or send them live by leaving out --read_batch."
             )
 
-    def _judgement(self, pair: Pair, asked: list[tuple[Call, Outcome]]) -> dict[str, Any]:
+    def _judgement(self, pair: Pair, asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
+        """
+        Return one line of `judgements.jsonl`.
+
+        Args:
+            pair ([`Pair`]): The answers that were compared.
+            asked (sequence of `(Call, Outcome)`): The outcome of each order; empty if no request was made.
+        """
         if any(outcome.error and outcome.error.kind == "image_unreadable" for _, outcome in asked):
             asked = []
-        return make_judgement(
-            pair, asked, model=self.model, prompt=self.prompt, prices=self.prices, min_margin=self.min_margin
-        )
+        orders = [self._order(call, outcome) for call, outcome in asked]
+        scores, dropped = self._decide(orders, [outcome.reason for _, outcome in asked])
+        if not asked:
+            dropped = "tie" if pair.answers[0] == pair.answers[1] else "image_unreadable"
+        texts = (pair.question, *pair.answers)
+        return {
+            "id": pair.id,
+            "candidate": pair.candidate,
+            "image_ids": list(pair.image_ids),
+            "question": pair.question,
+            "answers": list(pair.answers),
+            "scores": scores,
+            "verdict": None if dropped else orders[0]["verdict"],
+            "dropped": dropped,
+            "orders": orders,
+            "cut": any(len(text) > MAX_CHARS for text in texts),
+            "neutralised": self._is_neutralised(texts),
+            "model": self.model,
+            "prompt_version": self.prompt.name,
+        }
+
+    def _order(self, call: Call, outcome: Outcome) -> dict[str, Any]:
+        """Return the outcome of one order, with scores and verdict by answer instead of by position."""
+        last = outcome.attempts[-1] if outcome.attempts else {}
+        usage = Counter()
+        for charge in outcome.charges:
+            usage.update(charge.get("usage") or {})
+        cost = sum(map(self.prices.cost_of, outcome.charges))
+        order = {
+            "shown": list(call.tag),
+            "scores": None,
+            "verdict": None,
+            "reply": last.get("reply") or outcome.detail,
+            "usage": dict(usage) or None,
+            "cost": round(cost, 9) if self.prices.known else None,
+            "finish_reason": last.get("finish_reason"),
+            "cached": outcome.cached,
+            "request": call.key,
+        }
+        if reading := outcome.reading:
+            order["scores"] = _by_answer(reading.scores, call.tag)
+            order["verdict"] = "tie" if reading.verdict == "tie" else call.tag[reading.verdict]
+            if reading.criteria is not None:
+                order["criteria"] = {name: _by_answer(pair, call.tag) for name, pair in reading.criteria.items()}
+        return order
+
+    def _decide(self, orders: list[dict], reasons: list[str | None]) -> tuple[list[float] | None, str | None]:
+        """Return the mean scores, and the reason for dropping the pair, over all its orders."""
+        failed = next(filter(None, reasons), None)
+        if failed or not orders:
+            return None, failed
+        scores = [sum(order["scores"][answer] for order in orders) / len(orders) for answer in (0, 1)]
+        verdicts = {order["verdict"] for order in orders}
+        if len(verdicts) > 1 or "tie" in verdicts:
+            return scores, "flip" if {0, 1} <= verdicts else "tie"
+        winner = verdicts.pop()
+        return scores, "small_margin" if scores[winner] - scores[1 - winner] < self.min_margin else None
+
+    def _is_neutralised(self, texts: tuple[str, str, str]) -> bool:
+        """Return whether the prompt changes a text before it shows it, apart from its length."""
+        if self.prompt.shown is None:
+            return False
+        return self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], [])) != tuple(map(fit, texts))
+
+
+def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:
+    return [scores[shown.index(answer)] for answer in (0, 1)]
 
 
 def _local_client(judge: Callable[[dict[str, Any]], str]) -> Any:

@@ -14,6 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import candidate_features
 from medst_trl.engines.cost import CACHE_FILE, Prices
 from medst_trl.engines.pacing import AdaptiveLimit
+from medst_trl.selftrain.judge import batch as batch_files
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
@@ -406,11 +407,12 @@ def batch_results(paths, answer, statuses=None):
     return "\n".join(map(json.dumps, reversed(lines)))
 
 
-def test_a_batch_gives_the_same_judgements_as_live_calls(tmp_path):
+def test_a_batch_gives_the_same_judgements_as_live_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_files, "MAX_REQUESTS", 5)
     with JudgeServer() as server:
         live = list(judge_with(server)(candidates(7)))
         batch = PairwiseJudge("judge", cache_dir=tmp_path / "cache")
-        files = write_batch(batch, candidates(7), tmp_path / "requests.jsonl", max_requests=5)
+        files = write_batch(batch, candidates(7), tmp_path / "requests.jsonl")
         assert [file.name for file in files] == ["requests.jsonl", "requests-2.jsonl", "requests-3.jsonl"]
         requests = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         bodies = [[json.dumps(body, sort_keys=True) for body in side] for side in
@@ -427,9 +429,10 @@ def test_a_batch_gives_the_same_judgements_as_live_calls(tmp_path):
     assert write_batch(batch, candidates(7), tmp_path / "more.jsonl") == [] and not (tmp_path / "more.jsonl").exists()
 
 
-def test_batch_errors_drop_their_pairs_or_are_requested_again(tmp_path):
+def test_batch_errors_drop_their_pairs_or_are_requested_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_files, "MAX_BYTES", 10_000)
     batch = PairwiseJudge("judge", prompt_version="paper", cache_dir=tmp_path / "cache")
-    files = write_batch(batch, candidates(4), tmp_path / "requests.jsonl", max_bytes=10_000)
+    files = write_batch(batch, candidates(4), tmp_path / "requests.jsonl")
     everything = tmp_path / "all.jsonl"
     everything.write_text("".join(file.read_text() for file in files))
     statuses = {0: (400, {"code": "content_filter", "message": "policy"}), 2: (500, {"message": "oops"})}
