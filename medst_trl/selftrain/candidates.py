@@ -4,7 +4,7 @@
 
 import json
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from medst_trl.engines.engine import (
     Reply,
     Request,
     Sampling,
+    bytes_of,
     open_images,
     random_stream,
     to_answer,
@@ -30,7 +31,6 @@ from medst_trl.engines.engine import (
 )
 from medst_trl.engines.kinds.transformers import TransformersEngine
 
-from .candidate_files import row_maker
 from .filters import QuestionFilter, normalised, pair_answers
 
 
@@ -344,3 +344,29 @@ class CandidateGenerator:
         else:
             name = f"{record.id}#{question}"
             record.candidates[question] = {"id": name, "prompt": prompt, "answers": answers}
+
+
+def row_maker(dataset: "Dataset", generation: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """
+    Return a function from one of the `candidates` of an outcome to its row, with the images as the record stores them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The records.
+        generation (`str`): See [`CandidateGenerator.generation`].
+    """
+    rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
+    records = with_stored_images(dataset)
+
+    def make_row(candidate: dict[str, Any]) -> dict[str, Any]:
+        record_id, _, _ = candidate["id"].rpartition("#")
+        record = records[rows[record_id]]
+        return {
+            "id": candidate["id"],
+            "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
+            "image_ids": record["image_ids"],
+            "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
+            "answers": candidate["answers"],
+            "generation": generation,
+        }
+
+    return make_row

@@ -30,7 +30,6 @@ from medst_trl.engines.kinds import transformers as transformers_engine
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain import candidates as candidates_module
-from medst_trl.selftrain.candidate_files import select_records
 from medst_trl.selftrain.filters import QuestionFilter
 
 
@@ -594,18 +593,6 @@ def test_longest_prompts_are_written_first(policy, monkeypatch):
     engine.write([Prompt(to_answer([], 1, text), opened) for text in islice(texts, 4)], Sampling(temperature=0.0))
     flat = [length for batch in batches for length in batch]
     assert len(batches) == 2 and flat == sorted(flat, reverse=True)
-
-
-def test_one_of_several_records_with_the_same_images_is_selected():
-    same = record(1) | {"id": "again"}
-    rows = as_dataset([record(0), record(1), same, record(2), record(3, images=2)])
-    chosen, rejected = select_records(rows)
-    assert list(chosen["id"]) == ["r0", "r1", "r2", "r3"]
-    assert [(row["id"], row["reason"]) for row in rejected] == [("again", "repeated_images")]
-    first, second = (list(select_records(rows, skip, 2)[0]["id"]) for skip in (0, 2))
-    assert first + second == ["r0", "r1", "r2", "r3"], "two rounds of two records do not have all records"
-    with pytest.raises(UserError, match="4 different sets of images, and skip_records is 4"):
-        select_records(rows, 4)
 
 
 @pytest.mark.parametrize(

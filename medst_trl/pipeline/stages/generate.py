@@ -27,25 +27,47 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 ```
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_jsonl
 from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
 from medst_trl.base.row_log import RowLog
 from medst_trl.base.settings import check_bounds, documented, settings_among
-from medst_trl.data.schema import load_records
+from medst_trl.data.schema import candidate_features, load_records, write_split
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.client import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Input, Output, RowCounter, Stage
-from medst_trl.selftrain.candidate_files import select_records, write_candidates
-from medst_trl.selftrain.candidates import CandidateGenerator
+from medst_trl.selftrain.candidates import CandidateGenerator, row_maker
 from medst_trl.selftrain.filters import QuestionFilter
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Advice for the most frequent reason when everything is rejected.
+_ADVICE = {
+    "not_a_question": (
+        "Train stage 1 longer, or lower --question_temperature. For languages other than English set "
+        "--english_questions false. A server has to use the policy's own chat template."
+    ),
+    "unfinished": "Raise --max_question_tokens.",
+    "unfinished_answer": "Raise --max_new_tokens.",
+    "identical_answers": "Raise --temperature or --num_answers.",
+    "nearly_identical_answers": "Raise --temperature, --num_answers or --max_answer_similarity.",
+    "too_short": "Lower --min_question_words.",
+    "too_long": "Raise --max_question_words.",
+    "request_failed": "The server refused every request; its reason is in rejected.jsonl.",
+}
 
 
 @documented
@@ -168,9 +190,8 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         generator = make_generator(args, engine)
         RowLog.fill(log, records["id"], lambda done: generator.outcomes(records, done))
         if rank() == 0:
-            counts = write_candidates(
-                record.output_dir, records, log, rejected, generator.generation(), args.rows_per_shard
-            )
+            outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+            counts = _write_candidates(args, records, outcomes, rejected, generator.generation())
         record.finish(counts=counts)
     if rank() == 0:
         log.unlink(missing_ok=True)
@@ -210,6 +231,84 @@ def _find_images(images: str) -> str:
     if rank() == 0:
         print(f"generate: {images} does not exist. Using the images of {instruct} (not its messages).")
     return str(instruct)
+
+
+def select_records(
+    dataset: "Dataset", skip: int = 0, most: int | None = None
+) -> tuple["Dataset", list[dict[str, str]]]:
+    """
+    Drop records that repeat the images of an earlier one, skip the first `skip`, and return at most `most`.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Columns `id`, `image_ids`.
+        skip (`int`, *optional*, defaults to `0`):
+            Number of records that earlier rounds have used.
+        most (`int`, *optional*):
+            Maximum number of records; all by default.
+
+    Returns:
+        `tuple[Dataset, list[dict]]`: the records, and `id`, `reason`, `value` of those with the images of an earlier
+        record.
+
+    Raises:
+        UserError: if none is left.
+    """
+    seen, rows, rejected = set(), [], []
+    for row, (record_id, image_ids) in enumerate(zip(dataset["id"], dataset["image_ids"])):
+        images = frozenset(image_ids)
+        if images and images in seen:
+            rejected.append({"id": record_id, "reason": "repeated_images", "value": ", ".join(image_ids)})
+        else:
+            seen.add(images)
+            rows.append(row)
+    chosen = rows[skip:] if most is None else rows[skip : skip + most]
+    if not chosen:
+        raise UserError(
+            f"No images are left to ask about: {len(dataset)} records have {len(rows)} different sets of images, and "
+            f"skip_records is {skip}. Prepare more images, or lower skip_records; in a run of several rounds, which "
+            "skip the images of earlier rounds, lower max_records so that every round has images."
+        )
+    return dataset.select(chosen), rejected
+
+
+def _write_candidates(
+    args: GenerateArguments, records: "Dataset", outcomes: list[dict], rejected: list[dict], generation: str
+) -> dict[str, Any]:
+    """
+    Write `candidates/` and `rejected.jsonl`, and return the counts for `stage.json`.
+
+    Args:
+        args ([`GenerateArguments`]): Arguments.
+        records ([`~datasets.Dataset`]): The records that were asked about.
+        outcomes (`list[dict]`): Their outcomes, see [`CandidateGenerator.outcomes`].
+        rejected (`list[dict]`): Records that were rejected before.
+        generation (`str`): See [`CandidateGenerator.generation`].
+
+    Raises:
+        UserError: if there is no candidate, with the reasons.
+    """
+    candidates = [candidate for outcome in outcomes for candidate in outcome["candidates"]]
+    rejected = [*rejected, *(row for outcome in outcomes for row in outcome["rejected"])]
+    counts = {
+        "images": len({image for image_ids in records["image_ids"] for image in image_ids}),
+        "records": len(outcomes),
+        "questions": sum(outcome["drawn"] for outcome in outcomes),
+        "candidates": len(candidates),
+        "answers": sum(len(candidate["answers"]) for candidate in candidates),
+        "rejected": dict(Counter(row["reason"] for row in rejected).most_common()),
+    }
+    path = Path(args.output_dir, "rejected.jsonl")
+    write_jsonl(path, rejected)
+    if not candidates:
+        advice = _ADVICE.get(next(iter(counts["rejected"]), ""), "Read the rejected texts there.")
+        raise UserError(
+            f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
+            f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite true."
+        )
+    directory, make_row = Path(args.output_dir, "candidates"), row_maker(records, generation)
+    write_split(directory, "train", candidates, make_row, candidate_features(), args.rows_per_shard)
+    return counts
 
 
 def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.kinds.server import ServerSettings
 from medst_trl.engines.kinds.transformers import TransformersSettings
-from medst_trl.pipeline.stages.generate import STAGE, GenerateArguments, main
+from medst_trl.pipeline.stages.generate import STAGE, GenerateArguments, main, select_records
 from medst_trl.policy.loading import prepare_policy
 from medst_trl.selftrain.candidates import CandidateGenerator
 
@@ -328,3 +328,15 @@ def test_a_run_killed_twice_resumes(finished, inputs, tmp_path, ranks):
     assert done.stdout.count("world 2") == 2
     assert done.stdout.count("candidates with") == 1
     assert files(tmp_path / "out") == files(finished)
+
+
+def test_one_of_several_records_with_the_same_images_is_selected():
+    images = {"r0": ["a"], "r1": ["b"], "again": ["b"], "r2": ["c"], "r3": ["d", "e"]}
+    rows = Dataset.from_list([{"id": name, "image_ids": ids} for name, ids in images.items()])
+    chosen, rejected = select_records(rows)
+    assert list(chosen["id"]) == ["r0", "r1", "r2", "r3"]
+    assert [(row["id"], row["reason"]) for row in rejected] == [("again", "repeated_images")]
+    first, second = (list(select_records(rows, skip, 2)[0]["id"]) for skip in (0, 2))
+    assert first + second == ["r0", "r1", "r2", "r3"], "two rounds of two records do not have all records"
+    with pytest.raises(UserError, match="4 different sets of images, and skip_records is 4"):
+        select_records(rows, 4)
