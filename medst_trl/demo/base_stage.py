@@ -20,14 +20,18 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.pipeline.stage import MODEL, STAGES, Output, RowCounter, Stage
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
+
+
+# Settings of `TrainingArguments`.
+_PASSED_ON = ("per_device_train_batch_size", "learning_rate", "warmup_steps", "save_steps", "logging_steps", "seed")
 
 
 @documented
@@ -137,33 +141,9 @@ def _make_collator(processor: "ProcessorMixin") -> Callable[[list[dict]], dict]:
     return collate
 
 
-def _training_arguments(args: BaseArguments) -> "TrainingArguments":
-    import torch
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(_run_directory(args)),
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.warmup_steps,
-        adam_beta2=0.95,
-        weight_decay=0.01,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        save_steps=args.save_steps,
-        save_total_limit=1,
-        logging_steps=args.logging_steps,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        seed=args.seed,
-    )
-
-
 def _trainer(args: BaseArguments, model: "PreTrainedModel", processor: "ProcessorMixin") -> "Trainer":
-    from transformers import Trainer
+    import torch
+    from transformers import Trainer, TrainingArguments
 
     from medst_trl.training.upstream import LoadsPublishedNames
 
@@ -173,22 +153,32 @@ def _trainer(args: BaseArguments, model: "PreTrainedModel", processor: "Processo
     class ResumingTrainer(LoadsPublishedNames, Trainer):
         pass
 
+    training = TrainingArguments(
+        output_dir=str(_run_directory(args)),
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="cosine",
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        **{name: getattr(args, name) for name in _PASSED_ON},
+    )
     return ResumingTrainer(
         model=model,
-        args=_training_arguments(args),
+        args=training,
         train_dataset=training_conversations(args.num_texts, args.num_pictures, args.turns, args.seed),
         data_collator=_make_collator(processor),
         processing_class=processor,
     )
 
 
-def _config(settings: dict[str, Any]) -> "tuple[PreTrainedConfig, bool]":
-    """Return the configuration of the model after training, and that it has no text role."""
-    return deepcopy(_prepared_config()), False
-
-
 @cache
-def _prepared_config() -> "PreTrainedConfig":
+def _config() -> "PreTrainedConfig":
+    """Return the configuration of the model after training."""
     from medst_trl.policy.loading import prepare_policy
 
     from .tiny_model import tiny_llava
@@ -211,7 +201,7 @@ STAGE = STAGES.register(
         check=check,
         main=main,
         plan=plan,
-        outputs=(Output("", MODEL, config=_config, is_published=False),),
+        outputs=(Output("", MODEL, config=lambda settings: (deepcopy(_config()), False), is_published=False),),
         operational=frozenset({"save_steps", "logging_steps"}),
     )
 )

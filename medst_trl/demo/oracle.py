@@ -33,17 +33,6 @@ if TYPE_CHECKING:
 
 MOST_PHANTOMS = 100_000  # drawn to find the images
 
-# Facts that each kind of question asks for.
-_ASKED = {
-    "presence": ("verdict",),
-    "bright": ("verdict",),
-    "dark": ("verdict",),
-    "modality": ("modality",),
-    "location": ("quadrant",),
-    "appearance": ("size", "brightness"),
-    "description": ("modality", "lesion", "size", "brightness", "quadrant"),
-}
-
 _VALUES = {
     "modality": phantoms.MODALITIES,
     "quadrant": phantoms.QUADRANTS,
@@ -66,11 +55,9 @@ def score_answer(question: str, text: str, truth: Truth) -> int:
     if _plain(text) == _plain(right_answer):
         return 10
     expected, stated = _facts(right_answer), _facts(text)
-    asked = [fact for fact in _ASKED[phantoms.question_kind(question)] if fact in expected]
-    right = sum(stated.get(fact) == expected[fact] for fact in asked)
-    known = expected | asdict(truth)
-    wrong = sum(fact in known and value != known[fact] for fact, value in stated.items() if fact not in asked)
-    return max(1, min(9, 1 + round(8 * (right - wrong) / len(asked))))
+    right = sum(stated.get(fact) == value for fact, value in expected.items())
+    wrong = sum(asdict(truth).get(fact, value) != value for fact, value in stated.items() if fact not in expected)
+    return max(1, min(9, 1 + round(8 * (right - wrong) / len(expected))))
 
 
 def open_oracle(
@@ -174,10 +161,6 @@ class OracleArguments(LocalJudge):
     name, summary = "oracle", "the phantoms' oracle, in this process"
 
     oracle_error_rate: float | None = None
-
-    @property
-    def is_chosen(self) -> bool:
-        return self.oracle_error_rate is not None
 
     def check(self, args: Any) -> None:
         check_bounds(self, at_least={"oracle_error_rate": 0}, at_most={"oracle_error_rate": 1})

@@ -42,7 +42,6 @@ def tiny_llava(
     vocab_size: int = 1024,
     spare_rows: int = 0,
     tie_word_embeddings: bool = False,
-    texts: Iterable[str] = (),
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """
@@ -70,8 +69,6 @@ def tiny_llava(
             Rows of the embedding after the last token, as in models with a padded vocabulary.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output layer shares the embedding's weights.
-        texts (`Iterable[str]`, *optional*):
-            Texts whose words become tokens, in addition to those of [`~medst_trl.demo.base_data`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global random state does not change.
 
@@ -85,7 +82,7 @@ def tiny_llava(
     >>> model, processor = tiny_llava(**small)  # 50k
     ```
     """
-    tokenizer = train_tokenizer([*all_texts(), *texts], vocab_size)
+    tokenizer = train_tokenizer(all_texts(), vocab_size)
     processor = _processor(tokenizer, image_size, patch_size)
     vision, text = _tower(vision_size, vision_layers, head_size), _tower(text_size, text_layers, head_size)
     vision |= {"image_size": image_size, "patch_size": patch_size}

@@ -222,13 +222,9 @@ class CandidateGenerator:
         windows = self._windows(len(ids), state.num_processes)[state.process_index :: state.num_processes]
         left = [window for window in windows if any(ids[row] not in done for row in window)]
         total, remaining = (sum(map(len, some)) for some in (windows, left))
-        with tqdm(
-            total=total, initial=total - remaining, desc="candidates", unit="image", disable=not state.is_main_process
-        ) as bar:
-            for outcome in self._outcomes(dataset, left):
-                if outcome["id"] not in done:
-                    yield outcome
-                bar.update()
+        finished = self._outcomes(dataset, left)
+        bar = {"total": total, "initial": total - remaining, "unit": "image", "disable": not state.is_main_process}
+        yield from (outcome for outcome in tqdm(finished, "candidates", **bar) if outcome["id"] not in done)
 
     def generation(self) -> str:
         """Return how the candidates are made, as the column `generation` has it."""
@@ -265,28 +261,24 @@ class CandidateGenerator:
 
     def _finished(self, records: Iterable[_Record]) -> Iterator[_Record]:
         """Run the requests of the records, and yield each record when it is complete."""
-        without_requests: deque[_Record] = deque()
+        complete: deque[_Record] = deque()
 
-        def first() -> Iterator[Request]:
-            for record in records:
-                requests = self._first_requests(record)
-                record.open_requests = len(requests)
-                if not requests:
-                    without_requests.append(record)
-                yield from requests
+        def opened(record: _Record, requests: list[Request]) -> list[Request]:
+            record.open_requests += len(requests)
+            if not record.open_requests:
+                complete.append(record)
+            return requests
 
         def then(request: Request, reply: Reply) -> list[Request]:
             record, *numbers = request.tag
-            following = self._next_requests(request, reply, record, *numbers)
-            record.open_requests += len(following) - 1
-            return following
+            record.open_requests -= 1
+            return opened(record, self._next_requests(request, reply, record, *numbers))
 
-        for request, _ in self.engine.run(first(), then):
-            while without_requests:
-                yield without_requests.popleft()
-            if not request.tag[0].open_requests:
-                yield request.tag[0]
-        yield from without_requests
+        first = chain.from_iterable(opened(record, self._first_requests(record)) for record in records)
+        for _ in self.engine.run(first, then):
+            while complete:
+                yield complete.popleft()
+        yield from complete
 
     def _first_requests(self, record: _Record) -> list[Request]:
         if not record.images:
@@ -313,7 +305,8 @@ class CandidateGenerator:
                 record.reject(problem, reply.text, question)
                 return []
             record.questions[question] = reply.text
-            return self._answers(record, question)
+            messages = to_answer(record.history, len(record.images), reply.text)
+            return self._samples(record, messages, self.answer_sampling, self.num_answers, "answer", question)
         record.answers.setdefault(question, {})[answer] = reply
         if len(record.answers[question]) == self.num_answers:
             self._pair(record, question, request.prompt.messages)
@@ -322,10 +315,6 @@ class CandidateGenerator:
     def _questions(self, record: _Record) -> list[Request]:
         messages = to_ask(record.history, len(record.images))
         return self._samples(record, messages, self.question_sampling, self.num_questions, "question")
-
-    def _answers(self, record: _Record, question: int) -> list[Request]:
-        messages = to_answer(record.history, len(record.images), record.questions[question])
-        return self._samples(record, messages, self.answer_sampling, self.num_answers, "answer", question)
 
     def _samples(
         self, record: _Record, messages: list[dict], sampling: Sampling, count: int, purpose: str, *numbers: int

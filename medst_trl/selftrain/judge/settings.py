@@ -92,10 +92,6 @@ class LocalJudge(ABC):
 
         coin_seed: int | None = None
 
-        @property
-        def is_chosen(self):
-            return self.coin_seed is not None
-
         def model_name(self, args):
             return f"coin-{self.coin_seed}"
 
@@ -117,9 +113,9 @@ class LocalJudge(ABC):
     summary: ClassVar[str]
 
     @property
-    @abstractmethod
     def is_chosen(self) -> bool:
-        """Whether these settings ask for this judge."""
+        """Whether these settings ask for this judge: one of them is set."""
+        return any(value is not None for value in vars(self).values())
 
     @abstractmethod
     def model_name(self, args: Any) -> str:

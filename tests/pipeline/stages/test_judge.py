@@ -458,10 +458,6 @@ class CoinArguments(LocalJudge):
 
     coin_side: str | None = field(default=None, metadata={"help": "Answer every request with this letter."})
 
-    @property
-    def is_chosen(self):
-        return self.coin_side is not None
-
     def check(self, args):
         if self.coin_side not in ("A", "B"):
             raise UserError("coin_side must be A or B.")
