@@ -101,9 +101,7 @@ def _why_unusable(judgement: Mapping, candidate: Mapping | None) -> str | None:
 def _preference_row(row: int, candidate: Mapping, judgement: Mapping) -> dict:
     winner = judgement["verdict"]
     scores = judgement.get("scores") or (None, None)
-    chosen, rejected = (
-        [{"role": "assistant", "content": [text_part(judgement["answers"][place])]}] for place in (winner, 1 - winner)
-    )
+    answers = [[{"role": "assistant", "content": [text_part(text)]}] for text in judgement["answers"]]
     kept = ("shown", "scores", "verdict", "criteria")  # the replies stay in judgements.jsonl
     judge = {
         "model": public_name(judgement.get("model") or "") or None,  # pairs are shared, local paths not
@@ -115,8 +113,8 @@ def _preference_row(row: int, candidate: Mapping, judgement: Mapping) -> dict:
         "row": row,
         "image_ids": list(candidate["image_ids"]),
         "prompt": candidate["prompt"],
-        "chosen": chosen,
-        "rejected": rejected,
+        "chosen": answers[winner],
+        "rejected": answers[1 - winner],
         "score_chosen": scores[winner],
         "score_rejected": scores[1 - winner],
         "judge": json.dumps(judge, ensure_ascii=False),
@@ -241,8 +239,7 @@ def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
         `dict[int, str]`: position of each duplicate, with the id of the pair that stays.
     """
     kept, duplicates = {}, {}
-    for place in _by_margin(pairs, range(len(pairs))):
-        pair = pairs[place]
+    for place, pair in _by_margin(pairs):
         prompt = tuple((turn["role"], normalised(text_of(turn["content"]))) for turn in pair["prompt"])
         answers = frozenset(normalised(_text(pair, key)) for key in ("chosen", "rejected"))
         winner = kept.setdefault((tuple(pair["image_ids"]), prompt, answers), pair)
@@ -265,32 +262,27 @@ def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
     Returns:
         `dict[int, str]`: position of each near duplicate, with the question of the pair that stays.
     """
-    groups = defaultdict(list)
-    for place, pair in enumerate(pairs):
-        groups[tuple(pair["image_ids"])].append(place)
-    duplicates = {}
-    for places in groups.values():
-        kept: list[tuple[set[str], dict]] = []
-        for place in _by_margin(pairs, places):
-            pair = pairs[place]
-            words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
-            for others, other in kept:
-                if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
-                    duplicates[place] = _text(other, "prompt")
-                    break
-            else:
-                kept.append((words, pair))
+    kept, duplicates = defaultdict(list), {}
+    for place, pair in _by_margin(pairs):
+        words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
+        about_same_images = kept[tuple(pair["image_ids"])]
+        for others, other in about_same_images:
+            if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
+                duplicates[place] = _text(other, "prompt")
+                break
+        else:
+            about_same_images.append((words, pair))
     return duplicates
 
 
-def _by_margin(pairs: Sequence[dict], places: Iterable[int]) -> list[int]:
-    """Return positions of pairs by the margin between their scores, the largest first; without scores it is 0."""
+def _by_margin(pairs: Sequence[dict]) -> list[tuple[int, dict]]:
+    """Return pairs and their positions by the margin between the scores, largest first; without scores it is 0."""
 
-    def margin(pair: dict) -> float:
-        chosen, rejected = pair["score_chosen"], pair["score_rejected"]
+    def margin(item: tuple[int, dict]) -> float:
+        chosen, rejected = item[1]["score_chosen"], item[1]["score_rejected"]
         return chosen - rejected if chosen is not None and rejected is not None else 0.0
 
-    return sorted(places, key=lambda place: (-margin(pairs[place]), place))
+    return sorted(enumerate(pairs), key=margin, reverse=True)
 
 
 def _similarity(first: set[str], second: set[str]) -> float:
