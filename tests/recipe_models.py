@@ -127,6 +127,6 @@ def config_directory(name: str, directory: Path) -> Path:
 def trainable_parameters(step: Step, steps: Sequence[Step] = ()) -> dict[str, int]:
     """Return the number of parameters by part that a plan shows for a training step."""
     counts = Counter()
-    for trained in trained_parameters(policy_of(step, steps)):
-        counts[trained.part] += trained.count
+    for (part, _), count in trained_parameters(policy_of(step, steps)).items():
+        counts[part] += count
     return dict(counts)

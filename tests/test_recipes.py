@@ -22,9 +22,10 @@ from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
 from medst_trl.demo.tiny_model import tiny_llava
+from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.plan.policies import meta_model
-from medst_trl.pipeline.plan.steps import effective_batch
+from medst_trl.pipeline.plan.steps import stage_arguments
 from medst_trl.pipeline.plan.validate import validate
 from medst_trl.pipeline.recipe import packaged_recipes, read_recipe, summary
 
@@ -189,7 +190,7 @@ def test_the_batch_size_does_not_depend_on_the_number_of_gpus(path, processes):
     for step in read_recipe(path).steps():
         if step.stage.name in TRAIN:
             processes = 1 if step.accelerate_config == "single_gpu" else processes
-            batch = effective_batch(step, processes)
+            batch = Batch.of(*stage_arguments(step), processes)
             assert batch.effective == batch.per_device * batch.accumulation * processes
             assert batch.effective == step.settings["effective_batch_size"] == (128 if step.label == "sft" else 256)
 

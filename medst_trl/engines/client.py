@@ -70,6 +70,11 @@ class CallSettings:
     price_per_million_input_tokens: float | None = None
     price_per_million_output_tokens: float | None = None
 
+    @property
+    def limit(self) -> str:
+        """The budget in words, for the plan of a run."""
+        return "no max_cost is set" if self.max_cost is None else f"stops at {self.max_cost:g} US dollars"
+
     def prices_of(self, model: str) -> Prices:
         """Return the prices that are set, else the known prices of a model."""
         return prices_of(model, self.price_per_million_input_tokens, self.price_per_million_output_tokens)

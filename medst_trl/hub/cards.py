@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.base.hub_ids import is_hub_id
+from medst_trl.base.hub_ids import is_hub_id, looks_local
+from medst_trl.base.redaction import hide_secrets, is_private_key
 from medst_trl.data.schema import KINDS, complete_shards, splits_in
+from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
+from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.chat_template import has_text_role, is_wrapped
 from medst_trl.policy.families import family_of
 
-from .contents import Contents, base_model_of, find_contents
-from .provenance import hub_id_text, read_merged, steps_to
+from .contents import Contents, base_model_of, find_contents, nearest_record, with_revision
 
 
 KIND = "medst_trl_kind"  # in a card's metadata: shows that a repository is ours, and what it holds
@@ -42,7 +45,8 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
         license (`str`, *optional*): Identifier of its licence on the Hub. Synthetic images have the source's.
         run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
     """
-    sources = _sources(contents, run)
+    steps = steps_to(contents.directory, run)
+    sources = _sources(steps)
     licences = {source.get("licence") if source.get("synthetic") else None for source in sources}
     if license is None and len(licences) == 1 and (name := licences.pop()):
         license = name.lower().replace(" ", "-")  # as the Hub spells it: cc-by-4.0
@@ -58,17 +62,9 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
         configs=[{"config_name": "default", "data_files": files}],
         **{KIND: contents.kind},
     )
-    return _render(
-        "dataset.md",
-        data,
-        kind=KINDS.get(contents.kind),
-        repo_id=repo_id,
-        has_references=any(name.startswith(REFERENCE_FOLDER) for name in contents.files),
-        splits=splits,
-        columns=columns,
-        sources=sources,
-        steps=steps_to(contents.directory, run),
-    )
+    references = any(name.startswith(REFERENCE_FOLDER) for name in contents.files)
+    values = {"kind": KINDS.get(contents.kind), "splits": splits, "columns": columns, "has_references": references}
+    return _render("dataset.md", data, repo_id, steps, values)
 
 
 def model_card(
@@ -98,23 +94,13 @@ def model_card(
         library_name="peft" if contents.kind == "adapter" else "transformers",
         pipeline_tag="image-text-to-text",
         base_model=base_model.partition("@")[0] if is_hub_id(base_model) else None,
-        tags=["medst_trl", "medical", "trl", "self-questioning", *(step.stage for step in steps[-1:])],
+        tags=["medst_trl", "medical", "trl", "self-questioning", *(step["stage"] for step in steps[-1:])],
         model_name=repo_id.rpartition("/")[2],
         eval_results=[score for name, file in results for score in _for_hub(name, file)] or None,
         **{KIND: contents.kind},
     )
-    return _render(
-        "model.md",
-        data,
-        kind=contents.kind,
-        repo_id=repo_id,
-        base_model=base_model,
-        merged=merged,
-        is_plain=is_plain(contents),
-        results=results,
-        sources=_sources(contents, run),
-        steps=steps,
-    )
+    values = {"kind": contents.kind, "base_model": base_model, "merged": merged, "results": results}
+    return _render("model.md", data, repo_id, steps, values | {"is_plain": is_plain(contents)})
 
 
 def write_card(directory: str | Path) -> None:
@@ -133,7 +119,7 @@ def is_plain(contents: Contents) -> bool:
     return (is_wrapped(text) or has_text_role(text)) and not family_of(model_type).is_own
 
 
-def _render(template: str, data: CardData, **values: Any) -> str:
+def _render(template: str, data: CardData, repo_id: str, steps: list[dict[str, Any]], values: dict[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("medst_trl.hub", "cards"),
         undefined=StrictUndefined,
@@ -143,14 +129,13 @@ def _render(template: str, data: CardData, **values: Any) -> str:
         autoescape=False,  # it is Markdown
     )
     environment.filters |= {"cell": _cell, "flat": _flat, "hub_id": hub_id_text, "link": _link, "tenths": tenths}
-    values |= {"title": _title(values["repo_id"]), "license": data.license}
-    return environment.get_template(template).render(card_data=data.to_yaml(), **values)
+    values |= {"repo_id": repo_id, "title": _title(repo_id), "license": data.license, "card_data": data.to_yaml()}
+    return environment.get_template(template).render(steps=steps, sources=_sources(steps), **values)
 
 
-def _sources(contents: Contents, run: Path | None) -> list[dict[str, Any]]:
+def _sources(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what the sources of the data say about themselves, each once."""
-    cards = (step.source for step in steps_to(contents.directory, run) if step.source)
-    return list({card["title"]: card for card in cards}.values())
+    return list({step["source"]["title"]: step["source"] for step in steps if step["source"]}.values())
 
 
 def _split(directory: Path, split: str) -> dict[str, Any]:
@@ -247,7 +232,118 @@ def _benchmark_name(benchmark: str, path: Path) -> str:
     """Return the Hub id, the source that the benchmark's record names, or else the directory of the scores."""
     if is_hub_id(benchmark):
         return benchmark.partition("@")[0]
-    sources = [step.settings.get("source") for step in (steps_to(Path(benchmark)) if benchmark else [])]
+    sources = [step["settings"].get("source") for step in (steps_to(Path(benchmark)) if benchmark else [])]
     if sources and sources[-1]:
         return sources[-1]
     return "benchmark" if path.parent.name == "evaluate" else path.parent.name
+
+
+# How a result was made, from the `stage.json` of its directory and of the directories of its inputs
+
+
+def steps_to(directory: Path, run: Path | None = None) -> list[dict[str, Any]]:
+    """
+    Return the stages that led to a result, in pipeline order, as far as their directories still exist.
+
+    Args:
+        directory (`Path`): Output of a stage, or a dataset inside it.
+        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
+
+    Returns:
+        `list[dict]`: for each stage what can be published, without paths, file names and secrets: its name (`stage`),
+        its `settings`, `counts` (with its metrics) and `versions`, what it read (`inputs`: name to a Hub id with its
+        revision, or a local directory by its SHA-256), and the `source` of that data, the fields of a
+        [`~medst_trl.data.source.SourceCard`] or None.
+    """
+    steps: dict[Path, dict[str, Any]] = {}
+    _collect(directory, run, steps)
+    return list(steps.values())
+
+
+def _collect(directory: Path, run: Path | None, steps: dict[Path, dict[str, Any]]) -> None:
+    path, record = nearest_record(directory)
+    if path is None or path.resolve() in steps:
+        return
+    try:
+        inputs = record["inputs"]
+        step = {
+            "stage": record["stage"],
+            "settings": _public_settings(record["stage"], record.get("settings", {}), inputs),
+            "inputs": {name: ", ".join(map(_describe, sources)) for name, sources in inputs.items() if sources},
+            "counts": record.get("counts", {}) | record.get("metrics", {}),
+            "source": _source_card(record),
+            "versions": {name: version for name, version in record.get("versions", {}).items() if version},
+        }
+        places = [Path(source["path"]) for sources in inputs.values() for source in sources if "path" in source]
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another program: the card says less
+        return
+    steps[path.resolve()] = step  # before its inputs, in case of a circle
+    for place in places:
+        moved = [run / Path(*place.parts[-2:]), run / place.name] if run else []
+        _collect(next((found for found in (place, *moved) if found.exists()), place), run, steps)
+    steps[path.resolve()] = steps.pop(path.resolve())  # its inputs come first
+
+
+def _public_settings(stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings to publish, without paths and secrets. Of a stage that is not registered, only numbers."""
+    if stage in STAGES:
+        shown = STAGES.get(stage).shown_settings(settings)
+    else:
+        shown = {name: value for name, value in settings.items() if isinstance(value, int | float)}
+    public = {}
+    for name, value in shown.items():
+        items = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if name not in inputs and not is_private_key(name) and not any(map(looks_local, items)):
+            public[name] = hide_secrets(", ".join(items))
+    return public
+
+
+def _source_card(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the card in the record, or that of the registered source if an earlier version wrote the record."""
+    card, name = record.get("source_card"), record.get("settings", {}).get("source")
+    if card is None and name in SOURCES:
+        card = asdict(SOURCES.get(name).card)
+    return card if isinstance(card, dict) and isinstance(card.get("title"), str) else None
+
+
+def _describe(source: dict[str, Any]) -> str:
+    if "hub_id" in source:
+        return f"{source['hub_id']} at {source['revision'] or 'an unknown revision'}"
+    return f"a local directory or file (SHA-256 {str(source.get('sha256'))[:12]})"
+
+
+def read_merged(directory: Path) -> dict[str, Any] | None:
+    """
+    Read what the record of `medst merge` says.
+
+    Args:
+        directory (`Path`): A model.
+
+    Returns:
+        `dict` or `None`: `base`, the Hub id of the base with its revision, None for a local one; `adapter` as
+        Markdown; `adapter_path`, which no card shows; `dtype` of the weights; `float32_difference` and
+        `stored_difference`, the largest differences of log-probabilities from the adapter's; `trained_in_4bit`,
+        whether the adapter's base was quantized to 4 bits while it was trained. None if the model was not made by
+        `medst merge` or its record is missing.
+    """
+    _, record = nearest_record(directory)
+    try:
+        merged, (adapter,) = record["merged"], record["inputs"]["model_name_or_path"]
+        base, facts = merged["base"], merged | merged["proof"]
+        shown = {name: facts[name] for name in ("dtype", "float32_difference", "stored_difference", "trained_in_4bit")}
+        return shown | {
+            "base": with_revision(base, merged["base_revision"]) if is_hub_id(base) else None,
+            "adapter": hub_id_text(adapter["hub_id"], merged["adapter_revision"])
+            if "hub_id" in adapter
+            else f"a local adapter (SHA-256 {str(adapter.get('sha256'))[:12]})",
+            "adapter_path": adapter.get("path"),
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def hub_id_text(hub_id: str, revision: str | None = None) -> str:
+    """Return a Hub id as Markdown, with the revision that it carries or that is given."""
+    name, _, own = hub_id.partition("@")
+    revision = revision or own
+    return f"`{name}`" + (f" (revision {revision[:12]})" if revision else "")

@@ -14,9 +14,8 @@ from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import base_of_adapter, is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
+from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import STAGES
-
-from .provenance import nearest_record, with_revision
 
 
 # The files of a processor. Nothing else of a stage's directory is published: records, checkpoints and logs stay.
@@ -57,6 +56,14 @@ class Contents:
     @property
     def repo_type(self) -> Literal["dataset", "model"]:
         return "model" if self.kind in ("adapter", "model") else "dataset"
+
+
+def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return path and content of the `stage.json` of a directory or its parent. Damaged content is empty."""
+    for place in (directory, directory.parent):
+        if (place / RECORD_FILE).is_file():
+            return place / RECORD_FILE, read_record(place)
+    return None, {}
 
 
 def find_contents(directory: Path) -> Contents:
@@ -129,11 +136,11 @@ def fill_upload(contents: Contents, target: Path, card: str, base_model: str | N
         source, path = contents.directory / name, target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("config.json"):
-            config = json.loads(source.read_text(encoding="utf-8"))
-            public = _without_paths(config)
+            config = source.read_text(encoding="utf-8")
+            public = json.loads(config, object_hook=_without_paths)
             if name == "adapter_config.json" and base_model is not None:
                 public["base_model_name_or_path"], public["revision"] = split_revision(base_model)
-            if public != config:  # other files stay as they are, byte for byte
+            if public != json.loads(config):  # other files stay as they are, byte for byte
                 write_json(path, public)
         elif name.endswith(".parquet"):
             _check_models(source)
@@ -149,6 +156,11 @@ def base_model_of(directory: Path) -> str | None:
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
     return with_revision(base_of_adapter(directory, config.get("base_model_name_or_path")), config.get("revision"))
+
+
+def with_revision(name: str | None, revision: str | None) -> str | None:
+    """Return a Hub id with its revision: `org/name@revision`."""
+    return f"{name}@{revision}" if name and revision else name
 
 
 def public_base(directory: Path, given: str | None) -> str | None:
@@ -170,14 +182,10 @@ def public_base(directory: Path, given: str | None) -> str | None:
     return base
 
 
-def _without_paths(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {
-            key: _without_paths(value)
-            for key, value in config.items()
-            if not (key in PATH_KEYS and isinstance(value, str) and looks_local(value))
-        }
-    return [_without_paths(item) for item in config] if isinstance(config, list) else config
+def _without_paths(item: dict[str, Any]) -> dict[str, Any]:
+    """Drop from an object in a configuration where it was loaded from on this machine."""
+    local = {key for key in PATH_KEYS if isinstance(item.get(key), str) and looks_local(item[key])}
+    return {key: value for key, value in item.items() if key not in local}
 
 
 def _check_models(shard: Path) -> None:

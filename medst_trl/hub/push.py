@@ -255,18 +255,13 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
     except Exception as error:
         for cause in (error, error.__cause__, error.__context__):  # uploads wrap the cause in errors of their own
             if isinstance(cause, HfHubHTTPError):
-                raise UserError(_refusal(repo_id, cause)) from None
+                status, reply = cause.response.status_code, hide_secrets(str(cause.server_message or "").strip())
+                meaning = _REFUSALS.get(status, _REFUSALS[0])
+                meaning = meaning.format(repo_id=repo_id, owner=repo_id.partition("/")[0], status=status)
+                raise UserError(meaning + (f" The Hub says: {reply}" if reply else "")) from None
             if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
                 raise UserError(
                     f"No connection to the Hub at {ENDPOINT} ({type(cause).__name__}). Check the network and push "
                     "again: uploaded files are kept."
                 ) from None
         raise
-
-
-def _refusal(repo_id: str, error) -> str:
-    status = error.response.status_code
-    meaning = _REFUSALS.get(status, _REFUSALS[0])
-    reply = hide_secrets(str(error.server_message or "").strip())
-    owner = repo_id.partition("/")[0]
-    return meaning.format(repo_id=repo_id, owner=owner, status=status) + (f" The Hub says: {reply}" if reply else "")

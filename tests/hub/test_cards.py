@@ -10,9 +10,8 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import preference_features, write_split
-from medst_trl.hub.cards import dataset_card, model_card, write_card
+from medst_trl.hub.cards import dataset_card, model_card, read_merged, steps_to, write_card
 from medst_trl.hub.contents import find_contents
-from medst_trl.hub.provenance import read_merged, steps_to
 from medst_trl.policy.chat_template import MARK, TEXT_ROLE_MARK
 
 
@@ -57,7 +56,7 @@ def preferences(tmp_path):
 
 
 def test_a_dataset_card_lists_the_stages_in_pipeline_order_without_paths(preferences):
-    assert [step.stage for step in steps_to(preferences)] == ["prepare", "generate", "judge"]
+    assert [step["stage"] for step in steps_to(preferences)] == ["prepare", "generate", "judge"]
     text = dataset_card(find_contents(preferences), "org/name", license="cc-by-4.0")
     card = DatasetCard(text)
     assert card.data.license == "cc-by-4.0" and card.data.medst_trl_kind == "preferences"
@@ -99,8 +98,8 @@ def test_inputs_that_have_moved_are_found_in_the_run_directory(preferences, tmp_
     run.mkdir()
     for name in ("prepare", "generate"):
         (tmp_path / name).rename(run / name)
-    assert [step.stage for step in steps_to(preferences)] == ["judge"]
-    assert [step.stage for step in steps_to(preferences, run)] == ["prepare", "generate", "judge"]
+    assert [step["stage"] for step in steps_to(preferences)] == ["judge"]
+    assert [step["stage"] for step in steps_to(preferences, run)] == ["prepare", "generate", "judge"]
 
 
 def test_a_missing_or_damaged_record_shortens_the_card(tmp_path):

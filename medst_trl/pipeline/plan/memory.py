@@ -17,7 +17,7 @@ for each of these (AdamW: two float32, 8; in 8 bit: 2), `b` bytes of an element 
 What trains is kept in float32 except under DeepSpeed, which casts the whole model to `b` bytes and keeps float32
 copies of what trains in its optimizer. If every weight trains, it is kept in its own `dtype`: with two bytes, the 4
 and AdamW's `s` are halved. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for each 64
-of them, see [`quantized_bytes`]. The reference of DPO is a second adapter if one is trained further, nothing under a
+of them, see `NF4`. The reference of DPO is a second adapter if one is trained further, nothing under a
 new adapter or if its log-probabilities are precomputed, and otherwise a second model.
 
 **Activations.** A transformer layer keeps for each token, in elements of `b` bytes (2 under bfloat16, else 4):
@@ -58,26 +58,9 @@ NCCL = 0.4 * GIB  # buffers between GPUs
 SECOND_ANSWER = 256  # tokens of a pair's other answer, if its prompt is shared
 DEFAULT_LENGTH = 2048  # if no max_length is set
 HEAD_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens, and entries of the vocabulary
+NF4 = 1 / 2 + (1 + 4 / 256) / 64  # bytes: 4 bits, and for each 64 weights a scale that is kept in a little over 8 bits
 HEAD_COPIES_ON_CPU = 6  # in float32; a Triton kernel needs none
 DYNAMIC_IMAGE = 448  # pixels per side that are assumed if a model takes images of any size
-
-
-@dataclass(frozen=True)
-class Memory:
-    """
-    Bytes on each device, by purpose.
-
-    Args:
-        parts (`dict[str, float]`): Bytes by name, in the order of the formulas.
-        length (`int`): Tokens of the longest sequence.
-    """
-
-    parts: dict[str, float]
-    length: int
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -99,37 +82,37 @@ class Precision:
 
 
 def training_memory(
-    policy: Policy, arguments: tuple[Any, ...], batch: Batch, hardware: Hardware, length: int | None = None
-) -> Memory:
+    policy: Policy, arguments: tuple[Any, ...], batch: Batch, hardware: Hardware, length: int
+) -> dict[str, float]:
     """
-    Memory of a training step on each device.
+    Return the bytes of a training step on each device, by purpose.
 
     Args:
         policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
         arguments (`tuple`): The stage's dataclasses.
         batch ([`~medst_trl.pipeline.batch.Batch`]): Examples of a step.
         hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
-        length (`int`, *optional*): Tokens of an example. Defaults to `max_length`.
+        length (`int`): Tokens of an example.
     """
     args, training = arguments
-    length = length or training.max_length or DEFAULT_LENGTH
-    precision = precision_of(args, training, hardware)
-    compute, checkpointing = precision.compute, training.gradient_checkpointing
+    sequences, tokens = batch.per_device, length
+    if getattr(training, "share_prefix", False):
+        tokens += min(SECOND_ANSWER, tokens // 2)
+    elif hasattr(training, "share_prefix"):
+        sequences *= 2  # the two answers of each pair
+    precision, checkpointing = precision_of(args, training, hardware), training.gradient_checkpointing
     trained = policy.model.num_parameters(only_trainable=True)
-    frozen = frozen_bytes(policy, compute if hardware.is_deepspeed else precision.stream, args.load_in_4bit)
+    frozen = frozen_bytes(policy, precision.stream, args.load_in_4bit)
     element = 4 if policy.is_adapter else precision.stream
-    parts = state_bytes(trained, frozen, hardware, compute, optimizer_bytes(training.optim), element)
-    parts["gathered weights"] = _gathered_elements(policy, hardware) * compute
-    parts["reference"] = _reference(policy, training, frozen, hardware, precision)
-    sequences, tokens = _sequences(training, batch, length)
-    parts["activations"] = activation_bytes(
-        policy, sequences=sequences, length=tokens, images=sequences, precision=precision, checkpointing=checkpointing
-    )
+    parts = state_bytes(trained, frozen, hardware, precision.compute, optimizer_bytes(training.optim), element)
+    parts["gathered weights"] = _gathered_elements(policy, hardware) * precision.compute
+    parts["reference"] = _reference(policy, training, frozen, hardware, precision.stream)
+    parts["activations"] = activation_bytes(policy, sequences, tokens, precision, checkpointing)
     if precision.autocast and not checkpointing:
-        parts["activations"] += compute * trained  # autocast's copies of the weights
+        parts["activations"] += precision.compute * trained  # autocast's copies of the weights
     if hardware.on_gpu:
         parts["CUDA"] = CONTEXT + (NCCL if hardware.processes > 1 else 0)
-    return Memory({name: size for name, size in parts.items() if size}, length)
+    return {name: size for name, size in parts.items() if size}
 
 
 # Weights, gradients, optimizer
@@ -189,12 +172,7 @@ def frozen_bytes(policy: Policy, element: int, in_4_bit: bool = False) -> float:
     if not in_4_bit:
         return total
     quantized = sum(module.weight.numel() for module in quantized_layers(policy))
-    return total - quantized * element + quantized_bytes(quantized)
-
-
-def quantized_bytes(weights: int) -> float:
-    """Bytes of NF4 weights: 4 bits each and, for each 64, a scale that is itself kept in a little over 8 bits."""
-    return weights / 2 + weights / 64 * (1 + 4 / 256)
+    return total + quantized * (NF4 - element)
 
 
 def quantized_layers(policy: Policy) -> list[nn.Module]:
@@ -204,16 +182,14 @@ def quantized_layers(policy: Policy) -> list[nn.Module]:
     return [module for name, module in layers if isinstance(module, nn.Linear) and "lora_" not in name]
 
 
-def _reference(policy: Policy, training: Any, frozen: float, hardware: Hardware, precision: Precision) -> float:
-    """Bytes of DPO's reference; 0 for other stages."""
-    if getattr(training, "precompute_ref_log_probs", True):
+def _reference(policy: Policy, training: Any, frozen: float, hardware: Hardware, element: int) -> float:
+    """Bytes of DPO's reference, whose weights have `element` bytes each; 0 for other stages."""
+    is_new_adapter = policy.is_adapter and not policy.continues_adapter  # the reference is the model without it
+    if getattr(training, "precompute_ref_log_probs", True) or is_new_adapter:
         return 0.0
-    element = precision.compute if hardware.is_deepspeed else precision.stream
-    if policy.continues_adapter:
+    if policy.is_adapter:
         adapter = sum(p.numel() for name, p in policy.model.named_parameters() if is_of_adapter(name))
         size = adapter * (element if hardware.is_deepspeed else 4)
-    elif policy.is_adapter:
-        return 0.0
     else:
         size = frozen + policy.model.num_parameters(only_trainable=True) * element
     return size / (hardware.processes if hardware.shards_weights else 1)
@@ -278,14 +254,10 @@ class Tower:
             parameter.requires_grad and parameter.dim() == 2 and "lora_" not in name and ".layers." in f".{name}"
             for name, parameter in module.named_parameters()
         )
-        self._read_lora(module)
-
-    def _read_lora(self, module: nn.Module) -> None:
         adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and layer.lora_A]
-        dropouts = [next(iter(layer.lora_dropout.values())) for layer in adapted]
         self.lora_inputs = sum(layer.in_features for layer in adapted) / self.layers
         self.lora_ranks = sum(next(iter(layer.r.values())) for layer in adapted) / self.layers
-        self.dropout = any(getattr(dropout, "p", 0) > 0 for dropout in dropouts)
+        self.dropout = any(getattr(next(iter(layer.lora_dropout.values())), "p", 0) > 0 for layer in adapted)
 
     def saved_per_token(self, precision: Precision, length: int) -> float:
         """Bytes that one layer keeps for one token of a sequence of this length."""
@@ -314,26 +286,23 @@ class Tower:
         return tokens * (self.hidden + 2 * self.intermediate) * precision.compute if self.needs_graph else 0.0
 
 
-def activation_bytes(
-    policy: Policy, *, sequences: int, length: int, images: int, precision: Precision, checkpointing: bool
-) -> float:
+def activation_bytes(policy: Policy, sequences: int, length: int, precision: Precision, checkpointing: bool) -> float:
     """
     Bytes that one forward pass keeps, and that its backward pass needs in addition.
 
     Args:
         policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
-        sequences (`int`): Sequences per batch.
+        sequences (`int`): Sequences per batch, with an image each.
         length (`int`): Tokens of each, images included.
-        images (`int`): Images per batch.
         precision ([`Precision`]): Bytes of an element.
         checkpointing (`bool`): Whether layers are recomputed.
     """
     vision, language = towers(policy)
     config, patches = policy.base_model.config, patches_of(policy.base_model)
     tokens = sequences * length
-    saved = vision.saved(images * patches, patches, precision, checkpointing)
+    saved = vision.saved(sequences * patches, patches, precision, checkpointing)
     saved += language.saved(tokens, length, precision, checkpointing)
-    working = max(vision.working(images * patches, precision), language.working(tokens, precision))
+    working = max(vision.working(sequences * patches, precision), language.working(tokens, precision))
     return saved + working + head_bytes(tokens, language.hidden, config.get_text_config().vocab_size, precision)
 
 
@@ -344,15 +313,6 @@ def head_bytes(tokens: int, hidden: int, vocabulary: int, precision: Precision) 
     if not precision.on_gpu:
         tile += HEAD_COPIES_ON_CPU * rows * min(vocabulary, columns) * 4
     return tokens * hidden * (precision.compute + 4) + tile
-
-
-def _sequences(training: Any, batch: Batch, length: int) -> tuple[int, int]:
-    """Sequences per batch, and the tokens of each."""
-    if not hasattr(training, "share_prefix"):
-        return batch.per_device, length
-    if training.share_prefix:
-        return batch.per_device, length + min(SECOND_ANSWER, length // 2)
-    return 2 * batch.per_device, length
 
 
 def towers(policy: Policy) -> tuple[Tower, Tower]:

@@ -9,13 +9,13 @@ gets the adapter that the stage would give it. A 7B model takes a second and no 
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import disable_dropout_in_model
 
 from medst_trl.base.errors import UserError, located
@@ -66,31 +66,18 @@ class Policy:
         return hasattr(self.model, "peft_config")
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The parameters of one part that train the same way (`how`): `"LoRA r 128"`, `"in full"`, `"row of <vusr>"`."""
-
-    part: str
-    how: str
-    count: int
-
-
-def trained_parameters(policy: Policy) -> list[Trained]:
-    """What of a policy trains, as its trainer counts it: by part, and how."""
+def trained_parameters(policy: Policy) -> dict[tuple[str, str], int]:
+    """
+    Count the parameters that train, as the trainer does: by part of the model, and by how they train (`"LoRA r 128"`,
+    `"in full"`, `"row of <vusr>"`).
+    """
     parts, counts = model_parts(policy.model), Counter()
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:
-            counts[parts.part_of(name), _how(name, parameter)] += parameter.numel()
+            how = f"LoRA r {min(parameter.shape)}" if ".lora_A." in name or ".lora_B." in name else "in full"
+            counts[parts.part_of(name), "row of <vusr>" if "trainable_tokens" in name else how] += parameter.numel()
     order = ["language", "vision", "projector"]
-    return sorted(
-        (Trained(*key, count) for key, count in counts.items()), key=lambda t: (order.index(t.part), -t.count)
-    )
-
-
-def _how(name: str, parameter: Any) -> str:
-    if "trainable_tokens" in name:
-        return "row of <vusr>"
-    return f"LoRA r {min(parameter.shape)}" if ".lora_A." in name or ".lora_B." in name else "in full"
+    return dict(sorted(counts.items(), key=lambda item: (order.index(item[0][0]), -item[1])))
 
 
 # The policy of a step
@@ -119,21 +106,14 @@ def policy_of(step: Step, steps: Sequence[Step] = (), arguments: tuple[Any, ...]
     if config is not None:
         return Policy(get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base)
     if trains_token and not policy.is_adapter:
-        _add_row_for_vusr(policy)
+        with suppress(OSError, ValueError):  # no tokenizer, which alone can tell whether the vocabulary needs a row
+            tokenizer = AutoTokenizer.from_pretrained(policy.base, local_files_only=not hub_answers())
+            add_embedding_row(policy.model, tokenizer.get_vocab().get(VUSR, len(tokenizer)))
     if not args.train_vision:
         freeze_vision(policy.model)
     if getattr(training, "disable_dropout", False):  # DPO does
         disable_dropout_in_model(policy.model)
     return policy
-
-
-def _add_row_for_vusr(policy: Policy) -> None:
-    """Add a row for `<vusr>` if the vocabulary has none to spare, which only a tokenizer can tell."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(policy.base, local_files_only=not hub_answers())
-    except (OSError, ValueError):
-        return
-    add_embedding_row(policy.model, tokenizer.get_vocab().get(VUSR, len(tokenizer)))
 
 
 def model_at(
@@ -149,9 +129,8 @@ def model_at(
         named = base_of_adapter(name_or_path, config.base_model_name_or_path)
         policy = model_at(base or named, steps, trust_remote_code)
         config.inference_mode = False  # it is trained further
-        return Policy(
-            get_peft_model(policy.model, config, low_cpu_mem_usage=True), policy.base, continues_adapter=True
-        )
+        model = get_peft_model(policy.model, config, low_cpu_mem_usage=True)
+        return Policy(model, policy.base, continues_adapter=True)
     if not Path(name_or_path, "config.json").is_file():
         step, output = maker_of(name_or_path, steps)
         if output is not None and output.kind == MODEL:
@@ -199,12 +178,11 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
         UserError: if there is no configuration of a vision-language model, or it is not available offline.
     """
     name, revision = split_revision(name_or_path)
-    is_local, common = Path(name).is_dir(), {"trust_remote_code": trust_remote_code}
-    is_offline = not is_local and not hub_answers()
+    is_offline, common = not Path(name).is_dir() and not hub_answers(), {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=is_offline, **common)
     except (OSError, ValueError) as error:
-        if not is_local and not is_hub_id(name_or_path):
+        if not Path(name).is_dir() and not is_hub_id(name_or_path):
             raise NotKnownYet(f"not on this machine: {name_or_path}") from None
         if is_offline:
             raise NotKnownYet(f"config not available offline: {name_or_path}") from None
@@ -219,11 +197,8 @@ def _adapter_config(name_or_path: str) -> LoraConfig | None:
     """The configuration of an adapter that exists; None for anything else."""
     name, revision = split_revision(name_or_path)
     is_offline = not Path(name).is_dir() and not hub_answers()
-    try:
-        file = find_adapter_config_file(name, revision=revision, local_files_only=is_offline)
-    except (OSError, ValueError):  # neither a directory nor on the Hub
-        return None
-    return None if file is None else PeftConfig.from_pretrained(Path(file).parent)
+    with suppress(ValueError):  # PEFT's error, whatever the reason
+        return PeftConfig.from_pretrained(name, revision=revision, local_files_only=is_offline)
 
 
 def _has_text_role(directory: str) -> bool:

@@ -8,13 +8,17 @@ The machine that plans need not be the one that runs.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
+from medst_trl.data.schema import complete_shards
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import default_config, gpu_count, read_config
@@ -55,16 +59,11 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
     with located(step.where):
         if step.stage.check is not None:
-            step.stage.check(*without_hub(arguments))
+            step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
         for settings in arguments:
             if getattr(settings, "push_to_hub", False):
                 check_push(settings)
     return arguments
-
-
-def without_hub(arguments: tuple[Any, ...]) -> list[Any]:
-    """Return the dataclasses that the functions of a stage take."""
-    return [item for item in arguments if not isinstance(item, HubArguments)]
 
 
 # Hardware
@@ -137,55 +136,32 @@ def hardware_of(step: Step) -> Hardware:
     return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
 
 
-# Batch and optimizer steps
+# Optimizer steps
 
 
-def effective_batch(step: Step, num_processes: int, arguments: tuple[Any, ...] | None = None) -> Batch:
+def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: int) -> tuple[int | None, str]:
     """
-    The batch of a training step on a number of processes.
-
-    Raises:
-        UserError: if its `effective_batch_size` cannot be met on them.
-    """
-    with located(step.where):
-        return Batch.of(*(arguments or stage_arguments(step)), num_processes)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """
-    The optimizer steps of a training run.
-
-    Args:
-        steps (`int`, *optional*): Their number; None if the number of examples is unknown.
-        per_epoch (`int`, *optional*): Steps of one epoch.
-        epochs (`float`, *optional*): Epochs, a fraction if `max_steps` decides.
-        at_most (`bool`): Whether `steps` is an upper bound.
-    """
-
-    steps: int | None
-    per_epoch: int | None
-    epochs: float | None
-    at_most: bool = False
-
-
-def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: int) -> Schedule:
-    """
-    Steps and epochs as [`~transformers.Trainer`] counts them: the last batches of an epoch may be smaller.
+    Count optimizer steps as [`~transformers.Trainer`] does: the last batches of an epoch may be smaller.
 
     Args:
         examples ([`~medst_trl.pipeline.stage.Count`]): Examples of an epoch.
         batch ([`Batch`]): Those of a step.
         num_train_epochs (`float`): Number of epochs.
         max_steps (`int`): Number of steps, if above 0; it takes precedence.
+
+    Returns:
+        `tuple[int | None, str]`: The number of steps, None if that of examples is unknown, and both in words.
     """
+    if examples.number is None and max_steps > 0:
+        return max_steps, f"{max_steps:,}"
     if examples.number is None:
-        return Schedule(max_steps, None, None) if max_steps > 0 else Schedule(None, None, num_train_epochs)
+        return None, f"{number_of(f'{num_train_epochs:g}', 'epoch')} of {examples.depends_on}"
     batches = math.ceil(examples.number / (batch.per_device * batch.processes))
     per_epoch = max(1, math.ceil(batches / batch.accumulation))
-    if max_steps > 0:
-        return Schedule(max_steps, per_epoch, max_steps / per_epoch)
-    return Schedule(math.ceil(num_train_epochs * per_epoch), per_epoch, num_train_epochs, examples.at_most)
+    steps = max_steps if max_steps > 0 else math.ceil(num_train_epochs * per_epoch)
+    epochs = max_steps / per_epoch if max_steps > 0 else num_train_epochs
+    most = "at most " if examples.at_most and max_steps <= 0 else ""
+    return steps, f"{most}{steps:,}: {number_of(f'{epochs:.3g}', 'epoch')} of {per_epoch:,}"
 
 
 # Rows
@@ -215,8 +191,8 @@ class RecipeCounts:
         self.throughput = throughput
 
     def rows(self, directory: str, split: str) -> Count:
-        if (rows := _rows_on_disk(Path(directory), split)) is not None:
-            return Count(rows)
+        with suppress(UserError, OSError):  # no files, not all of them, or no such directory
+            return Count(sum(pq.read_metadata(path).num_rows for path in complete_shards(Path(directory), split)))
         step, output = maker_of(directory, self.steps)
         if output is not None and output.count is not None:
             count = output.count(step.settings, split, self)
@@ -248,15 +224,3 @@ def maker_of(path: str, steps: Sequence[Step]) -> tuple[Step | None, Output | No
 def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
-
-
-def _rows_on_disk(directory: Path, split: str) -> int | None:
-    from pyarrow import parquet
-
-    from medst_trl.data.schema import complete_shards
-
-    try:
-        files = complete_shards(directory, split)
-    except (UserError, OSError):  # none, not all of them, or no such directory
-        return None
-    return sum(parquet.read_metadata(path).num_rows for path in files)

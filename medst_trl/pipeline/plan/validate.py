@@ -3,18 +3,20 @@
 """`medst recipes validate`: whether a recipe can run, checked without a GPU, the Hub or weights."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
+from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input, Output
 from medst_trl.training.settings import check_sharding
 
-from .steps import effective_batch, hardware_of, maker_of, stage_arguments
+from .steps import hardware_of, maker_of, stage_arguments
 
 
 PROCESSES = (1, 4, 8)  # checked if no number is given
@@ -46,7 +48,8 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
             continue
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
-                results = [*_inputs(step, steps[:number], steps[number:]), *_launch(step)]
+                results = _inputs(step, steps[:number], steps[number:])
+                results += _launch(step, stage_arguments(step))
         except UserError as error:
             problems.append(str(error))
         else:
@@ -56,7 +59,7 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
     return lines
 
 
-def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
+def _inputs(step: Step, before: list[Step], after: list[Step]) -> list[str]:
     """Where the inputs come from."""
     missing, sources = [], []
     names = [(item, name) for item in step.stage.inputs if item.kind != RUN for name in item.names(step.settings)]
@@ -76,9 +79,7 @@ def _inputs(step: Step, before: list[Step], after: list[Step]) -> Iterator[str]:
             missing.append(f"{item.key}: {value} does not exist, and no section before {step.label} makes it")
     if missing:
         raise UserError("\n".join(f"{step.where}: {problem}." for problem in missing))
-    stage_arguments(step)
-    if sources:
-        yield "from " + ", ".join(dict.fromkeys(sources))
+    return ["from " + ", ".join(dict.fromkeys(sources))] if sources else []
 
 
 def _check_output(step: Step, item: Input, value: str, maker: Step, made: Output | None) -> None:
@@ -111,7 +112,7 @@ def _check_on_disk(step: Step, item: Input, path: Path) -> None:
         raise UserError(f"{step.where}: {item.key}: {path}: {error}") from None
 
 
-def _launch(step: Step) -> Iterator[str]:
+def _launch(step: Step, arguments: tuple[Any, ...]) -> Iterator[str]:
     """The launcher's configuration, and the batch of a step that trains."""
     if not step.stage.distributed:
         return
@@ -119,22 +120,18 @@ def _launch(step: Step) -> Iterator[str]:
     yield step.accelerate_config or "the default launcher"
     if not step.stage.trains:
         return
-    with located(step.where):
-        check_sharding(hardware.kind, *stage_arguments(step))
     is_single = hardware.kind == NOT_DISTRIBUTED and step.accelerate_config is not None
-    yield "batch " + _batches(step, [step.num_processes] if step.num_processes else [1] if is_single else PROCESSES)
-
-
-def _batches(step: Step, numbers: Sequence[int]) -> str:
-    """The effective batch on each number of processes; only some of several numbers must be possible."""
-    possible, errors = [], {}
-    for number in numbers:
-        try:
-            batch = effective_batch(step, number)
-        except UserError as error:
-            errors[number] = error
-        else:
-            possible.append(f"{batch.effective} on {number} ({batch.per_device} x {batch.accumulation})")
-    if not possible:
-        raise errors[numbers[0]]
-    return ", ".join([*possible, *(f"cannot be met on {number}" for number in errors)])
+    numbers = [step.num_processes] if step.num_processes else [1] if is_single else PROCESSES
+    batches, errors = [], []
+    with located(step.where):
+        check_sharding(hardware.kind, *arguments)
+        for number in numbers:
+            try:
+                batch = Batch.of(*arguments, number)
+                batches.append(f"{batch.effective} on {number} ({batch.per_device} x {batch.accumulation})")
+            except UserError as error:
+                batches.append(f"cannot be met on {number}")
+                errors.append(error)
+        if len(errors) == len(numbers):  # only some of several numbers must be possible
+            raise errors[0]
+    yield "batch " + ", ".join(batches)

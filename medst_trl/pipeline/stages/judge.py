@@ -346,8 +346,7 @@ def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iter
         yield "prompts", f"{requests} to {url}, model {args.model}"
         if count.number is None:
             yield "prompts", f"their number depends on {count.depends_on}"
-        stop = f"stops at {args.max_cost:g} US dollars" if args.max_cost is not None else "no max_cost is set"
-        yield "prompts", stop + _expected_cost(args, count)
+        yield "prompts", args.limit + _expected_cost(args, count)
 
 
 def _expected_cost(args: JudgeArguments, count: Count) -> str:

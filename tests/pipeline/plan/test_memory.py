@@ -126,7 +126,7 @@ def test_the_activations_of_a_real_step_match_the_formula(lora, dropout, checkpo
         kept = live.now
         (-output.log_probs.sum()).backward()
     precision = Precision(2 if bf16 else 4, 2 if bf16 else 4, autocast=bf16, on_gpu=False)
-    of_formula = {"sequences": batch, "length": length, "images": batch, "precision": precision}
+    of_formula = {"sequences": batch, "length": length, "precision": precision}
     estimate = activation_bytes(policy, **of_formula, checkpointing=checkpointing)
     assert 0.8 * live.peak < estimate < 1.25 * live.peak
     if not checkpointing:  # what the towers keep between the passes
@@ -202,11 +202,12 @@ def step(stage, model, **settings):
 def memory(planned, kind="DeepSpeed ZeRO-2", steps=()):
     arguments = stage_arguments(planned)
     machine = hardware(kind, 1 if kind == "not distributed" else 4)
-    return training_memory(policy_of(planned, steps, arguments), arguments, Batch(8, 1, machine.processes), machine)
+    batch, length = Batch(8, 1, machine.processes), arguments[1].max_length
+    return training_memory(policy_of(planned, steps, arguments), arguments, batch, machine, length)
 
 
 def test_the_memory_of_a_7b_model_under_zero_2_equals_hand_computed_values(tmp_path):
-    parts = memory(step("sft", str(config_directory(LLAVA, tmp_path)))).parts
+    parts = memory(step("sft", str(config_directory(LLAVA, tmp_path))))
     lora = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert lora == 319_815_680
     trained = lora + 4096 + 13_565_952 + 20_979_712  # <vusr>, ViT, projector
@@ -217,19 +218,19 @@ def test_the_memory_of_a_7b_model_under_zero_2_equals_hand_computed_values(tmp_p
 
 
 def test_settings_that_save_memory_lower_the_estimate(llava):
-    default = memory(step("sft", llava, max_length=1024)).parts
-    assert memory(step("sft", llava, max_length=1024), "DeepSpeed ZeRO-3").parts["weights"] == default["weights"] / 4
-    assert memory(step("sft", llava)).parts["activations"] > 1.5 * default["activations"]
-    kept = memory(step("sft", llava, max_length=1024, gradient_checkpointing=False)).parts["activations"]
+    default = memory(step("sft", llava, max_length=1024))
+    assert memory(step("sft", llava, max_length=1024), "DeepSpeed ZeRO-3")["weights"] == default["weights"] / 4
+    assert memory(step("sft", llava))["activations"] > 1.5 * default["activations"]
+    kept = memory(step("sft", llava, max_length=1024, gradient_checkpointing=False))["activations"]
     assert kept > 1.4 * default["activations"]  # both layers instead of one
-    less = memory(step("sft", llava, max_length=1024, optim="adamw_8bit")).parts
+    less = memory(step("sft", llava, max_length=1024, optim="adamw_8bit"))
     assert less["optimizer"] == default["optimizer"] / 2  # the other half are float32 weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fully_trained_weights_keep_their_dtype(llava, dtype, tmp_path):
     settings = {"use_lora": False, "dtype": dtype, "bf16": True}
-    parts = memory(step("sft", llava, **settings), "not distributed").parts
+    parts = memory(step("sft", llava, **settings), "not distributed")
     model, processor = tiny_run.small_policy()
     policy = (model.to(getattr(torch, dtype)), processor, None)
     trainer = tiny_run.make_trainer(tmp_path, policy=policy, lora=False, max_steps=1)
@@ -256,7 +257,7 @@ def test_the_reference_needs_memory_only_if_it_is_a_copy(llava):
     adapter = sum(p.numel() for p in policy_of(sft).model.parameters() if p.requires_grad)
 
     def reference(kind="not distributed", model="runs/sft", **settings):
-        return memory(step("dpo", model, **settings), kind, [sft]).parts.get("reference", 0)
+        return memory(step("dpo", model, **settings), kind, [sft]).get("reference", 0)
 
     assert reference() == 4 * adapter
     assert reference(train_vision=False) == 4 * adapter  # the whole adapter is copied
@@ -276,6 +277,6 @@ def test_the_reference_adapter_of_a_real_trainer_has_the_size_of_the_adapter(tmp
 
 
 def test_sharing_the_prompt_saves_activations(llava):
-    shared = memory(step("dpo", llava)).parts["activations"]
-    separate = memory(step("dpo", llava, share_prefix=False)).parts["activations"]
+    shared = memory(step("dpo", llava))["activations"]
+    separate = memory(step("dpo", llava, share_prefix=False))["activations"]
     assert 1.4 * shared < separate < 2 * shared

@@ -124,6 +124,15 @@ def test_a_row_without_text_is_not_printed(recipe, capsys, monkeypatch):
     assert found["prompts"] == ["nobody"] and "writes" not in found
 
 
+def test_the_budget_for_a_server_is_shown(recipe, capsys):
+    server = {"engine": "server", "base_url": "http://localhost:8000/v1", "model_name_or_path": "gpt-4o"}
+    words = [word for key, value in server.items() for word in (f"--generate.{key}", value)]
+    found = plan(capsys, recipe, "--stage", "generate", *words)["generate"]
+    assert found["prompts"][:2] == ["http://localhost:8000/v1 (vllm), model gpt-4o", "no max_cost is set"]
+    found = plan(capsys, recipe, "--stage", "generate", *words, "--generate.max_cost", "2.5")["generate"]
+    assert found["prompts"][1] == "stops at 2.5 US dollars" and "model" not in found
+
+
 def test_each_round_is_planned(recipe, capsys):
     found = plan(capsys, recipe, "--rounds", "2")
     assert found["round_2/dpo"]["model"][0].startswith("out/round_1/dpo on llava")

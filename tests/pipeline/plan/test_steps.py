@@ -10,7 +10,7 @@ import tiny_run
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import read_options
-from medst_trl.pipeline.plan.steps import RecipeCounts, effective_batch, schedule, training_examples
+from medst_trl.pipeline.plan.steps import RecipeCounts, schedule, stage_arguments, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.stage import STAGES, Count
 from medst_trl.pipeline.stages.judge import pairs_to_judge
@@ -24,20 +24,22 @@ def sft(**settings):
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_the_effective_batch_size_does_not_depend_on_the_number_of_processes(processes):
-    batch = effective_batch(sft(effective_batch_size=128, per_device_train_batch_size=8), processes)
+    step = sft(effective_batch_size=128, per_device_train_batch_size=8)
+    batch = Batch.of(*stage_arguments(step), processes)
     assert batch == Batch(8, 16 // processes, processes) and batch.effective == 128
 
 
 def test_a_batch_without_an_effective_size_grows_with_the_number_of_processes():
-    batch = effective_batch(sft(per_device_train_batch_size=8, gradient_accumulation_steps=4), 4)
+    step = sft(per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    batch = Batch.of(*stage_arguments(step), 4)
     assert batch == Batch(8, 4, 4) and batch.effective == 128
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
 def test_an_indivisible_effective_batch_size_is_refused(settings):
     step = sft(effective_batch_size=128, per_device_train_batch_size=8, **settings)
-    with pytest.raises(UserError, match="^here: .*effective_batch_size 128"):
-        effective_batch(step, 4 if settings else 3)
+    with pytest.raises(UserError, match="effective_batch_size 128"):
+        Batch.of(*stage_arguments(step), 4 if settings else 3)
 
 
 @pytest.mark.parametrize(
@@ -55,14 +57,14 @@ def test_the_number_of_steps_matches_the_trainer(rows, settings, tmp_path):
     trainer = tiny_run.make_trainer(tmp_path, n=rows, learning_rate=0.0, **settings)
     trainer.train()
     batch = Batch(4, settings.get("gradient_accumulation_steps", 1), 1)
-    planned = schedule(Count(rows), batch, settings["num_train_epochs"], settings["max_steps"])
-    assert planned.steps == trainer.state.global_step
+    steps, _ = schedule(Count(rows), batch, settings["num_train_epochs"], settings["max_steps"])
+    assert steps == trainer.state.global_step
 
 
 def test_the_number_of_steps_is_unknown_if_the_size_of_the_data_is_unknown():
     batch, unknown = Batch(4, 1, 1), Count(None, depends_on="prepare")
-    assert schedule(unknown, batch, 3, -1).steps is None
-    assert schedule(unknown, batch, 3, 70).steps == 70
+    assert schedule(unknown, batch, 3, -1) == (None, "3 epochs of prepare")
+    assert schedule(unknown, batch, 3, 70) == (70, "70")
     assert unknown.capped(100) == Count(100, at_most=True) and Count(50).capped(100, skipped=20) == Count(30)
 
 
