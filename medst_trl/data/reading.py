@@ -11,6 +11,8 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ _NOT_TEXT = {
 }
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
-_BROKEN = object()
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -84,59 +85,38 @@ def read_json_records(path: Path, key: str) -> Iterator[tuple[int, dict | Reject
     is_array = text[start : start + 1] == "["
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
         raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
-    items = _from_array(text, start + 1, key) if is_array else _from_lines(text)
+    items = _values(text, start + 1, key) if is_array else chain.from_iterable(map(_values, text.split("\n")))
     for position, item in enumerate(items):
         if not isinstance(item, dict | Rejected):
             item = Rejected("", "not_an_object", item)
-        if isinstance(item, Rejected):
-            item = Rejected(f"{path.name}#{position}", item.reason, item.value)
-        yield position, item
+        yield position, replace(item, id=f"{path.name}#{position}") if isinstance(item, Rejected) else item
 
 
-def _from_lines(text: str) -> Iterator[Any]:
-    for line in text.split("\n"):
-        at = _BETWEEN.match(line).end()
-        while at < len(line):  # two objects, where a file without a last line break was appended to
-            item, at = _parse(line, at)
-            if item is _BROKEN:
-                yield Rejected("", "malformed_json", line)
-                break
-            yield item
-            at = _BETWEEN.match(line, at).end()
-
-
-def _from_array(text: str, at: int, key: str) -> Iterator[Any]:
-    while True:
-        at = _BETWEEN.match(text, at).end()
-        if at == len(text) or text[at] == "]":
-            return
-        item, end = _parse(text, at)
-        if item is _BROKEN:
-            yield Rejected("", "malformed_json", text[at : at + 200])
-            end = _next_record(text, at + 1, key)
-        else:
-            yield item
-        at = end
+def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
+    """
+    Yield the values of an array whose records have the key `key`. Without a key, yield those of one line: two, if a
+    file without a last line break was appended to.
+    """
+    while (at := _BETWEEN.match(text, at).end()) < len(text) and not (key and text[at] == "]"):
+        try:
+            item, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            item = Rejected("", "malformed_json", text[at : at + 200])
+            at = _next_record(text, at + 1, key) if key else len(text)
+        yield item
 
 
 def _next_record(text: str, at: int, key: str) -> int:
     """Return where the next record starts, or the end of the text if there is none."""
     while (at := text.find("{", at)) >= 0:
-        item, end = _parse(text, at)
-        if item is _BROKEN:
-            at += 1
-        elif key in item:
+        try:
+            item, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            item, end = {}, at + 1
+        if key in item:
             return at
-        else:  # a part of the broken record, such as one of its turns
-            at = end
+        at = end  # a part of the broken record, such as one of its turns
     return len(text)
-
-
-def _parse(text: str, at: int) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, at)
-    except (ValueError, RecursionError):
-        return _BROKEN, at
 
 
 def read_rows(path: Path, key: str = "image") -> Iterator[tuple[int, dict | Rejected]]:
@@ -151,10 +131,7 @@ def read_rows(path: Path, key: str = "image") -> Iterator[tuple[int, dict | Reje
         return
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     rows = _fields(path, delimiter)
-    header = next(rows, None)
-    if header is None:
-        raise UserError(f"{path} is empty.")
-    header = [name.strip() for name in header]
+    header = [name.strip() for name in next(rows, ())]
     check_header(header, (key,), path, delimiter)
     for position, fields in enumerate(rows):
         if len(fields) == len(header):
@@ -168,13 +145,12 @@ def _fields(path: Path, delimiter: str) -> Iterator[list[str]]:
     reader = csv.reader(io.StringIO(read_text_file(path, "table"), newline=""), delimiter=delimiter)
     while True:
         try:
-            fields = next(reader)
+            if fields := next(reader):
+                yield fields
         except StopIteration:
             return
         except csv.Error as error:  # a field larger than csv's limit
-            fields = [str(error)]
-        if fields:
-            yield fields
+            yield [str(error)]
 
 
 def check_header(
@@ -194,9 +170,7 @@ def check_header(
         other = next((sign for sign in ";\t,|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
         if delimiter and other:
             advice = f"Separate its columns by {_SEPARATORS[delimiter]} instead of {_SEPARATORS[other]}."
-        found = ", ".join(header) or "none"
-        raise UserError(
-            f"{path} has no column {', '.join(f'`{name}`' for name in missing)} (it has {found}). {advice}"
-        )
+        names, found = ", ".join(f"`{name}`" for name in missing), ", ".join(header) or "none"
+        raise UserError(f"{path} has no column {names} (it has {found}). {advice}")
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         raise UserError(f"{path} has several columns {', '.join(f'`{name}`' for name in repeated)}. Keep one of each.")

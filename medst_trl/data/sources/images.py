@@ -1,14 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Plain images: a directory, or a table of file names, optionally with questions and answers."""
+"""Plain images: a directory, or a table of file names, optionally with questions and answers, or with captions."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.assemble import draw
 from medst_trl.data.reading import read_rows
-from medst_trl.data.schema import ANSWER_TYPES
+from medst_trl.data.schema import ANSWER_TYPES, dialogue
 from medst_trl.data.source import (
     SOURCES,
     BadRecord,
@@ -24,6 +25,28 @@ from medst_trl.data.source import (
 
 
 _SPLITS = ("train", "validation", "test")
+DETAILED_FROM = 30  # words
+
+BRIEF = (
+    "Describe this image briefly.",
+    "What does this image show? Answer in short.",
+    "Say in a sentence what can be seen here.",
+    "Summarize this image in a few words.",
+    "Give a short caption for this image.",
+    "In brief, what is in the picture?",
+    "State concisely what this image presents.",
+    "What is shown here? Keep it short.",
+)
+DETAILED = (
+    "Describe this image in detail.",
+    "Explain thoroughly what this image shows.",
+    "What can be seen in this image? Go into the details.",
+    "Give a full account of the image and its findings.",
+    "Write a comprehensive description of this picture.",
+    "Walk me through this image, leaving nothing of importance out.",
+    "Characterize the image with all the details that it presents.",
+    "Examine the image closely and report everything that it shows.",
+)
 
 
 def read_folder(directory: Path) -> Records:
@@ -57,48 +80,75 @@ def read_table(path: Path, image_folder: Path) -> Records:
     `bad_split`, `bad_answer_type`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
 
-    if path.is_dir():
-        return read_folder(path)
-
-    def record(name: str, image: str, row: dict) -> Question | Conversation:
+    def record(name: str, row: dict) -> Question | Conversation:
         if row.get("question") or row.get("answer"):
-            return question_of(name, image, row)
-        return Conversation(name, (image,), [])
+            return question_of(name, row)
+        return Conversation(name, (_image_of(row),), [])
 
-    records = Records("images", image_folder)
-    collect_rows(records, path, record)
-    return records
+    return read_folder(path) if path.is_dir() else _read_rows(Records("images", image_folder), path, record)
 
 
-def collect_rows(records: Records, path: Path, make: Callable[[str, str, dict], Question | Conversation]) -> None:
-    """Add what `make` returns for the id, the image and the row of each row of a table."""
+def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
+    """
+    Read a table of captioned images: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+
+    They become conversations of one turn, for LLaVA-Med's optional first step: aligning the projector. As in LLaVA-Med
+    (https://huggingface.co/papers/2306.00890), the user asks for a brief description if the caption has fewer than 30
+    words, and for a detailed one otherwise. The wording of the request is sampled for each record.
+
+    Columns: `image`, a file name; `caption`; optionally `id`.
+
+    Args:
+        path (`pathlib.Path`):
+            The table.
+        image_folder (`pathlib.Path`):
+            Where its file names start.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw of requests. That of a record depends on its id alone.
+
+    Rejected, by reason: `malformed_row`, `malformed_json`, `not_an_object`, `no_image`, `no_caption`, `not_text`,
+    `bad_unicode`, `duplicate_id`.
+    """
+
+    def conversation(name: str, row: dict) -> Conversation:
+        images, caption = (_image_of(row),), text_value(row.get("caption"), missing="no_caption")
+        return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], num_images=1))
+
+    return _read_rows(Records("captions", image_folder), path, conversation)
+
+
+def _read_rows(records: Records, path: Path, make: Callable[[str, dict], Question | Conversation]) -> Records:
+    """Add what `make` returns for the id and the columns of each row of a table."""
     records.collect(
         read_rows(path),
-        lambda name, row: make(name, text_value(row.get("image"), missing="no_image"), row),
+        make,
         default_id=lambda position, _: f"row-{position:06d}",
         own_id=lambda row: row.get("id") or None,
     )
+    return records
 
 
-def question_of(name: str, image: str, row: dict) -> Question:
+def _image_of(row: dict) -> str:
+    return text_value(row.get("image"), missing="no_image")
+
+
+def question_of(name: str, row: dict) -> Question:
     """Make a question of a row with the columns that [`read_table`] describes."""
+    image, question = _image_of(row), text_value(row.get("question"), missing="no_question")
     answer = text_value(row.get("answer"), missing="no_answer")
-    split = row.get("split") or "train"
+    split, answer_type = row.get("split") or "train", row.get("answer_type") or guess_answer_type(answer)
     if split not in _SPLITS:
         raise BadRecord("bad_split", split)
-    answer_type = row.get("answer_type") or guess_answer_type(answer)
     if answer_type not in ANSWER_TYPES:
         raise BadRecord("bad_answer_type", answer_type)
-    return Question(
-        id=name,
-        image=image,
-        split=split,
-        question=text_value(row.get("question"), missing="no_question"),
-        answer=answer,
-        answer_type=answer_type,
-        question_type=optional_text(row.get("question_type")),
-        link=optional_text(row.get("link")),
-    )
+    question_type, link = optional_text(row.get("question_type")), optional_text(row.get("link"))
+    return Question(name, image, split, question, answer, answer_type, question_type, link)
+
+
+def instruction(name: str, caption: str, seed: int) -> str:
+    """Return the request of record `name`: for a brief or a detailed description, by the length of the caption."""
+    wordings = DETAILED if len(caption.split()) >= DETAILED_FROM else BRIEF
+    return wordings[int(draw(f"instruction:{name}", seed) * len(wordings))]
 
 
 SOURCES.register(
@@ -108,5 +158,13 @@ SOURCES.register(
         read=lambda request: read_table(request.data_path, request.image_folder),
         card=SourceCard("images from the publisher of this repository"),
         reads_folders=True,
+    )
+)
+SOURCES.register(
+    Source(
+        name="captions",
+        summary="a table (csv, tsv, jsonl) with columns image and caption; each caption answers a request",
+        read=lambda request: read_captions(request.data_path, request.image_folder, request.seed),
+        card=SourceCard("the publisher's own collection of captioned images"),
     )
 )

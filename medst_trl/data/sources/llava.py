@@ -14,7 +14,7 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 # LLaVA puts its placeholder on a separate line; the line break is not part of the text.
-_PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*<image>[\r\n]*")
+_PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*(<image>)[\r\n]*")  # the group keeps it among the pieces
 
 
 def read_llava(path: Path, image_folder: Path) -> Records:
@@ -62,13 +62,8 @@ def split_at_images(text: str) -> list[dict]:
     [{'type': 'image', 'text': None}, {'type': 'text', 'text': 'What is shown?'}]
     ```
     """
-    parts = []
-    for index, piece in enumerate(_PLACEHOLDER_AND_BREAKS.split(text.strip())):
-        if index > 0:
-            parts.append(image_part())
-        if piece.strip():
-            parts.append(text_part(piece))
-    return parts
+    pieces = _PLACEHOLDER_AND_BREAKS.split(text.strip())
+    return [image_part() if piece == PLACEHOLDER else text_part(piece) for piece in pieces if piece.strip()]
 
 
 def image_names(value) -> tuple[str, ...]:
