@@ -15,9 +15,11 @@ Images of other modes become 8-bit gray or RGB as follows:
 import io
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from medst_trl.base.errors import UserError
 
@@ -38,6 +40,20 @@ class ImageProblem(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+@contextmanager
+def image_problem(reason: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turn errors of a decoder, which raises almost anything on a damaged file, into an [`ImageProblem`]."""
+    try:
+        yield
+    except (ImageProblem, UserError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageProblem("too_large", str(error)) from None
+    except errors as error:
+        # PIL's message for a file that it cannot identify has the address of an object in it.
+        raise ImageProblem(reason, "" if isinstance(error, UnidentifiedImageError) else str(error)) from None
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -192,15 +208,15 @@ def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
         ) from None
     try:
         header = pydicom.dcmread(io.BytesIO(data), force=True)
-        if "Rows" not in header or not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(header.dir()):
-            raise ImageProblem("not_an_image", "not a DICOM file with pixels")
-        check_pixels(int(header.Columns), int(header.Rows), max_pixels)
-        if int(header.get("NumberOfFrames") or 1) > 1:
-            raise ImageProblem("several_frames")
-    except ImageProblem:
-        raise
-    except Exception as error:  # pydicom raises almost anything on a damaged header
+        has_pixels = any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
+        width, height, frames = int(header.Columns), int(header.Rows), int(header.get("NumberOfFrames") or 1)
+    except Exception as error:  # the message of pydicom may quote the header
         raise ImageProblem("not_an_image", type(error).__name__) from None
+    if not has_pixels:
+        raise ImageProblem("not_an_image", "not a DICOM file with pixels")
+    check_pixels(width, height, max_pixels)
+    if frames > 1:
+        raise ImageProblem("several_frames")
     return Image.fromarray(_dicom_pixels(header))
 
 
@@ -208,14 +224,10 @@ def _dicom_pixels(header) -> np.ndarray:
     """Return bytes of shape (height, width) or (height, width, 3)."""
     from pydicom.pixels import apply_color_lut, pixel_array
 
-    try:
+    with image_problem("truncated"), image_problem("unsupported", (NotImplementedError, RuntimeError, AttributeError)):
         values = pixel_array(header)  # turns YBR into RGB
-    except (NotImplementedError, RuntimeError, AttributeError) as error:
-        raise ImageProblem("unsupported", str(error)) from None
-    except Exception as error:
-        raise ImageProblem("truncated", str(error)) from None
     colors = header.get("PhotometricInterpretation", "")
-    try:
+    with image_problem("bad_window"):
         if colors == "PALETTE COLOR":
             values = apply_color_lut(values, header)
         if values.ndim == 3 and values.shape[2] == 3:
@@ -223,11 +235,7 @@ def _dicom_pixels(header) -> np.ndarray:
         if values.ndim != 2 or not colors.startswith("MONOCHROME"):
             raise ImageProblem("unsupported", f"photometric interpretation {colors!r}")
         gray = _window(values, header)
-    except ImageProblem:
-        raise
-    except Exception as error:
-        raise ImageProblem("bad_window", str(error)) from None
-    return 255 - gray if colors == "MONOCHROME1" else gray
+        return 255 - gray if colors == "MONOCHROME1" else gray
 
 
 def _window(values: np.ndarray, header) -> np.ndarray:

@@ -20,9 +20,18 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
-from .image_formats import DICOM_SUFFIXES, ImageProblem, check_pixels, read_dicom, strip_jpeg, strip_png, to_8_bit
+from .image_formats import (
+    DICOM_SUFFIXES,
+    ImageProblem,
+    check_pixels,
+    image_problem,
+    read_dicom,
+    strip_jpeg,
+    strip_png,
+    to_8_bit,
+)
 from .parallel import ordered_map
 from .source import ImageReader, Rejected
 
@@ -33,6 +42,7 @@ BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in m
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX"}
+_TRUNCATED = (OSError, EOFError, SyntaxError, struct.error, IndexError)  # what decoders raise on a truncated file
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +204,13 @@ def index_images(
                 file.write(json.dumps(entry) + "\n")
                 file.flush()  # a killed process loses nothing that the system has
         os.replace(partial, path)
-    good, bad = {}, {}
-    for name in names:
-        match entries[name]:
-            case {"image_id": image_id}:
-                good[name] = image_id
-            case {"reason": reason, "detail": detail}:
-                bad[name] = Rejected("", reason, f"{name}: {detail}")
-    return good, bad
+    found = {name: entries[name] for name in names}
+    good = {name: entry["image_id"] for name, entry in found.items() if "image_id" in entry}
+    return good, {
+        name: Rejected("", entry["reason"], f"{name}: {entry['detail']}")
+        for name, entry in found.items()
+        if name not in good
+    }
 
 
 def _read_entries(path: Path) -> Iterator[dict]:
@@ -228,16 +237,11 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
 
 def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, bytes | None]:
     """Return the upright 8-bit image, and the file's own bytes without metadata if they can be kept."""
-    try:
+    with image_problem("not_an_image"):
         image = Image.open(io.BytesIO(data), formats=_formats())
-    except UnidentifiedImageError:
-        raise ImageProblem("not_an_image") from None
-    except Image.DecompressionBombError as error:
-        raise ImageProblem("too_large", str(error)) from None
-    except Exception as error:  # PIL's parsers raise almost anything on a damaged header
-        raise ImageProblem("not_an_image", str(error)) from None
     check_pixels(*image.size, max_pixels)
-    try:
+    # What else a decoder raises is about a mode or compression that PIL does not turn into pixels.
+    with image_problem("unsupported"), image_problem("truncated", _TRUNCATED):
         # The further images of an MPO file are a phone's previews of the first one.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ImageProblem("several_frames")
@@ -247,14 +251,6 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
         if identify:
             image.load()
         return image, own_bytes
-    except ImageProblem:
-        raise
-    except Image.DecompressionBombError as error:  # the size of an ICO image is known only after decoding
-        raise ImageProblem("too_large", str(error)) from None
-    except (OSError, EOFError, SyntaxError, struct.error, IndexError) as error:
-        raise ImageProblem("truncated", str(error)) from None
-    except Exception as error:  # a mode or compression that PIL does not turn into pixels
-        raise ImageProblem("unsupported", str(error)) from None
 
 
 def _is_upright(image: Image.Image, data: bytes) -> bool:

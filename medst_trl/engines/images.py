@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from medst_trl.data.image_formats import ImageProblem, to_8_bit
+from medst_trl.data.image_formats import ImageProblem, image_problem, to_8_bit
 from medst_trl.data.images import store_image
 
 
@@ -79,25 +79,18 @@ class RequestImage:
         image = self._open()
         if image.size == self.size and image.format in _SENT_AS_IS:
             return _data_url(_SENT_AS_IS[image.format], self.data)
-        try:
+        with image_problem("unreadable"):
             small = to_8_bit(image)
             if small.size != self.size:
                 small = small.resize(self.size, Image.Resampling.LANCZOS)
-        except ImageProblem:
-            raise
-        except Exception as error:  # PIL's decoders raise almost anything on a damaged file
-            raise ImageProblem("unreadable", str(error)) from None
         file, sent_as = io.BytesIO(), "JPEG" if image.format == "JPEG" else "PNG"
         small.save(file, sent_as, **({"quality": 90} if sent_as == "JPEG" else {}))
         return _data_url(_SENT_AS_IS[sent_as], file.getvalue())
 
     def _open(self) -> Image.Image:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return Image.open(io.BytesIO(self.data))
-        except Exception as error:
-            raise ImageProblem("not_an_image", str(error)) from None
+        with warnings.catch_warnings(), image_problem("not_an_image"):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(self.data))
 
 
 def without_image_bytes(body: Any) -> Any:
