@@ -1,11 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""This process among those of a launch: its rank, its CPU cores, and how the processes are connected."""
+"""This process among those of a launch: its rank, its CPU cores and threads, and how the processes are connected."""
 
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 
@@ -112,3 +114,30 @@ def backend_on_cpus() -> str | None:
 
     is_alone = world_size() == 1 or torch.accelerator.is_available()
     return None if is_alone or not launched_kind().startswith("DeepSpeed") else "gloo"
+
+
+def ordered_map(
+    function: Callable[[Any], Any], items: Iterable[Any], num_workers: int, ahead: int | None = None
+) -> Iterator[Any]:
+    """
+    Map a function over items on several threads, and yield the results in order. This helps for work that leaves
+    Python: decoding and hashing release its global lock.
+
+    Unlike `Executor.map` it looks only a few items ahead, so that memory stays small and an error ends it soon.
+    (`buffersize` of Python 3.14's `Executor.map` does the same.)
+
+    Args:
+        function (`Callable`): Called for each item.
+        items (iterable): The items.
+        num_workers (`int`): Number of threads.
+        ahead (`int`, *optional*): Number of items that are begun before their results are needed; 4 per thread.
+    """
+    ahead = 4 * num_workers if ahead is None else ahead
+    pending = deque()
+    with ThreadPoolExecutor(num_workers) as executor:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -9,7 +9,7 @@ gives self-questioning its later turns.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from .schema import dialogue
@@ -182,10 +182,10 @@ def split_off_validation(
     of one conversation stay together. A conversation without an image is drawn by its id.
     """
     conversations = list(conversations)
-    together = DisjointSets([image_ids[name] for name in conversation.images] for conversation in conversations)
+    together = representatives([image_ids[name] for name in conversation.images] for conversation in conversations)
 
     def key(conversation: Conversation) -> str:
-        return together.find(image_ids[conversation.images[0]]) if conversation.images else conversation.id
+        return together[image_ids[conversation.images[0]]] if conversation.images else conversation.id
 
     return [
         replace(conversation, split="validation") if draw(key(conversation), seed) < fraction else conversation
@@ -215,30 +215,23 @@ def draw(key: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
-class DisjointSets:
+def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Hashable]:
     """
-    Join groups that share a member (union-find).
-
-    Args:
-        groups (iterable of sequences):
-            Their members are sortable.
+    Join groups that share a member, and return for each member the smallest one of its joined group. The order of the
+    groups does not matter.
     """
-
-    def __init__(self, groups: Iterable[Sequence[Hashable]]):
-        self._parents: dict[Hashable, Hashable] = {}
-        for group in groups:
-            for member in group[1:]:  # the smaller representative stays, so the order of the groups does not matter
-                first, second = sorted((self.find(group[0]), self.find(member)))
-                self._parents[second] = first
-
-    def find(self, item: Hashable) -> Hashable:
-        """Return the member that represents the set of `item`; the item itself if it is in no group."""
-        root = item
-        while (parent := self._parents.get(root, root)) != root:
-            root = parent
-        while item != root:  # shorten the path for the next search
-            self._parents[item], item = root, self._parents.get(item, item)
-        return root
+    joined: dict[Hashable, set[Hashable]] = {}
+    for group in groups:
+        largest = max((joined.setdefault(member, {member}) for member in group), key=len, default=set())
+        for member in group:
+            if (other := joined[member]) is not largest:
+                largest |= other
+                joined.update(dict.fromkeys(other, largest))
+    smallest = {}
+    for member, found in joined.items():
+        if member not in smallest:
+            smallest |= dict.fromkeys(found, min(found))
+    return smallest
 
 
 # --- Conversations ---------------------------------------------------------------------------------------------------
@@ -272,12 +265,9 @@ def linked_groups(questions: Iterable[Question]) -> list[list[Question]]:
     whatever their links are. Groups and their members keep their order.
     """
     questions = list(questions)
-    same = DisjointSets(
-        (("words", plain_question(question.question)), ("link", question.link))
-        for question in questions
-        if question.link is not None
-    )
+    named = [(("words", plain_question(item.question)), ("link", item.link)) for item in questions]
+    same = representatives(names if names[1][1] is not None else names[:1] for names in named)
     groups = defaultdict(list)
-    for question in questions:
-        groups[same.find(("words", plain_question(question.question)))].append(question)
+    for (words, _), question in zip(named, questions):
+        groups[same[words]].append(question)
     return list(groups.values())

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
+from medst_trl.base.processes import ordered_map
+
 from .image_formats import (
     DICOM_SUFFIXES,
     ImageProblem,
@@ -32,7 +34,6 @@ from .image_formats import (
     strip_png,
     to_8_bit,
 )
-from .parallel import ordered_map
 from .source import ImageReader, Rejected
 
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, explain_full_disk
 from medst_trl.base.hub_ids import split_revision
+from medst_trl.base.processes import ordered_map
 from medst_trl.base.registry import Registry
-
-from .parallel import ordered_map
 
 
 if TYPE_CHECKING:
@@ -228,32 +227,23 @@ def check_columns(dataset: "Dataset", kind: str) -> None:
     Raises:
         UserError: naming the columns that are missing or have another type.
     """
-    maker, optional, expected = KINDS.get(kind).maker, KINDS.get(kind).optional, features_of(kind)
-    missing = [name for name in expected if name not in dataset.features and name not in optional]
-    if missing:
+    own, expected = KINDS.get(kind), features_of(kind)
+    if missing := [name for name in expected if name not in dataset.features and name not in own.optional]:
         raise UserError(
             f"The dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {kind} data; it "
-            f"has {', '.join(dataset.features)}. `medst {maker}` makes such datasets."
+            f"has {', '.join(dataset.features)}. `medst {own.maker}` makes such datasets."
         )
     for name, feature in expected.items():
         if name in dataset.features and _shape(dataset.features[name]) != _shape(feature):
             raise UserError(
                 f"The column {name} of {kind} data has another type than expected.\n  is:        "
-                f"{dataset.features[name]}\n  should be: {feature}\n`medst {maker}` makes such datasets."
+                f"{dataset.features[name]}\n  should be: {feature}\n`medst {own.maker}` makes such datasets."
             )
 
 
 def kind_of(columns: Collection[str]) -> Kind | None:
     """Return the kind of the dataset that has these columns, or None. Unlabeled images count as `"instruct"`."""
     return next((kind for kind in reversed(KINDS.values()) if kind.marker in columns), None)
-
-
-def _fill_columns(dataset: "Dataset") -> "Dataset":
-    kind = kind_of(dataset.features)
-    for name, default in kind.optional.items() if kind else ():
-        if name not in dataset.features:
-            dataset = dataset.add_column(name, [default] * len(dataset), feature=kind.features()[name])
-    return dataset
 
 
 def _shape(feature) -> object:
@@ -282,7 +272,11 @@ def load_records(path_or_hub_id: str | PathLike, split: str, kind: str | None = 
         UserError: if the dataset or split does not exist, if the stage that writes it was interrupted, or for other
             columns.
     """
-    dataset = _fill_columns(_open(path_or_hub_id, split))
+    dataset = _open(path_or_hub_id, split)
+    found = kind_of(dataset.features)
+    for name, default in found.optional.items() if found else ():
+        if name not in dataset.features:
+            dataset = dataset.add_column(name, [default] * len(dataset), feature=found.features()[name])
     if kind is not None:
         try:
             check_columns(dataset, kind)
@@ -293,22 +287,20 @@ def load_records(path_or_hub_id: str | PathLike, split: str, kind: str | None = 
 
 def with_stored_images(dataset: Any) -> Any:
     """Return the same rows with images as they are stored (`bytes` and `path`). Only a plain dataset changes."""
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, Image, List
 
     if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
         return dataset
+
+    def stored(feature: Any) -> Any:
+        if isinstance(feature, List) and isinstance(feature.feature, Image):
+            return List(Image(decode=False))
+        return Image(decode=False) if isinstance(feature, Image) else feature
+
     dataset = dataset.with_format(None)  # a copy of what describes the rows, not of the rows
     # Not by casting a column: for a list of images that maps the rows and writes all of them to the cache.
-    dataset.info.features = Features({name: _stored(feature) for name, feature in dataset.features.items()})
+    dataset.info.features = Features({name: stored(feature) for name, feature in dataset.features.items()})
     return dataset
-
-
-def _stored(feature: Any) -> Any:
-    from datasets import Image, List
-
-    if isinstance(feature, List) and isinstance(feature.feature, Image):
-        return List(Image(decode=False))
-    return Image(decode=False) if isinstance(feature, Image) else feature
 
 
 def _open(path_or_hub_id: str | PathLike, split: str) -> "Dataset":

@@ -189,10 +189,10 @@ class Records:
                 continue
             name = default_id(position, item)
             try:
-                if own_id is not None:
-                    name = name if (stated := own_id(item)) in (None, "") else text_value(stated, missing="")
-                    if name in taken:
-                        raise BadRecord("duplicate_id", name)
+                if own_id is not None and (stated := own_id(item)) not in (None, ""):
+                    name = text_value(stated, missing="")
+                if name in taken:
+                    raise BadRecord("duplicate_id", name)
                 record = make(name, item)
                 if record is not None and record.id in taken:
                     raise BadRecord("duplicate_id", record.id)

@@ -10,9 +10,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.processes import process_state
+from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
-from medst_trl.data.parallel import ordered_map
 from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import public_name
-from medst_trl.data.assemble import DisjointSets, draw, plain_question
+from medst_trl.data.assemble import draw, plain_question, representatives
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
@@ -297,9 +297,9 @@ def _without(pairs: list[dict], dropped: Mapping[int, Any], reason: str, rejecte
 
 def _split(pairs: list[dict], validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Return train and validation pairs. Images of one pair stay together; a pair without images goes by its id."""
-    together = DisjointSets(pair["image_ids"] for pair in pairs)
+    together = representatives(pair["image_ids"] for pair in pairs)
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
-    keys = [together.find(pair["image_ids"][0]) if pair["image_ids"] else pair["id"] for pair in pairs]
+    keys = [together[pair["image_ids"][0]] if pair["image_ids"] else pair["id"] for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}
     limit = validation_share
     if validation_share > 0 and len(draws) > 1:  # at least one image, even of a few

@@ -19,8 +19,8 @@ from tiny_run import small_policy
 
 from medst_trl import CandidateGenerator
 from medst_trl.base.errors import UserError
+from medst_trl.base.processes import ordered_map
 from medst_trl.data.images import image_id
-from medst_trl.data.parallel import ordered_map
 from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of, with_stored_images
 from medst_trl.engines import decoding, image_features
 from medst_trl.engines.decoding import SeededSampler, chat_inputs
