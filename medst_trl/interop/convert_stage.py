@@ -22,6 +22,7 @@ the wrong shape, it is listed and nothing is written. An interrupted conversion 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.settings import documented
@@ -78,7 +79,7 @@ def main(args: ConvertArguments) -> None:
     from medst_trl.pipeline.record import StageRecord
     from medst_trl.policy.families import family_of
 
-    from .conversion import convert_checkpoint
+    from .conversion.convert import convert_checkpoint
 
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":
@@ -101,9 +102,30 @@ def main(args: ConvertArguments) -> None:
 
 
 def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
-    from .conversion import planned_config
+    """
+    Read the configuration of a converted model, and whether it has the text role, from the original's small files.
 
-    return planned_config(settings)
+    Returns None if they are neither here nor on a Hub that responds. Raises for a checkpoint that cannot be converted.
+    """
+    from medst_trl.base.hub_ids import cached_revision, hub_answers
+
+    from .conversion.convert import VISION_LORA, default_role, llava_config, original_config, vision_config
+    from .conversion.weights import local_directory
+
+    def directory(source: str | None, what: str = "The checkpoint") -> Path | None:
+        is_here = source and (Path(source).is_dir() or cached_revision(source) is not None or hub_answers())
+        return local_directory(source, what, weights=False) if is_here else None
+
+    source, base = (directory(settings.get(key) or settings["source"]) for key in ("source", "base"))
+    if source is None or base is None:
+        return None
+    original = original_config(source, base)
+    tower = directory(settings.get("vision_tower") or original.get("mm_vision_tower"), "The vision tower")
+    if tower is None:
+        return None
+    config = llava_config(original, vision_config(tower), original.get("vocab_size", 32000))
+    has_vision_lora = bool(settings.get("vision_lora")) or (source / VISION_LORA).is_dir()
+    return config, (settings.get("vusr_role") or default_role(config, has_vision_lora)) == "text"
 
 
 def plan(counter: RowCounter, args: ConvertArguments) -> Iterator[tuple[str, str]]:

@@ -1,36 +1,58 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint: open it, check that it is complete, build the processor, write the files."""
+"""
+Convert a checkpoint of the original LLaVA code to Hugging Face's layout: read its configuration, find its pieces
+wherever they are published, check that they are complete, build the processor, write the files.
+"""
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrainedModel
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaProcessor, PreTrainedModel
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, move_files, write_json
-from medst_trl.base.hub_ids import cached_revision, hub_answers
+from medst_trl.base.files import atomic_path, write_json
 from medst_trl.base.settings import check_choice
 from medst_trl.policy.families import family_of
-from medst_trl.policy.merging import check_shard_size, remove_model
+from medst_trl.policy.merging import check_shard_size, staged_model
 from medst_trl.policy.parts import on_meta
+from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 from medst_trl.policy.vusr import VUSR_ROLES
 
-from .assembling import EMBEDDING, HEAD, NORM, VISION, Parts, published_name
-from .checkpoint import VISION_LORA, llava_config, open_checkpoint, original_config, vision_config
-from .files import local_directory
-from .processor import SPECIAL_IDS, build_processor
+from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, read_tokenizer
+from .weights import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    ORIGINAL_MODEL_FILES,
+    PROJECTOR_FILES,
+    VISION,
+    Parts,
+    local_directory,
+    open_directory,
+    open_weights,
+    published_name,
+    read_json,
+)
 
 
 CONVERTED_DTYPES = ("auto", "float32", "bfloat16", "float16")
+VISION_LORA = "Vit-lora"  # the first implementation's name
+LANGUAGE_MODELS = ("llava", "llava_llama", "llama")  # the last as the base of a training output
+# Type of the projector in the original configuration, by type of the converted model.
+_PROJECTOR_OF = {"llava": "mlp2x_gelu", "prototype_llava": "cluster"}
+# Which positions of the vision tower give the features: all, or those without the class token.
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_NO_WEIGHTS = f"holds no weights ({' or '.join(ORIGINAL_MODEL_FILES)}, or shards with their index)."
 
 
 def convert_checkpoint(
@@ -87,17 +109,22 @@ def convert_checkpoint(
     check_choice("vusr_role", vusr_role, VUSR_ROLES)
     check_choice("dtype", dtype, CONVERTED_DTYPES)
     check_shard_size(max_shard_size)
-    checkpoint = open_checkpoint(source, base, projector, vision_tower, vision_lora)
-    config, parts = checkpoint.config, checkpoint.parts
-    role = _role(vusr_role, config, checkpoint.has_vision_lora)
-    processor = build_processor(checkpoint, text_role=role == "text")
+    sources, output_dir = (source, base, projector, vision_tower, vision_lora), Path(output_dir)
+    config, parts, processor, role = open_checkpoint(*sources, vusr_role)
     model = on_meta(config)
-    model.config.dtype = parts.weights[NORM].read().dtype if dtype == "auto" else getattr(torch, dtype)
-    sources = (source, base, projector, vision_tower, vision_lora)
-    staging = _staging_directory(Path(output_dir), sources, (role, dtype, max_shard_size))
-    _write(staging, model, parts, processor, max_shard_size)
+    model.config.dtype = parts.weights[NORM].tensor.dtype if dtype == "auto" else getattr(torch, dtype)
+    model.config.architectures = [type(model).__name__]
+    if any(output_dir.is_dir() and Path(name).exists() and output_dir.samefile(name) for name in sources if name):
+        raise UserError(f"output_dir {output_dir} is also the input. Choose another one.")
+    # Only the same conversion resumes what its directory contains.
+    digest = hashlib.sha256(json.dumps([*sources, role, dtype, max_shard_size]).encode()).hexdigest()
+    with staged_model(output_dir, f".saving-{digest[:16]}", resumes=True) as staging:
+        _write_weights(staging, model, parts, max_shard_size)
+        processor.save_pretrained(staging)
+        GenerationConfig(**{name: getattr(model.config, name) for name in SPECIAL_IDS}).save_pretrained(staging)
+        model.config.save_pretrained(staging)
     return {
-        "model_type": config.model_type,
+        "model_type": model.config.model_type,
         "vusr_role": role,
         "parameters": model.num_parameters(),
         "changed": len(parts.changes),
@@ -107,76 +134,9 @@ def convert_checkpoint(
     }
 
 
-def planned_config(settings: Mapping[str, Any]) -> tuple[LlavaConfig, bool] | None:
-    """
-    Read the configuration of a converted model from the small files of the original.
-
-    Args:
-        settings (`Mapping`): Arguments of [`convert_checkpoint`].
-
-    Returns:
-        The configuration and whether the model has the text role; None if the original's configuration is neither here
-        nor on a Hub that responds.
-
-    Raises:
-        UserError: for a checkpoint that [`convert_checkpoint`] would refuse.
-    """
-    source, base = settings["source"], settings.get("base") or settings["source"]
-    if not (_is_available(source) and _is_available(base)):
-        return None
-    directory, base_directory = (local_directory(name, "The checkpoint", weights=False) for name in (source, base))
-    original = original_config(directory, base_directory)
-    tower = settings.get("vision_tower") or original.get("mm_vision_tower")
-    if tower is None or not _is_available(tower):
-        return None
-    vision = vision_config(local_directory(tower, "The vision tower", weights=False))
-    config = llava_config(original, vision, original.get("vocab_size", 32000))
-    has_vision_lora = bool(settings.get("vision_lora")) or (directory / VISION_LORA).is_dir()
-    return config, _role(settings.get("vusr_role"), config, has_vision_lora) == "text"
-
-
-def _is_available(source: str) -> bool:
-    """Whether a directory or Hub id can be read now."""
-    return Path(source).is_dir() or cached_revision(source) is not None or hub_answers()
-
-
-def _role(given: str | None, config: LlavaConfig, has_vision_lora: bool) -> str:
-    """Return how the model asks: as given, or else as it was trained."""
-    return given or ("text" if family_of(config.model_type).text_role or has_vision_lora else "token")
-
-
-def _staging_directory(output_dir: Path, sources: tuple[str | None, ...], settings: tuple[str, ...]) -> Path:
-    """Make a directory for the files until all are complete. Only the same conversion resumes what it contains."""
-    for source in filter(None, sources):
-        if output_dir.is_dir() and Path(source).exists() and output_dir.samefile(source):
-            raise UserError(f"output_dir {output_dir} is also the input. Choose another one.")
-    digest = hashlib.sha256(json.dumps([*sources, *settings]).encode()).hexdigest()
-    staging = output_dir / f".saving-{digest[:16]}"
-    if not staging.is_dir():  # no file of another model may be taken for one of this model
-        remove_model(output_dir)
-        for other in output_dir.glob(".saving-*"):
-            shutil.rmtree(other)
-        staging.mkdir(parents=True)
-    return staging
-
-
-def _write(
-    staging: Path, model: PreTrainedModel, parts: Parts, processor: LlavaProcessor, max_shard_size: str
-) -> None:
-    """Write model and processor so that `config.json` appears last: a directory that has it is complete."""
-    for path in staging.iterdir():
-        if path.suffix != ".safetensors":  # incomplete, of an interrupted run
-            path.unlink()
-    try:
-        _write_weights(staging, model, parts, max_shard_size)
-    except UserError:  # a resumed run would fail again
-        shutil.rmtree(staging)
-        raise
-    processor.save_pretrained(staging)
-    GenerationConfig(**{name: getattr(model.config, name) for name in SPECIAL_IDS}).save_pretrained(staging)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(staging)
-    move_files(staging, staging.parent)
+def default_role(config: LlavaConfig, has_vision_lora: bool) -> str:
+    """Return how a checkpoint was trained to ask: with the text role or with the token."""
+    return "text" if family_of(config.model_type).text_role or has_vision_lora else "token"
 
 
 def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shard_size: str) -> None:
@@ -192,7 +152,7 @@ def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shar
     )
     with tqdm(total=len(names), desc="Writing weights", unit="tensor", disable=None) as bar:
         for file, members in split.filename_to_tensors.items():
-            if not (staging / file).exists() and not (staging.parent / file).exists():
+            if not (staging / file).exists():
                 shard = {written: _weight(names[written], parts, model.config) for written in members}
                 with atomic_path(staging / file) as temporary:
                     safetensors.torch.save_file(shard, temporary, metadata={"format": "pt"})
@@ -214,3 +174,228 @@ def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
         reason = f"too large for {dtype}: choose another --dtype" if stored.isfinite().all() else "not finite"
         raise UserError(f"{name} has values that are {reason}. The checkpoint was not converted.")
     return tensor
+
+
+# --- The pieces of a checkpoint --------------------------------------------------------------------------------------
+
+
+def open_checkpoint(
+    source: str,
+    base: str | None,
+    projector: str | None,
+    vision_tower: str | None,
+    vision_lora: str | None,
+    vusr_role: str | None,
+) -> tuple[LlavaConfig, Parts, LlavaProcessor, str]:
+    """
+    Open everything that makes up a model. The arguments are those of [`convert_checkpoint`].
+
+    Returns:
+        `tuple`: the model's configuration, its tensors (none of them read yet), its processor and how it asks:
+        `"text"` or `"token"`.
+
+    Raises:
+        UserError: if a piece is missing, damaged, holds code, is of an unknown kind, or a tensor does not fit.
+    """
+    directory = local_directory(source, "The checkpoint")
+    base_directory = _base_directory(directory, base)
+    original, parts = original_config(directory, base_directory), Parts()
+    parts.put(open_directory(base_directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS))
+    vision_directory, vision = _vision_tower(original, vision_tower, parts, base_directory)
+    if directory != base_directory:
+        parts.change(directory)
+        # Without its own projector that of the base would stay, and nothing would be missing.
+        lacks = f"lacks the projector, which was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the "
+        lacks += "projector as --projector."
+        parts.put(open_directory(directory, PROJECTOR_FILES, None if projector else lacks))
+    if projector and Path(projector).is_file():
+        parts.put(open_weights([Path(projector)]))
+    elif projector:
+        lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
+        parts.put(open_directory(local_directory(projector, "The projector"), PROJECTOR_FILES, lacks))
+    lora = local_directory(vision_lora, "The vision tower's LoRA") if vision_lora else directory / VISION_LORA
+    if lora.is_dir():
+        parts.change(lora)
+    embedding = parts.weights.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError("The checkpoint has no embedding (model.embed_tokens.weight), so it is not a language model.")
+    config = llava_config(original, vision, rows=embedding.shape[0])  # not vocab_size: embeddings get resized
+    parts.check(on_meta(config))
+    role = vusr_role or default_role(config, lora.is_dir())
+    has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = read_tokenizer(directory if has_tokenizer else base_directory)
+    pad = original.get("image_aspect_ratio") == "pad"
+    return config, parts, build_processor(config, tokenizer, vision_directory, pad=pad, text_role=role == "text"), role
+
+
+def _base_directory(directory: Path, base: str | None) -> Path:
+    is_training_output = (directory / "adapter_config.json").is_file()
+    if is_training_output and base is None:
+        named = read_json(directory / "adapter_config.json", "LoRA settings").get("base_model_name_or_path")
+        raise UserError(
+            f"{directory} is a training output. Give the model it was trained from as --base"
+            + (f" (it names {named!r})." if named else ".")
+        )
+    if base is not None and not is_training_output:
+        raise UserError(
+            f"--base is for training outputs, and {directory} has no adapter_config.json. Convert a full model "
+            "without it."
+        )
+    return local_directory(base, "The base") if base is not None else directory
+
+
+def original_config(directory: Path, base_directory: Path) -> dict[str, Any]:
+    """
+    Read the original configuration: the language model's from the base, the rest as the model was trained with it.
+
+    Raises:
+        UserError: if it is missing, damaged, or of an unknown kind.
+    """
+    config = read_json(base_directory / "config.json", "the model's configuration")
+    if "text_config" in config:
+        config = _as_original(config, base_directory, directory)
+    elif config.get("model_type") not in LANGUAGE_MODELS:
+        raise UserError(
+            f"{base_directory} is a model of the type {config.get('model_type')!r}. Only models like LLaVA-1.5 on "
+            f"Llama or Vicuna can be converted: {', '.join(LANGUAGE_MODELS)}."
+        )
+    if directory != base_directory and (directory / "config.json").is_file():
+        own = read_json(directory / "config.json", "the model's configuration")
+        config |= {key: own[key] for key in own if key.startswith("mm_") or key == "image_aspect_ratio"}
+    return config
+
+
+def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) -> dict[str, Any]:
+    """Return the configuration of a converted base in the original's keys."""
+    projector = _PROJECTOR_OF.get(config.get("model_type"))
+    are_parts = isinstance(config["text_config"], dict) and isinstance(config.get("vision_config"), dict)
+    if projector is None or directory == base_directory or not are_parts:
+        raise UserError(
+            f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands read "
+            "it directly; here it can only be the --base of a training output."
+        )
+    images = read_json(base_directory / "processor_config.json").get("image_processor", {})
+    return {
+        "text_config": config["text_config"] | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
+        "vision_config": config["vision_config"],
+        "mm_projector_type": projector,
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "cls_patch" if config.get("vision_feature_select_strategy") == "full" else "patch",
+        "image_aspect_ratio": "pad" if images.get("do_pad") else "square",
+    }
+
+
+def _vision_tower(
+    config: dict[str, Any], vision_tower: str | None, parts: Parts, base_directory: Path
+) -> tuple[Path, CLIPVisionConfig]:
+    """Find the vision tower's directory and configuration. Add its weights if the checkpoint has none."""
+    has_weights = any(name.startswith(VISION) for name in parts.weights)
+    if has_weights and vision_tower is None and isinstance(config.get("vision_config"), dict):
+        return base_directory, CLIPVisionConfig(**config["vision_config"])
+    source = vision_tower or config.get("mm_vision_tower") or config.get("vision_tower")
+    if not isinstance(source, str) or not source:
+        raise UserError("config.json names no mm_vision_tower. Give the CLIP directory or Hub id as --vision_tower.")
+    try:
+        directory = local_directory(source, "The vision tower", weights=not has_weights)
+    except UserError as error:
+        raise UserError(f"{error} Give the CLIP directory or Hub id as --vision_tower.") from error
+    if not has_weights:
+        parts.put(open_directory(directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS), in_clip=True)
+    return directory, vision_config(directory)
+
+
+# --- Configurations --------------------------------------------------------------------------------------------------
+
+
+def llava_config(original: dict[str, Any], vision: CLIPVisionConfig, rows: int) -> LlavaConfig:
+    """
+    Build the configuration of a model.
+
+    Args:
+        original (`dict`):
+            Original config.json; for a training output on a converted base, that of the base with the projector's keys
+            of the training output.
+        vision ([`~transformers.CLIPVisionConfig`]):
+            Configuration of the vision tower.
+        rows (`int`):
+            Number of rows of the embedding.
+
+    Returns:
+        [`~transformers.LlavaConfig`] or [`PrototypeLlavaConfig`]
+
+    Raises:
+        UserError: if the projector or another setting is unknown.
+    """
+    _check(original, vision)
+    text = original.get("text_config") or original
+    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "head_dim"}
+    kept = {key: value for key, value in text.items() if key in known - {"architectures", "dtype", "model_type"}}
+    config_class = PrototypeLlavaConfig if original["mm_projector_type"] == "cluster" else LlavaConfig
+    side, layer = vision.image_size // vision.patch_size, original.get("mm_vision_select_layer", -2)
+    strategy = _STRATEGIES[original.get("mm_vision_select_feature") or "patch"]
+    with _explained("config.json"):
+        return config_class(
+            vision_config=vision.to_dict(),
+            text_config={**kept, "model_type": "llama", "vocab_size": rows},
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            image_seq_length=side**2 + (strategy == "full"),
+            tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+        )
+
+
+@contextmanager
+def _explained(file: str) -> Iterator[None]:
+    """Turn the errors for values that no model can have into a [`UserError`]."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file} describes an impossible model: {' '.join(str(error).split())}") from error
+
+
+def _check(original: dict[str, Any], vision: CLIPVisionConfig) -> None:
+    projector = original.get("mm_projector_type")
+    if projector not in _PROJECTOR_OF.values():
+        raise UserError(
+            f"The projector of this checkpoint is of the type {projector!r} (mm_projector_type in config.json). Only "
+            f"{' and '.join(_PROJECTOR_OF.values())} can be converted: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med."
+        )
+    layers, count = original.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
+    layers = layers if isinstance(layers, list) else [layers]
+    refused = {
+        "mm_vision_select_feature": (original.get("mm_vision_select_feature") or "patch") not in _STRATEGIES,
+        "mm_use_im_start_end": bool(original.get("mm_use_im_start_end")),
+        "image_aspect_ratio": original.get("image_aspect_ratio") not in (None, "square", "pad"),
+        "hidden_act": original.get("hidden_act", "silu") != "silu",
+        # hidden states are those of the layers, and their input
+        "mm_vision_select_layer": not all(isinstance(layer, int) and -count <= layer < count for layer in layers),
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise UserError(
+                f"{key} is {original[key]!r} in config.json. Only architectures like LLaVA-1.5 can be converted."
+            )
+    width = original.get("mm_hidden_size", vision.hidden_size)
+    if width != vision.hidden_size:
+        raise UserError(
+            f"The projector reads features of size {width} (mm_hidden_size), but the vision tower writes "
+            f"{vision.hidden_size}. Give the tower that the checkpoint was trained with as --vision_tower."
+        )
+
+
+def vision_config(directory: Path) -> CLIPVisionConfig:
+    """
+    Read the configuration of the vision tower from a CLIP directory.
+
+    Raises:
+        UserError: if there is none, or it is of another family.
+    """
+    content = read_json(directory / "config.json", "the vision tower's configuration")
+    content = content.get("vision_config", content) if content.get("model_type") == "clip" else content
+    if content.get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise UserError(
+            f"{directory} holds a model of the type {content['model_type']!r}. The vision tower must be CLIP."
+        )
+    known = CLIPVisionConfig().to_dict().keys() - {"model_type", "dtype", "transformers_version"}
+    with _explained(str(directory / "config.json")):
+        return CLIPVisionConfig(**{key: value for key, value in content.items() if key in known})

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the processor of a converted checkpoint: a fast tokenizer, images as in training, and the chat template."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from transformers.tokenization_utils_base import generate_merges
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import vicuna_template
 
-from .checkpoint import Checkpoint
-from .files import TOKENIZER_FILES, read_json
+from .weights import read_json
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 IMAGE, PAD = "<image>", "<pad>"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROWS_MULTIPLE = 64  # of the embedding, for fast kernels and for tokens added later
 
 
-def build_processor(checkpoint: Checkpoint, text_role: bool) -> LlavaProcessor:
+def build_processor(
+    config: LlavaConfig, tokenizer: PreTrainedTokenizerFast, vision_directory: Path, *, pad: bool, text_role: bool
+) -> LlavaProcessor:
     """
     Build the processor of a checkpoint, and set the ids of its tokens in the checkpoint's configuration, in place.
 
@@ -38,23 +41,28 @@ def build_processor(checkpoint: Checkpoint, text_role: bool) -> LlavaProcessor:
     processor.
 
     Args:
-        checkpoint ([`Checkpoint`]):
-            The checkpoint.
+        config ([`~transformers.LlavaConfig`]):
+            Configuration of the checkpoint.
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Its tokenizer, see [`read_tokenizer`].
+        vision_directory (`Path`):
+            Directory of its vision tower.
+        pad (`bool`):
+            Whether images are padded.
         text_role (`bool`):
             Whether questions open with the text role `VUSER:`.
 
     Raises:
-        UserError: if the tokenizer is missing, damaged, or belongs to another model.
+        UserError: if the tokenizer belongs to another model.
     """
-    config, tokenizer = checkpoint.config, read_tokenizer(checkpoint.tokenizer_directory)
     _set_tokens(config, tokenizer)
-    side, pad = config.vision_config.image_size, checkpoint.original.get("image_aspect_ratio") == "pad"
+    side = config.vision_config.image_size
     # The processors on PIL: the others need torchvision.
     images = (LlavaImageProcessorPil if pad else CLIPImageProcessorPil)(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         **({"do_pad": True} if pad else {}),
-        **_colors(checkpoint.vision_directory),
+        **_colors(vision_directory),
     )
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return LlavaProcessor(
@@ -108,23 +116,15 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: if there is none, or it is not Llama's.
     """
-    if (directory / "tokenizer.json").is_file():
-        try:
+    try:
+        if (directory / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises plain ones on a damaged file
-            raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
-    elif (directory / "tokenizer.model").is_file():
-        try:
+        else:
             tokenizer = _from_sentencepiece(directory)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UserError(
-                f"The tokenizer in {directory} cannot be read: {error} (tokenizer_config.json or added_tokens.json)"
-            ) from error
-    else:
-        raise UserError(
-            f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy that of the language model there, "
-            "for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
-        )
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain ones on a damaged file
+        raise UserError(f"The tokenizer in {directory} cannot be read: {type(error).__name__}: {error}") from error
     if None in (tokenizer.bos_token, tokenizer.eos_token):
         raise UserError(f"The tokenizer in {directory} names no bos_token or no eos_token (tokenizer_config.json).")
     tokenizer.add_special_tokens(
@@ -209,8 +209,13 @@ def read_pieces(path: Path) -> list[str]:
     Read the pieces of a byte-pair sentencepiece model, in order of their ids.
 
     Raises:
-        UserError: if the file is not such a model.
+        UserError: if the file is missing or not such a model.
     """
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy that of the language model there, "
+            "for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
+        )
     pieces, model_type = [], 1
     try:
         for number, value in _fields(path.read_bytes()):
@@ -226,25 +231,20 @@ def read_pieces(path: Path) -> list[str]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-        else:
-            length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            if at + length > len(data):
+    stream = io.BytesIO(data)
+    while stream.tell() < len(data):
+        number, kind = divmod(_varint(stream), 8)
+        value = {1: 8, 5: 4}[kind] if kind in (1, 5) else _varint(stream)
+        if kind != 0:
+            length, value = value, stream.read(value)
+            if len(value) < length:
                 raise ValueError("incomplete")
-            value, at = data[at : at + length], at + length
         yield number, value
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(stream: io.BytesIO) -> int:
     value = shift = 0
-    while True:
-        byte = data[at]
+    while (byte := stream.read(1)[0]) > 127:
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+        shift += 7
+    return value | byte << shift

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medst_trl.base.errors import UserError
-from medst_trl.interop.conversion import convert_checkpoint
-from medst_trl.interop.conversion.files import open_weights
+from medst_trl.interop.conversion.convert import convert_checkpoint
+from medst_trl.interop.conversion.weights import open_weights
 
 
 CLIP = "vision_model."
@@ -232,7 +232,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, protocol):
 
 def test_files_in_the_legacy_format_of_pytorch_are_read(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert open_weights([tmp_path / "old.bin"])[0].read().tolist() == [1, 1]
+    assert open_weights([tmp_path / "old.bin"])[0].tensor.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
@@ -307,7 +307,7 @@ def test_unsupported_models_are_refused(tmp_path, config, message):
 def test_only_files_that_are_read_are_downloaded(tmp_path, monkeypatch, files, weights):
     import huggingface_hub
 
-    from medst_trl.interop.conversion.files import local_directory
+    from medst_trl.interop.conversion.weights import local_directory
 
     downloads = []
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)

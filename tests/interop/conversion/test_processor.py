@@ -87,7 +87,7 @@ def test_a_damaged_configuration_is_refused(tmp_path, content):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    from medst_trl.interop.conversion import convert_checkpoint
+    from medst_trl.interop.conversion.convert import convert_checkpoint
 
     weights = original.language_weights(200) | original.projector_weights("mlp2x_gelu")
     original.write_clip(tmp_path / "clip")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from medst_trl import load_policy
-from medst_trl.interop.conversion import convert_checkpoint
+from medst_trl.interop.conversion.convert import convert_checkpoint
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.chat_template import VICUNA_SYSTEM, VUSER_SYSTEM
 from medst_trl.policy.vusr import VUSR, add_vusr

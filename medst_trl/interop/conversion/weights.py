@@ -1,0 +1,425 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The files and weights of a checkpoint: where they are, names, LoRA layers, and a check that every tensor is used.
+
+A `.bin` file is a pickle, which can hold code as well as numbers. Only PyTorch's restricted reader opens it: it builds
+tensors and plain containers and refuses everything else before any of it runs.
+"""
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.hub_ids import check_reachable, split_revision
+
+
+# Names of the weights in a directory, in the order in which they are looked for.
+ORIGINAL_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+TRAINED_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
+_SMALL_FILES = ("*.json", "*.model")
+_NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
+_PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+MAX_LISTED = 20
+PROJECTOR, VISION = "model.multi_modal_projector.", "model.vision_tower."
+NORM = "model.language_model.norm.weight"
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+# From the start of a name in any layout (the original's, Hugging Face's as published and as saved today, or CLIP's
+# own) to its start in the model, after what PEFT and LLaVA's trainer put before it. The first match counts.
+_WRAPPERS = re.compile(r"(base_model\.model\.)?(model\.(?=model\.))?")
+_TO_MODEL = (
+    (r"(model\.)?(vision_tower\.)+(vision_model\.)?|vision_model\.", VISION),
+    # The two-layer projector was a plain sequence; the prototype extractor kept its names.
+    (r"(model\.)?mm_projector\.0\.", f"{PROJECTOR}linear_1."),
+    (r"(model\.)?mm_projector\.2\.", f"{PROJECTOR}linear_2."),
+    (r"(model\.)?(mm|multi_modal)_projector\.", PROJECTOR),
+    (r"(language_model\.)?lm_head\.", "lm_head."),
+    (r"model\.(language_model\.)?|language_model\.model\.", "model.language_model."),
+)
+# LLaVA's names on the Hub, which every engine reads.
+_TO_PUBLISHED = (
+    ("lm_head.", "language_model.lm_head."),
+    ("model.language_model.", "language_model.model."),
+    (VISION, "vision_tower.vision_model."),
+    (PROJECTOR, "multi_modal_projector."),
+)
+# Computed, not learned: checkpoints of older versions of transformers contain them.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
+# CLIP's other half, in a directory that is read for its vision tower only.
+_TEXT_HALF = re.compile(r"text_model\.|visual_projection\.|text_projection\.|logit_scale$")
+_FACTOR = re.compile(r"(?P<layer>.*)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+_OTHER_THAN_LORA = ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "modules_to_save")
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
+    """
+    Return the directory of a model: as given, or downloaded from the Hub, only the files that are read.
+
+    Args:
+        source (`str`):
+            Directory, or Hub id (`org/name`, `org/name@revision`).
+        what (`str`):
+            What it is, for messages.
+        weights (`bool`, *optional*, defaults to `True`):
+            Whether its weights are read, too.
+
+    Raises:
+        UserError: if there is no such directory and the Hub has no such repository.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    name, revision = split_revision(source)
+    check_reachable(name)
+    try:
+        patterns = [*_SMALL_FILES, *(_weight_patterns(name, revision) if weights else ())]
+        wanted = {"allow_patterns": patterns, "ignore_patterns": _NOT_READ}
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{what} {source!r} is neither a directory nor available on the Hub ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def _weight_patterns(name: str, revision: str | None) -> list[str]:
+    """Choose one format of a model that has both. A training output has parts in each."""
+    try:
+        files = huggingface_hub.list_repo_files(name, revision=revision)
+    except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache holds what was chosen when it was downloaded
+        files = []
+    has_safetensors = any(fnmatch(file, "model*.safetensors") for file in files)
+    return ["*.safetensors"] if has_safetensors else ["*.safetensors", "*.bin"]
+
+
+def read_json(path: Path, what: str | None = None) -> dict[str, Any]:
+    """
+    Read a JSON object.
+
+    Args:
+        path (`Path`): The file.
+        what (`str`, *optional*): What it holds, for the message if it is missing. None: a missing file is empty.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    if what is None and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}, which holds {what}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
+    return content
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """
+    A tensor in a file, which is read when the tensor is used.
+
+    Args:
+        file (`Path`): The file.
+        name (`str`): Its name there.
+        tensor (`torch.Tensor`): The tensor, mapped into memory.
+    """
+
+    file: Path
+    name: str
+    tensor: torch.Tensor
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)} in {self.file.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def problem(self) -> str | None:
+        """How its numbers are stored, such as `"int8"`, if not as plain floating-point numbers."""
+        if self.tensor.is_meta:
+            return "without numbers"
+        stored = self.tensor.dtype if self.tensor.layout == torch.strided else self.tensor.layout
+        return None if stored in _PLAIN else str(stored).removeprefix("torch.")
+
+
+def open_directory(directory: Path, names: tuple[str, ...], lacks: str | None) -> list[StoredTensor]:
+    """
+    List the tensors of a directory, which are in a single file or in the shards that an index lists.
+
+    Args:
+        directory (`Path`): Directory.
+        names (`tuple[str, ...]`): Names of a single file, the preferred one first.
+        lacks (`str`, *optional*): What to say of a directory without any of them. None: it may have none.
+
+    Raises:
+        UserError: if there are shards without their index, some of them are missing, or as [`open_weights`] says.
+    """
+    for name in names:
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return open_weights(_shards(index))
+        if (directory / name).is_file():
+            return open_weights([directory / name])
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if shards := sorted(directory.glob(f"{stem}-*-of-*.{suffix}")):
+            raise UserError(
+                f"{directory} holds {len(shards)} shards such as {shards[0].name} but not their index "
+                f"{name}.index.json, so missing ones would not be noticed. Download the index too."
+            )
+    if lacks:
+        raise UserError(f"{directory} {lacks}")
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        shards = [index.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (LookupError, TypeError, AttributeError):
+        raise UserError(f"{index} is damaged (weight_map). Download it again.") from None
+    if outside := [shard for shard in shards if shard.parent != index.parent]:
+        raise UserError(f"{index} names a file outside its directory, {outside[0]}. Do not use this checkpoint.")
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise UserError(
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that its index lists: "
+            f"{', '.join(missing[:5])}. Download them."
+        )
+    return shards
+
+
+def open_weights(files: list[Path]) -> list[StoredTensor]:
+    """
+    List the tensors of files without reading them.
+
+    Raises:
+        UserError: if a file is damaged, holds more than tensors, or is neither safetensors nor PyTorch's.
+    """
+    stored = []
+    for file in files:
+        content = _load(file)
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()
+        ):
+            raise UserError(f"{file} holds something other than named tensors. Give the model's own weights.")
+        stored += [StoredTensor(file, name, tensor.detach()) for name, tensor in content.items()]
+    return stored
+
+
+def _load(file: Path):
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Files from before PyTorch 1.6 are no archives, and cannot be mapped into memory.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged file can fail in any way
+        problem = str(error).strip()
+        # In PyTorch's long advice, the line that says what was refused.
+        refused = re.search(r".*(GLOBAL|Unsupported (class|oper)).*", problem)
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise UserError(
+                f"{file} holds more than tensors, perhaps code, so it was refused and nothing of it was run "
+                f"({refused[0].strip()[:200]}). Ask for the weights as safetensors, or as a plain state dict."
+            ) from None
+        problem = problem.partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{file} is damaged or incomplete ({problem}). Download it again.") from None
+
+
+# --- Names and LoRA layers -------------------------------------------------------------------------------------------
+
+
+def model_name(name: str) -> str | None:
+    """
+    Translate a tensor's name in a checkpoint of any layout to its name in the model.
+
+    Returns:
+        `str` or `None`: `None` for a tensor of an unknown layout.
+    """
+    name = _WRAPPERS.sub("", name, count=1)
+    matches = ((re.match(old, name), new) for old, new in _TO_MODEL)
+    return next((new + name[match.end() :] for match, new in matches if match), None)
+
+
+def published_name(name: str) -> str:
+    """Return the name that LLaVA-1.5 has on the Hub for a tensor of the model."""
+    return next(new + name.removeprefix(old) for old, new in _TO_PUBLISHED if name.startswith(old))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """
+    The change `scale * b @ a` of one weight.
+
+    Args:
+        a ([`StoredTensor`]): Of shape (rank, in).
+        b ([`StoredTensor`]): Of shape (out, rank).
+        scale (`float`): Alpha over rank.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+
+    def __str__(self) -> str:
+        return str(self.a)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that it changes."""
+        return (self.b.shape[0], self.a.shape[1])
+
+
+def _scale(path: Path) -> tuple[float, int]:
+    config = read_json(path, "the scale of its LoRA layers")
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not a LoRA configuration ({type(error).__name__}: {error}).") from error
+    unusual = [name for name in _OTHER_THAN_LORA if config.get(name)]
+    if rank < 1 or config.get("peft_type", "LORA") != "LORA" or unusual:
+        raise UserError(
+            f"{path} is not a plain LoRA adapter ({', '.join(unusual) or config.get('peft_type')}). Merge it with "
+            "PEFT first, and convert the merged model."
+        )
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
+
+
+@dataclass
+class Parts:
+    """
+    The tensors of a model to be assembled, by names in the model.
+
+    Args:
+        weights (`dict[str, StoredTensor]`): Its weights.
+        changes (`dict[str, Lora]`): Changes of some of them.
+        unused (`list[StoredTensor]`): Tensors without a place.
+        left_out (`list[str]`): Names of tensors that the model does not need.
+    """
+
+    weights: dict[str, StoredTensor] = field(default_factory=dict)
+    changes: dict[str, Lora] = field(default_factory=dict)
+    unused: list[StoredTensor] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def put(self, tensors: Iterable[StoredTensor], *, in_clip: bool = False) -> None:
+        """
+        Add tensors under their names in the model, replacing earlier ones. A projector replaces all of an earlier one.
+
+        Raises:
+            UserError: if two of them have the same name in the model.
+        """
+        placed: dict[str, StoredTensor] = {}
+        for tensor in tensors:
+            name = model_name(tensor.name)
+            if _COMPUTED.search(tensor.name) or (in_clip and _TEXT_HALF.match(tensor.name)):
+                self.left_out.append(tensor.name)
+            elif name is None or (in_clip and not name.startswith(VISION)):
+                self.unused.append(tensor)
+            elif name in placed:
+                raise UserError(f"Two tensors map to {name}: {tensor} and {placed[name]}. Remove one of them.")
+            else:
+                placed[name] = tensor
+        if any(name.startswith(PROJECTOR) for name in placed):
+            self.weights = {k: v for k, v in self.weights.items() if not k.startswith(PROJECTOR)}
+        self.weights |= placed
+
+    def change(self, directory: Path) -> None:
+        """
+        Add the LoRA layers of a directory with `adapter_config.json` and `adapter_model.bin` or `.safetensors`.
+
+        Raises:
+            UserError: if a file is missing or damaged, a layer lacks one factor, the adapter is not plain LoRA, or
+                another one changes the same weight.
+        """
+        path, factors = directory / "adapter_config.json", {}
+        scale, rank = _scale(path)
+        lacks = f"has an adapter_config.json but neither {' nor '.join(TRAINED_ADAPTER_FILES)}."
+        for tensor in open_directory(directory, TRAINED_ADAPTER_FILES, lacks):
+            match = _FACTOR.fullmatch(tensor.name)
+            name = model_name(match["layer"] + ".weight") if match else None
+            if name is None:
+                self.unused.append(tensor)
+            else:
+                factors.setdefault(name, {})[match["factor"]] = tensor
+        for name, pair in factors.items():
+            if len(pair) != 2:
+                (half,) = pair.values()
+                raise UserError(f"{half.file} lacks lora_A or lora_B of a layer; it has only {half}.")
+            a, b = pair["A"], pair["B"]
+            if not (len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank):
+                raise UserError(f"{a} and {b} do not fit the rank {rank} in {path}.")
+            if name in self.changes:
+                raise UserError(f"Two adapters change {name}.")
+            self.changes[name] = Lora(a, b, scale)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """
+        Check that the parts are exactly those of a model.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): The model on the meta device.
+
+        Raises:
+            UserError: listing what is missing, unexpected, or of the wrong shape.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            expected.pop(HEAD)
+            if HEAD in self.weights:  # a copy of the embedding
+                self.left_out.append(self.weights.pop(HEAD).name)
+        placed = [*self.weights.items(), *self.changes.items()]
+        tensors = [*self.weights.values(), *(half for lora in self.changes.values() for half in (lora.a, lora.b))]
+        problems = {
+            "are missing (names in the model)": [
+                f"{name} {list(shape)}" for name, shape in expected.items() if name not in self.weights
+            ],
+            "have no place in the model": [str(part) for name, part in placed if name not in expected]
+            + [str(tensor) for tensor in self.unused],
+            "are of another shape": [
+                f"{part}, expected {list(expected[name])}"
+                for name, part in placed
+                if name in expected and part.shape != expected[name]
+            ],
+            "are not plain floating-point numbers": [f"{part}: {part.problem}" for part in tensors if part.problem],
+        }
+        if any(problems.values()):
+            raise UserError(
+                "The checkpoint is not the model that its config.json describes; nothing was written.\n"
+                + "\n".join(_listed(what, found) for what, found in problems.items() if found)
+                + "\nCheck that every file was downloaded, and that base, projector and vision tower belong together."
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a weight with its change, in the type it is stored in. The change is added in float32."""
+        weight, change = self.weights[name].tensor, self.changes.get(name)
+        if change is None:
+            return weight
+        product = change.b.tensor.float() @ change.a.tensor.float()
+        return (weight.float() + change.scale * product).to(weight.dtype)
+
+
+def _listed(what: str, found: list[str]) -> str:
+    lines = [f"{len(found)} tensors {what}:", *(f"  {item}" for item in found[:MAX_LISTED])]
+    return "\n".join(lines + ([f"  and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []))
