@@ -4,6 +4,7 @@
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.hub_ids import check_reachable, split_revision
@@ -30,6 +30,7 @@ from .adapters import (
     LOADING_ERRORS,
     MAX_TENSORS,
     check_base,
+    find_file,
     hub_commit,
     load_adapter,
     read_adapter_config,
@@ -101,12 +102,11 @@ def load_policy(
     name, named_revision = split_revision(model_name_or_path)
     base, base_kwargs = name, {"revision": revision or named_revision, "trust_remote_code": trust_remote_code}
     revision = base_kwargs["revision"]
-    check_reachable(name)
-    adapter = read_adapter_config(name, revision) if has_file(name, "adapter_config.json", revision) else None
+    adapter = read_adapter_config(name, revision)
     processor_from = name, dict(base_kwargs)
     if adapter is not None:
         base, base_kwargs["revision"] = _base_named_by(name, adapter, base_model_name_or_path)
-        if not has_file(name, "tokenizer_config.json", revision):
+        if find_file(name, "tokenizer_config.json", revision, local_files_only=False) is None:
             processor_from = base, base_kwargs
     _check_config(base, base_kwargs)
     processor = _load_processor(*processor_from)
@@ -138,26 +138,6 @@ def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple
     return base, revision or (None if given else config.revision)
 
 
-def has_file(name_or_path: str, name: str, revision: str | None) -> bool:
-    """
-    Return whether a directory or a Hub repository has a file of this name.
-
-    Raises:
-        UserError: if there is no such directory or repository.
-    """
-    try:
-        found = cached_file(
-            name_or_path,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError as error:
-        raise UserError(f"{name_or_path!r} is neither a directory nor a model on the Hub: {error}") from error
-    return found is not None
-
-
 def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
     """Call [`check_family`] for a directory or Hub repository, if its configuration can be read."""
     try:
@@ -183,7 +163,8 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> ProcessorMixin
             'and SmolVLM needs torchvision: pip install "medst_trl[video]"'
         ) from error
     except LOADING_ERRORS as error:
-        raise UserError(f"No processor could be loaded from {name_or_path!r}: {_reason(error)}") from error
+        kind = "" if Path(name_or_path).is_dir() else ", which is not a directory here"
+        raise UserError(f"No processor could be loaded from {name_or_path!r}{kind}: {_reason(error)}") from error
 
 
 def _load_base(

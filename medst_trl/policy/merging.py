@@ -25,12 +25,12 @@ from transformers import (
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
-from medst_trl.base.hub_ids import check_reachable, split_revision
+from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import hub_commit
-from .loading import has_file, load_policy
+from .adapters import hub_commit, read_adapter_config
+from .loading import load_policy
 
 
 Batches = list[dict[str, torch.Tensor]]
@@ -97,7 +97,9 @@ def merge_policy(
     """
     check_shard_size(max_shard_size)
     check_choice("dtype", dtype, DTYPES)
-    _check_adapter(model_name_or_path)
+    if read_adapter_config(*split_revision(model_name_or_path)) is None:
+        problem = f"{model_name_or_path!r} has no adapter to merge (adapter_config.json)"
+        raise UserError(f"{problem}. Correct the name; a full model needs no merging.")
     examples, own = list(examples), {"base_model_name_or_path": base_model_name_or_path}
     load = partial(load_policy, model_name_or_path, **own, trust_remote_code=trust_remote_code)
     model, processor = load(dtype="float32")
@@ -142,13 +144,6 @@ def check_shard_size(size: str) -> None:
         split_torch_state_dict_into_shards({}, max_shard_size=size)
     except ValueError as error:
         raise UserError(f"max_shard_size {size!r} is not a size. Give one such as 5GB or 500MB.") from error
-
-
-def _check_adapter(adapter: str) -> None:
-    name, revision = split_revision(adapter)
-    check_reachable(name)
-    if not has_file(name, "adapter_config.json", revision):
-        raise UserError(f"{adapter!r} has no adapter to merge (adapter_config.json). A full model needs no merging.")
 
 
 def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:

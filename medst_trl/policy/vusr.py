@@ -96,32 +96,27 @@ def _set_template(processor: "ProcessorMixin", template: str | dict[str, str]) -
 
 
 def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenizerBase") -> None:
-    name, slow = type(processor).__name__, type(tokenizer).__name__
-    requirements = (
-        (
-            tokenizer.is_fast,
-            f"{name} has a slow tokenizer ({slow}), which does not report the position of a token in the text, so "
-            "questions and answers cannot be located. Load the fast one (`use_fast=True`, `pip install tokenizers`).",
-        ),
-        (
-            tokenizer.pad_token,
+    name = type(processor).__name__
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which does not report the position of a token "
+            "in the text, so questions and answers cannot be located. Load the fast one (`use_fast=True`)."
+        )
+    if not tokenizer.pad_token:
+        raise UserError(
             f"The tokenizer of {name} has no pad token, so batches cannot be padded. Set one and save the processor, "
-            "for example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`.",
-        ),
-        (
-            tokenizer.eos_token,
+            "for example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
+        )
+    if not tokenizer.eos_token:
+        raise UserError(
             f"The tokenizer of {name} has no end-of-sequence token, so a turn could not end. Set "
-            "`processor.tokenizer.eos_token` and save the processor.",
-        ),
-        (
-            processor.chat_template or tokenizer.chat_template,
+            "`processor.tokenizer.eos_token` and save the processor."
+        )
+    if not (processor.chat_template or tokenizer.chat_template):
+        raise UserError(
             f"{name} has no chat template. Set `processor.chat_template` to that of an instruction-tuned model of the "
-            "same family and save the processor.",
-        ),
-    )
-    for found, problem in requirements:
-        if not found:
-            raise UserError(problem)
+            "same family and save the processor."
+        )
 
 
 def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
