@@ -201,6 +201,14 @@ def sentencepiece(pieces: list[str], model_type: int = 2) -> bytes:
     return data + chunk(2, bytes([3 << 3, model_type]))
 
 
+def convert(*settings, **further_settings) -> dict:
+    """Convert a checkpoint with the settings of [`ConvertArguments`]."""
+    from medst_trl.interop.conversion import ConvertArguments
+    from medst_trl.interop.conversion.convert import convert_checkpoint
+
+    return convert_checkpoint(ConvertArguments(*settings, **further_settings))
+
+
 def forward(weights: dict[str, torch.Tensor], kind: str, ids: torch.Tensor, pixels: torch.Tensor, image_id: int):
     """
     Compute the logits of the original model.

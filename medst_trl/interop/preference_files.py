@@ -10,11 +10,11 @@ A record has two whole conversations in LLaVA's format, which differ in the last
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 from datasets import Dataset
 
@@ -53,9 +53,9 @@ class PreferenceFile:
             Reads the bytes of the images.
     """
 
-    pairs: list[dict] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    images: FolderImages | None = None
+    pairs: list[dict]
+    rejected: list[Rejected]
+    images: FolderImages
 
 
 def read_preference_file(
@@ -95,20 +95,16 @@ def read_preference_file(
     images, records = FolderImages(image_folder, max_pixels), Records("preferences", image_folder)
 
     @cache
-    def identify(image: str) -> str | ImageProblem:
-        """Read each image once, usable or not."""
+    def identify(image: str) -> str:
         try:
             return images.image_id(image)
         except ImageProblem as problem:
-            return problem
+            raise BadRecord(problem.reason, f"{image}: {problem}") from None
 
     def pair(name: str, record: dict) -> SimpleNamespace:
         row = _read_pair(record)
-        row["image_ids"] = [identify(image) for image in row["images"]]
-        for image, found in zip(row["images"], row["image_ids"], strict=True):
-            if isinstance(found, ImageProblem):
-                raise BadRecord(found.reason, f"{image}: {found}")
-        return SimpleNamespace(id=name, row={"id": published_id(name, tuple(row["images"])), **row})
+        row |= {"id": published_id(name, tuple(row["images"])), "image_ids": [*map(identify, row["images"])]}
+        return SimpleNamespace(id=name, row=row)
 
     records.collect(
         read_json_records(path, key="image"),
@@ -130,23 +126,15 @@ def _read_pair(record: dict) -> dict:
         raise BadRecord("different_prompts", text_of(rejected[0]["content"]))
     if chosen == rejected:
         raise BadRecord("chosen_equals_rejected", text_of(chosen[-1]["content"]))
-    judge: dict[str, Any] = {"source": name}
-    if (weight := record.get("weighted_score")) is not None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise BadRecord("bad_score", weight)
+    judge, weight = {"source": name}, record.get("weighted_score")
+    if isinstance(weight, bool) or not isinstance(weight, int | float | None):
+        raise BadRecord("bad_score", weight)
+    if weight is not None:
         judge["weighted_score"] = weight
-    *prompt, chosen, rejected = (
-        {"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])
-    )
-    return {
-        "images": list(images),
-        "prompt": prompt,
-        "chosen": [chosen],
-        "rejected": [rejected],
-        "score_chosen": None,
-        "score_rejected": None,
-        "judge": json.dumps(judge),
-    }
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]
+    conversation = {"prompt": turns[:-2], "chosen": turns[-2:-1], "rejected": turns[-1:]}
+    scores = {"score_chosen": None, "score_rejected": None, "judge": json.dumps(judge)}
+    return {"images": list(images)} | conversation | scores
 
 
 def write_preferences(folder: str | os.PathLike, preferences: Preferences, file: PreferenceFile) -> None:
@@ -163,9 +151,7 @@ def write_preferences(folder: str | os.PathLike, preferences: Preferences, file:
     write_jsonl(folder / "rejected.jsonl", preferences.rejected)
     if not (preferences.train or preferences.validation):
         reasons = list_reasons(preferences.counts["rejected"])
-        raise UserError(
-            f"No preference pair is left ({reasons or 'there was none'}). See {folder / 'rejected.jsonl'}."
-        )
+        raise UserError(f"No preference pair is left ({reasons or 'there was none'}). See {folder}/rejected.jsonl.")
 
     def row(pair: dict) -> dict:
         return pair | {"images": [{"bytes": file.images.stored_bytes(name), "path": None} for name in pair["images"]]}

@@ -177,7 +177,7 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None
             LoRA, or a training output of the original code.
     """
     check_reachable(adapter)
-    if find_file(adapter, "adapter_config.json", revision, local_files_only=False) is None:
+    if find_model_file(adapter, "adapter_config.json", revision, local_files_only=False) is None:
         return None
     if Path(adapter, "non_lora_trainables.bin").is_file():
         raise UserError(
@@ -293,14 +293,14 @@ def weights_fingerprint(name_or_path: str, revision: str | None = None) -> str |
     Returns:
         `str` or `None`: SHA-256; `None` without safetensors files or for quantized weights.
     """
-    config = find_file(name_or_path, "config.json", revision) if name_or_path else None  # "": built in memory
+    config = find_model_file(name_or_path, "config.json", revision) if name_or_path else None  # "": built in memory
     if config is None or "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
         return None
-    files = {find_file(name_or_path, "model.safetensors", revision)}
-    index = find_file(name_or_path, "model.safetensors.index.json", revision)
+    files = {find_model_file(name_or_path, "model.safetensors", revision)}
+    index = find_model_file(name_or_path, "model.safetensors.index.json", revision)
     if files == {None} and index is not None:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = {find_file(name_or_path, name, revision) for name in names}
+        files = {find_model_file(name_or_path, name, revision) for name in names}
     if None in files:
         return None
     rows = {name: row for file in files for name, row in _middle_rows(file)}
@@ -312,7 +312,7 @@ def weights_fingerprint(name_or_path: str, revision: str | None = None) -> str |
 
 def hub_commit(name_or_path: str, name: str, revision: str | None) -> str | None:
     """Return the commit of a file in the local Hub cache; `None` for a directory."""
-    path = None if Path(name_or_path).is_dir() else find_file(name_or_path, name, revision)
+    path = None if Path(name_or_path).is_dir() else find_model_file(name_or_path, name, revision)
     return extract_commit_hash(str(path), None) if path else None
 
 
@@ -345,7 +345,7 @@ def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named:
     Raises:
         UserError: if both fingerprints are known and differ.
     """
-    path = find_file(adapter, BASE_FILE, revision, local_files_only=False)  # nothing else has downloaded it
+    path = find_model_file(adapter, BASE_FILE, revision, local_files_only=False)  # nothing else has downloaded it
     found = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None)) if path else None
     recorded = _recorded(path) if path else None
     if found is None or recorded is None:
@@ -373,7 +373,7 @@ def _recorded(path: Path) -> str | None:
     return fingerprint if isinstance(fingerprint, str) else None
 
 
-def find_file(name_or_path: str, name: str, revision: str | None, local_files_only: bool = True) -> Path | None:
+def find_model_file(name_or_path: str, name: str, revision: str | None, local_files_only: bool = True) -> Path | None:
     """Find a file of a directory, of the local Hub cache, or of the Hub; `None` if there is none."""
     try:
         found = cached_file(name_or_path, name, revision=revision, local_files_only=local_files_only)

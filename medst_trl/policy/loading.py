@@ -30,7 +30,7 @@ from .adapters import (
     LOADING_ERRORS,
     MAX_TENSORS,
     check_base,
-    find_file,
+    find_model_file,
     hub_commit,
     load_adapter,
     read_adapter_config,
@@ -106,7 +106,7 @@ def load_policy(
     processor_from = name, dict(base_kwargs)
     if adapter is not None:
         base, base_kwargs["revision"] = _base_named_by(name, adapter, base_model_name_or_path)
-        if find_file(name, "tokenizer_config.json", revision, local_files_only=False) is None:
+        if find_model_file(name, "tokenizer_config.json", revision, local_files_only=False) is None:
             processor_from = base, base_kwargs
     _check_config(base, base_kwargs)
     processor = _load_processor(*processor_from)

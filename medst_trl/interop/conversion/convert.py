@@ -28,6 +28,7 @@ from medst_trl.policy.parts import on_meta
 from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 from medst_trl.policy.vusr import VUSR_ROLES
 
+from . import ConvertArguments
 from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, read_tokenizer
 from .weights import (
     EMBEDDING,
@@ -55,18 +56,7 @@ _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _NO_WEIGHTS = f"holds no weights ({' or '.join(ORIGINAL_MODEL_FILES)}, or shards with their index)."
 
 
-def convert_checkpoint(
-    source: str,
-    output_dir: str | Path,
-    *,
-    base: str | None = None,
-    projector: str | None = None,
-    vision_tower: str | None = None,
-    vision_lora: str | None = None,
-    vusr_role: str | None = None,
-    dtype: str = "auto",
-    max_shard_size: str = "5GB",
-) -> dict[str, Any]:
+def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
     """
     Convert a checkpoint of the original LLaVA code, or of one built on it, to a model that transformers loads.
 
@@ -75,28 +65,8 @@ def convert_checkpoint(
     called with the same arguments; with others it starts again, and no file of another model stays.
 
     Args:
-        source (`str`):
-            Directory or Hub id of a full model (LLaVA-1.5, SQ-LLaVA, STLLaVA-Med) or of a training output
-            (`adapter_config.json`, `adapter_model.bin`, `non_lora_trainables.bin`, `Vit-lora/`).
-        output_dir (`str` or `Path`):
-            Directory to write to. Its `config.json` comes last.
-        base (`str`, *optional*):
-            Directory or Hub id of the model that a training output was trained from, in the original layout or
-            converted.
-        projector (`str`, *optional*):
-            File, or directory or Hub id with `mm_projector.bin`, if the projector is published separately.
-        vision_tower (`str`, *optional*):
-            Directory or Hub id of the CLIP vision tower. Defaults to `mm_vision_tower` in config.json. Its weights are
-            read only if the checkpoint holds none.
-        vision_lora (`str`, *optional*):
-            Directory or Hub id of LoRA layers for the vision tower. Defaults to `Vit-lora` inside a training output.
-        vusr_role (`str`, *optional*):
-            `"text"` for a chat template with the text role `VUSER:`, `"token"` for one that gets `<vusr>` when it is
-            loaded. Defaults to how the checkpoint was trained: text with a prototype extractor or a ViT LoRA.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the written weights; `"auto"` keeps that of the language model.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Largest size of a file of weights, and about the memory needed.
+        args ([`ConvertArguments`]):
+            Where the pieces are, and what to write. `overwrite` is for the stage.
 
     Returns:
         `dict`: `model_type` (`"llava"` or `"prototype_llava"`), `vusr_role` (`"token"` or `"text"`), `parameters`, the
@@ -106,20 +76,20 @@ def convert_checkpoint(
     Raises:
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
     """
-    check_choice("vusr_role", vusr_role, VUSR_ROLES)
-    check_choice("dtype", dtype, CONVERTED_DTYPES)
-    check_shard_size(max_shard_size)
-    sources, output_dir = (source, base, projector, vision_tower, vision_lora), Path(output_dir)
-    config, parts, processor, role = open_checkpoint(*sources, vusr_role)
-    model = on_meta(config)
-    model.config.dtype = parts.weights[NORM].tensor.dtype if dtype == "auto" else getattr(torch, dtype)
+    check_choice("vusr_role", args.vusr_role, VUSR_ROLES)
+    check_choice("dtype", args.dtype, CONVERTED_DTYPES)
+    check_shard_size(args.max_shard_size)
+    config, parts, processor, role = open_checkpoint(args)
+    model, output_dir = on_meta(config), Path(args.output_dir)
+    model.config.dtype = parts.weights[NORM].tensor.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model.config.architectures = [type(model).__name__]
+    sources = (args.source, args.base, args.projector, args.vision_tower, args.vision_lora)
     if any(output_dir.is_dir() and Path(name).exists() and output_dir.samefile(name) for name in sources if name):
         raise UserError(f"output_dir {output_dir} is also the input. Choose another one.")
     # Only the same conversion resumes what its directory contains.
-    digest = hashlib.sha256(json.dumps([*sources, role, dtype, max_shard_size]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*sources, role, args.dtype, args.max_shard_size]).encode()).hexdigest()
     with staged_model(output_dir, f".saving-{digest[:16]}", resumes=True) as staging:
-        _write_weights(staging, model, parts, max_shard_size)
+        _write_weights(staging, model, parts, args.max_shard_size)
         processor.save_pretrained(staging)
         GenerationConfig(**{name: getattr(model.config, name) for name in SPECIAL_IDS}).save_pretrained(staging)
         model.config.save_pretrained(staging)
@@ -179,16 +149,9 @@ def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
 # --- The pieces of a checkpoint --------------------------------------------------------------------------------------
 
 
-def open_checkpoint(
-    source: str,
-    base: str | None,
-    projector: str | None,
-    vision_tower: str | None,
-    vision_lora: str | None,
-    vusr_role: str | None,
-) -> tuple[LlavaConfig, Parts, LlavaProcessor, str]:
+def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaProcessor, str]:
     """
-    Open everything that makes up a model. The arguments are those of [`convert_checkpoint`].
+    Open everything that makes up a model.
 
     Returns:
         `tuple`: the model's configuration, its tensors (none of them read yet), its processor and how it asks:
@@ -197,23 +160,25 @@ def open_checkpoint(
     Raises:
         UserError: if a piece is missing, damaged, holds code, is of an unknown kind, or a tensor does not fit.
     """
-    directory = local_directory(source, "The checkpoint")
-    base_directory = _base_directory(directory, base)
+    directory = local_directory(args.source, "The checkpoint")
+    base_directory = _base_directory(directory, args.base)
     original, parts = original_config(directory, base_directory), Parts()
     parts.put(open_directory(base_directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS))
-    vision_directory, vision = _vision_tower(original, vision_tower, parts, base_directory)
+    vision_directory, vision = _vision_tower(original, args.vision_tower, parts, base_directory)
     if directory != base_directory:
         parts.change(directory)
         # Without its own projector that of the base would stay, and nothing would be missing.
         lacks = f"lacks the projector, which was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the "
         lacks += "projector as --projector."
-        parts.put(open_directory(directory, PROJECTOR_FILES, None if projector else lacks))
-    if projector and Path(projector).is_file():
-        parts.put(open_weights([Path(projector)]))
-    elif projector:
+        parts.put(open_directory(directory, PROJECTOR_FILES, None if args.projector else lacks))
+    if args.projector and Path(args.projector).is_file():
+        parts.put(open_weights([Path(args.projector)]))
+    elif args.projector:
         lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
-        parts.put(open_directory(local_directory(projector, "The projector"), PROJECTOR_FILES, lacks))
-    lora = local_directory(vision_lora, "The vision tower's LoRA") if vision_lora else directory / VISION_LORA
+        parts.put(open_directory(local_directory(args.projector, "The projector"), PROJECTOR_FILES, lacks))
+    lora = directory / VISION_LORA
+    if args.vision_lora:
+        lora = local_directory(args.vision_lora, "The vision tower's LoRA")
     if lora.is_dir():
         parts.change(lora)
     embedding = parts.weights.get(EMBEDDING)
@@ -221,11 +186,12 @@ def open_checkpoint(
         raise UserError("The checkpoint has no embedding (model.embed_tokens.weight), so it is not a language model.")
     config = llava_config(original, vision, rows=embedding.shape[0])  # not vocab_size: embeddings get resized
     parts.check(on_meta(config))
-    role = vusr_role or default_role(config, lora.is_dir())
+    role = args.vusr_role or default_role(config, lora.is_dir())
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = read_tokenizer(directory if has_tokenizer else base_directory)
     pad = original.get("image_aspect_ratio") == "pad"
-    return config, parts, build_processor(config, tokenizer, vision_directory, pad=pad, text_role=role == "text"), role
+    processor = build_processor(config, tokenizer, vision_directory, pad=pad, text_role=role == "text")
+    return config, parts, processor, role
 
 
 def _base_directory(directory: Path, base: str | None) -> Path:

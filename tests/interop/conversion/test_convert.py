@@ -14,7 +14,6 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medst_trl.base.errors import UserError
-from medst_trl.interop.conversion.convert import convert_checkpoint
 from medst_trl.interop.conversion.weights import open_weights
 
 
@@ -70,7 +69,7 @@ def test_full_models_in_every_format_give_the_same_logits(tmp_path, kind, form):
         }
         original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", body, kind, form)
-    converted = convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
+    converted = original.convert(str(source), tmp_path / "out", max_shard_size="40KB")
     assert converted["model_type"] == {"mlp2x_gelu": "llava", "cluster": "prototype_llava"}[kind]
     assert len(converted["left_out"]) == (5 if form.startswith("sharded") else 2)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
@@ -85,7 +84,7 @@ def test_a_training_output_is_merged_with_its_base(tmp_path, base_form, prefixes
     original.write_clip(tmp_path / "clip")
     base = original.write_checkpoint(tmp_path / "base", weights)
     if base_form == "converted":
-        convert_checkpoint(str(base), tmp_path / "converted")
+        original.convert(str(base), tmp_path / "converted")
         base = tmp_path / "converted"
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     tower = original.vision_weights("vision_model.")
@@ -95,7 +94,7 @@ def test_a_training_output_is_merged_with_its_base(tmp_path, base_form, prefixes
     output = original.write_training_output(
         tmp_path / "output", lora, {f"base_model.model.{name}": t for name, t in projector.items()}, vision_lora
     )
-    converted = convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+    converted = original.convert(str(output), tmp_path / "out", base=str(base))
     assert converted["vusr_role"] == "text" and converted["changed"] == (len(lora) + len(vision_lora)) // 2
 
     merged = original.merged(original.language_weights(), lora, "base_model.model.")
@@ -113,7 +112,7 @@ def test_a_training_output_is_merged_with_a_language_model_and_clip(tmp_path):
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     output = original.write_training_output(tmp_path / "output", lora, projector, kind="mlp2x_gelu")
     parts = {"base": str(base), "vision_tower": str(tmp_path / "clip")}
-    assert convert_checkpoint(str(output), tmp_path / "out", **parts)["vusr_role"] == "token"
+    assert original.convert(str(output), tmp_path / "out", **parts)["vusr_role"] == "token"
     assert_same_logits(tmp_path / "out", full_model() | original.merged(body, lora, "base_model.model."), "mlp2x_gelu")
 
 
@@ -125,10 +124,10 @@ def test_separately_published_parts_are_combined(tmp_path):
     original.write_clip(tmp_path / "vit", tower, "safetensors")
     torch.save(projector, tmp_path / "mm_projector.bin")
     parts = {"projector": str(tmp_path / "mm_projector.bin"), "vision_tower": str(tmp_path / "vit")}
-    convert_checkpoint(str(source), tmp_path / "out", **parts)
+    original.convert(str(source), tmp_path / "out", **parts)
     assert_same_logits(tmp_path / "out", weights, "cluster")
     with pytest.raises(UserError, match="14 tensors are missing"):
-        convert_checkpoint(str(source), tmp_path / "no", vision_tower=parts["vision_tower"])
+        original.convert(str(source), tmp_path / "no", vision_tower=parts["vision_tower"])
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS + 1, ROWS + 100])
@@ -136,7 +135,7 @@ def test_every_token_has_a_row_of_the_embedding(tmp_path, rows):
     weights = full_model(rows=rows)
     original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", weights, vocab_size=len(original.PIECES))
-    convert_checkpoint(str(source), tmp_path / "out")
+    original.convert(str(source), tmp_path / "out")
     model, processor = assert_same_logits(tmp_path / "out", weights, "mlp2x_gelu")
     assert len(processor.tokenizer) == len(original.PIECES) + 2 < model.get_input_embeddings().num_embeddings
     assert (
@@ -150,7 +149,7 @@ def test_weights_keep_their_type_and_lora_is_merged_in_float32(tmp_path):
     base = original.write_checkpoint(tmp_path / "base", weights)
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
-    assert convert_checkpoint(str(output), tmp_path / "out", base=str(base))["dtype"] == "bfloat16"
+    assert original.convert(str(output), tmp_path / "out", base=str(base))["dtype"] == "bfloat16"
     name = "model.layers.0.mlp.up_proj.weight"
     expected = original.merged({name: weights[name].float()}, lora, "base_model.model.")[name].bfloat16()
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
@@ -161,7 +160,7 @@ def test_weights_keep_their_type_and_lora_is_merged_in_float32(tmp_path):
 def test_images_are_padded_as_in_training_at_every_stage(tmp_path):
     original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", full_model())
-    convert_checkpoint(str(source), tmp_path / "out")
+    original.convert(str(source), tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     wide = processor(Image.new("RGB", (272, 136), "white"), return_tensors="pt")["pixel_values"][0]
     assert wide.shape == (3, 136, 136)
@@ -174,7 +173,7 @@ def refusal_of(tmp_path, weights, **config):
     original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", weights, **config)
     with pytest.raises(UserError) as refused:
-        convert_checkpoint(str(source), tmp_path / "out")
+        original.convert(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     return str(refused.value)
 
@@ -199,9 +198,9 @@ def test_a_lora_layer_of_another_model_is_refused(tmp_path):
     lora["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] = torch.ones(56, 4)
     output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
     with pytest.raises(UserError, match=r"layers\.7(?s:.)*layers\.0.*expected \[56, 40\]"):
-        convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+        original.convert(str(output), tmp_path / "out", base=str(base))
     with pytest.raises(UserError, match=r"--base.*/home/author/base"):
-        convert_checkpoint(str(output), tmp_path / "out")
+        original.convert(str(output), tmp_path / "out")
 
 
 class Trap:
@@ -224,7 +223,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, protocol):
     else:
         torch.save(content, file, _use_new_zipfile_serialization=protocol == "zip")
     with pytest.raises(UserError, match=r"pytorch_model\.bin holds more than tensors.*safetensors"):
-        convert_checkpoint(str(source), tmp_path / "out")
+        original.convert(str(source), tmp_path / "out")
     assert not (tmp_path / "created_by_pickle").exists() and not (tmp_path / "out").exists()
     pickle.loads(pickle.dumps(content))  # unpickling does create the directory
     assert (tmp_path / "created_by_pickle").exists()
@@ -242,7 +241,7 @@ def test_damaged_and_incomplete_downloads_are_refused(tmp_path, form):
 
     def refusal():
         with pytest.raises(UserError) as refused:
-            convert_checkpoint(str(source), tmp_path / "out")
+            original.convert(str(source), tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return str(refused.value)
 
@@ -323,7 +322,7 @@ def test_only_files_that_are_read_are_downloaded(tmp_path, monkeypatch, files, w
 
 def test_a_missing_checkpoint_is_refused():
     with pytest.raises(UserError, match="neither a directory nor available on the Hub"):
-        convert_checkpoint("org/is-not-there", "out")
+        original.convert("org/is-not-there", "out")
 
 
 def test_an_interrupted_conversion_resumes_after_the_last_complete_shard(tmp_path, monkeypatch):
@@ -344,10 +343,10 @@ def test_an_interrupted_conversion_resumes_after_the_last_complete_shard(tmp_pat
 
     monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
+        original.convert(str(source), tmp_path / "out", max_shard_size="40KB")
     (staging,) = (tmp_path / "out").iterdir()
     assert staging.name.startswith(".saving")
-    convert_checkpoint(str(source), tmp_path / "out", max_shard_size="40KB")
+    original.convert(str(source), tmp_path / "out", max_shard_size="40KB")
     assert written[3] == written[2] and len(set(written)) == len(written) - 1
     assert not list((tmp_path / "out").glob("**/*.tmp*")) and not staging.exists()
     assert_same_logits(tmp_path / "out", weights, "mlp2x_gelu")
@@ -388,7 +387,7 @@ def test_tensors_without_plain_numbers_are_listed(tmp_path, change, kind):
     assert "model.language_model.norm.weight" in message  # listed as missing
     torch.save(weights, tmp_path / "source" / "pytorch_model.bin")
     with pytest.raises(UserError, match=rf"not plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
-        convert_checkpoint(str(tmp_path / "source"), tmp_path / "out")
+        original.convert(str(tmp_path / "source"), tmp_path / "out")
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
@@ -397,11 +396,11 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     weights["model.norm.weight"][3] = 1e6
     source = original.write_checkpoint(tmp_path / "source", weights)
     with pytest.raises(UserError, match=r"norm\.weight has values that are too large for torch.float16"):
-        convert_checkpoint(str(source), tmp_path / "out", dtype="float16")
+        original.convert(str(source), tmp_path / "out", dtype="float16")
     weights["model.norm.weight"][3] = float("nan")
     source = original.write_checkpoint(tmp_path / "source", weights)
     with pytest.raises(UserError, match=r"norm\.weight has values that are not finite"):
-        convert_checkpoint(str(source), tmp_path / "out")
+        original.convert(str(source), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -413,16 +412,16 @@ def test_a_training_output_without_its_projector_is_refused(tmp_path):
     output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
     (output / "non_lora_trainables.bin").unlink()
     with pytest.raises(UserError, match=r"lacks the projector, .* in full \(non_lora_trainables\.bin\)"):
-        convert_checkpoint(str(output), tmp_path / "out", base=str(base))
+        original.convert(str(output), tmp_path / "out", base=str(base))
 
 
 def test_a_converted_base_keeps_the_mean_colour_of_its_tower(tmp_path):
     original.write_clip(tmp_path / "clip")
     base = original.write_checkpoint(tmp_path / "base", full_model())
-    convert_checkpoint(str(base), tmp_path / "converted")
+    original.convert(str(base), tmp_path / "converted")
     lora = original.lora_weights(original.language_weights(), "base_model.model.")
     output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
-    convert_checkpoint(str(output), tmp_path / "out", base=str(tmp_path / "converted"))
+    original.convert(str(output), tmp_path / "out", base=str(tmp_path / "converted"))
     processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.do_pad
 
@@ -432,16 +431,16 @@ def test_a_directory_never_contains_two_models(tmp_path):
     first, second = full_model(), {name: tensor + 0.01 for name, tensor in full_model().items()}
     one = original.write_checkpoint(tmp_path / "one", first)
     other = original.write_checkpoint(tmp_path / "other", second)
-    convert_checkpoint(str(one), tmp_path / "out")
-    convert_checkpoint(str(other), tmp_path / "out", max_shard_size="40KB")
+    original.convert(str(one), tmp_path / "out")
+    original.convert(str(other), tmp_path / "out", max_shard_size="40KB")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert_same_logits(tmp_path / "out", second, "mlp2x_gelu")
     with pytest.raises(UserError, match="is also the input"):
-        convert_checkpoint(str(one), one)
+        original.convert(str(one), one)
     assert (one / "pytorch_model.bin").is_file()
 
 
 @pytest.mark.parametrize("size", ["abc", "0", "1000"])
 def test_an_invalid_shard_size_is_refused(tmp_path, size):
     with pytest.raises(UserError, match=f"'{size}' is not a size"):
-        convert_checkpoint(str(tmp_path), tmp_path / "out", max_shard_size=size)
+        original.convert(str(tmp_path), tmp_path / "out", max_shard_size=size)

@@ -87,10 +87,8 @@ def test_a_damaged_configuration_is_refused(tmp_path, content):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    from medst_trl.interop.conversion.convert import convert_checkpoint
-
     weights = original.language_weights(200) | original.projector_weights("mlp2x_gelu")
     original.write_clip(tmp_path / "clip")
     source = original.write_checkpoint(tmp_path / "source", weights | original.vision_weights(original.TOWER))
     with pytest.raises(UserError, match="371 tokens and the embedding 200 rows"):
-        convert_checkpoint(str(source), tmp_path / "out")
+        original.convert(str(source), tmp_path / "out")

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from medst_trl import load_policy
-from medst_trl.interop.conversion.convert import convert_checkpoint
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.chat_template import VICUNA_SYSTEM, VUSER_SYSTEM
 from medst_trl.policy.vusr import VUSR, add_vusr
@@ -22,8 +21,8 @@ def converted(tmp_path_factory):
     weights = original.language_weights() | original.projector_weights("cluster")
     original.write_clip(directory / "clip")
     original.write_checkpoint(directory / "source", weights | original.vision_weights(original.TOWER), "cluster")
-    convert_checkpoint(str(directory / "source"), directory / "text")
-    convert_checkpoint(str(directory / "source"), directory / "token", vusr_role="token")
+    original.convert(str(directory / "source"), directory / "text")
+    original.convert(str(directory / "source"), directory / "token", vusr_role="token")
     return directory
 
 
