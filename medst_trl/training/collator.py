@@ -10,10 +10,10 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.base.errors import UserError
-from medst_trl.policy.spans import can_be_asked
+from medst_trl.policy.spans import Span, can_be_asked
 from medst_trl.policy.vusr import add_vusr, tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
+from .encoding import IGNORED, TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, id_of
 from .images import DecodesImages, with_decoded_images
 from .packing import pack
 
@@ -121,7 +121,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
                 readable.append(with_decoded_images(example))
             except Exception:  # Pillow's parsers raise almost anything on a damaged file
                 rejected[id_of(example)] = "unreadable_image"
-        batch = super().torch_call(readable) if readable else self._empty_batch()
+        batch = super().torch_call(readable) if readable else self._collate_language_modeling([])
         if rejected:
             batch["rejected"] = batch.get("rejected", {}) | rejected
         return batch
@@ -137,22 +137,23 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         rejected = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
         truncated = set()
         while conversations:
-            batch, target_ends, neutralised = self._encode(conversations)
-            fitting = [self._fit(*row) for row in zip(conversations, target_ends, strict=True)]
+            encoded = encode(self.processor, conversations, self.pad_to_multiple_of)
+            fitting = [self._fit(*row) for row in zip(conversations, encoded.spans, strict=True)]
             if fitting == conversations:
                 break
             rejected |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
             truncated |= {new.id for old, new in zip(conversations, fitting, strict=True) if new not in (None, old)}
             conversations = [conversation for conversation in fitting if conversation is not None]
         else:
-            batch, neutralised = self._empty_batch(), 0
-        if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
-            for name in batch.keys() & set(TOKEN_INPUTS):  # only the template's closing text is after the last target
-                batch[name] = batch[name][:, : self.max_length]
+            # One token without a label: a rank whose whole batch was rejected still takes part in the step.
+            token = torch.tensor([[tokenizer_of(self.processor).eos_token_id]])
+            encoded = Encoded({"input_ids": token, "attention_mask": torch.ones_like(token)}, [[]], [])
+        batch = self._labeled(encoded)
         if self.packing is not None:
             images = [len(conversation.images) for conversation in conversations]
             pack(batch, self.packing, images, tokenizer_of(self.processor).pad_token_id, self.pad_to_multiple_of)
-        notes = {"rejected": rejected, "truncated": sorted(truncated - rejected.keys()), "neutralised": neutralised}
+        truncated = sorted(truncated - rejected.keys())
+        notes = {"rejected": rejected, "truncated": truncated, "neutralised": encoded.neutralised}
         batch.update({name: value for name, value in notes.items() if value})
         return batch
 
@@ -163,11 +164,19 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         # a last unanswered question trains nothing
         return _until(conversation, max(_targets(conversation), default=-1) + 1)
 
-    def _encode(self, conversations: list[ImageConversation]) -> tuple[dict[str, Any], list[list[int]], int]:
-        """
-        The batch, the token at which each target of each conversation ends, and the number of places neutralized.
-        """
-        encoded = encode(self.processor, conversations, self.pad_to_multiple_of)
+    def _fit(self, conversation: ImageConversation, targets: list[Span]) -> ImageConversation | None:
+        """The conversation up to the last answer that ends within `max_length`; `None` if not even one does."""
+        if self.max_length is None or not targets or targets[-1].end <= self.max_length:
+            return conversation
+        fitting = [
+            index
+            for index, span in zip(_targets(conversation), targets, strict=True)
+            if span.end <= self.max_length and not span.is_question
+        ]
+        return _until(conversation, fitting[-1] + 1) if fitting else None
+
+    def _labeled(self, encoded: Encoded) -> dict[str, Any]:
+        """The batch with `labels` and `question_mask`, within `max_length`."""
         batch = encoded.batch
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["question_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
@@ -175,28 +184,10 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
             for start, end, is_question in spans:
                 batch["labels"][row, start:end] = batch["input_ids"][row, start:end]
                 batch["question_mask"][row, start:end] |= is_question
-        return batch, [[span.end for span in spans] for spans in encoded.spans], encoded.neutralised
-
-    def _fit(self, conversation: ImageConversation, target_ends: list[int]) -> ImageConversation | None:
-        """The conversation up to the last answer that ends within `max_length`; `None` if not even one does."""
-        if self.max_length is None or not target_ends or target_ends[-1] <= self.max_length:
-            return conversation
-        fitting = [
-            index
-            for index, end in zip(_targets(conversation), target_ends, strict=True)
-            if end <= self.max_length and conversation.messages[index]["role"] == "assistant"
-        ]
-        return _until(conversation, fitting[-1] + 1) if fitting else None
-
-    def _empty_batch(self) -> dict[str, Any]:
-        """One token without a label: a rank whose whole batch was rejected still takes part in the step."""
-        token = torch.tensor([[self.processor.tokenizer.eos_token_id]])
-        return {
-            "input_ids": token,
-            "attention_mask": torch.ones_like(token),
-            "labels": torch.full_like(token, IGNORED),
-            "question_mask": torch.zeros_like(token, dtype=torch.bool),
-        }
+        if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
+            for name in batch.keys() & set(TOKEN_INPUTS):  # only the template's closing text is after the last target
+                batch[name] = batch[name][:, : self.max_length]
+        return batch
 
 
 def _targets(conversation: ImageConversation) -> list[int]:

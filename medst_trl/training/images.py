@@ -74,31 +74,24 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
         if not _is_local(image):
             return ImageFeature().decode_example(image).size
         with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
-            return opened.size[::-1] if _is_transposed(opened, image) else opened.size
+            # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
+            if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", _bytes_of(image)):
+                return opened.size
+            # `datasets` applies the EXIF orientation. Pillow reports the size of a TIFF after orientation.
+            swaps_sides = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return opened.size[::-1] if swaps_sides and opened.format != "TIFF" else opened.size
 
 
 def check_image(image: Image.Image | dict[str, Any]) -> None:
     """Raise [`UnreadableImage`] if an image is incomplete. A JPEG or PNG that ends correctly is not decoded."""
-    if not isinstance(image, dict):
-        return
-    with _explained(image):
-        if not (_is_local(image) and _ends_correctly(image)):
-            ImageFeature().decode_example(image)
+    if isinstance(image, dict):
+        with _explained(image):
+            if not (_is_local(image) and _ends_correctly(_bytes_of(image))):
+                ImageFeature().decode_example(image)
 
 
-def _is_transposed(opened: Image.Image, image: dict[str, Any]) -> bool:
-    """Whether `datasets`, which applies the EXIF orientation, swaps width and height of this image."""
-    if opened.format == "TIFF":  # Pillow reports the size after orientation
-        return False
-    # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is nothing to find.
-    if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", _bytes_of(image)):
-        return False
-    return opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-
-
-def _ends_correctly(image: dict[str, Any]) -> bool:
+def _ends_correctly(data: bytes) -> bool:
     """Whether a JPEG has its end marker, a PNG all its chunks with their checksums; `False` for other formats."""
-    data = _bytes_of(image)
     try:
         with Image.open(BytesIO(data)) as opened:
             if opened.format == "PNG":

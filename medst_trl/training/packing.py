@@ -10,9 +10,8 @@ Grouping by length in transformers needs a column of lengths. Adding one to a da
 copies all its images, so the lengths are kept beside the dataset.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import islice
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from medst_trl.policy.families import family_of
 from medst_trl.policy.spans import render_conversation
 from medst_trl.policy.vusr import tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation
-from .images import UnreadableImage, image_size, images_of, with_images
+from .encoding import IGNORED, TOKEN_INPUTS, as_conversation
+from .images import UnreadableImage, image_size
 
 
 logger = get_logger(__name__)
@@ -287,31 +286,17 @@ def conversation_lengths(
         # Without it, images are read by cross-attention, or the length is that of the text: enough to group by.
         return count(image_sizes=[(height, width)])["num_image_tokens"][0] if count is not None else 0
 
-    lengths, tokenizer = [], tokenizer_of(processor)
-    for examples in _chunks(with_stored_images(dataset), 256):
-        conversations = [_with_sizes(example) for example in examples]
-        texts = [render_conversation(processor, conversation.messages).text for conversation in conversations]
-        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for ids, conversation in zip(tokens, conversations, strict=True):
-            length = len(ids) + sum(image_tokens(*size) for size in conversation.images)
-            lengths.append(length if max_length is None else min(length, max_length))
+    lengths = []
+    for example in with_stored_images(dataset):
+        messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+        conversation = as_conversation(example, messages)
+        text = render_conversation(processor, conversation.messages).text
+        length = len(tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"])
+        for image in conversation.images:
+            try:
+                width, height = image_size(image)
+            except UnreadableImage:  # the collator rejects its example
+                width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
+            length += image_tokens(height, width)
+        lengths.append(length if max_length is None else min(length, max_length))
     return lengths
-
-
-def _chunks(examples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    examples = iter(examples)
-    while chunk := list(islice(examples, size)):
-        yield chunk
-
-
-def _with_sizes(example: dict[str, Any]) -> ImageConversation:
-    """The conversation of an example, its images replaced by their (height, width)."""
-    messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
-    return as_conversation(with_images(example, [_height_and_width(image) for image in images_of(example)]), messages)
-
-
-def _height_and_width(image: Any) -> tuple[int, int]:
-    try:
-        return image_size(image)[::-1]
-    except UnreadableImage:  # the collator rejects its example
-        return UNREADABLE_SIDE, UNREADABLE_SIDE

@@ -8,13 +8,13 @@ batches, as in stage 1, would leave ranks with batches of different size, which 
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
@@ -33,6 +33,7 @@ from .images import (
     with_decoded_images,
     with_images,
 )
+from .prefix_sharing import with_images_twice
 
 
 PAIR_REJECTION_REASONS = {
@@ -41,21 +42,6 @@ PAIR_REJECTION_REASONS = {
     "unreadable_image": "one of its images is missing, truncated or of an unknown format",
     "too_long": "its prompt and image alone fill max_length={max_length} tokens",
 }
-
-
-class PairOfRows(NamedTuple):
-    """
-    A pair as two rows of tokens with a common prefix.
-
-    Args:
-        prefix_length (`int`): Number of tokens in the prefix: the prompt and its images.
-        tails (`tuple[torch.Tensor, torch.Tensor]`): The tokens after it, of the chosen and the rejected row.
-        answers (`tuple[Span, Span]`): Spans of the answers in their rows.
-    """
-
-    prefix_length: int
-    tails: tuple[torch.Tensor, torch.Tensor]
-    answers: tuple[Span, Span]
 
 
 @dataclass
@@ -109,15 +95,15 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         ]
         encoded = encode(self.processor, chosen)
         rendered = [render_conversation(self.processor, conversation.messages) for conversation in rejected]
-        pairs = self._pairs(chosen, encoded, rendered)
-        batch = self._rows(encoded.batch, pairs)
+        rows, prefix_lengths = self._rows(chosen, encoded, rendered)
+        batch = dict(encoded.batch) if self.share_prefix else with_images_twice(encoded.batch)
+        for name in rows[0]:
+            fill = tokenizer_of(self.processor).pad_token_id if name == "input_ids" else 0
+            batch[name] = pad([row[name][: self.max_length] for row in rows], fill, "right", self.pad_to_multiple_of)
         if self.share_prefix:
-            batch["prefix_length"] = torch.tensor([pair.prefix_length for pair in pairs])
+            batch["prefix_length"] = torch.tensor(prefix_lengths)
             lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0) - batch["prefix_length"]
             batch["shared_length"] = int(lengths.max()) + 1
-        else:
-            images = {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
-            batch |= {name: torch.cat([value, value]) for name, value in images.items()}
         for name in ("weight", "probability"):
             if all(example.get(name) is not None for example in examples):
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
@@ -125,58 +111,44 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
             batch["neutralised"] = neutralised
         return batch
 
-    def _pairs(
+    def _rows(
         self, chosen: list[ImageConversation], encoded: Encoded, rejected: list[RenderedConversation]
-    ) -> list[PairOfRows]:
-        """Build both rows of each pair. The rejected row needs only its text, because it has the same images."""
-        pairs = []
-        lengths = encoded.batch["attention_mask"].sum(1).tolist()
+    ) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+        """
+        The inputs of all chosen rows, then of all rejected ones, and how many tokens the two rows of each pair begin
+        with in common. A rejected row needs only its text, because it has the same images.
+        """
+        inputs, lengths = encoded.batch, encoded.batch["attention_mask"].sum(1).tolist()
         texts = tokens_without_images(self.processor, [*encoded.rendered, *rejected])
-        texts = zip(texts[: len(chosen)], texts[len(chosen) :], strict=True)
-        for row, (conversation, ((one, one_answer), (other, other_answer))) in enumerate(zip(chosen, texts)):
-            images = lengths[row] - len(one)  # tokens that they add before the answers
+        rows, prefix_lengths = [{} for _ in texts], []
+        for index, conversation in enumerate(chosen):
+            pair = texts[index :: len(chosen)]
+            (one, one_answer), (other, other_answer) = pair
+            images = lengths[index] - len(one)  # tokens that they add before the answers
             shared = min(one_answer.start, other_answer.start)
             shared = next((place for place in range(shared) if one[place] != other[place]), shared)
-            pair = PairOfRows(
-                prefix_length=shared + images,
-                tails=(torch.tensor(one[shared:]), torch.tensor(other[shared:])),
-                answers=tuple(
-                    Span(answer.start + images, answer.end + images, False) for answer in (one_answer, other_answer)
-                ),
-            )
-            if not torch.equal(encoded.batch["input_ids"][row, pair.prefix_length : lengths[row]], pair.tails[0]):
+            prefix = shared + images
+            if inputs["input_ids"][index, prefix : lengths[index]].tolist() != one[shared:]:
                 raise UserError(
                     f"Record {conversation.id!r}: {type(self.processor).__name__} tokenizes the text after an image "
                     "differently without the image, so the two answers cannot share one prompt."
                 )
-            if self.max_length is not None and max(answer.start for answer in pair.answers) >= self.max_length:
+            if self.max_length is not None and max(answer.start for _, answer in pair) + images >= self.max_length:
                 raise UserError(
-                    f"Record {conversation.id!r}: its prompt and image take {pair.answers[0].start} tokens, so no "
+                    f"Record {conversation.id!r}: its prompt and image take {one_answer.start + images} tokens, so no "
                     f"answer fits into max_length={self.max_length}. Raise max_length, or remove the record."
                 )
-            pairs.append(pair)
-        return pairs
-
-    def _rows(self, encoded: BatchFeature, pairs: list[PairOfRows]) -> dict[str, Any]:
-        """The batch with both rows of each pair and their `completion_mask`; images as they are in `encoded`."""
-        batch = {name: value for name, value in encoded.items() if name not in TOKEN_INPUTS}
-        rows = {name: [] for name in encoded if name in TOKEN_INPUTS} | {"completion_mask": []}
-        for which in range(2):
-            for row, pair in enumerate(pairs):
-                prefix, tail, answer = pair.prefix_length, pair.tails[which], pair.answers[which]
-                for name in rows.keys() - {"completion_mask"}:
-                    own = encoded[name][row, :prefix]
+            for row, (tokens, answer) in zip(rows[index :: len(chosen)], pair, strict=True):
+                tail = torch.tensor(tokens[shared:])
+                for name in inputs.keys() & set(TOKEN_INPUTS):
+                    own = inputs[name][index, :prefix]
                     # the other inputs of the last prompt token (text, not padding) hold for the answer
-                    answer_part = tail if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
-                    rows[name].append(torch.cat([own, answer_part])[: self.max_length])
-                completion_mask = torch.zeros(prefix + len(tail), dtype=torch.long)
-                completion_mask[answer.start : answer.end] = 1
-                rows["completion_mask"].append(completion_mask[: self.max_length])
-        padding = {"input_ids": tokenizer_of(self.processor).pad_token_id}
-        return batch | {
-            name: pad(of_name, padding.get(name, 0), "right", self.pad_to_multiple_of)
-            for name, of_name in rows.items()
-        }
+                    of_tail = tail if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
+                    row[name] = torch.cat([own, of_tail])
+                row["completion_mask"] = torch.zeros(prefix + len(tail), dtype=torch.long)
+                row["completion_mask"][answer.start + images : answer.end + images] = 1
+            prefix_lengths.append(prefix)
+        return rows, prefix_lengths
 
 
 def pair_as_conversation(example: dict[str, Any], key: str) -> ImageConversation:
