@@ -12,13 +12,14 @@ from datasets import Dataset
 from transformers import ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError
+from medst_trl.base.settings import check_choice
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.parts import base_of
 
 from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
-from .preference_collator import DataCollatorForMultimodalPreference, UsablePairs, usable_pairs
+from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import (
     DataCollatorWithReference,
@@ -27,7 +28,7 @@ from .reference_log_probs import (
     log_probs_of_reference,
     sharing_weights,
 )
-from .settings import MultimodalDPOSettings, check_sharding, sharding_kind
+from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad, without_precompute
 
@@ -53,13 +54,12 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         check_losses(self.loss_type, self)  # TRL finds an unknown one only in the first step
-        if (strategy := self.train_sampling_strategy) not in SAMPLING_STRATEGIES:
-            hint = closest(strategy, SAMPLING_STRATEGIES)
-            if strategy == "batch_rebalance":
-                hint = " It needs a column of lengths, which pairs with images do not have. Use group_by_length."
+        if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                f"Unknown train_sampling_strategy {strategy!r}. Choose one of {', '.join(SAMPLING_STRATEGIES)}.{hint}"
+                "train_sampling_strategy batch_rebalance needs a column of lengths, which pairs with images do not "
+                "have. Use group_by_length."
             )
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}. It must be above 0.")
         if self.precompute_ref_log_probs and self.sync_ref_model:
@@ -75,10 +75,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
     Losses and metrics are those of TRL's [`~trl.DPOTrainer`], and losses registered in `LOSSES`. The reference is the
     policy at the start: a frozen copy of an adapter that is trained further, in all its parts (LoRA, projector,
     `<vusr>` row); the model alone under a new adapter; a copy of the whole model without an adapter. Pairs that cannot
-    be used are rejected before the first step, see `pairs` (the training set) and `rejected_records` (of all sets).
-    Further metrics are the mean answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and
-    `logratios/rejected`, how much more likely the answers are than under the reference, in nats. A warning is logged
-    when the chosen answers become less likely too (likelihood displacement).
+    be used are rejected before the first step: see `pairs` for the training set, and `rejected_records` for the reason
+    of each pair by id (`eval/ID` in an evaluation set, `eval_NAME/ID` in one of several). Further metrics are the mean
+    answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how much
+    more likely the answers are than under the reference, in nats. A warning is logged when the chosen answers become
+    less likely too (likelihood displacement).
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -114,19 +115,20 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
         datasets = _datasets_by_name(train_dataset, eval_dataset)
-        check_sharding(sharding_kind(args), args)
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         given = kwargs.pop("ref_model", None)
-        trained = _trained_parameters(model) if given is None and hasattr(model, "peft_config") else None
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         obstacle = cannot_share(base_of(model))
-        collator = kwargs.pop("data_collator", None) or _default_collator(processing_class, args, obstacle is None)
-        self.all_pairs = {
-            name: usable_pairs(dataset, processing_class, args.max_length, name) for name, dataset in datasets.items()
-        }
-        self.train_lengths = self.pairs.lengths
+        collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
+            processing_class,
+            max_length=args.max_length,
+            pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
+            share_prefix=args.share_prefix and obstacle is None,
+        )
+        evaluation = self._reject_pairs(datasets, processing_class, args.max_length)
         cache = None
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(given or model, processing_class, collator, args)
@@ -136,52 +138,36 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
                 ref_model=reference,
                 args=args,
                 train_dataset=self.pairs.dataset,
-                eval_dataset=self._usable_evaluation(is_several=isinstance(eval_dataset, dict)),
+                eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation.get("eval"),
                 processing_class=processing_class,
                 data_collator=collator,
                 **kwargs,
             )
         # Save only the policy's adapter: the reference equals the adapter that training starts from.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
-        self._finish_reference(trained, shares_weights=given is None and cache is not None)
         self._share_prefix(obstacle)
         self._separate_losses()
         self.add_callback(WarnOfDisplacement())
-        self._precompute_reference(cache)
+        if "ref" in getattr(self.model, "peft_config", ()):
+            complete_reference_adapter(self.model, trained)
+        if cache is not None:
+            self._precompute_reference(cache, shares_weights=given is None)
 
-    @property
-    def pairs(self) -> UsablePairs:
-        """The pairs of the training set."""
-        return self.all_pairs["train"]
-
-    @property
-    def rejected_records(self) -> dict[str, str]:
-        """The reason of each rejected pair by id, in an evaluation set by `eval/ID` (`eval_NAME/ID` of several)."""
-        return {
+    def _reject_pairs(
+        self, datasets: dict[str, Dataset], processor: ProcessorMixin, max_length: int | None
+    ) -> dict[str, Dataset]:
+        """Find the usable pairs of all sets, and return those of the evaluation sets by name."""
+        self.all_pairs = {name: usable_pairs(pairs, processor, max_length, name) for name, pairs in datasets.items()}
+        self.pairs = self.all_pairs["train"]
+        self.train_lengths = self.pairs.lengths
+        self.rejected_records = {
             record if pairs is self.pairs else f"{name}/{record}": reason
             for name, pairs in self.all_pairs.items()
             for record, reason in pairs.rejected_records.items()
         }
-
-    def _usable_evaluation(self, is_several: bool) -> dict[str, Dataset] | Dataset | None:
-        """The evaluation sets without rejected pairs, in the form in which they were given."""
-        usable = {name: pairs.dataset for name, pairs in self.all_pairs.items() if name != "train"}
-        if is_several:
-            return {name.removeprefix("eval_"): dataset for name, dataset in usable.items()}
-        return usable.get("eval")
-
-    def _finish_reference(self, trained: set[str] | None, shares_weights: bool) -> None:
-        """
-        Complete the reference that TRL has made.
-
-        Args:
-            trained (`set[str]`, *optional*): Parameters that train, if an adapter is trained further.
-            shares_weights (`bool`): Whether the reference is a second model with the policy's weights.
-        """
-        if shares_weights and hasattr(self.model, "peft_config"):
-            train_in_full_precision(self.ref_model)
-        elif trained is not None and not shares_weights:
-            complete_reference_adapter(self.model, trained)
+        usable = {name.removeprefix("eval_"): pairs.dataset for name, pairs in self.all_pairs.items()}
+        del usable["train"]
+        return usable
 
     def _share_prefix(self, obstacle: str | None) -> None:
         """Let policy and reference read both answers after one prompt, or warn of the obstacle."""
@@ -201,10 +187,13 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self.loss_types = [name for name, _ in losses if not is_registered(name)]
         self.loss_weights = [weight for name, weight in losses if not is_registered(name)]
 
-    def _precompute_reference(self, cache: ReferenceCache | None) -> None:
-        """Let the reference read all pairs, and remove it from memory."""
-        if cache is None:
-            return
+    def _precompute_reference(self, cache: ReferenceCache, shares_weights: bool) -> None:
+        """
+        Let the reference read all pairs, and remove it from memory. `shares_weights` says that it is a second model
+        with the policy's weights.
+        """
+        if shares_weights and hasattr(self.model, "peft_config"):
+            train_in_full_precision(self.ref_model)
         pairs = self.all_pairs.values()
         lengths = [length for of_set in pairs for length in of_set.lengths]
         log_probs = log_probs_of_reference(self, cache, [of_set.dataset for of_set in pairs], lengths)
@@ -280,25 +269,6 @@ class WarnOfDisplacement(TrainerCallback):
             )
 
 
-def _default_collator(
-    processor: ProcessorMixin, args: MultimodalDPOConfig, can_share: bool
-) -> DataCollatorForMultimodalPreference:
-    return DataCollatorForMultimodalPreference(
-        processor,
-        max_length=args.max_length,
-        pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
-        share_prefix=args.share_prefix and can_share,
-    )
-
-
-def _trained_parameters(model: Any) -> set[str]:
-    """Names of the parameters that train in an adapter that is trained further."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trained:
-        raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
-    return trained
-
-
 def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> Any:
     """The reference if none is given; `None` if it is the policy without its adapter or with the adapter `ref`."""
     if args.precompute_ref_log_probs:
@@ -316,9 +286,10 @@ def _datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Datase
     Raises:
         UserError: for pairs that cannot all be checked before the first step.
     """
-    several = eval_dataset if isinstance(eval_dataset, dict) else {}
-    datasets = {"train": train_dataset} | {f"eval_{name}": dataset for name, dataset in several.items()}
-    if eval_dataset is not None and not isinstance(eval_dataset, dict):
+    datasets = {"train": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
         datasets["eval"] = eval_dataset
     for name, dataset in datasets.items():
         if not isinstance(dataset, Dataset):

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,20 +136,22 @@ def cache_of_reference(
         collator: Collator of the batches it reads.
         args ([`~trl.DPOConfig`]): Configuration.
     """
-    settings = on_main_process(lambda: settings_of_reference(model, processor, collator, args))
-    directory = args.ref_log_probs_dir or Path(args.output_dir) / REFERENCE_FOLDER
-    return ReferenceCache(directory, settings, about_reference(model))
+    base = base_of(model)
+    about = {  # for readers: what the reference is called, and what computed it. No paths.
+        "base_model": public_name(base.config._name_or_path or "") or type(base).__name__,
+        "adapter": hasattr(model, "get_base_model"),
+        "versions": package_versions(),
+    }
+    settings = on_main_process(lambda: _settings_of(model, processor, collator, args))
+    return ReferenceCache(args.ref_log_probs_dir or Path(args.output_dir) / REFERENCE_FOLDER, settings, about)
 
 
-def settings_of_reference(
-    model: torch.nn.Module, processor: ProcessorMixin, collator: Any, args: DPOConfig
-) -> dict[str, Any]:
+def _settings_of(model: torch.nn.Module, processor: ProcessorMixin, collator: Any, args: DPOConfig) -> dict[str, Any]:
     """Everything that affects the log-probabilities of a pair except the pair, in a form that JSON can hold."""
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     base = base_of(model)
     tokenizer = json.loads(tokenizer_of(processor).backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # of the last call
-        tokenizer.pop(state)
+    del tokenizer["truncation"], tokenizer["padding"]  # of the last call
     return {
         "weights": hash_weights(base),
         "model": sha256_of(_without(base.config.to_dict())),
@@ -166,15 +167,10 @@ def settings_of_reference(
     }
 
 
-def about_reference(model: torch.nn.Module) -> dict[str, Any]:
-    """For readers: what the reference is called, and what computed it. No paths."""
-    base = base_of(model)
-    name = base.config._name_or_path or ""
-    return {
-        "base_model": public_name(name) or type(base).__name__,
-        "adapter": hasattr(model, "get_base_model"),
-        "versions": package_versions(),
-    }
+def _without(config: Any) -> Any:
+    if isinstance(config, Mapping):
+        return {name: _without(value) for name, value in config.items() if name not in _NOT_COMPUTED}
+    return [_without(item) for item in config] if isinstance(config, list | tuple) else config
 
 
 def hash_weights(model: torch.nn.Module) -> str:
@@ -212,21 +208,17 @@ class DataCollatorWithReference(DecodesImages):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         examples = [with_decoded_images(example) for example in examples]
-        rows = [self._look_up(example) for example in examples]
+        rows = [self.log_probs.get(pair_key(example)) for example in examples]
+        if None in rows:
+            raise UserError(
+                f"Record {examples[rows.index(None)].get('id')!r} has no log-probabilities under the reference, which "
+                "reads the training and the evaluation set before the first step. Pass its dataset as eval_dataset "
+                "when you create the trainer, or remove precompute_ref_log_probs."
+            )
         batch = self.collator(examples)
         batch["ref_chosen_logps"] = torch.tensor([row.chosen for row in rows], dtype=torch.float32)
         batch["ref_rejected_logps"] = torch.tensor([row.rejected for row in rows], dtype=torch.float32)
         return batch
-
-    def _look_up(self, example: dict[str, Any]) -> ReferenceLogProbs:
-        try:
-            return self.log_probs[pair_key(example)]
-        except KeyError:
-            raise UserError(
-                f"Record {example.get('id')!r} has no log-probabilities under the reference, which reads the training "
-                "and the evaluation set before the first step. Pass its dataset as eval_dataset when you create the "
-                "trainer, or remove precompute_ref_log_probs."
-            ) from None
 
 
 def log_probs_of_reference(
@@ -251,52 +243,58 @@ def log_probs_of_reference(
         UserError: if a log-probability is not finite.
     """
     accelerator = trainer.accelerator
-    pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets])
-    keys = _keys_of(pairs, trainer)
+    decodes = isinstance(trainer.data_collator, DecodesImages)
+    pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets] if decodes else datasets)
+    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    found = _batches(trainer, "looking up pairs", pairs, collate_fn=_keys_and_ids, sampler=mine, batch_size=16)
+    found = sorted(gather_object(list(zip(mine, chain.from_iterable(found), strict=True))))
+    names = [name for _, name in found]
+    first = {}  # place of each key
+    for place, (key, _) in enumerate(names):
+        first.setdefault(key, place)
     known = on_main_process(cache.read)
-    missing = {key: place for place, key in reversed(list(enumerate(keys))) if key not in known}
-    unique = dict.fromkeys(keys)
+    missing = [place for key, place in first.items() if key not in known]
     accelerator.print(
-        f"Reference log-probabilities: {len(unique) - len(missing):,} of {len(unique):,} pairs are known in "
+        f"Reference log-probabilities: {len(first) - len(missing):,} of {len(first):,} pairs are known in "
         f"{cache.path}, " + (f"{len(missing):,} are computed." if missing else "nothing is computed.")
     )
     if missing:
-        places = sorted(missing.values(), key=lambda place: -lengths[place])  # the longest first: it must fit
+        missing.sort(key=lambda place: -lengths[place])  # the longest first: it must fit
         size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
-        batches = [places[start : start + size] for start in range(0, len(places), size)]
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         mine = batches[accelerator.process_index :: accelerator.num_processes]
-        known |= dict(gather_object(list(_compute(trainer, cache, pairs, keys, mine).items())))
+        known |= dict(gather_object(list(_compute(trainer, cache, pairs, names, mine).items())))
+    log_probs = {key: known[key] for key in first}
     if accelerator.is_main_process and (missing or cache.parts()):
-        cache.write({key: known[key] for key in unique})
-    return {key: known[key] for key in unique}
+        cache.write(log_probs)
+    return log_probs
 
 
-def _keys_of(pairs: ConcatDataset, trainer: DPOTrainer) -> list[str]:
-    """The key of each pair; images are decoded in the workers of the data loader."""
-    accelerator = trainer.accelerator
-    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
-    found = _batches(trainer, "looking up pairs", pairs, collate_fn=_pair_keys, sampler=mine, batch_size=16)
-    return [key for _, key in sorted(gather_object(list(zip(mine, chain.from_iterable(found), strict=True))))]
-
-
-def _pair_keys(examples: list[dict[str, Any]]) -> list[str]:
-    return [pair_key(with_decoded_images(example)) for example in examples]
+def _keys_and_ids(examples: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Images are decoded here, in the workers of the data loader."""
+    return [(pair_key(with_decoded_images(example)), str(example.get("id") or "")) for example in examples]
 
 
 def _compute(
-    trainer: DPOTrainer, cache: "ReferenceCache", pairs: ConcatDataset, keys: list[str], batches: list[list[int]]
+    trainer: DPOTrainer,
+    cache: "ReferenceCache",
+    pairs: ConcatDataset,
+    names: list[tuple[str, str]],
+    batches: list[list[int]],
 ) -> dict[str, ReferenceLogProbs]:
-    """Compute this rank's share."""
+    """Compute this rank's share. `names` are the key and the id of each pair."""
     computed = {}
-    collate = partial(_with_ids, trainer.data_collator)
-    collated = _batches(trainer, "reference log-probabilities", pairs, collate_fn=collate, batch_sampler=batches)
-    for places, (ids, batch) in zip(batches, collated, strict=True):
+    collated = _batches(
+        trainer, "reference log-probabilities", pairs, collate_fn=trainer.data_collator, batch_sampler=batches
+    )
+    for places, batch in zip(batches, collated, strict=True):
         for name in ("neutralised", "weight", "probability"):
             batch.pop(name, None)
-        batch = trainer._prepare_inputs(batch)
-        log_probs = (part.float().tolist() for part in trainer.compute_ref_log_probs(trainer.ref_model, batch))
-        rows = {keys[place]: ReferenceLogProbs(*row) for place, *row in zip(places, ids, *log_probs, strict=True)}
-        for key, row in rows.items():
+        log_probs = trainer.compute_ref_log_probs(trainer.ref_model, trainer._prepare_inputs(batch))
+        rows = {}
+        for place, *numbers in zip(places, *(answers.float().tolist() for answers in log_probs), strict=True):
+            key, example_id = names[place]
+            rows[key] = row = ReferenceLogProbs(example_id, *numbers)
             if not _is_valid(key, row):
                 raise UserError(
                     f"Record {row.id!r}: its log-probabilities under the reference are {row.chosen} (chosen) and "
@@ -307,22 +305,11 @@ def _compute(
     return computed
 
 
-def _with_ids(collator: Callable, examples: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    ids = [str(example.get("id") or "") for example in examples]
-    return ids, collator([with_decoded_images(example) for example in examples])
-
-
 def _batches(trainer: DPOTrainer, title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
     """This rank's batches, which the data loader's workers prepare, with a progress bar on the main process."""
     loader = DataLoader(pairs, num_workers=trainer.args.dataloader_num_workers, **how)
     is_quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     return tqdm(loader, title, unit="batch", disable=is_quiet)
-
-
-def _without(config: Any) -> Any:
-    if isinstance(config, Mapping):
-        return {name: _without(value) for name, value in config.items() if name not in _NOT_COMPUTED}
-    return [_without(item) for item in config] if isinstance(config, list | tuple) else config
 
 
 class ReferenceCache:
@@ -358,7 +345,11 @@ class ReferenceCache:
         """
         known = self._read_file()
         for part in self.parts():
-            known |= _read_part(part)
+            with suppress(OSError):  # its run has just finished
+                for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+                    with suppress(ValueError, TypeError):  # the last line may be truncated
+                        key, *row = json.loads(line)
+                        known[key] = ReferenceLogProbs(*row)
         return {key: row for key, row in known.items() if _is_valid(key, row)}
 
     def parts(self) -> list[Path]:
@@ -391,19 +382,15 @@ class ReferenceCache:
             return {}
         try:
             table = pq.read_table(self.path, page_checksum_verification=True)
-            written_for = json.loads(table.schema.metadata[_METADATA])["settings"]
-            rows = {row.pop("pair"): ReferenceLogProbs(**row) for row in table.to_pylist()}
+            if sha256_of(json.loads(table.schema.metadata[_METADATA])["settings"]) != sha256_of(self.settings):
+                raise ValueError("it belongs to another reference")
+            return {row.pop("pair"): ReferenceLogProbs(**row) for row in table.to_pylist()}
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            return self._discard(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
-        if sha256_of(written_for) != sha256_of(self.settings):
-            return self._discard("it belongs to another reference")
-        return rows
-
-    def _discard(self, problem: str) -> dict[str, ReferenceLogProbs]:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         broken = self.path.with_name(f"{self.path.name}.broken")
         with self._writing():
             os.replace(self.path, broken)
-        logger.warning("Renamed %s to %s: %s. Its numbers are computed again.", self.path, broken.name, problem)
+        logger.warning("Renamed %s to %s (%s). Its numbers are computed again.", self.path, broken.name, problem)
         return {}
 
     @contextmanager
@@ -418,17 +405,6 @@ class ReferenceCache:
                 f"The reference's log-probabilities cannot be written to {self.directory} ({error.strerror}). Set "
                 "another directory with ref_log_probs_dir."
             ) from None
-
-
-def _read_part(path: Path) -> dict[str, ReferenceLogProbs]:
-    """The complete lines of a part; the last may be truncated."""
-    rows = {}
-    with suppress(OSError):  # its run has just finished
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, TypeError):
-                key, *row = json.loads(line)
-                rows[key] = ReferenceLogProbs(*row)
-    return rows
 
 
 def _is_valid(key: Any, row: ReferenceLogProbs) -> bool:

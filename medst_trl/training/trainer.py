@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from transformers import AutoProcessor, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
+from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
@@ -26,6 +27,7 @@ from medst_trl.policy.parts import ModelParts, base_of, model_parts
 
 from .images import DecodesImages
 from .packing import GroupsByLength
+from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
 
 
@@ -58,6 +60,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         model: Any, processing_class: ProcessorMixin | None, args: TrainingArguments
     ) -> tuple[torch.nn.Module, ProcessorMixin]:
         """The model and its processor, loaded if they are given by name, with `<vusr>` token and template."""
+        check_sharding(sharding_kind(args), args)
         if isinstance(model, str):
             model_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             model, loaded = load_policy(model, is_trainable=True, **model_kwargs)
@@ -67,6 +70,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
                 get_config_model_id(base_of(model).config), trust_remote_code=args.trust_remote_code
             )
         prepare_policy(base_of(model), processing_class)
+        if hasattr(model, "peft_config") and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
         return model, processing_class
 
     def prepare_for_training(self, *others: torch.nn.Module | None, **save_kwargs: Any) -> None:
