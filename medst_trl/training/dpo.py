@@ -30,7 +30,7 @@ from .reference_log_probs import (
 )
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer
-from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad, without_precompute
+from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
 
 
 logger = get_logger(__name__)
@@ -121,31 +121,31 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         given = kwargs.pop("ref_model", None)
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
-        obstacle = cannot_share(base_of(model))
         collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
             processing_class,
             max_length=args.max_length,
             pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
-            share_prefix=args.share_prefix and obstacle is None,
+            share_prefix=args.share_prefix and cannot_share(base_of(model)) is None,
         )
         evaluation = self._reject_pairs(datasets, processing_class, args.max_length)
         cache = None
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(given or model, processing_class, collator, args)
-        with without_precompute(args):
-            super().__init__(
-                model=model,
-                ref_model=reference,
-                args=args,
-                train_dataset=self.pairs.dataset,
-                eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation.get("eval"),
-                processing_class=processing_class,
-                data_collator=collator,
-                **kwargs,
-            )
+            args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them
+        super().__init__(
+            model=model,
+            ref_model=reference,
+            args=args,
+            train_dataset=self.pairs.dataset,
+            eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation.get("eval"),
+            processing_class=processing_class,
+            data_collator=collator,
+            **kwargs,
+        )
+        args.precompute_ref_log_probs = cache is not None
         # Save only the policy's adapter: the reference equals the adapter that training starts from.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
-        self._share_prefix(obstacle)
+        self._share_prefix()
         self._separate_losses()
         self.add_callback(WarnOfDisplacement())
         if "ref" in getattr(self.model, "peft_config", ()):
@@ -169,11 +169,11 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         del usable["train"]
         return usable
 
-    def _share_prefix(self, obstacle: str | None) -> None:
+    def _share_prefix(self) -> None:
         """Let policy and reference read both answers after one prompt, or warn of the obstacle."""
         if not self.args.share_prefix:
             return
-        if obstacle is not None:
+        if (obstacle := cannot_share(base_of(self.model))) is not None:
             logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
             return
         for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:

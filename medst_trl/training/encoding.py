@@ -131,10 +131,15 @@ def encode(
     # Converted only now: Idefics3 would try to make a tensor of the replacement offsets too.
     batch.convert_to_tensors("pt")
     spans = []
-    for row, conversation in enumerate(rendered):
-        _check_offsets(processor, conversation.text, offsets[row], replaced[row], len(batch["input_ids"][row]))
-        expanded = _after_expanding_images(conversation.spans, replaced[row])
-        spans.append([_in_tokens(span, offsets[row]) for span in expanded])
+    for ids, conversation, *places in zip(batch["input_ids"], rendered, offsets, replaced, strict=True):
+        of_row = _token_spans(conversation, *places)
+        if of_row is None or len(ids) != len(places[0]):  # labels would land on wrong tokens
+            raise UserError(
+                f"{type(processor).__name__} expands image placeholders without reporting where "
+                "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
+                f"family cannot be trained with the installed transformers. {tested_families()}"
+            )
+        spans.append(of_row)
     return Encoded(batch, spans, rendered)
 
 
@@ -148,35 +153,26 @@ def tokens_without_images(
         return_offsets_mapping=True,
     )
     return [
-        (ids, _in_tokens(conversation.spans[-1], torch.tensor(offsets)))
+        (ids, _token_spans(conversation, torch.tensor(offsets), [])[-1])
         for ids, offsets, conversation in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
     ]
 
 
-def _check_offsets(
-    processor: ProcessorMixin, text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int
-) -> None:
-    """Refuse a processor that makes the text longer without reporting where: labels would land on wrong tokens."""
-    gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
-    if len(offsets) != length or int(offsets.max()) > len(text) + gained:
-        raise UserError(
-            f"{type(processor).__name__} expands image placeholders without reporting where "
-            "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
-            f"family cannot be trained with the installed transformers. {tested_families()}"
-        )
-
-
-def _after_expanding_images(spans: list[Span], replaced: list[dict[str, Any]]) -> list[Span]:
-    """Shift spans of the rendered text to their positions after image placeholders are expanded."""
+def _token_spans(
+    conversation: RenderedConversation, offsets: torch.Tensor, replaced: list[dict[str, Any]]
+) -> list[Span] | None:
+    """
+    The tokens of a row's questions and answers after image placeholders are expanded; `None` if the tokens end beyond
+    the text, because the processor expands it without reporting where.
+    """
     placeholder_ends = [item["span"][1] for item in replaced]
     gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
-    return [
-        Span(*(char + gained[bisect.bisect_right(placeholder_ends, char)] for char in span[:2]), span.is_question)
-        for span in spans
-    ]
-
-
-def _in_tokens(span: Span, offsets: torch.Tensor) -> Span:
+    if int(offsets.max()) > len(conversation.text) + gained[-1]:
+        return None
     starts, ends = offsets.unbind(-1)
-    tokens = ((starts < span.end) & (ends > span.start)).nonzero()  # padding has width zero and matches nothing
-    return Span(int(tokens[0]), int(tokens[-1]) + 1, span.is_question)
+    spans = []
+    for span in conversation.spans:
+        start, end = (char + gained[bisect.bisect_right(placeholder_ends, char)] for char in span[:2])
+        tokens = ((starts < end) & (ends > start)).nonzero()  # padding has width zero and matches nothing
+        spans.append(Span(int(tokens[0]), int(tokens[-1]) + 1, span.is_question))
+    return spans

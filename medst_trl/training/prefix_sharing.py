@@ -119,7 +119,7 @@ class PrefixSharing:
         self.is_sharded = is_sharded
         self.agrees: dict[tuple[bool, str], bool] = {}  # by whether there are images, and attention implementation
         # The function, not the method of this model: a copy of the model must run its own weights.
-        self.forward = getattr(model.forward, "__func__", None) or _without_model(model.forward)
+        self.forward = model.forward.__func__
         # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
         model.forward = types.MethodType(self._patched(), model)
 
@@ -172,20 +172,12 @@ class PrefixSharing:
 
     def _compare(self, model: PreTrainedModel, inputs: dict[str, Any], share: Callable[[], Any]) -> bool:
         """Whether both layouts give the same log-probabilities. Warns if not."""
-        training = model.training
+        training, scored = model.training, inputs["labels"][:, 1:] != -100
         model.eval()  # dropout would differ
         try:
             with torch.no_grad():
                 stock = self._stock(model, **with_images_twice(inputs)).log_probs
-                problem = None
-                try:
-                    shared = share().log_probs
-                except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-                    if should_reduce_batch_size(error):
-                        raise
-                    problem = f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                else:
-                    problem = _disagreement(stock, shared, inputs["labels"][:, 1:] != -100, _is_exact(model))
+                problem = _disagreement(stock[scored], lambda: share().log_probs[scored], _is_exact(model))
         finally:
             model.train(training)
         if problem is not None:
@@ -217,16 +209,22 @@ def _positions(
 
 def _is_exact(model: PreTrainedModel) -> bool:
     """Whether the model computes in full precision."""
-    device = next(model.parameters()).device.type
+    parameter = next(model.parameters())
+    device = parameter.device.type
     rounds = torch.is_autocast_enabled(device) or (
         device == "cuda" and torch.get_float32_matmul_precision() != "highest"
     )
-    return next(model.parameters()).dtype in FULL_PRECISION and not rounds
+    return parameter.dtype in FULL_PRECISION and not rounds
 
 
-def _disagreement(stock: torch.Tensor, shared: torch.Tensor, scored: torch.Tensor, exact: bool) -> str | None:
-    """How log-probabilities of the two layouts differ too much; `None` if they do not."""
-    difference = (stock - shared)[scored].float().abs()
+def _disagreement(stock: torch.Tensor, shared: Callable[[], torch.Tensor], exact: bool) -> str | None:
+    """How log-probabilities of the two layouts differ too much, or cannot be computed; `None` if they agree."""
+    try:
+        difference = (stock - shared()).float().abs()
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if exact:
         found, allowed, kind = difference.max(), LARGEST_DIFFERENCE, "by up to"
     else:
@@ -235,10 +233,6 @@ def _disagreement(stock: torch.Tensor, shared: torch.Tensor, scored: torch.Tenso
         logger.info(f"share_prefix: both layouts give the same log-probabilities ({kind} {found:.2g} nats per token).")
         return None
     return f"log-probabilities differ {kind} {found:.2g} nats per token (allowed: {allowed:g})"
-
-
-def _without_model(forward: Callable) -> Callable:
-    return functools.wraps(forward)(lambda model, *args, **inputs: forward(*args, **inputs))
 
 
 def cannot_share(model: PreTrainedModel) -> str | None:
@@ -349,14 +343,13 @@ def branch_masks(
         return allowed(batch, head, query, key) & near
 
     rules = {_FULL: allowed, _SLIDING: in_window}
-    masks = {
-        kind: _evaluate(rules[kind], implementation, *branches.shape, branches.device) for kind in layer_types(config)
-    }
-    return next(iter(masks.values())) if len(masks) == 1 else masks
-
-
-def _evaluate(rule, implementation: str, batch: int, length: int, device: torch.device) -> torch.Tensor | BlockMask:
-    if implementation == "flex_attention":
-        return create_block_mask(rule, batch, None, length, length, device=device)
+    (batch, length), device = branches.shape, branches.device
     make_mask = eager_mask if implementation == "eager" else sdpa_mask
-    return make_mask(batch, length, length, mask_function=rule, allow_is_causal_skip=False, device=device)
+    masks = {}
+    for kind in layer_types(config):
+        if implementation == "flex_attention":
+            masks[kind] = create_block_mask(rules[kind], batch, None, length, length, device=device)
+        else:
+            rule = {"mask_function": rules[kind], "allow_is_causal_skip": False}
+            masks[kind] = make_mask(batch, length, length, **rule, device=device)
+    return next(iter(masks.values())) if len(masks) == 1 else masks

@@ -48,9 +48,7 @@ def _check_optimizer(checkpoint: Path, accelerator: Accelerator) -> None:
     """
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
-    if not parts and not uses_deepspeed:
-        return
-    if parts and uses_deepspeed and parts == accelerator.num_processes:
+    if parts == (accelerator.num_processes if uses_deepspeed else 0):
         return
     processes, launch = "processes without DeepSpeed", "--accelerate_config multi_gpu"
     if parts:
@@ -106,13 +104,12 @@ def _incomplete(checkpoint: Path) -> str | None:
         return f"trainer_state.json is missing or truncated ({error})"
     if checkpoint.name != f"checkpoint-{state.get('global_step')}":
         return f"trainer_state.json is of step {state.get('global_step')}"
-    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
+    states, weights = sorted(checkpoint.glob("rng_state*.pth")), list(checkpoint.glob("*.safetensors"))
     # One process writes rng_state.pth, several rng_state_0.pth and so on, each its own.
-    if not random_states or random_states == ["rng_state_0.pth"]:
+    if [path.name for path in states] in ([], ["rng_state_0.pth"]):
         return "the random state of a process is missing"
-    states = [checkpoint / name for name in random_states]
-    weights = list(checkpoint.glob("*.safetensors"))
-    if not _sharded(checkpoint):
+    # DeepSpeed and FSDP write weights and optimizer in files of their own.
+    if not any(any(checkpoint.glob(pattern)) for pattern in ("global_step*", "optimizer_*", "optimizer.bin")):
         if not weights:
             return "it holds no weights"
         states += [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
@@ -121,18 +118,10 @@ def _incomplete(checkpoint: Path) -> str | None:
             return f"{path.name} is missing"
         if not zipfile.is_zipfile(path):  # as torch.save writes them; their directory is at the end
             return f"{path.name} is truncated"
-    return next((problem for path in weights if (problem := _unreadable(path))), None)
-
-
-def _sharded(checkpoint: Path) -> bool:
-    """Whether DeepSpeed or FSDP wrote weights and optimizer, each in files of its own."""
-    return any(any(checkpoint.glob(pattern)) for pattern in ("global_step*", "optimizer_*", "optimizer.bin"))
-
-
-def _unreadable(weights: Path) -> str | None:
-    try:
-        with safe_open(weights, framework="numpy") as file:  # checks the header against the file's length
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        return f"{weights.name} is truncated ({error})"
+    for path in weights:
+        try:
+            with safe_open(path, framework="numpy"):  # checks the header against the file's length
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is truncated ({error})"
     return None

@@ -141,15 +141,11 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         optimizer.param_groups = sorted(groups.values(), key=lambda group: group["part"] != "language")
         return optimizer
 
-    def learning_rates(self) -> dict[str, float]:
-        """The current learning rate of each part that trains."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return {group["part"]: group["lr"] for group in groups if "part" in group}
-
     def _get_learning_rate(self):
         # The Trainer reads the rate before the scheduler's step and logs it later. Keep the other parts' rates of the
         # same step.
-        self._rates_of_step = self.learning_rates()
+        groups = self.optimizer.param_groups
+        self._rates_of_step = {group["part"]: group["lr"] for group in groups if "part" in group}
         return super()._get_learning_rate()
 
     def train(self, *args, **kwargs):
@@ -216,12 +212,10 @@ class DataWait:
             if self.waits_for_device:
                 torch.accelerator.synchronize()
             begun = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            self.waited += time.monotonic() - begun
+            if batch is None:
                 return
-            finally:
-                self.waited += time.monotonic() - begun
             yield batch
 
     def share(self) -> float:

@@ -6,6 +6,7 @@ Workarounds for TRL, PEFT, transformers and accelerate, each with its issue and 
 "No issue known" means that we found none; the versions are those in which we saw the behavior. Some are elsewhere, at
 the one place where they act:
 
+- `dpo.py`: TRL refuses `precompute_ref_log_probs` for images (https://github.com/huggingface/trl/pull/5867)
 - `trainer.py`: what a trainer must not do under ZeRO-3 (https://github.com/huggingface/trl/issues/6089)
 - `packing.py`: a sampler that knows its epoch (https://github.com/modelscope/ms-swift/pull/9658)
 - `images.py`: `datasets` decodes the first image of a list twice
@@ -30,8 +31,8 @@ import torch
 from accelerate.utils.dataclasses import get_module_class_from_name
 from peft import PeftModel
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
-from trl import DPOConfig
 
 from medst_trl.policy.parts import model_parts
 
@@ -100,20 +101,6 @@ def fused_outputs(module: torch.nn.Module) -> Iterator[list[Any]]:
         yield outputs
     finally:
         hook.remove()
-
-
-@contextmanager
-def without_precompute(args: DPOConfig) -> Iterator[None]:
-    """
-    Switch `precompute_ref_log_probs` off inside the block: TRL (1.16) refuses it for images, because it keeps the
-    numbers as columns of a dataset that it would have to copy. To be removed once it accepts it, see
-    https://github.com/huggingface/trl/pull/5867.
-    """
-    asked, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
-    try:
-        yield
-    finally:
-        args.precompute_ref_log_probs = asked
 
 
 def complete_reference_adapter(model: PeftModel, trains: set[str]) -> None:
@@ -200,19 +187,10 @@ def encode_blank_images(model: PreTrainedModel, processor: ProcessorMixin) -> No
         }
         features = backbone.get_image_features(**blank, return_dict=True)
         layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
-        nothing = sum((rows.float() * 0).sum() for rows in _tensors(layers))
+        nothing = sum((rows.float() * 0).sum() for rows in tree_leaves(layers))  # one, or one per image or layer
         return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
 
     backbone.register_forward_pre_hook(lambda module, args: runs.clear())
     tower.register_forward_pre_hook(lambda module, args: runs.append(True))
     # Before the decoder, where images are encoded otherwise, so that every rank runs its layers in one order.
     decoder.register_forward_pre_hook(add_nothing, with_kwargs=True)
-
-
-def _tensors(features: Any) -> Iterator[torch.Tensor]:
-    """All tensors of the features: families return one, or one for each image or layer."""
-    if isinstance(features, list | tuple):
-        for item in features:
-            yield from _tensors(item)
-    else:
-        yield features
