@@ -30,9 +30,8 @@ from medst_trl.data.schema import instruct_features, text_of
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import Sampling, to_answer, to_ask
 from medst_trl.pipeline.stages.merge import batches_of
-from medst_trl.policy.families import FAMILIES
+from medst_trl.policy.families import FAMILIES, model_parts
 from medst_trl.policy.merging import merge_policy
-from medst_trl.policy.parts import model_parts
 from medst_trl.policy.vusr import VUSR
 from medst_trl.selftrain.filters import QuestionFilter
 

@@ -7,7 +7,7 @@ import tiny_run
 import torch
 from family_models import MODELS, WINDOW, tiny_model
 
-from medst_trl.policy.parts import model_parts
+from medst_trl.policy.families import model_parts
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import VUSR
 from medst_trl.policy.families import family_of
-from medst_trl.policy.spans import in_form
-from medst_trl.policy.vusr import neutralise_parts, turn_format
+from medst_trl.policy.vusr import in_form, neutralise_parts, turn_format
 
 from .engine import Sampling, sent_parts
 

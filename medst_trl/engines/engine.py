@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.registry import Registry
 from medst_trl.data.schema import image_part, message, text_part
 from medst_trl.policy.chat_template import VUSR
-from medst_trl.policy.spans import typed_parts
+from medst_trl.policy.vusr import typed_parts
 
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 from medst_trl.base.hub_ids import base_of_adapter, check_reachable
 
-from .parts import model_parts
+from .families import model_parts
 
 
 WEIGHTS = "adapter_model.safetensors"

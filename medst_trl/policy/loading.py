@@ -36,8 +36,7 @@ from .adapters import (
     read_adapter_config,
     retie_lm_head,
 )
-from .families import check_family
-from .parts import model_parts, on_meta
+from .families import check_family, model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
 

@@ -10,8 +10,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.base.errors import UserError
-from medst_trl.policy.spans import Span, can_be_asked
-from medst_trl.policy.vusr import add_vusr, tokenizer_of
+from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, id_of
 from .images import DecodesImages, with_decoded_images

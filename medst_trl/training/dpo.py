@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_choice
 from medst_trl.policy.adapters import train_in_full_precision
-from medst_trl.policy.parts import base_of
+from medst_trl.policy.families import base_of
 
 from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered

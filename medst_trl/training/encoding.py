@@ -19,8 +19,14 @@ from trl.data_utils import prepare_multimodal_messages
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of
 from medst_trl.policy.families import tested_families
-from medst_trl.policy.spans import RenderedConversation, Span, render_conversation, typed_parts
-from medst_trl.policy.vusr import adds_special_tokens, tokenizer_of
+from medst_trl.policy.vusr import (
+    RenderedConversation,
+    Span,
+    adds_special_tokens,
+    render_conversation,
+    tokenizer_of,
+    typed_parts,
+)
 
 from .images import images_of
 

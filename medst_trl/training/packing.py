@@ -25,8 +25,7 @@ from trl.trainer.utils import pad
 
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.families import family_of
-from medst_trl.policy.spans import render_conversation
-from medst_trl.policy.vusr import tokenizer_of
+from medst_trl.policy.vusr import render_conversation, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, as_conversation
 from .images import UnreadableImage, image_size

@@ -20,8 +20,7 @@ from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.spans import RenderedConversation, Span, render_conversation
-from medst_trl.policy.vusr import add_vusr, tokenizer_of
+from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, tokens_without_images
 from .images import (

@@ -41,7 +41,7 @@ from medst_trl.base.processes import cores, on_main_process
 from medst_trl.data.images import image_id
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head
-from medst_trl.policy.parts import base_of
+from medst_trl.policy.families import base_of
 from medst_trl.policy.vusr import tokenizer_of
 
 from .images import DecodesImages, images_of, with_decoded_images

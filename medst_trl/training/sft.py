@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import with_stored_images
-from medst_trl.policy.parts import base_of
+from medst_trl.policy.families import base_of
 
 from .collator import DataCollatorForSelfQuestioning
 from .images import check_has_images

@@ -22,8 +22,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
+from medst_trl.policy.families import ModelParts, base_of, model_parts
 from medst_trl.policy.loading import load_policy, prepare_policy
-from medst_trl.policy.parts import ModelParts, base_of, model_parts
 
 from .images import DecodesImages
 from .packing import GroupsByLength

@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 
-from medst_trl.policy.parts import model_parts
+from medst_trl.policy.families import model_parts
 
 
 BLANK_SIDE = 64  # pixels; processors that resize images need no more

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medst_trl.policy.parts import model_parts
+from medst_trl.policy.families import model_parts
 
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.families import model_parts
 from medst_trl.policy.loading import load_policy
-from medst_trl.policy.parts import model_parts
 
 
 TEXT = {

@@ -12,8 +12,8 @@ from family_models import MODELS, tiny_model
 from PIL import Image, ImageFile
 from tiny_run import conversation
 
+from medst_trl.policy.families import model_parts
 from medst_trl.policy.loading import prepare_policy
-from medst_trl.policy.parts import model_parts
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.images import UnreadableImage, check_image, image_size
 from medst_trl.training.upstream import encode_blank_images

@@ -16,7 +16,7 @@ from tiny_run import text
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from medst_trl.policy.parts import model_parts
+from medst_trl.policy.families import model_parts
 from medst_trl.training import prefix_sharing
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
 from medst_trl.training.prefix_sharing import (

@@ -25,7 +25,7 @@ from medst_trl.engines.engine import (
     without_margins,
 )
 from medst_trl.engines.image_features import ImageFeatureCache
-from medst_trl.policy.parts import base_of
+from medst_trl.policy.families import base_of
 
 
 if TYPE_CHECKING:

@@ -22,9 +22,8 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaC
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_json
 from medst_trl.base.settings import check_choice
-from medst_trl.policy.families import family_of
+from medst_trl.policy.families import family_of, on_meta
 from medst_trl.policy.merging import check_shard_size, staged_model
-from medst_trl.policy.parts import on_meta
 from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 from medst_trl.policy.vusr import VUSR_ROLES
 

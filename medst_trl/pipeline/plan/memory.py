@@ -44,7 +44,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medst_trl.pipeline.batch import Batch
-from medst_trl.policy.parts import model_parts
+from medst_trl.policy.families import model_parts
 
 from .policies import Policy, is_of_adapter
 from .steps import Hardware

@@ -25,8 +25,8 @@ from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
 from medst_trl.policy.adapters import freeze_vision
 from medst_trl.policy.chat_template import VUSR, has_text_role
+from medst_trl.policy.families import base_of, model_parts, on_meta
 from medst_trl.policy.loading import add_embedding_row
-from medst_trl.policy.parts import base_of, model_parts, on_meta
 
 from .steps import maker_of, stage_arguments
 

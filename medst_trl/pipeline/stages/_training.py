@@ -392,7 +392,7 @@ def describe_shape(model: "PeftModel") -> str:
 
 
 def _shape_of(model: "PeftModel") -> dict[str, float]:
-    from medst_trl.policy.parts import model_parts
+    from medst_trl.policy.families import model_parts
 
     name, part_of = model.active_adapter, model_parts(model).part_of
     # Of the layers, not of their weights: under ZeRO-3 those have no shape.
