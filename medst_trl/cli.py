@@ -32,20 +32,23 @@ import select
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from medst_trl import __version__
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.files import is_full_disk
-from medst_trl.base.processes import leave_peers, rank
+from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
 from medst_trl.base.registry import add_plugins, plugin_files
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take
+from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take, words_of
 from medst_trl.pipeline.recipe import Step, find_recipe, packaged_recipes, read_recipe, step_of_file, summary
 from medst_trl.pipeline.stage import STAGES, Stage
 
@@ -161,11 +164,14 @@ def run_recipe(argv: list[str]) -> int | None:
         return print_plan(words[0], options, which)
     start = time.monotonic()
     recipe = read_recipe(words[0], options)
-    steps = recipe.steps(which)
+    steps = recipe.steps(which, check=_check)
+    for note in recipe.unused_options(steps):
+        print(f"Note: {note}", file=sys.stderr)
+    if which is None and any(option.key == "overwrite" and option.target is None for option in options):
+        _confirm_overwrite(steps)
     plugins = [word for path in plugin_files() for word in ("--plugins", path)]
-    settings = [word for option in given if option.key != "overwrite" for word in option.as_words()]
-    again = shlex.join(["medst", "run", *words, *settings, *plugins])
-    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], again)
+    again = ["medst", "run", *words, *words_of(option for option in given if option.key != "overwrite"), *plugins]
+    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], shlex.join(again))
     if code == 0:
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
@@ -175,10 +181,27 @@ def run_recipe(argv: list[str]) -> int | None:
     return code
 
 
+def _check(step: Step) -> None:
+    """Refuse before the first stage starts what a later one would refuse."""
+    from medst_trl.pipeline.plan.steps import stage_arguments
+
+    if not step.stage.trains:  # TrainingArguments sets environment variables, which launchers would inherit
+        stage_arguments(step)
+
+
+def _confirm_overwrite(steps: Sequence[Step]) -> None:
+    """On a terminal, ask before the results of several stages are deleted."""
+    replaced = [step.settings["output_dir"] for step in steps if step.replaces_results]
+    if replaced and sys.stdin.isatty():
+        print("--overwrite deletes these results:", *replaced, sep="\n  ")
+        print("Delete them and start again? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise UserError("Nothing was deleted. To start one stage again: --stage NAME --overwrite.")
+
+
 def _command(path: str, step: Step, options: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
     """The command that runs a step in its own process, and its environment."""
-    settings = [word for option in options for word in option.as_words()]
-    program = ["medst_trl", path, "--stage", step.label, *settings]
+    program = ["medst_trl", path, "--stage", step.label, *words_of(options)]
     if step.stage.distributed:
         return launch.launch_command(program, step.accelerate_config, step.num_processes)
     return [sys.executable, "-m", *program], dict(os.environ)
@@ -196,6 +219,80 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
     return 0
 
 
+# Under the user's own launcher
+
+
+def run_launched(argv: list[str]) -> None:
+    """
+    Run recipes in the processes of a launcher: the command `python -m medst_trl`.
+
+    Run recipes under your own launcher:
+
+    ```bash
+    accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
+    accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is executable
+    python -m medst_trl recipes/demo.yaml                           # without a launcher: all stages in this process
+    ```
+
+    Options are those of `medst run`. Stages that use a single process run on rank 0, while the other ranks wait.
+    """
+    argv = add_plugins(argv)
+    if not argv or {"-h", "--help"} & set(argv):
+        print(help_in(run_launched), help_in(run_recipe).partition("\n")[2], sep="\n")
+        return
+    paths, options = read_options(argv)
+    which, options = take(options, "stage")
+    if take(options, "dry_run", is_flag=True)[0]:
+        raise UserError(f"--dry_run does not run under a launcher. Use `medst run {' '.join(paths)} --dry_run`.")
+    if not paths:
+        raise UserError("Give a recipe, for example: accelerate launch -m medst_trl recipes/demo.yaml")
+    for path in paths:
+        steps = read_recipe(path, options).steps(which)
+        _check_together(steps, path)
+        for number, step in enumerate(steps):
+            if step.stage.distributed or world_size() == 1:
+                _run(step)
+            else:
+                _run_on_rank_0(["medst_trl", path, "--stage", step.label, *words_of(options)], f"{path}/{number}")
+    leave_peers()
+
+
+def _check_together(steps: Sequence[Step], path: str) -> None:
+    """
+    Refuse several distributed stages in one launch if one of them trains, because it ends the process group.
+
+    If a second group is created in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may connect to the
+    addresses of the first group, and fail hours later. accelerate makes a group for one process, too, if there are a
+    GPU and LOCAL_RANK.
+    """
+    shared = [step.label for step in steps if step.stage.distributed]
+    trains = any(step.stage.trains for step in steps)
+    if trains and len(shared) > 1 and ("LOCAL_RANK" in os.environ or launched_kind() != NOT_DISTRIBUTED):
+        raise UserError(
+            f"{path}: a launch with a process group can run only one distributed stage if there is training, and "
+            f"{', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), or let "
+            f"`medst run {path}` do so."
+        )
+
+
+def _run_on_rank_0(program: Sequence[str], name: str) -> None:
+    """Run a step in a process outside the launcher. Inside it, libraries would wait for the other ranks."""
+    import torch.distributed
+
+    # Wait on the launcher's store, not at a barrier: it does not time out and creates no process group.
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(days=30)
+    )
+    done = f"medst_trl/{name}"
+    if rank() != 0:
+        store.wait([done])
+        return
+    code = subprocess.call([sys.executable, "-m", *program], env=launch.without_launcher(os.environ))
+    if code != 0:
+        sys.exit(code)
+    store.set(done, "done")
+
+
 # medst STAGE
 
 
@@ -203,9 +300,9 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     name = f"medst {stage.name}"
     words, options = read_options(argv)
     if {"-h", "--help"} & set(argv):
-        stage.make_parser(name, is_listing="all" not in argv).print_help()
+        stage.make_parser(is_listing="all" not in argv).print_help()
         return 0
-    parser = stage.make_parser(name)
+    parser = stage.make_parser()
     file, options = take(options, "config")
     config, options = take(options, "accelerate_config")
     number, options = take(options, "num_processes")
@@ -216,15 +313,26 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     launch_options = _launch_options(stage, parser, words, [option for option in options if option not in own])
     if (config or num_processes or launch_options) and not stage.distributed:
         raise UserError(f"{name} runs in a single process and takes no options of accelerate launch.")
-    if launch.is_launched():
-        launch.check_launched(config, num_processes, name)
-    elif config or num_processes or launch_options:
+    if not launch.is_launched() and (config or num_processes or launch_options):
         program = ["medst_trl.cli", stage.name, *argv]
         return launch.run(*launch.launch_command(program, config, num_processes, launch_options))
-    launch.use_one_gpu()
-    run_stage(stage, parse(parser, step.settings, name, [word for option in own for word in option.as_words()]))
+    _run(replace(step, where=name, accelerate_config=config, num_processes=num_processes), own)
     leave_peers()
     return 0
+
+
+# Run a stage in this process
+
+
+def _run(step: Step, options: Sequence[Option] = ()) -> None:
+    """Run a step. The options take precedence over its settings."""
+    launch.check_launched(step.accelerate_config, step.num_processes, step.where)
+    launch.use_one_gpu()
+    arguments = parse(step.stage.make_parser(), step.settings, step.where, words_of(options))
+    for note in step.stage.ignored(arguments, {*step.given, *(option.key for option in options)}):
+        if rank() == 0:
+            print(f"Note: {step.where}: {note}.", file=sys.stderr)
+    run_stage(step.stage, arguments)
 
 
 def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
@@ -248,7 +356,7 @@ def _launch_options(stage: Stage, parser: ArgumentParser, words: list[str], opti
     if unknown := [*words, *(name for name in names if name not in known)]:
         near = closest(unknown[0], [f"--{key}" for key in actions_of(parser)]) or closest(unknown[0], known)
         raise UserError(f"medst {stage.name}: unknown option {unknown[0]!r}.{near}")
-    return [word for option in options for word in option.as_words()]
+    return words_of(options)
 
 
 # medst recipes

@@ -51,7 +51,7 @@ def letter_prompt(directory, monkeypatch):
     """Register the judge prompt `letter` inside the context, and yield the path of the plugin."""
     path = directory / "letter.py"
     path.write_text(PLUGIN)
-    JUDGE_PROMPTS.names()  # load the built-in prompts first
+    list(JUDGE_PROMPTS)  # load the built-in prompts first
     monkeypatch.setenv(PLUGINS_VARIABLE, str(path))
     load_plugins()
     try:

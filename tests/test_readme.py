@@ -17,7 +17,6 @@ from code_size import PACKAGE, imported_modules, module_name
 from documents import PAGES, ROOT, Block, blocks, commands
 from judge_server import JudgeServer
 
-import medst_trl.__main__
 from medst_trl import cli
 from medst_trl.base.registry import PLUGINS_VARIABLE
 from medst_trl.pipeline import launch
@@ -34,13 +33,11 @@ OTHER_PROGRAMS = {"cd", "export", "git", "hf", "python", "sbatch", "transformers
 def test_every_command_is_valid(block, monkeypatch, capsys):
     seen = []
     monkeypatch.chdir(ROOT)
-    for module in (cli, medst_trl.__main__):
-        monkeypatch.setattr(module, "run_stage", lambda stage, arguments: seen.append(stage.name))
+    monkeypatch.setattr(cli, "run_stage", lambda stage, arguments: seen.append(stage.name))
     monkeypatch.setattr(launch, "run", lambda command, environment: 0)
     monkeypatch.setattr(launch, "gpu_count", lambda: 4)
     monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
     monkeypatch.setattr(launch, "check_launched", lambda *arguments: None)
-    monkeypatch.setattr(medst_trl.__main__, "check_launched", lambda *arguments: None)
     for words in commands(block):
         _check(words, seen)
         capsys.readouterr()
@@ -59,7 +56,7 @@ def _check(words: list[str], seen: list[str]) -> None:
                 options.pop(0)
             program = options[2:] if options[0] == "-m" else options[1:]
             before = len(seen)
-            medst_trl.__main__.main(program)
+            cli.run_launched(program)
             assert len(seen) > before, words
         case ["make", *targets]:
             rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -18,9 +18,9 @@ from recipe_data import write_source
 from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_directory, trainable_parameters
 from safetensors.torch import load_file
 
-from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
+from medst_trl.cli import run_launched as run_recipe
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import Option

@@ -16,6 +16,38 @@ class UserError(Exception):
     """
 
 
+class Problems:
+    """
+    Collect the messages of several errors, to report them together.
+
+    Example:
+
+    ```python
+    problems = Problems()
+    for step in steps:
+        with problems.collect():
+            check(step)
+    problems.report()
+    ```
+    """
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the message of a [`UserError`] raised inside the block, and continue after the block."""
+        try:
+            yield
+        except UserError as error:
+            self.messages.append(str(error))
+
+    def report(self) -> None:
+        """Raise a [`UserError`] with all messages, if there are any."""
+        if self.messages:
+            raise UserError("\n".join(dict.fromkeys(self.messages)))
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Put a place, such as the section of a recipe, in front of the messages of errors raised inside the block."""

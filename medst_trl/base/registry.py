@@ -104,17 +104,12 @@ class Registry(Generic[_T]):
         """Return `name` if it is registered; raise as [`get`] otherwise."""
         return self.get(name).name
 
-    def names(self) -> list[str]:
-        """All names in listing order."""
-        self._load()
-        return [item.name for item in self.order(list(self._objects.values()))]
-
     def built_in(self) -> list[str]:
         """Names of the objects that come with the package, in order."""
-        return [name for name in self.names() if self._origins[name] == _PACKAGE]
+        return [name for name in self if self._origins[name] == _PACKAGE]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        return (item.name for item in self.values())
 
     def __contains__(self, name: object) -> bool:
         self._load()
@@ -122,7 +117,8 @@ class Registry(Generic[_T]):
 
     def values(self) -> list[_T]:
         """All objects in listing order."""
-        return [self._objects[name] for name in self.names()]
+        self._load()
+        return list(self.order(list(self._objects.values())))
 
     def settings(self) -> list[type]:
         """The dataclasses with settings of the objects, without those of objects that have none."""

@@ -109,6 +109,13 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise UserError(f"Unknown {name} {value!r}.{closest(str(value), known)} Choose one of {', '.join(known)}.")
 
 
+def check_url(name: str, value: str | None) -> None:
+    """Refuse an address without `http://` or `https://`. None means that the setting is not given."""
+    if value is not None and not value.startswith(("http://", "https://")):
+        # Without the value: it may hold a password.
+        raise UserError(f"{name} must start with http:// or https://, for example http://localhost:8000/v1.")
+
+
 def make_lists(args: Any, *names: str) -> None:
     """Convert settings with a single value to lists, so that a recipe can omit the brackets."""
     for name in names:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medst_trl.base.errors import UserError, closest, located
+from medst_trl.base.errors import Problems, UserError, closest, located
 from medst_trl.base.redaction import is_secret_key
 
 
@@ -48,6 +48,11 @@ class Option:
             return [name]
         is_option = self.value.startswith("-") or _opens_option(self.value)
         return [f"{name}={self.value}"] if is_option else [name, self.value]
+
+
+def words_of(options: Iterable[Option]) -> list[str]:
+    """Options as words of another command line."""
+    return [word for option in options for word in option.as_words()]
 
 
 _ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
@@ -129,7 +134,9 @@ def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return actions
 
 
-def convert(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def convert(
+    parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str, complete: bool = False
+) -> dict[str, Any]:
     """
     Check settings against a parser and convert each to its declared type.
 
@@ -140,22 +147,25 @@ def convert(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where:
             Key to value, as read from YAML or as text from the command line.
         where (`str`):
             The file and section of the settings. Every message starts with it.
+        complete (`bool`, *optional*, defaults to `False`):
+            Whether to refuse settings without a required one.
 
     Raises:
-        UserError: for an unknown key, a value of the wrong type, or one that is not among the choices.
+        UserError: for each unknown key, each value of the wrong type or not among the choices, and what is missing.
     """
-    actions = actions_of(parser)
-    for key in settings:
-        if key not in actions:
-            raise UserError(f"{where}: unknown key {key!r}.{closest(key, actions) or f' See `{parser.prog} --help`.'}")
-    return {key: _convert(actions[key], value, f"{where}: {key}") for key, value in settings.items()}
-
-
-def require(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str) -> None:
-    """Raise a [`UserError`] if a required setting is missing."""
-    missing = [key for key, action in actions_of(parser).items() if action.required and settings.get(key) is None]
-    if missing:
-        raise UserError(f"{where}: {' and '.join(missing)} must be set. See `{parser.prog} --help`.")
+    actions, problems, converted = actions_of(parser), Problems(), {}
+    for key, value in settings.items():
+        with problems.collect():
+            if key not in actions:
+                advice = closest(key, actions) or f" See `{parser.prog} --help`."
+                raise UserError(f"{where}: unknown key {key!r}.{advice}")
+            converted[key] = _convert(actions[key], value, f"{where}: {key}")
+    missing = [key for key, action in actions.items() if action.required and settings.get(key) is None]
+    with problems.collect():
+        if complete and missing:
+            raise UserError(f"{where}: {' and '.join(missing)} must be set. See `{parser.prog} --help`.")
+    problems.report()
+    return converted
 
 
 def parse(

@@ -37,22 +37,23 @@ first round.
 
 import os
 import re
-from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import Problems, UserError, closest
 from medst_trl.base.registry import PLUGINS_VARIABLE
 
-from .options import Option, actions_of, as_count, convert, refuse_secrets, require
+from .options import Option, actions_of, as_count, convert, refuse_secrets
+from .record import RECORD_FILE
 from .stage import MODEL, RUN, STAGES, Stage
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # shared or in a section; they are for the launcher
 RECIPE_KEYS = ("output_dir", "env", "rounds", *LAUNCH_KEYS)
 
@@ -75,6 +76,8 @@ class Step:
             Name or path of the launcher's configuration, if one is given.
         num_processes (`int`, *optional*):
             Number of processes, if one is given.
+        given (`frozenset` of `str`):
+            The settings that its section or `--section.key` sets: neither shared ones nor default inputs.
     """
 
     stage: Stage
@@ -83,6 +86,12 @@ class Step:
     where: str
     accelerate_config: str | None = None
     num_processes: int | None = None
+    given: frozenset[str] = frozenset()
+
+    @property
+    def replaces_results(self) -> bool:
+        """Whether it deletes the results of an earlier run when it starts."""
+        return bool(self.settings.get("overwrite")) and Path(self.settings["output_dir"], RECORD_FILE).exists()
 
 
 @dataclass(frozen=True)
@@ -129,17 +138,12 @@ class Recipe:
         self.sections = {name: _items(path, name, content[name]) for name in STAGES if name in content}
         self.shared = {key: value for key, value in content.items() if key not in STAGES}
         self.options = options
-        self._parsers: dict[str, ArgumentParser] = {}
+        self._parser = cache(lambda name: STAGES.get(name).make_parser())  # those of the training stages import torch
         if not self.sections:
             raise UserError(
                 f"{path}: a recipe needs a section for at least one stage ({', '.join(STAGES)}). "
                 f"Settings of a single stage are for `medst <stage> --config {path}`."
             )
-        for option in options:
-            if option.target is not None and option.target not in self.labels:
-                raise UserError(f"--{option.target}.{option.key}: {self._no_section(option.target)}")
-            if re.fullmatch(r"round_\d+", option.target or ""):
-                raise UserError(f"--{option.target}.{option.key}: name a section, such as {option.target}/dpo.")
 
     @cached_property
     def output_dir(self) -> str:
@@ -158,11 +162,12 @@ class Recipe:
         in_rounds = [step for step in self._without_rounds if step.stage.repeats or step.stage.joins_rounds]
         labels = [*self.sections, *(step.section for step in self._without_rounds)]
         for number in range(1, (self.rounds or 0) + 1):
-            names = [name for step in in_rounds for name in (step.stage.name, step.section)]
-            labels += [f"round_{number}", *(f"round_{number}/{name}" for name in names)]
+            labels += [f"round_{number}", *(replace(step, round=number).label for step in in_rounds)]
         return list(dict.fromkeys(labels))
 
-    def steps(self, which: str | None = None, complete: bool = True) -> list[Step]:
+    def steps(
+        self, which: str | None = None, complete: bool = True, check: Callable[[Step], Any] = lambda step: None
+    ) -> list[Step]:
         """
         Return the steps to run, in pipeline order, with checked settings.
 
@@ -171,22 +176,41 @@ class Recipe:
                 A stage (`"prepare"`), an item (`"prepare/slake"`), a round or a label. All by default.
             complete (`bool`, *optional*, defaults to `True`):
                 Whether to refuse a step without a required setting.
+            check (`Callable`, *optional*):
+                Takes a step whose settings are valid, and raises a [`UserError`] if the step cannot work.
 
         Raises:
-            UserError: for an unknown key or an invalid value in the recipe or on the command line.
+            UserError: for all unknown keys and invalid values in the recipe and on the command line, and all errors of
+                `check`, one per line.
         """
         chosen = [step for step in self._in_order() if which in (None, *step.targets, f"round_{step.round}")]
         if not chosen:
             raise UserError(self._no_section(which))
-        self._check_shared_keys(first=[step.stage.name for step in chosen])
-        steps = [self._step(step) for step in chosen]
-        for step in steps if complete else ():
-            require(self._parser(step.stage), step.settings, step.where)
+        steps, problems = [], Problems()
+        for option in self.options:
+            with problems.collect():
+                self._check_option(option, chosen)
+        for key in self.shared | self._options_for():
+            with problems.collect():
+                self._check_shared_key(key, first=[step.stage.name for step in chosen])
+        for step in chosen:
+            with problems.collect():
+                steps.append(self._step(step, complete))
+                check(steps[-1])
+        problems.report()
         return steps
+
+    def unused_options(self, steps: Sequence[Step]) -> Iterator[str]:
+        """Yield a note for each option for all stages (`--key`) that none of these steps take: it is for others."""
+        taken = set(RECIPE_KEYS).union(*(self._shared_keys(step.stage) for step in steps))
+        for key in [key for key in self._options_for() if key not in taken]:
+            by_name = [f"--{step.label}.{key}" for step in steps if key in self._keys(step.stage)]
+            advice = f" Use {' and '.join(by_name)} to set it." if by_name else ""
+            yield f"--{key} has no effect on {', '.join(step.label for step in steps)}.{advice}"
 
     # The settings of a step
 
-    def _step(self, step: _PendingStep) -> Step:
+    def _step(self, step: _PendingStep, complete: bool) -> Step:
         where, stage = f"{self.path}, section {step.label}", step.stage
         own = step.settings | self._options_for(*step.targets)
         if step.round is not None and "output_dir" in own:
@@ -194,15 +218,12 @@ class Recipe:
         for key in LAUNCH_KEYS:
             if key in own and not stage.distributed:
                 raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
-        known = self._keys(stage)
-        for option in self.options:
-            if option.target in step.targets and option.key not in known.union(LAUNCH_KEYS):
-                advice = closest(option.key, known) or f" See `medst {stage.name} --help`."
-                raise UserError(f"--{option.target}.{option.key}: {stage.name} has no such setting.{advice}")
-        settings = self._merge(step)
+        known = self._keys(stage) | step.settings.keys() | set(LAUNCH_KEYS)  # other options are already refused
+        settings = {key: value for key, value in self._merge(step).items() if key in known}
         config, number = (settings.pop(key, None) for key in LAUNCH_KEYS)
-        settings = convert(self._parser(stage), settings, where)
-        return Step(stage, step.label, settings, where, config, as_count(number, "num_processes", where))
+        number = as_count(number, "num_processes", where)
+        settings = convert(self._parser(stage.name), settings, where, complete)
+        return Step(stage, step.label, settings, where, config, number, frozenset(own))
 
     def _merge(self, step: _PendingStep) -> dict[str, Any]:
         """Merge the settings of a step, in the order in the docstring of this module."""
@@ -324,31 +345,38 @@ class Recipe:
 
     # Checks
 
-    def _parser(self, stage: Stage) -> ArgumentParser:
-        if stage.name not in self._parsers:  # those of the training stages import torch
-            self._parsers[stage.name] = stage.make_parser(f"medst {stage.name}")
-        return self._parsers[stage.name]
-
     def _keys(self, stage: Stage) -> set[str]:
-        return set(actions_of(self._parser(stage)))
+        return set(actions_of(self._parser(stage.name)))
 
     def _shared_keys(self, stage: Stage) -> set[str]:
         """The settings that a stage takes from the top level of the recipe and from `--key`."""
         return self._keys(stage) - stage.not_shared
 
-    def _check_shared_keys(self, first: Sequence[str]) -> None:
-        """Check that a stage here takes each shared key. Those in `first` come first: it imports less."""
+    def _check_option(self, option: Option, chosen: Sequence[_PendingStep]) -> None:
+        """Check that an option for a section names a section, and a setting if that section is chosen."""
+        name, target = f"--{option.target}.{option.key}", option.target
+        if target is None:
+            return
+        if target not in self.labels:
+            raise UserError(f"{name}: {self._no_section(target)}")
+        if re.fullmatch(r"round_\d+", target):
+            raise UserError(f"{name}: name a section, such as {target}/dpo.")
+        stage = next((step.stage for step in chosen if target in step.targets), None)
+        if stage is not None and option.key not in self._keys(stage).union(LAUNCH_KEYS):
+            advice = closest(option.key, self._keys(stage)) or f" See `medst {stage.name} --help`."
+            raise UserError(f"{name}: {stage.name} has no such setting.{advice}")
+
+    def _check_shared_key(self, key: str, first: Sequence[str]) -> None:
+        """Check that a stage here takes a shared key. Those in `first` come first: it imports less."""
         stages = [STAGES.get(name) for name in dict.fromkeys([*first, *self.sections])]
-        options = self._options_for()
-        for key in self.shared | options:
-            if key in RECIPE_KEYS or any(key in self._shared_keys(stage) for stage in stages):
-                continue
-            if owners := [stage.name for stage in stages if key in self._keys(stage)]:
-                raise UserError(f"{self.path}: {key} is not shared. Set it in a section, or as --{owners[0]}.{key}.")
-            near = closest(key, {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages)))
-            if key in options:
-                raise UserError(f"--{key}: no stage of {self.path} has such a setting.{near}")
-            raise UserError(f"{self.path}: {key!r} is neither a section nor a setting of any stage here.{near}")
+        if key in RECIPE_KEYS or any(key in self._shared_keys(stage) for stage in stages):
+            return
+        if owners := [stage.name for stage in stages if key in self._keys(stage)]:
+            raise UserError(f"{self.path}: {key} is not shared. Set it in a section, or as --{owners[0]}.{key}.")
+        near = closest(key, {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages)))
+        if key in self._options_for():
+            raise UserError(f"--{key}: no stage of {self.path} has such a setting.{near}")
+        raise UserError(f"{self.path}: {key!r} is neither a section nor a setting of any stage here.{near}")
 
     def _no_section(self, name: str) -> str:
         labels = self.labels
@@ -411,14 +439,13 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
             raise UserError(f"{path} runs {stage.name} several times:{commands}")
         return steps[0]
     settings = {key: value for key, value in content.items() if key not in ("env", *LAUNCH_KEYS)}
-    settings = convert(stage.make_parser(f"medst {stage.name}"), settings, str(path))
+    settings = convert(stage.make_parser(), settings, str(path))
     number = as_count(content.get("num_processes"), "num_processes", str(path))
     return Step(stage, stage.name, settings, str(path), content.get("accelerate_config"), number)
 
 
 def _read(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
-    refuse_secrets(_all_keys(content))
     env = content.get("env") or {}
     if not isinstance(env, dict):
         raise UserError(f"{path}: env must map names of environment variables to their values.")
@@ -431,27 +458,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _all_keys(content: Any) -> Iterator[str]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield str(key)
-            yield from _all_keys(value)
-    elif isinstance(content, list):
-        for item in content:
-            yield from _all_keys(item)
-
-
 # Files
-
-
-def recipes_directory() -> Path:
-    """The directory of the packaged recipes."""
-    return Path(__file__).parents[1] / "recipes"
 
 
 def packaged_recipes() -> dict[str, Path]:
     """The files of the packaged recipes, by name."""
-    return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 def find_recipe(source: str | os.PathLike) -> Path:
@@ -484,7 +496,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Read a mapping from YAML 1.2, in which `1e-4` is a number and `no` is text.
 
     Raises:
-        UserError: if it is not YAML, is not a mapping, or has a key twice.
+        UserError: if it is not YAML, is not a mapping, or has a key twice or one that holds a secret.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -500,6 +512,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        refuse_secrets(keys)
         for key, _ in node.value:
             if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)

@@ -26,8 +26,8 @@ and `main` import what they need when they are called.
 """
 
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -309,13 +309,28 @@ class Stage:
             if (value := settings.get(name)) not in (None, "", []) and not isinstance(value, dict)
         }
 
-    def make_parser(self, prog: str | None = None, *, is_listing: bool = False) -> "TrlParser":
+    def ignored(self, arguments: Sequence[Any], given: Collection[str]) -> Iterator[str]:
+        """
+        Yield a note for each setting that has no effect: those of a source, engine or metric that is not chosen.
+
+        Args:
+            arguments (sequence of dataclasses): All settings of the stage.
+            given (collection of `str`): The settings that the user has given for this stage.
+        """
+        values = {name: value for item in arguments for name, value in vars(item).items()}
+        for key, registry in self.registries.items():
+            chosen = values[key] if isinstance(values[key], list) else [values[key]]
+            others = [item for item in registry.values() if item.name not in chosen]
+            for item in (item for item in others if getattr(item, "settings", None) is not None):
+                owner = f"the {registry.kind} {item.name}, and {key} is {', '.join(map(str, chosen))}"
+                for name in [setting.name for setting in fields(item.settings) if setting.name in given]:
+                    yield f"{name} is ignored: it is a setting of {owner}"
+
+    def make_parser(self, *, is_listing: bool = False) -> "TrlParser":
         """
         Make the parser of its settings. Its errors raise a [`UserError`]; argparse would print all options and exit.
 
         Args:
-            prog (`str`, *optional*):
-                The command, for its help and messages.
             is_listing (`bool`, *optional*, defaults to `False`):
                 Whether it is only for `--help`, which shows the settings in `listed`.
         """
@@ -333,16 +348,26 @@ class Stage:
                         f"The {owners[name]} and the {owner} both have a setting {name!r}. Rename one of them."
                     )
         parser = TrlParser(
-            kinds, prog=prog, description=self.help.strip(), formatter_class=_Help, allow_abbrev=False
+            kinds,
+            prog=f"medst {self.name}",
+            description=self.help.strip(),
+            formatter_class=_Help,
+            allow_abbrev=False,
         )  # an abbreviation could be meant for the launcher
         parser.error = self.refuse
         for key, registry in self.registries.items():
             action = parser._option_string_actions[f"--{key}"]
             names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())
             action.help, action.type = f"{action.help} One of {names}.".replace("%", "%%"), registry.check
+        for action in parser._actions:
+            if action.nargs == 0 and action.const is False:  # --no_x, which turns a flag off
+                action.help = SUPPRESS
         needed = (f"{action.option_strings[0]} {action.dest.upper()}" for action in parser._actions if action.required)
         parser.usage = " ".join(["%(prog)s", *needed, "[--setting value ...]"])  # the complete one fills three screens
-        parser.epilog = "--config FILE reads settings from a recipe or a flat YAML file."
+        parser.epilog = (
+            "--config FILE reads settings from a recipe or a flat YAML file. --no_x turns off a flag x that is on by "
+            "default, like --x false."
+        )
         if self.distributed:
             parser.epilog += (
                 " --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes "

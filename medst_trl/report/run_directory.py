@@ -164,7 +164,7 @@ def read_run(directory: str | os.PathLike) -> Run:
             f"{path} holds no stage yet (no {RECORD_FILE} in a directory of its own), so there is nothing to report. "
             "Run a recipe first (`medst run demo`), or give the directory that its output_dir names."
         )
-    order = STAGES.names()
+    order = list(STAGES)
     run.stages.sort(key=lambda stage: (stage.round, order.index(stage.stage.name), stage.started, stage.name))
     return run
 

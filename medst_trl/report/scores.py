@@ -169,7 +169,7 @@ def read_evaluations(run: Run) -> list[Evaluation]:
         if not evaluations:
             run.notes.append(f"{stage.name} has no scores yet ({stage.state}).")
         found += evaluations
-    order = STAGES.names()
+    order = list(STAGES)
 
     def age(evaluation: Evaluation) -> tuple[int, int, str]:
         trained_by = evaluation.trained_by

@@ -3,7 +3,7 @@
 
 import pytest
 
-from medst_trl.base.errors import closest
+from medst_trl.base.errors import Problems, UserError, closest
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,15 @@ from medst_trl.base.errors import closest
 )
 def test_the_closest_word_is_similar_or_shares_its_beginning(word, known, expected):
     assert closest(word, known) == expected
+
+
+def test_problems_are_reported_together_and_once():
+    problems = Problems()
+    for message in ("first", "second", "first"):
+        with problems.collect():
+            raise UserError(message)
+    with pytest.raises(UserError, match="^first\nsecond$"):
+        problems.report()
+    with pytest.raises(ZeroDivisionError), Problems().collect():
+        1 / 0  # noqa: B018
+    Problems().report()

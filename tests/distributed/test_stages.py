@@ -21,8 +21,8 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.registry import PLUGINS_VARIABLE
+from medst_trl.cli import run_launched as run_recipe
 from medst_trl.data.schema import instruct_features, preference_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.launch import launch_command, without_launcher

@@ -1,8 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,9 @@ import time
 import pytest
 from jsonl import write_prediction
 
-from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import guarded, main
+from medst_trl.cli import run_launched as run_recipe
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import (
     CONFIGS,
@@ -147,6 +149,17 @@ def test_help_lists_common_settings_and_help_all_lists_every_setting(stage, caps
             assert real.type is action.type, key
 
 
+def test_help_leaves_out_the_negative_spelling_of_flags(capsys):
+    for stage in ("generate", "sft"):
+        assert main([stage, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert not re.search(r"--no[-_](?!x )", text) and "--no_x turns off a flag x" in " ".join(text.split())
+    parser = STAGES.get("generate").make_parser()
+    words = ["--model_name_or_path", "m", "--images", "i", "--output_dir", "o"]
+    assert parser.parse_args(words).english_questions
+    assert not parser.parse_args([*words, "--no_english_questions"]).english_questions
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -197,7 +210,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     recipes.mkdir()
     (recipes / "mini.yaml").write_text(RECIPE)
     (recipes / "mini.yaml").chmod(0o755)
-    monkeypatch.setattr("medst_trl.pipeline.recipe.recipes_directory", lambda: recipes)
+    monkeypatch.setattr("medst_trl.pipeline.recipe.RECIPES", recipes)
     assert main(["recipes", "ls"]) == 0
     assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take seconds.\n"]
     assert main(["recipes", "show", "mini"]) == 0
@@ -232,6 +245,13 @@ def test_a_stage_runs_in_this_process_with_overridden_settings(recipe, tmp_path,
     assert main(["prepare", "--config", "mine.yaml", "--num_phantoms", "3", "--output_dir", "elsewhere"]) == 0
     settings = json.loads((tmp_path / "elsewhere" / "stage.json").read_text())["settings"]
     assert (settings["num_phantoms"], settings["num_test_phantoms"]) == (3, 2)
+
+
+def test_a_setting_of_another_source_is_named(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["prepare", "--config", "mine.yaml", "--output_dir", "elsewhere", "--language", "en"]) == 0
+    note = "Note: medst prepare: language is ignored: it is a setting of the source slake, and source is phantoms.\n"
+    assert capsys.readouterr().err == note
 
 
 def test_options_of_accelerate_start_the_launcher(monkeypatch):
@@ -289,6 +309,54 @@ def test_the_command_to_continue_does_not_overwrite(recipe, monkeypatch, capsys)
     monkeypatch.setattr(launch, "run", lambda command, environment: 1)
     assert main(["run", "mine.yaml", "--overwrite", "true", "--stage", "prepare", "--prepare.overwrite=true"]) == 1
     assert capsys.readouterr().err.endswith("  medst run mine.yaml --stage prepare\n")
+
+
+@pytest.mark.parametrize(("answer", "is_run"), [("y\n", True), ("n\n", False), ("", False), (None, True)])
+def test_overwriting_every_stage_is_confirmed_on_a_terminal(recipe, tmp_path, monkeypatch, capsys, answer, is_run):
+    stdin, ran = io.StringIO(answer), []
+    stdin.isatty = lambda: answer is not None
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(launch, "run", lambda command, environment: ran.append(command) or 0)
+    assert main(["run", "mine.yaml", "--overwrite"]) == 0  # there is nothing to delete
+    (tmp_path / "out" / "prepare").mkdir(parents=True)
+    (tmp_path / "out" / "prepare" / "stage.json").write_text("{}")
+    capsys.readouterr()
+    ran.clear()
+    assert main(["run", "mine.yaml", "--overwrite"]) == (0 if is_run else 2)
+    out, err = capsys.readouterr()
+    assert len(ran) == (2 if is_run else 0)
+    assert ("--overwrite deletes these results:\n  out/prepare\nDelete" in out) == (answer is not None)
+    assert ("Nothing was deleted." in err) == (not is_run)
+    ran.clear()
+    assert main(["run", "mine.yaml", "--overwrite", "--stage", "prepare"]) == 0 and len(ran) == 1
+    assert "deletes" not in capsys.readouterr().out
+
+
+def test_the_dry_run_lists_what_overwrite_replaces(recipe, tmp_path, capsys):
+    (tmp_path / "out" / "prepare").mkdir(parents=True)
+    (tmp_path / "out" / "prepare" / "stage.json").write_text("{}")
+    assert main(["run", "mine.yaml", "--dry_run"]) == 0
+    assert "replaces" not in capsys.readouterr().out
+    assert main(["run", "mine.yaml", "--dry_run", "--overwrite"]) == 0
+    assert capsys.readouterr().out.count("  replaces    the results in out/prepare\n") == 1
+
+
+def test_what_a_later_stage_refuses_is_reported_before_the_first_runs(recipe, monkeypatch, capsys):
+    recipe.write_text(f"{RECIPE}judge: {{candidates: c, model: m, base_url: localhost}}\n")
+    monkeypatch.setattr(launch, "run", lambda command, environment: pytest.fail("a stage has started"))
+    assert main(["run", "mine.yaml", "--prepare.max_records", "0", "--evaluate.bootstrap_samples", "few"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "section prepare: max_records is 0. It must be at least 1." in lines[0]
+    assert "section judge: base_url must start with http:// or https://" in lines[1]
+    assert "section evaluate: bootstrap_samples: 'few' is not a valid int" in lines[2] and len(lines) == 3
+
+
+def test_an_option_that_the_selected_stage_does_not_take_is_named(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "run", lambda command, environment: 0)
+    assert main(["run", "mine.yaml", "--stage", "evaluate", "--num_phantoms", "5"]) == 0
+    assert capsys.readouterr().err == "Note: --num_phantoms has no effect on evaluate.\n"
+    assert main(["run", "mine.yaml", "--num_phantoms", "5"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_summary_of_a_run_aligns_labels_and_directories(recipe, monkeypatch, capsys):
@@ -371,7 +439,7 @@ def test_two_processes_run_a_recipe_together(recipe, tmp_path):
 def test_several_training_stages_in_one_launch_are_refused(recipe, launcher, monkeypatch, variables):
     recipe.write_text("output_dir: out\nsft: {model_name_or_path: m, dataset: d}\ndpo: {dataset: p}\nmerge:\n")
     ran = []
-    monkeypatch.setattr("medst_trl.__main__._run", lambda step: ran.append(step.label))
+    monkeypatch.setattr("medst_trl.cli._run", lambda step: ran.append(step.label))
     run_recipe(["mine.yaml"])
     assert ran == ["sft", "dpo", "merge"]
     launcher(**variables)

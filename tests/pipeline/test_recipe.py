@@ -252,6 +252,47 @@ def test_errors_name_their_location(tmp_path, text, words, message):
         steps(tmp_path, text, *words)
 
 
+def test_all_mistakes_are_reported_in_one_go(tmp_path):
+    text = """
+wramup_steps: 3
+base: {learning_rate: fast, warmup_stepz: 3}
+prepare: {seed: one}
+evaluate: {benchmark: b, engine: servr}
+"""
+    with pytest.raises(UserError) as error:
+        steps(tmp_path, text, "--base.sed", "1", "--merge.dtype", "x", "--nothing", "1")
+    messages = str(error.value).splitlines()
+    expected = [
+        "--base.sed: base has no such setting. Did you mean 'seed'?", "--merge.dtype: ", "'wramup_steps' is neither",
+        "--nothing: no stage of", "section base: learning_rate: 'fast' is not a valid float.",
+        "section base: unknown key 'warmup_stepz'.", "section prepare: seed: 'one' is not a valid int.",
+        "section prepare: source must be set.", "section evaluate: engine: Unknown engine 'servr'.",
+    ]  # fmt: skip
+    assert len(messages) == len(expected), messages
+    assert all(part in message for part, message in zip(expected, messages)), messages
+
+
+def test_a_check_of_steps_is_reported_with_the_other_mistakes(tmp_path):
+    def check(step):
+        raise UserError(f"{step.where}: refused")
+
+    with pytest.raises(UserError, match="section base: refused\n.*section prepare: source must be set"):
+        read_recipe(write(tmp_path, "base:\nprepare:")).steps(check=check)
+
+
+def test_options_that_the_selected_stage_does_not_take_are_named(tmp_path):
+    def notes(*words, which=None):
+        recipe = read_recipe(write(tmp_path, CALLS), read_options(["recipe", *words])[1])
+        return list(recipe.unused_options(recipe.steps(which)))
+
+    words = ("--max_cost", "5", "--min_margin", "2", "--seed", "1", "--output_dir", "x", "--num_processes", "2")
+    assert notes(*words) == []
+    assert notes(*words, which="generate") == [
+        "--max_cost has no effect on generate. Use --generate.max_cost to set it.",
+        "--min_margin has no effect on generate.",
+    ]
+
+
 def test_a_stage_without_a_section_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no section 'sft'. Its sections: base"):
         steps(tmp_path, "base:", which="sft")
@@ -422,6 +463,7 @@ def test_steps_of_rounds_can_be_selected_and_configured(tmp_path):
         (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "Remove it"),
         (LOOP.replace("dpo: {beta: 0.2}", "dpo: [{name: a}, {name: b}]"), ["--rounds", "2"], "not lists"),
         (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
+        (LOOP, ["--rounds", "2", "--round_1/evaluate.seed", "1"], "no section 'round_1/evaluate'"),  # a list
         (LOOP, ["--rounds", "2", "--round_2.beta", "1"], "--round_2.beta: name a section, such as round_2/dpo"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import world_size
-from medst_trl.base.settings import check_choice, documented
+from medst_trl.base.settings import check_choice, check_url, documented
 from medst_trl.data.source import printable
 from medst_trl.engines.client import (
     CALL_SETTINGS,
@@ -245,6 +245,7 @@ def _check(settings: ServerSettings, model_name_or_path: str) -> None:
     check_choice("server_kind", settings.server_kind, SERVER_KINDS)
     if not settings.base_url:
         raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
+    check_url("base_url", settings.base_url)
     settings.check_calls(model_name_or_path)
 
 

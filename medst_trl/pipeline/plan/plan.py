@@ -120,6 +120,9 @@ class _Plan:
         if step.stage.plan is not None:
             own = (item for item in arguments if not isinstance(item, HubArguments))
             yield from (row for row in step.stage.plan(counts, *own) if row[1])
+        if step.replaces_results:
+            yield "replaces", f"the results in {step.settings['output_dir']}"
+        yield from (("note", note) for note in step.stage.ignored(arguments, step.given))
         yield from _downloads(step, self.steps, self.downloaded)
         yield from _uploads(step, arguments)
 

@@ -50,7 +50,7 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
     trains, settings = step.stage.trains, step.settings
     if trains:
         settings = {key: value for key, value in settings.items() if key not in _MACHINE_SETTINGS} | {"bf16": False}
-    arguments = parse(step.stage.make_parser(f"medst {step.stage.name}"), settings, step.where)
+    arguments = parse(step.stage.make_parser(), settings, step.where)
     if trains:
         training, bf16 = arguments[-1], step.settings.get("bf16")
         training.fp16 = bool(step.settings.get("fp16"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from medst_trl.base.errors import UserError, located
+from medst_trl.base.errors import Problems, UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
 from medst_trl.pipeline.batch import Batch
@@ -40,22 +40,17 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
     Raises:
         UserError: with every problem and its place.
     """
-    chosen = {step.label for step in recipe.steps(which)}
+    chosen = {step.label for step in recipe.steps(which, check=stage_arguments)}
     steps = recipe.steps(complete=False)
-    lines, problems, width = [], [], max(map(len, chosen)) + 2
+    lines, problems, width = [], Problems(), max(map(len, chosen)) + 2
     for number, step in enumerate(steps):
         if step.label not in chosen:
             continue
-        try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
-                results = _inputs(step, steps[:number], steps[number:])
-                results += _launch(step, stage_arguments(step))
-        except UserError as error:
-            problems.append(str(error))
-        else:
+        with problems.collect(), warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries
+            arguments, results = stage_arguments(step), _inputs(step, steps[:number], steps[number:])
+            results += [*_launch(step, arguments), *step.stage.ignored(arguments, step.given)]
             lines.append(f"{step.label:<{width}}{'; '.join(results) or 'ready'}")
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+    problems.report()
     return lines
 
 

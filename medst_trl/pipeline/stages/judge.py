@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
-from medst_trl.base.settings import check_bounds, documented, make_lists
+from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import load_records, preference_features, with_stored_images, write_split
 from medst_trl.engines.client import CALL_SETTINGS
@@ -169,6 +169,7 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     elif args.model is None:
         raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
     else:
+        check_url("base_url", args.base_url)
         args.check_calls(args.model)
     check_bounds(
         args,

@@ -9,9 +9,9 @@ import pytest
 from fake_hub import client, serve_hub
 from recipe_models import CONFIGS, config_directory
 
-from medst_trl.__main__ import main as run_recipe
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main
+from medst_trl.cli import run_launched as run_recipe
 from medst_trl.pipeline.plan.steps import RecipeCounts
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.stage import STAGES

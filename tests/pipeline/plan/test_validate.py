@@ -131,6 +131,31 @@ def test_errors_are_reported_with_their_location(check, old, new, message):
     assert code == 2 and message in out and "Traceback" not in out
 
 
+def test_all_mistakes_in_settings_are_reported_in_one_go(check):
+    code, out = check("--judge.base_url", "localhost:8000/v1", "--sft.max_length", "-5", "--dpo.beta", "much")
+    assert code == 2 and "Traceback" not in out
+    lines = out.splitlines()
+    assert "section sft: max_length is -5" in lines[0]
+    assert lines[1].endswith(
+        "section judge: base_url must start with http:// or https://, for example http://localhost:8000/v1."
+    )
+    assert "section dpo: beta: 'much' is not a valid float" in lines[2] and len(lines) == 3
+    server = ["--generate.engine", "server", "--generate.base_url", "localhost:8000/v1"]
+    assert "section generate: base_url must start with http:// or https://" in check(*server)[1]
+
+
+def test_settings_of_a_source_or_engine_that_is_not_chosen_are_named(check):
+    code, out = check("--prepare.num_phantoms", "4", "--generate.timeout", "9", "--evaluate.batch_size", "2")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0
+    assert lines["prepare"].endswith(
+        "; num_phantoms is ignored: it is a setting of the source phantoms, and source is llava"
+    )
+    assert "timeout is ignored: it is a setting of the engine server, and engine is transformers" in lines["generate"]
+    assert "ignored" not in lines["evaluate"]
+    assert "ignored" not in check("--concurrency", "4")[1]  # shared: for the judge
+
+
 def test_columns_and_splits_of_datasets_on_disk_are_checked(check, tmp_path):
     name = ("org/benchmark", "theirs/benchmark")
     (tmp_path / "theirs").mkdir()

@@ -355,7 +355,7 @@ def test_an_empty_candidates_directory_is_refused(tmp_path):
 
 
 def test_help_shows_the_command_and_every_setting():
-    text = STAGE.make_parser("medst judge").format_help()
+    text = STAGE.make_parser().format_help()
     assert "medst judge" in text
     for name in (*JudgeArguments.__dataclass_fields__, "oracle_error_rate"):
         assert f"--{name}" in text
@@ -426,9 +426,7 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
     with pytest.raises(UserError, match="Unknown judge prompt 'letter'. Choose one of"):
         JUDGE_PROMPTS.get("letter")
     with letter_prompt(tmp_path, monkeypatch) as plugin:
-        assert "letter (one letter for the better answer)" in " ".join(
-            STAGE.make_parser("medst judge").format_help().split()
-        )
+        assert "letter (one letter for the better answer)" in " ".join(STAGE.make_parser().format_help().split())
         assert medst(["recipes", "validate", "my.yaml", "--plugins", str(plugin)]) == 0
         assert medst(["run", "my.yaml", "--dry_run", "--plugins", str(plugin)]) == 0
         assert "US dollars for all of them" in capsys.readouterr().out
@@ -478,7 +476,7 @@ def test_every_command_accepts_a_registered_local_judge(candidates, tmp_path, mo
     with letter_prompt(tmp_path, monkeypatch):
         LOCAL_JUDGES.register(CoinArguments)
         try:
-            assert "--coin_side" in STAGE.make_parser("medst judge").format_help()
+            assert "--coin_side" in STAGE.make_parser().format_help()
             assert medst(["recipes", "validate", "my.yaml"]) == 0
             assert medst(["run", "my.yaml", "--dry_run"]) == 0
             assert "none: a coin" in capsys.readouterr().out

@@ -322,7 +322,7 @@ def test_mevf_without_the_release_publishes_no_file_name_as_link(tmp_path):
 
 def test_help_imports_no_heavy_package():
     code = (
-        "import sys, medst_trl.pipeline.stages.prepare as p; p.STAGE.make_parser(prog='x').format_help(); "
+        "import sys, medst_trl.pipeline.stages.prepare as p; p.STAGE.make_parser().format_help(); "
         "print([name for name in ('torch', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
