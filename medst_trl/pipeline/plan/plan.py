@@ -50,7 +50,7 @@ def print_plan(source: str, options: Sequence[Option], which: str | None = None)
         UserError: if the recipe could not run.
     """
     recipe = read_recipe(source, [option for option in options if option.key != "throughput"])
-    chosen, steps = recipe.steps(which), recipe.steps(complete=False)
+    chosen, steps = recipe.steps(which, check=stage_arguments), recipe.steps(complete=False)
     plan = _Plan(steps, _read_throughput(options, recipe.path, steps))
     lines = [f"Plan of {recipe.path}. Nothing is run, downloaded or uploaded.", f"Results go to {recipe.output_dir}."]
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
