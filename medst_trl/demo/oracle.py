@@ -24,8 +24,7 @@ from medst_trl.data.images import image_id
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, LocalJudge
 
-from . import phantoms
-from .phantoms import Truth
+from .phantoms import BRIGHTNESSES, MODALITIES, QUADRANTS, SIZE, SIZES, Truth, answer, draw_phantoms, is_well_formed
 
 
 if TYPE_CHECKING:
@@ -33,12 +32,7 @@ if TYPE_CHECKING:
 
 MOST_PHANTOMS = 100_000  # drawn to find the images
 
-_VALUES = {
-    "modality": phantoms.MODALITIES,
-    "quadrant": phantoms.QUADRANTS,
-    "size": phantoms.SIZES,
-    "brightness": phantoms.BRIGHTNESSES,
-}
+_VALUES = {"modality": MODALITIES, "quadrant": QUADRANTS, "size": SIZES, "brightness": BRIGHTNESSES}
 
 
 def score_answer(question: str, text: str, truth: Truth) -> int:
@@ -49,9 +43,9 @@ def score_answer(question: str, text: str, truth: Truth) -> int:
     facts that they add. An answer without a correct fact scores 1, and so does every answer to a text that is not a
     question or that this phantom cannot answer.
     """
-    if not phantoms.is_well_formed(question, truth):
+    if not is_well_formed(question, truth):
         return 1
-    right_answer = phantoms.answer(question, truth)
+    right_answer = answer(question, truth)
     if _plain(text) == _plain(right_answer):
         return 10
     expected, stated = _facts(right_answer), _facts(text)
@@ -110,7 +104,7 @@ def _prompt(version: str) -> JudgePrompt:
 def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
     """Find what each image shows by drawing the phantoms again."""
     truths = {}
-    for phantom in islice(phantoms.draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
+    for phantom in islice(draw_phantoms(seed, "unlabelled"), MOST_PHANTOMS):
         if len(truths) == len(image_ids):
             return truths
         if (name := image_id(phantom.image)) in image_ids:
@@ -165,9 +159,9 @@ class OracleArguments(LocalJudge):
     def check(self, args: Any) -> None:
         check_bounds(self, at_least={"oracle_error_rate": 0}, at_most={"oracle_error_rate": 1})
         _prompt(args.prompt_version)
-        if args.image_size < phantoms.SIZE:
+        if args.image_size < SIZE:
             raise UserError(
-                f"image_size is {args.image_size}. With oracle_error_rate it must be at least {phantoms.SIZE}: the "
+                f"image_size is {args.image_size}. With oracle_error_rate it must be at least {SIZE}: the "
                 "oracle recognizes phantoms by their pixels, so they must be sent unchanged."
             )
 

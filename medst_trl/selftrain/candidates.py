@@ -75,11 +75,10 @@ class _Record:
         record = cls(row["id"])
         try:
             record.images = open_images(row["images"])
-        except ValueError as error:
-            record.reject("unreadable_image", str(error))
-        else:
             if not record.images:
                 record.reject("no_image", "")
+        except ValueError as error:
+            record.reject("unreadable_image", str(error))
         return record
 
     def reject(self, reason: str, value: str, number: int | None = None) -> None:

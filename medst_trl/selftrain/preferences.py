@@ -5,7 +5,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,8 @@ def select_preferences(
     """
     rejected = list(rejected)
     total = len(pairs) + len(rejected)
-    usable, shared = _usable_pairs(pairs, rejected, _benchmark_overlap(benchmarks), keep_benchmark_images)
+    shared = _shared_with_benchmarks(pairs, benchmarks)
+    usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
         usable = _without(usable, near_duplicates(usable, duplicate_similarity), "near_duplicate_question", rejected)
@@ -173,40 +174,16 @@ def select_preferences(
         "pairs": total,
         **{name: _count(rows) for name, rows in splits.items()},
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
-        "shared_with_benchmarks": {what: shared[what] for what in ("image_and_question", "image", "question")},
+        "shared_with_benchmarks": {what: shared.count(what) for what in ("image_and_question", "image", "question")},
         "lengths": {name: length_statistics(rows) for name, rows in splits.items() if rows},
     }
     return Preferences(**splits, rejected=[item.as_row() for item in rejected], counts=counts)
 
 
-def _usable_pairs(
-    pairs: Sequence[dict],
-    rejected: list[Rejected],
-    overlap: Callable[[Sequence[str], str], str],
-    keep_benchmark_images: bool,
-) -> tuple[list[dict], Counter]:
-    """Return pairs without repeated ids, equal answers and benchmark images, and what pairs share with benchmarks."""
-    usable, ids, shared = [], set(), Counter()
-    for pair in pairs:
-        question = _text(pair, "prompt")
-        what = overlap(pair["image_ids"], question)
-        shared[what] += 1
-        if pair["id"] in ids:
-            rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
-        elif _text(pair, "chosen").split() == _text(pair, "rejected").split():
-            rejected.append(Rejected(pair["id"], "chosen_equals_rejected", _text(pair, "chosen")))
-        elif what in ("image", "image_and_question") and not keep_benchmark_images:
-            rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", question))
-        else:
-            usable.append(pair)
-        ids.add(pair["id"])
-    return usable, shared
-
-
-def _benchmark_overlap(benchmarks: Iterable["Dataset"]) -> Callable[[Sequence[str], str], str]:
+def _shared_with_benchmarks(pairs: Sequence[dict], benchmarks: Iterable["Dataset"]) -> list[str]:
     """
-    Return a function from images and a question to what they share with benchmarks: `"image_and_question"`, `"image"`,
-    `"question"` or `"nothing"`. Benchmarks have the columns `image_id` and `questions`; images are not decoded.
+    Return what each pair shares with benchmarks: `"image_and_question"`, `"image"`, `"question"` or `"nothing"`.
+    Benchmarks have the columns `image_id` and `questions`; images are not decoded.
     """
     questions_of: dict[str, set[str]] = defaultdict(set)
     for benchmark in benchmarks:
@@ -214,14 +191,32 @@ def _benchmark_overlap(benchmarks: Iterable["Dataset"]) -> Callable[[Sequence[st
             questions_of[row["image_id"]] |= {plain_question(item["question"]) for item in row["questions"]}
     all_questions = set().union(*questions_of.values())
 
-    def shared(image_ids: Sequence[str], question: str) -> str:
-        question = plain_question(question)
-        asked = [questions_of[image] for image in image_ids if image in questions_of]
+    def shared(pair: dict) -> str:
+        question = plain_question(_text(pair, "prompt"))
+        asked = [questions_of[image] for image in pair["image_ids"] if image in questions_of]
         if asked:
             return "image_and_question" if any(question in questions for questions in asked) else "image"
         return "question" if question in all_questions else "nothing"
 
-    return shared
+    return [shared(pair) for pair in pairs]
+
+
+def _usable_pairs(
+    pairs: Sequence[dict], shared: Sequence[str], keep_benchmark_images: bool, rejected: list[Rejected]
+) -> list[dict]:
+    """Return pairs without repeated ids, equal answers and benchmark images."""
+    usable, ids = [], set()
+    for pair, what in zip(pairs, shared, strict=True):
+        if pair["id"] in ids:
+            rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
+        elif _text(pair, "chosen").split() == _text(pair, "rejected").split():
+            rejected.append(Rejected(pair["id"], "chosen_equals_rejected", _text(pair, "chosen")))
+        elif what in ("image", "image_and_question") and not keep_benchmark_images:
+            rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", _text(pair, "prompt")))
+        else:
+            usable.append(pair)
+        ids.add(pair["id"])
+    return usable
 
 
 def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from typing import Any
 
 from medst_trl.base.errors import UserError
@@ -36,49 +35,6 @@ _ADVICE = {
     "--model, another --prompt_version, or more --max_tokens",
 }
 _AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0} | CALL_BOUNDS
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """
-    Two answers to one question.
-
-    Attributes:
-        id (`str`): Id of the candidate, followed by `/<k>` if the candidate has more than two answers.
-        candidate (`str`): Id of the candidate.
-        image_ids (`tuple[str, ...]`): Image ids of the candidate.
-        images (`tuple`): The images in any form that [`RequestImage.read`] accepts.
-        history (`tuple[tuple[str, str], ...]`): Role and text of the turns before the question.
-        question (`str`): The last user message.
-        answers (`tuple[str, str]`): In the candidate's order.
-    """
-
-    id: str
-    candidate: str
-    image_ids: tuple[str, ...]
-    images: tuple[Any, ...]
-    history: tuple[tuple[str, str], ...]
-    question: str
-    answers: tuple[str, str]
-
-
-def pairs_of(candidate: Mapping[str, Any]) -> Iterator[Pair]:
-    """
-    Yield the pairs of a candidate row: answers (0, 1), (2, 3) and so on. An odd answer is left over.
-
-    The columns are those of [`~medst_trl.data.schema.candidate_features`]; `image_ids` may be missing.
-    """
-    answers, prompt = candidate["answers"], candidate["prompt"]
-    for k in range(len(answers) // 2):
-        yield Pair(
-            id=candidate["id"] if len(answers) == 2 else f"{candidate['id']}/{k}",
-            candidate=candidate["id"],
-            image_ids=tuple(candidate.get("image_ids") or ()),
-            images=tuple(candidate["images"]),
-            history=tuple((message["role"], text_of(message["content"])) for message in prompt[:-1]),
-            question=text_of(prompt[-1]["content"]),
-            answers=(answers[2 * k], answers[2 * k + 1]),
-        )
 
 
 @dataclass(frozen=True)
@@ -226,27 +182,40 @@ class PairwiseJudge(JudgeSettings):
         cost = self.prices.cost(tokens, output) if self.prices.known else None
         return Estimate(pairs, len(calls), len(likely) - len(calls), tokens, output, cost, paid)
 
-    def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Pair, list[Call]]]:
+    def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Call]]]:
         """
         Yield each pair with its requests, one for each order: none if its answers are equal, which is a tie, or an
-        image cannot be read.
+        image cannot be read. A pair is the beginning of its judgement: `id`, `candidate`, `image_ids`, `question` and
+        two `answers` in the candidate's order. Answers (0, 1), (2, 3) and so on are a pair; an odd one is left over.
         """
-        for pair in chain.from_iterable(map(pairs_of, candidates)):
-            requests = []
-            if pair.answers[0] != pair.answers[1]:
-                with suppress(ImageProblem):
-                    images = [RequestImage.read(image, self.image_size) for image in pair.images]
-                    tokens = sum(image_tokens(self.model, *image.size) for image in images)
-                    requests = [self._request(pair, shown, images, tokens) for shown in ORDERS[self.order]]
-            yield pair, requests
+        for candidate in candidates:
+            answers = candidate["answers"]
+            for k in range(len(answers) // 2):
+                pair = {
+                    "id": candidate["id"] if len(answers) == 2 else f"{candidate['id']}/{k}",
+                    "candidate": candidate["id"],
+                    "image_ids": list(candidate.get("image_ids") or ()),
+                    "question": text_of(candidate["prompt"][-1]["content"]),
+                    "answers": list(answers[2 * k : 2 * k + 2]),
+                }
+                requests = []
+                if answers[2 * k] != answers[2 * k + 1]:
+                    with suppress(ImageProblem):
+                        images = [RequestImage.read(image, self.image_size) for image in candidate["images"]]
+                        requests = [self._request(candidate, pair, shown, images) for shown in ORDERS[self.order]]
+                yield pair, requests
 
-    def _request(self, pair: Pair, shown: tuple[int, int], images: Sequence[RequestImage], tokens: int) -> Call:
-        answers = [pair.answers[place] for place in shown]
-        history = pair.history if "history" in self.prompt.uses else ()
-        captions = [self.captions[name] for name in pair.image_ids if name in self.captions]
+    def _request(
+        self, candidate: Mapping[str, Any], pair: dict[str, Any], shown: tuple[int, int], images: list[RequestImage]
+    ) -> Call:
+        answers = [pair["answers"][place] for place in shown]
+        earlier = candidate["prompt"][:-1] if "history" in self.prompt.uses else ()
+        history = [(turn["role"], text_of(turn["content"])) for turn in earlier]
+        captions = [self.captions[name] for name in pair["image_ids"] if name in self.captions]
+        tokens = sum(image_tokens(self.model, *image.size) for image in images)
 
         def body(urls: list[str]) -> dict[str, Any]:
-            messages = self.prompt.messages(pair.question, answers, urls, history, captions)
+            messages = self.prompt.messages(pair["question"], answers, urls, history, captions)
             body = {"model": self.model, "messages": messages, "temperature": self.temperature}
             if self.prompt.response_format:
                 body["response_format"] = self.prompt.response_format
@@ -272,7 +241,7 @@ class PairwiseJudge(JudgeSettings):
         )  # fmt: skip
         self.events = client.events
         places: deque[list[dict[str, Any]]] = deque()  # one for each pair, in order; empty until its judgement is made
-        pair_of: dict[Call, tuple[Pair, list[Call], list[dict[str, Any]]]] = {}
+        pair_of: dict[Call, tuple[dict[str, Any], list[Call], list[dict[str, Any]]]] = {}
         outcomes: dict[Call, Outcome] = {}
 
         def calls() -> Iterator[Call]:
@@ -298,27 +267,16 @@ class PairwiseJudge(JudgeSettings):
                 "--write_batch, or send them live by leaving out --read_batch."
             )
 
-    def _judgement(self, pair: Pair, asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
-        """
-        Return one line of `judgements.jsonl`.
-
-        Args:
-            pair ([`Pair`]): The answers that were compared.
-            asked (sequence of `(Call, Outcome)`): The outcome of each order; empty if no request was made.
-        """
+    def _judgement(self, pair: dict[str, Any], asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
+        """Return one line of `judgements.jsonl` from the outcome of each order; there is none without requests."""
         if any(outcome.error and outcome.error.kind == "image_unreadable" for _, outcome in asked):
             asked = []
         orders = [self._order(call, outcome) for call, outcome in asked]
         scores, dropped = self._decide(orders, [outcome.reason for _, outcome in asked])
         if not asked:
-            dropped = "tie" if pair.answers[0] == pair.answers[1] else "image_unreadable"
-        texts = (pair.question, *pair.answers)
-        return {
-            "id": pair.id,
-            "candidate": pair.candidate,
-            "image_ids": list(pair.image_ids),
-            "question": pair.question,
-            "answers": list(pair.answers),
+            dropped = "tie" if pair["answers"][0] == pair["answers"][1] else "image_unreadable"
+        texts = (pair["question"], *pair["answers"])
+        return pair | {
             "scores": scores,
             "verdict": None if dropped else orders[0]["verdict"],
             "dropped": dropped,
@@ -336,10 +294,11 @@ class PairwiseJudge(JudgeSettings):
         for charge in outcome.charges:
             usage.update(charge.get("usage") or {})
         cost = sum(map(self.prices.cost_of, outcome.charges))
+        reading = outcome.reading
         order = {
             "shown": list(call.tag),
-            "scores": None,
-            "verdict": None,
+            "scores": reading and _by_answer(reading.scores, call.tag),
+            "verdict": reading and ("tie" if reading.verdict == "tie" else call.tag[reading.verdict]),
             "reply": last.get("reply") or outcome.detail,
             "usage": dict(usage) or None,
             "cost": round(cost, 9) if self.prices.known else None,
@@ -347,11 +306,8 @@ class PairwiseJudge(JudgeSettings):
             "cached": outcome.cached,
             "request": call.key,
         }
-        if reading := outcome.reading:
-            order["scores"] = _by_answer(reading.scores, call.tag)
-            order["verdict"] = "tie" if reading.verdict == "tie" else call.tag[reading.verdict]
-            if reading.criteria is not None:
-                order["criteria"] = {name: _by_answer(pair, call.tag) for name, pair in reading.criteria.items()}
+        if reading and reading.criteria is not None:
+            order["criteria"] = {name: _by_answer(pair, call.tag) for name, pair in reading.criteria.items()}
         return order
 
     def _decide(self, orders: list[dict], reasons: list[str | None]) -> tuple[list[float] | None, str | None]:

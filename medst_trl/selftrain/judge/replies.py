@@ -5,6 +5,7 @@
 import json
 import re
 import unicodedata
+from contextlib import suppress
 from typing import Any, Literal
 
 
@@ -126,10 +127,8 @@ def find_json(text: str) -> Any:
     decoder, found, at = json.JSONDecoder(parse_constant=str), None, text.find("{")
     whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if whole.startswith("["):
-        try:
+        with suppress(ValueError, RecursionError):
             return json.loads(whole)
-        except (ValueError, RecursionError):
-            pass
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -164,6 +163,6 @@ def _score_inside(value: Any) -> Any:
         plain = {str(key).lower(): item for key, item in value.items()}
         return next((plain[key] for key in ("overall", "score", "rating") if key in plain), None)
     if isinstance(value, str):
-        match = re.fullmatch(rf"\s*{_NUMBER}{_OUT_OF}\s*", value)
+        match = _ONE_LINE.fullmatch(value)
         return match and match.group(1)
     return value
