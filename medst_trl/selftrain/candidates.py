@@ -54,9 +54,8 @@ class _Record:
         open_requests (`int`): Number of requests without a reply.
         drawn (`int`): Number of questions sampled.
         questions (`dict[int, str]`): The questions that are kept, by their numbers.
-        answers (`dict[int, dict[int, Reply]]`): The answers to them so far, by question and number.
-        candidates (`dict[int, dict]`): `id`, `prompt`, `answers` of questions whose answers can be compared.
-        rejected (`list[dict]`): `id`, `reason`, `value` of the others.
+        answers (`dict[tuple[int, int], Reply]`): The answers to them so far, by the numbers of question and answer.
+        rejected (`list[dict]`): `id`, `reason`, `value` of what cannot be used.
     """
 
     id: str
@@ -65,8 +64,7 @@ class _Record:
     open_requests: int = 0
     drawn: int = 0
     questions: dict[int, str] = field(default_factory=dict)
-    answers: dict[int, dict[int, Reply]] = field(default_factory=dict)
-    candidates: dict[int, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[tuple[int, int], Reply] = field(default_factory=dict)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
@@ -85,11 +83,6 @@ class _Record:
         """Reject the record, or its question of that number."""
         row_id = self.id if number is None else f"{self.id}#{number}"
         self.rejected.append({"id": row_id, "reason": reason, "value": printable(value[:_SHOWN])})
-
-    def outcome(self) -> dict[str, Any]:
-        """Return the results in JSON types."""
-        candidates = [self.candidates[number] for number in sorted(self.candidates)]
-        return {"id": self.id, "drawn": self.drawn, "candidates": candidates, "rejected": self.rejected}
 
 
 @dataclass(eq=False, repr=False)
@@ -251,11 +244,11 @@ class CandidateGenerator:
 
         if self.engine.batch_size is None:
             records = chain.from_iterable(ordered_map(opened, windows, OPENING_THREADS))
-            yield from (record.outcome() for record in self._finished(records))
+            yield from map(self._outcome, self._finished(records))
             return
         for records in ordered_map(opened, windows, num_workers=1, ahead=1):
             deque(self._finished(records), maxlen=0)  # each step in batches over all records
-            yield from (record.outcome() for record in records)
+            yield from map(self._outcome, records)
 
     def _finished(self, records: Iterable[_Record]) -> Iterator[_Record]:
         """Run the requests of the records, and yield each record when it is complete."""
@@ -305,9 +298,7 @@ class CandidateGenerator:
             record.questions[question] = reply.text
             messages = to_answer(record.history, len(record.images), reply.text)
             return self._samples(record, messages, self.answer_sampling, self.num_answers, "answer", question)
-        record.answers.setdefault(question, {})[answer] = reply
-        if len(record.answers[question]) == self.num_answers:
-            self._pair(record, question, request.prompt.messages)
+        record.answers[question, answer] = reply
         return []
 
     def _questions(self, record: _Record) -> list[Request]:
@@ -322,15 +313,18 @@ class CandidateGenerator:
         prompts = [Prompt(messages, record.images, stream) for stream in streams]
         return [Request(prompt, sampling, (record, *numbers, number)) for number, prompt in enumerate(prompts)]
 
-    def _pair(self, record: _Record, question: int, prompt: list[dict[str, Any]]) -> None:
-        replies = [record.answers[question][number] for number in range(self.num_answers)]
-        answers, problem = pair_answers(replies, self.max_answer_similarity)
-        if problem:
-            texts = [record.questions[question], *(reply.text for reply in replies)]
-            record.reject(problem, "\n".join(texts), question)
-        else:
-            name = f"{record.id}#{question}"
-            record.candidates[question] = {"id": name, "prompt": prompt, "answers": answers}
+    def _outcome(self, record: _Record) -> dict[str, Any]:
+        """Pair the answers to each question of a complete record, and return all results in JSON types."""
+        candidates = []
+        for number, question in sorted(record.questions.items()):
+            replies = [record.answers[number, answer] for answer in range(self.num_answers)]
+            answers, problem = pair_answers(replies, self.max_answer_similarity)
+            if problem:
+                record.reject(problem, "\n".join([question, *(reply.text for reply in replies)]), number)
+            else:
+                prompt = to_answer(record.history, len(record.images), question)
+                candidates.append({"id": f"{record.id}#{number}", "prompt": prompt, "answers": answers})
+        return {"id": record.id, "drawn": record.drawn, "candidates": candidates, "rejected": record.rejected}
 
 
 def row_maker(dataset: "Dataset", generation: str) -> Callable[[dict[str, Any]], dict[str, Any]]:

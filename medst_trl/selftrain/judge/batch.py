@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,11 @@ def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]) -> Ite
     seen = set()
     for _, requests in judge.requests(candidates):
         for request in requests:
-            if request.key in seen or judge.cache.attempts(request.key):
-                continue
-            seen.add(request.key)
-            try:
-                body = request.body()
-            except ImageProblem:  # the judge drops such pairs
-                continue
-            line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
+            if request.key not in seen and not judge.cache.attempts(request.key):
+                seen.add(request.key)
+                line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions"}
+                with suppress(ImageProblem):  # the judge drops such pairs
+                    yield json.dumps(line | {"body": request.body()}, ensure_ascii=False).encode() + b"\n"
 
 
 def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[str, int]:
