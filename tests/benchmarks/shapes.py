@@ -20,8 +20,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from medst_trl.data.schema import image_part, instruct_features, message, text_part
-from medst_trl.demo import base_data
-from medst_trl.demo.tiny_model import CHAT_TEMPLATE, train_tokenizer
+from medst_trl.demo.tiny_model import CHAT_TEMPLATE, WORDS, all_texts, train_tokenizer
 
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def build_processor(shape: Shape) -> "LlavaProcessor":
     side = shape.vision["image_size"]
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        tokenizer=train_tokenizer(base_data.all_texts(), 1024),
+        tokenizer=train_tokenizer(all_texts(), 1024),
         patch_size=shape.vision["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which the select strategy removes
@@ -181,7 +180,7 @@ def known_words(processor: "LlavaProcessor") -> list[str]:
     """Return the words that are a single token after a space and at the start of a line."""
     tokens = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     newline = len(tokens("\n"))
-    return [w for w in base_data.WORDS if len(tokens(f" {w}")) == 1 and len(tokens(f"\n{w}")) == newline + 1]
+    return [w for w in WORDS if len(tokens(f" {w}")) == 1 and len(tokens(f"\n{w}")) == newline + 1]
 
 
 def image_files(count: int, directory: Path | None, seed: int = 0) -> Iterator[bytes]:
