@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -105,18 +106,16 @@ def default_config(num_processes: int | None = None) -> str:
 def read_config(name_or_path: str) -> AccelerateConfig:
     """Read an accelerate configuration; see [`find_config`]."""
     content = read_yaml(find_config(name_or_path))
-    kind = given = str(content.get("distributed_type", "NO"))
-    if given in ("NO", "MULTI_CPU"):  # accelerate starts a single process for either
-        kind = NOT_DISTRIBUTED
-    elif given.startswith("MULTI_"):
-        kind = "DDP"
-    elif given == "DEEPSPEED":
-        kind = f"DeepSpeed ZeRO-{(content.get('deepspeed_config') or {}).get('zero_stage', 2)}"
-    elif given == "FSDP":
-        kind = f"FSDP{(content.get('fsdp_config') or {}).get('fsdp_version', 1)}"
+    given = str(content.get("distributed_type", "NO"))
+    kinds = {
+        "NO": NOT_DISTRIBUTED,
+        "MULTI_CPU": NOT_DISTRIBUTED,  # accelerate starts a single process
+        "DEEPSPEED": f"DeepSpeed ZeRO-{(content.get('deepspeed_config') or {}).get('zero_stage', 2)}",
+        "FSDP": f"FSDP{(content.get('fsdp_config') or {}).get('fsdp_version', 1)}",
+    }
     return AccelerateConfig(
         name_or_path,
-        kind,
+        kinds.get(given, "DDP" if given.startswith("MULTI_") else given),
         content.get("num_processes"),
         bool(content.get("use_cpu")) or given == "MULTI_CPU",
         content.get("num_machines") or 1,
@@ -158,7 +157,11 @@ def launch_command(
     num_processes = num_processes or requested.num_processes or _one_for_each_gpu(requested) * machines
     if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
         requested = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=requested.has_port)
-    _check_packages(requested.name, requested.kind)
+    if requested.kind.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"accelerate_config {requested.name} needs DeepSpeed, which is not installed: "
+            'pip install "medst_trl[deepspeed]"'
+        )
     environment = dict(os.environ)
     if requested.kind != NOT_DISTRIBUTED and (requested.use_cpu or not gpu_count()):
         environment |= _on_cpus(requested)
@@ -181,13 +184,6 @@ def _one_for_each_gpu(config: AccelerateConfig) -> int:
     return gpus
 
 
-def _check_packages(config: str, kind: str) -> None:
-    if kind.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            f'accelerate_config {config} needs DeepSpeed, which is not installed: pip install "medst_trl[deepspeed]"'
-        )
-
-
 def _on_cpus(config: AccelerateConfig) -> dict[str, str]:
     """Environment variables that processes without a GPU need."""
     if config.kind.startswith("FSDP"):
@@ -202,7 +198,10 @@ def _on_cpus(config: AccelerateConfig) -> dict[str, str]:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command and return its exit code. If this process is stopped, so are the command and its children."""
+    """
+    Run a command and return its exit code. If this process is stopped, so are the command and its children: they are
+    asked to stop, and killed after 30 seconds.
+    """
 
     def on_termination(number, frame):
         raise SystemExit(128 + number)
@@ -212,21 +211,15 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     try:
         return process.wait()
     except (KeyboardInterrupt, SystemExit) as reason:
-        _end(process, signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has already ended
+            os.killpg(process.pid, signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _end(process: subprocess.Popen, number: int) -> None:
-    """Ask the process and its children to stop, and kill them after 30 seconds."""
-    try:
-        os.killpg(process.pid, number)
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has already ended
-        pass
 
 
 def main() -> None:
@@ -299,13 +292,11 @@ def _launcher() -> tuple[list[str], dict[str, str]]:
     """Command line and environment of the `accelerate launch` above this process; empty if the system hides them."""
     import psutil
 
-    try:
+    with suppress(psutil.Error):
         for process in psutil.Process().parents():
             environment = process.environ()
             if "ACCELERATE_DYNAMO_BACKEND" not in environment:
                 return process.cmdline(), environment
-    except psutil.Error:
-        pass
     return [], {}
 
 

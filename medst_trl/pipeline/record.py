@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -26,6 +26,7 @@ from medst_trl.base.files import explain_full_disk, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_versions, same_source
 from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
+from medst_trl.base.settings import settings_among
 
 from .stage import STAGES, Stage
 
@@ -38,6 +39,9 @@ ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 
 # Files that may exist before a stage starts, and that --overwrite keeps (besides *.log and .stage.*).
 NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl", REFERENCE_FOLDER})
+
+# `medst run` sets it for its stages: a skipped one then prints a single line, not its results again.
+RUN_VARIABLE = "MEDST_RUN"
 
 _MISSING = "(not set)"
 
@@ -112,8 +116,23 @@ class StageRecord:
             UserError: if the directory holds something else, another process is writing it, an input is missing, or a
                 setting or input that affects the result has changed (naming each, with its old and new value).
         """
-        decide = cls._decide if world_size() == 1 else cls._decide_for_all_ranks
-        return decide(Path(output_dir), stage, settings, inputs or {}, operational, overwrite)
+        arguments = Path(output_dir), stage, settings, inputs or {}, operational, overwrite
+        if world_size() == 1:
+            return cls._decide(*arguments)
+        import torch.distributed
+
+        process_state()
+        if not torch.distributed.is_initialized():  # each rank would act as if it were the only one
+            raise UserError(
+                f"{world_size()} processes were started, but there are no GPUs for them. To use CPUs: "
+                "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
+            )
+        # Rank 0 alone reads the directory: a later rank would read what rank 0 has just written.
+        return on_main_process(lambda: cls._decide(*arguments))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The record as the other ranks receive it: a lock cannot be sent."""
+        return vars(self) | {"_lock": None}
 
     @classmethod
     def of(
@@ -133,18 +152,16 @@ class StageRecord:
             args (dataclass):
                 Its own settings.
             *others (dataclass, *optional*):
-                Settings of the trainer, source, engine and so on that this run uses; None for one without settings.
-                Those of others do not count, though earlier versions recorded them all. One of the dataclasses has
-                `output_dir`, and one may have `overwrite`.
+                Settings of the trainer, sources, engines and so on. Those of objects that `args` do not name do not
+                count, though earlier versions recorded them all. One of the dataclasses has `output_dir`, and one may
+                have `overwrite`.
             inputs (`dict`, *optional*):
                 As in [`StageRecord.open`]. By default the stage's inputs that `args` name, without operational ones
                 and names on a server.
             operational (collection of `str`, *optional*):
                 As in [`StageRecord.open`].
         """
-        used = [args, *(item for item in others if item is not None)]
-        settings = {field.name: getattr(item, field.name) for item in used for field in fields(item) if field.init}
-        unused = {item.name for kind in stage.arguments() if kind not in map(type, used) for item in fields(kind)}
+        settings, free = _settings_of(stage, args, others)
         if inputs is None:
             named = [item for item in stage.inputs if hasattr(args, item.key) and item.key not in stage.operational]
             inputs = {item.key: settings[item.key] for item in named if not item.is_remote(settings)}
@@ -153,9 +170,14 @@ class StageRecord:
             stage=stage.name,
             settings=settings,
             inputs=inputs,
-            operational={*operational, *(unused - settings.keys())},
+            operational={*operational, *free},
             overwrite=settings.get("overwrite", False),
         )
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the stage is skipped as one of a recipe, whose earlier results nobody wants to read again."""
+        return self.decision == "skip" and RUN_VARIABLE in os.environ
 
     def finish(self, counts: Mapping[str, Any] | None = None, **extra: Any) -> None:
         """
@@ -172,11 +194,11 @@ class StageRecord:
         inputs = self.content["inputs"]
         for name, value in inputs.items():  # a Hub revision is known once something was downloaded
             inputs[name] = [fingerprint(item["hub_id"]) if "hub_id" in item else item for item in value]
+        seconds = round(self.content["seconds"] + time.monotonic() - self._start, 3)
         self.content |= _plain({"counts": counts or {}} | extra)
-        self.content["status"] = "complete"
-        self.content["seconds"] = round(self.content["seconds"] + time.monotonic() - self._start, 3)
-        self.content["finished"] = _now()
-        _write(self.output_dir, self.content)
+        self.content |= {"status": "complete", "seconds": seconds, "finished": _now()}
+        # This file must survive a crash of the machine: it tells whether the others are complete.
+        write_json(self.output_dir / RECORD_FILE, self.content, fsync=True)
         self._lock.close()
 
     def __enter__(self) -> "StageRecord":
@@ -210,14 +232,14 @@ class StageRecord:
 
     @classmethod
     def _decide(cls, directory, stage, settings, inputs, operational, overwrite) -> "StageRecord":
-        declared = STAGES.get(stage) if stage in STAGES else None
+        sources = {name: item if isinstance(item, list | tuple) else [item] for name, item in inputs.items()}
         new = {
             "stage": stage,
             "status": "running",
             "started": _now(),
             "seconds": 0.0,
             "versions": package_versions(),
-            "inputs": {name: _fingerprints(source) for name, source in inputs.items()},
+            "inputs": {name: [fingerprint(x) for x in items if x is not None] for name, items in sources.items()},
             "settings": hide_secrets(_plain(settings)),
             "counts": {},
         }
@@ -228,41 +250,18 @@ class StageRecord:
             if old is not None:
                 _empty(directory)
         else:
-            earlier, free = (declared.earlier_defaults, declared.operational) if declared else ({}, frozenset())
-            free = {*free, *operational, *inputs, *ALWAYS_OPERATIONAL}
-            old_settings = {key: value for key, value in earlier.items() if key in new["settings"]} | old["settings"]
-            settings = old_settings.keys() | new["settings"].keys()
-            compared = [key for key in settings if not any(fnmatchcase(key, pattern) for pattern in free)]
-            _refuse_changes(directory, old | {"settings": old_settings}, new, compared)
-            _warn_of_versions(directory, old["versions"], new["versions"])
+            _refuse_changes(directory, old, new, {*operational, *inputs})
+            versions, earlier = new["versions"], old["versions"]
+            if others := [f"{x} {earlier.get(x)} -> {versions[x]}" for x in versions if earlier.get(x) != versions[x]]:
+                warnings.warn(f"{directory} was made with other versions: {', '.join(others)}.", stacklevel=4)
             if old["status"] == "complete":
                 print(f"{stage}: {directory} is finished and unchanged, nothing to do.")
                 return cls(directory, "skip", old)
             decision, lock = "resume", _lock(directory)
             print(f"{stage}: resuming {directory}, started {old['started']}.")
             new |= {"started": old["started"], "seconds": old["seconds"] + _seconds_of_interrupted_run(directory)}
-        _write(directory, new)
+        write_json(directory / RECORD_FILE, new, fsync=True)  # see `finish`
         return cls(directory, decision, new, lock)
-
-    @classmethod
-    def _decide_for_all_ranks(cls, directory, *arguments) -> "StageRecord":
-        """Let rank 0 alone read the directory: a later rank would read what rank 0 has just written."""
-        import torch.distributed
-
-        process_state()
-        if not torch.distributed.is_initialized():  # each rank would act as if it were the only one
-            raise UserError(
-                f"{world_size()} processes were started, but there are no GPUs for them. To use CPUs: "
-                "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
-            )
-        own = []  # on the main process: a lock cannot be sent
-
-        def decide() -> tuple[str, dict]:
-            own.append(cls._decide(directory, *arguments))
-            return own[0].decision, own[0].content
-
-        decision, content = on_main_process(decide)
-        return own[0] if own else cls(directory, decision, content)
 
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:
@@ -280,12 +279,25 @@ def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
     return record.get("status") == "complete" and stage in (None, record.get("stage"))
 
 
+def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
+    """
+    Describe the settings for which [`StageRecord.of`] would refuse to run, with their old and new values.
+
+    It is for plans, so inputs are not compared: hashing them takes time, and they may not exist yet.
+    """
+    settings, free = _settings_of(stage, args, others)
+    old = read_record(settings["output_dir"])
+    if settings.get("overwrite") or old.get("stage") != stage.name or not {"inputs", "settings"} <= old.keys():
+        return []
+    return _changed_settings(old, hide_secrets(_plain(settings)), {*free, *old["inputs"]})
+
+
 def is_left_out(path: str | os.PathLike, kind: str) -> bool:
     """Whether a directory is an output of this kind that a finished stage did not make: it had no data for it."""
     path = Path(path)
     stage = read_record(path.parent).get("stage")
-    outputs = STAGES.get(stage).outputs if stage in STAGES and is_complete(path.parent) else ()
-    return not path.exists() and (path.name, kind) in {(output.directory, output.kind) for output in outputs}
+    output = STAGES.get(stage).output(path.name) if stage in STAGES and is_complete(path.parent) else None
+    return output is not None and output.kind == kind and not path.exists()
 
 
 # An earlier run in the directory
@@ -297,7 +309,12 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
     if file := next((path for path in (directory, *directory.parents) if path.is_file()), None):
         raise UserError(f"output_dir {directory}: {file} is a file, not a directory. Choose another output_dir.")
     if not path.exists():
-        _refuse_other_files(directory)
+        if others := sorted(path.name for path in directory.glob("*") if not _is_ignorable(path)):
+            raise UserError(
+                f"{directory} is not empty and holds no {RECORD_FILE}, so it is not the output of a stage (it has "
+                f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Nothing in it was touched. Choose "
+                "another output_dir."
+            )
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -318,56 +335,69 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
     return record
 
 
-def _refuse_other_files(directory: Path) -> None:
-    others = sorted(path.name for path in directory.glob("*") if not _is_ignorable(path))
-    if others:
+def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]) -> None:
+    changes = [*_changed_settings(old, new["settings"], free), *_changed_inputs(old["inputs"], new["inputs"])]
+    if changes:
         raise UserError(
-            f"{directory} is not empty and holds no {RECORD_FILE}, so it is not the output of a stage "
-            f"(it has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Nothing in it was touched. Choose "
-            "another output_dir."
-        )
-
-
-def _refuse_changes(directory: Path, old: dict, new: dict, compared: Collection[str]) -> None:
-    lines = []
-    for key in sorted(compared):
-        before, now = (side["settings"].get(key, _MISSING) for side in (old, new))
-        is_in_one = (key in old["settings"]) != (key in new["settings"])  # added or removed by another version
-        is_off = any(value is None or value is False for value in (before, now))
-        if before != now and not (is_in_one and is_off):
-            lines.append(f"  {key}: {_short(before)} before, {_short(now)} now")
-    for name in sorted(old["inputs"].keys() | new["inputs"].keys()):
-        before, now = (side["inputs"].get(name, []) for side in (old, new))
-        if len(before) != len(now) or not all(map(same_source, before, now)):
-            lines.append(f"  input {name}: {_describe(before)} before, {_describe(now)} now")
-    if lines:
-        raise UserError(
-            f"{directory} was made with other settings:\n" + "\n".join(lines) + "\nRestore the old ones, choose "
+            f"{directory} was made with other settings:\n  " + "\n  ".join(changes) + "\nRestore the old ones, choose "
             f"another output_dir, or start again with --overwrite (deletes the contents of {directory}). With `medst "
             "run`, also give --stage: without it, --overwrite deletes the results of every stage."
         )
 
 
-def _warn_of_versions(directory: Path, old: dict, new: dict) -> None:
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    if changed:
-        warnings.warn(f"{directory} was made with other versions: {', '.join(changed)}.", stacklevel=5)
+def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
+    """
+    Return the settings that count in a run, and the names of those that may differ from an earlier run.
+
+    Of the settings of registered objects, only those count that belong to an object that `args` name.
+    """
+    used, free, registries = [args], set(), stage.registries
+    for key, registry in registries.items():
+        names = getattr(args, key, None) or ()
+        for item in map(registry.get, [names] if isinstance(names, str) else names):
+            used.append(settings_among(others, getattr(item, "settings", None)))
+            free |= getattr(item, "operational", frozenset())
+    owned = {getattr(item, "settings", None) for registry in registries.values() for item in registry.values()}
+    used += [item for item in others if type(item) not in owned and getattr(item, "is_chosen", True)]
+    settings = {item.name: getattr(part, item.name) for part in used if part for item in fields(part) if item.init}
+    free |= {item.name for kind in stage.arguments() for item in fields(kind)} - settings.keys()
+    return settings, free.union(*(getattr(part, "operational", ()) for part in used))
+
+
+def _changed_settings(old: dict[str, Any], new: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """Describe each setting that differs from the record of an earlier run, without those that match `free`."""
+    declared = STAGES.get(old["stage"]) if old["stage"] in STAGES else None
+    earlier, operational = (declared.earlier_defaults, declared.operational) if declared else ({}, ())
+    patterns = {*free, *operational, *ALWAYS_OPERATIONAL}
+    settings = {key: value for key, value in earlier.items() if key in new} | old["settings"]
+    lines = []
+    for key in sorted(settings.keys() | new.keys()):
+        before, now = settings.get(key, _MISSING), new.get(key, _MISSING)
+        is_in_one = (key in settings) != (key in new)  # added or removed by another version
+        is_off = any(value is None or value is False for value in (before, now))
+        if before != now and not (is_in_one and is_off) and not any(fnmatchcase(key, item) for item in patterns):
+            lines.append(f"{key}: {_short(before)} before, {_short(now)} now")
+    return lines
+
+
+def _changed_inputs(old: dict[str, list[dict]], new: dict[str, list[dict]]) -> Iterator[str]:
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name, []), new.get(name, [])
+        if len(before) != len(now) or not all(map(same_source, before, now)):
+            yield f"input {name}: {_describe(before)} before, {_describe(now)} now"
 
 
 def _empty(directory: Path) -> None:
-    nested = [path for path in directory.rglob(RECORD_FILE) if path.parent != directory]
-    if nested:
+    if nested := [path for path in directory.rglob(RECORD_FILE) if path.parent != directory]:
         raise UserError(
             f"--overwrite would also delete {nested[0].parent}, which is the output of another stage. Nothing was "
             "touched. Move it, or choose another output_dir."
         )
     record = directory / RECORD_FILE
     for child in directory.iterdir():
-        if child == record or _is_ignorable(child):
-            continue
-        if child.is_dir() and not child.is_symlink():
+        if child.is_dir() and not (child.is_symlink() or _is_ignorable(child)):
             shutil.rmtree(child)
-        else:
+        elif child != record and not _is_ignorable(child):
             child.unlink()
     record.unlink()  # last, so that the directory is still ours if this is interrupted
 
@@ -401,19 +431,8 @@ def _lock(directory: Path) -> TextIO:
     except OSError:  # a file system without locks
         return file
     file.truncate(0)
-    file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-    file.flush()
+    print(f"host {socket.gethostname()}, pid {os.getpid()}", file=file, flush=True)
     return file
-
-
-def _write(directory: Path, content: dict) -> None:
-    # This file must survive a crash of the machine: it tells whether the others are complete.
-    write_json(directory / RECORD_FILE, content, fsync=True)
-
-
-def _fingerprints(source: Any) -> list[dict]:
-    sources = source if isinstance(source, list | tuple) else [source]
-    return [fingerprint(item) for item in sources if item is not None]
 
 
 def _plain(value: Any) -> Any:
@@ -427,12 +446,12 @@ def _short(value: Any) -> str:
 
 
 def _describe(sources: list[dict]) -> str:
-    parts = []
-    for source in sources:
-        if "hub_id" in source:
-            parts.append(f"{source['hub_id']} at {source['revision'] or 'no revision'}")
-        else:
-            parts.append(f"{source['path']} (SHA-256 {source['sha256'][:12]})")
+    parts = (
+        f"{source['hub_id']} at {source['revision'] or 'no revision'}"
+        if "hub_id" in source
+        else f"{source['path']} (SHA-256 {source['sha256'][:12]})"
+        for source in sources
+    )
     return ", ".join(parts) or "(none)"
 
 

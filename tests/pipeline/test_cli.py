@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -293,6 +294,9 @@ def test_run_runs_each_stage_and_skips_finished_ones(recipe, tmp_path, monkeypat
     assert out.index("=== prepare (1 of 2) -> out/prepare") < out.index("=== evaluate (2 of 2)")
     assert status(tmp_path / "out" / "prepare") == status(tmp_path / "out" / "evaluate") == "complete"
     assert "nothing to do" in medst_run("--stage", "prepare")[1]
+    code, out, err = medst_run()
+    skipped = [line for line in out.partition("\nDone in")[0].splitlines() if line and not line.startswith("===")]
+    assert skipped == [f"{x}: out/{x} is finished and unchanged, nothing to do." for x in ("prepare", "evaluate")]
 
     code, out, err = medst_run("--prepare.num_phantoms", "5")
     assert code == 2
@@ -569,7 +573,7 @@ def test_several_processes_for_a_config_of_one_are_refused_with_the_section(laun
 )
 def test_the_number_of_processes_depends_on_the_number_of_gpus(monkeypatch, gpus, config, count, file, processes):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
-    monkeypatch.setattr(launch, "_check_packages", lambda config, kind: None)
+    monkeypatch.setattr(importlib.util, "find_spec", str)  # every package is installed
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command, environment = launch_command(["program"], config, count)
     assert command[command.index("--config_file") + 1] == str(find_config(file))

@@ -6,7 +6,7 @@ What the stages that train a policy share: arguments and their checks, data, ada
 Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use this too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from importlib import import_module
 from math import inf
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
-from medst_trl.base.processes import leave_peers
+from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import features_of, load_records
 from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import gpu_count
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
@@ -41,9 +42,6 @@ _OPERATIONAL = frozenset({
     "torch_empty_cache_steps", "ref_log_probs_dir", "precompute_ref_batch_size",
 })  # fmt: skip
 
-# With a fixed `effective_batch_size` these two only divide a step (see tests/distributed).
-_DIVISION_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-
 _AT_LEAST = {
     "max_records": 1, "lora_r": 0, "vision_lora_r": 0, "lora_alpha": 1, "vision_lora_alpha": 1, "lora_dropout": 0,
     "early_stopping_patience": 1, "max_length": 1, "sq_ratio": 0, "question_loss_weight": 0, "learning_rate": 0,
@@ -59,7 +57,13 @@ class TrainingStageArguments:
     """
     Which policy a stage trains, on which data, and with which adapter.
 
-    The class variables at the end are the values for a stage that has no such setting.
+    The class variables at the end are the values for a stage that has no such setting. A stage can extend `check`, and
+    it adds two methods:
+
+    - `make_trainer(training_args, **inputs)` returns the trainer. The inputs are what it needs besides its arguments:
+      the model, its processor and datasets, and the configuration of a new adapter.
+    - `summarize(trainer, records)` returns counts and metrics of a finished run for `stage.json`, and a summary for
+      readers. It is called on every rank, with the number of records.
 
     Args:
         model_name_or_path (`str`):
@@ -121,50 +125,42 @@ class TrainingStageArguments:
     vusr_role: ClassVar[str | None] = None
     checks_shape: ClassVar[bool] = False  # whether settings may not differ from the shape of the model's own adapter
 
+    @property
+    def operational(self) -> set[str]:
+        """Settings that only divide a step, whose size `effective_batch_size` sets (see tests/distributed)."""
+        return {"per_device_train_batch_size", "gradient_accumulation_steps"} if self.effective_batch_size else set()
+
     def weights_dtype(self, training_args: "TrainingArguments") -> str:
         """Type in which the weights are loaded: by default float32 if all train, else that of the computation."""
         is_half = self.use_lora and (training_args.bf16 or training_args.fp16)
         return self.dtype or (("bfloat16" if training_args.bf16 else "float16") if is_half else "float32")
 
+    def check(self, training_args: "TrainingArguments") -> None:
+        """Raise a [`UserError`] for settings that cannot work, before anything is read or loaded."""
+        check_settings(self, training_args)
 
-def training_stage(
-    arguments: type[TrainingStageArguments],
-    config: str,
-    settings: type,
-    kind: str,
-    make_trainer: "Callable[..., Trainer]",
-    summarize: "Callable[[Trainer, int], tuple[dict[str, Any], dict[str, float], str]]",
-    **more: Any,
-) -> Stage:
+
+def training_stage(arguments: type, config: str, settings: type, kind: str, **more: Any) -> Stage:
     """
     Register a stage that trains a policy.
 
     Args:
         arguments (`type`):
-            Its dataclass of arguments.
+            Its dataclass of arguments, a [`TrainingStageArguments`].
         config (`str`):
             Public name of the trainer's configuration, which is imported when it is needed.
         settings (`type`):
             The trainer's own settings. `--help` shows them and the common ones of TRL.
         kind (`str`):
             Kind of the dataset.
-        make_trainer (`Callable`):
-            Takes `args`, `training_args`, and as keywords what a trainer needs besides `args`: the model, its
-            processor and datasets, and the configuration of a new adapter. Returns the trainer.
-        summarize (`Callable`):
-            Takes the trained trainer and the number of records, and returns counts and metrics for `stage.json`, and a
-            summary for readers. Called on every rank.
         **more:
             Further fields of [`Stage`].
     """
-
-    def main(args: TrainingStageArguments, training_args: "TrainingArguments") -> None:
-        train_policy(stage, args, training_args, make_trainer, summarize)
-
     stage = Stage(
         arguments=lambda: (arguments, getattr(import_module("medst_trl"), config)),
         listed=lambda: (arguments, make_dataclass("TrainingSettings", [], bases=(settings, CommonTrlSettings))),
-        main=main,
+        main=lambda args, training_args: train_policy(stage, args, training_args),
+        check=lambda args, training_args: args.check(training_args),
         distributed=True,
         inputs=(
             Input("model_name_or_path", MODEL),
@@ -173,18 +169,12 @@ def training_stage(
         ),
         outputs=(Output("", MODEL),),
         operational=_OPERATIONAL,
-        **{"check": check_settings} | more,
+        **more,
     )
     return STAGES.register(stage)
 
 
-def train_policy(
-    stage: Stage,
-    args: TrainingStageArguments,
-    training_args: "TrainingArguments",
-    make_trainer: "Callable[..., Trainer]",
-    summarize: "Callable[..., tuple[dict[str, Any], dict[str, float], str]]",
-) -> None:
+def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "TrainingArguments") -> None:
     """
     Train, from the newest complete checkpoint if there is one, and leave adapter, processor, record and card.
 
@@ -195,28 +185,26 @@ def train_policy(
             Its arguments.
         training_args ([`~transformers.TrainingArguments`]):
             Those of its trainer.
-        make_trainer, summarize (`Callable`):
-            See [`training_stage`].
     """
     from medst_trl.hub.cards import write_card
     from medst_trl.training.resume import resume_checkpoint
 
-    if stage.check is not None:
-        stage.check(args, training_args)
+    args.check(training_args)
     batch = Batch.of(args, training_args, training_args.world_size)
     training_args.gradient_accumulation_steps = batch.accumulation  # before there is a trainer: DeepSpeed reads it
     datasets = load_splits(args, training_args, stage.input("dataset").kind)
-    record = open_record(stage, args, training_args)
+    inputs = {"model_name_or_path": args.model_name_or_path, "dataset": args.dataset}
+    record = StageRecord.of(stage, args, training_args, inputs=inputs)
     if record.decision == "skip":
         return
     with record:
-        trainer = _with_policy(make_trainer, args, training_args, datasets)
+        trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
         trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}")
         checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
-        counts, metrics, summary = summarize(trainer, len(datasets["train"]))
+        counts, metrics, summary = args.summarize(trainer, len(datasets["train"]))
         save_result(trainer)
     record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics)
     if trainer.args.should_save:
@@ -227,9 +215,7 @@ def train_policy(
     leave_peers()
 
 
-def _with_policy(
-    make_trainer: "Callable[..., Trainer]", args: Any, training_args: Any, datasets: "dict[str, Dataset]"
-) -> "Trainer":
+def _with_policy(args: TrainingStageArguments, training_args: Any, datasets: "dict[str, Dataset]") -> "Trainer":
     """Load the policy that `args` name, and make its trainer."""
     from medst_trl.policy.adapters import freeze_vision
     from medst_trl.policy.loading import load_policy
@@ -248,9 +234,9 @@ def _with_policy(
     if not args.train_vision:
         freeze_vision(model)
     peft_config = new_adapter(args, model, add_vusr(processor))
-    shape = describe_shape(model) if args.checks_shape and hasattr(model, "peft_config") else ""
-    trainer = make_trainer(
-        args,
+    if args.checks_shape and hasattr(model, "peft_config") and rank() == 0:
+        print(describe_shape(model))
+    return args.make_trainer(
         training_args,
         model=model,
         processing_class=processor,
@@ -258,9 +244,6 @@ def _with_policy(
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
     )
-    if shape:
-        trainer.accelerator.print(shape)
-    return trainer
 
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
@@ -296,17 +279,6 @@ def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
     return concatenate_datasets(joined)
 
 
-def open_record(stage: Stage, args: Any, training_args: "TrainingArguments") -> StageRecord:
-    """Open the record of a training stage, see [`StageRecord.of`]."""
-    return StageRecord.of(
-        stage,
-        args,
-        training_args,
-        inputs={"model_name_or_path": args.model_name_or_path, "dataset": args.dataset},
-        operational=_DIVISION_SETTINGS if args.effective_batch_size else (),
-    )
-
-
 def save_result(trainer: "Trainer") -> None:
     """Save adapter (or model), processor and the Trainer's state in `output_dir`, each file when it is complete."""
     final = Path(trainer.args.output_dir)
@@ -337,16 +309,15 @@ def new_adapter(
     """
     from medst_trl.policy.adapters import adapter_config
 
-    if hasattr(model, "peft_config"):
-        if not args.use_lora:
-            raise UserError(
-                f"use_lora is false, but {args.model_name_or_path} is an adapter. Start from a full model (`medst "
-                "merge` makes one), or remove use_lora."
-            )
-        if args.checks_shape:
-            keep_shape(args, model)
-        return None
-    if not args.use_lora:
+    is_adapter = hasattr(model, "peft_config")
+    if is_adapter and not args.use_lora:
+        raise UserError(
+            f"use_lora is false, but {args.model_name_or_path} is an adapter. Start from a full model (`medst merge` "
+            "makes one), or remove use_lora."
+        )
+    if is_adapter and args.checks_shape:
+        keep_shape(args, model)
+    if is_adapter or not args.use_lora:
         return None
     return adapter_config(
         model,
@@ -376,12 +347,10 @@ def keep_shape(args: Any, model: "PeftModel") -> None:
     defaults = {item.name: item.default for item in fields(args)}
     other = [name for name in own if getattr(args, name) not in (defaults[name], own[name])]
     if other:
+        kept, asked = (", ".join(f"{name} {shape[name]}" for name in other) for shape in (own, vars(args)))
         raise UserError(
-            f"{args.model_name_or_path} is an adapter with "
-            + ", ".join(f"{name} {own[name]}" for name in other)
-            + " and keeps it. "
-            + ", ".join(f"{name} {getattr(args, name)}" for name in other)
-            + " would need a new adapter: remove the setting, or start from the base model."
+            f"{args.model_name_or_path} is an adapter with {kept} and keeps it. {asked} would need a new adapter: "
+            "remove the setting, or start from the base model."
         )
 
 
@@ -420,17 +389,11 @@ def check_settings(args: Any, training_args: "TrainingArguments") -> None:
         raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one of them.")
     kind = sharding_kind(training_args)
     check_sharding(kind, args, training_args)
-    if kind.endswith("ZeRO-3") and args.use_lora and args.train_vusr and not _has_gpu():
+    if kind.endswith("ZeRO-3") and args.use_lora and args.train_vusr and not gpu_count():
         # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
         raise UserError(
             "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or train_vusr: false if the stage has it."
         )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def check_training_bounds(args: Any, training_args: Any) -> None:

@@ -68,29 +68,27 @@ class DpoArguments(TrainingStageArguments):
     dataset: str
     train_vision: bool = True
 
+    def make_trainer(self, training_args: "MultimodalDPOConfig", **inputs: Any) -> "MultimodalDPOTrainer":
+        from medst_trl import MultimodalDPOTrainer
 
-def make_trainer(args: DpoArguments, training_args: "MultimodalDPOConfig", **inputs: Any) -> "MultimodalDPOTrainer":
-    from medst_trl import MultimodalDPOTrainer
+        if training_args.precompute_ref_log_probs:
+            training_args.ref_log_probs_dir = _reference_directory(self.dataset, training_args)
+        return MultimodalDPOTrainer(args=training_args, **inputs)
 
-    if training_args.precompute_ref_log_probs:
-        training_args.ref_log_probs_dir = _reference_directory(args.dataset, training_args)
-    return MultimodalDPOTrainer(args=training_args, **inputs)
-
-
-def summarize(trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
-    """Counts, metrics and a summary of a finished run; `rejected.jsonl` is written."""
-    reasons, rejected = trainer.rejected_records, trainer.pairs.rejected_records
-    if reasons and trainer.accelerator.is_main_process:
-        rows = ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items())
-        write_jsonl(Path(trainer.args.output_dir, "rejected.jsonl"), rows)
-    counts = {"pairs": records, "set_aside": dict(Counter(rejected.values())), "truncated": trainer.pairs.truncated}
-    kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
-    means = end_of_log(trainer.state.log_history)
-    metrics = {name: mean for name, mean in means.items() if name in ("train_loss", "loss") or name.startswith(kinds)}
-    trained_on = describe_run(trainer, f"{len(trainer.train_dataset)} preference pairs", counts)
-    if of_evaluation := len(reasons) - len(rejected):
-        trained_on += f"; {number_of(of_evaluation, 'pair')} for evaluation rejected (rejected.jsonl)"
-    return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
+    def summarize(self, trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
+        reasons, rejected = trainer.rejected_records, trainer.pairs.rejected_records
+        if reasons and trainer.accelerator.is_main_process:
+            rows = ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items())
+            write_jsonl(Path(trainer.args.output_dir, "rejected.jsonl"), rows)
+        truncated = trainer.pairs.truncated
+        counts = {"pairs": records, "set_aside": dict(Counter(rejected.values())), "truncated": truncated}
+        kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
+        means = end_of_log(trainer.state.log_history).items()
+        metrics = {name: mean for name, mean in means if name in ("train_loss", "loss") or name.startswith(kinds)}
+        trained_on = describe_run(trainer, f"{len(trainer.train_dataset)} preference pairs", counts)
+        if of_evaluation := len(reasons) - len(rejected):
+            trained_on += f"; {number_of(of_evaluation, 'pair')} for evaluation rejected (rejected.jsonl)"
+        return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
 
 
 def end_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -145,13 +143,12 @@ def _reference_directory(dataset: str, training_args: "MultimodalDPOConfig") -> 
 def _downloaded(hub_id: str) -> Iterable[Path]:
     """The files of log-probabilities in a Hub dataset; none if it has none or the Hub cannot be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, revision = split_revision(hub_id)
     files = f"{REFERENCE_FOLDER}/*.parquet"
     try:
         found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)
-    except (OSError, HfHubHTTPError) as error:
+    except OSError as error:
         print(f"dpo: the reference's log-probabilities of {hub_id} cannot be downloaded: {str(error).splitlines()[0]}")
         return ()
     return Path(found).glob(files)
@@ -162,8 +159,6 @@ STAGE = training_stage(
     "MultimodalDPOConfig",
     MultimodalDPOSettings,
     "preferences",
-    make_trainer,
-    summarize,
     name="dpo",
     summary="stage 2: train the model to prefer its better answers",
     help=__doc__,

@@ -38,9 +38,9 @@ Predictions of other projects are converted to our format and saved as `predicti
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl
@@ -49,7 +49,7 @@ from medst_trl.base.settings import check_bounds, documented, make_lists, settin
 from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.client import NOT_SHARED
-from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Engine, EngineKind, loads_model
+from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
@@ -67,9 +67,6 @@ from medst_trl.evaluation.vqa import write_predictions
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BATCH_SIZE = 16  # of a model in this process, unless batch_size is given; the same as in earlier versions
 
@@ -142,23 +139,16 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
         *settings: Settings of engines and metrics; those left out keep their defaults.
     """
     check(args, *settings)
-    kind = ENGINES.get(args.engine)
-    engine_settings = _engine_settings(kind, settings)
-    metric_settings = [settings_among(settings, METRICS.get(name).settings) for name in args.variants]
-    record = StageRecord.of(STAGE, args, engine_settings, *metric_settings, operational=kind.operational)
-    scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
-    scoring["settings"] = metric_settings
+    engine_settings = _engine_settings(ENGINES.get(args.engine), settings)
+    record = StageRecord.of(STAGE, args, engine_settings, *settings)
     if record.decision != "skip":
         with record:
             if args.predictions:
-                counts = _score_file(args, scoring)
+                counts = _score_file(args, settings)
             else:
-                benchmarks = _open_benchmarks(args)
-                engine = kind.open(args.model_name_or_path, engine_settings)
-                engine.check()
-                counts = _run(args, engine, scoring, record.content["inputs"]["benchmark"], benchmarks)
+                counts = _run(args, engine_settings, settings, record.content["inputs"]["benchmark"])
             record.finish(counts=counts)
-    if rank() == 0:
+    if rank() == 0 and not record.is_silent:
         paths = [directory / SCORES_FILE for directory in _output_directories(args)]
         for path in paths:
             print(ScoresFile.read(path))
@@ -176,11 +166,9 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
         raise UserError("predictions_format needs predictions. Give that file, or leave the format out.")
     if not args.predictions and not (args.model_name_or_path and args.benchmark):
         raise UserError("Nothing to evaluate. Give model_name_or_path and benchmark, or predictions to score a file.")
-    kind = ENGINES.get(args.engine)
     if not args.predictions:
+        kind = ENGINES.get(args.engine)
         kind.check(_engine_settings(kind, settings), args.model_name_or_path)
-    for name in args.variants:
-        METRICS.get(name)
     for control in args.controls:
         shown_rows([], control)
     check_bounds(args, at_least={"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0})
@@ -190,7 +178,9 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
 def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
     """Return the engine's settings, with a batch size that does not depend on memory: it changes the last digits."""
     settings = settings_among(given, kind.settings)
-    return replace(settings, batch_size=BATCH_SIZE) if getattr(settings, "batch_size", 1) is None else settings
+    if getattr(settings, "batch_size", 1) is None:
+        settings.batch_size = BATCH_SIZE  # in place, so that a plan compares it with the record of an earlier run
+    return settings
 
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
@@ -207,17 +197,14 @@ def _output_directories(args: EvaluateArguments) -> list[Path]:
     return [output_dir / name for name in names]
 
 
-def _open_benchmarks(args: EvaluateArguments) -> list["Dataset"]:
+def _run(args: EvaluateArguments, engine_settings: Any, settings: Sequence[Any], data: list[dict]) -> dict[str, Any]:
+    """Answer the benchmarks, whose fingerprints are `data`, and write their scores. Return their counts."""
     benchmarks = [load_records(name, args.split, "benchmark") for name in args.benchmark]
     for benchmark in benchmarks:
         for control in args.controls:  # before the model answers anything
             shown_rows(benchmark["image_id"][:], control, args.seed)
-    return benchmarks
-
-
-def _run(
-    args: EvaluateArguments, engine: Engine, scoring: dict[str, Any], data: list[dict], benchmarks: list["Dataset"]
-) -> dict[str, Any]:
+    engine = ENGINES.get(args.engine).open(args.model_name_or_path, engine_settings)
+    engine.check()
     state, counts = process_state(), {}
     asking = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "max_records")}
     asking["model_name"] = args.model_name_or_path
@@ -227,53 +214,43 @@ def _run(
             write_predictions(path, engine, benchmark, control=control, **asking)
         if state.is_main_process:
             about = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
-            scores, _, _ = _score(paths, scoring)
-            write_json(directory / SCORES_FILE, about | scores)
-            counts[name] = scores["counts"]
+            counts[name] = _write_scores(args, settings, directory, paths, about)
         state.wait_for_everyone()
     return counts
 
 
-def _score_file(args: EvaluateArguments, scoring: dict[str, Any]) -> dict[str, Any]:
-    directory = Path(args.output_dir)
+def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, Any]:
     paths = {control: control_path(args.predictions, control) for control in (None, *args.controls)}
     paths = {control: path for control, path in paths.items() if control is None or path.is_file()}
     format = args.predictions_format or guess_format(args.predictions)
+    about = {"predictions": args.predictions, "format": format}
     questions = read_questions(args.benchmark[0], args.split) if args.benchmark else None
-    scores, answers, rejected = _score(paths, scoring, format, questions)
-    if format != OWN_FORMAT:
-        for control, records in answers.items():
-            write_jsonl(control_path(directory / PREDICTIONS_FILE, control), records)
-    write_json(directory / SCORES_FILE, {"predictions": args.predictions, "format": format} | scores)
-    if rejected:
-        write_jsonl(directory / "rejected.jsonl", rejected)
-        reasons = list_reasons(scores["counts"]["rejected"])
-        print(f"evaluate: {len(rejected)} lines were rejected ({reasons}), see {directory / 'rejected.jsonl'}.")
-    if guessed := scores["counts"].get("answer_types_guessed"):
+    counts = _write_scores(args, settings, Path(args.output_dir), paths, about, format, questions)
+    if guessed := counts.get("answer_types_guessed"):
         print(
             f"evaluate: {args.predictions} does not say which questions are closed. {guessed} count as closed if "
             "their answer is yes or no, otherwise as open. Give --benchmark to use the benchmark's own types."
         )
-    return scores["counts"]
+    return counts
 
 
-def _score(
-    paths: dict[str | None, Path],
-    scoring: dict[str, Any],
-    format: str = OWN_FORMAT,
-    questions: list[dict[str, Any]] | None = None,
-) -> tuple[dict[str, Any], dict[str | None, list[dict[str, Any]]], list[dict[str, str]]]:
-    """
-    Score predictions (`paths[None]`) and their controls.
-
-    Returns:
-        `tuple`: the scores, the records of each file, and the rejected rows of the predictions.
-    """
+def _write_scores(args, settings, directory, paths, about, format=OWN_FORMAT, questions=None) -> dict[str, Any]:
+    """Score predictions (`paths[None]`) and their controls, and write the scores below `about`. Return the counts."""
     found = {control: read_predictions(path, format, benchmark=questions) for control, path in paths.items()}
     answers, rejected = {control: records for control, (records, _) in found.items()}, found[None][1]
-    scores = score_predictions(answers[None], {name: answers[name] for name in answers if name}, **scoring)
+    controls = {name: answers[name] for name in answers if name}
+    scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
+    scores = score_predictions(answers[None], controls, settings=settings, **scoring)
     scores["counts"]["rejected"] = dict(Counter(line["reason"] for line in rejected))
-    return scores, answers, rejected
+    if format != OWN_FORMAT:
+        for control, records in answers.items():
+            write_jsonl(control_path(directory / PREDICTIONS_FILE, control), records)
+    write_json(directory / SCORES_FILE, about | scores)
+    if rejected:
+        write_jsonl(directory / "rejected.jsonl", rejected)
+        reasons = list_reasons(scores["counts"]["rejected"])
+        print(f"evaluate: {len(rejected)} lines were rejected ({reasons}), see {directory / 'rejected.jsonl'}.")
+    return scores["counts"]
 
 
 def plan(counter: RowCounter, args: EvaluateArguments, *settings: Any) -> Iterator[tuple[str, str]]:
@@ -297,47 +274,36 @@ def _count_questions(benchmark: str, split: str) -> Count:
         files = complete_shards(Path(benchmark), split)
     except (UserError, OSError):
         return Count(None)
-    columns = [parquet.read_table(path, columns=["questions"])["questions"] for path in files]
-    return Count(sum(compute.sum(compute.list_value_length(column)).as_py() or 0 for column in columns))
+    questions = parquet.read_table(files, columns=["questions"])["questions"]
+    return Count(compute.sum(compute.list_value_length(questions)).as_py() or 0)
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="evaluate",
-        summary="answer the questions of a benchmark and score the answers",
-        help=__doc__,
-        after=("merge",),
-        joins_rounds=True,
-        distributed=True,
-        arguments=lambda: (
-            EvaluateArguments,
-            *ENGINES.settings(),
-            *METRICS.settings(),
+STAGE = Stage(
+    name="evaluate",
+    summary="answer the questions of a benchmark and score the answers",
+    help=__doc__,
+    after=("merge",),
+    joins_rounds=True,
+    distributed=True,
+    arguments=lambda: (EvaluateArguments, *ENGINES.settings(), *METRICS.settings()),
+    check=check,
+    main=main,
+    plan=plan,
+    inputs=(
+        Input(
+            "model_name_or_path",
+            MODEL,
+            accepts=lambda stage, output: output.merges is None,
+            unless="predictions",
+            is_remote=lambda settings: not loads_model(settings),
         ),
-        check=check,
-        main=main,
-        plan=plan,
-        inputs=(
-            Input(
-                "model_name_or_path",
-                MODEL,
-                accepts=lambda stage, output: output.merges is None,
-                unless="predictions",
-                is_remote=lambda settings: not loads_model(settings),
-            ),
-            Input("base_model_name_or_path", MODEL, has_default=False),
-            Input(
-                "benchmark",
-                "benchmark",
-                split="split",
-                default_split="test",
-                unless="predictions",
-            ),
-            Input("predictions", FILE),
-        ),
-        outputs=(Output("", "predictions", is_published=False),),
-        not_shared=NOT_SHARED,
-        earlier_defaults={"engine": DEFAULT_ENGINE},
-        registries={"engine": ENGINES, "variants": METRICS, "predictions_format": PREDICTION_FORMATS},
-    )
+        Input("base_model_name_or_path", MODEL, has_default=False),
+        Input("benchmark", "benchmark", split="split", default_split="test", unless="predictions"),
+        Input("predictions", FILE),
+    ),
+    outputs=(Output("", "predictions", is_published=False),),
+    not_shared=NOT_SHARED,
+    earlier_defaults={"engine": DEFAULT_ENGINE},
+    registries={"engine": ENGINES, "variants": METRICS, "predictions_format": PREDICTION_FORMATS},
 )
+STAGES.register(STAGE)

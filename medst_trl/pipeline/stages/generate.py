@@ -174,17 +174,16 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         *engine_settings: Settings of engines; those of the chosen one default to its defaults.
     """
     check(args, *engine_settings)
-    kind = ENGINES.get(args.engine)
-    settings = settings_among(engine_settings, kind.settings)
     args = replace(args, images=_find_images(args.images))
     images = load_records(args.images, args.split, "instruct")
     records, rejected = select_records(images, args.skip_records, args.max_records)
-    record = StageRecord.of(STAGE, args, settings, operational=kind.operational)
+    record = StageRecord.of(STAGE, args, *engine_settings)
     if record.decision == "skip":
         return
     log, counts = record.output_dir / ".generated.jsonl", None
     with record:
-        engine = kind.open(args.model_name_or_path, settings)
+        kind = ENGINES.get(args.engine)
+        engine = kind.open(args.model_name_or_path, settings_among(engine_settings, kind.settings))
         if not log.exists():
             engine.check()
         generator = make_generator(args, engine)
@@ -195,7 +194,13 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         record.finish(counts=counts)
     if rank() == 0:
         log.unlink(missing_ok=True)
-        _report(args, counts)
+        print(
+            f"generate: {counts['candidates']:,} candidates with {counts['answers']:,} answers, from "
+            f"{counts['questions']:,} questions about {counts['images']:,} images, are in "
+            f"{record.output_dir / 'candidates'}."
+        )
+        if counts["rejected"]:
+            print(f"  rejected: {list_reasons(counts['rejected'])} (see {record.output_dir / 'rejected.jsonl'})")
 
 
 def check(args: GenerateArguments, *engine_settings: Any) -> None:
@@ -207,19 +212,15 @@ def check(args: GenerateArguments, *engine_settings: Any) -> None:
 
 def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
     """Return a generator with the settings of the stage."""
+    asking = args.question_temperature, args.question_top_k, args.question_top_p, args.max_question_tokens
+    names = ("num_questions", "num_answers", "describe_first", "max_answer_similarity", "seed")
     return CandidateGenerator(
         engine,
-        num_questions=args.num_questions,
-        num_answers=args.num_answers,
-        question_sampling=Sampling(
-            args.question_temperature, args.question_top_k, args.question_top_p, args.max_question_tokens
-        ),
+        question_sampling=Sampling(*asking),
         answer_sampling=Sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens),
-        describe_first=args.describe_first,
         question_filter=QuestionFilter(args.min_question_words, args.max_question_words, args.english_questions),
-        max_answer_similarity=args.max_answer_similarity,
-        seed=args.seed,
         model_name=public_name(args.model_name_or_path),  # candidates are shared, local paths not
+        **{name: getattr(args, name) for name in names},
     )
 
 
@@ -233,9 +234,7 @@ def _find_images(images: str) -> str:
     return str(instruct)
 
 
-def select_records(
-    dataset: "Dataset", skip: int = 0, most: int | None = None
-) -> tuple["Dataset", list[dict[str, str]]]:
+def select_records(dataset: "Dataset", skip: int = 0, most: int | None = None) -> tuple["Dataset", list[dict]]:
     """
     Drop records that repeat the images of an earlier one, skip the first `skip`, and return at most `most`.
 
@@ -311,16 +310,6 @@ def _write_candidates(
     return counts
 
 
-def _report(args: GenerateArguments, counts: dict[str, Any]) -> None:
-    print(
-        f"generate: {counts['candidates']:,} candidates with {counts['answers']:,} answers, from "
-        f"{counts['questions']:,} questions about {counts['images']:,} images, are in "
-        f"{Path(args.output_dir, 'candidates')}."
-    )
-    if counts["rejected"]:
-        print(f"  rejected: {list_reasons(counts['rejected'])} (see {Path(args.output_dir, 'rejected.jsonl')})")
-
-
 def _count(settings: Mapping[str, Any], split: str, counter: RowCounter) -> Count:
     """Return the largest number of questions with answers: some are rejected."""
     return replace(images_to_ask_about(settings, counter).times(settings.get("num_questions", 1)), at_most=True)
@@ -344,30 +333,25 @@ def plan(counter: RowCounter, args: GenerateArguments, *engine_settings: Any) ->
     yield from counter.time(images.number, "images")
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="generate",
-        summary="let the model ask about images and answer each question twice",
-        help=__doc__,
-        after=("sft",),
-        repeats=True,
-        advances=("skip_records", "max_records"),
-        distributed=True,
-        arguments=lambda: (GenerateArguments, *ENGINES.settings(), HubArguments),
-        check=check,
-        main=main,
-        plan=plan,
-        inputs=(
-            Input(
-                "model_name_or_path",
-                MODEL,
-                is_remote=lambda settings: not loads_model(settings),
-            ),
-            Input("base_model_name_or_path", MODEL, has_default=False),
-            Input("images", "images", alternatives=("instruct",), split="split"),
-        ),
-        outputs=(Output("candidates", "candidates", _count),),
-        not_shared=NOT_SHARED,
-        registries={"engine": ENGINES},
-    )
+STAGE = Stage(
+    name="generate",
+    summary="let the model ask about images and answer each question twice",
+    help=__doc__,
+    after=("sft",),
+    repeats=True,
+    advances=("skip_records", "max_records"),
+    distributed=True,
+    arguments=lambda: (GenerateArguments, *ENGINES.settings(), HubArguments),
+    check=check,
+    main=main,
+    plan=plan,
+    inputs=(
+        Input("model_name_or_path", MODEL, is_remote=lambda settings: not loads_model(settings)),
+        Input("base_model_name_or_path", MODEL, has_default=False),
+        Input("images", "images", alternatives=("instruct",), split="split"),
+    ),
+    outputs=(Output("candidates", "candidates", _count),),
+    not_shared=NOT_SHARED,
+    registries={"engine": ENGINES},
 )
+STAGES.register(STAGE)

@@ -30,7 +30,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +136,7 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
 
     check(args, *judges)
     args.benchmarks = _existing_benchmarks(args.benchmarks)
-    candidates = _open_candidates(args.candidates, args.split)
+    candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
     benchmarks = [_open_benchmark(name) for name in args.benchmarks]
     judge = _make_judge(args, judges, candidates)
     if args.dry_run:
@@ -146,24 +145,23 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
         return _write_batch(args.write_batch, judge, candidates)
     if not args.read_batch:
         judge.check_key()
-    record = StageRecord.of(STAGE, args, chosen_judge(judges))
+    record = StageRecord.of(STAGE, args, *judges)
     if record.decision == "skip":
-        return _print_summary(record)
+        return None if record.is_silent else _print_summary(record)
     with record:
         if args.read_batch:
             counts = read_batch(judge.cache, args.read_batch)
             print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
-        judgements, statistics = _judge(judge, candidates, record.output_dir, offline=bool(args.read_batch))
+        judgements, statistics = _judge(args, judge, candidates)
         selection = {name: getattr(args, name) for name in _SELECTION}
         preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
-        _write_preferences(args, record.output_dir, candidates, preferences, statistics["pairs"])
+        _write_preferences(args, candidates, preferences)
         record.finish(counts={"judge": statistics, "preferences": preferences.counts})
     _print_summary(record)
 
 
 def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     """Raise a `UserError` for arguments that cannot work."""
-    JUDGE_PROMPTS.get(args.prompt_version)
     if local := chosen_judge(judges):
         local.check(args)
     elif args.model is None:
@@ -184,23 +182,10 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
 
 def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
     """Drop benchmarks that a finished stage did not make. Recipes name them by default."""
-    existing = []
-    for name in benchmarks:
-        if is_left_out(name, "benchmark"):
-            print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
-        else:
-            existing.append(name)
-    return existing
-
-
-def _open_candidates(name: str, split: str) -> "Dataset":
-    """Load candidates with their images as bytes."""
-    if Path(name).is_dir() and not any(Path(name).glob("*.parquet")):
-        raise UserError(
-            f"{name} holds no candidates, so there is nothing to judge. rejected.jsonl and stage.json of its stage "
-            "say why. Generate from more images."
-        )
-    return with_stored_images(load_records(name, split, "candidates"))
+    missing = [name for name in benchmarks if is_left_out(name, "benchmark")]
+    for name in missing:
+        print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
+    return [name for name in benchmarks if name not in missing]
 
 
 def _open_benchmark(name: str) -> "Dataset":
@@ -247,16 +232,15 @@ def _make_judge(args: JudgeArguments, judges: Sequence[LocalJudge], candidates: 
 
 def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:
     """Print the estimate and the first request."""
-    from medst_trl.data.image_formats import ImageProblem
     from medst_trl.engines.images import without_image_bytes
 
     print(f"judge: {judge.estimate(candidates)}")
-    for _, requests in judge.requests(candidates):
-        with suppress(ImageProblem):
-            for request in requests[:1]:
-                print("The first request:")
-                return print(json.dumps(without_image_bytes(request.body()), indent=2, ensure_ascii=False))
-    print("There is no pair to ask about.")
+    if call := next((call for _, calls in judge.requests(candidates) for call in calls), None):
+        print(
+            "The first request:", json.dumps(without_image_bytes(call.body()), indent=2, ensure_ascii=False), sep="\n"
+        )
+    else:
+        print("There is no pair to ask about.")
 
 
 def _write_batch(path: str, judge: "PairwiseJudge", candidates: "Dataset") -> None:
@@ -273,31 +257,29 @@ def _write_batch(path: str, judge: "PairwiseJudge", candidates: "Dataset") -> No
         print("Every reply is cached: run without write_batch.")
 
 
-def _judge(
-    judge: "PairwiseJudge", candidates: "Dataset", output_dir: Path, offline: bool
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _judge(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") -> tuple[list[dict], dict[str, Any]]:
     """Write all judgements to their file, and return them with their statistics."""
     from tqdm.auto import tqdm
 
+    offline = bool(args.read_batch)
     estimate = judge.estimate(candidates)
     print(f"judge: {estimate}")
     if judge.max_cost is not None and (estimate.cost or 0) > judge.max_cost:
         print(f"judge: this is more than max_cost {judge.max_cost:g}. The run will stop there and can be resumed.")
     judgements = list(tqdm(judge(candidates, offline), "judge", total=estimate.pairs, unit="pair", disable=None))
-    write_jsonl(output_dir / "judgements.jsonl", judgements)
+    write_jsonl(Path(args.output_dir, "judgements.jsonl"), judgements)
     return judgements, judge_statistics(judgements, judge.prices) | {
         "left_over_answers": sum(len(answers) % 2 for answers in candidates["answers"]),
         "events": dict(judge.events.most_common()),
     }
 
 
-def _write_preferences(
-    args: JudgeArguments, output_dir: Path, candidates: "Dataset", preferences: Preferences, num_judged: int
-) -> None:
+def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: Preferences) -> None:
     """Write the pairs with their images, whose bytes are copied undecoded, and the dropped pairs."""
+    output_dir, counts = Path(args.output_dir), preferences.counts
     write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
     if not preferences.train:
-        raise nothing_left(preferences.counts["rejected"], num_judged, output_dir / "judgements.jsonl")
+        raise nothing_left(counts["rejected"], counts["pairs"], output_dir / "judgements.jsonl")
     images, directory = candidates.select_columns(["images"]), output_dir / "preferences"
 
     def row(pair: dict) -> dict:
@@ -361,26 +343,25 @@ def _expected_cost(args: JudgeArguments, count: Count) -> str:
     return f"; about {count.number * prices.cost(question, reply):,.0f} US dollars for all of them"
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="judge",
-        summary="compare the answers with a stronger model, and build preference pairs",
-        help=__doc__,
-        after=("generate",),
-        repeats=True,
-        arguments=lambda: (JudgeArguments, *LOCAL_JUDGES.values(), HubArguments),
-        check=check,
-        main=main,
-        plan=plan,
-        registries={"prompt_version": JUDGE_PROMPTS},
-        inputs=(
-            Input("candidates", "candidates", split="split"),
-            Input("benchmarks", "benchmark", default_split="test"),
-            Input("reference_captions", FILE),
-            Input("read_batch", FILE),
-        ),
-        outputs=(Output("preferences", "preferences", _count),),
-        # These settings change how replies are obtained, not their content. A judge is identified by its model name.
-        operational=CALL_SETTINGS | {"cache_dir", "dry_run", "write_batch", "read_batch", "num_workers"},
-    )
+STAGE = Stage(
+    name="judge",
+    summary="compare the answers with a stronger model, and build preference pairs",
+    help=__doc__,
+    after=("generate",),
+    repeats=True,
+    arguments=lambda: (JudgeArguments, *LOCAL_JUDGES.values(), HubArguments),
+    check=check,
+    main=main,
+    plan=plan,
+    registries={"prompt_version": JUDGE_PROMPTS},
+    inputs=(
+        Input("candidates", "candidates", split="split"),
+        Input("benchmarks", "benchmark", default_split="test"),
+        Input("reference_captions", FILE),
+        Input("read_batch", FILE),
+    ),
+    outputs=(Output("preferences", "preferences", _count),),
+    # These settings change how replies are obtained, not their content. A judge is identified by its model name.
+    operational=CALL_SETTINGS | {"cache_dir", "dry_run", "write_batch", "read_batch", "num_workers"},
 )
+STAGES.register(STAGE)

@@ -27,8 +27,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.settings import check_bounds, documented
+from medst_trl.data.schema import dialogue, load_records
+from medst_trl.pipeline.record import StageRecord, read_record
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 
 
@@ -89,8 +91,6 @@ class MergeArguments:
 
 
 def main(args: MergeArguments) -> None:
-    from medst_trl.pipeline.record import StageRecord, read_record
-
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":
         return
@@ -99,8 +99,6 @@ def main(args: MergeArguments) -> None:
     from medst_trl.policy.merging import merge_policy
 
     trained = read_record(args.model_name_or_path)
-    if not isinstance(trained.get("settings"), dict):  # none, or damaged
-        trained = {}
     with record:
         examples, source = _examples(args, trained)
         merged = merge_policy(
@@ -126,16 +124,13 @@ def main(args: MergeArguments) -> None:
 def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Return the conversations for the comparison, and where they are from."""
     check_bounds(args, at_least={"num_examples": 1})
-    if args.dataset is not None:
-        return read_examples(args.dataset, args.split, args.num_examples), args.dataset
-    try:
-        dataset = trained["inputs"]["dataset"][0]["path"]
-        is_here = Path(dataset).is_dir()
-    except (LookupError, TypeError):  # no record, or one of a Hub dataset
-        is_here = False
-    if is_here:
-        return read_examples(dataset, trained["settings"].get("train_split") or "train", args.num_examples), dataset
-    return drawn_examples(args.num_examples), "images of noise"
+    dataset, split = args.dataset, args.split
+    if dataset is None:
+        source = trained.get("inputs", {}).get("dataset") or [{}]
+        dataset, split = source[0].get("path"), trained.get("settings", {}).get("train_split") or "train"
+        if dataset is None or not Path(dataset).is_dir():  # no record, or one of a Hub dataset
+            return drawn_examples(args.num_examples), "images of noise"
+    return read_examples(dataset, split, args.num_examples), dataset
 
 
 def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -157,8 +152,6 @@ def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
     Raises:
         UserError: if the dataset cannot be read or has none.
     """
-    from medst_trl.data.schema import load_records
-
     found = list(islice(filter(None, map(_conversation, load_records(dataset, split))), count))
     if not found:
         raise UserError(
@@ -169,8 +162,6 @@ def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
 
 
 def _conversation(row: dict[str, Any]) -> dict[str, Any] | None:
-    from medst_trl.data.schema import dialogue
-
     if row.get("questions"):
         turns = [(row["questions"][0]["question"], row["questions"][0]["answer"])]
         return {"id": row["image_id"], "images": [row["image"]], "messages": dialogue(turns, num_images=1)}
@@ -186,8 +177,6 @@ def drawn_examples(count: int = 2) -> list[dict[str, Any]]:
     """Generate conversations about images of noise: predictions are compared, not their meaning."""
     import numpy as np
     from PIL import Image
-
-    from medst_trl.data.schema import dialogue
 
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)) for _ in range(count)]
@@ -209,52 +198,48 @@ def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) 
     processor = deepcopy(processor)
     collators = [DataCollatorForSelfQuestioning(processor, sq_ratio=ratio) for ratio in (0.0, 1.0)]
     batches = [collator([example]) for example in examples for collator in collators]
-    batches = [  # without what the collator reports for the trainer
-        {name: value for name, value in batch.items() if torch.is_tensor(value) and name != "question_mask"}
-        for batch in batches
-    ]
     batches = [batch for batch in batches if (batch["labels"] != -100).any()]
     if not batches:
         raise UserError("The examples have no answer to compare. Give another dataset.")
-    return batches
+    return [  # without what the collator reports for the trainer
+        {name: value for name, value in batch.items() if torch.is_tensor(value) and name != "question_mask"}
+        for batch in batches
+    ]
 
 
 def _summary(args: MergeArguments, merged: dict[str, Any], source: str) -> str:
     proof = merged["proof"]
-    conversations = f"{proof['examples']} conversation" + "s" * (proof["examples"] > 1)
-    parts = [
+    text = (
         f"merge: {merged['parameters']:,} parameters in {merged['dtype']}, in {args.output_dir}. On {proof['tokens']} "
-        f"answer and question tokens of {conversations} ({source}) the log-probabilities differ from "
-        f"the adapter's by at most {proof['float32_difference']:.1e} in float32"
-    ]
+        f"answer and question tokens of {number_of(proof['examples'], 'conversation')} ({source}) the "
+        f"log-probabilities differ from the adapter's by at most {proof['float32_difference']:.1e} in float32"
+    )
     if merged["dtype"] != "float32":
-        parts.append(
+        text += (
             f" and {proof['stored_difference']:.1e} in {merged['dtype']} (allowed: {proof['stored_tolerance']:.1e}, "
             "three times the rounding error of this type in the adapter)"
         )
-    parts.append(".")
     if merged["trained_in_4bit"]:
-        parts.append(
-            "\nThe adapter was trained on its base in 4 bits and is merged into the published base: the merged model "
-            "equals the adapter on that base. Evaluate it."
+        text += (
+            ".\nThe adapter was trained on its base in 4 bits and is merged into the published base: the merged model "
+            "equals the adapter on that base. Evaluate it"
         )
-    return "".join(parts)
+    return f"{text}."
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="merge",
-        summary="merge an adapter into a stand-alone model for servers and other tools",
-        help=__doc__,
-        after=("dpo",),
-        arguments=lambda: (MergeArguments,),
-        main=main,
-        inputs=(
-            Input("model_name_or_path", MODEL, accepts=lambda stage, output: stage.trains is not None),
-            Input("base_model_name_or_path", MODEL, has_default=False),
-            Input("dataset", ANY, split="split"),
-        ),
-        outputs=(Output("", MODEL, merges="model_name_or_path"),),
-        operational=frozenset({"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo"}),
-    )
+STAGE = Stage(
+    name="merge",
+    summary="merge an adapter into a stand-alone model for servers and other tools",
+    help=__doc__,
+    after=("dpo",),
+    arguments=lambda: (MergeArguments,),
+    main=main,
+    inputs=(
+        Input("model_name_or_path", MODEL, accepts=lambda stage, output: stage.trains is not None),
+        Input("base_model_name_or_path", MODEL, has_default=False),
+        Input("dataset", ANY, split="split"),
+    ),
+    outputs=(Output("", MODEL, merges="model_name_or_path"),),
+    operational=frozenset({"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo"}),
 )
+STAGES.register(STAGE)

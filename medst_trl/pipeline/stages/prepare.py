@@ -20,7 +20,7 @@ Output in `output_dir`, depending on what the source contains:
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
 
     check(args, *others)
     source, request = SOURCES.get(args.source), request_of(args, *others)
-    record = _open_record(args, source, request)
+    record = StageRecord.of(STAGE, args, *others, inputs=_inputs(source, request))
     if record.decision == "skip":
         return
     output_dir = Path(args.output_dir)
@@ -109,13 +109,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
         records = source.read(request).first(args.max_records)
         reader = records.images or FolderImages(records.image_folder, args.max_pixels)
         index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
-        datasets = assemble(
-            records,
-            *index,
-            validation_fraction=args.validation_fraction,
-            image_disjoint=args.image_disjoint,
-            seed=args.seed,
-        )
+        selection = {name: getattr(args, name) for name in ("validation_fraction", "image_disjoint", "seed")}
+        datasets = assemble(records, *index, **selection)
         write_jsonl(output_dir / "rejected.jsonl", [rejected.as_row() for rejected in datasets.rejected])
         counts = datasets.counts()
         if not counts["datasets"]:
@@ -184,13 +179,12 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     return replace(request, data_path=data_path, image_folder=image_folder)
 
 
-def _open_record(args: PrepareArguments, source: Source, request: SourceRequest) -> StageRecord:
+def _inputs(source: Source, request: SourceRequest) -> dict[str, Any]:
+    """What the record compares by content. A directory of images inside the data is hashed once."""
     data_path, image_folder = request.data_path, request.image_folder
-    if data_path and image_folder.resolve().is_relative_to(data_path.resolve()):
-        image_folder = None  # a directory of images inside the data is hashed once
+    is_inside = data_path and image_folder.resolve().is_relative_to(data_path.resolve())
     files = {name: getattr(request.settings, name) for name in source.files}
-    inputs = {"data_path": data_path, "image_folder": image_folder} | files
-    return StageRecord.of(STAGE, args, request.settings, inputs=inputs)
+    return {"data_path": data_path, "image_folder": None if is_inside else image_folder} | files
 
 
 def _set_limits_of_pil(max_pixels: int) -> None:
@@ -233,7 +227,7 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
         print(f"  rejected: {list_reasons(counts['rejected'])} (see rejected.jsonl)")
 
 
-def _count(settings: Mapping[str, Any], split: str, kind: str) -> Count:
+def _count(kind: str, settings: Mapping[str, Any], split: str, counter: RowCounter) -> Count:
     """Count the rows of a split that is not written yet, as far as the source knows."""
     source, limit = SOURCES.get(settings["source"]) if settings.get("source") else None, settings.get("max_records")
     if source is None or source.count is None:
@@ -260,22 +254,18 @@ def plan(counter: RowCounter, args: PrepareArguments, *others: Any) -> Iterator[
             yield "writes", ", ".join(known)
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="prepare",
-        summary="turn medical images, questions and conversations into datasets",
-        help=__doc__,
-        after=("base",),
-        arguments=lambda: (PrepareArguments, *SOURCES.settings(), HubArguments),
-        check=check,
-        main=main,
-        plan=plan,
-        inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder")),
-        outputs=tuple(
-            Output(kind, kind, count=lambda settings, split, counter, kind=kind: _count(settings, split, kind))
-            for kind in ("instruct", "benchmark", "images")
-        ),
-        operational=frozenset({"num_workers"}),
-        registries={"source": SOURCES},
-    )
+STAGE = Stage(
+    name="prepare",
+    summary="turn medical images, questions and conversations into datasets",
+    help=__doc__,
+    after=("base",),
+    arguments=lambda: (PrepareArguments, *SOURCES.settings(), HubArguments),
+    check=check,
+    main=main,
+    plan=plan,
+    inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder")),
+    outputs=tuple(Output(kind, kind, partial(_count, kind)) for kind in ("instruct", "benchmark", "images")),
+    operational=frozenset({"num_workers"}),
+    registries={"source": SOURCES},
 )
+STAGES.register(STAGE)

@@ -19,12 +19,13 @@ Afterwards, use the Hub id instead of the directory: `medst dpo --dataset my-org
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.settings import documented
 from medst_trl.hub import check_repo_id
+from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Input, RowCounter, Stage
 
 
@@ -78,15 +79,12 @@ class PushArguments:
 
 def main(args: PushArguments) -> None:
     from medst_trl.hub.push import push_directory
-    from medst_trl.pipeline.record import StageRecord
 
     check(args)
     record = nullcontext() if args.output_dir is None else StageRecord.of(STAGE, args)
     if args.output_dir is not None and record.decision == "skip":
         return
-    settings = asdict(args)
-    for name in ("source", "output_dir", "overwrite"):
-        del settings[name]
+    settings = {name: value for name, value in vars(args).items() if name not in ("source", "output_dir", "overwrite")}
     with record:
         pushed = push_directory(args.source, **settings)
         if args.output_dir is not None:
@@ -113,17 +111,16 @@ def plan(counter: RowCounter, args: PushArguments) -> Iterator[tuple[str, str]]:
     yield "uploads", f"{args.source} to {args.repo_id}, {'private' if args.private else 'PUBLIC'}"
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="push",
-        summary="publish a dataset, an adapter or a model to the Hub",
-        help=__doc__,
-        after=("report",),
-        arguments=lambda: (PushArguments,),
-        check=check,
-        main=main,
-        plan=plan,
-        inputs=(Input("source", FILE), Input("evaluation", FILE)),
-        operational=frozenset({"commit_message", "run"}),
-    )
+STAGE = Stage(
+    name="push",
+    summary="publish a dataset, an adapter or a model to the Hub",
+    help=__doc__,
+    after=("report",),
+    arguments=lambda: (PushArguments,),
+    check=check,
+    main=main,
+    plan=plan,
+    inputs=(Input("source", FILE), Input("evaluation", FILE)),
+    operational=frozenset({"commit_message", "run"}),
 )
+STAGES.register(STAGE)

@@ -64,14 +64,13 @@ def main(args: ReportArguments) -> None:
     print(f"The report is {path} ({len(report.html) / 1e6:.1f} MB): open it in a browser. It needs no other file.")
 
 
-STAGE = STAGES.register(
-    Stage(
-        name="report",
-        summary="write an HTML page about a run: scores, data flow, training curves, judge, examples",
-        help=__doc__,
-        after=("evaluate",),
-        arguments=lambda: (ReportArguments,),
-        main=main,
-        inputs=(Input("run", RUN),),
-    )
+STAGE = Stage(
+    name="report",
+    summary="write an HTML page about a run: scores, data flow, training curves, judge, examples",
+    help=__doc__,
+    after=("evaluate",),
+    arguments=lambda: (ReportArguments,),
+    main=main,
+    inputs=(Input("run", RUN),),
 )
+STAGES.register(STAGE)

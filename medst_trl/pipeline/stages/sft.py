@@ -29,7 +29,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented, make_lists
 from medst_trl.training.settings import SelfQuestioningSettings
 
-from ._training import TrainingStageArguments, check_settings, describe_run, training_stage
+from ._training import TrainingStageArguments, describe_run, training_stage
 
 
 if TYPE_CHECKING:
@@ -69,39 +69,34 @@ class SftArguments(TrainingStageArguments):
     def __post_init__(self):
         make_lists(self, "dataset")
 
+    def check(self, training_args: "SelfQuestioningConfig") -> None:
+        super().check(training_args)
+        if self.early_stopping_patience is not None and (
+            training_args.eval_strategy == "no" or not training_args.load_best_model_at_end
+        ):
+            raise UserError(
+                "early_stopping_patience compares evaluations and keeps the best: set eval_strategy (steps or epoch), "
+                "the same save_strategy, and load_best_model_at_end: true."
+            )
 
-def make_trainer(
-    args: SftArguments, training_args: "SelfQuestioningConfig", **inputs: Any
-) -> "SelfQuestioningTrainer":
-    from transformers import EarlyStoppingCallback
+    def make_trainer(self, training_args: "SelfQuestioningConfig", **inputs: Any) -> "SelfQuestioningTrainer":
+        from transformers import EarlyStoppingCallback
 
-    from medst_trl import SelfQuestioningTrainer
+        from medst_trl import SelfQuestioningTrainer
 
-    patience = args.early_stopping_patience
-    callbacks = [EarlyStoppingCallback(patience)] if patience is not None else None
-    return SelfQuestioningTrainer(args=training_args, callbacks=callbacks, **inputs)
+        patience = self.early_stopping_patience
+        callbacks = [EarlyStoppingCallback(patience)] if patience is not None else None
+        return SelfQuestioningTrainer(args=training_args, callbacks=callbacks, **inputs)
 
-
-def summarize(trainer: "SelfQuestioningTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
-    """Counts, metrics and a summary of a finished run."""
-    rejected = trainer.rejected_examples.write(Path(trainer.args.output_dir))
-    counts = {"records": records, "set_aside": rejected, "truncated": trainer.rejected_examples.count_truncated()}
-    last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
-    figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
-    summary = f"Stage 1 is done: {describe_run(trainer, f'{records} conversations', counts)}."
-    return counts, {name: last[name] for name in figures if name in last}, summary
-
-
-def check(args: SftArguments, training_args: "SelfQuestioningConfig") -> None:
-    """Raise a [`UserError`] for settings that cannot work, before anything is read or loaded."""
-    check_settings(args, training_args)
-    if args.early_stopping_patience is None:
-        return
-    if training_args.eval_strategy == "no" or not training_args.load_best_model_at_end:
-        raise UserError(
-            "early_stopping_patience compares evaluations and keeps the best: set eval_strategy (steps or epoch), the "
-            "same save_strategy, and load_best_model_at_end: true."
-        )
+    def summarize(
+        self, trainer: "SelfQuestioningTrainer", records: int
+    ) -> tuple[dict[str, Any], dict[str, float], str]:
+        rejected = trainer.rejected_examples.write(Path(trainer.args.output_dir))
+        counts = {"records": records, "set_aside": rejected, "truncated": trainer.rejected_examples.count_truncated()}
+        last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+        figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
+        summary = f"Stage 1 is done: {describe_run(trainer, f'{records} conversations', counts)}."
+        return counts, {name: last[name] for name in figures if name in last}, summary
 
 
 STAGE = training_stage(
@@ -109,12 +104,9 @@ STAGE = training_stage(
     "SelfQuestioningConfig",
     SelfQuestioningSettings,
     "instruct",
-    make_trainer,
-    summarize,
     name="sft",
     summary="stage 1: train a model to answer and to ask",
     help=__doc__,
     after=("prepare",),
     trains="conversations",
-    check=check,
 )

@@ -219,4 +219,4 @@ def test_a_training_stage_needs_no_check(tmp_path):
     stage = Stage("mine", "trains", lambda: (), main=None, inputs=(Input("dataset", "instruct"),))
     args = SftArguments("m", [str(tmp_path / "missing")])
     with pytest.raises(UserError, match="missing"):
-        train_policy(stage, args, SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none"), None, None)
+        train_policy(stage, args, SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none"))
