@@ -50,6 +50,7 @@ from medst_trl.base.registry import add_plugins, plugin_files
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take, words_of
 from medst_trl.pipeline.recipe import Step, find_recipe, packaged_recipes, read_recipe, step_of_file, summary
+from medst_trl.pipeline.record import RUN_VARIABLE
 from medst_trl.pipeline.stage import STAGES, Stage
 
 
@@ -211,7 +212,7 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
     """Run steps one after another until one fails. `again` is the command to continue."""
     for number, (step, (command, environment)) in enumerate(zip(steps, commands, strict=True), 1):
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
-        code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1"})
+        code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1", RUN_VARIABLE: "1"})
         if code != 0:
             then = "Correct the error above, then run" if code == 2 else "To continue"
             print(f"\nStopped in {step.label}. Finished work is kept. {then}:\n  {again}", file=sys.stderr)

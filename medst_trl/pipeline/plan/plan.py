@@ -20,7 +20,7 @@ from medst_trl.hub import HubArguments
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.recipe import Step, read_recipe
-from medst_trl.pipeline.record import is_complete
+from medst_trl.pipeline.record import changes_of, is_complete
 from medst_trl.pipeline.stage import FILE, RUN
 from medst_trl.training.settings import check_sharding
 
@@ -98,8 +98,12 @@ class _Plan:
         hardware = hardware_of(step)
         arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
         self.shortages += hardware.shortages
+        own = [item for item in arguments if not isinstance(item, HubArguments)]
+        if changes := changes_of(step.stage, *own):
+            yield f"{step.label}: would be refused: {'; '.join(changes)}"
+            return
         if is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"):
-            yield f"{step.label}: already finished; skipped unless its settings have changed"
+            yield f"{step.label}: already finished; skipped unless its inputs have changed"
             return
         yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")
         before = ""

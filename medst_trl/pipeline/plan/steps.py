@@ -53,6 +53,8 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
     arguments = parse(step.stage.make_parser(), settings, step.where)
     if trains:
         training, bf16 = arguments[-1], step.settings.get("bf16")
+        for name in ("tf32", "bf16_full_eval", "fp16_full_eval"):
+            setattr(training, name, step.settings.get(name, getattr(training, name)))
         training.fp16 = bool(step.settings.get("fp16"))
         training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
         if training.bf16 and training.fp16:

@@ -14,6 +14,7 @@ from medst_trl.cli import main
 from medst_trl.cli import run_launched as run_recipe
 from medst_trl.pipeline.plan.steps import RecipeCounts
 from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -159,6 +160,23 @@ def test_finished_stages_have_no_rows(recipe, tmp_path, capsys):
     found = plan(capsys, recipe)
     assert "already finished" in found["sft"][""][0] and len(found["sft"]) == 1
     assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
+
+
+def test_stages_whose_settings_have_changed_would_be_refused(recipe, capsys):
+    from medst_trl.pipeline.plan.steps import stage_arguments
+
+    (step,) = read_recipe(recipe).steps("sft")
+    record = StageRecord.of(step.stage, *stage_arguments(step), inputs={"dataset": "some-org/conversations"})
+    words = [recipe, "--stage", "sft"]
+    changed = ["--sft.learning_rate", "1e-3", "--sft.max_records", "9", "--sft.logging_steps", "7"]
+    for finish in (lambda: None, record.finish):  # interrupted, finished
+        finish()
+        line = "sft: would be refused: learning_rate: 0.0002 before, 0.001 now; max_records: 1280 before, 9 now"
+        assert plan(capsys, *words, *changed)["sft"] == {"": [line]}
+        assert "trains" in plan(capsys, *words, *changed, "--overwrite")["sft"]
+    # The inputs are compared when the stage runs. A batch of the same size may be divided in another way.
+    words += ["--sft.dataset", "some-org/others", "--sft.per_device_train_batch_size", "4"]
+    assert "already finished" in plan(capsys, *words)["sft"][""][0]
 
 
 @pytest.mark.parametrize("name", ["demo", "vqa_rad_tiny", pytest.param("phantom_study", marks=pytest.mark.slow)])
