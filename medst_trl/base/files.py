@@ -1,18 +1,18 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write files atomically, and explain a full disk."""
+"""Write files atomically, write rows with several processes and resume them, and explain a full disk."""
 
 import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .processes import rank
+from .processes import process_state, rank
 
 
 # safetensors and torch.save raise their own errors, which mention the cause only in their message, or not at all.
@@ -61,6 +61,77 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def fill_rows(path: Path, ids: Collection[str], compute: Callable[[set[str]], Iterable[dict[str, Any]]]) -> None:
+    """
+    Write a row for each of `ids` to a file of JSON lines, in that order. Does nothing if the file is complete.
+
+    During the run, each process appends to its own file, `<path>.incomplete` or `<path>.incomplete-<rank>`. `path`
+    itself appears when all rows are computed.
+
+    Args:
+        path (`pathlib.Path`):
+            The final file.
+        ids (collection of `str`):
+            Ids of all rows. All processes of a launch must pass the same ids.
+        compute (`Callable`):
+            Takes the ids that earlier runs finished and yields the remaining rows of this process, each with its `id`.
+
+    Raises:
+        UserError: if rows are missing after all processes have finished.
+    """
+    state = process_state()
+    is_complete, done = path.exists(), {row["id"] for row in computed_rows(path)}
+    state.wait_for_everyone()  # all processes must read the same state before one of them writes
+    if is_complete:
+        return
+    if not done.issuperset(ids):
+        append_rows(path, compute(done), state.process_index)
+        state.wait_for_everyone()
+    if state.is_main_process:
+        merge_rows(path, ids)
+    state.wait_for_everyone()
+
+
+def computed_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield all rows written so far, also by an earlier run with another number of processes."""
+    for part in _parts(path):
+        for line in part.read_bytes().split(b"\n")[:-1]:  # a last line without a line break is incomplete
+            yield json.loads(line)
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]], process: int = 0) -> None:
+    """Append each row as soon as it is computed. An incomplete last line of an earlier run is removed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.incomplete" + (f"-{process}" if process else ""), "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+
+
+def merge_rows(path: Path, ids: Collection[str]) -> None:
+    """
+    Write all rows to the final file in the order of `ids`, and delete the parts.
+
+    Raises:
+        UserError: if some are missing.
+    """
+    rows = {row["id"]: row for row in computed_rows(path)}
+    if missing := [key for key in ids if key not in rows]:
+        raise UserError(
+            f"{len(missing)} of {len(ids)} rows are missing in {path}, for example {missing[0]!r}. All "
+            "processes must use the same output_dir. Run the command again to add the missing rows."
+        )
+    write_jsonl(path, (rows[key] for key in ids))
+    for part in _parts(path):
+        part.unlink()
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.incomplete*"))
 
 
 def move_files(source: Path, target: Path, last: str = "config.json") -> None:

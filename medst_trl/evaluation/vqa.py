@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import fill_rows
 from medst_trl.base.processes import process_state
-from medst_trl.base.row_log import RowLog
 from medst_trl.data.schema import with_stored_images
 from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Reply, Request, Sampling, open_images, to_answer
 
@@ -142,7 +142,7 @@ def write_predictions(path: str | Path, engine: Engine, benchmark: "Dataset", **
             As in [`answer_benchmark`].
     """
     ids = [question["id"] for question in questions_of(benchmark, kwargs.get("max_records"))]
-    RowLog.fill(Path(path), ids, lambda done: answer_benchmark(engine, benchmark, done=done, **kwargs))
+    fill_rows(Path(path), ids, lambda done: answer_benchmark(engine, benchmark, done=done, **kwargs))
 
 
 def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:

@@ -249,16 +249,15 @@ class Recipe:
         The default of each input: the output of the nearest earlier section that makes its kind. If that section is a
         list, the input has no default.
         """
-        names, inputs = list(STAGES), {}
-        earlier = [
-            STAGES.get(name) for name in reversed(names[: names.index(step.stage.name)]) if name in self.sections
-        ]
+        names, inputs = list(self.sections), {}
+        earlier = [STAGES.get(name) for name in reversed(names[: names.index(step.stage.name)])]
         for item in step.stage.inputs:
-            if item.unless is None or settings.get(item.unless) is None:
-                if item.kind == RUN:
-                    inputs[item.key] = self.output_dir
-                elif (made := item.default_among(earlier)) and "name" not in self.sections[made[0].name][0]:
-                    inputs[item.key] = str(Path(self._directory_of(made[0].name, step), made[1].directory))
+            if settings.get(item.unless) is not None:
+                continue
+            if item.kind == RUN:
+                inputs[item.key] = self.output_dir
+            elif (made := item.default_among(earlier)) and "name" not in self.sections[made[0].name][0]:
+                inputs[item.key] = str(Path(self._directory_of(made[0].name, step), made[1].directory))
         return inputs
 
     def _round_inputs(self, step: _PendingStep, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import json
 import os
 import resource
 import signal
@@ -10,7 +11,17 @@ import torch
 from safetensors import SafetensorError
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, explain_full_disk, is_full_disk, move_files, write_text
+from medst_trl.base.files import (
+    append_rows,
+    atomic_path,
+    computed_rows,
+    explain_full_disk,
+    fill_rows,
+    is_full_disk,
+    merge_rows,
+    move_files,
+    write_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +90,32 @@ def test_the_file_that_marks_a_complete_directory_is_moved_last(tmp_path, monkey
     monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
     move_files(tmp_path / "from", tmp_path / "to")
     assert moved == ["a", "z", "config.json"] and not (tmp_path / "from").exists()
+
+
+def test_rows_of_several_ranks_are_merged_into_one_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": str(number), "prediction": "Straße"} for number in range(7)]
+    for rank in range(3):
+        append_rows(path, rows[rank::3], rank)
+    assert len(list(computed_rows(path))) == 7
+    with pytest.raises(UserError, match="1 of 8 rows are missing"):
+        merge_rows(path, [str(number) for number in range(8)])
+    merge_rows(path, [row["id"] for row in rows])
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
+    assert [child.name for child in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_finished_rows_are_not_computed_again(tmp_path):
+    path, ids, finished = tmp_path / "rows.jsonl", ["a", "b", "c"], []
+
+    def compute(done):
+        finished.append(done)
+        return ({"id": key} for key in ids if key not in done)
+
+    append_rows(path, [{"id": "b"}])
+    with open(tmp_path / "rows.jsonl.incomplete", "ab") as file:
+        file.write(b'{"id": "c')  # the last line was interrupted
+    fill_rows(path, ids, compute)
+    fill_rows(path, ids, compute)
+    assert finished == [{"b"}]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ids

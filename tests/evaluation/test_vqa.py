@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.row_log import RowLog
+from medst_trl.base.files import append_rows
 from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
@@ -277,7 +277,7 @@ def test_a_full_disk_keeps_complete_lines(engine, benchmark, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError):
-            RowLog(path).append(rows)
+            append_rows(path, rows)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert part.stat().st_size == limit

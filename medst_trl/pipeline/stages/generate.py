@@ -35,10 +35,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
+from medst_trl.base.files import fill_rows, write_jsonl
 from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
-from medst_trl.base.row_log import RowLog
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.schema import candidate_features, load_records, write_split
 from medst_trl.data.source import list_reasons
@@ -187,7 +186,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         if not log.exists():
             engine.check()
         generator = make_generator(args, engine)
-        RowLog.fill(log, records["id"], lambda done: generator.outcomes(records, done))
+        fill_rows(log, records["id"], lambda done: generator.outcomes(records, done))
         if rank() == 0:
             outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
             counts = _write_candidates(args, records, outcomes, rejected, generator.generation())
