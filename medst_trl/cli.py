@@ -186,7 +186,7 @@ def _check(step: Step) -> None:
     """Refuse before the first stage starts what a later one would refuse."""
     from medst_trl.pipeline.plan.steps import stage_arguments
 
-    if not step.stage.trains:  # TrainingArguments sets environment variables, which launchers would inherit
+    if not step.stage.trains:  # TrainingArguments takes a GPU, and sets variables that launchers would inherit
         stage_arguments(step)
 
 

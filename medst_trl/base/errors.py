@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exception for errors that the user can fix, and words for messages: the closest match, numbers with nouns."""
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -50,11 +51,17 @@ class Problems:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Put a place, such as the section of a recipe, in front of the messages of errors raised inside the block."""
+    """
+    Put a place, such as the section of a recipe, in front of the messages of errors raised inside the block: of each
+    line that is not indented.
+    """
     try:
         yield
     except UserError as error:
-        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
+        text = str(error)
+        if where not in text:
+            text = re.sub(r"(?m)^(?=\S)", lambda start: f"{where}: ", text)
+        raise UserError(text) from None
 
 
 def closest(word: str, known: Collection[str]) -> str:

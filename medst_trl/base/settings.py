@@ -12,7 +12,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from .errors import UserError, closest
+from .errors import Problems, UserError, closest
 
 
 _T = TypeVar("_T", bound=type)
@@ -69,7 +69,7 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
             `at_least`, `above`, `at_most`, `below`: bounds by the names of settings.
 
     Raises:
-        UserError: with the value of the setting and all its bounds.
+        UserError: with a line for each setting out of bounds: its value and all its bounds.
 
     Example:
 
@@ -77,7 +77,7 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
     check_bounds(args, at_least={"max_records": 1, "top_p": 0.01}, at_most={"top_p": 1})
     ```
     """
-    limits = defaultdict(list)
+    limits, problems = defaultdict(list), Problems()
     for words, by_name in bounds.items():
         for name, bound in by_name.items():
             limits[name].append((_COMPARE[words], words.replace("_", " "), bound))
@@ -86,7 +86,8 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
         if value is not None and not (isfinite(value) and all(holds(value, bound) for holds, _, bound in own)):
             expected = " and ".join(f"{words} {bound}" for _, words, bound in own)
             finite = "" if isfinite(value) else "finite and "
-            raise UserError(f"{name} is {value}. It must be {finite}{expected}.")
+            problems.messages.append(f"{name} is {value}. It must be {finite}{expected}.")
+    problems.report()
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 
 import pytest
 
-from medst_trl.base.errors import Problems, UserError, closest
+from medst_trl.base.errors import Problems, UserError, closest, located
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,10 @@ def test_problems_are_reported_together_and_once():
     with pytest.raises(ZeroDivisionError), Problems().collect():
         1 / 0  # noqa: B018
     Problems().report()
+
+
+def test_each_line_of_a_located_message_has_the_place_unless_it_is_indented():
+    with pytest.raises(UserError, match="^here: a\n  details\nhere: b$"), located("here"):
+        raise UserError("a\n  details\nb")
+    with pytest.raises(UserError, match="^a is wrong here\nb$"), located("here"):
+        raise UserError("a is wrong here\nb")

@@ -93,6 +93,11 @@ def test_numbers_on_bounds_and_missing_values_are_accepted():
     check_bounds(args, above={"share": 0}, at_most={"share": 1}, at_least={"most": 1})
 
 
+def test_all_numbers_out_of_bounds_are_reported():
+    with pytest.raises(UserError, match="^share is 2. It must be at most 1.\nmost is 0. It must be at least 1.$"):
+        check_bounds(SimpleNamespace(share=2, most=0, fine=1), at_most={"share": 1}, at_least={"most": 1, "fine": 1})
+
+
 def test_a_single_value_becomes_a_list():
     args = SimpleNamespace(one="a", several=("a", "b"), none=None)
     make_lists(args, "one", "several", "none")

@@ -140,6 +140,11 @@ def test_all_mistakes_in_settings_are_reported_in_one_go(check):
         "section judge: base_url must start with http:// or https://, for example http://localhost:8000/v1."
     )
     assert "section dpo: beta: 'much' is not a valid float" in lines[2] and len(lines) == 3
+    code, out = check("--generate.top_p", "2", "--generate.temperature", "0")
+    assert [line.partition("section ")[2] for line in out.splitlines()] == [
+        "generate: temperature is 0.0. It must be at least 0.01.",
+        "generate: top_p is 2.0. It must be at least 0.01 and at most 1.",
+    ]
     server = ["--generate.engine", "server", "--generate.base_url", "localhost:8000/v1"]
     assert "section generate: base_url must start with http:// or https://" in check(*server)[1]
 
