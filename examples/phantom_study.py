@@ -166,7 +166,7 @@ def chart(results: dict, name: str, kind: str, title: str) -> str:
         for label, figure in figures.items():
             if figure and any(figure[end] for end in ("mean", "standard_error")):  # skip stage 1 against itself
                 spread = 0 if math.isnan(figure["standard_error"]) else figure["standard_error"]
-                bars.append(Bar(label, figure["mean"], figure["mean"] - spread, figure["mean"] + spread))
+                bars.append(Bar(label, figure["mean"], (figure["mean"] - spread, figure["mean"] + spread)))
         charts.append(bar_chart(f"{title}: {judge}", bars, unit="mean over seeds, bars: standard error"))
     return "".join(charts)
 

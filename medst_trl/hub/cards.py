@@ -5,7 +5,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,15 +158,13 @@ def _title(repo_id: str) -> str:
     return repo_id.rpartition("/")[2].replace("_", " ").replace("-", " ")
 
 
-def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return nested counts as rows of a table. Floats are rounded to four digits."""
-    rows = []
+def _flat(counts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested counts as rows of a table. Floats are rounded to four digits."""
     for name, value in counts.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name} / ")
+            yield from _flat(value, f"{prefix}{name} / ")
         elif isinstance(value, int | float | str):
-            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else value))
-    return rows
+            yield f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _cell(value: Any) -> str:
@@ -179,7 +177,7 @@ def _link(text: str, url: str | None) -> str:
     return f"[{_cell(text)}]({url})" if url and _URL.fullmatch(url) else _cell(text)
 
 
-def read_results(directory: Path, model: Path) -> list[tuple[str, ScoresFile]]:
+def read_results(directory: Path, model: Path) -> Iterator[tuple[str, ScoresFile]]:
     """
     Read the scores in an output directory of `medst evaluate`, which has subdirectories for several benchmarks.
 
@@ -187,8 +185,8 @@ def read_results(directory: Path, model: Path) -> list[tuple[str, ScoresFile]]:
         directory (`Path`): Where the scores are.
         model (`Path`): Directory of the model that must have been evaluated, if the scores name one that exists.
 
-    Returns:
-        `list`: for each `scores.json`, the name of the benchmark (its Hub id or source, never a path) and the scores.
+    Yields:
+        `tuple`: for each `scores.json`, the name of the benchmark (its Hub id or source, never a path) and the scores.
 
     Raises:
         UserError: if there are no scores, a file has another form, or another model was evaluated.
@@ -196,14 +194,12 @@ def read_results(directory: Path, model: Path) -> list[tuple[str, ScoresFile]]:
     paths = sorted(directory.glob(SCORES_FILE)) or sorted(directory.glob(f"*/{SCORES_FILE}"))
     if not paths:
         raise UserError(f"{directory} has no scores.json. Give an output directory of `medst evaluate`.")
-    results = []
     for path in paths:
         file = ScoresFile.read(path)
         evaluated = Path(name) if (name := file.content.get("model")) else None
         if evaluated and evaluated.exists() and not _is_model(evaluated, model):
             raise UserError(f"{path} has the scores of {evaluated}, not of {model}. Leave it out, or push that model.")
-        results.append((_benchmark_name(file.content.get("benchmark") or "", path), file))
-    return results
+        yield _benchmark_name(file.content.get("benchmark") or "", path), file
 
 
 def _for_hub(name: str, file: ScoresFile) -> list[EvalResult]:

@@ -3,6 +3,7 @@
 """What a push uploads: the files of a dataset, adapter or model, and copies of the few that name this machine."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,10 +194,9 @@ def _check_models(shard: Path) -> None:
     columns = {"generation", "judge"}.intersection(pq.read_schema(shard).names)
     for name, texts in pq.read_table(shard, columns=list(columns), partitioning=None).to_pydict().items():
         for text in dict.fromkeys(filter(None, texts)):
-            try:
+            model = None
+            with suppress(ValueError, LookupError, TypeError):  # of another program
                 model = json.loads(text)["model"]
-            except (ValueError, LookupError, TypeError):  # of another program
-                continue
             if isinstance(model, str) and public_name(model) != model:
                 raise UserError(
                     f"The column {name} of {shard} names a model by its path, which must not be published ({model}). "

@@ -153,31 +153,25 @@ class PushAfterStage:
         check_token()
 
     def run(self) -> None:
-        """Publish each directory that exists. Of a stage with several, each goes to a repository of its own."""
-        if self.settings is None:
+        """
+        Publish each directory that exists. Of a stage with several, each goes to a repository of its own. Under a
+        launcher, only the first process pushes.
+
+        If a push fails, the stage stays finished, and running it again repeats the push only.
+        """
+        if self.settings is None or rank() != 0:
             return
         private, revision = self.settings.hub_private_repo is not False, getattr(self.settings, "hub_revision", None)
         for directory in filter(Path.is_dir, self.directories):
             repo_id = self.repo_id if len(self.directories) == 1 else f"{self.repo_id}-{directory.name}"
-            push_after_stage(directory, repo_id, private=private, revision=revision)
-
-
-def push_after_stage(directory: str | os.PathLike, repo_id: str, **settings: Any) -> None:
-    """
-    [`push_directory`] for a stage that is finished; under a launcher only the first process pushes.
-
-    If the push fails, the stage stays finished, and running it again repeats the push only.
-    """
-    if rank() != 0:
-        return
-    try:
-        pushed = push_directory(directory, repo_id, **settings)
-    except UserError as error:
-        raise UserError(
-            f"{Path(directory)} is finished, but was not pushed. {error}\nThen run the same command, or "
-            f"`medst push --source {directory} --repo_id {repo_id}`."
-        ) from None
-    print(f"The {pushed.title} is at {pushed.url}, revision {pushed.commit[:12]}.")
+            try:
+                pushed = push_directory(directory, repo_id, private=private, revision=revision)
+            except UserError as error:
+                raise UserError(
+                    f"{directory} is finished, but was not pushed. {error}\nThen run the same command, or "
+                    f"`medst push --source {directory} --repo_id {repo_id}`."
+                ) from None
+            print(f"The {pushed.title} is at {pushed.url}, revision {pushed.commit[:12]}.")
 
 
 def _upload(

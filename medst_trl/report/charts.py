@@ -9,8 +9,9 @@ chart relies on color alone: lines are labelled and differ in dashes, and bars a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
@@ -48,24 +49,19 @@ class Bar:
     Args:
         name (`str`): Its label. Bars with the same name have the same color.
         value (`float`): Its length.
-        low, high (`float`, *optional*): Ends of its error bar.
+        interval (`(float, float)`, *optional*): Ends of its error bar.
         muted (`bool`, *optional*, defaults to `False`): Whether it is grey, as a baseline.
     """
 
     name: str
     value: float
-    low: float | None = None
-    high: float | None = None
+    interval: Sequence[float] | None = None
     muted: bool = False
 
     def label(self, digits: int | None) -> str:
         """Name and value, with the interval if there is one."""
-        interval = f" ({number(self.low, digits)} to {number(self.high, digits)})" if self.has_interval else ""
-        return f"{clean(self.name)} {number(self.value, digits)}{interval}"
-
-    @property
-    def has_interval(self) -> bool:
-        return self.low is not None and self.high is not None
+        interval = " to ".join(number(end, digits) for end in self.interval or ())
+        return f"{clean(self.name)} {number(self.value, digits)}" + (f" ({interval})" if interval else "")
 
 
 def line_chart(
@@ -105,12 +101,10 @@ def bar_chart(
     title: str,
     bars: Sequence[Bar],
     *,
-    mark: float | None = None,
     unit: str = "",
     limits: tuple[float, float] | None = None,
-    mark_name: str = "",
+    mark: tuple[float | None, str] = (None, ""),
     digits: int | None = 1,
-    axis: bool = True,
 ) -> Markup:
     """
     Draw horizontal bars with error bars and values.
@@ -118,31 +112,30 @@ def bar_chart(
     Args:
         title (`str`): Heading of the chart.
         bars (sequence of [`Bar`]): From top to bottom.
-        mark (`float`, *optional*): A value to mark across the bars, such as a baseline.
         unit (`str`, *optional*): What the axis shows.
         limits (`tuple`, *optional*): Ends of the axis. Defaults to 0 and the largest value.
-        mark_name (`str`, *optional*): What the mark is.
-        digits (`int`, *optional*, defaults to `1`): Decimals of the values; None for whole numbers.
-        axis (`bool`, *optional*, defaults to `True`): Whether to draw the axis. Every bar has its value beside it.
+        mark (`tuple`, *optional*): A value to mark across the bars, such as a baseline, and what it is.
+        digits (`int`, *optional*, defaults to `1`): Decimals of the values; None for whole numbers without an axis.
+            Every bar has its value beside it.
 
     Returns:
         `Markup`: the `<svg>` element; empty if there is no bar.
     """
     if not bars:
         return Markup("")
-    values = [value for bar in bars for value in (bar.value, bar.low, bar.high) if value is not None]
+    values = [value for bar in bars for value in (bar.value, *(bar.interval or ()))]
     left = min(150, 12 + LETTER * max(len(clean(bar.name)) for bar in bars))
     right = WIDTH - 14 - LETTER * max(len(number(bar.value, digits)) for bar in bars)
     low, high = limits or (min(0, *values), max(0, *values) or 1)
+    axis, legend = digits is not None, "" if mark[0] is None else mark[1]
     x = _Axis(low, high, left, right, widen=limits is None and axis)
-    top, has_legend = 46 if unit else 30, bool(mark_name) and mark is not None
+    top = 46 if unit else 30
     end = top + ROW * len(bars) + 7
     names = list(dict.fromkeys(bar.name for bar in bars if not bar.muted))
     description = f"{unit + '. ' if unit else ''}{title}: {', '.join(bar.label(digits) for bar in bars)}."
     return _draw(
-        title, unit, description, end + 20 * axis + 18 * has_legend + 2, x, bars=bars, names=names, top=top, end=end,
-        row=ROW, letters=int((x.start - 8) / LETTER) + 1, mark=mark, legend=mark_name if has_legend else "",
-        digits=digits, axis=axis,
+        title, unit, description, end + 20 * axis + 18 * bool(legend) + 2, x, bars=bars, names=names, top=top, end=end,
+        row=ROW, letters=int((x.start - 8) / LETTER) + 1, mark=mark[0], legend=legend, digits=digits, axis=axis,
     )  # fmt: skip
 
 
@@ -171,17 +164,15 @@ class _Axis:
         share = (min(max(value, self.low), self.high) - self.low) / ((self.high - self.low) or 1)
         return self.start + share * (self.end - self.start)
 
-    def ticks(self) -> list[tuple[float, str]]:
+    def ticks(self) -> Iterator[tuple[float, str]]:
         """Positions and labels of the ticks, with the decimals that the step needs."""
         digits = max(0, math.ceil(-math.log10(self.step) - 1e-9))
         if round(self.step, digits) != round(self.step, digits + 2):  # steps of 2.5
             digits += 1
         is_extreme = self.step < 1e-4 or abs(self.values[-1]) >= 1e6
-        ticks = []
         for value in (value for value in self.values if self.low <= value <= self.high):
             label = f"{value:.1e}".replace("-", "−") if is_extreme else number(round(value, digits) + 0.0, digits)
-            ticks.append((self(value), label))
-        return ticks
+            yield self(value), label
 
 
 def _round_values(low: float, high: float) -> tuple[list[float], float]:
@@ -214,4 +205,4 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     size = max(1, math.ceil(len(points) / MAX_POINTS))
     runs = [points[start : start + size] for start in range(0, len(points), size)]
-    return [tuple(math.fsum(values) / len(run) for values in zip(*run)) for run in runs]
+    return [tuple(map(fmean, zip(*run))) for run in runs]

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
@@ -69,8 +70,7 @@ def displacement(log: Log) -> str | None:
     if not _points(log, "logratios/chosen"):
         kind, unit, threshold = "rewards", "nats × beta", DISPLACED * DEFAULT_BETA
     keys = (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins")
-    ends = final_values(log, keys)
-    chosen, rejected, margin = map(ends.get, keys)
+    chosen, rejected, margin = map(final_values(log, keys).get, keys)
     if chosen is None:
         return None
     if chosen >= -threshold:
@@ -97,8 +97,7 @@ def final_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
     for key in keys:
         values = [y for _, y in _points(log, key)]
         if values:
-            last = values[-max(1, round(LAST_PART * len(values))) :]
-            means[key] = math.fsum(last) / len(last)
+            means[key] = fmean(values[-max(1, round(LAST_PART * len(values))) :])
     return means
 
 

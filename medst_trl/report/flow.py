@@ -4,12 +4,14 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.data.schema import KINDS
 from medst_trl.pipeline.stage import STAGES, Stage
 from medst_trl.selftrain.judge.judgements import judge_statistics, warnings_of
@@ -25,109 +27,119 @@ UNNAMED = ("datasets", "notes")  # keys in `counts` that only group others
 MAX_REASONS = 12
 
 
-@dataclass
 class Judging:
     """
-    What one run of a judge did.
+    What one run of a judge did, from its `judgements.jsonl`, which is read once, line by line.
+
+    Args:
+        run ([`Run`]): Receives notes about lines that are not judgements.
+        stage ([`StageRun`]): The judge.
 
     Attributes:
         statistics (`dict`): See [`~medst_trl.selftrain.judge.judgements.judge_statistics`].
         cost (`float`, *optional*): Cost of all its replies in dollars, if the stage knew the prices.
         models (`Counter`): Judging model and prompt version.
         offsets (`dict`): `"kept"` or the reason to drop, to the byte offsets of its lines in the file.
+        warnings (`list[str]`): What the statistics warn of.
     """
 
-    statistics: dict[str, Any] = field(default_factory=dict)
-    cost: float | None = None
-    models: Counter = field(default_factory=Counter)
-    offsets: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, run: Run, stage: StageRun):
+        self.models, self.offsets = Counter(), defaultdict(list)
+        self.statistics = judge_statistics(self._read(run, stage))
+        self.warnings = [sentence(warning) for warning in warnings_of(self.statistics)]
+        self.cost = None
+        with suppress(LookupError, TypeError, ValueError):  # another stage, or a damaged record
+            self.cost = float(stage.counts["judge"]["usage"]["all"]["cost"])
 
-    @property
-    def warnings(self) -> list[str]:
-        return [sentence(warning) for warning in warnings_of(self.statistics)]
-
-
-@dataclass
-class FlowStep:
-    """
-    One stage of the data flow.
-
-    Attributes:
-        run ([`StageRun`]): The stage.
-        made (`list`): Name and number of what it made.
-        left_out (`Counter`): Reason to number.
-        chart (`Markup`): What was kept and left out, as bars.
-    """
-
-    run: StageRun
-    made: list[tuple[str, float]] = field(default_factory=list)
-    left_out: Counter = field(default_factory=Counter)
-    chart: Markup | None = None
+    def _read(self, run: Run, stage: StageRun) -> Iterator[dict[str, Any]]:
+        invalid = 0
+        for offset, row in run.read_lines(stage.directory / "judgements.jsonl"):
+            if is_judgement(row):
+                self.offsets[row["dropped"] or KEPT].append(offset)
+                self.models[str(row.get("model")), str(row.get("prompt_version"))] += 1
+                yield row
+            else:
+                invalid += 1
+        if invalid:
+            run.notes.append(f"{stage.name}/judgements.jsonl: {invalid:,} lines are not judgements and are left out.")
 
 
-def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[FlowStep]]]]]:
+def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[dict[str, Any]]]]]]:
     """
     Group the stages in pipeline order by round, and within a round by stage: there may be several evaluations.
 
     Args:
         run ([`Run`]): The run.
         judgings (`dict`): Judge statistics by the names of stages.
+
+    Returns:
+        `list`: each stage as a dict of its `run`, of names and numbers of what it `made`, and of a `chart` of what was
+        kept and left out.
     """
     found = [_step(run, stage, judgings) for stage in run.stages]
     return [
-        (round, [(stage, list(steps)) for stage, steps in groupby(steps, lambda step: step.run.stage)])
-        for round, steps in groupby(found, lambda step: step.run.round)
+        (round, [(stage, list(steps)) for stage, steps in groupby(steps, lambda step: step["run"].stage)])
+        for round, steps in groupby(found, lambda step: step["run"].round)
     ]
 
 
 def missing_stages(run: Run) -> list[str]:
     """Return the names of the stages that read or make datasets and are not in the run (yet)."""
-    return [
-        stage.name
-        for stage in STAGES.values()
-        if any(item.kind in KINDS for item in (*stage.inputs, *stage.outputs))
-        if not any(stage_run.stage is stage for stage_run in run.stages)
-    ]
+    present = [stage_run.stage for stage_run in run.stages]
+    missing = [stage for stage in STAGES.values() if stage not in present]
+    return [one.name for one in missing if any(item.kind in KINDS for item in (*one.inputs, *one.outputs))]
 
 
-def settings(run: Run, stage: StageRun) -> list[tuple[str, str]]:
-    """Return a stage's inputs and the settings to show with their values, without those that are empty or off."""
+def note_other_data(run: Run) -> None:
+    """Note each stage whose training data has been made again since, by another run of the judge for example."""
+    for training in run.select(lambda stage: stage.trains and stage.input("dataset")):
+        sources = training.record.get("inputs", {}).get("dataset") or []
+        for directory in filter(Path.is_dir, run.datasets(training.stage.input("dataset").kind, training.round)):
+            with suppress(TypeError, AttributeError):  # a damaged record
+                # Only the end of the path is compared, because the run directory may have moved.
+                read = [item for item in sources if Path(item.get("path", "")).parts[-2:] == directory.parts[-2:]]
+                if read and not same_source(read[0], fingerprint(directory)):
+                    run.notes.append(
+                        f"{training.name} was trained on other {training.stage.trains} than those now in "
+                        f"{run.name(directory)}. To train on these, run it again: --stage {training.name} --overwrite"
+                    )
+
+
+def settings(run: Run, stage: StageRun) -> Iterator[tuple[str, str]]:
+    """Yield a stage's inputs and the settings to show with their values, without those that are empty or off."""
     inputs = {item.key: stage.settings.get(item.key) for item in stage.stage.inputs}
-    shown = []
     for key, value in (inputs | stage.stage.shown_settings(stage.settings)).items():
         if not (value in (None, "", [], -1) or value is False or isinstance(value, dict)):
             items = value if isinstance(value, list) else [value]
-            shown.append((key, ", ".join(relative_path(item, run.directory) for item in items)))
-    return shown
+            yield key, ", ".join(relative_path(item, run.directory) for item in items)
 
 
-def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> FlowStep:
-    step, judging, counts = FlowStep(stage), judgings.get(stage.name), stage.counts
+def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> dict[str, Any]:
+    judging, counts, made, left_out = judgings.get(stage.name), stage.counts, [], Counter()
     kept = counts.get("candidates") if is_count(counts.get("candidates")) else None
     if "judge" in counts:  # statistics with a section of their own
         preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
         counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *LEFT_OUT)}
     if judging:
-        step.made.append(("pairs of answers", judging.statistics["pairs"]))
-    _add(run, step, "", counts)
+        made.append(("pairs of answers", judging.statistics["pairs"]))
+    _add(run, made, left_out, "", counts)
     if judging:
-        step.left_out = step.left_out or Counter(judging.statistics["dropped"])
-        kept = judging.statistics["pairs"] - step.left_out.total()
-    step.chart = _bars(step.left_out, kept)
-    return step
+        left_out = left_out or Counter(judging.statistics["dropped"])
+        kept = judging.statistics["pairs"] - left_out.total()
+    return {"run": stage, "made": made, "chart": _bars(left_out, kept)}
 
 
-def _add(run: Run, step: FlowStep, name: str, value: Any) -> None:
+def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, value: Any) -> None:
     """Sort what a stage counted, at any depth, into what it made and what it left out."""
     if is_count(value):
-        step.made.append((name, value))
+        made.append((name, value))
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key in LEFT_OUT and isinstance(inner, dict):
-                step.left_out.update({reason: n for reason, n in inner.items() if is_count(n) and n})
+                left_out.update({reason: n for reason, n in inner.items() if is_count(n) and n})
             else:
-                prefix = f"{name}: " if name else ""
-                _add(run, step, name if key in UNNAMED else prefix + words(relative_path(key, run.directory)), inner)
+                inner_name = (f"{name}: " if name else "") + words(relative_path(key, run.directory))
+                _add(run, made, left_out, name if key in UNNAMED else inner_name, inner)
 
 
 def _bars(left_out: Counter, kept: int | None) -> Markup | None:
@@ -139,41 +151,12 @@ def _bars(left_out: Counter, kept: int | None) -> Markup | None:
     if rest := sum(n for _, n in ordered[MAX_REASONS:]):
         bars.append(Bar(f"{len(ordered) - MAX_REASONS} other reasons", rest, muted=True))
     title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
-    return bar_chart(title, bars, digits=None, axis=False)
+    return bar_chart(title, bars, digits=None)
 
 
 def is_count(value: Any) -> bool:
     """Whether a value in `counts` is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def read_judgings(run: Run) -> dict[str, Judging]:
-    """Read what each judge did, by the names of stages, from `judgements.jsonl`, which is read once, line by line."""
-    found = {stage.name: _read_judging(run, stage) for stage in run.stages}
-    return {name: judging for name, judging in found.items() if judging.statistics["pairs"]}
-
-
-def _read_judging(run: Run, stage: StageRun) -> Judging:
-    judging = Judging()
-    judging.statistics = judge_statistics(_judgements(run, stage, judging))
-    cost = stage.counts.get("judge")
-    for key in ("usage", "all", "cost"):
-        cost = cost.get(key) if isinstance(cost, dict) else None
-    judging.cost = float(cost) if is_count(cost) else None
-    return judging
-
-
-def _judgements(run: Run, stage: StageRun, judging: Judging) -> Iterator[dict[str, Any]]:
-    invalid = 0
-    for offset, row in run.read_lines(stage.directory / "judgements.jsonl"):
-        if is_judgement(row):
-            judging.offsets[row["dropped"] or KEPT].append(offset)
-            judging.models[str(row.get("model")), str(row.get("prompt_version"))] += 1
-            yield row
-        else:
-            invalid += 1
-    if invalid:
-        run.notes.append(f"{stage.name}/judgements.jsonl: {invalid:,} lines are not judgements and are left out.")
 
 
 def is_judgement(row: Mapping[str, Any]) -> bool:

@@ -5,7 +5,6 @@
 import base64
 import io
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from medst_trl.evaluation.scoring import read_answer
 
 from .flow import KEPT, Judging, is_judgement
 from .run_directory import Run, StageRun, parse_object
-from .scores import Comparison, Evaluation, read_answers
+from .scores import Comparison, read_answers
 
 
 JPEG_QUALITY = 85
@@ -28,23 +27,6 @@ OUTCOMES = {
     (False, False): "wrong both times",
     (True, True): "right both times",
 }
-
-
-@dataclass
-class ChangedAnswers:
-    """
-    How two policies answer the questions of a benchmark.
-
-    Attributes:
-        before, after ([`Evaluation`]): The two.
-        counts (`dict`): Outcome, see `OUTCOMES`, to the number of questions.
-        cases (`dict`): Outcome to some predictions of the newer policy, each with `images`, `before` and `after`.
-    """
-
-    before: Evaluation
-    after: Evaluation
-    counts: dict[str, int]
-    cases: dict[str, list[dict[str, Any]]]
 
 
 def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: int) -> list[dict[str, Any]]:
@@ -69,8 +51,15 @@ def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: 
     return [row | {"images": images.get(str(row.get("candidate")), [])} for row in rows]
 
 
-def changed_answers(run: Run, comparison: Comparison, limit: int, size: int) -> ChangedAnswers | None:
-    """Compare the newest policy with the one before training, on the questions of a benchmark."""
+def changed_answers(run: Run, comparison: Comparison, limit: int, size: int) -> dict[str, Any] | None:
+    """
+    Compare the newest policy with the one before training, on the questions of a benchmark.
+
+    Returns:
+        `dict` or `None`: the evaluations `before` and `after`; `counts`, the number of questions by outcome (see
+        `OUTCOMES`); and `cases`, by outcome some predictions of the newer policy, each with `images`, `before` and
+        `after`. None if the policies cannot be compared.
+    """
     if not comparison.compared:
         return None
     before, after = comparison.before, comparison.compared[-1]
@@ -91,7 +80,8 @@ def changed_answers(run: Run, comparison: Comparison, limit: int, size: int) -> 
         return new[key] | {"images": pictures, "before": old[key]["prediction"], "after": new[key]["prediction"]}
 
     cases = {name: [case(key) for key in keys] for name, keys in shown.items()}
-    return ChangedAnswers(before, after, {name: len(keys) for name, keys in by_outcome.items()}, cases)
+    counts = {name: len(keys) for name, keys in by_outcome.items()}
+    return {"before": before, "after": after, "counts": counts, "cases": cases}
 
 
 def _paths(setting: Any) -> list[Path]:
@@ -152,10 +142,9 @@ def data_url(image: bytes | None, size: int) -> str:
             picture.draft("RGB", (size, size))  # decodes a JPEG at a fraction of its size
             small = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
             small.thumbnail((size, size))
+            small.info.clear()  # EXIF, comments and profiles
             file = io.BytesIO()
-            clean = Image.new(small.mode, small.size)  # without EXIF, comments and profiles
-            clean.paste(small)
-            clean.save(file, "JPEG", quality=JPEG_QUALITY)
+            small.save(file, "JPEG", quality=JPEG_QUALITY)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

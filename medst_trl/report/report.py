@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
 
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
@@ -18,18 +17,14 @@ from medst_trl.base.files import write_text
 
 from . import text
 from .curves import displacement, final_values, read_log, training_charts
-from .flow import Judging, data_flow, is_count, is_pair, missing_stages, read_judgings, settings
+from .flow import Judging, data_flow, is_count, is_pair, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun, read_run
-from .scores import Comparison, compare, read_evaluations
+from .scores import Comparison, read_comparisons
 from .text import number, percent
 
 
-_TEMPLATE = "report.html.jinja"
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
-
-_Row = tuple[str, list[str]]
-"""A figure and its value in each round, as text; empty if the round has none."""
 
 # Values at the end of training.
 _TRAINED = {
@@ -41,25 +36,27 @@ _TRAINED = {
 }
 
 
-@dataclass
-class Training:
-    """A training stage with its curves."""
-
-    run: StageRun
-    charts: list[Markup]
-    final_values: dict[str, float]
-    displacement: str | None
-
-
-@dataclass
 class Round:
-    """What was generated, judged and learned in one round; number 0 holds what belongs to no round."""
+    """
+    What was generated, judged and learned in one round.
 
-    number: int
-    judge: StageRun | None
-    judging: Judging | None
-    trainings: list[Training]
-    cases: list[dict[str, Any]]
+    Args:
+        run ([`Run`]): The run.
+        number (`int`): The round; 0 holds what belongs to no round.
+        judgings (`dict`): Judge statistics by the names of stages.
+        gallery (`int`), image_size (`int`): As in [`make_report`].
+    """
+
+    def __init__(self, run: Run, number: int, judgings: dict[str, Judging], gallery: int, image_size: int):
+        # A stage that makes preferences without a judge, such as a filter, records no judge statistics.
+        judges = run.select(lambda stage: stage.makes("preferences"), number)
+        judges = [one for one in judges if one.name in judgings or one.state != "complete" or "judge" in one.counts]
+        self.number = number
+        self.judge = judges[0] if judges else None
+        self.judging = judgings.get(self.judge.name) if self.judge else None
+        trainings = run.select(lambda stage: stage.trains and stage.repeats, number)
+        self.trainings = [_training(run, training) for training in trainings]
+        self.cases = judged_cases(run, self.judge, self.judging, gallery, image_size) if self.judging else []
 
     @property
     def kept(self) -> int:
@@ -68,10 +65,6 @@ class Round:
         splits = [split for split in counts.values() if isinstance(split, dict)] if isinstance(counts, dict) else []
         pairs = [split["pairs"] for split in splits if is_count(split.get("pairs"))]
         return sum(pairs) if pairs else self.judging.statistics["judged"]
-
-    @property
-    def final_values(self) -> dict[str, float]:
-        return self.trainings[0].final_values if self.trainings else {}
 
 
 @dataclass
@@ -120,9 +113,11 @@ def make_report(
     ```
     """
     run = read_run(run)
-    judgings = read_judgings(run)
-    comparisons = compare(run, read_evaluations(run), bootstrap_samples)
-    rounds = [_round(run, number, judgings, gallery, image_size) for number in run.rounds]
+    judgings = {stage.name: judging for stage in run.stages if (judging := Judging(run, stage)).statistics["pairs"]}
+    comparisons = read_comparisons(run, bootstrap_samples)
+    numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})
+    rounds = [Round(run, number, judgings, gallery, image_size) for number in numbers]
+    note_other_data(run)
     page = {
         "title": title or run.directory.name,
         "run": run,
@@ -139,7 +134,7 @@ def make_report(
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
-    html = _environment(run).get_template(_TEMPLATE).render(page)
+    html = _environment(run).get_template("report.html.jinja").render(page)
     return Report(html, "\n\n".join(comparison.terminal_table() for comparison in comparisons), run.notes)
 
 
@@ -160,15 +155,19 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
     return path
 
 
-def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[_Row]:
-    """Return the rows that compare rounds: judge, training and scores, without rows that have no value."""
+def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
+    """
+    Return the rows that compare rounds (judge, training and scores): a figure and its value in each round as text,
+    empty if the round has none. Rows without any value are left out.
+    """
     judged = [one.judging.statistics if one.judging else None for one in rounds]
     rows = [
         ("preference pairs kept", [number(one.kept) if one.judging else "" for one in rounds]),
         ("verdicts that flip with the order", [percent(one["flip_rate"]) if one else "" for one in judged]),
     ]
+    trained = [one.trainings[0]["final_values"] if one.trainings else {} for one in rounds]
     for name, key in _TRAINED.items():
-        rows.append((name, [number(one.final_values[key], 3) if key in one.final_values else "" for one in rounds]))
+        rows.append((name, [number(values[key], 3) if key in values else "" for values in trained]))
     for comparison in comparisons:
         for metric, path in comparison.charted():
             last = {e.run.round: leaf for e in comparison.evaluations if (leaf := e.file.leaf(metric, path))}
@@ -187,24 +186,11 @@ def _environment(run: Run) -> Environment:
     return templates
 
 
-def _training(run: Run, stage: StageRun) -> Training:
+def _training(run: Run, stage: StageRun) -> dict[str, Any]:
+    """Return the curves of a training stage and what they show."""
     log = read_log(run, stage)
-    return Training(stage, training_charts(log), final_values(log, list(_TRAINED.values())), displacement(log))
-
-
-def _round(run: Run, number: int, judgings: dict[str, Judging], gallery: int, image_size: int) -> Round:
-    # A stage that makes preferences without a judge, such as a filter, records no judge statistics.
-    judges = run.select(lambda stage: stage.makes("preferences"), number)
-    judges = [one for one in judges if one.name in judgings or one.state != "complete" or "judge" in one.counts]
-    judge = judges[0] if judges else None
-    judging = judgings.get(judge.name) if judge else None
-    return Round(
-        number=number,
-        judge=judge,
-        judging=judging,
-        trainings=[_training(run, one) for one in run.select(lambda stage: stage.trains and stage.repeats, number)],
-        cases=judged_cases(run, judge, judging, gallery, image_size) if judging else [],
-    )
+    values = final_values(log, list(_TRAINED.values()))
+    return {"run": stage, "charts": training_charts(log), "final_values": values, "displacement": displacement(log)}
 
 
 def _versions(run: Run) -> dict[str, list[str]]:

@@ -18,46 +18,35 @@ from medst_trl.pipeline.stage import STAGES, Stage
 
 
 DEPTH = 3  # <run>/round_1/evaluate/aligned
-_ROUND = re.compile(r"round_(\d{1,6})")
+_ROUND = re.compile(r"round_(\d{1,6})(?:/|$)")
 _TYPES = {"settings": dict, "counts": dict, "versions": dict, "inputs": dict, "seconds": int | float, "started": str}
 
 
-@dataclass(frozen=True)
 class StageRun:
     """
     One stage that ran, or is running.
 
-    Attributes:
+    Args:
         stage ([`Stage`]): The stage.
         name (`str`): Its directory, relative to the run directory.
         directory (`pathlib.Path`): Absolute.
-        round (`int`): The round it belongs to, 0 for none.
         record (`dict`): Its `stage.json`; empty if that is damaged.
+
+    Attributes:
+        round (`int`): The round it belongs to, 0 for none.
+        state (`str`): Whether it is complete, in words.
+        settings, counts, started: From its record.
     """
 
-    stage: Stage
-    name: str
-    directory: Path
-    round: int
-    record: dict[str, Any]
-
-    @property
-    def state(self) -> str:
-        if not self.record:
-            return "damaged record"
-        return "complete" if self.record["status"] == "complete" else "not finished (running or interrupted)"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.record.get("settings", {})
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        return self.record.get("counts", {})
-
-    @property
-    def started(self) -> str:
-        return self.record.get("started", "")
+    def __init__(self, stage: Stage, name: str, directory: Path, record: dict[str, Any]):
+        self.stage, self.name, self.directory, self.record = stage, name, directory, record
+        match = _ROUND.match(name)
+        self.round = int(match[1]) if match else 0
+        self.settings, self.counts = record.get("settings", {}), record.get("counts", {})
+        self.started = record.get("started", "")
+        self.state = "not finished (running or interrupted)" if record else "damaged record"
+        if record.get("status") == "complete":
+            self.state = "complete"
 
 
 @dataclass
@@ -75,22 +64,14 @@ class Run:
     stages: list[StageRun] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def rounds(self) -> list[int]:
-        return sorted({run.round for run in self.select(lambda stage: stage.repeats)})
-
     def select(self, is_wanted: Callable[[Stage], bool], round: int | None = None) -> list[StageRun]:
         """Return the runs of the stages that are wanted, in all rounds or in one."""
         return [run for run in self.stages if is_wanted(run.stage) and round in (None, run.round)]
 
     def datasets(self, kind: str, round: int | None = None) -> list[Path]:
         """Return the directories of the datasets of a kind that the stages make."""
-        return [
-            run.directory / output.directory
-            for run in self.select(lambda stage: stage.makes(kind), round)
-            for output in run.stage.outputs
-            if output.kind == kind
-        ]
+        made = [(run, output) for run in self.select(lambda stage: True, round) for output in run.stage.outputs]
+        return [run.directory / output.directory for run, output in made if output.kind == kind]
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.directory).as_posix()
@@ -156,9 +137,11 @@ def read_run(directory: str | os.PathLike) -> Run:
     if (path / RECORD_FILE).exists():
         raise UserError(f"{path} is the directory of a single stage. Give the run directory: --run {path.parent}")
     run = Run(Path(os.path.abspath(path)))
-    run.stages = [
-        stage for place in _stage_directories(run.directory) if (stage := _read_stage(run, place)) is not None
-    ]
+    found = {file.parent for depth in range(1, DEPTH + 1) for file in run.directory.glob("*/" * depth + RECORD_FILE)}
+    hidden = (".", "checkpoint-")
+    for place in sorted(found):
+        if not any(part.startswith(hidden) for part in place.relative_to(run.directory).parts):
+            run.stages += _read_stage(run, place)
     if not run.stages:
         raise UserError(
             f"{path} holds no stage yet (no {RECORD_FILE} in a directory of its own), so there is nothing to report. "
@@ -169,24 +152,14 @@ def read_run(directory: str | os.PathLike) -> Run:
     return run
 
 
-def _stage_directories(directory: Path) -> list[Path]:
-    found = {path.parent for depth in range(1, DEPTH + 1) for path in directory.glob("*/" * depth + RECORD_FILE)}
-    hidden = (".", "checkpoint-")
-    return sorted(p for p in found if not any(part.startswith(hidden) for part in p.relative_to(directory).parts))
-
-
-def _read_stage(run: Run, directory: Path) -> StageRun | None:
-    name = run.name(directory)
-    parts = name.split("/")
-    match = _ROUND.fullmatch(parts[0])
-    record = run.read_json(directory / RECORD_FILE)
+def _read_stage(run: Run, directory: Path) -> list[StageRun]:
+    """Return the stage in a directory; none if it is unknown which stage it is."""
+    name, record = run.name(directory), run.read_json(directory / RECORD_FILE)
     if record is not None and (problem := _problem(record)):
         run.notes.append(f"{name}/{RECORD_FILE} is left out: {problem}.")
         record = None
-    stage = record["stage"] if record else next((part for part in parts if part in STAGES), None)
-    if stage is None:
-        return None
-    return StageRun(STAGES.get(stage), name, directory, int(match[1]) if match else 0, hide_secrets(record or {}))
+    stages = [record["stage"]] if record else [part for part in name.split("/") if part in STAGES][:1]
+    return [StageRun(STAGES.get(stage), name, directory, hide_secrets(record or {})) for stage in stages]
 
 
 def _problem(record: dict[str, Any]) -> str | None:

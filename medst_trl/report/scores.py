@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All evaluations of a run side by side, and the changes since the one before preference training."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +21,76 @@ from .run_directory import Run, StageRun
 from .text import relative_path, sentence, words
 
 
-@dataclass
 class Evaluation:
     """
     One `scores.json`.
 
+    Args:
+        run ([`Run`]): The run.
+        stage ([`StageRun`]): The stage that wrote it.
+        directory (`pathlib.Path`): Its directory.
+        file ([`~medst_trl.evaluation.scores_file.ScoresFile`]): Its content.
+
     Attributes:
         label (`str`): `"aligned"`, `"round 2/aligned"`: its directory without what all have in common.
         run ([`StageRun`]): The stage that wrote it.
-        trained_by ([`StageRun`], *optional*): The stage that made the model, if it is in the run.
+        is_supervised (`bool`): Whether a training stage made the model that does not belong to the rounds of
+            preference training.
+        age (`tuple`): Key to sort by, the oldest policy first.
         benchmark (`str`): The benchmark, in words.
         key (`tuple`): Data and split by content: evaluations of one key can be compared.
-        file ([`~medst_trl.evaluation.scores_file.ScoresFile`]): The scores.
         changes (`dict`): Metric to path to a figure with `difference` and `difference_interval`, against the
             evaluation before training.
     """
 
-    label: str
-    directory: Path
-    run: StageRun
-    trained_by: StageRun | None
-    benchmark: str
-    key: tuple
-    file: ScoresFile
-    changes: dict[str, dict[FigurePath, Leaf]] = field(default_factory=dict)
-
-    @property
-    def is_supervised(self) -> bool:
-        """Whether a training stage made the model that does not belong to the rounds of preference training."""
-        return self.trained_by is not None and self.trained_by.stage.trains and not self.trained_by.stage.repeats
+    def __init__(self, run: Run, stage: StageRun, directory: Path, file: ScoresFile):
+        content = file.content
+        data, split = content.get("data") or {}, content.get("split")
+        source = str(content.get("benchmark") or content.get("predictions") or "predictions")
+        model = relative_path(content.get("model") or "", run.directory)
+        parts = [part for part in run.name(directory).split("/") if part != stage.stage.name]
+        self.run, self.directory, self.file = stage, directory, file
+        self.label = words("/".join(parts)) or stage.stage.name
+        maker = next((one.stage for one in run.stages if one.name == model), None)
+        self.is_supervised = maker is not None and maker.trains and not maker.repeats
+        order = list(STAGES)
+        self.age = (stage.round, order.index(maker.name) if maker else len(order), stage.started)
+        self.benchmark = relative_path(source, run.directory) + (f", split {split}" if split else "")
+        self.key = (data.get("sha256") or data.get("revision") or source, split)
+        self.changes: dict[str, dict[FigurePath, Leaf]] = {}
 
     def change(self, metric: str, path: FigurePath) -> Leaf:
         """The difference of a figure; empty if there is none."""
         return self.changes.get(metric, {}).get(path, {})
 
 
-@dataclass
 class Comparison:
     """
-    Evaluations of one benchmark, the oldest policy first.
+    Evaluations of one benchmark, each compared with the one before preference training.
+
+    Args:
+        run ([`Run`]): The run.
+        evaluations (`list` of [`Evaluation`]): The oldest policy first.
+        bootstrap_samples (`int`): Bootstrap samples for the intervals of differences.
 
     Attributes:
+        benchmark (`str`): The benchmark, in words.
         before ([`Evaluation`]): What the others are compared with: the last policy before preference training.
+        compared (`list` of [`Evaluation`]): Those with differences, which are paired question by question.
         metrics (`list[str]`): Names of the metrics; the first one is shown in charts and controls.
     """
 
-    benchmark: str
-    evaluations: list[Evaluation]
-    before: Evaluation
-    metrics: list[str]
-
-    @property
-    def compared(self) -> list[Evaluation]:
-        """Evaluations with differences, which are paired question by question."""
-        return [evaluation for evaluation in self.evaluations if evaluation.changes]
+    def __init__(self, run: Run, evaluations: list[Evaluation], bootstrap_samples: int):
+        self.benchmark, self.evaluations = evaluations[0].benchmark, evaluations
+        rounds = [evaluation.run.round for evaluation in evaluations]
+        for evaluation in evaluations:  # `round 1/aligned` is `round 1` if the round has no other evaluation
+            if (number := evaluation.run.round) and rounds.count(number) == 1:
+                evaluation.label = f"round {number}"
+        self.before = next((e for e in evaluations if e.is_supervised), evaluations[0])
+        self.metrics = list(dict.fromkeys(metric for e in evaluations for metric in e.file.scores))
+        for evaluation in evaluations[evaluations.index(self.before) + 1 :]:
+            evaluation.changes = _changes(run, self.before, evaluation, bootstrap_samples)
+        self.compared = [evaluation for evaluation in evaluations if evaluation.changes]
 
     def first(self, metric: str, path: FigurePath) -> Evaluation:
         """The first evaluation that has a figure, for its label, n and majority baseline."""
@@ -116,25 +131,16 @@ class Comparison:
                     found.setdefault(path, metric)
         return [(metric, path) for path, metric in found.items()]
 
-    def charts(self) -> list[Markup]:
+    def charts(self) -> Iterator[Markup]:
         """Draw a chart for each figure, with the newest policy's controls and the majority baseline."""
-        charts = []
         for metric, path in self.charted():
             bars = [_bar(e.label, e.file.scores, metric, path) for e in self.evaluations]
             newest = self.evaluations[-1].file.controls.items()
             bars += [_bar(f"{control} images", scores, metric, path, muted=True) for control, scores in newest]
-            leaf, label = self.leaf(metric, path), self.label(metric, path)
-            charts.append(
-                bar_chart(
-                    f"{sentence(label)}, {leaf['n']:,} questions",
-                    list(filter(None, bars)),
-                    mark=leaf.get("majority"),
-                    unit=f"percent ({words(metric)}), with 95% intervals",
-                    limits=(0, 100),
-                    mark_name="majority baseline",
-                )
-            )
-        return charts
+            leaf, unit = self.leaf(metric, path), f"percent ({words(metric)}), with 95% intervals"
+            title = f"{sentence(self.label(metric, path))}, {leaf['n']:,} questions"
+            mark = (leaf.get("majority"), "majority baseline")
+            yield bar_chart(title, list(filter(None, bars)), unit=unit, limits=(0, 100), mark=mark)
 
     def terminal_table(self) -> str:
         """Format the figures before and after for the terminal."""
@@ -151,51 +157,26 @@ class Comparison:
 
 def _bar(label: str, scores: Scores, metric: str, path: FigurePath, muted: bool = False) -> Bar | None:
     leaf = scores.get(metric, {}).get(path)
-    return Bar(label, leaf["value"], *(leaf["interval"] or (None, None)), muted) if leaf and leaf["n"] else None
+    return Bar(label, leaf["value"], leaf["interval"], muted) if leaf and leaf["n"] else None
 
 
-def read_evaluations(run: Run) -> list[Evaluation]:
-    """Read every complete evaluation, the oldest policy first."""
+def read_comparisons(run: Run, bootstrap_samples: int) -> list[Comparison]:
+    """Read all complete evaluations, and compare those of each benchmark."""
     found = []
     for stage in run.select(lambda stage: stage.makes("predictions")):
-        evaluations = []
         for path in (stage.directory / SCORES_FILE, *sorted(stage.directory.glob(f"*/{SCORES_FILE}"))):
             if (content := run.read_json(path)) is None:
                 continue
             try:
-                evaluations.append(_evaluation(run, stage, path.parent, ScoresFile(content, run.name(path))))
+                found.append(Evaluation(run, stage, path.parent, ScoresFile(content, run.name(path))))
             except UserError as error:
                 run.notes.append(str(error))
-        if not evaluations:
+        if not any(evaluation.run is stage for evaluation in found):
             run.notes.append(f"{stage.name} has no scores yet ({stage.state}).")
-        found += evaluations
-    order = list(STAGES)
-
-    def age(evaluation: Evaluation) -> tuple[int, int, str]:
-        trained_by = evaluation.trained_by
-        place = order.index(trained_by.stage.name) if trained_by else len(order)
-        return evaluation.run.round, place, evaluation.run.started
-
-    return sorted(found, key=age)
-
-
-def compare(run: Run, evaluations: Sequence[Evaluation], bootstrap_samples: int) -> list[Comparison]:
-    """Group evaluations by benchmark, and compare each with the one before preference training."""
     groups: dict[tuple, list[Evaluation]] = {}
-    for evaluation in evaluations:
+    for evaluation in sorted(found, key=lambda evaluation: evaluation.age):
         groups.setdefault(evaluation.key, []).append(evaluation)
-    comparisons = []
-    for group in groups.values():
-        rounds = [evaluation.run.round for evaluation in group]
-        for evaluation in group:  # `round 1/aligned` is `round 1` if the round has no other evaluation
-            if (number := evaluation.run.round) and rounds.count(number) == 1:
-                evaluation.label = f"round {number}"
-        before = next((e for e in group if e.is_supervised), group[0])
-        metrics = list(dict.fromkeys(metric for evaluation in group for metric in evaluation.file.scores))
-        for evaluation in group[group.index(before) + 1 :]:
-            evaluation.changes = _changes(run, before, evaluation, bootstrap_samples)
-        comparisons.append(Comparison(group[0].benchmark, group, before, metrics))
-    return comparisons
+    return [Comparison(run, group, bootstrap_samples) for group in groups.values()]
 
 
 def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
@@ -211,26 +192,9 @@ def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _evaluation(run: Run, stage: StageRun, directory: Path, file: ScoresFile) -> Evaluation:
-    content = file.content
-    data, split = content.get("data") or {}, content.get("split")
-    source = str(content.get("benchmark") or content.get("predictions") or "predictions")
-    model = relative_path(content.get("model") or "", run.directory)
-    parts = [part for part in run.name(directory).split("/") if part != stage.stage.name]
-    return Evaluation(
-        label=words("/".join(parts)) or stage.stage.name,
-        directory=directory,
-        run=stage,
-        trained_by=next((one for one in run.stages if one.name == model), None),
-        benchmark=relative_path(source, run.directory) + (f", split {split}" if split else ""),
-        key=(data.get("sha256") or data.get("revision") or source, split),
-        file=file,
-    )
-
-
 def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples: int) -> dict:
     """Compute differences, paired question by question; empty if the predictions of one side are missing."""
-    sides = [read_answers(run, evaluation) for evaluation in (after, before)]
+    sides = [read_answers(run, evaluation).values() for evaluation in (after, before)]
     changes = {}
     for metric in after.file.scores.keys() & before.file.scores.keys() if all(sides) else ():
         if metric not in METRICS:  # a plugin that this process does not have
@@ -238,9 +202,7 @@ def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples:
         recorded = after.file.content["scores"][metric]
         settings = {name: recorded.get(name) for name in setting_names(METRICS.get(metric))}
         try:
-            compared = compare_vqa(
-                *(side.values() for side in sides), metric, bootstrap_samples=bootstrap_samples, **settings
-            )
+            compared = compare_vqa(*sides, metric, bootstrap_samples=bootstrap_samples, **settings)
         except UserError:
             run.notes.append(
                 f"{after.label} and {before.label} did not answer the same questions of {after.benchmark}, so no "

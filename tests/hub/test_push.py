@@ -15,7 +15,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part, write_split
 from medst_trl.hub import HubArguments
-from medst_trl.hub.push import PushAfterStage, Pushed, push_after_stage
+from medst_trl.hub.push import PushAfterStage, Pushed
 
 
 @pytest.fixture(scope="module")
@@ -444,8 +444,9 @@ def calls(monkeypatch):
     return recorded
 
 
-def training_arguments(repo_id: str | None) -> SimpleNamespace:
-    return SimpleNamespace(push_to_hub=True, hub_model_id=repo_id, output_dir="runs/dpo")
+def training_arguments(repo_id: str | None, **settings) -> SimpleNamespace:
+    defaults = {"hub_private_repo": None, "output_dir": "runs/dpo"}
+    return SimpleNamespace(push_to_hub=True, hub_model_id=repo_id, **defaults | settings)
 
 
 @pytest.mark.parametrize(("repo_id", "message"), [(None, "add hub_model_id"), ("name", "hub_model_id is 'name'")])
@@ -462,30 +463,31 @@ def test_a_push_without_a_token_is_refused(monkeypatch):
         PushAfterStage(("",), [training_arguments("org/name")])
 
 
-def test_only_the_first_process_pushes(calls, monkeypatch, capsys):
+def test_only_the_first_process_pushes(calls, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("medst_trl.hub.push.check_token", lambda: None)
+    after = PushAfterStage(("",), [training_arguments("org/name", output_dir=tmp_path)])
     monkeypatch.setenv("RANK", "1")
-    push_after_stage("runs/dpo", "org/name", private=True)
+    after.run()
     assert not calls
     monkeypatch.setenv("RANK", "0")
-    push_after_stage("runs/dpo", "org/name", private=True)
-    assert calls == [("runs/dpo", "org/name", {"private": True})]
+    after.run()
+    assert calls == [(tmp_path, "org/name", {"private": True, "revision": None})]
     assert "https://hub/org/name" in capsys.readouterr().out
 
 
-def test_a_failed_push_after_a_stage_reports_that_the_stage_is_finished(monkeypatch):
+def test_a_failed_push_after_a_stage_reports_that_the_stage_is_finished(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise UserError("The token may not write.")
 
+    monkeypatch.setattr("medst_trl.hub.push.check_token", lambda: None)
     monkeypatch.setattr("medst_trl.hub.push.push_directory", refuse)
     with pytest.raises(UserError, match=r"is finished, but was not pushed. The token may not write.\n.*medst push"):
-        push_after_stage("runs/dpo", "org/name")
+        PushAfterStage(("",), [training_arguments("org/name", output_dir=tmp_path)]).run()
 
 
 def test_push_to_hub_is_cleared_in_the_arguments_of_a_trainer(calls, monkeypatch, tmp_path):
     monkeypatch.setattr("medst_trl.hub.push.check_token", lambda: None)
-    arguments = SimpleNamespace(
-        push_to_hub=True, hub_model_id="org/aligned", hub_private_repo=None, hub_revision="v2", output_dir=tmp_path
-    )
+    arguments = training_arguments("org/aligned", hub_revision="v2", output_dir=tmp_path)
     after = PushAfterStage(("",), [SimpleNamespace(dataset="x"), arguments])
     assert arguments.push_to_hub is False  # otherwise, TRL uploads the whole output directory
     after.run()

@@ -17,8 +17,8 @@ def draw_lines(*lines, **kwargs):
     return ET.fromstring(line_chart("A title", lines, x_label="step", y_label="nats", **kwargs))
 
 
-def draw_bars(*bars, mark=None, **kwargs):
-    return ET.fromstring(bar_chart("A title", bars, mark=mark, **kwargs))
+def draw_bars(*bars, **kwargs):
+    return ET.fromstring(bar_chart("A title", bars, **kwargs))
 
 
 def texts(svg):
@@ -88,7 +88,7 @@ def test_the_length_of_a_bar_is_proportional_to_its_value():
 
 
 def test_error_bars_and_marks_are_drawn_to_scale():
-    svg = draw_bars(Bar("a", 50, 25, 75), mark=50, limits=(0, 100), mark_name="baseline")
+    svg = draw_bars(Bar("a", 50, (25, 75)), limits=(0, 100), mark=(50, "baseline"))
     (rect,) = svg.iter(f"{SVG}rect")
     segments = [tuple(float(line.get(key)) for key in ("x1", "y1", "x2", "y2")) for line in svg.iter(f"{SVG}line")]
     left, width = float(rect.get("x")), float(rect.get("width"))
@@ -102,7 +102,7 @@ def test_error_bars_and_marks_are_drawn_to_scale():
 
 
 def test_negative_bars_are_on_the_other_side_of_zero():
-    svg = draw_bars(Bar("loss", -10, -12, -8), Bar("gain", 10))
+    svg = draw_bars(Bar("loss", -10, (-12, -8)), Bar("gain", 10))
     loss, gain = svg.iter(f"{SVG}rect")
     assert float(loss.get("x")) + float(loss.get("width")) == pytest.approx(float(gain.get("x")), abs=0.2)
 
@@ -120,7 +120,7 @@ def test_names_from_data_cannot_become_markup(hostile):
     lines = line_chart(
         hostile, [Line(hostile, [(0, 1), (1, 2)])], x_label=hostile, y_label=hostile, level=(1.5, hostile)
     )
-    bars = bar_chart(hostile, [Bar(hostile, 1, 0, 2)], mark=1, unit=hostile, mark_name=hostile)
+    bars = bar_chart(hostile, [Bar(hostile, 1, (0, 2))], unit=hostile, mark=(1, hostile))
     for svg in (lines, bars):
         tags = {element.tag.removeprefix(SVG) for element in ET.fromstring(svg).iter()}
         assert tags <= {"svg", "title", "desc", "text", "line", "polyline", "rect", "circle"}

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import fingerprint
 from medst_trl.report.report import make_report, write_report
 
 
@@ -374,6 +375,23 @@ def test_evaluations_of_different_data_are_not_compared(run):
     report, page = report_on(run)
     assert len(report.table.split("\n\n")) == 2 and "aligned - stage 1" not in report.table
     assert page.words.count("Metric strict (") == 2
+
+
+def test_training_on_other_pairs_than_the_newest_is_noted(run):
+    pairs, path = run / "judge" / "preferences" / "train-00000-of-00001.parquet", run / "dpo" / "stage.json"
+    pairs.parent.mkdir()
+    pairs.write_bytes(b"first")
+    record = json.loads(path.read_text())
+    source = {"path": "runs/elsewhere/judge/preferences", "sha256": fingerprint(pairs.parent)["sha256"]}
+    path.write_text(json.dumps(record | {"inputs": {"dataset": [source]}}))
+    assert not report_on(run)[0].notes
+    pairs.write_bytes(b"second")
+    report, page = report_on(run)
+    assert len(report.notes) == 1 and report.notes[0] in page.text
+    assert report.notes[0].startswith("dpo was trained on other pairs than those now in judge/preferences.")
+    for sources in ([source | {"path": "another/dataset"}], [source | {"path": None}], ["text"], 5):
+        path.write_text(json.dumps(record | {"inputs": {"dataset": sources}}))
+        assert not report_on(run)[0].notes
 
 
 def test_a_moved_run_gives_the_same_page(run, tmp_path):

@@ -41,7 +41,7 @@ from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from medst_trl.pipeline.batch import Batch
 from medst_trl.policy.families import model_parts
@@ -151,11 +151,9 @@ def state_bytes(
 def precision_of(args: Any, training: Any, hardware: Hardware) -> Precision:
     """Bytes of the elements of a training, with the types that its stage chooses."""
     half = training.bf16 or training.fp16
-    stream = 4 if args.weights_dtype(training) == "float32" else 2
-    if hardware.is_deepspeed:
-        stream = 2 if half else 4
-    is_autocast = half and not hardware.is_deepspeed
-    return Precision(2 if half else stream, stream, is_autocast, hardware.on_gpu)
+    stores_half = half if hardware.is_deepspeed else args.weights_dtype(training) != "float32"
+    stream = 2 if stores_half else 4
+    return Precision(2 if half else stream, stream, half and not hardware.is_deepspeed, hardware.on_gpu)
 
 
 def optimizer_bytes(optim: str) -> int:
@@ -217,8 +215,7 @@ class Tower:
     A language model or vision tower, as far as its activations depend on it. All sizes are of one layer.
 
     Args:
-        module ([`~torch.nn.Module`]): The model or tower.
-        config ([`~transformers.PreTrainedConfig`]): Its configuration.
+        module ([`~transformers.PreTrainedModel`]): The model or tower.
         needs_graph (`bool`): Whether anything in it or before it trains.
 
     Attributes:
@@ -236,7 +233,9 @@ class Tower:
         dropout (`bool`): Whether LoRA layers have dropout.
     """
 
-    def __init__(self, module: nn.Module, config: PreTrainedConfig, needs_graph: bool):
+    def __init__(self, module: PreTrainedModel, needs_graph: bool):
+        config = module.config
+
         def first(*names: str, default: int | None = None) -> int:
             return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
 
@@ -250,10 +249,8 @@ class Tower:
         self.key_value = first("num_key_value_heads", default=self.heads) * head
         self.gated = any(name.endswith("gate_proj") for name, _ in module.named_modules())
         self.eager = getattr(config, "_attn_implementation", None) == "eager"
-        self.in_full = any(
-            parameter.requires_grad and parameter.dim() == 2 and "lora_" not in name and ".layers." in f".{name}"
-            for name, parameter in module.named_parameters()
-        )
+        matrices = [name for name, p in module.named_parameters() if p.requires_grad and p.dim() == 2]
+        self.in_full = any("lora_" not in name and ".layers." in f".{name}" for name in matrices)
         adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and layer.lora_A]
         self.lora_inputs = sum(layer.in_features for layer in adapted) / self.layers
         self.lora_ranks = sum(next(iter(layer.r.values())) for layer in adapted) / self.layers
@@ -321,10 +318,7 @@ def towers(policy: Policy) -> tuple[Tower, Tower]:
     parts = model_parts(model)
     trains = {parts.part_of(name) for name, p in policy.model.named_parameters() if p.requires_grad}
     vision, language = (model.get_submodule(name) for name in (parts.vision_tower, parts.language_model))
-    return (
-        Tower(vision, vision.config, needs_graph="vision" in trains),
-        Tower(language, model.config.get_text_config(), needs_graph=bool(trains)),
-    )
+    return Tower(vision, needs_graph="vision" in trains), Tower(language, needs_graph=bool(trains))
 
 
 def patches_of(model: PreTrainedModel) -> int:

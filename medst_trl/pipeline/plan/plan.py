@@ -16,7 +16,7 @@ from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, sp
 from medst_trl.base.settings import settings_among
 from medst_trl.engines.client import CallSettings
 from medst_trl.engines.engine import ENGINES
-from medst_trl.hub import HubArguments
+from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.recipe import Step, read_recipe
@@ -265,13 +265,11 @@ def _uploads(step: Step, arguments: tuple[Any, ...]) -> Iterator[_Row]:
     """The repositories to which a step pushes its outputs."""
     for settings in arguments:
         if getattr(settings, "push_to_hub", False):
-            repo_id = getattr(settings, "hub_dataset_id", None) or getattr(settings, "hub_model_id", None)
             private = "PUBLIC" if settings.hub_private_repo is False else "private"
-            if len(step.stage.published) == 1:
-                yield "uploads", f"{repo_id}, {private}"
-            else:
-                for directory in step.stage.published:
-                    yield "uploads", f"{repo_id}-{directory}, {private}, if it is made"
+            for directory in step.stage.published:
+                is_alone = len(step.stage.published) == 1
+                name = f", {private}" if is_alone else f"-{directory}, {private}, if it is made"
+                yield "uploads", check_push(settings) + name
 
 
 def _download_size(source: str, kind: str) -> str:

@@ -135,7 +135,9 @@ def model_at(
         step, output = maker_of(name_or_path, steps)
         if output is not None and output.kind == MODEL:
             return _made_by(step, output, steps)
-    return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=_has_text_role(name_or_path))
+    template = Path(name_or_path, "chat_template.jinja")  # of a model with the text role, which trains no token
+    text_role = template.is_file() and has_text_role(template.read_text(encoding="utf-8"))
+    return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=text_role)
 
 
 def _made_by(step: Step, output: Output, steps: Sequence[Step]) -> Policy:
@@ -199,9 +201,3 @@ def _adapter_config(name_or_path: str) -> LoraConfig | None:
     is_offline = not Path(name).is_dir() and not hub_answers()
     with suppress(ValueError):  # PEFT's error, whatever the reason
         return PeftConfig.from_pretrained(name, revision=revision, local_files_only=is_offline)
-
-
-def _has_text_role(directory: str) -> bool:
-    """Whether the model in a directory was saved with the text role, for which no token is trained."""
-    template = Path(directory, "chat_template.jinja")
-    return template.is_file() and has_text_role(template.read_text(encoding="utf-8"))

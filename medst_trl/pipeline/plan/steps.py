@@ -127,10 +127,8 @@ def hardware_of(step: Step) -> Hardware:
         kind = config.kind_on(processes)
     shortages = []
     if not config.use_cpu and gpus < processes // config.num_machines:
-        shortages.append(
-            f"planned for {number_of(processes, 'GPU')}, and this machine has "
-            f"{number_of(gpus, 'GPU') if gpus else 'none'}"
-        )
+        here = number_of(gpus, "GPU") if gpus else "none"
+        shortages.append(f"planned for {number_of(processes, 'GPU')}, and this machine has {here}")
         if given is None and kind != NOT_DISTRIBUTED:
             shortages.append("--num_processes N plans for N GPUs")
     if kind.startswith("DeepSpeed") and find_spec("deepspeed") is None:

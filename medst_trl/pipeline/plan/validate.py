@@ -8,12 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
+from datasets import Features
+
 from medst_trl.base.errors import Problems, UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
+from medst_trl.data.schema import check_columns, complete_shards
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.recipe import Recipe, Step
-from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input, Output
+from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
 from medst_trl.training.settings import check_sharding
 
 from .steps import hardware_of, maker_of, stage_arguments
@@ -56,55 +60,48 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
 
 def _inputs(step: Step, before: list[Step], after: list[Step]) -> list[str]:
     """Where the inputs come from."""
-    missing, sources = [], []
-    names = [(item, name) for item in step.stage.inputs if item.kind != RUN for name in item.names(step.settings)]
-    for item, value in names:
-        maker, output = maker_of(value, before)
-        if maker is not None:
-            _check_output(step, item, value, maker, output)
-            sources.append(maker.label)
-        elif Path(value).exists():
-            _check_on_disk(step, item, Path(value))
-            sources.append(value)
-        elif (later := maker_of(value, after)[0]) is not None:
-            missing.append(f"{item.key}: {value} is made by {later.label}, which runs later")
-        elif item.kind != FILE and is_hub_id(value) and not Path(Path(value).parts[0]).is_dir():
-            sources.append(f"{value} (Hub)")
-        else:
-            missing.append(f"{item.key}: {value} does not exist, and no section before {step.label} makes it")
-    if missing:
-        raise UserError("\n".join(f"{step.where}: {problem}." for problem in missing))
+    sources, problems = [], Problems()
+    for item in step.stage.inputs:
+        for value in item.names(step.settings) if item.kind != RUN else ():
+            with problems.collect(), located(f"{step.where}: {item.key}"):
+                sources.append(_source(step, item, value, before, after))
+    problems.report()
     return ["from " + ", ".join(dict.fromkeys(sources))] if sources else []
 
 
-def _check_output(step: Step, item: Input, value: str, maker: Step, made: Output | None) -> None:
-    """Refuse an output of an earlier step that is not of the input's kind."""
-    if item.is_dataset and item.kind != ANY and (made is None or made.kind not in item.kinds):
-        datasets = ", ".join(output.directory for output in maker.stage.outputs if output.directory) or "no dataset"
-        raise UserError(
-            f"{step.where}: {item.key}: {value} is not {item.kind} data: {maker.label} makes {datasets}, and "
-            f"this reads {' or '.join(item.kinds)}."
-        )
-    if item.kind == MODEL and (made is None or made.kind != MODEL):
-        raise UserError(f"{step.where}: {item.key}: {value} is not a model: {maker.label} makes none there.")
+def _source(step: Step, item: Input, value: str, before: list[Step], after: list[Step]) -> str:
+    """Where an input comes from: an earlier step, this machine or the Hub. Refuse one of another kind."""
+    maker, output = maker_of(value, before)
+    if maker is not None:
+        made = output and output.kind
+        if item.kind == MODEL and made != MODEL:
+            raise UserError(f"{value} is not a model: {maker.label} makes none there.")
+        if item.is_dataset and item.kind != ANY and made not in item.kinds:
+            makes = ", ".join(output.directory for output in maker.stage.outputs if output.directory) or "no dataset"
+            kinds = " or ".join(item.kinds)
+            raise UserError(f"{value} is not {item.kind} data: {maker.label} makes {makes}, and this reads {kinds}.")
+        return maker.label
+    if Path(value).exists():
+        _check_on_disk(item, Path(value), item.split_in(step.settings))
+        return value
+    if (later := maker_of(value, after)[0]) is not None:
+        raise UserError(f"{value} is made by {later.label}, which runs later.")
+    if item.kind == FILE or not is_hub_id(value) or Path(Path(value).parts[0]).is_dir():
+        raise UserError(f"{value} does not exist, and no section before {step.label} makes it.")
+    return f"{value} (Hub)"
 
 
-def _check_on_disk(step: Step, item: Input, path: Path) -> None:
+def _check_on_disk(item: Input, path: Path, split: str) -> None:
     """Check that a model has a configuration, and a dataset its split and columns, from the head of one file."""
     if item.kind == MODEL and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{step.where}: {item.key}: {path} contains no model (config.json) and no adapter.")
+        raise UserError(f"{path} contains no model (config.json) and no adapter.")
     if not item.is_dataset or item.kind == ANY:
         return
-    from datasets import Features
-    from pyarrow.parquet import read_schema
-
-    from medst_trl.data.schema import check_columns, complete_shards
-
     try:
-        shard = complete_shards(path, item.split_in(step.settings))[0]
-        check_columns(SimpleNamespace(features=Features.from_arrow_schema(read_schema(shard))), item.kind)
+        schema = pq.read_schema(complete_shards(path, split)[0])
+        check_columns(SimpleNamespace(features=Features.from_arrow_schema(schema)), item.kind)
     except (UserError, NotADirectoryError) as error:
-        raise UserError(f"{step.where}: {item.key}: {path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _launch(step: Step, arguments: tuple[Any, ...]) -> Iterator[str]:
