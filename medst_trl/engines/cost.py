@@ -5,12 +5,15 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.schema import text_of
 
 
 CACHE_FILE = "judge_cache.jsonl"
@@ -39,8 +42,7 @@ class Prices:
         return self.cost(tokens.get("prompt_tokens", 0), tokens.get("completion_tokens", 0))
 
 
-# List prices of November 2026, and the tokens of an image: base, and per tile of 512 x 512 pixels. Longer names first:
-# names are matched as prefixes.
+# List prices of November 2026, and the tokens of an image: base, and per tile of 512 x 512 pixels.
 _KNOWN: dict[str, tuple[float, float, int, int]] = {
     "gpt-4o-mini": (0.15, 0.60, 2833, 5667),
     "gpt-4o": (2.50, 10.00, 85, 170),
@@ -52,18 +54,12 @@ _KNOWN: dict[str, tuple[float, float, int, int]] = {
 
 def prices_of(model: str, input: float | None = None, output: float | None = None) -> Prices:
     """Return the given prices, else the known prices of a model (also of a dated one, `gpt-4o-2024-08-06`)."""
-    known = _known(model)
-    return Prices(
-        input if input is not None else known and known[0], output if output is not None else known and known[1]
-    )
+    known = _known(model) or (None, None)
+    return Prices(known[0] if input is None else input, known[1] if output is None else output)
 
 
 def _known(model: str) -> tuple[float, float, int, int] | None:
-    for name, facts in _KNOWN.items():
-        rest = model.removeprefix(name)
-        if model.startswith(name) and (not rest or (rest[0] == "-" and rest[1:].replace("-", "").isdigit())):
-            return facts
-    return None
+    return _KNOWN.get(re.sub(r"(-\d+)+$", "", model))  # without a date
 
 
 def image_tokens(model: str, width: int, height: int) -> int:
@@ -74,15 +70,6 @@ def image_tokens(model: str, width: int, height: int) -> int:
     scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
     tiles = math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
     return known[2] + known[3] * tiles
-
-
-def text_bytes(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Return the bytes of all text in a request. No tokenizer in use makes more tokens than bytes."""
-    texts = []
-    for message in messages:
-        content = message["content"]
-        texts += [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-    return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -100,7 +87,8 @@ class RequestSize:
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, Any]], images: int) -> "RequestSize":
-        size = text_bytes(messages)
+        """Return the size of messages with this number of image tokens. No tokenizer makes more tokens than bytes."""
+        size = sum(len(text_of(message["content"]).encode("utf-8", "replace")) for message in messages)
         likely = math.ceil(size / BYTES_PER_TOKEN) + images + MESSAGE_TOKENS
         return cls(likely, size + math.ceil(images * 1.1) + 4 * MESSAGE_TOKENS)
 
@@ -142,6 +130,14 @@ class Budget:
         self.reserved += amount
         return True
 
+    def used_up(self, amount: float) -> str:
+        """Return the message that an amount cannot be reserved."""
+        return (
+            f"The budget is used up: ${self.spent + self.uncertain:.4f} of max_cost {self.max_cost:g} are spent, and "
+            f"the next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same command "
+            "again to resume."
+        )
+
     def settle(self, reserved: float, cost: float) -> None:
         """Release a reservation and spend the real cost."""
         self.reserved = max(0.0, self.reserved - reserved)
@@ -181,7 +177,10 @@ class ReplyCache:
         if self.path is not None and self.path.exists():
             with open(self.path, "rb") as file:
                 for line in file:
-                    self._take(line)
+                    with suppress(ValueError, TypeError, KeyError):  # an incomplete line, or one of something else
+                        row = json.loads(line)
+                        if "lost" in row or "reply" in row or "error" in row:
+                            self._keep(row)
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """Return the replies to a request in order: unreadable ones, then perhaps one that can be read."""
@@ -194,53 +193,34 @@ class ReplyCache:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """
-        Keep a reply, in memory and on disk.
+        Keep a reply, or what a call without a reply may have cost, in memory and on disk.
 
         Raises:
             OSError: if the disk is full.
         """
-        row = dict(row)
-        self.added += 1
-        self._rows.setdefault(row["key"], {})[row["attempt"]] = row
-        self._write(row)
-
-    def add_lost(self, row: Mapping[str, Any]) -> None:
-        """Keep what a call without a reply may have cost, in memory and on disk."""
-        row = dict(row)
-        self._lost.setdefault(row["key"], []).append(row)
-        self._write(row)
-
-    def _write(self, row: dict[str, Any]) -> None:
+        self.added += "lost" not in row
+        self._keep(row)
         if self.path is None:
             return
         if self._file is None:
-            self._file = self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (see `close`)
+            if self._file.tell():
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read(1) != b"\n":  # an incomplete line of a killed run: end it
+                    self._file.write(b"\n")
         # One write per line: another process that shares the file cannot interleave.
         data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         while data:
-            data = data[os.write(self._file, data) :]
+            data = data[self._file.write(data) :]
 
     def close(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
-    def _open(self) -> int:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":  # an incomplete line of a killed run: end it
-            os.write(file, b"\n")
-        return file
-
-    def _take(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-            if isinstance(row["key"], str) and "lost" in row:
-                self._lost.setdefault(row["key"], []).append(row)
-            elif (
-                isinstance(row["key"], str) and isinstance(row["attempt"], int) and ("reply" in row or "error" in row)
-            ):
-                self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)
-        except (ValueError, KeyError, TypeError):
-            return
+    def _keep(self, row: dict[str, Any]) -> None:
+        if "lost" in row:
+            self._lost.setdefault(row["key"], []).append(row)
+        else:
+            self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)

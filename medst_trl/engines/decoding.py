@@ -17,7 +17,7 @@ from medst_trl.policy.chat_template import VUSR
 from medst_trl.policy.families import family_of
 from medst_trl.policy.vusr import in_form, neutralise_parts, turn_format
 
-from .engine import Sampling, sent_parts
+from .engine import Prompt, Sampling, sent_parts
 
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ STEPS_PER_CALL = 32
 GREEDY = {
     # transformers' defaults: it warns of other values, which have no effect without sampling
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
+    "return_dict_in_generate": True,
     # another distribution, or another way of decoding
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None,
     "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
@@ -87,6 +88,12 @@ def chat_inputs(
     )
 
 
+def prompt_inputs(processor: "ProcessorMixin", prompts: Sequence[Prompt]) -> "BatchFeature":
+    """Return [`chat_inputs`] of prompts."""
+    images = [[opened.image for opened in prompt.images] for prompt in prompts]
+    return chat_inputs(processor, [prompt.messages for prompt in prompts], images)
+
+
 def _message(processor: "ProcessorMixin", message: dict[str, Any], form: str, images) -> dict[str, Any]:
     parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor)[0])
     if form != "string":
@@ -102,7 +109,7 @@ def write_texts(
     processor: "ProcessorMixin",
     inputs: "BatchFeature",
     max_new_tokens: int,
-    sampler: "LogitsProcessor | None" = None,
+    sampler: "SeededSampler | None" = None,
     samples_per_prompt: Sequence[int] | None = None,
     **generates: Any,
 ) -> list[tuple[str, bool]]:
@@ -118,8 +125,8 @@ def write_texts(
             From [`chat_inputs`].
         max_new_tokens (`int`):
             Maximum length of a text.
-        sampler ([`~transformers.LogitsProcessor`], *optional*):
-            Chooses the tokens, by leaving one of them a finite score. By default the most likely token.
+        sampler ([`SeededSampler`], *optional*):
+            Chooses the tokens. By default the most likely token.
         samples_per_prompt (sequence of `int`, *optional*):
             Number of texts for each prompt, which is prefilled once; only for models that [`shares_prompts`] accepts.
             By default one text, and nothing is shared.
@@ -128,6 +135,9 @@ def write_texts(
 
     Returns:
         `list[tuple[str, bool]]`: each text, and whether the model ended it. The texts of the first prompt come first.
+
+    Raises:
+        UserError: if the model's scores are not numbers, so that nothing can be sampled.
     """
     import torch
 
@@ -145,19 +155,17 @@ def write_texts(
     }
     with torch.inference_mode():
         if samples_per_prompt is None:
+            processors = None if sampler is None else [sampler]
             output = model.generate(
-                **inputs,
-                **settings,
-                max_new_tokens=max_new_tokens,
-                logits_processor=None if sampler is None else [sampler],
-                return_dict_in_generate=False,
-                **generates,
+                **inputs, **settings, **generates, max_new_tokens=max_new_tokens, logits_processor=processors
             )
-            tokens = output[:, inputs["input_ids"].shape[1] :]
+            tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         else:
             if max(samples_per_prompt) > 1:
                 inputs = prefill(model, inputs, samples_per_prompt, **settings)
             tokens = generate_dropping_finished(model, inputs, max_new_tokens, sampler, **settings)
+    if sampler is not None:
+        sampler.check()
     ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(1).tolist()
     return [(text.strip(), end) for text, end in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended)]
 
@@ -202,7 +210,7 @@ def prefill(
         name: value[:, :-1] if isinstance(value, torch.Tensor) and value.shape == ids.shape else value
         for name, value in inputs.items()
     }
-    cache = model.generate(**prefilled, **settings, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    cache = model.generate(**prefilled, **settings, max_new_tokens=1).past_key_values
     rows = torch.arange(len(ids), device=ids.device).repeat_interleave(
         torch.tensor(samples_per_prompt, device=ids.device)
     )
@@ -236,15 +244,11 @@ def generate_dropping_finished(
     left = torch.arange(len(ids), device=ids.device)
     ends = torch.tensor(settings["eos_token_id"], device=ids.device)
     tokens = ids.new_full((len(ids), max_new_tokens), settings["pad_token_id"])
+    processors = None if sampler is None else [sampler]
     done = 0
     while True:
-        output = model.generate(
-            **inputs,
-            **settings,
-            max_new_tokens=min(STEPS_PER_CALL, max_new_tokens - done),
-            logits_processor=None if sampler is None else [sampler],
-            return_dict_in_generate=True,
-        )
+        steps = min(STEPS_PER_CALL, max_new_tokens - done)
+        output = model.generate(**inputs, **settings, max_new_tokens=steps, logits_processor=processors)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         tokens[left, done : done + new.shape[1]] = new
         done += new.shape[1]
@@ -300,7 +304,7 @@ class SeededSampler:
         uniforms = [[row.random() for _ in range(sampling.max_new_tokens)] for row in rows]
         self._uniforms = torch.tensor(uniforms, dtype=torch.float64)
         self._step = 0
-        self._broken = None
+        self._broken = False
 
     def __call__(self, input_ids: "torch.LongTensor", scores: "torch.FloatTensor") -> "torch.FloatTensor":
         """
@@ -313,8 +317,7 @@ class SeededSampler:
         """
         import torch
 
-        if self._step == 0:
-            self._uniforms = self._uniforms.to(scores.device)
+        self._uniforms = self._uniforms.to(scores.device)
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         # In float64, so that rounding in the sum does not move the borders between tokens.
@@ -325,8 +328,7 @@ class SeededSampler:
         below_total = torch.nextafter(total, torch.zeros_like(total))  # `uniform * total` may round up to it
         token = torch.searchsorted(cumulative, torch.minimum(uniform * total, below_total), right=True)
         # Checked only after generation: on a GPU each check would wait for it.
-        broken = ~total.isfinite().all()
-        self._broken = broken if self._broken is None else self._broken | broken
+        self._broken = self._broken | ~total.isfinite().all()
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp(max=scores.shape[1] - 1), 0.0)
 
@@ -336,7 +338,7 @@ class SeededSampler:
 
     def check(self) -> None:
         """Raise a `UserError` if the model's scores were NaN or infinite at some step."""
-        if self._broken is not None and bool(self._broken):
+        if self._broken:
             raise UserError(
                 "The model's scores are not numbers (NaN or infinity), so nothing can be sampled. Load it with "
                 "--dtype bfloat16 or float32. If that does not help, its training has diverged."

@@ -124,11 +124,6 @@ class Request:
     tag: Any = None
 
 
-def nothing_follows(request: Request, reply: Reply) -> Iterable[Request]:
-    """Default of `then` in [`Engine.run`]: no follow-up requests."""
-    return ()
-
-
 class Engine(ABC):
     """
     Generates texts. Callers use only these methods and attributes.
@@ -146,7 +141,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(
-        self, first: Iterable[Request], then: Callable[[Request, Reply], Iterable[Request]] = nothing_follows
+        self, first: Iterable[Request], then: Callable[[Request, Reply], Iterable[Request]] = lambda request, reply: ()
     ) -> Iterator[tuple[Request, Reply]]:
         """
         Answer requests, and those that follow from their replies.
@@ -217,7 +212,7 @@ class BatchEngine(Engine):
     @abstractmethod
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]: ...
 
-    def run(self, first, then=nothing_follows):
+    def run(self, first, then=lambda request, reply: ()):
         """Write all first requests, then all follow-up requests, and so on. See [`Engine.run`]."""
         wave = list(first)
         while wave:
@@ -283,15 +278,13 @@ def loads_model(settings: Mapping[str, Any]) -> bool:
 
 def without_margins(pieces: Iterable[str]) -> Iterator[str]:
     """Yield the pieces of a text without leading and trailing whitespace."""
-    held = ""  # whitespace that may turn out to be the end
-    has_begun = False
+    text, shown = "", 0
     for piece in pieces:
-        text = held + piece if has_begun else piece.lstrip()
-        shown = text.rstrip()
-        held = text[len(shown) :]
-        has_begun = has_begun or bool(shown)
-        if shown:
-            yield shown
+        text = (text + piece).lstrip()
+        end = len(text.rstrip())  # whitespace behind it may turn out to be the end
+        if end > shown:
+            yield text[shown:end]
+            shown = end
 
 
 def random_stream(seed: int, record_id: str, purpose: str, *numbers: int) -> str:

@@ -3,18 +3,18 @@
 """Cache of image features: each image is preprocessed and encoded once for all prompts that show it."""
 
 import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from .decoding import chat_inputs
+from .decoding import prompt_inputs
+from .engine import OpenedImage, Prompt
 
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 
@@ -56,8 +56,8 @@ class ImageFeatureCache:
     """
     Cache of the features of the images in use.
 
-    The key of an image is an object, and its features are freed with that object: a caller that holds the keys of a
-    window holds the features of a window. They are kept in main memory; the accelerator has only those of the prompts
+    The features of an image are freed with its [`OpenedImage`]: a caller that holds the images of a window holds the
+    features of a window. They are kept in main memory; the accelerator has only those of the prompts
     in a prefill.
 
     Args:
@@ -67,36 +67,34 @@ class ImageFeatureCache:
             Its processor.
 
     Attributes:
-        tokens (mapping of keys to `int`):
+        tokens (mapping of [`OpenedImage`] to `int`):
             Number of tokens of each image that was ever encoded.
     """
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin"):
         self.model = model
         self.processor = processor
-        self.tokens: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._known: WeakKeyDictionary[Any, EncodedImage] = WeakKeyDictionary()
+        self.tokens: WeakKeyDictionary[OpenedImage, int] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[OpenedImage, EncodedImage] = WeakKeyDictionary()
         self._output_type: type | None = None
         self._is_tensor = False
 
-    def __contains__(self, key: Any) -> bool:
-        return key in self._known
+    def __contains__(self, image: OpenedImage) -> bool:
+        return image in self._known
 
-    def __getitem__(self, key: Any) -> EncodedImage:
-        return self._known[key]
+    def __getitem__(self, image: OpenedImage) -> EncodedImage:
+        return self._known[image]
 
-    def encode(self, keys: Sequence[Any], images: "Sequence[Image.Image]", keep: Container = ()) -> None:
+    def encode(self, images: Collection[OpenedImage], keep: Container[OpenedImage] = ()) -> None:
         """
-        Preprocess and encode images, and keep their features: as long as their keys exist if they fit into
+        Preprocess and encode images, and keep their features: as long as the images exist if all features fit into
         `MOST_BYTES`, otherwise until the next call.
 
         Args:
-            keys (sequence of objects):
-                One for each image.
-            images (sequence of `PIL.Image.Image`):
+            images (collection of [`OpenedImage`]):
                 The images, at least one.
-            keep (container of objects, *optional*):
-                Keys of images that must stay in memory.
+            keep (container of [`OpenedImage`], *optional*):
+                Images whose features must stay in memory.
         """
         import torch
 
@@ -114,7 +112,7 @@ class ImageFeatureCache:
         bare = [{"role": "user", "content": [{"type": "image"}], "vusr": True}]
         process = self.processor._process_images
         with _processing_images_by(self.processor, record_images):
-            inputs = chat_inputs(self.processor, [bare] * len(images), [[image] for image in images])
+            inputs = prompt_inputs(self.processor, [Prompt(bare, [image]) for image in images])
         inputs = inputs.to(self.model.device, self.model.dtype)
         get_features = self.model.base_model.get_image_features
         wanted = [name for name in inspect.signature(get_features).parameters if name in inputs]
@@ -127,42 +125,31 @@ class ImageFeatureCache:
             [rows.clone() for rows in _flat(layer).cpu().split(tokens)]  # a view would keep the whole batch in memory
             for layer in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
         )
-        for number, (key, placeholder) in enumerate(zip(keys, placeholders, strict=True)):
+        for number, (image, placeholder) in enumerate(zip(images, placeholders, strict=True)):
             own_deepstack = [layer[number] for layer in deepstack]
             grid = grids[number] if grids else None
             pieces = int(tiles[number]) if tiles else None
-            self._known[key] = EncodedImage(placeholder, features[number], own_deepstack, grid, pieces)
-            self.tokens[key] = tokens[number]
+            self._known[image] = EncodedImage(placeholder, features[number], own_deepstack, grid, pieces)
+            self.tokens[image] = tokens[number]
 
-    def _trim(self, keep: Container) -> None:
+    def _trim(self, keep: Container[OpenedImage]) -> None:
         """Free the last images if all together exceed `MOST_BYTES`."""
         # The first ones stay: they are also the first to be needed again.
         held = 0
-        for key, image in list(self._known.items()):
-            held += image.bytes
-            if held > MOST_BYTES and key not in keep:
-                del self._known[key]
+        for image, encoded in list(self._known.items()):
+            held += encoded.bytes
+            if held > MOST_BYTES and image not in keep:
+                del self._known[image]
 
-    def inputs(
-        self,
-        conversations: Sequence[list[dict[str, Any]]],
-        keys: Sequence[Sequence[Any]],
-        images: "Sequence[list[Image.Image]]",
-    ) -> "BatchFeature":
+    def inputs(self, prompts: Sequence[Prompt]) -> "BatchFeature":
         """
-        Return [`chat_inputs`] with the features (`mm_encoder_outputs`) instead of pixels.
+        Return [`chat_inputs`] of prompts with features (`mm_encoder_outputs`) instead of pixels, which are not read.
 
-        Args:
-            conversations (sequence of `list[dict]`):
-                See [`chat_inputs`].
-            keys (sequence of sequences of objects):
-                The keys of the images of each conversation, in the order of its image parts. All must be in memory.
-            images (sequence of `list[PIL.Image.Image]`):
-                The images. Their pixels are not used.
+        All images must be in memory.
         """
         import torch
 
-        known = [self._known[key] for own in keys for key in own]
+        known = [self._known[image] for prompt in prompts for image in prompt.images]
         grids = [image.grid for image in known if image.grid is not None]
 
         def replay_images(*args, **kwargs):
@@ -172,7 +159,7 @@ class ImageFeatureCache:
             return processed, [image.placeholder for image in known]
 
         with _processing_images_by(self.processor, replay_images):
-            inputs = chat_inputs(self.processor, conversations, images)
+            inputs = prompt_inputs(self.processor, prompts)
         inputs.pop("pixel_values", None)
         if not known:
             return inputs

@@ -5,6 +5,7 @@
 import base64
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +19,7 @@ from medst_trl.data.image_formats import ImageProblem, image_problem, to_8_bit
 from medst_trl.data.images import store_image
 
 
-# Formats that every server reads. Others are sent as PNG.
-_SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
+_SENT_AS_IS = ("JPEG", "PNG")  # formats that every server reads; others are sent as PNG
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,17 @@ class RequestImage:
         Raises:
             ImageProblem: if it cannot be decoded.
         """
-        image = self._open()
-        if image.size == self.size and image.format in _SENT_AS_IS:
-            return _data_url(_SENT_AS_IS[image.format], self.data)
-        with image_problem("unreadable"):
-            small = to_8_bit(image)
-            if small.size != self.size:
-                small = small.resize(self.size, Image.Resampling.LANCZOS)
-        file, sent_as = io.BytesIO(), "JPEG" if image.format == "JPEG" else "PNG"
-        small.save(file, sent_as, **({"quality": 90} if sent_as == "JPEG" else {}))
-        return _data_url(_SENT_AS_IS[sent_as], file.getvalue())
+        image, data = self._open(), self.data
+        format = image.format if image.format in _SENT_AS_IS else "PNG"
+        if image.size != self.size or image.format != format:
+            file = io.BytesIO()
+            with image_problem("unreadable"):
+                small = to_8_bit(image)
+                if small.size != self.size:
+                    small = small.resize(self.size, Image.Resampling.LANCZOS)
+            small.save(file, format, quality=90)  # PNG has no quality
+            data = file.getvalue()
+        return f"data:image/{format.lower()};base64,{base64.b64encode(data).decode()}"
 
     def _open(self) -> Image.Image:
         with warnings.catch_warnings(), image_problem("not_an_image"):
@@ -93,17 +94,8 @@ class RequestImage:
             return Image.open(io.BytesIO(self.data))
 
 
-def without_image_bytes(body: Any) -> Any:
-    """Return a copy of a request for display, with data URLs replaced by their type and length."""
-    if isinstance(body, dict):
-        return {key: without_image_bytes(value) for key, value in body.items()}
-    if isinstance(body, list):
-        return [without_image_bytes(value) for value in body]
-    if isinstance(body, str) and body.startswith("data:image/"):
-        kind, _, data = body.partition(";base64,")
-        return f"<{len(data) * 3 // 4:,} bytes of {kind.removeprefix('data:')}>"
-    return body
-
-
-def _data_url(media_type: str, data: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+def without_image_bytes(text: str) -> str:
+    """Return the text of a request for display, with data URLs replaced by their type and length."""
+    return re.sub(
+        r"data:(image/\w+);base64,([\w+/=]*)", lambda url: f"<{len(url[2]) * 3 // 4:,} bytes of {url[1]}>", text
+    )

@@ -9,8 +9,10 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from math import isfinite
 from typing import Any, Literal
 
 from medst_trl.base.redaction import HIDDEN, hide_secrets
@@ -99,7 +101,7 @@ def error_of(error: Exception, secret: str | None = None) -> CallError:
     if isinstance(error, openai.APITimeoutError):
         return CallError("timeout", "no answer in time", charged=True)
     if isinstance(error, openai.APIStatusError):
-        body = error.body if isinstance(error.body, dict) else {"message": _text_of(error.response)}
+        body = error.body if isinstance(error.body, dict) else {"message": _shown(str(error.body or ""))}
         return error_of_status(error.status_code, body, error.response.headers, secret)
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.
@@ -153,30 +155,21 @@ def _kind_of(status: int, code: str, message: str) -> str:
     return "image_refused" if "image" in code or _OF_IMAGE.search(message) else "bad_request"
 
 
-def _text_of(response: Any) -> str:
-    try:
-        text = response.text
-    except Exception:
-        return ""
+def _shown(text: str) -> str:
     return "an HTML page" if text.lstrip()[:1] == "<" else text
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of `Retry-After` (or OpenAI's `retry-after-ms`), given as a number or as a date."""
-    try:
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    except (KeyError, ValueError):
-        pass
-    text = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(text)
-        return max(0.0, seconds) if seconds < float("inf") else None
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    for read in (
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(headers["retry-after"]),
+        lambda: parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(),
+    ):
+        with suppress(KeyError, ValueError, TypeError, OverflowError):
+            if isfinite(seconds := read()):
+                return max(0.0, seconds)
+    return None
 
 
 def row_of_content(content: bytes, secret: str | None = None) -> dict[str, Any]:
@@ -189,8 +182,7 @@ def row_of_content(content: bytes, secret: str | None = None) -> dict[str, Any]:
     try:
         return row_of_body(json.loads(content), secret)
     except (ValueError, RecursionError):
-        start = content[:60].decode("utf-8", "replace")
-        detail = "an HTML page" if start.lstrip()[:1] == "<" else clean_message(start, secret) or "nothing"
+        detail = _shown(clean_message(content[:60].decode("utf-8", "replace"), secret)) or "nothing"
         raise CallError("not_json", f"it sends {detail}", charged=True) from None
 
 
@@ -205,15 +197,14 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
         error = body["error"] if isinstance(body["error"], dict) else {"message": str(body["error"])}
         status = str(error.get("status") or error.get("status_code") or error.get("code"))
         raise error_of_status(int(status) if status.isdigit() else 200, error, None, secret)
+    usage = _usage(body)
     try:
         choice = body["choices"][0]
         message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (TypeError, KeyError, IndexError, AttributeError):
-        usage = _usage(body.get("usage")) if isinstance(body, dict) else None
         said = f"no choices in {clean_message(json.dumps(body)[:100], secret)}"
         raise CallError("error_body", said, charged=True, usage=usage) from None
-    usage = _usage(body.get("usage"))
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     finish_reason = choice.get("finish_reason")
@@ -223,11 +214,11 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
     return {"reply": content or "", "finish_reason": finish_reason, "usage": usage}
 
 
-def _usage(usage: Any) -> dict[str, int] | None:
-    names = ("prompt_tokens", "completion_tokens")
-    if not isinstance(usage, dict) or not all(isinstance(usage.get(name), int) for name in names):
-        return None
-    return {name: usage[name] for name in names}
+def _usage(body: Any) -> dict[str, int] | None:
+    usage, names = body.get("usage") if isinstance(body, dict) else None, ("prompt_tokens", "completion_tokens")
+    if isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in names):
+        return {name: usage[name] for name in names}
+    return None
 
 
 @dataclass
@@ -268,10 +259,7 @@ class AcceptedFields:
             self.renamed = True
             return True
         if "temperature" in sent and "temperature" in text:
-            if not self.no_temperature:
-                warnings.warn(
-                    "The server does not accept a temperature. It samples with its own settings.", stacklevel=2
-                )
             self.no_temperature = True
+            warnings.warn("The server does not accept a temperature. It samples with its own settings.", stacklevel=2)
             return True
         return False

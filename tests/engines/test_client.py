@@ -13,14 +13,8 @@ import pytest
 
 from medst_trl.base.errors import UserError
 from medst_trl.engines import client as judge_client
-from medst_trl.engines.client import (
-    Call,
-    CallSettings,
-    Client,
-    Stopped,
-    api_key,
-    run_calls,
-)
+from medst_trl.engines.calls import Call, CallSettings, Stopped, api_key
+from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, Prices, ReplyCache, RequestSize
 from medst_trl.engines.responses import CallError, error_of_status, retry_after_of, row_of_body
 from medst_trl.selftrain.judge.prompts.paper import read_paper
@@ -46,7 +40,7 @@ def request(key="k", **body):
 @pytest.fixture(autouse=True)
 def key_and_short_waits(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("medst_trl.engines.pacing.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.calls.FIRST_WAIT", 0.001)
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):
@@ -382,7 +376,7 @@ def test_retry_after_is_read_as_a_date():
 
 def test_a_run_that_stops_does_not_wait_for_an_overloaded_server(monkeypatch):
     monkeypatch.setattr(judge_client, "LONGEST_RETRY_AFTER", 10)
-    monkeypatch.setattr("medst_trl.engines.pacing.TOO_MANY", 0)  # one rejection delays all calls
+    monkeypatch.setattr("medst_trl.engines.calls.TOO_MANY", 0)  # one rejection delays all calls
     sent = []
 
     async def respond(http_request):
@@ -393,7 +387,7 @@ def test_a_run_that_stops_does_not_wait_for_an_overloaded_server(monkeypatch):
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
     client, start = Client("m", CallSettings(concurrency=4), http_client=http), time.monotonic()
     with pytest.raises(UserError, match="asks to wait"):
-        list(run_calls(client, [request(str(number)) for number in range(8)], at_once=8))
+        list(client.run([request(str(number)) for number in range(8)], at_once=8))
     assert len(sent) == 4 and time.monotonic() - start < 10
 
 
@@ -411,7 +405,7 @@ def test_a_run_that_stops_starts_no_follow_ups():
     client.ask = answer
     outcomes = []
     with pytest.raises(UserError, match="No more"):
-        for call, outcome in run_calls(client, [request("a")], follow):
+        for call, outcome in client.run([request("a")], follow):
             outcomes.append((call.key, outcome))
     assert asked == ["a"] and outcomes == [("a", "answer")]
 

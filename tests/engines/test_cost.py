@@ -79,8 +79,8 @@ def test_cache_records_the_charges_of_calls_without_a_reply(tmp_path):
     usage = {"prompt_tokens": 100, "completion_tokens": 20}
     cache.add(row("a") | {"at_most": usage})
     for _ in range(2):
-        cache.add_lost({"key": "a", "lost": "timeout", "at_most": usage})
-    cache.add_lost({"key": "b", "lost": "content_filter", "usage": usage})
+        cache.add({"key": "a", "lost": "timeout", "at_most": usage})
+    cache.add({"key": "b", "lost": "content_filter", "usage": usage})
     cache.close()
     assert cache.added == 1
     for current in (cache, ReplyCache(tmp_path)):

@@ -23,7 +23,7 @@ from medst_trl.engines.decoding import (
     warpers,
     write_texts,
 )
-from medst_trl.engines.engine import OpenedImage, Sampling, random_stream, to_answer, to_ask
+from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_stream, to_answer, to_ask
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.families import FAMILIES
 
@@ -56,10 +56,9 @@ def plain_inputs(processor, rows=ROWS):
 def remembered_inputs(model, processor):
     memory = ImageFeatureCache(model, processor)
     # The order and the batches differ from those of the prompts.
-    memory.encode([HIGH], [HIGH.image])
-    memory.encode([SQUARE, WIDE], [SQUARE.image, WIDE.image])
-    images = [[one.image for one in own] for _, own in PROMPTS]
-    return memory.inputs([messages for messages, _ in PROMPTS], [own for _, own in PROMPTS], images)
+    memory.encode([HIGH])
+    memory.encode([SQUARE, WIDE])
+    return memory.inputs([Prompt(*prompt) for prompt in PROMPTS])
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -76,7 +75,7 @@ def test_every_family_is_covered():
 def test_shared_prompts_give_the_same_logits(family):
     model, processor = family
     assert shares_prompts(model)
-    settings = GREEDY | {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    settings = GREEDY | {"max_new_tokens": 4, "output_logits": True}
     with torch.inference_mode():
         plain = model.generate(**plain_inputs(processor), **settings)
         shared = model.generate(**prefill(model, remembered_inputs(model, processor), DRAWS, **GREEDY), **settings)

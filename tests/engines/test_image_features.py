@@ -12,7 +12,7 @@ from random_images import random_image
 
 from medst_trl.engines import image_features
 from medst_trl.engines.decoding import chat_inputs
-from medst_trl.engines.engine import OpenedImage, to_answer
+from medst_trl.engines.engine import OpenedImage, Prompt, to_answer
 from medst_trl.engines.image_features import ImageFeatureCache
 
 
@@ -23,7 +23,7 @@ def opened_image(seed, size=(32, 32)):
 def memory_of(family, *images):
     """Encode the images with a tiny model of the family."""
     memory = ImageFeatureCache(*tiny_model(family))
-    memory.encode(images, [one.image for one in images])
+    memory.encode(images)
     return memory
 
 
@@ -33,12 +33,14 @@ def test_inputs_equal_those_with_pixels(family, monkeypatch):
     first, second = opened_image(0, (40, 20)), opened_image(1, (20, 44))
     memory = memory_of(family, second, first)
     processor = memory.processor
-    conversations = [to_answer([], 2, "Which is larger?"), to_answer([], 1, "Is it?")]
-    keys = [[first, second], [second]]
-    images = [[one.image for one in own] for own in keys]
-    expected = chat_inputs(processor, conversations, images)
+    prompts = [
+        Prompt(to_answer([], 2, "Which is larger?"), [first, second]),
+        Prompt(to_answer([], 1, "Is it?"), [second]),
+    ]
+    images = [[one.image for one in prompt.images] for prompt in prompts]
+    expected = chat_inputs(processor, [prompt.messages for prompt in prompts], images)
     monkeypatch.setattr(type(processor.image_processor), "preprocess", None)
-    inputs = memory.inputs(conversations, keys, images)
+    inputs = memory.inputs(prompts)
     output = inputs.pop("mm_encoder_outputs")["image"]
     pixels = {"pixel_values", "image_sizes", "pixel_attention_mask"}
     assert set(inputs) == set(expected) - pixels
@@ -71,9 +73,9 @@ def test_images_of_the_current_batch_stay_if_there_is_no_room_for_all(monkeypatc
     first, second, third, fourth = map(opened_image, range(4))
     memory = memory_of("vicuna", first, second)
     monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
-    memory.encode([third], [third.image], keep=[second])
+    memory.encode([third], keep=[second])
     assert all(image in memory for image in (first, second, third)), "images of the current batch are not kept"
-    memory.encode([fourth], [fourth.image])
+    memory.encode([fourth])
     assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
     assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].features)] * 3
 
@@ -85,10 +87,10 @@ def test_features_are_kept_in_main_memory(monkeypatch):
     moved = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape[0]) or cpu(self))
-    memory.encode([image], [image.image])
+    memory.encode([image])
     assert moved == [memory.tokens[image]] * 3, "the features of the image or of its two layers were not moved"
     memory.model.to("meta")
-    output = memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])["mm_encoder_outputs"]["image"]
+    output = memory.inputs([Prompt(to_answer([], 1, "Is it?"), [image])])["mm_encoder_outputs"]["image"]
     layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
     assert [rows.device.type for rows in layers] == ["meta"] * 3
     assert memory[image].features.device.type == "cpu"
@@ -97,8 +99,8 @@ def test_features_are_kept_in_main_memory(monkeypatch):
 def test_the_processor_is_restored():
     image = opened_image(0)
     memory = memory_of("vicuna", image)
-    memory.inputs([to_answer([], 1, "Is it?")], [[image]], [[image.image]])
-    with pytest.raises(StopIteration):  # a prompt with two images but one key
-        memory.inputs([to_answer([], 2, "Is it?")], [[image]], [[image.image] * 2])
+    memory.inputs([Prompt(to_answer([], 1, "Is it?"), [image])])
+    with pytest.raises(StopIteration):  # a prompt about two images with one
+        memory.inputs([Prompt(to_answer([], 2, "Is it?"), [image])])
     assert "_process_images" not in vars(memory.processor)
     assert "pixel_values" in chat_inputs(memory.processor, [to_answer([], 1, "Is it?")], [[image.image]])

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -75,5 +76,5 @@ def test_unreadable_images_raise_an_image_problem(image):
 
 def test_a_displayed_request_has_no_image_bytes():
     body = {"messages": paper_messages("Q?", ["a", "b"], [RequestImage.read(image_bytes(20, 20), 64).data_url])}
-    shown = str(without_image_bytes(body))
+    shown = without_image_bytes(json.dumps(body))
     assert "base64" not in shown and "bytes of image/png" in shown and "[Question]" in shown

@@ -309,11 +309,11 @@ def test_out_of_memory_while_encoding_halves_the_batch_of_images(policy, images,
     """The batches of texts do not change."""
     encoded, written = [], []
 
-    def encode(self, keys, pictures, keep):
+    def encode(self, keys, keep):
         if len(keys) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         encoded.append(len(keys))
-        encode_all(self, keys, pictures, keep)
+        encode_all(self, keys, keep)
 
     def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
         written.append(sum(draws))
@@ -330,9 +330,9 @@ def test_out_of_memory_while_encoding_halves_the_batch_of_images(policy, images,
 def test_out_of_memory_while_writing_leaves_the_batch_of_images_unchanged(policy, images, monkeypatch):
     encoded = []
 
-    def encode(self, keys, pictures, keep):
+    def encode(self, keys, keep):
         encoded.append(len(keys))
-        encode_all(self, keys, pictures, keep)
+        encode_all(self, keys, keep)
 
     def write_texts(model, processor, inputs, max_new_tokens, sampler, draws):
         if sum(draws) > 1:
@@ -405,8 +405,8 @@ def test_each_image_is_preprocessed_and_encoded_once(policy, images, monkeypatch
 def test_only_the_features_of_one_window_are_in_memory(policy, images, monkeypatch):
     held = []
 
-    def encode(self, keys, pictures, keep):
-        encode_all(self, keys, pictures, keep)
+    def encode(self, keys, keep):
+        encode_all(self, keys, keep)
         held.append(len(self._known))
 
     encode_all = ImageFeatureCache.encode
@@ -422,15 +422,15 @@ def test_images_without_room_in_memory_are_encoded_again(policy, images, expecte
     """The candidates are the same. Images with room are encoded once."""
     encoded, held = Counter(), []
 
-    def encode(self, keys, pictures, keep):
-        encode_all(self, keys, pictures, keep)
+    def encode(self, keys, keep):
+        encode_all(self, keys, keep)
         encoded.update(keys)
         held.append((len(self._known), len(set(keys).union(keep))))
 
     encode_all = ImageFeatureCache.encode
     memory = ImageFeatureCache(*policy)
     image = OpenedImage(b"", random_image(0, (20, 16)))
-    memory.encode([image], [image.image])
+    memory.encode([image])
     monkeypatch.setattr(image_features, "MOST_BYTES", room * memory[image].bytes)
     monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     assert outcomes(policy, images, batch_size=4) == expected

@@ -13,16 +13,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import world_size
 from medst_trl.base.settings import check_choice, check_url, documented
 from medst_trl.data.source import printable
-from medst_trl.engines.client import (
-    CALL_SETTINGS,
-    Call,
-    CallSettings,
-    Client,
-    Outcome,
-    Stopped,
-    open_portal,
-    run_calls,
-)
+from medst_trl.engines.calls import CALL_SETTINGS, Call, CallSettings, Outcome, Stopped
+from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, RequestSize, image_tokens
 from medst_trl.engines.engine import (
     ENGINES,
@@ -32,7 +24,6 @@ from medst_trl.engines.engine import (
     Reply,
     Request,
     Sampling,
-    nothing_follows,
     sent_parts,
     without_margins,
 )
@@ -145,7 +136,7 @@ class ServerEngine(Engine):
         client, hello = self._client(), [{"role": "user", "content": "Hello"}]
         # More than one token: hosted models that think before they answer may refuse a shorter reply.
         body = {"model": self.model, "messages": hello, **self._fields_of(Sampling(max_new_tokens=16))}
-        ((_, outcome),) = run_calls(client, [Call(lambda: body, size=RequestSize.of(hello, 0))])
+        ((_, outcome),) = client.run([Call(lambda: body, size=RequestSize.of(hello, 0))])
         reply = self._reply(client, outcome)
         if reply.problem:
             raise UserError(
@@ -154,7 +145,7 @@ class ServerEngine(Engine):
                 f"({', '.join(SERVER_KINDS)})."
             )
 
-    def run(self, first, then=nothing_follows):
+    def run(self, first, then=lambda request, reply: ()):
         """
         Answer requests, and what follows from their replies, as soon as the server has room. See [`Engine.run`].
 
@@ -169,14 +160,14 @@ class ServerEngine(Engine):
         def follow(call: Call, outcome: Outcome) -> Iterator[Call]:
             return map(self._call, then(call.tag, self._reply(client, outcome)))
 
-        for call, outcome in run_calls(client, map(self._call, first), follow):
+        for call, outcome in client.run(map(self._call, first), follow):
             yield call.tag, self._reply(client, outcome)
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the text of one prompt as the server sends it. Closing the iterator ends the request."""
         client, pieces = self._client(), SimpleQueue()
         call = replace(self._call(Request(prompt, sampling)), on_piece=pieces.put)
-        with open_portal(client) as portal:
+        with client.open_portal() as portal:
             done = portal.start_task_soon(client.ask, call)
             done.add_done_callback(lambda _: pieces.put(None))
             yield from without_margins(map(printable, iter(pieces.get, None)))

@@ -13,7 +13,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import text_of
-from medst_trl.engines.decoding import SeededSampler, chat_inputs, shares_prompts, write_texts
+from medst_trl.engines.decoding import SeededSampler, prompt_inputs, shares_prompts, write_texts
 from medst_trl.engines.engine import (
     ENGINES,
     BatchEngine,
@@ -120,27 +120,29 @@ class TransformersEngine(BatchEngine):
         """
         if not prompts:
             return []
-        if self._images is not None:
+        if self._images is None:
+            images = map(self._length_by_size, prompts)
+        else:
             self._encode(image for image in _images_of(prompts) if image not in self._images.tokens)
-        lengths = self._lengths(prompts)
+            images = (sum(self._images.tokens[image] for image in prompt.images) for prompt in prompts)
+        lengths = self._lengths(map(_text_of, prompts), images)
         groups = _groups(prompts)
         # The largest batch first, and equal prompts together.
         order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], groups[place], place))
 
-        def next_batch(start: int) -> list[int]:
+        def size_at(start: int) -> int:
             size = self._most["text"]
             if self._estimates:  # the first prompt is the longest
                 size = min(size, largest_batch(self.model, lengths[order[start]], sampling.max_new_tokens))
-            end = start + size
-            whole = end
+            whole = start + size
             while start < whole < len(order) and groups[order[whole - 1]] == groups[order[whole]]:
                 whole -= 1
-            return order[start : whole if whole > start else end]
+            return whole - start or size
 
         def write_batch(batch: list[int]) -> list[tuple[str, bool]]:
             return self._write_batch([prompts[place] for place in batch], [groups[place] for place in batch], sampling)
 
-        texts = self._in_batches(len(order), next_batch, write_batch, "text")
+        texts = self._in_batches(order, size_at, write_batch, "text")
         replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
 
@@ -156,15 +158,12 @@ class TransformersEngine(BatchEngine):
             return torch.full((len(ids),), closed.is_set(), device=ids.device)
 
         def write() -> None:
-            sampler = self._sampler([prompt], sampling)
-            inputs = chat_inputs(self.processor, [prompt.messages], [[opened.image for opened in prompt.images]])
             generates = {"streamer": streamer, "stopping_criteria": [is_closed]}
             try:
+                inputs, sampler = prompt_inputs(self.processor, [prompt]), _sampler([prompt], sampling)
                 write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, **generates)
             finally:
                 streamer.end()
-            if sampler is not None:
-                sampler.check()
 
         with ThreadPoolExecutor(1) as executor:
             written = executor.submit(write)
@@ -179,43 +178,33 @@ class TransformersEngine(BatchEngine):
 
     def batches(self, number: int, prompt_of: Callable[[int], Prompt]) -> list[list[int]]:
         """Divide prompts by their length, the longest first: a batch that is too large fails at the start of a run."""
-        texts, images = [], []
-        for prompt in map(prompt_of, range(number)):
-            texts.append(_text_of(prompt))
-            images.append(self._length_by_size(prompt))
-        lengths = [one + other for one, other in zip(images, self._text_lengths(texts), strict=True)]
+        sizes = [(_text_of(prompt), self._length_by_size(prompt)) for prompt in map(prompt_of, range(number))]
+        lengths = self._lengths([text for text, _ in sizes], [images for _, images in sizes])
         order = sorted(range(number), key=lambda place: (-lengths[place], place))
         return [[order[place] for place in batch] for batch in super().batches(number, prompt_of)]
 
     def _encode(self, opened: Iterable[OpenedImage], keep: Container = ()) -> None:
-        opened = list(opened)
-
-        def next_batch(start: int) -> list[OpenedImage]:
-            return opened[start : start + self._most["image"]]
-
         def encode_batch(batch: list[OpenedImage]) -> list[OpenedImage]:
-            self._images.encode(batch, [image.image for image in batch], keep)
+            self._images.encode(batch, keep)
             return batch
 
-        self._in_batches(len(opened), next_batch, encode_batch, "image")
+        self._in_batches(list(opened), lambda start: self._most["image"], encode_batch, "image")
 
-    def _in_batches(
-        self, total: int, next_batch: Callable[[int], list], work: Callable[[list], list], what: str
-    ) -> list:
+    def _in_batches(self, items: list, size_at: Callable[[int], int], work: Callable[[list], list], what: str) -> list:
         """
         Work through batches, halving them when memory runs out, and return all results.
 
         Args:
-            total (`int`): Number of items in all batches.
-            next_batch (`Callable`): Maps the number of finished items to the next batch.
+            items (`list`): What to divide into batches.
+            size_at (`Callable`): Maps the number of finished items to the size of the next batch.
             work (`Callable`): Maps a batch to its results, one for each item.
             what (`str`): Name of an item in messages.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         results: list[Any] = []
-        while len(results) < total:
-            batch, done = next_batch(len(results)), None
+        while (start := len(results)) < len(items):
+            batch, done = items[start : start + size_at(start)], None
             try:
                 done = work(batch)
             except RuntimeError as error:
@@ -229,45 +218,28 @@ class TransformersEngine(BatchEngine):
         return results
 
     def _write_batch(self, prompts: list[Prompt], groups: list[int], sampling: Sampling) -> list[tuple[str, bool]]:
-        sampler = self._sampler(prompts, sampling)
-        samples_per_prompt = None
-        if self._images is not None:  # the first of each group is processed for all of it
-            samples_per_prompt = list(Counter(groups).values())
-            prompts = [prompt for place, prompt in enumerate(prompts) if groups.index(groups[place]) == place]
-        conversations = [prompt.messages for prompt in prompts]
-        images = [[opened.image for opened in prompt.images] for prompt in prompts]
+        sampler, samples_per_prompt = _sampler(prompts, sampling), None
         if self._images is None:
-            inputs = chat_inputs(self.processor, conversations, images)
-        else:
+            inputs = prompt_inputs(self.processor, prompts)
+        else:  # one prompt of each group is processed for all of it
+            samples_per_prompt = list(Counter(groups).values())
+            prompts = list(dict(zip(groups, prompts)).values())
             needed = _images_of(prompts)
             self._encode((image for image in needed if image not in self._images), keep=needed)
-            inputs = self._images.inputs(conversations, [prompt.images for prompt in prompts], images)
-        texts = write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, samples_per_prompt)
-        if sampler is not None:
-            sampler.check()
-        return texts
+            inputs = self._images.inputs(prompts)
+        return write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, samples_per_prompt)
 
-    def _sampler(self, prompts: list[Prompt], sampling: Sampling) -> SeededSampler | None:
-        return SeededSampler(sampling, [prompt.stream for prompt in prompts]) if sampling.temperature > 0 else None
-
-    def _lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Estimate the number of tokens of each prompt: those of its texts and of its images."""
-        texts = self._text_lengths([_text_of(prompt) for prompt in prompts])
-        if self._images is None:
-            return [self._length_by_size(prompt) + own for prompt, own in zip(prompts, texts, strict=True)]
-        tokens = self._images.tokens
-        return [sum(tokens[image] for image in prompt.images) + own for prompt, own in zip(prompts, texts)]
-
-    def _text_lengths(self, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    def _lengths(self, texts: Iterable[str], images: Iterable[int]) -> list[int]:
+        """Return the number of tokens of each prompt: those of its texts and of its images."""
+        ids = self.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [len(own) + other for own, other in zip(ids, images, strict=True)]
 
     def _length_by_size(self, prompt: Prompt) -> int:
         """Return the number of tokens that the images and the template add: it depends on the images' sizes alone."""
         sizes = tuple(opened.image.size for opened in prompt.images)
         if sizes not in self._image_lengths:
-            inputs = chat_inputs(self.processor, [prompt.messages], [[opened.image for opened in prompt.images]])
-            (own,) = self._text_lengths([_text_of(prompt)])
-            self._image_lengths[sizes] = inputs["input_ids"].shape[1] - own
+            (own,) = self._lengths([_text_of(prompt)], [0])
+            self._image_lengths[sizes] = prompt_inputs(self.processor, [prompt])["input_ids"].shape[1] - own
         return self._image_lengths[sizes]
 
     def _halve(self, tried: int, what: str) -> None:
@@ -280,6 +252,10 @@ class TransformersEngine(BatchEngine):
             )
         self._most[what] = tried // 2
         print(f"Not enough memory for {tried} {what}s per batch. Continuing with {self._most[what]}.")
+
+
+def _sampler(prompts: Sequence[Prompt], sampling: Sampling) -> SeededSampler | None:
+    return SeededSampler(sampling, [prompt.stream for prompt in prompts]) if sampling.temperature > 0 else None
 
 
 def _text_of(prompt: Prompt) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, RepoFile
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
 from medst_trl.base.settings import settings_among
-from medst_trl.engines.client import CallSettings
+from medst_trl.engines.calls import CallSettings
 from medst_trl.engines.engine import ENGINES
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch

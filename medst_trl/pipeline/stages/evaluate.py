@@ -48,7 +48,7 @@ from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.client import NOT_SHARED
+from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, EngineKind, loads_model
 from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS

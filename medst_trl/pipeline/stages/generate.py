@@ -41,7 +41,7 @@ from medst_trl.base.processes import rank
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.schema import candidate_features, load_records, write_split
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.client import NOT_SHARED
+from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out

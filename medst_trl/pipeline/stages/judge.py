@@ -39,7 +39,7 @@ from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import load_records, preference_features, with_stored_images, write_split
-from medst_trl.engines.client import CALL_SETTINGS
+from medst_trl.engines.calls import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
@@ -236,9 +236,8 @@ def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:
 
     print(f"judge: {judge.estimate(candidates)}")
     if call := next((call for _, calls in judge.requests(candidates) for call in calls), None):
-        print(
-            "The first request:", json.dumps(without_image_bytes(call.body()), indent=2, ensure_ascii=False), sep="\n"
-        )
+        text = json.dumps(call.body(), indent=2, ensure_ascii=False)
+        print("The first request:", without_image_bytes(text), sep="\n")
     else:
         print("There is no pair to ask about.")
 

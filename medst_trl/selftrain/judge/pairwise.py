@@ -15,7 +15,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, check_choice
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.schema import text_of
-from medst_trl.engines.client import CALL_BOUNDS, Call, Client, Outcome, api_key, run_calls
+from medst_trl.engines.calls import Call, Outcome, api_key
+from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from medst_trl.engines.images import RequestImage
 
@@ -34,7 +35,7 @@ _ADVICE = {
     "unparsable": "None of the judge's replies could be read; the last one began with: {detail}. Choose a stronger "
     "--model, another --prompt_version, or more --max_tokens",
 }
-_AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0} | CALL_BOUNDS
+_AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class PairwiseJudge(JudgeSettings):
                 f"of {', '.join(able)}, or leave out the captions."
             )
         check_bounds(self, at_least=_AT_LEAST)
-        Budget(self.prices, self.max_cost)
+        self.check_calls(self.model)
         self.cache = ReplyCache(self.cache_dir)
 
     def __call__(self, candidates: Iterable[Mapping[str, Any]], offline: bool = False) -> Iterator[dict[str, Any]]:
@@ -254,7 +255,7 @@ class PairwiseJudge(JudgeSettings):
             while places and places[0]:
                 yield places.popleft()[0]
 
-        for call, outcome in run_calls(client, calls(), at_once=CALLS_PER_SLOT * self.concurrency):
+        for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
             pair, own, place = pair_of.pop(call)
             if all(one in outcomes for one in own):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from medst_trl.base.registry import Registry
 from medst_trl.base.settings import documented
-from medst_trl.engines.client import CallSettings
+from medst_trl.engines.calls import CallSettings
 
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import candidate_features
+from medst_trl.engines.calls import AdaptiveLimit
 from medst_trl.engines.cost import CACHE_FILE, Prices
-from medst_trl.engines.pacing import AdaptiveLimit
 from medst_trl.selftrain.judge import batch as batch_files
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
@@ -30,7 +30,7 @@ KEYS = {
 def no_key_and_short_waits(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("medst_trl.engines.pacing.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.calls.FIRST_WAIT", 0.001)
 
 
 def png(seed):

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from medst_trl.engines.pacing import AdaptiveLimit, wait_before
+from medst_trl.engines.calls import AdaptiveLimit, wait_before
 
 
 def test_waits_grow_up_to_a_limit():

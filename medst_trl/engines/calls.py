@@ -1,0 +1,210 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Calls to a chat server: their settings, one call and its outcome, and how many run at once."""
+
+import asyncio
+import os
+import random
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from anyio import CapacityLimiter
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.settings import check_bounds, documented
+
+from .cost import Budget, Prices, RequestSize, prices_of
+from .responses import CallError
+
+
+TOO_MANY = 0.35  # if a larger share of recent calls is rejected, the server counts as overloaded
+MIN_SEEN = 10  # number of calls that the share is taken of; two for each slot if that is more
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none
+
+
+@documented
+@dataclass(kw_only=True, eq=False)
+class CallSettings:
+    """
+    How a server is called, and what that may cost.
+
+    Args:
+        key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Name of the environment variable that holds the API key.
+        concurrency (`int`, *optional*, defaults to `16`):
+            Maximum number of concurrent calls.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Maximum duration of a call in seconds.
+        max_retries (`int`, *optional*, defaults to `6`):
+            Maximum number of retries of a call after 429, 5xx or a timeout.
+        max_cost (`float`, *optional*):
+            Budget in US dollars. It is a hard limit.
+        price_per_million_input_tokens (`float`, *optional*):
+            Price in US dollars. Known for gpt-4o, gpt-4.1 and their small versions.
+        price_per_million_output_tokens (`float`, *optional*):
+            Price in US dollars. Known for the same models.
+    """
+
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 16
+    timeout: float = 120.0
+    max_retries: int = 6
+    max_cost: float | None = None
+    price_per_million_input_tokens: float | None = None
+    price_per_million_output_tokens: float | None = None
+
+    @property
+    def limit(self) -> str:
+        """The budget in words, for the plan of a run."""
+        return "no max_cost is set" if self.max_cost is None else f"stops at {self.max_cost:g} US dollars"
+
+    def prices_of(self, model: str) -> Prices:
+        """Return the prices that are set, else the known prices of a model."""
+        return prices_of(model, self.price_per_million_input_tokens, self.price_per_million_output_tokens)
+
+    def check_calls(self, model: str) -> None:
+        """Raise a `UserError` for numbers out of bounds, or for a budget if the prices of a model are unknown."""
+        check_bounds(self, at_least=_BOUNDS)
+        Budget(self.prices_of(model), self.max_cost)
+
+
+# These settings change how replies are obtained, not their content.
+CALL_SETTINGS = frozenset({"base_url", *(item.name for item in fields(CallSettings))})
+_BOUNDS = {"concurrency": 1, "max_cost": 0, "max_retries": 0, "timeout": 0.01,
+           "price_per_million_input_tokens": 0, "price_per_million_output_tokens": 0}  # fmt: skip
+# In a recipe, shared values of these are for the judge; engines take them only by name. See `Stage.not_shared`.
+NOT_SHARED = CALL_SETTINGS - {"base_url", "concurrency"}
+
+
+@dataclass(eq=False)
+class Call:
+    """
+    One request to a chat API. Compared by identity.
+
+    Attributes:
+        body (`Callable`): Makes the body of the request; images are encoded only then.
+        size (`RequestSize`): Tokens of its prompt, for the budget.
+        key (`str`, *optional*): Hash of everything that decides the reply. None: the reply is not cached.
+        max_tokens (`int`): Maximum number of tokens of its reply, for the budget, if the body has no `max_tokens`.
+        read (`Callable`): Maps a reply to its meaning, or to None if it cannot be read. By default the reply itself.
+        reminder (`str`): User message after a reply that cannot be read.
+        tag: Any value; the caller identifies the call by it.
+        on_piece (`Callable`, *optional*): Called with each piece of the reply as the server sends it.
+    """
+
+    body: Callable[[], dict[str, Any]]
+    size: RequestSize
+    key: str | None = None
+    max_tokens: int = 0
+    read: Callable[[str], Any | None] = str
+    reminder: str = ""
+    tag: Any = None
+    on_piece: Callable[[str], None] | None = None
+
+
+@dataclass
+class Outcome:
+    """
+    The outcome of a call.
+
+    Attributes:
+        reading: What [`Call.read`] made of the reply, or None.
+        reason (`str` or `None`): Why there is no reading, in one word.
+        attempts (`list[dict]`): The replies so far, as the cache keeps them.
+        cached (`bool`): Whether no call had to be made.
+        detail (`str`): The server's message, if there is no reply.
+        error (`CallError` or `None`): The error that ended it, if the server gave no reply in this run.
+        charges (`list[dict]`): All calls for it that may have been charged.
+    """
+
+    reading: Any | None
+    reason: str | None
+    attempts: list[dict[str, Any]]
+    cached: bool
+    detail: str = ""
+    error: CallError | None = None
+    charges: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Stopped(Exception):
+    """The run is being stopped; no further call is made."""
+
+
+def api_key(variable: str, base_url: str | None) -> str:
+    """
+    Return the API key from the environment. Your own server needs none.
+
+    Raises:
+        UserError: if it is missing, or if the key itself was given instead of the variable's name.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", variable):
+        raise UserError("key_variable must be the name of an environment variable, not the key itself.")
+    value = os.environ.get(variable, "").strip()
+    if not value and base_url is None and not os.environ.get("OPENAI_BASE_URL"):
+        raise UserError(
+            f"No API key. Set the environment variable {variable} (export {variable}=...), or give base_url for your "
+            "own server."
+        )
+    if not value.isascii() or not value.isprintable():
+        raise UserError(f"The API key in the environment variable {variable} has invalid characters. Copy it again.")
+    return value or "none"
+
+
+class AdaptiveLimit:
+    """
+    Limit of concurrent calls: halved when the server rejects many calls, and raised by one after each round of
+    successful calls.
+
+    A single 429 among successes holds back only its own call: a server that fails now and then is not overloaded, and
+    slowing down would not help it. When a good part of recent calls is rejected, the number of slots is halved, and no
+    call starts before the time that the server named.
+
+    Args:
+        most (`int`):
+            Number of slots at the start, which is never exceeded.
+        sleep (`Callable`, *optional*):
+            Waits for a number of seconds. It may raise an error to end the wait of a call.
+    """
+
+    def __init__(self, most: int, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):
+        self.most, self._sleep = most, sleep
+        self.slots = float(most)
+        self._limiter = CapacityLimiter(most)
+        self._pause_until = 0.0
+        self._recent: deque[bool] = deque(maxlen=max(MIN_SEEN, 2 * most))
+
+    @asynccontextmanager
+    async def slot(self):
+        """Wait for a slot and hold it."""
+        async with self._limiter:
+            while (wait := self._pause_until - time.monotonic()) > 0:
+                await self._sleep(wait)
+            yield
+
+    def went_well(self) -> None:
+        """Record that the server answered."""
+        self._recent.append(False)
+        self._set_slots(min(self.most, self.slots + 1 / self.slots))
+
+    def pushed_back(self, retry_after: float | None) -> None:
+        """Record that the server rejected a call: 429, overloaded, or no answer in time."""
+        self._recent.append(True)
+        if sum(self._recent) / self._recent.maxlen > TOO_MANY:  # in a small sample, many failures can be chance
+            self._set_slots(max(1.0, self.slots / 2))
+            self._pause_until = max(self._pause_until, time.monotonic() + (retry_after or 0))
+            self._recent.clear()  # the calls in flight say nothing about the new limit
+
+    def _set_slots(self, slots: float) -> None:
+        self.slots, self._limiter.total_tokens = slots, int(slots)
+
+
+def wait_before(attempt: int, retry_after: float | None) -> float:
+    """Return the seconds before a retry: what the server asks for, else doubling from half a second, with jitter."""
+    if retry_after is not None:
+        return retry_after + random.uniform(0, 0.1)
+    return min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
