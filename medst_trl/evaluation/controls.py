@@ -69,10 +69,8 @@ def shuffled_rows(image_ids: Sequence[str], seed: int = 0) -> list[int]:
     position = {image_id: number for number, image_id in enumerate(order)}
     rows = sorted(range(len(image_ids)), key=lambda row: (position[image_ids[row]], row))
     # Rows with the same image are now adjacent, at most `most` of them: that many rows further the image differs.
-    shuffled = [0] * len(rows)
-    for row, donor in zip(rows, rows[most:] + rows[:most]):
-        shuffled[row] = donor
-    return shuffled
+    donors = dict(zip(rows, rows[most:] + rows[:most]))
+    return [donors[row] for row in range(len(rows))]
 
 
 def shown_rows(image_ids: Sequence[str], control: str | None = None, seed: int = 0) -> list[int]:

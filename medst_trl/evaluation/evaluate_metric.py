@@ -3,7 +3,6 @@
 """Base of the modules that Hugging Face's `evaluate` loads: [`medst_trl.score_vqa`] with its interface."""
 
 import inspect
-from abc import ABC, abstractmethod
 from typing import Any
 
 import datasets
@@ -13,13 +12,10 @@ from .metric import METRICS
 from .scoring import score_vqa
 
 
-class VqaMetric(evaluate.Metric, ABC):
-    """`score_vqa` with the metric `variant`, as a metric of `evaluate`. Abstract, so that `evaluate` skips it."""
+class VqaMetric(evaluate.Metric):
+    """`score_vqa` with the metric `variant`, a name in `METRICS`, as a metric of `evaluate`."""
 
-    @property
-    @abstractmethod
-    def variant(self) -> str:
-        """Name in `METRICS`."""
+    variant: str
 
     def _info(self) -> evaluate.MetricInfo:
         names = ("predictions", "references", "answer_types")

@@ -10,6 +10,7 @@ themselves in `PREDICTION_FORMATS`.
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -221,10 +222,9 @@ def _question(record: Any, name: str) -> dict[str, Any]:
 def guess_format(path: str | os.PathLike) -> str:
     """Return the format that matches a file's name and the keys of its first record; our own if none does."""
     path = Path(path)
-    try:
+    first = {}
+    with suppress(UserError):
         first = next((row for _, row in read_json_records(path, key="question") if isinstance(row, dict)), {})
-    except UserError:
-        first = {}
     return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), OWN_FORMAT)
 
 
@@ -301,19 +301,15 @@ def score_predictions(
     for control, others in controls.items():
         others = [row for row in others if row.get("id") in ids]
         compared[control] = {name: compare_vqa(records, others, name, **kwargs) for name, kwargs in arguments.items()}
-    counts = {"records": len(records), "cut_off": sum(_generation(record).get("ended") is False for record in records)}
-    if refused := sum("problem" in _generation(record) for record in records):
-        counts["refused"] = refused
-    if guessed := sum(record.get("answer_type_guessed") is True for record in records):
-        counts["answer_types_guessed"] = guessed
+    made = [record["generation"] for record in records if isinstance(record.get("generation"), Mapping)]
+    rare = {
+        "refused": sum("problem" in generation for generation in made),
+        "answer_types_guessed": sum(record.get("answer_type_guessed") is True for record in records),
+    }
+    counts = {"records": len(records), "cut_off": sum(generation.get("ended") is False for generation in made)}
     return {
-        "counts": counts,
+        "counts": counts | {name: number for name, number in rare.items() if number},
         "scores": {name: score_vqa(records, name, **kwargs) for name, kwargs in arguments.items()},
         "controls": compared,
         "figures": describe_figures(variants),
     }
-
-
-def _generation(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    generation = record.get("generation")
-    return generation if isinstance(generation, Mapping) else {}

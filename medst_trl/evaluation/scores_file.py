@@ -9,7 +9,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 
-from .metric import METRICS, FigurePath, describe_figures
+from .metric import METRICS, Figure, FigurePath, describe_figures
 from .scoring import figures
 
 
@@ -78,8 +78,7 @@ class ScoresFile:
         """Return the name of a figure in tables."""
         if path[0] == "question_types":
             return f"{path[1].replace('_', ' ')}: {self.label(metric, path[2:])}"
-        figure = self.figures.get((metric, path))
-        return figure["label"] if figure else ": ".join(path).replace("_", " ")
+        return self.figures[metric, path]["label"] if (metric, path) in self.figures else Figure(path).label
 
     def shown(self, metric: str) -> list[FigurePath]:
         """Return the figures of a metric that tables list: those with records, by question type if `by_type`."""
@@ -105,15 +104,9 @@ class ScoresFile:
         header = ["", "n", "%", "95% interval", *(["majority"] if with_majority else [])]
         rows = [header + [title for name in self.controls for title in (name, f"real - {name}")]]
         for path in shown:
-            leaf, indent = leaves[path], "  " if path[0] == "question_types" else ""
-            row = [
-                indent + self.label(metric, path),
-                str(leaf["n"]),
-                tenths(leaf["value"]),
-                brackets(leaf["interval"]),
-            ]
-            if with_majority:
-                row.append(tenths(leaf.get("majority")))
+            leaf, name = leaves[path], ("  " if path[0] == "question_types" else "") + self.label(metric, path)
+            row = [name, str(leaf["n"]), tenths(leaf["value"]), brackets(leaf["interval"])]
+            row += [tenths(leaf.get("majority"))] if with_majority else []
             for control in self.controls.values():
                 other = control.get(metric, {}).get(path, {})
                 row += [tenths(other.get("value")), format_change(other)]
@@ -160,23 +153,20 @@ def _read_scores(by_metric: Mapping[str, Any]) -> Scores:
     """Return the figures of each metric. Raises if a value that must be a number is not one."""
     found = {metric: dict(figures(scores)) for metric, scores in by_metric.items()}
     for leaf in (leaf for leaves in found.values() for leaf in leaves.values()):
-        numbers = [leaf["n"], leaf["value"], leaf.get("majority"), leaf.get("difference")]
-        for low, high in filter(None, (leaf["interval"], leaf.get("difference_interval"))):
-            numbers += [low, high]
-        for number in numbers:
+        for number in (leaf["n"], leaf["value"], leaf.get("majority"), *(leaf["interval"] or ())):
             tenths(number)
+        format_change(leaf)
     return found
 
 
 def _title(scores: Mapping[str, Any]) -> str:
-    settings = {
-        name: value
+    shown = [
+        f", {name.replace('_', ' ')} {value}"
         for name, value in scores.items()
         if name not in ("variant", "n", "n_images") and not isinstance(value, Mapping)
-    }
-    shown = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
+    ]
     images = f" on {scores['n_images']} images" if scores["n_images"] is not None else ""
-    return f"{scores['variant']}{shown}: {scores['n']} questions{images}"
+    return f"{scores['variant']}{''.join(shown)}: {scores['n']} questions{images}"
 
 
 def tenths(value: float | None, sign: str = "") -> str:
@@ -196,9 +186,6 @@ def format_change(leaf: Leaf) -> str:
 
 def align(rows: list[list[str]]) -> list[str]:
     """Format the lines of a table, the first column aligned to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    template = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    return [template.format(*row).rstrip() for row in rows]

@@ -119,14 +119,10 @@ def summarize(
             values[path].append(value)
     for prefix in ((), *(("question_types", kind) for kind in types)):
         for path in (prefix + figure.path for figure in metric.figures):
-            found = values.get(path, [])
-            _nested(result, path[:-1])[path[-1]] = {
-                "value": 100 * math.fsum(found) / len(found) if found else None,
-                "n": len(found),
-                "interval": interval(means.get(path, [])),
-            }
-    if not types:
-        result["question_types"] = {}
+            found = values[path]
+            value = 100 * math.fsum(found) / len(found) if found else None
+            _nested(result, path).update(value=value, n=len(found), interval=interval(means.get(path, [])))
+    result.setdefault("question_types", {})
     for path, value in metric.majority(answered).items() if metric.majority else ():
         _nested(result, path)["majority"] = value
     return result
@@ -206,11 +202,10 @@ def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
 def figures(scores: Mapping[str, Any], path: FigurePath = ()) -> Iterator[tuple[FigurePath, dict[str, Any]]]:
     """Yield all figures in a result of [`score_vqa`], each with its path."""
     for key, value in scores.items():
-        if isinstance(value, Mapping):
-            if "interval" in value:
-                yield (*path, key), value
-            else:
-                yield from figures(value, (*path, key))
+        if isinstance(value, Mapping) and "interval" in value:
+            yield (*path, key), value
+        elif isinstance(value, Mapping):
+            yield from figures(value, (*path, key))
 
 
 def _nested(result: dict[str, Any], path: FigurePath) -> dict[str, Any]:

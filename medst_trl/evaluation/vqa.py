@@ -87,10 +87,9 @@ def answer_benchmark(
     sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     settings = engine.describe() | ({"model": model_name} if model_name else {})
     settings |= {"decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
-    batches = engine.batches(len(questions), lambda number: prompt(questions[number]))[
-        state.process_index :: state.num_processes
-    ]
-    batches = [[questions[number] for number in batch] for batch in batches]
+    batches = engine.batches(len(questions), lambda number: prompt(questions[number]))
+    own = batches[state.process_index :: state.num_processes]
+    batches = [[questions[number] for number in batch] for batch in own]
     total = sum(map(len, batches))
     # A batch with any question left is computed as a whole, so that its numbers stay the same.
     batches = [batch for batch in batches if any(question["id"] not in done for question in batch)]

@@ -13,9 +13,10 @@ Example:
 ```
 """
 
-# `evaluate` reads imports line by line with a regular expression: keep each on its own line.
-from medst_trl.evaluation.evaluate_metric import VqaMetric
+# `evaluate` reads imports line by line with a regular expression: keep each on its own line. It uses the first metric
+# among the names of this module, so the base class must not be one of them.
+from medst_trl.evaluation import evaluate_metric
 
 
-class VqaStrict(VqaMetric):
+class VqaStrict(evaluate_metric.VqaMetric):
     variant = "strict"
