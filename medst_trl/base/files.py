@@ -1,13 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write files atomically, write rows with several processes and resume them, and explain a full disk."""
+"""Write files atomically, read and find them, write rows with several processes, and explain a full disk."""
 
 import errno
 import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,35 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def read_jsonl(path: str | os.PathLike) -> list[Any]:
+    """Read JSON lines; none if the file is missing. A last line without a line break, of a killed run, is left out."""
+    lines = Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else ()
+    return [json.loads(line) for line in lines]
+
+
+def visible_files(directory: Path, skipped: tuple[str, ...] = (".",)) -> Iterator[str]:
+    """Yield the names of all files below a directory that are not hidden, nor in a directory that is `skipped`."""
+    for root, directories, files in os.walk(directory):
+        directories[:] = sorted(name for name in directories if not name.startswith(skipped))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield (Path(root) / name).relative_to(directory).as_posix()
+
+
+def did_you_mean(path: str | os.PathLike, is_meant: Callable[[Path], bool]) -> str:
+    """
+    Return " Did you mean X?" for the end of a message, with the nearest directories at most two levels below or above
+    `path` that are meant; an empty text if there are none. `path` itself need not exist.
+    """
+    path = Path(path)
+    one_up, two_up = path.parent, path.parent.parent
+    for near in (path.glob("*/"), path.glob("*/*/"), [one_up], one_up.glob("*/"), [two_up], one_up.glob("*/*/")):
+        with suppress(OSError, ValueError):  # directories that cannot be read
+            if found := sorted(directory for directory in islice(near, 1000) if is_meant(directory)):
+                return f" Did you mean {' or '.join(map(str, found[:3]))}?"
+    return ""
+
+
 def fill_rows(path: Path, ids: Collection[str], compute: Callable[[set[str]], Iterable[dict[str, Any]]]) -> None:
     """
     Write a row for each of `ids` to a file of JSON lines, in that order. Does nothing if the file is complete.
@@ -97,8 +127,7 @@ def fill_rows(path: Path, ids: Collection[str], compute: Callable[[set[str]], It
 def computed_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield all rows written so far, also by an earlier run with another number of processes."""
     for part in _parts(path):
-        for line in part.read_bytes().split(b"\n")[:-1]:  # a last line without a line break is incomplete
-            yield json.loads(line)
+        yield from read_jsonl(part)
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]], process: int = 0) -> None:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .errors import UserError
+from .files import visible_files
 from .hub_ids import cached_revision, can_be_hub_id
 
 
@@ -69,7 +70,8 @@ def _sha256_of_file(path: Path) -> str:
 
 
 def _sha256_of_directory(directory: Path) -> str:
-    files = sorted(_content_files(directory))
+    skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)  # not part of the result, nor are records
+    files = sorted(name for name in visible_files(directory, skipped) if Path(name).name != "stage.json")
     digest = hashlib.sha256()
     for name in files:
         path = directory / name
@@ -78,20 +80,6 @@ def _sha256_of_directory(directory: Path) -> str:
         if len(files) <= MANY_FILES:
             digest.update(_sample(path, size))
     return digest.hexdigest()
-
-
-def _content_files(directory: Path) -> list[str]:
-    """Names of the files of the result, without hidden files, records, checkpoints and log-probabilities."""
-    names = []
-    for root, directories, files in os.walk(directory):
-        skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)
-        directories[:] = [name for name in directories if not name.startswith(skipped)]
-        names += [
-            (Path(root) / name).relative_to(directory).as_posix()
-            for name in files
-            if not name.startswith(".") and name != "stage.json"
-        ]
-    return names
 
 
 def _sample(path: Path, size: int) -> bytes:

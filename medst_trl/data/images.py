@@ -13,15 +13,16 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import did_you_mean, read_jsonl
 from medst_trl.base.processes import ordered_map
 
 from .image_formats import (
@@ -142,6 +143,19 @@ class FolderImages:
         self.directory, self.max_pixels, self._room = directory, max_pixels, room
         self._kept: dict[str, bytes] = {}
 
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse a directory that has none of the first few images, if another one near it has some of them."""
+        few = list(islice(names, 10))
+
+        def has_some(directory: Path) -> bool:
+            return any(os.path.isfile(os.path.join(directory, name)) for name in few)
+
+        if few and not has_some(self.directory) and (near := did_you_mean(self.directory, has_some)):
+            raise UserError(
+                f"image_folder {self.directory} has none of the images, for example {few[0]!r}.{near} "
+                "Correct image_folder."
+            )
+
     def image_id(self, name: str) -> str:
         image = load_image(resolve_inside(self.directory, name), self.max_pixels)
         if len(image.bytes) <= self._room:
@@ -183,6 +197,9 @@ def index_images(
 
     Returns:
         `image_id` by name for the images that can be used, and a [`Rejected`] by name for the others.
+
+    Raises:
+        UserError: for a wrong directory of images, see [`FolderImages.check`].
     """
     from tqdm.auto import tqdm
 
@@ -193,8 +210,10 @@ def index_images(
             return {"image": name, "reason": problem.reason, "detail": str(problem)}
 
     names = list(dict.fromkeys(names))
+    if isinstance(reader, FolderImages):
+        reader.check(names)
     partial = path.with_name(f".{path.name}.tmp")
-    entries = {entry["image"]: entry for file in (partial, path) for entry in _read_entries(file)}
+    entries = {entry["image"]: entry for file in (partial, path) for entry in read_jsonl(file)}
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
@@ -212,12 +231,6 @@ def index_images(
         for name, entry in found.items()
         if name not in good
     }
-
-
-def _read_entries(path: Path) -> Iterator[dict]:
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        with suppress(ValueError):  # the last line of a killed run
-            yield json.loads(line)
 
 
 def _bytes_of(path: Path, max_pixels: int) -> bytes:

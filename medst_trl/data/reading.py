@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import did_you_mean
 
 from .source import Rejected
 
@@ -43,7 +44,8 @@ def find_file(directory: Path, pattern: str) -> Path:
     files = sorted(directory.glob(pattern))
     if len(files) != 1:
         found = f"{len(files)} ({', '.join(file.name for file in files)})" if files else "none"
-        raise UserError(f"{directory} must hold one file {pattern!r}; found {found}. Correct data_path.")
+        near = did_you_mean(directory, lambda other: any(other.glob(pattern)))
+        raise UserError(f"{directory} must hold one file {pattern!r}; found {found}.{near} Correct data_path.")
     return files[0]
 
 

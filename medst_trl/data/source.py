@@ -47,6 +47,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import did_you_mean
 from medst_trl.base.registry import Registry
 
 
@@ -381,3 +383,10 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
         or any(stem == name or (len(stem) > 3 and stem in name) for stem in stems)
     )
     return "id-" + hashlib.sha256(name.encode()).hexdigest()[:16] if reveals_a_file else name
+
+
+def check_image_folder(directory: Path) -> None:
+    """Refuse a directory of images that does not exist, with those nearby that have its name."""
+    if not directory.is_dir():
+        near = did_you_mean(directory, lambda other: other.name == directory.name)
+        raise UserError(f"image_folder is not a directory: {directory}.{near} Correct the path to the images.")

@@ -25,7 +25,7 @@ from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.images import MAX_PIXELS, FolderImages
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, preference_features, text_of, with_stored_images, write_split
-from medst_trl.data.source import BadRecord, Records, Rejected, list_reasons, published_id
+from medst_trl.data.source import BadRecord, Records, Rejected, check_image_folder, list_reasons, published_id
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 from medst_trl.selftrain.preferences import Preferences
 
@@ -90,8 +90,7 @@ def read_preference_file(
     ```
     """
     path, image_folder = Path(path), Path(image_folder)
-    if not image_folder.is_dir():
-        raise UserError(f"image_folder is not a directory: {image_folder}. Correct the path to the images.")
+    check_image_folder(image_folder)
     images, records = FolderImages(image_folder, max_pixels), Records("preferences", image_folder)
 
     @cache

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of both trainers, without losses: loading, saving, learning rates by part, images, rejected examples."""
 
-import json
 import os
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from transformers import AutoProcessor, ProcessorMixin, TrainerCallback, Trainin
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
+from medst_trl.base.files import read_jsonl, write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
 from medst_trl.policy.families import ModelParts, base_of, model_parts
@@ -272,9 +271,7 @@ class RejectedExamples(TrainerCallback):
         """
         reasons = dict(gather_object(list(self.reasons.items())))
         path = directory / "rejected.jsonl"
-        if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            reasons = {row["id"]: row["reason"] for row in rows} | reasons
+        reasons = {row["id"]: row["reason"] for row in read_jsonl(path)} | reasons
         if reasons and self.accelerator.is_main_process:
             values = {"too_long": f"max_length={self.max_length}"}
             rows = ({"id": key, "reason": why, "value": values.get(why, "")} for key, why in sorted(reasons.items()))

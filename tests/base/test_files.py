@@ -15,11 +15,15 @@ from medst_trl.base.files import (
     append_rows,
     atomic_path,
     computed_rows,
+    did_you_mean,
     explain_full_disk,
     fill_rows,
     is_full_disk,
     merge_rows,
     move_files,
+    read_jsonl,
+    visible_files,
+    write_jsonl,
     write_text,
 )
 
@@ -119,3 +123,39 @@ def test_finished_rows_are_not_computed_again(tmp_path):
     fill_rows(path, ids, compute)
     assert finished == [{"b"}]
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ids
+
+
+def test_jsonl_is_read_as_it_was_written_without_an_incomplete_last_line(tmp_path):
+    rows = [{"text": "line\u2028separator"}, {"text": "é\n"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": "left by a killed r')
+    assert read_jsonl(tmp_path / "a.jsonl") == rows and read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_hidden_and_skipped_files_are_not_listed(tmp_path):
+    for name in ("b.txt", "a/c.txt", ".hidden/d.txt", "a/.e", "checkpoint-1/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(visible_files(tmp_path)) == ["b.txt", "a/c.txt", "checkpoint-1/f.txt"]
+    assert list(visible_files(tmp_path, (".", "checkpoint-"))) == ["b.txt", "a/c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("run", "run/prepare/instruct"),
+        ("run/prepare", "run/prepare/instruct"),
+        ("run/instruct", "run/prepare/instruct"),
+        ("run/prepare/benchmark", "run/prepare/instruct"),
+        ("run/prepare/instruct/train-0.parquet", "run/prepare/instruct"),
+        ("run/prepare/instruct/a/b", "run/prepare/instruct"),
+        ("elsewhere/a/b", None),
+    ],
+)
+def test_the_directory_that_is_meant_is_found_two_levels_up_or_down(tmp_path, given, found):
+    for name in ("run/prepare/instruct/a/b", "run/prepare/benchmark", "elsewhere/a/b"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "run/prepare/instruct/train-0.parquet").touch()
+    expected = f" Did you mean {tmp_path / found}?" if found else ""
+    assert did_you_mean(tmp_path / given, lambda directory: any(directory.glob("train-*"))) == expected

@@ -102,6 +102,22 @@ def test_the_errors_for_missing_and_incomplete_datasets_say_what_is_missing(tmp_
         load_records(tmp_path / "data", "train")
 
 
+def test_the_error_for_a_directory_one_level_off_names_the_dataset(tmp_path):
+    write_instruct(tmp_path / "run" / "prepare" / "instruct")
+    write_split(
+        tmp_path / "run" / "prepare" / "benchmark", "train", [1],
+        lambda n: {"image_id": str(n), "image": image(n), "questions": []}, benchmark_features(), rows_per_shard=2,
+    )  # fmt: skip
+    meant = tmp_path / "run" / "prepare" / "instruct"
+    for name in ("run", "run/prepare", "run/instruct", "run/prepare/instruct/train-00000-of-00002.parquet"):
+        with pytest.raises(UserError, match=rf"{name}.* Did you mean {meant}\?"):
+            load_records(tmp_path / name, "train", "instruct")
+    with pytest.raises(UserError, match=rf"Did you mean {meant.with_name('benchmark')} or {meant}\?"):
+        load_records(tmp_path / "run", "train")
+    with pytest.raises(UserError, match=r"no split 'test'.*it has train\.$"):
+        load_records(meant, "test", "instruct")
+
+
 def test_optional_columns_that_are_missing_are_filled_in(tmp_path):
     from datasets import Features
 

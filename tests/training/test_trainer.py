@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny_run
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from datasets.features.image import Image as ImageFeature
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.packing import conversation_lengths
 from medst_trl.training.settings import default_workers
 from medst_trl.training.sft import SelfQuestioningConfig
-from medst_trl.training.trainer import DataWait
+from medst_trl.training.trainer import DataWait, RejectedExamples
 
 
 class Clock:
@@ -184,3 +185,10 @@ def test_a_run_that_waits_for_data_warns_once(tmp_path, monkeypatch, caplog, sec
     assert len(found) == hints
     shares = [entry["data_wait"] for entry in trainer.state.log_history[:-1]]
     assert len(shares) == 9 and sum(shares) / 9 == pytest.approx(seconds / (1 + seconds), abs=0.03)
+
+
+def test_a_resumed_run_keeps_the_examples_that_were_rejected_before(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    first, resumed = (RejectedExamples(accelerator, max_length=100) for _ in range(2))
+    first.add({"id with a line\u2028separator": "too_long"}, truncated=())
+    assert first.write(tmp_path) == resumed.write(tmp_path) == {"too_long": 1}

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain images: a directory, or a table of file names, optionally with questions and answers, or with captions."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import ANSWER_TYPES, dialogue
@@ -56,12 +56,7 @@ def read_folder(directory: Path) -> Records:
     Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
     records = Records("images", directory)
-    for root, directories, files in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        for file in sorted(files):
-            if not file.startswith("."):
-                name = (Path(root) / file).relative_to(directory).as_posix()
-                records.conversations.append(Conversation(name, (name,), []))
+    records.conversations = [Conversation(name, (name,), []) for name in visible_files(directory)]
     if not records.conversations:
         raise UserError(f"{directory} holds no files. Correct the path to the images.")
     return records

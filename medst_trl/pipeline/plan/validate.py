@@ -98,7 +98,7 @@ def _check_on_disk(item: Input, path: Path, split: str) -> None:
     if not item.is_dataset or item.kind == ANY:
         return
     try:
-        schema = pq.read_schema(complete_shards(path, split)[0])
+        schema = pq.read_schema(complete_shards(path, split, item.kind)[0])
         check_columns(SimpleNamespace(features=Features.from_arrow_schema(schema)), item.kind)
     except (UserError, NotADirectoryError) as error:
         raise UserError(f"{path}: {error}") from None

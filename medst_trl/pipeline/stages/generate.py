@@ -27,7 +27,6 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 ```
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import fill_rows, write_jsonl
+from medst_trl.base.files import fill_rows, read_jsonl, write_jsonl
 from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import check_bounds, documented, settings_among
@@ -188,7 +187,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         generator = make_generator(args, engine)
         fill_rows(log, records["id"], lambda done: generator.outcomes(records, done))
         if rank() == 0:
-            outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+            outcomes = read_jsonl(log)
             counts = _write_candidates(args, records, outcomes, rejected, generator.generation())
         record.finish(counts=counts)
     if rank() == 0:

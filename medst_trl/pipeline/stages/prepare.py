@@ -30,7 +30,7 @@ from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import Datasets, assemble
 from medst_trl.data.schema import features_of, write_split
-from medst_trl.data.source import SOURCES, ImageReader, Source, SourceRequest, list_reasons
+from medst_trl.data.source import SOURCES, ImageReader, Source, SourceRequest, check_image_folder, list_reasons
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
@@ -172,8 +172,7 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     directory = data_path if data_path.is_dir() else data_path.parent
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]
-    if not image_folder.is_dir():
-        raise UserError(f"image_folder is not a directory: {image_folder}. Correct the path to the images.")
+    check_image_folder(image_folder)
     if source.reads_folders and data_path.is_dir():
         image_folder = data_path
     return replace(request, data_path=data_path, image_folder=image_folder)

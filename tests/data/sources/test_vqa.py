@@ -10,7 +10,7 @@ import pytest
 from medst_trl.base.errors import UserError
 from medst_trl.data.assemble import by_image, conversations_about_image, hold_out, linked_groups
 from medst_trl.data.schema import text_of
-from medst_trl.data.sources.vqa import read_pathvqa, read_slake, read_vqa_rad, read_vqa_rad_mevf
+from medst_trl.data.sources.vqa import SLAKE_FILES, read_pathvqa, read_slake, read_vqa_rad, read_vqa_rad_mevf
 
 
 def test_counts_equal_those_that_papers_report(source, expected):
@@ -163,3 +163,13 @@ def test_the_error_for_a_missing_file_names_it(tmp_path):
     for reader in (read_vqa_rad, read_vqa_rad_mevf, read_slake, read_pathvqa):
         with pytest.raises(UserError, match="must hold one file"):
             reader(tmp_path, tmp_path)
+
+
+def test_the_error_for_a_directory_one_level_off_names_the_right_one(tmp_path):
+    for split in SLAKE_FILES.values():
+        (tmp_path / "Slake1.0").mkdir(exist_ok=True)
+        (tmp_path / "Slake1.0" / split.replace("*", "e")).write_text("[]")
+    (tmp_path / "Slake1.0" / "imgs").mkdir()
+    for given in (tmp_path, tmp_path / "Slake1.0" / "imgs"):
+        with pytest.raises(UserError, match=rf"found none. Did you mean {tmp_path / 'Slake1.0'}\? Correct data_path"):
+            read_slake(given, tmp_path)

@@ -200,6 +200,19 @@ def test_invalid_settings_are_refused(tmp_path):
     assert len(read_jsonl(tmp_path / "out" / "rejected.jsonl")) == 2
 
 
+def test_the_error_for_an_image_folder_one_level_off_names_the_right_one(tmp_path):
+    for n in range(2):
+        save(tmp_path / "images" / "train" / f"{n}.png", n)
+    arguments = llava(tmp_path, [conversation(f"t{n}", f"train/{n}.png") for n in range(2)])
+    meant = rf"Did you mean {tmp_path / 'images'}\?"
+    for wrong in (tmp_path, tmp_path / "images" / "train"):
+        with pytest.raises(UserError, match=rf"{wrong} has none of the images, for example 'train/0.png'. {meant}"):
+            prepare(tmp_path, **arguments | {"image_folder": str(wrong)})
+    with pytest.raises(UserError, match=rf"image_folder is not a directory: .*/images/images. {meant}"):
+        prepare(tmp_path, **arguments | {"image_folder": str(tmp_path / "images" / "images")})
+    assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 2
+
+
 def test_each_image_of_a_directory_is_used_once(tmp_path):
     for name, seed in (("b.png", 1), ("a/c.bmp", 1), ("d.png", 2)):
         save(tmp_path / "images" / name, seed)
