@@ -204,7 +204,8 @@ def load_adapter(
     model: PreTrainedModel, adapter: str, config: PeftConfig, *, revision: str | None, is_trainable: bool
 ) -> PeftModel:
     """
-    Load an adapter on its base, and check that every tensor of it is used.
+    Load an adapter on its base, and check that every tensor of it is used and that the base has the weights that the
+    adapter was trained on. Warn if the latter cannot be determined.
 
     PEFT (0.21) only warns of LoRA weights that the file lacks, does not mention those that have no place in the model,
     and passes on PyTorch's own errors about shapes.
@@ -222,7 +223,8 @@ def load_adapter(
             Whether it is loaded for further training.
 
     Raises:
-        UserError: naming both bases and the first tensors that do not fit, are missing or have no place.
+        UserError: naming both bases and the first tensors that do not fit, are missing or have no place, or if the
+            fingerprints of the base's weights are known and differ.
     """
     stored = _stored_keys(adapter, revision)
     try:
@@ -233,6 +235,8 @@ def load_adapter(
         raise _does_not_fit(adapter, model, config, _problems(error)) from error
     if unused := _unused(loaded, stored):
         raise _does_not_fit(adapter, model, config, [f"the model has no place for {key}" for key in unused])
+    _check_base(adapter, revision, model, config.base_model_name_or_path)
+    retie_lm_head(loaded)
     return loaded
 
 
@@ -328,32 +332,15 @@ def write_base_file(model: PreTrainedModel | PeftModel, directory: str | Path) -
         write_json(Path(directory, BASE_FILE), content)
 
 
-def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named: str | None) -> None:
-    """
-    Check that a base has the weights that an adapter was trained on. Warn if that cannot be determined.
-
-    Args:
-        adapter (`str`):
-            Directory or Hub id of the adapter.
-        revision (`str`, *optional*):
-            Its Hub revision.
-        base ([`~transformers.PreTrainedModel`]):
-            The model it was loaded on.
-        named (`str`, *optional*):
-            The base in the adapter's own configuration.
-
-    Raises:
-        UserError: if both fingerprints are known and differ.
-    """
-    path = find_model_file(adapter, BASE_FILE, revision, local_files_only=False)  # nothing else has downloaded it
-    found = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None)) if path else None
-    recorded = _recorded(path) if path else None
-    if found is None or recorded is None:
+def _check_base(adapter: str, revision: str | None, base: PreTrainedModel, named: str | None) -> None:
+    recorded = _recorded(adapter, revision)
+    found = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None)) if recorded else None
+    if found is None:
         if base.name_or_path != named:
             warnings.warn(
                 f"Cannot verify that {base.name_or_path!r} is the base of the adapter {adapter!r}, which was trained "
                 f"on {named!r}: there is no fingerprint of the weights to compare.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return
     if found != recorded:
@@ -365,9 +352,10 @@ def check_base(adapter: str, revision: str | None, base: PreTrainedModel, named:
         )
 
 
-def _recorded(path: Path) -> str | None:
+def _recorded(adapter: str, revision: str | None) -> str | None:
+    path = find_model_file(adapter, BASE_FILE, revision, local_files_only=False)  # nothing else has downloaded it
     try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["weights_sha256"]
+        fingerprint = json.loads(path.read_text(encoding="utf-8"))["weights_sha256"] if path else None
     except (ValueError, LookupError, TypeError):  # a damaged file counts as missing
         return None
     return fingerprint if isinstance(fingerprint, str) else None

@@ -3,39 +3,23 @@
 """Load a policy: base model, adapter, processor, `<vusr>` token and chat template, from directories or the Hub."""
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.utils.integrations import gather_params_ctx
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import (
-    LOADING_ERRORS,
-    MAX_TENSORS,
-    check_base,
-    find_model_file,
-    hub_commit,
-    load_adapter,
-    read_adapter_config,
-    retie_lm_head,
-)
+from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
 from .families import check_family, model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
@@ -116,8 +100,6 @@ def load_policy(
     prepare_policy(model, processor)
     if adapter is not None:
         model = load_adapter(model, name, adapter, revision=revision, is_trainable=is_trainable)
-        check_base(name, revision, model.get_base_model(), adapter.base_model_name_or_path)
-        retie_lm_head(model)
     return model.eval(), processor
 
 
@@ -179,8 +161,6 @@ def _load_base(
         model, report = AutoModelForImageTextToText.from_pretrained(
             name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except torch.OutOfMemoryError:
-        raise
     except (*LOADING_ERRORS, ImportError, SafetensorError) as error:
         raise UserError(failed + _reason(error)) from error
     except RuntimeError as error:
@@ -275,14 +255,5 @@ def add_embedding_row(model: PreTrainedModel, token_id: int) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                with _gathered(layer.weight):
+                with gather_params_ctx(layer.weight):  # under ZeRO-3, the change reaches every rank
                     layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
-
-
-def _gathered(weight: torch.nn.Parameter) -> AbstractContextManager:
-    """Gather a weight that ZeRO-3 shards. Changes inside the block reach every rank."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(weight, modifier_rank=0)

@@ -14,14 +14,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.generation import GenerationConfig
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
@@ -159,10 +154,7 @@ def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str
         )
     if dtype == "auto":
         dtype = str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
-    if dtype not in DTYPES[1:]:
-        raise UserError(
-            f"The base is in {dtype}, which cannot be merged. Set dtype to one of {', '.join(DTYPES[1:])}."
-        )
+    check_choice("dtype", dtype, DTYPES[1:])
     name, revision = split_revision(adapter)
     return {
         "base": base.name_or_path,
@@ -180,9 +172,8 @@ def _merged(model) -> PreTrainedModel:
 
 
 def _save(model, processor: ProcessorMixin, directory: Path, dtype: str, max_shard_size: str) -> None:
-    kept = {name: getattr(model.generation_config, name, None) for name in _TOKENS}
-    kept = {name: value for name, value in kept.items() if value is not None}
     model.to(getattr(torch, dtype))
+    kept = {name: getattr(model.generation_config, name) for name in _TOKENS}
     model.generation_config = GenerationConfig(**kept, **SAMPLING)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     processor.save_pretrained(directory)
@@ -230,11 +221,7 @@ def log_probs(model: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:
     """Compute log-probabilities at the target tokens: float32 of shape (targets, vocabulary) for each batch."""
     rows = []
     for batch in batches:
-        inputs = {
-            name: value.to(model.dtype) if value.is_floating_point() else value
-            for name, value in batch.items()
-            if name != "labels"
-        }
+        inputs = BatchFeature({name: value for name, value in batch.items() if name != "labels"}).to(model.dtype)
         with torch.inference_mode():
             logits = model(**inputs, use_cache=False).logits[:, :-1]
         rows.append(logits[batch["labels"][:, 1:] != -100].float().log_softmax(-1))

@@ -29,20 +29,7 @@ from medst_trl.policy.vusr import VUSR_ROLES
 
 from . import ConvertArguments
 from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, read_tokenizer
-from .weights import (
-    EMBEDDING,
-    HEAD,
-    NORM,
-    ORIGINAL_MODEL_FILES,
-    PROJECTOR_FILES,
-    VISION,
-    Parts,
-    local_directory,
-    open_directory,
-    open_weights,
-    published_name,
-    read_json,
-)
+from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, local_directory, published_name, read_json
 
 
 CONVERTED_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,7 +39,6 @@ LANGUAGE_MODELS = ("llava", "llava_llama", "llama")  # the last as the base of a
 _PROJECTOR_OF = {"llava": "mlp2x_gelu", "prototype_llava": "cluster"}
 # Which positions of the vision tower give the features: all, or those without the class token.
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
-_NO_WEIGHTS = f"holds no weights ({' or '.join(ORIGINAL_MODEL_FILES)}, or shards with their index)."
 
 
 def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
@@ -162,19 +148,18 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     directory = local_directory(args.source, "The checkpoint")
     base_directory = _base_directory(directory, args.base)
     original, parts = original_config(directory, base_directory), Parts()
-    parts.put(open_directory(base_directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS))
+    parts.put(base_directory)
     vision_directory, vision = _vision_tower(original, args.vision_tower, parts, base_directory)
     if directory != base_directory:
         parts.change(directory)
         # Without its own projector that of the base would stay, and nothing would be missing.
         lacks = f"lacks the projector, which was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the "
         lacks += "projector as --projector."
-        parts.put(open_directory(directory, PROJECTOR_FILES, None if args.projector else lacks))
-    if args.projector and Path(args.projector).is_file():
-        parts.put(open_weights([Path(args.projector)]))
-    elif args.projector:
+        parts.put(directory, PROJECTOR_FILES, None if args.projector else lacks)
+    if args.projector:
+        file = Path(args.projector)
         lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
-        parts.put(open_directory(local_directory(args.projector, "The projector"), PROJECTOR_FILES, lacks))
+        parts.put(file if file.is_file() else local_directory(str(file), "The projector"), PROJECTOR_FILES, lacks)
     lora = directory / VISION_LORA
     if args.vision_lora:
         lora = local_directory(args.vision_lora, "The vision tower's LoRA")
@@ -265,7 +250,7 @@ def _vision_tower(
     except UserError as error:
         raise UserError(f"{error} Give the CLIP directory or Hub id as --vision_tower.") from error
     if not has_weights:
-        parts.put(open_directory(directory, ORIGINAL_MODEL_FILES, _NO_WEIGHTS), in_clip=True)
+        parts.put(directory, in_clip=True)
     return directory, vision_config(directory)
 
 

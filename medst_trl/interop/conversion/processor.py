@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, normalizers
-from transformers import (
-    CLIPImageProcessorPil,
-    LlamaTokenizer,
-    LlavaConfig,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPImageProcessorPil, LlamaTokenizer, LlavaConfig, PreTrainedTokenizerFast
+from transformers.models.llava import LlavaImageProcessorPil, LlavaProcessor
 from transformers.tokenization_utils_base import generate_merges
 
 from medst_trl.base.errors import UserError

@@ -12,7 +12,6 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,6 +32,7 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 ORIGINAL_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 TRAINED_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
+_NO_WEIGHTS = f"holds no weights ({' or '.join(ORIGINAL_MODEL_FILES)}, or shards with their index)."
 _SMALL_FILES = ("*.json", "*.model")
 _NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
 _PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -165,24 +165,41 @@ class StoredTensor:
         return None if stored in _PLAIN else str(stored).removeprefix("torch.")
 
 
-def open_directory(directory: Path, names: tuple[str, ...], lacks: str | None) -> list[StoredTensor]:
+def open_weights(place: Path, names: tuple[str, ...] = (), lacks: str | None = None) -> list[StoredTensor]:
     """
-    List the tensors of a directory, which are in a single file or in the shards that an index lists.
+    List the tensors of a file, or of a directory with a single file or with the shards that an index lists. They are
+    read when they are used.
 
     Args:
-        directory (`Path`): Directory.
-        names (`tuple[str, ...]`): Names of a single file, the preferred one first.
+        place (`Path`): File or directory.
+        names (`tuple[str, ...]`, *optional*): Names of a single file in the directory, the preferred one first.
         lacks (`str`, *optional*): What to say of a directory without any of them. None: it may have none.
 
     Raises:
-        UserError: if there are shards without their index, some of them are missing, or as [`open_weights`] says.
+        UserError: if there are shards without their index, some of them are missing, or a file is damaged, holds more
+            than tensors, or is neither safetensors nor PyTorch's.
     """
+    files = [place] if place.is_file() else _find_weights(place, names)
+    if lacks and not files:
+        raise UserError(f"{place} {lacks}")
+    stored = []
+    for file in files:
+        content = _load(file)
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()
+        ):
+            raise UserError(f"{file} holds something other than named tensors. Give the model's own weights.")
+        stored += [StoredTensor(file, name, tensor.detach()) for name, tensor in content.items()]
+    return stored
+
+
+def _find_weights(directory: Path, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         index = directory / f"{name}.index.json"
         if index.is_file():
-            return open_weights(_shards(index))
+            return _shards(index)
         if (directory / name).is_file():
-            return open_weights([directory / name])
+            return [directory / name]
     for name in names:
         stem, _, suffix = name.rpartition(".")
         if shards := sorted(directory.glob(f"{stem}-*-of-*.{suffix}")):
@@ -190,8 +207,6 @@ def open_directory(directory: Path, names: tuple[str, ...], lacks: str | None) -
                 f"{directory} holds {len(shards)} shards such as {shards[0].name} but not their index "
                 f"{name}.index.json, so missing ones would not be noticed. Download the index too."
             )
-    if lacks:
-        raise UserError(f"{directory} {lacks}")
     return []
 
 
@@ -208,24 +223,6 @@ def _shards(index: Path) -> list[Path]:
             f"{', '.join(missing[:5])}. Download them."
         )
     return shards
-
-
-def open_weights(files: list[Path]) -> list[StoredTensor]:
-    """
-    List the tensors of files without reading them.
-
-    Raises:
-        UserError: if a file is damaged, holds more than tensors, or is neither safetensors nor PyTorch's.
-    """
-    stored = []
-    for file in files:
-        content = _load(file)
-        if not isinstance(content, dict) or not all(
-            isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()
-        ):
-            raise UserError(f"{file} holds something other than named tensors. Give the model's own weights.")
-        stored += [StoredTensor(file, name, tensor.detach()) for name, tensor in content.items()]
-    return stored
 
 
 def _load(file: Path):
@@ -323,15 +320,27 @@ class Parts:
     unused: list[StoredTensor] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def put(self, tensors: Iterable[StoredTensor], *, in_clip: bool = False) -> None:
+    def put(
+        self,
+        place: Path,
+        names: tuple[str, ...] = ORIGINAL_MODEL_FILES,
+        lacks: str | None = _NO_WEIGHTS,
+        *,
+        in_clip: bool = False,
+    ) -> None:
         """
-        Add tensors under their names in the model, replacing earlier ones. A projector replaces all of an earlier one.
+        Add the tensors of a file or directory under their names in the model, replacing earlier ones. A projector
+        replaces all of an earlier one.
+
+        Args:
+            place, names, lacks: See [`open_weights`]. The defaults are for a model.
+            in_clip (`bool`, *optional*, defaults to `False`): Whether only CLIP's vision tower is read.
 
         Raises:
-            UserError: if two of them have the same name in the model.
+            UserError: as [`open_weights`], and if two of them have the same name in the model.
         """
         placed: dict[str, StoredTensor] = {}
-        for tensor in tensors:
+        for tensor in open_weights(place, names, lacks):
             name = model_name(tensor.name)
             if _COMPUTED.search(tensor.name) or (in_clip and _TEXT_HALF.match(tensor.name)):
                 self.left_out.append(tensor.name)
@@ -356,7 +365,7 @@ class Parts:
         path, factors = directory / "adapter_config.json", {}
         scale, rank = _scale(path)
         lacks = f"has an adapter_config.json but neither {' nor '.join(TRAINED_ADAPTER_FILES)}."
-        for tensor in open_directory(directory, TRAINED_ADAPTER_FILES, lacks):
+        for tensor in open_weights(directory, TRAINED_ADAPTER_FILES, lacks):
             match = _FACTOR.fullmatch(tensor.name)
             name = model_name(match["layer"] + ".weight") if match else None
             if name is None:

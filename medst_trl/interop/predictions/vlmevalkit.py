@@ -11,7 +11,7 @@ An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pan
 import csv
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,20 @@ _OURS = ("id", "image_id", "answer_type", "question_type")
 
 
 def _rows(path: Path) -> Iterator[ReadRow]:
+    """Rows by column name; rows of a table with more or fewer cells than its header are rejected."""
     suffix = path.suffix.lower()
     if suffix not in _DELIMITERS:
-        return json_rows(path, _REQUIRED)
-    return _table(_cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix]), path)
+        yield from json_rows(path, _REQUIRED)
+        return
+    lines = _cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix])
+    header = [str(name) for name in next(lines, [])]
+    check_header(header, _REQUIRED, path, _DELIMITERS[suffix], _EXPECTED)
+    for number, cells in enumerate(lines, start=1):
+        name = f"row {number}"
+        if len(cells) != len(header):
+            yield name, Rejected(name, f"{len(cells)} cells instead of {len(header)}", cells)
+        else:
+            yield name, dict(zip(header, cells))
 
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
@@ -76,19 +86,6 @@ def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
         "question_type": row.get("question_type") or None,
         "prediction": row["prediction"],
     }
-
-
-def _table(lines: Iterable[list[Any]], path: Path) -> Iterator[ReadRow]:
-    """Rows by column name; rows with more or fewer cells than the header are rejected."""
-    lines = iter(lines)
-    header = [str(name) for name in next(lines, [])]
-    check_header(header, _REQUIRED, path, _DELIMITERS[path.suffix.lower()], _EXPECTED)
-    for number, cells in enumerate(lines, start=1):
-        name = f"row {number}"
-        if len(cells) != len(header):
-            yield name, Rejected(name, f"{len(cells)} cells instead of {len(header)}", cells)
-        else:
-            yield name, dict(zip(header, cells))
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:

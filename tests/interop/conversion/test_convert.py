@@ -231,7 +231,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, protocol):
 
 def test_files_in_the_legacy_format_of_pytorch_are_read(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert open_weights([tmp_path / "old.bin"])[0].tensor.tolist() == [1, 1]
+    assert open_weights(tmp_path / "old.bin")[0].tensor.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
