@@ -342,19 +342,12 @@ class Stage:
         owners: dict[str, str] = {}
         for kind in kinds:
             owner = getattr(kind, "_argument_group_name", kind.__name__)
-            for name in (item.name for item in fields(kind)):
-                if owners.setdefault(name, owner) != owner:
-                    raise UserError(
-                        f"The {owners[name]} and the {owner} both have a setting {name!r}. Rename one of them."
-                    )
-        parser = TrlParser(
-            kinds,
-            prog=f"medst {self.name}",
-            description=self.help.strip(),
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )  # an abbreviation could be meant for the launcher
-        parser.error = self.refuse
+            for item in fields(kind):
+                if (other := owners.setdefault(item.name, owner)) != owner:
+                    raise UserError(f"The {other} and the {owner} both have a setting {item.name!r}. Rename one.")
+        # Without abbreviations: one could be meant for the launcher.
+        parser = TrlParser(kinds, prog=f"medst {self.name}", formatter_class=_Help, allow_abbrev=False)
+        parser.description, parser.error = self.help.strip(), self.refuse
         for key, registry in self.registries.items():
             action = parser._option_string_actions[f"--{key}"]
             names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())

@@ -56,7 +56,8 @@ def print_plan(source: str, options: Sequence[Option], which: str | None = None)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
         for step in chosen:
             lines += ["", *plan.lines(step)]
-    print(*lines, "", *plan.notes(), sep="\n")
+    notes = [f"Note: {note}" for note in recipe.unused_options(chosen)]
+    print(*lines, "", *plan.notes(), *notes, sep="\n")
 
 
 def _read_throughput(options: Sequence[Option], path: str, steps: Sequence[Step]) -> dict[str | None, float]:
