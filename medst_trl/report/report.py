@@ -19,7 +19,7 @@ from . import text
 from .curves import displacement, final_values, read_log, training_charts
 from .flow import Judging, data_flow, is_count, is_pair, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
-from .run_directory import Run, StageRun, read_run
+from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
 from .text import number, percent
 
@@ -112,7 +112,7 @@ def make_report(
     >>> page = make_report("runs/demo").html
     ```
     """
-    run = read_run(run)
+    run = Run(run)
     judgings = {stage.name: judging for stage in run.stages if (judging := Judging(run, stage)).statistics["pairs"]}
     comparisons = read_comparisons(run, bootstrap_samples)
     numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})

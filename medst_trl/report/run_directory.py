@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from medst_trl.pipeline.stage import STAGES, Stage
 
 DEPTH = 3  # <run>/round_1/evaluate/aligned
 _ROUND = re.compile(r"round_(\d{1,6})(?:/|$)")
+_HIDDEN = re.compile(r"(?:^|/)(?:\.|checkpoint-)")
 _TYPES = {"settings": dict, "counts": dict, "versions": dict, "inputs": dict, "seconds": int | float, "started": str}
 
 
@@ -49,20 +49,47 @@ class StageRun:
             self.state = "complete"
 
 
-@dataclass
 class Run:
     """
-    A run directory, see [`read_run`].
+    A run directory: the stages that are found in it.
+
+    Args:
+        directory (`str` or `os.PathLike`): The directory that holds the stages' directories, such as `runs/demo`.
 
     Attributes:
         directory (`pathlib.Path`): Absolute.
         stages (`list` of [`StageRun`]): Those without a round first, then by round, in pipeline order.
         notes (`list[str]`): What could not be read, for the page.
+
+    Raises:
+        UserError: if there is no such directory, or no stage in it.
     """
 
-    directory: Path
-    stages: list[StageRun] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, directory: str | os.PathLike):
+        path = Path(directory)
+        if not path.is_dir():
+            raise UserError(f"{path} is not a directory. Give a run directory, which `medst run RECIPE` makes.")
+        if (path / RECORD_FILE).exists():
+            raise UserError(f"{path} is the directory of a single stage. Give the run directory: --run {path.parent}")
+        self.directory, self.notes = Path(os.path.abspath(path)), []
+        records = {file for depth in range(1, DEPTH + 1) for file in self.directory.glob("*/" * depth + RECORD_FILE)}
+        places = [file.parent for file in sorted(records) if not _HIDDEN.search(self.name(file))]
+        self.stages = [stage for place in places if (stage := self._read_stage(place)) is not None]
+        if not self.stages:
+            raise UserError(
+                f"{path} holds no stage yet (no {RECORD_FILE} in a directory of its own), so there is nothing to "
+                "report. Run a recipe first (`medst run demo`), or give the directory that its output_dir names."
+            )
+        order = list(STAGES)
+        self.stages.sort(key=lambda stage: (stage.round, order.index(stage.stage.name), stage.started, stage.name))
+
+    def _read_stage(self, directory: Path) -> StageRun | None:
+        name, record = self.name(directory), self.read_json(directory / RECORD_FILE)
+        if record is not None and (problem := _problem(record)):
+            self.notes.append(f"{name}/{RECORD_FILE} is left out: {problem}.")
+            record = None
+        stage = record["stage"] if record else next((part for part in name.split("/") if part in STAGES), None)
+        return stage and StageRun(STAGES.get(stage), name, directory, hide_secrets(record or {}))
 
     def select(self, is_wanted: Callable[[Stage], bool], round: int | None = None) -> list[StageRun]:
         """Return the runs of the stages that are wanted, in all rounds or in one."""
@@ -119,47 +146,6 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def read_run(directory: str | os.PathLike) -> Run:
-    """
-    Find the stages of a run.
-
-    Args:
-        directory (`str` or `os.PathLike`): The directory that holds the stages' directories, such as `runs/demo`.
-
-    Raises:
-        UserError: if there is no such directory, or no stage in it.
-    """
-    path = Path(directory)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory. Give a run directory, which `medst run RECIPE` makes.")
-    if (path / RECORD_FILE).exists():
-        raise UserError(f"{path} is the directory of a single stage. Give the run directory: --run {path.parent}")
-    run = Run(Path(os.path.abspath(path)))
-    found = {file.parent for depth in range(1, DEPTH + 1) for file in run.directory.glob("*/" * depth + RECORD_FILE)}
-    hidden = (".", "checkpoint-")
-    for place in sorted(found):
-        if not any(part.startswith(hidden) for part in place.relative_to(run.directory).parts):
-            run.stages += _read_stage(run, place)
-    if not run.stages:
-        raise UserError(
-            f"{path} holds no stage yet (no {RECORD_FILE} in a directory of its own), so there is nothing to report. "
-            "Run a recipe first (`medst run demo`), or give the directory that its output_dir names."
-        )
-    order = list(STAGES)
-    run.stages.sort(key=lambda stage: (stage.round, order.index(stage.stage.name), stage.started, stage.name))
-    return run
-
-
-def _read_stage(run: Run, directory: Path) -> list[StageRun]:
-    """Return the stage in a directory; none if it is unknown which stage it is."""
-    name, record = run.name(directory), run.read_json(directory / RECORD_FILE)
-    if record is not None and (problem := _problem(record)):
-        run.notes.append(f"{name}/{RECORD_FILE} is left out: {problem}.")
-        record = None
-    stages = [record["stage"]] if record else [part for part in name.split("/") if part in STAGES][:1]
-    return [StageRun(STAGES.get(stage), name, directory, hide_secrets(record or {})) for stage in stages]
 
 
 def _problem(record: dict[str, Any]) -> str | None:

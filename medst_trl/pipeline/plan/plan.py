@@ -108,12 +108,12 @@ class _Plan:
             return
         yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")
         before = ""
-        for label, text in self._rows(step, arguments, hardware):
+        for label, text in self._rows(step, arguments, own, hardware):
             yield f"  {label if label != before else '':<{LABEL}}{text}"
             before = label
             self.labels.add(label)
 
-    def _rows(self, step: Step, arguments: tuple, hardware: Hardware) -> Iterator[_Row]:
+    def _rows(self, step: Step, arguments: tuple, own: Sequence[Any], hardware: Hardware) -> Iterator[_Row]:
         rate = self.throughput.get(None) if step.stage.trains else None
         for name in (step.stage.name, step.label):
             rate = self.throughput.get(name, rate)
@@ -123,7 +123,6 @@ class _Plan:
         else:
             yield from self._model(step, arguments)
         if step.stage.plan is not None:
-            own = (item for item in arguments if not isinstance(item, HubArguments))
             yield from (row for row in step.stage.plan(counts, *own) if row[1])
         if step.replaces_results:
             yield "replaces", f"the results in {step.settings['output_dir']}"
