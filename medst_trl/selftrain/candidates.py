@@ -231,9 +231,8 @@ class CandidateGenerator:
 
     def _windows(self, records: int, processes: int) -> list[range]:
         """Divide the records, equally on all processes, and so that each process has a window if there are enough."""
-        size = 1
-        if self.engine.batch_size is not None:
-            size = max(1, min(BATCHES_PER_WINDOW * self.engine.batch_size, -(-records // processes)))
+        batch_size = self.engine.batch_size
+        size = 1 if batch_size is None else max(1, min(BATCHES_PER_WINDOW * batch_size, -(-records // processes)))
         return [range(start, min(start + size, records)) for start in range(0, records, size)]
 
     def _outcomes(self, dataset: "Dataset", windows: Sequence[range]) -> Iterator[dict[str, Any]]:

@@ -314,10 +314,9 @@ def length_imbalance(pairs: Sequence[dict], seed: int) -> dict[int, str]:
     Returns:
         `dict[int, str]`: position of each pair to drop, with which answer is longer.
     """
-    longer, shorter = [], []
-    for place, (chosen, rejected) in enumerate(map(_words, pairs)):
-        if chosen != rejected:
-            (longer if chosen > rejected else shorter).append(place)
+    lengths = [_words(pair) for pair in pairs]
+    longer = [place for place, (chosen, rejected) in enumerate(lengths) if chosen > rejected]
+    shorter = [place for place, (chosen, rejected) in enumerate(lengths) if chosen < rejected]
     more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)
     drawn = sorted(more, key=lambda place: draw(f"length:{pairs[place]['id']}", seed))
     which = "longer answer chosen" if more is longer else "longer answer rejected"

@@ -242,13 +242,13 @@ class PairwiseJudge(JudgeSettings):
         )  # fmt: skip
         self.events = client.events
         places: deque[list[dict[str, Any]]] = deque()  # one for each pair, in order; empty until its judgement is made
-        pair_of: dict[Call, tuple[dict[str, Any], list[Call], list[dict[str, Any]]]] = {}
-        outcomes: dict[Call, Outcome] = {}
+        # By call: its pair, the outcomes of all calls about the pair, and the pair's place.
+        waiting: dict[Call, tuple[dict[str, Any], dict[Call, Outcome | None], list[dict[str, Any]]]] = {}
 
         def calls() -> Iterator[Call]:
             for pair, own in self.requests(candidates):
                 places.append([] if own else [self._judgement(pair, [])])
-                pair_of.update(dict.fromkeys(own, (pair, own, places[-1])))
+                waiting.update(dict.fromkeys(own, (pair, dict.fromkeys(own), places[-1])))
                 yield from own
 
         def finished() -> Iterator[dict[str, Any]]:
@@ -256,10 +256,10 @@ class PairwiseJudge(JudgeSettings):
                 yield places.popleft()[0]
 
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
+            pair, outcomes, place = waiting.pop(call)
             outcomes[call] = outcome
-            pair, own, place = pair_of.pop(call)
-            if all(one in outcomes for one in own):
-                place.append(self._judgement(pair, [(one, outcomes.pop(one)) for one in own]))
+            if all(outcomes.values()):
+                place.append(self._judgement(pair, list(outcomes.items())))
             yield from finished()
         yield from finished()
         if client.missing:
