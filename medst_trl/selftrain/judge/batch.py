@@ -14,6 +14,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.reading import read_text_file
 from medst_trl.engines.cost import ReplyCache
 from medst_trl.engines.responses import CallError, error_of_status, row_of_body
 
@@ -84,7 +85,8 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
     """
     counts: Counter[str] = Counter()
     for path in paths:
-        found = Counter(_read_line(cache, line) for line in _read(path))
+        lines = read_text_file(Path(path), "results").split("\n")
+        found = Counter(_read_line(cache, line) for line in lines if line.strip())
         if not found.total() - found["unreadable"]:
             raise UserError(f"{path} holds no results of the Batch API. Give its output file (and its error file).")
         counts += found
@@ -92,7 +94,7 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
     return dict(counts)
 
 
-def _read_line(cache: ReplyCache, line: bytes) -> str:
+def _read_line(cache: ReplyCache, line: str) -> str:
     """Keep one result in the cache, and return what it holds."""
     try:
         result = json.loads(line)
@@ -118,11 +120,3 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     if status is None and not error:
         raise ValueError("no result")
     raise error_of_status(int(status or 500), error)
-
-
-def _read(path: str | os.PathLike) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            yield from (line for line in file if line.strip())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Give a result file of the Batch API.") from None

@@ -45,8 +45,7 @@ Reply with one JSON object and nothing else:
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    required = list(properties)
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 _SCORES = _object({name: {"type": "integer", "minimum": 1, "maximum": 10} for name in _SCORED})
