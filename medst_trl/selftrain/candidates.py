@@ -182,7 +182,7 @@ class CandidateGenerator:
             UserError: for other columns, or repeated ids.
         """
         self.rejected = []
-        make_row = row_maker(dataset, self.generation())
+        make_row = self.row_maker(dataset)
         for outcome in self.outcomes(dataset):
             self.rejected += outcome["rejected"]
             yield from map(make_row, outcome["candidates"])
@@ -216,6 +216,29 @@ class CandidateGenerator:
         finished = self._outcomes(dataset, left)
         bar = {"total": total, "initial": total - remaining, "unit": "image", "disable": not state.is_main_process}
         yield from (outcome for outcome in tqdm(finished, "candidates", **bar) if outcome["id"] not in done)
+
+    def row_maker(self, dataset: "Dataset") -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """
+        Return a function from one of the `candidates` of an outcome to its row, with the images as the record in
+        `dataset` stores them.
+        """
+        generation = self.generation()
+        rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
+        records = with_stored_images(dataset)
+
+        def make_row(candidate: dict[str, Any]) -> dict[str, Any]:
+            record_id, _, _ = candidate["id"].rpartition("#")
+            record = records[rows[record_id]]
+            return {
+                "id": candidate["id"],
+                "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
+                "image_ids": record["image_ids"],
+                "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
+                "answers": candidate["answers"],
+                "generation": generation,
+            }
+
+        return make_row
 
     def generation(self) -> str:
         """Return how the candidates are made, as the column `generation` has it."""
@@ -324,29 +347,3 @@ class CandidateGenerator:
                 prompt = to_answer(record.history, len(record.images), question)
                 candidates.append({"id": f"{record.id}#{number}", "prompt": prompt, "answers": answers})
         return {"id": record.id, "drawn": record.drawn, "candidates": candidates, "rejected": record.rejected}
-
-
-def row_maker(dataset: "Dataset", generation: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """
-    Return a function from one of the `candidates` of an outcome to its row, with the images as the record stores them.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): The records.
-        generation (`str`): See [`CandidateGenerator.generation`].
-    """
-    rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
-    records = with_stored_images(dataset)
-
-    def make_row(candidate: dict[str, Any]) -> dict[str, Any]:
-        record_id, _, _ = candidate["id"].rpartition("#")
-        record = records[rows[record_id]]
-        return {
-            "id": candidate["id"],
-            "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
-            "image_ids": record["image_ids"],
-            "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
-            "answers": candidate["answers"],
-            "generation": generation,
-        }
-
-    return make_row

@@ -28,7 +28,7 @@ medst generate --engine server --server_kind vllm --base_url http://localhost:80
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_mo
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Input, Output, RowCounter, Stage
-from medst_trl.selftrain.candidates import CandidateGenerator, row_maker
+from medst_trl.selftrain.candidates import CandidateGenerator
 from medst_trl.selftrain.filters import QuestionFilter
 
 
@@ -187,8 +187,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         generator = make_generator(args, engine)
         fill_rows(log, records["id"], lambda done: generator.outcomes(records, done))
         if rank() == 0:
-            outcomes = read_jsonl(log)
-            counts = _write_candidates(args, records, outcomes, rejected, generator.generation())
+            counts = _write_candidates(args, records, read_jsonl(log), rejected, generator.row_maker(records))
         record.finish(counts=counts)
     if rank() == 0:
         log.unlink(missing_ok=True)
@@ -270,7 +269,7 @@ def select_records(dataset: "Dataset", skip: int = 0, most: int | None = None) -
 
 
 def _write_candidates(
-    args: GenerateArguments, records: "Dataset", outcomes: list[dict], rejected: list[dict], generation: str
+    args: GenerateArguments, records: "Dataset", outcomes: list[dict], rejected: list[dict], make_row: Callable
 ) -> dict[str, Any]:
     """
     Write `candidates/` and `rejected.jsonl`, and return the counts for `stage.json`.
@@ -280,7 +279,7 @@ def _write_candidates(
         records ([`~datasets.Dataset`]): The records that were asked about.
         outcomes (`list[dict]`): Their outcomes, see [`CandidateGenerator.outcomes`].
         rejected (`list[dict]`): Records that were rejected before.
-        generation (`str`): See [`CandidateGenerator.generation`].
+        make_row (`Callable`): See [`CandidateGenerator.row_maker`].
 
     Raises:
         UserError: if there is no candidate, with the reasons.
@@ -303,7 +302,7 @@ def _write_candidates(
             f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
             f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite true."
         )
-    directory, make_row = Path(args.output_dir, "candidates"), row_maker(records, generation)
+    directory = Path(args.output_dir, "candidates")
     write_split(directory, "train", candidates, make_row, candidate_features(), args.rows_per_shard)
     return counts
 

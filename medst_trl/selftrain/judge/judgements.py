@@ -58,7 +58,12 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
     requests: dict[str, dict[str, Any]] = {}
     for judgement in judgements:
         counts.update(pairs=1, cut=bool(judgement.get("cut")), neutralised=bool(judgement.get("neutralised")))
-        counts.update(_count_verdicts(judgement["orders"]))
+        read = [order for order in judgement["orders"] if order["verdict"] is not None]
+        decided = [order for order in read if order["verdict"] != "tie"]
+        counts.update(read=len(read), ties=len(read) - len(decided), decided=len(decided))
+        counts.update(first_place=sum(order["verdict"] == order["shown"][0] for order in decided))
+        if len(decided) == 2:
+            counts.update(decided_twice=1, flips=decided[0]["verdict"] != decided[1]["verdict"])
         if judgement["dropped"]:
             dropped[judgement["dropped"]] += 1
         else:
@@ -86,21 +91,6 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
             "all": _usage(list(requests.values()), prices),
             "this_run": _usage([request for request in requests.values() if not request["cached"]], prices),
         },
-    }
-
-
-def _count_verdicts(orders: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the verdicts of the orders of one pair."""
-    read = [order for order in orders if order["verdict"] is not None]
-    decided = [order for order in read if order["verdict"] != "tie"]
-    twice = len(decided) == 2
-    return {
-        "read": len(read),
-        "ties": len(read) - len(decided),
-        "decided": len(decided),
-        "first_place": sum(order["verdict"] == order["shown"][0] for order in decided),
-        "decided_twice": twice,
-        "flips": twice and decided[0]["verdict"] != decided[1]["verdict"],
     }
 
 
