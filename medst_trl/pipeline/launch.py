@@ -256,7 +256,12 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
         UserError: if they differ, or if accelerate has ignored one of its own options.
     """
     _check_peers(where)
-    _check_sharding(where)
+    on_cpus = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes", "y", "on")
+    if on_cpus and launched_kind().startswith(("DeepSpeed", "FSDP")):
+        raise UserError(
+            f"{where}: accelerate silently ignores {launched_kind()} if ACCELERATE_USE_CPU is set. Unset it (for "
+            "DeepSpeed without GPUs: DS_ACCELERATOR=cpu), or choose multi_gpu (DDP)."
+        )
     running = f"{number_of(world_size(), 'process')}, {launched_kind()}"
     hint = "Use `medst run`, or the requested launcher."
     if config is not None:
@@ -300,25 +305,10 @@ def _launcher() -> tuple[list[str], dict[str, str]]:
     return [], {}
 
 
-def _check_sharding(where: str) -> None:
-    """Refuse to run without DeepSpeed or FSDP if they were requested."""
-
-    def is_on(variable: str) -> bool:
-        return os.environ.get(variable, "").lower() in ("true", "1", "yes", "y", "on")
-
-    for kind, remedy in {"DeepSpeed": "DS_ACCELERATOR=cpu instead", "FSDP": "FSDP needs GPUs"}.items():
-        if is_on(f"ACCELERATE_USE_{kind.upper()}") and is_on("ACCELERATE_USE_CPU"):
-            raise UserError(
-                f"{where}: accelerate silently ignores {kind} if ACCELERATE_USE_CPU is set. Unset it ({remedy}), or "
-                "choose multi_gpu (DDP)."
-            )
-
-
 def use_one_gpu() -> None:
     """Let a single process see only the first visible GPU. With several, the Trainer would use DataParallel."""
     if world_size() == 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

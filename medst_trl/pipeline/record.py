@@ -135,14 +135,7 @@ class StageRecord:
         return vars(self) | {"_lock": None}
 
     @classmethod
-    def of(
-        cls,
-        stage: Stage,
-        args: Any,
-        *others: Any,
-        inputs: Mapping[str, Any] | None = None,
-        operational: Collection[str] = (),
-    ) -> "StageRecord":
+    def of(cls, stage: Stage, args: Any, *others: Any, inputs: Mapping[str, Any] | None = None) -> "StageRecord":
         """
         [`StageRecord.open`] with the settings of a stage.
 
@@ -158,8 +151,6 @@ class StageRecord:
             inputs (`dict`, *optional*):
                 As in [`StageRecord.open`]. By default the stage's inputs that `args` name, without operational ones
                 and names on a server.
-            operational (collection of `str`, *optional*):
-                As in [`StageRecord.open`].
         """
         settings, free = _settings_of(stage, args, others)
         if inputs is None:
@@ -170,7 +161,7 @@ class StageRecord:
             stage=stage.name,
             settings=settings,
             inputs=inputs,
-            operational={*operational, *free},
+            operational=free,
             overwrite=settings.get("overwrite", False),
         )
 

@@ -135,7 +135,9 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     from medst_trl.selftrain.judge.batch import read_batch
 
     check(args, *judges)
-    args.benchmarks = _existing_benchmarks(args.benchmarks)
+    for name in [name for name in args.benchmarks if is_left_out(name, "benchmark")]:  # recipes name it by default
+        print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
+        args.benchmarks.remove(name)
     candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
     benchmarks = [_open_benchmark(name) for name in args.benchmarks]
     judge = _make_judge(args, judges, candidates)
@@ -178,14 +180,6 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     )
     if args.write_batch and args.read_batch:
         raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
-
-
-def _existing_benchmarks(benchmarks: list[str]) -> list[str]:
-    """Drop benchmarks that a finished stage did not make. Recipes name them by default."""
-    missing = [name for name in benchmarks if is_left_out(name, "benchmark")]
-    for name in missing:
-        print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
-    return [name for name in benchmarks if name not in missing]
 
 
 def _open_benchmark(name: str) -> "Dataset":
