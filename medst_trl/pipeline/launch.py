@@ -86,10 +86,9 @@ def find_config(name_or_path: str) -> Path:
         UserError: if there is no such file.
     """
     packaged = {path.stem: path for path in CONFIGS.glob("*.yaml")}
-    if name_or_path in packaged:
-        return packaged[name_or_path]
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
+    path = packaged.get(name_or_path, Path(name_or_path))
+    if path.is_file():
+        return path
     raise UserError(
         f"accelerate_config {name_or_path!r} is neither a file nor one of {', '.join(sorted(packaged))}."
         f"{closest(name_or_path, packaged)}"
@@ -202,12 +201,8 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Run a command and return its exit code. If this process is stopped, so are the command and its children: they are
     asked to stop, and killed after 30 seconds.
     """
-
-    def on_termination(number, frame):
-        raise SystemExit(128 + number)
-
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, on_termination)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return process.wait()
     except (KeyboardInterrupt, SystemExit) as reason:

@@ -21,6 +21,7 @@ from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
 from medst_trl.pipeline.recipe import read_yaml
 from medst_trl.pipeline.stages import _training as training
+from medst_trl.pipeline.stages._training import TrainingStageArguments
 
 
 ENVIRONMENT = without_launcher(os.environ) | {
@@ -190,7 +191,7 @@ def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, 
     args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
     training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None)
     if message is None:
-        training.check_settings(args, training_args)
+        TrainingStageArguments.check(args, training_args)
     else:
         with pytest.raises(UserError, match=message):
-            training.check_settings(args, training_args)
+            TrainingStageArguments.check(args, training_args)

@@ -136,8 +136,32 @@ class TrainingStageArguments:
         return self.dtype or (("bfloat16" if training_args.bf16 else "float16") if is_half else "float32")
 
     def check(self, training_args: "TrainingArguments") -> None:
-        """Raise a [`UserError`] for settings that cannot work, before anything is read or loaded."""
-        check_settings(self, training_args)
+        """
+        Refuse settings that are out of bounds or cannot run together, before anything is read or loaded.
+
+        Raises:
+            UserError: for a number out of bounds, an unknown `dtype` or `vusr_role`, training that would end before
+                its first step, `load_in_4bit` if the 4-bit weights would have to train or to be sharded, and ZeRO-3
+                without GPUs if the token trains.
+        """
+        from medst_trl.policy.vusr import VUSR_ROLES
+
+        given = vars(training_args) | vars(self)
+        check_bounds(SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given), at_least=_AT_LEAST, at_most=_AT_MOST)
+        epochs = given.get("num_train_epochs", 1)
+        if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
+            raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
+        check_choice("dtype", given.get("dtype"), DTYPES)
+        check_choice("vusr_role", given.get("vusr_role"), VUSR_ROLES)
+        if self.load_in_4bit and not self.use_lora:
+            raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one.")
+        kind = sharding_kind(training_args)
+        check_sharding(kind, self, training_args)
+        if kind.endswith("ZeRO-3") and self.use_lora and self.train_vusr and not gpu_count():
+            # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
+            raise UserError(
+                "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or train_vusr: false if the stage has it."
+            )
 
 
 def training_stage(arguments: type, config: str, settings: type, kind: str, **more: Any) -> Stage:
@@ -371,45 +395,3 @@ def _shape_of(model: "PeftModel") -> dict[str, float]:
     for part, layer in layers.items():
         shape[f"{prefixes[part]}lora_alpha"] = layer.lora_alpha[name]
     return shape | ({"lora_dropout": model.peft_config[name].lora_dropout} if layers else {})
-
-
-# Checks before anything is read or loaded
-
-
-def check_settings(args: Any, training_args: "TrainingArguments") -> None:
-    """
-    Refuse settings that are out of bounds or cannot run together.
-
-    Raises:
-        UserError: for a setting out of bounds, for `load_in_4bit` if the 4-bit weights would have to train or to be
-            sharded, and for ZeRO-3 without GPUs if the token trains.
-    """
-    check_training_bounds(args, training_args)
-    if args.load_in_4bit and not args.use_lora:
-        raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one of them.")
-    kind = sharding_kind(training_args)
-    check_sharding(kind, args, training_args)
-    if kind.endswith("ZeRO-3") and args.use_lora and args.train_vusr and not gpu_count():
-        # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
-        raise UserError(
-            "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or train_vusr: false if the stage has it."
-        )
-
-
-def check_training_bounds(args: Any, training_args: Any) -> None:
-    """
-    Refuse numbers out of bounds and unknown values.
-
-    Raises:
-        UserError: for a number out of bounds, for training that would end before its first step, and for an unknown
-            `dtype` or `vusr_role`.
-    """
-    from medst_trl.policy.vusr import VUSR_ROLES
-
-    given = vars(training_args) | vars(args)
-    check_bounds(SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given), at_least=_AT_LEAST, at_most=_AT_MOST)
-    epochs = given.get("num_train_epochs", 1)
-    if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
-        raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
-    check_choice("dtype", given.get("dtype"), DTYPES)
-    check_choice("vusr_role", given.get("vusr_role"), VUSR_ROLES)

@@ -138,6 +138,8 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     for name in [name for name in args.benchmarks if is_left_out(name, "benchmark")]:  # recipes name it by default
         print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
         args.benchmarks.remove(name)
+    if Path(args.candidates).is_dir() and not any(Path(args.candidates).glob("*.parquet")):
+        raise UserError(f"{args.candidates} holds no candidates. rejected.jsonl beside it says why. Generate more.")
     candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
     benchmarks = [_open_benchmark(name) for name in args.benchmarks]
     judge = _make_judge(args, judges, candidates)
@@ -187,8 +189,6 @@ def _open_benchmark(name: str) -> "Dataset":
     try:
         return load_records(name, "test", "benchmark")
     except UserError as error:
-        if Path(name).exists():
-            raise
         raise UserError(
             f"benchmarks: {error} If there is no benchmark whose images must be kept out, set `benchmarks: []` in the "
             "recipe, or leave out --benchmarks."
@@ -199,9 +199,7 @@ def _read_captions(path: str | None) -> dict[str, str]:
     """Return captions by image_id from JSON lines, none without a file."""
     captions = {}
     lines = read_text_file(Path(path), "reference_captions").split("\n") if path else ()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
         try:
             row = json.loads(line)
             if not isinstance(row["image_id"], str):

@@ -17,13 +17,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch, accumulation_steps
 from medst_trl.pipeline.stage import Input, Stage
 from medst_trl.pipeline.stages import _training as training
-from medst_trl.pipeline.stages._training import (
-    check_training_bounds,
-    describe_shape,
-    keep_shape,
-    load_splits,
-    train_policy,
-)
+from medst_trl.pipeline.stages._training import describe_shape, keep_shape, load_splits, train_policy
 from medst_trl.pipeline.stages.dpo import DpoArguments, end_of_log
 from medst_trl.pipeline.stages.sft import SftArguments
 from medst_trl.policy.adapters import adapter_config
@@ -84,11 +78,12 @@ def test_every_dataset_needs_its_split_and_columns(tmp_path):
 def check(**changes):
     args = SftArguments("m", ["d"])
     training_args = SimpleNamespace(
-        num_train_epochs=3, max_steps=-1, max_length=None, learning_rate=2e-4, sq_ratio=0.5
-    )
+        num_train_epochs=3, max_steps=-1, max_length=None, learning_rate=2e-4, sq_ratio=0.5, deepspeed_plugin=None,
+        fsdp=None,
+    )  # fmt: skip
     for name, value in changes.items():
         setattr(args if hasattr(args, name) else training_args, name, value)
-    check_training_bounds(args, training_args)
+    args.check(training_args)
 
 
 @pytest.mark.parametrize(
