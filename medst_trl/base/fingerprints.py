@@ -37,7 +37,8 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
     """
     path = Path(source)
     if path.is_file():
-        return {"path": str(source), "sha256": _sha256_of_file(path)}
+        with open(path, "rb") as file:
+            return {"path": str(source), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     if path.is_dir():
         return {"path": str(source), "sha256": _sha256_of_directory(path)}
     if not can_be_hub_id(str(source)):
@@ -62,11 +63,6 @@ def package_versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def _sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_directory(directory: Path) -> str:

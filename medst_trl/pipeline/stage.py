@@ -156,10 +156,6 @@ class Input:
         made = ((stage, output) for stage in stages for output in stage.outputs if output.kind == self.kind)
         return next((found for found in made if self.has_default and self.accepts(*found)), None)
 
-    def split_in(self, settings: Mapping[str, Any]) -> str:
-        """The split in the settings."""
-        return settings.get(self.split, self.default_split) if self.split else self.default_split
-
 
 @dataclass(frozen=True)
 class Output:

@@ -82,7 +82,7 @@ def _source(step: Step, item: Input, value: str, before: list[Step], after: list
             raise UserError(f"{value} is not {item.kind} data: {maker.label} makes {makes}, and this reads {kinds}.")
         return maker.label
     if Path(value).exists():
-        _check_on_disk(item, Path(value), item.split_in(step.settings))
+        _check_on_disk(item, Path(value), step.settings.get(item.split, item.default_split))
         return value
     if (later := maker_of(value, after)[0]) is not None:
         raise UserError(f"{value} is made by {later.label}, which runs later.")
