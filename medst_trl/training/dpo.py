@@ -13,7 +13,7 @@ from transformers import ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import check_choice
+from medst_trl.base.settings import check_choice, make_lists
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
 
@@ -21,13 +21,7 @@ from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
-from .reference_log_probs import (
-    DataCollatorWithReference,
-    ReferenceCache,
-    cache_of_reference,
-    log_probs_of_reference,
-    sharing_weights,
-)
+from .reference_log_probs import PrecomputesReference, ReferenceCache, cache_of_reference, sharing_weights
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
@@ -51,8 +45,7 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
     """
 
     def __post_init__(self):
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        make_lists(self, "loss_type")
         check_losses(self.loss_type, self)  # TRL finds an unknown one only in the first step
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
@@ -67,7 +60,7 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
         super().__post_init__()
 
 
-class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
+class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     """
     Trainer of STLLaVA-Med's second stage (https://huggingface.co/papers/2406.19973): the policy learns to prefer the
     better of its own answers about an image.
@@ -148,10 +141,7 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self._share_prefix()
         self._separate_losses()
         self.add_callback(WarnOfDisplacement())
-        if "ref" in getattr(self.model, "peft_config", ()):
-            complete_reference_adapter(self.model, trained)
-        if cache is not None:
-            self._precompute_reference(cache, shares_weights=given is None)
+        self._finish_reference(trained, cache, shares_weights=given is None)
 
     def _reject_pairs(
         self, datasets: dict[str, Dataset], processor: ProcessorMixin, max_length: int | None
@@ -187,19 +177,21 @@ class MultimodalDPOTrainer(PolicyTrainer, DPOTrainer):
         self.loss_types = [name for name, _ in losses if not is_registered(name)]
         self.loss_weights = [weight for name, weight in losses if not is_registered(name)]
 
-    def _precompute_reference(self, cache: ReferenceCache, shares_weights: bool) -> None:
+    def _finish_reference(self, trained: set[str], cache: ReferenceCache | None, shares_weights: bool) -> None:
         """
-        Let the reference read all pairs, and remove it from memory. `shares_weights` says that it is a second model
-        with the policy's weights.
+        Complete the reference that TRL has made, or let it read all pairs.
+
+        Args:
+            trained (`set[str]`): Parameters that train.
+            cache ([`ReferenceCache`], *optional*): Where the log-probabilities of the reference are kept.
+            shares_weights (`bool`): With a cache, whether the reference is a second model with the policy's weights.
         """
-        if shares_weights and hasattr(self.model, "peft_config"):
-            train_in_full_precision(self.ref_model)
-        pairs = self.all_pairs.values()
-        lengths = [length for of_set in pairs for length in of_set.lengths]
-        log_probs = log_probs_of_reference(self, cache, [of_set.dataset for of_set in pairs], lengths)
-        self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
-        self.precompute_ref_logps, self.ref_model = True, None
-        self.accelerator.free_memory()  # which holds the reference too, and so far nothing else
+        if "ref" in getattr(self.model, "peft_config", ()):
+            complete_reference_adapter(self.model, trained)
+        if cache is not None:
+            if shares_weights and hasattr(self.model, "peft_config"):
+                train_in_full_precision(self.ref_model)
+            self.precompute_reference(cache)
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs.pop("neutralised", None)

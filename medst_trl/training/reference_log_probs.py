@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -27,11 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import explain_full_disk
@@ -221,95 +220,84 @@ class DataCollatorWithReference(DecodesImages):
         return batch
 
 
-def log_probs_of_reference(
-    trainer: DPOTrainer, cache: "ReferenceCache", datasets: Sequence[Dataset], lengths: Sequence[int]
-) -> dict[str, ReferenceLogProbs]:
+class PrecomputesReference:
     """
-    Log-probabilities of each pair under `trainer.ref_model`, read from the cache, or else computed and kept there.
-
-    Call it on every rank, before the first step. Each rank computes a share, and all get everything. A run that is
-    interrupted loses one batch of each rank.
-
-    Args:
-        trainer ([`~trl.DPOTrainer`]): Its `ref_model` is the reference, its `data_collator` makes the batches.
-        cache ([`ReferenceCache`]): Known numbers, and where the others are kept.
-        datasets (sequence of [`~datasets.Dataset`]): Preference pairs.
-        lengths (sequence of `int`): Approximate lengths of the pairs of all datasets, to keep padding small.
-
-    Returns:
-        `dict[str, ReferenceLogProbs]`: By [`pair_key`].
-
-    Raises:
-        UserError: if a log-probability is not finite.
+    Mixin for a [`~trl.DPOTrainer`] whose reference reads all pairs before the first step. Its `all_pairs` holds the
+    [`UsablePairs`] of each dataset by name.
     """
-    accelerator = trainer.accelerator
-    decodes = isinstance(trainer.data_collator, DecodesImages)
-    pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets] if decodes else datasets)
-    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
-    found = _batches(trainer, "looking up pairs", pairs, collate_fn=_keys_and_ids, sampler=mine, batch_size=16)
-    found = sorted(gather_object(list(zip(mine, chain.from_iterable(found), strict=True))))
-    names = [name for _, name in found]
-    first = {}  # place of each key
-    for place, (key, _) in enumerate(names):
-        first.setdefault(key, place)
-    known = on_main_process(cache.read)
-    missing = [place for key, place in first.items() if key not in known]
-    accelerator.print(
-        f"Reference log-probabilities: {len(first) - len(missing):,} of {len(first):,} pairs are known in "
-        f"{cache.path}, " + (f"{len(missing):,} are computed." if missing else "nothing is computed.")
-    )
-    if missing:
-        missing.sort(key=lambda place: -lengths[place])  # the longest first: it must fit
-        size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
-        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-        mine = batches[accelerator.process_index :: accelerator.num_processes]
-        known |= dict(gather_object(list(_compute(trainer, cache, pairs, names, mine).items())))
-    log_probs = {key: known[key] for key in first}
-    if accelerator.is_main_process and (missing or cache.parts()):
-        cache.write(log_probs)
-    return log_probs
+
+    def precompute_reference(self, cache: "ReferenceCache") -> None:
+        """
+        Read the log-probabilities of each pair under `ref_model` from the cache, or else compute and keep them there.
+        The data collator then adds them to each batch, and the reference is removed from memory.
+
+        Call it on every rank. Each computes a share, and all get everything. A run that is interrupted loses one batch
+        of each rank.
+
+        Args:
+            cache ([`ReferenceCache`]): Known numbers, and where the others are kept.
+
+        Raises:
+            UserError: if a log-probability is not finite.
+        """
+        datasets = [of_set.dataset for of_set in self.all_pairs.values()]
+        lengths = [length for of_set in self.all_pairs.values() for length in of_set.lengths]
+        decodes = isinstance(self.data_collator, DecodesImages)
+        pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets] if decodes else datasets)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(rank, len(pairs), ranks)
+        found = self._batches("looking up pairs", pairs, collate_fn=_keys_and_ids, sampler=mine, batch_size=16)
+        found = sorted(gather_object(list(zip(mine, chain.from_iterable(found), strict=True))))
+        names = [name for _, name in found]
+        unique, known = dict.fromkeys(key for key, _ in names), on_main_process(cache.read)
+        missing = {key: place for place, (key, _) in reversed(found) if key not in known}
+        self.accelerator.print(
+            f"Reference log-probabilities: {len(unique) - len(missing):,} of {len(unique):,} pairs are known in "
+            f"{cache.path}, " + (f"{len(missing):,} are computed." if missing else "nothing is computed.")
+        )
+        if missing:
+            places = sorted(missing.values(), key=lambda place: -lengths[place])  # the longest first: it must fit
+            size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+            batches = [places[start : start + size] for start in range(0, len(places), size)]
+            known |= dict(gather_object(list(self._compute(cache, pairs, names, batches[rank::ranks]).items())))
+        log_probs = {key: known[key] for key in unique}
+        if self.accelerator.is_main_process and (missing or cache.parts()):
+            cache.write(log_probs)
+        self.data_collator = DataCollatorWithReference(self.data_collator, log_probs)
+        self.precompute_ref_logps, self.ref_model = True, None
+        self.accelerator.free_memory()  # which holds the reference too, and so far nothing else
+
+    def _compute(self, cache, pairs, names: list[tuple[str, str]], batches) -> dict[str, ReferenceLogProbs]:
+        """Compute this rank's batches, lists of places. `names` are the key and the id of each pair."""
+        computed, title = {}, "reference log-probabilities"
+        collated = self._batches(title, pairs, collate_fn=self.data_collator, batch_sampler=batches)
+        for places, batch in zip(batches, collated, strict=True):
+            for name in ("neutralised", "weight", "probability"):
+                batch.pop(name, None)
+            log_probs = self.compute_ref_log_probs(self.ref_model, self._prepare_inputs(batch))
+            rows = {}
+            for place, *numbers in zip(places, *(answers.float().tolist() for answers in log_probs), strict=True):
+                key, example_id = names[place]
+                rows[key] = row = ReferenceLogProbs(example_id, *numbers)
+                if not _is_valid(key, row):
+                    raise UserError(
+                        f"Record {row.id!r}: its log-probabilities under the reference are {row.chosen} (chosen) and "
+                        f"{row.rejected} (rejected). Compute in float32 or bf16, or remove the record."
+                    )
+            cache.append(rows)
+            computed |= rows
+        return computed
+
+    def _batches(self, title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
+        """This rank's batches, which the data loader's workers prepare, with a progress bar on the main process."""
+        loader = DataLoader(pairs, num_workers=self.args.dataloader_num_workers, **how)
+        is_quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
+        return tqdm(loader, title, unit="batch", disable=is_quiet)
 
 
 def _keys_and_ids(examples: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Images are decoded here, in the workers of the data loader."""
+    """The key and the id of each pair. Images are decoded here, in the workers of the data loader."""
     return [(pair_key(with_decoded_images(example)), str(example.get("id") or "")) for example in examples]
-
-
-def _compute(
-    trainer: DPOTrainer,
-    cache: "ReferenceCache",
-    pairs: ConcatDataset,
-    names: list[tuple[str, str]],
-    batches: list[list[int]],
-) -> dict[str, ReferenceLogProbs]:
-    """Compute this rank's share. `names` are the key and the id of each pair."""
-    computed = {}
-    collated = _batches(
-        trainer, "reference log-probabilities", pairs, collate_fn=trainer.data_collator, batch_sampler=batches
-    )
-    for places, batch in zip(batches, collated, strict=True):
-        for name in ("neutralised", "weight", "probability"):
-            batch.pop(name, None)
-        log_probs = trainer.compute_ref_log_probs(trainer.ref_model, trainer._prepare_inputs(batch))
-        rows = {}
-        for place, *numbers in zip(places, *(answers.float().tolist() for answers in log_probs), strict=True):
-            key, example_id = names[place]
-            rows[key] = row = ReferenceLogProbs(example_id, *numbers)
-            if not _is_valid(key, row):
-                raise UserError(
-                    f"Record {row.id!r}: its log-probabilities under the reference are {row.chosen} (chosen) and "
-                    f"{row.rejected} (rejected). Compute in float32 or bf16, or remove the record."
-                )
-        cache.append(rows)
-        computed |= rows
-    return computed
-
-
-def _batches(trainer: DPOTrainer, title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
-    """This rank's batches, which the data loader's workers prepare, with a progress bar on the main process."""
-    loader = DataLoader(pairs, num_workers=trainer.args.dataloader_num_workers, **how)
-    is_quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-    return tqdm(loader, title, unit="batch", disable=is_quiet)
 
 
 class ReferenceCache:

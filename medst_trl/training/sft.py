@@ -85,7 +85,15 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
     _name = "Self-questioning SFT"
 
     def __init__(self, model, args: SelfQuestioningConfig, *, train_dataset, processing_class=None, **kwargs):
-        self._check(args, train_dataset, kwargs.get("data_collator"))
+        if args.chat_template_path is not None:
+            raise UserError(
+                "chat_template_path would replace the template that opens `<vusr>` turns. Set "
+                "`processor.chat_template` before you pass the processor to the trainer instead."
+            )
+        if kwargs.get("data_collator") is None:
+            check_has_images(train_dataset)
+        elif args.pack_sequences:
+            raise UserError("pack_sequences needs the default collator. Remove pack_sequences or data_collator.")
         model, processing_class = self.load_model(model, processing_class, args)
         packing = _packing(base_of(model), args, train_dataset) if args.pack_sequences else None
         collator = kwargs.pop("data_collator", None) or DataCollatorForSelfQuestioning(
@@ -114,18 +122,6 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         self.rejected_examples = RejectedExamples(self.accelerator, args.max_length)
         self.add_callback(self.rejected_examples)
         self.add_callback(_SetEpoch(self.data_collator))
-
-    @staticmethod
-    def _check(args: SelfQuestioningConfig, train_dataset: Any, data_collator: Any) -> None:
-        if args.chat_template_path is not None:
-            raise UserError(
-                "chat_template_path would replace the template that opens `<vusr>` turns. Set "
-                "`processor.chat_template` before you pass the processor to the trainer instead."
-            )
-        if data_collator is None:
-            check_has_images(train_dataset)
-        elif args.pack_sequences:
-            raise UserError("pack_sequences needs the default collator. Remove pack_sequences or data_collator.")
 
     def get_eval_dataloader(self, eval_dataset=None):
         # Evaluation losses of different epochs are only comparable over the same targets.

@@ -96,11 +96,8 @@ def fused_outputs(module: torch.nn.Module) -> Iterator[list[Any]]:
         if hasattr(output, "is_top1"):
             outputs.append(output)
 
-    hook = module.register_forward_hook(note)
-    try:
+    with module.register_forward_hook(note):
         yield outputs
-    finally:
-        hook.remove()
 
 
 def complete_reference_adapter(model: PeftModel, trains: set[str]) -> None:
