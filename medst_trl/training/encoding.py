@@ -8,16 +8,19 @@ Both collators use this, so that a prompt has the same tokens in both stages.
 import bisect
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.trainer_utils import has_length
 from trl.data_utils import prepare_multimodal_messages
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import text_of
+from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.families import tested_families
 from medst_trl.policy.vusr import (
     RenderedConversation,
@@ -28,9 +31,10 @@ from medst_trl.policy.vusr import (
     typed_parts,
 )
 
-from .images import images_of
+from .images import UnreadableImage, image_size, images_of
 
 
+UNREADABLE_SIDE = 224  # pixels, assumed for an image without a readable header; the collator rejects its example
 IGNORED = -100  # label of a token that is no target
 # Inputs with one entry per token, truncated together.
 TOKEN_INPUTS = (
@@ -162,6 +166,52 @@ def tokens_without_images(
         (ids, _token_spans(conversation, torch.tensor(offsets), [])[-1])
         for ids, offsets, conversation in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
     ]
+
+
+def conversation_lengths(
+    dataset: Dataset, processor: ProcessorMixin, max_length: int | None = None
+) -> list[int] | None:
+    """
+    Approximate number of tokens of each conversation, at the cost of one tokenization. No image is decoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Conversations, see [`DataCollatorForSelfQuestioning`].
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor prepared by [`add_vusr`].
+        max_length (`int`, *optional*):
+            Longest conversation.
+
+    Returns:
+        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` if the data is not a
+        dataset with a length.
+
+    Raises:
+        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
+    """
+    if not has_length(dataset) or isinstance(dataset, dict):
+        return None
+
+    @cache
+    def image_tokens(height: int, width: int) -> int:
+        count = getattr(processor, "_get_num_multimodal_tokens", None)
+        # Without it, images are read by cross-attention, or the length is that of the text: enough to group by.
+        return count(image_sizes=[(height, width)])["num_image_tokens"][0] if count is not None else 0
+
+    lengths = []
+    for example in with_stored_images(dataset):
+        messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+        conversation = as_conversation(example, messages)
+        text = render_conversation(processor, conversation.messages).text
+        length = len(tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"])
+        for image in conversation.images:
+            try:
+                width, height = image_size(image)
+            except UnreadableImage:  # the collator rejects its example
+                width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
+            length += image_tokens(height, width)
+        lengths.append(length if max_length is None else min(length, max_length))
+    return lengths
 
 
 def _token_spans(

@@ -23,13 +23,10 @@ class UnreadableImage(UserError):
 
 class DecodesImages:
     """
-    Mixin for TRL's data collators: takes images as a dataset stores them, or decoded, and decodes each once. Left to
+    Mixin for data collators that take images as a dataset stores them, or decoded, and decode each once. Left to
     `datasets`, the first image of every list is decoded twice (its `decode_nested_example` tries one to find out
     whether the list has to be decoded).
     """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return super().torch_call([with_decoded_images(example) for example in examples])
 
 
 def images_of(example: Mapping[str, Any]) -> list[Any]:
@@ -82,12 +79,16 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
             return opened.size[::-1] if swaps_sides and opened.format != "TIFF" else opened.size
 
 
-def check_image(image: Image.Image | dict[str, Any]) -> None:
-    """Raise [`UnreadableImage`] if an image is incomplete. A JPEG or PNG that ends correctly is not decoded."""
+def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
+    """
+    Raise [`UnreadableImage`] if an image is incomplete, and return its [`image_size`]. A JPEG or PNG that ends
+    correctly is not decoded.
+    """
     if isinstance(image, dict):
         with _explained(image):
             if not (_is_local(image) and _ends_correctly(_bytes_of(image))):
                 ImageFeature().decode_example(image)
+    return image_size(image)
 
 
 def _ends_correctly(data: bytes) -> bool:

@@ -1,39 +1,22 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Batches with little padding: conversations packed into fewer rows, and examples of similar length in one batch.
+"""Packing: the conversations of a batch in fewer rows, without padding between them.
 
 Packed, a conversation is a document whose positions start at zero. Without an attention mask and without a cache,
 transformers takes restarted positions for the border of documents, which then do not see each other. Packing stays
 within one batch, so that a step trains on the same conversations.
-
-Grouping by length in transformers needs a column of lengths. Adding one to a dataset from which rows were selected
-copies all its images, so the lengths are kept beside the dataset.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from datasets import Dataset
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import has_length
+from transformers import PreTrainedModel
 from trl.trainer.utils import pad
 
-from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.families import family_of
-from medst_trl.policy.vusr import render_conversation, tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, as_conversation
-from .images import UnreadableImage, image_size
-
-
-logger = get_logger(__name__)
-
-UNREADABLE_SIDE = 224  # pixels, assumed for an image without a readable header; the collator rejects its example
+from .encoding import IGNORED, TOKEN_INPUTS
 
 
 def packing_cost(model: PreTrainedModel) -> tuple[float | None, str]:
@@ -179,123 +162,3 @@ def _reorder_images(batch: dict[str, Any], order: Sequence[int], images: Sequenc
         return
     for name in {"pixel_values", "image_sizes"} & batch.keys():
         batch[name] = batch[name][places]
-
-
-class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """
-    [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on seed and epoch alone.
-
-    Without its own generator it draws from torch's global one, which may differ between ranks: one example would be
-    trained on twice and another not at all. It receives the epoch like accelerate's seeded random sampler.
-
-    Args:
-        batch_size (`int`):
-            Number of examples to group, that of one optimizer step.
-        lengths (`list[int]`):
-            Length of each example of the dataset, in tokens.
-        seed (`int`):
-            Seed of the first epoch's order.
-    """
-
-    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
-        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class GroupsByLength:
-    """
-    Mixin for a [`~transformers.Trainer`] that holds `train_lengths`, the number of tokens of each training example.
-
-    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of similar length, or in random
-    order if the lengths are not those of its dataset. With any other strategy, and on a stream, the Trainer's own
-    sampler stays.
-    """
-
-    train_lengths: Sequence[int] | None = None
-    _length_sampler: SeededLengthGroupedSampler | None = None
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
-            return super()._get_train_sampler(train_dataset)
-        if self.train_lengths is None or len(self.train_lengths) != len(dataset):
-            logger.warning(
-                f"group_by_length: the lengths of the {len(dataset):,} training examples are unknown, because they "
-                "are not those the trainer was created with. They are trained on in random order."
-            )
-            return RandomSampler(dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        # Of a whole optimizer step: ranks do not wait for one with longer examples, and the order is the same for any
-        # number of them. The Trainer's own grouping ignores the number of ranks.
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._length_sampler = SeededLengthGroupedSampler(batch_size, self.train_lengths, seed)
-        return self._length_sampler
-
-    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_eval_sampler(eval_dataset)
-        # The Trainer would group these too and need their lengths; this is what it does with every other strategy.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-    def get_train_dataloader(self) -> DataLoader:
-        self._length_sampler = None  # it may be of another dataset
-        dataloader = super().get_train_dataloader()
-        if self._length_sampler is not None:
-            # As accelerate does with its own seeded sampler. Otherwise several ranks that resume within an epoch would
-            # not learn its number: https://github.com/modelscope/ms-swift/pull/9658
-            dataloader.set_sampler(self._length_sampler)
-        return dataloader
-
-
-def conversation_lengths(
-    dataset: Dataset, processor: ProcessorMixin, max_length: int | None = None
-) -> list[int] | None:
-    """
-    Approximate number of tokens of each conversation, at the cost of one tokenization. No image is decoded.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Conversations, see [`DataCollatorForSelfQuestioning`].
-        processor ([`~transformers.ProcessorMixin`]):
-            Processor prepared by [`add_vusr`].
-        max_length (`int`, *optional*):
-            Longest conversation.
-
-    Returns:
-        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` if the data is not a
-        dataset with a length.
-
-    Raises:
-        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
-    """
-    if not has_length(dataset) or isinstance(dataset, dict):
-        return None
-
-    @cache
-    def image_tokens(height: int, width: int) -> int:
-        count = getattr(processor, "_get_num_multimodal_tokens", None)
-        # Without it, images are read by cross-attention, or the length is that of the text: enough to group by.
-        return count(image_sizes=[(height, width)])["num_image_tokens"][0] if count is not None else 0
-
-    lengths = []
-    for example in with_stored_images(dataset):
-        messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
-        conversation = as_conversation(example, messages)
-        text = render_conversation(processor, conversation.messages).text
-        length = len(tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"])
-        for image in conversation.images:
-            try:
-                width, height = image_size(image)
-            except UnreadableImage:  # the collator rejects its example
-                width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
-            length += image_tokens(height, width)
-        lengths.append(length if max_length is None else min(length, max_length))
-    return lengths

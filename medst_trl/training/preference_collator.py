@@ -23,15 +23,7 @@ from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, tokens_without_images
-from .images import (
-    DecodesImages,
-    UnreadableImage,
-    check_image,
-    image_size,
-    images_of,
-    with_decoded_images,
-    with_images,
-)
+from .images import DecodesImages, UnreadableImage, check_image, images_of, with_decoded_images, with_images
 from .prefix_sharing import with_images_twice
 
 
@@ -222,9 +214,7 @@ def _check_pair(
 ) -> tuple[str | None, list[Span]]:
     """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
     try:
-        for image in images_of(example):
-            check_image(image)
-        sizes = [image_size(image) for image in images_of(example)]
+        sizes = [check_image(image) for image in images_of(example)]
         pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
     except UnreadableImage:
         return "unreadable_image", []

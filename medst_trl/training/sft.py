@@ -16,8 +16,9 @@ from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.families import base_of
 
 from .collator import DataCollatorForSelfQuestioning
+from .encoding import conversation_lengths
 from .images import check_has_images
-from .packing import conversation_lengths, packing_cost, rope_positions
+from .packing import packing_cost, rope_positions
 from .settings import SelfQuestioningSettings
 from .trainer import PolicyTrainer, RejectedExamples
 from .upstream import fused_outputs

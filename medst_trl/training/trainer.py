@@ -1,11 +1,14 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The base of both trainers, without losses: loading, saving, learning rates by part, images, rejected examples."""
+"""
+The base of both trainers, without losses: loading, saving, learning rates by part, batches of similar length, images,
+rejected examples.
+"""
 
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import AutoProcessor, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.errors import UserError
@@ -25,7 +31,6 @@ from medst_trl.policy.families import ModelParts, base_of, model_parts
 from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .images import DecodesImages
-from .packing import GroupsByLength
 from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
 
@@ -40,6 +45,82 @@ REJECTION_REASONS = {
     "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
     "nothing_to_train": "it has neither an answer nor a question that can be asked",
 }
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """
+    [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on seed and epoch alone.
+
+    Without its own generator it draws from torch's global one, which may differ between ranks: one example would be
+    trained on twice and another not at all. It receives the epoch like accelerate's seeded random sampler.
+
+    Args:
+        batch_size (`int`):
+            Number of examples to group, that of one optimizer step.
+        lengths (`list[int]`):
+            Length of each example of the dataset, in tokens.
+        seed (`int`):
+            Seed of the first epoch's order.
+    """
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class GroupsByLength:
+    """
+    Mixin for a [`~transformers.Trainer`] that holds `train_lengths`, the number of tokens of each training example.
+    Grouping by length in transformers needs a column of them. Adding one to a dataset from which rows were selected
+    copies all its images.
+
+    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of similar length, or in random
+    order if the lengths are not those of its dataset. With any other strategy, and on a stream, the Trainer's own
+    sampler stays.
+    """
+
+    train_lengths: Sequence[int] | None = None
+    _length_sampler: SeededLengthGroupedSampler | None = None
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        if self.train_lengths is None or len(self.train_lengths) != len(dataset):
+            logger.warning(
+                f"group_by_length: the lengths of the {len(dataset):,} training examples are unknown, because they "
+                "are not those the trainer was created with. They are trained on in random order."
+            )
+            return RandomSampler(dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        # Of a whole optimizer step: ranks do not wait for one with longer examples, and the order is the same for any
+        # number of them. The Trainer's own grouping ignores the number of ranks.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._length_sampler = SeededLengthGroupedSampler(batch_size, self.train_lengths, seed)
+        return self._length_sampler
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        # The Trainer would group these too and need their lengths; this is what it does with every other strategy.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._length_sampler = None  # it may be of another dataset
+        dataloader = super().get_train_dataloader()
+        if self._length_sampler is not None:
+            # As accelerate does with its own seeded sampler. Otherwise several ranks that resume within an epoch would
+            # not learn its number: https://github.com/modelscope/ms-swift/pull/9658
+            dataloader.set_sampler(self._length_sampler)
+        return dataloader
 
 
 class PolicyTrainer(GroupsByLength, UpstreamFixes):

@@ -1,26 +1,20 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-import random
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from family_models import MODELS, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
 
 from medst_trl.base.errors import UserError
 from medst_trl.training.encoding import IGNORED
 from medst_trl.training.packing import (
-    GroupsByLength,
-    SeededLengthGroupedSampler,
     pack,
     packing_cost,
     rope_positions,
@@ -247,142 +241,3 @@ def test_short_conversations_share_rows_in_a_large_model():
     lengths = [1041] + [800] * 15
     assert 7 <= len(rows_of(lengths, 1 / (3 * 4096))) <= 10
     assert len(rows_of(lengths, 1 / (3 * 64))) == 16
-
-
-LENGTHS = [random.Random(i).randint(1, 100) for i in range(66)]
-
-
-class Numbers(Dataset):
-    def __init__(self, count=None):
-        self.count = count or len(LENGTHS)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        return {"x": torch.tensor(float(index))}
-
-
-class BatchRecorder(torch.nn.Module):
-    """Model that records the examples of each batch."""
-
-    def __init__(self, interrupt_after=None):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-        self.interrupt_after = interrupt_after
-
-    def forward(self, x):
-        if len(self.seen) == self.interrupt_after:
-            raise KeyboardInterrupt
-        self.seen.append(x.int().tolist())
-        return {"loss": self.weight * x.mean()}
-
-
-class GroupingTrainer(GroupsByLength, Trainer):
-    train_lengths = LENGTHS
-
-
-def grouping_trainer(output_dir, model=None, trainer_class=GroupingTrainer, **settings):
-    settings = {
-        "output_dir": str(output_dir), "per_device_train_batch_size": 4, "num_train_epochs": 3, "report_to": "none",
-        "train_sampling_strategy": "group_by_length", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
-    } | settings  # fmt: skip
-    return trainer_class(
-        model or BatchRecorder(), TrainingArguments(**settings), train_dataset=Numbers(), eval_dataset=Numbers()
-    )
-
-
-def _padding(batches):
-    return sum(sum(max(LENGTHS[i] for i in batch) - LENGTHS[i] for i in batch) for batch in batches)
-
-
-def test_every_example_appears_once_per_epoch_with_little_padding(tmp_path):
-    grouped, shuffled = grouping_trainer(tmp_path), grouping_trainer(tmp_path, train_sampling_strategy="random")
-    for trainer in (grouped, shuffled):
-        trainer.train()
-    per_epoch = -(-len(LENGTHS) // 4)
-    epochs = [grouped.model.seen[i * per_epoch : (i + 1) * per_epoch] for i in range(3)]
-    for epoch in epochs:
-        assert sorted(chain(*epoch)) == list(range(len(LENGTHS)))
-        assert _padding(epoch) < 0.4 * _padding(shuffled.model.seen[:per_epoch])
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_the_micro_batches_of_a_step_form_one_group(tmp_path):
-    trainer = grouping_trainer(tmp_path, gradient_accumulation_steps=3)
-    assert trainer._get_train_sampler().batch_size == 12
-
-
-def test_the_order_depends_only_on_the_seed(tmp_path):
-    def order(**settings):
-        trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
-        torch.rand(settings["seed"])
-        return [batch["x"].tolist() for batch in trainer.get_train_dataloader()]
-
-    assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) != order(seed=2)
-
-
-@pytest.mark.parametrize("interrupt_after", [7, 25], ids=["first epoch", "second epoch"])
-def test_a_resumed_run_continues_in_the_same_order(tmp_path, interrupt_after):
-    uninterrupted = grouping_trainer(tmp_path / "uninterrupted")
-    uninterrupted.train()
-    settings = {"save_strategy": "steps", "save_steps": 3}
-    interrupted = grouping_trainer(tmp_path / "interrupted", BatchRecorder(interrupt_after), **settings)
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.train()
-    resumed = grouping_trainer(tmp_path / "interrupted", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    saved = interrupt_after // 3 * 3
-    assert interrupted.model.seen[:saved] + resumed.model.seen == uninterrupted.model.seen
-
-
-@pytest.mark.parametrize("skipped", [0, 2])
-def test_two_ranks_split_each_epoch_and_resume_it(tmp_path, skipped):
-    def batches(rank, epoch, skip):
-        trainer = grouping_trainer(tmp_path)
-        torch.manual_seed(rank)  # the random state of a rank must not matter
-        prepare = trainer.accelerator.prepare
-        trainer.accelerator.prepare = lambda loader: prepare_data_loader(
-            loader, num_processes=2, process_index=rank, use_seedable_sampler=True, even_batches=False
-        )
-        try:
-            loader = trainer.get_train_dataloader()
-        finally:
-            trainer.accelerator.prepare = prepare
-        loader = skip_first_batches(loader, skip) if skip else loader
-        loader.set_epoch(epoch)
-        return [batch["x"].int().tolist() for batch in loader]
-
-    for epoch in (0, 1):
-        ranks = [batches(rank, epoch, 0) for rank in (0, 1)]
-        assert sorted(chain(*ranks[0], *ranks[1])) == list(range(len(LENGTHS)))
-        assert batches(0, epoch, skipped) == ranks[0][skipped:]
-    assert batches(0, 0, 0) != batches(0, 1, 0)
-
-
-def test_evaluation_and_other_strategies_keep_their_sampler(tmp_path):
-    trainer = grouping_trainer(tmp_path)
-    assert [x for b in trainer.get_eval_dataloader() for x in b["x"].int().tolist()] == list(range(len(LENGTHS)))
-    for strategy in ("random", "sequential"):
-        ours = grouping_trainer(tmp_path, train_sampling_strategy=strategy)._get_train_sampler()
-        stock = grouping_trainer(
-            tmp_path, trainer_class=Trainer, train_sampling_strategy=strategy
-        )._get_train_sampler()
-        assert type(ours) is type(stock) is not SeededLengthGroupedSampler
-
-
-@pytest.mark.parametrize("count", [20, 90])
-def test_a_replaced_dataset_is_trained_on_completely_and_in_random_order(tmp_path, caplog, count):
-    def examples_seen(settings):
-        trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
-        list(trainer.get_train_dataloader())  # uses the lengths of the first dataset
-        trainer.train_dataset = Numbers(count)
-        trainer.train()
-        return trainer.model.seen
-
-    seen = examples_seen({})
-    assert sorted(chain(*seen)) == list(range(count))
-    assert len([r for r in caplog.records if "group_by_length: the lengths" in r.message]) == 1
-    assert seen == examples_seen({"train_sampling_strategy": "random"})
-    assert list(grouping_trainer(tmp_path)._get_train_sampler(Numbers(count))) != list(range(count))

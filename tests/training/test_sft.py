@@ -17,8 +17,7 @@ from medst_trl.data.schema import instruct_features
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import add_vusr
-from medst_trl.training.encoding import IGNORED
-from medst_trl.training.packing import conversation_lengths
+from medst_trl.training.encoding import IGNORED, conversation_lengths
 from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
