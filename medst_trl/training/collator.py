@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from medst_trl.base.errors import UserError
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, id_of
+from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
 from .images import DecodesImages, with_decoded_images
 from .packing import pack
 
@@ -136,8 +136,8 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         rejected = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
         truncated = set()
         while conversations:
-            encoded = encode(self.processor, conversations, self.pad_to_multiple_of)
-            fitting = [self._fit(*row) for row in zip(conversations, encoded.spans, strict=True)]
+            batch, spans, rendered = encode(self.processor, conversations, self.pad_to_multiple_of)
+            fitting = [self._fit(*row) for row in zip(conversations, spans, strict=True)]
             if fitting == conversations:
                 break
             rejected |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
@@ -146,13 +146,13 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         else:
             # One token without a label: a rank whose whole batch was rejected still takes part in the step.
             token = torch.tensor([[tokenizer_of(self.processor).eos_token_id]])
-            encoded = Encoded({"input_ids": token, "attention_mask": torch.ones_like(token)}, [[]], [])
-        batch = self._labeled(encoded)
+            batch, spans, rendered = {"input_ids": token, "attention_mask": torch.ones_like(token)}, [[]], []
+        self._label(batch, spans)
         if self.packing is not None:
             images = [len(conversation.images) for conversation in conversations]
             pack(batch, self.packing, images, tokenizer_of(self.processor).pad_token_id, self.pad_to_multiple_of)
-        truncated = sorted(truncated - rejected.keys())
-        notes = {"rejected": rejected, "truncated": truncated, "neutralised": encoded.neutralised}
+        neutralised = sum(conversation.neutralised for conversation in rendered)
+        notes = {"rejected": rejected, "truncated": sorted(truncated - rejected.keys()), "neutralised": neutralised}
         batch.update({name: value for name, value in notes.items() if value})
         return batch
 
@@ -174,19 +174,17 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         ]
         return _until(conversation, fitting[-1] + 1) if fitting else None
 
-    def _labeled(self, encoded: Encoded) -> dict[str, Any]:
-        """The batch with `labels` and `question_mask`, within `max_length`."""
-        batch = encoded.batch
+    def _label(self, batch: dict[str, Any], spans_of_rows: list[list[Span]]) -> None:
+        """Add `labels` and `question_mask` to a batch, and cut it to `max_length`, in place."""
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["question_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        for row, spans in enumerate(encoded.spans):
+        for row, spans in enumerate(spans_of_rows):
             for start, end, is_question in spans:
                 batch["labels"][row, start:end] = batch["input_ids"][row, start:end]
                 batch["question_mask"][row, start:end] |= is_question
         if self.max_length is not None and batch["attention_mask"].sum(1).max() > self.max_length:
             for name in batch.keys() & set(TOKEN_INPUTS):  # only the template's closing text is after the last target
                 batch[name] = batch[name][:, : self.max_length]
-        return batch
 
 
 def _targets(conversation: ImageConversation) -> list[int]:

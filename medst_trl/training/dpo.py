@@ -155,9 +155,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
             for name, pairs in self.all_pairs.items()
             for record, reason in pairs.rejected_records.items()
         }
-        usable = {name.removeprefix("eval_"): pairs.dataset for name, pairs in self.all_pairs.items()}
-        del usable["train"]
-        return usable
+        evaluation = {name: pairs.dataset for name, pairs in self.all_pairs.items() if pairs is not self.pairs}
+        return {name.removeprefix("eval_"): dataset for name, dataset in evaluation.items()}
 
     def _share_prefix(self) -> None:
         """Let policy and reference read both answers after one prompt, or warn of the obstacle."""

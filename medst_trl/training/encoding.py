@@ -31,7 +31,7 @@ from medst_trl.policy.vusr import (
     typed_parts,
 )
 
-from .images import UnreadableImage, image_size, images_of
+from .images import image_size, images_of
 
 
 UNREADABLE_SIDE = 224  # pixels, assumed for an image without a readable header; the collator rejects its example
@@ -59,27 +59,6 @@ class ImageConversation:
     messages: list[dict[str, Any]]
     images: list[Image.Image]
     asked: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """
-    A batch of conversations as the processor returns it.
-
-    Args:
-        batch ([`~transformers.BatchFeature`]): `input_ids`, `attention_mask` (batch, length), `pixel_values`, ...
-        spans (`list[list[Span]]`): The tokens of the questions and answers of each row, in order.
-        rendered (`list[RenderedConversation]`): The text of each row, image placeholders not expanded.
-    """
-
-    batch: BatchFeature
-    spans: list[list[Span]]
-    rendered: list[RenderedConversation]
-
-    @property
-    def neutralised(self) -> int:
-        """Number of places where data text spelled a control token."""
-        return sum(conversation.neutralised for conversation in self.rendered)
 
 
 def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> ImageConversation:
@@ -117,9 +96,14 @@ def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None)
 
 def encode(
     processor: ProcessorMixin, conversations: Collection[ImageConversation], pad_to_multiple_of: int | None = None
-) -> Encoded:
+) -> tuple[BatchFeature, list[list[Span]], list[RenderedConversation]]:
     """
     Render, tokenize and pad (on the right) a batch of conversations.
+
+    Returns:
+        `tuple`: The batch as the processor returns it (`input_ids` and `attention_mask` of shape (batch, length),
+        `pixel_values`, ...), the tokens of the questions and answers of each row in order, and the text of each row,
+        image placeholders not expanded.
 
     Raises:
         UserError: if the template cannot render one, or the processor does not report where it expands images.
@@ -150,7 +134,7 @@ def encode(
                 f"family cannot be trained with the installed transformers. {tested_families()}"
             )
         spans.append(of_row)
-    return Encoded(batch, spans, rendered)
+    return batch, spans, rendered
 
 
 def tokens_without_images(
@@ -207,7 +191,7 @@ def conversation_lengths(
         for image in conversation.images:
             try:
                 width, height = image_size(image)
-            except UnreadableImage:  # the collator rejects its example
+            except Exception:  # unreadable, so the collator rejects its example
                 width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
             length += image_tokens(height, width)
         lengths.append(length if max_length is None else min(length, max_length))

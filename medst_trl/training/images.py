@@ -4,8 +4,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,6 @@ from PIL import ExifTags, Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import with_stored_images
-
-
-class UnreadableImage(UserError):
-    """An image that is missing, truncated, or of an unknown format."""
 
 
 class DecodesImages:
@@ -63,31 +58,28 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
         image (`PIL.Image.Image` or `dict`): An image, or its `bytes` and `path` as a dataset stores them.
 
     Raises:
-        UnreadableImage: if there is no header of a known format.
+        Exception: almost any, from Pillow's parsers, if there is no header of a known format.
     """
-    with _explained(image):
-        if not isinstance(image, dict):
-            return image.size
-        if not _is_local(image):
-            return ImageFeature().decode_example(image).size
-        with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
-            # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
-            if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", _bytes_of(image)):
-                return opened.size
-            # `datasets` applies the EXIF orientation. Pillow reports the size of a TIFF after orientation.
-            swaps_sides = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return opened.size[::-1] if swaps_sides and opened.format != "TIFF" else opened.size
+    if not isinstance(image, dict):
+        return image.size
+    if not _is_local(image):
+        return ImageFeature().decode_example(image).size
+    with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+        # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
+        if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", _bytes_of(image)):
+            return opened.size
+        # `datasets` applies the EXIF orientation. Pillow reports the size of a TIFF after orientation.
+        swaps_sides = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return opened.size[::-1] if swaps_sides and opened.format != "TIFF" else opened.size
 
 
 def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     """
-    Raise [`UnreadableImage`] if an image is incomplete, and return its [`image_size`]. A JPEG or PNG that ends
-    correctly is not decoded.
+    Return the [`image_size`] of an image that can be decoded, and otherwise raise what Pillow's parsers raise: almost
+    anything. A JPEG or PNG that ends correctly is not decoded.
     """
-    if isinstance(image, dict):
-        with _explained(image):
-            if not (_is_local(image) and _ends_correctly(_bytes_of(image))):
-                ImageFeature().decode_example(image)
+    if isinstance(image, dict) and not (_is_local(image) and _ends_correctly(_bytes_of(image))):
+        ImageFeature().decode_example(image)
     return image_size(image)
 
 
@@ -109,15 +101,3 @@ def _is_local(image: dict[str, Any]) -> bool:
 
 def _bytes_of(image: dict[str, Any]) -> bytes:
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-
-@contextmanager
-def _explained(image: Any) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Pillow's parsers raise almost anything on a damaged file
-        path = image.get("path") if isinstance(image, dict) else None
-        reason = " ".join(str(error).split())[:200]
-        raise UnreadableImage(
-            f"the image {path or ''}".rstrip() + f" cannot be read ({type(error).__name__}: {reason})"
-        ) from error

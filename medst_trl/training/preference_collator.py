@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
@@ -22,8 +22,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
-from .encoding import TOKEN_INPUTS, Encoded, ImageConversation, as_conversation, encode, tokens_without_images
-from .images import DecodesImages, UnreadableImage, check_image, images_of, with_decoded_images, with_images
+from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
+from .images import DecodesImages, check_image, images_of, with_decoded_images, with_images
 from .prefix_sharing import with_images_twice
 
 
@@ -84,10 +84,10 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
             pair_as_conversation(with_images(example, conversation.images), "rejected")
             for example, conversation in zip(examples, chosen, strict=True)
         ]
-        encoded = encode(self.processor, chosen)
-        rendered = [render_conversation(self.processor, conversation.messages) for conversation in rejected]
-        rows, prefix_lengths = self._rows(chosen, encoded, rendered)
-        batch = dict(encoded.batch) if self.share_prefix else with_images_twice(encoded.batch)
+        inputs, _, rendered = encode(self.processor, chosen)
+        rendered += [render_conversation(self.processor, conversation.messages) for conversation in rejected]
+        rows, prefix_lengths = self._rows(chosen, inputs, rendered)
+        batch = dict(inputs) if self.share_prefix else with_images_twice(inputs)
         for name in rows[0]:
             fill = tokenizer_of(self.processor).pad_token_id if name == "input_ids" else 0
             batch[name] = pad([row[name][: self.max_length] for row in rows], fill, "right", self.pad_to_multiple_of)
@@ -98,19 +98,20 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         for name in ("weight", "probability"):
             if all(example.get(name) is not None for example in examples):
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
-        if neutralised := sum(conversation.neutralised for conversation in [*encoded.rendered, *rendered]):
+        if neutralised := sum(conversation.neutralised for conversation in rendered):
             batch["neutralised"] = neutralised
         return batch
 
     def _rows(
-        self, chosen: list[ImageConversation], encoded: Encoded, rejected: list[RenderedConversation]
+        self, chosen: list[ImageConversation], inputs: BatchFeature, rendered: list[RenderedConversation]
     ) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """
         The inputs of all chosen rows, then of all rejected ones, and how many tokens the two rows of each pair begin
-        with in common. A rejected row needs only its text, because it has the same images.
+        with in common. `inputs` are those of the chosen rows, `rendered` the texts of all. A rejected row needs only
+        its text, because it has the same images.
         """
-        inputs, lengths = encoded.batch, encoded.batch["attention_mask"].sum(1).tolist()
-        texts = tokens_without_images(self.processor, [*encoded.rendered, *rejected])
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        texts = tokens_without_images(self.processor, rendered)
         rows, prefix_lengths = [{} for _ in texts], []
         for index, conversation in enumerate(chosen):
             pair = texts[index :: len(chosen)]
@@ -215,9 +216,10 @@ def _check_pair(
     """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
     try:
         sizes = [check_image(image) for image in images_of(example)]
-        pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
-    except UnreadableImage:
+    except Exception:  # Pillow's parsers raise almost anything on a damaged file
         return "unreadable_image", []
+    try:
+        pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
     except (UserError, KeyError, TypeError):
         return "malformed", []
     if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
@@ -227,7 +229,8 @@ def _check_pair(
     # What images add before an answer depends on their sizes alone, so one blank pair is enough for each.
     if (key := tuple(sizes)) not in image_tokens:
         blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
-        image_tokens[key] = encode(processor, [blank]).spans[0][-1].start - answers[0].start
+        _, ((*_, answer),), _ = encode(processor, [blank])
+        image_tokens[key] = answer.start - answers[0].start
     answers = [Span(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
     if max_length is not None and any(answer.start >= max_length for answer in answers):
         return "too_long", []
