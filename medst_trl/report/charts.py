@@ -155,7 +155,12 @@ class _Axis:
     """
 
     def __init__(self, low: float, high: float, start: float, end: float, widen: bool = False):
-        self.values, self.step = _round_values(low, high)
+        first, last = (low, high) if low < high else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        rough = (last - first) / 4  # for about four ticks
+        power = 10 ** math.floor(math.log10(rough))
+        self.step = power * next(nice for nice in (1, 2, 2.5, 5, 10) if nice * power >= rough * 0.999)
+        first, last = math.floor(first / self.step + 1e-9), math.ceil(last / self.step - 1e-9)
+        self.values = [place * self.step for place in range(first, last + 1)]
         self.low = min(self.values[0], low) if widen else low
         self.high = max(self.values[-1], high) if widen else high
         self.start, self.end = start, end
@@ -173,17 +178,6 @@ class _Axis:
         for value in (value for value in self.values if self.low <= value <= self.high):
             label = f"{value:.1e}".replace("-", "−") if is_extreme else number(round(value, digits) + 0.0, digits)
             yield self(value), label
-
-
-def _round_values(low: float, high: float) -> tuple[list[float], float]:
-    """About four round values from at or below `low` to at or above `high`, and the step between them."""
-    if high <= low:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / 4
-    power = 10 ** math.floor(math.log10(rough))
-    step = power * next(nice for nice in (1, 2, 2.5, 5, 10) if nice * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [place * step for place in range(first, last + 1)], step
 
 
 def _keep_apart(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:

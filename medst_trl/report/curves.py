@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .charts import Line, line_chart
+from .flow import is_count
 from .run_directory import Run, StageRun
 from .text import number
 
@@ -103,8 +104,4 @@ def final_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
 
 def _points(log: Log, key: str) -> list[tuple[float, float]]:
     pairs = [(entry.get("step"), entry.get(key)) for entry in log]
-    return [(x, y) for x, y in pairs if _is_number(x) and _is_number(y)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return [pair for pair in pairs if all(is_count(value) and math.isfinite(value) for value in pair)]

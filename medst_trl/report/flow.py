@@ -142,9 +142,7 @@ def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, 
                 _add(run, made, left_out, name if key in UNNAMED else inner_name, inner)
 
 
-def _bars(left_out: Counter, kept: int | None) -> Markup | None:
-    if not left_out and kept is None:
-        return None
+def _bars(left_out: Counter, kept: int | None) -> Markup:
     ordered = left_out.most_common()
     bars = [] if kept is None else [Bar("kept", kept)]
     bars += [Bar(words(reason), n, muted=True) for reason, n in ordered[:MAX_REASONS]]

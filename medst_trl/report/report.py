@@ -9,19 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 
-from . import text
 from .curves import displacement, final_values, read_log, training_charts
 from .flow import Judging, data_flow, is_count, is_pair, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
-from .text import number, percent
+from .text import environment, number, percent, without_paths
 
 
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
@@ -134,7 +131,10 @@ def make_report(
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
-    html = _environment(run).get_template("report.html.jinja").render(page)
+    notes = [without_paths(note, run.directory) for note in run.notes]
+    templates = environment()
+    templates.tests["pair"] = is_pair
+    html = templates.get_template("report.html.jinja").render(page, notes=notes)
     return Report(html, "\n\n".join(comparison.terminal_table() for comparison in comparisons), run.notes)
 
 
@@ -174,16 +174,6 @@ def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> li
             cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
             rows.append((f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
     return [(name, cells) for name, cells in rows if any(cells)]
-
-
-def _environment(run: Run) -> Environment:
-    templates = text.environment()
-    templates.tests["pair"] = is_pair
-    templates.filters |= {
-        "score": lambda value: f"{value:g}" if isinstance(value, int | float) else text.cut(value, 20),
-        "without_paths": lambda value: text.without_paths(value, run.directory),
-    }
-    return templates
 
 
 def _training(run: Run, stage: StageRun) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Evaluation:
         age (`tuple`): Key to sort by, the oldest policy first.
         benchmark (`str`): The benchmark, in words.
         key (`tuple`): Data and split by content: evaluations of one key can be compared.
-        changes (`dict`): Metric to path to a figure with `difference` and `difference_interval`, against the
+        changes (`dict`): Metric and path to a figure with `difference` and `difference_interval`, against the
             evaluation before training.
     """
 
@@ -57,11 +57,7 @@ class Evaluation:
         self.age = (stage.round, order.index(maker.name) if maker else len(order), stage.started)
         self.benchmark = relative_path(source, run.directory) + (f", split {split}" if split else "")
         self.key = (data.get("sha256") or data.get("revision") or source, split)
-        self.changes: dict[str, dict[FigurePath, Leaf]] = {}
-
-    def change(self, metric: str, path: FigurePath) -> Leaf:
-        """The difference of a figure; empty if there is none."""
-        return self.changes.get(metric, {}).get(path, {})
+        self.changes: dict[tuple[str, FigurePath], Leaf] = {}
 
 
 class Comparison:
@@ -149,7 +145,7 @@ class Comparison:
         rows[0] += [f"{e.label} - {self.before.label}" for e in self.compared]
         for path in self.rows(metric):
             values = [(e.file.leaf(metric, path) or {}).get("value") for e in self.evaluations]
-            changes = [format_change(e.change(metric, path)) for e in self.compared]
+            changes = [format_change(e.changes.get((metric, path), {})) for e in self.compared]
             n = str(self.leaf(metric, path)["n"])
             rows.append([self.label(metric, path), n, *map(tenths, values), *changes])
         return "\n".join([f"{self.benchmark} ({words(metric)}, %, differences with 95% intervals)", *align(rows)])
@@ -209,5 +205,5 @@ def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples:
                 "difference is shown."
             )
             return {}
-        changes[metric] = dict(figures(compared))
+        changes |= {(metric, path): leaf for path, leaf in figures(compared)}
     return changes

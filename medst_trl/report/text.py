@@ -86,6 +86,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
+def score(value: Any) -> str:
+    """Format the score of an answer, which may be any text."""
+    return f"{value:g}" if isinstance(value, int | float) else cut(value, 20)
+
+
 def duration(seconds: float | None) -> str:
     """Format a duration: `3 min 12 s`, `2 h 5 min`."""
     if seconds is None or seconds != seconds:
@@ -98,17 +103,13 @@ def duration(seconds: float | None) -> str:
 
 def environment() -> Environment:
     """Make the environment of the templates, which cleans and escapes every value."""
-
-    def shown(value: Any) -> Any:
-        return value if isinstance(value, Markup) else "" if value is None else clean(value)
-
     templates = Environment(
         loader=PackageLoader("medst_trl", "report"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=shown,
+        finalize=lambda value: value if isinstance(value, Markup) else "" if value is None else clean(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {f.__name__: f for f in (clean, cut, duration, number, percent, sentence, words)}
+    templates.filters |= {f.__name__: f for f in (clean, cut, duration, number, percent, score, sentence, words)}
     return templates

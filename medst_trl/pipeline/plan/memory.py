@@ -324,8 +324,7 @@ def towers(policy: Policy) -> tuple[Tower, Tower]:
 def patches_of(model: PreTrainedModel) -> int:
     """Patches of one image in the vision tower, those of all its tiles."""
     vision = model.config.vision_config
-    sizes = getattr(vision, "image_size", None) or DYNAMIC_IMAGE
-    patch = getattr(vision, "patch_size", 14)
-    side, patch = (value[0] if isinstance(value, list | tuple) else value for value in (sizes, patch))
+    sizes = (getattr(vision, "image_size", None) or DYNAMIC_IMAGE, getattr(vision, "patch_size", 14))
+    side, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
     tiles = 5 if getattr(model.config, "image_grid_pinpoints", None) else 1  # LLaVA-NeXT: four and the whole image
     return tiles * ((side // patch) ** 2 + 1)
