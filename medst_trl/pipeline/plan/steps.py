@@ -152,10 +152,9 @@ def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: 
     Returns:
         `tuple[int | None, str]`: The number of steps, None if that of examples is unknown, and both in words.
     """
-    if examples.number is None and max_steps > 0:
-        return max_steps, f"{max_steps:,}"
     if examples.number is None:
-        return None, f"{number_of(f'{num_train_epochs:g}', 'epoch')} of {examples.depends_on}"
+        of_unknown = f"{number_of(f'{num_train_epochs:g}', 'epoch')} of {examples.depends_on}"
+        return (max_steps, f"{max_steps:,}") if max_steps > 0 else (None, of_unknown)
     batches = math.ceil(examples.number / (batch.per_device * batch.processes))
     per_epoch = max(1, math.ceil(batches / batch.accumulation))
     steps = max_steps if max_steps > 0 else math.ceil(num_train_epochs * per_epoch)
@@ -173,8 +172,9 @@ def training_examples(args: Any, steps: Sequence[Step]) -> Count:
     counts = [RecipeCounts(steps).rows(name, args.train_split) for name in names]
     if unknown := [count.depends_on for count in counts if count.number is None]:
         return Count(None, depends_on=" and ".join(unknown)).capped(args.max_records)
-    total = Count(sum(count.number for count in counts), any(count.at_most for count in counts))
-    return total.capped(args.max_records)
+    return Count(sum(count.number for count in counts), any(count.at_most for count in counts)).capped(
+        args.max_records
+    )
 
 
 class RecipeCounts:
@@ -204,11 +204,9 @@ class RecipeCounts:
         return {} if step is None else step.settings
 
     def time(self, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
-        if self.throughput is None:
-            return
-        if number is None:
+        if self.throughput is not None and number is None:
             yield "time", f"unknown: the number of {unit} is not known yet"
-        else:
+        elif self.throughput is not None:
             yield "time", f"{_duration(number / self.throughput)} at {self.throughput:g} {unit} per second"
 
 
