@@ -10,47 +10,11 @@ gives self-questioning its later turns.
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """
-    The datasets made from the records of a source.
-
-    Attributes:
-        rows (`dict[tuple[str, str], list[dict]]`):
-            Rows by kind of dataset and split, in the order in which they are written. They have the columns of
-            `schema.py`, with names of images in place of the images.
-        rejected (`list[Rejected]`):
-            What cannot be used, from the reader and from here.
-        notes (`dict[str, int]`):
-            Overlap between splits and what was removed for it, and the counts of the reader.
-    """
-
-    rows: dict[tuple[str, str], list[dict]]
-    rejected: list[Rejected]
-    notes: dict[str, int]
-
-    def counts(self) -> dict[str, dict]:
-        """Return numbers by dataset, the notes, and the number of rejected records by reason, most frequent first."""
-        return {
-            "datasets": {f"{kind}/{split}": _count(rows) for (kind, split), rows in self.rows.items() if rows},
-            "notes": self.notes,
-            "rejected": dict(Counter(rejected.reason for rejected in self.rejected).most_common()),
-        }
-
-
-def _count(rows: list[dict]) -> dict[str, int]:
-    if "questions" in rows[0]:
-        types = Counter(question["answer_type"] for row in rows for question in row["questions"])
-        return {"images": len(rows), "questions": sum(types.values()), **types}
-    images = len({image for row in rows for image in row["image_ids"]})
-    answers = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
-    return {"images": images} | ({"conversations": len(rows), "answers": answers} if answers else {})
 
 
 def assemble(
@@ -61,7 +25,7 @@ def assemble(
     validation_fraction: float = 0.0,
     image_disjoint: bool = False,
     seed: int = 0,
-) -> Datasets:
+) -> tuple[dict[tuple[str, str], list[dict]], list[Rejected], dict[str, dict[str, Any]]]:
     """
     Place every record in a dataset, or reject it.
 
@@ -74,6 +38,14 @@ def assemble(
             See [`split_off_validation`].
         image_disjoint:
             See [`hold_out`].
+
+    Returns:
+        `tuple`:
+            - Rows by kind of dataset and split, in the order in which they are written. They have the columns of
+              `schema.py`, with names of images in place of the images.
+            - What cannot be used, from the reader and from here.
+            - Counts: numbers by dataset (`datasets`), the counts of the reader and the overlap between splits
+              (`notes`), and the number of rejected records by reason, most frequent first (`rejected`).
     """
     conversations, unlabelled, questions, rejected = [], {}, [], list(records.rejected)
     for record in records:
@@ -98,7 +70,21 @@ def assemble(
         of_split = [conversation for conversation in conversations if conversation.split == split]
         rows["instruct", split] = _instruct_rows(records, of_split, image_ids)
     rows["images", "train"] = _instruct_rows(records, unlabelled.values(), image_ids)
-    return Datasets(rows, rejected, records.counts | (overlap if records.questions else {}))
+    counts = {
+        "datasets": {f"{kind}/{split}": _count(made) for (kind, split), made in rows.items() if made},
+        "notes": records.counts | (overlap if records.questions else {}),
+        "rejected": dict(Counter(item.reason for item in rejected).most_common()),
+    }
+    return rows, rejected, counts
+
+
+def _count(rows: list[dict]) -> dict[str, int]:
+    if "questions" in rows[0]:
+        types = Counter(question["answer_type"] for row in rows for question in row["questions"])
+        return {"images": len(rows), "questions": sum(types.values()), **types}
+    images = len({image for row in rows for image in row["image_ids"]})
+    answers = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
+    return {"images": images} | ({"conversations": len(rows), "answers": answers} if answers else {})
 
 
 def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:

@@ -24,9 +24,6 @@ from PIL import Image, UnidentifiedImageError
 from medst_trl.base.errors import UserError
 
 
-DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
-
-
 class ImageProblem(Exception):
     """
     An image that cannot be used.
@@ -79,14 +76,12 @@ def to_8_bit(image: Image.Image) -> Image.Image:
         opaque = Image.new("RGB", image.size)
         opaque.paste(rgba, mask=rgba.getchannel("A"))
         return opaque.convert("L") if image.mode in ("L", "LA", "La", "1") else opaque
-    if image.mode == "1":
-        return image.convert("L")
     if image.mode == "LAB":
         from PIL import ImageCms
 
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
         return ImageCms.applyTransform(image, to_rgb)
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def rescale(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
@@ -122,6 +117,15 @@ _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)} - {0xC8}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
+def without_metadata(image: Image.Image, data: bytes) -> bytes | None:
+    """Return the bytes of an opened file without metadata, if it can be stored as it is: gray or RGB, JPEG or PNG."""
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        return None
+    if image.format in ("JPEG", "MPO"):
+        return strip_jpeg(data)
+    return strip_png(data) if image.format == "PNG" else None
+
+
 def strip_jpeg(data: bytes) -> bytes | None:
     """
     Return a JPEG file without APPn and COM segments and without what follows its end. The image itself is untouched.
@@ -130,13 +134,10 @@ def strip_jpeg(data: bytes) -> bytes | None:
     Adobe. Returns `None` for an unknown structure, so that the caller encodes the pixels again.
     """
     parts, at = [b"\xff\xd8"], 2
-    while True:
-        marker = _NEXT_MARKER.search(data, at)
-        if marker is None:  # the end marker is missing, yet PIL has all pixels
-            return b"".join(parts) + b"\xff\xd9" if len(parts) > 1 else None
+    while marker := _NEXT_MARKER.search(data, at):
         kind, at = data[marker.start() + 1], marker.end()
         if kind == _EOI:
-            return b"".join(parts) + b"\xff\xd9"
+            break
         if kind == 0x01:  # a marker without a segment and without a meaning
             continue
         if kind == _SOI or at + 2 > len(data):
@@ -152,6 +153,7 @@ def strip_jpeg(data: bytes) -> bytes | None:
             scan_end = _NEXT_MARKER.search(data, end)
             at = scan_end.start() if scan_end else len(data)
             parts.append(data[end:at])
+    return b"".join(parts) + b"\xff\xd9" if len(parts) > 1 else None  # PIL may have all pixels without an end marker
 
 
 def _needed_part(kind: int, segment: bytes) -> bytes | None:

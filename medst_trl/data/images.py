@@ -25,17 +25,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean, read_jsonl
 from medst_trl.base.processes import ordered_map
 
-from .image_formats import (
-    DICOM_SUFFIXES,
-    ImageProblem,
-    check_pixels,
-    image_problem,
-    read_dicom,
-    strip_jpeg,
-    strip_png,
-    to_8_bit,
-)
-from .source import ImageReader, Rejected
+from .image_formats import ImageProblem, check_pixels, image_problem, read_dicom, to_8_bit, without_metadata
+from .source import DICOM_SUFFIXES, ImageReader, Rejected
 
 
 MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
@@ -259,7 +250,7 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
         # The further images of an MPO file are a phone's previews of the first one.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ImageProblem("several_frames")
-        own_bytes = _without_metadata(image, data) if _is_upright(image, data) else None
+        own_bytes = without_metadata(image, data) if _is_upright(image, data) else None
         if own_bytes is None:
             return to_8_bit(ImageOps.exif_transpose(image)), None
         if identify:
@@ -272,14 +263,6 @@ def _is_upright(image: Image.Image, data: bytes) -> bool:
     if image.format == "PNG" and not any(kind in data for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")):
         return True
     return image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
-
-
-def _without_metadata(image: Image.Image, data: bytes) -> bytes | None:
-    if image.mode not in ("L", "RGB") or "transparency" in image.info:
-        return None
-    if image.format in ("JPEG", "MPO"):
-        return strip_jpeg(data)
-    return strip_png(data) if image.format == "PNG" else None
 
 
 def _png(image: Image.Image) -> bytes:

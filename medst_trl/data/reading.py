@@ -156,11 +156,7 @@ def _fields(path: Path, delimiter: str) -> Iterator[list[str]]:
 
 
 def check_header(
-    header: list[str],
-    needed: Collection[str],
-    path: Path,
-    delimiter: str | None,
-    advice: str = "Rename its columns accordingly.",
+    header: list[str], needed: Collection[str], path: Path, delimiter: str | None, advice: str = "Rename its columns."
 ) -> None:
     """
     Refuse a table that lacks a column, or has two of one name, of which one would be lost.

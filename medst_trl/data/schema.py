@@ -94,12 +94,6 @@ class Kind:
     optional: Mapping[str, Any] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
-    def features(self) -> "Features":
-        """Return its columns as `datasets.Features`."""
-        from datasets import Features
-
-        return Features({name: _feature(column) for name, column in self.columns.items()})
-
 
 def _feature(column: Any) -> Any:
     from datasets import Image, List, Value
@@ -205,7 +199,9 @@ def text_of(content: str | list[dict]) -> str:
 
 def features_of(kind: str) -> "Features":
     """Return the columns of a kind of dataset, see `KINDS`."""
-    return KINDS.get(kind).features()
+    from datasets import Features
+
+    return Features({name: _feature(column) for name, column in KINDS.get(kind).columns.items()})
 
 
 instruct_features = partial(features_of, "instruct")
@@ -276,7 +272,7 @@ def load_records(path_or_hub_id: str | PathLike, split: str, kind: str | None = 
     found = kind_of(dataset.features)
     for name, default in found.optional.items() if found else ():
         if name not in dataset.features:
-            dataset = dataset.add_column(name, [default] * len(dataset), feature=found.features()[name])
+            dataset = dataset.add_column(name, [default] * len(dataset), feature=features_of(found.name)[name])
     if kind is not None:
         try:
             check_columns(dataset, kind)
@@ -301,6 +297,11 @@ def with_stored_images(dataset: Any) -> Any:
     # Not by casting a column: for a list of images that maps the rows and writes all of them to the cache.
     dataset.info.features = Features({name: stored(feature) for name, feature in dataset.features.items()})
     return dataset
+
+
+def bytes_of(stored: Mapping[str, Any]) -> bytes:
+    """Return the file of an image as it is stored, from the dataset or from its path."""
+    return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
 
 def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Dataset":

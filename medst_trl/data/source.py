@@ -51,8 +51,10 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.registry import Registry
 
+from .schema import ANSWER_TYPES
 
-IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions of a benchmark, as releases come
+
+DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,32 @@ class Question:
     answer_type: str
     question_type: str | None = None
     link: str | None = None
+
+    @classmethod
+    def from_row(cls, name: str, row: Mapping[str, Any]) -> "Question":
+        """
+        Make a question of the row of a table.
+
+        Args:
+            name (`str`):
+                Its id.
+            row (`dict`):
+                `image`, `question`, `answer`; optionally `split` (default train), `answer_type` (default closed for
+                yes and no), `question_type` and `link`.
+
+        Raises:
+            BadRecord: `no_image`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`, `not_text`,
+                `bad_unicode`.
+        """
+        keys = ("image", "question", "answer")
+        image, question, answer = (text_value(row.get(key), missing=f"no_{key}") for key in keys)
+        split, answer_type = row.get("split") or "train", row.get("answer_type") or guess_answer_type(answer)
+        if split not in ("train", "validation", "test"):
+            raise BadRecord("bad_split", split)
+        if answer_type not in ANSWER_TYPES:
+            raise BadRecord("bad_answer_type", answer_type)
+        question_type, link = optional_text(row.get("question_type")), optional_text(row.get("link"))
+        return cls(name, image, split, question, answer, answer_type, question_type, link)
 
     @property
     def images(self) -> tuple[str]:
@@ -298,7 +326,7 @@ class Source:
             Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
         image_folders (`tuple` of `str`, *optional*):
             Directories beside the data where images are searched first, unless `--image_folder` is given.
-            `IMAGE_FOLDERS` has the usual ones.
+            See `IMAGE_FOLDERS` in `sources/vqa.py`.
         files (`tuple` of `str`, *optional*):
             Names of its settings that are paths. They must exist, and are compared by content on a re-run.
     """
@@ -371,8 +399,6 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
     source data can find the record again with the same rule.
     """
     from PIL import Image
-
-    from .image_formats import DICOM_SUFFIXES
 
     suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES}
     stems = {PurePosixPath(image.replace("\\", "/")).name.split(".")[0] for image in images}

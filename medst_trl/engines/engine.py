@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.registry import Registry
-from medst_trl.data.schema import image_part, message, text_part
+from medst_trl.data.schema import bytes_of, image_part, message, text_part
 from medst_trl.policy.chat_template import VUSR
 from medst_trl.policy.vusr import typed_parts
 
@@ -341,11 +341,3 @@ def open_images(stored: Sequence[dict[str, Any]]) -> list[OpenedImage]:
             said = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))  # a memory address differs in each run
             raise ValueError(f"{type(error).__name__}: {said}") from None
     return opened
-
-
-def bytes_of(stored: dict[str, Any]) -> bytes:
-    """Return the file of an undecoded image, from the dataset or from its path."""
-    if stored["bytes"] is not None:
-        return stored["bytes"]
-    with open(stored["path"], "rb") as file:
-        return file.read()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
-from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
+from medst_trl.data.schema import bytes_of, check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
     Engine,
@@ -21,7 +21,6 @@ from medst_trl.engines.engine import (
     Reply,
     Request,
     Sampling,
-    bytes_of,
     open_images,
     random_stream,
     to_answer,

@@ -6,14 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import with_stored_images
+from medst_trl.data.schema import bytes_of, with_stored_images
 
 
 class DecodesImages:
@@ -66,7 +65,7 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
         return ImageFeature().decode_example(image).size
     with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
         # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
-        if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", _bytes_of(image)):
+        if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", bytes_of(image)):
             return opened.size
         # `datasets` applies the EXIF orientation. Pillow reports the size of a TIFF after orientation.
         swaps_sides = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -78,7 +77,7 @@ def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     Return the [`image_size`] of an image that can be decoded, and otherwise raise what Pillow's parsers raise: almost
     anything. A JPEG or PNG that ends correctly is not decoded.
     """
-    if isinstance(image, dict) and not (_is_local(image) and _ends_correctly(_bytes_of(image))):
+    if isinstance(image, dict) and not (_is_local(image) and _ends_correctly(bytes_of(image))):
         ImageFeature().decode_example(image)
     return image_size(image)
 
@@ -97,7 +96,3 @@ def _ends_correctly(data: bytes) -> bool:
 
 def _is_local(image: dict[str, Any]) -> bool:
     return image["bytes"] is not None or os.path.isfile(image["path"])
-
-
-def _bytes_of(image: dict[str, Any]) -> bytes:
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()

@@ -9,22 +9,18 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
 from medst_trl.data.reading import read_rows
-from medst_trl.data.schema import ANSWER_TYPES, dialogue
+from medst_trl.data.schema import dialogue
 from medst_trl.data.source import (
     SOURCES,
-    BadRecord,
     Conversation,
     Question,
     Records,
     Source,
     SourceCard,
-    guess_answer_type,
-    optional_text,
     text_value,
 )
 
 
-_SPLITS = ("train", "validation", "test")
 DETAILED_FROM = 30  # words
 
 BRIEF = (
@@ -77,8 +73,8 @@ def read_table(path: Path, image_folder: Path) -> Records:
 
     def record(name: str, row: dict) -> Question | Conversation:
         if row.get("question") or row.get("answer"):
-            return question_of(name, row)
-        return Conversation(name, (_image_of(row),), [])
+            return Question.from_row(name, row)
+        return Conversation(name, (text_value(row.get("image"), missing="no_image"),), [])
 
     return read_folder(path) if path.is_dir() else _read_rows(Records("images", image_folder), path, record)
 
@@ -106,7 +102,10 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
     """
 
     def conversation(name: str, row: dict) -> Conversation:
-        images, caption = (_image_of(row),), text_value(row.get("caption"), missing="no_caption")
+        images, caption = (
+            (text_value(row.get("image"), missing="no_image"),),
+            text_value(row.get("caption"), missing="no_caption"),
+        )
         return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], num_images=1))
 
     return _read_rows(Records("captions", image_folder), path, conversation)
@@ -121,23 +120,6 @@ def _read_rows(records: Records, path: Path, make: Callable[[str, dict], Questio
         own_id=lambda row: row.get("id") or None,
     )
     return records
-
-
-def _image_of(row: dict) -> str:
-    return text_value(row.get("image"), missing="no_image")
-
-
-def question_of(name: str, row: dict) -> Question:
-    """Make a question of a row with the columns that [`read_table`] describes."""
-    image, question = _image_of(row), text_value(row.get("question"), missing="no_question")
-    answer = text_value(row.get("answer"), missing="no_answer")
-    split, answer_type = row.get("split") or "train", row.get("answer_type") or guess_answer_type(answer)
-    if split not in _SPLITS:
-        raise BadRecord("bad_split", split)
-    if answer_type not in ANSWER_TYPES:
-        raise BadRecord("bad_answer_type", answer_type)
-    question_type, link = optional_text(row.get("question_type")), optional_text(row.get("link"))
-    return Question(name, image, split, question, answer, answer_type, question_type, link)
 
 
 def instruction(name: str, caption: str, seed: int) -> str:

@@ -11,21 +11,10 @@ from pathlib import Path
 from medst_trl.base.settings import documented
 from medst_trl.data.assemble import plain_question
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.source import (
-    IMAGE_FOLDERS,
-    SOURCES,
-    BadRecord,
-    Question,
-    Records,
-    Rejected,
-    Source,
-    SourceCard,
-    text_value,
-)
-
-from .images import question_of
+from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Rejected, Source, SourceCard, text_value
 
 
+IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions, as releases come
 RELEASE_FILE = "VQA_RAD Dataset Public.json"
 # The test split first: of two records with one id, the later one is rejected.
 MEVF_FILES = {"test": "*testset.json", "train": "*trainset.json"}
@@ -159,7 +148,7 @@ def _collect_questions(
         file (`pathlib.Path`):
             Records with `qid`, `question`, `answer`, `answer_type`, and usually `image_name` and `question_type`.
         fields (`Callable`):
-            From a record to the columns of [`question_of`] that it has in another form; None to leave it out.
+            From a record to the columns of [`Question.from_row`] that it has in another form; None to leave it out.
         split (`str`, *optional*):
             The split, unless `fields` gives it.
     """
@@ -170,7 +159,7 @@ def _collect_questions(
         answer_type = str(record.get("answer_type")).strip().lower()  # VQA-RAD writes `"CLOSED "` with a blank
         row = record | {"image": record.get("image_name"), "split": split, "answer_type": answer_type, "link": None}
         name = text_value(record.get("qid"), missing="no_id")
-        return question_of(f"{records.name.removesuffix('_mevf')}-{name}", row | own)
+        return Question.from_row(f"{records.name.removesuffix('_mevf')}-{name}", row | own)
 
     records.collect(
         read_json_records(file, key="question"),
@@ -199,7 +188,7 @@ def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.
     for split, pattern in PATHVQA_FILES.items():
         images = image_pattern.replace("{split}", "val" if split == "validation" else split)
         rows = _pathvqa(find_file(path, pattern), split, images, records.counts)
-        records.collect(rows, question_of, default_id=lambda name, _: name)
+        records.collect(rows, Question.from_row, default_id=lambda name, _: name)
     return records
 
 

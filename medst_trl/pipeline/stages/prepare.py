@@ -28,7 +28,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, documented, settings_among
-from medst_trl.data.assemble import Datasets, assemble
+from medst_trl.data.assemble import assemble
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import SOURCES, ImageReader, Source, SourceRequest, check_image_folder, list_reasons
 from medst_trl.hub import HubArguments
@@ -110,9 +110,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
         reader = records.images or FolderImages(records.image_folder, args.max_pixels)
         index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
         selection = {name: getattr(args, name) for name in ("validation_fraction", "image_disjoint", "seed")}
-        datasets = assemble(records, *index, **selection)
-        write_jsonl(output_dir / "rejected.jsonl", [rejected.as_row() for rejected in datasets.rejected])
-        counts = datasets.counts()
+        rows, rejected, counts = assemble(records, *index, **selection)
+        write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
             if not counts["rejected"]:
                 where = f" in {request.data_path}" if request.data_path else ""
@@ -122,7 +121,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
                 f"record is listed with its reason in {output_dir / 'rejected.jsonl'}. Correct the data, and add "
                 "--overwrite."
             )
-        _write(datasets, reader, output_dir, args.rows_per_shard, num_workers)
+        _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
@@ -195,7 +194,7 @@ def _set_limits_of_pil(max_pixels: int) -> None:
     warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which it may quote
 
 
-def _write(datasets: Datasets, reader: ImageReader, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
+def _write(datasets: dict, reader: ImageReader, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
 
     @lru_cache(maxsize=8)  # conversations about one image follow each other
@@ -212,7 +211,7 @@ def _write(datasets: Datasets, reader: ImageReader, output_dir: Path, rows_per_s
             return row | {"image": image(row["image"])}
         return row | {"images": [image(name) for name in row["images"]]}
 
-    for (kind, split), rows in datasets.rows.items():
+    for (kind, split), rows in datasets.items():
         write_split(output_dir / kind, split, rows, with_images, features_of(kind), rows_per_shard, num_workers)
 
 
