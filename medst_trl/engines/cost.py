@@ -145,7 +145,7 @@ class Budget:
 
     def leave_open(self, reserved: float) -> None:
         """Keep the reservation of a call that may have been charged."""
-        self.reserved = max(0.0, self.reserved - reserved)
+        self.settle(reserved, 0)
         self.uncertain += reserved
 
 

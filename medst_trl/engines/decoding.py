@@ -47,9 +47,7 @@ GREEDY = {
 
 
 def chat_inputs(
-    processor: "ProcessorMixin",
-    conversations: Sequence[list[dict[str, Any]]],
-    images: "Sequence[list[Image.Image]]",
+    processor: "ProcessorMixin", conversations: Sequence[list[dict[str, Any]]], images: "Sequence[list[Image.Image]]"
 ) -> "BatchFeature":
     """
     Render conversations with the chat template, open for the model's turn, and pad them on the left.
@@ -78,14 +76,8 @@ def chat_inputs(
     kwargs = {"padding": True, "padding_side": "left"}
     if form == "string" and any(images):
         kwargs["images"] = [[image.convert("RGB") for image in own] for own in images]
-    return processor.apply_chat_template(
-        rendered,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=kwargs,
-    )
+    returned = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(rendered, add_generation_prompt=True, processor_kwargs=kwargs, **returned)
 
 
 def prompt_inputs(processor: "ProcessorMixin", prompts: Sequence[Prompt]) -> "BatchFeature":
@@ -95,12 +87,10 @@ def prompt_inputs(processor: "ProcessorMixin", prompts: Sequence[Prompt]) -> "Ba
 
 
 def _message(processor: "ProcessorMixin", message: dict[str, Any], form: str, images) -> dict[str, Any]:
-    parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor)[0])
-    if form != "string":
-        parts = [
-            {"type": "image", "image": next(images).convert("RGB")} if part["type"] == "image" else part
-            for part in parts
-        ]
+    def image_part() -> dict[str, Any]:
+        return {"type": "image"} | ({} if form == "string" else {"image": next(images).convert("RGB")})
+
+    parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor)[0], image_part)
     return {"role": message["role"], "content": in_form(parts, form, processor)}
 
 

@@ -10,6 +10,7 @@ registers it, in a file of its own in `kinds/`; CONTRIBUTING.md has an example.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,11 @@ class Engine(ABC):
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the text of one prompt piece by piece, as it is written. The pieces make up the reply's text."""
+        with closing(self.pieces(prompt, sampling)) as pieces:
+            yield from without_margins(pieces)
+
+    def pieces(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """Yield what [`Engine.stream`] yields, perhaps with whitespace around the text. By default the whole text."""
         yield self.write([prompt], sampling)[0].text
 
     def check(self) -> None:  # noqa: B027 (optional to override)
@@ -307,7 +313,9 @@ def to_answer(history: list[dict[str, Any]], images: int, question: str) -> list
     return [*history, message("user", ([] if history else [image_part()] * images) + [text_part(question)])]
 
 
-def sent_parts(turn: dict[str, Any], neutralise: Callable[[list[str]], Iterable[str]]) -> list[dict[str, Any]]:
+def sent_parts(
+    turn: dict[str, Any], neutralise: Callable[[list[str]], Iterable[str]], image: Callable[[], dict[str, Any]]
+) -> list[dict[str, Any]]:
     """
     Return the typed parts of a message as an engine sends them to the model. `<vusr>` is the last part of a turn that
     the model writes.
@@ -315,10 +323,11 @@ def sent_parts(turn: dict[str, Any], neutralise: Callable[[list[str]], Iterable[
     Args:
         turn (`dict`): A message of a [`Prompt`].
         neutralise (`Callable`): Takes the texts of the message, returns them without control tokens.
+        image (`Callable`): Returns the part for the next image.
     """
     parts = typed_parts(turn["content"])
     safe = iter(neutralise([part["text"] for part in parts if part["type"] == "text"]))
-    parts = [{"type": "text", "text": next(safe)} if part["type"] == "text" else {"type": "image"} for part in parts]
+    parts = [{"type": "text", "text": next(safe)} if part["type"] == "text" else image() for part in parts]
     return [*parts, {"type": "text", "text": VUSR}] if turn.get("vusr") else parts
 
 

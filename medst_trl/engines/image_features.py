@@ -3,9 +3,10 @@
 """Cache of image features: each image is preprocessed and encoded once for all prompts that show it."""
 
 import inspect
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Container, Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -30,10 +31,8 @@ class EncodedImage:
     Args:
         placeholder (`str`):
             Its placeholder in the text of a prompt.
-        features (`torch.Tensor` of shape (image tokens, hidden size)):
-            Its features in the language model.
-        deepstack (`list[torch.Tensor]`):
-            The features of each further layer that has its own (Qwen3-VL).
+        layers (`tuple[torch.Tensor]` of shape (image tokens, hidden size)):
+            Its features: the input of the language model, and those of each further layer that has its own (Qwen3-VL).
         grid (`torch.Tensor` of shape (3,), *optional*):
             Number of its patches in time, height and width, which m-RoPE models use for positions.
         tiles (`int`, *optional*):
@@ -41,15 +40,14 @@ class EncodedImage:
     """
 
     placeholder: str
-    features: "torch.Tensor"
-    deepstack: "list[torch.Tensor]"
+    layers: "tuple[torch.Tensor, ...]"
     grid: "torch.Tensor | None"
     tiles: int | None
 
     @property
     def bytes(self) -> int:
         """Size of its features."""
-        return sum(rows.nbytes for rows in (self.features, *self.deepstack))
+        return sum(rows.nbytes for rows in self.layers)
 
 
 class ImageFeatureCache:
@@ -74,6 +72,9 @@ class ImageFeatureCache:
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin"):
         self.model = model
         self.processor = processor
+        # A copy in which another function replaces `ProcessorMixin._process_images`, the only step of a processor that
+        # reads pixels. Placeholders, tokens and token types follow from what it returns.
+        self._processor = copy(processor)
         self.tokens: WeakKeyDictionary[OpenedImage, int] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[OpenedImage, EncodedImage] = WeakKeyDictionary()
         self._output_type: type | None = None
@@ -102,17 +103,16 @@ class ImageFeatureCache:
         placeholders, grids, tiles = [], [], []
 
         def record_images(*args, **kwargs):
-            processed, texts = process(*args, **kwargs)
+            processed, texts = self.processor._process_images(*args, **kwargs)
             placeholders.extend(texts)
             grids.extend(torch.as_tensor(grid) for grid in processed.get("image_grid_thw", ()))
-            tiles.extend(processed.get("num_patches", ()))
+            tiles.extend(map(int, processed.get("num_patches", ())))
             return processed, texts
 
         # Prompts with nothing but an image: the numbers of their tokens divide the features among the images.
         bare = [{"role": "user", "content": [{"type": "image"}], "vusr": True}]
-        process = self.processor._process_images
-        with _processing_images_by(self.processor, record_images):
-            inputs = prompt_inputs(self.processor, [Prompt(bare, [image]) for image in images])
+        self._processor._process_images = record_images
+        inputs = prompt_inputs(self._processor, [Prompt(bare, [image]) for image in images])
         inputs = inputs.to(self.model.device, self.model.dtype)
         get_features = self.model.base_model.get_image_features
         wanted = [name for name in inspect.signature(get_features).parameters if name in inputs]
@@ -121,16 +121,14 @@ class ImageFeatureCache:
         # The model accepts its own output type, with one tensor in it or a list of tensors.
         self._output_type, self._is_tensor = type(output), isinstance(output.pooler_output, torch.Tensor)
         tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        features, *deepstack = (
-            [rows.clone() for rows in _flat(layer).cpu().split(tokens)]  # a view would keep the whole batch in memory
-            for layer in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
-        )
-        for number, (image, placeholder) in enumerate(zip(images, placeholders, strict=True)):
-            own_deepstack = [layer[number] for layer in deepstack]
-            grid = grids[number] if grids else None
-            pieces = int(tiles[number]) if tiles else None
-            self._known[image] = EncodedImage(placeholder, features[number], own_deepstack, grid, pieces)
-            self.tokens[image] = tokens[number]
+        layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
+        # One row per image token. Families split their features by image, crop or prompt, or not at all.
+        flat = (torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]).cpu() for layer in layers)
+        # Without clones, views would keep the whole batch in memory.
+        by_image = zip(*([rows.clone() for rows in layer.split(tokens)] for layer in flat), strict=True)
+        about = zip(placeholders, by_image, grids or repeat(None), tiles or repeat(None))
+        self._known.update((image, EncodedImage(*facts)) for image, facts in zip(images, about, strict=True))
+        self.tokens.update(zip(images, tokens, strict=True))
 
     def _trim(self, keep: Container[OpenedImage]) -> None:
         """Free the last images if all together exceed `MOST_BYTES`."""
@@ -158,40 +156,16 @@ class ImageFeatureCache:
                 processed = {"num_patches": [image.tiles for image in known], "pixel_values": torch.empty(0)}
             return processed, [image.placeholder for image in known]
 
-        with _processing_images_by(self.processor, replay_images):
-            inputs = prompt_inputs(self.processor, prompts)
+        self._processor._process_images = replay_images
+        inputs = prompt_inputs(self._processor, prompts)
         inputs.pop("pixel_values", None)
         if not known:
             return inputs
 
-        def joined(rows: "Iterable[torch.Tensor]") -> "torch.Tensor":
-            return torch.cat(list(rows)).to(self.model.device)
-
-        features = joined(image.features for image in known)
+        by_layer = zip(*(image.layers for image in known))
+        features, *deepstack = (torch.cat(rows).to(self.model.device) for rows in by_layer)
         layers = {"pooler_output": features[None] if self._is_tensor else [features]}
-        if known[0].deepstack:
-            layers["deepstack_features"] = [[joined(layer)] for layer in zip(*(image.deepstack for image in known))]
+        if deepstack:
+            layers["deepstack_features"] = [[layer] for layer in deepstack]
         inputs["mm_encoder_outputs"] = {"image": self._output_type(**layers)}
         return inputs
-
-
-def _flat(features: "torch.Tensor | Sequence[torch.Tensor]") -> "torch.Tensor":
-    """Return one row per image token. Families split their features by image, crop or prompt, or not at all."""
-    import torch
-
-    return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
-
-
-@contextmanager
-def _processing_images_by(processor: "ProcessorMixin", function: Callable) -> Iterator[None]:
-    """
-    Replace the step in which a processor processes images.
-
-    `ProcessorMixin._process_images` is the only step of a processor that reads pixels. Placeholders, tokens and token
-    types follow from what it returns.
-    """
-    processor._process_images = function  # shadows the method of the class
-    try:
-        yield
-    finally:
-        del processor._process_images

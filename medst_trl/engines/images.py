@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from medst_trl.data.image_formats import ImageProblem, image_problem, to_8_bit
+from medst_trl.data.image_formats import image_problem, to_8_bit
 from medst_trl.data.images import store_image
 
 
@@ -49,10 +49,8 @@ class RequestImage:
             return cls(store_image(image).bytes, image_size)
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
-        try:
+        with image_problem("unreadable", (OSError, TypeError, ValueError)):
             return cls(image if isinstance(image, bytes) else Path(image).read_bytes(), image_size)
-        except (OSError, TypeError, ValueError) as error:
-            raise ImageProblem("unreadable", type(error).__name__) from None
 
     @cached_property
     def sha256(self) -> str:

@@ -115,12 +115,8 @@ def error_of_status(
     """Classify an HTTP status (or one that an error body names) together with the body's `error` object."""
     code = f"{error.get('code') or ''} {error.get('type') or ''}".lower()
     message = str(error.get("message") or error.get("detail") or "")
-    return CallError(
-        _kind_of(status, code, message.lower()),
-        clean_message(message or f"status {status}", secret),
-        status,
-        retry_after_of(headers or {}),
-    )
+    kind, retry_after = _kind_of(status, code, message.lower()), retry_after_of(headers or {})
+    return CallError(kind, clean_message(message or f"status {status}", secret), status, retry_after)
 
 
 def clean_message(text: str, secret: str | None = None) -> str:

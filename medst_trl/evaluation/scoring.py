@@ -162,14 +162,9 @@ def read_answer(record: Mapping[str, Any]) -> Answered:
         raise BadRecord("empty answer", answer)
     if answer_type not in ("open", "closed"):
         raise BadRecord("unknown answer_type", record["answer_type"])
-    question_type, image_id = record.get("question_type"), record.get("image_id")
-    return Answered(
-        None if image_id is None else str(image_id),
-        None if question_type is None else str(question_type).strip() or None,
-        answer_type == "closed",
-        answer,
-        str(record["prediction"]),
-    )
+    image_id = None if record.get("image_id") is None else str(record["image_id"])
+    question_type = None if record.get("question_type") is None else str(record["question_type"]).strip() or None
+    return Answered(image_id, question_type, answer_type == "closed", answer, str(record["prediction"]))
 
 
 @contextmanager

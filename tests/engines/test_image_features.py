@@ -51,20 +51,20 @@ def test_inputs_equal_those_with_pixels(family, monkeypatch):
 
 def test_deepstack_features_are_remembered():
     image = opened_image(0)
-    remembered = memory_of("qwen3-vl", image)[image]
-    assert [layer.shape for layer in remembered.deepstack] == [remembered.features.shape] * 2
-    assert not torch.equal(*remembered.deepstack)
+    features, *deepstack = memory_of("qwen3-vl", image)[image].layers
+    assert [layer.shape for layer in deepstack] == [features.shape] * 2
+    assert not torch.equal(*deepstack)
 
 
 def test_features_are_freed_with_their_key():
     first, second = opened_image(0), opened_image(1)
     memory = memory_of("vicuna", first, second)
-    features = weakref.ref(memory[first].features)
+    features = weakref.ref(memory[first].layers[0])
     assert first in memory and second in memory
     del first
     gc.collect()
     assert features() is None and second in memory
-    assert memory[second].features.untyped_storage().nbytes() == memory[second].features.nbytes, (
+    assert memory[second].layers[0].untyped_storage().nbytes() == memory[second].layers[0].nbytes, (
         "the features share storage"
     )
 
@@ -77,7 +77,7 @@ def test_images_of_the_current_batch_stay_if_there_is_no_room_for_all(monkeypatc
     assert all(image in memory for image in (first, second, third)), "images of the current batch are not kept"
     memory.encode([fourth])
     assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
-    assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].features)] * 3
+    assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].layers[0])] * 3
 
 
 def test_features_are_kept_in_main_memory(monkeypatch):
@@ -93,7 +93,7 @@ def test_features_are_kept_in_main_memory(monkeypatch):
     output = memory.inputs([Prompt(to_answer([], 1, "Is it?"), [image])])["mm_encoder_outputs"]["image"]
     layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
     assert [rows.device.type for rows in layers] == ["meta"] * 3
-    assert memory[image].features.device.type == "cpu"
+    assert memory[image].layers[0].device.type == "cpu"
 
 
 def test_the_processor_is_restored():

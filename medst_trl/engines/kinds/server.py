@@ -12,21 +12,12 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import world_size
 from medst_trl.base.settings import check_choice, check_url, documented
+from medst_trl.data.schema import message, text_part
 from medst_trl.data.source import printable
 from medst_trl.engines.calls import CALL_SETTINGS, Call, CallSettings, Outcome, Stopped
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, RequestSize, image_tokens
-from medst_trl.engines.engine import (
-    ENGINES,
-    Engine,
-    EngineKind,
-    Prompt,
-    Reply,
-    Request,
-    Sampling,
-    sent_parts,
-    without_margins,
-)
+from medst_trl.engines.engine import ENGINES, Engine, EngineKind, Prompt, Reply, Request, Sampling, sent_parts
 
 
 # The server's tokenizer is not known here, so whatever looks like a control token is kept from becoming one.
@@ -133,10 +124,9 @@ class ServerEngine(Engine):
         Raises:
             UserError: if not.
         """
-        client, hello = self._client(), [{"role": "user", "content": "Hello"}]
+        client, hello = self._client(), Prompt([message("user", [text_part("Hello")])], [])
         # More than one token: hosted models that think before they answer may refuse a shorter reply.
-        body = {"model": self.model, "messages": hello, **self._fields_of(Sampling(max_new_tokens=16))}
-        ((_, outcome),) = client.run([Call(lambda: body, size=RequestSize.of(hello, 0))])
+        ((_, outcome),) = client.run([self._call(Request(hello, Sampling(max_new_tokens=16)))])
         reply = self._reply(client, outcome)
         if reply.problem:
             raise UserError(
@@ -163,14 +153,14 @@ class ServerEngine(Engine):
         for call, outcome in client.run(map(self._call, first), follow):
             yield call.tag, self._reply(client, outcome)
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    def pieces(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the text of one prompt as the server sends it. Closing the iterator ends the request."""
         client, pieces = self._client(), SimpleQueue()
         call = replace(self._call(Request(prompt, sampling)), on_piece=pieces.put)
         with client.open_portal() as portal:
             done = portal.start_task_soon(client.ask, call)
             done.add_done_callback(lambda _: pieces.put(None))
-            yield from without_margins(map(printable, iter(pieces.get, None)))
+            yield from map(printable, iter(pieces.get, None))
             try:
                 reply = self._reply(client, done.result())
             except Stopped:
@@ -204,22 +194,19 @@ class ServerEngine(Engine):
 
         tokens = sum(image_tokens(self.model, *image.size) for image in images)
         size = RequestSize.of(body([""] * len(images))["messages"], tokens)
-        return Call(
-            lambda: body([image.data_url for image in images]),
-            size=size,
-            max_tokens=request.sampling.max_new_tokens,
-            tag=request,
-        )
+        most = request.sampling.max_new_tokens
+        return Call(lambda: body([image.data_url for image in images]), size, max_tokens=most, tag=request)
 
 
 def _messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str, Any]]:
     """Return messages as the API accepts them, each image in its place as a data URL."""
+
+    def image_part() -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": next(urls)}}
+
     messages = []
     for turn in turns:
-        content = [
-            part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
-            for part in sent_parts(turn, lambda texts: map(_neutralised, texts))
-        ]
+        content = sent_parts(turn, lambda texts: map(_neutralised, texts), image_part)
         # In the API, assistant messages are plain strings.
         text = "".join(part.get("text", "") for part in content)
         messages.append({"role": turn["role"], "content": text if turn["role"] == "assistant" else content})

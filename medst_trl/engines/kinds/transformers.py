@@ -14,16 +14,7 @@ from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import text_of
 from medst_trl.engines.decoding import SeededSampler, prompt_inputs, shares_prompts, write_texts
-from medst_trl.engines.engine import (
-    ENGINES,
-    BatchEngine,
-    EngineKind,
-    OpenedImage,
-    Prompt,
-    Reply,
-    Sampling,
-    without_margins,
-)
+from medst_trl.engines.engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.families import base_of
 
@@ -97,10 +88,8 @@ class TransformersEngine(BatchEngine):
         self.batch_size = batch_size or (WINDOW_BATCH_SIZE if reports_memory else CPU_BATCH_SIZE)
         self._estimates = batch_size is None and reports_memory
         # Per batch; less, for the rest of the run, once that has run out of memory.
-        self._most = {
-            "text": MAX_BATCH_SIZE if self._estimates else self.batch_size,
-            "image": min(self.batch_size, IMAGES_PER_BATCH),
-        }
+        texts = MAX_BATCH_SIZE if self._estimates else self.batch_size
+        self._most = {"text": texts, "image": min(self.batch_size, IMAGES_PER_BATCH)}
         self._images = None
         if shares_prompts(self.model):
             self._images = ImageFeatureCache(self.model, processor)
@@ -146,7 +135,7 @@ class TransformersEngine(BatchEngine):
         replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    def pieces(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the text of one prompt while the model writes it. Closing the iterator stops the model."""
         import torch
         from transformers import TextIteratorStreamer
@@ -168,7 +157,7 @@ class TransformersEngine(BatchEngine):
         with ThreadPoolExecutor(1) as executor:
             written = executor.submit(write)
             try:
-                yield from without_margins(streamer)
+                yield from streamer
             finally:
                 closed.set()
             written.result()
@@ -334,13 +323,10 @@ def _check(settings: TransformersSettings, model_name_or_path: str) -> None:
 def _open(model_name_or_path: str, settings: TransformersSettings) -> TransformersEngine:
     from medst_trl.policy.loading import load_policy
 
-    model, processor = load_policy(
-        model_name_or_path,
-        base_model_name_or_path=settings.base_model_name_or_path,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return TransformersEngine(model.to(process_state().device), processor, settings.batch_size)
+    loading = dict(vars(settings))
+    batch_size = loading.pop("batch_size")
+    model, processor = load_policy(model_name_or_path, **loading)
+    return TransformersEngine(model.to(process_state().device), processor, batch_size)
 
 
 ENGINES.register(
