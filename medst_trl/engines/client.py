@@ -294,20 +294,16 @@ class Client:
             bill = {}
             raise
         finally:
-            self._settle(call.key, kind, bill, reserved)
+            if "reply" in bill or "at_most" not in bill:
+                self.budget.settle(reserved, self.budget.prices.cost_of(bill))
+            else:
+                self.budget.leave_open(reserved)
+            if call.key is not None and bill and "reply" not in bill:
+                self.cache.add({"key": call.key, "lost": kind} | bill)
         self.limit.went_well()
         self._last_answer = time.monotonic()
         self._in_a_row.pop("server", None)
         return bill
-
-    def _settle(self, key: str | None, kind: str, bill: dict[str, Any], reserved: float) -> None:
-        """Account for a call that was sent: a reply, or what a call without a reply may have cost."""
-        if "reply" in bill or "at_most" not in bill:
-            self.budget.settle(reserved, self.budget.prices.cost_of(bill))
-        else:
-            self.budget.leave_open(reserved)
-        if key is not None and bill and "reply" not in bill:
-            self.cache.add({"key": key, "lost": kind} | bill)
 
     async def _reserve(self, amount: float) -> None:
         """Reserve money. If there is not enough, wait for what calls in flight release."""

@@ -34,6 +34,7 @@ GREEDY = {
     # transformers' defaults: it warns of other values, which have no effect without sampling
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
     "return_dict_in_generate": True,
+    "use_cache": True,  # configurations saved after gradient checkpointing may disable it
     # another distribution, or another way of decoding
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None,
     "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
@@ -136,13 +137,9 @@ def write_texts(
     ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends)
     vusr = tokenizer.get_vocab().get(VUSR)  # a token of prompts, never predicted
-    never = {*(config.suppress_tokens or []), *([] if vusr is None else [vusr])}
-    settings = GREEDY | {
-        "use_cache": True,  # configurations saved after gradient checkpointing may disable it
-        "eos_token_id": ends,
-        "pad_token_id": tokenizer.pad_token_id,
-        "suppress_tokens": sorted(never) or None,
-    }
+    never = {*(config.suppress_tokens or []), vusr} - {None}
+    settings = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": sorted(never) or None}
+    settings |= GREEDY
     with torch.inference_mode():
         if samples_per_prompt is None:
             processors = None if sampler is None else [sampler]
@@ -201,9 +198,8 @@ def prefill(
         for name, value in inputs.items()
     }
     cache = model.generate(**prefilled, **settings, max_new_tokens=1).past_key_values
-    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(
-        torch.tensor(samples_per_prompt, device=ids.device)
-    )
+    counts = torch.tensor(samples_per_prompt, device=ids.device)
+    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
     return _rows(model, ids, inputs["attention_mask"], cache, rows)
 
 
@@ -235,22 +231,20 @@ def generate_dropping_finished(
     ends = torch.tensor(settings["eos_token_id"], device=ids.device)
     tokens = ids.new_full((len(ids), max_new_tokens), settings["pad_token_id"])
     processors = None if sampler is None else [sampler]
-    done = 0
-    while True:
+    for done in range(0, max_new_tokens, STEPS_PER_CALL):
         steps = min(STEPS_PER_CALL, max_new_tokens - done)
         output = model.generate(**inputs, **settings, max_new_tokens=steps, logits_processor=processors)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         tokens[left, done : done + new.shape[1]] = new
-        done += new.shape[1]
-        is_open = ~torch.isin(new, ends).any(1)
-        if done == max_new_tokens or not is_open.any():
-            return tokens
-        rows = is_open.nonzero()[:, 0]
+        rows = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
+        if done + steps == max_new_tokens or not len(rows):
+            break
         left = left[rows]
         if sampler is not None:
             sampler.keep(rows)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
         inputs = _rows(model, output.sequences, mask, output.past_key_values, rows)
+    return tokens
 
 
 def _rows(model, ids, mask, cache, rows: "torch.Tensor") -> "dict[str, torch.Tensor]":

@@ -151,16 +151,16 @@ def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[d
     Raises:
         UserError: if two have one id, or there are none.
     """
-    questions, seen = [], set()
+    questions = {}
     for row, record in enumerate(benchmark.remove_columns("image")):
         for question in record["questions"]:
-            if question["id"] in seen:
+            if question["id"] in questions:
                 raise UserError(
                     f"Two questions of the benchmark have the id {question['id']!r}. Give each its own id and prepare "
                     "the benchmark again."
                 )
-            seen.add(question["id"])
-            questions.append({"id": question["id"], "image_id": record["image_id"], **question, "row": row})
+            about = {"id": question["id"], "image_id": record["image_id"]}
+            questions[question["id"]] = about | question | {"row": row}
     if not questions:
         raise UserError("The benchmark holds no questions. See its rejected.jsonl, or choose another split.")
-    return questions[:max_records]
+    return list(questions.values())[:max_records]

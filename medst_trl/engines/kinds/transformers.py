@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,12 @@ IMAGES_PER_BATCH = 32  # images; more do not make a vision tower faster
 
 MAX_BATCH_SIZE = 256  # larger batches are hardly faster: reading the cache then takes most time
 SHARE_OF_FREE = 0.8  # allocators leave gaps, and a layer of the cache is in memory twice while it grows
+_TOO_LARGE = (
+    "Not enough memory for a single {}. Use a smaller model or --dtype bfloat16, images with fewer pixels (the size "
+    "or max_pixels of the model's processor), shorter texts (max_new_tokens, max_question_tokens), or a machine with "
+    "more memory. If main memory is what runs out, a smaller --batch_size helps: fewer images are in memory together. "
+    "Finished work is kept."
+)
 # For each token of the vocabulary: scores in float32, warped, sorted, and cumulated in float64.
 BYTES_PER_SCORE = 64
 
@@ -131,7 +139,7 @@ class TransformersEngine(BatchEngine):
         def write_batch(batch: list[int]) -> list[tuple[str, bool]]:
             return self._write_batch([prompts[place] for place in batch], [groups[place] for place in batch], sampling)
 
-        texts = self._in_batches(order, size_at, write_batch, "text")
+        texts = chain.from_iterable(self._in_batches(order, size_at, write_batch, "text"))
         replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
 
@@ -173,37 +181,40 @@ class TransformersEngine(BatchEngine):
         return [[order[place] for place in batch] for batch in super().batches(number, prompt_of)]
 
     def _encode(self, opened: Iterable[OpenedImage], keep: Container = ()) -> None:
-        def encode_batch(batch: list[OpenedImage]) -> list[OpenedImage]:
-            self._images.encode(batch, keep)
-            return batch
+        encode = partial(self._images.encode, keep=keep)
+        self._in_batches(list(opened), lambda start: self._most["image"], encode, "image")
 
-        self._in_batches(list(opened), lambda start: self._most["image"], encode_batch, "image")
-
-    def _in_batches(self, items: list, size_at: Callable[[int], int], work: Callable[[list], list], what: str) -> list:
+    def _in_batches(self, items: list, size_at: Callable[[int], int], work: Callable[[list], Any], what: str) -> list:
         """
-        Work through batches, halving them when memory runs out, and return all results.
+        Work through batches, halving them when memory runs out, and return the results of all batches.
 
         Args:
             items (`list`): What to divide into batches.
             size_at (`Callable`): Maps the number of finished items to the size of the next batch.
-            work (`Callable`): Maps a batch to its results, one for each item.
+            work (`Callable`): Maps a batch to its result.
             what (`str`): Name of an item in messages.
+
+        Raises:
+            UserError: if not even one item fits into memory.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-        results: list[Any] = []
-        while (start := len(results)) < len(items):
-            batch, done = items[start : start + size_at(start)], None
+        results, done = [], 0
+        while done < len(items):
+            batch = items[done : done + size_at(done)]
             try:
-                done = work(batch)
+                results.append(work(batch))
+                done += len(batch)
+                continue
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-            if done is None:  # outside of `except`: the error keeps references to what fills the memory
-                self._halve(len(batch), what)
-                clear_device_cache(garbage_collection=True)
-            else:
-                results += done
+            # Outside of `except`: the error keeps references to what fills the memory.
+            if len(batch) == 1:
+                raise UserError(_TOO_LARGE.format(what))
+            self._most[what] = len(batch) // 2
+            print(f"Not enough memory for {len(batch)} {what}s per batch. Continuing with {self._most[what]}.")
+            clear_device_cache(garbage_collection=True)
         return results
 
     def _write_batch(self, prompts: list[Prompt], groups: list[int], sampling: Sampling) -> list[tuple[str, bool]]:
@@ -230,17 +241,6 @@ class TransformersEngine(BatchEngine):
             (own,) = self._lengths([_text_of(prompt)], [0])
             self._image_lengths[sizes] = prompt_inputs(self.processor, [prompt])["input_ids"].shape[1] - own
         return self._image_lengths[sizes]
-
-    def _halve(self, tried: int, what: str) -> None:
-        if tried == 1:
-            raise UserError(
-                f"Not enough memory for a single {what}. Use a smaller model or --dtype bfloat16, images "
-                "with fewer pixels (the size or max_pixels of the model's processor), shorter texts (max_new_tokens, "
-                "max_question_tokens), or a machine with more memory. If main memory is what runs out, a smaller "
-                "--batch_size helps: fewer images are in memory together. Finished work is kept."
-            )
-        self._most[what] = tried // 2
-        print(f"Not enough memory for {tried} {what}s per batch. Continuing with {self._most[what]}.")
 
 
 def _sampler(prompts: Sequence[Prompt], sampling: Sampling) -> SeededSampler | None:
