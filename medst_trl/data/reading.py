@@ -104,21 +104,22 @@ def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
             item, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
             item = Rejected("", "malformed_json", text[at : at + 200])
-            at = _next_record(text, at + 1, key) if key else len(text)
+            # The next record has the key; a part of the broken record, such as one of its turns, has not.
+            objects = json_objects(text, at + 1) if key else ()
+            at = next((start for start, found in objects if key in found), len(text))
         yield item
 
 
-def _next_record(text: str, at: int, key: str) -> int:
-    """Return where the next record starts, or the end of the text if there is none."""
+def json_objects(text: str, at: int = 0) -> Iterator[tuple[int, dict]]:
+    """Yield the JSON objects in a text, from a position on, and where each starts. What is no JSON is skipped."""
     while (at := text.find("{", at)) >= 0:
         try:
             item, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
-            item, end = {}, at + 1
-        if key in item:
-            return at
-        at = end  # a part of the broken record, such as one of its turns
-    return len(text)
+            at += 1
+        else:
+            yield at, item
+            at = end
 
 
 def read_rows(path: Path, key: str = "image") -> Iterator[tuple[int, dict | Rejected]]:

@@ -8,6 +8,8 @@ import unicodedata
 from contextlib import suppress
 from typing import Any, Literal
 
+from medst_trl.data.reading import json_objects
+
 
 LOWEST, HIGHEST = 0, 10  # the prompts ask for 1 to 10, yet GPT-4 gives an empty answer 0
 LONGEST = 20_000  # characters read from each end
@@ -124,20 +126,12 @@ def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
 
 def find_json(text: str) -> Any:
     """Return the last JSON object in a text, or the list that is the whole text."""
-    decoder, found, at = json.JSONDecoder(parse_constant=str), None, text.find("{")
     whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if whole.startswith("["):
         with suppress(ValueError, RecursionError):
             return json.loads(whole)
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            found = value if value else found
-        at = text.find("{", end)
-    return found
+    objects = [value for _, value in json_objects(text) if value]
+    return objects[-1] if objects else None
 
 
 def _scores_of_json(value: Any) -> Any:
