@@ -114,10 +114,9 @@ def _dataset(directory: Path) -> Contents:
             "datasets with `datasets.Dataset.push_to_hub` or `hf upload`."
         )
     name = kind.name
-    if name == "instruct" and not any(
-        pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"].to_pylist()
-    ):
-        name = "images"  # without labels
+    if name == "instruct":
+        messages = pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"]
+        name = name if any(messages.to_pylist()) else "images"  # without labels
     references = sorted(directory.glob(f"{REFERENCE_FOLDER}/*.parquet")) if name == "preferences" else []
     return Contents(directory, name, [path.relative_to(directory).as_posix() for path in [*shards, *references]])
 
@@ -172,15 +171,13 @@ def public_base(directory: Path, given: str | None) -> str | None:
         UserError: if the base is a local directory, which nobody else could load.
     """
     base = given or base_model_of(directory)
-    if base is None:
-        return None
-    if not is_hub_id(base):
-        raise UserError(
-            f"The base of the adapter in {directory} is {base}, a local model that nobody else can load. Push the "
-            f"base first (`medst push --source {base} --repo_id ORG/BASE`), then push the adapter with "
-            "--base_model_name_or_path ORG/BASE."
-        )
-    return base
+    if base is None or is_hub_id(base):
+        return base
+    raise UserError(
+        f"The base of the adapter in {directory} is {base}, a local model that nobody else can load. Push the base "
+        f"first (`medst push --source {base} --repo_id ORG/BASE`), then push the adapter with "
+        "--base_model_name_or_path ORG/BASE."
+    )
 
 
 def _without_paths(item: dict[str, Any]) -> dict[str, Any]:

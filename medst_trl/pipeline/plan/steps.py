@@ -172,9 +172,8 @@ def training_examples(args: Any, steps: Sequence[Step]) -> Count:
     counts = [RecipeCounts(steps).rows(name, args.train_split) for name in names]
     if unknown := [count.depends_on for count in counts if count.number is None]:
         return Count(None, depends_on=" and ".join(unknown)).capped(args.max_records)
-    return Count(sum(count.number for count in counts), any(count.at_most for count in counts)).capped(
-        args.max_records
-    )
+    total = Count(sum(count.number for count in counts), any(count.at_most for count in counts))
+    return total.capped(args.max_records)
 
 
 class RecipeCounts:
