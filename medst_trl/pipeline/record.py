@@ -167,7 +167,7 @@ class StageRecord:
 
     @property
     def is_silent(self) -> bool:
-        """Whether the stage is skipped as one of a recipe, whose earlier results nobody wants to read again."""
+        """Whether the stage is skipped in `medst run`, where it does not print its earlier results again."""
         return self.decision == "skip" and RUN_VARIABLE in os.environ
 
     def finish(self, counts: Mapping[str, Any] | None = None, **extra: Any) -> None:
@@ -280,7 +280,7 @@ def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
     old = read_record(settings["output_dir"])
     if settings.get("overwrite") or old.get("stage") != stage.name or not {"inputs", "settings"} <= old.keys():
         return []
-    return _changed_settings(old, hide_secrets(_plain(settings)), {*free, *old["inputs"]})
+    return list(_changed_settings(old, hide_secrets(_plain(settings)), {*free, *old["inputs"]}))
 
 
 def is_left_out(path: str | os.PathLike, kind: str) -> bool:
@@ -327,8 +327,7 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
 
 
 def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]) -> None:
-    changes = [*_changed_settings(old, new["settings"], free), *_changed_inputs(old["inputs"], new["inputs"])]
-    if changes:
+    if changes := [*_changed_settings(old, new["settings"], free), *_changed_inputs(old["inputs"], new["inputs"])]:
         raise UserError(
             f"{directory} was made with other settings:\n  " + "\n  ".join(changes) + "\nRestore the old ones, choose "
             f"another output_dir, or start again with --overwrite (deletes the contents of {directory}). With `medst "
@@ -340,7 +339,8 @@ def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[s
     """
     Return the settings that count in a run, and the names of those that may differ from an earlier run.
 
-    Of the settings of registered objects, only those count that belong to an object that `args` name.
+    Of the settings of registered objects, only those count that belong to an object that `args` name, or to a local
+    judge that is chosen.
     """
     used, free, registries = [args], set(), stage.registries
     for key, registry in registries.items():
@@ -355,27 +355,26 @@ def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[s
     return settings, free.union(*(getattr(part, "operational", ()) for part in used))
 
 
-def _changed_settings(old: dict[str, Any], new: Mapping[str, Any], free: Collection[str]) -> list[str]:
+def _changed_settings(old: dict[str, Any], new: Mapping[str, Any], free: Collection[str]) -> Iterator[str]:
     """Describe each setting that differs from the record of an earlier run, without those that match `free`."""
     declared = STAGES.get(old["stage"]) if old["stage"] in STAGES else None
     earlier, operational = (declared.earlier_defaults, declared.operational) if declared else ({}, ())
     patterns = {*free, *operational, *ALWAYS_OPERATIONAL}
     settings = {key: value for key, value in earlier.items() if key in new} | old["settings"]
-    lines = []
     for key in sorted(settings.keys() | new.keys()):
         before, now = settings.get(key, _MISSING), new.get(key, _MISSING)
         is_in_one = (key in settings) != (key in new)  # added or removed by another version
         is_off = any(value is None or value is False for value in (before, now))
         if before != now and not (is_in_one and is_off) and not any(fnmatchcase(key, item) for item in patterns):
-            lines.append(f"{key}: {_short(before)} before, {_short(now)} now")
-    return lines
+            yield f"{key}: {_short(before)} before, {_short(now)} now"
 
 
 def _changed_inputs(old: dict[str, list[dict]], new: dict[str, list[dict]]) -> Iterator[str]:
     for name in sorted(old.keys() | new.keys()):
         before, now = old.get(name, []), new.get(name, [])
         if len(before) != len(now) or not all(map(same_source, before, now)):
-            yield f"input {name}: {_describe(before)} before, {_describe(now)} now"
+            shown = [", ".join(map(_describe, sources)) or "(none)" for sources in (before, now)]
+            yield f"input {name}: {shown[0]} before, {shown[1]} now"
 
 
 def _empty(directory: Path) -> None:
@@ -436,14 +435,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _describe(sources: list[dict]) -> str:
-    parts = (
-        f"{source['hub_id']} at {source['revision'] or 'no revision'}"
-        if "hub_id" in source
-        else f"{source['path']} (SHA-256 {source['sha256'][:12]})"
-        for source in sources
-    )
-    return ", ".join(parts) or "(none)"
+def _describe(source: dict) -> str:
+    if "hub_id" in source:
+        return f"{source['hub_id']} at {source['revision'] or 'no revision'}"
+    return f"{source['path']} (SHA-256 {source['sha256'][:12]})"
 
 
 def _now() -> str:

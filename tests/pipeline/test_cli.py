@@ -297,6 +297,9 @@ def test_run_runs_each_stage_and_skips_finished_ones(recipe, tmp_path, monkeypat
     code, out, err = medst_run()
     skipped = [line for line in out.partition("\nDone in")[0].splitlines() if line and not line.startswith("===")]
     assert skipped == [f"{x}: out/{x} is finished and unchanged, nothing to do." for x in ("prepare", "evaluate")]
+    planned = medst_run("--dry_run", "--prepare.num_phantoms", "5")[1]
+    assert "prepare: would be refused: num_phantoms: 4 before, 5 now\n" in planned
+    assert "evaluate: already finished" in planned
 
     code, out, err = medst_run("--prepare.num_phantoms", "5")
     assert code == 2

@@ -166,9 +166,10 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
         raise UserError("predictions_format needs predictions. Give that file, or leave the format out.")
     if not args.predictions and not (args.model_name_or_path and args.benchmark):
         raise UserError("Nothing to evaluate. Give model_name_or_path and benchmark, or predictions to score a file.")
+    kind = ENGINES.get(args.engine)
+    engine_settings = _engine_settings(kind, settings)
     if not args.predictions:
-        kind = ENGINES.get(args.engine)
-        kind.check(_engine_settings(kind, settings), args.model_name_or_path)
+        kind.check(engine_settings, args.model_name_or_path)
     for control in args.controls:
         shown_rows([], control)
     check_bounds(args, at_least={"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0})

@@ -199,7 +199,9 @@ def _read_captions(path: str | None) -> dict[str, str]:
     """Return captions by image_id from JSON lines, none without a file."""
     captions = {}
     lines = read_text_file(Path(path), "reference_captions").split("\n") if path else ()
-    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             if not isinstance(row["image_id"], str):
