@@ -24,7 +24,7 @@ from medst_trl.data.schema import KINDS, complete_shards, splits_in
 from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
 from medst_trl.pipeline.stage import STAGES
-from medst_trl.policy.chat_template import has_text_role, is_wrapped
+from medst_trl.policy.chat_template import saved_role
 from medst_trl.policy.families import family_of
 
 from .contents import Contents, base_model_of, find_contents, nearest_record, with_revision
@@ -116,7 +116,7 @@ def is_plain(contents: Contents) -> bool:
         return False
     model_type = json.loads((contents.directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     text = template.read_text(encoding="utf-8")
-    return (is_wrapped(text) or has_text_role(text)) and not family_of(model_type).is_own
+    return saved_role(text) is not None and not family_of(model_type).is_own
 
 
 def _render(template: str, data: CardData, repo_id: str, steps: list[dict[str, Any]], values: dict[str, Any]) -> str:

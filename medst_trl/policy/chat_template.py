@@ -13,11 +13,11 @@ The wrapper keeps the model's own template verbatim and changes the rendering in
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.schema import text_part
 
 
 VUSR = "<vusr>"
@@ -81,19 +81,16 @@ def _file(name: str, **values: str) -> str:
     return text
 
 
-def is_wrapped(template: str | dict[str, str] | None) -> bool:
-    """Return whether the template (every one of a processor's named templates) has the `<vusr>` wrapper."""
-    return _starts_with(template, MARK)
-
-
-def has_text_role(template: str | dict[str, str] | None) -> bool:
-    """Return whether a chat template has the role `VUSER:`, which needs no token."""
-    return _starts_with(template, TEXT_ROLE_MARK)
-
-
-def _starts_with(template: str | dict[str, str] | None, mark: str) -> bool:
+def saved_role(template: str | dict[str, str] | None) -> str | None:
+    """
+    Return how a chat template (every one of a processor's named templates) opens the turns that the model writes:
+    `"token"` for one with the `<vusr>` wrapper, `"text"` for one with the role `VUSER:`, `None` for any other.
+    """
     templates = list(template.values()) if isinstance(template, dict) else [template]
-    return bool(templates) and all(value and value.startswith(mark) for value in templates)
+    for role, mark in (("token", MARK), ("text", TEXT_ROLE_MARK)):
+        if templates and all(value and value.startswith(mark) for value in templates):
+            return role
+    return None
 
 
 VICUNA_SYSTEM = (
@@ -170,12 +167,7 @@ class TurnFormat:
     question_lead: str
 
 
-def text_message(role: str, text: str, content_form: str) -> dict[str, Any]:
-    """Return a message without images in the form of content that a template renders."""
-    return {"role": role, "content": text if content_form == "string" else [{"type": "text", "text": text}]}
-
-
-def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> TurnFormat:
+def probe_turns(render: Callable[..., str], special_tokens: list[str]) -> TurnFormat:
     """
     Determine how a chat template writes turns, by rendering small conversations.
 
@@ -192,7 +184,10 @@ def probe_turn_format(render: Callable[..., str], special_tokens: list[str]) -> 
         UserError: if the template renders neither form of content, or drops the text of a turn.
     """
     content_form = _content_form(render)
-    message = partial(text_message, content_form=content_form)
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": text if content_form == "string" else [text_part(text)]}
+
     question = message("user", "q")
     asked = render([message("user", VUSR + LEFT + "q" + RIGHT)])
     answered = render([question, message("assistant", LEFT + "a" + RIGHT)])
@@ -226,7 +221,7 @@ def _content_form(render: Callable[..., str]) -> str:
             return False
         return "QQZZ" in text and "'type'" not in text and '"type"' not in text
 
-    string, parts = takes("QQZZ"), takes([{"type": "text", "text": "QQZZ"}])
+    string, parts = takes("QQZZ"), takes([text_part("QQZZ")])
     if not (string or parts):
         raise UserError(
             "The chat template renders no user message, neither from a string nor from a list of typed parts. "

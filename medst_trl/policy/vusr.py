@@ -23,20 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_choice
-from medst_trl.data.schema import text_of
+from medst_trl.data.schema import text_of, text_part
 
-from .chat_template import (
-    LEFT,
-    RIGHT,
-    VUSR,
-    TurnFormat,
-    has_text_role,
-    is_wrapped,
-    probe_turn_format,
-    text_message,
-    vicuna_template,
-    wrap_chat_template,
-)
+from .chat_template import LEFT, RIGHT, VUSR, TurnFormat, probe_turns, saved_role, vicuna_template, wrap_chat_template
 
 
 if TYPE_CHECKING:
@@ -74,15 +63,12 @@ def add_vusr(processor: "ProcessorMixin") -> int | None:
     tokenizer = tokenizer_of(processor)
     _check_processor(processor, tokenizer)
     template = processor.chat_template or tokenizer.chat_template
-    if has_text_role(template):
+    if saved_role(template) == "text":
         processor.chat_template = template
         return None
     if VUSR not in tokenizer.get_vocab():
-        from tokenizers import AddedToken
-
-        token = AddedToken(VUSR, special=True, normalized=False)
-        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    if not is_wrapped(template):
+        add_special_token(tokenizer, VUSR)
+    if saved_role(template) is None:
         processor.chat_template = template
         turns = turn_format(processor)
         template = wrap_chat_template(
@@ -93,6 +79,14 @@ def add_vusr(processor: "ProcessorMixin") -> int | None:
         )
     _set_template(processor, template)
     return tokenizer.convert_tokens_to_ids(VUSR)
+
+
+def add_special_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+    """Add a special token to a tokenizer, in place. Its text is never normalized."""
+    from tokenizers import AddedToken
+
+    token = AddedToken(text, special=True, normalized=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
 
 
 def _set_template(processor: "ProcessorMixin", template: str | dict[str, str]) -> None:
@@ -143,19 +137,22 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
             other role.
     """
     check_choice("vusr_role", role, VUSR_ROLES)
-    if role is None:
-        return
     tokenizer = tokenizer_of(processor)
     template = processor.chat_template or tokenizer.chat_template
-    if has_text_role(template) == (role == "text"):
+    saved = saved_role(template) or ("token" if VUSR in tokenizer.get_vocab() else None)
+    if role in (None, saved) or (role == "token" and saved is None):
         return
-    if role == "token" or is_wrapped(template) or VUSR in tokenizer.get_vocab():
-        saved = "text" if role == "token" else "token"
+    if saved is not None:
         raise UserError(
             f"vusr_role is {role!r}, but this model was saved with the role {saved!r}, which its chat template "
             "decides. Leave vusr_role out, or start from the model it was trained from."
         )
-    rendered = _render_two_turns(processor, template) if template else ""
+    rendered = ""
+    if template:
+        processor.chat_template = template
+        form, turns = turn_format(processor).content_form, (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
+        messages = [{"role": name, "content": in_form([text_part(text)], form, processor)} for name, text in turns]
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     if not _VICUNA_TURNS.search(rendered):
         raise UserError(
             "vusr_role: text is for models with Vicuna's chat format (USER: ... ASSISTANT: ...), such as LLaVA-1.5, "
@@ -163,14 +160,6 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
         )
     writes_bos = bool(tokenizer.bos_token) and rendered.startswith(tokenizer.bos_token)
     _set_template(processor, vicuna_template(text_role=True, write_bos=writes_bos))
-
-
-def _render_two_turns(processor: "ProcessorMixin", template: str | dict[str, str]) -> str:
-    processor.chat_template = template
-    form = turn_format(processor).content_form
-    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
-    messages = [text_message(role, text, form) for role, text in turns]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
 # Kept outside the processor because `save_pretrained` writes a processor's attributes.
@@ -196,7 +185,7 @@ def turn_format(processor: "ProcessorMixin") -> TurnFormat:
     """Return how the processor's chat template writes turns. Determined once per template."""
     tokens = tokenizer_of(processor).added_tokens_decoder.values()
     special = [token.content for token in tokens if token.special and token.content != VUSR]
-    return probe_turn_format(processor.apply_chat_template, special)
+    return probe_turns(processor.apply_chat_template, special)
 
 
 def stop_token_ids(processor: "ProcessorMixin") -> list[int]:

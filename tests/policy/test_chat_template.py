@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medst_trl.policy.chat_template import VUSR, is_wrapped, wrap_chat_template
+from medst_trl.policy.chat_template import VUSR, saved_role, wrap_chat_template
 from medst_trl.policy.vusr import add_vusr, turn_format
 
 
@@ -59,9 +59,9 @@ def test_text_that_contains_the_token_is_not_a_bare_turn():
 
 def test_wrapping_twice_changes_nothing():
     once = wrap_chat_template("{{ messages }}\n")
-    assert is_wrapped(once) and wrap_chat_template(once) == once
-    assert not is_wrapped("{{ messages }}") and not is_wrapped(None) and not is_wrapped({})
-    assert is_wrapped(wrap_chat_template({"default": "{{ messages }}", "rag": "x"}))
+    assert saved_role(once) == "token" and wrap_chat_template(once) == once
+    assert saved_role("{{ messages }}") is None and saved_role(None) is None and saved_role({}) is None
+    assert saved_role(wrap_chat_template({"default": "{{ messages }}", "rag": "x"})) == "token"
 
 
 def test_templates_for_string_content_receive_strings():

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import vicuna_template
+from medst_trl.policy.vusr import add_special_token
 
 from .weights import read_json
 
@@ -121,10 +122,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise UserError(f"The tokenizer in {directory} cannot be read: {type(error).__name__}: {error}") from error
     if None in (tokenizer.bos_token, tokenizer.eos_token):
         raise UserError(f"The tokenizer in {directory} names no bos_token or no eos_token (tokenizer_config.json).")
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": [AddedToken(IMAGE, special=True, normalized=False)]},
-        replace_extra_special_tokens=False,
-    )
+    add_special_token(tokenizer, IMAGE)
     # Vicuna pads with <unk>, which would then count as padding inside a text.
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
@@ -150,7 +148,10 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
         add_eos_token=False,
         **special,
     )
-    for index, token in _added_tokens(directory, config.get("added_tokens_decoder") or {}):
+    # The tokens after the pieces are in one of two files.
+    added = {int(index): token["content"] for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    added = added or {index: token for token, index in read_json(directory / "added_tokens.json").items()}
+    for index, token in sorted(added.items()):
         if token in vocab:
             continue
         llama.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
@@ -166,12 +167,6 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
-
-
-def _added_tokens(directory: Path, decoder: dict) -> list[tuple[int, str]]:
-    """Return the tokens after the pieces in order of their ids. They are in one of two files."""
-    found = [(int(index), token["content"]) for index, token in decoder.items()]
-    return sorted(found or [(index, token) for token, index in read_json(directory / "added_tokens.json").items()])
 
 
 def _restart_after_images(tokenizer: PreTrainedTokenizerFast) -> None:

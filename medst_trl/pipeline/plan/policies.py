@@ -24,7 +24,7 @@ from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
 from medst_trl.policy.adapters import freeze_vision
-from medst_trl.policy.chat_template import VUSR, has_text_role
+from medst_trl.policy.chat_template import VUSR, saved_role
 from medst_trl.policy.families import base_of, model_parts, on_meta
 from medst_trl.policy.loading import add_embedding_row
 
@@ -136,7 +136,7 @@ def model_at(
         if output is not None and output.kind == MODEL:
             return _made_by(step, output, steps)
     template = Path(name_or_path, "chat_template.jinja")  # of a model with the text role, which trains no token
-    text_role = template.is_file() and has_text_role(template.read_text(encoding="utf-8"))
+    text_role = template.is_file() and saved_role(template.read_text(encoding="utf-8")) == "text"
     return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=text_role)
 
 
