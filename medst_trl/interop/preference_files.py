@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 from datasets import Dataset
 
@@ -160,10 +159,7 @@ def write_preferences(folder: str | os.PathLike, preferences: Preferences, file:
 
 
 def write_preference_file(
-    dataset: Dataset,
-    path: str | os.PathLike,
-    image_folder: str | os.PathLike,
-    format: Literal["stllava_med", "mmedpo"] = "stllava_med",
+    dataset: Dataset, path: str | os.PathLike, image_folder: str | os.PathLike, format: str = "stllava_med"
 ) -> None:
     """
     Write preference pairs for other projects' code: a JSON array, and a directory of images named by `image_id`.

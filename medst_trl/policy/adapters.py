@@ -308,10 +308,7 @@ def weights_fingerprint(name_or_path: str, revision: str | None = None) -> str |
     if None in files:
         return None
     rows = {name: row for file in files for name, row in _middle_rows(file)}
-    digest = hashlib.sha256()
-    for name in sorted(rows):
-        digest.update(f"{name}\0".encode() + rows[name])
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(f"{name}\0".encode() + rows[name] for name in sorted(rows))).hexdigest()
 
 
 def hub_commit(name_or_path: str, name: str, revision: str | None) -> str | None:

@@ -60,12 +60,11 @@ class _AfterImport(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
-            run = spec.loader.exec_module
+        run = spec.loader.exec_module
 
-            def run_and_register(module):
-                run(module)
-                _register(module)
+        def run_and_register(module):
+            run(module)
+            _register(module)
 
-            spec.loader.exec_module = run_and_register
+        spec.loader.exec_module = run_and_register
         return spec

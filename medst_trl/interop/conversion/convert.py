@@ -7,8 +7,6 @@ wherever they are published, check that they are complete, build the processor, 
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +155,9 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
         lacks += "projector as --projector."
         parts.put(directory, PROJECTOR_FILES, None if args.projector else lacks)
     if args.projector:
-        file = Path(args.projector)
         lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
-        parts.put(file if file.is_file() else local_directory(str(file), "The projector"), PROJECTOR_FILES, lacks)
-    lora = directory / VISION_LORA
-    if args.vision_lora:
-        lora = local_directory(args.vision_lora, "The vision tower's LoRA")
+        parts.put(local_directory(args.projector, "The projector"), PROJECTOR_FILES, lacks)
+    lora = local_directory(args.vision_lora, "The vision LoRA") if args.vision_lora else directory / VISION_LORA
     if lora.is_dir():
         parts.change(lora)
     embedding = parts.weights.get(EMBEDDING)
@@ -218,8 +213,7 @@ def original_config(directory: Path, base_directory: Path) -> dict[str, Any]:
 def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) -> dict[str, Any]:
     """Return the configuration of a converted base in the original's keys."""
     projector = _PROJECTOR_OF.get(config.get("model_type"))
-    are_parts = isinstance(config["text_config"], dict) and isinstance(config.get("vision_config"), dict)
-    if projector is None or directory == base_directory or not are_parts:
+    if projector is None or directory == base_directory:
         raise UserError(
             f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands read "
             "it directly; here it can only be the --base of a training output."
@@ -245,10 +239,7 @@ def _vision_tower(
     source = vision_tower or config.get("mm_vision_tower") or config.get("vision_tower")
     if not isinstance(source, str) or not source:
         raise UserError("config.json names no mm_vision_tower. Give the CLIP directory or Hub id as --vision_tower.")
-    try:
-        directory = local_directory(source, "The vision tower", weights=not has_weights)
-    except UserError as error:
-        raise UserError(f"{error} Give the CLIP directory or Hub id as --vision_tower.") from error
+    directory = local_directory(source, "The vision tower (--vision_tower)", weights=not has_weights)
     if not has_weights:
         parts.put(directory, in_clip=True)
     return directory, vision_config(directory)
@@ -283,22 +274,22 @@ def llava_config(original: dict[str, Any], vision: CLIPVisionConfig, rows: int) 
     config_class = PrototypeLlavaConfig if original["mm_projector_type"] == "cluster" else LlavaConfig
     side, layer = vision.image_size // vision.patch_size, original.get("mm_vision_select_layer", -2)
     strategy = _STRATEGIES[original.get("mm_vision_select_feature") or "patch"]
-    with _explained("config.json"):
-        return config_class(
-            vision_config=vision.to_dict(),
-            text_config={**kept, "model_type": "llama", "vocab_size": rows},
-            vision_feature_layer=layer,
-            vision_feature_select_strategy=strategy,
-            image_seq_length=side**2 + (strategy == "full"),
-            tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
-        )
+    return _make(
+        config_class,
+        "config.json",
+        vision_config=vision.to_dict(),
+        text_config={**kept, "model_type": "llama", "vocab_size": rows},
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=side**2 + (strategy == "full"),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+    )
 
 
-@contextmanager
-def _explained(file: str) -> Iterator[None]:
-    """Turn the errors for values that no model can have into a [`UserError`]."""
+def _make(config_class: type, file: str, **settings: Any) -> Any:
+    """Make a configuration from the settings in a file, which may be such that no model can have them."""
     try:
-        yield
+        return config_class(**settings)
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{file} describes an impossible model: {' '.join(str(error).split())}") from error
 
@@ -347,5 +338,5 @@ def vision_config(directory: Path) -> CLIPVisionConfig:
             f"{directory} holds a model of the type {content['model_type']!r}. The vision tower must be CLIP."
         )
     known = CLIPVisionConfig().to_dict().keys() - {"model_type", "dtype", "transformers_version"}
-    with _explained(str(directory / "config.json")):
-        return CLIPVisionConfig(**{key: value for key, value in content.items() if key in known})
+    settings = {key: value for key, value in content.items() if key in known}
+    return _make(CLIPVisionConfig, str(directory / "config.json"), **settings)

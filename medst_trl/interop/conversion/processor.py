@@ -52,13 +52,10 @@ def build_processor(
     """
     _set_tokens(config, tokenizer)
     side = config.vision_config.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    settings = sizes | ({"do_pad": True} if pad else {}) | _colors(vision_directory)
     # The processors on PIL: the others need torchvision.
-    images = (LlavaImageProcessorPil if pad else CLIPImageProcessorPil)(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        **({"do_pad": True} if pad else {}),
-        **_colors(vision_directory),
-    )
+    images = (LlavaImageProcessorPil if pad else CLIPImageProcessorPil)(**settings)
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return LlavaProcessor(
         image_processor=images,

@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,10 +30,10 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 
 
 # Names of the weights in a directory, in the order in which they are looked for.
-ORIGINAL_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-TRAINED_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
-_NO_WEIGHTS = f"holds no weights ({' or '.join(ORIGINAL_MODEL_FILES)}, or shards with their index)."
+_NO_WEIGHTS = f"holds no weights ({' or '.join(_MODEL_FILES)}, or shards with their index)."
 _SMALL_FILES = ("*.json", "*.model")
 _NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
 _PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -72,11 +73,12 @@ _OTHER_THAN_LORA = ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out
 
 def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
     """
-    Return the directory of a model: as given, or downloaded from the Hub, only the files that are read.
+    Return the directory of a model: as given, or downloaded from the Hub, only the files that are read. A file is
+    returned as it is.
 
     Args:
         source (`str`):
-            Directory, or Hub id (`org/name`, `org/name@revision`).
+            Directory, file, or Hub id (`org/name`, `org/name@revision`).
         what (`str`):
             What it is, for messages.
         weights (`bool`, *optional*, defaults to `True`):
@@ -85,7 +87,7 @@ def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: if there is no such directory and the Hub has no such repository.
     """
-    if Path(source).is_dir():
+    if Path(source).exists():
         return Path(source)
     name, revision = split_revision(source)
     check_reachable(name)
@@ -165,14 +167,14 @@ class StoredTensor:
         return None if stored in _PLAIN else str(stored).removeprefix("torch.")
 
 
-def open_weights(place: Path, names: tuple[str, ...] = (), lacks: str | None = None) -> list[StoredTensor]:
+def open_weights(place: Path, names: Sequence[str] = (), lacks: str | None = None) -> list[StoredTensor]:
     """
     List the tensors of a file, or of a directory with a single file or with the shards that an index lists. They are
     read when they are used.
 
     Args:
         place (`Path`): File or directory.
-        names (`tuple[str, ...]`, *optional*): Names of a single file in the directory, the preferred one first.
+        names (sequence of `str`, *optional*): Names of a single file in the directory, the preferred one first.
         lacks (`str`, *optional*): What to say of a directory without any of them. None: it may have none.
 
     Raises:
@@ -193,7 +195,7 @@ def open_weights(place: Path, names: tuple[str, ...] = (), lacks: str | None = N
     return stored
 
 
-def _find_weights(directory: Path, names: tuple[str, ...]) -> list[Path]:
+def _find_weights(directory: Path, names: Sequence[str]) -> list[Path]:
     for name in names:
         index = directory / f"{name}.index.json"
         if index.is_file():
@@ -321,12 +323,7 @@ class Parts:
     left_out: list[str] = field(default_factory=list)
 
     def put(
-        self,
-        place: Path,
-        names: tuple[str, ...] = ORIGINAL_MODEL_FILES,
-        lacks: str | None = _NO_WEIGHTS,
-        *,
-        in_clip: bool = False,
+        self, place: Path, names: Sequence[str] = _MODEL_FILES, lacks: str | None = _NO_WEIGHTS, in_clip: bool = False
     ) -> None:
         """
         Add the tensors of a file or directory under their names in the model, replacing earlier ones. A projector
@@ -364,8 +361,8 @@ class Parts:
         """
         path, factors = directory / "adapter_config.json", {}
         scale, rank = _scale(path)
-        lacks = f"has an adapter_config.json but neither {' nor '.join(TRAINED_ADAPTER_FILES)}."
-        for tensor in open_weights(directory, TRAINED_ADAPTER_FILES, lacks):
+        lacks = f"has an adapter_config.json but neither {' nor '.join(_ADAPTER_FILES)}."
+        for tensor in open_weights(directory, _ADAPTER_FILES, lacks):
             match = _FACTOR.fullmatch(tensor.name)
             name = model_name(match["layer"] + ".weight") if match else None
             if name is None:

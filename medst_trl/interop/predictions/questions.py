@@ -8,7 +8,6 @@ LLaVA-Med's id 13 is another question there. Order means nothing once a file is 
 text ("Is this an axial plane?"). Rows are therefore joined only if the text of every question agrees.
 """
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -88,7 +87,7 @@ def read_with_answers(
     return rows
 
 
-def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: str | os.PathLike) -> list[ReadRow]:
+def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: Path) -> list[ReadRow]:
     """
     Give every prediction the id, the right answer, the types and the image of its question.
 
@@ -103,7 +102,7 @@ def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: s
             Rows of a file.
         questions (`list[dict]`):
             The benchmark's, see [`read_questions`].
-        path (`str` or `os.PathLike`):
+        path (`Path`):
             The file, to name it.
 
     Returns:
