@@ -224,7 +224,7 @@ def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
 
 def _dicom_pixels(header) -> np.ndarray:
     """Return bytes of shape (height, width) or (height, width, 3)."""
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
 
     with image_problem("truncated"), image_problem("unsupported", (NotImplementedError, RuntimeError, AttributeError)):
         values = pixel_array(header)  # turns YBR into RGB
@@ -236,17 +236,12 @@ def _dicom_pixels(header) -> np.ndarray:
             return (values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)
         if values.ndim != 2 or not colors.startswith("MONOCHROME"):
             raise ImageProblem("unsupported", f"photometric interpretation {colors!r}")
-        gray = _window(values, header)
+        values = apply_modality_lut(values, header)
+        if header.get("WindowWidth") is None or header.get("WindowCenter") is None:
+            gray = rescale(apply_voi_lut(values, header))  # the values themselves without a LUT
+        else:
+            # The range of the result depends on the header in many ways, so ask the window itself for its two ends.
+            with np.errstate(over="ignore"):
+                low, high = apply_windowing(np.array([-1e12, 1e12]), header)
+                gray = rescale(apply_windowing(values, header), low, high)
         return 255 - gray if colors == "MONOCHROME1" else gray
-
-
-def _window(values: np.ndarray, header) -> np.ndarray:
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
-
-    values = apply_modality_lut(values, header)
-    if header.get("WindowWidth") is None or header.get("WindowCenter") is None:
-        return rescale(apply_voi_lut(values, header))  # the values themselves without a LUT
-    # The range of the result depends on the header in many ways, so ask the window itself for its two ends.
-    with np.errstate(over="ignore"):
-        low, high = apply_windowing(np.array([-1e12, 1e12]), header)
-        return rescale(apply_windowing(values, header), low, high)

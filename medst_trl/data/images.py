@@ -155,9 +155,8 @@ class FolderImages:
         return image.image_id
 
     def stored_bytes(self, name: str) -> bytes:
-        if (kept := self._kept.get(name)) is not None:
-            return kept
-        return load_image(resolve_inside(self.directory, name), self.max_pixels, identify=False).bytes
+        path = resolve_inside(self.directory, name)
+        return self._kept.get(name) or load_image(path, self.max_pixels, identify=False).bytes
 
 
 @dataclass(frozen=True)
@@ -260,9 +259,8 @@ def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, 
 
 def _is_upright(image: Image.Image, data: bytes) -> bool:
     # PIL decodes a whole PNG to find EXIF behind the pixels. Skip that where no such chunk can be.
-    if image.format == "PNG" and not any(kind in data for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")):
-        return True
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
+    has_exif = image.format != "PNG" or any(kind in data for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+    return not has_exif or image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
 
 
 def _png(image: Image.Image) -> bytes:

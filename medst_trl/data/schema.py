@@ -346,8 +346,7 @@ def complete_shards(directory: Path, split: str, kind: str | None = None) -> lis
     """
     shards = [match for match in _shards(directory) if match["split"] == split]
     if not shards:
-        found = ", ".join(sorted({match["split"] for match in _shards(directory)}))
-        found = found or "no splits. `medst prepare`, `generate` and `judge` write them"
+        found = ", ".join(splits_in(directory)) or "no splits. `medst prepare`, `generate` and `judge` write them"
         near = _datasets_near(directory, split, kind)
         raise UserError(f"{directory} has no split {split!r} ({split}-*.parquet); it has {found}.{near}")
     total = int(shards[0]["total"])

@@ -276,8 +276,7 @@ def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences:
     images, directory = candidates.select_columns(["images"]), output_dir / "preferences"
 
     def row(pair: dict) -> dict:
-        kept = {name: value for name, value in pair.items() if name != "row"}
-        return kept | {"images": images[pair["row"]]["images"]}
+        return pair | {"images": images[pair["row"]]["images"]}
 
     shutil.rmtree(directory, ignore_errors=True)  # of an interrupted run, perhaps with other replies
     for split in ("train", "validation"):
