@@ -167,11 +167,8 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         """The conversation up to the last answer that ends within `max_length`; `None` if not even one does."""
         if self.max_length is None or not targets or targets[-1].end <= self.max_length:
             return conversation
-        fitting = [
-            index
-            for index, span in zip(_targets(conversation), targets, strict=True)
-            if span.end <= self.max_length and not span.is_question
-        ]
+        ends = zip(_targets(conversation), targets, strict=True)
+        fitting = [index for index, span in ends if span.end <= self.max_length and not span.is_question]
         return _until(conversation, fitting[-1] + 1) if fitting else None
 
     def _label(self, batch: dict[str, Any], spans_of_rows: list[list[Span]]) -> None:
@@ -189,11 +186,8 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
 
 def _targets(conversation: ImageConversation) -> list[int]:
     """Indices of the messages that are training targets, in order."""
-    return [
-        index
-        for index, message in enumerate(conversation.messages)
-        if index in conversation.asked or message["role"] == "assistant"
-    ]
+    asked, messages = conversation.asked, conversation.messages
+    return [index for index, message in enumerate(messages) if index in asked or message["role"] == "assistant"]
 
 
 def _until(conversation: ImageConversation, end: int) -> ImageConversation:

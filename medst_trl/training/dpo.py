@@ -48,10 +48,7 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
         make_lists(self, "loss_type")
         check_losses(self.loss_type, self)  # TRL finds an unknown one only in the first step
         if self.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                "train_sampling_strategy batch_rebalance needs a column of lengths, which pairs with images do not "
-                "have. Use group_by_length."
-            )
+            raise ValueError("batch_rebalance needs a column of lengths, which pairs lack. Use group_by_length.")
         check_choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}. It must be above 0.")
@@ -196,14 +193,10 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         inputs.pop("neutralised", None)
         columns = {name: inputs.pop(name, None) for name in ("weight", "probability")}
         reference = self.model if self.ref_model is None else self.ref_model
-        with (
-            keep_requires_grad(self.model),
-            fused_outputs(model) as of_policy,
-            fused_outputs(reference) as of_reference,
-        ):
+        with keep_requires_grad(self.model), fused_outputs(model) as of_policy, fused_outputs(reference) as of_ref:
             result = super()._compute_loss(model, inputs, return_outputs)
         if self.registered_losses:
-            pairs = self._pair_log_probs(inputs, of_policy[0], of_reference[-1], **columns)
+            pairs = self._pair_log_probs(inputs, of_policy[0], of_ref[-1], **columns)
             loss = result[0] if return_outputs else result
             for registered, loss_weight in self.registered_losses:
                 values = registered(pairs, self.args)

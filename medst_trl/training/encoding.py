@@ -22,14 +22,7 @@ from trl.data_utils import prepare_multimodal_messages
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.families import tested_families
-from medst_trl.policy.vusr import (
-    RenderedConversation,
-    Span,
-    adds_special_tokens,
-    render_conversation,
-    tokenizer_of,
-    typed_parts,
-)
+from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
 
 from .images import image_size, images_of
 
@@ -141,15 +134,13 @@ def tokens_without_images(
     processor: ProcessorMixin, rendered: list[RenderedConversation]
 ) -> list[tuple[list[int], Span]]:
     """The tokens of rendered conversations, each image a placeholder, and the span of their last answers."""
-    encoded = tokenizer_of(processor)(
+    encoded = processor.tokenizer(
         [conversation.text for conversation in rendered],
         add_special_tokens=adds_special_tokens(processor, rendered[0].text),
         return_offsets_mapping=True,
     )
-    return [
-        (ids, _token_spans(conversation, torch.tensor(offsets), [])[-1])
-        for ids, offsets, conversation in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
-    ]
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+    return [(ids, _token_spans(conversation, torch.tensor(offsets), [])[-1]) for ids, offsets, conversation in rows]
 
 
 def conversation_lengths(
@@ -187,7 +178,7 @@ def conversation_lengths(
         messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
         conversation = as_conversation(example, messages)
         text = render_conversation(processor, conversation.messages).text
-        length = len(tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"])
+        length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         for image in conversation.images:
             try:
                 width, height = image_size(image)

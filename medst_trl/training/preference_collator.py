@@ -80,10 +80,8 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         examples = [with_decoded_images(example) for example in examples]
         chosen = [pair_as_conversation(example, "chosen") for example in examples]
         # The images are now in mode RGB and not converted a second time.
-        rejected = [
-            pair_as_conversation(with_images(example, conversation.images), "rejected")
-            for example, conversation in zip(examples, chosen, strict=True)
-        ]
+        examples = [with_images(example, pair.images) for example, pair in zip(examples, chosen, strict=True)]
+        rejected = [pair_as_conversation(example, "rejected") for example in examples]
         inputs, _, rendered = encode(self.processor, chosen)
         rendered += [render_conversation(self.processor, conversation.messages) for conversation in rejected]
         rows, prefix_lengths = self._rows(chosen, inputs, rendered)
@@ -147,9 +145,7 @@ def pair_as_conversation(example: dict[str, Any], key: str) -> ImageConversation
     """The prompt of a preference pair followed by its answer `key`, `"chosen"` or `"rejected"`."""
     answer = example[key]
     if not answer or answer[-1]["role"] != "assistant" or not example["prompt"]:
-        raise UserError(
-            f"Record {example.get('id')!r}: `{key}` must be one assistant message after a `prompt` of messages."
-        )
+        raise UserError(f"Record {example.get('id')!r}: `{key}` must be one assistant message after a `prompt`.")
     return as_conversation(example, [*example["prompt"], *answer])
 
 

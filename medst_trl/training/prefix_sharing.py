@@ -152,13 +152,10 @@ class PrefixSharing:
             shared_length = -(-shared_length // FLEX_BLOCK) * FLEX_BLOCK
         layout = SharedLayout.of(inputs["attention_mask"], prefix_length, shared_length)
         positions = _positions(model, inputs, layout, prefix_length)
-        tokens = {
-            name: inputs[name]
-            .reshape(-1)[layout.source]
-            .masked_fill(layout.branch < 0, -100 if name == "labels" else 0)
-            for name in TOKEN_INPUTS
-            if name in inputs and name != "attention_mask"
-        }
+        tokens = {}
+        for name in inputs.keys() & set(TOKEN_INPUTS) - {"attention_mask"}:
+            fill = -100 if name == "labels" else 0
+            tokens[name] = inputs[name].reshape(-1)[layout.source].masked_fill(layout.branch < 0, fill)
         blocks = None
         if not self.is_causal and "token_type_ids" in tokens:
             blocks = get_block_sequence_ids_for_mask(tokens["token_type_ids"])
@@ -209,10 +206,8 @@ def _is_exact(model: PreTrainedModel) -> bool:
     """Whether the model computes in full precision."""
     parameter = next(model.parameters())
     device = parameter.device.type
-    rounds = torch.is_autocast_enabled(device) or (
-        device == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    )
-    return parameter.dtype in FULL_PRECISION and not rounds
+    rounds = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return parameter.dtype in FULL_PRECISION and not rounds and not torch.is_autocast_enabled(device)
 
 
 def _disagreement(stock: torch.Tensor, shared: Callable[[], torch.Tensor], exact: bool) -> str | None:
@@ -241,11 +236,9 @@ def cannot_share(model: PreTrainedModel) -> str | None:
         model ([`~transformers.PreTrainedModel`]): Policy without adapter.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
-        return (
-            f"attention {config._attn_implementation!r} accepts no mask that separates them (sdpa, eager and "
-            "flex_attention do)"
-        )
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager", "flex_attention"):
+        return f"attention {attention!r} accepts no mask that separates them (sdpa, eager and flex_attention do)"
     if unknown := layer_types(config) - {"full_attention", "sliding_attention"}:
         return f"its layers of type {', '.join(sorted(unknown))} would mix the two answers"
     if getattr(config, "cross_attention_layers", None):

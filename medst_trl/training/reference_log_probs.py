@@ -91,9 +91,7 @@ def pair_key(example: Mapping[str, Any]) -> str:
 
 def sha256_of(content: Any) -> str:
     """SHA-256, in hexadecimal, of anything JSON can hold, regardless of the order of keys and of sets."""
-    text = json.dumps(
-        content, sort_keys=True, default=lambda item: sorted(item) if isinstance(item, set) else str(item)
-    )
+    text = json.dumps(content, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -112,9 +110,7 @@ def sharing_weights(model: torch.nn.Module) -> PreTrainedModel:
     """
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
-            raise UserError(
-                "precompute_ref_log_probs supports adapters inside the layers only, such as LoRA. Remove it."
-            )
+            raise UserError("precompute_ref_log_probs supports only adapters inside the layers (LoRA). Remove it.")
         retie_lm_head(model)
         model = model.get_base_model()
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -316,9 +312,7 @@ class ReferenceCache:
         path (`pathlib.Path`): The file. It appears complete under this name.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, directory: str | os.PathLike, settings: Mapping[str, Any], about: Mapping | None = None):
         self.settings = {"format": FORMAT, **settings}
         self.about = dict(about or {})
         self.key = sha256_of(self.settings)[:32]

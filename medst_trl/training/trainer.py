@@ -146,22 +146,21 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             model, loaded = load_policy(model, is_trainable=True, **model_kwargs)
             processing_class = processing_class or loaded
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                get_config_model_id(base_of(model).config), trust_remote_code=args.trust_remote_code
-            )
+            name = get_config_model_id(base_of(model).config)
+            processing_class = AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         prepare_policy(base_of(model), processing_class)
         if hasattr(model, "peft_config") and not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
         return model, processing_class
 
-    def prepare_for_training(self, *others: torch.nn.Module | None, **save_kwargs: Any) -> None:
+    def prepare_for_training(self, *others: torch.nn.Module | None, **kwargs: Any) -> None:
         """
         Prepare the model after TRL, in place.
 
         Args:
             *others ([`~transformers.PreTrainedModel`] or `None`):
                 Other models that the trainer runs, such as the reference.
-            **save_kwargs:
+            **kwargs:
                 Arguments of the adapter's `save_pretrained`.
         """
         if hasattr(self.model, "peft_config"):
@@ -169,9 +168,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             if not self.is_zero_3():  # TRL keeps one type there: https://github.com/huggingface/trl/issues/6089
                 train_in_full_precision(self.model)
             # PEFT would store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
-            self.model.save_pretrained = partial(
-                self.model.save_pretrained, save_embedding_layers=False, **save_kwargs
-            )
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False, **kwargs)
         name_fsdp_layers(self)
         # DDP that looks for unused parameters (TRL's default with images) exchanges zeros itself.
         diverges = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.ddp_find_unused_parameters is False
@@ -257,8 +254,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs:  # a log of training steps
-            rates = self._rates_of_step
-            logs |= {f"learning_rate_{part}": rate for part, rate in rates.items() if part != "language"}
+            logs |= {f"learning_rate_{part}": rate for part, rate in self._rates_of_step.items() if part != "language"}
             logs["data_wait"] = self._data_wait.share()
             if self._data_wait.long_waits >= DATA_WAIT_PATIENCE and not self._has_hinted:
                 self._has_hinted = True
