@@ -64,6 +64,15 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON object; an empty one if the file is missing, damaged or holds something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_jsonl(path: str | os.PathLike) -> list[Any]:
     """Read JSON lines; none if the file is missing. A last line without a line break, of a killed run, is left out."""
     lines = Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else ()

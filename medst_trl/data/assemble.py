@@ -206,18 +206,18 @@ def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Ha
     Join groups that share a member, and return for each member the smallest one of its joined group. The order of the
     groups does not matter.
     """
-    joined: dict[Hashable, set[Hashable]] = {}
+    parents: dict[Hashable, Hashable] = {}
+
+    def find(member: Hashable) -> Hashable:
+        while (parent := parents.setdefault(member, member)) != member:
+            parents[member] = parents[parent]  # shorten the path for the next search
+            member = parent
+        return member
+
     for group in groups:
-        largest = max((joined.setdefault(member, {member}) for member in group), key=len, default=set())
-        for member in group:
-            if (other := joined[member]) is not largest:
-                largest |= other
-                joined.update(dict.fromkeys(other, largest))
-    smallest = {}
-    for member, found in joined.items():
-        if member not in smallest:
-            smallest |= dict.fromkeys(found, min(found))
-    return smallest
+        found = [find(member) for member in group]
+        parents.update(dict.fromkeys(found, min(found, default=None)))
+    return {member: find(member) for member in list(parents)}
 
 
 # --- Conversations ---------------------------------------------------------------------------------------------------

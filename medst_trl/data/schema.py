@@ -187,8 +187,7 @@ def dialogue(turns: Iterable[tuple[str, str]], num_images: int = 0) -> list[dict
     messages = []
     for question, answer in turns:
         images = [] if messages else [image_part() for _ in range(num_images)]
-        messages.append(message("user", [*images, text_part(question)]))
-        messages.append(message("assistant", [text_part(answer)]))
+        messages += [message("user", [*images, text_part(question)]), message("assistant", [text_part(answer)])]
     return messages
 
 

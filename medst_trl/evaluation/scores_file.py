@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`scores.json`: its figures with their labels, for the terminal, model cards and the report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import read_object
 
 from .metric import METRICS, Figure, FigurePath, describe_figures
 from .scoring import figures
@@ -63,11 +63,7 @@ class ScoresFile:
     @classmethod
     def read(cls, path: Path) -> "ScoresFile":
         """Read a file. Raises a [`UserError`] if `medst evaluate` did not write it."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        return cls(content, path)
+        return cls(read_object(path), path)
 
     def leaf(self, metric: str, path: FigurePath) -> Leaf | None:
         """Return a figure, or None if it has no value."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk, write_json
+from medst_trl.base.files import explain_full_disk, read_object, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_versions, same_source
 from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
@@ -257,11 +257,7 @@ class StageRecord:
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:
     """Return the content of the record in a directory; empty if there is no record that can be read."""
-    try:
-        content = json.loads(Path(directory, RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(Path(directory, RECORD_FILE))
 
 
 def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:

@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_json
+from medst_trl.base.files import read_object, write_json
 from medst_trl.base.hub_ids import base_of_adapter, check_reachable
 
 from .families import model_parts
@@ -351,10 +351,7 @@ def _check_base(adapter: str, revision: str | None, base: PreTrainedModel, named
 
 def _recorded(adapter: str, revision: str | None) -> str | None:
     path = find_model_file(adapter, BASE_FILE, revision, local_files_only=False)  # nothing else has downloaded it
-    try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["weights_sha256"] if path else None
-    except (ValueError, LookupError, TypeError):  # a damaged file counts as missing
-        return None
+    fingerprint = read_object(path).get("weights_sha256") if path else None  # a damaged file counts as missing
     return fingerprint if isinstance(fingerprint, str) else None
 
 

@@ -22,6 +22,7 @@ from medst_trl.base.files import (
     merge_rows,
     move_files,
     read_jsonl,
+    read_object,
     visible_files,
     write_jsonl,
     write_text,
@@ -131,6 +132,15 @@ def test_jsonl_is_read_as_it_was_written_without_an_incomplete_last_line(tmp_pat
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "left by a killed r')
     assert read_jsonl(tmp_path / "a.jsonl") == rows and read_jsonl(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "3", '{"a": 1'])
+def test_a_damaged_object_is_read_as_an_empty_one(tmp_path, text):
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    assert read_object(tmp_path / "a.json") == {}
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert read_object(tmp_path / "a.json") == {"a": 1}
 
 
 def test_hidden_and_skipped_files_are_not_listed(tmp_path):
