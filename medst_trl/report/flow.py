@@ -96,13 +96,17 @@ def note_other_data(run: Run) -> None:
         sources = training.record.get("inputs", {}).get("dataset") or []
         for directory in filter(Path.is_dir, run.datasets(training.stage.input("dataset").kind, training.round)):
             with suppress(TypeError, AttributeError):  # a damaged record
-                # Only the end of the path is compared, because the run directory may have moved.
-                read = [item for item in sources if Path(item.get("path", "")).parts[-2:] == directory.parts[-2:]]
+                read = [item for item in sources if _is_at(Path(item.get("path", "")), directory)]
                 if read and not same_source(read[0], fingerprint(directory)):
                     run.notes.append(
                         f"{training.name} was trained on other {training.stage.trains} than those now in "
                         f"{run.name(directory)}. To train on these, run it again: --stage {training.name} --overwrite"
                     )
+
+
+def _is_at(path: Path, directory: Path) -> bool:
+    """Whether a recorded path means a directory of the run, which may have moved since."""
+    return path.samefile(directory) if path.exists() else path.parts[-2:] == directory.parts[-2:]
 
 
 def settings(run: Run, stage: StageRun) -> Iterator[tuple[str, str]]:

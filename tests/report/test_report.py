@@ -389,7 +389,8 @@ def test_training_on_other_pairs_than_the_newest_is_noted(run):
     report, page = report_on(run)
     assert len(report.notes) == 1 and report.notes[0] in page.text
     assert report.notes[0].startswith("dpo was trained on other pairs than those now in judge/preferences.")
-    for sources in ([source | {"path": "another/dataset"}], [source | {"path": None}], ["text"], 5):
+    copy = str(shutil.copytree(run / "judge", run.parent / "other" / "judge") / "preferences")  # was read on purpose
+    for sources in ([source | {"path": "another/set"}], [source | {"path": copy}], [{"path": None}], ["text"], 5):
         path.write_text(json.dumps(record | {"inputs": {"dataset": sources}}))
         assert not report_on(run)[0].notes
 
