@@ -159,7 +159,7 @@ def hold_out(
 
 
 def split_off_validation(
-    conversations: Iterable[Conversation], image_ids: Mapping[str, str], fraction: float, seed: int
+    conversations: Collection[Conversation], image_ids: Mapping[str, str], fraction: float, seed: int
 ) -> list[Conversation]:
     """
     Move about a `fraction` of the images, with all their conversations, from train to validation.
@@ -167,7 +167,6 @@ def split_off_validation(
     Which images depends only on the images and the seed, not on their order or on other records of the source. Images
     of one conversation stay together. A conversation without an image is drawn by its id.
     """
-    conversations = list(conversations)
     together = representatives([image_ids[name] for name in conversation.images] for conversation in conversations)
 
     def key(conversation: Conversation) -> str:
@@ -223,7 +222,7 @@ def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Ha
 # --- Conversations ---------------------------------------------------------------------------------------------------
 
 
-def conversations_about_image(name: str, questions: Iterable[Question]) -> list[Conversation]:
+def conversations_about_image(name: str, questions: Collection[Question]) -> list[Conversation]:
     """
     Make conversations of all questions about one image, in their order.
 
@@ -233,7 +232,7 @@ def conversations_about_image(name: str, questions: Iterable[Question]) -> list[
     Args:
         name (`str`):
             Prefix of the ids: `<name>-0`, `<name>-1`, ...
-        questions (iterable of [`Question`]):
+        questions (collection of [`Question`]):
             Questions of one image and one split.
     """
     groups = linked_groups(questions)
@@ -245,12 +244,11 @@ def conversations_about_image(name: str, questions: Iterable[Question]) -> list[
     return conversations
 
 
-def linked_groups(questions: Iterable[Question]) -> list[list[Question]]:
+def linked_groups(questions: Collection[Question]) -> list[list[Question]]:
     """
     Group the questions about one image by what they ask: those that share a link, and those with the same words,
     whatever their links are. Groups and their members keep their order.
     """
-    questions = list(questions)
     named = [(("words", plain_question(item.question)), ("link", item.link)) for item in questions]
     same = representatives(names if names[1][1] is not None else names[:1] for names in named)
     groups = defaultdict(list)

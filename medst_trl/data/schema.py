@@ -95,16 +95,6 @@ class Kind:
     meanings: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
 
-def _feature(column: Any) -> Any:
-    from datasets import Image, List, Value
-
-    if isinstance(column, Mapping):
-        return {name: _feature(inner) for name, inner in column.items()}
-    if isinstance(column, list):
-        return List(_feature(column[0]))
-    return Image() if column == "image" else Value(column)
-
-
 KINDS: Registry[Kind] = Registry("kind of dataset", (), ("maker", "columns", "about", "use"))
 
 
@@ -198,9 +188,16 @@ def text_of(content: str | list[dict]) -> str:
 
 def features_of(kind: str) -> "Features":
     """Return the columns of a kind of dataset, see `KINDS`."""
-    from datasets import Features
+    from datasets import Features, Image, List, Value
 
-    return Features({name: _feature(column) for name, column in KINDS.get(kind).columns.items()})
+    def feature(column: Any) -> Any:
+        if isinstance(column, Mapping):
+            return {name: feature(inner) for name, inner in column.items()}
+        if isinstance(column, list):
+            return List(feature(column[0]))
+        return Image() if column == "image" else Value(column)
+
+    return Features({name: feature(column) for name, column in KINDS.get(kind).columns.items()})
 
 
 instruct_features = partial(features_of, "instruct")

@@ -10,15 +10,7 @@ from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import dialogue
-from medst_trl.data.source import (
-    SOURCES,
-    Conversation,
-    Question,
-    Records,
-    Source,
-    SourceCard,
-    text_value,
-)
+from medst_trl.data.source import SOURCES, Conversation, Question, Records, Source, SourceCard, text_value
 
 
 DETAILED_FROM = 30  # words
