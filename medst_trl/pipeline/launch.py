@@ -157,10 +157,7 @@ def launch_command(
     if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
         requested = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=requested.has_port)
     if requested.kind.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            f"accelerate_config {requested.name} needs DeepSpeed, which is not installed: "
-            'pip install "medst_trl[deepspeed]"'
-        )
+        raise UserError(f'accelerate_config {requested.name} needs DeepSpeed: pip install "medst_trl[deepspeed]"')
     environment = dict(os.environ)
     if requested.kind != NOT_DISTRIBUTED and (requested.use_cpu or not gpu_count()):
         environment |= _on_cpus(requested)

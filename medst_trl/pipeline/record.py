@@ -298,9 +298,8 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
     if not path.exists():
         if others := sorted(path.name for path in directory.glob("*") if not _is_ignorable(path)):
             raise UserError(
-                f"{directory} is not empty and holds no {RECORD_FILE}, so it is not the output of a stage (it has "
-                f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Nothing in it was touched. Choose "
-                "another output_dir."
+                f"{directory} is not empty and holds no {RECORD_FILE}. It has {', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}. Nothing in it was touched. Choose another output_dir."
             )
         return None
     try:

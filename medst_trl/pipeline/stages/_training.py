@@ -159,9 +159,7 @@ class TrainingStageArguments:
         check_sharding(kind, self, training_args)
         if kind.endswith("ZeRO-3") and self.use_lora and self.train_vusr and not gpu_count():
             # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
-            raise UserError(
-                "ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or train_vusr: false if the stage has it."
-            )
+            raise UserError("ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or (in sft) train_vusr: false.")
 
 
 def training_stage(arguments: type, config: str, settings: type, kind: str, **more: Any) -> Stage:

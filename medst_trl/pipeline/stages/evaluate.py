@@ -158,10 +158,7 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
 def check(args: EvaluateArguments, *settings: Any) -> None:
     """Raise a `UserError` for arguments that contradict each other or are invalid."""
     if args.predictions and (args.model_name_or_path or len(args.benchmark) > 1):
-        raise UserError(
-            "Give either predictions (to score a file, with at most one benchmark that it answers) or "
-            "model_name_or_path and benchmark (to run a model)."
-        )
+        raise UserError("Give either predictions with at most one benchmark, or model_name_or_path and benchmark.")
     if args.predictions_format and not args.predictions:
         raise UserError("predictions_format needs predictions. Give that file, or leave the format out.")
     if not args.predictions and not (args.model_name_or_path and args.benchmark):
@@ -192,9 +189,7 @@ def _output_directories(args: EvaluateArguments) -> list[Path]:
     paths = [Path(name) for name in args.benchmark]
     names = [path.parent.name if path.name == "benchmark" else path.name for path in paths]
     if len(set(names)) < len(names):
-        raise UserError(
-            f"Benchmarks would share a directory in output_dir: {', '.join(names)}. Evaluate them one by one."
-        )
+        raise UserError(f"Benchmarks would share a directory: {', '.join(names)}. Evaluate them one by one.")
     return [output_dir / name for name in names]
 
 

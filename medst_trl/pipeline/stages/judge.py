@@ -30,6 +30,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,9 +209,7 @@ def _read_captions(path: str | None) -> dict[str, str]:
                 raise TypeError
             captions[row["image_id"]] = str(row["caption"])
         except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{path}, line {number}: not an object with image_id and caption. Correct or delete the line."
-            ) from None
+            raise UserError(f"{path}, line {number}: not an object with image_id and caption. Correct it.") from None
     return captions
 
 
@@ -226,14 +225,16 @@ def _make_judge(args: JudgeArguments, judges: Sequence[LocalJudge], candidates: 
 
 def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:
     """Print the estimate and the first request."""
+    from medst_trl.data.image_formats import ImageProblem
     from medst_trl.engines.images import without_image_bytes
 
     print(f"judge: {judge.estimate(candidates)}")
-    if call := next((call for _, calls in judge.requests(candidates) for call in calls), None):
-        text = json.dumps(call.body(), indent=2, ensure_ascii=False)
-        print("The first request:", without_image_bytes(text), sep="\n")
-    else:
-        print("There is no pair to ask about.")
+    for _, calls in judge.requests(candidates):
+        with suppress(ImageProblem):
+            for call in calls[:1]:
+                text = without_image_bytes(json.dumps(call.body(), indent=2, ensure_ascii=False))
+                return print("The first request:", text, sep="\n")
+    print("There is no pair to ask about.")
 
 
 def _write_batch(path: str, judge: "PairwiseJudge", candidates: "Dataset") -> None:

@@ -117,9 +117,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
                 where = f" in {request.data_path}" if request.data_path else ""
                 raise UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
             raise UserError(
-                f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}. Each "
-                f"record is listed with its reason in {output_dir / 'rejected.jsonl'}. Correct the data, and add "
-                "--overwrite."
+                f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}. "
+                f"Correct the data (see {output_dir / 'rejected.jsonl'}), and add --overwrite."
             )
         _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
@@ -165,9 +164,7 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
         return request
     data_path = Path(args.data_path)
     if not data_path.exists():
-        raise UserError(
-            f"data_path does not exist: {data_path}. Correct the path to the data of the source {args.source!r}."
-        )
+        raise UserError(f"data_path does not exist: {data_path}. Correct the path to the data of {args.source!r}.")
     directory = data_path if data_path.is_dir() else data_path.parent
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]

@@ -75,8 +75,7 @@ class SftArguments(TrainingStageArguments):
             training_args.eval_strategy == "no" or not training_args.load_best_model_at_end
         ):
             raise UserError(
-                "early_stopping_patience compares evaluations and keeps the best: set eval_strategy (steps or epoch), "
-                "the same save_strategy, and load_best_model_at_end: true."
+                "early_stopping_patience needs eval_strategy, the same save_strategy and load_best_model_at_end: true."
             )
 
     def make_trainer(self, training_args: "SelfQuestioningConfig", **inputs: Any) -> "SelfQuestioningTrainer":
