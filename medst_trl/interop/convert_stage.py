@@ -67,23 +67,22 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
     """
     from medst_trl.base.hub_ids import cached_revision, hub_answers
 
-    from .conversion.convert import VISION_LORA, default_role, llava_config, original_config, vision_config
-    from .conversion.weights import local_directory
+    from .conversion import convert
 
     def directory(source: str | None, what: str = "The checkpoint") -> Path | None:
         is_here = source and (Path(source).is_dir() or cached_revision(source) is not None or hub_answers())
-        return local_directory(source, what, weights=False) if is_here else None
+        return convert.local_directory(source, what, weights=False) if is_here else None
 
     source, base = (directory(settings.get(key) or settings["source"]) for key in ("source", "base"))
     if source is None or base is None:
         return None
-    original = original_config(source, base)
+    original = convert.original_config(source, base)
     tower = directory(settings.get("vision_tower") or original.get("mm_vision_tower"), "The vision tower")
     if tower is None:
         return None
-    config = llava_config(original, vision_config(tower), original.get("vocab_size", 32000))
-    has_vision_lora = bool(settings.get("vision_lora")) or (source / VISION_LORA).is_dir()
-    return config, (settings.get("vusr_role") or default_role(config, has_vision_lora)) == "text"
+    config = convert.llava_config(original, convert.vision_config(tower), original.get("vocab_size", 32000))
+    has_vision_lora = bool(settings.get("vision_lora")) or (source / convert.VISION_LORA).is_dir()
+    return config, (settings.get("vusr_role") or convert.default_role(config, has_vision_lora)) == "text"
 
 
 def plan(counter: RowCounter, args: ConvertArguments) -> Iterator[tuple[str, str]]:

@@ -35,7 +35,6 @@ FORMATS = {
     "mmedpo": ("conversations", "rejected_conversations"),
 }
 ROWS_PER_SHARD = 512
-JPEG_START = b"\xff\xd8"
 
 
 @dataclass
@@ -124,11 +123,10 @@ def _read_pair(record: dict) -> dict:
         raise BadRecord("different_prompts", text_of(rejected[0]["content"]))
     if chosen == rejected:
         raise BadRecord("chosen_equals_rejected", text_of(chosen[-1]["content"]))
-    judge, weight = {"source": name}, record.get("weighted_score")
+    weight = record.get("weighted_score")
     if isinstance(weight, bool) or not isinstance(weight, int | float | None):
         raise BadRecord("bad_score", weight)
-    if weight is not None:
-        judge["weighted_score"] = weight
+    judge = {"source": name} | ({} if weight is None else {"weighted_score": weight})
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]
     conversation = {"prompt": turns[:-2], "chosen": turns[-2:-1], "rejected": turns[-1:]}
     scores = {"score_chosen": None, "score_rejected": None, "judge": json.dumps(judge)}
@@ -195,7 +193,8 @@ def _record(row: dict, image_folder: Path, format: str) -> dict:
 
 
 def _write_image(image: dict, image_id: str, folder: Path) -> str:
-    path = folder / f"{image_id}.{'jpg' if image['bytes'][:2] == JPEG_START else 'png'}"
+    is_jpeg = image["bytes"].startswith(b"\xff\xd8")
+    path = folder / f"{image_id}.{'jpg' if is_jpeg else 'png'}"
     if not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_bytes(image["bytes"])

@@ -231,10 +231,17 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, adapter, revision=revision, is_trainable=is_trainable)
+        problems = [f"the model has no place for {key}" for key in _unused(loaded, stored)]
     except (RuntimeError, *LOADING_ERRORS, re.error, UserWarning) as error:
-        raise _does_not_fit(adapter, model, config, _problems(error)) from error
-    if unused := _unused(loaded, stored):
-        raise _does_not_fit(adapter, model, config, [f"the model has no place for {key}" for key in unused])
+        problems = _problems(error)
+    if problems:
+        shown = "".join(f"\n  {problem[:300]}" for problem in problems[:MAX_TENSORS])
+        more = f"\n  ... and {len(problems) - MAX_TENSORS} more" if len(problems) > MAX_TENSORS else ""
+        raise UserError(
+            f"The adapter {adapter!r} does not fit {model.name_or_path!r} (it names "
+            f"{config.base_model_name_or_path!r} as its base):{shown}{more}\nPass the model it was trained on as "
+            "base_model_name_or_path."
+        )
     _check_base(adapter, revision, model, config.base_model_name_or_path)
     retie_lm_head(loaded)
     return loaded
@@ -266,16 +273,8 @@ def _problems(error: Exception) -> list[str]:
         return [f"it lacks {error.args[0]}"]
     if isinstance(error, UserWarning):
         return [f"it lacks {key}" for key in re.findall(r"'([^']+)'", text.partition("checkpoint: ")[2])]
-    return [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)] or text.splitlines()[:1]
-
-
-def _does_not_fit(adapter: str, model: PreTrainedModel, config: PeftConfig, problems: list[str]) -> UserError:
-    shown = "".join(f"\n  {problem[:300]}" for problem in problems[:MAX_TENSORS])
-    more = f"\n  ... and {len(problems) - MAX_TENSORS} more" if len(problems) > MAX_TENSORS else ""
-    return UserError(
-        f"The adapter {adapter!r} does not fit {model.name_or_path!r} (it names {config.base_model_name_or_path!r} as "
-        f"its base):{shown}{more}\nPass the model it was trained on as base_model_name_or_path."
-    )
+    mismatches = [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)]
+    return mismatches or text.splitlines()[:1] or [type(error).__name__]
 
 
 # --- Fingerprint of the base -----------------------------------------------------------------------------------------

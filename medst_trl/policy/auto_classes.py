@@ -32,7 +32,11 @@ def _register(module) -> None:
 
 
 class _LazyConfig:
-    """Stand-in for [`PrototypeLlavaConfig`] until its module is imported, which registers the real one."""
+    """
+    Stand-in for [`PrototypeLlavaConfig`] until its module is imported, which registers the real one. transformers
+    makes
+    configurations in these two ways.
+    """
 
     def __new__(cls, *args, **kwargs):
         return _real_config()(*args, **kwargs)
@@ -40,10 +44,6 @@ class _LazyConfig:
     @staticmethod
     def from_dict(*args, **kwargs):
         return _real_config().from_dict(*args, **kwargs)
-
-    @staticmethod
-    def from_pretrained(*args, **kwargs):
-        return _real_config().from_pretrained(*args, **kwargs)
 
 
 def _real_config():

@@ -148,18 +148,16 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> ProcessorMixin
         raise UserError(f"No processor could be loaded from {name_or_path!r}{kind}: {_reason(error)}") from error
 
 
-def _load_base(
-    name_or_path: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adapter: str | None
-) -> PreTrainedModel:
+def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adapter: str | None) -> PreTrainedModel:
     """
     Load a model without an adapter, and check that no weight was missing: transformers initializes those at random and
     only logs it. `adapter` is the adapter whose base it is, for messages.
     """
     of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
-    failed = f"No vision-language model could be loaded from {name_or_path!r}{of if adapter else ''}: "
+    failed = f"No vision-language model could be loaded from {base!r}{of if adapter else ''}: "
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except (*LOADING_ERRORS, ImportError, SafetensorError) as error:
         raise UserError(failed + _reason(error)) from error
@@ -173,7 +171,7 @@ def _load_base(
         more = f" and {len(missing) - MAX_TENSORS} more" if len(missing) > MAX_TENSORS else ""
         raise UserError(f"{failed}its files lack {', '.join(missing[:MAX_TENSORS])}{more}. Download it again.")
     # transformers 5 no longer keeps it, and the base of an adapter has to be found again.
-    model.hub_commit = hub_commit(name_or_path, "config.json", kwargs["revision"])
+    model.hub_commit = hub_commit(base, "config.json", kwargs["revision"])
     return model
 
 
@@ -201,17 +199,14 @@ def four_bit_config(name_or_path: str, dtype: str | torch.dtype, **kwargs: Any) 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('load_in_4bit needs bitsandbytes, which is not installed: pip install "medst_trl[qlora]"')
     model = on_meta(AutoConfig.from_pretrained(name_or_path, **kwargs))
-    language_model = model_parts(model).language_model
+    language_model = f"{model_parts(model).language_model}."
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-        llm_int8_skip_modules=[
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and not name.startswith(f"{language_model}.")
-        ],
+        llm_int8_skip_modules=[name for name in linear if not name.startswith(language_model)],
     )
 
 

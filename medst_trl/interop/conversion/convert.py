@@ -7,18 +7,21 @@ wherever they are published, check that they are complete, build the processor, 
 
 import hashlib
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import huggingface_hub
 import safetensors.torch
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaProcessor, PreTrainedModel
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_json
+from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 from medst_trl.policy.families import family_of, on_meta
 from medst_trl.policy.merging import check_shard_size, staged_model
@@ -27,9 +30,11 @@ from medst_trl.policy.vusr import VUSR_ROLES
 
 from . import ConvertArguments
 from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, read_tokenizer
-from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, local_directory, published_name, read_json
+from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, published_name, read_json
 
 
+_SMALL_FILES = ("*.json", "*.model")
+_NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
 CONVERTED_DTYPES = ("auto", "float32", "bfloat16", "float16")
 VISION_LORA = "Vit-lora"  # the first implementation's name
 LANGUAGE_MODELS = ("llava", "llava_llama", "llama")  # the last as the base of a training output
@@ -94,13 +99,12 @@ def default_role(config: LlavaConfig, has_vision_lora: bool) -> str:
 
 def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shard_size: str) -> None:
     """Write safetensors shards and their index, with one shard in memory; shards of an interrupted run are kept."""
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop(HEAD)
+    # The parts have no output layer if it is tied to the embedding.
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in parts.weights}
     # Names published for LLaVA are of no use where only transformers with medst_trl loads the model.
     is_own = family_of(model.config.model_type).is_own
     names = {name if is_own else published_name(name): name for name in state}
-    split = split_torch_state_dict_into_shards(
+    split = huggingface_hub.split_torch_state_dict_into_shards(
         {written: state[name].to(model.config.dtype) for written, name in names.items()}, max_shard_size=max_shard_size
     )
     with tqdm(total=len(names), desc="Writing weights", unit="tensor", disable=None) as bar:
@@ -151,8 +155,7 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     if directory != base_directory:
         parts.change(directory)
         # Without its own projector that of the base would stay, and nothing would be missing.
-        lacks = f"lacks the projector, which was trained in full ({PROJECTOR_FILES[-1]}). Download it, or give the "
-        lacks += "projector as --projector."
+        lacks = f"lacks the projector, trained in full ({PROJECTOR_FILES[-1]}). Download it, or give --projector."
         parts.put(directory, PROJECTOR_FILES, None if args.projector else lacks)
     if args.projector:
         lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
@@ -160,10 +163,9 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     lora = local_directory(args.vision_lora, "The vision LoRA") if args.vision_lora else directory / VISION_LORA
     if lora.is_dir():
         parts.change(lora)
-    embedding = parts.weights.get(EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise UserError("The checkpoint has no embedding (model.embed_tokens.weight), so it is not a language model.")
-    config = llava_config(original, vision, rows=embedding.shape[0])  # not vocab_size: embeddings get resized
+    embedding = parts.weights.get(EMBEDDING)  # its rows count, because embeddings get resized
+    rows = embedding.shape[0] if embedding and embedding.shape else original.get("vocab_size", 32000)
+    config = llava_config(original, vision, rows)
     parts.check(on_meta(config))
     role = args.vusr_role or default_role(config, lora.is_dir())
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
@@ -173,13 +175,53 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     return config, parts, processor, role
 
 
+def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
+    """
+    Return the directory of a model: as given, or downloaded from the Hub, only the files that are read. A file is
+    returned as it is.
+
+    Args:
+        source (`str`):
+            Directory, file, or Hub id (`org/name`, `org/name@revision`).
+        what (`str`):
+            What it is, for messages.
+        weights (`bool`, *optional*, defaults to `True`):
+            Whether its weights are read, too.
+
+    Raises:
+        UserError: if there is no such directory and the Hub has no such repository.
+    """
+    if Path(source).exists():
+        return Path(source)
+    name, revision = split_revision(source)
+    check_reachable(name)
+    try:
+        patterns = [*_SMALL_FILES, *(_weight_patterns(name, revision) if weights else ())]
+        wanted = {"allow_patterns": patterns, "ignore_patterns": _NOT_READ}
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
+    except (HFValidationError, OSError) as error:  # the Hub's other errors are of the latter kind
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{what} {source!r} is neither a directory nor available on the Hub ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def _weight_patterns(name: str, revision: str | None) -> list[str]:
+    """Choose one format of a model that has both. A training output has parts in each."""
+    try:
+        files = huggingface_hub.list_repo_files(name, revision=revision)
+    except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache holds what was chosen when it was downloaded
+        files = []
+    has_safetensors = any(fnmatch(file, "model*.safetensors") for file in files)
+    return ["*.safetensors"] if has_safetensors else ["*.safetensors", "*.bin"]
+
+
 def _base_directory(directory: Path, base: str | None) -> Path:
     is_training_output = (directory / "adapter_config.json").is_file()
     if is_training_output and base is None:
-        named = read_json(directory / "adapter_config.json", "LoRA settings").get("base_model_name_or_path")
+        named = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
-            f"{directory} is a training output. Give the model it was trained from as --base"
-            + (f" (it names {named!r})." if named else ".")
+            f"{directory} is a training output. Give the model it was trained from as --base (it names {named!r})."
         )
     if base is not None and not is_training_output:
         raise UserError(
@@ -229,13 +271,11 @@ def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) 
     }
 
 
-def _vision_tower(
-    config: dict[str, Any], vision_tower: str | None, parts: Parts, base_directory: Path
-) -> tuple[Path, CLIPVisionConfig]:
+def _vision_tower(config: dict, vision_tower: str | None, parts: Parts, base: Path) -> tuple[Path, CLIPVisionConfig]:
     """Find the vision tower's directory and configuration. Add its weights if the checkpoint has none."""
     has_weights = any(name.startswith(VISION) for name in parts.weights)
     if has_weights and vision_tower is None and isinstance(config.get("vision_config"), dict):
-        return base_directory, CLIPVisionConfig(**config["vision_config"])
+        return base, CLIPVisionConfig(**config["vision_config"])
     source = vision_tower or config.get("mm_vision_tower") or config.get("vision_tower")
     if not isinstance(source, str) or not source:
         raise UserError("config.json names no mm_vision_tower. Give the CLIP directory or Hub id as --vision_tower.")

@@ -29,7 +29,8 @@ def build_processor(
     config: LlavaConfig, tokenizer: PreTrainedTokenizerFast, vision_directory: Path, *, pad: bool, text_role: bool
 ) -> LlavaProcessor:
     """
-    Build the processor of a checkpoint, and set the ids of its tokens in the checkpoint's configuration, in place.
+    Build the processor of a checkpoint, and set the ids of its special tokens in the checkpoint's configuration, in
+    place. The embedding gets more rows (with some to spare) if tokens lack them.
 
     Images have the mean color and deviation of the vision tower's own processor. They are padded with the mean color
     to a square where LLaVA-1.5 was trained so. The original code pads in training only; here every stage uses the
@@ -50,7 +51,18 @@ def build_processor(
     Raises:
         UserError: if the tokenizer belongs to another model.
     """
-    _set_tokens(config, tokenizer)
+    rows = config.text_config.vocab_size
+    if len(tokenizer) - rows > ROWS_MULTIPLE:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it belongs to another model. "
+            "Put that of the language model into the checkpoint's directory."
+        )
+    if len(tokenizer) > rows:
+        config.text_config.vocab_size = -(-(len(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE  # `<vusr>` fits, too
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    for name in SPECIAL_IDS:
+        for part in (config, config.text_config):
+            setattr(part, name, getattr(tokenizer, name))
     side = config.vision_config.image_size
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     settings = sizes | ({"do_pad": True} if pad else {}) | _colors(vision_directory)
@@ -65,22 +77,6 @@ def build_processor(
         num_additional_image_tokens=1,  # CLIP's class token
         chat_template=vicuna_template(text_role=text_role, write_bos=not adds_bos),
     )
-
-
-def _set_tokens(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Set the ids of the special tokens, and more rows (with some to spare) if tokens lack them, in place."""
-    rows = config.text_config.vocab_size
-    if len(tokenizer) - rows > ROWS_MULTIPLE:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: it belongs to another model. "
-            "Put that of the language model into the checkpoint's directory."
-        )
-    if len(tokenizer) > rows:
-        config.text_config.vocab_size = -(-(len(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE  # `<vusr>` fits, too
-    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    for name in SPECIAL_IDS:
-        for part in (config, config.text_config):
-            setattr(part, name, getattr(tokenizer, name))
 
 
 def _colors(directory: Path) -> dict[str, Any]:

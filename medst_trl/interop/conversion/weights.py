@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The files and weights of a checkpoint: where they are, names, LoRA layers, and a check that every tensor is used.
+The weights of a checkpoint: files, names, LoRA layers, and a check that every tensor is accounted for.
 
 A `.bin` file is a pickle, which can hold code as well as numbers. Only PyTorch's restricted reader opens it: it builds
 tensors and plain containers and refuses everything else before any of it runs.
@@ -14,19 +14,14 @@ import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import httpx2
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.hub_ids import check_reachable, split_revision
 
 
 # Names of the weights in a directory, in the order in which they are looked for.
@@ -34,8 +29,6 @@ _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
 _NO_WEIGHTS = f"holds no weights ({' or '.join(_MODEL_FILES)}, or shards with their index)."
-_SMALL_FILES = ("*.json", "*.model")
-_NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
 _PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 MAX_LISTED = 20
 PROJECTOR, VISION = "model.multi_modal_projector.", "model.vision_tower."
@@ -69,47 +62,6 @@ _OTHER_THAN_LORA = ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def local_directory(source: str, what: str, *, weights: bool = True) -> Path:
-    """
-    Return the directory of a model: as given, or downloaded from the Hub, only the files that are read. A file is
-    returned as it is.
-
-    Args:
-        source (`str`):
-            Directory, file, or Hub id (`org/name`, `org/name@revision`).
-        what (`str`):
-            What it is, for messages.
-        weights (`bool`, *optional*, defaults to `True`):
-            Whether its weights are read, too.
-
-    Raises:
-        UserError: if there is no such directory and the Hub has no such repository.
-    """
-    if Path(source).exists():
-        return Path(source)
-    name, revision = split_revision(source)
-    check_reachable(name)
-    try:
-        patterns = [*_SMALL_FILES, *(_weight_patterns(name, revision) if weights else ())]
-        wanted = {"allow_patterns": patterns, "ignore_patterns": _NOT_READ}
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{what} {source!r} is neither a directory nor available on the Hub ({type(error).__name__}: {reason})."
-        ) from error
-
-
-def _weight_patterns(name: str, revision: str | None) -> list[str]:
-    """Choose one format of a model that has both. A training output has parts in each."""
-    try:
-        files = huggingface_hub.list_repo_files(name, revision=revision)
-    except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache holds what was chosen when it was downloaded
-        files = []
-    has_safetensors = any(fnmatch(file, "model*.safetensors") for file in files)
-    return ["*.safetensors"] if has_safetensors else ["*.safetensors", "*.bin"]
 
 
 def read_json(path: Path, what: str | None = None) -> dict[str, Any]:

@@ -105,8 +105,7 @@ def _cells_of_xlsx(path: Path) -> Iterator[list[Any]]:
     try:
         sheet = load_workbook(path, read_only=True).worksheets[0]
         for row in sheet.iter_rows(values_only=True):
-            cells = ("" if cell is None else cell for cell in row)
-            yield [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
+            yield [unescape(cell or "") if isinstance(cell, str | None) else cell for cell in row]
     except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
         raise UserError(f"{path} cannot be read as a workbook ({error}). {_EXPECTED}") from None
 

@@ -306,7 +306,7 @@ def test_unsupported_models_are_refused(tmp_path, config, message):
 def test_only_files_that_are_read_are_downloaded(tmp_path, monkeypatch, files, weights):
     import huggingface_hub
 
-    from medst_trl.interop.conversion.weights import local_directory
+    from medst_trl.interop.conversion.convert import local_directory
 
     downloads = []
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
