@@ -18,8 +18,8 @@ from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.data.schema import benchmark_features, candidate_features, message, text_part
 from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
 from medst_trl.engines.cost import Prices
-from medst_trl.evaluation.controls import CONTROLS
 from medst_trl.evaluation.predictions import control_path, read_predictions, score_predictions
+from medst_trl.evaluation.vqa import CONTROLS
 from medst_trl.selftrain.judge.judgements import judge_statistics
 
 

@@ -23,7 +23,7 @@ from medst_trl.base.errors import UserError
 
 from .calls import AdaptiveLimit, Call, CallSettings, Outcome, Stopped, api_key, wait_before
 from .cost import Budget, Prices, ReplyCache, RequestSize
-from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_content
+from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_body, row_of_content
 
 
 RE_ASKS = 2  # further attempts at a request whose reply cannot be read
@@ -345,11 +345,9 @@ class Client:
         except ValueError:  # a line that is not JSON
             kind = "interrupted" if pieces else "not_json"
             raise CallError(kind, "it sends a stream that cannot be read", charged=True) from None
-        if finish_reason == "content_filter":
-            raise CallError("content_filter", "the reply was filtered", charged=True)
         if not pieces and finish_reason is None:
             raise CallError("not_json", "it sends no stream", charged=True)
-        return {"reply": "".join(pieces), "finish_reason": finish_reason, "usage": None}
+        return row_of_body({"choices": [{"message": {"content": "".join(pieces)}, "finish_reason": finish_reason}]})
 
     def _gave_up(self, error: CallError) -> None:
         """Count a failed call, and stop the run if every call fails in this way."""
@@ -378,11 +376,9 @@ class Client:
         return f"{text.rstrip('.')}. Finished work is kept: run the same command again to resume."
 
     async def _offered_models(self) -> str:
-        try:
-            page = await asyncio.wait_for(self._openai.models.list(), 10)
-            names = [model.id for model in page.data]
-        except Exception:  # many servers have no such list
-            return ""
+        names = []
+        with suppress(Exception):  # many servers have no such list
+            names = [model.id for model in (await asyncio.wait_for(self._openai.models.list(), 10)).data]
         return f"; the server has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
     def _stop(self, message: str) -> None:

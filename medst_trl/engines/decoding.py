@@ -70,10 +70,8 @@ def chat_inputs(
         inputs.
     """
     form = turn_format(processor).content_form
-    rendered = []
-    for messages, own in zip(conversations, images, strict=True):
-        left = iter(own)
-        rendered.append([_message(processor, message, form, left) for message in messages])
+    pairs = zip(conversations, map(iter, images), strict=True)
+    rendered = [[_message(processor, message, form, left) for message in messages] for messages, left in pairs]
     kwargs = {"padding": True, "padding_side": "left"}
     if form == "string" and any(images):
         kwargs["images"] = [[image.convert("RGB") for image in own] for own in images]

@@ -132,12 +132,15 @@ class Engine(ABC):
     Attributes:
         name (`str`):
             Name of its [`EngineKind`].
+        model_name (`str`, *optional*):
+            Name of its model, for the column `generation`.
         batch_size (`int`, *optional*):
             Number of requests per batch: callers pass [`Engine.run`] a few batches per call. None for an engine that
             starts each request when it has room: callers pass all requests in one call.
     """
 
     name: str
+    model_name: str | None = None
     batch_size: int | None = None
 
     @abstractmethod
@@ -187,7 +190,7 @@ class Engine(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return the engine's entries of the column `generation`: `model`, `engine` and perhaps others."""
-        return {"model": None, "engine": self.name}
+        return {"model": self.model_name, "engine": self.name}
 
     def batches(self, number: int, prompt_of: Callable[[int], Prompt]) -> list[list[int]]:
         """

@@ -61,9 +61,7 @@ class RequestImage:
     def size(self) -> tuple[int, int]:
         """Width and height as sent, from the header alone."""
         width, height = self._open().size
-        scale = (self.image_size or math.inf) / max(width, height)
-        if scale >= 1:
-            return width, height
+        scale = min(1.0, (self.image_size or math.inf) / max(width, height))
         return max(1, round(width * scale)), max(1, round(height * scale))
 
     @cached_property
@@ -79,9 +77,7 @@ class RequestImage:
         if image.size != self.size or image.format != format:
             file = io.BytesIO()
             with image_problem("unreadable"):
-                small = to_8_bit(image)
-                if small.size != self.size:
-                    small = small.resize(self.size, Image.Resampling.LANCZOS)
+                small = to_8_bit(image).resize(self.size, Image.Resampling.LANCZOS)
             small.save(file, format, quality=90)  # PNG has no quality
             data = file.getvalue()
         return f"data:image/{format.lower()};base64,{base64.b64encode(data).decode()}"

@@ -136,8 +136,5 @@ def setting_names(metric: Metric) -> list[str]:
 
 def describe_figures(names: Iterable[str]) -> list[dict[str, Any]]:
     """Return the figures of metrics as `scores.json` lists them: `metric` and the fields of [`Figure`]."""
-    return [
-        {"metric": name, **asdict(figure), "path": list(figure.path)}
-        for name in names
-        for figure in METRICS.get(name).figures
-    ]
+    found = ((name, figure) for name in names for figure in METRICS.get(name).figures)
+    return [{"metric": name, **asdict(figure), "path": list(figure.path)} for name, figure in found]

@@ -22,9 +22,8 @@ from medst_trl.base.settings import settings_among
 from medst_trl.data.reading import read_json_records, read_text_file
 from medst_trl.data.source import BadRecord, Rejected, printable
 
-from .controls import compare_vqa
 from .metric import METRICS, describe_figures
-from .scoring import naming, read_answer, score_vqa
+from .scoring import compare_vqa, naming, read_answer, score_vqa
 
 
 OWN_FORMAT = "medst"

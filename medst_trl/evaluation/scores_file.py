@@ -135,7 +135,7 @@ def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str,
         scores (`dict`):
             Result of [`~medst_trl.evaluation.scoring.score_vqa`].
         controls (`dict`, *optional*):
-            Name of each control to the result of [`~medst_trl.evaluation.controls.compare_vqa`].
+            Name of each control to the result of [`~medst_trl.evaluation.scoring.compare_vqa`].
 
     Returns:
         `str`: the table, without a final line break.

@@ -25,6 +25,7 @@ _ADVICE = {
 NO_TYPE = "(none)"  # question type of records without one, in a benchmark where others have one
 
 Scored = tuple[Answered, dict[FigurePath, float]]
+Means = Mapping[FigurePath, list[float | None]]
 
 
 def score_vqa(
@@ -85,12 +86,74 @@ def score_vqa(
     return summarize(scored, variant, settings, means, {"samples": bootstrap_samples, "seed": seed})
 
 
+def compare_vqa(
+    records: Iterable[Mapping[str, Any]],
+    control_records: Iterable[Mapping[str, Any]],
+    variant: str = "strict",
+    *,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """
+    Score a control and how much better the real predictions are.
+
+    Args:
+        records (iterable of `dict`):
+            The real predictions, see [`score_vqa`], each with a unique `id`.
+        control_records (iterable of `dict`):
+            Predictions of the control, for the same ids.
+        variant, bootstrap_samples, seed, **settings:
+            As in `score_vqa`.
+
+    Returns:
+        `dict`: the scores of the control, in which every figure carries `difference` (real minus control, in
+        percentage points) and `difference_interval`, a paired 95% bootstrap interval: the same images are drawn for
+        both sides.
+
+    Raises:
+        UserError: if ids are missing or repeated, or the two sides do not answer the same ids.
+    """
+    real, control = _by_id(records, "predictions"), _by_id(control_records, "control predictions")
+    if odd := real.keys() ^ control.keys():
+        raise UserError(
+            f"Predictions and control do not answer the same questions: {len(odd)} ids are on one side only, for "
+            f"example {min(map(str, odd))!r}. Run the control again with the settings of the predictions."
+        )
+    sides = {"real": real.values(), "control": [control[key] for key in real]}
+    scored = {name: score_records(rows, variant, **settings) for name, rows in sides.items()}
+    pairs = [
+        {(name, *path): value for name, scores in zip(sides, both) for path, value in scores.items()}
+        for both in zip(*(with_types(rows) for rows in scored.values()))
+    ]
+    means = resample(zip(clusters_of(scored["real"]), pairs), bootstrap_samples, seed)
+
+    bootstrap = {"samples": bootstrap_samples, "seed": seed}
+    real_result, result = (summarize(rows, variant, settings, {}, bootstrap) for rows in scored.values())
+    real_figures = dict(figures(real_result))
+    for path, leaf in figures(result):
+        value = real_figures.get(path, {}).get("value")
+        both = means.get(("real", *path), []), means.get(("control", *path), [])
+        differences = [None if None in pair else pair[0] - pair[1] for pair in zip(*both)]
+        leaf["interval"] = interval(both[1])
+        leaf["difference"] = None if None in (value, leaf["value"]) else value - leaf["value"]
+        leaf["difference_interval"] = interval(differences)
+    return result
+
+
+def _by_id(records: Iterable[Mapping[str, Any]], what: str) -> dict[Any, Mapping[str, Any]]:
+    found = {}
+    for position, record in enumerate(records):
+        key = record.get("id")
+        if key is None or key in found:
+            problem = f"record number {position + 1} has no id" if key is None else f"the id {key!r} is repeated"
+            raise UserError(f"In the {what}, {problem}. Predictions and control are paired by unique ids.")
+        found[key] = record
+    return found
+
+
 def summarize(
-    scored: list[Scored],
-    variant: str,
-    settings: Mapping[str, Any],
-    means: Mapping[FigurePath, list[float | None]],
-    bootstrap: Mapping[str, Any],
+    scored: list[Scored], variant: str, settings: Mapping[str, Any], means: Means, bootstrap: Mapping[str, Any]
 ) -> dict[str, Any]:
     """
     Summarize scored records as [`score_vqa`] returns them.
@@ -209,9 +272,7 @@ def _nested(result: dict[str, Any], path: FigurePath) -> dict[str, Any]:
     return result
 
 
-def resample(
-    records: Iterable[tuple[Hashable, Mapping[FigurePath, float]]], samples: int, seed: int
-) -> dict[FigurePath, list[float | None]]:
+def resample(records: Iterable[tuple[Hashable, Mapping[FigurePath, float]]], samples: int, seed: int) -> Means:
     """
     Compute the mean of every figure over resampled clusters (the cluster bootstrap).
 

@@ -1,8 +1,21 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy answers to a benchmark by any engine: resumable, on one or several processes."""
+"""
+Greedy answers to a benchmark by any engine: resumable, on one or several processes.
 
-from collections.abc import Callable, Collection, Iterator
+Controls are the same evaluation with images that do not help, to show how much of a score needs the image:
+
+- `blank`: every image is replaced by a mid-grey one of the same size.
+- `shuffled`: every question is asked about another image of the benchmark, all questions of one image about the same.
+
+Both are built in; there is no registry for others. If a control reaches the same score, the model does not need the
+image for it. LLaVA-Med's issue 130 reports answers that do not change with the image:
+https://github.com/microsoft/LLaVA-Med/issues/130.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -11,16 +24,68 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import fill_rows
 from medst_trl.base.processes import process_state
+from medst_trl.base.settings import check_choice
 from medst_trl.data.schema import with_stored_images
 from medst_trl.engines.engine import Engine, OpenedImage, Prompt, Reply, Request, Sampling, open_images, to_answer
-
-from .controls import blank_image, shown_rows
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
+CONTROLS = ("blank", "shuffled")
 OPENED = 64  # images in memory, since questions about one image follow each other or share a batch
+
+
+def blank_image(image: "Image.Image") -> "Image.Image":
+    """Make a mid-grey image of the same size."""
+    from PIL import Image
+
+    return Image.new("RGB", image.size, (128, 128, 128))
+
+
+def shuffled_rows(image_ids: Sequence[str], seed: int = 0) -> list[int]:
+    """
+    Give every row of a benchmark a different image, taken from another row.
+
+    Args:
+        image_ids (sequence of `str`):
+            Image id of each row; rows with the same id show the same image.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the shuffle.
+
+    Returns:
+        `list[int]`: for each row the row whose image it gets. A permutation: each image is used as often as before.
+
+    Raises:
+        UserError: if one image is in more than half of the rows, since some question would then keep it.
+    """
+    counts = Counter(image_ids)
+    image_id, most = next(iter(counts.most_common(1)), ("", 0))
+    if 2 * most > len(image_ids):
+        raise UserError(
+            f"The images cannot be shuffled: {most} of the {len(image_ids)} images of the benchmark are the same one "
+            f"({image_id[:12]}). Remove 'shuffled' from controls, or evaluate on more images."
+        )
+    rng = random.Random(seed)
+    order = sorted(counts)
+    rng.shuffle(order)
+    position = {image_id: number for number, image_id in enumerate(order)}
+    rows = sorted(range(len(image_ids)), key=lambda row: (position[image_ids[row]], row))
+    # Rows with the same image are now adjacent, at most `most` of them: that many rows further the image differs.
+    donors = dict(zip(rows, rows[most:] + rows[:most]))
+    return [donors[row] for row in range(len(rows))]
+
+
+def shown_rows(image_ids: Sequence[str], control: str | None = None, seed: int = 0) -> list[int]:
+    """
+    Return for each row of a benchmark the row whose image a control shows.
+
+    Raises:
+        UserError: for an unknown control, or images that cannot be shuffled.
+    """
+    check_choice("control", control, CONTROLS)
+    return shuffled_rows(image_ids, seed) if control == "shuffled" else list(range(len(image_ids)))
 
 
 def answer_benchmark(
@@ -48,7 +113,7 @@ def answer_benchmark(
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Maximum length of an answer.
         control (`str`, *optional*):
-            `"blank"` or `"shuffled"`: ask about another image, see [`medst_trl.evaluation.controls`].
+            `"blank"` or `"shuffled"`: ask about another image, see [`medst_trl.evaluation.vqa`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the control `"shuffled"`.
         max_records (`int`, *optional*):

@@ -9,11 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from medst_trl.base.errors import UserError
-from medst_trl.evaluation.controls import compare_vqa
 from medst_trl.evaluation.metric import METRICS, FigurePath, setting_names
 from medst_trl.evaluation.predictions import OWN_FORMAT, PREDICTIONS_FILE, read_predictions
 from medst_trl.evaluation.scores_file import SCORES_FILE, Leaf, Scores, ScoresFile, align, format_change, tenths
-from medst_trl.evaluation.scoring import figures
+from medst_trl.evaluation.scoring import compare_vqa, figures
 from medst_trl.pipeline.stage import STAGES
 
 from .charts import Bar, bar_chart

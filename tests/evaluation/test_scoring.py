@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.metrics import llava_med, strict
 from medst_trl.evaluation.scores_file import format_scores
-from medst_trl.evaluation.scoring import figures, score_vqa
+from medst_trl.evaluation.scoring import compare_vqa, figures, score_vqa
 
 
 def record(answer, prediction, answer_type="open", **more):
@@ -325,3 +325,61 @@ def test_one_missing_apostrophe_of_a_contraction_is_restored():
 def test_only_whole_words_are_verdicts():
     assert strict.verdict(strict.tokens("Normal, nodular, yesterday")) is None
     assert strict.verdict(strict.tokens("Well: NO!")) == "no"
+
+
+def closed_rows(predictions, answers="yes"):
+    return [
+        {"id": str(i), "image_id": str(i // 2), "answer": answers, "answer_type": "closed", "prediction": text}
+        for i, text in enumerate(predictions)
+    ]
+
+
+@pytest.mark.parametrize("variant", ["strict", "llava_med"])
+def test_equal_predictions_have_a_difference_of_zero(variant):
+    rng = random.Random(0)
+    real = closed_rows([rng.choice(["yes", "no"]) for _ in range(60)])
+    result = compare_vqa(real, real[::-1], variant)
+    for _, leaf in figures(result):
+        assert leaf["difference"] in (0, None)
+        assert leaf["difference_interval"] in ([0, 0], None)
+    assert (
+        dict(figures(result))[("closed", "accuracy")]["value"]
+        == score_vqa(real, variant)["closed"]["accuracy"]["value"]
+    )
+
+
+def test_the_difference_equals_a_value_computed_by_hand():
+    real = closed_rows(["yes"] * 60 + ["no"] * 40)
+    control = closed_rows(["yes"] * 40 + ["no"] * 60)
+    leaf = compare_vqa(real, control)["closed"]["accuracy"]
+    assert (leaf["value"], leaf["difference"]) == pytest.approx((40, 20))
+    assert 5 < leaf["difference_interval"][0] < 20 < leaf["difference_interval"][1] < 35
+
+
+def test_pairing_narrows_the_interval():
+    """The predictions agree on nearly all images, so the paired interval is narrower than that of one score."""
+    rng = random.Random(0)
+    texts = [rng.choice(["yes", "no"]) for _ in range(400)]
+    real, control = closed_rows(texts), closed_rows(["no", *texts[1:]])
+    leaf, unpaired = compare_vqa(real, control)["closed"]["accuracy"], score_vqa(real)["closed"]["accuracy"]
+    assert leaf["difference_interval"][1] - leaf["difference_interval"][0] < 2
+    assert unpaired["interval"][1] - unpaired["interval"][0] > 5
+
+
+def test_the_table_shows_the_difference():
+    real, control = closed_rows(["yes"] * 20), closed_rows(["no"] * 20)
+    table = format_scores(score_vqa(real), {"blank": compare_vqa(real, control)})
+    line = next(line for line in table.splitlines() if line.startswith("closed: accuracy"))
+    assert line.split()[2:4] == ["20", "100.0"]
+    assert "+100.0 [+100.0, +100.0]" in line
+
+
+def test_predictions_of_different_questions_are_refused():
+    real = closed_rows(["yes", "no"])
+    for control, message in (
+        (real[:1], "do not answer the same questions: 1 id"),
+        ([*real, *real], "is repeated"),
+        ([row | {"id": None} for row in real], "has no id"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_vqa(real, control)

@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import resource
+from collections import Counter
 from itertools import islice
 
 import pytest
 from datasets import Dataset
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import append_rows
@@ -17,7 +21,7 @@ from medst_trl.engines.engine import BatchEngine, OpenedImage, Prompt, Reply, Sa
 from medst_trl.engines.kinds.transformers import TransformersEngine
 from medst_trl.evaluation import vqa
 from medst_trl.evaluation.scoring import score_vqa
-from medst_trl.evaluation.vqa import answer_benchmark, questions_of, write_predictions
+from medst_trl.evaluation.vqa import answer_benchmark, blank_image, questions_of, shuffled_rows, write_predictions
 from medst_trl.policy.loading import prepare_policy
 
 
@@ -283,3 +287,28 @@ def test_a_full_disk_keeps_complete_lines(engine, benchmark, tmp_path):
     assert part.stat().st_size == limit
     write_predictions(path, engine, benchmark, **settings)
     assert path.read_bytes() == whole.read_bytes()
+
+
+@given(st.lists(st.sampled_from("abcdef"), max_size=30), st.integers(0, 5))
+def test_no_question_keeps_its_image_after_shuffling(image_ids, seed):
+    assume(not image_ids or 2 * max(Counter(image_ids).values()) <= len(image_ids))
+    shuffled = shuffled_rows(image_ids, seed)
+    assert sorted(shuffled) == list(range(len(image_ids)))
+    assert all(image_ids[row] != image_ids[donor] for row, donor in enumerate(shuffled))
+
+
+@pytest.mark.parametrize("image_ids", [["a"], ["a", "a"], ["a", "a", "b"]])
+def test_too_many_equal_images_cannot_be_shuffled(image_ids):
+    with pytest.raises(UserError, match="cannot be shuffled"):
+        shuffled_rows(image_ids)
+
+
+def test_the_shuffle_depends_on_the_seed():
+    image_ids = [str(number) for number in range(50)]
+    assert shuffled_rows(image_ids, 1) == shuffled_rows(image_ids, 1) != shuffled_rows(image_ids, 2)
+
+
+def test_blank_images_keep_their_size():
+    blank = blank_image(Image.linear_gradient("L").resize((70, 50)))
+    assert blank.size == (70, 50)
+    assert blank.getextrema() == ((128, 128),) * 3

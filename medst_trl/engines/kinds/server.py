@@ -57,9 +57,8 @@ class ServerSettings(CallSettings):
 
 def _openai(sampling: Sampling) -> dict[str, Any]:
     """Return OpenAI's fields, which have no top-k."""
-    if sampling.temperature == 0:
-        return {"temperature": 0.0, "max_tokens": sampling.max_new_tokens}
-    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+    top_p = {} if sampling.temperature == 0 else {"top_p": sampling.top_p}
+    return {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens} | top_p
 
 
 def _vllm(sampling: Sampling) -> dict[str, Any]:
@@ -112,7 +111,7 @@ class ServerEngine(Engine):
 
     def __init__(self, base_url: str, model: str, kind: str = "vllm", **settings: Any):
         check_choice("server_kind", kind, SERVER_KINDS)
-        self.model = model
+        self.model_name = model
         self.settings = ServerSettings(base_url=base_url, server_kind=kind, **settings)
         self.budget = Budget(self.settings.prices_of(model), self.settings.max_cost)
         self._fields_of = SERVER_KINDS[kind]
@@ -130,7 +129,7 @@ class ServerEngine(Engine):
         reply = self._reply(client, outcome)
         if reply.problem:
             raise UserError(
-                f"The server at {client.base_url} cannot run the model {self.model!r} ({reply.text}). Set "
+                f"The server at {client.base_url} cannot run the model {self.model_name!r} ({reply.text}). Set "
                 f"model_name_or_path to the name under which it serves the model, and server_kind to its kind "
                 f"({', '.join(SERVER_KINDS)})."
             )
@@ -168,12 +167,9 @@ class ServerEngine(Engine):
         if reply.problem:
             raise UserError(f"The server at {client.base_url} refuses the request: {reply.text}.")
 
-    def describe(self) -> dict[str, Any]:
-        return {"model": self.model, "engine": self.name}
-
     def _client(self) -> Client:
         url = self.settings.base_url
-        return Client(self.model, self.settings, base_url=url, budget=self.budget, setting="model_name_or_path")
+        return Client(self.model_name, self.settings, base_url=url, budget=self.budget, setting="model_name_or_path")
 
     def _reply(self, client: Client, outcome: Outcome) -> Reply:
         """Return the reply of a call. Raises a `UserError` if no call can succeed."""
@@ -190,9 +186,9 @@ class ServerEngine(Engine):
 
         def body(urls: list[str]) -> dict[str, Any]:
             messages = _messages(request.prompt.messages, iter(urls))
-            return {"model": self.model, "messages": messages, **self._fields_of(request.sampling)}
+            return {"model": self.model_name, "messages": messages, **self._fields_of(request.sampling)}
 
-        tokens = sum(image_tokens(self.model, *image.size) for image in images)
+        tokens = sum(image_tokens(self.model_name, *image.size) for image in images)
         size = RequestSize.of(body([""] * len(images))["messages"], tokens)
         most = request.sampling.max_new_tokens
         return Call(lambda: body([image.data_url for image in images]), size, max_tokens=most, tag=request)

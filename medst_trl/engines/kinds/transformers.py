@@ -98,6 +98,7 @@ class TransformersEngine(BatchEngine):
         # Per batch; less, for the rest of the run, once that has run out of memory.
         texts = MAX_BATCH_SIZE if self._estimates else self.batch_size
         self._most = {"text": texts, "image": min(self.batch_size, IMAGES_PER_BATCH)}
+        self.model_name = getattr(self.model.config, "name_or_path", None) or None
         self._images = None
         if shares_prompts(self.model):
             self._images = ImageFeatureCache(self.model, processor)
@@ -151,11 +152,9 @@ class TransformersEngine(BatchEngine):
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = Event()
 
-        def is_closed(ids: torch.Tensor, scores: Any) -> torch.Tensor:
-            return torch.full((len(ids),), closed.is_set(), device=ids.device)
-
         def write() -> None:
-            generates = {"streamer": streamer, "stopping_criteria": [is_closed]}
+            stopping = [lambda ids, scores: torch.full((len(ids),), closed.is_set(), device=ids.device)]
+            generates = {"streamer": streamer, "stopping_criteria": stopping}
             try:
                 inputs, sampler = prompt_inputs(self.processor, [prompt]), _sampler([prompt], sampling)
                 write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, **generates)
@@ -169,9 +168,6 @@ class TransformersEngine(BatchEngine):
             finally:
                 closed.set()
             written.result()
-
-    def describe(self) -> dict[str, Any]:
-        return {"model": getattr(self.model.config, "name_or_path", None) or None, "engine": self.name}
 
     def batches(self, number: int, prompt_of: Callable[[int], Prompt]) -> list[list[int]]:
         """Divide prompts by their length, the longest first: a batch that is too large fails at the start of a run."""

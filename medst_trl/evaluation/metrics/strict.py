@@ -58,9 +58,8 @@ def verdict(words: Sequence[str]) -> str | None:
 def overlap(prediction: Sequence[str], answer: Sequence[str]) -> tuple[float, float, float]:
     """Return precision, recall and F1 of word lists. A word that occurs n and m times is shared min(n, m) times."""
     shared = (Counter(prediction) & Counter(answer)).total()
-    if not shared:
-        return 0.0, 0.0, 0.0
-    return shared / len(prediction), shared / len(answer), 2 * shared / (len(prediction) + len(answer))
+    said, right = len(prediction) or 1, len(answer) or 1
+    return shared / said, shared / right, 2 * shared / (said + right)
 
 
 def score(row: Answered, settings: None = None) -> dict[FigurePath, float]:
@@ -69,9 +68,8 @@ def score(row: Answered, settings: None = None) -> dict[FigurePath, float]:
     exact = float(said == right)
     scores = {("exact_match",): exact}
     if not row.closed:
-        precision, recall, f1 = overlap(said, right)
-        parts = {"exact_match": exact, "precision": precision, "recall": recall, "f1": f1}
-        return scores | {("open", name): value for name, value in parts.items()}
+        names = ("exact_match", "precision", "recall", "f1")
+        return scores | {("open", name): value for name, value in zip(names, (exact, *overlap(said, right)))}
     if len(right) == 1 and right[0] in VERDICTS:
         found = verdict(said)
         correct = float(found == right[0])

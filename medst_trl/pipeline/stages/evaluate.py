@@ -50,7 +50,6 @@ from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, EngineKind, loads_model
-from medst_trl.evaluation.controls import shown_rows
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
     OWN_FORMAT,
@@ -63,7 +62,7 @@ from medst_trl.evaluation.predictions import (
     score_predictions,
 )
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile
-from medst_trl.evaluation.vqa import write_predictions
+from medst_trl.evaluation.vqa import shown_rows, write_predictions
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 
