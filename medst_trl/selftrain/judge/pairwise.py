@@ -277,13 +277,14 @@ class PairwiseJudge(JudgeSettings):
         if not asked:
             dropped = "tie" if pair["answers"][0] == pair["answers"][1] else "image_unreadable"
         texts = (pair["question"], *pair["answers"])
+        shown = self.prompt.shown and self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], []))
         return pair | {
             "scores": scores,
             "verdict": None if dropped else orders[0]["verdict"],
             "dropped": dropped,
             "orders": orders,
             "cut": any(len(text) > MAX_CHARS for text in texts),
-            "neutralised": self._is_neutralised(texts),
+            "neutralised": shown is not None and shown != tuple(map(fit, texts)),  # changed, apart from the length
             "model": self.model,
             "prompt_version": self.prompt.name,
         }
@@ -322,12 +323,6 @@ class PairwiseJudge(JudgeSettings):
             return scores, "flip" if {0, 1} <= verdicts else "tie"
         winner = verdicts.pop()
         return scores, "small_margin" if scores[winner] - scores[1 - winner] < self.min_margin else None
-
-    def _is_neutralised(self, texts: tuple[str, str, str]) -> bool:
-        """Return whether the prompt changes a text before it shows it, apart from its length."""
-        if self.prompt.shown is None:
-            return False
-        return self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], [])) != tuple(map(fit, texts))
 
 
 def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:
