@@ -122,17 +122,19 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         if args.precompute_ref_log_probs:
             cache = cache_of_reference(given or model, processing_class, collator, args)
             args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them
-        super().__init__(
-            model=model,
-            ref_model=reference,
-            args=args,
-            train_dataset=self.pairs.dataset,
-            eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation.get("eval"),
-            processing_class=processing_class,
-            data_collator=collator,
-            **kwargs,
-        )
-        args.precompute_ref_log_probs = cache is not None
+        try:
+            super().__init__(
+                model=model,
+                ref_model=reference,
+                args=args,
+                train_dataset=self.pairs.dataset,
+                eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation.get("eval"),
+                processing_class=processing_class,
+                data_collator=collator,
+                **kwargs,
+            )
+        finally:
+            args.precompute_ref_log_probs = cache is not None
         # Save only the policy's adapter: the reference equals the adapter that training starts from.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
         self._share_prefix()
