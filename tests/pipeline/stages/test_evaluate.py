@@ -292,7 +292,7 @@ def test_the_parser_reads_lists_and_metric_settings():
 def request_of(body):
     """Return the question of a request and the URL of its image, or None for the request that checks the server."""
     content = body["messages"][-1]["content"]
-    if isinstance(content, str):
+    if not any(part["type"] == "image_url" for part in content):
         return None
     image, text = content
     return text["text"], image["image_url"]["url"]
