@@ -7,7 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,8 @@ from medst_trl.base import fingerprints
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.redaction import HIDDEN, hide_secrets
-from medst_trl.pipeline.record import StageRecord, is_complete, read_record
+from medst_trl.base.registry import Registry
+from medst_trl.pipeline.record import StageRecord, changes_of, is_complete, read_record
 from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
 
 
@@ -372,3 +374,25 @@ def test_settings_of_an_unused_engine_are_not_compared(tmp_path):
     assert StageRecord.of(stage, arguments, _Engine()).decision == "skip"
     with pytest.raises(UserError, match="speed"):
         StageRecord.of(stage, arguments, _Engine(), _OtherEngine(2))
+
+
+@dataclass
+class _WithEngine:
+    output_dir: str
+    engine: str
+    overwrite: bool = False
+
+
+def test_only_settings_of_the_named_engine_are_recorded_and_compared(tmp_path):
+    engines = Registry("engine", (), ())
+    engines.register(SimpleNamespace(name="exact", settings=_Engine))
+    engines.register(SimpleNamespace(name="fast", settings=_OtherEngine, operational=frozenset({"speed"})))
+    kinds = (_WithEngine, _Engine, _OtherEngine)
+    stage = Stage("toy", "a test", lambda: kinds, print, registries={"engine": engines})
+    exact, fast = (_WithEngine(str(tmp_path / name), name) for name in ("exact", "fast"))
+    record = StageRecord.of(stage, exact, _OtherEngine(2), _Engine())
+    assert record.content["settings"] == vars(exact) | {"precision": "low"}
+    assert StageRecord.of(stage, fast).content["settings"] == vars(fast) | {"speed": 1}
+    assert changes_of(stage, exact, _Engine("high"), _OtherEngine(3)) == ['precision: "low" before, "high" now']
+    assert changes_of(stage, fast, _Engine("high"), _OtherEngine(3)) == []  # its speed does not affect the result
+    assert changes_of(stage, replace(exact, overwrite=True), _Engine("high")) == []
