@@ -161,13 +161,14 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
         lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
         parts.put(local_directory(args.projector, "The projector"), PROJECTOR_FILES, lacks)
     lora = local_directory(args.vision_lora, "The vision LoRA") if args.vision_lora else directory / VISION_LORA
-    if lora.is_dir():
+    has_lora = args.vision_lora is not None or lora.is_dir()
+    if has_lora:
         parts.change(lora)
     embedding = parts.weights.get(EMBEDDING)  # its rows count, because embeddings get resized
     rows = embedding.shape[0] if embedding and embedding.shape else original.get("vocab_size", 32000)
     config = llava_config(original, vision, rows)
     parts.check(on_meta(config))
-    role = args.vusr_role or default_role(config, lora.is_dir())
+    role = args.vusr_role or default_role(config, has_lora)
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = read_tokenizer(directory if has_tokenizer else base_directory)
     pad = original.get("image_aspect_ratio") == "pad"

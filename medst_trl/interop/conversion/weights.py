@@ -79,7 +79,7 @@ def read_json(path: Path, what: str | None = None) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} has no {path.name}, which holds {what}.") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}).") from error

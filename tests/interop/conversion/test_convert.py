@@ -325,6 +325,15 @@ def test_a_missing_checkpoint_is_refused():
         original.convert("org/is-not-there", "out")
 
 
+@pytest.mark.parametrize("setting", ["source", "vision_tower", "vision_lora"])
+def test_a_file_instead_of_a_directory_is_refused(tmp_path, setting):
+    original.write_clip(tmp_path / "clip")
+    source = original.write_checkpoint(tmp_path / "source", full_model())
+    settings = {"source": str(source), setting: str(source / "pytorch_model.bin")}
+    with pytest.raises(UserError, match=r"pytorch_model\.bin has no (adapter_)?config\.json"):
+        original.convert(**settings, output_dir=tmp_path / "out")
+
+
 def test_an_interrupted_conversion_resumes_after_the_last_complete_shard(tmp_path, monkeypatch):
     import safetensors.torch
 
