@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import did_you_mean
+from medst_trl.base.files import did_you_mean, visible_files
 
 from .source import Rejected
 
@@ -63,6 +63,9 @@ def read_text_file(path: Path, what: str = "data") -> str:
     """
     try:
         content = path.read_bytes()
+    except IsADirectoryError:
+        files = ", ".join(islice(visible_files(path), 3)) or "it has none"
+        raise UserError(f"{path} is a directory. Give a file with the {what}: {files}.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the {what}.") from None
     for start, advice in _NOT_TEXT.items():

@@ -117,6 +117,12 @@ def test_a_missing_file_is_refused(tmp_path):
         list(read_json_records(tmp_path / "none.json", key="question"))
 
 
+def test_the_error_for_a_directory_names_its_files(tmp_path):
+    (tmp_path / "a.json").touch()
+    with pytest.raises(UserError, match=r"is a directory. Give a file with the data: a\.json\."):
+        list(read_json_records(tmp_path, key="question"))
+
+
 def test_bytes_that_are_not_utf8_affect_only_their_text(tmp_path):
     good, bad = read(tmp_path, b'[{"question": "caf\xe9"}, {"question": "ok"}]')
     assert good[1] == {"question": "ok"} and len(good) == 2 and not bad
