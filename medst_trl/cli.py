@@ -223,7 +223,7 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
 # Under the user's own launcher
 
 
-def run_launched(argv: list[str]) -> None:
+def run_launched(argv: list[str]) -> int | None:
     """
     Run recipes in the processes of a launcher: the command `python -m medst_trl`.
 
@@ -236,11 +236,14 @@ def run_launched(argv: list[str]) -> None:
     ```
 
     Options are those of `medst run`. Stages that use a single process run on rank 0, while the other ranks wait.
+    `python -m medst_trl COMMAND` is the same as `medst COMMAND`.
     """
     argv = add_plugins(argv)
+    if argv[:1] and argv[0] in ("run", "recipes", *STAGES):
+        return _dispatch(argv)
     if not argv or {"-h", "--help"} & set(argv):
         print(help_in(run_launched), help_in(run_recipe).partition("\n")[2], sep="\n")
-        return
+        return 0
     paths, options = read_options(argv)
     which, options = take(options, "stage")
     if take(options, "dry_run", is_flag=True)[0]:
@@ -256,6 +259,7 @@ def run_launched(argv: list[str]) -> None:
             else:
                 _run_on_rank_0(["medst_trl", path, "--stage", step.label, *words_of(options)], f"{path}/{number}")
     leave_peers()
+    return 0
 
 
 def _check_together(steps: Sequence[Step], path: str) -> None:

@@ -387,6 +387,13 @@ def test_an_error_in_the_last_section_is_reported_before_the_first_stage_runs(re
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("argv", [["recipes", "ls"], ["prepare", "--help"], ["run", "--help"]])
+def test_the_module_takes_the_same_commands_as_medst(argv, capsys):
+    assert run_recipe(argv) in (None, 0)
+    by_module = capsys.readouterr().out
+    assert main(argv) == 0 and capsys.readouterr().out == by_module != ""
+
+
 def test_run_is_refused_under_a_launcher(recipe):
     result = medst("run", "mine.yaml", env=ONE_CPU | {"TORCHELASTIC_RUN_ID": "x"})
     assert result.returncode == 2 and "accelerate launch -m medst_trl mine.yaml" in result.stderr
