@@ -16,7 +16,7 @@ RINGS = {
     "extras": ("demo", "interop"),
 }
 RING_OF = {name: ring for ring, names in RINGS.items() for name in names}
-BUDGET = 16_250  # lowered with every change that makes the package smaller, until it is 15,000
+BUDGET = 15_000  # lines of code of the whole package: what comes in makes something else smaller
 
 FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 IMPORTS = {name: imported_modules(path, set(FILES)) - {"medst_trl"} for name, path in FILES.items()}
