@@ -35,9 +35,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="predictions file in any of these formats")
     parser.add_argument("target", help="file to write; for vlmevalkit .tsv, .csv or .json")
-    parser.add_argument(
-        "format", nargs="?", default="medst", choices=PREDICTION_FORMATS.names(), help="format to write"
-    )
+    parser.add_argument("format", nargs="?", default="medst", choices=list(PREDICTION_FORMATS), help="format to write")
     parser.add_argument("benchmark", nargs="?", help="where to find the right answers: directory, Hub id or test.json")
     try:
         main(**vars(parser.parse_args()))
