@@ -46,6 +46,7 @@ from medst_trl import __version__
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
+from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.registry import add_plugins, plugin_files
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take, words_of
@@ -172,7 +173,8 @@ def run_recipe(argv: list[str]) -> int | None:
         _confirm_overwrite(steps)
     plugins = [word for path in plugin_files() for word in ("--plugins", path)]
     again = ["medst", "run", *words, *words_of(option for option in given if option.key != "overwrite"), *plugins]
-    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], shlex.join(again))
+    again = hide_secrets(shlex.join(again))
+    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], again)
     if code == 0:
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -59,7 +59,7 @@ class CallSettings:
     price_per_million_output_tokens: float | None = None
 
     @property
-    def limit(self) -> str:
+    def budget_note(self) -> str:
         """The budget in words, for the plan of a run."""
         return "no max_cost is set" if self.max_cost is None else f"stops at {self.max_cost:g} US dollars"
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakSet
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -30,7 +29,7 @@ RE_ASKS = 2  # further attempts at a request whose reply cannot be read
 GIVE_UP_AFTER = 8  # consecutive calls that fail for one reason before the run stops
 RECENTLY = 10.0  # seconds; if the server answered another call within this time, a failed call is retried soon
 LONGEST_RETRY_AFTER = 300.0  # seconds; a longer wait is reported instead
-MONEY_WAIT = 0.05  # seconds until a call looks again for money that calls in flight release
+MONEY_WAIT = 0.05  # seconds between two attempts to reserve money
 
 
 class Client:
@@ -86,30 +85,30 @@ class Client:
         self.stop_error: UserError | None = None
         self._stopping = asyncio.Event()
         self._locks: dict[str, asyncio.Lock] = {}
-        self._tasks: WeakSet[asyncio.Task] = WeakSet()  # that have made calls
+        self._tasks: set[asyncio.Task] = set()  # of the calls in flight
         self._fields = AcceptedFields()
         self._ever_read = False  # in this run or an earlier one
         self._works = False  # a reply was read in this run
         self._held: list[dict[str, Any]] = []  # refusals until then
         self._last_answer = -math.inf
         self._in_a_row: Counter[str] = Counter()
-        self._secret = self._openai = None
-        if not offline:
-            from openai import AsyncOpenAI
+        self._secret = None if offline else api_key(self.settings.key_variable, base_url)
+        self._openai = None if offline else self._connect(base_url, http_client)
+        self.base_url = clean_message(str(self._openai.base_url if self._openai else base_url)).rstrip("/")
 
-            self._secret, timeout = api_key(self.settings.key_variable, base_url), self.settings.timeout
-            self._openai = AsyncOpenAI(
-                api_key=self._secret, base_url=base_url, timeout=timeout, max_retries=0, http_client=http_client
-            )
-            base_url = self._openai.base_url
-        self.base_url = clean_message(str(base_url)).rstrip("/")
+    def _connect(self, base_url: str | None, http_client: Any) -> Any:
+        from openai import AsyncOpenAI
+
+        timeout = self.settings.timeout
+        return AsyncOpenAI(
+            api_key=self._secret, base_url=base_url, timeout=timeout, max_retries=0, http_client=http_client
+        )
 
     async def close(self) -> None:
         """Cancel the calls in flight and close the connections."""
-        tasks = self._tasks - {asyncio.current_task()}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._openai is not None:
             await self._openai.close()
 
@@ -186,17 +185,21 @@ class Client:
         Raises:
             Stopped: if the run has to stop; `stop_error` says why.
         """
-        self._tasks.add(asyncio.current_task())
-        if call.key is None:
-            return await self._ask(call, [])
-        async with self._locks.setdefault(call.key, asyncio.Lock()):  # calls with the same key are made once
-            held = [row for row in self._held if row["key"] == call.key]
-            outcome = await self._ask(call, self.cache.attempts(call.key) + held)
-            outcome.charges = self.cache.charges(call.key)
-            return outcome
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            if call.key is None:
+                return await self._ask(call, [])
+            async with self._locks.setdefault(call.key, asyncio.Lock()):  # calls with the same key are made once
+                held = [row for row in self._held if row["key"] == call.key]
+                outcome = await self._ask(call, self.cache.attempts(call.key) + held)
+                outcome.charges = self.cache.charges(call.key)
+                return outcome
+        finally:
+            self._tasks.discard(task)
 
     async def _ask(self, call: Call, attempts: list[dict[str, Any]]) -> Outcome:
-        """Return the outcome that the attempts give, and make further ones until there is an outcome."""
+        """Return the outcome of the attempts so far, or make further attempts until there is one."""
         cached = True
         while True:
             if attempts and "error" in attempts[-1]:
@@ -281,36 +284,42 @@ class Client:
         """Make one HTTP call inside a slot, within the budget. Its cost is kept, so that later runs know it."""
         reserved = self.budget.prices.cost_of(at_most)
         await self._reserve(reserved)
-        kind, bill = "cancelled", at_most  # unless more is known: the server may have been at work
         try:
             row = await self._send(call, body)
-            bill = row if row["usage"] else row | at_most
         except CallError as error:
-            kind, bill = error.kind, {"usage": error.usage} if error.usage else at_most if error.charged else {}
             if error.is_pushback:
                 self.limit.pushed_back(error.retry_after)
+            tokens = {"usage": error.usage} if error.usage else at_most if error.charged else {}
+            self._lost(call, error.kind, tokens, reserved)
             raise
         except UnicodeEncodeError:  # of the body: nothing was sent
-            bill = {}
+            self.budget.settle(reserved, 0)
             raise
-        finally:
-            if "reply" in bill or "at_most" not in bill:
-                self.budget.settle(reserved, self.budget.prices.cost_of(bill))
-            else:
-                self.budget.leave_open(reserved)
-            if call.key is not None and bill and "reply" not in bill:
-                self.cache.add({"key": call.key, "lost": kind} | bill)
+        except BaseException:  # cancelled: the server may have been at work
+            self._lost(call, "cancelled", at_most, reserved)
+            raise
+        row = row if row["usage"] else row | at_most
+        self.budget.settle(reserved, self.budget.prices.cost_of(row))
         self.limit.went_well()
         self._last_answer = time.monotonic()
         self._in_a_row.pop("server", None)
-        return bill
+        return row
+
+    def _lost(self, call: Call, kind: str, tokens: dict[str, Any], reserved: float) -> None:
+        """Account for a call without a reply, by its `usage` or `at_most`; without either it was not charged."""
+        if "at_most" in tokens:
+            self.budget.leave_open(reserved)
+        else:
+            self.budget.settle(reserved, self.budget.prices.cost_of(tokens))
+        if call.key is not None and tokens:
+            self.cache.add({"key": call.key, "lost": kind} | tokens)
 
     async def _reserve(self, amount: float) -> None:
         """Reserve money. If there is not enough, wait for what calls in flight release."""
         await self._sleep(0)  # raises if the run is being stopped
         while not self.budget.reserve(amount):
             if self.budget.reserved <= 1e-12:
-                self._stop(self.budget.used_up(amount))
+                self._stop(self.budget.used_up_message(amount))
             await self._sleep(MONEY_WAIT)
 
     async def _send(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,11 @@ class RequestSize:
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, Any]], images: int) -> "RequestSize":
-        """Return the size of messages with this number of image tokens. No tokenizer makes more tokens than bytes."""
+        """
+        Return the size of messages with this number of image tokens.
+
+        `at_most` counts one token per byte of text; no tokenizer makes more.
+        """
         size = sum(len(text_of(message["content"]).encode("utf-8", "replace")) for message in messages)
         likely = math.ceil(size / BYTES_PER_TOKEN) + images + MESSAGE_TOKENS
         return cls(likely, size + math.ceil(images * 1.1) + 4 * MESSAGE_TOKENS)
@@ -130,8 +134,8 @@ class Budget:
         self.reserved += amount
         return True
 
-    def used_up(self, amount: float) -> str:
-        """Return the message that an amount cannot be reserved."""
+    def used_up_message(self, amount: float) -> str:
+        """Return the error message for an amount that exceeds the budget."""
         return (
             f"The budget is used up: ${self.spent + self.uncertain:.4f} of max_cost {self.max_cost:g} are spent, and "
             f"the next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same command "

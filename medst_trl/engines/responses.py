@@ -16,9 +16,10 @@ from math import isfinite
 from typing import Any, Literal
 
 from medst_trl.base.redaction import HIDDEN, hide_secrets
+from medst_trl.data.source import printable
 
 
-_SHOWN = 300  # characters of a server's message that are kept
+_MAX_CHARS = 300  # of a server's message
 
 # Kinds of errors: these stop the run, these drop the call, and all others are retried.
 STOPS = frozenset({"auth", "quota", "model", "address", "no_images"})
@@ -101,7 +102,9 @@ def error_of(error: Exception, secret: str | None = None) -> CallError:
     if isinstance(error, openai.APITimeoutError):
         return CallError("timeout", "no answer in time", charged=True)
     if isinstance(error, openai.APIStatusError):
-        body = error.body if isinstance(error.body, dict) else {"message": _shown(str(error.body or ""))}
+        body = error.body
+        if not isinstance(body, dict):
+            body = {"message": _without_html(_text_of(error))}
         return error_of_status(error.status_code, body, error.response.headers, secret)
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.
@@ -120,11 +123,11 @@ def error_of_status(
 
 
 def clean_message(text: str, secret: str | None = None) -> str:
-    """Return a server's message on one line, short, without the key."""
+    """Return a server's message on one line, short, encodable, without the key."""
     if secret and len(secret) > 3:
         text = text.replace(secret, HIDDEN)
-    text = hide_secrets(" ".join(text.split()))
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    text = hide_secrets(" ".join(printable(text).split()))
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."
 
 
 def _kind_of(status: int, code: str, message: str) -> str:
@@ -151,7 +154,16 @@ def _kind_of(status: int, code: str, message: str) -> str:
     return "image_refused" if "image" in code or _OF_IMAGE.search(message) else "bad_request"
 
 
-def _shown(text: str) -> str:
+def _text_of(error: Any) -> str:
+    """Return the error's text if the client found one in the response, else the whole response."""
+    if isinstance(error.body, str) and error.body:
+        return error.body
+    with suppress(Exception):  # a stream that has not been read
+        return error.response.text
+    return ""
+
+
+def _without_html(text: str) -> str:
     return "an HTML page" if text.lstrip()[:1] == "<" else text
 
 
@@ -178,7 +190,7 @@ def row_of_content(content: bytes, secret: str | None = None) -> dict[str, Any]:
     try:
         return row_of_body(json.loads(content), secret)
     except (ValueError, RecursionError):
-        detail = _shown(clean_message(content[:60].decode("utf-8", "replace"), secret)) or "nothing"
+        detail = _without_html(clean_message(content[:60].decode("utf-8", "replace"), secret)) or "nothing"
         raise CallError("not_json", f"it sends {detail}", charged=True) from None
 
 
@@ -207,11 +219,12 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
     if refusal or finish_reason == "content_filter":
         said = clean_message(str(refusal or "the reply was filtered"), secret)
         raise CallError("content_filter", said, charged=True, usage=usage)
-    return {"reply": content or "", "finish_reason": finish_reason, "usage": usage}
+    return {"reply": printable(content or ""), "finish_reason": finish_reason, "usage": usage}
 
 
 def _usage(body: Any) -> dict[str, int] | None:
-    usage, names = body.get("usage") if isinstance(body, dict) else None, ("prompt_tokens", "completion_tokens")
+    names = ("prompt_tokens", "completion_tokens")
+    usage = body.get("usage") if isinstance(body, dict) else None
     if isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in names):
         return {name: usage[name] for name in names}
     return None

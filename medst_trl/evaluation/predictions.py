@@ -300,14 +300,14 @@ def score_predictions(
     for control, others in controls.items():
         others = [row for row in others if row.get("id") in ids]
         compared[control] = {name: compare_vqa(records, others, name, **kwargs) for name, kwargs in arguments.items()}
-    made = [record["generation"] for record in records if isinstance(record.get("generation"), Mapping)]
-    rare = {
-        "refused": sum("problem" in generation for generation in made),
+    generations = [record["generation"] for record in records if isinstance(record.get("generation"), Mapping)]
+    optional = {
+        "refused": sum("problem" in generation for generation in generations),
         "answer_types_guessed": sum(record.get("answer_type_guessed") is True for record in records),
     }
-    counts = {"records": len(records), "cut_off": sum(generation.get("ended") is False for generation in made)}
+    counts = {"records": len(records), "cut_off": sum(generation.get("ended") is False for generation in generations)}
     return {
-        "counts": counts | {name: number for name, number in rare.items() if number},
+        "counts": counts | {name: number for name, number in optional.items() if number},
         "scores": {name: score_vqa(records, name, **kwargs) for name, kwargs in arguments.items()},
         "controls": compared,
         "figures": describe_figures(variants),

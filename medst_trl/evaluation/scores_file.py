@@ -100,7 +100,8 @@ class ScoresFile:
         header = ["", "n", "%", "95% interval", *(["majority"] if with_majority else [])]
         rows = [header + [title for name in self.controls for title in (name, f"real - {name}")]]
         for path in shown:
-            leaf, name = leaves[path], ("  " if path[0] == "question_types" else "") + self.label(metric, path)
+            leaf, name = leaves[path], self.label(metric, path)
+            name = f"  {name}" if path[0] == "question_types" else name
             row = [name, str(leaf["n"]), tenths(leaf["value"]), brackets(leaf["interval"])]
             row += [tenths(leaf.get("majority"))] if with_majority else []
             for control in self.controls.values():
@@ -146,11 +147,12 @@ def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str,
 
 
 def _read_scores(by_metric: Mapping[str, Any]) -> Scores:
-    """Return the figures of each metric. Raises if a value that must be a number is not one."""
+    """Return the figures of each metric. Raises if a number or an interval is not one."""
     found = {metric: dict(figures(scores)) for metric, scores in by_metric.items()}
     for leaf in (leaf for leaves in found.values() for leaf in leaves.values()):
-        for number in (leaf["n"], leaf["value"], leaf.get("majority"), *(leaf["interval"] or ())):
+        for number in (leaf["n"], leaf["value"], leaf.get("majority")):
             tenths(number)
+        brackets(leaf["interval"])
         format_change(leaf)
     return found
 
@@ -172,7 +174,10 @@ def tenths(value: float | None, sign: str = "") -> str:
 
 def brackets(interval: Sequence[float] | None, sign: str = "") -> str:
     """Format an interval; empty for None."""
-    return f"[{tenths(interval[0], sign)}, {tenths(interval[1], sign)}]" if interval else ""
+    if not interval:
+        return ""
+    low, high = interval
+    return f"[{tenths(low, sign)}, {tenths(high, sign)}]"
 
 
 def format_change(leaf: Leaf) -> str:
@@ -183,5 +188,5 @@ def format_change(leaf: Leaf) -> str:
 def align(rows: list[list[str]]) -> list[str]:
     """Format the lines of a table, the first column aligned to the left and the others to the right."""
     first, *others = (max(map(len, column)) for column in zip(*rows))
-    template = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
-    return [template.format(*row).rstrip() for row in rows]
+    cells = ([row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]

@@ -61,7 +61,9 @@ def shuffled_rows(image_ids: Sequence[str], seed: int = 0) -> list[int]:
         UserError: if one image is in more than half of the rows, since some question would then keep it.
     """
     counts = Counter(image_ids)
-    image_id, most = next(iter(counts.most_common(1)), ("", 0))
+    if not counts:
+        return []
+    [(image_id, most)] = counts.most_common(1)
     if 2 * most > len(image_ids):
         raise UserError(
             f"The images cannot be shuffled: {most} of the {len(image_ids)} images of the benchmark are the same one "

@@ -346,7 +346,9 @@ def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[s
     owned = {getattr(item, "settings", None) for registry in registries.values() for item in registry.values()}
     used += [item for item in others if type(item) not in owned and getattr(item, "is_chosen", True)]
     settings = {item.name: getattr(part, item.name) for part in used if part for item in fields(part) if item.init}
-    free |= {item.name for kind in stage.arguments() for item in fields(kind)} - settings.keys()
+    # A local judge decides the result, also one that an earlier run chose and this one does not.
+    ignored = [kind for kind in stage.arguments() if not hasattr(kind, "is_chosen")]
+    free |= {item.name for kind in ignored for item in fields(kind)} - settings.keys()
     return settings, free.union(*(getattr(part, "operational", ()) for part in used))
 
 

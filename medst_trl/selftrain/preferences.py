@@ -271,7 +271,10 @@ def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
 
 
 def _by_margin(pairs: Sequence[dict]) -> list[tuple[int, dict]]:
-    """Return pairs and their positions by the margin between the scores, largest first; without scores it is 0."""
+    """
+    Return the positions and pairs, sorted by the margin between the scores, largest first. Without scores the margin
+    is 0.
+    """
 
     def margin(item: tuple[int, dict]) -> float:
         chosen, rejected = item[1]["score_chosen"], item[1]["score_rejected"]

@@ -175,7 +175,7 @@ class ServerEngine(Engine):
         """Return the reply of a call. Raises a `UserError` if no call can succeed."""
         if outcome.error is None:
             finish_reason = outcome.attempts[-1]["finish_reason"]
-            return Reply(printable(outcome.reading).strip(), ended=finish_reason != "length")
+            return Reply(outcome.reading.strip(), ended=finish_reason != "length")
         if outcome.error.action == "drop":
             status = f"{outcome.error.status}: " if outcome.error.status else ""
             return Reply(f"{status}{outcome.detail}", problem="request_failed")

@@ -58,7 +58,9 @@ def verdict(words: Sequence[str]) -> str | None:
 def overlap(prediction: Sequence[str], answer: Sequence[str]) -> tuple[float, float, float]:
     """Return precision, recall and F1 of word lists. A word that occurs n and m times is shared min(n, m) times."""
     shared = (Counter(prediction) & Counter(answer)).total()
-    said, right = len(prediction) or 1, len(answer) or 1
+    if not shared:
+        return 0.0, 0.0, 0.0
+    said, right = len(prediction), len(answer)
     return shared / said, shared / right, 2 * shared / (said + right)
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, RepoFile
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
+from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.settings import settings_among
 from medst_trl.engines.calls import CallSettings
 from medst_trl.engines.engine import ENGINES
@@ -57,7 +58,7 @@ def print_plan(source: str, options: Sequence[Option], which: str | None = None)
         for step in chosen:
             lines += ["", *plan.lines(step)]
     notes = [f"Note: {note}" for note in recipe.unused_options(chosen)]
-    print(*lines, "", *plan.notes(), *notes, sep="\n")
+    print(*map(hide_secrets, lines), "", *plan.notes(), *notes, sep="\n")
 
 
 def _read_throughput(options: Sequence[Option], path: str, steps: Sequence[Step]) -> dict[str | None, float]:
@@ -151,7 +152,7 @@ class _Plan:
         if kind and (address := kind.address(settings)):
             yield "prompts", f"{address}, model {name}"
             if isinstance(settings, CallSettings):
-                yield "prompts", settings.limit
+                yield "prompts", settings.budget_note
         elif kind is None or kind.loads_model:
             size = self.weight_bytes(name, step.settings.get("dtype", "auto")) if kind else None
             yield "model", name + (f", {_size(size)} of weights" if size else "")

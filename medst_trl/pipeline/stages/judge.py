@@ -322,7 +322,7 @@ def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iter
         yield "prompts", f"{requests} to {url}, model {args.model}"
         if count.number is None:
             yield "prompts", f"their number depends on {count.depends_on}"
-        yield "prompts", args.limit + _expected_cost(args, count)
+        yield "prompts", args.budget_note + _expected_cost(args, count)
 
 
 def _expected_cost(args: JudgeArguments, count: Count) -> str:

@@ -78,7 +78,7 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
 
     Returns:
         `dict`: number of results by content: `replies`, `content_filter` and `image_refused` (which drop their
-        pairs), `failed` (no reply: such calls are still to be made) and `unreadable` lines.
+        pairs), `failed` (no reply: such calls are still to be made) and `unreadable` lines (not JSON in UTF-8).
 
     Raises:
         UserError: if a file cannot be read, or if none of its lines is a result.
@@ -97,6 +97,7 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
 def _read_line(cache: ReplyCache, line: str) -> str:
     """Keep one result in the cache, and return what it holds."""
     try:
+        line.encode()  # fails if a byte is of another encoding
         result = json.loads(line)
         key, row = result["custom_id"], _row(result)
     except CallError as error:

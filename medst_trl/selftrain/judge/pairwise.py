@@ -69,6 +69,15 @@ class Estimate:
         )
 
 
+@dataclass(eq=False)
+class _Comparison:
+    """A pair while it is judged: the outcomes of its calls, None before they are made, and then its judgement."""
+
+    pair: dict[str, Any]
+    outcomes: dict[Call, Outcome | None]
+    judgement: dict[str, Any] | None = None
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class PairwiseJudge(JudgeSettings):
     """
@@ -186,7 +195,7 @@ class PairwiseJudge(JudgeSettings):
     def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Call]]]:
         """
         Yield each pair with its requests, one for each order: none if its answers are equal, which is a tie, or an
-        image cannot be read. A pair is the beginning of its judgement: `id`, `candidate`, `image_ids`, `question` and
+        image cannot be read. A pair has the first keys of a judgement: `id`, `candidate`, `image_ids`, `question` and
         two `answers` in the candidate's order. Answers (0, 1), (2, 3) and so on are a pair; an odd one is left over.
         """
         for candidate in candidates:
@@ -241,25 +250,26 @@ class PairwiseJudge(JudgeSettings):
             http_client=self.http_client if self.local is None else _local_client(self.local),
         )  # fmt: skip
         self.events = client.events
-        places: deque[list[dict[str, Any]]] = deque()  # one for each pair, in order; empty until its judgement is made
-        # By call: its pair, the outcomes of all calls about the pair, and the pair's place.
-        waiting: dict[Call, tuple[dict[str, Any], dict[Call, Outcome | None], list[dict[str, Any]]]] = {}
+        queue: deque[_Comparison] = deque()
+        comparison_of: dict[Call, _Comparison] = {}
 
         def calls() -> Iterator[Call]:
-            for pair, own in self.requests(candidates):
-                places.append([] if own else [self._judgement(pair, [])])
-                waiting.update(dict.fromkeys(own, (pair, dict.fromkeys(own), places[-1])))
-                yield from own
+            for pair, requests in self.requests(candidates):
+                queue.append(_Comparison(pair, dict.fromkeys(requests)))
+                if not requests:
+                    queue[-1].judgement = self._judgement(pair, [])
+                comparison_of.update(dict.fromkeys(requests, queue[-1]))
+                yield from requests
 
         def finished() -> Iterator[dict[str, Any]]:
-            while places and places[0]:
-                yield places.popleft()[0]
+            while queue and queue[0].judgement:
+                yield queue.popleft().judgement
 
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
-            pair, outcomes, place = waiting.pop(call)
-            outcomes[call] = outcome
-            if all(outcomes.values()):
-                place.append(self._judgement(pair, list(outcomes.items())))
+            comparison = comparison_of.pop(call)
+            comparison.outcomes[call] = outcome
+            if all(comparison.outcomes.values()):
+                comparison.judgement = self._judgement(comparison.pair, list(comparison.outcomes.items()))
             yield from finished()
         yield from finished()
         if client.missing:
@@ -277,17 +287,23 @@ class PairwiseJudge(JudgeSettings):
         if not asked:
             dropped = "tie" if pair["answers"][0] == pair["answers"][1] else "image_unreadable"
         texts = (pair["question"], *pair["answers"])
-        shown = self.prompt.shown and self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], []))
         return pair | {
             "scores": scores,
             "verdict": None if dropped else orders[0]["verdict"],
             "dropped": dropped,
             "orders": orders,
             "cut": any(len(text) > MAX_CHARS for text in texts),
-            "neutralised": shown is not None and shown != tuple(map(fit, texts)),  # changed, apart from the length
+            "neutralised": self._is_neutralised(texts),
             "model": self.model,
             "prompt_version": self.prompt.name,
         }
+
+    def _is_neutralised(self, texts: tuple[str, ...]) -> bool:
+        """Return whether the prompt changes the question or an answer, apart from its length."""
+        if self.prompt.shown is None:
+            return False
+        shown = self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], []))
+        return shown is not None and shown != tuple(map(fit, texts))
 
     def _order(self, call: Call, outcome: Outcome) -> dict[str, Any]:
         """Return the outcome of one order, with scores and verdict by answer instead of by position."""
