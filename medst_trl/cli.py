@@ -173,7 +173,7 @@ def run_recipe(argv: list[str]) -> int | None:
         _confirm_overwrite(steps)
     plugins = [word for path in plugin_files() for word in ("--plugins", path)]
     again = ["medst", "run", *words, *words_of(option for option in given if option.key != "overwrite"), *plugins]
-    again = hide_secrets(shlex.join(again))
+    again = shlex.join(hide_secrets(again))
     code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], again)
     if code == 0:
         minutes, seconds = divmod(round(time.monotonic() - start), 60)

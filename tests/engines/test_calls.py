@@ -62,3 +62,32 @@ def test_slots_are_neither_exceeded_nor_leaked():
         return maximum
 
     assert asyncio.run(run()) == 5
+
+
+def test_no_call_starts_while_more_calls_run_than_there_are_slots():
+    """After the number of slots was halved, the calls that already run keep theirs."""
+
+    async def run():
+        pace, started, may_end = AdaptiveLimit(16), 0, asyncio.Event()
+
+        async def call():
+            nonlocal started
+            async with pace.slot():
+                started += 1
+                await may_end.wait()
+
+        tasks = [asyncio.create_task(call()) for _ in range(40)]
+        await asyncio.sleep(0.01)
+        for _ in range(12):
+            pace.pushed_back(None)
+        assert started == 16 and pace.slots == 8
+        for _ in range(40):
+            pace.went_well()
+        assert 8 < pace.slots < 16
+        await asyncio.sleep(0.01)
+        assert started == 16
+        may_end.set()
+        await asyncio.gather(*tasks)
+        return started
+
+    assert asyncio.run(run()) == 40

@@ -56,6 +56,8 @@ def ask(responses, requests=None, cache=None, budget=None, **settings):
             raise response
         if isinstance(response, bytes):
             return httpx2.Response(200, content=response)
+        if isinstance(response, httpx2.Response):
+            return response
         if isinstance(response, tuple):
             status, error, *headers = response
             return httpx2.Response(status, json={"error": error}, headers=headers[0] if headers else {})
@@ -184,6 +186,62 @@ def test_a_cached_reply_does_not_count_as_a_reply_of_the_server(tmp_path):
 )  # fmt: skip
 def test_error_messages_of_servers_are_classified(status, message, kind):
     assert error_of_status(status, {"message": message}).kind == kind
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": None, "message": "temperature is not supported"},
+        {"error": "", "message": "temperature is not supported"},
+        {"error": "temperature is not supported"},
+        [{"error": {"message": "temperature is not supported"}}],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The server does not accept a temperature")
+def test_an_error_without_an_error_object_is_understood(body):
+    _, [answer], sent = ask([httpx2.Response(400, json=body), completion()])
+    assert answer.reading and "temperature" in sent[0] and "temperature" not in sent[1]
+
+
+def test_an_error_in_a_list_is_shown_as_it_was_sent():
+    text = '[{"error": {"message": "context length exceeded"}}]'
+    _, [answer], _ = ask([httpx2.Response(400, text=text, headers={"content-type": "application/json"})])
+    assert answer.detail == text
+
+
+def test_lone_surrogates_are_replaced_in_replies_and_messages(tmp_path):
+    """Servers send one if the limit of tokens cuts an emoji. It cannot be written to a file."""
+    cut_off = json.dumps(completion("8 5\nGood \ud83d")).encode()
+    _, [answer], _ = ask([cut_off], cache=ReplyCache(tmp_path))
+    _, [again], _ = ask([cut_off], cache=ReplyCache(tmp_path))
+    assert answer.attempts[-1]["reply"] == again.attempts[-1]["reply"] == "8 5\nGood ?"
+    _, [answer], _ = ask([json.dumps(completion(None, refusal="Sorry \ud83d")).encode()])
+    assert answer.reason == "content_filter" and answer.detail == "Sorry ?"
+
+
+def test_closing_the_client_cancels_only_calls_in_flight():
+    async def respond(_):
+        await asyncio.sleep(0 if not calls.is_set() else 60)
+        return httpx2.Response(200, json=completion())
+
+    async def work(client, key):
+        await client.ask(request(key))
+        calls.set()
+        await asyncio.sleep(0.1)
+        return "finished"
+
+    async def run():
+        client = Client("m", http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(respond)))
+        after_a_call = asyncio.create_task(work(client, "a"))
+        await calls.wait()
+        in_flight = asyncio.create_task(work(client, "b"))
+        await asyncio.sleep(0.02)
+        await client.close()
+        return await asyncio.gather(after_a_call, in_flight, return_exceptions=True)
+
+    calls = asyncio.Event()
+    after_a_call, in_flight = asyncio.run(run())
+    assert after_a_call == "finished" and isinstance(in_flight, asyncio.CancelledError)
 
 
 def test_a_server_that_takes_no_images_stops_the_run_with_advice():

@@ -96,11 +96,19 @@ def test_features_are_kept_in_main_memory(monkeypatch):
     assert memory[image].layers[0].device.type == "cpu"
 
 
-def test_the_processor_is_restored():
+def test_the_processor_is_unchanged_and_the_memory_works_after_a_failed_call():
     image = opened_image(0)
     memory = memory_of("vicuna", image)
-    memory.inputs([Prompt(to_answer([], 1, "Is it?"), [image])])
+    prompt = Prompt(to_answer([], 1, "Is it?"), [image])
+    before, attributes = memory.inputs([prompt]), dict(vars(memory.processor))
     with pytest.raises(StopIteration):  # a prompt about two images with one
         memory.inputs([Prompt(to_answer([], 2, "Is it?"), [image])])
-    assert "_process_images" not in vars(memory.processor)
+    assert vars(memory.processor) == attributes
     assert "pixel_values" in chat_inputs(memory.processor, [to_answer([], 1, "Is it?")], [[image.image]])
+    after = memory.inputs([prompt])
+    assert torch.equal(after["input_ids"], before["input_ids"])
+    features = (inputs["mm_encoder_outputs"]["image"].pooler_output[0] for inputs in (before, after))
+    assert torch.equal(*features)
+    other = opened_image(1)
+    memory.encode([other])
+    assert not torch.equal(memory[other].layers[0], memory[image].layers[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.metrics import llava_med, strict
-from medst_trl.evaluation.scores_file import format_scores
+from medst_trl.evaluation.scores_file import ScoresFile, format_scores
 from medst_trl.evaluation.scoring import compare_vqa, figures, score_vqa
 
 
@@ -372,6 +372,19 @@ def test_the_table_shows_the_difference():
     line = next(line for line in table.splitlines() if line.startswith("closed: accuracy"))
     assert line.split()[2:4] == ["20", "100.0"]
     assert "+100.0 [+100.0, +100.0]" in line
+
+
+@pytest.mark.parametrize("interval", [[1.0], [1.0, 2.0, 3.0], "ab", 5])
+@pytest.mark.parametrize("name", ["interval", "difference_interval"])
+def test_a_file_with_a_damaged_interval_is_refused(name, interval):
+    real, control = closed_rows(["yes"] * 20), closed_rows(["no"] * 20)
+    scores = {"strict": score_vqa(real)}
+    controls = {"blank": {"strict": compare_vqa(real, control)}}
+    assert "95% interval" in ScoresFile({"scores": scores, "controls": controls}).table("strict")
+    damaged = scores["strict"] if name == "interval" else controls["blank"]["strict"]
+    damaged["closed"]["accuracy"][name] = interval
+    with pytest.raises(UserError, match="The file was not written by `medst evaluate`"):
+        ScoresFile({"scores": scores, "controls": controls})
 
 
 def test_predictions_of_different_questions_are_refused():

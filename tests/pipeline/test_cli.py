@@ -318,6 +318,14 @@ def test_the_command_to_continue_does_not_overwrite(recipe, monkeypatch, capsys)
     assert capsys.readouterr().err.endswith("  medst run mine.yaml --stage prepare\n")
 
 
+def test_the_command_to_continue_has_no_password(recipe, monkeypatch, capsys):
+    monkeypatch.delenv("MEDST_PLUGINS", raising=False)
+    monkeypatch.setattr(launch, "run", lambda command, environment: 1)
+    assert main(["run", "mine.yaml", "--evaluate.base_url", "http://user:hunter2@localhost:8000/v1"]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "--evaluate.base_url 'http://<hidden>@localhost:8000/v1'\n" in printed and "hunter2" not in printed
+
+
 @pytest.mark.parametrize(("answer", "is_run"), [("y\n", True), ("n\n", False), ("", False), (None, True)])
 def test_overwriting_every_stage_is_confirmed_on_a_terminal(recipe, tmp_path, monkeypatch, capsys, answer, is_run):
     stdin, ran = io.StringIO(answer), []

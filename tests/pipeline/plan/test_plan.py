@@ -125,6 +125,18 @@ def test_a_row_without_text_is_not_printed(recipe, capsys, monkeypatch):
     assert found["prompts"] == ["nobody"] and "writes" not in found
 
 
+def test_the_password_of_a_base_url_is_not_shown(recipe, capsys, monkeypatch):
+    url = "http://user:hunter2@localhost:8000/v1"
+    server = ["--generate.engine", "server", "--generate.base_url", url, "--generate.model_name_or_path", "m"]
+    assert main(["run", recipe, *server, "--judge.base_url", url, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed and printed.count("http://<hidden>@localhost:8000/v1") == 2
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    assert main(["run", recipe, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed and "http://<hidden>@localhost:8000/v1" in printed
+
+
 def test_the_budget_for_a_server_is_shown(recipe, capsys):
     server = {"engine": "server", "base_url": "http://localhost:8000/v1", "model_name_or_path": "gpt-4o"}
     words = [word for key, value in server.items() for word in (f"--generate.{key}", value)]

@@ -205,6 +205,13 @@ def test_only_the_chosen_local_judge_is_recorded(candidates, tmp_path):
             main(arguments(candidates, tmp_path / "out"), OracleArguments(0.1))
 
 
+def test_another_judge_in_place_of_the_oracle_is_refused(candidates, tmp_path):
+    settings = arguments(candidates, tmp_path / "out", model="judge", base_url="http://127.0.0.1:9/v1")
+    main(settings, OracleArguments(0.1))
+    with pytest.raises(UserError, match=r"oracle_error_rate: 0\.1 before, \(not set\) now"):
+        main(settings)
+
+
 def test_a_dry_run_prints_the_estimate_and_a_request(candidates, tmp_path, capsys):
     main(arguments(candidates, str(tmp_path / "out"), model="gpt-4o", dry_run=True))
     printed = capsys.readouterr().out
@@ -306,6 +313,13 @@ def test_a_key_in_the_base_url_is_never_written(candidates, tmp_path):
         run(candidates, tmp_path / "again", server, base_url=f"{server.base_url}?api_key=abcdefsecret")
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or b"abcdefsecret" not in path.read_bytes()
+
+
+def test_a_reply_with_a_lone_surrogate_is_written(candidates, tmp_path):
+    with JudgeServer(answer=lambda body: JudgeServer().answer(body) + "\ud83d") as server:
+        run(candidates, tmp_path / "out", server)
+    judgements = read_jsonl(tmp_path / "out/judgements.jsonl")
+    assert judgements and all(order["reply"].endswith("?") for row in judgements for order in row["orders"])
 
 
 def test_a_judge_that_often_flips_causes_a_warning(candidates, tmp_path, capsys):

@@ -450,6 +450,18 @@ def test_batch_errors_drop_their_pairs_or_are_requested_again(tmp_path, monkeypa
     assert dropped == ["content_filter", "unparsable", "flip", "flip"]
 
 
+def test_a_result_in_another_encoding_is_requested_again(tmp_path):
+    batch = PairwiseJudge("judge", prompt_version="paper", order="single", cache_dir=tmp_path / "cache")
+    files = write_batch(batch, candidates(3), tmp_path / "requests.jsonl")
+    *lines, last = map(json.loads, batch_results(files, lambda body: "8 5\nCaf\u00e9").splitlines())
+    lines = [json.dumps(line, ensure_ascii=False).encode() for line in lines]
+    lines.append(json.dumps(last, ensure_ascii=False).encode("latin-1"))
+    (tmp_path / "results.jsonl").write_bytes(b"\n".join(lines))
+    assert read_batch(batch.cache, [tmp_path / "results.jsonl"]) == {"replies": 2, "unreadable": 1}
+    with pytest.raises(UserError, match="1 calls have no result"):
+        list(batch(candidates(3), offline=True))
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", "not json\n"])
 def test_a_file_without_results_is_refused(tmp_path, content):
     path = tmp_path / "results.jsonl"
