@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exception for errors that the user can fix, and words for messages: the closest match, numbers with nouns."""
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,7 +13,13 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with 2, so the message must be complete: what is
     wrong, where (file, record id, key), and what to do next.
+
+    Args:
+        *messages (`str`): Usually one; several if problems are reported together. One may have several lines.
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class Problems:
@@ -37,31 +42,28 @@ class Problems:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep the message of a [`UserError`] raised inside the block, and continue after the block."""
+        """Keep the messages of a [`UserError`] raised inside the block, and continue after the block."""
         try:
             yield
         except UserError as error:
-            self.messages.append(str(error))
+            self.messages.extend(error.args)
 
     def report(self) -> None:
         """Raise a [`UserError`] with all messages, if there are any."""
         if self.messages:
-            raise UserError("\n".join(dict.fromkeys(self.messages)))
+            raise UserError(*dict.fromkeys(self.messages))
 
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """
-    Put a place, such as the section of a recipe, in front of the messages of errors raised inside the block: of each
-    line that is not indented.
+    Put a place, such as the section of a recipe, in front of each message of an error raised inside the block, unless
+    the message names it already.
     """
     try:
         yield
     except UserError as error:
-        text = str(error)
-        if where not in text:
-            text = re.sub(r"(?m)^(?=\S)", lambda start: f"{where}: ", text)
-        raise UserError(text) from None
+        raise UserError(*(text if where in text else f"{where}: {text}" for text in error.args)) from None
 
 
 def closest(word: str, known: Collection[str]) -> str:

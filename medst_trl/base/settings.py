@@ -69,7 +69,7 @@ def check_bounds(args: Any, **bounds: Mapping[str, float]) -> None:
             `at_least`, `above`, `at_most`, `below`: bounds by the names of settings.
 
     Raises:
-        UserError: with a line for each setting out of bounds: its value and all its bounds.
+        UserError: with a message for each setting out of bounds: its value and all its bounds.
 
     Example:
 

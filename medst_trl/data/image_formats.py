@@ -210,12 +210,14 @@ def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
         ) from None
     try:
         header = pydicom.dcmread(io.BytesIO(data), force=True)
-        has_pixels = any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
+        pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+        if "Rows" not in header or not any(name in header for name in pixels):
+            raise ImageProblem("not_an_image", "not a DICOM file with pixels")
         width, height, frames = int(header.Columns), int(header.Rows), int(header.get("NumberOfFrames") or 1)
+    except ImageProblem:
+        raise
     except Exception as error:  # the message of pydicom may quote the header
         raise ImageProblem("not_an_image", type(error).__name__) from None
-    if not has_pixels:
-        raise ImageProblem("not_an_image", "not a DICOM file with pixels")
     check_pixels(width, height, max_pixels)
     if frames > 1:
         raise ImageProblem("several_frames")

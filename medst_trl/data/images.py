@@ -13,16 +13,17 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import did_you_mean, read_jsonl
+from medst_trl.base.files import did_you_mean
 from medst_trl.base.processes import ordered_map
 
 from .image_formats import ImageProblem, check_pixels, image_problem, read_dicom, to_8_bit, without_metadata
@@ -134,16 +135,17 @@ class FolderImages:
         self.directory, self.max_pixels, self._room = directory, max_pixels, room
         self._kept: dict[str, bytes] = {}
 
-    def check(self, names: Iterable[str]) -> None:
-        """Refuse a directory that has none of the first few images, if another one near it has some of them."""
-        few = list(islice(names, 10))
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a directory that has none of the images, if another one near it has some of the first few."""
 
-        def has_some(directory: Path) -> bool:
-            return any(os.path.isfile(os.path.join(directory, name)) for name in few)
+        def has_any(directory: Path, names: Sequence[str]) -> bool:
+            return any(os.path.isfile(os.path.join(directory, name)) for name in names)
 
-        if few and not has_some(self.directory) and (near := did_you_mean(self.directory, has_some)):
+        if not names or has_any(self.directory, names):
+            return
+        if near := did_you_mean(self.directory, lambda other: has_any(other, names[:10])):
             raise UserError(
-                f"image_folder {self.directory} has none of the images, for example {few[0]!r}.{near} "
+                f"image_folder {self.directory} has none of the images, for example {names[0]!r}.{near} "
                 "Correct image_folder."
             )
 
@@ -203,7 +205,7 @@ def index_images(
     if isinstance(reader, FolderImages):
         reader.check(names)
     partial = path.with_name(f".{path.name}.tmp")
-    entries = {entry["image"]: entry for file in (partial, path) for entry in read_jsonl(file)}
+    entries = {entry["image"]: entry for file in (partial, path) for entry in _entries(file)}
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
@@ -221,6 +223,13 @@ def index_images(
         for name, entry in found.items()
         if name not in good
     }
+
+
+def _entries(path: Path) -> Iterator[dict]:
+    """Yield the entries of an index. Lines that are damaged, by a killed run or a power cut, are skipped."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def _bytes_of(path: Path, max_pixels: int) -> bytes:

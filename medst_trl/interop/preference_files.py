@@ -92,15 +92,19 @@ def read_preference_file(
     images, records = FolderImages(image_folder, max_pixels), Records("preferences", image_folder)
 
     @cache
-    def identify(image: str) -> str:
+    def identify(image: str) -> str | ImageProblem:
         try:
             return images.image_id(image)
-        except ImageProblem as problem:
-            raise BadRecord(problem.reason, f"{image}: {problem}") from None
+        except ImageProblem as problem:  # returned, because the cache keeps no exceptions
+            return problem
 
     def pair(name: str, record: dict) -> SimpleNamespace:
         row = _read_pair(record)
-        row |= {"id": published_id(name, tuple(row["images"])), "image_ids": [*map(identify, row["images"])]}
+        row["id"] = published_id(name, tuple(row["images"]))
+        row["image_ids"] = [identify(image) for image in row["images"]]
+        for image, found in zip(row["images"], row["image_ids"]):
+            if isinstance(found, ImageProblem):
+                raise BadRecord(found.reason, f"{image}: {found}")
         return SimpleNamespace(id=name, row=row)
 
     records.collect(
@@ -128,9 +132,16 @@ def _read_pair(record: dict) -> dict:
         raise BadRecord("bad_score", weight)
     judge = {"source": name} | ({} if weight is None else {"weighted_score": weight})
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]
-    conversation = {"prompt": turns[:-2], "chosen": turns[-2:-1], "rejected": turns[-1:]}
-    scores = {"score_chosen": None, "score_rejected": None, "judge": json.dumps(judge)}
-    return {"images": list(images)} | conversation | scores
+    *prompt, chosen_turn, rejected_turn = turns
+    return {
+        "images": list(images),
+        "prompt": prompt,
+        "chosen": [chosen_turn],
+        "rejected": [rejected_turn],
+        "score_chosen": None,
+        "score_rejected": None,
+        "judge": json.dumps(judge),
+    }
 
 
 def write_preferences(folder: str | os.PathLike, preferences: Preferences, file: PreferenceFile) -> None:

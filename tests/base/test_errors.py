@@ -36,8 +36,15 @@ def test_problems_are_reported_together_and_once():
     Problems().report()
 
 
-def test_each_line_of_a_located_message_has_the_place_unless_it_is_indented():
-    with pytest.raises(UserError, match="^here: a\n  details\nhere: b$"), located("here"):
-        raise UserError("a\n  details\nb")
-    with pytest.raises(UserError, match="^a is wrong here\nb$"), located("here"):
-        raise UserError("a is wrong here\nb")
+def test_each_message_has_its_place_once():
+    with pytest.raises(UserError, match="^here: a\n  details\nadvice\nhere: b$"), located("here"):
+        raise UserError("a\n  details\nadvice", "b")
+    with pytest.raises(UserError, match="^a is wrong here\nhere: b$"), located("here"):
+        raise UserError("a is wrong here", "b")
+    problems = Problems()
+    with problems.collect(), located("recipe"):
+        with problems.collect(), located("recipe, section sft"):
+            raise UserError("a", "b")
+        problems.report()
+    with pytest.raises(UserError, match="^recipe, section sft: a\nrecipe, section sft: b$"):
+        problems.report()

@@ -117,6 +117,8 @@ def test_unusable_dicom_files_have_a_reason(tmp_path):
         reasons[name] = error.value.reason
         assert "Doe" not in str(error.value)
     assert reasons == expected
+    with pytest.raises(ImageProblem, match="not a DICOM file with pixels"):
+        load_image(tmp_path / "text.dcm")
 
 
 def test_the_error_for_missing_pydicom_names_the_extra(tmp_path, monkeypatch):

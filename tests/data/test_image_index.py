@@ -41,12 +41,22 @@ def test_an_interrupted_run_resumes_where_it_stopped(tmp_path):
         index_images(names, FakeImages(interrupt_at="image 30"), path, num_workers=2)
     assert not path.exists()
     with open(tmp_path / ".index.jsonl.tmp", "a") as file:
+        file.write("\0\0\0\n")  # left by a power cut
         file.write('{"image": "image 29", "ima')  # left by a killed process
     resumed = FakeImages()
     good, _ = index_images(names, resumed, path, num_workers=2)
     assert list(good) == names and 0 < len(resumed.read) < 45
     finished = FakeImages()
     assert index_images(names, finished, path, num_workers=1) == (good, {}) and finished.read == []
+
+
+def test_a_directory_with_some_of_the_images_is_read_whatever_is_near_it(tmp_path):
+    names = [f"{n}.png" for n in range(40)]
+    for name, directory in zip(names, 20 * ["other"] + 20 * ["images"], strict=True):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / directory / name)
+    good, bad = index_images(names, FolderImages(tmp_path / "images", 100), tmp_path / "index.jsonl", num_workers=2)
+    assert list(good) == names[20:] and {item.reason for item in bad.values()} == {"missing"}
 
 
 def test_the_cache_size_does_not_change_the_stored_bytes(tmp_path):

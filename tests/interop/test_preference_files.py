@@ -9,7 +9,7 @@ from PIL import Image
 from random_images import random_image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.images import image_id
+from medst_trl.data.images import FolderImages, image_id
 from medst_trl.data.schema import check_columns, load_records
 from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
@@ -119,6 +119,18 @@ def test_unusable_records_are_rejected_with_a_reason(tmp_path, images):
         ("two", "placeholder_mismatch"), ("score", "bad_score"), ("good", "duplicate_id"),
         ("llava", "not_a_preference_pair"), ("pairs.json#12", "not_an_object"),
     ]  # fmt: skip
+
+
+def test_each_image_is_read_once_whether_it_can_be_used_or_not(tmp_path, images, monkeypatch):
+    (images / "broken.png").write_bytes((images / "jones_1957.png").read_bytes()[:60])
+    read_images, image_id_of = [], FolderImages.image_id
+    monkeypatch.setattr(
+        FolderImages, "image_id", lambda self, name: read_images.append(name) or image_id_of(self, name)
+    )
+    records = [record(f"{name} {n}", image=name) for name in ("broken.png", "jones_1957.png") for n in range(3)]
+    file = read(tmp_path, records, images)
+    assert [item.reason for item in file.rejected] == 3 * ["truncated"] and len(file.pairs) == 3
+    assert read_images == ["broken.png", "jones_1957.png"]
 
 
 def test_a_malformed_record_does_not_affect_others(tmp_path, images):

@@ -11,6 +11,7 @@ from pathlib import Path
 from medst_trl.base.settings import documented
 from medst_trl.data.assemble import plain_question
 from medst_trl.data.reading import find_file, read_json_records
+from medst_trl.data.schema import ANSWER_TYPES
 from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Rejected, Source, SourceCard, text_value
 
 
@@ -156,10 +157,14 @@ def _collect_questions(
     def question(_, record: dict) -> Question | None:
         if (own := fields(record)) is None:
             return None
-        answer_type = str(record.get("answer_type")).strip().lower()  # VQA-RAD writes `"CLOSED "` with a blank
-        row = record | {"image": record.get("image_name"), "split": split, "answer_type": answer_type, "link": None}
         name = text_value(record.get("qid"), missing="no_id")
-        return Question.from_row(f"{records.name.removesuffix('_mevf')}-{name}", row | own)
+        row = {key: record.get(key) for key in ("question", "answer", "question_type")}
+        row |= {"image": record.get("image_name"), "split": split} | own
+        result = Question.from_row(f"{records.name.removesuffix('_mevf')}-{name}", row)
+        answer_type = str(record.get("answer_type")).strip().lower()  # VQA-RAD writes `"CLOSED "` with a blank
+        if answer_type not in ANSWER_TYPES:  # a blank one too: these benchmarks give the type of each question
+            raise BadRecord("bad_answer_type", record.get("answer_type"))
+        return replace(result, answer_type=answer_type)
 
     records.collect(
         read_json_records(file, key="question"),
