@@ -45,20 +45,6 @@ def public_name(model: str) -> str:
     return Path(model).name if is_path else model
 
 
-def base_of_adapter(adapter: str | os.PathLike, named: str | None) -> str | None:
-    """
-    Return the base model that an adapter's configuration names.
-
-    A relative path is relative to the working directory of the training. If there is no such path in the current one,
-    it is looked for in the directories above the adapter.
-    """
-    if named is not None and not os.path.exists(named) and os.path.isdir(adapter):
-        for parent in Path(os.path.abspath(adapter)).parents:
-            if (parent / named / "config.json").is_file():
-                return str(parent / named)
-    return named
-
-
 def _is_absolute(name: str) -> bool:
     return name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
-from medst_trl.base.hub_ids import base_of_adapter, is_hub_id, looks_local, public_name, split_revision
+from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
 from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import STAGES
@@ -151,6 +151,8 @@ def fill_upload(contents: Contents, target: Path, card: str, base_model: str | N
 
 def base_model_of(directory: Path) -> str | None:
     """Return the base that an adapter names, with its revision (`org/name@revision`) if it has one."""
+    from medst_trl.policy.adapters import base_of_adapter  # loads torch
+
     path = directory / "adapter_config.json"
     if not path.is_file():
         return None

@@ -13,8 +13,10 @@ directories are rebuilt, Hub repositories get other weights, and a base that has
 
 import hashlib
 import json
+import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_object, write_json
-from medst_trl.base.hub_ids import base_of_adapter, check_reachable
+from medst_trl.base.hub_ids import check_reachable
 
 from .families import model_parts
 
@@ -196,7 +198,6 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None
         raise UserError(f"The adapter {adapter!r} is not a LoRA adapter but of the type {kind}, which cannot be used.")
     if not isinstance(config.base_model_name_or_path, str | None):
         raise UserError(f"The adapter {adapter!r} names {config.base_model_name_or_path!r} as its base, not a model.")
-    config.base_model_name_or_path = base_of_adapter(adapter, config.base_model_name_or_path)
     return config
 
 
@@ -308,6 +309,34 @@ def weights_fingerprint(name_or_path: str, revision: str | None = None) -> str |
         return None
     rows = {name: row for file in files for name, row in _middle_rows(file)}
     return hashlib.sha256(b"".join(f"{name}\0".encode() + rows[name] for name in sorted(rows))).hexdigest()
+
+
+def base_of_adapter(adapter: str | os.PathLike, named: str | None) -> str | None:
+    """
+    Return the base model that an adapter's configuration names.
+
+    A relative path is relative to the working directory of the training. If there is no such path in the current one,
+    it is looked for in the directories above the adapter. Because `named` may also be a Hub id, only a directory whose
+    weights have the fingerprint that the training stored beside the adapter is accepted.
+
+    Args:
+        adapter (`str` or `os.PathLike`):
+            Directory or Hub id.
+        named (`str`, *optional*):
+            Name of the base in its configuration.
+
+    Returns:
+        `str` or `None`: The path of such a directory, or else `named`.
+    """
+    if not named or os.path.exists(named) or not os.path.isdir(adapter):
+        return named
+    recorded = _recorded(str(adapter), None)
+    for parent in Path(os.path.abspath(adapter)).parents if recorded else ():
+        base = parent / named
+        with suppress(*LOADING_ERRORS, SafetensorError):  # something else of that name
+            if (base / "config.json").is_file() and weights_fingerprint(str(base)) == recorded:
+                return str(base)
+    return named
 
 
 def hub_commit(name_or_path: str, name: str, revision: str | None) -> str | None:

@@ -5,7 +5,6 @@
 import pytest
 
 from medst_trl.base.hub_ids import (
-    base_of_adapter,
     can_be_hub_id,
     is_hub_id,
     is_repo_id,
@@ -59,18 +58,3 @@ def test_only_the_last_part_of_a_path_is_public(tmp_path):
     assert public_name(str(tmp_path / "jones" / "judge")) == "judge" and public_name(str(tmp_path)) == tmp_path.name
     for name in ("gpt-4o", "org/judge", "org/judge@main", "accounts/provider/models/judge", ""):
         assert public_name(name) == name
-
-
-def test_the_base_of_an_adapter_is_found_from_another_working_directory(tmp_path, monkeypatch):
-    adapter, base = tmp_path / "project/runs/sft", tmp_path / "project/runs/base"
-    for directory in (adapter, base):
-        directory.mkdir(parents=True)
-    (base / "config.json").write_text("{}")
-    assert base_of_adapter(adapter, "runs/base") == str(base)
-    monkeypatch.chdir(adapter)
-    assert base_of_adapter(".", "runs/base") == str(base)
-    for named in ("org/base", "base", "/elsewhere/base", None):  # Hub ids and paths that do not exist stay
-        assert base_of_adapter(adapter, named) == (str(base) if named == "base" else named)
-    assert base_of_adapter("org/adapter", "runs/base") == "runs/base"
-    monkeypatch.chdir(tmp_path / "project")
-    assert base_of_adapter("runs/sft", "runs/base") == "runs/base"  # as the adapter was trained

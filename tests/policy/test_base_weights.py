@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.policy.adapters import BASE_FILE, weights_fingerprint, write_base_file
+from medst_trl.policy.adapters import BASE_FILE, base_of_adapter, weights_fingerprint, write_base_file
 from medst_trl.policy.loading import load_policy
 
 
@@ -90,6 +90,27 @@ def test_a_given_base_must_have_the_same_weights(adapter, tmp_path):
     (adapter / BASE_FILE).write_text("{")  # treated as missing
     with pytest.warns(UserWarning, match="Cannot verify that .*other.* is the base"):
         assert load_policy(str(adapter), base_model_name_or_path=other)
+
+
+def test_a_base_above_the_adapter_is_recognized_by_its_fingerprint(tmp_path, monkeypatch):
+    project, adapter = tmp_path / "project", tmp_path / "project/deep/runs/adapter"
+    write_base_file(tiny_dpo.save_adapter(adapter.parent), adapter)
+    (adapter.parent / "base").rename(project / "base")
+    save_base(project / "deep/base", seed=1)  # nearer, with other weights
+    save_base(tmp_path / "org/base", seed=1)
+    save_base(tmp_path)
+    (project / "config.json").write_text("{")
+    assert base_of_adapter(adapter, "base") == str(project / "base")
+    for named in ("", None, "org/base", "org/other", "/elsewhere/base"):
+        assert base_of_adapter(adapter, named) == named
+    assert base_of_adapter("org/adapter", "base") == "base"
+    monkeypatch.chdir(adapter)
+    assert base_of_adapter(".", "base") == str(project / "base")
+    monkeypatch.chdir(project / "deep")
+    assert base_of_adapter("runs/adapter", "base") == "base"  # relative to this directory
+    (adapter / BASE_FILE).unlink()
+    monkeypatch.chdir(adapter)
+    assert base_of_adapter(".", "base") == "base"
 
 
 def test_trainers_write_the_fingerprint(tmp_path):

@@ -26,7 +26,7 @@ from medst_trl.data.schema import preference_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.pipeline.stages import dpo, sft
-from medst_trl.policy.adapters import adapter_config, retie_lm_head
+from medst_trl.policy.adapters import BASE_FILE, adapter_config, retie_lm_head, write_base_file
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import VUSR
 
@@ -132,7 +132,9 @@ def test_an_adapter_with_a_relative_base_loads_from_another_working_directory(tm
     monkeypatch.chdir(tmp_path)
     save_base("runs/base")
     model, _ = load_policy("runs/base")
-    get_peft_model(model, adapter_config(model, r=4, vision_r=0)).save_pretrained("runs/adapter")
+    adapter = get_peft_model(model, adapter_config(model, r=4, vision_r=0))
+    adapter.save_pretrained("runs/adapter")
+    write_base_file(adapter, "runs/adapter")
     assert json.loads((tmp_path / "runs/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == (
         "runs/base"
     )
@@ -141,6 +143,11 @@ def test_an_adapter_with_a_relative_base_loads_from_another_working_directory(tm
     for adapter in (str(tmp_path / "runs/adapter"), "../runs/adapter"):
         loaded, _ = load_policy(adapter)
         assert loaded.get_base_model().name_or_path == str(tmp_path / "runs/base")
+    (tmp_path / "runs/adapter" / BASE_FILE).unlink()  # as the adapters of others
+    with pytest.raises(UserError, match="from 'runs/base', which is not a directory here"):
+        load_policy("../runs/adapter")
+    with pytest.warns(UserWarning, match="Cannot verify that '../runs/base' is the base .* trained on 'runs/base'"):
+        load_policy("../runs/adapter", base_model_name_or_path="../runs/base")
 
 
 def test_a_moved_base_must_be_given(tmp_path):

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from medst_trl.base.errors import UserError, located
-from medst_trl.base.hub_ids import base_of_adapter, hub_answers, is_hub_id, split_revision
+from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
-from medst_trl.policy.adapters import freeze_vision
+from medst_trl.policy.adapters import base_of_adapter, freeze_vision
 from medst_trl.policy.chat_template import VUSR, saved_role
 from medst_trl.policy.families import base_of, model_parts, on_meta
 from medst_trl.policy.loading import add_embedding_row
