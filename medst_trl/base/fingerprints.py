@@ -49,7 +49,7 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
 def same_source(old: dict, new: dict) -> bool:
     """Whether two fingerprints can be of the same content. An unknown revision matches any other."""
     if "hub_id" in old and "hub_id" in new:
-        revisions = {old["revision"], new["revision"]} - {None}
+        revisions = {old.get("revision"), new.get("revision")} - {None}
         return old["hub_id"] == new["hub_id"] and len(revisions) < 2
     return "sha256" in old and old.get("sha256") == new.get("sha256")
 

@@ -102,19 +102,26 @@ def default_config(num_processes: int | None = None) -> str:
     return "cpu"
 
 
+def has_deepspeed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
 def read_config(name_or_path: str) -> AccelerateConfig:
     """Read an accelerate configuration; see [`find_config`]."""
     content = read_yaml(find_config(name_or_path))
     given = str(content.get("distributed_type", "NO"))
-    kinds = {
-        "NO": NOT_DISTRIBUTED,
-        "MULTI_CPU": NOT_DISTRIBUTED,  # accelerate starts a single process
-        "DEEPSPEED": f"DeepSpeed ZeRO-{(content.get('deepspeed_config') or {}).get('zero_stage', 2)}",
-        "FSDP": f"FSDP{(content.get('fsdp_config') or {}).get('fsdp_version', 1)}",
-    }
+    kind = given
+    if given in ("NO", "MULTI_CPU"):  # for MULTI_CPU, too, accelerate starts a single process
+        kind = NOT_DISTRIBUTED
+    elif given == "DEEPSPEED":
+        kind = f"DeepSpeed ZeRO-{(content.get('deepspeed_config') or {}).get('zero_stage', 2)}"
+    elif given == "FSDP":
+        kind = f"FSDP{(content.get('fsdp_config') or {}).get('fsdp_version', 1)}"
+    elif given.startswith("MULTI_"):
+        kind = "DDP"
     return AccelerateConfig(
         name_or_path,
-        kinds.get(given, "DDP" if given.startswith("MULTI_") else given),
+        kind,
         content.get("num_processes"),
         bool(content.get("use_cpu")) or given == "MULTI_CPU",
         content.get("num_machines") or 1,
@@ -156,7 +163,7 @@ def launch_command(
     num_processes = num_processes or requested.num_processes or _one_for_each_gpu(requested) * machines
     if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
         requested = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=requested.has_port)
-    if requested.kind.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
+    if requested.kind.startswith("DeepSpeed") and not has_deepspeed():
         raise UserError(f'accelerate_config {requested.name} needs DeepSpeed: pip install "medst_trl[deepspeed]"')
     environment = dict(os.environ)
     if requested.kind != NOT_DISTRIBUTED and (requested.use_cpu or not gpu_count()):

@@ -218,8 +218,9 @@ class Recipe:
         for key in LAUNCH_KEYS:
             if key in own and not stage.distributed:
                 raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
-        known = self._keys(stage) | step.settings.keys() | set(LAUNCH_KEYS)  # other options are already refused
-        settings = {key: value for key, value in self._merge(step).items() if key in known}
+        options = self._options_for(*step.targets).keys()
+        refused = options - self._keys(stage) - step.settings.keys() - set(LAUNCH_KEYS)  # by `_check_option`
+        settings = {key: value for key, value in self._merge(step).items() if key not in refused}
         config, number = (settings.pop(key, None) for key in LAUNCH_KEYS)
         number = as_count(number, "num_processes", where)
         settings = convert(self._parser(stage.name), settings, where, complete)
@@ -440,7 +441,8 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
     settings = {key: value for key, value in content.items() if key not in ("env", *LAUNCH_KEYS)}
     settings = convert(stage.make_parser(), settings, str(path))
     number = as_count(content.get("num_processes"), "num_processes", str(path))
-    return Step(stage, stage.name, settings, str(path), content.get("accelerate_config"), number)
+    config, given = content.get("accelerate_config"), frozenset(settings)
+    return Step(stage, stage.name, settings, str(path), config, number, given)
 
 
 def _read(path: Path) -> dict[str, Any]:

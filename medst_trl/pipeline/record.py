@@ -9,6 +9,7 @@ resume it or to refuse. A directory without a record is not ours, and nothing in
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -27,6 +28,7 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_v
 from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.settings import settings_among
+from medst_trl.selftrain.judge.settings import LocalJudge
 
 from .stage import STAGES, Stage
 
@@ -44,6 +46,7 @@ NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jso
 RUN_VARIABLE = "MEDST_RUN"
 
 _MISSING = "(not set)"
+_TYPES = {"settings": dict, "counts": dict, "versions": dict, "inputs": dict, "seconds": int | float, "started": str}
 
 
 class StageRecord:
@@ -145,9 +148,9 @@ class StageRecord:
             args (dataclass):
                 Its own settings.
             *others (dataclass, *optional*):
-                Settings of the trainer, sources, engines and so on. Those of objects that `args` do not name do not
-                count, though earlier versions recorded them all. One of the dataclasses has `output_dir`, and one may
-                have `overwrite`.
+                Settings of the trainer, sources, engines and so on. Settings of sources, engines and metrics that
+                `args` do not choose are neither recorded nor compared. Records of earlier versions list them. One of
+                the dataclasses has `output_dir`, and one may have `overwrite`.
             inputs (`dict`, *optional*):
                 As in [`StageRecord.open`]. By default the stage's inputs that `args` name, without operational ones
                 and names on a server.
@@ -256,8 +259,26 @@ class StageRecord:
 
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:
-    """Return the content of the record in a directory; empty if there is no record that can be read."""
-    return read_object(Path(directory, RECORD_FILE))
+    """Return the content of the record in a directory; empty if there is none, or it is damaged."""
+    record = read_object(Path(directory, RECORD_FILE))
+    return record if _is_sound(record) else {}
+
+
+def problem_of(record: Mapping[str, Any]) -> str | None:
+    """Describe the first entry of a record whose form is not that of [`StageRecord`]; None if there is none."""
+    for key, kind in _TYPES.items():
+        if key in record and not isinstance(record[key], kind):
+            return f"its {key} has the wrong type"
+    return None if math.isfinite(record.get("seconds", 0)) else "its seconds are not a number"
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether a record has the form of [`StageRecord`], and each of its inputs is a list of fingerprints."""
+    if problem_of(record) is not None:
+        return False
+    inputs = record.get("inputs", {}).values()
+    sources = [source for item in inputs for source in (item if isinstance(item, list) else [None])]
+    return all(isinstance(source, dict) and isinstance(source.get("path", ""), str) for source in sources)
 
 
 def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
@@ -270,13 +291,18 @@ def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
     """
     Describe the settings for which [`StageRecord.of`] would refuse to run, with their old and new values.
 
-    It is for plans, so inputs are not compared: hashing them takes time, and they may not exist yet.
+    It is for plans, so inputs are not compared: hashing them takes time, and they may not exist yet. Nor is a setting
+    that the record lacks or the stage does not have: one that calls [`StageRecord.open`] may give them other names.
     """
     settings, free = _settings_of(stage, args, others)
     old = read_record(settings["output_dir"])
     if settings.get("overwrite") or old.get("stage") != stage.name or not {"inputs", "settings"} <= old.keys():
         return []
-    return list(_changed_settings(old, hide_secrets(_plain(settings)), {*free, *old["inputs"]}))
+    new = hide_secrets(_plain(settings))
+    declared = {item.name for kind in stage.arguments() for item in fields(kind)}
+    before = old | {"settings": {key: value for key, value in old["settings"].items() if key in declared}}
+    now = {key: value for key, value in new.items() if key in old["settings"] or key in stage.earlier_defaults}
+    return list(_changed_settings(before, now, {*free, *old["inputs"]}))
 
 
 def is_left_out(path: str | os.PathLike, kind: str) -> bool:
@@ -311,7 +337,8 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
             f"{path} is damaged, so the settings of the files beside it are unknown. Choose another output_dir, or "
             f"start again with --overwrite (deletes the contents of {directory})."
         ) from None
-    if not isinstance(record, dict) or not {"stage", "status", "versions", "inputs", "settings"} <= record.keys():
+    needed = {"stage", "status", "versions", "inputs", "settings"}
+    if not isinstance(record, dict) or not needed <= record.keys() or not _is_sound(record):
         raise UserError(f"{path} was not written by medst_trl. Nothing was touched. Choose another output_dir.")
     if record["stage"] != stage:
         raise UserError(
@@ -331,25 +358,34 @@ def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]
 
 
 def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
-    """
-    Return the settings that count in a run, and the names of those that may differ from an earlier run.
-
-    Of the settings of registered objects, only those count that belong to an object that `args` name, or to a local
-    judge that is chosen.
-    """
-    used, free, registries = [args], set(), stage.registries
-    for key, registry in registries.items():
-        names = getattr(args, key, None) or ()
-        for item in map(registry.get, [names] if isinstance(names, str) else names):
-            used.append(settings_among(others, getattr(item, "settings", None)))
-            free |= getattr(item, "operational", frozenset())
-    owned = {getattr(item, "settings", None) for registry in registries.values() for item in registry.values()}
-    used += [item for item in others if type(item) not in owned and getattr(item, "is_chosen", True)]
-    settings = {item.name: getattr(part, item.name) for part in used if part for item in fields(part) if item.init}
+    """Return the settings that count in a run, and the names of those that may differ from an earlier run."""
+    chosen = _chosen_objects(stage, args)
+    used = [args, *_used_settings(stage, chosen, others)]
+    settings = {item.name: getattr(part, item.name) for part in used for item in fields(part) if item.init}
     # A local judge decides the result, also one that an earlier run chose and this one does not.
-    ignored = [kind for kind in stage.arguments() if not hasattr(kind, "is_chosen")]
-    free |= {item.name for kind in ignored for item in fields(kind)} - settings.keys()
-    return settings, free.union(*(getattr(part, "operational", ()) for part in used))
+    kinds = [kind for kind in stage.arguments() if not issubclass(kind, LocalJudge)]
+    unused = {item.name for kind in kinds for item in fields(kind)} - settings.keys()
+    free = unused.union(*(getattr(item, "operational", ()) for item in chosen))
+    return settings, free if "operational" in settings else free.union(getattr(args, "operational", ()))
+
+
+def _chosen_objects(stage: Stage, args: Any) -> list[Any]:
+    """Return the registered objects that `args` name, such as a source or metrics."""
+    chosen = []
+    for key, registry in stage.registries.items():
+        names = getattr(args, key, None) or ()
+        chosen += map(registry.get, [names] if isinstance(names, str) else names)
+    return chosen
+
+
+def _used_settings(stage: Stage, chosen: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Return the settings of the chosen objects, and those of no object, but a local judge only if it is chosen."""
+    owned = {getattr(item, "settings", None) for registry in stage.registries.values() for item in registry.values()}
+    used = [settings_among(others, getattr(item, "settings", None)) for item in chosen]
+    for item in others:
+        if type(item) not in owned and (item.is_chosen if isinstance(item, LocalJudge) else True):
+            used.append(item)
+    return [item for item in used if item is not None]
 
 
 def _changed_settings(old: dict[str, Any], new: Mapping[str, Any], free: Collection[str]) -> Iterator[str]:
@@ -434,8 +470,8 @@ def _short(value: Any) -> str:
 
 def _describe(source: dict) -> str:
     if "hub_id" in source:
-        return f"{source['hub_id']} at {source['revision'] or 'no revision'}"
-    return f"{source['path']} (SHA-256 {source['sha256'][:12]})"
+        return f"{source['hub_id']} at {source.get('revision') or 'no revision'}"
+    return f"{source.get('path')} (SHA-256 {str(source.get('sha256'))[:12]})"
 
 
 def _now() -> str:

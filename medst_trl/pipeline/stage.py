@@ -208,8 +208,8 @@ class Stage:
         main (`Callable`):
             Runs the stage. Takes one object of each dataclass, without `HubArguments`.
         check (`Callable`, *optional*):
-            Takes what `main` takes and raises a [`UserError`] for settings that cannot work. Called before a run and
-            for plans, so it opens nothing.
+            Takes what `main` takes and raises a [`UserError`] for settings that cannot work. Called before earlier
+            stages have run and for plans, so it changes nothing and looks at no paths.
         after (`tuple` of `str`):
             Stages before it. It is listed and run directly after the last of them.
         repeats (`bool`):
@@ -234,6 +234,7 @@ class Stage:
             What it makes.
         operational (`frozenset` of `str`):
             Settings that do not affect the result, so that a resumed run may change them; `*` stands for any text.
+            If more depend on other settings, the first dataclass names them in a property `operational`.
         not_shared (`frozenset` of `str`):
             Settings that a recipe gives only in the section of the stage, or as `--STAGE.key` on the command line. Its
             shared settings and `--key` do not reach them.

@@ -98,9 +98,12 @@ def note_other_data(run: Run) -> None:
             with suppress(TypeError, AttributeError):  # a damaged record
                 read = [item for item in sources if _is_at(Path(item.get("path", "")), directory)]
                 if read and not same_source(read[0], fingerprint(directory)):
+                    # Only the recipe knows the section of a directory with a name of its own.
+                    is_label = training.stage.name in training.name.split("/")
                     run.notes.append(
                         f"{training.name} was trained on other {training.stage.trains} than those now in "
-                        f"{run.name(directory)}. To train on these, run it again: --stage {training.name} --overwrite"
+                        f"{run.name(directory)}. To train on these, run it again: medst run RECIPE --stage "
+                        f"{training.name if is_label else training.stage.name} --overwrite"
                     )
 
 

@@ -142,9 +142,10 @@ def data_url(image: bytes | None, size: int) -> str:
             picture.draft("RGB", (size, size))  # decodes a JPEG at a fraction of its size
             small = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
             small.thumbnail((size, size))
-            small.info.clear()  # EXIF, comments and profiles
+            pixels = Image.new(small.mode, small.size)  # without EXIF, comments and profiles
+            pixels.paste(small)
             file = io.BytesIO()
-            small.save(file, "JPEG", quality=JPEG_QUALITY)
+            pixels.save(file, "JPEG", quality=JPEG_QUALITY)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -3,7 +3,6 @@
 """The contents of a run directory: its stages and rounds. Damaged files are noted, and the rest is read."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,14 +11,13 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import hide_secrets
-from medst_trl.pipeline.record import RECORD_FILE
+from medst_trl.pipeline.record import RECORD_FILE, problem_of
 from medst_trl.pipeline.stage import STAGES, Stage
 
 
 DEPTH = 3  # <run>/round_1/evaluate/aligned
 _ROUND = re.compile(r"round_(\d{1,6})(?:/|$)")
 _HIDDEN = re.compile(r"(?:^|/)(?:\.|checkpoint-)")
-_TYPES = {"settings": dict, "counts": dict, "versions": dict, "inputs": dict, "seconds": int | float, "started": str}
 
 
 class StageRun:
@@ -153,7 +151,4 @@ def _problem(record: dict[str, Any]) -> str | None:
         return "it names a stage that is not registered"
     if not isinstance(record.get("status"), str):
         return "it has no status"
-    for key, kind in _TYPES.items():
-        if key in record and not isinstance(record[key], kind):
-            return f"its {key} has the wrong type"
-    return None if math.isfinite(record.get("seconds", 0)) else "its seconds are not a number"
+    return problem_of(record)

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A launch that differs from the requested one is an error, because accelerate does not report it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -127,7 +126,7 @@ def test_sharding_that_accelerate_ignores_is_an_error(monkeypatch, kind):
 
 def launched(monkeypatch, config, count, options=(), gpus=0, **environment):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
-    monkeypatch.setattr(importlib.util, "find_spec", str)  # every package is installed
+    monkeypatch.setattr(launch, "has_deepspeed", lambda: True)
     monkeypatch.setattr(os, "environ", ENVIRONMENT | environment)
     return launch_command(["program"], config, count, options)
 
@@ -151,7 +150,7 @@ def test_without_gpus_deepspeed_runs_on_cpus_and_fsdp_is_refused(monkeypatch):
 
 
 def test_missing_deepspeed_is_reported(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "has_deepspeed", lambda: False)
     with pytest.raises(UserError, match=r'pip install "medst_trl\[deepspeed\]"'):
         launch_command(["program"], "zero3", 2)
 
@@ -195,3 +194,8 @@ def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, 
     else:
         with pytest.raises(UserError, match=message):
             TrainingStageArguments.check(args, training_args)
+
+
+def test_settings_of_another_kind_of_launch_are_not_read(tmp_path):
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nfsdp_config: some.json\n")
+    assert launch.read_config(str(tmp_path / "mine.yaml")).kind == "DDP"

@@ -1,7 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import errno
-import importlib.util
 import io
 import json
 import os
@@ -396,7 +395,7 @@ def test_an_error_in_the_last_section_is_reported_before_the_first_stage_runs(re
 
 
 @pytest.mark.parametrize("argv", [["recipes", "ls"], ["prepare", "--help"], ["run", "--help"]])
-def test_the_module_takes_the_same_commands_as_medst(argv, capsys):
+def test_a_launched_process_takes_the_same_commands_as_medst(argv, capsys):
     assert run_recipe(argv) in (None, 0)
     by_module = capsys.readouterr().out
     assert main(argv) == 0 and capsys.readouterr().out == by_module != ""
@@ -591,7 +590,7 @@ def test_several_processes_for_a_config_of_one_are_refused_with_the_section(laun
 )
 def test_the_number_of_processes_depends_on_the_number_of_gpus(monkeypatch, gpus, config, count, file, processes):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
-    monkeypatch.setattr(importlib.util, "find_spec", str)  # every package is installed
+    monkeypatch.setattr(launch, "has_deepspeed", lambda: True)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command, environment = launch_command(["program"], config, count)
     assert command[command.index("--config_file") + 1] == str(find_config(file))

@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import os
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.options import Option, actions_of, read_options
 from medst_trl.pipeline.recipe import _Loader, find_recipe, packaged_recipes, read_recipe, read_yaml, step_of_file
-from medst_trl.pipeline.stage import STAGES
+from medst_trl.pipeline.stage import STAGES, Stage
 
 
 def write(directory, text, name="mine.yaml"):
@@ -470,3 +471,18 @@ def test_steps_of_rounds_can_be_selected_and_configured(tmp_path):
 def test_rounds_that_cannot_run_are_refused(tmp_path, text, words, message):
     with pytest.raises(UserError, match=message):
         steps(tmp_path, text, *words)
+
+
+def test_a_stage_without_output_dir_is_refused(tmp_path, monkeypatch):
+    @dataclass
+    class Arguments:
+        out: str = "x"
+
+    monkeypatch.setitem(STAGES._objects, "toy", Stage("toy", "a toy", lambda: (Arguments,), print))
+    with pytest.raises(UserError, match="section toy: unknown key 'output_dir'"):
+        steps(tmp_path, "toy: {out: y}")
+
+
+def test_the_settings_of_a_flat_file_are_given(tmp_path):
+    step = step_of_file(STAGES.get("prepare"), write(tmp_path, "source: phantoms\noutput_dir: o\nlanguage: en"))
+    assert step.given == {"source", "output_dir", "language"}

@@ -396,3 +396,53 @@ def test_only_settings_of_the_named_engine_are_recorded_and_compared(tmp_path):
     assert changes_of(stage, exact, _Engine("high"), _OtherEngine(3)) == ['precision: "low" before, "high" now']
     assert changes_of(stage, fast, _Engine("high"), _OtherEngine(3)) == []  # its speed does not affect the result
     assert changes_of(stage, replace(exact, overwrite=True), _Engine("high")) == []
+
+
+def test_a_plan_does_not_compare_settings_that_a_stage_records_under_another_name(tmp_path):
+    stage = Stage("toy", "a test", lambda: (_Arguments,), print)
+    arguments = _Arguments(str(tmp_path), "x")
+    StageRecord.open(tmp_path, stage="toy", settings={"source": "x", "results": None}).finish()
+    assert changes_of(stage, arguments) == []
+    assert changes_of(stage, replace(arguments, results="y")) == ['results: null before, "y" now']
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"settings": []}, {"settings": "x"}, {"inputs": []}, {"inputs": {"data": "x"}}, {"inputs": {"data": ["x"]}},
+     {"inputs": {"data": [{"path": 3}]}}, {"seconds": "1"}],
+)  # fmt: skip
+def test_an_edited_record_is_not_taken_for_one_of_a_stage(tmp_path, damage):
+    stage = Stage("toy", "a test", lambda: (_Arguments,), print)
+    arguments = _Arguments(str(tmp_path), "x")
+    StageRecord.of(stage, arguments).finish()
+    (tmp_path / "stage.json").write_text(json.dumps(stored(tmp_path) | damage))
+    assert read_record(tmp_path) == {} and changes_of(stage, arguments) == []
+    with pytest.raises(UserError, match="was not written by medst_trl"):
+        StageRecord.of(stage, arguments)
+
+
+@dataclass
+class _OddNames:
+    output_dir: str
+    operational: str = "lr"
+    is_chosen: bool = False
+
+
+@dataclass
+class _OddSwitch:
+    seed: int = 0
+    is_chosen: bool = False
+
+
+def test_a_setting_may_have_any_name(tmp_path):
+    stage = Stage("toy", "a test", lambda: (_OddNames, _OddSwitch), print)
+    record = StageRecord.of(stage, _OddNames(str(tmp_path)), _OddSwitch(5))
+    assert record.content["settings"] == {
+        "output_dir": str(tmp_path),
+        "operational": "lr",
+        "is_chosen": False,
+        "seed": 5,
+    }
+    record.finish()
+    with pytest.raises(UserError, match="operational: "):
+        StageRecord.of(stage, _OddNames(str(tmp_path), operational="lr2"), _OddSwitch(5))

@@ -3,15 +3,17 @@
 import base64
 import io
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 
 import made_run
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint
+from medst_trl.report.gallery import data_url
 from medst_trl.report.report import make_report, write_report
 
 
@@ -444,3 +446,37 @@ def test_only_a_report_of_medst_trl_is_replaced(original, tmp_path):
     with pytest.raises(UserError, match="not a report"):
         write_report(report, tmp_path / "out")
     assert path.read_text() == "<h1>Mine</h1>"
+
+
+def test_a_comment_in_an_image_is_not_on_the_page():
+    for size in (40, 800):  # a small image is not scaled, and PIL reads a comment at its end only then
+        file, about = io.BytesIO(), PngImagePlugin.PngInfo()
+        about.add_text("comment", "Jane Doe", zip=False)
+        image = Image.new("RGB", (size, size))
+        image.save(file, "PNG")
+        raw, text = file.getvalue(), io.BytesIO()
+        image.save(text, "PNG", pnginfo=about)
+        start = text.getvalue().index(b"tEXt") - 4
+        chunk = text.getvalue()[start : start + 12 + int.from_bytes(text.getvalue()[start : start + 4], "big")]
+        end = raw.rindex(b"IEND") - 4
+        url = data_url(raw[:end] + chunk + raw[end:], 320)
+        assert b"Jane Doe" in chunk and b"Jane Doe" not in base64.b64decode(url.partition(",")[2])
+
+
+def test_scores_without_intervals_have_a_page(run):
+    path = run / "evaluate" / "aligned" / "scores.json"
+    path.write_text(re.sub(r'"interval": \[[^]]*\]', '"interval": [null, null]', path.read_text()))
+    assert "[null, null]" in path.read_text()
+    assert "Scores" in report_on(run)[1].words
+
+
+def test_the_command_to_train_again_names_a_section(run):
+    (run / "judge" / "preferences").mkdir()
+    (run / "judge" / "preferences" / "train-00000-of-00001.parquet").write_bytes(b"new")
+    source = {"path": "gone/judge/preferences", "sha256": "0"}
+    path = run / "dpo" / "stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputs": {"dataset": [source]}}))
+    assert report_on(run)[0].notes[0].endswith("run it again: medst run RECIPE --stage dpo --overwrite")
+    (run / "dpo").rename(run / "my_dpo")
+    (note,) = report_on(run)[0].notes
+    assert note.startswith("my_dpo was trained on other pairs") and note.endswith(" --stage dpo --overwrite")

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
 from medst_trl.data.schema import complete_shards
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import default_config, gpu_count, read_config
+from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import Count, Output
@@ -131,7 +130,7 @@ def hardware_of(step: Step) -> Hardware:
         shortages.append(f"planned for {number_of(processes, 'GPU')}, and this machine has {here}")
         if given is None and kind != NOT_DISTRIBUTED:
             shortages.append("--num_processes N plans for N GPUs")
-    if kind.startswith("DeepSpeed") and find_spec("deepspeed") is None:
+    if kind.startswith("DeepSpeed") and not has_deepspeed():
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
     return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
 

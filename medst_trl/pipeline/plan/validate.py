@@ -42,26 +42,42 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
         `list[str]`: One line per step.
 
     Raises:
-        UserError: with every problem and its place.
+        UserError: with every problem and its place. Inputs are checked if the sections can be read.
     """
-    chosen = {step.label for step in recipe.steps(which, check=stage_arguments)}
-    steps = recipe.steps(complete=False)
-    lines, problems, width = [], Problems(), max(map(len, chosen)) + 2
-    for number, step in enumerate(steps):
-        if step.label not in chosen:
-            continue
-        with problems.collect(), warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries
-            arguments, results = stage_arguments(step), _inputs(step, steps[:number], steps[number:])
-            results += [*_launch(step, arguments), *step.stage.ignored(arguments, step.given)]
-            lines.append(f"{step.label:<{width}}{'; '.join(results) or 'ready'}")
+    chosen: dict[str, tuple[Any, ...] | None] = {}  # the arguments of each step, None if they are refused
+
+    def check(step: Step) -> None:
+        chosen[step.label] = None
+        chosen[step.label] = stage_arguments(step)
+
+    lines, problems = [], Problems()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries
+        with problems.collect():
+            recipe.steps(which, check=check)
+        try:
+            steps = recipe.steps(complete=False)
+        except UserError:
+            problems.report()  # with the same problems
+            raise
+        for number, step in enumerate(steps):
+            if step.label not in chosen:
+                continue
+            with problems.collect():
+                results = _inputs(step, steps[:number], steps[number:])
+                if (arguments := chosen[step.label]) is not None:
+                    results += [*_launch(step, arguments), *step.stage.ignored(arguments, step.given)]
+                lines.append(f"{step.label:<{max(map(len, chosen)) + 2}}{'; '.join(results) or 'ready'}")
     problems.report()
     return lines
 
 
 def _inputs(step: Step, before: list[Step], after: list[Step]) -> list[str]:
     """Where the inputs come from."""
-    sources, problems = [], Problems()
-    for item in step.stage.inputs:
+    sources, problems, settings = [], Problems(), step.settings
+    registries = step.stage.registries.items()
+    chosen = [registry.get(settings[key]) for key, registry in registries if isinstance(settings.get(key), str)]
+    files = [Input(name, FILE) for item in chosen for name in getattr(item, "files", ())]  # of a source
+    for item in (*step.stage.inputs, *files):
         for value in item.names(step.settings) if item.kind != RUN else ():
             with problems.collect(), located(f"{step.where}: {item.key}"):
                 sources.append(_source(step, item, value, before, after))

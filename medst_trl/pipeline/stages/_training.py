@@ -58,12 +58,7 @@ class TrainingStageArguments:
     Which policy a stage trains, on which data, and with which adapter.
 
     The class variables at the end are the values for a stage that has no such setting. A stage can extend `check`, and
-    it adds two methods:
-
-    - `make_trainer(training_args, **inputs)` returns the trainer. The inputs are what it needs besides its arguments:
-      the model, its processor and datasets, and the configuration of a new adapter.
-    - `summarize(trainer, records)` returns counts and metrics of a finished run for `stage.json`, and a summary for
-      readers. It is called on every rank, with the number of records.
+    it must have its own `make_trainer` and `summarize`.
 
     Args:
         model_name_or_path (`str`):
@@ -161,6 +156,20 @@ class TrainingStageArguments:
             # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
             raise UserError("ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or (in sft) train_vusr: false.")
 
+    def make_trainer(self, training_args: "TrainingArguments", **inputs: Any) -> "Trainer":
+        """
+        Make the trainer. The inputs are what it needs besides its arguments: the model, its processor and datasets,
+        and the configuration of a new adapter.
+        """
+        raise NotImplementedError
+
+    def summarize(self, trainer: "Trainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
+        """
+        Return counts and metrics of a finished run for `stage.json`, and a summary for readers. It is called on every
+        rank, with the number of records.
+        """
+        raise NotImplementedError
+
 
 def training_stage(arguments: type, config: str, settings: type, kind: str, **more: Any) -> Stage:
     """
@@ -176,13 +185,18 @@ def training_stage(arguments: type, config: str, settings: type, kind: str, **mo
         kind (`str`):
             Kind of the dataset.
         **more:
-            Further fields of [`Stage`].
+            Further fields of [`Stage`], or others in place of those below.
+
+    Raises:
+        TypeError: if the arguments have no `make_trainer` or no `summarize`, which would fail only after training.
     """
+    for name in ("make_trainer", "summarize"):
+        if getattr(arguments, name) is getattr(TrainingStageArguments, name):
+            raise TypeError(f"{arguments.__name__} has no method {name!r}. See TrainingStageArguments.{name}.")
     stage = Stage(
         arguments=lambda: (arguments, getattr(import_module("medst_trl"), config)),
         listed=lambda: (arguments, make_dataclass("TrainingSettings", [], bases=(settings, CommonTrlSettings))),
         main=lambda args, training_args: train_policy(stage, args, training_args),
-        check=lambda args, training_args: args.check(training_args),
         distributed=True,
         inputs=(
             Input("model_name_or_path", MODEL),
@@ -191,7 +205,7 @@ def training_stage(arguments: type, config: str, settings: type, kind: str, **mo
         ),
         outputs=(Output("", MODEL),),
         operational=_OPERATIONAL,
-        **more,
+        **{"check": lambda args, training_args: args.check(training_args)} | more,
     )
     return STAGES.register(stage)
 
@@ -226,8 +240,8 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
         checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
-        counts, metrics, summary = args.summarize(trainer, len(datasets["train"]))
         save_result(trainer)
+        counts, metrics, summary = args.summarize(trainer, len(datasets["train"]))
     record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics)
     if trainer.args.should_save:
         write_card(training_args.output_dir)

@@ -38,7 +38,7 @@ Predictions of other projects are converted to our format and saved as `predicti
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from medst_trl.base.settings import check_bounds, documented, make_lists, settin
 from medst_trl.data.schema import complete_shards, load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
-from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, EngineKind, loads_model
+from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, loads_model
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
     OWN_FORMAT,
@@ -138,7 +138,9 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
         *settings: Settings of engines and metrics; those left out keep their defaults.
     """
     check(args, *settings)
-    engine_settings = _engine_settings(ENGINES.get(args.engine), settings)
+    engine_settings = settings_among(settings, ENGINES.get(args.engine).settings)
+    if getattr(engine_settings, "batch_size", 1) is None:  # one that does not depend on memory: it can change answers
+        engine_settings = replace(engine_settings, batch_size=BATCH_SIZE)
     record = StageRecord.of(STAGE, args, engine_settings, *settings)
     if record.decision != "skip":
         with record:
@@ -163,21 +165,12 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
     if not args.predictions and not (args.model_name_or_path and args.benchmark):
         raise UserError("Nothing to evaluate. Give model_name_or_path and benchmark, or predictions to score a file.")
     kind = ENGINES.get(args.engine)
-    engine_settings = _engine_settings(kind, settings)
     if not args.predictions:
-        kind.check(engine_settings, args.model_name_or_path)
+        kind.check(settings_among(settings, kind.settings), args.model_name_or_path)
     for control in args.controls:
         shown_rows([], control)
     check_bounds(args, at_least={"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0})
     _output_directories(args)
-
-
-def _engine_settings(kind: EngineKind, given: Sequence[Any]) -> Any:
-    """Return the engine's settings, with a batch size that does not depend on memory: it changes the last digits."""
-    settings = settings_among(given, kind.settings)
-    if getattr(settings, "batch_size", 1) is None:
-        settings.batch_size = BATCH_SIZE  # in place, so that a plan compares it with the record of an earlier run
-    return settings
 
 
 def _output_directories(args: EvaluateArguments) -> list[Path]:
@@ -269,7 +262,7 @@ def _count_questions(benchmark: str, split: str) -> Count:
         files = complete_shards(Path(benchmark), split)
     except (UserError, OSError):
         return Count(None)
-    questions = parquet.read_table(files, columns=["questions"])["questions"]
+    questions = parquet.read_table(files, columns=["questions"], partitioning=None)["questions"]
     return Count(compute.sum(compute.list_value_length(questions)).as_py() or 0)
 
 

@@ -190,6 +190,8 @@ def _open_benchmark(name: str) -> "Dataset":
     try:
         return load_records(name, "test", "benchmark")
     except UserError as error:
+        if Path(name).exists():
+            raise  # it is incomplete or damaged, and its images must still be kept out
         raise UserError(
             f"benchmarks: {error} If there is no benchmark whose images must be kept out, set `benchmarks: []` in the "
             "recipe, or leave out --benchmarks."

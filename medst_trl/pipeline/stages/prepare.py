@@ -127,10 +127,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
 
 def check(args: PrepareArguments, *others: Any) -> None:
     """
-    Check the arguments without opening the data: a plan may be made on a machine that does not have it.
+    Check the arguments, but no paths: an earlier stage may make the data, or another machine may have it.
 
     Raises:
-        UserError: for an invalid value or a missing path.
+        UserError: for an invalid value, or a source without the path that it needs.
     """
     source = SOURCES.get(args.source)
     check_bounds(
@@ -140,8 +140,6 @@ def check(args: PrepareArguments, *others: Any) -> None:
     )
     if source.needs_data and args.data_path is None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
-    if not source.needs_data or Path(args.data_path).exists():
-        request_of(args, *others)
 
 
 def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:

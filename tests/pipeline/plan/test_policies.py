@@ -166,3 +166,14 @@ def test_a_checkpoint_is_counted_before_its_conversion(projector, text_role, tmp
     assert counts["language"] == 2 * 8 * (4 * (48 + 48) + 3 * (48 + 96)) + (0 if text_role else 48)
     assert counts["vision"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 64))
     assert counts["projector"] > 0
+
+
+def test_a_local_model_is_not_searched_on_the_hub(base, monkeypatch):
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda *args, **options: pytest.fail(f"asked the Hub: {args}"))
+    assert not policy_of(step("sft", model_name_or_path=base)).continues_adapter
+
+
+def test_a_damaged_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{ broken")
+    with pytest.raises(UserError, match=r"adapter_config.json is damaged"):
+        policy_of(step("dpo", model_name_or_path=str(tmp_path)))

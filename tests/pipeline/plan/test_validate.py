@@ -229,3 +229,20 @@ def test_an_error_in_a_shared_setting_is_reported_once(check):
 def test_settings_that_do_not_work_with_sharded_weights_are_refused(check, words):
     code, out = check("--accelerate_config", "zero3", *words)
     assert code == 2 and "does not work with DeepSpeed ZeRO-3" in out
+
+
+def test_missing_inputs_are_reported_beside_invalid_settings(check):
+    code, out = check("--sft.max_length", "-5", "--sft.model_name_or_path", "./m", "--evaluate.benchmark", "./b")
+    assert code == 2
+    assert [line.partition("section ")[2] for line in out.splitlines()] == [
+        "sft: max_length is -5. It must be at least 1.",
+        "sft: model_name_or_path: ./m does not exist, and no section before sft makes it.",
+        "evaluate: benchmark: ./b does not exist, and no section before evaluate makes it.",
+    ]
+
+
+def test_missing_files_of_a_source_are_reported(check):
+    code, out = check("--prepare.image_folder", "./none")
+    assert code == 2 and "section prepare: image_folder: ./none does not exist" in out
+    code, out = check("--prepare.source", "vqa_rad_mevf", "--prepare.release_path", "./none.json")
+    assert code == 2 and "section prepare: release_path: ./none.json does not exist" in out

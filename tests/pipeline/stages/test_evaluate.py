@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from zlib import crc32
 
@@ -21,7 +21,14 @@ from medst_trl.engines.kinds.server import ServerSettings
 from medst_trl.engines.kinds.transformers import TransformersSettings
 from medst_trl.evaluation import vqa
 from medst_trl.evaluation.metrics.llava_med import LlavaMedSettings
-from medst_trl.pipeline.stages.evaluate import STAGE, EvaluateArguments, main
+from medst_trl.pipeline.record import StageRecord, changes_of
+from medst_trl.pipeline.stages.evaluate import (
+    STAGE,
+    EvaluateArguments,
+    _count_questions,
+    check,
+    main,
+)
 
 
 FAST = {"batch_size": 8, "max_new_tokens": 3, "bootstrap_samples": 20}
@@ -393,3 +400,20 @@ def test_a_failed_server_check_leaves_no_record(inputs, tmp_path):
     with JudgeServer(answer=lambda body: "yes") as server:
         evaluate_hosted(server, inputs, tmp_path / "out", controls="none", max_records=2)
     assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 2
+
+
+def test_questions_are_counted_whatever_the_name_of_the_directory(tmp_path):
+    directory = tmp_path / "questions=1"
+    directory.mkdir()
+    for number in range(2):
+        rows = Dataset.from_dict({"questions": [["a", "b"]]})
+        rows.to_parquet(directory / f"test-{number:05d}-of-00002.parquet")
+    assert _count_questions(str(directory), "test").number == 4
+
+
+def test_a_check_changes_no_settings_and_the_batch_size_is_not_compared(inputs, tmp_path):
+    arguments, settings = EvaluateArguments(output_dir=str(tmp_path), **inputs), TransformersSettings()
+    check(arguments, settings)
+    assert settings.batch_size is None
+    StageRecord.of(STAGE, arguments, replace(settings, batch_size=16), inputs={}).finish()
+    assert changes_of(STAGE, arguments, settings) == []

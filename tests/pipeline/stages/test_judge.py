@@ -505,3 +505,11 @@ def test_every_command_accepts_a_registered_local_judge(candidates, tmp_path, mo
     judgements = read_jsonl(tmp_path / "run/judge/judgements.jsonl")
     assert {(judgement["verdict"], judgement["model"]) for judgement in judgements} == {(0, "coin-A")}
     assert json.loads((tmp_path / "run/judge/stage.json").read_text())["settings"]["coin_side"] == "A"
+
+
+def test_a_damaged_benchmark_is_not_to_be_left_out(candidates, tmp_path):
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "test-00000-of-00002.parquet").write_bytes(b"")
+    with JudgeServer() as server, pytest.raises(UserError, match="1 of 2|00000") as caught:
+        run(candidates, tmp_path / "out", server, benchmarks=[str(tmp_path / "benchmark")])
+    assert "benchmarks: []" not in str(caught.value)

@@ -241,6 +241,10 @@ def test_settings_are_checked_where_the_data_is_not(tmp_path):
     check(PrepareArguments(**elsewhere))
     with pytest.raises(UserError, match="validation_fraction is 5"):
         check(PrepareArguments(**elsewhere, validation_fraction=5))
+    here = PrepareArguments(str(tmp_path / "out"), "llava", str(tmp_path), image_folder=str(tmp_path / "later"))
+    check(here)  # an earlier stage may make the images
+    with pytest.raises(UserError, match="image_folder is not a directory"):
+        main(here)
 
 
 def test_a_source_without_records_says_so(tmp_path):

@@ -186,3 +186,13 @@ def test_a_run_resumes_with_another_per_device_batch_size(inputs, tmp_path, monk
             _run(inputs, tmp_path / "interrupted", **options, per_device_train_batch_size=6)
     resumed, _ = _run(inputs, tmp_path / "interrupted", **options, per_device_train_batch_size=2)
     assert all(torch.allclose(uninterrupted[name], resumed[name], atol=1e-5) for name in uninterrupted)
+
+
+def test_a_failed_summary_does_not_lose_the_adapter(inputs, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sft.SftArguments, "summarize", fail)
+    with pytest.raises(ZeroDivisionError):
+        _run(inputs, tmp_path / "sft", max_steps=1)
+    assert (tmp_path / "sft" / "adapter_model.safetensors").exists()

@@ -15,13 +15,19 @@ from tiny_run import write_instruct
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch, accumulation_steps
-from medst_trl.pipeline.stage import Input, Stage
 from medst_trl.pipeline.stages import _training as training
-from medst_trl.pipeline.stages._training import describe_shape, keep_shape, load_splits, train_policy
+from medst_trl.pipeline.stages._training import (
+    TrainingStageArguments,
+    describe_shape,
+    keep_shape,
+    load_splits,
+    training_stage,
+)
 from medst_trl.pipeline.stages.dpo import DpoArguments, end_of_log
 from medst_trl.pipeline.stages.sft import SftArguments
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.training.dpo import MultimodalDPOConfig
+from medst_trl.training.settings import SelfQuestioningSettings
 from medst_trl.training.sft import SelfQuestioningConfig
 
 
@@ -210,8 +216,27 @@ def test_accumulation_follows_from_the_arguments_of_a_stage():
         Batch.of(SimpleNamespace(effective_batch_size=128), training_args, 4)
 
 
-def test_a_training_stage_needs_no_check(tmp_path):
-    stage = Stage("mine", "trains", lambda: (), main=None, inputs=(Input("dataset", "instruct"),))
-    args = SftArguments("m", [str(tmp_path / "missing")])
-    with pytest.raises(UserError, match="missing"):
-        train_policy(stage, args, SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none"))
+def register(monkeypatch, arguments, **more):
+    monkeypatch.setattr(training.STAGES, "register", lambda stage: stage)
+    more = {"name": "mine", "summary": "trains"} | more
+    return training_stage(arguments, "SelfQuestioningConfig", SelfQuestioningSettings, "instruct", **more)
+
+
+@dataclass
+class _WithoutSummary(TrainingStageArguments):
+    def make_trainer(self, training_args, **inputs):
+        raise AssertionError
+
+
+def test_a_training_stage_needs_a_trainer_and_a_summary(monkeypatch):
+    for arguments, name in ((TrainingStageArguments, "make_trainer"), (_WithoutSummary, "summarize")):
+        with pytest.raises(TypeError, match=f"{arguments.__name__} has no method '{name}'"):
+            register(monkeypatch, arguments)
+
+
+def test_a_training_stage_is_checked_by_its_arguments_or_its_own_check(monkeypatch, tmp_path):
+    args = SftArguments("m", ["d"], lora_r=-1)
+    training_args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(UserError, match="lora_r is -1"):
+        register(monkeypatch, SftArguments).check(args, training_args)
+    assert register(monkeypatch, SftArguments, check=print).check is print
