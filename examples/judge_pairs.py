@@ -25,7 +25,7 @@ from medst_trl import PairwiseJudge
 from medst_trl.data.schema import image_part, text_part
 from medst_trl.demo.oracle import open_oracle
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
-from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
+from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 
 def make_candidates(n: int) -> list[dict[str, Any]]:

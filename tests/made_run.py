@@ -20,7 +20,7 @@ from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
 from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.predictions import control_path, read_predictions, score_predictions
 from medst_trl.evaluation.vqa import CONTROLS
-from medst_trl.selftrain.judge.judgements import judge_statistics
+from medst_trl.selftrain.judge.statistics import judge_statistics
 
 
 VERSIONS = {"python": "3.11.9", "medst_trl": "0.1.0", "torch": "2.13.0", "trl": "1.16.0"}

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Collection, Container, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -126,8 +125,10 @@ class ImageFeatureCache:
         flat = (torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]).cpu() for layer in layers)
         # Without clones, views would keep the whole batch in memory.
         by_image = zip(*([rows.clone() for rows in layer.split(tokens)] for layer in flat), strict=True)
-        about = zip(placeholders, by_image, grids or repeat(None), tiles or repeat(None))
-        self._known.update((image, EncodedImage(*facts)) for image, facts in zip(images, about, strict=True))
+        none = [None] * len(images)
+        facts = zip(images, placeholders, by_image, grids or none, tiles or none, strict=True)
+        for image, placeholder, features, grid, count in facts:
+            self._known[image] = EncodedImage(placeholder, layers=features, grid=grid, tiles=count)
         self.tokens.update(zip(images, tokens, strict=True))
 
     def _trim(self, keep: Container[OpenedImage]) -> None:
@@ -143,7 +144,7 @@ class ImageFeatureCache:
         """
         Return [`chat_inputs`] of prompts with features (`mm_encoder_outputs`) instead of pixels, which are not read.
 
-        All images must be in memory.
+        All images must have been encoded.
         """
         import torch
 

@@ -102,9 +102,7 @@ def error_of(error: Exception, secret: str | None = None) -> CallError:
     if isinstance(error, openai.APITimeoutError):
         return CallError("timeout", "no answer in time", charged=True)
     if isinstance(error, openai.APIStatusError):
-        body = error.body
-        if not isinstance(body, dict):
-            body = {"message": _without_html(_text_of(error))}
+        body = error.body if isinstance(error.body, dict) else {"message": _without_html(_text_of(error))}
         return error_of_status(error.status_code, body, error.response.headers, secret)
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.

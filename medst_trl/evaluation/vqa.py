@@ -61,9 +61,7 @@ def shuffled_rows(image_ids: Sequence[str], seed: int = 0) -> list[int]:
         UserError: if one image is in more than half of the rows, since some question would then keep it.
     """
     counts = Counter(image_ids)
-    if not counts:
-        return []
-    [(image_id, most)] = counts.most_common(1)
+    image_id, most = counts.most_common(1)[0] if counts else ("", 0)
     if 2 * most > len(image_ids):
         raise UserError(
             f"The images cannot be shuffled: {most} of the {len(image_ids)} images of the benchmark are the same one "

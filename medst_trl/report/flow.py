@@ -14,7 +14,7 @@ from markupsafe import Markup
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.data.schema import KINDS
 from medst_trl.pipeline.stage import STAGES, Stage
-from medst_trl.selftrain.judge.judgements import judge_statistics, warnings_of
+from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
 from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
@@ -36,7 +36,7 @@ class Judging:
         stage ([`StageRun`]): The judge.
 
     Attributes:
-        statistics (`dict`): See [`~medst_trl.selftrain.judge.judgements.judge_statistics`].
+        statistics (`dict`): See [`~medst_trl.selftrain.judge.statistics.judge_statistics`].
         cost (`float`, *optional*): Cost of all its replies in dollars, if the stage knew the prices.
         models (`Counter`): Judging model and prompt version.
         offsets (`dict`): `"kept"` or the reason to drop, to the byte offsets of its lines in the file.

@@ -53,8 +53,8 @@ def candidates(n: int) -> list[dict]:
 
 
 def measure(pairs: int, concurrency: int, latency: float, rates: dict[str, float]) -> dict:
-    from medst_trl.selftrain.judge.judgements import judge_statistics
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
+    from medst_trl.selftrain.judge.statistics import judge_statistics
 
     pipe, server_pipe = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")

@@ -135,7 +135,7 @@ class TransformersEngine(BatchEngine):
             whole = start + size
             while start < whole < len(order) and groups[order[whole - 1]] == groups[order[whole]]:
                 whole -= 1
-            return whole - start or size
+            return size if whole == start else whole - start  # one group larger than the batch is divided
 
         def write_batch(batch: list[int]) -> list[tuple[str, bool]]:
             return self._write_batch([prompts[place] for place in batch], [groups[place] for place in batch], sampling)

@@ -45,9 +45,9 @@ from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
-from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
+from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.preferences import Preferences, build_preferences
 
 

@@ -69,15 +69,6 @@ class Estimate:
         )
 
 
-@dataclass(eq=False)
-class _Comparison:
-    """A pair while it is judged: the outcomes of its calls, None before they are made, and then its judgement."""
-
-    pair: dict[str, Any]
-    outcomes: dict[Call, Outcome | None]
-    judgement: dict[str, Any] | None = None
-
-
 @dataclass(eq=False, repr=False, kw_only=True)
 class PairwiseJudge(JudgeSettings):
     """
@@ -250,26 +241,21 @@ class PairwiseJudge(JudgeSettings):
             http_client=self.http_client if self.local is None else _local_client(self.local),
         )  # fmt: skip
         self.events = client.events
-        queue: deque[_Comparison] = deque()
-        comparison_of: dict[Call, _Comparison] = {}
+        queue: deque[tuple[dict[str, Any], list[Call]]] = deque()  # pairs that are not judged yet, with their calls
+        outcomes: dict[Call, Outcome] = {}
 
         def calls() -> Iterator[Call]:
             for pair, requests in self.requests(candidates):
-                queue.append(_Comparison(pair, dict.fromkeys(requests)))
-                if not requests:
-                    queue[-1].judgement = self._judgement(pair, [])
-                comparison_of.update(dict.fromkeys(requests, queue[-1]))
+                queue.append((pair, requests))
                 yield from requests
 
         def finished() -> Iterator[dict[str, Any]]:
-            while queue and queue[0].judgement:
-                yield queue.popleft().judgement
+            while queue and outcomes.keys() >= set(queue[0][1]):
+                pair, requests = queue.popleft()
+                yield self._judgement(pair, [(call, outcomes.pop(call)) for call in requests])
 
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
-            comparison = comparison_of.pop(call)
-            comparison.outcomes[call] = outcome
-            if all(comparison.outcomes.values()):
-                comparison.judgement = self._judgement(comparison.pair, list(comparison.outcomes.items()))
+            outcomes[call] = outcome
             yield from finished()
         yield from finished()
         if client.missing:

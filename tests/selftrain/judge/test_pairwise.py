@@ -16,8 +16,8 @@ from medst_trl.engines.calls import AdaptiveLimit
 from medst_trl.engines.cost import CACHE_FILE, Prices
 from medst_trl.selftrain.judge import batch as batch_files
 from medst_trl.selftrain.judge.batch import read_batch, write_batch
-from medst_trl.selftrain.judge.judgements import format_statistics, judge_statistics, warnings_of
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
+from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 
 KEYS = {
