@@ -54,8 +54,7 @@ class ImageFeatureCache:
     Cache of the features of the images in use.
 
     The features of an image are freed with its [`OpenedImage`]: a caller that holds the images of a window holds the
-    features of a window. They are kept in main memory; the accelerator has only those of the prompts
-    in a prefill.
+    features of a window. They are kept in main memory; the accelerator has only those of the prompts in a prefill.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
