@@ -12,7 +12,7 @@ _SECRET_KEY = re.compile(r"token$|api_?key|secret|password|passwd|credential|pri
 _PLACE_KEY = re.compile(r"path|folder|dir$|url|file|cache|variable|_pattern$")
 _NOT_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|vusr)_token$", re.IGNORECASE)
 # Keys of the Hub and of OpenAI, and the user:password of a URL, anywhere in a text
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]*:[^/\s]+(?=@)")
 # Values of secret parameters in the query of a URL
 _SECRET_PARAMETER = re.compile(
     r"(?<=[?&;])((?:[\w.-]{0,60}[_.-])?(?:api-?key|key|(?:access|auth)?token|sig|signature|(?:client)?secret|password"

@@ -23,3 +23,9 @@ def test_secret_parameters_of_a_url_are_hidden(name):
 )
 def test_other_parameters_are_kept(text):
     assert hide_secrets(text) == text
+
+
+@pytest.mark.parametrize("login", ["user:hunter2", ":hunter2", "user:hun@hunter2", "me%40org:hunter2"])
+def test_the_password_of_a_url_is_hidden(login):
+    hidden = hide_secrets(f"http://{login}@host:8000/v1 (mail to a@b.org) and http://{login}@host")
+    assert hidden == f"http://{HIDDEN}@host:8000/v1 (mail to a@b.org) and http://{HIDDEN}@host"
