@@ -73,7 +73,8 @@ def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":
         is_here = source and (Path(source).is_dir() or cached_revision(source) is not None or hub_answers())
         return convert.local_directory(source, what, weights=False) if is_here else None
 
-    source, base = (directory(settings.get(key) or settings["source"]) for key in ("source", "base"))
+    source = directory(settings["source"])
+    base = directory(settings["base"]) if settings.get("base") else source
     if source is None or base is None:
         return None
     original = convert.original_config(source, base)

@@ -154,7 +154,10 @@ def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str
         )
     if dtype == "auto":
         dtype = str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
-    check_choice("dtype", dtype, DTYPES[1:])
+    if dtype not in DTYPES[1:]:
+        raise UserError(
+            f"The base is in {dtype}, which cannot be merged. Set dtype to one of {', '.join(DTYPES[1:])}."
+        )
     name, revision = split_revision(adapter)
     return {
         "base": base.name_or_path,
@@ -193,9 +196,12 @@ def staged_model(output_dir: Path, name: str, *, resumes: bool = False) -> Itera
     are deleted.
 
     With `resumes`, finished files of weights are kept for the next run, unless the block raises a [`UserError`], which
-    the next run would raise again. Directories of other conversions (`.saving-*`) are deleted.
+    the next run would raise again. Another model in `output_dir` is deleted when the directory is made: from then on,
+    all weights in both directories are of this model. Directories of other conversions (`.saving-*`) are deleted.
     """
     staging = output_dir / name
+    if resumes and not staging.is_dir():
+        _remove_model(output_dir)
     for path in [*output_dir.glob(".saving-*"), staging]:
         if path != staging or not resumes:
             shutil.rmtree(path, ignore_errors=True)
@@ -209,12 +215,18 @@ def staged_model(output_dir: Path, name: str, *, resumes: bool = False) -> Itera
         if not resumes or isinstance(error, UserError):
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
-        path.unlink(missing_ok=True)  # so that none of them passes for another model's
+    if not resumes:
+        _remove_model(output_dir)
     for path in staging.iterdir():
         if path.is_dir():  # named chat templates, perhaps those of an interrupted run
             shutil.rmtree(output_dir / path.name, ignore_errors=True)
     move_files(staging, output_dir)
+
+
+def _remove_model(directory: Path) -> None:
+    """Remove the configuration and weights of a model, so that none of them passes for another model's."""
+    for path in [directory / "config.json", *directory.glob("model*.safetensors*")]:
+        path.unlink(missing_ok=True)
 
 
 def log_probs(model: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:

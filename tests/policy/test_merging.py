@@ -243,6 +243,30 @@ def test_a_quantized_base_is_refused(tmp_path, monkeypatch):
         merge_policy(adapter, merged, drawn_examples())
 
 
+def test_a_base_of_another_type_is_refused(tmp_path, monkeypatch):
+    adapter, merged = save_adapter(tmp_path)
+    loaded = load_policy(adapter, dtype="float32")
+    monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float8_e4m3fn"}))
+    with pytest.raises(UserError, match="The base is in float8_e4m3fn.*Set dtype to one of float32"):
+        merge_policy(adapter, merged, drawn_examples())
+
+
+@pytest.mark.parametrize("problem", ["gated", "missing", "unreachable"])
+def test_an_adapter_that_the_hub_does_not_give_is_refused_with_the_reason(tmp_path, monkeypatch, problem):
+    from medst_trl.policy import adapters
+
+    def cached_file(*args, **kwargs):
+        raise OSError(f"the repository is {problem}")
+
+    monkeypatch.setattr(adapters, "check_reachable", lambda name: None)
+    monkeypatch.setattr(adapters, "cached_file", cached_file)
+    for load in (load_policy, partial(merge_policy, output_dir=tmp_path / "merged", examples=[], batches_of=None)):
+        with pytest.raises(UserError, match=f"'org/x' is neither a directory nor .* on the Hub: .*{problem}"):
+            load("org/x")
+
+
 def test_non_finite_weights_are_refused(tmp_path):
     adapter, merged = save_adapter(tmp_path)
     from safetensors.torch import load_file, save_file

@@ -1,6 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convert checkpoints of the original LLaVA code to Hugging Face's layout. Here are only the settings."""
+"""Convert checkpoints of the original LLaVA code to Hugging Face's layout.
+
+This module holds the settings; `convert.py` does the work.
+"""
 
 from dataclasses import dataclass
 

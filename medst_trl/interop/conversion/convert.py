@@ -30,7 +30,7 @@ from medst_trl.policy.vusr import VUSR_ROLES
 
 from . import ConvertArguments
 from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, read_tokenizer
-from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, published_name, read_json
+from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, open_weights, published_name, read_json
 
 
 _SMALL_FILES = ("*.json", "*.model")
@@ -109,7 +109,8 @@ def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shar
     )
     with tqdm(total=len(names), desc="Writing weights", unit="tensor", disable=None) as bar:
         for file, members in split.filename_to_tensors.items():
-            if not (staging / file).exists():
+            # An interrupted run may have moved some to the output directory already.
+            if not (staging / file).exists() and not (staging.parent / file).exists():
                 shard = {written: _weight(names[written], parts, model.config) for written in members}
                 with atomic_path(staging / file) as temporary:
                     safetensors.torch.save_file(shard, temporary, metadata={"format": "pt"})
@@ -150,16 +151,16 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     directory = local_directory(args.source, "The checkpoint")
     base_directory = _base_directory(directory, args.base)
     original, parts = original_config(directory, base_directory), Parts()
-    parts.put(base_directory)
+    parts.put(open_weights(base_directory))
     vision_directory, vision = _vision_tower(original, args.vision_tower, parts, base_directory)
     if directory != base_directory:
         parts.change(directory)
         # Without its own projector that of the base would stay, and nothing would be missing.
-        lacks = f"lacks the projector, trained in full ({PROJECTOR_FILES[-1]}). Download it, or give --projector."
-        parts.put(directory, PROJECTOR_FILES, None if args.projector else lacks)
+        missing = f"lacks the projector, trained in full ({PROJECTOR_FILES[-1]}). Download it, or give --projector."
+        parts.put(open_weights(directory, PROJECTOR_FILES, None if args.projector else missing))
     if args.projector:
-        lacks = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
-        parts.put(local_directory(args.projector, "The projector"), PROJECTOR_FILES, lacks)
+        missing = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
+        parts.put(open_weights(local_directory(args.projector, "The projector"), PROJECTOR_FILES, missing))
     lora = local_directory(args.vision_lora, "The vision LoRA") if args.vision_lora else directory / VISION_LORA
     has_lora = args.vision_lora is not None or lora.is_dir()
     if has_lora:
@@ -261,6 +262,9 @@ def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) 
             f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands read "
             "it directly; here it can only be the --base of a training output."
         )
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{base_directory / 'config.json'} is damaged ({part}). Download it again.")
     images = read_json(base_directory / "processor_config.json").get("image_processor", {})
     return {
         "text_config": config["text_config"] | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
@@ -282,7 +286,7 @@ def _vision_tower(config: dict, vision_tower: str | None, parts: Parts, base: Pa
         raise UserError("config.json names no mm_vision_tower. Give the CLIP directory or Hub id as --vision_tower.")
     directory = local_directory(source, "The vision tower (--vision_tower)", weights=not has_weights)
     if not has_weights:
-        parts.put(directory, in_clip=True)
+        parts.put(open_weights(directory), in_clip=True)
     return directory, vision_config(directory)
 
 

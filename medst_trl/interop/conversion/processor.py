@@ -184,6 +184,7 @@ def _restart_after_images(tokenizer: PreTrainedTokenizerFast) -> None:
 # (https://protobuf.dev/programming-guides/encoding): each field has a number, a kind and a value.
 _PIECES, _TRAINER = 1, 2  # fields of the file
 _PIECE, _MODEL_TYPE, _BYTE_PAIRS = 1, 3, 2  # a field of a piece, a field of the trainer's settings and its value
+_FIXED_LENGTHS = {1: 8, 5: 4}  # bytes of a value, by kind; kind 0 is a number, and kind 2 states its length
 
 
 def read_pieces(path: Path) -> list[str]:
@@ -216,11 +217,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     stream = io.BytesIO(data)
     while stream.tell() < len(data):
         number, kind = divmod(_varint(stream), 8)
-        value = {1: 8, 5: 4}[kind] if kind in (1, 5) else _varint(stream)
-        if kind != 0:
-            length, value = value, stream.read(value)
-            if len(value) < length:
-                raise ValueError("incomplete")
+        if kind == 0:
+            yield number, _varint(stream)
+            continue
+        length = _varint(stream) if kind == 2 else _FIXED_LENGTHS[kind]  # an unknown kind: KeyError
+        value = stream.read(length)
+        if len(value) < length:
+            raise ValueError("incomplete")
         yield number, value
 
 

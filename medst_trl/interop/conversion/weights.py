@@ -12,7 +12,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ _WRAPPERS = re.compile(r"(base_model\.model\.)?(model\.(?=model\.))?")
 _TO_MODEL = (
     (r"(model\.)?(vision_tower\.)+(vision_model\.)?|vision_model\.", VISION),
     # The two-layer projector was a plain sequence; the prototype extractor kept its names.
-    (r"(model\.)?mm_projector\.0\.", f"{PROJECTOR}linear_1."),
-    (r"(model\.)?mm_projector\.2\.", f"{PROJECTOR}linear_2."),
+    (r"(model\.)?(mm|multi_modal)_projector\.0\.", f"{PROJECTOR}linear_1."),
+    (r"(model\.)?(mm|multi_modal)_projector\.2\.", f"{PROJECTOR}linear_2."),
     (r"(model\.)?(mm|multi_modal)_projector\.", PROJECTOR),
     (r"(language_model\.)?lm_head\.", "lm_head."),
     (r"model\.(language_model\.)?|language_model\.model\.", "model.language_model."),
@@ -119,23 +119,26 @@ class StoredTensor:
         return None if stored in _PLAIN else str(stored).removeprefix("torch.")
 
 
-def open_weights(place: Path, names: Sequence[str] = (), lacks: str | None = None) -> list[StoredTensor]:
+def open_weights(
+    place: Path, names: Sequence[str] = _MODEL_FILES, missing: str | None = _NO_WEIGHTS
+) -> list[StoredTensor]:
     """
     List the tensors of a file, or of a directory with a single file or with the shards that an index lists. They are
     read when they are used.
 
     Args:
         place (`Path`): File or directory.
-        names (sequence of `str`, *optional*): Names of a single file in the directory, the preferred one first.
-        lacks (`str`, *optional*): What to say of a directory without any of them. None: it may have none.
+        names (sequence of `str`, *optional*): Names of a single file in the directory, the preferred one first. The
+            default is for a model.
+        missing (`str`, *optional*): End of the error if there is none of them. None: no error.
 
     Raises:
         UserError: if there are shards without their index, some of them are missing, or a file is damaged, holds more
             than tensors, or is neither safetensors nor PyTorch's.
     """
     files = [place] if place.is_file() else _find_weights(place, names)
-    if lacks and not files:
-        raise UserError(f"{place} {lacks}")
+    if missing and not files:
+        raise UserError(f"{place} {missing}")
     stored = []
     for file in files:
         content = _load(file)
@@ -274,22 +277,19 @@ class Parts:
     unused: list[StoredTensor] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def put(
-        self, place: Path, names: Sequence[str] = _MODEL_FILES, lacks: str | None = _NO_WEIGHTS, in_clip: bool = False
-    ) -> None:
+    def put(self, tensors: Iterable[StoredTensor], in_clip: bool = False) -> None:
         """
-        Add the tensors of a file or directory under their names in the model, replacing earlier ones. A projector
-        replaces all of an earlier one.
+        Add tensors under their names in the model, replacing earlier ones. A projector replaces all of an earlier one.
 
         Args:
-            place, names, lacks: See [`open_weights`]. The defaults are for a model.
-            in_clip (`bool`, *optional*, defaults to `False`): Whether only CLIP's vision tower is read.
+            tensors (iterable of [`StoredTensor`]): Of a model, or of a part; see [`open_weights`].
+            in_clip (`bool`, *optional*, defaults to `False`): Whether only CLIP's vision tower is used.
 
         Raises:
-            UserError: as [`open_weights`], and if two of them have the same name in the model.
+            UserError: if two of them have the same name in the model.
         """
         placed: dict[str, StoredTensor] = {}
-        for tensor in open_weights(place, names, lacks):
+        for tensor in tensors:
             name = model_name(tensor.name)
             if _COMPUTED.search(tensor.name) or (in_clip and _TEXT_HALF.match(tensor.name)):
                 self.left_out.append(tensor.name)
@@ -313,8 +313,8 @@ class Parts:
         """
         path, factors = directory / "adapter_config.json", {}
         scale, rank = _scale(path)
-        lacks = f"has an adapter_config.json but neither {' nor '.join(_ADAPTER_FILES)}."
-        for tensor in open_weights(directory, _ADAPTER_FILES, lacks):
+        missing = f"has an adapter_config.json but neither {' nor '.join(_ADAPTER_FILES)}."
+        for tensor in open_weights(directory, _ADAPTER_FILES, missing):
             match = _FACTOR.fullmatch(tensor.name)
             name = model_name(match["layer"] + ".weight") if match else None
             if name is None:

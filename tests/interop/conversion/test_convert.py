@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medst_trl.base.errors import UserError
-from medst_trl.interop.conversion.weights import open_weights
+from medst_trl.interop.conversion.weights import model_name, open_weights
 
 
 CLIP = "vision_model."
@@ -295,6 +295,25 @@ def test_unsupported_models_are_refused(tmp_path, config, message):
     assert re.search(message, refusal_of(tmp_path, full_model(), **config))
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_converted_base_with_a_damaged_configuration_is_refused(tmp_path, part):
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    original.convert(str(base), tmp_path / "converted")
+    path = tmp_path / "converted" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: None}))
+    lora = original.lora_weights(original.language_weights(), "base_model.model.")
+    output = original.write_training_output(tmp_path / "output", lora, {}, kind="mlp2x_gelu")
+    with pytest.raises(UserError, match=f"config.json is damaged.*{part}"):
+        original.convert(str(output), tmp_path / "out", base=str(tmp_path / "converted"))
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "multi_modal_projector.", "model.multi_modal_projector."])
+def test_the_layers_of_the_projector_are_found_under_each_name(prefix):
+    names = [model_name(f"{prefix}{layer}.bias") for layer in (0, 2)]
+    assert names == [f"model.multi_modal_projector.linear_{number}.bias" for number in (1, 2)]
+
+
 @pytest.mark.parametrize(
     "files, weights",
     [
@@ -359,6 +378,33 @@ def test_an_interrupted_conversion_resumes_after_the_last_complete_shard(tmp_pat
     assert written[3] == written[2] and len(set(written)) == len(written) - 1
     assert not list((tmp_path / "out").glob("**/*.tmp*")) and not staging.exists()
     assert_same_logits(tmp_path / "out", weights, "mlp2x_gelu")
+
+
+def test_a_conversion_that_is_interrupted_while_files_move_keeps_its_shards(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    from medst_trl.policy import merging
+
+    original.write_clip(tmp_path / "clip")
+    weights, out = full_model(), tmp_path / "out"
+    other = original.write_checkpoint(tmp_path / "other", {name: tensor + 0.01 for name, tensor in weights.items()})
+    original.convert(str(other), out, max_shard_size="40KB")
+    source = original.write_checkpoint(tmp_path / "source", weights)
+
+    def move_some_files(staging, target):
+        for path in sorted(staging.glob("*.safetensors"))[:3]:
+            path.rename(target / path.name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "move_files", move_some_files)
+        with pytest.raises(KeyboardInterrupt):
+            original.convert(str(source), out, max_shard_size="40KB")
+    assert not (out / "config.json").exists() and len(list(out.glob("*.safetensors"))) == 3
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *args, **kwargs: pytest.fail("a shard is rewritten"))
+    original.convert(str(source), out, max_shard_size="40KB")
+    assert not list(out.glob(".*"))
+    assert_same_logits(out, weights, "mlp2x_gelu")
 
 
 def test_a_finished_stage_is_skipped_and_refuses_other_settings(tmp_path, capsys):

@@ -69,6 +69,15 @@ def test_a_damaged_file_is_refused(tmp_path, content):
         read_pieces(tmp_path / "tokenizer.model")
 
 
+@pytest.mark.parametrize("kind", [3, 4, 6, 7])
+def test_a_field_of_an_unknown_kind_is_refused(tmp_path, kind):
+    content = original.sentencepiece(original.PIECES)
+    assert content[0] == 1 << 3 | 2  # the first piece: field 1 with a length
+    (tmp_path / "tokenizer.model").write_bytes(bytes([1 << 3 | kind]) + content[1:])
+    with pytest.raises(UserError, match="damaged"):
+        read_pieces(tmp_path / "tokenizer.model")
+
+
 def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(original.sentencepiece(["a", "b"], model_type=1))
     with pytest.raises(UserError, match="not a byte-pair model"):
