@@ -179,7 +179,12 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None
             LoRA, or a training output of the original code.
     """
     check_reachable(adapter)
-    if find_model_file(adapter, "adapter_config.json", revision, local_files_only=False) is None:
+    may_lack = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        found = cached_file(adapter, "adapter_config.json", revision=revision, **may_lack)
+    except OSError as error:
+        raise UserError(f"{adapter!r} is neither a directory nor a model on the Hub: {error}") from error
+    if found is None:
         return None
     if Path(adapter, "non_lora_trainables.bin").is_file():
         raise UserError(
@@ -228,13 +233,14 @@ def load_adapter(
             fingerprints of the base's weights are known and differ.
     """
     stored = _stored_keys(adapter, revision)
+    cause = None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, adapter, revision=revision, is_trainable=is_trainable)
         problems = [f"the model has no place for {key}" for key in _unused(loaded, stored)]
     except (RuntimeError, *LOADING_ERRORS, re.error, UserWarning) as error:
-        problems = _problems(error)
+        cause, problems = error, _problems(error)
     if problems:
         shown = "".join(f"\n  {problem[:300]}" for problem in problems[:MAX_TENSORS])
         more = f"\n  ... and {len(problems) - MAX_TENSORS} more" if len(problems) > MAX_TENSORS else ""
@@ -242,7 +248,7 @@ def load_adapter(
             f"The adapter {adapter!r} does not fit {model.name_or_path!r} (it names "
             f"{config.base_model_name_or_path!r} as its base):{shown}{more}\nPass the model it was trained on as "
             "base_model_name_or_path."
-        )
+        ) from cause
     _check_base(adapter, revision, model, config.base_model_name_or_path)
     retie_lm_head(loaded)
     return loaded
@@ -269,13 +275,15 @@ def _unused(model: PeftModel, stored: list[str]) -> list[str]:
 
 
 def _problems(error: Exception) -> list[str]:
+    """What an error of PEFT says, in at least one line."""
     text = str(error)
     if isinstance(error, KeyError):
         return [f"it lacks {error.args[0]}"]
     if isinstance(error, UserWarning):
-        return [f"it lacks {key}" for key in re.findall(r"'([^']+)'", text.partition("checkpoint: ")[2])]
-    mismatches = [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)]
-    return mismatches or text.splitlines()[:1] or [type(error).__name__]
+        found = [f"it lacks {key}" for key in re.findall(r"'([^']+)'", text.partition("checkpoint: ")[2])]
+    else:
+        found = [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)]
+    return found or text.splitlines()[:1] or [type(error).__name__]
 
 
 # --- Fingerprint of the base -----------------------------------------------------------------------------------------

@@ -32,11 +32,7 @@ def _register(module) -> None:
 
 
 class _LazyConfig:
-    """
-    Stand-in for [`PrototypeLlavaConfig`] until its module is imported, which registers the real one. transformers
-    makes
-    configurations in these two ways.
-    """
+    """Stand-in for [`PrototypeLlavaConfig`] until its module is imported, which registers the real one."""
 
     def __new__(cls, *args, **kwargs):
         return _real_config()(*args, **kwargs)
@@ -44,6 +40,10 @@ class _LazyConfig:
     @staticmethod
     def from_dict(*args, **kwargs):
         return _real_config().from_dict(*args, **kwargs)
+
+    @staticmethod
+    def from_pretrained(*args, **kwargs):
+        return _real_config().from_pretrained(*args, **kwargs)
 
 
 def _real_config():

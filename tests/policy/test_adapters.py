@@ -6,7 +6,7 @@ import pytest
 import tiny_dpo
 import tiny_run
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
@@ -156,6 +156,16 @@ def test_an_adapter_that_lacks_a_part_is_refused(adapter, part):
     save_file(remaining, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"does not fit .*\n  it lacks .*{part}"):
         load_policy(str(adapter))
+
+
+def test_another_warning_of_peft_that_is_an_error_is_reported(adapter, monkeypatch):
+    def from_pretrained(*args, **kwargs):
+        raise UserWarning("Some adapter keys are new here.\nDetails follow.")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match=r"does not fit .*\n  Some adapter keys are new here\.\nPass") as refused:
+        load_policy(str(adapter))
+    assert isinstance(refused.value.__cause__, UserWarning)
 
 
 def test_an_adapter_with_an_unexpected_tensor_is_refused(adapter):

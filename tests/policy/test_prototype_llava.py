@@ -145,6 +145,15 @@ def test_the_auto_class_loads_the_model_in_any_order_of_imports(directory, impor
     assert result.stdout == "PrototypeLlavaForConditionalGeneration\n", result.stderr
 
 
+def test_the_registered_configuration_can_be_loaded_before_the_model_is_imported(directory):
+    code = (
+        "import medst_trl; from transformers import CONFIG_MAPPING; "
+        f"print(CONFIG_MAPPING['prototype_llava'].from_pretrained({str(directory)!r}).num_centers)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "3\n", result.stderr
+
+
 def test_a_loaded_model_equals_the_saved_model(directory):
     saved = tiny_model("prototype-llava")[0]
     config = AutoConfig.from_pretrained(directory)
