@@ -13,7 +13,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
-from .images import DecodesImages, with_decoded_images
+from .images import DecodesImages, UnreadableImage, with_decoded_images
 from .packing import pack
 
 
@@ -118,7 +118,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         for example in examples:
             try:
                 readable.append(with_decoded_images(example))
-            except Exception:  # Pillow's parsers raise almost anything on a damaged file
+            except UnreadableImage:
                 rejected[id_of(example)] = "unreadable_image"
         batch = super().torch_call(readable) if readable else self._collate_language_modeling([])
         if rejected:

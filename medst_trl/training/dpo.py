@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from medst_trl.base.errors import UserError
-from medst_trl.base.settings import check_choice, make_lists
+from medst_trl.base.errors import UserError, closest
+from medst_trl.base.settings import make_lists
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
 
@@ -21,7 +21,7 @@ from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
-from .reference_log_probs import PrecomputesReference, ReferenceCache, cache_of_reference, sharing_weights
+from .reference_log_probs import PrecomputesReference, cache_of_reference, sharing_weights
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
@@ -47,9 +47,12 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
     def __post_init__(self):
         make_lists(self, "loss_type")
         check_losses(self.loss_type, self)  # TRL finds an unknown one only in the first step
-        if self.train_sampling_strategy == "batch_rebalance":
+        strategy, known = self.train_sampling_strategy, SAMPLING_STRATEGIES
+        if strategy == "batch_rebalance":
             raise ValueError("batch_rebalance needs a column of lengths, which pairs lack. Use group_by_length.")
-        check_choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
+        if strategy not in known:
+            hint = closest(str(strategy), known)
+            raise ValueError(f"Unknown train_sampling_strategy {strategy!r}.{hint} Choose one of {', '.join(known)}.")
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}. It must be above 0.")
         if self.precompute_ref_log_probs and self.sync_ref_model:
@@ -111,17 +114,11 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         given = kwargs.pop("ref_model", None)
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
-        collator = kwargs.pop("data_collator", None) or DataCollatorForMultimodalPreference(
-            processing_class,
-            max_length=args.max_length,
-            pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
-            share_prefix=args.share_prefix and cannot_share(base_of(model)) is None,
-        )
+        collator = kwargs.pop("data_collator", None) or _default_collator(model, processing_class, args)
         evaluation = self._reject_pairs(datasets, processing_class, args.max_length)
-        cache = None
-        if args.precompute_ref_log_probs:
-            cache = cache_of_reference(given or model, processing_class, collator, args)
-            args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them
+        precomputes = args.precompute_ref_log_probs
+        cache = cache_of_reference(given or model, processing_class, collator, args) if precomputes else None
+        args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them
         try:
             super().__init__(
                 model=model,
@@ -134,13 +131,18 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
                 **kwargs,
             )
         finally:
-            args.precompute_ref_log_probs = cache is not None
+            args.precompute_ref_log_probs = precomputes
         # Save only the policy's adapter: the reference equals the adapter that training starts from.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
         self._share_prefix()
         self._separate_losses()
         self.add_callback(WarnOfDisplacement())
-        self._finish_reference(trained, cache, shares_weights=given is None)
+        if "ref" in getattr(self.model, "peft_config", ()):  # TRL's copy of an adapter that is trained further
+            complete_reference_adapter(self.model, trained)
+        if precomputes and given is None and hasattr(self.model, "peft_config"):  # it shares the policy's weights
+            train_in_full_precision(self.ref_model)
+        if precomputes:
+            self.precompute_reference(cache)
 
     def _reject_pairs(
         self, datasets: dict[str, Dataset], processor: ProcessorMixin, max_length: int | None
@@ -174,22 +176,6 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         self.registered_losses = [(LOSSES.get(name), weight) for name, weight in losses if is_registered(name)]
         self.loss_types = [name for name, _ in losses if not is_registered(name)]
         self.loss_weights = [weight for name, weight in losses if not is_registered(name)]
-
-    def _finish_reference(self, trained: set[str], cache: ReferenceCache | None, shares_weights: bool) -> None:
-        """
-        Complete the reference that TRL has made, or let it read all pairs.
-
-        Args:
-            trained (`set[str]`): Parameters that train.
-            cache ([`ReferenceCache`], *optional*): Where the log-probabilities of the reference are kept.
-            shares_weights (`bool`): With a cache, whether the reference is a second model with the policy's weights.
-        """
-        if "ref" in getattr(self.model, "peft_config", ()):
-            complete_reference_adapter(self.model, trained)
-        if cache is not None:
-            if shares_weights and hasattr(self.model, "peft_config"):
-                train_in_full_precision(self.ref_model)
-            self.precompute_reference(cache)
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs.pop("neutralised", None)
@@ -253,6 +239,17 @@ class WarnOfDisplacement(TrainerCallback):
                 "model gets worse. Remedies: the `sft` term (loss_type: [sigmoid, sft]), a lower learning rate, a "
                 "higher beta."
             )
+
+
+def _default_collator(
+    model: Any, processor: ProcessorMixin, args: MultimodalDPOConfig
+) -> DataCollatorForMultimodalPreference:
+    return DataCollatorForMultimodalPreference(
+        processor,
+        max_length=args.max_length,
+        pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
+        share_prefix=args.share_prefix and cannot_share(base_of(model)) is None,
+    )
 
 
 def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> Any:

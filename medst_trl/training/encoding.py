@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -24,7 +24,7 @@ from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.families import tested_families
 from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
 
-from .images import image_size, images_of
+from .images import UnreadableImage, image_size, images_of
 
 
 UNREADABLE_SIDE = 224  # pixels, assumed for an image without a readable header; the collator rejects its example
@@ -52,6 +52,22 @@ class ImageConversation:
     messages: list[dict[str, Any]]
     images: list[Image.Image]
     asked: frozenset[int] = frozenset()
+
+
+class Encoded(NamedTuple):
+    """
+    A batch of conversations as tokens.
+
+    Args:
+        batch ([`~transformers.BatchFeature`]): As the processor returns it: `input_ids` and `attention_mask` of shape
+            (batch, length), `pixel_values`, ...
+        spans (`list[list[Span]]`): Tokens of the questions and answers of each row, in order.
+        rendered (`list[RenderedConversation]`): Text of each row, image placeholders not expanded.
+    """
+
+    batch: BatchFeature
+    spans: list[list[Span]]
+    rendered: list[RenderedConversation]
 
 
 def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> ImageConversation:
@@ -89,14 +105,9 @@ def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None)
 
 def encode(
     processor: ProcessorMixin, conversations: Collection[ImageConversation], pad_to_multiple_of: int | None = None
-) -> tuple[BatchFeature, list[list[Span]], list[RenderedConversation]]:
+) -> Encoded:
     """
     Render, tokenize and pad (on the right) a batch of conversations.
-
-    Returns:
-        `tuple`: The batch as the processor returns it (`input_ids` and `attention_mask` of shape (batch, length),
-        `pixel_values`, ...), the tokens of the questions and answers of each row in order, and the text of each row,
-        image placeholders not expanded.
 
     Raises:
         UserError: if the template cannot render one, or the processor does not report where it expands images.
@@ -118,16 +129,11 @@ def encode(
     # Converted only now: Idefics3 would try to make a tensor of the replacement offsets too.
     batch.convert_to_tensors("pt")
     spans = []
-    for ids, conversation, *places in zip(batch["input_ids"], rendered, offsets, replaced, strict=True):
-        of_row = _token_spans(conversation, *places)
-        if of_row is None or len(ids) != len(places[0]):  # labels would land on wrong tokens
-            raise UserError(
-                f"{type(processor).__name__} expands image placeholders without reporting where "
-                "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
-                f"family cannot be trained with the installed transformers. {tested_families()}"
-            )
-        spans.append(of_row)
-    return batch, spans, rendered
+    rows = zip(batch["input_ids"], rendered, offsets, replaced, strict=True)
+    for ids, conversation, row_offsets, row_replaced in rows:
+        _check_offsets(processor, conversation.text, row_offsets, row_replaced, len(ids))
+        spans.append(_token_spans(conversation, row_offsets, row_replaced))
+    return Encoded(batch, spans, rendered)
 
 
 def tokens_without_images(
@@ -182,24 +188,32 @@ def conversation_lengths(
         for image in conversation.images:
             try:
                 width, height = image_size(image)
-            except Exception:  # unreadable, so the collator rejects its example
+            except UnreadableImage:  # the collator rejects its example
                 width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
             length += image_tokens(height, width)
         lengths.append(length if max_length is None else min(length, max_length))
     return lengths
 
 
+def _check_offsets(
+    processor: ProcessorMixin, text: str, offsets: torch.Tensor, replaced: list[dict[str, Any]], length: int
+) -> None:
+    """Refuse a processor that makes the text longer without reporting where: labels would land on wrong tokens."""
+    gained = replaced[-1]["new_span"][1] - replaced[-1]["span"][1] if replaced else 0
+    if len(offsets) != length or int(offsets.max()) > len(text) + gained:
+        raise UserError(
+            f"{type(processor).__name__} expands image placeholders without reporting where "
+            "(`return_text_replacement_offsets`), so questions and answers cannot be located in its tokens. This "
+            f"family cannot be trained with the installed transformers. {tested_families()}"
+        )
+
+
 def _token_spans(
     conversation: RenderedConversation, offsets: torch.Tensor, replaced: list[dict[str, Any]]
-) -> list[Span] | None:
-    """
-    The tokens of a row's questions and answers after image placeholders are expanded; `None` if the tokens end beyond
-    the text, because the processor expands it without reporting where.
-    """
+) -> list[Span]:
+    """The tokens of a row's questions and answers after image placeholders are expanded."""
     placeholder_ends = [item["span"][1] for item in replaced]
     gained = [0] + [item["new_span"][1] - item["span"][1] for item in replaced]
-    if int(offsets.max()) > len(conversation.text) + gained[-1]:
-        return None
     starts, ends = offsets.unbind(-1)
     spans = []
     for span in conversation.spans:

@@ -4,7 +4,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -15,11 +16,15 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import bytes_of, with_stored_images
 
 
+class UnreadableImage(UserError):
+    """An image that is missing, truncated, or of an unknown format."""
+
+
 class DecodesImages:
     """
-    Mixin for data collators that take images as a dataset stores them, or decoded, and decode each once. Left to
-    `datasets`, the first image of every list is decoded twice (its `decode_nested_example` tries one to find out
-    whether the list has to be decoded).
+    Marker for data collators that take images as a dataset stores them and call [`with_decoded_images`] themselves.
+    Left to `datasets`, the first image of every list is decoded twice (its `decode_nested_example` tries one to find
+    out whether the list has to be decoded).
     """
 
 
@@ -34,9 +39,28 @@ def with_images(example: Mapping[str, Any], images: list[Any]) -> dict[str, Any]
 
 
 def with_decoded_images(example: dict[str, Any]) -> dict[str, Any]:
-    """The same example with a list of decoded `images`."""
-    decode = ImageFeature().decode_example
-    return with_images(example, [decode(item) if isinstance(item, dict) else item for item in images_of(example)])
+    """
+    The same example with a list of decoded `images`.
+
+    Raises:
+        UnreadableImage: if one of them cannot be decoded.
+    """
+    return with_images(example, [_decode(item) if isinstance(item, dict) else item for item in images_of(example)])
+
+
+def _decode(image: dict[str, Any]) -> Image.Image:
+    with _reading(image):
+        return ImageFeature().decode_example(image)
+
+
+@contextmanager
+def _reading(image: Any) -> Iterator[None]:
+    """Turn what Pillow's parsers raise on a damaged file, which is almost anything, into [`UnreadableImage`]."""
+    try:
+        yield
+    except Exception as error:
+        path = f" {image['path']}" if isinstance(image, dict) and image.get("path") else ""
+        raise UnreadableImage(f"The image{path} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def check_has_images(dataset: Any) -> None:
@@ -57,13 +81,14 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
         image (`PIL.Image.Image` or `dict`): An image, or its `bytes` and `path` as a dataset stores them.
 
     Raises:
-        Exception: almost any, from Pillow's parsers, if there is no header of a known format.
+        UnreadableImage: if there is no header of a known format.
     """
     if not isinstance(image, dict):
-        return image.size
+        with _reading(image):
+            return image.size
     if not _is_local(image):
-        return ImageFeature().decode_example(image).size
-    with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+        return _decode(image).size
+    with _reading(image), Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
         # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
         if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", bytes_of(image)):
             return opened.size
@@ -74,17 +99,20 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
 
 def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     """
-    Return the [`image_size`] of an image that can be decoded, and otherwise raise what Pillow's parsers raise: almost
-    anything. A JPEG or PNG that ends correctly is not decoded.
+    Check that an image can be decoded and return its [`image_size`]. A JPEG or PNG that ends correctly is not decoded.
+
+    Raises:
+        UnreadableImage: if it is missing, truncated, or of an unknown format.
     """
-    if isinstance(image, dict) and not (_is_local(image) and _ends_correctly(bytes_of(image))):
-        ImageFeature().decode_example(image)
+    if isinstance(image, dict) and not (_is_local(image) and _ends_correctly(image)):
+        _decode(image)
     return image_size(image)
 
 
-def _ends_correctly(data: bytes) -> bool:
+def _ends_correctly(image: dict[str, Any]) -> bool:
     """Whether a JPEG has its end marker, a PNG all its chunks with their checksums; `False` for other formats."""
     try:
+        data = bytes_of(image)
         with Image.open(BytesIO(data)) as opened:
             if opened.format == "PNG":
                 opened.verify()
@@ -95,4 +123,4 @@ def _ends_correctly(data: bytes) -> bool:
 
 
 def _is_local(image: dict[str, Any]) -> bool:
-    return image["bytes"] is not None or os.path.isfile(image["path"])
+    return image["bytes"] is not None or os.path.isfile(image["path"] or "")

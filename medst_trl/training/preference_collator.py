@@ -23,7 +23,7 @@ from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
-from .images import DecodesImages, check_image, images_of, with_decoded_images, with_images
+from .images import DecodesImages, UnreadableImage, check_image, images_of, with_decoded_images, with_images
 from .prefix_sharing import with_images_twice
 
 
@@ -82,10 +82,10 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         # The images are now in mode RGB and not converted a second time.
         examples = [with_images(example, pair.images) for example, pair in zip(examples, chosen, strict=True)]
         rejected = [pair_as_conversation(example, "rejected") for example in examples]
-        inputs, _, rendered = encode(self.processor, chosen)
-        rendered += [render_conversation(self.processor, conversation.messages) for conversation in rejected]
-        rows, prefix_lengths = self._rows(chosen, inputs, rendered)
-        batch = dict(inputs) if self.share_prefix else with_images_twice(inputs)
+        encoded = encode(self.processor, chosen)
+        rendered = encoded.rendered + [render_conversation(self.processor, pair.messages) for pair in rejected]
+        rows, prefix_lengths = self._rows(chosen, encoded.batch, rendered)
+        batch = dict(encoded.batch) if self.share_prefix else with_images_twice(encoded.batch)
         for name in rows[0]:
             fill = tokenizer_of(self.processor).pad_token_id if name == "input_ids" else 0
             batch[name] = pad([row[name][: self.max_length] for row in rows], fill, "right", self.pad_to_multiple_of)
@@ -110,10 +110,9 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         """
         lengths = inputs["attention_mask"].sum(1).tolist()
         texts = tokens_without_images(self.processor, rendered)
-        rows, prefix_lengths = [{} for _ in texts], []
-        for index, conversation in enumerate(chosen):
-            pair = texts[index :: len(chosen)]
-            (one, one_answer), (other, other_answer) = pair
+        pairs = zip(texts[: len(chosen)], texts[len(chosen) :], strict=True)
+        chosen_rows, rejected_rows, prefix_lengths = [], [], []
+        for index, (conversation, ((one, one_answer), (other, other_answer))) in enumerate(zip(chosen, pairs)):
             images = lengths[index] - len(one)  # tokens that they add before the answers
             shared = min(one_answer.start, other_answer.start)
             shared = next((place for place in range(shared) if one[place] != other[place]), shared)
@@ -123,22 +122,36 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
                     f"Record {conversation.id!r}: {type(self.processor).__name__} tokenizes the text after an image "
                     "differently without the image, so the two answers cannot share one prompt."
                 )
-            if self.max_length is not None and max(answer.start for _, answer in pair) + images >= self.max_length:
+            if self.max_length is not None and max(one_answer.start, other_answer.start) + images >= self.max_length:
                 raise UserError(
                     f"Record {conversation.id!r}: its prompt and image take {one_answer.start + images} tokens, so no "
                     f"answer fits into max_length={self.max_length}. Raise max_length, or remove the record."
                 )
-            for row, (tokens, answer) in zip(rows[index :: len(chosen)], pair, strict=True):
-                tail = torch.tensor(tokens[shared:])
-                for name in inputs.keys() & set(TOKEN_INPUTS):
-                    own = inputs[name][index, :prefix]
-                    # the other inputs of the last prompt token (text, not padding) hold for the answer
-                    of_tail = tail if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
-                    row[name] = torch.cat([own, of_tail])
-                row["completion_mask"] = torch.zeros(prefix + len(tail), dtype=torch.long)
-                row["completion_mask"][answer.start + images : answer.end + images] = 1
+            prompt = {name: inputs[name][index, :prefix] for name in inputs.keys() & set(TOKEN_INPUTS)}
+            chosen_rows.append(_row(prompt, one[shared:], one_answer, images))
+            rejected_rows.append(_row(prompt, other[shared:], other_answer, images))
             prefix_lengths.append(prefix)
-        return rows, prefix_lengths
+        return chosen_rows + rejected_rows, prefix_lengths
+
+
+def _row(prefix: dict[str, torch.Tensor], tail: list[int], answer: Span, images: int) -> dict[str, torch.Tensor]:
+    """
+    The inputs of one row of a pair.
+
+    Args:
+        prefix (`dict[str, torch.Tensor]`): Inputs of the tokens that both rows begin with, by name.
+        tail (`list[int]`): The other tokens.
+        answer (`Span`): The answer in the row without images.
+        images (`int`): Tokens that images add before the answer.
+    """
+    row, prefix_length = {}, len(prefix["input_ids"])
+    for name, own in prefix.items():
+        # the other inputs of the last prompt token (text, not padding) hold for the answer
+        of_tail = torch.tensor(tail) if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
+        row[name] = torch.cat([own, of_tail])
+    row["completion_mask"] = torch.zeros(prefix_length + len(tail), dtype=torch.long)
+    row["completion_mask"][answer.start + images : answer.end + images] = 1
+    return row
 
 
 def pair_as_conversation(example: dict[str, Any], key: str) -> ImageConversation:
@@ -212,7 +225,7 @@ def _check_pair(
     """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
     try:
         sizes = [check_image(image) for image in images_of(example)]
-    except Exception:  # Pillow's parsers raise almost anything on a damaged file
+    except UnreadableImage:
         return "unreadable_image", []
     try:
         pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
@@ -225,7 +238,7 @@ def _check_pair(
     # What images add before an answer depends on their sizes alone, so one blank pair is enough for each.
     if (key := tuple(sizes)) not in image_tokens:
         blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
-        _, ((*_, answer),), _ = encode(processor, [blank])
+        answer = encode(processor, [blank]).spans[0][-1]
         image_tokens[key] = answer.start - answers[0].start
     answers = [Span(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
     if max_length is not None and any(answer.start >= max_length for answer in answers):

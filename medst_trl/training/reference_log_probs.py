@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,8 +219,8 @@ class DataCollatorWithReference(DecodesImages):
 
 class PrecomputesReference:
     """
-    Mixin for a [`~trl.DPOTrainer`] whose reference reads all pairs before the first step. Its `all_pairs` holds the
-    [`UsablePairs`] of each dataset by name.
+    Mixin for a [`~trl.DPOTrainer`] whose reference reads all pairs before the first step. The trainer has `all_pairs`:
+    the [`UsablePairs`] of each dataset by name.
     """
 
     def precompute_reference(self, cache: "ReferenceCache") -> None:
@@ -238,14 +239,14 @@ class PrecomputesReference:
         """
         datasets = [of_set.dataset for of_set in self.all_pairs.values()]
         lengths = [length for of_set in self.all_pairs.values() for length in of_set.lengths]
-        decodes = isinstance(self.data_collator, DecodesImages)
-        pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets] if decodes else datasets)
+        pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets])
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(pairs), ranks)
-        found = self._batches("looking up pairs", pairs, collate_fn=_keys_and_ids, sampler=mine, batch_size=16)
-        found = sorted(gather_object(list(zip(mine, chain.from_iterable(found), strict=True))))
+        batches = self._pair_loader("looking up pairs", pairs, collate_fn=_keys_and_ids, sampler=mine, batch_size=16)
+        found = sorted(gather_object(list(zip(mine, chain.from_iterable(batches), strict=True))))
         names = [name for _, name in found]
-        unique, known = dict.fromkeys(key for key, _ in names), on_main_process(cache.read)
+        known = on_main_process(cache.read)
+        unique = dict.fromkeys(key for key, _ in names)
         missing = {key: place for place, (key, _) in reversed(found) if key not in known}
         self.accelerator.print(
             f"Reference log-probabilities: {len(unique) - len(missing):,} of {len(unique):,} pairs are known in "
@@ -255,7 +256,8 @@ class PrecomputesReference:
             places = sorted(missing.values(), key=lambda place: -lengths[place])  # the longest first: it must fit
             size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
             batches = [places[start : start + size] for start in range(0, len(places), size)]
-            known |= dict(gather_object(list(self._compute(cache, pairs, names, batches[rank::ranks]).items())))
+            computed = self._compute_reference(cache, pairs, names, batches[rank::ranks])
+            known |= dict(gather_object(list(computed.items())))
         log_probs = {key: known[key] for key in unique}
         if self.accelerator.is_main_process and (missing or cache.parts()):
             cache.write(log_probs)
@@ -263,10 +265,10 @@ class PrecomputesReference:
         self.precompute_ref_logps, self.ref_model = True, None
         self.accelerator.free_memory()  # which holds the reference too, and so far nothing else
 
-    def _compute(self, cache, pairs, names: list[tuple[str, str]], batches) -> dict[str, ReferenceLogProbs]:
+    def _compute_reference(self, cache, pairs, names: list[tuple[str, str]], batches) -> dict[str, ReferenceLogProbs]:
         """Compute this rank's batches, lists of places. `names` are the key and the id of each pair."""
-        computed, title = {}, "reference log-probabilities"
-        collated = self._batches(title, pairs, collate_fn=self.data_collator, batch_sampler=batches)
+        computed, collate = {}, partial(_collate_decoded, self.data_collator)
+        collated = self._pair_loader("reference log-probabilities", pairs, collate_fn=collate, batch_sampler=batches)
         for places, batch in zip(batches, collated, strict=True):
             for name in ("neutralised", "weight", "probability"):
                 batch.pop(name, None)
@@ -284,11 +286,16 @@ class PrecomputesReference:
             computed |= rows
         return computed
 
-    def _batches(self, title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
+    def _pair_loader(self, title: str, pairs: ConcatDataset, **how: Any) -> Iterable[Any]:
         """This rank's batches, which the data loader's workers prepare, with a progress bar on the main process."""
         loader = DataLoader(pairs, num_workers=self.args.dataloader_num_workers, **how)
         is_quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
         return tqdm(loader, title, unit="batch", disable=is_quiet)
+
+
+def _collate_decoded(collator: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of a collator, which gets decoded `images`, as it does from [`DataCollatorWithReference`]."""
+    return collator([with_decoded_images(example) for example in examples])
 
 
 def _keys_and_ids(examples: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -156,6 +156,7 @@ def test_losses_of_trl_and_their_sums_can_be_trained(tmp_path, loss_type):
     ("settings", "message"),
     [
         ({"beta": 0.0}, "beta"),
+        ({"train_sampling_strategy": None}, "train_sampling_strategy None"),
         ({"loss_type": ["nonsense"]}, "nonsense"),
         ({"train_sampling_strategy": "group_by_lenght"}, "Did you mean 'group_by_length'"),
         ({"train_sampling_strategy": "batch_rebalance"}, "column of lengths"),
@@ -164,6 +165,11 @@ def test_losses_of_trl_and_their_sums_can_be_trained(tmp_path, loss_type):
 def test_invalid_settings_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
     with pytest.raises((ValueError, UserError), match=message):
         MultimodalDPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_an_unknown_sampling_strategy_is_a_value_error_as_in_trl(tmp_path):
+    with pytest.raises(ValueError, match="Unknown train_sampling_strategy 'other'. Choose one of group_by_length"):
+        MultimodalDPOConfig(output_dir=str(tmp_path), train_sampling_strategy="other")
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])

@@ -6,16 +6,20 @@ import io
 
 import numpy as np
 import pytest
+import tiny_dpo
 import torch
+from datasets import Dataset
 from datasets.features.image import Image as ImageFeature
+from families import prepared_processor
 from family_models import MODELS, tiny_model
 from PIL import Image, ImageFile
 from tiny_run import conversation
 
 from medst_trl.policy.families import model_parts
 from medst_trl.policy.loading import prepare_policy
+from medst_trl.training import collator, encoding, preference_collator
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.images import check_image, image_size
+from medst_trl.training.images import UnreadableImage, check_image, image_size
 from medst_trl.training.upstream import encode_blank_images
 
 
@@ -72,7 +76,7 @@ def test_a_truncated_image_is_reported(tmp_path, kind, fraction):
         try:
             ImageFeature().decode_example(image)
         except Exception:
-            with pytest.raises(Exception):  # noqa: B017 (Pillow raises almost anything)
+            with pytest.raises(UnreadableImage, match="cannot be read"):
                 check_image(image)
         else:
             assert kind == "JPEG2000"  # some versions of OpenJPEG decode a part of an image
@@ -89,8 +93,26 @@ def test_bytes_after_the_end_of_an_image_are_accepted():
     [{"bytes": b"", "path": None}, {"bytes": None, "path": "/no/such.png"}, {"bytes": None, "path": None}, None],
 )
 def test_data_that_is_not_an_image_is_reported(image):
-    with pytest.raises(Exception):  # noqa: B017 (Pillow raises almost anything)
+    with pytest.raises(UnreadableImage, match="cannot be read"):
         image_size(image)
+
+
+def test_an_error_in_the_check_of_pairs_rejects_no_image(monkeypatch):
+    def with_a_bug(image):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(encoding, "image_size", with_a_bug)
+    monkeypatch.setattr(preference_collator, "check_image", with_a_bug)
+    monkeypatch.setattr(collator, "with_decoded_images", with_a_bug)
+    processor = prepared_processor("vicuna")
+    example, pairs = conversation(0), Dataset.from_list([tiny_dpo.pair(0)])
+    for run in (
+        lambda: encoding.conversation_lengths(Dataset.from_list([example]), processor),
+        lambda: preference_collator.usable_pairs(pairs, processor, None),
+        lambda: DataCollatorForSelfQuestioning(processor)([example]),
+    ):
+        with pytest.raises(TypeError, match="a bug"):
+            run()
 
 
 @pytest.mark.parametrize("family", MODELS)

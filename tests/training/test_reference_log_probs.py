@@ -214,6 +214,31 @@ def test_images_are_decoded_once_for_the_key_and_once_for_the_reference(tmp_path
     assert 12 <= sum(count) <= 12 + 2
 
 
+def test_a_collator_of_your_own_gets_the_same_examples_in_both_passes(tmp_path):
+    columns = []
+    model, processor = adapter_policy()
+    collate = DataCollatorForMultimodalPreference(processor)
+
+    def own_collator(examples):
+        columns.extend(sorted(example) for example in examples)
+        return collate(examples)
+
+    rows = [pair(number) for number in range(4)]
+    dataset = Dataset.from_list([{**row, "image": row.pop("images")[0]} for row in rows])
+    trainer = MultimodalDPOTrainer(
+        model=model,
+        args=MultimodalDPOConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to="none",
+            save_strategy="no", disable_tqdm=True, precompute_ref_log_probs=True, share_prefix=False,
+        ),
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=own_collator,
+    )  # fmt: skip
+    trainer.train()
+    assert columns == [["chosen", "id", "images", "prompt", "rejected"]] * 8
+
+
 def test_a_frozen_part_stays_frozen_and_the_cache_does_not_change(tmp_path):
     from medst_trl.policy.adapters import freeze_vision
 
