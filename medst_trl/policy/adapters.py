@@ -279,11 +279,10 @@ def _problems(error: Exception) -> list[str]:
     text = str(error)
     if isinstance(error, KeyError):
         return [f"it lacks {error.args[0]}"]
-    if isinstance(error, UserWarning):
-        found = [f"it lacks {key}" for key in re.findall(r"'([^']+)'", text.partition("checkpoint: ")[2])]
-    else:
-        found = [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)]
-    return found or text.splitlines()[:1] or [type(error).__name__]
+    lacking = re.findall(r"'([^']+)'", text.partition("Found missing adapter keys while loading the checkpoint: ")[2])
+    mismatches = [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)]
+    found = [f"it lacks {key}" for key in lacking] or mismatches or text.splitlines()[:1]
+    return found or [type(error).__name__]
 
 
 # --- Fingerprint of the base -----------------------------------------------------------------------------------------

@@ -155,9 +155,7 @@ def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str
     if dtype == "auto":
         dtype = str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPES[1:]:
-        raise UserError(
-            f"The base is in {dtype}, which cannot be merged. Set dtype to one of {', '.join(DTYPES[1:])}."
-        )
+        raise UserError(f"The base is in {dtype}, which cannot be merged. Set dtype to {' or '.join(DTYPES[1:])}.")
     name, revision = split_revision(adapter)
     return {
         "base": base.name_or_path,

@@ -241,9 +241,7 @@ class WarnOfDisplacement(TrainerCallback):
             )
 
 
-def _default_collator(
-    model: Any, processor: ProcessorMixin, args: MultimodalDPOConfig
-) -> DataCollatorForMultimodalPreference:
+def _default_collator(model: Any, processor: Any, args: MultimodalDPOConfig) -> DataCollatorForMultimodalPreference:
     return DataCollatorForMultimodalPreference(
         processor,
         max_length=args.max_length,

@@ -49,18 +49,17 @@ def with_decoded_images(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode(image: dict[str, Any]) -> Image.Image:
-    with _reading(image):
+    with _reading():
         return ImageFeature().decode_example(image)
 
 
 @contextmanager
-def _reading(image: Any) -> Iterator[None]:
+def _reading() -> Iterator[None]:
     """Turn what Pillow's parsers raise on a damaged file, which is almost anything, into [`UnreadableImage`]."""
     try:
         yield
     except Exception as error:
-        path = f" {image['path']}" if isinstance(image, dict) and image.get("path") else ""
-        raise UnreadableImage(f"The image{path} cannot be read ({type(error).__name__}: {error}).") from error
+        raise UnreadableImage(f"The image cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def check_has_images(dataset: Any) -> None:
@@ -84,11 +83,11 @@ def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
         UnreadableImage: if there is no header of a known format.
     """
     if not isinstance(image, dict):
-        with _reading(image):
+        with _reading():
             return image.size
     if not _is_local(image):
         return _decode(image).size
-    with _reading(image), Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+    with _reading(), Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
         # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
         if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", bytes_of(image)):
             return opened.size

@@ -120,10 +120,7 @@ class PrefixSharing:
         self.agrees: dict[tuple[bool, str], bool] = {}  # by whether there are images, and attention implementation
         # The function, not the method of this model: a copy of the model must run its own weights.
         self.forward = model.forward.__func__
-        # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
-        model.forward = types.MethodType(self._patched_forward(), model)
 
-    def _patched_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.forward)
         def forward(model, *args, prefix_length=None, shared_length=None, **inputs):
             if prefix_length is None:
@@ -140,7 +137,8 @@ class PrefixSharing:
                 self.agrees[kind] = not (self.is_sharded and self.agrees) and self._compare(model, inputs, share)
             return share() if self.agrees[kind] else self._stock(model, **with_images_twice(inputs))
 
-        return forward
+        # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
+        model.forward = types.MethodType(forward, model)
 
     def _stock(self, model: PreTrainedModel, *args, **inputs) -> Any:
         self.config._attn_implementation = self.attention
