@@ -79,25 +79,28 @@ def read_jsonl(path: str | os.PathLike) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def visible_files(directory: Path, skipped: tuple[str, ...] = (".",)) -> Iterator[str]:
-    """Yield the names of all files below a directory that are not hidden, nor in a directory that is `skipped`."""
+def visible_files(directory: Path, skipped_prefixes: tuple[str, ...] = (".",)) -> Iterator[str]:
+    """
+    Yield the names of all files below a directory, except hidden files and directories whose names start with one of
+    `skipped_prefixes`.
+    """
     for root, directories, files in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith(skipped))
+        directories[:] = sorted(name for name in directories if not name.startswith(skipped_prefixes))
         for name in sorted(files):
             if not name.startswith("."):
                 yield (Path(root) / name).relative_to(directory).as_posix()
 
 
-def did_you_mean(path: str | os.PathLike, is_meant: Callable[[Path], bool]) -> str:
+def did_you_mean(path: str | os.PathLike, is_match: Callable[[Path], bool]) -> str:
     """
     Return " Did you mean X?" for the end of a message, with the nearest directories at most two levels below or above
-    `path` that are meant; an empty text if there are none. `path` itself need not exist.
+    `path` for which `is_match` is true; an empty text if there are none. `path` itself need not exist.
     """
     path = Path(path)
     one_up, two_up = path.parent, path.parent.parent
     for near in (path.glob("*/"), path.glob("*/*/"), [one_up], one_up.glob("*/"), [two_up], one_up.glob("*/*/")):
         with suppress(OSError, ValueError):  # directories that cannot be read
-            if found := sorted(directory for directory in islice(near, 1000) if is_meant(directory)):
+            if found := sorted(directory for directory in islice(near, 1000) if is_match(directory)):
                 return f" Did you mean {' or '.join(map(str, found[:3]))}?"
     return ""
 

@@ -11,10 +11,30 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
+
+
+class Datasets(NamedTuple):
+    """
+    The content of all datasets of a source.
+
+    Attributes:
+        rows (`dict`):
+            Rows by kind of dataset and split, in the order in which they are written. They have the columns of
+            `schema.py`, with names of images in place of the images.
+        rejected (`list[Rejected]`):
+            Records that cannot be used, those of the reader first.
+        counts (`dict`):
+            Numbers by dataset (`datasets`), the counts of the reader and the overlap between splits (`notes`), and the
+            number of rejected records by reason, most frequent first (`rejected`).
+    """
+
+    rows: dict[tuple[str, str], list[dict]]
+    rejected: list[Rejected]
+    counts: dict[str, dict[str, Any]]
 
 
 def assemble(
@@ -25,7 +45,7 @@ def assemble(
     validation_fraction: float = 0.0,
     image_disjoint: bool = False,
     seed: int = 0,
-) -> tuple[dict[tuple[str, str], list[dict]], list[Rejected], dict[str, dict[str, Any]]]:
+) -> Datasets:
     """
     Place every record in a dataset, or reject it.
 
@@ -38,14 +58,6 @@ def assemble(
             See [`split_off_validation`].
         image_disjoint:
             See [`hold_out`].
-
-    Returns:
-        `tuple`:
-            - Rows by kind of dataset and split, in the order in which they are written. They have the columns of
-              `schema.py`, with names of images in place of the images.
-            - What cannot be used, from the reader and from here.
-            - Counts: numbers by dataset (`datasets`), the counts of the reader and the overlap between splits
-              (`notes`), and the number of rejected records by reason, most frequent first (`rejected`).
     """
     conversations, unlabelled, questions, rejected = [], {}, [], list(records.rejected)
     for record in records:
@@ -75,7 +87,7 @@ def assemble(
         "notes": records.counts | (overlap if records.questions else {}),
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
     }
-    return rows, rejected, counts
+    return Datasets(rows, rejected, counts)
 
 
 def _count(rows: list[dict]) -> dict[str, int]:
@@ -214,8 +226,8 @@ def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Ha
         return member
 
     for group in groups:
-        found = [find(member) for member in group]
-        parents.update(dict.fromkeys(found, min(found, default=None)))
+        if found := [find(member) for member in group]:
+            parents.update(dict.fromkeys(found, min(found)))
     return {member: find(member) for member in list(parents)}
 
 
@@ -249,9 +261,12 @@ def linked_groups(questions: Collection[Question]) -> list[list[Question]]:
     Group the questions about one image by what they ask: those that share a link, and those with the same words,
     whatever their links are. Groups and their members keep their order.
     """
-    named = [(("words", plain_question(item.question)), ("link", item.link)) for item in questions]
-    same = representatives(names if names[1][1] is not None else names[:1] for names in named)
+    names = []
+    for question in questions:
+        words = ("words", plain_question(question.question))
+        names.append([words] if question.link is None else [words, ("link", question.link)])
+    same = representatives(names)
     groups = defaultdict(list)
-    for (words, _), question in zip(named, questions):
+    for (words, *_), question in zip(names, questions):
         groups[same[words]].append(question)
     return list(groups.values())

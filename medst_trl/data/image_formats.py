@@ -41,7 +41,11 @@ class ImageProblem(Exception):
 
 @contextmanager
 def image_problem(reason: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
-    """Turn errors of a decoder, which raises almost anything on a damaged file, into an [`ImageProblem`]."""
+    """
+    Turn errors of a decoder, which raises almost anything on a damaged file, into an [`ImageProblem`].
+
+    Of several in one `with`, the last is tried first.
+    """
     try:
         yield
     except (ImageProblem, UserError):

@@ -99,22 +99,24 @@ def read_json_records(path: Path, key: str) -> Iterator[tuple[int, dict | Reject
 
 def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
     """
-    Yield the values of an array whose records have the key `key`. Without a key, yield those of one line: two, if a
-    file without a last line break was appended to.
+    Yield the values of an array whose records have the key `key`.
+
+    Without a key, `text` is one line. It usually has one value, but two if a file without a last line break was
+    appended to.
     """
     while (at := _BETWEEN.match(text, at).end()) < len(text) and not (key and text[at] == "]"):
         try:
             item, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
             item = Rejected("", "malformed_json", text[at : at + 200])
-            # The next record has the key; a part of the broken record, such as one of its turns, has not.
+            # The next record has the key; a part of the broken record, such as one of its turns, does not.
             objects = json_objects(text, at + 1) if key else ()
             at = next((start for start, found in objects if key in found), len(text))
         yield item
 
 
 def json_objects(text: str, at: int = 0) -> Iterator[tuple[int, dict]]:
-    """Yield the JSON objects in a text, from a position on, and where each starts. What is no JSON is skipped."""
+    """Yield the JSON objects in a text from a position on, and where each starts. Text that is not JSON is skipped."""
     while (at := text.find("{", at)) >= 0:
         try:
             item, end = _DECODER.raw_decode(text, at)

@@ -115,8 +115,9 @@ class Question:
             BadRecord: `no_image`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`, `not_text`,
                 `bad_unicode`.
         """
-        keys = ("image", "question", "answer")
-        image, question, answer = (text_value(row.get(key), missing=f"no_{key}") for key in keys)
+        image = text_value(row.get("image"), missing="no_image")
+        question = text_value(row.get("question"), missing="no_question")
+        answer = text_value(row.get("answer"), missing="no_answer")
         split, answer_type = row.get("split") or "train", row.get("answer_type") or guess_answer_type(answer)
         if split not in ("train", "validation", "test"):
             raise BadRecord("bad_split", split)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_json
+from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.schema import complete_shards, kind_of, splits_in
@@ -153,10 +153,7 @@ def base_model_of(directory: Path) -> str | None:
     """Return the base that an adapter names, with its revision (`org/name@revision`) if it has one."""
     from medst_trl.policy.adapters import base_of_adapter  # loads torch
 
-    path = directory / "adapter_config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(directory / "adapter_config.json")
     return with_revision(base_of_adapter(directory, config.get("base_model_name_or_path")), config.get("revision"))
 
 

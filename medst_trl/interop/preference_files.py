@@ -132,16 +132,9 @@ def _read_pair(record: dict) -> dict:
         raise BadRecord("bad_score", weight)
     judge = {"source": name} | ({} if weight is None else {"weighted_score": weight})
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]
-    *prompt, chosen_turn, rejected_turn = turns
-    return {
-        "images": list(images),
-        "prompt": prompt,
-        "chosen": [chosen_turn],
-        "rejected": [rejected_turn],
-        "score_chosen": None,
-        "score_rejected": None,
-        "judge": json.dumps(judge),
-    }
+    *prompt, good, bad = turns
+    row = {"images": list(images), "prompt": prompt, "chosen": [good], "rejected": [bad]}
+    return row | {"score_chosen": None, "score_rejected": None, "judge": json.dumps(judge)}
 
 
 def write_preferences(folder: str | os.PathLike, preferences: Preferences, file: PreferenceFile) -> None:

@@ -203,6 +203,7 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None
         raise UserError(f"The adapter {adapter!r} is not a LoRA adapter but of the type {kind}, which cannot be used.")
     if not isinstance(config.base_model_name_or_path, str | None):
         raise UserError(f"The adapter {adapter!r} names {config.base_model_name_or_path!r} as its base, not a model.")
+    config.base_model_name_or_path = base_of_adapter(adapter, config.base_model_name_or_path)
     return config
 
 

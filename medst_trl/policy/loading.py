@@ -19,15 +19,7 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import (
-    LOADING_ERRORS,
-    MAX_TENSORS,
-    base_of_adapter,
-    find_model_file,
-    hub_commit,
-    load_adapter,
-    read_adapter_config,
-)
+from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
 from .families import check_family, model_parts, on_meta
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
@@ -113,7 +105,7 @@ def load_policy(
 
 def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, str | None]:
     """Return name and revision of an adapter's base."""
-    named = given or base_of_adapter(adapter, config.base_model_name_or_path)
+    named = given or config.base_model_name_or_path
     if not named:
         raise UserError(f"The adapter {adapter!r} names no base model. Pass base_model_name_or_path.")
     base, revision = split_revision(named)

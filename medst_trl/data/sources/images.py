@@ -94,11 +94,9 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
     """
 
     def conversation(name: str, row: dict) -> Conversation:
-        images, caption = (
-            (text_value(row.get("image"), missing="no_image"),),
-            text_value(row.get("caption"), missing="no_caption"),
-        )
-        return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], num_images=1))
+        image = text_value(row.get("image"), missing="no_image")
+        caption = text_value(row.get("caption"), missing="no_caption")
+        return Conversation(name, (image,), dialogue([(instruction(name, caption, seed), caption)], num_images=1))
 
     return _read_rows(Records("captions", image_folder), path, conversation)
 
