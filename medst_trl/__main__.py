@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m medst_trl RECIPE`: run recipes under your own launcher. See `run_launched` in `cli.py`."""
+"""`python -m medst_trl RECIPE` or `COMMAND`, also under your own launcher. See `run_launched` in `cli.py`."""
 
 import sys
 

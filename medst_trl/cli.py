@@ -227,7 +227,7 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
 
 def run_launched(argv: list[str]) -> int | None:
     """
-    Run recipes in the processes of a launcher: the command `python -m medst_trl`.
+    The command `python -m medst_trl`.
 
     Run recipes under your own launcher:
 

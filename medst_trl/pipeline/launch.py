@@ -119,14 +119,9 @@ def read_config(name_or_path: str) -> AccelerateConfig:
         kind = f"FSDP{(content.get('fsdp_config') or {}).get('fsdp_version', 1)}"
     elif given.startswith("MULTI_"):
         kind = "DDP"
-    return AccelerateConfig(
-        name_or_path,
-        kind,
-        content.get("num_processes"),
-        bool(content.get("use_cpu")) or given == "MULTI_CPU",
-        content.get("num_machines") or 1,
-        bool(content.get("main_process_port")),
-    )
+    use_cpu = bool(content.get("use_cpu")) or given == "MULTI_CPU"
+    machines, has_port = content.get("num_machines") or 1, bool(content.get("main_process_port"))
+    return AccelerateConfig(name_or_path, kind, content.get("num_processes"), use_cpu, machines, has_port)
 
 
 def gpu_count() -> int:

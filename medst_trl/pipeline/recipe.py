@@ -253,7 +253,7 @@ class Recipe:
         names, inputs = list(self.sections), {}
         earlier = [STAGES.get(name) for name in reversed(names[: names.index(step.stage.name)])]
         for item in step.stage.inputs:
-            if settings.get(item.unless) is not None:
+            if item.is_replaced(settings):
                 continue
             if item.kind == RUN:
                 inputs[item.key] = self.output_dir

@@ -46,7 +46,8 @@ NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jso
 RUN_VARIABLE = "MEDST_RUN"
 
 _MISSING = "(not set)"
-_TYPES = {"settings": dict, "counts": dict, "versions": dict, "inputs": dict, "seconds": int | float, "started": str}
+_TYPES = dict.fromkeys(("settings", "counts", "versions", "inputs"), dict) | {"seconds": int | float}
+_TYPES |= dict.fromkeys(("stage", "status", "started"), str)
 
 
 class StageRecord:

@@ -144,6 +144,14 @@ class Input:
     def is_dataset(self) -> bool:
         return self.kind not in NO_DATASETS
 
+    def is_replaced(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the setting that replaces this input is given."""
+        return self.unless is not None and settings.get(self.unless) is not None
+
+    def split_in(self, settings: Mapping[str, Any]) -> str:
+        """The split that the settings name."""
+        return self.default_split if self.split is None else settings.get(self.split, self.default_split)
+
     def names(self, settings: Mapping[str, Any]) -> list[str]:
         """The paths and Hub ids that the settings give for this input."""
         value = settings.get(self.key)

@@ -103,8 +103,9 @@ def bar_chart(
     *,
     unit: str = "",
     limits: tuple[float, float] | None = None,
-    mark: tuple[float | None, str] = (None, ""),
+    mark: tuple[float, str] | None = None,
     digits: int | None = 1,
+    axis: bool = True,
 ) -> Markup:
     """
     Draw horizontal bars with error bars and values.
@@ -115,8 +116,8 @@ def bar_chart(
         unit (`str`, *optional*): What the axis shows.
         limits (`tuple`, *optional*): Ends of the axis. Defaults to 0 and the largest value.
         mark (`tuple`, *optional*): A value to mark across the bars, such as a baseline, and what it is.
-        digits (`int`, *optional*, defaults to `1`): Decimals of the values; None for whole numbers without an axis.
-            Every bar has its value beside it.
+        digits (`int`, *optional*, defaults to `1`): Decimals of the values beside the bars; None for whole numbers.
+        axis (`bool`, *optional*, defaults to `True`): Whether to draw the axis.
 
     Returns:
         `Markup`: the `<svg>` element; empty if there is no bar.
@@ -127,7 +128,7 @@ def bar_chart(
     left = min(150, 12 + LETTER * max(len(clean(bar.name)) for bar in bars))
     right = WIDTH - 14 - LETTER * max(len(number(bar.value, digits)) for bar in bars)
     low, high = limits or (min(0, *values), max(0, *values) or 1)
-    axis, legend = digits is not None, "" if mark[0] is None else mark[1]
+    marked, legend = mark or (None, "")
     x = _Axis(low, high, left, right, widen=limits is None and axis)
     top = 46 if unit else 30
     end = top + ROW * len(bars) + 7
@@ -135,7 +136,7 @@ def bar_chart(
     description = f"{unit + '. ' if unit else ''}{title}: {', '.join(bar.label(digits) for bar in bars)}."
     return _draw(
         title, unit, description, end + 20 * axis + 18 * bool(legend) + 2, x, bars=bars, names=names, top=top, end=end,
-        row=ROW, letters=int((x.start - 8) / LETTER) + 1, mark=mark[0], legend=legend, digits=digits, axis=axis,
+        row=ROW, letters=int((x.start - 8) / LETTER) + 1, mark=marked, legend=legend, digits=digits, axis=axis,
     )  # fmt: skip
 
 

@@ -10,9 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from .charts import Line, line_chart
-from .flow import is_count
 from .run_directory import Run, StageRun
-from .text import number
+from .text import is_number, number
 
 
 DISPLACED = 0.05  # nats: a smaller loss of log-probability is not called a displacement
@@ -104,4 +103,4 @@ def final_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
 
 def _points(log: Log, key: str) -> list[tuple[float, float]]:
     pairs = [(entry.get("step"), entry.get(key)) for entry in log]
-    return [pair for pair in pairs if all(is_count(value) and math.isfinite(value) for value in pair)]
+    return [pair for pair in pairs if all(is_number(value) and math.isfinite(value) for value in pair)]

@@ -18,7 +18,7 @@ from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
 from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
-from .text import relative_path, sentence, words
+from .text import is_number, relative_path, sentence, words
 
 
 KEPT = "kept"
@@ -123,7 +123,7 @@ def settings(run: Run, stage: StageRun) -> Iterator[tuple[str, str]]:
 
 def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> dict[str, Any]:
     judging, counts, made, left_out = judgings.get(stage.name), stage.counts, [], Counter()
-    kept = counts.get("candidates") if is_count(counts.get("candidates")) else None
+    kept = counts.get("candidates") if is_number(counts.get("candidates")) else None
     if "judge" in counts:  # statistics with a section of their own
         preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
         counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *LEFT_OUT)}
@@ -138,12 +138,12 @@ def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> dict[st
 
 def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, value: Any) -> None:
     """Sort what a stage counted, at any depth, into what it made and what it left out."""
-    if is_count(value):
+    if is_number(value):
         made.append((name, value))
     elif isinstance(value, dict):
         for key, inner in value.items():
             if key in LEFT_OUT and isinstance(inner, dict):
-                left_out.update({reason: n for reason, n in inner.items() if is_count(n) and n})
+                left_out.update({reason: n for reason, n in inner.items() if is_number(n) and n})
             else:
                 inner_name = (f"{name}: " if name else "") + words(relative_path(key, run.directory))
                 _add(run, made, left_out, name if key in UNNAMED else inner_name, inner)
@@ -156,12 +156,7 @@ def _bars(left_out: Counter, kept: int | None) -> Markup:
     if rest := sum(n for _, n in ordered[MAX_REASONS:]):
         bars.append(Bar(f"{len(ordered) - MAX_REASONS} other reasons", rest, muted=True))
     title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
-    return bar_chart(title, bars, digits=None)
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value in `counts` is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return bar_chart(title, bars, digits=None, axis=False)
 
 
 def is_judgement(row: Mapping[str, Any]) -> bool:

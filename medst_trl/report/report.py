@@ -14,11 +14,11 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 
 from .curves import displacement, final_values, read_log, training_charts
-from .flow import Judging, data_flow, is_count, is_pair, missing_stages, note_other_data, settings
+from .flow import Judging, data_flow, is_pair, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
-from .text import environment, number, percent, without_paths
+from .text import environment, is_number, number, percent, without_paths
 
 
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
@@ -60,7 +60,7 @@ class Round:
         """The preference pairs to train on: those that were judged, without what the judge's stage left out then."""
         counts = self.judge.counts.get("preferences") if self.judge else None
         splits = [split for split in counts.values() if isinstance(split, dict)] if isinstance(counts, dict) else []
-        pairs = [split["pairs"] for split in splits if is_count(split.get("pairs"))]
+        pairs = [split["pairs"] for split in splits if is_number(split.get("pairs"))]
         return sum(pairs) if pairs else self.judging.statistics["judged"]
 
 

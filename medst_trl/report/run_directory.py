@@ -83,7 +83,10 @@ class Run:
 
     def _read_stage(self, directory: Path) -> StageRun | None:
         name, record = self.name(directory), self.read_json(directory / RECORD_FILE)
-        if record is not None and (problem := _problem(record)):
+        problem = record and problem_of(record)
+        if record is not None and record.get("stage") not in list(STAGES):
+            problem = "it names a stage that is not registered"
+        if problem:
             self.notes.append(f"{name}/{RECORD_FILE} is left out: {problem}.")
             record = None
         stage = record["stage"] if record else next((part for part in name.split("/") if part in STAGES), None)
@@ -144,11 +147,3 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _problem(record: dict[str, Any]) -> str | None:
-    if record.get("stage") not in list(STAGES):
-        return "it names a stage that is not registered"
-    if not isinstance(record.get("status"), str):
-        return "it has no status"
-    return problem_of(record)

@@ -134,7 +134,7 @@ class Comparison:
             bars += [_bar(f"{control} images", scores, metric, path, muted=True) for control, scores in newest]
             leaf, unit = self.leaf(metric, path), f"percent ({words(metric)}), with 95% intervals"
             title = f"{sentence(self.label(metric, path))}, {leaf['n']:,} questions"
-            mark = (leaf.get("majority"), "majority baseline")
+            mark = None if leaf.get("majority") is None else (leaf["majority"], "majority baseline")
             yield bar_chart(title, list(filter(None, bars)), unit=unit, limits=(0, 100), mark=mark)
 
     def terminal_table(self) -> str:

@@ -81,6 +81,10 @@ def number(value: float | None, digits: int | None = None, sign: str = "") -> st
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def percent(share: float | None) -> str:
     """Format a share in percent; a dash for None."""
     return "–" if share is None else f"{share:.1%}"

@@ -100,8 +100,8 @@ class _Plan:
         hardware = hardware_of(step)
         arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
         self.shortages += hardware.shortages
-        own = [item for item in arguments if not isinstance(item, HubArguments)]
-        if changes := changes_of(step.stage, *own):
+        without_hub = [item for item in arguments if not isinstance(item, HubArguments)]
+        if changes := changes_of(step.stage, *without_hub):
             yield f"{step.label}: would be refused: {'; '.join(changes)}"
             return
         if is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"):
@@ -109,22 +109,21 @@ class _Plan:
             return
         yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")
         before = ""
-        for label, text in self._rows(step, arguments, own, hardware):
+        for label, text in self._rows(step, arguments, without_hub, hardware):
             yield f"  {label if label != before else '':<{LABEL}}{text}"
             before = label
             self.labels.add(label)
 
-    def _rows(self, step: Step, arguments: tuple, own: Sequence[Any], hardware: Hardware) -> Iterator[_Row]:
+    def _rows(self, step: Step, arguments: tuple, without_hub: Sequence[Any], hardware: Hardware) -> Iterator[_Row]:
         rate = self.throughput.get(None) if step.stage.trains else None
-        for name in (step.stage.name, step.label):
-            rate = self.throughput.get(name, rate)
+        rate = self.throughput.get(step.label, self.throughput.get(step.stage.name, rate))
         counts = RecipeCounts(self.steps, rate)
         if step.stage.trains:
             yield from self._training(step, arguments, hardware, counts)
         else:
             yield from self._model(step, arguments)
         if step.stage.plan is not None:
-            yield from (row for row in step.stage.plan(counts, *own) if row[1])
+            yield from (row for row in step.stage.plan(counts, *without_hub) if row[1])
         if step.replaces_results:
             yield "replaces", f"the results in {step.settings['output_dir']}"
         yield from (("note", note) for note in step.stage.ignored(arguments, step.given))

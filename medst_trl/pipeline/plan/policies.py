@@ -198,14 +198,13 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
 def _adapter_config(name_or_path: str) -> LoraConfig | None:
     """The configuration of an adapter that exists; None for anything else."""
     name, revision = split_revision(name_or_path)
-    if not Path(name).is_dir():
-        with suppress(ValueError):  # PEFT's error, whatever the reason
-            return PeftConfig.from_pretrained(name, revision=revision, local_files_only=not hub_answers())
-        return None
     path = Path(name, "adapter_config.json")
-    if not path.is_file():
+    if Path(name).is_dir() and not path.is_file():
         return None  # PEFT would ask the Hub for a repository with the name of the directory
+    is_offline = not path.is_file() and not hub_answers()
     try:
-        return PeftConfig.from_pretrained(name)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}. Save the adapter again, or download it again.") from None
+        return PeftConfig.from_pretrained(name, revision=revision, local_files_only=is_offline)
+    except (ValueError, TypeError) as error:  # PEFT's, whatever the reason
+        if path.is_file():
+            raise UserError(f"{path} is damaged: {error}. Save or download the adapter again.") from None
+        return None

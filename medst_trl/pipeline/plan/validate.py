@@ -42,23 +42,20 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
         `list[str]`: One line per step.
 
     Raises:
-        UserError: with every problem and its place. Inputs are checked if the sections can be read.
+        UserError: with every problem and its place. Inputs are checked if all keys and types are valid.
     """
     chosen: dict[str, tuple[Any, ...] | None] = {}  # the arguments of each step, None if they are refused
 
     def check(step: Step) -> None:
         chosen[step.label] = None
-        chosen[step.label] = stage_arguments(step)
+        with problems.collect():
+            chosen[step.label] = stage_arguments(step)
 
-    lines, problems = [], Problems()
+    steps, lines, problems = [], [], Problems()
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries
         with problems.collect():
             recipe.steps(which, check=check)
-        try:
             steps = recipe.steps(complete=False)
-        except UserError:
-            problems.report()  # with the same problems
-            raise
         for number, step in enumerate(steps):
             if step.label not in chosen:
                 continue
@@ -98,7 +95,7 @@ def _source(step: Step, item: Input, value: str, before: list[Step], after: list
             raise UserError(f"{value} is not {item.kind} data: {maker.label} makes {makes}, and this reads {kinds}.")
         return maker.label
     if Path(value).exists():
-        _check_on_disk(item, Path(value), step.settings.get(item.split, item.default_split))
+        _check_on_disk(item, Path(value), item.split_in(step.settings))
         return value
     if (later := maker_of(value, after)[0]) is not None:
         raise UserError(f"{value} is made by {later.label}, which runs later.")

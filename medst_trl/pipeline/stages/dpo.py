@@ -55,7 +55,8 @@ _LAST_PART = 0.2  # of the logged steps, averaged for statements about the end o
 @dataclass
 class DpoArguments(TrainingStageArguments):
     """
-    Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`].
+    Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`]. They make the trainer and
+    summarize its run.
 
     Args:
         dataset (`str`):

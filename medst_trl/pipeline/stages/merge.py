@@ -155,7 +155,8 @@ def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
     found = list(islice(filter(None, map(_conversation, load_records(dataset, split))), count))
     if not found:
         raise UserError(
-            f"{dataset}, split {split!r}, has no question with an image and an answer. Choose another dataset."
+            f"{dataset}, split {split!r}, has no conversation, preference pair or benchmark question with an image "
+            "and an answer. Choose another dataset."
         )
     return found
 

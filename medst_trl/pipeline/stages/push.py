@@ -100,7 +100,8 @@ def check(args: PushArguments) -> None:
     check_repo_id(args.repo_id, "repo_id")
     base = args.base_model_name_or_path
     if base is not None and not is_hub_id(base):
-        raise UserError(f"base_model_name_or_path is {base!r}, which is not a Hub id. Push it and give its id.")
+        advice = "Push that model first, and give its Hub id, such as my-org/base."
+        raise UserError(f"base_model_name_or_path is {base!r}, which is not a Hub id. {advice}")
 
 
 def plan(counter: RowCounter, args: PushArguments) -> Iterator[tuple[str, str]]:

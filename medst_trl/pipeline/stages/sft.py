@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 @dataclass
 class SftArguments(TrainingStageArguments):
     """
-    Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`].
+    Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`]. They make the trainer and
+    summarize its run.
 
     Args:
         dataset (`list[str]`):
@@ -75,7 +76,8 @@ class SftArguments(TrainingStageArguments):
             training_args.eval_strategy == "no" or not training_args.load_best_model_at_end
         ):
             raise UserError(
-                "early_stopping_patience needs eval_strategy, the same save_strategy and load_best_model_at_end: true."
+                "early_stopping_patience compares evaluations and keeps the best: set eval_strategy, the same "
+                "save_strategy and load_best_model_at_end: true."
             )
 
     def make_trainer(self, training_args: "SelfQuestioningConfig", **inputs: Any) -> "SelfQuestioningTrainer":
