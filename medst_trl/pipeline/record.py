@@ -383,10 +383,8 @@ def _used_settings(stage: Stage, chosen: Sequence[Any], others: Sequence[Any]) -
     """Return the settings of the chosen objects, and those of no object, but a local judge only if it is chosen."""
     owned = {getattr(item, "settings", None) for registry in stage.registries.values() for item in registry.values()}
     used = [settings_among(others, getattr(item, "settings", None)) for item in chosen]
-    for item in others:
-        if type(item) not in owned and (item.is_chosen if isinstance(item, LocalJudge) else True):
-            used.append(item)
-    return [item for item in used if item is not None]
+    used += [item for item in others if type(item) not in owned]
+    return [item for item in used if item is not None and (not isinstance(item, LocalJudge) or item.is_chosen)]
 
 
 def _changed_settings(old: dict[str, Any], new: Mapping[str, Any], free: Collection[str]) -> Iterator[str]:
