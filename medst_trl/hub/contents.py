@@ -196,5 +196,5 @@ def _check_models(shard: Path) -> None:
             if isinstance(model, str) and public_name(model) != model:
                 raise UserError(
                     f"The column {name} of {shard} names a model by its path, which must not be published ({model}). "
-                    "Run the stage that made it again with --overwrite true: a judge's replies stay in its cache."
+                    "Run the stage that made it again with --overwrite: a judge's replies stay in its cache."
                 )

@@ -143,7 +143,7 @@ def test_paths_of_local_models_are_not_pushed(hub, tmp_path):
     rows = [pair(number, model=f"{tmp_path}/jones/judge" if number == 3 else "org/judge") for number in range(40)]
     write_split(tmp_path / "data", "train", rows, dict, preference_features(), 40)
     result = push(hub, tmp_path / "home", tmp_path / "data", "org/local", check=False)
-    assert result.returncode == 2 and "column judge of" in result.stderr and "--overwrite true" in result.stderr
+    assert result.returncode == 2 and "column judge of" in result.stderr and "--overwrite" in result.stderr
     assert ("dataset", "org/local") not in hub.repositories
 
 

@@ -300,7 +300,7 @@ def _write_candidates(
         advice = _ADVICE.get(next(iter(counts["rejected"]), ""), "Read the rejected texts there.")
         raise UserError(
             f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
-            f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite true."
+            f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite."
         )
     directory = Path(args.output_dir, "candidates")
     write_split(directory, "train", candidates, make_row, candidate_features(), args.rows_per_shard)

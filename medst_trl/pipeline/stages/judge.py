@@ -14,12 +14,12 @@ medst judge \
 ```
 
 Any OpenAI-compatible server works. Your own server needs no key: `--base_url http://localhost:8000/v1 --model
-Qwen/Qwen2.5-VL-32B-Instruct`. `--dry_run true` prints the estimated cost and the first request, and sends nothing.
+Qwen/Qwen2.5-VL-32B-Instruct`. `--dry_run` prints the estimated cost and the first request, and sends nothing.
 
 Input: candidates (columns `id`, `images`, `image_ids`, `prompt`, `answers`; `medst generate` writes them). Output in
 `output_dir`: `judgements.jsonl` (scores, verdicts of both orders, replies, usage), `preferences/train-*.parquet` and
 `validation-*.parquet` in the format of TRL's DPOTrainer, `rejected.jsonl` (dropped pairs, with the reason), and
-`judge_cache.jsonl` (all replies you paid for, kept even with `--overwrite true`). After a crash, an exhausted budget
+`judge_cache.jsonl` (all replies you paid for, kept even with `--overwrite`). After a crash, an exhausted budget
 or a lost connection, run the same command again: it resumes.
 
 OpenAI's Batch API costs half as much. `--write_batch requests.jsonl` writes its input files. When the batch is done,

@@ -31,7 +31,7 @@ LOCAL_URL = "http://localhost/v1"  # of a judge in this process; nothing is sent
 _ADVICE = {
     "content_filter": "The judge refuses every pair for its content. Choose another --model",
     "image_refused": "The judge refuses every image: {detail}. Choose a --model that accepts images",
-    "bad_request": "The judge's server refuses every request: {detail}. Look at one with --dry_run true",
+    "bad_request": "The judge's server refuses every request: {detail}. Look at one with --dry_run",
     "unparsable": "None of the judge's replies could be read; the last one began with: {detail}. Choose a stronger "
     "--model, another --prompt_version, or more --max_tokens",
 }

@@ -13,13 +13,15 @@ from medst_trl.engines.cost import Prices
 
 
 UNKNOWN_PRICES = Prices(None, None)
+MIN_UNEQUAL = 20  # fewer pairs of unequal length say nothing about the judge
 MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)
 
 _ADVICE = {
     "tie": "The judge sees no difference: generate answers at a higher temperature, or from more images.",
     "small_margin": "Lower --min_margin, or generate answers at a higher temperature.",
     "flip": "The judge's verdicts follow the order of the answers: choose a stronger judge (--model).",
-    "unparsable": "The judge's replies could not be read: choose a stronger judge, or raise --max_tokens.",
+    "unparsable": "The judge's replies could not be read: choose a stronger judge, or raise --max_tokens. If you have repaired "
+    "its server, delete judge_cache.jsonl, which keeps the replies, also unreadable ones.",
     "content_filter": "The judge refuses the content: choose another judge (--model).",
     "image_refused": "The judge refuses the images: choose a judge that accepts images (--model).",
     "request_failed": "Calls to the judge failed: check its server, and run the same command again.",
@@ -46,6 +48,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
         - `first_place_rate`: of orders with a winner, the share won by the answer shown first (fair: about 0.5)
         - `length_gap`: words of the chosen minus words of the rejected answer, mean over judged pairs
         - `longer_wins`: of judged pairs of unequal length, the share in which the longer answer wins
+        - `unequal_lengths`: number of those pairs
         - `mean_margin`: difference between the scores, mean over judged pairs
         - `cut`, `neutralised`: pairs with a text that was cut, or whose marks were neutralised
         - `usage`: number of requests with their tokens and cost in dollars, for all (`all`) and for those that this
@@ -84,6 +87,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
         "first_place_rate": _share(counts["first_place"], counts["decided"]),
         "length_gap": _share(sum(gaps), len(gaps)),
         "longer_wins": _share(sum(gap > 0 for gap in unequal), len(unequal)),
+        "unequal_lengths": len(unequal),
         "mean_margin": _share(sum(margins), len(margins)),
         "cut": counts["cut"],
         "neutralised": counts["neutralised"],
@@ -125,10 +129,11 @@ def warnings_of(statistics: Mapping[str, Any]) -> list[str]:
             f"the answer shown first wins {first:.0%} of the pairs, and each pair was shown in one order only. "
             "order=both keeps this bias out of the data."
         )
-    if (statistics["longer_wins"] or 0) > 0.75:
+    unequal = statistics.get("unequal_lengths", MIN_UNEQUAL)  # missing in records of version 0.1.0
+    if (statistics["longer_wins"] or 0) > 0.75 and unequal >= MIN_UNEQUAL:
         lines.append(
-            f"the longer answer wins {statistics['longer_wins']:.0%} of the pairs, which teaches the policy to be "
-            "verbose. length_balanced=true evens it out."
+            f"the longer answer wins {statistics['longer_wins']:.0%} of the pairs with answers of different lengths, "
+            "which teaches the policy to be verbose. length_balanced=true evens it out."
         )
     return lines
 
@@ -174,6 +179,6 @@ def nothing_left(reasons: Mapping[str, int], pairs: int, judgements: Path) -> Us
     return UserError(
         f"None of the {pairs:,} pairs is left to train on ({counted}). "
         f"{_ADVICE.get(most, 'Generate from more images.')} After changing settings or candidates, add "
-        "--overwrite true: replies already paid for are kept, and judging the same pairs again costs nothing. The "
+        "--overwrite: replies already paid for are kept, and judging the same pairs again costs nothing. The "
         f"judgements are in {judgements}."
     )
