@@ -20,8 +20,8 @@ _ADVICE = {
     "tie": "The judge sees no difference: generate answers at a higher temperature, or from more images.",
     "small_margin": "Lower --min_margin, or generate answers at a higher temperature.",
     "flip": "The judge's verdicts follow the order of the answers: choose a stronger judge (--model).",
-    "unparsable": "The judge's replies could not be read: choose a stronger judge, or raise --max_tokens. If you have repaired "
-    "its server, delete judge_cache.jsonl, which keeps the replies, also unreadable ones.",
+    "unparsable": "The judge's replies could not be read: choose a stronger judge, or raise --max_tokens. If you have "
+    "repaired its server, delete judge_cache.jsonl, which keeps the replies, also unreadable ones.",
     "content_filter": "The judge refuses the content: choose another judge (--model).",
     "image_refused": "The judge refuses the images: choose a judge that accepts images (--model).",
     "request_failed": "Calls to the judge failed: check its server, and run the same command again.",
