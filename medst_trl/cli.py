@@ -69,7 +69,7 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
     except UserError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _complain("interrupted. Run the same command again to resume.", 130)
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -214,7 +214,7 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
     """Run steps one after another until one fails. `again` is the command to continue."""
     for number, (step, (command, environment)) in enumerate(zip(steps, commands, strict=True), 1):
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
-        code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1", RUN_VARIABLE: "1"})
+        code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1", RUN_VARIABLE: step.label})
         if code != 0:
             then = "Correct the error above, then run" if code == 2 else "To continue"
             print(f"\nStopped in {step.label}. Finished work is kept. {then}:\n  {again}", file=sys.stderr)

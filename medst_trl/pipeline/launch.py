@@ -224,6 +224,8 @@ def main() -> None:
 
     try:
         accelerate_launch(launch_command_parser().parse_args())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     except ChildFailedError as error:

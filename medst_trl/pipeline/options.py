@@ -11,7 +11,7 @@ import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from medst_trl.base.errors import Problems, UserError, closest, located
 from medst_trl.base.redaction import is_secret_key
@@ -159,6 +159,8 @@ def convert(
             if key not in actions:
                 advice = closest(key, actions) or f" See `{parser.prog} --help`."
                 raise UserError(f"{where}: unknown key {key!r}.{advice}")
+            if value is None and not actions[key].required and not _takes_none(parser, actions[key]):
+                raise UserError(f"{where}: {key} has no value. Set one, or delete the key for its default.")
             converted[key] = _convert(actions[key], value, f"{where}: {key}")
     missing = [key for key, action in actions.items() if action.required and settings.get(key) is None]
     with problems.collect():
@@ -189,6 +191,12 @@ def parse(
     return tuple(arguments)
 
 
+def _takes_none(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
+    """Whether a setting may be `null` in YAML."""
+    kinds = [get_type_hints(arguments).get(action.dest) for arguments in parser.dataclass_types]
+    return action.default is None or any(type(None) in get_args(kind) for kind in kinds)
+
+
 def _convert(action: argparse.Action, value: Any, where: str) -> Any:
     if value is None or isinstance(value, dict):
         return value
@@ -204,7 +212,7 @@ def _convert_text(action: argparse.Action, value: Any, where: str) -> Any:
         with located(where):  # so that a UserError names the place
             converted = value if action.type is None else action.type(str(number))
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        name = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)
+        name = {"string_to_bool": "bool (true or false)"}.get(action.type.__name__, action.type.__name__)
         raise UserError(f"{where}: {value!r} is not a valid {name}.") from None
     if action.choices is not None and converted not in action.choices:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}.")

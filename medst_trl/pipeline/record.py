@@ -42,7 +42,7 @@ ALWAYS_OPERATIONAL = frozenset({"output_dir", "overwrite"})
 # Files that may exist before a stage starts, and that --overwrite keeps (besides *.log and .stage.*).
 NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jsonl", REFERENCE_FOLDER})
 
-# `medst run` sets it for its stages: a skipped one then prints a single line, not its results again.
+# `medst run` sets it for its stages, to their labels: a skipped one then prints a single line, not its results again.
 RUN_VARIABLE = "MEDST_RUN"
 
 _MISSING = "(not set)"
@@ -351,10 +351,11 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
 
 def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]) -> None:
     if changes := [*_changed_settings(old, new["settings"], free), *_changed_inputs(old["inputs"], new["inputs"])]:
+        label = os.environ.get(RUN_VARIABLE)  # without --stage, `medst run` would overwrite the results of every stage
+        again = f"--stage {label} --overwrite" if label else "--overwrite"
         raise UserError(
             f"{directory} was made with other settings:\n  " + "\n  ".join(changes) + "\nRestore the old ones, choose "
-            f"another output_dir, or start again with --overwrite (deletes the contents of {directory}). With `medst "
-            "run`, also give --stage: without it, --overwrite deletes the results of every stage."
+            f"another output_dir, or start again with {again} (deletes the contents of {directory})."
         )
 
 

@@ -429,6 +429,20 @@ sys.exit(guarded(run, [sys.executable, "-c", child], {}))
     assert not _alive(grandchild)
 
 
+def test_an_interrupted_launch_prints_no_traceback(tmp_path):
+    (tmp_path / "waits.py").write_text("import time; print('started', flush=True); time.sleep(60)")
+    command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--cpu", "--num_processes", "1", "waits.py"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ONE_CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "simple_launcher" not in errors  # the traceback of the script itself is its own
+
+
 def _alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
