@@ -96,7 +96,8 @@ class Registry(Generic[_T]):
         self._load()
         if name not in self._objects:
             raise UserError(
-                f"Unknown {self.kind} {name!r}.{closest(str(name), self._objects)} Choose one of {', '.join(self)}."
+                f"Unknown {self.kind} {name!r}.{closest(str(name), self._objects)} Choose one of {', '.join(self)}, "
+                "or load your own with --plugins."
             )
         return self._objects[name]
 

@@ -198,6 +198,8 @@ def _takes_none(parser: argparse.ArgumentParser, action: argparse.Action) -> boo
 
 
 def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    if isinstance(value, dict) and list(value.values()) == [None]:
+        raise UserError(f"{where}: put a reference such as '{{{next(iter(value))}}}' in quotes.")
     if value is None or isinstance(value, dict):
         return value
     if action.nargs == "+":

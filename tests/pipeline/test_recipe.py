@@ -230,6 +230,7 @@ def test_env_sets_environment_variables(tmp_path, monkeypatch):
         ("base: {warmup_steps: many}", [], "warmup_steps: 'many' is not a valid int"),
         ("base: {overwrite: perhaps}", [], r"overwrite: 'perhaps' is not a valid bool \(true or false\)"),
         ("sft: {sq_ratio: }", [], "section sft: sq_ratio has no value. Set one, or delete the key for its default"),
+        ("sft:\n  model_name_or_path: {base}", [], "model_name_or_path: put a reference such as '{base}' in quotes"),
         ("generate: {num_questions: }", [], "section generate: num_questions has no value"),
         ("prepare: {source: phantom}", [], "source: Unknown source 'phantom'. Did you mean 'phantoms'"),
         ("prepare: {seed: 1}", [], "section prepare: source must be set"),

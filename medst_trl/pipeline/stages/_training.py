@@ -46,7 +46,7 @@ _AT_LEAST = {
     "max_records": 1, "lora_r": 0, "vision_lora_r": 0, "lora_alpha": 1, "vision_lora_alpha": 1, "lora_dropout": 0,
     "early_stopping_patience": 1, "max_length": 1, "sq_ratio": 0, "question_loss_weight": 0, "learning_rate": 0,
     "vision_learning_rate": 0, "projector_learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1,
 }  # fmt: skip
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
 
