@@ -112,10 +112,6 @@ class Registry(Generic[_T]):
     def __iter__(self) -> Iterator[str]:
         return (item.name for item in self.values())
 
-    def __contains__(self, name: object) -> bool:
-        self._load()
-        return name in self._objects
-
     def values(self) -> list[_T]:
         """All objects in listing order."""
         self._load()

@@ -327,7 +327,6 @@ class Source:
             Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
         image_folders (`tuple` of `str`, *optional*):
             Directories beside the data where images are searched first, unless `--image_folder` is given.
-            See `IMAGE_FOLDERS` in `sources/vqa.py`.
         files (`tuple` of `str`, *optional*):
             Names of its settings that are paths. They must exist, and are compared by content on a re-run.
     """

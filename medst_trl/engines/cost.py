@@ -166,10 +166,6 @@ class ReplyCache:
     Args:
         directory (`str` or `os.PathLike`, *optional*):
             Directory of `judge_cache.jsonl`. Stages may share one. None keeps replies in memory.
-
-    Attributes:
-        added (`int`):
-            Number of replies that this run added.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None):
@@ -177,7 +173,6 @@ class ReplyCache:
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._lost: dict[str, list[dict[str, Any]]] = {}
         self._file = None
-        self.added = 0
         if self.path is not None and self.path.exists():
             with open(self.path, "rb") as file:
                 for line in file:
@@ -202,7 +197,6 @@ class ReplyCache:
         Raises:
             OSError: if the disk is full.
         """
-        self.added += "lost" not in row
         self._keep(row)
         if self.path is None:
             return

@@ -65,6 +65,8 @@ class ImageFeatureCache:
     Attributes:
         tokens (mapping of [`OpenedImage`] to `int`):
             Number of tokens of each image that was ever encoded.
+        known (mapping of [`OpenedImage`] to [`EncodedImage`]):
+            The images whose features are kept.
     """
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin"):
@@ -74,15 +76,9 @@ class ImageFeatureCache:
         # reads pixels. Placeholders, tokens and token types follow from what it returns.
         self._processor = copy(processor)
         self.tokens: WeakKeyDictionary[OpenedImage, int] = WeakKeyDictionary()
-        self._known: WeakKeyDictionary[OpenedImage, EncodedImage] = WeakKeyDictionary()
+        self.known: WeakKeyDictionary[OpenedImage, EncodedImage] = WeakKeyDictionary()
         self._output_type: type | None = None
         self._is_tensor = False
-
-    def __contains__(self, image: OpenedImage) -> bool:
-        return image in self._known
-
-    def __getitem__(self, image: OpenedImage) -> EncodedImage:
-        return self._known[image]
 
     def encode(self, images: Collection[OpenedImage], keep: Container[OpenedImage] = ()) -> None:
         """
@@ -127,17 +123,17 @@ class ImageFeatureCache:
         none = [None] * len(images)
         facts = zip(images, placeholders, by_image, grids or none, tiles or none, strict=True)
         for image, placeholder, features, grid, count in facts:
-            self._known[image] = EncodedImage(placeholder, layers=features, grid=grid, tiles=count)
+            self.known[image] = EncodedImage(placeholder, layers=features, grid=grid, tiles=count)
         self.tokens.update(zip(images, tokens, strict=True))
 
     def _trim(self, keep: Container[OpenedImage]) -> None:
         """Free the last images if all together exceed `MOST_BYTES`."""
         # The first ones stay: they are also the first to be needed again.
         held = 0
-        for image, encoded in list(self._known.items()):
+        for image, encoded in list(self.known.items()):
             held += encoded.bytes
             if held > MOST_BYTES and image not in keep:
-                del self._known[image]
+                del self.known[image]
 
     def inputs(self, prompts: Sequence[Prompt]) -> "BatchFeature":
         """
@@ -147,7 +143,7 @@ class ImageFeatureCache:
         """
         import torch
 
-        known = [self._known[image] for prompt in prompts for image in prompt.images]
+        known = [self.known[image] for prompt in prompts for image in prompt.images]
         grids = [image.grid for image in known if image.grid is not None]
 
         def replay_images(*args, **kwargs):

@@ -51,7 +51,7 @@ def test_inputs_equal_those_with_pixels(family, monkeypatch):
 
 def test_deepstack_features_are_remembered():
     image = opened_image(0)
-    features, *deepstack = memory_of("qwen3-vl", image)[image].layers
+    features, *deepstack = memory_of("qwen3-vl", image).known[image].layers
     assert [layer.shape for layer in deepstack] == [features.shape] * 2
     assert not torch.equal(*deepstack)
 
@@ -59,12 +59,12 @@ def test_deepstack_features_are_remembered():
 def test_features_are_freed_with_their_key():
     first, second = opened_image(0), opened_image(1)
     memory = memory_of("vicuna", first, second)
-    features = weakref.ref(memory[first].layers[0])
-    assert first in memory and second in memory
+    features = weakref.ref(memory.known[first].layers[0])
+    assert first in memory.known and second in memory.known
     del first
     gc.collect()
-    assert features() is None and second in memory
-    assert memory[second].layers[0].untyped_storage().nbytes() == memory[second].layers[0].nbytes, (
+    assert features() is None and second in memory.known
+    assert memory.known[second].layers[0].untyped_storage().nbytes() == memory.known[second].layers[0].nbytes, (
         "the features share storage"
     )
 
@@ -72,12 +72,12 @@ def test_features_are_freed_with_their_key():
 def test_images_of_the_current_batch_stay_if_there_is_no_room_for_all(monkeypatch):
     first, second, third, fourth = map(opened_image, range(4))
     memory = memory_of("vicuna", first, second)
-    monkeypatch.setattr(image_features, "MOST_BYTES", memory[first].bytes)
+    monkeypatch.setattr(image_features, "MOST_BYTES", memory.known[first].bytes)
     memory.encode([third], keep=[second])
-    assert all(image in memory for image in (first, second, third)), "images of the current batch are not kept"
+    assert all(image in memory.known for image in (first, second, third)), "images of the current batch are not kept"
     memory.encode([fourth])
-    assert [image in memory for image in (first, second, third, fourth)] == [True, False, False, True]
-    assert [memory.tokens[image] for image in (first, second, third)] == [len(memory[first].layers[0])] * 3
+    assert [image in memory.known for image in (first, second, third, fourth)] == [True, False, False, True]
+    assert [memory.tokens[image] for image in (first, second, third)] == [len(memory.known[first].layers[0])] * 3
 
 
 def test_features_are_kept_in_main_memory(monkeypatch):
@@ -93,7 +93,7 @@ def test_features_are_kept_in_main_memory(monkeypatch):
     output = memory.inputs([Prompt(to_answer([], 1, "Is it?"), [image])])["mm_encoder_outputs"]["image"]
     layers = [*output.pooler_output, *(rows for layer in output.deepstack_features for rows in layer)]
     assert [rows.device.type for rows in layers] == ["meta"] * 3
-    assert memory[image].layers[0].device.type == "cpu"
+    assert memory.known[image].layers[0].device.type == "cpu"
 
 
 def test_the_processor_is_unchanged_and_the_memory_works_after_a_failed_call():
@@ -111,4 +111,4 @@ def test_the_processor_is_unchanged_and_the_memory_works_after_a_failed_call():
     assert torch.equal(*features)
     other = opened_image(1)
     memory.encode([other])
-    assert not torch.equal(memory[other].layers[0], memory[image].layers[0])
+    assert not torch.equal(memory.known[other].layers[0], memory.known[image].layers[0])

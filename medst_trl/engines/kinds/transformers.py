@@ -221,7 +221,7 @@ class TransformersEngine(BatchEngine):
             samples_per_prompt = list(Counter(groups).values())
             prompts = list(dict(zip(groups, prompts)).values())
             needed = _images_of(prompts)
-            self._encode((image for image in needed if image not in self._images), keep=needed)
+            self._encode((image for image in needed if image not in self._images.known), keep=needed)
             inputs = self._images.inputs(prompts)
         return write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, samples_per_prompt)
 

@@ -11,7 +11,8 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from medst_trl.data.sources.vqa import PATHVQA_FILES, SLAKE_FILES, PathVqaSettings
+from medst_trl.data.sources.pathvqa import PATHVQA_FILES, PathVqaSettings
+from medst_trl.data.sources.slake import SLAKE_FILES
 from medst_trl.evaluation.vqa import questions_of
 from medst_trl.pipeline.stages import evaluate, prepare
 

@@ -1,10 +1,9 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""VQA benchmarks as their authors publish them: VQA-RAD, its split by MEVF that most papers use, SLAKE and PathVQA."""
+"""VQA-RAD: the official release, and the split by MEVF that most papers use."""
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,16 +11,13 @@ from medst_trl.base.settings import documented
 from medst_trl.data.assemble import plain_question
 from medst_trl.data.reading import find_file, read_json_records
 from medst_trl.data.schema import ANSWER_TYPES
-from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Rejected, Source, SourceCard, text_value
+from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Source, SourceCard, text_value
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions, as releases come
 RELEASE_FILE = "VQA_RAD Dataset Public.json"
 # The test split first: of two records with one id, the later one is rejected.
 MEVF_FILES = {"test": "*testset.json", "train": "*trainset.json"}
-# The copy on the Hub has validation.json instead of validate.json: https://huggingface.co/datasets/BoKelvin/SLAKE
-SLAKE_FILES = {"test": "test.json", "validation": "validat*.json", "train": "train.json"}
-PATHVQA_FILES = {"test": "*test.json", "validation": "*val.json", "train": "*train.json"}
 
 
 @documented
@@ -38,37 +34,6 @@ class MevfSettings:
     release_path: str | None = None
 
 
-@documented
-@dataclass
-class SlakeSettings:
-    """
-    Settings of the source `slake`.
-
-    Args:
-        language (`str`, *optional*, defaults to `"en"`):
-            Language of the questions, en or zh.
-    """
-
-    language: str = "en"
-
-
-@documented
-@dataclass
-class PathVqaSettings:
-    """
-    Settings of the source `pathvqa`.
-
-    Args:
-        image_pattern (`str`, *optional*, defaults to `"{img_id}.jpg"`):
-            Pattern of the image file names, for example {split}/{img_id}.png (split: train, val, test).
-    """
-
-    image_pattern: str = "{img_id}.jpg"
-
-
-# --- VQA-RAD and SLAKE -----------------------------------------------------------------------------------------------
-
-
 def read_vqa_rad(path: Path, image_folder: Path) -> Records:
     """
     Read the official VQA-RAD release: a JSON file, or the directory that holds it under its own name.
@@ -81,7 +46,7 @@ def read_vqa_rad(path: Path, image_folder: Path) -> Records:
         is_test = str(record.get("phrase_type")).startswith("test")
         return {"split": "test" if is_test else "train", "link": record.get("qid_linked_id")}
 
-    _collect_questions(records, find_file(path, RELEASE_FILE) if path.is_dir() else path, fields)
+    collect_questions(records, find_file(path, RELEASE_FILE) if path.is_dir() else path, fields)
     return records
 
 
@@ -105,7 +70,7 @@ def read_vqa_rad_mevf(path: Path, image_folder: Path, release: str | Path | None
         return {"link": links.get((str(record.get("image_name")), plain_question(str(record.get("question")))))}
 
     for split, pattern in MEVF_FILES.items():
-        _collect_questions(records, find_file(path, pattern), fields, split)
+        collect_questions(records, find_file(path, pattern), fields, split)
     records.counts["questions_without_link"] = sum(question.link is None for question in records.questions)
     return records
 
@@ -122,22 +87,7 @@ def _links(release: Path) -> dict[tuple[str, str], str]:
     return {name: min(values) for name, values in links.items()}
 
 
-def read_slake(path: Path, image_folder: Path, language: str = "en") -> Records:
-    """Read a directory with `train.json`, `validate.json` (or `validation.json`) and `test.json`, one language."""
-    records = Records("slake", image_folder, counts={"questions_in_other_languages": 0})
-
-    def fields(record: dict) -> dict | None:
-        if record.get("q_lang") != language:
-            records.counts["questions_in_other_languages"] += 1
-            return None
-        return {"image": record.get("img_name"), "question_type": record.get("content_type")}
-
-    for split, pattern in SLAKE_FILES.items():
-        _collect_questions(records, find_file(path, pattern), fields, split)
-    return records
-
-
-def _collect_questions(
+def collect_questions(
     records: Records, file: Path, fields: Callable[[dict], dict | None], split: str | None = None
 ) -> None:
     """
@@ -173,55 +123,6 @@ def _collect_questions(
     )
 
 
-# --- PathVQA ---------------------------------------------------------------------------------------------------------
-
-
-def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.jpg") -> Records:
-    """
-    Read PathVQA in LXMERT's format: a directory with `*train.json`, `*val.json` and `*test.json`, which have one entry
-    per image.
-
-    Args:
-        path (`pathlib.Path`):
-            The directory.
-        image_folder (`pathlib.Path`):
-            Where names of images start.
-        image_pattern (`str`, *optional*, defaults to `"{img_id}.jpg"`):
-            File name of an image; `{img_id}` and `{split}` (train, val, test) are filled in.
-    """
-    records = Records("pathvqa", image_folder, counts={"images_without_questions": 0})
-    for split, pattern in PATHVQA_FILES.items():
-        images = image_pattern.replace("{split}", "val" if split == "validation" else split)
-        rows = _pathvqa(find_file(path, pattern), split, images, records.counts)
-        records.collect(rows, Question.from_row, default_id=lambda name, _: name)
-    return records
-
-
-def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Iterator[tuple[str, dict | Rejected]]:
-    """Yield the questions of all entries of a file with their names. An unusable entry is rejected as a whole."""
-    for position, entry in read_json_records(file, key="sentf"):
-        name = f"pathvqa-{split}-{position:05d}"
-        if isinstance(entry, Rejected):
-            yield name, entry
-            continue
-        try:
-            questions, labels = entry["sentf"]["pvqa"], entry["labelf"]["pvqa"]
-            if len(questions) != len(labels):
-                raise BadRecord("questions_and_answers_differ_in_number", f"{len(questions)} and {len(labels)}")
-            answers = [max(label, key=label.get) for label in labels]  # answers with their scores
-            image = images.replace("{img_id}", text_value(entry.get("img_id"), missing="no_image"))
-        except BadRecord as bad:
-            yield name, Rejected(name, bad.reason, bad.value)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            yield name, Rejected(name, "malformed_entry", json.dumps(entry))
-        else:
-            counts["images_without_questions"] += not answers
-            for number, (question, answer) in enumerate(zip(questions, answers)):
-                yield f"{name}-{number}", {"question": question, "answer": answer, "image": image, "split": split}
-
-
-# --- The sources -----------------------------------------------------------------------------------------------------
-
 _VQA_RAD_CARD = SourceCard(
     "VQA-RAD (radiology; images from MedPix)",
     homepage="https://osf.io/89kps/",
@@ -229,14 +130,16 @@ _VQA_RAD_CARD = SourceCard(
     citation="Lau et al., Scientific Data 2018, https://doi.org/10.1038/sdata.2018.251",
 )
 
-for _source in (
+SOURCES.register(
     Source(
         name="vqa_rad",
         summary="the official VQA-RAD release: its JSON file or directory",
         read=lambda request: read_vqa_rad(request.data_path, request.image_folder),
         card=_VQA_RAD_CARD,
         image_folders=IMAGE_FOLDERS,
-    ),
+    )
+)
+SOURCES.register(
     Source(
         name="vqa_rad_mevf",
         summary="the directory with MEVF's trainset.json and testset.json",
@@ -245,32 +148,5 @@ for _source in (
         settings=MevfSettings,
         image_folders=IMAGE_FOLDERS,
         files=("release_path",),
-    ),
-    Source(
-        name="slake",
-        summary="the directory with train.json, validate.json (validation.json on the Hub), test.json",
-        read=lambda request: read_slake(request.data_path, request.image_folder, request.settings.language),
-        card=SourceCard(
-            "SLAKE (radiology)",
-            homepage="https://www.med-vqa.com/slake/",
-            licence="CC BY 4.0",
-            citation="Liu et al., ISBI 2021, https://huggingface.co/papers/2102.09542",
-        ),
-        settings=SlakeSettings,
-        image_folders=IMAGE_FOLDERS,
-    ),
-    Source(
-        name="pathvqa",
-        summary="the directory with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json",
-        read=lambda request: read_pathvqa(request.data_path, request.image_folder, request.settings.image_pattern),
-        card=SourceCard(
-            "PathVQA (pathology)",
-            homepage="https://github.com/UCSD-AI4H/PathVQA",
-            licence="the copyright of the images stays with their publishers",
-            citation="He et al., 2020, https://huggingface.co/papers/2003.10286",
-        ),
-        settings=PathVqaSettings,
-        image_folders=IMAGE_FOLDERS,
-    ),
-):
-    SOURCES.register(_source)
+    )
+)
