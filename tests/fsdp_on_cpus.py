@@ -16,6 +16,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
+from medst_trl.base.processes import leave_peers
+
 
 PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
@@ -29,4 +31,5 @@ if __name__ == "__main__":
         facts = {"kind": str(trainer.accelerator.distributed_type), "log": trainer.state.log_history}
         Path(output_dir, "run.json").write_text(json.dumps(facts))
     trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    del trainer  # it holds the process group
+    leave_peers()

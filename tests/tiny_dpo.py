@@ -19,6 +19,7 @@ from peft import get_peft_model
 from PIL import Image
 from tiny_run import SMALL, KillAfterStep, small_policy, text, trained_weights
 
+from medst_trl.base.processes import leave_peers
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
@@ -125,4 +126,5 @@ if __name__ == "__main__":
         facts = {"world_size": trainer.accelerator.num_processes, "kind": str(trainer.accelerator.distributed_type)}
         Path(output_dir, "run.json").write_text(json.dumps(facts | {"log": trainer.state.log_history}))
     trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    del trainer  # it holds the process group
+    leave_peers()

@@ -20,6 +20,7 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 from transformers import TrainerCallback
 
+from medst_trl.base.processes import leave_peers
 from medst_trl.data.schema import instruct_features
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.policy.adapters import adapter_config
@@ -154,4 +155,5 @@ if __name__ == "__main__":
         facts = {"world_size": trainer.accelerator.num_processes, "kind": str(trainer.accelerator.distributed_type)}
         Path(output_dir, "run.json").write_text(json.dumps(facts | {"log": trainer.state.log_history}))
     trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    del trainer  # it holds the process group
+    leave_peers()

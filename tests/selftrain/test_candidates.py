@@ -407,14 +407,14 @@ def test_only_the_features_of_one_window_are_in_memory(policy, images, monkeypat
 
     def encode(self, keys, keep):
         encode_all(self, keys, keep)
-        held.append(len(self._known))
+        held.append(len(self.known))
 
     encode_all = ImageFeatureCache.encode
     monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     generate = CandidateGenerator(*policy, batch_size=1, question_filter=ANY_TEXT, **SHORT)
     assert len(list(generate.outcomes(images))) == 7
     assert sorted(set(held)) == [1, 2, 3], "more than the images of two records are in memory"
-    assert not generate.engine._images._known
+    assert not generate.engine._images.known
 
 
 @pytest.mark.parametrize("room", [0, 2])
@@ -425,13 +425,13 @@ def test_images_without_room_in_memory_are_encoded_again(policy, images, expecte
     def encode(self, keys, keep):
         encode_all(self, keys, keep)
         encoded.update(keys)
-        held.append((len(self._known), len(set(keys).union(keep))))
+        held.append((len(self.known), len(set(keys).union(keep))))
 
     encode_all = ImageFeatureCache.encode
     memory = ImageFeatureCache(*policy)
     image = OpenedImage(b"", random_image(0, (20, 16)))
     memory.encode([image])
-    monkeypatch.setattr(image_features, "MOST_BYTES", room * memory[image].bytes)
+    monkeypatch.setattr(image_features, "MOST_BYTES", room * memory.known[image].bytes)
     monkeypatch.setattr(ImageFeatureCache, "encode", encode)
     assert outcomes(policy, images, batch_size=4) == expected
     assert all(known <= room + needed for known, needed in held)

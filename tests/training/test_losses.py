@@ -119,7 +119,7 @@ def test_the_losses_of_trl_are_read_from_its_source():
 
 def test_the_error_for_an_unknown_loss_lists_all_losses_and_suggests_the_closest(register_loss):
     register_loss(Sigmoid())
-    with pytest.raises(UserError, match=r"Unknown loss 'sigmoit'. Did you mean 'sigmoid'\? .*hinge.*, toy\."):
+    with pytest.raises(UserError, match=r"Unknown loss 'sigmoit'. Did you mean 'sigmoid'\? .*hinge.*, toy, or load"):
         MultimodalDPOConfig(loss_type=["sft", "sigmoit"])
     with pytest.raises(UserError, match="Unknown loss 'toyy'. Did you mean 'toy'"):
         MultimodalDPOConfig(loss_type="toyy")

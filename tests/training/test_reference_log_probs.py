@@ -508,6 +508,7 @@ def test_a_model_that_shares_weights_takes_no_memory():
 SCRIPT = """
 import json, os, signal, sys
 import tiny_dpo
+from medst_trl.base.processes import leave_peers
 from medst_trl.training.dpo import MultimodalDPOTrainer
 output_dir, batches = sys.argv[1], int(sys.argv[2])
 compute, done = MultimodalDPOTrainer.compute_ref_log_probs, []
@@ -522,7 +523,8 @@ if trainer.accelerator.is_main_process:
     print("FORWARDS", len(done), trainer.accelerator.num_processes)
 trainer.train()
 trainer.accelerator.wait_for_everyone()
-trainer.end()
+del trainer  # it holds the process group
+leave_peers()
 """
 
 
