@@ -231,11 +231,9 @@ def run_launched(argv: list[str]) -> int | None:
 
     Run recipes under your own launcher:
 
-    ```bash
-    accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
-    accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is executable
-    python -m medst_trl recipes/demo.yaml                           # without a launcher: all stages in this process
-    ```
+      accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
+      accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is executable
+      python -m medst_trl recipes/demo.yaml                           # without a launcher: all stages in this process
 
     Options are those of `medst run`. Stages that use a single process run on rank 0, while the other ranks wait.
     `python -m medst_trl COMMAND` is the same as `medst COMMAND`.

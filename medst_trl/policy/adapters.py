@@ -323,9 +323,9 @@ def base_of_adapter(adapter: str | os.PathLike, named: str | None) -> str | None
     """
     Return the base model that an adapter's configuration names.
 
-    A relative path is relative to the working directory of the training. If there is no such path in the current one,
-    it is looked for in the directories above the adapter. Because `named` may also be a Hub id, only a directory whose
-    weights have the fingerprint that the training stored beside the adapter is accepted.
+    A relative path is relative to the working directory of the training. If the current one has no such path, the
+    directories above the adapter are searched. `named` may also be a Hub id, so a directory is accepted only if its
+    weights have the fingerprint that the training stored beside the adapter.
 
     Args:
         adapter (`str` or `os.PathLike`):
@@ -334,7 +334,7 @@ def base_of_adapter(adapter: str | os.PathLike, named: str | None) -> str | None
             Name of the base in its configuration.
 
     Returns:
-        `str` or `None`: The path of such a directory, or else `named`.
+        `str` or `None`: The path of the directory that was found; `named` if none was.
     """
     if not named or os.path.exists(named) or not os.path.isdir(adapter):
         return named

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -366,6 +367,12 @@ def test_an_empty_candidates_directory_is_refused(tmp_path):
     (tmp_path / "candidates").mkdir()
     with pytest.raises(UserError, match="no candidates"):
         main(arguments(str(tmp_path / "candidates"), str(tmp_path / "out"), model="judge"))
+
+
+def test_the_directory_above_the_candidates_is_not_taken_for_an_empty_one(candidates, tmp_path):
+    above = Path(candidates).parent
+    with pytest.raises(UserError, match=f"Did you mean {candidates}"):
+        main(arguments(str(above), str(tmp_path / "out"), model="judge"))
 
 
 def test_help_shows_the_command_and_every_setting():
