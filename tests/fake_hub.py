@@ -60,6 +60,7 @@ class FakeHub:
         calls: `"METHOD path"` of each call.
         broken_after: Number of LFS uploads after which the Hub drops connections, or None.
         failing: Status of all replies, or None.
+        uploading: Held while an LFS upload is stored and counted.
     """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class FakeHub:
     calls: list[str] = field(default_factory=list)
     broken_after: int | None = None
     failing: int | None = None
+    uploading: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
     def add(self, kind: str, repo_id: str, files: dict[str, bytes], private: bool = True) -> None:
@@ -242,12 +244,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
 
     def put(self, oid: str) -> None:
-        if self.hub.broken_after is not None and len(self.hub.uploads) >= self.hub.broken_after:
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        assert hashlib.sha256(self.body).hexdigest() == oid
-        self.hub.objects[oid] = self.body
-        self.hub.uploads.append(oid)
+        with self.hub.uploading:  # the library uploads from several threads
+            if self.hub.broken_after is not None and len(self.hub.uploads) >= self.hub.broken_after:
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            assert hashlib.sha256(self.body).hexdigest() == oid
+            self.hub.objects[oid] = self.body
+            self.hub.uploads.append(oid)
         return self._send(200)
 
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
