@@ -14,7 +14,7 @@ python examples/convert_preferences.py --back runs/mmedpo/preferences pairs.json
 import argparse
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import load_records
+from medst_trl.data.loading import load_records
 from medst_trl.interop.preference_files import read_preference_file, write_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
 

@@ -192,7 +192,7 @@ def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, 
     if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
         records = read_json_records(Path(benchmark), "id")
         return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
-    from medst_trl.data.schema import load_records
+    from medst_trl.data.loading import load_records
 
     from .vqa import questions_of
 

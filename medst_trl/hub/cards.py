@@ -20,7 +20,8 @@ from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local
 from medst_trl.base.redaction import hide_secrets, is_private_key
-from medst_trl.data.schema import KINDS, complete_shards, splits_in
+from medst_trl.data.loading import complete_shards, splits_in
+from medst_trl.data.schema import KINDS
 from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
 from medst_trl.pipeline.stage import STAGES

@@ -14,7 +14,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
-from medst_trl.data.schema import complete_shards, kind_of, splits_in
+from medst_trl.data.loading import complete_shards, splits_in
+from medst_trl.data.schema import kind_of
 from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import STAGES
 

@@ -11,6 +11,7 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.images import store_image
+from medst_trl.data.loading import load_records
 from medst_trl.data.schema import (
     KINDS,
     benchmark_features,
@@ -19,7 +20,6 @@ from medst_trl.data.schema import (
     image_part,
     instruct_features,
     kind_of,
-    load_records,
     message,
     preference_features,
     text_of,

@@ -19,7 +19,7 @@ def exact_match(directory: Path) -> dict:
 
 
 def image_ids(directory: Path) -> set[str]:
-    from medst_trl.data.schema import load_records
+    from medst_trl.data.loading import load_records
 
     return {name for names in load_records(directory / "candidates", "train")["image_ids"] for name in names}
 

@@ -12,7 +12,8 @@ from commands import run_medst
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import settings_among
-from medst_trl.data.schema import load_records, text_of
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import text_of
 from medst_trl.engines import kinds
 from medst_trl.engines.engine import ENGINES, BatchEngine, Prompt, Reply, Request, Sampling, to_answer, without_margins
 from medst_trl.engines.kinds.server import ServerSettings

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from medst_trl.data.schema import check_columns, load_records
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import check_columns
 
 
 def test_pairs_survive_a_round_trip(tmp_path, capsys):

@@ -84,7 +84,8 @@ def push(hub: FakeHub, home: Path, source: Path, repo_id: str, *more: str, **kwa
 PULL = """
 import json, sys
 from datasets import Image, List
-from medst_trl.data.schema import check_columns, load_records
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import check_columns
 name, split, kind = sys.argv[1:]
 dataset = load_records(name, split)
 check_columns(dataset, kind)

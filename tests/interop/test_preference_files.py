@@ -10,7 +10,8 @@ from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import FolderImages, image_id
-from medst_trl.data.schema import check_columns, load_records
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import check_columns
 from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
-from medst_trl.data.schema import complete_shards
+from medst_trl.data.loading import complete_shards
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config

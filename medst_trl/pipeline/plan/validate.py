@@ -14,7 +14,8 @@ from datasets import Features
 from medst_trl.base.errors import Problems, UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
-from medst_trl.data.schema import check_columns, complete_shards
+from medst_trl.data.loading import complete_shards
+from medst_trl.data.schema import check_columns
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input

@@ -18,7 +18,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented
-from medst_trl.data.schema import features_of, load_records
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import features_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import gpu_count
 from medst_trl.pipeline.record import StageRecord

@@ -46,7 +46,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
-from medst_trl.data.schema import complete_shards, load_records
+from medst_trl.data.loading import complete_shards, load_records
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, loads_model

@@ -38,7 +38,8 @@ from medst_trl.base.files import fill_rows, read_jsonl, write_jsonl
 from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import check_bounds, documented, settings_among
-from medst_trl.data.schema import candidate_features, load_records, write_split
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import candidate_features, write_split
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model

@@ -38,8 +38,9 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
+from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
-from medst_trl.data.schema import load_records, preference_features, with_stored_images, write_split
+from medst_trl.data.schema import preference_features, with_stored_images, write_split
 from medst_trl.engines.calls import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.settings import check_bounds, documented
-from medst_trl.data.schema import dialogue, load_records
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import dialogue
 from medst_trl.pipeline.record import StageRecord, read_record
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 

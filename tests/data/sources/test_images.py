@@ -8,7 +8,8 @@ from PIL import Image
 from tables import write_table
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import load_records, text_of
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import text_of
 from medst_trl.data.sources.images import BRIEF, DETAILED, instruction, read_captions, read_folder, read_table
 from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 

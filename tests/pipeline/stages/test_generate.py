@@ -12,7 +12,8 @@ from datasets import Dataset
 from jsonl import read_jsonl
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import check_columns, instruct_features, load_records
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import check_columns, instruct_features
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.kinds.server import ServerSettings

@@ -17,15 +17,8 @@ from letter_prompt import letter_prompt
 
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main as medst
-from medst_trl.data.schema import (
-    benchmark_features,
-    candidate_features,
-    check_columns,
-    image_part,
-    load_records,
-    message,
-    text_part,
-)
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import benchmark_features, candidate_features, check_columns, image_part, message, text_part
 from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.engines.cost import CACHE_FILE

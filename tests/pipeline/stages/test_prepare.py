@@ -18,7 +18,8 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import image_id
-from medst_trl.data.schema import check_columns, load_records, text_of
+from medst_trl.data.loading import load_records
+from medst_trl.data.schema import check_columns, text_of
 from medst_trl.data.source import SOURCES
 from medst_trl.pipeline.stage import Count
 from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, main, plan
