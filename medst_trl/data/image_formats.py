@@ -191,9 +191,10 @@ def strip_png(data: bytes) -> bytes | None:
 # --- DICOM -----------------------------------------------------------------------------------------------------------
 
 
-def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
+def read_dicom(data: bytes, max_pixels: int) -> tuple[Image.Image, dict[str, str]]:
     """
-    Read the image of a DICOM file, mode "L" or "RGB". The header is dropped; text burned into the pixels stays.
+    Read the image of a DICOM file, mode "L" or "RGB", and its groups, see [`StoredImage`]. The header is dropped; text
+    burned into the pixels stays.
 
     Gray values go through the modality LUT and the first window (linear, exact or sigmoid), whose two ends become 0
     and 255. Without a window they go through the VOI LUT if there is one, and their own minimum..maximum becomes
@@ -225,7 +226,16 @@ def read_dicom(data: bytes, max_pixels: int) -> Image.Image:
     check_pixels(width, height, max_pixels)
     if frames > 1:
         raise ImageProblem("several_frames")
-    return Image.fromarray(_dicom_pixels(header))
+    return Image.fromarray(_dicom_pixels(header)), _dicom_groups(header)
+
+
+def _dicom_groups(header) -> dict[str, str]:
+    """Return what the header says; of what it lacks, the smaller group, so that a series stays together anyway."""
+    groups, value = {}, ""
+    for group, name in (("series", "SeriesInstanceUID"), ("study", "StudyInstanceUID"), ("patient", "PatientID")):
+        if value := str(header.get(name) or "").strip() or value:
+            groups[group] = value
+    return groups
 
 
 def _dicom_pixels(header) -> np.ndarray:

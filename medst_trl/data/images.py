@@ -15,7 +15,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -45,12 +45,18 @@ class StoredImage:
     An image as it is stored in a dataset.
 
     Attributes:
-        bytes (`bytes`): An 8-bit JPEG or PNG file without metadata.
-        image_id (`str`): See [`image_id`].
+        bytes (`bytes`):
+            An 8-bit JPEG or PNG file without metadata.
+        image_id (`str`):
+            See [`image_id`].
+        groups (`dict[str, str]`):
+            What the image has in common with others, not hashed, so never to be written: of DICOM the `"patient"`,
+            `"study"` and `"series"`. Empty for other files.
     """
 
     bytes: bytes
     image_id: str
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 def image_id(image: Image.Image) -> str:
@@ -94,12 +100,12 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, identif
         UserError: for a DICOM file without pydicom (extra `dicom`).
     """
     path = Path(path)
-    data = _bytes_of(path, max_pixels)
+    data, own_bytes, groups = _bytes_of(path, max_pixels), None, {}
     if data[128:132] == b"DICM" or path.suffix.lower() in DICOM_SUFFIXES:
-        image, own_bytes = read_dicom(data, max_pixels), None
+        image, groups = read_dicom(data, max_pixels)
     else:
         image, own_bytes = _decode(data, max_pixels, identify)
-    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "")
+    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "", groups)
 
 
 def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
@@ -149,12 +155,15 @@ class FolderImages:
                 "Correct image_folder."
             )
 
-    def image_id(self, name: str) -> str:
+    def load(self, name: str) -> StoredImage:
         image = load_image(resolve_inside(self.directory, name), self.max_pixels)
         if len(image.bytes) <= self._room:
             self._room -= len(image.bytes)
             self._kept[name] = image.bytes
-        return image.image_id
+        return image
+
+    def image_id(self, name: str) -> str:
+        return self.load(name).image_id
 
     def stored_bytes(self, name: str) -> bytes:
         path = resolve_inside(self.directory, name)

@@ -126,3 +126,13 @@ def test_the_error_for_missing_pydicom_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UserError, match=r"medst_trl\[dicom\]"):
         load_image(path)
+
+
+def test_the_groups_of_a_file_are_those_of_its_header_and_what_it_lacks_is_the_smaller_group(tmp_path):
+    ids = {"SeriesInstanceUID": "1.2.3", "StudyInstanceUID": "1.2", "PatientID": "4711"}
+    assert load_image(save_dicom(tmp_path / "a.dcm", RAMP, **ids)).groups == {
+        "series": "1.2.3", "study": "1.2", "patient": "4711"
+    }  # fmt: skip
+    anonymous = load_image(save_dicom(tmp_path / "b.dcm", RAMP, **ids | {"PatientID": " ", "StudyInstanceUID": ""}))
+    assert anonymous.groups == dict.fromkeys(("series", "study", "patient"), "1.2.3")
+    assert load_image(save_dicom(tmp_path / "c.dcm", RAMP, PatientID="")).groups == {}
