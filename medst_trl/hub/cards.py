@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from medst_trl.data.loading import complete_shards, splits_in
 from medst_trl.data.schema import KINDS
 from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
+from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record, records_of
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.chat_template import saved_role
 from medst_trl.policy.families import family_of
 
-from .contents import Contents, base_model_of, find_contents, nearest_record, with_revision
+from .contents import Contents, base_model_of, find_contents, with_revision
 
 
 KIND = "medst_trl_kind"  # in a card's metadata: shows that a repository is ours, and what it holds
@@ -101,7 +103,8 @@ def model_card(
         **{KIND: contents.kind},
     )
     values = {"kind": contents.kind, "base_model": base_model, "merged": merged, "results": results}
-    return _render("model.md", data, repo_id, steps, values | {"is_plain": is_plain(contents)})
+    values |= {"is_plain": is_plain(contents), "has_training_images": TRAINING_IMAGES_FILE in contents.files}
+    return _render("model.md", data, repo_id, steps, values)
 
 
 def write_card(directory: str | Path) -> None:
@@ -252,33 +255,20 @@ def steps_to(directory: Path, run: Path | None = None) -> list[dict[str, Any]]:
         revision, or a local directory by its SHA-256), and the `source` of that data, the fields of a
         [`~medst_trl.data.source.SourceCard`] or None.
     """
-    steps: dict[Path, dict[str, Any]] = {}
-    _collect(directory, run, steps)
-    return list(steps.values())
-
-
-def _collect(directory: Path, run: Path | None, steps: dict[Path, dict[str, Any]]) -> None:
-    path, record = nearest_record(directory)
-    if path is None or path.resolve() in steps:
-        return
-    try:
-        inputs = record["inputs"]
-        step = {
-            "stage": record["stage"],
-            "settings": _public_settings(record["stage"], record.get("settings", {}), inputs),
-            "inputs": {name: ", ".join(map(_describe, sources)) for name, sources in inputs.items() if sources},
-            "counts": record.get("counts", {}) | record.get("metrics", {}),
-            "source": _source_card(record),
-            "versions": {name: version for name, version in record.get("versions", {}).items() if version},
-        }
-        places = [Path(source["path"]) for sources in inputs.values() for source in sources if "path" in source]
-    except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another program: the card says less
-        return
-    steps[path.resolve()] = step  # before its inputs, in case of a circle
-    for place in places:
-        moved = [run / Path(*place.parts[-2:]), run / place.name] if run else []
-        _collect(next((found for found in (place, *moved) if found.exists()), place), run, steps)
-    steps[path.resolve()] = steps.pop(path.resolve())  # its inputs come first
+    steps = []
+    for record in records_of(directory, run).values():
+        # One that is damaged, or of another program: the card says less.
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            inputs = record["inputs"]
+            steps.append({
+                "stage": record["stage"],
+                "settings": _public_settings(record["stage"], record.get("settings", {}), inputs),
+                "inputs": {name: ", ".join(map(_describe, sources)) for name, sources in inputs.items() if sources},
+                "counts": record.get("counts", {}) | record.get("metrics", {}),
+                "source": _source_card(record),
+                "versions": {name: version for name, version in record.get("versions", {}).items() if version},
+            })  # fmt: skip
+    return steps
 
 
 def _public_settings(stage: str, settings: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.loading import complete_shards, splits_in
 from medst_trl.data.schema import kind_of
-from medst_trl.pipeline.record import RECORD_FILE, read_record
+from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -26,10 +26,12 @@ PROCESSOR_FILES = (
     "spiece.model", "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base_model.json", *PROCESSOR_FILES)
+ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "base_model.json", TRAINING_IMAGES_FILE, *PROCESSOR_FILES,
+)  # fmt: skip
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-    "model.safetensors.index.json", *PROCESSOR_FILES,
+    "model.safetensors.index.json", TRAINING_IMAGES_FILE, *PROCESSOR_FILES,
 )  # fmt: skip
 
 PATH_KEYS = ("name_or_path", "_name_or_path")  # where transformers notes what a file was loaded from
@@ -58,14 +60,6 @@ class Contents:
     @property
     def repo_type(self) -> Literal["dataset", "model"]:
         return "model" if self.kind in ("adapter", "model") else "dataset"
-
-
-def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return path and content of the `stage.json` of a directory or its parent. Damaged content is empty."""
-    for place in (directory, directory.parent):
-        if (place / RECORD_FILE).is_file():
-            return place / RECORD_FILE, read_record(place)
-    return None, {}
 
 
 def find_contents(directory: Path) -> Contents:

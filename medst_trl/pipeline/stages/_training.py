@@ -22,6 +22,7 @@ from medst_trl.data.loading import load_records
 from medst_trl.data.schema import features_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import gpu_count
+from medst_trl.pipeline.lineage import image_ids_in, write_training_images
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
@@ -242,6 +243,9 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         save_result(trainer)
+        if trainer.args.should_save:
+            own = set().union(*map(image_ids_in, datasets.values()))
+            write_training_images(training_args.output_dir, own, args.model_name_or_path)
         counts, metrics, summary = args.summarize(trainer, len(datasets["train"]))
     record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics)
     if trainer.args.should_save:

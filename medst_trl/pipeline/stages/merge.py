@@ -31,6 +31,7 @@ from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import dialogue
+from medst_trl.pipeline.lineage import write_training_images
 from medst_trl.pipeline.record import StageRecord, read_record
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 
@@ -112,6 +113,7 @@ def main(args: MergeArguments) -> None:
             max_shard_size=args.max_shard_size,
             trust_remote_code=args.trust_remote_code,
         )
+        write_training_images(args.output_dir, (), args.model_name_or_path)
         merged["trained_in_4bit"] = bool(trained.get("settings", {}).get("load_in_4bit"))
         record.finish(
             counts={"parameters": merged["parameters"], "examples": merged["proof"]["examples"]},

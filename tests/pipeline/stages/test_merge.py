@@ -80,6 +80,15 @@ def test_the_record_and_the_model_card_describe_the_merge(run, merged, capsys):
     assert _merge(run / "sft", merged, "--dtype", "bfloat16") == 2
 
 
+def test_the_ids_of_the_training_images_stay_with_the_model(run, merged):
+    """They are hashes of pixels. The files have nothing else that describes an image or a patient."""
+    for directory in (run / "sft", merged):
+        content = json.loads((directory / "training_images.json").read_text())
+        assert content == {"complete": True, "image_ids": ["0", "1", "2", "3"]}
+        assert "training_images.json" in find_contents(directory).files
+        assert "## Training images" in (directory / "README.md").read_text()
+
+
 def test_the_output_shows_which_examples_were_used(run, tmp_path, capsys):
     _merge(run / "sft", tmp_path / "recorded")
     assert f"4 conversations ({run / 'instruct'})" in capsys.readouterr().out
