@@ -25,13 +25,14 @@ from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_c
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
 from .images import DecodesImages, UnreadableImage, check_image, images_of, with_decoded_images, with_images
 from .prefix_sharing import with_images_twice
+from .rejected import check_rejected
 
 
 PAIR_REJECTION_REASONS = {
     "chosen_equals_rejected": "both answers say the same, so there is nothing to prefer",
     "malformed": "prompt, answers and images do not make a conversation",
     "unreadable_image": "one of its images is missing, truncated or of an unknown format",
-    "too_long": "its prompt and image alone fill max_length={max_length} tokens",
+    "too_long": "after its prompt and image, less than half of an answer fits into max_length={max_length} tokens",
 }
 
 
@@ -212,10 +213,8 @@ def usable_pairs(
             truncated += any(end < answer.end for end, answer in zip(ends, answers, strict=True))
         else:
             reasons[str(example.get("id") or place)] = reason
-    if not kept:
-        counts, whys = Counter(reasons.values()), PAIR_REJECTION_REASONS.items()
-        found = "; ".join(f"{counts[r]} because {why.format(max_length=max_length)}" for r, why in whys if counts[r])
-        raise UserError(f"No preference pair of the {name} dataset can be used: {found or 'it is empty'}.")
+    counts = Counter(reasons.values())
+    check_rejected("preference pair", name, len(kept), counts, PAIR_REJECTION_REASONS, max_length)
     return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)
 
 
@@ -241,6 +240,7 @@ def _check_pair(
         answer = encode(processor, [blank]).spans[0][-1]
         image_tokens[key] = answer.start - answers[0].start
     answers = [Span(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
-    if max_length is not None and any(answer.start >= max_length for answer in answers):
+    # The middle of an answer is beyond the limit, or all of it.
+    if max_length is not None and any(answer.start + answer.end > 2 * max_length for answer in answers):
         return "too_long", []
     return None, answers

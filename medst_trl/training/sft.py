@@ -19,8 +19,9 @@ from .collator import DataCollatorForSelfQuestioning
 from .encoding import conversation_lengths
 from .images import check_has_images
 from .packing import packing_cost, rope_positions
+from .rejected import RejectedExamples, check_conversations
 from .settings import SelfQuestioningSettings
-from .trainer import PolicyTrainer, RejectedExamples
+from .trainer import PolicyTrainer
 from .upstream import fused_outputs
 
 
@@ -123,6 +124,15 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         self.rejected_examples = RejectedExamples(self.accelerator, args.max_length)
         self.add_callback(self.rejected_examples)
         self.add_callback(_SetEpoch(self.data_collator))
+
+    def train(self, *args, **kwargs):
+        if isinstance(self.data_collator, DataCollatorForSelfQuestioning):
+            check_conversations(self.train_dataset, self.data_collator, "train")
+            if self.args.eval_strategy != "no":
+                named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+                for name, dataset in named.items():
+                    check_conversations(dataset, self.data_collator, name)
+        return super().train(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # Evaluation losses of different epochs are only comparable over the same targets.

@@ -1,30 +1,26 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The base of both trainers, without losses: loading, saving, learning rates by part, batches of similar length, images,
-rejected examples.
+The base of both trainers, without losses: loading, saving, learning rates by part, batches of similar length, images.
 """
 
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers import AutoProcessor, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import read_jsonl, write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
 from medst_trl.policy.families import ModelParts, base_of, model_parts
@@ -39,12 +35,6 @@ logger = get_logger(__name__)
 
 LONG_WAIT = 0.1  # fraction of the time above which the step waits too long for data
 DATA_WAIT_PATIENCE = 3  # logs in a row; workers may start during the first ones
-
-REJECTION_REASONS = {
-    "too_long": "with its image, not even its first answer fits into max_length={max_length} tokens",
-    "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
-    "nothing_to_train": "it has neither an answer nor a question that can be asked",
-}
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -301,61 +291,3 @@ class DataWait:
         self.waited, self.since = 0.0, now
         self.long_waits = self.long_waits + 1 if share > LONG_WAIT else 0
         return min(share, 1.0)
-
-
-class RejectedExamples(TrainerCallback):
-    """
-    Collects the training examples that the collator rejects, in `rejected.jsonl` of the output directory, and counts
-    truncated ones.
-
-    The collator rejects them during training, again in every epoch, because the data may be a stream that cannot be
-    checked before. Each is listed once. The file is updated with each checkpoint, so it is complete after a resumed
-    run.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            To gather the ids of all ranks.
-        max_length (`int` or `None`):
-            Longest sequence in tokens.
-    """
-
-    def __init__(self, accelerator: Accelerator, max_length: int | None):
-        self.accelerator = accelerator
-        self.max_length = max_length
-        self.reasons: dict[str, str] = {}
-        self.truncated: set[str] = set()
-
-    def add(self, rejected: Mapping[str, str], truncated: Iterable[str]) -> None:
-        """Add examples of this rank, with a warning the first time that one is rejected."""
-        for example_id, reason in rejected.items():
-            if example_id not in self.reasons:
-                why = REJECTION_REASONS[reason].format(max_length=self.max_length)
-                logger.warning(f"Record {example_id!r} is rejected: {why}.", main_process_only=False)
-        self.reasons |= rejected
-        self.truncated.update(truncated)
-
-    def on_save(self, args, state, control, **kwargs):
-        self.write(Path(args.output_dir))
-
-    on_train_end = on_save
-
-    def write(self, directory: Path) -> dict[str, int]:
-        """
-        Write `rejected.jsonl`, keeping what an earlier part of the run wrote. To be called on every rank.
-
-        Returns:
-            `dict[str, int]`: The number of examples by reason.
-        """
-        reasons = dict(gather_object(list(self.reasons.items())))
-        path = directory / "rejected.jsonl"
-        reasons = {row["id"]: row["reason"] for row in read_jsonl(path)} | reasons
-        if reasons and self.accelerator.is_main_process:
-            values = {"too_long": f"max_length={self.max_length}"}
-            rows = ({"id": key, "reason": why, "value": values.get(why, "")} for key, why in sorted(reasons.items()))
-            write_jsonl(path, rows)
-        counts = Counter(reasons.values())
-        return {reason: counts[reason] for reason in REJECTION_REASONS if counts[reason]}
-
-    def count_truncated(self) -> int:
-        """Number of examples truncated at `max_length` on any rank. To be called on every rank."""
-        return len(set(gather_object(sorted(self.truncated))))

@@ -130,8 +130,8 @@ def test_rejected_pairs_of_evaluation_are_listed(tmp_path):
 
 def test_answers_that_do_not_fit_are_truncated_and_counted(tmp_path):
     rows = [pair(number) for number in range(4)]
-    rows[2]["chosen"][0]["content"][0]["text"] = "long " * 400
-    trainer = make_trainer(tmp_path, rows=rows, max_length=80, max_steps=1)
+    rows[2]["chosen"][0]["content"][0]["text"] = "long " * 40
+    trainer = make_trainer(tmp_path, rows=rows, max_length=110, max_steps=1)
     trainer.train()
     assert trainer.pairs.truncated == 1 and not trainer.pairs.rejected_records
 

@@ -22,9 +22,10 @@ from medst_trl.data.schema import with_stored_images
 from medst_trl.training import settings, trainer
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.encoding import conversation_lengths
+from medst_trl.training.rejected import RejectedExamples
 from medst_trl.training.settings import default_workers
 from medst_trl.training.sft import SelfQuestioningConfig
-from medst_trl.training.trainer import DataWait, GroupsByLength, RejectedExamples, SeededLengthGroupedSampler
+from medst_trl.training.trainer import DataWait, GroupsByLength, SeededLengthGroupedSampler
 
 
 class Clock:

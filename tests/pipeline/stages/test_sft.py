@@ -57,6 +57,15 @@ def test_the_text_role_needs_no_token(inputs, tmp_path):
     assert load_policy(str(tmp_path / "sft"))[1].apply_chat_template(bare).endswith(" VUSER:")
 
 
+def test_a_run_that_would_train_on_nothing_is_refused_and_can_be_corrected(inputs, tmp_path):
+    with pytest.raises(
+        UserError, match="No conversation of the train dataset can be used: 12 because.*max_length=10 "
+    ):
+        _run(inputs, tmp_path / "sft", max_length=10)
+    assert not (tmp_path / "sft" / "stage.json").exists()
+    _run(inputs, tmp_path / "sft", max_length=400, max_steps=1)
+
+
 def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
     before, _ = _run(inputs, tmp_path / "sft")
     modified = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
