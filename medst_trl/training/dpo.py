@@ -22,6 +22,7 @@ from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_r
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import PrecomputesReference, cache_of_reference, sharing_weights
+from .rejected import datasets_by_name
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
@@ -107,7 +108,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
-        datasets = _datasets_by_name(train_dataset, eval_dataset)
+        datasets = datasets_by_name(train_dataset, eval_dataset)
+        _refuse_streams(datasets)
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -260,22 +262,11 @@ def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> 
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def _datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Dataset]:
-    """
-    The datasets by name: `train`, and `eval` or `eval_NAME` for each of several in a `dict`.
-
-    Raises:
-        UserError: for pairs that cannot all be checked before the first step.
-    """
-    datasets = {"train": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
-        datasets["eval"] = eval_dataset
+def _refuse_streams(datasets: dict[str, Any]) -> None:
+    """Refuse pairs that cannot all be checked before the first step."""
     for name, dataset in datasets.items():
         if not isinstance(dataset, Dataset):
             raise UserError(
                 f"{name}_dataset is of type {type(dataset).__name__}. DPO does not support streaming here, because "
                 "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
             )
-    return datasets

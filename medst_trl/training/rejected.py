@@ -23,7 +23,6 @@ from medst_trl.base.processes import rank
 from medst_trl.data.schema import with_stored_images
 
 from .collator import DataCollatorForSelfQuestioning
-from .encoding import IGNORED
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,16 @@ REJECTION_REASONS = {
     "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
     "nothing_to_train": "it has neither an answer nor a question that can be asked",
 }
+
+
+def datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets by name: `train`, and `eval` or `eval_NAME` for each of several in a `dict`."""
+    datasets = {"train": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval"] = eval_dataset
+    return datasets
 
 
 def check_conversations(dataset: Any, collator: DataCollatorForSelfQuestioning, name: str) -> None:
@@ -63,11 +72,8 @@ def check_conversations(dataset: Any, collator: DataCollatorForSelfQuestioning, 
         examples = (rows[place] for place in dict.fromkeys(chain(spread, range(len(rows)))))
     collator, kept, rejected = collator.for_evaluation(), 0, Counter()
     for number, example in enumerate(examples, 1):
-        batch = collator([example])
-        if (batch["labels"] != IGNORED).any():
-            kept += 1
-        else:  # TRL's collator cuts a completion off without a word
-            rejected[next(iter(batch.get("rejected", {}).values()), "too_long")] += 1
+        rejected.update(collator([example]).get("rejected", {}).values())
+        kept = number - rejected.total()
         if kept and number >= len(spread):
             break
     check_rejected("conversation", name, kept, rejected, REJECTION_REASONS, collator.max_length)
@@ -95,7 +101,7 @@ def check_rejected(
     advice = " Raise max_length." if rejected["too_long"] else ""
     if not kept:
         raise UserError(f"No {what} of the {name} dataset can be used: {why}{advice}")
-    share = sum(rejected.values()) / (kept + sum(rejected.values()))
+    share = rejected.total() / (kept + rejected.total())
     if share > MANY and rank() == 0:
         logger.warning(f"{share:.0%} of the {what}s checked in the {name} dataset are rejected: {why}{advice}")
 

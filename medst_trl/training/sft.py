@@ -19,7 +19,7 @@ from .collator import DataCollatorForSelfQuestioning
 from .encoding import conversation_lengths
 from .images import check_has_images
 from .packing import packing_cost, rope_positions
-from .rejected import RejectedExamples, check_conversations
+from .rejected import RejectedExamples, check_conversations, datasets_by_name
 from .settings import SelfQuestioningSettings
 from .trainer import PolicyTrainer
 from .upstream import fused_outputs
@@ -107,6 +107,9 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             seed=args.seed,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+        if isinstance(collator, DataCollatorForSelfQuestioning):
+            for name, dataset in datasets_by_name(train_dataset, kwargs.get("eval_dataset")).items():
+                check_conversations(dataset, collator, name)
         if args.train_sampling_strategy == "group_by_length":
             self.train_lengths = conversation_lengths(train_dataset, processing_class, args.max_length)
             if self.train_lengths is None:
@@ -124,15 +127,6 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         self.rejected_examples = RejectedExamples(self.accelerator, args.max_length)
         self.add_callback(self.rejected_examples)
         self.add_callback(_SetEpoch(self.data_collator))
-
-    def train(self, *args, **kwargs):
-        if isinstance(self.data_collator, DataCollatorForSelfQuestioning):
-            check_conversations(self.train_dataset, self.data_collator, "train")
-            if self.args.eval_strategy != "no":
-                named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-                for name, dataset in named.items():
-                    check_conversations(dataset, self.data_collator, name)
-        return super().train(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # Evaluation losses of different epochs are only comparable over the same targets.

@@ -12,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 from medst_trl.base.errors import UserError
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference, usable_pairs
@@ -27,12 +28,6 @@ def conversation(number: int, answer: str) -> dict:
     return row
 
 
-def completion(number: int, question: str) -> dict:
-    row = conversation(number, "dark")
-    row["messages"][0]["content"] += tiny_run.text(question)
-    return {"id": row["id"], "images": row["images"], "prompt": row["messages"][:1], "completion": row["messages"][1:]}
-
-
 @pytest.fixture(scope="module")
 def pair_processor():
     return tiny_run.small_policy()[1]
@@ -42,47 +37,44 @@ def stream(rows: list[dict]):
     return Dataset.from_list(rows).to_iterable_dataset()
 
 
+def trainer_of(output_dir: Path, train_dataset, eval_dataset=None, **settings) -> SelfQuestioningTrainer:
+    model, processor = tiny_run.small_policy()
+    return SelfQuestioningTrainer(
+        model=model,
+        args=SelfQuestioningConfig(output_dir=str(output_dir), max_length=100, max_steps=1, **settings),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+    )
+
+
 @pytest.fixture(scope="module")
 def collator():
     return DataCollatorForSelfQuestioning(tiny_run.small_policy()[1], max_length=100)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"pack_sequences": True},
-        {"train_sampling_strategy": "group_by_length"},
-        {"is_stream": True},
-        {"lora": False},
-    ],
-    ids=lambda settings: next(iter(settings), "plain"),
-)
-def test_training_on_nothing_is_refused_before_the_first_step(tmp_path, settings):
-    is_stream = settings.pop("is_stream", False)
+@pytest.mark.parametrize("kind", [Dataset.from_list, stream])
+@pytest.mark.parametrize("settings", [{}, {"pack_sequences": True}, {"train_sampling_strategy": "group_by_length"}])
+def test_training_on_nothing_is_refused_before_the_first_step(tmp_path, kind, settings):
     rows = [conversation(number, LONG) for number in range(6)]
-    trainer = tiny_run.make_trainer(tmp_path, rows=rows, max_length=100, **settings)
-    if is_stream:
-        trainer.train_dataset = stream(rows)
-    with pytest.raises(UserError, match=r"train dataset.*because.*max_length=100 tokens. Raise max_length"):
-        trainer.train()
-    assert trainer.state.global_step == 0 and not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(UserError, match="train dataset can be used: 6 because.*=100 tokens. Raise max_length"):
+        trainer_of(tmp_path, kind(rows), **settings)
 
 
 def test_an_evaluation_set_without_anything_to_evaluate_is_refused(tmp_path):
-    data = Dataset.from_list([conversation(number, LONG) for number in range(3)])
-    trainer = tiny_run.make_trainer(tmp_path, max_length=100, eval_strategy="steps", eval_dataset=data)
-    with pytest.raises(UserError, match="eval dataset"):
-        trainer.train()
+    good, bad = ([conversation(number, answer) for number in range(3)] for answer in (SHORT, LONG))
+    with pytest.raises(UserError, match="the eval dataset can be used"):
+        trainer_of(tmp_path, stream(good), stream(bad))
+    with pytest.raises(UserError, match="the eval_late dataset can be used"):
+        trainer_of(tmp_path, stream(good), {"early": stream(good), "late": stream(bad)})
 
 
-@pytest.mark.parametrize("make", [conversation, completion])
 @pytest.mark.parametrize("kind", [Dataset.from_list, stream])
-def test_one_example_that_fits_is_enough(collator, make, kind):
-    rows = [make(number, LONG) for number in range(130)]
+def test_one_example_that_fits_is_enough(collator, kind):
+    rows = [conversation(number, LONG) for number in range(130)]
     with pytest.raises(UserError, match="130 because"):
         check_conversations(kind(rows), collator, "train")
-    check_conversations(kind([*rows, make(130, SHORT)]), collator, "train")
+    check_conversations(kind([*rows, conversation(130, SHORT)]), collator, "train")
 
 
 @pytest.mark.parametrize("rejected, warns", [(0, False), (2, False), (3, True)])
