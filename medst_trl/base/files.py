@@ -79,13 +79,23 @@ def read_jsonl(path: str | os.PathLike) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def visible_files(directory: Path, skipped_prefixes: tuple[str, ...] = (".",)) -> Iterator[str]:
+def visible_files(
+    directory: Path, skipped_prefixes: tuple[str, ...] = (".",), follow_symlinks: bool | None = None
+) -> Iterator[str]:
     """
     Yield the names of all files below a directory, except hidden files and directories whose names start with one of
-    `skipped_prefixes`.
+    `skipped_prefixes`. A symbolic link to a directory is omitted by default, followed if `follow_symlinks` is True,
+    and yielded itself if it is False.
     """
-    for root, directories, files in os.walk(directory):
+    seen = {os.path.realpath(directory)}
+    for root, directories, files in os.walk(directory, followlinks=bool(follow_symlinks)):
         directories[:] = sorted(name for name in directories if not name.startswith(skipped_prefixes))
+        if follow_symlinks:  # each directory once: links may lead in circles
+            found = {os.path.realpath(os.path.join(root, name)): name for name in directories}
+            directories[:] = [name for target, name in found.items() if target not in seen]
+            seen.update(found)
+        elif follow_symlinks is not None:
+            files += [name for name in directories if os.path.islink(os.path.join(root, name))]
         for name in sorted(files):
             if not name.startswith("."):
                 yield (Path(root) / name).relative_to(directory).as_posix()

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What single formats need: 8-bit pixels, JPEG and PNG files without metadata, and DICOM.
+What image files of all formats need: their frames, their problems, 8-bit pixels; JPEG and PNG without metadata.
 
 Images of other modes become 8-bit gray or RGB as follows:
 
@@ -12,16 +12,20 @@ Images of other modes become 8-bit gray or RGB as follows:
   keeps the order, and a uniform image becomes black. PIL reduces 16-bit color to its high bytes when it decodes.
 """
 
-import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from medst_trl.base.errors import UserError
+
+
+MAX_BYTES_PER_PIXEL = 16  # of `max_pixels`: no valid image file is larger, so larger ones are not read into memory
 
 
 class ImageProblem(Exception):
@@ -31,7 +35,7 @@ class ImageProblem(Exception):
     Attributes:
         reason (`str`):
             One word for counting: `outside_image_folder`, `missing`, `not_a_file`, `unreadable`, `empty`, `too_large`,
-            `not_an_image`, `truncated`, `several_frames`, `unsupported`, `bad_window`.
+            `not_an_image`, `truncated`, `several_frames`, `unsupported`, `bad_window`, `burned_in_annotation`.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -63,6 +67,46 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise ImageProblem("too_large", f"{width} x {height} pixels, the limit (max_pixels) is {max_pixels}")
 
 
+class Frame(NamedTuple):
+    """
+    One image of a file, mode "L" or "RGB".
+
+    Attributes:
+        image (`PIL.Image.Image`):
+            Its pixels.
+        own_bytes (`bytes`, *optional*):
+            The file's own bytes without metadata, if they can be kept.
+        note (`str`, *optional*):
+            What is counted about it, such as `CT_images_without_window`.
+    """
+
+    image: Image.Image
+    own_bytes: bytes | None = None
+    note: str = ""
+
+
+@dataclass
+class Frames:
+    """
+    The images of an opened file.
+
+    Attributes:
+        count (`int`):
+            Their number.
+        read (`Callable`):
+            Takes an index from 0, and returns the [`Frame`].
+        middle (`int`):
+            Index of the one in the middle.
+        groups (`dict`):
+            See [`StoredImage`].
+    """
+
+    count: int
+    read: Callable[[int], Frame]
+    middle: int = 0
+    groups: dict[str, str] = field(default_factory=dict)
+
+
 # --- 8-bit pixels ----------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +132,12 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
+def finite_range(values: np.ndarray) -> tuple[float, float]:
+    """Return the smallest and the largest of the values that are finite; zeros if there is none."""
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
 def rescale(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
     """
     Map `low`..`high` (by default the finite minimum..maximum of the values) to 0..255, rounded.
@@ -100,9 +150,8 @@ def rescale(values: np.ndarray, low: float | None = None, high: float | None = N
         `np.ndarray` of the same shape, `uint8`.
     """
     values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
     if low is None or high is None:
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        low, high = finite_range(values)
     if low == high:
         return np.zeros(values.shape, np.uint8)
     values = np.nan_to_num(values, nan=low, posinf=max(low, high), neginf=min(low, high))
@@ -186,78 +235,3 @@ def strip_png(data: bytes) -> bytes | None:
         if kind == b"IEND" and at <= len(data):
             return b"".join(parts)
     return None
-
-
-# --- DICOM -----------------------------------------------------------------------------------------------------------
-
-
-def read_dicom(data: bytes, max_pixels: int) -> tuple[Image.Image, dict[str, str]]:
-    """
-    Read the image of a DICOM file, mode "L" or "RGB", and its groups, see [`StoredImage`]. The header is dropped; text
-    burned into the pixels stays.
-
-    Gray values go through the modality LUT and the first window (linear, exact or sigmoid), whose two ends become 0
-    and 255. Without a window they go through the VOI LUT if there is one, and their own minimum..maximum becomes
-    0..255. MONOCHROME1 is inverted, so that white is dense. Color (RGB, YBR, palette) of 8 bits is taken as it is,
-    of 16 bits by its high bytes.
-
-    Raises:
-        ImageProblem: `several_frames`, `too_large`, `truncated`, `bad_window`, `unsupported` (a compression without a
-            decoder, an unknown color space), `not_an_image` (no pixels, or not a DICOM file).
-        UserError: if pydicom is not installed.
-    """
-    try:
-        import pydicom
-    except ImportError:
-        raise UserError(
-            "There are DICOM files among the images, and reading them needs pydicom. "
-            "Install it with `pip install 'medst_trl[dicom]'`."
-        ) from None
-    try:
-        header = pydicom.dcmread(io.BytesIO(data), force=True)
-        pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-        if "Rows" not in header or not any(name in header for name in pixels):
-            raise ImageProblem("not_an_image", "not a DICOM file with pixels")
-        width, height, frames = int(header.Columns), int(header.Rows), int(header.get("NumberOfFrames") or 1)
-    except ImageProblem:
-        raise
-    except Exception as error:  # the message of pydicom may quote the header
-        raise ImageProblem("not_an_image", type(error).__name__) from None
-    check_pixels(width, height, max_pixels)
-    if frames > 1:
-        raise ImageProblem("several_frames")
-    return Image.fromarray(_dicom_pixels(header)), _dicom_groups(header)
-
-
-def _dicom_groups(header) -> dict[str, str]:
-    """Return what the header says; of what it lacks, the smaller group, so that a series stays together anyway."""
-    groups, value = {}, ""
-    for group, name in (("series", "SeriesInstanceUID"), ("study", "StudyInstanceUID"), ("patient", "PatientID")):
-        if value := str(header.get(name) or "").strip() or value:
-            groups[group] = value
-    return groups
-
-
-def _dicom_pixels(header) -> np.ndarray:
-    """Return bytes of shape (height, width) or (height, width, 3)."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
-
-    with image_problem("truncated"), image_problem("unsupported", (NotImplementedError, RuntimeError, AttributeError)):
-        values = pixel_array(header)  # turns YBR into RGB
-    colors = header.get("PhotometricInterpretation", "")
-    with image_problem("bad_window"):
-        if colors == "PALETTE COLOR":
-            values = apply_color_lut(values, header)
-        if values.ndim == 3 and values.shape[2] == 3:
-            return (values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)
-        if values.ndim != 2 or not colors.startswith("MONOCHROME"):
-            raise ImageProblem("unsupported", f"photometric interpretation {colors!r}")
-        values = apply_modality_lut(values, header)
-        if header.get("WindowWidth") is None or header.get("WindowCenter") is None:
-            gray = rescale(apply_voi_lut(values, header))  # the values themselves without a LUT
-        else:
-            # The range of the result depends on the header in many ways, so ask the window itself for its two ends.
-            with np.errstate(over="ignore"):
-                low, high = apply_windowing(np.array([-1e12, 1e12]), header)
-                gray = rescale(apply_windowing(values, header), low, high)
-        return 255 - gray if colors == "MONOCHROME1" else gray

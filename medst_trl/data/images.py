@@ -11,14 +11,16 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -26,16 +28,27 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.processes import ordered_map
 
-from .image_formats import ImageProblem, check_pixels, image_problem, read_dicom, to_8_bit, without_metadata
-from .source import DICOM_SUFFIXES, ImageReader, Rejected
+from .dicom import open_dicom
+from .image_formats import (
+    MAX_BYTES_PER_PIXEL,
+    Frame,
+    Frames,
+    ImageProblem,
+    check_pixels,
+    image_problem,
+    to_8_bit,
+    without_metadata,
+)
+from .image_settings import ImageSettings
+from .nifti import is_nifti, open_nifti
+from .source import DICOM_SUFFIXES, ImageReader, Records, Rejected
 
 
-MAX_PIXELS = 100_000_000  # the largest whole-slide overviews fit; a decompression bomb does not
-MAX_BYTES_PER_PIXEL = 16  # no valid image file is larger, so larger ones are not read into memory
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
 _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX"}
+_FRAME = re.compile(r"#([1-9]\d{0,8})$")
 _TRUNCATED = (OSError, EOFError, SyntaxError, struct.error, IndexError)  # what decoders raise on a truncated file
 
 
@@ -50,13 +63,16 @@ class StoredImage:
         image_id (`str`):
             See [`image_id`].
         groups (`dict[str, str]`):
-            What the image has in common with others, not hashed, so never to be written: of DICOM the `"patient"`,
-            `"study"` and `"series"`. Empty for other files.
+            What the image has in common with others, not hashed, so never to be written: the `"patient"`, `"study"`
+            and `"series"` of DICOM; for other frames of one file, its hash. Empty for other images.
+        note (`str`):
+            What is counted about it, such as `CT_images_without_window`.
     """
 
     bytes: bytes
     image_id: str
     groups: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def image_id(image: Image.Image) -> str:
@@ -81,36 +97,70 @@ def store_image(image: Image.Image) -> StoredImage:
     return StoredImage(_png(image), image_id(image))
 
 
-def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, identify: bool = True) -> StoredImage:
+def load_image(
+    path: str | os.PathLike,
+    settings: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+    frame: int | None = None,
+    *,
+    identify: bool = True,
+) -> StoredImage:
     """
-    Read one image file of any format that PIL reads without another program, or DICOM.
+    Read one image of a file: of any format that PIL reads without another program, DICOM or NIfTI.
 
     Args:
         path (`str` or `os.PathLike`):
             The file. Paths from data files go through [`resolve_inside`] first.
-        max_pixels (`int`, *optional*, defaults to 100 million):
-            Larger images are rejected by their header, before anything is decoded. PIL's own limit
-            (`Image.MAX_IMAGE_PIXELS`) applies as well.
+        settings ([`ImageSettings`], *optional*):
+            How to read it. Images of more than `max_pixels` are rejected by their header, before anything is decoded.
+            PIL's own limit (`Image.MAX_IMAGE_PIXELS`) applies as well.
+        frame (`int`, *optional*):
+            Number of the frame, from 1. By default a file with several has the one in the middle if `settings.frames`
+            is `"middle"`, and is rejected otherwise.
         identify (`bool`, *optional*, defaults to `True`):
             Whether to compute the `image_id`, for which the pixels are decoded. Without it, `image_id` is empty, and
             files that keep their bytes are not decoded: only for files that were accepted before.
 
     Raises:
         ImageProblem: with a reason word, whatever is wrong with the file.
-        UserError: for a DICOM file without pydicom (extra `dicom`).
+        UserError: for a DICOM or NIfTI file without the package that reads it (extras `dicom` and `nifti`).
     """
-    path = Path(path)
-    data, own_bytes, groups = _bytes_of(path, max_pixels), None, {}
+    opened = open_image(Path(path), settings, identify)
+    return _stored(opened, opened.read(_index(opened, settings, frame)), identify)
+
+
+def open_image(path: Path, settings: ImageSettings, identify: bool = True) -> Frames:
+    """Open a file without decoding its frames. Raises the errors of [`load_image`], which reads one of them."""
+    data = _bytes_of(path, settings.max_pixels)
     if data[128:132] == b"DICM" or path.suffix.lower() in DICOM_SUFFIXES:
-        image, groups = read_dicom(data, max_pixels)
+        opened = open_dicom(data, settings)
+    elif is_nifti(data, path.name):
+        opened = open_nifti(data, settings)
     else:
-        image, own_bytes = _decode(data, max_pixels, identify)
-    return StoredImage(own_bytes or _png(image), image_id(image) if identify else "", groups)
+        opened = _open_picture(data, settings.max_pixels, identify)
+    if opened.count > 1 and not opened.groups:  # the frames of one file stay together
+        opened.groups = dict.fromkeys(("series", "study", "patient"), hashlib.sha256(data).hexdigest())
+    return opened
 
 
-def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
+def _index(opened: Frames, settings: ImageSettings, frame: int | None) -> int:
+    """Return the index of the frame to read."""
+    if frame is not None and not 1 <= frame <= opened.count:
+        raise ImageProblem("missing", f"frame {frame} of {opened.count}")
+    if frame is None and opened.count > 1 and settings.frames != "middle":
+        choice = "a text is about one of them" if settings.frame_step else "set --frames to middle, all or every:N"
+        raise ImageProblem("several_frames", f"{opened.count} frames: {choice}, or name the one that is meant, FILE#N")
+    return opened.middle if frame is None else frame - 1
+
+
+def _stored(opened: Frames, frame: Frame, identify: bool) -> StoredImage:
+    data = frame.own_bytes or _png(frame.image)
+    return StoredImage(data, image_id(frame.image) if identify else "", opened.groups, frame.note)
+
+
+def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: bool = False) -> Path:
     """
-    Find the file that `name` (from a data file) means. It must be in `directory` after all `..` and symbolic links.
+    Find the file that `name` (from a data file) means. It must be in `directory` after all `..` and symbolic links;
+    with `follow_symlinks`, after all `..`.
 
     Raises:
         ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
@@ -120,32 +170,41 @@ def resolve_inside(directory: str | os.PathLike, name: str) -> Path:
         path = os.path.realpath(os.path.join(root, name))
     except (OSError, ValueError):  # too long, a zero byte
         raise ImageProblem("missing", "no such file name") from None
-    if not path.startswith(os.path.join(root, "")):
+    if path.startswith(os.path.join(root, "")):
+        return Path(path)
+    named = os.path.normpath(os.path.join(root, name))
+    if not named.startswith(os.path.join(root, "")):
         raise ImageProblem("outside_image_folder")
-    return Path(path)
+    if not follow_symlinks:
+        raise ImageProblem("outside_image_folder", "by a symbolic link; --follow_symlinks true follows it")
+    return Path(named)  # not where the link leads: the files of a Hub snapshot lose their suffixes there
 
 
 class FolderImages:
     """
     Image files in one directory, which no name may leave. Raises [`ImageProblem`] for images that cannot be used.
 
+    `scan.dcm#3` is the third frame of `scan.dcm`, unless a file has this name.
+
     Bytes that were read for an id are kept for writing as long as there is room, so that a benchmark is read once.
 
     Args:
         directory (`pathlib.Path`): Where all names start.
-        max_pixels (`int`): See [`load_image`].
+        settings ([`ImageSettings`], *optional*): How to read them.
         room (`int`, *optional*, defaults to 256 MiB): Bytes of images to keep.
     """
 
-    def __init__(self, directory: Path, max_pixels: int, room: int = 1 << 28):
-        self.directory, self.max_pixels, self._room = directory, max_pixels, room
+    def __init__(self, directory: Path, settings: ImageSettings | None = None, room: int = 1 << 28):
+        self.directory, self.settings, self._room = directory, settings or ImageSettings(), room
         self._kept: dict[str, bytes] = {}
+        self._lock = Lock()  # files of several frames are decoded by one thread, and not by each again
+        self._opened = lru_cache(maxsize=2)(open_image)
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse a directory that has none of the images, if another one near it has some of the first few."""
 
         def has_any(directory: Path, names: Sequence[str]) -> bool:
-            return any(os.path.isfile(os.path.join(directory, name)) for name in names)
+            return any(os.path.isfile(os.path.join(directory, _FRAME.sub("", name))) for name in names)
 
         if not names or has_any(self.directory, names):
             return
@@ -155,8 +214,31 @@ class FolderImages:
                 "Correct image_folder."
             )
 
+    def find(self, name: str) -> tuple[Path, int | None]:
+        """Return the file that a name means, and the number of the frame if it has one."""
+        path = resolve_inside(self.directory, name, self.settings.follow_symlinks)
+        if (match := _FRAME.search(name)) and not os.path.lexists(path):
+            return self.find(name[: match.start()])[0], int(match[1])
+        return path, None
+
+    def files(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield the files that names mean, relative to the directory, as far as they are in it."""
+        for name in names:
+            with suppress(ImageProblem):
+                yield self.find(name)[0].relative_to(os.path.realpath(self.directory)).as_posix()
+
+    def frames_of(self, name: str) -> list[str]:
+        """Return the names of the frames of a file that are used; its own if there is only one, or a problem."""
+        with suppress(ImageProblem):
+            path, frame = self.find(name)
+            count = open_image(path, self.settings).count if frame is None else 1
+            if count > 1:
+                return [f"{name}#{index + 1}" for index in range(0, count, self.settings.frame_step or 1)]
+        return [name]
+
     def load(self, name: str) -> StoredImage:
-        image = load_image(resolve_inside(self.directory, name), self.max_pixels)
+        """Read an image, and keep its bytes if there is room."""
+        image = self._load(name)
         if len(image.bytes) <= self._room:
             self._room -= len(image.bytes)
             self._kept[name] = image.bytes
@@ -166,8 +248,49 @@ class FolderImages:
         return self.load(name).image_id
 
     def stored_bytes(self, name: str) -> bytes:
-        path = resolve_inside(self.directory, name)
-        return self._kept.get(name) or load_image(path, self.max_pixels, identify=False).bytes
+        return self._kept.get(name) or self._load(name, identify=False).bytes
+
+    def _load(self, name: str, identify: bool = True) -> StoredImage:
+        path, frame = self.find(name)
+        if frame is None:
+            return load_image(path, self.settings, identify=identify)
+        with self._lock:
+            opened = self._opened(path, self.settings)
+            read = opened.read(_index(opened, self.settings, frame))
+        return _stored(opened, read, identify)
+
+
+def choose_frames(records: Records, images: FolderImages, num_workers: int) -> Records:
+    """
+    Replace files of several frames by those that `--frames all` or `every:N` selects. An unlabeled file becomes an
+    image for each; a conversation shows them all, one after the other. A question is about one image, so it is left to
+    be rejected when its file is read.
+    """
+    from tqdm.auto import tqdm
+
+    if images.settings.frame_step is None:
+        return records
+    names = list(dict.fromkeys(name for conversation in records.conversations for name in conversation.images))
+    counted = tqdm(ordered_map(images.frames_of, names, num_workers), "frames", len(names), unit="file", disable=None)
+    frames = dict(zip(names, counted))
+    conversations = []
+    for conversation in records.conversations:
+        shown = tuple(frame for name in conversation.images for frame in frames[name])
+        if not conversation.messages:
+            conversations += [replace(conversation, id=frame, images=(frame,)) for frame in shown]
+        elif shown == conversation.images:
+            conversations.append(conversation)
+        else:
+            sizes = (len(frames[name]) for name in conversation.images)
+            messages = [_with_frames(message, sizes) for message in conversation.messages]
+            conversations.append(replace(conversation, images=shown, messages=messages))
+    return replace(records, conversations=conversations)
+
+
+def _with_frames(message: dict, sizes: Iterator[int]) -> dict:
+    """Repeat each image part of a message as often as the next of `sizes` says."""
+    parts = [[part] * (next(sizes) if part["type"] == "image" else 1) for part in message["content"]]
+    return message | {"content": list(chain.from_iterable(parts))}
 
 
 @dataclass(frozen=True)
@@ -257,22 +380,50 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
         raise ImageProblem("unreadable", str(getattr(error, "strerror", "") or error)) from None
 
 
-def _decode(data: bytes, max_pixels: int, identify: bool) -> tuple[Image.Image, bytes | None]:
-    """Return the upright 8-bit image, and the file's own bytes without metadata if they can be kept."""
+def _open_picture(data: bytes, max_pixels: int, identify: bool) -> Frames:
+    """Open a file with PIL. Its frames are upright 8-bit images."""
     with image_problem("not_an_image"):
         image = Image.open(io.BytesIO(data), formats=_formats())
     check_pixels(*image.size, max_pixels)
+    with _decoding():
+        pages = _pages(image)
+
+    def read(index: int) -> Frame:
+        with _decoding():
+            if len(pages) > 1 or pages[0]:
+                image.seek(pages[index])
+                check_pixels(*image.size, max_pixels)
+            own_bytes = without_metadata(image, data) if len(pages) == 1 and _is_upright(image, data) else None
+            if own_bytes is None:
+                return Frame(to_8_bit(ImageOps.exif_transpose(image)))
+            if identify:
+                image.load()
+            return Frame(image, own_bytes)
+
+    return Frames(len(pages), read, len(pages) // 2)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
     # What else a decoder raises is about a mode or compression that PIL does not turn into pixels.
     with image_problem("unsupported"), image_problem("truncated", _TRUNCATED):
-        # The further images of an MPO file are a phone's previews of the first one.
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise ImageProblem("several_frames")
-        own_bytes = without_metadata(image, data) if _is_upright(image, data) else None
-        if own_bytes is None:
-            return to_8_bit(ImageOps.exif_transpose(image)), None
-        if identify:
-            image.load()
-        return image, own_bytes
+        yield
+
+
+def _pages(image: Image.Image) -> list[int]:
+    """Return the positions of the frames of a file, without what shows another one again."""
+    # The further images of an MPO file are a phone's previews of the first one.
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return [0]
+    pages = []
+    for page in range(image.n_frames):
+        if image.format == "TIFF":
+            image.seek(page)
+        # Bits of NewSubfileType: a smaller copy of another page, and a mask of its transparent parts.
+        if image.format != "TIFF" or not image.tag_v2.get(254, 0) & 0b101:
+            pages.append(page)
+    image.seek(0)
+    return pages or [0]
 
 
 def _is_upright(image: Image.Image, data: bytes) -> bool:

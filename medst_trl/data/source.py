@@ -55,6 +55,7 @@ from .schema import ANSWER_TYPES
 
 
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,12 +295,15 @@ class SourceRequest:
             The source's own settings, an object of its `settings` class.
         seed (`int`, *optional*, defaults to `0`):
             Seed for everything that the source samples.
+        follow_symlinks (`bool`, *optional*, defaults to `False`):
+            Whether to search directories behind symbolic links.
     """
 
     data_path: Path | None = None
     image_folder: Path | None = None
     settings: Any = None
     seed: int = 0
+    follow_symlinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -400,7 +404,7 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
     """
     from PIL import Image
 
-    suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES}
+    suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES, *NIFTI_SUFFIXES, ".gz"}
     stems = {PurePosixPath(image.replace("\\", "/")).name.split(".")[0] for image in images}
     reveals_a_file = (
         "/" in name

@@ -21,7 +21,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.images import MAX_PIXELS, FolderImages
+from medst_trl.data.image_settings import ImageSettings
+from medst_trl.data.images import FolderImages
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, preference_features, text_of, with_stored_images, write_split
 from medst_trl.data.source import BadRecord, Records, Rejected, check_image_folder, list_reasons, published_id
@@ -57,7 +58,7 @@ class PreferenceFile:
 
 
 def read_preference_file(
-    path: str | os.PathLike, image_folder: str | os.PathLike, max_pixels: int = MAX_PIXELS
+    path: str | os.PathLike, image_folder: str | os.PathLike, max_pixels: int = ImageSettings.max_pixels
 ) -> PreferenceFile:
     """
     Read a JSON array or JSON lines of either format, which each record's keys show.
@@ -89,7 +90,8 @@ def read_preference_file(
     """
     path, image_folder = Path(path), Path(image_folder)
     check_image_folder(image_folder)
-    images, records = FolderImages(image_folder, max_pixels), Records("preferences", image_folder)
+    images = FolderImages(image_folder, ImageSettings(max_pixels))
+    records = Records("preferences", image_folder)
 
     @cache
     def identify(image: str) -> str | ImageProblem:

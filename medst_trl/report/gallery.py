@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from medst_trl.data.images import MAX_PIXELS
+from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.source import BadRecord
 from medst_trl.evaluation.metrics.strict import is_right
 from medst_trl.evaluation.scoring import read_answer
@@ -137,7 +137,7 @@ def data_url(image: bytes | None, size: int) -> str:
         return ""
     try:
         with Image.open(io.BytesIO(image), formats=["PNG", "JPEG"]) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+            if picture.width * picture.height > ImageSettings.max_pixels:
                 return ""
             picture.draft("RGB", (size, size))  # decodes a JPEG at a fraction of its size
             small = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import FolderImages, MemoryImages, index_images
 
 
@@ -55,7 +56,12 @@ def test_a_directory_with_some_of_the_images_is_read_whatever_is_near_it(tmp_pat
     for name, directory in zip(names, 20 * ["other"] + 20 * ["images"], strict=True):
         (tmp_path / directory).mkdir(exist_ok=True)
         Image.new("L", (4, 4)).save(tmp_path / directory / name)
-    good, bad = index_images(names, FolderImages(tmp_path / "images", 100), tmp_path / "index.jsonl", num_workers=2)
+    good, bad = index_images(
+        names,
+        FolderImages(tmp_path / "images", ImageSettings(max_pixels=100)),
+        tmp_path / "index.jsonl",
+        num_workers=2,
+    )
     assert list(good) == names[20:] and {item.reason for item in bad.values()} == {"missing"}
 
 
@@ -63,7 +69,7 @@ def test_the_cache_size_does_not_change_the_stored_bytes(tmp_path):
     images = {f"{n}.jpg": Image.new("RGB", (9, 9), (n, n, n)) for n in range(4)}
     for name, image in images.items():
         image.save(tmp_path / name, comment=b"SECRET")
-    readers = [FolderImages(tmp_path, 100, cache_size) for cache_size in (0, 700, 10**6)]
+    readers = [FolderImages(tmp_path, ImageSettings(max_pixels=100), cache_size) for cache_size in (0, 700, 10**6)]
     for name in images:
         assert len({reader.image_id(name) for reader in readers}) == 1
         (stored,) = {reader.stored_bytes(name) for reader in readers}

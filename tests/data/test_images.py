@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import image_id, load_image, resolve_inside, store_image
 
 
@@ -39,7 +40,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 def rejection_reason(path, **options) -> str:
     with pytest.raises(ImageProblem) as error:
-        load_image(path, **options)
+        load_image(path, ImageSettings(**options))
     return error.value.reason
 
 
@@ -254,7 +255,7 @@ def test_decompression_bombs_are_rejected_by_their_header(tmp_path):
     assert rejection_reason(tmp_path / "bomb.png") == "too_large"
     random_image("L", (101, 100)).save(tmp_path / "large.png")
     assert rejection_reason(tmp_path / "large.png", max_pixels=10_000) == "too_large"
-    assert pixels(load_image(tmp_path / "large.png", max_pixels=10_100).bytes).shape[1] == 101
+    assert pixels(load_image(tmp_path / "large.png", ImageSettings(max_pixels=10_100)).bytes).shape[1] == 101
     with open(tmp_path / "padded.png", "wb") as file:  # a very large file of zeros
         file.truncate(2_000_000_000)
     assert rejection_reason(tmp_path / "padded.png") == "too_large"

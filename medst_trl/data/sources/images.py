@@ -37,20 +37,20 @@ DETAILED = (
 )
 
 
-def read_folder(directory: Path) -> Records:
+def read_folder(directory: Path, follow_symlinks: bool = False) -> Records:
     """
     Read every file in a directory, except hidden ones, as one unlabeled image.
 
     Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
-    records = Records("images", directory)
-    records.conversations = [Conversation(name, (name,), []) for name in visible_files(directory)]
+    records, names = Records("images", directory), visible_files(directory, follow_symlinks=follow_symlinks)
+    records.conversations = [Conversation(name, (name,), []) for name in names]
     if not records.conversations:
         raise UserError(f"{directory} holds no files. Correct the path to the images.")
     return records
 
 
-def read_table(path: Path, image_folder: Path) -> Records:
+def read_table(path: Path, image_folder: Path, follow_symlinks: bool = False) -> Records:
     """
     Read a table of images, `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects; for a directory see
     [`read_folder`].
@@ -68,7 +68,11 @@ def read_table(path: Path, image_folder: Path) -> Records:
             return Question.from_row(name, row)
         return Conversation(name, (text_value(row.get("image"), missing="no_image"),), [])
 
-    return read_folder(path) if path.is_dir() else _read_rows(Records("images", image_folder), path, record)
+    return (
+        read_folder(path, follow_symlinks)
+        if path.is_dir()
+        else _read_rows(Records("images", image_folder), path, record)
+    )
 
 
 def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
@@ -122,7 +126,7 @@ SOURCES.register(
     Source(
         name="images",
         summary="a directory of images, or a table (csv, tsv, jsonl) with image, optionally question, answer, split",
-        read=lambda request: read_table(request.data_path, request.image_folder),
+        read=lambda request: read_table(request.data_path, request.image_folder, request.follow_symlinks),
         card=SourceCard("images from the publisher of this repository"),
         reads_folders=True,
     )

@@ -29,6 +29,7 @@ from medst_trl.base.files import write_jsonl
 from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import assemble
+from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import SOURCES, ImageReader, Source, SourceRequest, check_image_folder, list_reasons
 from medst_trl.hub import HubArguments
@@ -58,8 +59,6 @@ class PrepareArguments:
             Drop training questions about images that are also in the test or validation set.
         max_records (`int`, *optional*):
             Use only the first N conversations, and the first N images with questions of each split.
-        max_pixels (`int`, *optional*, defaults to `100000000`):
-            Reject images with more pixels before decoding them.
         rows_per_shard (`int`, *optional*, defaults to `512`):
             Rows per Parquet file.
         seed (`int`, *optional*, defaults to `0`):
@@ -77,7 +76,6 @@ class PrepareArguments:
     validation_fraction: float = 0.0
     image_disjoint: bool = False
     max_records: int | None = None
-    max_pixels: int = 100_000_000
     rows_per_shard: int = 512
     seed: int = 0
     num_workers: int = 0
@@ -92,11 +90,12 @@ def main(args: PrepareArguments, *others: Any) -> None:
         args ([`PrepareArguments`]):
             Its arguments.
         *others:
-            Settings of sources. Those of the chosen source are used; if they are not given, its defaults.
+            [`ImageSettings`], and settings of sources. If they are not given, their defaults are used.
     """
-    from medst_trl.data.images import FolderImages, index_images
+    from medst_trl.data.images import FolderImages, choose_frames, index_images
 
     check(args, *others)
+    images = settings_among(others, ImageSettings)
     source, request = SOURCES.get(args.source), request_of(args, *others)
     record = StageRecord.of(STAGE, args, *others, inputs=_inputs(source, request))
     if record.decision == "skip":
@@ -104,10 +103,12 @@ def main(args: PrepareArguments, *others: Any) -> None:
     output_dir = Path(args.output_dir)
     num_workers = args.num_workers or cores()
     if source.needs_data:
-        _set_limits_of_pil(args.max_pixels)
+        _set_limits_of_pil(images.max_pixels)
     with record:
         records = source.read(request).first(args.max_records)
-        reader = records.images or FolderImages(records.image_folder, args.max_pixels)
+        reader = records.images or FolderImages(records.image_folder, images)
+        if isinstance(reader, FolderImages):
+            records = choose_frames(records, reader, num_workers).first(args.max_records)
         index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
         selection = {name: getattr(args, name) for name in ("validation_fraction", "image_disjoint", "seed")}
         rows, rejected, counts = assemble(records, *index, **selection)
@@ -135,9 +136,10 @@ def check(args: PrepareArguments, *others: Any) -> None:
     source = SOURCES.get(args.source)
     check_bounds(
         args,
-        at_least={"validation_fraction": 0, "max_records": 1, "max_pixels": 1, "rows_per_shard": 1, "num_workers": 0},
+        at_least={"validation_fraction": 0, "max_records": 1, "rows_per_shard": 1, "num_workers": 0},
         below={"validation_fraction": 1},
     )
+    settings_among(others, ImageSettings).check()
     if source.needs_data and args.data_path is None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
 
@@ -153,7 +155,8 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
         UserError: for a missing path.
     """
     source = SOURCES.get(args.source)
-    request = SourceRequest(settings=settings_among(others, source.settings), seed=args.seed)
+    own, images = settings_among(others, source.settings), settings_among(others, ImageSettings)
+    request = SourceRequest(settings=own, seed=args.seed, follow_symlinks=images.follow_symlinks)
     for name in source.files:
         path = getattr(request.settings, name)
         if path is not None and not Path(path).exists():
@@ -252,7 +255,7 @@ STAGE = Stage(
     summary="turn medical images, questions and conversations into datasets",
     help=__doc__,
     after=("base",),
-    arguments=lambda: (PrepareArguments, *SOURCES.settings(), HubArguments),
+    arguments=lambda: (PrepareArguments, ImageSettings, *SOURCES.settings(), HubArguments),
     check=check,
     main=main,
     plan=plan,
