@@ -53,16 +53,16 @@ def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int, size: 
 
 def changed_answers(run: Run, comparison: Comparison, limit: int, size: int) -> dict[str, Any] | None:
     """
-    Compare the newest policy with the one before training, on the questions of a benchmark.
+    Compare the policy of the headline with the one before training, on the questions of a benchmark.
 
     Returns:
         `dict` or `None`: the evaluations `before` and `after`; `counts`, the number of questions by outcome (see
         `OUTCOMES`); and `cases`, by outcome some predictions of the newer policy, each with `images`, `before` and
         `after`. None if the policies cannot be compared.
     """
-    if not comparison.compared:
+    before, after = comparison.before, comparison.headline
+    if after not in comparison.compared:
         return None
-    before, after = comparison.before, comparison.compared[-1]
     old, new = read_answers(run, before), read_answers(run, after)
     by_outcome: dict[str, list[str]] = {name: [] for name in OUTCOMES.values()}
     try:

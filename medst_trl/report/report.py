@@ -14,7 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 
 from .curves import displacement, final_values, read_log, training_charts
-from .flow import Judging, data_flow, is_pair, missing_stages, note_other_data, settings
+from .flow import Judging, data_flow, is_pair, missing_stages, note_empty_page, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
@@ -115,6 +115,7 @@ def make_report(
     numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})
     rounds = [Round(run, number, judgings, gallery, image_size) for number in numbers]
     note_other_data(run)
+    note_empty_page(run, scores=bool(comparisons), judged_pairs=bool(judgings))
     page = {
         "title": title or run.directory.name,
         "run": run,
@@ -170,7 +171,8 @@ def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> li
         rows.append((name, [number(values[key], 3) if key in values else "" for values in trained]))
     for comparison in comparisons:
         for metric, path in comparison.charted():
-            last = {e.run.round: leaf for e in comparison.evaluations if (leaf := e.file.leaf(metric, path))}
+            found = [(e.round, e.file.leaf(metric, path)) for e in comparison.evaluations if e.level >= 0]
+            last = {number: leaf for number, leaf in found if leaf}
             cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
             rows.append((f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
     return [(name, cells) for name, cells in rows if any(cells)]

@@ -12,7 +12,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.pipeline.record import RECORD_FILE, problem_of
-from medst_trl.pipeline.stage import STAGES, Stage
+from medst_trl.pipeline.stage import MODEL, STAGES, Stage
 
 
 DEPTH = 3  # <run>/round_1/evaluate/aligned
@@ -101,6 +101,25 @@ class Run:
         made = [(run, output) for run in self.select(lambda stage: True, round) for output in run.stage.outputs]
         return [run.directory / output.directory for run, output in made if output.kind == kind]
 
+    def lineage(self, reader: StageRun, name: str) -> list[StageRun]:
+        """Return the stages that made a model which a stage read under this name, the last one first."""
+        found: list[StageRun] = []
+        while name and (maker := self._maker(reader, name)) is not None and maker not in found:
+            found.append(maker)
+            keys = [key for item in maker.stage.inputs if item.kind == MODEL for key in (item.key, item.unless)]
+            names = (maker.settings.get(key) for key in keys)
+            reader, name = maker, next((value for value in names if value and isinstance(value, str)), "")
+        return found
+
+    def _maker(self, reader: StageRun, name: str) -> StageRun | None:
+        """Return the stage in whose directory a path is. The run directory may have moved since, or be a copy."""
+        path = Path(os.path.realpath(os.path.expanduser(name)))
+        then = Path(os.path.abspath(str(reader.settings.get("output_dir", ""))))
+        is_known = then.as_posix().endswith(f"/{reader.name}")
+        roots = [self.directory, *([then.parents[reader.name.count("/")]] if is_known else path.parents)]
+        makers = [one for one in self.stages if any(_is_in(path, root / one.name) for root in roots)]
+        return max(makers, key=lambda one: len(one.name), default=None)
+
     def name(self, path: Path) -> str:
         return path.relative_to(self.directory).as_posix()
 
@@ -138,6 +157,10 @@ class Run:
             self.notes.append(
                 f"{self.name(path)}: {len(damaged):,} damaged {lines} left out, the first is line {damaged[0]:,}."
             )
+
+
+def _is_in(path: Path, directory: Path) -> bool:
+    return path.is_relative_to(os.path.realpath(directory))
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:

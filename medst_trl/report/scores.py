@@ -1,6 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""All evaluations of a run side by side, and the changes since the one before preference training."""
+"""
+All evaluations of a run side by side, and the changes since the one before preference training.
+
+Which policy an evaluation is about follows from the records: the stages that made the evaluated model.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +37,11 @@ class Evaluation:
     Attributes:
         label (`str`): `"aligned"`, `"round 2/aligned"`: its directory without what all have in common.
         run ([`StageRun`]): The stage that wrote it.
-        is_supervised (`bool`): Whether a training stage made the model that does not belong to the rounds of
-            preference training.
-        age (`tuple`): Key to sort by, the oldest policy first.
+        trained (`list` of [`StageRun`]): The training stages of the run that led to the model, the last one first.
+        level (`int`): 2 after preference training, 1 after supervised training only, 0 for a model that the run did
+            not train, -1 if that is on a server or its predictions were given.
+        round (`int`): The round that made the model.
+        age (`tuple`): Key to sort by: the model that training started from first, others by level, -1 last.
         benchmark (`str`): The benchmark, in words.
         key (`tuple`): Data and split by content: evaluations of one key can be compared.
         changes (`dict`): Metric and path to a figure with `difference` and `difference_interval`, against the
@@ -46,14 +52,20 @@ class Evaluation:
         content = file.content
         data, split = content.get("data") or {}, content.get("split")
         source = str(content.get("benchmark") or content.get("predictions") or "predictions")
-        model = relative_path(content.get("model") or "", run.directory)
         parts = [part for part in run.name(directory).split("/") if part != stage.stage.name]
         self.run, self.directory, self.file = stage, directory, file
         self.label = words("/".join(parts)) or stage.stage.name
-        maker = next((one.stage for one in run.stages if one.name == model), None)
-        self.is_supervised = maker is not None and maker.trains and not maker.repeats
-        order = list(STAGES)
-        self.age = (stage.round, order.index(maker.name) if maker else len(order), stage.started)
+        made = run.lineage(stage, str(content.get("model") or content.get("predictions") or ""))
+        self.trained = [one for one in made if one.stage.trains]
+        self.round = made[0].round if made else stage.round
+        trainings = [] if self.trained else run.select(lambda stage: bool(stage.trains))
+        is_base = any(_model_names(stage) & _model_names(training) for training in trainings)
+        item = stage.stage.input("model_name_or_path")
+        is_loaded = item is not None and bool(item.names(stage.settings))  # neither on a server nor a predictions file
+        is_other = not (made or is_base or is_loaded)
+        self.level = 2 if any(one.stage.repeats for one in self.trained) else 1 if self.trained else -is_other
+        order = list(STAGES).index(made[0].stage.name) if made else 0
+        self.age = (is_other, self.level, not is_base, self.round, order, stage.started)
         self.benchmark = relative_path(source, run.directory) + (f", split {split}" if split else "")
         self.key = (data.get("sha256") or data.get("revision") or source, split)
         self.changes: dict[tuple[str, FigurePath], Leaf] = {}
@@ -65,12 +77,14 @@ class Comparison:
 
     Args:
         run ([`Run`]): The run.
-        evaluations (`list` of [`Evaluation`]): The oldest policy first.
+        evaluations (`list` of [`Evaluation`]): Sorted by age.
         bootstrap_samples (`int`): Bootstrap samples for the intervals of differences.
 
     Attributes:
         benchmark (`str`): The benchmark, in words.
-        before ([`Evaluation`]): What the others are compared with: the last policy before preference training.
+        headline ([`Evaluation`]): That of the policy that was trained last.
+        before ([`Evaluation`]): What the others are compared with: the policy before preference training, if possible
+            the one from which that of the headline was trained; else the first.
         compared (`list` of [`Evaluation`]): Those with differences, which are paired question by question.
         metrics (`list[str]`): Names of the metrics; the first one is shown in charts and controls.
     """
@@ -81,7 +95,10 @@ class Comparison:
         for evaluation in evaluations:  # `round 1/aligned` is `round 1` if the round has no other evaluation
             if (number := evaluation.run.round) and rounds.count(number) == 1:
                 evaluation.label = f"round {number}"
-        self.before = next((e for e in evaluations if e.is_supervised), evaluations[0])
+        self.headline = max(reversed(evaluations), key=lambda e: e.level)
+        supervised = [e for e in evaluations if e.level == 1 and self.headline.level == 2]
+        ancestors = [e for e in supervised if e.trained == self.headline.trained[-len(e.trained) :]]
+        self.before = (ancestors[-1:] or supervised or evaluations)[0]
         self.metrics = list(dict.fromkeys(metric for e in evaluations for metric in e.file.scores))
         for evaluation in evaluations[evaluations.index(self.before) + 1 :]:
             evaluation.changes = _changes(run, self.before, evaluation, bootstrap_samples)
@@ -127,11 +144,11 @@ class Comparison:
         return [(metric, path) for path, metric in found.items()]
 
     def charts(self) -> Iterator[Markup]:
-        """Draw a chart for each figure, with the newest policy's controls and the majority baseline."""
+        """Draw a chart for each figure, with the headline's controls and the majority baseline."""
         for metric, path in self.charted():
             bars = [_bar(e.label, e.file.scores, metric, path) for e in self.evaluations]
-            newest = self.evaluations[-1].file.controls.items()
-            bars += [_bar(f"{control} images", scores, metric, path, muted=True) for control, scores in newest]
+            controls = self.headline.file.controls.items()
+            bars += [_bar(f"{control} images", scores, metric, path, muted=True) for control, scores in controls]
             leaf, unit = self.leaf(metric, path), f"percent ({words(metric)}), with 95% intervals"
             title = f"{sentence(self.label(metric, path))}, {leaf['n']:,} questions"
             mark = None if leaf.get("majority") is None else (leaf["majority"], "majority baseline")
@@ -159,7 +176,7 @@ def _bar(label: str, scores: Scores, metric: str, path: FigurePath, muted: bool 
 
 
 def read_comparisons(run: Run, bootstrap_samples: int) -> list[Comparison]:
-    """Read all complete evaluations, and compare those of each benchmark."""
+    """Read all complete evaluations, and compare those of each benchmark: first those on which training shows."""
     found = []
     for stage in run.select(lambda stage: stage.makes("predictions")):
         for path in (stage.directory / SCORES_FILE, *sorted(stage.directory.glob(f"*/{SCORES_FILE}"))):
@@ -174,7 +191,15 @@ def read_comparisons(run: Run, bootstrap_samples: int) -> list[Comparison]:
     groups: dict[tuple, list[Evaluation]] = {}
     for evaluation in sorted(found, key=lambda evaluation: evaluation.age):
         groups.setdefault(evaluation.key, []).append(evaluation)
-    return [Comparison(run, group, bootstrap_samples) for group in groups.values()]
+    comparisons = [Comparison(run, group, bootstrap_samples) for group in groups.values()]
+    return sorted(comparisons, key=lambda comparison: -comparison.headline.level)
+
+
+def _model_names(stage: StageRun) -> set[str]:
+    """Return what identifies the model that a stage read: its name, and the hash of its files."""
+    name, sources = stage.settings.get("model_name_or_path"), stage.record.get("inputs", {}).get("model_name_or_path")
+    hashes = [item.get("sha256") for item in sources or () if isinstance(item, dict)]
+    return {str(name).partition("@")[0] for name in (name, *hashes) if name}
 
 
 def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
