@@ -74,8 +74,9 @@ def assemble(
             unlabelled[image] = replace(record, id=f"image-{image[:16]}")
     splits, overlap = hold_out(questions, image_ids, image_disjoint)
     for split in ("validation", "train"):
-        for image, about in by_image(splits[split], image_ids).items():
-            conversations += conversations_about_image(f"{records.name}-{split}-{image[:16]}", about)
+        for images, about in by_image(splits[split], image_ids).items():
+            name = "-".join(image[:16] for image in images)
+            conversations += conversations_about_image(f"{records.name}-{split}-{name}", about)
     conversations = split_off_validation(conversations, image_ids, validation_fraction, seed)
     rows = {("benchmark", "test"): _benchmark_rows(records, splits["test"], image_ids)}
     for split in ("train", "validation"):
@@ -113,14 +114,16 @@ def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Ma
 
 def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
     def question_row(question: Question) -> dict:
-        row = {name: value for name, value in asdict(question).items() if name not in ("image", "split")}
+        row = {
+            name: value for name, value in asdict(question).items() if name not in ("image", "more_images", "split")
+        }
         for name in ("id", "link"):
             row[name] = records.published_id(row[name], (question.image,)) if row[name] else None
         return row
 
     return [
         {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}
-        for image, about in by_image(questions, image_ids).items()
+        for (image,), about in by_image(questions, image_ids).items()
     ]
 
 
@@ -155,14 +158,14 @@ def hold_out(
     counts = {}
     for held, taken_from in (("test", "validation"), ("test", "train"), ("validation", "train")):
         held_pairs = {_pair(question, image_ids) for question in by_split[held]}
-        held_images = {image for image, _ in held_pairs}
+        held_images = {image for images, _ in held_pairs for image in images}
         before, where = by_split[taken_from], f"in_{taken_from}_and_{held}"
         pairs = {_pair(question, image_ids) for question in before}
         kept = [question for question in before if _pair(question, image_ids) not in held_pairs]
-        apart = [question for question in kept if image_ids[question.image] not in held_images]
+        apart = [question for question in kept if held_images.isdisjoint(_pair(question, image_ids)[0])]
         by_split[taken_from] = apart if image_disjoint else kept
         counts |= {
-            f"images_{where}": len({image for image, _ in pairs} & held_images),
+            f"images_{where}": len({image for images, _ in pairs for image in images} & held_images),
             f"pairs_{where}": len(pairs & held_pairs),
             f"questions_removed_for_pairs_{where}": len(before) - len(kept),
             f"questions_removed_for_images_{where}": len(kept) - len(by_split[taken_from]),
@@ -190,11 +193,11 @@ def split_off_validation(
     ]
 
 
-def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dict[str, list[Question]]:
-    """Group questions by `image_id`, in their original order."""
+def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dict[tuple[str, ...], list[Question]]:
+    """Group questions by the `image_id`s of their images, in their original order."""
     groups = defaultdict(list)
     for question in questions:
-        groups[image_ids[question.image]].append(question)
+        groups[_pair(question, image_ids)[0]].append(question)
     return dict(groups)
 
 
@@ -203,8 +206,8 @@ def plain_question(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[str, str]:
-    return image_ids[question.image], plain_question(question.question)
+def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    return tuple(image_ids[name] for name in question.images), plain_question(question.question)
 
 
 def draw(key: str, seed: int) -> float:
@@ -236,7 +239,7 @@ def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Ha
 
 def conversations_about_image(name: str, questions: Collection[Question]) -> list[Conversation]:
     """
-    Make conversations of all questions about one image, in their order.
+    Make conversations of all questions about one image, or about the same images, in their order.
 
     Of the paraphrases of one question only one is in a conversation, so that no answer is given away earlier: the
     second conversation takes the second wording of every question that has one, and so on. All data is used, once.
@@ -245,14 +248,15 @@ def conversations_about_image(name: str, questions: Collection[Question]) -> lis
         name (`str`):
             Prefix of the ids: `<name>-0`, `<name>-1`, ...
         questions (collection of [`Question`]):
-            Questions of one image and one split.
+            Questions with the same images and one split.
     """
     groups = linked_groups(questions)
     conversations = []
     for number in range(max(map(len, groups), default=0)):
         turns = [(group[number].question, group[number].answer) for group in groups if number < len(group)]
         first = groups[0][0]
-        conversations.append(Conversation(f"{name}-{number}", (first.image,), dialogue(turns, 1), first.split))
+        messages = dialogue(turns, len(first.images))
+        conversations.append(Conversation(f"{name}-{number}", first.images, messages, first.split))
     return conversations
 
 

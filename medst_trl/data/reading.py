@@ -10,10 +10,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, islice
-from pathlib import Path
+from functools import partial
+from itertools import chain, islice, zip_longest
+from pathlib import Path, PurePath
 from typing import Any
 
 from medst_trl.base.errors import UserError
@@ -24,13 +25,17 @@ from .source import Rejected
 
 _NOT_TEXT = {
     b"\x1f\x8b": "is compressed (gzip): unpack it first",
-    b"PK\x03\x04": "is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV UTF-8",
-    b"\xd0\xcf\x11\xe0": "is an Excel workbook: save the sheet as CSV UTF-8",
+    b"PK\x03\x04": "is a zip archive or an Excel workbook: unpack it, name it .xlsx, or save the sheet as CSV UTF-8",
+    b"\xd0\xcf\x11\xe0": "is an Excel workbook of an old version: save it as .xlsx or CSV UTF-8",
+    b"PAR1": "is a Parquet file: name it .parquet",
     b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
 }
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
+_DECLARED_SEPARATOR = re.compile(r'"?sep=(.)"?\s*$', re.IGNORECASE)  # Excel's first line
+_SYMBOL_IN_WORD = re.compile(r"[^\W\d_][¡¢£¤¥¦¨©¬®¯³´¸¹¿][^\W\d_]")
+_ALIASES = {"image": ("images", "file_name")}  # `file_name`: the `metadata.csv` of Hugging Face's image folders
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -49,17 +54,23 @@ def find_file(directory: Path, pattern: str) -> Path:
     return files[0]
 
 
-def read_text_file(path: Path, what: str = "data") -> str:
+def read_text_file(path: Path, what: str = "data", notes: dict | None = None) -> str:
     """
     Read a file in UTF-8, with or without a byte order mark, line breaks as they are. Single bytes of another encoding
     become lone surrogates, so that they cost only the records they are in.
 
     Args:
-        path (`pathlib.Path`): The file.
-        what (`str`, *optional*, defaults to `"data"`): What the file contains, for the message.
+        path (`pathlib.Path`):
+            The file.
+        what (`str`, *optional*, defaults to `"data"`):
+            What the file contains, for the message.
+        notes (`dict`, *optional*):
+            If given, files in UTF-16, Western European (cp1252) and Chinese (GB18030) encodings are read as well, and
+            `notes["encoding"]` names the encoding.
 
     Raises:
-        UserError: if it cannot be read, or its first bytes are those of an archive, a workbook or UTF-16.
+        UserError: if it cannot be read, its first bytes are those of an archive or a workbook, or it has another
+            encoding.
     """
     try:
         content = path.read_bytes()
@@ -69,23 +80,46 @@ def read_text_file(path: Path, what: str = "data") -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the {what}.") from None
     for start, advice in _NOT_TEXT.items():
-        if content.startswith(start):
+        if content.startswith(start) and not (notes is not None and "UTF-16" in advice):
             raise UserError(f"{path} {advice}.")
-    return content.decode("utf-8-sig", errors="surrogateescape")
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    damaged = sum("\udc80" <= sign <= "\udcff" for sign in text)
+    # Text in another encoding has few sequences that are valid UTF-8; a damaged file in UTF-8 has many.
+    if notes is None or (not damaged and "\0" not in text) or damaged < sum(sign > "\x7f" for sign in text) - damaged:
+        return text
+    text, notes["encoding"] = _decode(content, path)
+    return text
 
 
-def read_json_records(path: Path, key: str) -> Iterator[tuple[int, dict | Rejected]]:
+def _decode(content: bytes, path: Path) -> tuple[str, str]:
+    """Return the text in an encoding that is not UTF-8, and the name of the encoding."""
+    from charset_normalizer import from_bytes
+
+    is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content
+    names = ["utf_16", "utf_16_le", "utf_16_be"] if is_utf16 else ["cp1252", "gb18030"]
+    found = from_bytes(content, cp_isolation=names).best()
+    text = str(found) if found else ""
+    # Other encodings can be decoded as well. Then Polish has symbols in words, and Cyrillic hardly any plain letters.
+    letters = [sign for sign in text if sign.isalpha()]
+    foreign = sum(sign > "\x7f" for sign in letters) > len(letters) / 2 and found.encoding == "cp1252"
+    if not text or foreign or _SYMBOL_IN_WORD.search(text):
+        raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
+    return text.removeprefix("\ufeff"), f"{found.encoding}, detected (the file is not UTF-8)"
+
+
+def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
     """
     Read the records of a JSON array or of JSON lines, depending on the file.
 
     What cannot be parsed is rejected as `malformed_json`, and reading continues with the next record. In JSON lines
     that is the next line. In an array it is the next object that parses and has the key `key`, so that a part of
-    the broken record does not count as a record. A truncated file gives its complete records.
+    the broken record does not count as a record. A truncated file gives its complete records. For `notes` see
+    [`read_text_file`].
 
     Raises:
         UserError: if the file is missing, empty or holds neither an array nor lines of objects.
     """
-    text = read_text_file(path).replace("\r\n", "\n").replace("\r", "\n")
+    text = read_text_file(path, notes=notes).replace("\r\n", "\n").replace("\r", "\n")
     start = _BETWEEN.match(text).end()
     is_array = text[start : start + 1] == "["
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
@@ -111,7 +145,7 @@ def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
             item = Rejected("", "malformed_json", text[at : at + 200])
             # The next record has the key; a part of the broken record, such as one of its turns, does not.
             objects = json_objects(text, at + 1) if key else ()
-            at = next((start for start, found in objects if key in found), len(text))
+            at = next((start for start, found in objects if key in map(column_name, found)), len(text))
         yield item
 
 
@@ -127,38 +161,154 @@ def json_objects(text: str, at: int = 0) -> Iterator[tuple[int, dict]]:
             at = end
 
 
-def read_rows(path: Path, key: str = "image") -> Iterator[tuple[int, dict | Rejected]]:
+def column_name(name: Any) -> str:
+    """Return the name of a column without surrounding blanks, in lower case and with `_` inside: `answer_type`."""
+    return re.sub(r"[\s_-]+", "_", str(name).strip().casefold())
+
+
+def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
     """
-    Read the rows of a table that has a column `key`: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+    Read the rows of a table that has a column `key`: `.jsonl` / `.json` objects, `.xlsx` (the first sheet), or text
+    with a header. Columns are named by [`column_name`].
+
+    In text, commas, semicolons, tabs and bars are recognized. A cell in quotes may have several lines. In a `.tsv`
+    file with tabs, quotes are text, and a line is a row. A line whose quotes do not match is rejected as `bad_quotes`,
+    and reading continues with the next line.
+
+    Args:
+        path (`pathlib.Path`): The table.
+        key (`str`, *optional*, defaults to `"image"`): The column that it must have.
+        notes (`dict`, *optional*): Receives what to report about the file, see [`read_text_file`].
 
     Raises:
         UserError: if the file cannot be read, or its header lacks the column.
     """
-    if path.suffix.lower() in (".json", ".jsonl"):
-        yield from read_json_records(path, key)
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        for position, item in read_json_records(path, key, notes):
+            names = _column_names(item, key) if isinstance(item, dict) else ()
+            if len(set(names)) < len(names):
+                item = Rejected(f"{path.name}#{position}", "repeated_column", ", ".join(item))
+            yield position, dict(zip(names, item.values())) if isinstance(item, dict) else item
         return
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = _fields(path, delimiter)
-    header = [name.strip() for name in next(rows, ())]
-    check_header(header, (key,), path, delimiter)
-    for position, fields in enumerate(rows):
-        if len(fields) == len(header):
-            yield position, dict(zip(header, fields))
-        else:
-            yield position, Rejected(f"{path.name}#{position}", "malformed_row", ",".join(fields))
+    read = partial(_workbook, notes=notes) if suffix in (".xlsx", ".xlsm") else partial(_text_table, notes=notes)
+    for position, (number, row) in enumerate(read(path, key)):
+        yield position, replace(row, id=f"{path.name}#line {number}") if isinstance(row, Rejected) else row
 
 
-def _fields(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Yield the rows of a table that are not empty. (`csv.DictReader` would hide missing and extra fields.)"""
-    reader = csv.reader(io.StringIO(read_text_file(path, "table"), newline=""), delimiter=delimiter)
-    while True:
-        try:
-            if fields := next(reader):
-                yield fields
-        except StopIteration:
-            return
-        except csv.Error as error:  # a field larger than csv's limit
-            yield [str(error)]
+def _column_names(names: Iterable[Any], key: str) -> list[str]:
+    names = [column_name(name) for name in names]
+    return names if key in names else [key if name in _ALIASES.get(key, ()) else name for name in names]
+
+
+def _workbook(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:
+    """Yield the rows of the first sheet of a workbook that are not empty, with their numbers."""
+    numbered = enumerate(read_workbook(path, "save the sheet as CSV UTF-8", notes), start=1)
+    rows = ((number, cells) for number, cells in numbered if any(str(cell).strip() for cell in cells))
+    header = _column_names(next(rows, (0, ()))[1], key)
+    while header and not header[-1]:
+        header.pop()
+    check_header(header, (key,), path, None)
+    for number, cells in rows:
+        has_more = any(str(cell).strip() for cell in cells[len(header) :])
+        row = dict(zip_longest(header, cells[: len(header)], fillvalue=""))
+        yield number, Rejected("", "malformed_row", "; ".join(map(str, cells))) if has_more else row
+
+
+def read_workbook(
+    path: Path, instead: str, notes: dict | None = None, *, formulas: bool = False
+) -> Iterator[list[Any]]:
+    """
+    Read the cells of the first sheet of an `.xlsx` file. Empty cells and errors such as `#N/A` are `""`.
+
+    Args:
+        path (`pathlib.Path`): The file.
+        instead (`str`): What to do if it cannot be read, for the message.
+        notes (`dict`, *optional*): Receives the names of further sheets.
+        formulas (`bool`, *optional*, defaults to `False`): Whether to read formulas instead of their values.
+
+    Raises:
+        UserError: without openpyxl, or if the file is damaged.
+    """
+    try:
+        from openpyxl import load_workbook
+        from openpyxl.utils.escape import unescape  # openpyxl leaves `_x000D_`, a carriage return, unchanged
+    except ImportError:
+        raise UserError(f"Reading .xlsx needs openpyxl: install medst_trl[xlsx], or {instead}.") from None
+    try:
+        book = load_workbook(path, read_only=True, data_only=not formulas)
+        sheet = book.worksheets[0]
+        if notes is not None and len(book.sheetnames) > 1:
+            notes["sheets_not_read"] = ", ".join(book.sheetnames[1:])
+        sheet.reset_dimensions()  # as stated in the file, they may leave out rows
+        for row in sheet.iter_rows():
+            cells = ["" if cell.value is None or cell.data_type == "e" else cell.value for cell in row]
+            yield [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
+    except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
+        raise UserError(f"{path} cannot be read as a workbook ({error}). Correct it, or {instead}.") from None
+
+
+def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:
+    """Yield the rows of a table in text that are not empty, with the number of their first line."""
+    # Only line breaks end a row; `str.splitlines` would split at other characters, too.
+    lines = list(io.StringIO(read_text_file(path, "table", notes), newline=""))
+    own = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
+    signs, at = [own, *(sign for sign in _SEPARATORS if sign != own)], 0
+    if lines and (declared := _DECLARED_SEPARATOR.match(lines[0])):
+        signs, at = [declared[1]], 1
+    while at < len(lines) and not lines[at].strip():
+        at += 1
+    headers = {sign: _column_names(_cells(lines, at, _dialect(sign, own))[0] or (), key) for sign in signs}
+    sign = next((sign for sign in signs if key in headers[sign]), signs[0])
+    header, dialect = headers[sign], _dialect(sign, own)
+    check_header(header, (key,), path, sign)
+    at += _cells(lines, at, dialect)[1]
+    while at < len(lines):
+        number, (cells, taken) = at + 1, _cells(lines, at, dialect)
+        if taken > 1 and (len(cells) != len(header) or _holds_rows(lines[at : at + taken], cells, header, key, sign)):
+            cells, taken = None, 1
+        at += taken
+        if cells is None:
+            yield number, Rejected("", "bad_quotes", lines[number - 1].strip())
+        elif any(cell.strip() for cell in cells):
+            fits = len(cells) == len(header)
+            yield number, dict(zip(header, cells)) if fits else Rejected("", "malformed_row", sign.join(cells))
+
+
+def _dialect(sign: str, own: str) -> dict[str, Any]:
+    """Return how to read text with a separator. In tables with tabs, other programs write no quotes."""
+    return {"delimiter": sign, "strict": True, "quoting": csv.QUOTE_NONE if sign == own == "\t" else csv.QUOTE_MINIMAL}
+
+
+def _cells(lines: list[str], at: int, dialect: dict[str, Any]) -> tuple[list[str] | None, int]:
+    """Return the cells of the row that starts at a line, None if its quotes do not match, and its number of lines."""
+    reader = csv.reader((lines[number] for number in range(at, len(lines))), **dialect)
+    try:
+        return next(reader, []), reader.line_num
+    except csv.Error:
+        return None, 1
+
+
+def _holds_rows(lines: list[str], cells: list[str], header: list[str], key: str, sign: str) -> bool:
+    """
+    Whether a cell of several lines holds other rows: a missing quote was replaced by one of a later row. Then one of
+    the lines is a row itself, with a value of the column `key` inside the quotes that looks like the one of the row.
+    """
+    column, last = header.index(key), len(lines) - 1
+    for number, line in enumerate(lines):
+        found = line.rstrip("\r\n").split(sign)
+        if len(found) != len(header) or not found[column].strip():
+            continue
+        is_before = number == 0 and sign.join(found[:column]).count('"') % 2 == 0
+        is_after = number == last and '"' in sign.join(found[: column + 1])
+        if not is_before and not is_after and _form(found[column]) == _form(cells[column]):
+            return True
+    return False
+
+
+def _form(name: str) -> str:
+    """Return what the names of a table's images have in common: the suffix, or the text between their numbers."""
+    return PurePath(name.strip()).suffix.casefold() or re.sub(r"\d+", "0", name.strip())
 
 
 def check_header(

@@ -23,7 +23,6 @@ from medst_trl.base.registry import Registry
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-ANSWER_TYPES = ("open", "closed")
 PREDICTION_COLUMNS = (
     "id", "image_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
 )  # fmt: skip

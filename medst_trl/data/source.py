@@ -40,10 +40,14 @@ SOURCES.register(
 """
 
 import hashlib
+import math
+import re
+from ast import literal_eval
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -51,9 +55,17 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.registry import Registry
 
-from .schema import ANSWER_TYPES
 
-
+# The columns of a table of questions, see `Question.from_row`, and its further names of splits.
+QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
+SPLITS = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("validation", "valid", "validate", "val", "dev", "development"), "validation")
+    | dict.fromkeys(("test", "testing"), "test")
+)
+_ANSWER_TYPE = re.compile(r"\s*(open|closed?)([ _-]?ended)?\s*", re.IGNORECASE)
+# What programs write for a missing or infinite number, and errors of spreadsheets. "None" and "NA" are answers.
+_NO_VALUE = re.compile(r"|[+-]?(nan|inf|infinity)|<NA>|NaT|null|#N/?[AV]|#\w+(/0)?[!?]", re.IGNORECASE)
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
@@ -79,7 +91,7 @@ class Conversation:
 @dataclass(frozen=True, slots=True)
 class Question:
     """
-    One question about one image, with its answer.
+    One question about an image, with its answer.
 
     Attributes:
         id (`str`): Unique in its source.
@@ -89,6 +101,7 @@ class Question:
         answer_type (`str`): `"open"` or `"closed"`.
         question_type (`str` or `None`): As the source names it.
         link (`str` or `None`): Shared by the paraphrases of one question.
+        more_images (`tuple[str, ...]`): Further images of a question about several; not in a benchmark.
     """
 
     id: str
@@ -99,6 +112,7 @@ class Question:
     answer_type: str
     question_type: str | None = None
     link: str | None = None
+    more_images: tuple[str, ...] = ()
 
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> "Question":
@@ -109,28 +123,29 @@ class Question:
             name (`str`):
                 Its id.
             row (`dict`):
-                `image`, `question`, `answer`; optionally `split` (default train), `answer_type` (default closed for
-                yes and no), `question_type` and `link`.
+                `image` (see [`image_cell`]), `question`, `answer`; optionally `split` (default train), `answer_type`
+                (default closed for yes and no), `question_type` and `link`.
 
         Raises:
-            BadRecord: `no_image`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`, `not_text`,
-                `bad_unicode`.
+            BadRecord: `no_image`, `several_test_images`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`,
+                `not_text`, `bad_unicode`.
         """
-        image = text_value(row.get("image"), missing="no_image")
-        question = text_value(row.get("question"), missing="no_question")
-        answer = text_value(row.get("answer"), missing="no_answer")
-        split, answer_type = row.get("split") or "train", row.get("answer_type") or guess_answer_type(answer)
-        if split not in ("train", "validation", "test"):
-            raise BadRecord("bad_split", split)
-        if answer_type not in ANSWER_TYPES:
-            raise BadRecord("bad_answer_type", answer_type)
+        image, *more = image_cell(row.get("image"))
+        question, answer = text_value(row.get("question"), missing="no_question"), answer_text(row.get("answer"))
+        given_split, given_type = row.get("split"), row.get("answer_type")
+        split = "train" if is_missing(given_split) else SPLITS.get(str(given_split).strip().casefold())
+        if split is None:
+            raise BadRecord("bad_split", given_split)
+        if more and split == "test":  # a benchmark has one image per row
+            raise BadRecord("several_test_images", row.get("image"))
+        answer_type = guess_answer_type(answer) if is_missing(given_type) else read_answer_type(given_type)
         question_type, link = optional_text(row.get("question_type")), optional_text(row.get("link"))
-        return cls(name, image, split, question, answer, answer_type, question_type, link)
+        return cls(name, image, split, question, answer, answer_type, question_type, link, tuple(more))
 
     @property
-    def images(self) -> tuple[str]:
-        """Return its image, as those of a [`Conversation`]."""
-        return (self.image,)
+    def images(self) -> tuple[str, ...]:
+        """Return its images, as those of a [`Conversation`]."""
+        return (self.image, *self.more_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +194,7 @@ class Records:
         image_folder (`Path` or `None`): Directory of the images; no image may be outside. None: they are no files.
         images ([`ImageReader`] or `None`): Reads the images if they are no files in `image_folder`.
         conversations, questions, rejected: See the classes.
-        counts (`dict[str, int]`): Further numbers to report, such as questions in other languages.
+        counts (`dict`): What else to report: numbers, such as questions in other languages, and notes about the file.
     """
 
     name: str
@@ -188,7 +203,7 @@ class Records:
     conversations: list[Conversation] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int | str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Conversation | Question]:
         """Iterate over all conversations, then all questions."""
@@ -200,6 +215,8 @@ class Records:
         make: Callable[[str, dict], Conversation | Question | None],
         default_id: Callable[[int, dict], str],
         own_id: Callable[[dict], Any] | None = None,
+        used: Collection[str] | None = None,
+        ids_may_repeat: bool = False,
     ) -> None:
         """
         Add what `make` returns for each item. An item that raises [`BadRecord`] or repeats an id is rejected.
@@ -212,28 +229,38 @@ class Records:
             default_id (`Callable`):
                 Takes the position and the record, and returns the id of a record without its own.
             own_id (`Callable`, *optional*):
-                Takes the record and returns its own id; None or `""` if it has none.
+                Takes the record and returns its own id, if it has one.
+            used (collection of `str`, *optional*):
+                Names of the columns that `make` uses. The counts name the others that have values.
+            ids_may_repeat (`bool`, *optional*, defaults to `False`):
+                Whether a record that repeats an id gets another one (`<id>-2`), unless it is a copy.
         """
-        taken = {record.id for record in self}
+        taken: dict[str, set[int]] = {record.id: set() for record in self}  # by id, hashes of the records that had it
+        unused: dict[str, None] = {}
         for position, item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
                 continue
             name = default_id(position, item)
+            if used is not None:
+                unused |= dict.fromkeys(name for name, value in item.items() if name not in used and value != "")
             try:
-                if own_id is not None and (stated := own_id(item)) not in (None, ""):
-                    name = text_value(stated, missing="")
-                if name in taken:
+                name = optional_text(own_id(item)) or name if own_id is not None else name
+                if name in taken and not ids_may_repeat:
                     raise BadRecord("duplicate_id", name)
                 record = make(name, item)
+                if record is not None and ids_may_repeat:
+                    record = _with_free_id(record, taken)
                 if record is not None and record.id in taken:
                     raise BadRecord("duplicate_id", record.id)
             except BadRecord as bad:
                 self.rejected.append(Rejected(name, bad.reason, bad.value))
                 continue
             if record is not None:
-                taken.add(record.id)
+                taken[record.id] = {hash(repr(record))} if ids_may_repeat else set()
                 (self.questions if isinstance(record, Question) else self.conversations).append(record)
+        if unused:
+            self.counts["columns_not_used"] = ", ".join(unused)
 
     @property
     def image_names(self) -> list[str]:
@@ -361,27 +388,63 @@ SOURCES: Registry[Source] = Registry(
 )
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a field holds no value: null, blank, not a finite number, or text that stands for one of these."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return value is None or (isinstance(value, str) and _NO_VALUE.fullmatch(value.strip()) is not None)
+
+
 def text_value(value: Any, missing: str) -> str:
     """
     Return the text of a field, without surrounding whitespace. Numbers become text (VQA-RAD answers `4`).
 
     Raises:
-        BadRecord: `missing` if there is none, `not_text` for a list or another object, `bad_unicode` for a lone
-        surrogate.
+        BadRecord: `missing` if there is none (see [`is_missing`]), `not_text` for a list or another object,
+        `bad_unicode` for a lone surrogate.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise BadRecord("not_text", value)
-    text = "" if value is None else str(value).strip()
-    if not text:
+    if is_missing(value):
         raise BadRecord(missing, value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRecord("not_text", value)
+    text = str(value).strip()
     if printable(text) != text:
         raise BadRecord("bad_unicode", text)
     return text
 
 
+def answer_text(value: Any, missing: str = "no_answer") -> str:
+    """Return [`text_value`] of an answer, which may be a boolean: `yes` or `no`."""
+    return text_value(("no", "yes")[value] if isinstance(value, bool) else value, missing)
+
+
 def optional_text(value: Any) -> str | None:
     """Return [`text_value`] of a field that may be missing."""
-    return None if value is None or value == "" else text_value(value, missing="not_text")
+    return None if is_missing(value) else text_value(value, missing="not_text")
+
+
+def image_cell(value: Any) -> tuple[str, ...]:
+    """
+    Return the file names in the field `image` of a table: one, several separated by `|`, or a list. In a text file, a
+    list is JSON or as Python writes it.
+
+    Raises:
+        BadRecord: `no_image` if there is none, or see [`text_value`].
+    """
+    if isinstance(value, str) and value.strip().startswith("["):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = literal_eval(value.strip())
+    if isinstance(value, str):
+        value = [name for name in value.split("|") if name.strip()]
+    names = value if isinstance(value, list | tuple) else [value]
+    return tuple(text_value(name, missing="no_image") for name in names or [None])
+
+
+def read_answer_type(value: Any) -> str:
+    """Return the answer type that a source gives, such as `CLOSED` or `open-ended`."""
+    if not isinstance(value, str) or not (match := _ANSWER_TYPE.fullmatch(value)):
+        raise BadRecord("bad_answer_type", value)
+    return "open" if match[1].lower() == "open" else "closed"
 
 
 def guess_answer_type(answer: str) -> str:
@@ -413,6 +476,16 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
         or any(stem == name or (len(stem) > 3 and stem in name) for stem in stems)
     )
     return "id-" + hashlib.sha256(name.encode()).hexdigest()[:16] if reveals_a_file else name
+
+
+def _with_free_id(record: Conversation, taken: Mapping[str, set[int]]) -> Conversation:
+    """Return a record under an id that is not taken. A copy of a record that had its id is unchanged."""
+    content, same = hash(repr(record)), taken.get(record.id, ())
+    if not same or content in same:
+        return record
+    same.add(content)
+    others = (f"{record.id}-{number}" for number in count(len(same)))
+    return replace(record, id=next(name for name in others if name not in taken))
 
 
 def check_image_folder(directory: Path) -> None:

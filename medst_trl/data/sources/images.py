@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain images: a directory, or a table of file names, optionally with questions and answers, or with captions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from medst_trl.base.errors import UserError
@@ -10,7 +10,18 @@ from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import dialogue
-from medst_trl.data.source import SOURCES, Conversation, Question, Records, Source, SourceCard, text_value
+from medst_trl.data.source import (
+    QUESTION_COLUMNS,
+    SOURCES,
+    Conversation,
+    Question,
+    Records,
+    Source,
+    SourceCard,
+    image_cell,
+    is_missing,
+    text_value,
+)
 
 
 DETAILED_FROM = 30  # words
@@ -52,38 +63,36 @@ def read_folder(directory: Path, follow_symlinks: bool = False) -> Records:
 
 def read_table(path: Path, image_folder: Path, follow_symlinks: bool = False) -> Records:
     """
-    Read a table of images, `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects; for a directory see
-    [`read_folder`].
+    Read a table of images, see [`~medst_trl.data.reading.read_rows`]; for a directory see [`read_folder`].
 
-    Columns: `image`, a file name; optionally `question` and `answer` together, and with them `id`, `split` (train,
-    validation or test; default train), `answer_type` (open or closed; default closed for yes and no), `question_type`
-    and `link` (shared by the paraphrases of one question). A row without a question is an unlabeled image.
+    Columns: `image`, file names (see [`~medst_trl.data.source.image_cell`]); optionally `question` and `answer`
+    together, and with them `id`, `split` (train, validation or test; default train), `answer_type` (open or closed;
+    default closed for yes and no), `question_type` and `link` (shared by the paraphrases of one question). A row
+    without a question is an unlabeled image.
 
-    Rejected, by reason: `malformed_row`, `malformed_json`, `not_an_object`, `no_image`, `no_question`, `no_answer`,
-    `bad_split`, `bad_answer_type`, `not_text`, `bad_unicode`, `duplicate_id`.
+    Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
+    `duplicate_id`, and those of [`~medst_trl.data.source.Question.from_row`].
     """
 
     def record(name: str, row: dict) -> Question | Conversation:
-        if row.get("question") or row.get("answer"):
-            return Question.from_row(name, row)
-        return Conversation(name, (text_value(row.get("image"), missing="no_image"),), [])
+        if is_missing(row.get("question")) and is_missing(row.get("answer")):
+            return Conversation(name, image_cell(row.get("image")), [])
+        return Question.from_row(name, row)
 
-    return (
-        read_folder(path, follow_symlinks)
-        if path.is_dir()
-        else _read_rows(Records("images", image_folder), path, record)
-    )
+    if path.is_dir():
+        return read_folder(path, follow_symlinks)
+    return _read_rows(Records("images", image_folder), path, record, QUESTION_COLUMNS)
 
 
 def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
     """
-    Read a table of captioned images: `.csv` or `.tsv` with a header, or `.jsonl` / `.json` objects.
+    Read a table of captioned images, see [`~medst_trl.data.reading.read_rows`].
 
     They become conversations of one turn, for LLaVA-Med's optional first step: aligning the projector. As in LLaVA-Med
     (https://huggingface.co/papers/2306.00890), the user asks for a brief description if the caption has fewer than 30
     words, and for a detailed one otherwise. The wording of the request is sampled for each record.
 
-    Columns: `image`, a file name; `caption`; optionally `id`.
+    Columns: `image`, file names (see [`~medst_trl.data.source.image_cell`]); `caption`; optionally `id`.
 
     Args:
         path (`pathlib.Path`):
@@ -93,25 +102,27 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw of requests. That of a record depends on its id alone.
 
-    Rejected, by reason: `malformed_row`, `malformed_json`, `not_an_object`, `no_image`, `no_caption`, `not_text`,
-    `bad_unicode`, `duplicate_id`.
+    Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
+    `no_image`, `no_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
 
     def conversation(name: str, row: dict) -> Conversation:
-        image = text_value(row.get("image"), missing="no_image")
-        caption = text_value(row.get("caption"), missing="no_caption")
-        return Conversation(name, (image,), dialogue([(instruction(name, caption, seed), caption)], num_images=1))
+        images, caption = image_cell(row.get("image")), text_value(row.get("caption"), missing="no_caption")
+        return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], len(images)))
 
-    return _read_rows(Records("captions", image_folder), path, conversation)
+    return _read_rows(Records("captions", image_folder), path, conversation, ("id", "image", "caption"))
 
 
-def _read_rows(records: Records, path: Path, make: Callable[[str, dict], Question | Conversation]) -> Records:
-    """Add what `make` returns for the id and the columns of each row of a table."""
+def _read_rows(
+    records: Records, path: Path, make: Callable[[str, dict], Question | Conversation], used: Collection[str]
+) -> Records:
+    """Add what `make` returns for the id and the columns of each row of a table, of which it uses some."""
     records.collect(
-        read_rows(path),
+        read_rows(path, notes=records.counts),
         make,
         default_id=lambda position, _: f"row-{position:06d}",
-        own_id=lambda row: row.get("id") or None,
+        own_id=lambda row: row.get("id"),
+        used=used,
     )
     return records
 
@@ -125,7 +136,7 @@ def instruction(name: str, caption: str, seed: int) -> str:
 SOURCES.register(
     Source(
         name="images",
-        summary="a directory of images, or a table (csv, tsv, jsonl) with image, optionally question, answer, split",
+        summary="a directory of images, or a table (csv, xlsx, jsonl) with image, optionally question, answer, split",
         read=lambda request: read_table(request.data_path, request.image_folder, request.follow_symlinks),
         card=SourceCard("images from the publisher of this repository"),
         reads_folders=True,
@@ -134,7 +145,7 @@ SOURCES.register(
 SOURCES.register(
     Source(
         name="captions",
-        summary="a table (csv, tsv, jsonl) with columns image and caption; each caption answers a request",
+        summary="a table (csv, xlsx, jsonl, ...) with columns image and caption; each caption answers a request",
         read=lambda request: read_captions(request.data_path, request.image_folder, request.seed),
         card=SourceCard("the publisher's own collection of captioned images"),
     )

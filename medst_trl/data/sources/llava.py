@@ -7,7 +7,17 @@ from pathlib import Path
 
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.data.source import SOURCES, BadRecord, Conversation, Records, Source, SourceCard, text_value
+from medst_trl.data.source import (
+    SOURCES,
+    BadRecord,
+    Conversation,
+    Records,
+    Source,
+    SourceCard,
+    answer_text,
+    is_missing,
+    text_value,
+)
 
 
 PLACEHOLDER = "<image>"
@@ -23,7 +33,8 @@ def read_llava(path: Path, image_folder: Path) -> Records:
 
     `image` is a file name, a list of them or missing. Each `<image>` in a human text becomes an image part at its
     position; without any, the images open the first turn. In an answer `<image>` is plain text. Turns may also be
-    `role` and `content`. A record without `id` is named after its position.
+    `role` and `content`. A record without `id` is named after its position. Different records with the same id, as in
+    merged files, get other ones (`<id>-2`); a copy is rejected.
 
     Rejected, by reason: `malformed_json`, `not_an_object`, `no_conversation`, `bad_image_field`, `unknown_role`,
     `starts_with_answer`, `same_role_twice`, `ends_with_question`, `empty_turn`, `placeholder_mismatch`, `not_text`,
@@ -41,10 +52,11 @@ def read_llava(path: Path, image_folder: Path) -> Records:
 
     records = Records("llava", image_folder)
     records.collect(
-        read_json_records(path, key="conversations"),
+        read_json_records(path, "conversations", records.counts),
         conversation,
         default_id=lambda position, _: f"record-{position:06d}",
         own_id=lambda record: record.get("id"),
+        ids_may_repeat=True,
     )
     return records
 
@@ -68,7 +80,7 @@ def split_at_images(text: str) -> list[dict]:
 
 def image_names(value) -> tuple[str, ...]:
     """Return the file names in a record's field `image`: one, a list of them, or none."""
-    names = value if isinstance(value, list) else [value] if value not in (None, "") else []
+    names = value if isinstance(value, list) else [] if is_missing(value) else [value]
     if not all(isinstance(name, str) and name for name in names):
         raise BadRecord("bad_image_field", value)
     return tuple(names)
@@ -95,12 +107,13 @@ def _message(turn, previous: str | None) -> dict:
     if not isinstance(turn, dict):
         raise BadRecord("no_conversation", turn)
     speaker = turn.get("from", turn.get("role"))
-    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         raise BadRecord("unknown_role", speaker)
     if role == previous:
         raise BadRecord("same_role_twice", speaker)
-    text = text_value(turn.get("value", turn.get("content")), missing="empty_turn")
+    read = answer_text if role == "assistant" else text_value
+    text = read(turn.get("value", turn.get("content")), missing="empty_turn")
     if role == "assistant":
         if previous is None:
             raise BadRecord("starts_with_answer", text)

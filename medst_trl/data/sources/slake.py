@@ -35,7 +35,7 @@ def read_slake(path: Path, image_folder: Path, language: str = "en") -> Records:
     records = Records("slake", image_folder, counts={"questions_in_other_languages": 0})
 
     def fields(record: dict) -> dict | None:
-        if record.get("q_lang") != language:
+        if str(record.get("q_lang")).strip().lower() != language.lower():
             records.counts["questions_in_other_languages"] += 1
             return None
         return {"image": record.get("img_name"), "question_type": record.get("content_type")}

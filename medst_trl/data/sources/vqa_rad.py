@@ -10,8 +10,7 @@ from pathlib import Path
 from medst_trl.base.settings import documented
 from medst_trl.data.assemble import plain_question
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.schema import ANSWER_TYPES
-from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Source, SourceCard, text_value
+from medst_trl.data.source import SOURCES, Question, Records, Source, SourceCard, read_answer_type, text_value
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions, as releases come
@@ -111,13 +110,11 @@ def collect_questions(
         row = {key: record.get(key) for key in ("question", "answer", "question_type")}
         row |= {"image": record.get("image_name"), "split": split} | own
         result = Question.from_row(f"{records.name.removesuffix('_mevf')}-{name}", row)
-        answer_type = str(record.get("answer_type")).strip().lower()  # VQA-RAD writes `"CLOSED "` with a blank
-        if answer_type not in ANSWER_TYPES:  # a blank one too: these benchmarks give the type of each question
-            raise BadRecord("bad_answer_type", record.get("answer_type"))
-        return replace(result, answer_type=answer_type)
+        # A missing one is bad, too: these benchmarks give the type of each question.
+        return replace(result, answer_type=read_answer_type(record.get("answer_type")))
 
     records.collect(
-        read_json_records(file, key="question"),
+        read_json_records(file, "question", records.counts),
         question,
         default_id=lambda position, record: str(record.get("qid", f"{file.name}#{position}")),
     )

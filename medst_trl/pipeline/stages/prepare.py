@@ -218,7 +218,7 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
     for name, row in counts["datasets"].items():
         print(f"  {name:20}" + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.items()))
     for what, n in counts["notes"].items():
-        print(f"  {what.replace('_', ' ')}: {n:,}")
+        print(f"  {what.replace('_', ' ')}: {n if isinstance(n, str) else f'{n:,}'}")
     if counts["rejected"]:
         print(f"  rejected: {list_reasons(counts['rejected'])} (see rejected.jsonl)")
 
