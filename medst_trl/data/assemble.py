@@ -10,7 +10,7 @@ gives self-questioning its later turns.
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .schema import dialogue
@@ -114,12 +114,11 @@ def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Ma
 
 def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
     def question_row(question: Question) -> dict:
-        row = {
-            name: value for name, value in asdict(question).items() if name not in ("image", "more_images", "split")
-        }
-        for name in ("id", "link"):
-            row[name] = records.published_id(row[name], (question.image,)) if row[name] else None
-        return row
+        own = {name: getattr(question, name) for name in ("question", "answer", "answer_type", "question_type")}
+        names = {name: getattr(question, name) for name in ("id", "link")}
+        return {
+            key: records.published_id(name, question.images) if name else None for key, name in names.items()
+        } | own
 
     return [
         {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}

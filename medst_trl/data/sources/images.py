@@ -145,7 +145,7 @@ SOURCES.register(
 SOURCES.register(
     Source(
         name="captions",
-        summary="a table (csv, xlsx, jsonl, ...) with columns image and caption; each caption answers a request",
+        summary="a table (csv, xlsx, jsonl) with columns image and caption; each caption answers a request",
         read=lambda request: read_captions(request.data_path, request.image_folder, request.seed),
         card=SourceCard("the publisher's own collection of captioned images"),
     )

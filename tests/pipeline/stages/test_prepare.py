@@ -79,7 +79,7 @@ def test_conversations_with_bad_images_are_rejected(tmp_path, capsys):
         conversation("e", "empty.png"),
         conversation("m", "none.png"),
         conversation("s", "../secret.png"),
-        conversation("two", None, "What?"),
+        conversation("two", ["Doe_0.png", "Doe_1.png"], "<image> or <image>?"),
     ]
     directory = prepare(tmp_path, **llava(tmp_path, records), validation_fraction=0.3)
 
