@@ -114,11 +114,11 @@ def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Ma
 
 def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
     def question_row(question: Question) -> dict:
-        own = {name: getattr(question, name) for name in ("question", "answer", "answer_type", "question_type")}
-        names = {name: getattr(question, name) for name in ("id", "link")}
-        return {
-            key: records.published_id(name, question.images) if name else None for key, name in names.items()
-        } | own
+        row = {name: getattr(question, name) for name in ("question", "answer", "answer_type", "question_type")}
+        for name in ("id", "link"):
+            value = getattr(question, name)
+            row[name] = records.published_id(value, question.images) if value else None
+        return row
 
     return [
         {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}

@@ -56,9 +56,8 @@ from medst_trl.base.files import did_you_mean
 from medst_trl.base.registry import Registry
 
 
-# The columns of a table of questions, see `Question.from_row`, and its further names of splits.
 QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
-SPLITS = (
+_SPLITS = (
     dict.fromkeys(("train", "training"), "train")
     | dict.fromkeys(("validation", "valid", "validate", "val", "dev", "development"), "validation")
     | dict.fromkeys(("test", "testing"), "test")
@@ -133,7 +132,7 @@ class Question:
         image, *more = image_cell(row.get("image"))
         question, answer = text_value(row.get("question"), missing="no_question"), answer_text(row.get("answer"))
         given_split, given_type = row.get("split"), row.get("answer_type")
-        split = "train" if is_missing(given_split) else SPLITS.get(str(given_split).strip().casefold())
+        split = "train" if is_missing(given_split) else _SPLITS.get(str(given_split).strip().casefold())
         if split is None:
             raise BadRecord("bad_split", given_split)
         if more and split == "test":  # a benchmark has one image per row
