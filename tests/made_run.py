@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from medst_trl.base.files import write_json, write_jsonl
-from medst_trl.data.schema import benchmark_features, candidate_features, message, text_part
+from medst_trl.data.schema import benchmark_features, features_of, message, text_part
 from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
 from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.predictions import control_path, read_predictions, score_predictions
@@ -104,7 +104,7 @@ def generate(run: Path, phantoms: list, round: str = "") -> list[dict]:
         for turn in row["prompt"]:
             turn.pop("vusr")
     (directory / "candidates").mkdir()
-    dataset = Dataset.from_list(rows, features=candidate_features())
+    dataset = Dataset.from_list(rows, features=features_of("candidates", grouped=False))
     dataset.to_parquet(directory / "candidates" / "train-00000-of-00001.parquet")
     return rows
 

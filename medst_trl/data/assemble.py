@@ -9,10 +9,11 @@ gives self-questioning its later turns.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from .groups import representatives
 from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
 
@@ -212,25 +213,6 @@ def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[tuple[str, 
 def draw(key: str, seed: int) -> float:
     """Return a number in [0, 1) that depends only on the key and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
-
-
-def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Hashable]:
-    """
-    Join groups that share a member, and return for each member the smallest one of its joined group. The order of the
-    groups does not matter.
-    """
-    parents: dict[Hashable, Hashable] = {}
-
-    def find(member: Hashable) -> Hashable:
-        while (parent := parents.setdefault(member, member)) != member:
-            parents[member] = parents[parent]  # shorten the path for the next search
-            member = parent
-        return member
-
-    for group in groups:
-        if found := [find(member) for member in group]:
-            parents.update(dict.fromkeys(found, min(found)))
-    return {member: find(member) for member in list(parents)}
 
 
 # --- Conversations ---------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from .image_formats import (
     without_metadata,
 )
 from .image_settings import ImageSettings
+from .near_copies import perceptual_hash
 from .nifti import is_nifti, open_nifti
 from .source import DICOM_SUFFIXES, ImageReader, Records, Rejected
 
@@ -65,6 +66,8 @@ class StoredImage:
         groups (`dict[str, str]`):
             What the image has in common with others, not hashed, so never to be written: the `"patient"`, `"study"`
             and `"series"` of DICOM; for other frames of one file, its hash. Empty for other images.
+        near_hash (`str` or `None`):
+            See [`~medst_trl.data.near_copies.perceptual_hash`].
         note (`str`):
             What is counted about it, such as `CT_images_without_window`.
     """
@@ -72,6 +75,7 @@ class StoredImage:
     bytes: bytes
     image_id: str
     groups: dict[str, str] = field(default_factory=dict)
+    near_hash: str | None = None
     note: str = ""
 
 
@@ -117,8 +121,8 @@ def load_image(
             Number of the frame, from 1. By default a file with several has the one in the middle if `settings.frames`
             is `"middle"`, and is rejected otherwise.
         identify (`bool`, *optional*, defaults to `True`):
-            Whether to compute the `image_id`, for which the pixels are decoded. Without it, `image_id` is empty, and
-            files that keep their bytes are not decoded: only for files that were accepted before.
+            Whether to compute `image_id` and `near_hash`, for which the pixels are decoded. Without them, files that
+            keep their bytes are not decoded: only for files that were accepted before.
 
     Raises:
         ImageProblem: with a reason word, whatever is wrong with the file.
@@ -154,7 +158,8 @@ def _index(opened: Frames, settings: ImageSettings, frame: int | None) -> int:
 
 def _stored(opened: Frames, frame: Frame, identify: bool) -> StoredImage:
     data = frame.own_bytes or _png(frame.image)
-    return StoredImage(data, image_id(frame.image) if identify else "", opened.groups, frame.note)
+    names = (image_id(frame.image), opened.groups, perceptual_hash(frame.image)) if identify else ("",)
+    return StoredImage(data, *names, note=frame.note)
 
 
 def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: bool = False) -> Path:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 PREDICTION_COLUMNS = (
-    "id", "image_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
+    "id", "image_id", "group_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
 )  # fmt: skip
 ROWS_PER_ROW_GROUP = 32  # the images of a row group are in memory together, when written and when streamed
 
@@ -36,6 +36,7 @@ MEANINGS = {
     "image": "the image",
     "image_ids": "SHA-256 of the pixels of each image",
     "image_id": "SHA-256 of the pixels of the image",
+    "group_id": "what must stay in one split, such as a patient, hashed; without one, the image",
     "messages": "`role` and `content` as typed parts (`image`, `text`); `vusr`: the model writes this user turn",
     "questions": "`question`, `answer`, `answer_type` (open, closed), `question_type`, `link` (shared by paraphrases)",
     "prompt": "messages up to and including the question",
@@ -73,7 +74,7 @@ class Kind:
             How to use it, in Markdown for the card; `{id}` stands for the repository.
         marker (`str`, *optional*):
             The column by which a directory of Parquet files is recognized as this kind.
-        optional (`dict`, *optional*):
+        optional (`dict`, *optional*, defaults to `{"group_id": None}`):
             Columns that a dataset may lack, and the value that fills them in.
         meanings (`dict` of `str` to `str`, *optional*, defaults to `MEANINGS`):
             The meaning of columns, in Markdown.
@@ -85,7 +86,7 @@ class Kind:
     about: str
     use: str
     marker: str | None = None
-    optional: Mapping[str, Any] = field(default_factory=dict)
+    optional: Mapping[str, Any] = field(default_factory=lambda: {"group_id": None})
     meanings: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
 
@@ -94,7 +95,8 @@ KINDS: Registry[Kind] = Registry("kind of dataset", (), ("maker", "columns", "ab
 
 _IMAGES = {"id": "string", "images": ["image"], "image_ids": ["string"]}
 _MESSAGE = {"role": "string", "content": [{"type": "string", "text": "string"}]}
-_INSTRUCT = _IMAGES | {"messages": [_MESSAGE | {"vusr": "bool"}]}
+_GROUP = {"group_id": "string"}
+_INSTRUCT = _IMAGES | {"messages": [_MESSAGE | {"vusr": "bool"}]} | _GROUP
 _QUESTION = dict.fromkeys(("id", "question", "answer", "answer_type", "question_type", "link"), "string")
 
 for _kind in (
@@ -116,7 +118,7 @@ for _kind in (
     Kind(
         "benchmark",
         "prepare",
-        {"image_id": "string", "image": "image", "questions": [_QUESTION]},
+        {"image_id": "string", "image": "image", "questions": [_QUESTION]} | _GROUP,
         "Questions about medical images with reference answers, for evaluation.",
         "Evaluate on it with `medst evaluate --benchmark {id}`.",
         marker="questions",
@@ -124,7 +126,7 @@ for _kind in (
     Kind(
         "candidates",
         "generate",
-        _IMAGES | {"prompt": [_MESSAGE], "answers": ["string"], "generation": "string"},
+        _IMAGES | {"prompt": [_MESSAGE], "answers": ["string"], "generation": "string"} | _GROUP,
         "Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
         "Judge them with `medst judge --candidates {id}`.",
         marker="answers",
@@ -134,11 +136,12 @@ for _kind in (
         "judge",
         _IMAGES
         | {"prompt": [_MESSAGE], "chosen": [_MESSAGE], "rejected": [_MESSAGE]}
-        | {"score_chosen": "float64", "score_rejected": "float64", "judge": "string"},
+        | {"score_chosen": "float64", "score_rejected": "float64", "judge": "string"}
+        | _GROUP,
         "Preference pairs about medical images: a question and two answers, the better one chosen.",
         "Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
         marker="chosen",
-        optional={"score_chosen": None, "score_rejected": None, "judge": None},
+        optional={"group_id": None, "score_chosen": None, "score_rejected": None, "judge": None},
     ),
     Kind(
         "predictions",
@@ -180,8 +183,8 @@ def text_of(content: str | list[dict]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def features_of(kind: str) -> "Features":
-    """Return the columns of a kind of dataset, see `KINDS`."""
+def features_of(kind: str, grouped: bool = True) -> "Features":
+    """Return the columns of a kind of dataset, see `KINDS`; with `grouped=False` those of rows without `group_id`."""
     from datasets import Features, Image, List, Value
 
     def feature(column: Any) -> Any:
@@ -191,13 +194,15 @@ def features_of(kind: str) -> "Features":
             return List(feature(column[0]))
         return Image() if column == "image" else Value(column)
 
-    return Features({name: feature(column) for name, column in KINDS.get(kind).columns.items()})
+    columns = KINDS.get(kind).columns.items()
+    return Features({name: feature(column) for name, column in columns if grouped or name != "group_id"})
 
 
-instruct_features = partial(features_of, "instruct")
-benchmark_features = partial(features_of, "benchmark")
+# To make a dataset of rows in Python. Candidates are made by `CandidateGenerator`, which fills in the group.
+instruct_features = partial(features_of, "instruct", grouped=False)
+benchmark_features = partial(features_of, "benchmark", grouped=False)
 candidate_features = partial(features_of, "candidates")
-preference_features = partial(features_of, "preferences")
+preference_features = partial(features_of, "preferences", grouped=False)
 
 
 def check_columns(dataset: "Dataset", kind: str) -> None:

@@ -79,12 +79,14 @@ class Conversation:
         images (`tuple[str, ...]`): File names inside the directory of images, in the order of the image parts.
         messages (`list[dict]`): Made by `schema.message`; empty for unlabeled images.
         split (`str`): `"train"` or `"validation"`, as the source has it.
+        group (`str` or `None`): What must stay in one split, such as a patient, as the source names it.
     """
 
     id: str
     images: tuple[str, ...]
     messages: list[dict]
     split: str = "train"
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Question:
         question_type (`str` or `None`): As the source names it.
         link (`str` or `None`): Shared by the paraphrases of one question.
         more_images (`tuple[str, ...]`): Further images of a question about several; not in a benchmark.
+        group (`str` or `None`): As in [`Conversation`].
     """
 
     id: str
@@ -112,6 +115,7 @@ class Question:
     question_type: str | None = None
     link: str | None = None
     more_images: tuple[str, ...] = ()
+    group: str | None = None
 
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> "Question":

@@ -39,6 +39,7 @@ class Answered(NamedTuple):
     closed: bool
     answer: str
     prediction: str
+    group_id: str | None = None
 
 
 @dataclass(frozen=True)

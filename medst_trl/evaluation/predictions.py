@@ -95,9 +95,9 @@ def read_predictions(
             Split of the benchmark.
 
     Returns:
-        `tuple`: the records (id, image_id, question, answer, answer_type, question_type, prediction), and for each
-        rejected row its `id` (or its number), `reason` and offending `value`. Questions of the benchmark without a
-        prediction are among the latter.
+        `tuple`: the records (id, image_id, group_id, question, answer, answer_type, question_type, prediction), and
+        for each rejected row its `id` (or its number), `reason` and offending `value`. Questions of the benchmark
+        without a prediction are among the latter.
 
     Raises:
         UserError: if the file is missing or has another format, holds no record that can be scored, holds no right
@@ -142,7 +142,7 @@ def export_predictions(records: Iterable[Mapping[str, Any]], path: str | os.Path
     Write predictions in one of `PREDICTION_FORMATS`, atomically.
 
     Keys that a format does not have go into fields that its own tools ignore, so that [`read_predictions`] returns the
-    same records: id, image_id, question, answer, answer_type, question_type and prediction.
+    same records: id, image_id, question, answer, answer_type, question_type, prediction and group_id.
 
     Args:
         records (iterable of `dict`):
@@ -182,7 +182,7 @@ def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, 
     Read all questions of a benchmark, in its order.
 
     Returns:
-        `list[dict]`: id, image_id, question, answer, answer_type, question_type.
+        `list[dict]`: id, image_id, group_id, question, answer, answer_type, question_type.
 
     Raises:
         UserError: if the benchmark does not exist, or the file holds something else.
@@ -206,6 +206,7 @@ def _question(record: Any, name: str) -> dict[str, Any]:
         return {
             "id": str(record["id"]),
             "image_id": str(record["image"]) if record.get("image") else None,
+            "group_id": None,
             "question": turns[0]["value"].replace("<image>", "").strip(),
             "answer": turns[1]["value"],
             "answer_type": record["answer_type"].strip().lower(),

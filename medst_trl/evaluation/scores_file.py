@@ -161,9 +161,10 @@ def _title(scores: Mapping[str, Any]) -> str:
     shown = [
         f", {name.replace('_', ' ')} {value}"
         for name, value in scores.items()
-        if name not in ("variant", "n", "n_images") and not isinstance(value, Mapping)
+        if name not in ("variant", "n", "n_images", "n_groups") and not isinstance(value, Mapping)
     ]
     images = f" on {scores['n_images']} images" if scores["n_images"] is not None else ""
+    images += f" of {scores['n_groups']} groups" if scores.get("n_groups") else ""
     return f"{scores['variant']}{''.join(shown)}: {scores['n']} questions{images}"
 
 

@@ -41,14 +41,15 @@ def score_vqa(
 
     Every figure is a mean over records in percent, `{"value", "n", "interval"}`. `n` is the number of records in the
     mean (0 gives the value None). `interval` is its 95% bootstrap interval, or None if the figure depends on a single
-    image or record. Images are resampled with all their questions if every record has an `image_id`, since questions
-    about one image are not independent; otherwise records are resampled. A bootstrap sees only the variation in the
-    sample: if all records are right, or all are wrong, the interval has no width, however small n is.
+    group or record. Groups (a patient, or else an image) are resampled with all their questions if every record has a
+    `group_id` or `image_id`, since such questions are not independent; otherwise records are resampled. A bootstrap
+    sees only the variation in the sample: if all records are right, or all are wrong, the interval has no width,
+    however small n is.
 
     Args:
         records (iterable of `dict`):
             `answer`, `answer_type` (open or closed, in any case), `prediction`; optionally `question_type`,
-            `image_id`, `id`. Texts may be numbers. Other keys and the order are ignored.
+            `image_id`, `group_id`, `id`. Texts may be numbers. Other keys and the order are ignored.
         variant (`str`, *optional*, defaults to `"strict"`):
             Name of a metric: `"strict"`, `"llava_med"` (see [`medst_trl.evaluation.metrics`]), or one of a plugin.
         bootstrap_samples (`int`, *optional*, defaults to `1000`):
@@ -60,7 +61,8 @@ def score_vqa(
             `"substring"` or `"drop_misses"`.
 
     Returns:
-        `dict`: `variant`, the metric's settings, `n`, `n_images`, `bootstrap`, then the figures.
+        `dict`: `variant`, the metric's settings, `n`, `n_images`, `n_groups` (if there are any), `bootstrap`, then the
+        figures.
         - `strict`: `exact_match` (all records), `open` (`exact_match`, `precision`, `recall`, `f1`) and `closed`
           (`accuracy`, divided into `yes_no` and `other` questions; `no_verdict`, the share of yes/no questions whose
           prediction says neither, each of them wrong). `exact_match` and `accuracy` carry `majority`: what the most
@@ -108,8 +110,8 @@ def compare_vqa(
 
     Returns:
         `dict`: the scores of the control, in which every figure carries `difference` (real minus control, in
-        percentage points) and `difference_interval`, a paired 95% bootstrap interval: the same images are drawn for
-        both sides.
+        percentage points) and `difference_interval`, a paired 95% bootstrap interval: the same groups or images are
+        drawn for both sides.
 
     Raises:
         UserError: if ids are missing or repeated, or the two sides do not answer the same ids.
@@ -167,13 +169,16 @@ def summarize(
     """
     metric, answered = METRICS.get(variant), [row for row, _ in scored]
     own_settings = make_settings(metric, settings)
-    by_image = all(row.image_id is not None for row in answered)
+    clusters, images = clusters_of(scored), {row.image_id for row in answered}
+    by_group = any(row.group_id is not None for row in answered)
+    unit = "record" if 0 in clusters else "group" if by_group else "image"
     result = {
         "variant": variant,
         **(asdict(own_settings) if own_settings else {}),
         "n": len(scored),
-        "n_images": len(set(clusters_of(scored))) if by_image else None,
-        "bootstrap": {**bootstrap, "unit": "image" if by_image else "record", "level": LEVEL},
+        "n_images": None if None in images else len(images),
+        **({"n_groups": len(set(clusters))} if unit == "group" else {}),
+        "bootstrap": {**bootstrap, "unit": unit, "level": LEVEL},
     }
     types = sorted({row.question_type for row in answered} - {None})
     values = defaultdict(list)
@@ -225,9 +230,9 @@ def read_answer(record: Mapping[str, Any]) -> Answered:
         raise BadRecord("empty answer", answer)
     if answer_type not in ("open", "closed"):
         raise BadRecord("unknown answer_type", record["answer_type"])
-    image_id = None if record.get("image_id") is None else str(record["image_id"])
+    image_id, group = (None if record.get(key) is None else str(record[key]) for key in ("image_id", "group_id"))
     question_type = None if record.get("question_type") is None else str(record["question_type"]).strip() or None
-    return Answered(image_id, question_type, answer_type == "closed", answer, str(record["prediction"]))
+    return Answered(image_id, question_type, answer_type == "closed", answer, str(record["prediction"]), group)
 
 
 @contextmanager
@@ -244,9 +249,9 @@ def naming(record: Mapping[str, Any], position: int) -> Iterator[None]:
 
 
 def clusters_of(scored: list[Scored]) -> list[Hashable]:
-    """Return what the bootstrap draws for each record: its image if every record names one, otherwise the record."""
-    images = [row.image_id for row, _ in scored]
-    return list(range(len(images))) if None in images else images
+    """Return what the bootstrap draws for each record: its group or image if every record has one, or the record."""
+    clusters = [row.group_id or row.image_id for row, _ in scored]
+    return list(range(len(clusters))) if None in clusters else clusters
 
 
 def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
@@ -276,8 +281,8 @@ def resample(records: Iterable[tuple[Hashable, Mapping[FigurePath, float]]], sam
     """
     Compute the mean of every figure over resampled clusters (the cluster bootstrap).
 
-    Questions about one image are not independent, so images are drawn with all their questions. A mean over records is
-    then a ratio of two sums that both vary.
+    Questions about one group or image are not independent, so each is drawn with all its questions. A mean over
+    records is then a ratio of two sums that both vary.
 
     Args:
         records (iterable of `tuple`):

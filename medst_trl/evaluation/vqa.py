@@ -109,7 +109,8 @@ def answer_benchmark(
         engine ([`~medst_trl.engines.engine.Engine`]):
             Answers the questions: a model in this process, or one on a server.
         benchmark ([`~datasets.Dataset`]):
-            One row per image: `image_id`, `image`, `questions` (id, question, answer, answer_type, question_type).
+            One row per image: `image_id`, `image`, `questions` (id, question, answer, answer_type, question_type),
+            optionally `group_id`.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Maximum length of an answer.
         control (`str`, *optional*):
@@ -125,10 +126,10 @@ def answer_benchmark(
             Name of the model in `generation`. Defaults to the engine's.
 
     Yields:
-        `dict`: a row of the predictions file: id, image_id, question, answer, answer_type, question_type,
-        `prediction`, `generation` (what the engine says about itself, max_new_tokens, control, the image shown, and
-        whether the answer ended before `max_new_tokens`). If the engine refuses a question, the prediction is empty
-        and `generation` has the reason as `problem`.
+        `dict`: a row of the predictions file: id, image_id, group_id, question, answer, answer_type,
+        question_type, `prediction`, `generation` (what the engine says about itself, max_new_tokens, control, the
+        image shown, and whether the answer ended before `max_new_tokens`). If the engine refuses a question, the
+        prediction is empty and `generation` has the reason as `problem`.
 
     Raises:
         UserError: for an unknown control, repeated ids, a benchmark whose images cannot be shuffled, or an engine that
@@ -211,7 +212,7 @@ def write_predictions(path: str | Path, engine: Engine, benchmark: "Dataset", **
 
 def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[dict[str, Any]]:
     """
-    Return all questions in the benchmark's order, each with its `image_id` and the `row` of its image.
+    Return all questions in the benchmark's order, each with `image_id`, `group_id` and the `row` of its image.
 
     Raises:
         UserError: if two have one id, or there are none.
@@ -224,7 +225,7 @@ def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[d
                     f"Two questions of the benchmark have the id {question['id']!r}. Give each its own id and prepare "
                     "the benchmark again."
                 )
-            about = {"id": question["id"], "image_id": record["image_id"]}
+            about = {"id": question["id"], "image_id": record["image_id"], "group_id": record.get("group_id")}
             questions[question["id"]] = about | question | {"row": row}
     if not questions:
         raise UserError("The benchmark holds no questions. See its rejected.jsonl, or choose another split.")

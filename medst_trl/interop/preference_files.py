@@ -24,7 +24,7 @@ from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import FolderImages
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import check_columns, preference_features, text_of, with_stored_images, write_split
+from medst_trl.data.schema import check_columns, features_of, text_of, with_stored_images, write_split
 from medst_trl.data.source import BadRecord, Records, Rejected, check_image_folder, list_reasons, published_id
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 from medst_trl.selftrain.preferences import Preferences
@@ -159,7 +159,7 @@ def write_preferences(folder: str | os.PathLike, preferences: Preferences, file:
         return pair | {"images": [{"bytes": file.images.stored_bytes(name), "path": None} for name in pair["images"]]}
 
     for split in ("train", "validation"):
-        write_split(folder, split, getattr(preferences, split), row, preference_features(), ROWS_PER_SHARD)
+        write_split(folder, split, getattr(preferences, split), row, features_of("preferences"), ROWS_PER_SHARD)
 
 
 def write_preference_file(

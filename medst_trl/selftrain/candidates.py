@@ -175,7 +175,7 @@ class CandidateGenerator:
 
         Yields:
             `dict`: a row of candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages, the question
-            last), `answers`, `generation` (JSON: model, engine, seed, sampling).
+            last), `answers`, `generation` (JSON: model, engine, seed, sampling), `group_id` (that of the record).
 
         Raises:
             UserError: for other columns, or repeated ids.
@@ -235,6 +235,7 @@ class CandidateGenerator:
                 "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
                 "answers": candidate["answers"],
                 "generation": generation,
+                "group_id": record.get("group_id"),
             }
 
         return make_row

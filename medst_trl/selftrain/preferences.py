@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import public_name
-from medst_trl.data.assemble import draw, plain_question, representatives
+from medst_trl.data.assemble import draw, plain_question
+from medst_trl.data.groups import representatives
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 

@@ -127,8 +127,8 @@ def test_optional_columns_that_are_missing_are_filled_in(tmp_path):
     write_split(tmp_path / "data", "train", [row], dict, Features(columns), rows_per_shard=2)
     dataset = load_records(tmp_path / "data", "train")
     check_columns(dataset, "preferences")
-    assert dataset.features == preference_features()
-    assert [dataset[0][name] for name in ("score_chosen", "score_rejected", "judge")] == [None, None, None]
+    assert dataset.features == features_of("preferences")
+    assert [dataset[0][name] for name in ("score_chosen", "score_rejected", "judge", "group_id")] == 4 * [None]
 
 
 @pytest.mark.parametrize("name", KINDS)

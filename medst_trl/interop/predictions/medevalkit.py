@@ -36,7 +36,7 @@ def final_answer(response: str) -> str:
 
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
-    """Write a `results.json` whose records also carry `id`, `image_id` and `question_type`."""
+    """Write a `results.json` whose records also carry `id`, `image_id`, `question_type` and `group_id`."""
     rows = [
         {
             "lang": "en",
@@ -44,7 +44,7 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
             "answer": str(record["answer"]),
             "question": record.get("question") or "",
             "response": str(record.get("response", record["prediction"])),
-            **{key: record.get(key) for key in ("id", "image_id", "question_type")},
+            **{key: record.get(key) for key in ("id", "image_id", "question_type", "group_id")},
             "prediction": str(record["prediction"]),
         }
         for record in records
@@ -66,6 +66,7 @@ def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
         "answer": row["answer"],
         **answer_type(row["answer"], row.get("answer_type")),
         "question_type": row.get("question_type"),
+        "group_id": row.get("group_id"),
         "prediction": prediction,
         **({"response": response} if response != prediction else {}),
     }

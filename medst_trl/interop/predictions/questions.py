@@ -22,7 +22,8 @@ from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode, 
 NOT_ENGLISH = "not in English"
 
 _REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object"}
-GOLD = ("image_id", "question", "answer", "answer_type", "question_type")  # what a benchmark says about an id
+# What a benchmark says about an id.
+GOLD = ("image_id", "group_id", "question", "answer", "answer_type", "question_type")
 
 
 def json_rows(path: Path, keys: Collection[str]) -> Iterator[ReadRow]:

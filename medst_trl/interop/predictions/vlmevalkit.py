@@ -29,7 +29,7 @@ _DELIMITERS = {".tsv": "\t", ".csv": ",", ".xlsx": None}
 _EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
 _COLUMNS = ("index", "question", "answer", "prediction")
 _REQUIRED = ("index", "question", "prediction")  # test sets with hidden answers have none
-_OURS = ("id", "image_id", "answer_type", "question_type")
+_OURS = ("id", "image_id", "answer_type", "question_type", "group_id")
 
 
 def _rows(path: Path) -> Iterator[ReadRow]:
@@ -84,6 +84,7 @@ def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
         "answer": answer,
         **answer_type(answer, row.get("answer_type")),
         "question_type": row.get("question_type") or None,
+        "group_id": row.get("group_id") or None,
         "prediction": row["prediction"],
     }
 

@@ -39,7 +39,7 @@ from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import candidate_features, write_split
+from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
@@ -304,7 +304,7 @@ def _write_candidates(
             f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite."
         )
     directory = Path(args.output_dir, "candidates")
-    write_split(directory, "train", candidates, make_row, candidate_features(), args.rows_per_shard)
+    write_split(directory, "train", candidates, make_row, features_of("candidates"), args.rows_per_shard)
     return counts
 
 

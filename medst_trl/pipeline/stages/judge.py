@@ -40,7 +40,7 @@ from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
-from medst_trl.data.schema import preference_features, with_stored_images, write_split
+from medst_trl.data.schema import features_of, with_stored_images, write_split
 from medst_trl.engines.calls import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
@@ -285,7 +285,7 @@ def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences:
     shutil.rmtree(directory, ignore_errors=True)  # of an interrupted run, perhaps with other replies
     for split in ("train", "validation"):
         pairs = getattr(preferences, split)
-        write_split(directory, split, pairs, row, preference_features(), args.rows_per_shard, args.num_workers)
+        write_split(directory, split, pairs, row, features_of("preferences"), args.rows_per_shard, args.num_workers)
 
 
 def _print_summary(record: StageRecord) -> None:

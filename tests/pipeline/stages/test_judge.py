@@ -18,7 +18,7 @@ from letter_prompt import letter_prompt
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main as medst
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import benchmark_features, candidate_features, check_columns, image_part, message, text_part
+from medst_trl.data.schema import benchmark_features, check_columns, features_of, image_part, message, text_part
 from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.engines.cost import CACHE_FILE
@@ -53,7 +53,9 @@ def write_candidates(directory, n, split="unlabelled", answers=None):
             }
         )
     directory.mkdir(parents=True)
-    Dataset.from_list(rows, features=candidate_features()).to_parquet(directory / "train-00000-of-00001.parquet")
+    Dataset.from_list(rows, features=features_of("candidates", grouped=False)).to_parquet(
+        directory / "train-00000-of-00001.parquet"
+    )
     return str(directory)
 
 

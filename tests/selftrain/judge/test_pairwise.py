@@ -11,7 +11,7 @@ from judge_server import USAGE, JudgeServer, RandomFaults, prefers_first, reply_
 from random_images import random_image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import candidate_features
+from medst_trl.data.schema import features_of
 from medst_trl.engines.calls import AdaptiveLimit
 from medst_trl.engines.cost import CACHE_FILE, Prices
 from medst_trl.selftrain.judge import batch as batch_files
@@ -213,7 +213,7 @@ def test_the_key_is_sent_but_never_written(tmp_path, monkeypatch):
 
 
 def test_a_dataset_of_candidates_is_judged():
-    data = Dataset.from_list(candidates(3), features=candidate_features())
+    data = Dataset.from_list(candidates(3), features=features_of("candidates", grouped=False))
     with JudgeServer() as server:
         assert [judgement["verdict"] for judgement in judge_with(server)(data)] == [1, 0, 1]  # PIL images
     assert server.bodies[0]["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")

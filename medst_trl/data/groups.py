@@ -1,0 +1,154 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Groups: what must not be divided between training and test, such as all images of a patient.
+
+A record's `group_id` is a keyed hash of a patient, a study or a directory. Without one, the image is its own group.
+Records that share an image, near copies of an image or a group belong together.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from medst_trl.base.errors import UserError
+
+
+GROUP_LEVELS = ("patient", "study", "directory")
+SALT_VARIABLE = "MEDST_GROUP_SALT"
+_DICOM_LEVELS = ("patient", "study", "series")
+_SALT_BYTES = 32
+
+
+class GroupIds:
+    """
+    Turns patients, studies and directories into group ids, from which they cannot be recovered without the salt.
+
+    The salt is read, and created if it is missing, when the first id is made.
+
+    Args:
+        salt_file (`str` or `os.PathLike`, *optional*):
+            File of the salt. Defaults to the one that `MEDST_GROUP_SALT` names, otherwise to one of the user.
+        group_by (`str`, *optional*, defaults to `"patient"`):
+            What makes a group of images: `"patient"` or `"study"` in DICOM headers, or `"directory"`.
+    """
+
+    def __init__(self, salt_file: str | os.PathLike | None = None, group_by: str = "patient"):
+        self.salt_file, self.group_by = salt_file, group_by
+
+    @cached_property
+    def salt(self) -> bytes:
+        """Return the salt. See [`read_salt`]."""
+        return read_salt(self.salt_file)
+
+    def of_key(self, key: str | None) -> str | None:
+        """Return the group id of a patient, study or directory; None for None."""
+        return None if key is None else group_id(self.salt, key)
+
+    def of_image(self, name: str, header: Mapping[str, str]) -> str | None:
+        """
+        Return the group id of an image.
+
+        Args:
+            name (`str`): Path of its file, relative to the directory of images.
+            header (`dict`): Patient, study and series of a DICOM file. What is missing is replaced by the next level.
+        """
+        if self.group_by == "directory":
+            parent = PurePosixPath(name.replace("\\", "/")).parent.as_posix()
+            return self.of_key(None if parent == "." else parent)
+        levels = _DICOM_LEVELS[_DICOM_LEVELS.index(self.group_by) :]
+        return self.of_key(next((header[level] for level in levels if header.get(level)), None))
+
+
+def group_id(salt: bytes, key: str) -> str:
+    """
+    Return the group id of a patient, study or directory: 6 hexadecimal digits that identify the salt, a dash, and 20
+    of the HMAC-SHA256 of the key. Ids of different salts cannot be compared, see [`salt_of`].
+    """
+    check = hashlib.sha256(b"check" + salt).hexdigest()[:6]
+    return f"{check}-{hmac.new(salt, key.strip().encode(), hashlib.sha256).hexdigest()[:20]}"
+
+
+def salt_of(group: str) -> str:
+    """Return the digits of a group id that identify its salt."""
+    return group.partition("-")[0]
+
+
+def read_salt(path: str | os.PathLike | None = None) -> bytes:
+    """
+    Read the salt of group ids. A missing file is created with random bytes, readable by the user only.
+
+    Raises:
+        UserError: if the file cannot be read or created, or is too short for a salt.
+    """
+    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    path = Path(path or os.environ.get(SALT_VARIABLE) or Path(data_home, "medst_trl", "group_salt"))
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(_SALT_BYTES))
+            print(f"Group ids are hashed with the new salt {path}. Keep it private, and use it for all your datasets.")
+        salt = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"group_salt {path}: {error.strerror}. Set --group_salt to a file of your own.") from None
+    if len(salt) < _SALT_BYTES // 2:
+        raise UserError(
+            f"group_salt {path} has {len(salt)} bytes, too few for a salt. Name a file that does not exist."
+        )
+    return salt
+
+
+class Grouping:
+    """
+    Tells which records belong together.
+
+    Args:
+        records (iterable of `tuple`):
+            The `image_id`s and the `group_id` (or None) of each record.
+        copies (iterable of `tuple[str, str]`, *optional*):
+            Pairs of `image_id`s of near copies, see [`~medst_trl.data.near_copies.near_copies`].
+    """
+
+    def __init__(
+        self, records: Iterable[tuple[Collection[str], str | None]], copies: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        copies = list(copies)
+        self._copies = representatives(copies)
+        self._joined = representatives([*copies, *(_keys(*record) for record in records)])
+
+    def image(self, image_id: str) -> str:
+        """Return one `image_id` for an image and all its near copies."""
+        return self._copies.get(image_id, image_id)
+
+    def of(self, image_ids: Collection[str], group: str | None, default: str = "") -> str:
+        """Return the name of all that belongs together with a record; `default` if it has neither image nor group."""
+        return next((self._joined[key] for key in _keys(image_ids, group)), default)
+
+
+def _keys(image_ids: Collection[str], group: str | None) -> list[str]:
+    # Behind all image ids in the alphabet: then an image id names what is joined, which does not depend on the salt.
+    return [*image_ids, *(() if group is None else (f"~{group}",))]
+
+
+def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Hashable]:
+    """
+    Join groups that share a member, and return for each member the smallest one of its joined group. The order of the
+    groups does not matter.
+    """
+    parents: dict[Hashable, Hashable] = {}
+
+    def find(member: Hashable) -> Hashable:
+        while (parent := parents.setdefault(member, member)) != member:
+            parents[member] = parents[parent]  # shorten the path for the next search
+            member = parent
+        return member
+
+    for group in groups:
+        if found := [find(member) for member in group]:
+            parents.update(dict.fromkeys(found, min(found)))
+    return {member: find(member) for member in list(parents)}
