@@ -5,6 +5,7 @@
 import hashlib
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,17 +21,20 @@ MANY_FILES = 10_000  # with more files (raw images), only names and sizes are co
 REFERENCE_FOLDER = "reference_log_probs"
 
 
-def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
+def fingerprint(source: str | os.PathLike, used: Iterable[str] | None = None) -> dict[str, str | None]:
     """
     Describe the current content of `source`, for a later comparison.
 
     Args:
         source (`str` or `os.PathLike`):
             A file, a directory, or a Hub id with an optional revision (`"org/name@main"`).
+        used (iterable of `str`, *optional*):
+            Names of the files of a directory that are read. The others are not.
 
     Returns:
-        `dict`: `{"path", "sha256"}` for a file or directory (moving it does not change the hash), `{"hub_id",
-        "revision"}` for a Hub id. The revision is the commit in the local Hub cache, None before a download.
+        `dict`: `{"path", "sha256"}` for a file or directory (moving it does not change the hash), with `used_sha256`
+        instead if only some files are used; `{"hub_id", "revision"}` for a Hub id. The revision is the commit in the
+        local Hub cache, None before a download.
 
     Raises:
         UserError: if `source` does not exist and cannot be a Hub id.
@@ -40,18 +44,26 @@ def fingerprint(source: str | os.PathLike) -> dict[str, str | None]:
         with open(path, "rb") as file:
             return {"path": str(source), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     if path.is_dir():
-        return {"path": str(source), "sha256": _sha256_of_directory(path)}
-    if not can_be_hub_id(str(source)):
-        raise UserError(f"{source}: no such file or directory. Run the stage that makes it, or correct the path.")
+        if used is not None:
+            return {"path": str(source), "used_sha256": _sha256_of_files(path, sorted(set(used)))}
+        return {"path": str(source), "sha256": _sha256_of_files(path, _results_in(path))}
+    if path.exists() or not can_be_hub_id(str(source)):
+        problem = "neither a file nor a directory" if path.exists() else "no such file or directory"
+        raise UserError(f"{source}: {problem}. Run the stage that makes it, or correct the path.")
     return {"hub_id": str(source), "revision": cached_revision(str(source))}
 
 
 def same_source(old: dict, new: dict) -> bool:
-    """Whether two fingerprints can be of the same content. An unknown revision matches any other."""
+    """
+    Whether two fingerprints can be of the same content. An unknown revision matches any other. If the older one is of
+    a whole directory, so is the comparison: earlier versions made no others.
+    """
     if "hub_id" in old and "hub_id" in new:
         revisions = {old.get("revision"), new.get("revision")} - {None}
         return old["hub_id"] == new["hub_id"] and len(revisions) < 2
-    return "sha256" in old and old.get("sha256") == new.get("sha256")
+    if "used_sha256" in new and "sha256" in old:
+        new = fingerprint(new["path"])
+    return any(key in old and old[key] == new.get(key) for key in ("sha256", "used_sha256"))
 
 
 def package_versions() -> dict[str, str | None]:
@@ -65,15 +77,20 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def _sha256_of_directory(directory: Path) -> str:
+def _results_in(directory: Path) -> list[str]:
     skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)  # not part of the result, nor are records
-    files = sorted(name for name in visible_files(directory, skipped) if Path(name).name != "stage.json")
+    return sorted(name for name in visible_files(directory, skipped) if Path(name).name != "stage.json")
+
+
+def _sha256_of_files(directory: Path, names: list[str]) -> str:
+    """Hash the names and contents of files. What is none (a broken link, a pipe, a device) is not opened."""
+    names = [name for name in names if (directory / name).is_file()]
     digest = hashlib.sha256()
-    for name in files:
+    for name in names:
         path = directory / name
         size = path.stat().st_size
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        if len(files) <= MANY_FILES:
+        if len(names) <= MANY_FILES:
             digest.update(_sample(path, size))
     return digest.hexdigest()
 

@@ -359,6 +359,9 @@ class Source:
             Whether it reads `data_path`.
         reads_folders (`bool`, *optional*, defaults to `False`):
             Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
+        data_files (`tuple` of `str`, *optional*):
+            Patterns of the files, besides images, that it reads in a directory as `data_path`. By default all files
+            there are compared on a re-run.
         image_folders (`tuple` of `str`, *optional*):
             Directories beside the data where images are searched first, unless `--image_folder` is given.
         files (`tuple` of `str`, *optional*):
@@ -373,6 +376,7 @@ class Source:
     count: Callable[[Any, str, str], int | None] | None = None
     needs_data: bool = True
     reads_folders: bool = False
+    data_files: tuple[str, ...] | None = None
     image_folders: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 

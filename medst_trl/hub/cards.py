@@ -296,7 +296,7 @@ def _source_card(record: dict[str, Any]) -> dict[str, Any] | None:
 def _describe(source: dict[str, Any]) -> str:
     if "hub_id" in source:
         return f"{source['hub_id']} at {source['revision'] or 'an unknown revision'}"
-    return f"a local directory or file (SHA-256 {str(source.get('sha256'))[:12]})"
+    return f"a local directory or file (SHA-256 {str(source.get('sha256', source.get('used_sha256')))[:12]})"
 
 
 def read_merged(directory: Path) -> dict[str, Any] | None:

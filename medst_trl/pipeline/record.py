@@ -108,8 +108,8 @@ class StageRecord:
             settings (`dict`):
                 All settings. Secrets are stored as `"<hidden>"` and never compared.
             inputs (`dict`, *optional*):
-                Name to path, Hub id, list of these, or None. They are compared by content or revision, so a setting of
-                the same name is not compared as text.
+                Name to path, Hub id, fingerprint, list of these, or None. They are compared by content or revision, so
+                a setting of the same name is not compared as text.
             operational (collection of `str`, *optional*):
                 More keys of `settings` that may differ, because they do not affect the result of this run: for example
                 the settings of a source or engine that it does not use.
@@ -234,7 +234,10 @@ class StageRecord:
             "started": _now(),
             "seconds": 0.0,
             "versions": package_versions(),
-            "inputs": {name: [fingerprint(x) for x in items if x is not None] for name, items in sources.items()},
+            "inputs": {
+                name: [item if isinstance(item, dict) else fingerprint(item) for item in items if item is not None]
+                for name, items in sources.items()
+            },
             "settings": hide_secrets(_plain(settings)),
             "counts": {},
         }
@@ -471,7 +474,7 @@ def _short(value: Any) -> str:
 def _describe(source: dict) -> str:
     if "hub_id" in source:
         return f"{source['hub_id']} at {source.get('revision') or 'no revision'}"
-    return f"{source.get('path')} (SHA-256 {str(source.get('sha256'))[:12]})"
+    return f"{source.get('path')} (SHA-256 {str(source.get('sha256', source.get('used_sha256')))[:12]})"
 
 
 def _now() -> str:

@@ -446,3 +446,24 @@ def test_a_setting_may_have_any_name(tmp_path):
     record.finish()
     with pytest.raises(UserError, match="operational: "):
         StageRecord.of(stage, _OddNames(str(tmp_path), operational="lr2"), _OddSwitch(5))
+
+
+def test_only_used_files_are_compared_but_records_of_earlier_versions_are_compared_by_their_rule(tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for name in ("a.png", "b.png", "unused.txt"):
+        (directory / name).write_text(name)
+    earlier, used = fingerprint(directory), fingerprint(directory, ["b.png", "a.png", "a.png"])
+    assert "sha256" not in used and same_source(used, fingerprint(directory, ["a.png", "b.png"]))
+    assert same_source(earlier, used) and not same_source(used, earlier)
+    os.mkfifo(directory / "pipe")  # nothing waits for it
+    (directory / "broken").symlink_to(directory / "nothing")
+    assert same_source(earlier, fingerprint(directory, ["a.png", "b.png", "broken", "pipe", "missing"]))
+    (directory / "unused.txt").write_text("changed")
+    assert same_source(used, fingerprint(directory, ["a.png", "b.png"]))
+    assert not same_source(earlier, fingerprint(directory, ["a.png", "b.png"]))
+    (directory / "a.png").write_text("changed")
+    assert not same_source(used, fingerprint(directory, ["a.png", "b.png"]))
+    assert not same_source(used, fingerprint(directory, ["b.png"]))
+    with pytest.raises(UserError, match="neither a file nor a directory"):
+        fingerprint(directory / "pipe")

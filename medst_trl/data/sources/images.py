@@ -140,6 +140,7 @@ SOURCES.register(
         read=lambda request: read_table(request.data_path, request.image_folder, request.follow_symlinks),
         card=SourceCard("images from the publisher of this repository"),
         reads_folders=True,
+        data_files=(),
     )
 )
 SOURCES.register(

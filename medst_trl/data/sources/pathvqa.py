@@ -87,6 +87,7 @@ SOURCES.register(
             citation="He et al., 2020, https://huggingface.co/papers/2003.10286",
         ),
         settings=PathVqaSettings,
+        data_files=tuple(PATHVQA_FILES.values()),
         image_folders=IMAGE_FOLDERS,
     )
 )

@@ -57,6 +57,7 @@ SOURCES.register(
             citation="Liu et al., ISBI 2021, https://huggingface.co/papers/2102.09542",
         ),
         settings=SlakeSettings,
+        data_files=tuple(SLAKE_FILES.values()),
         image_folders=IMAGE_FOLDERS,
     )
 )

@@ -133,6 +133,7 @@ SOURCES.register(
         summary="the official VQA-RAD release: its JSON file or directory",
         read=lambda request: read_vqa_rad(request.data_path, request.image_folder),
         card=_VQA_RAD_CARD,
+        data_files=(RELEASE_FILE,),
         image_folders=IMAGE_FOLDERS,
     )
 )
@@ -143,6 +144,7 @@ SOURCES.register(
         read=lambda request: read_vqa_rad_mevf(request.data_path, request.image_folder, request.settings.release_path),
         card=replace(_VQA_RAD_CARD, title="VQA-RAD in MEVF's split (radiology; images from MedPix)"),
         settings=MevfSettings,
+        data_files=(*MEVF_FILES.values(), RELEASE_FILE),
         image_folders=IMAGE_FOLDERS,
         files=("release_path",),
     )

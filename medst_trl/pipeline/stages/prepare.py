@@ -18,20 +18,29 @@ Output in `output_dir`, depending on what the source contains:
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
+from medst_trl.base.files import visible_files, write_jsonl
+from medst_trl.base.fingerprints import fingerprint
 from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.assemble import assemble
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.schema import features_of, write_split
-from medst_trl.data.source import SOURCES, ImageReader, Source, SourceRequest, check_image_folder, list_reasons
+from medst_trl.data.source import (
+    SOURCES,
+    ImageReader,
+    Records,
+    Source,
+    SourceRequest,
+    check_image_folder,
+    list_reasons,
+)
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
@@ -97,7 +106,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
     check(args, *others)
     images = settings_among(others, ImageSettings)
     source, request = SOURCES.get(args.source), request_of(args, *others)
-    record = StageRecord.of(STAGE, args, *others, inputs=_inputs(source, request))
+    read = cache(lambda: source.read(request).first(args.max_records))
+    record = StageRecord.of(STAGE, args, *others, inputs=_inputs(source, request, images, read))
     if record.decision == "skip":
         return
     output_dir = Path(args.output_dir)
@@ -105,7 +115,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
     if source.needs_data:
         _set_limits_of_pil(images.max_pixels)
     with record:
-        records = source.read(request).first(args.max_records)
+        records = read()
         reader = records.images or FolderImages(records.image_folder, images)
         if isinstance(reader, FolderImages):
             records = choose_frames(records, reader, num_workers).first(args.max_records)
@@ -159,13 +169,12 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     request = SourceRequest(settings=own, seed=args.seed, follow_symlinks=images.follow_symlinks)
     for name in source.files:
         path = getattr(request.settings, name)
-        if path is not None and not Path(path).exists():
-            raise UserError(f"{name} does not exist: {path}. Correct the path.")
+        if path is not None:
+            _check_exists(name, Path(path))
     if not source.needs_data:
         return request
     data_path = Path(args.data_path)
-    if not data_path.exists():
-        raise UserError(f"data_path does not exist: {data_path}. Correct the path to the data of {args.source!r}.")
+    _check_exists("data_path", data_path, f" to the data of {args.source!r}")
     directory = data_path if data_path.is_dir() else data_path.parent
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]
@@ -175,12 +184,35 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     return replace(request, data_path=data_path, image_folder=image_folder)
 
 
-def _inputs(source: Source, request: SourceRequest) -> dict[str, Any]:
-    """What the record compares by content. A directory of images inside the data is hashed once."""
-    data_path, image_folder = request.data_path, request.image_folder
-    is_inside = data_path and image_folder.resolve().is_relative_to(data_path.resolve())
-    files = {name: getattr(request.settings, name) for name in source.files}
-    return {"data_path": data_path, "image_folder": None if is_inside else image_folder} | files
+def _check_exists(name: str, path: Path, what: str = "") -> None:
+    if not path.exists():
+        raise UserError(f"{name} does not exist: {path}. Correct the path{what}.")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{name} is a pipe, a socket or a device: {path}. Save the data as a file.")
+
+
+def _inputs(
+    source: Source, request: SourceRequest, images: ImageSettings, read: Callable[[], Records]
+) -> dict[str, Any]:
+    """What the record compares by content: of directories, only the files that are read."""
+    from medst_trl.data.images import FolderImages
+
+    inputs = {"data_path": None, "image_folder": None}
+    inputs |= {name: getattr(request.settings, name) for name in source.files}
+    if not source.needs_data:
+        return inputs
+    data_path, folder = request.data_path, read().image_folder or request.image_folder
+    used = [] if read().images else [*FolderImages(folder, images).files(read().image_names)]
+    if not data_path.is_dir():
+        return inputs | {"data_path": data_path, "image_folder": fingerprint(folder, used)}
+    if source.data_files is None:
+        names = list(visible_files(data_path))
+    else:
+        names = [path.relative_to(data_path).as_posix() for name in source.data_files for path in data_path.glob(name)]
+    if not folder.resolve().is_relative_to(data_path.resolve()):
+        return inputs | {"data_path": fingerprint(data_path, names), "image_folder": fingerprint(folder, used)}
+    inside = folder.resolve().relative_to(data_path.resolve())
+    return inputs | {"data_path": fingerprint(data_path, [*names, *((inside / name).as_posix() for name in used)])}
 
 
 def _set_limits_of_pil(max_pixels: int) -> None:
