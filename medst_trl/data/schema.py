@@ -76,6 +76,8 @@ class Kind:
             The column by which a directory of Parquet files is recognized as this kind.
         optional (`dict`, *optional*, defaults to `{"group_id": None}`):
             Columns that a dataset may lack, and the value that fills them in.
+        extras (`dict` of `str` to `float`, *optional*):
+            Columns of numbers that stages read if a dataset has them, and what a row without counts as.
         meanings (`dict` of `str` to `str`, *optional*, defaults to `MEANINGS`):
             The meaning of columns, in Markdown.
     """
@@ -87,6 +89,7 @@ class Kind:
     use: str
     marker: str | None = None
     optional: Mapping[str, Any] = field(default_factory=lambda: {"group_id": None})
+    extras: Mapping[str, float] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=lambda: MEANINGS)
 
 
@@ -114,6 +117,7 @@ for _kind in (
         _INSTRUCT,
         "Medical images without labels, to ask questions about.",
         "Ask questions about them with `medst generate --images {id}`.",
+        optional={"group_id": None, "messages": []},
     ),
     Kind(
         "benchmark",
@@ -130,6 +134,7 @@ for _kind in (
         "Questions that a model asked about medical images, each with sampled answers, ready to be judged.",
         "Judge them with `medst judge --candidates {id}`.",
         marker="answers",
+        optional={"group_id": None, "generation": None},
     ),
     Kind(
         "preferences",
@@ -142,6 +147,7 @@ for _kind in (
         "Train on it with `medst dpo --dataset {id}`, or with TRL's `DPOTrainer`, whose columns it has.",
         marker="chosen",
         optional={"group_id": None, "score_chosen": None, "score_rejected": None, "judge": None},
+        extras={"weight": 1.0, "probability": 1.0},
     ),
     Kind(
         "predictions",
@@ -185,17 +191,21 @@ def text_of(content: str | list[dict]) -> str:
 
 def features_of(kind: str, grouped: bool = True) -> "Features":
     """Return the columns of a kind of dataset, see `KINDS`; with `grouped=False` those of rows without `group_id`."""
-    from datasets import Features, Image, List, Value
-
-    def feature(column: Any) -> Any:
-        if isinstance(column, Mapping):
-            return {name: feature(inner) for name, inner in column.items()}
-        if isinstance(column, list):
-            return List(feature(column[0]))
-        return Image() if column == "image" else Value(column)
+    from datasets import Features
 
     columns = KINDS.get(kind).columns.items()
-    return Features({name: feature(column) for name, column in columns if grouped or name != "group_id"})
+    return Features({name: feature_of(column) for name, column in columns if grouped or name != "group_id"})
+
+
+def feature_of(column: Any) -> Any:
+    """Return the feature of a column, see [`Kind`]."""
+    from datasets import Image, List, Value
+
+    if isinstance(column, Mapping):
+        return {name: feature_of(inner) for name, inner in column.items()}
+    if isinstance(column, list):
+        return List(feature_of(column[0]))
+    return Image() if column == "image" else Value(column)
 
 
 # To make a dataset of rows in Python. Candidates are made by `CandidateGenerator`, which fills in the group.

@@ -21,7 +21,7 @@ from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local
 from medst_trl.base.redaction import hide_secrets, is_private_key
-from medst_trl.data.loading import complete_shards, splits_in
+from medst_trl.data.loading import split_files, splits_in
 from medst_trl.data.schema import KINDS
 from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
@@ -143,7 +143,7 @@ def _sources(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _split(directory: Path, split: str) -> dict[str, Any]:
-    shards = complete_shards(directory, split)
+    shards = split_files(directory, split)
     rows = sum(pq.read_metadata(shard).num_rows for shard in shards)
     column = next((name for name in ("image_ids", "image_id") if name in pq.read_schema(shards[0]).names), None)
     if column is None:  # a dataset in TRL's own format

@@ -14,7 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
-from medst_trl.data.loading import complete_shards, splits_in
+from medst_trl.data.loading import split_files, splits_in
 from medst_trl.data.schema import kind_of
 from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record
 from medst_trl.pipeline.stage import STAGES
@@ -100,7 +100,7 @@ def _weights(directory: Path, patterns: tuple[str, ...], weights: str) -> list[s
 
 
 def _dataset(directory: Path) -> Contents:
-    shards = [shard for split in splits_in(directory) for shard in complete_shards(directory, split)]
+    shards = [shard for split in splits_in(directory) for shard in split_files(directory, split)]
     columns = pq.read_schema(shards[0]).names
     kind = kind_of(columns)
     if kind is None:

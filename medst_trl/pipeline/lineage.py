@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
+from medst_trl.data.conform import image_ids_of
 from medst_trl.data.loading import load_records
 
 from .record import RECORD_FILE, read_record
@@ -179,9 +180,8 @@ def write_training_images(directory: str | Path, image_ids: Iterable[str], model
 
 
 def image_ids_in(dataset: "Dataset") -> set[str]:
-    """Return the ids of all images of a dataset of conversations or pairs. No image is decoded."""
-    batches = dataset.select_columns(["image_ids"]).iter(batch_size=1000)
-    return {image for batch in batches for images in batch["image_ids"] for image in images or ()}
+    """Return the ids of all images of a dataset of conversations or pairs. Images without an id are decoded."""
+    return {image for images in image_ids_of(dataset) for image in images}
 
 
 def _source(model: str) -> dict[str, Any]:

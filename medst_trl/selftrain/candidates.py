@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
+from medst_trl.data.conform import conform, with_image_ids
 from medst_trl.data.schema import bytes_of, check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
@@ -171,7 +172,7 @@ class CandidateGenerator:
 
         Args:
             dataset ([`~datasets.Dataset`]):
-                Columns `id`, `images`, `image_ids`, `messages` (not used; may be empty).
+                Columns `images` (or `image`) and optionally `id` and `image_ids`.
 
         Yields:
             `dict`: a row of candidates: `id` (`<record>#<n>`), `images`, `image_ids`, `prompt` (messages, the question
@@ -181,6 +182,7 @@ class CandidateGenerator:
             UserError: for other columns, or repeated ids.
         """
         self.rejected = []
+        dataset = with_image_ids(conform(dataset, "images"))
         make_row = self.row_maker(dataset)
         for outcome in self.outcomes(dataset):
             self.rejected += outcome["rejected"]

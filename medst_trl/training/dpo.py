@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError, closest
 from medst_trl.base.settings import make_lists
+from medst_trl.data.conform import conform, missing_columns
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
 
@@ -82,7 +83,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         args ([`MultimodalDPOConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt`, `chosen`, `rejected`, `images` (with empty lists for text alone) and `id`.
+            Columns `prompt`, `chosen`, `rejected`, `images` (with empty lists for text alone) and `id`, or pairs in
+            another of TRL's forms, see [`conform`].
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor, required with a loaded model.
         **kwargs:
@@ -110,6 +112,7 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     ):
         datasets = datasets_by_name(train_dataset, eval_dataset)
         _refuse_streams(datasets)
+        datasets = {name: _in_our_columns(dataset) for name, dataset in datasets.items()}
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -260,6 +263,11 @@ def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> 
         return None
     # TRL would load it from disk by name, where a row for `<vusr>` may be missing.
     return deepcopy(model).requires_grad_(False).eval()
+
+
+def _in_our_columns(dataset: Dataset) -> Dataset:
+    """TRL's other forms of pairs in ours, see [`conform`]; what a collator of its own may read stays as it is."""
+    return dataset if missing_columns(dataset.features, "preferences") else conform(dataset, "preferences")
 
 
 def _refuse_streams(datasets: dict[str, Any]) -> None:

@@ -173,7 +173,7 @@ class _Plan:
         with located(step.where):
             check_sharding(hardware.kind, *arguments)
             batch = Batch.of(*arguments, hardware.processes)
-        examples = training_examples(args, self.steps)
+        examples = training_examples(args, self.steps, training.seed)
         steps, in_words = schedule(examples, batch, training.num_train_epochs, training.max_steps)
         length, memory = training.max_length or DEFAULT_LENGTH, []
         try:

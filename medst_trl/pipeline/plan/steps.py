@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from datasets import Dataset
 
 from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
-from medst_trl.data.loading import complete_shards
+from medst_trl.data.loading import count_rows, mix
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config
@@ -165,13 +165,14 @@ def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: 
 # Rows
 
 
-def training_examples(args: Any, steps: Sequence[Step]) -> Count:
-    """The number of examples that the arguments of a training stage name."""
-    names = [args.dataset] if isinstance(args.dataset, str) else args.dataset
-    counts = [RecipeCounts(steps).rows(name, args.train_split) for name in names]
+def training_examples(args: Any, steps: Sequence[Step], seed: int = 0) -> Count:
+    """The number of examples that the arguments of a training stage name, for the seed that mixes datasets."""
+    counts = [RecipeCounts(steps).rows(name, args.train_split) for name in args.dataset]
     if unknown := [count.depends_on for count in counts if count.number is None]:
         return Count(None, depends_on=" and ".join(unknown)).capped(args.max_records)
-    total = Count(sum(count.number for count in counts), any(count.at_most for count in counts))
+    numbers = [Dataset.from_dict({"row": range(count.number)}) for count in counts]
+    mixture = mix(numbers, args.dataset_weights, args.oversample, seed)
+    total = Count(len(mixture), any(count.at_most for count in counts))
     return total.capped(args.max_records)
 
 
@@ -190,7 +191,7 @@ class RecipeCounts:
 
     def rows(self, directory: str, split: str) -> Count:
         with suppress(UserError, OSError):  # no files, not all of them, or no such directory
-            return Count(sum(pq.read_metadata(path).num_rows for path in complete_shards(Path(directory), split)))
+            return Count(count_rows(Path(directory), split))
         step, output = maker_of(directory, self.steps)
         if output is not None and output.count is not None:
             count = output.count(step.settings, split, self)

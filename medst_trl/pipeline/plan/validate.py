@@ -5,17 +5,13 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import pyarrow.parquet as pq
-from datasets import Features
 
 from medst_trl.base.errors import Problems, UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
-from medst_trl.data.loading import complete_shards
-from medst_trl.data.schema import check_columns
+from medst_trl.data.conform import check_missing
+from medst_trl.data.loading import columns_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
@@ -112,9 +108,8 @@ def _check_on_disk(item: Input, path: Path, split: str) -> None:
     if not item.is_dataset or item.kind == ANY:
         return
     try:
-        schema = pq.read_schema(complete_shards(path, split, item.kind)[0])
-        check_columns(SimpleNamespace(features=Features.from_arrow_schema(schema)), item.kind)
-    except (UserError, NotADirectoryError) as error:
+        check_missing(columns_of(path, split, item.kind), item.kind)
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import move_files
 from medst_trl.base.processes import leave_peers, rank
-from medst_trl.base.settings import check_bounds, check_choice, documented
-from medst_trl.data.loading import load_records
-from medst_trl.data.schema import features_of
+from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists
+from medst_trl.data.loading import load_records, mix
+from medst_trl.data.schema import KINDS, features_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import gpu_count
 from medst_trl.pipeline.lineage import image_ids_in, write_training_images
@@ -65,8 +65,15 @@ class TrainingStageArguments:
     Args:
         model_name_or_path (`str`):
             Directory or Hub id of a vision-language model, or of an adapter to train further.
-        dataset (`str`):
-            Directory or Hub id of the dataset.
+        dataset (`list[str]`):
+            Directories, files or Hub ids of one or several datasets, which are joined: conversations (`medst prepare`
+            writes them) for sft, preference pairs (`medst judge`) for dpo, or your own.
+        dataset_weights (`list[float]`, *optional*):
+            Shares of several datasets in the training data, in any unit: 1 3 for a quarter and three quarters. The
+            first records of each are used, as many as the shares allow. Default: all records.
+        oversample (`bool`, *optional*, defaults to `False`):
+            With dataset_weights, repeat records of the smaller datasets at random places instead of leaving out
+            records of the larger ones.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         validation_split (`str`, *optional*, defaults to `"validation"`):
@@ -100,7 +107,9 @@ class TrainingStageArguments:
     """
 
     model_name_or_path: str
-    dataset: str
+    dataset: list[str]
+    dataset_weights: list[float] | None = None
+    oversample: bool = False
     train_split: str = "train"
     validation_split: str = "validation"
     max_records: int | None = None
@@ -121,6 +130,9 @@ class TrainingStageArguments:
     train_vusr: ClassVar[bool] = True
     vusr_role: ClassVar[str | None] = None
     checks_shape: ClassVar[bool] = False  # whether settings may not differ from the shape of the model's own adapter
+
+    def __post_init__(self):
+        make_lists(self, "dataset")
 
     @property
     def operational(self) -> set[str]:
@@ -148,6 +160,7 @@ class TrainingStageArguments:
         epochs = given.get("num_train_epochs", 1)
         if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
             raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
+        _check_weights(given.get("dataset_weights"), given.get("dataset"), given.get("oversample"))
         check_choice("dtype", given.get("dtype"), DTYPES)
         check_choice("vusr_role", given.get("vusr_role"), VUSR_ROLES)
         if self.load_in_4bit and not self.use_lora:
@@ -171,6 +184,15 @@ class TrainingStageArguments:
         rank, with the number of records.
         """
         raise NotImplementedError
+
+
+def _check_weights(weights: Sequence[float] | None, names: Sequence[str], oversample: bool) -> None:
+    for weight in weights or ():
+        check_bounds(SimpleNamespace(dataset_weights=weight), above={"dataset_weights": 0})
+    if weights and len(weights) != len(names):
+        raise UserError(f"dataset_weights has {len(weights)} numbers for {len(names)} datasets. Give one for each.")
+    if oversample and not weights:
+        raise UserError("oversample needs dataset_weights: the shares of the datasets in the training data.")
 
 
 def training_stage(arguments: type, config: str, settings: type, kind: str, **more: Any) -> Stage:
@@ -289,35 +311,35 @@ def _with_policy(args: TrainingStageArguments, training_args: Any, datasets: "di
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
     """The checked datasets that `args` name: `train` and, if there is an evaluation, `eval`."""
-    names = [args.dataset] if isinstance(args.dataset, str) else args.dataset
-    datasets = {"train": _load(names, args.train_split, kind)}
+    parts = _load(args.dataset, args.train_split, kind)
+    datasets = {"train": mix(parts, args.dataset_weights, args.oversample, training_args.seed)}
     if training_args.eval_strategy != "no":
-        datasets["eval"] = _load(names, args.validation_split, kind)
+        datasets["eval"] = mix(_load(args.dataset, args.validation_split, kind))
     if args.max_records is not None:
         datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
     return datasets
 
 
-def _load(names: Sequence[str], split: str, kind: str) -> "Dataset":
+def _load(names: Sequence[str], split: str, kind: str) -> "list[Dataset]":
     """
-    One split of one or several datasets, concatenated. An id that an earlier dataset has taken gets the number of its
-    dataset as a suffix (`17@2`), because `<vusr>` turns are drawn by id and `rejected.jsonl` lists ids.
+    One split of one or several datasets, with the same columns. An id that an earlier dataset has taken gets the
+    number of its dataset as a suffix (`17@2`), because `<vusr>` turns are drawn by id and `rejected.jsonl` lists ids.
     """
-    from datasets import concatenate_datasets
-
-    datasets = [load_records(name, split, kind) for name in names]
+    datasets = [load_records(name, split, kind, identify=False) for name in names]
     if len(datasets) == 1:
-        return datasets[0]
-    features = features_of(kind)
+        return datasets
+    extras = {
+        name: value for name, value in KINDS.get(kind).extras.items() if any(name in d.features for d in datasets)
+    }
     taken, joined = set(), []
     for number, dataset in enumerate(datasets, start=1):
-        dataset = dataset.select_columns(list(features))
-        if dataset.features != features:  # for example large strings; a cast copies the images
-            dataset = dataset.cast(features)
+        for name in extras.keys() - dataset.features.keys():
+            dataset = dataset.add_column(name, [extras[name]] * len(dataset))
         ids = [f"{name}@{number}" if name in taken else name for name in dataset["id"]]
         taken.update(ids)
-        joined.append(dataset.remove_columns("id").add_column("id", ids))
-    return concatenate_datasets(joined)
+        dataset = dataset.remove_columns("id").add_column("id", ids)
+        joined.append(dataset.select_columns([*features_of(kind), *extras]))
+    return joined
 
 
 def save_result(trainer: "Trainer") -> None:

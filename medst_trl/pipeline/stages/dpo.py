@@ -59,14 +59,11 @@ class DpoArguments(TrainingStageArguments):
     summarize its run.
 
     Args:
-        dataset (`str`):
-            Directory or Hub id of preference pairs (`medst judge` writes them).
         train_vision (`bool`, *optional*, defaults to `True`):
             Train the vision tower: the adapter's layers in it, those of a new adapter, or all its weights. False
             freezes it.
     """
 
-    dataset: str
     train_vision: bool = True
 
     def make_trainer(self, training_args: "MultimodalDPOConfig", **inputs: Any) -> "MultimodalDPOTrainer":
@@ -127,13 +124,16 @@ def _outcome(metrics: dict[str, float]) -> str:
     )
 
 
-def _reference_directory(dataset: str, training_args: "MultimodalDPOConfig") -> str:
-    """The directory of the reference's log-probabilities, with those that came with the dataset copied into it."""
-    beside, own = Path(dataset, REFERENCE_FOLDER), Path(training_args.output_dir, REFERENCE_FOLDER)
-    writable = os.path.isdir(dataset) and os.access(beside if beside.exists() else dataset, os.W_OK)
-    directory = Path(training_args.ref_log_probs_dir or (beside if writable else own))
-    if directory != beside and rank() == 0:  # the main process reads the cache for all
-        for path in beside.glob("*.parquet") if os.path.isdir(dataset) else _downloaded(dataset):
+def _reference_directory(datasets: Sequence[str], training_args: "MultimodalDPOConfig") -> str:
+    """
+    The directory of the reference's log-probabilities, with those that came with the datasets copied into it: beside
+    the pairs, or in `output_dir` if that cannot be written or there are several datasets.
+    """
+    beside, own = Path(datasets[0], REFERENCE_FOLDER), Path(training_args.output_dir, REFERENCE_FOLDER)
+    writable = beside.parent.is_dir() and os.access(beside if beside.exists() else beside.parent, os.W_OK)
+    directory = Path(training_args.ref_log_probs_dir or (beside if writable and len(datasets) == 1 else own))
+    for name in datasets if rank() == 0 else ():  # the main process reads the cache for all
+        for path in Path(name, REFERENCE_FOLDER).glob("*.parquet") if Path(name).exists() else _downloaded(name):
             if not (directory / path.name).exists():
                 directory.mkdir(parents=True, exist_ok=True)
                 with atomic_path(directory / path.name) as temporary:

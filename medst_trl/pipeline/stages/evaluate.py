@@ -46,7 +46,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
-from medst_trl.data.loading import complete_shards, load_records
+from medst_trl.data.loading import load_records, split_files
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, loads_model
@@ -259,10 +259,13 @@ def _count_questions(benchmark: str, split: str) -> Count:
     from pyarrow import compute, parquet
 
     try:
-        files = complete_shards(Path(benchmark), split)
+        files = split_files(Path(benchmark), split)
+        if files[0].suffix == ".parquet" and "questions" in parquet.read_schema(files[0]).names:  # read nothing else
+            questions = parquet.read_table(files, columns=["questions"], partitioning=None)["questions"]
+        else:
+            questions = load_records(benchmark, split, "benchmark", identify=False).data.column("questions")
     except (UserError, OSError):
         return Count(None)
-    questions = parquet.read_table(files, columns=["questions"], partitioning=None)["questions"]
     return Count(compute.sum(compute.list_value_length(questions)).as_py() or 0)
 
 

@@ -11,12 +11,12 @@ medst generate \
     --output_dir runs/vqa_rad/generate
 ```
 
-Input: a policy that stage 1 trained to ask, and images with columns `id`, `images`, `image_ids`, `messages`. The
-messages are not used, so both `images/` and `instruct/` of `medst prepare` work. If `images/` does not exist,
-`instruct/` beside it is read. Output in `output_dir`: `candidates/` (Parquet with columns `id`, `images`, `image_ids`,
-`prompt`, `answers`, `generation`) for `medst judge`, `rejected.jsonl` with the reason for each rejected question and
-record, and counts in `stage.json`. An interrupted run resumes where it stopped. Several processes share the images.
-With the engine `transformers`, the candidates are the same for any number of processes.
+Input: a policy that stage 1 trained to ask, and a dataset with a column `images` or `image`, for example `images/` or
+`instruct/` of `medst prepare`. If `images/` does not exist, `instruct/` beside it is read. Output in `output_dir`:
+`candidates/` (Parquet with columns `id`, `images`, `image_ids`, `prompt`, `answers`, `generation`) for `medst judge`,
+`rejected.jsonl` with the reason for each rejected question and record, and counts in `stage.json`. An interrupted run
+resumes where it stopped. Several processes share the images. With the engine `transformers`, the candidates are the
+same for any number of processes.
 
 To generate on a server that runs the policy with its chat template (vLLM, SGLang, `transformers serve`):
 
@@ -174,7 +174,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     """
     check(args, *engine_settings)
     args = replace(args, images=_find_images(args.images))
-    images = load_records(args.images, args.split, "instruct")
+    images = load_records(args.images, args.split, "images")
     records, rejected = select_records(images, args.skip_records, args.max_records)
     record = StageRecord.of(STAGE, args, *engine_settings)
     if record.decision == "skip":

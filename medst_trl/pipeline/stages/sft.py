@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import documented, make_lists
+from medst_trl.base.settings import documented
 from medst_trl.training.settings import SelfQuestioningSettings
 
 from ._training import TrainingStageArguments, describe_run, training_stage
@@ -44,8 +44,6 @@ class SftArguments(TrainingStageArguments):
     summarize its run.
 
     Args:
-        dataset (`list[str]`):
-            Directory or Hub id of an instruct dataset (`medst prepare` writes one). Several are joined.
         lora_dropout (`float`, *optional*, defaults to `0.05`):
             Dropout before every LoRA layer.
         train_vusr (`bool`, *optional*, defaults to `True`):
@@ -61,14 +59,10 @@ class SftArguments(TrainingStageArguments):
 
     checks_shape = True
 
-    dataset: list[str]
     lora_dropout: float = 0.05
     train_vusr: bool = True
     vusr_role: str | None = None
     early_stopping_patience: int | None = None
-
-    def __post_init__(self):
-        make_lists(self, "dataset")
 
     def check(self, training_args: "SelfQuestioningConfig") -> None:
         super().check(training_args)

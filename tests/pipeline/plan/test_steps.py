@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_run
+from datasets import Dataset
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch
@@ -82,7 +83,13 @@ def test_the_rows_of_the_demo_are_known_before_it_runs():
     assert RecipeCounts(steps).rows(f"{directory}/instruct", "train") == Count(225)
     assert RecipeCounts(steps).rows(f"{directory}/images", "train") == Count(2000)
     assert pairs_to_judge(labels["judge"].settings, RecipeCounts(steps)) == Count(6000, at_most=True)
-    assert RecipeCounts(steps).rows(labels["dpo"].settings["dataset"], "train") == Count(6000, at_most=True)
+    assert RecipeCounts(steps).rows(*labels["dpo"].settings["dataset"], "train") == Count(6000, at_most=True)
+
+
+def training_args(dataset, max_records=None):
+    return SimpleNamespace(
+        dataset=dataset, train_split="train", max_records=max_records, dataset_weights=None, oversample=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,8 +104,7 @@ def test_the_number_of_rows_depends_on_settings(words, expected):
     labels, steps = steps_of("demo", *words)
     dataset = labels["sft"].settings["dataset"]
     limit = labels["sft"].settings.get("max_records")
-    args = SimpleNamespace(dataset=dataset, train_split="train", max_records=limit)
-    assert training_examples(args, steps).number == expected
+    assert training_examples(training_args(dataset, limit), steps).number == expected
 
 
 def test_the_number_of_examples_is_unknown_if_a_dataset_is_unknown():
@@ -107,10 +113,20 @@ def test_the_number_of_examples_is_unknown_if_a_dataset_is_unknown():
     for datasets, unknown in (
         (["a/one", "b/two"], "a/one and b/two"), ([known, "b/two"], "b/two"), (["a/one", known], "a/one"),
     ):  # fmt: skip
-        args = SimpleNamespace(dataset=datasets, train_split="train", max_records=None)
-        assert training_examples(args, steps) == Count(None, depends_on=unknown)
-    args = SimpleNamespace(dataset=[known, known], train_split="train", max_records=None)
-    assert training_examples(args, steps) == Count(2 * 225)
+        assert training_examples(training_args(datasets), steps) == Count(None, depends_on=unknown)
+    assert training_examples(training_args([known, known]), steps) == Count(2 * 225)
+
+
+def test_the_number_of_examples_of_a_mixture_follows_the_weights(tmp_path):
+    for name, rows in (("a", 10), ("b", 90)):
+        Dataset.from_dict({"id": range(rows)}).to_parquet(tmp_path / name / "train.parquet")
+    args = training_args([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert training_examples(args, ()) == Count(100)
+    args.dataset_weights = [1, 3]
+    assert training_examples(args, ()) == Count(40)
+    args.oversample = True
+    number = training_examples(args, (), seed=3).number
+    assert number == training_examples(args, (), seed=3).number and 100 < number < 150
 
 
 def test_every_two_answers_make_a_pair():

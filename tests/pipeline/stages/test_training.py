@@ -31,11 +31,12 @@ from medst_trl.training.settings import SelfQuestioningSettings
 from medst_trl.training.sft import SelfQuestioningConfig
 
 
-def load(*names, max_records=None, eval_strategy="no"):
+def load(*names, max_records=None, eval_strategy="no", weights=None, oversample=False, seed=0, kind="instruct"):
     args = SimpleNamespace(
-        dataset=list(names), train_split="train", validation_split="validation", max_records=max_records
-    )
-    return load_splits(args, SimpleNamespace(eval_strategy=eval_strategy), "instruct")
+        dataset=list(names), train_split="train", validation_split="validation", max_records=max_records,
+        dataset_weights=weights, oversample=oversample,
+    )  # fmt: skip
+    return load_splits(args, SimpleNamespace(eval_strategy=eval_strategy, seed=seed), kind)
 
 
 def test_several_datasets_are_concatenated_in_order(tmp_path):
@@ -77,7 +78,7 @@ def test_every_dataset_needs_its_split_and_columns(tmp_path):
     bare = tmp_path / "c"
     bare.mkdir()
     Dataset.from_list([{"id": "x"}]).to_parquet(bare / "train-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=f"{bare}: .*lacks the columns images, image_ids, messages"):
+    with pytest.raises(UserError, match=f"{bare}: .*lacks the columns images, messages"):
         load(first, str(bare))
 
 

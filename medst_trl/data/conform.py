@@ -1,0 +1,343 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Give other people's datasets our columns: TRL's pairs and conversations, questions one per row, texts as strings.
+
+Images are neither decoded nor copied. Only texts are converted, and only in columns of another form.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.processes import cores, ordered_map, rank
+
+from .image_formats import to_8_bit
+from .images import image_id
+from .schema import KINDS, bytes_of, features_of, image_part, text_part, with_stored_images
+from .source import BadRecord, Question
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+# What a missing column is made of, if the dataset has it.
+_MADE_OF = {
+    "id": (),
+    "image_ids": (),
+    "image_id": (),
+    "images": ("image",),
+    "prompt": ("chosen", "rejected"),
+    "questions": ("question", "answer"),
+}
+_QUESTION = ("id", "question", "answer", "answer_type", "question_type", "link")
+_OF_A_QUESTION = (*_QUESTION, "question_id")
+_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}  # of a text that is no message
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError)  # what reading a record of another form raises
+_IMAGE_ID = re.compile("[0-9a-f]{64}")
+
+
+def missing_columns(columns: Collection[str], kind: str) -> list[str]:
+    """Return the columns of a kind that a dataset with these columns lacks and that nothing can fill in."""
+    own = KINDS.get(kind)
+    made = {name for name, sources in _MADE_OF.items() if set(sources) <= set(columns)}
+    return [name for name in own.columns if not (name in columns or name in own.optional or name in made)]
+
+
+def check_missing(columns: Collection[str], kind: str) -> None:
+    """Raise a `UserError` that names the [`missing_columns`]."""
+    if missing := missing_columns(columns, kind):
+        raise UserError(
+            f"The dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {kind} data; it "
+            f"has {', '.join(columns)}. `medst {KINDS.get(kind).maker}` makes such datasets; docs/data.md shows how "
+            "to use your own."
+        )
+
+
+def conform(dataset: "Dataset", kind: str) -> "Dataset":
+    """
+    Return the same rows with all columns of a kind.
+
+    Accepted are other types for the same content (large strings, extra keys in messages), message content as strings,
+    a column `image` in place of `images`, pairs whose prompt is the beginning of both answers, and a benchmark with
+    one question per row (`image`, `question`, `answer`). A missing `id` becomes the number of the row, and a repeated
+    one gets a suffix. Missing `image_ids` are null, see [`with_image_ids`]. Rows whose messages cannot be read keep
+    none, so that the stages reject them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Any dataset. Further columns are kept.
+        kind (`str`):
+            A name in `KINDS`.
+
+    Raises:
+        UserError: if required columns are missing, have another type, or none of the rows can be read.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from datasets import Dataset, DatasetInfo, Features, Value
+    from datasets.fingerprint import Hasher
+    from datasets.table import InMemoryTable, concat_tables
+
+    check_missing(dataset.features, kind)
+    given, extras = dataset.features, KINDS.get(kind).extras
+    wanted = features_of(kind) | {name: Value("float64") for name in extras if name in given}
+    other = [name for name, feature in wanted.items() if given.get(name) != feature]
+    if (
+        "id" in given
+        and "id" not in other
+        and pc.count_distinct(dataset.data.column("id")).as_py() < len(dataset.data)
+    ):
+        other.append("id")  # some are repeated or null
+    if not other:
+        return dataset
+    columns = {name: dataset.data.column(name) for name in given}
+    if "images" in other:
+        columns["images"] = _lists_of_images(columns.pop("images" if "images" in given else "image"), kind)
+        columns.pop("image", None)
+    texts = [name for name, column in KINDS.get(kind).columns.items() if holds_messages(column)]
+    if not set(texts).isdisjoint(other):
+        columns |= _conversations(columns, texts, kind)
+    if "questions" in other and "questions" not in columns:
+        columns["questions"] = _questions(columns)
+    rows, optional = len(dataset.data), KINDS.get(kind).optional
+    for name in other:
+        if name == "id":
+            columns[name] = pa.chunked_array([_unique_ids(columns.get(name), rows)])
+        elif name == "image_id" and name in columns:  # often one of another meaning
+            ids = columns[name].to_pylist()
+            columns[name] = pa.chunked_array([[x if _IMAGE_ID.fullmatch(str(x)) else None for x in ids]], pa.string())
+        elif name not in columns:
+            columns[name] = pa.chunked_array([pa.array([optional.get(name)] * rows, _arrow_type(wanted[name]))])
+        columns[name] = _cast(columns[name], wanted[name], name, kind)
+    features = {name: wanted[name] if name in other else given[name] for name in columns}
+    kept = dataset.data.select([name for name in columns if name not in other])
+    made = InMemoryTable(pa.table({name: columns[name] for name in columns if name in other}))
+    return Dataset(
+        concat_tables([kept, made], axis=1) if kept.num_columns else made,
+        info=DatasetInfo(features=Features(features)),
+        split=dataset.split,
+        indices_table=dataset._indices,  # of selected rows: flattening them would copy the images
+        fingerprint=Hasher.hash([dataset._fingerprint, kind]),
+    )
+
+
+def with_image_ids(dataset: "Dataset") -> "Dataset":
+    """
+    Compute the missing `image_ids` (or `image_id`) of a dataset with the columns of a kind, see [`image_ids_of`].
+
+    All its images are then decoded once. Without such a column or without missing ids, it is returned as it is.
+    """
+    name = next((name for name in ("image_ids", "image_id") if name in dataset.features), None)
+    if name is None or not dataset.data.column(name).null_count:
+        return dataset
+    ids = image_ids_of(dataset)
+    feature = dataset.features[name]
+    ids = ids if name == "image_ids" else [row[0] for row in ids]
+    return dataset.remove_columns(name).add_column(name, ids, feature=feature)
+
+
+def image_ids_of(dataset: "Dataset") -> list[list[str]]:
+    """
+    Return the ids of the images of each row, see [`~medst_trl.data.images.image_id`]: from the column `image_ids` (or
+    `image_id`), or else from the pixels. An image that cannot be decoded has the hash of its file or path instead.
+    """
+    from tqdm.auto import tqdm
+
+    images, ids = ("images", "image_ids") if "images" in dataset.features else ("image", "image_id")
+    given = dataset[ids][:] if ids in dataset.features else [None] * len(dataset)
+    stored, known = with_stored_images(dataset.select_columns([images])), {}
+
+    def ids_of(place: int) -> list[str]:
+        found = stored[place][images]
+        return [_identify(image, known) for image in (found if isinstance(found, list) else [found])]
+
+    missing = [place for place, value in enumerate(given) if value is None]
+    bar = tqdm(missing, "image ids", unit="row", disable=None if missing and rank() == 0 else True)
+    computed = dict(zip(missing, ordered_map(ids_of, bar, cores())))
+    return [computed.get(place) or ([value] if isinstance(value, str) else value) for place, value in enumerate(given)]
+
+
+def _identify(stored: Any, known: dict[str, str]) -> str:
+    """The id of a stored image, decoded once if several rows have it."""
+    from datasets import Image
+
+    content = None
+    try:
+        content = bytes_of(stored)
+        key = sha256(content).hexdigest()
+        if key not in known:
+            known[key] = image_id(to_8_bit(Image().decode_example({"bytes": content, "path": None})))
+        return known[key]
+    except Exception:  # PIL's parsers raise almost anything on a damaged file; the stages reject it
+        return sha256(content or repr(stored).encode()).hexdigest()
+
+
+def report_unusable(problems: Sequence[str], total: int, name: str) -> None:
+    """
+    Print how many rows of a dataset cannot be used, with the first reason.
+
+    Raises:
+        UserError: if that is all of them.
+    """
+    if problems and len(problems) == total:
+        raise UserError(f"{name}: none of its {total} rows can be used. The first: {problems[0]}")
+    if problems and rank() == 0:
+        print(f"{name}: {len(problems)} of {total} rows cannot be used and are left out. The first: {problems[0]}")
+
+
+def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dict]]:
+    """
+    Return the texts of a record as messages with typed parts.
+
+    Args:
+        values (`dict`):
+            By column: messages whose content is a text or typed parts, or a text alone. Without a `prompt`, it is what
+            `chosen` and `rejected` have in common.
+        images (`int`):
+            Number of images. If no message has an image part, they come before the first user's text, as in TRL.
+
+    Raises:
+        KeyError, TypeError, ValueError or AttributeError: for anything else.
+    """
+    row = {name: _messages(value, _ROLES.get(name)) for name, value in values.items()}
+    if "chosen" in row:
+        answers = row["chosen"], row["rejected"]
+        pairs = enumerate(zip(*answers))
+        common = next((place for place, (one, other) in pairs if one != other), min(map(len, answers)))
+        prompt = row["prompt"] or answers[0][: min(common, len(answers[0]) - 1, len(answers[1]) - 1)]
+        if all(answer[: len(prompt)] == prompt for answer in answers):
+            answers = [answer[len(prompt) :] for answer in answers]
+        row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    parts = [part for messages in row.values() for message in messages for part in message["content"]]
+    asked = next((message for message in next(iter(row.values())) if message["role"] == "user"), None)
+    if images and asked and all(part["type"] != "image" for part in parts):
+        asked["content"] = [image_part() for _ in range(images)] + asked["content"]
+    return row
+
+
+def _messages(value: Any, role: str | None) -> list[dict]:
+    messages = [{"role": role, "content": value}] if isinstance(value, str) and role else value or []
+    found = []
+    for message in messages:
+        content = message["content"]
+        parts = [text_part(content)] if isinstance(content, str) else [_part(part) for part in content]
+        found.append({"role": message["role"], "content": parts, "vusr": bool(message.get("vusr"))})
+    return found
+
+
+def _part(part: Mapping[str, Any]) -> dict:
+    kind, text = part.get("type"), part.get("text")
+    if kind == "image":
+        return image_part()
+    if kind in ("text", None) and isinstance(text, str):
+        return text_part(text)
+    raise ValueError(f"a part of a message has the type {kind!r}, not text or image")
+
+
+def holds_messages(column: Any) -> bool:
+    return isinstance(column, list) and isinstance(column[0], Mapping) and "role" in column[0]
+
+
+def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str], kind: str) -> "dict[str, Any]":
+    """The columns of messages in the form of a kind; see [`typed_messages`]. Rows that cannot be read become empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    counts = pc.list_value_length(columns["images"]).to_pylist()
+    given = [columns[name].to_pylist() if name in columns else [None] * len(counts) for name in names]
+    rows, problems = {name: [] for name in names}, []
+    for place, (count, *values) in enumerate(zip(counts, *given, strict=True)):
+        try:
+            row = typed_messages(dict(zip(names, values, strict=True)), count)
+        except MALFORMED as error:
+            problems.append(f"row {place}: {_said(error)}")
+            row = {name: [] for name in names} | {names[0]: [{"role": "user", "content": [image_part()] * count}]}
+        for name in names:
+            rows[name].append(row[name])
+    report_unusable(problems, len(counts), f"The {kind} data")
+    return {name: pa.chunked_array([pa.array(rows[name], _arrow_type(features_of(kind)[name]))]) for name in names}
+
+
+def _said(error: Exception) -> str:
+    return f"a message has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
+    """The questions of a benchmark with one per row. A row whose question or answer is missing has none."""
+    import pyarrow as pa
+
+    names = [name for name in _OF_A_QUESTION if name in columns]
+    questions, problems = [], []
+    for place, values in enumerate(zip(*(columns[name].to_pylist() for name in names), strict=True)):
+        row = dict(zip(names, values, strict=True))
+        name = next((str(row[name]) for name in ("question_id", "id") if row.get(name) is not None), str(place))
+        try:
+            found = Question.from_row(name, row | {"image": name, "split": "test"})
+            questions.append([{name: getattr(found, name) for name in _QUESTION}])
+        except BadRecord as error:
+            problems.append(f"row {place}: {error.reason}")
+            questions.append([])
+    report_unusable(problems, len(questions), "The benchmark")
+    return pa.chunked_array([pa.array(questions, _arrow_type(features_of("benchmark")["questions"]))])
+
+
+def _unique_ids(column: "pa.ChunkedArray | None", rows: int) -> list[str]:
+    """The ids of all rows; a missing one is the number of the row, a repeated one gets a number."""
+    names = [None] * rows if column is None else column.to_pylist()
+    names = [str(place) if name is None else str(name) for place, name in enumerate(names)]
+    seen, taken = Counter(), set(names)
+    for place, name in enumerate(names):
+        seen[name] += 1
+        while seen[name] > 1 and (new := f"{name}-{seen[name]}") in taken:
+            seen[name] += 1
+        if seen[name] > 1:
+            names[place] = new
+            taken.add(new)
+    return names
+
+
+def _lists_of_images(column: "pa.ChunkedArray", kind: str) -> "pa.ChunkedArray":
+    """One image per row, or lists with null in place of none, as lists of images. The bytes are not copied."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from datasets import Image, List
+
+    def lists(values: pa.Array, counts: Iterable[int]) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), values)
+
+    is_list = "list" in str(column.type)
+    column = _cast(column, List(Image()) if is_list else Image(), "images", kind)
+    if not is_list:
+        chunks = [lists(chunk.drop_null(), chunk.is_valid().to_pylist()) for chunk in column.chunks]
+    elif column.null_count:
+        lengths = [pc.fill_null(pc.list_value_length(chunk), 0).to_pylist() for chunk in column.chunks]
+        chunks = [lists(pc.list_flatten(chunk), counts) for chunk, counts in zip(column.chunks, lengths, strict=True)]
+    else:
+        return column
+    return pa.chunked_array(chunks, features_of(kind).arrow_schema.field("images").type)
+
+
+def _cast(column: "pa.ChunkedArray", feature: Any, name: str, kind: str) -> "pa.ChunkedArray":
+    import pyarrow as pa
+    from datasets.table import cast_array_to_feature
+
+    try:
+        return cast_array_to_feature(column, feature)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise UserError(
+            f"The column {name} of {kind} data has another type than expected.\n  is:        {column.type}\n"
+            f"  should be: {feature}\n{str(error).splitlines()[0]}"
+        ) from None
+
+
+def _arrow_type(feature: Any) -> "pa.DataType":
+    from datasets import Features
+
+    return Features({"x": feature}).arrow_schema.field("x").type
