@@ -3,19 +3,24 @@
 """
 Turn the records of a source into the rows of every dataset: splits, conversations, benchmark. Touches no file.
 
-Splits are drawn by image, never by row. The questions of a benchmark become conversations of several turns, which
-gives self-questioning its later turns.
+Splits are drawn by image or group, never by row. The questions of a benchmark become conversations of several turns,
+which gives self-questioning its later turns.
 """
 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .groups import representatives
+from .groups import NEAR_COPY_BITS, GroupIds, Grouping, representatives
 from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
+
+
+if TYPE_CHECKING:
+    from .images import ImageIndex
 
 
 class Datasets(NamedTuple):
@@ -40,11 +45,12 @@ class Datasets(NamedTuple):
 
 def assemble(
     records: Records,
-    image_ids: Mapping[str, str],
-    problems: Mapping[str, Rejected],
+    index: "ImageIndex",
     *,
+    groups: GroupIds | None = None,
+    near_copy_bits: int = NEAR_COPY_BITS,
+    disjoint: str = "none",
     validation_fraction: float = 0.0,
-    image_disjoint: bool = False,
     seed: int = 0,
 ) -> Datasets:
     """
@@ -53,52 +59,93 @@ def assemble(
     Args:
         records ([`Records`]):
             From a source.
-        image_ids, problems (`dict`):
-            From `index_images`. A record with an image that cannot be used is rejected for the image's reason.
+        index ([`~medst_trl.data.images.ImageIndex`]):
+            Of their images. A record with an image that cannot be used is rejected for the image's reason.
+        groups ([`GroupIds`], *optional*):
+            Makes the group ids of records that name a group.
+        near_copy_bits (`int`, *optional*, defaults to `NEAR_COPY_BITS`):
+            See [`~medst_trl.data.near_copies.near_copies`].
+        disjoint:
+            See [`hold_out`].
         validation_fraction, seed:
             See [`split_off_validation`].
-        image_disjoint:
-            See [`hold_out`].
     """
-    conversations, unlabelled, questions, rejected = [], {}, [], list(records.rejected)
-    for record in records:
-        problem = next((problems[name] for name in record.images if name in problems), None)
-        if problem is not None:
-            rejected.append(replace(problem, id=record.id))
-        elif isinstance(record, Question):
-            questions.append(record)
-        elif record.messages:
-            conversations.append(record)
-        elif (image := image_ids[record.images[0]]) in unlabelled:  # each unlabelled image once
-            rejected.append(Rejected(record.id, "duplicate_image", unlabelled[image].images[0]))
-        else:
-            unlabelled[image] = replace(record, id=f"image-{image[:16]}")
-    splits, overlap = hold_out(questions, image_ids, image_disjoint)
+    image_ids = index.image_ids
+    if not validation_fraction and all(record.split == "train" for record in records):
+        near_copy_bits = 0  # there is nothing to keep apart
+    usable, grouping, rejected = _usable(records, index, groups or GroupIds(), near_copy_bits)
+    splits, overlap = hold_out(usable, image_ids, disjoint, grouping)
+    notes = overlap | _notes(overlap, splits, index if near_copy_bits else None, disjoint) if records.questions else {}
+    conversations = [record for record in chain(*splits.values()) if not isinstance(record, Question)]
+    unlabelled = [record for record in conversations if not record.messages]
+    conversations = [record for record in conversations if record.messages]
     for split in ("validation", "train"):
-        for images, about in by_image(splits[split], image_ids).items():
+        questions = [record for record in splits[split] if isinstance(record, Question)]
+        for images, about in by_image(questions, image_ids).items():
             name = "-".join(image[:16] for image in images)
             conversations += conversations_about_image(f"{records.name}-{split}-{name}", about)
-    conversations = split_off_validation(conversations, image_ids, validation_fraction, seed)
+    conversations = split_off_validation(conversations, image_ids, validation_fraction, seed, grouping)
     rows = {("benchmark", "test"): _benchmark_rows(records, splits["test"], image_ids)}
     for split in ("train", "validation"):
         of_split = [conversation for conversation in conversations if conversation.split == split]
         rows["instruct", split] = _instruct_rows(records, of_split, image_ids)
-    rows["images", "train"] = _instruct_rows(records, unlabelled.values(), image_ids)
+    rows["images", "train"] = _instruct_rows(records, unlabelled, image_ids)
     counts = {
         "datasets": {f"{kind}/{split}": _count(made) for (kind, split), made in rows.items() if made},
-        "notes": records.counts | (overlap if records.questions else {}),
+        "notes": records.counts | notes,
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
     }
     return Datasets(rows, rejected, counts)
 
 
+def _notes(overlap: Mapping[str, int], splits: Mapping[str, list], index: "ImageIndex | None", disjoint: str) -> dict:
+    """Return what to report besides the overlap of splits, such as a number of 0 if near copies were looked for."""
+    notes = {}
+    if index is not None and splits["test"]:
+        notes["near_copies_in_train_and_test"] = overlap.get("near_copies_in_train_and_test", 0)
+        plain = sum(code is None for code in index.hashes.values())
+        notes |= {"images_too_plain_to_find_near_copies": plain} if plain else {}
+    if any(record.group for record in chain(*splits.values())):
+        notes["groups_in_train_and_test"] = overlap.get("groups_in_train_and_test", 0)
+    elif disjoint == "group":
+        notes["groups"] = "none; --group_column and --group_by name them"
+    return notes
+
+
+def _usable(
+    records: Records, index: "ImageIndex", groups: GroupIds, near_copy_bits: int
+) -> tuple[list[Conversation | Question], Grouping, list[Rejected]]:
+    """Return the usable records with group ids in place of groups, what belongs together, and the rejected records."""
+    from .near_copies import near_copies  # loads NumPy and Pillow
+
+    usable, keys, rejected, unlabelled = [], [], list(records.rejected), {}
+    for record in records:
+        problem = next((index.problems[name] for name in record.images if name in index.problems), None)
+        if problem is not None:
+            rejected.append(replace(problem, id=record.id))
+            continue
+        ids = [index.image_ids[name] for name in record.images]
+        if isinstance(record, Conversation) and not record.messages:
+            if ids[0] in unlabelled:  # each unlabelled image once
+                rejected.append(Rejected(record.id, "duplicate_image", unlabelled[ids[0]].images[0]))
+                continue
+            unlabelled[ids[0]] = record = replace(record, id=f"image-{ids[0][:16]}")
+        own = groups.of_key(record.group)
+        found = [own] if own else sorted({index.group_ids[name] for name in record.images if name in index.group_ids})
+        usable.append(replace(record, group=next(iter(found), None)))
+        keys.append((ids, found))
+    return usable, Grouping(keys, near_copies(index.hashes, index.hashes, near_copy_bits)), rejected
+
+
 def _count(rows: list[dict]) -> dict[str, int]:
+    groups = {row["group_id"] for row in rows} - {None}
+    counts = {"groups": len(groups)} if groups else {}
     if "questions" in rows[0]:
         types = Counter(question["answer_type"] for row in rows for question in row["questions"])
-        return {"images": len(rows), "questions": sum(types.values()), **types}
+        return {"images": len(rows)} | counts | {"questions": sum(types.values()), **types}
     images = len({image for row in rows for image in row["image_ids"]})
     answers = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
-    return {"images": images} | ({"conversations": len(rows), "answers": answers} if answers else {})
+    return {"images": images} | counts | ({"conversations": len(rows), "answers": answers} if answers else {})
 
 
 def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
@@ -108,6 +155,7 @@ def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Ma
             "images": list(conversation.images),
             "image_ids": [image_ids[name] for name in conversation.images],
             "messages": conversation.messages,
+            "group_id": conversation.group,
         }
         for conversation in kept
     ]
@@ -122,70 +170,122 @@ def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: 
         return row
 
     return [
-        {"image_id": image, "image": about[0].image, "questions": list(map(question_row, about))}
+        {
+            "image_id": image,
+            "image": about[0].image,
+            "questions": list(map(question_row, about)),
+            "group_id": _group_of(about),
+        }
         for (image,), about in by_image(questions, image_ids).items()
     ]
+
+
+def _group_of(questions: Iterable[Question]) -> str | None:
+    return next((question.group for question in questions if question.group), None)
 
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
 def hold_out(
-    questions: Iterable[Question], image_ids: Mapping[str, str], image_disjoint: bool = False
-) -> tuple[dict[str, list[Question]], dict[str, int]]:
+    records: Collection[Conversation | Question],
+    image_ids: Mapping[str, str],
+    disjoint: str = "none",
+    grouping: Grouping | None = None,
+) -> tuple[dict[str, list[Conversation | Question]], dict[str, int]]:
     """
     Remove from train what is also in test or validation, and from validation what is also in test.
 
-    A question about an image that is in both is always removed (VQA-RAD's MEVF split has 14 such pairs). With
-    `image_disjoint`, every question about an image of the later split is removed as well.
+    A question about an image that is in both is always removed (VQA-RAD's MEVF split has 14 such pairs). Near copies
+    count as the same image.
 
     Args:
-        questions (iterable of [`Question`]):
-            All that can be used.
+        records (collection of [`Conversation`] or [`Question`]):
+            All that can be used, with group ids.
         image_ids (`dict`):
             Name of an image to its `image_id`; equal images under two names are one.
-        image_disjoint (`bool`, *optional*, defaults to `False`):
-            See above.
+        disjoint (`str`, *optional*, defaults to `"none"`):
+            What else is removed: with `"image"`, everything about an image of the later split; with `"group"`,
+            everything that belongs together with a record of the later split.
+        grouping ([`Grouping`], *optional*):
+            What belongs together. Defaults to records that share an image or a group.
 
     Returns:
-        The questions by split, and for each two splits that share something the counts `images_in_train_and_test`
-        (before removal; always reported), `pairs_in_...`, `questions_removed_for_pairs_in_...` and
-        `questions_removed_for_images_in_...`.
+        The records by split, and for each two splits that share something the counts `images_in_train_and_test`
+        (before removal; always reported), `near_copies_in_...` (images without an equal one in the other split),
+        `groups_in_...`, `pairs_in_...`, and what was removed, such as `questions_removed_for_pairs_in_...`.
     """
-    by_split: dict[str, list[Question]] = {"test": [], "validation": [], "train": []}
-    for question in questions:
-        by_split[question.split].append(question)
-    counts = {}
+    grouping = grouping or Grouping((_ids(record, image_ids), [record.group]) for record in records)
+    by_split = {"test": [], "validation": [], "train": []}
+    for record in records:
+        by_split[record.split].append(record)
+    removed_for = {"pairs": "pairs"} | {"none": {}, "image": {"images": "copies"}, "group": {"groups": "joined"}}[
+        disjoint
+    ]
+    counts = Counter(images_in_train_and_test=0)
     for held, taken_from in (("test", "validation"), ("test", "train"), ("validation", "train")):
-        held_pairs = {_pair(question, image_ids) for question in by_split[held]}
-        held_images = {image for images, _ in held_pairs for image in images}
-        before, where = by_split[taken_from], f"in_{taken_from}_and_{held}"
-        pairs = {_pair(question, image_ids) for question in before}
-        kept = [question for question in before if _pair(question, image_ids) not in held_pairs]
-        apart = [question for question in kept if held_images.isdisjoint(_pair(question, image_ids)[0])]
-        by_split[taken_from] = apart if image_disjoint else kept
-        counts |= {
-            f"images_{where}": len({image for images, _ in pairs for image in images} & held_images),
-            f"pairs_{where}": len(pairs & held_pairs),
-            f"questions_removed_for_pairs_{where}": len(before) - len(kept),
-            f"questions_removed_for_images_{where}": len(kept) - len(by_split[taken_from]),
-        }
+        if not by_split[held]:
+            continue
+        there, here = (_parts(by_split[split], image_ids, grouping) for split in (held, taken_from))
+        where = f"in_{taken_from}_and_{held}"
+        alone = here["images"] - there["images"]
+        counts[f"images_{where}"] = len(here["images"] & there["images"])
+        counts[f"near_copies_{where}"] = sum(grouping.image(image) in there["copies"] for image in alone)
+        counts |= {f"{part}_{where}": len(here[part] & there[part]) for part in ("groups", "pairs")}
+        kept = []
+        for record in by_split[taken_from]:
+            own = _parts([record], image_ids, grouping)
+            what = next((what for what, part in removed_for.items() if own[part] & there[part]), None)
+            if what is None:
+                kept.append(record)
+            else:
+                counts[f"{_name_of(record)}_removed_for_{what}_{where}"] += 1
+        by_split[taken_from] = kept
     return by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"}
 
 
+def _parts(
+    records: Iterable[Conversation | Question], image_ids: Mapping[str, str], grouping: Grouping
+) -> dict[str, set]:
+    """Return the images of records, the same without near copies, their groups, what belongs together, and pairs."""
+    parts = {name: set() for name in ("images", "copies", "groups", "joined", "pairs")}
+    for record in records:
+        ids = _ids(record, image_ids)
+        copies = tuple(map(grouping.image, ids))
+        parts["images"].update(ids)
+        parts["copies"].update(copies)
+        parts["joined"].add(grouping.of(ids, record.group, record.id))
+        if record.group is not None:
+            parts["groups"].add(record.group)
+        if isinstance(record, Question):
+            parts["pairs"].add((copies, plain_question(record.question)))
+    return parts
+
+
+def _name_of(record: Conversation | Question) -> str:
+    if isinstance(record, Question):
+        return "questions"
+    return "conversations" if record.messages else "unlabeled_images"
+
+
 def split_off_validation(
-    conversations: Collection[Conversation], image_ids: Mapping[str, str], fraction: float, seed: int
+    conversations: Collection[Conversation],
+    image_ids: Mapping[str, str],
+    fraction: float,
+    seed: int,
+    grouping: Grouping | None = None,
 ) -> list[Conversation]:
     """
     Move about a `fraction` of the images, with all their conversations, from train to validation.
 
-    Which images depends only on the images and the seed, not on their order or on other records of the source. Images
-    of one conversation stay together. A conversation without an image is drawn by its id.
+    Which images depends only on the images and the seed, not on their order or on other records of the source. What
+    belongs together stays together (`grouping`, by default the images of a conversation and its group). A conversation
+    without an image or a group is drawn by its id.
     """
-    together = representatives([image_ids[name] for name in conversation.images] for conversation in conversations)
+    grouping = grouping or Grouping((_ids(record, image_ids), [record.group]) for record in conversations)
 
     def key(conversation: Conversation) -> str:
-        return together[image_ids[conversation.images[0]]] if conversation.images else conversation.id
+        return grouping.of(_ids(conversation, image_ids), conversation.group, conversation.id)
 
     return [
         replace(conversation, split="validation") if draw(key(conversation), seed) < fraction else conversation
@@ -193,21 +293,21 @@ def split_off_validation(
     ]
 
 
+def _ids(record: Conversation | Question, image_ids: Mapping[str, str]) -> list[str]:
+    return [image_ids[name] for name in record.images]
+
+
 def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dict[tuple[str, ...], list[Question]]:
     """Group questions by the `image_id`s of their images, in their original order."""
     groups = defaultdict(list)
     for question in questions:
-        groups[_pair(question, image_ids)[0]].append(question)
+        groups[tuple(_ids(question, image_ids))].append(question)
     return dict(groups)
 
 
 def plain_question(text: str) -> str:
     """Normalize a question for comparison: lower case, single spaces."""
     return " ".join(text.lower().split())
-
-
-def _pair(question: Question, image_ids: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
-    return tuple(image_ids[name] for name in question.images), plain_question(question.question)
 
 
 def draw(key: str, seed: int) -> float:
@@ -237,7 +337,8 @@ def conversations_about_image(name: str, questions: Collection[Question]) -> lis
         turns = [(group[number].question, group[number].answer) for group in groups if number < len(group)]
         first = groups[0][0]
         messages = dialogue(turns, len(first.images))
-        conversations.append(Conversation(f"{name}-{number}", first.images, messages, first.split))
+        group = _group_of(questions)
+        conversations.append(Conversation(f"{name}-{number}", first.images, messages, first.split, group))
     return conversations
 
 

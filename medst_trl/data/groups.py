@@ -19,8 +19,9 @@ from medst_trl.base.errors import UserError
 
 
 GROUP_LEVELS = ("patient", "study", "directory")
+DISJOINT = ("none", "image", "group")
+NEAR_COPY_BITS = 10  # see `near_copies.py`
 SALT_VARIABLE = "MEDST_GROUP_SALT"
-_DICOM_LEVELS = ("patient", "study", "series")
 _SALT_BYTES = 32
 
 
@@ -55,13 +56,12 @@ class GroupIds:
 
         Args:
             name (`str`): Path of its file, relative to the directory of images.
-            header (`dict`): Patient, study and series of a DICOM file. What is missing is replaced by the next level.
+            header (`dict`): Its `patient`, `study` and `series`, see [`~medst_trl.data.images.StoredImage`].
         """
-        if self.group_by == "directory":
-            parent = PurePosixPath(name.replace("\\", "/")).parent.as_posix()
-            return self.of_key(None if parent == "." else parent)
-        levels = _DICOM_LEVELS[_DICOM_LEVELS.index(self.group_by) :]
-        return self.of_key(next((header[level] for level in levels if header.get(level)), None))
+        if self.group_by != "directory":
+            return self.of_key(header.get(self.group_by))
+        parent = PurePosixPath(name.replace("\\", "/")).parent.as_posix()
+        return self.of_key(header.get("series") if parent == "." else parent)
 
 
 def group_id(salt: bytes, key: str) -> str:
@@ -109,13 +109,13 @@ class Grouping:
 
     Args:
         records (iterable of `tuple`):
-            The `image_id`s and the `group_id` (or None) of each record.
+            For each record its `image_id`s and its group ids. A group id may be None.
         copies (iterable of `tuple[str, str]`, *optional*):
             Pairs of `image_id`s of near copies, see [`~medst_trl.data.near_copies.near_copies`].
     """
 
     def __init__(
-        self, records: Iterable[tuple[Collection[str], str | None]], copies: Iterable[tuple[str, str]] = ()
+        self, records: Iterable[tuple[Collection[str], Collection[str | None]]], copies: Iterable[tuple[str, str]] = ()
     ) -> None:
         copies = list(copies)
         self._copies = representatives(copies)
@@ -125,14 +125,14 @@ class Grouping:
         """Return one `image_id` for an image and all its near copies."""
         return self._copies.get(image_id, image_id)
 
-    def of(self, image_ids: Collection[str], group: str | None, default: str = "") -> str:
+    def of(self, image_ids: Collection[str], group: str | None, default: str) -> str:
         """Return the name of all that belongs together with a record; `default` if it has neither image nor group."""
-        return next((self._joined[key] for key in _keys(image_ids, group)), default)
+        return next((self._joined[key] for key in _keys(image_ids, [group])), default)
 
 
-def _keys(image_ids: Collection[str], group: str | None) -> list[str]:
+def _keys(image_ids: Collection[str], groups: Collection[str | None]) -> list[str]:
     # Behind all image ids in the alphabet: then an image id names what is joined, which does not depend on the salt.
-    return [*image_ids, *(() if group is None else (f"~{group}",))]
+    return [*image_ids, *(f"~{group}" for group in groups if group is not None)]
 
 
 def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Hashable]:

@@ -21,6 +21,7 @@ from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -29,6 +30,7 @@ from medst_trl.base.files import did_you_mean
 from medst_trl.base.processes import ordered_map
 
 from .dicom import open_dicom
+from .groups import GroupIds
 from .image_formats import (
     MAX_BYTES_PER_PIXEL,
     Frame,
@@ -40,7 +42,7 @@ from .image_formats import (
     without_metadata,
 )
 from .image_settings import ImageSettings
-from .near_copies import perceptual_hash
+from .near_copies import hash_file, perceptual_hash
 from .nifti import is_nifti, open_nifti
 from .source import DICOM_SUFFIXES, ImageReader, Records, Rejected
 
@@ -311,55 +313,90 @@ class MemoryImages:
         return store_image(self.images[name]).bytes
 
 
+class ImageIndex(NamedTuple):
+    """
+    What is known about the images of a source.
+
+    Attributes:
+        image_ids (`dict`): Name of each image that can be used to its `image_id`.
+        problems (`dict`): Name of each other image to a [`Rejected`].
+        group_ids (`dict`): Name to the group id, for images in a group.
+        hashes (`dict`): `image_id` to `near_hash`.
+    """
+
+    image_ids: dict[str, str]
+    problems: dict[str, Rejected]
+    group_ids: dict[str, str]
+    hashes: dict[str, str | None]
+
+
 def index_images(
-    names: Iterable[str], reader: ImageReader, path: Path, num_workers: int
-) -> tuple[dict[str, str], dict[str, Rejected]]:
+    names: Iterable[str], reader: ImageReader, path: Path, num_workers: int, groups: GroupIds | None = None
+) -> ImageIndex:
     """
     Identify the images of a source before anything is written: splits, duplicates and leakage are decided by
-    `image_id`. A file keeps the `image_id` of each image, or its problem. An interrupted run resumes where it ends.
+    `image_id`, near copies and groups. A file keeps these of each image, or its problem. An interrupted run resumes
+    where it ends.
 
     Args:
         names (iterable of `str`): File names; each is read once.
         reader ([`ImageReader`]): Reads them.
         path (`pathlib.Path`): The JSON lines to write. The file is beside the datasets and not part of them.
         num_workers (`int`): Number of threads.
-
-    Returns:
-        `image_id` by name for the images that can be used, and a [`Rejected`] by name for the others.
+        groups ([`GroupIds`], *optional*): Makes the group ids; those of patients by default.
 
     Raises:
         UserError: for a wrong directory of images, see [`FolderImages.check`].
     """
     from tqdm.auto import tqdm
 
-    def identify(name: str) -> dict:
+    groups = groups or GroupIds()
+
+    def identify(name: str) -> tuple[dict, Mapping[str, str]]:
         try:
-            return {"image": name, "image_id": reader.image_id(name)}
+            image = _load(reader, name)
         except ImageProblem as problem:
-            return {"image": name, "reason": problem.reason, "detail": str(problem)}
+            return {"image": name, "reason": problem.reason, "detail": str(problem)}, {}
+        return {"image": name, "image_id": image.image_id, "near_hash": image.near_hash}, image.groups
 
     names = list(dict.fromkeys(names))
     if isinstance(reader, FolderImages):
         reader.check(names)
     partial = path.with_name(f".{path.name}.tmp")
     entries = {entry["image"]: entry for file in (partial, path) for entry in _entries(file)}
+    # Entries of version 0.1.0 have no hash.
+    entries = {name: entry for name, entry in entries.items() if {"near_hash", "reason"} & entry.keys()}
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
         found = tqdm(ordered_map(identify, todo, num_workers), "images", len(todo), unit="image", disable=None)
         with open(partial, "w", encoding="utf-8") as file:
-            for entry in chain(list(entries.values()), found):
+            identified = (entry | {"group_id": groups.of_image(entry["image"], header)} for entry, header in found)
+            for entry in chain(list(entries.values()), identified):
                 entries[entry["image"]] = entry
                 file.write(json.dumps(entry) + "\n")
                 file.flush()  # a killed process loses nothing that the system has
         os.replace(partial, path)
     found = {name: entries[name] for name in names}
-    good = {name: entry["image_id"] for name, entry in found.items() if "image_id" in entry}
-    return good, {
-        name: Rejected("", entry["reason"], f"{name}: {entry['detail']}")
-        for name, entry in found.items()
-        if name not in good
-    }
+    good = {name: entry for name, entry in found.items() if "image_id" in entry}
+    return ImageIndex(
+        {name: entry["image_id"] for name, entry in good.items()},
+        {
+            name: Rejected("", entry["reason"], f"{name}: {entry['detail']}")
+            for name, entry in found.items()
+            if name not in good
+        },
+        {name: entry["group_id"] for name, entry in good.items() if entry["group_id"] is not None},
+        {entry["image_id"]: entry["near_hash"] for entry in good.values()},
+    )
+
+
+def _load(reader: ImageReader, name: str) -> StoredImage:
+    """Load an image with a reader, which may be a plugin's that has only the methods of [`ImageReader`]."""
+    if isinstance(reader, FolderImages):
+        return reader.load(name)
+    image_id, data = reader.image_id(name), reader.stored_bytes(name)
+    return StoredImage(data, image_id, near_hash=hash_file(data))
 
 
 def _entries(path: Path) -> Iterator[dict]:

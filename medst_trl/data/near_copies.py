@@ -24,7 +24,6 @@ from .schema import bytes_of, with_stored_images
 if TYPE_CHECKING:
     from datasets import Dataset
 
-NEAR_COPY_BITS = 10
 _SIDE, _WAVES = 64, 16  # pixels of the reduced image; frequencies in each direction
 _MIN_CONTRAST = 1.0  # gray levels; a plain image has only the noise of its compression
 _ROWS = 256  # hashes that are compared with all others at once

@@ -20,7 +20,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean, visible_files
 
-from .source import Rejected
+from .source import Rejected, column_name
 
 
 _NOT_TEXT = {
@@ -159,11 +159,6 @@ def json_objects(text: str, at: int = 0) -> Iterator[tuple[int, dict]]:
         else:
             yield at, item
             at = end
-
-
-def column_name(name: Any) -> str:
-    """Return the name of a column without surrounding blanks, in lower case and with `_` inside: `answer_type`."""
-    return re.sub(r"[\s_-]+", "_", str(name).strip().casefold())
 
 
 def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:

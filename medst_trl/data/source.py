@@ -198,6 +198,7 @@ class Records:
         images ([`ImageReader`] or `None`): Reads the images if they are no files in `image_folder`.
         conversations, questions, rejected: See the classes.
         counts (`dict`): What else to report: numbers, such as questions in other languages, and notes about the file.
+        group_column (`str` or `None`): Column or key with the group of a record, such as a patient.
     """
 
     name: str
@@ -207,6 +208,7 @@ class Records:
     questions: list[Question] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     counts: dict[str, int | str] = field(default_factory=dict)
+    group_column: str | None = None
 
     def __iter__(self) -> Iterator[Conversation | Question]:
         """Iterate over all conversations, then all questions."""
@@ -240,13 +242,15 @@ class Records:
         """
         taken: dict[str, set[int]] = {record.id: set() for record in self}  # by id, hashes of the records that had it
         unused: dict[str, None] = {}
+        group_column = self.group_column and column_name(self.group_column)
         for position, item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
                 continue
             name = default_id(position, item)
             if used is not None:
-                unused |= dict.fromkeys(name for name, value in item.items() if name not in used and value != "")
+                others = {key: value for key, value in item.items() if key not in (*used, group_column)}
+                unused |= dict.fromkeys(key for key, value in others.items() if value != "")
             try:
                 name = optional_text(own_id(item)) or name if own_id is not None else name
                 if name in taken and not ids_may_repeat:
@@ -256,6 +260,9 @@ class Records:
                     record = _with_free_id(record, taken)
                 if record is not None and record.id in taken:
                     raise BadRecord("duplicate_id", record.id)
+                if record is not None and group_column:
+                    group = next((value for key, value in item.items() if column_name(key) == group_column), None)
+                    record = replace(record, group=_group_text(group))
             except BadRecord as bad:
                 self.rejected.append(Rejected(name, bad.reason, bad.value))
                 continue
@@ -327,6 +334,8 @@ class SourceRequest:
             Seed for everything that the source samples.
         follow_symlinks (`bool`, *optional*, defaults to `False`):
             Whether to search directories behind symbolic links.
+        group_column (`str`, *optional*):
+            Column or key with the group of a record, see [`Records`].
     """
 
     data_path: Path | None = None
@@ -334,6 +343,7 @@ class SourceRequest:
     settings: Any = None
     seed: int = 0
     follow_symlinks: bool = False
+    group_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -395,6 +405,11 @@ SOURCES: Registry[Source] = Registry(
 )
 
 
+def column_name(name: Any) -> str:
+    """Return the name of a column without surrounding blanks, in lower case and with `_` inside: `answer_type`."""
+    return re.sub(r"[\s_-]+", "_", str(name).strip().casefold())
+
+
 def is_missing(value: Any) -> bool:
     """Whether a field holds no value: null, blank, not a finite number, or text that stands for one of these."""
     if isinstance(value, float):
@@ -418,6 +433,14 @@ def text_value(value: Any, missing: str) -> str:
     if printable(text) != text:
         raise BadRecord("bad_unicode", text)
     return text
+
+
+def _group_text(value: Any) -> str | None:
+    """Return the name of a group. Spreadsheets write `17.0` for a number. Errors do not quote it, it may be a name."""
+    try:
+        return optional_text(int(value) if isinstance(value, float) and value.is_integer() else value)
+    except BadRecord:
+        raise BadRecord("bad_group") from None
 
 
 def answer_text(value: Any, missing: str = "no_answer") -> str:

@@ -27,7 +27,7 @@ def test_overlapping_pairs_are_found_by_pixels_and_normalized_text():
         "pairs_in_train_and_test": 1,
         "questions_removed_for_pairs_in_train_and_test": 1,
     }
-    splits, counts = hold_out(questions, ids, image_disjoint=True)
+    splits, counts = hold_out(questions, ids, disjoint="image")
     assert [q.id for q in splits["train"]] == ["other image"]
     assert counts["questions_removed_for_images_in_train_and_test"] == 1
 

@@ -26,10 +26,13 @@ class FakeImages:
             raise ImageProblem("truncated", "cut")
         return "id of " + name
 
+    def stored_bytes(self, name: str) -> bytes:
+        return b""
+
 
 def test_each_name_is_read_once(tmp_path):
     images = FakeImages()
-    good, bad = index_images(["a", "bad", "a", "b\udc80"], images, tmp_path / "index.jsonl", num_workers=2)
+    good, bad, *_ = index_images(["a", "bad", "a", "b\udc80"], images, tmp_path / "index.jsonl", num_workers=2)
     assert good == {"a": "id of a", "b\udc80": "id of b\udc80"}
     assert bad["bad"].reason == "truncated" and set(images.read) == {"a", "b\udc80", "bad"} and len(images.read) == 3
     entries = map(json.loads, (tmp_path / "index.jsonl").read_text().splitlines())
@@ -45,10 +48,10 @@ def test_an_interrupted_run_resumes_where_it_stopped(tmp_path):
         file.write("\0\0\0\n")  # left by a power cut
         file.write('{"image": "image 29", "ima')  # left by a killed process
     resumed = FakeImages()
-    good, _ = index_images(names, resumed, path, num_workers=2)
-    assert list(good) == names and 0 < len(resumed.read) < 45
+    index = index_images(names, resumed, path, num_workers=2)
+    assert list(index.image_ids) == names and 0 < len(resumed.read) < 45
     finished = FakeImages()
-    assert index_images(names, finished, path, num_workers=1) == (good, {}) and finished.read == []
+    assert index_images(names, finished, path, num_workers=1) == index and not index.problems and finished.read == []
 
 
 def test_a_directory_with_some_of_the_images_is_read_whatever_is_near_it(tmp_path):
@@ -56,7 +59,7 @@ def test_a_directory_with_some_of_the_images_is_read_whatever_is_near_it(tmp_pat
     for name, directory in zip(names, 20 * ["other"] + 20 * ["images"], strict=True):
         (tmp_path / directory).mkdir(exist_ok=True)
         Image.new("L", (4, 4)).save(tmp_path / directory / name)
-    good, bad = index_images(
+    good, bad, *_ = index_images(
         names,
         FolderImages(tmp_path / "images", ImageSettings(max_pixels=100)),
         tmp_path / "index.jsonl",

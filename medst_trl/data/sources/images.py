@@ -61,7 +61,9 @@ def read_folder(directory: Path, follow_symlinks: bool = False) -> Records:
     return records
 
 
-def read_table(path: Path, image_folder: Path, follow_symlinks: bool = False) -> Records:
+def read_table(
+    path: Path, image_folder: Path, follow_symlinks: bool = False, group_column: str | None = None
+) -> Records:
     """
     Read a table of images, see [`~medst_trl.data.reading.read_rows`]; for a directory see [`read_folder`].
 
@@ -81,10 +83,10 @@ def read_table(path: Path, image_folder: Path, follow_symlinks: bool = False) ->
 
     if path.is_dir():
         return read_folder(path, follow_symlinks)
-    return _read_rows(Records("images", image_folder), path, record, QUESTION_COLUMNS)
+    return _read_rows(Records("images", image_folder, group_column=group_column), path, record, QUESTION_COLUMNS)
 
 
-def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
+def read_captions(path: Path, image_folder: Path, seed: int = 0, group_column: str | None = None) -> Records:
     """
     Read a table of captioned images, see [`~medst_trl.data.reading.read_rows`].
 
@@ -101,6 +103,8 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
             Where its file names start.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw of requests. That of a record depends on its id alone.
+        group_column (`str`, *optional*):
+            Column with the group of a record, such as a patient.
 
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
     `no_image`, `no_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
@@ -110,7 +114,9 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0) -> Records:
         images, caption = image_cell(row.get("image")), text_value(row.get("caption"), missing="no_caption")
         return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], len(images)))
 
-    return _read_rows(Records("captions", image_folder), path, conversation, ("id", "image", "caption"))
+    return _read_rows(
+        Records("captions", image_folder, group_column=group_column), path, conversation, ("id", "image", "caption")
+    )
 
 
 def _read_rows(
@@ -137,7 +143,9 @@ SOURCES.register(
     Source(
         name="images",
         summary="a directory of images, or a table (csv, xlsx, jsonl) with image, optionally question, answer, split",
-        read=lambda request: read_table(request.data_path, request.image_folder, request.follow_symlinks),
+        read=lambda request: read_table(
+            request.data_path, request.image_folder, request.follow_symlinks, request.group_column
+        ),
         card=SourceCard("images from the publisher of this repository"),
         reads_folders=True,
         data_files=(),
@@ -147,7 +155,9 @@ SOURCES.register(
     Source(
         name="captions",
         summary="a table (csv, xlsx, jsonl) with columns image and caption; each caption answers a request",
-        read=lambda request: read_captions(request.data_path, request.image_folder, request.seed),
+        read=lambda request: read_captions(
+            request.data_path, request.image_folder, request.seed, request.group_column
+        ),
         card=SourceCard("the publisher's own collection of captioned images"),
     )
 )

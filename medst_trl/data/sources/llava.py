@@ -27,7 +27,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 _PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*(<image>)[\r\n]*")  # the group keeps it among the pieces
 
 
-def read_llava(path: Path, image_folder: Path) -> Records:
+def read_llava(path: Path, image_folder: Path, group_column: str | None = None) -> Records:
     """
     Read a `.json` or `.jsonl` file of conversations.
 
@@ -50,7 +50,7 @@ def read_llava(path: Path, image_folder: Path) -> Records:
         turns = record.get("conversations", record.get("conversatons"))
         return Conversation(name, images, llava_messages(turns, len(images)))
 
-    records = Records("llava", image_folder)
+    records = Records("llava", image_folder, group_column=group_column)
     records.collect(
         read_json_records(path, "conversations", records.counts),
         conversation,
@@ -128,7 +128,7 @@ SOURCES.register(
     Source(
         name="llava",
         summary="a JSON or JSONL file of conversations (`id`, `image`, `conversations`)",
-        read=lambda request: read_llava(request.data_path, request.image_folder),
+        read=lambda request: read_llava(request.data_path, request.image_folder, request.group_column),
         card=SourceCard("the publisher's own collection of conversations in LLaVA's format"),
     )
 )

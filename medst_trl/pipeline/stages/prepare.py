@@ -10,11 +10,15 @@ medst prepare --source images --data_path scans --output_dir runs/mine/scans
 ```
 
 Output in `output_dir`, depending on what the source contains:
-  instruct/{train,validation}-*.parquet  columns id, images, image_ids, messages
-  benchmark/test-*.parquet               columns image_id, image, questions; one row per image
+  instruct/{train,validation}-*.parquet  columns id, images, image_ids, messages, group_id
+  benchmark/test-*.parquet               columns image_id, image, questions, group_id; one row per image
   images/train-*.parquet                 unlabeled images; columns as in instruct, with empty messages
   rejected.jsonl                         id, reason and value of every rejected record
   image_index.jsonl                      image_id of every file (the datasets themselves contain no file names)
+
+The images of a patient belong in one split. `--group_column patient_id` names the column of a table that says so,
+DICOM files say it themselves, and `--group_by directory` takes the directories of the images. `--disjoint group` then
+drops training data of groups that are also in the test or validation set.
 """
 
 import warnings
@@ -28,8 +32,9 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files, write_jsonl
 from medst_trl.base.fingerprints import fingerprint
 from medst_trl.base.processes import cores
-from medst_trl.base.settings import check_bounds, documented, settings_among
+from medst_trl.base.settings import check_bounds, check_choice, documented, settings_among
 from medst_trl.data.assemble import assemble
+from medst_trl.data.groups import DISJOINT, GROUP_LEVELS, NEAR_COPY_BITS, GroupIds
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import (
@@ -63,9 +68,24 @@ class PrepareArguments:
             Directory of the images. File names are relative to it and must stay inside it. Default: for a benchmark,
             images/ (or VQA_RAD Image Folder/ or imgs/) beside its questions, otherwise the directory of the data.
         validation_fraction (`float`, *optional*, defaults to `0.0`):
-            Fraction of the training images to use for validation. All records of an image are in one split.
+            Fraction of the training images to use for validation. All records of an image or group are in one split.
+        disjoint (`str`, *optional*):
+            What to keep out of the training set: none; image (images that are also in the test or validation set, and
+            near copies of them); or group (also other images of their groups). Default: none.
         image_disjoint (`bool`, *optional*, defaults to `False`):
-            Drop training questions about images that are also in the test or validation set.
+            The same as --disjoint image.
+        group_column (`str`, *optional*):
+            Column of a table, or key of JSON records, with the group of each record, such as a patient. Groups are
+            written as keyed hashes. Default: the groups of the images.
+        group_by (`str`, *optional*):
+            Groups of images: patient or study (in DICOM files), or directory (relative to the directory of images).
+            Default: patient.
+        group_salt (`str`, *optional*):
+            File with the secret key of these hashes, created if it is missing. Datasets that are compared need the
+            same one. Default: the file in MEDST_GROUP_SALT, or else ~/.local/share/medst_trl/group_salt.
+        near_copy_bits (`int`, *optional*, defaults to `10`):
+            Count images as near copies (resized or re-encoded) if at most this many of the 256 bits of their
+            perceptual hashes differ. 0 looks for none.
         max_records (`int`, *optional*):
             Use only the first N conversations, and the first N images with questions of each split.
         rows_per_shard (`int`, *optional*, defaults to `512`):
@@ -83,12 +103,23 @@ class PrepareArguments:
     data_path: str | None = None
     image_folder: str | None = None
     validation_fraction: float = 0.0
+    disjoint: str | None = None
     image_disjoint: bool = False
+    group_column: str | None = None
+    group_by: str | None = None
+    group_salt: str | None = None
+    near_copy_bits: int = NEAR_COPY_BITS
     max_records: int | None = None
     rows_per_shard: int = 512
     seed: int = 0
     num_workers: int = 0
     overwrite: bool = False
+
+    def __post_init__(self):
+        # One way to write what records of version 0.1.0 have as `image_disjoint`.
+        self.image_disjoint = self.disjoint == "image" or (self.image_disjoint and self.disjoint is None)
+        if self.disjoint in ("none", "image"):
+            self.disjoint = None
 
 
 def main(args: PrepareArguments, *others: Any) -> None:
@@ -106,8 +137,9 @@ def main(args: PrepareArguments, *others: Any) -> None:
     check(args, *others)
     images = settings_among(others, ImageSettings)
     source, request = SOURCES.get(args.source), request_of(args, *others)
-    read = cache(lambda: source.read(request).first(args.max_records))
-    record = StageRecord.of(STAGE, args, *others, inputs=_inputs(source, request, images, read))
+    read = cache(lambda: _read(args, source, request))
+    shared = replace(args, group_salt=args.group_salt and Path(args.group_salt).name)  # reveals no path
+    record = StageRecord.of(STAGE, shared, *others, inputs=_inputs(source, request, images, read))
     if record.decision == "skip":
         return
     output_dir = Path(args.output_dir)
@@ -119,9 +151,11 @@ def main(args: PrepareArguments, *others: Any) -> None:
         reader = records.images or FolderImages(records.image_folder, images)
         if isinstance(reader, FolderImages):
             records = choose_frames(records, reader, num_workers).first(args.max_records)
-        index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers)
-        selection = {name: getattr(args, name) for name in ("validation_fraction", "image_disjoint", "seed")}
-        rows, rejected, counts = assemble(records, *index, **selection)
+        groups = GroupIds(args.group_salt, args.group_by or "patient")
+        index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers, groups)
+        selection = {name: getattr(args, name) for name in ("validation_fraction", "near_copy_bits", "seed")}
+        selection["disjoint"] = args.disjoint or ("image" if args.image_disjoint else "none")
+        rows, rejected, counts = assemble(records, index, groups=groups, **selection)
         write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
             if not counts["rejected"]:
@@ -146,12 +180,31 @@ def check(args: PrepareArguments, *others: Any) -> None:
     source = SOURCES.get(args.source)
     check_bounds(
         args,
-        at_least={"validation_fraction": 0, "max_records": 1, "rows_per_shard": 1, "num_workers": 0},
-        below={"validation_fraction": 1},
+        at_least={
+            "validation_fraction": 0,
+            "max_records": 1,
+            "rows_per_shard": 1,
+            "num_workers": 0,
+            "near_copy_bits": 0,
+        },
+        below={"validation_fraction": 1, "near_copy_bits": 256},
     )
+    check_choice("disjoint", args.disjoint or "none", DISJOINT)
+    check_choice("group_by", args.group_by or "patient", GROUP_LEVELS)
     settings_among(others, ImageSettings).check()
     if source.needs_data and args.data_path is None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
+
+
+def _read(args: PrepareArguments, source: Source, request: SourceRequest) -> Records:
+    records = source.read(request)
+    if args.group_column and not any(record.group for record in records):
+        unused = records.counts.get("columns_not_used", "none")
+        raise UserError(
+            f"No record of the source {args.source!r} has a value in the column {args.group_column!r} (columns that "
+            f"are not used: {unused}). Correct group_column; the sources images, captions and llava have such columns."
+        )
+    return records.first(args.max_records)
 
 
 def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
@@ -167,6 +220,7 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     source = SOURCES.get(args.source)
     own, images = settings_among(others, source.settings), settings_among(others, ImageSettings)
     request = SourceRequest(settings=own, seed=args.seed, follow_symlinks=images.follow_symlinks)
+    request = replace(request, group_column=args.group_column)
     for name in source.files:
         path = getattr(request.settings, name)
         if path is not None:
@@ -294,6 +348,7 @@ STAGE = Stage(
     inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder")),
     outputs=tuple(Output(kind, kind, partial(_count, kind)) for kind in ("instruct", "benchmark", "images")),
     operational=frozenset({"num_workers"}),
+    earlier_defaults={"near_copy_bits": NEAR_COPY_BITS},
     registries={"source": SOURCES},
 )
 STAGES.register(STAGE)

@@ -65,7 +65,7 @@ def test_mevf_questions_in_both_splits_are_removed_from_train(shared_data):
     assert counts["pairs_in_train_and_test"] == 14
     assert counts["images_in_train_and_test"] == 203
     assert len(splits["train"]) == 3064 - 22 and len(splits["test"]) == 451
-    disjoint, _ = hold_out(source.questions, names, image_disjoint=True)
+    disjoint, _ = hold_out(source.questions, names, disjoint="image")
     test_images = {question.image for question in disjoint["test"]}
     assert len(test_images) == 203
     assert test_images.isdisjoint(question.image for question in disjoint["train"])
