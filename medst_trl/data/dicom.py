@@ -125,7 +125,7 @@ def _gray(values: np.ndarray, header, modality: str, settings: ImageSettings) ->
             gray = rescale(apply_windowing(values, header, settings.window_index), *ends)
     else:
         has_lut = bool(header.get("VOILUTSequence"))
-        note = "" if has_lut else f"{modality or 'DICOM'}_images_without_window"
+        note = "" if has_lut else f"{modality if modality.isalpha() else 'DICOM'}_images_without_window"
         shown = np.where(padding, np.nan, apply_voi_lut(values, header))  # the values themselves without a LUT
         gray = rescale(shown, *(SOFT_TISSUE if is_hounsfield and not has_lut else ()))
     gray = 255 - gray if header.PhotometricInterpretation == "MONOCHROME1" else gray

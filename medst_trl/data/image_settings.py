@@ -52,7 +52,8 @@ class ImageSettings:
         if self.frames is not None and not _FRAMES.fullmatch(self.frames):
             raise UserError(f"Unknown frames {self.frames!r}. Choose middle, all, or every:N, for example every:10.")
         low, high = self.shown_range or (0, 1)
-        if low >= high or (self.shown_range is None and not re.fullmatch(r"[1-9]\d*", self.window or "1")):
+        is_number = self.window is None or re.fullmatch(r"[1-9]\d*", self.window)
+        if low >= high or not (self.shown_range or is_number):
             raise UserError(
                 f"Invalid window {self.window!r}. Give CENTER,WIDTH, for example 40,400, or N for the N-th window of "
                 "each file."

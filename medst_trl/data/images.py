@@ -44,7 +44,7 @@ from .image_formats import (
 from .image_settings import ImageSettings
 from .near_copies import hash_file, perceptual_hash
 from .nifti import is_nifti, open_nifti
-from .source import DICOM_SUFFIXES, ImageReader, Records, Rejected
+from .source import DICOM_SUFFIXES, ImageReader, Question, Records, Rejected
 
 
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
@@ -270,28 +270,29 @@ class FolderImages:
 def choose_frames(records: Records, images: FolderImages, num_workers: int) -> Records:
     """
     Replace files of several frames by those that `--frames all` or `every:N` selects. An unlabeled file becomes an
-    image for each; a conversation shows them all, one after the other. A question is about one image, so it is left to
-    be rejected when its file is read.
+    image for each; a conversation or question shows them all, one after the other. A benchmark has one image per
+    question, so a test question is left to be rejected when its file is read.
     """
     from tqdm.auto import tqdm
 
     if images.settings.frame_step is None:
         return records
-    names = list(dict.fromkeys(name for conversation in records.conversations for name in conversation.images))
+    names = list(dict.fromkeys(records.image_names))
     counted = tqdm(ordered_map(images.frames_of, names, num_workers), "frames", len(names), unit="file", disable=None)
     frames = dict(zip(names, counted))
-    conversations = []
-    for conversation in records.conversations:
-        shown = tuple(frame for name in conversation.images for frame in frames[name])
-        if not conversation.messages:
-            conversations += [replace(conversation, id=frame, images=(frame,)) for frame in shown]
-        elif shown == conversation.images:
-            conversations.append(conversation)
+    conversations, questions = [], []
+    for record in records:
+        shown = tuple(frame for name in record.images for frame in frames[name])
+        if isinstance(record, Question):
+            is_test = record.split == "test"
+            questions.append(record if is_test else replace(record, image=shown[0], more_images=shown[1:]))
+        elif record.messages or shown == record.images:
+            sizes = (len(frames[name]) for name in record.images)
+            messages = [_with_frames(message, sizes) for message in record.messages]
+            conversations.append(replace(record, images=shown, messages=messages))
         else:
-            sizes = (len(frames[name]) for name in conversation.images)
-            messages = [_with_frames(message, sizes) for message in conversation.messages]
-            conversations.append(replace(conversation, images=shown, messages=messages))
-    return replace(records, conversations=conversations)
+            conversations += [replace(record, id=frame, images=(frame,)) for frame in shown]
+    return replace(records, conversations=conversations, questions=questions)
 
 
 def _with_frames(message: dict, sizes: Iterator[int]) -> dict:

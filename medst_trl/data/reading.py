@@ -72,6 +72,8 @@ def read_text_file(path: Path, what: str = "data", notes: dict | None = None) ->
         UserError: if it cannot be read, its first bytes are those of an archive or a workbook, or it has another
             encoding.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it might wait forever
+        raise UserError(f"{path} is a pipe, a socket or a device. Save the {what} as a file.")
     try:
         content = path.read_bytes()
     except IsADirectoryError:
