@@ -80,44 +80,35 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
         UserError: if required columns are missing, have another type, or none of the rows can be read.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
     from datasets import Dataset, DatasetInfo, Features, Value
     from datasets.fingerprint import Hasher
     from datasets.table import InMemoryTable, concat_tables
 
     check_missing(dataset.features, kind)
-    given, extras = dataset.features, KINDS.get(kind).extras
-    wanted = features_of(kind) | {name: Value("float64") for name in extras if name in given}
-    other = [name for name, feature in wanted.items() if given.get(name) != feature]
-    if (
-        "id" in given
-        and "id" not in other
-        and pc.count_distinct(dataset.data.column("id")).as_py() < len(dataset.data)
-    ):
-        other.append("id")  # some are repeated or null
-    if not other:
+    given, own, table = dataset.features, KINDS.get(kind), dataset.data
+    wanted = features_of(kind) | {name: Value("float64") for name in own.extras if name in given}
+    if not (other := _columns_to_convert(dataset, wanted)):
         return dataset
-    columns = {name: dataset.data.column(name) for name in given}
+    columns = {name: table.column(name) for name in given}
     if "images" in other:
         columns["images"] = _lists_of_images(columns.pop("images" if "images" in given else "image"), kind)
         columns.pop("image", None)
-    texts = [name for name, column in KINDS.get(kind).columns.items() if holds_messages(column)]
-    if not set(texts).isdisjoint(other):
+    texts = [name for name, column in own.columns.items() if holds_messages(column)]
+    if not other.isdisjoint(texts):
         columns |= _conversations(columns, texts, kind)
     if "questions" in other and "questions" not in columns:
         columns["questions"] = _questions(columns)
-    rows, optional = len(dataset.data), KINDS.get(kind).optional
+        other.add("image_id")
+        columns["image_id"] = _valid_ids(columns.get("image_id"), len(table))  # theirs often has another meaning
+    if "id" in other:
+        columns["id"] = _unique_ids(columns.get("id"), len(table))
     for name in other:
-        if name == "id":
-            columns[name] = pa.chunked_array([_unique_ids(columns.get(name), rows)])
-        elif name == "image_id" and name in columns:  # often one of another meaning
-            ids = columns[name].to_pylist()
-            columns[name] = pa.chunked_array([[x if _IMAGE_ID.fullmatch(str(x)) else None for x in ids]], pa.string())
-        elif name not in columns:
-            columns[name] = pa.chunked_array([pa.array([optional.get(name)] * rows, _arrow_type(wanted[name]))])
+        if name not in columns:
+            empty = [own.optional.get(name)] * len(table)
+            columns[name] = pa.chunked_array([pa.array(empty, _arrow_type(wanted[name]))])
         columns[name] = _cast(columns[name], wanted[name], name, kind)
     features = {name: wanted[name] if name in other else given[name] for name in columns}
-    kept = dataset.data.select([name for name in columns if name not in other])
+    kept = table.select([name for name in columns if name not in other])
     made = InMemoryTable(pa.table({name: columns[name] for name in columns if name in other}))
     return Dataset(
         concat_tables([kept, made], axis=1) if kept.num_columns else made,
@@ -126,6 +117,16 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
         indices_table=dataset._indices,  # of selected rows: flattening them would copy the images
         fingerprint=Hasher.hash([dataset._fingerprint, kind]),
     )
+
+
+def _columns_to_convert(dataset: "Dataset", wanted: Mapping[str, Any]) -> set[str]:
+    """The columns that are missing or of another type, images with null in place of no image, and ids not unique."""
+    import pyarrow.compute as pc
+
+    other = {name for name, feature in wanted.items() if dataset.features.get(name) != feature}
+    same = {name: dataset.data.column(name) for name in ("images", "id") if name in wanted and name not in other}
+    other |= {"images"} if "images" in same and same["images"].null_count else set()
+    return other | ({"id"} if "id" in same and pc.count_distinct(same["id"]).as_py() < len(dataset.data) else set())
 
 
 def with_image_ids(dataset: "Dataset") -> "Dataset":
@@ -160,8 +161,9 @@ def image_ids_of(dataset: "Dataset") -> list[list[str]]:
 
     missing = [place for place, value in enumerate(given) if value is None]
     bar = tqdm(missing, "image ids", unit="row", disable=None if missing and rank() == 0 else True)
-    computed = dict(zip(missing, ordered_map(ids_of, bar, cores())))
-    return [computed.get(place) or ([value] if isinstance(value, str) else value) for place, value in enumerate(given)]
+    for place, computed in zip(missing, ordered_map(ids_of, bar, cores())):
+        given[place] = computed
+    return [[value] if isinstance(value, str) else value for value in given]
 
 
 def _identify(stored: Any, known: dict[str, str]) -> str:
@@ -288,8 +290,19 @@ def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
     return pa.chunked_array([pa.array(questions, _arrow_type(features_of("benchmark")["questions"]))])
 
 
-def _unique_ids(column: "pa.ChunkedArray | None", rows: int) -> list[str]:
+def _valid_ids(column: "pa.ChunkedArray | None", rows: int) -> "pa.ChunkedArray":
+    """The ids of images, null where they are none of ours."""
+    import pyarrow as pa
+
+    names = [None] * rows if column is None else column.to_pylist()
+    ids = [name if _IMAGE_ID.fullmatch(str(name)) else None for name in names]
+    return pa.chunked_array([pa.array(ids, pa.string())])
+
+
+def _unique_ids(column: "pa.ChunkedArray | None", rows: int) -> "pa.ChunkedArray":
     """The ids of all rows; a missing one is the number of the row, a repeated one gets a number."""
+    import pyarrow as pa
+
     names = [None] * rows if column is None else column.to_pylist()
     names = [str(place) if name is None else str(name) for place, name in enumerate(names)]
     seen, taken = Counter(), set(names)
@@ -300,7 +313,7 @@ def _unique_ids(column: "pa.ChunkedArray | None", rows: int) -> list[str]:
         if seen[name] > 1:
             names[place] = new
             taken.add(new)
-    return names
+    return pa.chunked_array([pa.array(names, pa.string())])
 
 
 def _lists_of_images(column: "pa.ChunkedArray", kind: str) -> "pa.ChunkedArray":

@@ -127,19 +127,16 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
     from datasets import Dataset, Features
 
     records = [(path, *found) for path in files for found in read_json_records(path, "images", notes={})]
-    given = {name for _, _, record in records if isinstance(record, dict) for name in record}
+    given = dict.fromkeys(name for _, _, record in records if isinstance(record, dict) for name in record)
     own = kind_of(given) if kind is None else KINDS.get(kind)
     where = str(files[0] if len(files) == 1 else files[0].parent)
     if own is None:
-        raise UserError(f"{where} has the columns {', '.join(sorted(given))}, which are those of no kind of dataset.")
+        raise UserError(f"{where} has the columns {', '.join(given)}, which are those of no kind of dataset.")
     with located(where):
         check_missing(given, own.name)
-    given |= {"images", "image", *(name for name, column in own.columns.items() if holds_messages(column))}
-    columns = {
-        name: column
-        for name, column in (_MORE | dict.fromkeys(own.extras, "float64") | own.columns).items()
-        if name in given
-    }
+    known = _MORE | dict.fromkeys(own.extras, "float64") | own.columns
+    always = {"images", "image", *(name for name, column in known.items() if holds_messages(column))}
+    columns = {name: column for name, column in known.items() if name in given or name in always}
     rows, problems = [], []
     for path, position, record in records:
         try:
