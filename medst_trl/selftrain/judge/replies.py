@@ -5,14 +5,17 @@
 import json
 import re
 import unicodedata
+from collections import defaultdict
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, Literal
 
-from medst_trl.data.reading import json_objects
+import yaml
 
 
 LOWEST, HIGHEST = 0, 10  # the prompts ask for 1 to 10, yet GPT-4 gives an empty answer 0
 LONGEST = 20_000  # characters read from each end
+MOST_LOOSE, DEEPEST = 8, 50  # objects in one reply that are not JSON, and nested ones; the parser for them is slow
 
 _NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
 _OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
@@ -44,8 +47,18 @@ _AFTER = (
 _LABEL_THEN_NUMBER = re.compile(rf"{_LABEL}{_TO_NUMBER}{_NUMBER}({_OUT_OF}){_AFTER}", re.IGNORECASE)
 _NUMBER_THEN_LABEL = re.compile(rf"{_NUMBER}({_OUT_OF})\s+(?:points?\s+)?(?:for|to)\s+{_LABEL}", re.IGNORECASE)
 _FINAL = re.compile(r"\b(?:overall|final|total|in summary|scores|ratings)\b", re.IGNORECASE)
-THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _MARKUP = re.compile(r"[*`_#>]+(?=\S)|(?<=\S)[*`_]+|```\w*")
+
+# Names in JSON, in lower case without blanks and marks.
+_ANSWER_NAME = re.compile(
+    rf"(?:the|score(?:of|for)?)?{_NOUN}?(1|2|one|two|a|b|first|second){_NOUN}?(?:score|rating|isbetter|wins)?"
+)
+_SCORE_NAME = re.compile(r"(score|rating)s?$")
+_TIES = ("tie", "draw", "equal")
+_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
+_STRAIGHT = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''" + '""""')
+_APOSTROPHE = re.compile(r"\\'|(?<=\w)'(?=\w)")
 
 
 def parse_scores(text: str) -> tuple[float, float] | None:
@@ -71,12 +84,10 @@ def parse_scores(text: str) -> tuple[float, float] | None:
     (8.0, 7.0)
     ```
     """
-    if len(text) > 2 * LONGEST:
-        text = text[:LONGEST] + "\n...\n" + text[-LONGEST:]
-    text = THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
-    found = find_json(text)
-    if found is not None:
-        return valid_scores(_scores_of_json(found))
+    text = plain_text(text)
+    if objects := find_objects(text):
+        said = facts_in(objects, ("overall",))
+        return valid_scores(said.get((answer, "overall"), said.get((answer, None))) for answer in (0, 1))
     lines = [line for line in _MARKUP.sub("", text).splitlines() if line.strip()]
     if not lines:
         return None
@@ -124,39 +135,112 @@ def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
     return found[0][-1][1], found[1][-1][1]
 
 
-def find_json(text: str) -> Any:
-    """Return the last JSON object in a text, or the list that is the whole text."""
+def plain_text(text: str) -> str:
+    """Return a reply without thoughts, in ordinary letters, and with its middle left out if it is very long."""
+    if len(text) > 2 * LONGEST:
+        text = text[:LONGEST] + "\n...\n" + text[-LONGEST:]
+    return _THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
+
+
+def find_objects(text: str) -> list[tuple]:
+    """
+    Return the JSON objects in a text, each as a tuple of its pairs: a key may occur twice.
+
+    Objects in the notations of Python, JavaScript and YAML are read as well: other quotes, trailing commas, comments,
+    names without quotes. A text that is a list is returned as an object with the key `scores`.
+    """
     whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if whole.startswith("["):
         with suppress(ValueError, RecursionError):
-            return json.loads(whole)
-    objects = [value for _, value in json_objects(text) if value]
-    return objects[-1] if objects else None
+            return [(("scores", _DECODER.decode(whole)),)]
+    starts, ends, depth = [], {}, 0
+    for bracket in re.finditer(r"[][{}]", text):
+        depth = max(0, depth + (1 if bracket[0] in "[{" else -1))
+        if depth > DEEPEST:
+            return []
+        if bracket[0] == "{":
+            starts.append(bracket.start())
+        elif bracket[0] == "}" and starts:
+            ends[starts.pop()] = bracket.end()
+    found, loose, at = [], 0, 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            item, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end, loose = ends.get(at), loose + (at in ends)
+            item = _parse_loosely(text[at:end]) if end and loose <= MOST_LOOSE else None
+        found += [item] if item else []
+        at = at + 1 if item is None else end
+    return found
 
 
-def _scores_of_json(value: Any) -> Any:
-    """Return the two scores of a list, of keys that name the answers, or of objects with a score inside."""
-    if isinstance(value, list):
-        return value if len(value) == 2 else None
-    if not isinstance(value, dict):
-        return None
-    plain = {re.sub(r"[^a-z0-9]", "", str(key).lower()): item for key, item in value.items()}
-    for key in ("scores", "score", "ratings"):
-        if isinstance(plain.get(key), list | dict):
-            return _scores_of_json(plain[key])
-    for first, second in (("1", "2"), ("a", "b"), ("one", "two")):
-        for noun in ("answer", "assistant", "response", "score", "answer{}score", "score_answer", "scoreanswer", ""):
-            names = [noun.format(n) if "{}" in noun else noun + n for n in (first, second)]
-            if all(name in plain for name in names):
-                return [_score_inside(plain[name]) for name in names]
+def _parse_loosely(text: str) -> tuple | None:
+    """Parse an object that is not JSON. Its values are texts."""
+    text = re.sub(r"\s*//", " #", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL).replace("\t", " "))
+    for variant in (text, text.translate(_STRAIGHT)):
+        stack: list[list] = [[]]
+        with suppress(yaml.YAMLError, ValueError):
+            for event in yaml.parse(_APOSTROPHE.sub("''", variant), yaml.BaseLoader):
+                if isinstance(event, yaml.AliasEvent) or (getattr(event, "value", "x") == "" and event.style is None):
+                    raise ValueError("an alias, or a key without a value")
+                if isinstance(event, yaml.ScalarEvent):
+                    stack[-1].append(event.value)
+                elif isinstance(event, yaml.CollectionStartEvent):
+                    stack.append([])
+                elif isinstance(event, yaml.CollectionEndEvent):
+                    items = stack.pop()
+                    is_list = isinstance(event, yaml.SequenceEndEvent)
+                    stack[-1].append(items if is_list else tuple(zip(items[::2], items[1::2])))
+            return stack[0][0]
     return None
 
 
-def _score_inside(value: Any) -> Any:
-    if isinstance(value, dict):
-        plain = {str(key).lower(): item for key, item in value.items()}
-        return next((plain[key] for key in ("overall", "score", "rating") if key in plain), None)
+def facts_in(objects: Collection[tuple], criteria: Collection[str]) -> dict[Any, Any]:
+    """
+    Return what objects say about two answers, at any depth and under any usual name.
+
+    Returns:
+        `dict`: scores by answer (0 or 1, None if its name is not given) and criterion (None for a score without one),
+        and `verdict`: 0, 1 or `"tie"`. A value is None if it is ambiguous: the objects contradict each other, a score
+        is on another scale, or a verdict is something else.
+    """
+    said: dict[Any, set] = defaultdict(set)
+
+    def visit(items: tuple, answer: int | None, criterion: str | None) -> None:
+        for key, value in items:
+            name = _plain(key)
+            match, stem = _ANSWER_NAME.fullmatch(name), _SCORE_NAME.sub("", name)
+            is_score = match or stem in criteria or not stem
+            which, what = _WHICH[match[1]] if match else answer, stem if stem in criteria else criterion
+            values = value if isinstance(value, list) else [value]
+            for place, item in enumerate(values):
+                if isinstance(item, tuple):
+                    visit(item, which, what)
+                elif stem.endswith("verdict") or stem == "winner":
+                    said["verdict"].add(_verdict(value))
+                elif is_score and re.search(r"\d", str(item)):
+                    score, owner = _score(item), place if which is None and len(values) == 2 else which
+                    if score is not None or owner is not None:
+                        said[owner, what].add(score)
+
+    for item in objects:
+        visit(item, None, None)
+    return {key: values.pop() if len(values) == 1 else None for key, values in said.items()}
+
+
+def _verdict(value: Any) -> Literal[0, 1, "tie"] | None:
+    name = _plain(value) if isinstance(value, str | int) else ""
+    match = _ANSWER_NAME.fullmatch(name)
+    return "tie" if name in _TIES else match and _WHICH[match[1]]
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[\W_]", "", str(name).lower())
+
+
+def _score(value: Any) -> float | None:
     if isinstance(value, str):
         match = _ONE_LINE.fullmatch(value)
-        return match and match.group(1)
-    return value
+        value = match and match[1]
+    numbers = valid_scores((value, value))
+    return numbers and numbers[0]

@@ -35,6 +35,9 @@ FORMS = [
     '{{"scores": [{a:g}, {b:g}], "reason": "Answer 2 invents 5 lesions"}}',
     '{{"answer_1": {{"overall": {a:g}}}, "answer_2": {{"overall": {b:g}}}}}',
     "[{a:g}, {b:g}]",
+    "{{'Assistant A': {a:g}, 'Assistant B': {b:g},}}",
+    '{{"Score of answer 1": "{a:g}/10", "Score of answer 2": "{b:g} out of 10"}}',
+    "{{scores: [{a:g}, {b:g}]}}  # {{reasons}} are below",
     "<think>Perhaps 3 3? No.</think>\n{a:g} {b:g}",
 ]
 
@@ -64,7 +67,8 @@ def test_a_score_above_ten_is_none(form, a, b):
         "Accuracy: Answer 1: 8, Answer 2: 7\nHelpfulness: Answer 1: 6, Answer 2: 9",  # no overall score
         '{"answer_1": 8}', '{"answer_1": "good", "answer_2": "bad"}', '{"scores": [8, 7, 6]}', "[8]", "{}",
         '{"answer_1": true, "answer_2": false}', '{"answer_1": null, "answer_2": 5}',
-        '{"answer_1": NaN, "answer_2": 5}',
+        '{"answer_1": NaN, "answer_2": 5}', '{"answer_1": 8, "answer_2": 5} No: {"answer_1": 5, "answer_2": 8}',
+        "{'answer_1': 8,5, 'answer_2': 7}", "{'answer_1': 8, 'answer_1': 7, 'answer_2': 5}",
         "[" * 100_000, "{" * 5_000, "8 " * 50_000,
     ],
 )  # fmt: skip

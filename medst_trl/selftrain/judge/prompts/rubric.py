@@ -15,12 +15,12 @@ from hashlib import sha256
 from typing import Any
 
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, user_text, winner
-from medst_trl.selftrain.judge.replies import THOUGHTS, find_json, valid_scores
+from medst_trl.selftrain.judge.replies import facts_in, find_objects, plain_text
 
 
 CRITERIA = ("accuracy", "relevance", "completeness", "safety")
 _SCORED = (*CRITERIA, "overall")
-_VERDICTS = {"answer_1": 0, "answer_2": 1, "tie": "tie"}
+_VERDICTS = ("answer_1", "answer_2", "tie")
 
 SYSTEM = """You compare two answers to a question about a medical image. You see the image, the question and \
 both answers.
@@ -70,16 +70,12 @@ def rubric_messages(question, answers, image_urls, history=(), captions=()) -> l
 
 
 def read_rubric(text: str) -> Reading | None:
-    """Read a reply. It must contain every score, and a verdict that agrees with the overall scores."""
-    found = find_json(THOUGHTS.sub("", text))
-    if not isinstance(found, dict):
-        return None
-    answers = [found.get(name) for name in ("answer_1", "answer_2")]
-    if not all(isinstance(answer, dict) for answer in answers):
-        return None
-    pairs = {name: valid_scores([answer.get(name) for answer in answers]) for name in _SCORED}
-    verdict = _VERDICTS.get(found.get("verdict")) if isinstance(found.get("verdict"), str) else None
-    if verdict is None or None in pairs.values():
+    """Read a reply. It must contain every score once, and a verdict that agrees with the overall scores."""
+    said = facts_in(find_objects(plain_text(text)), _SCORED)
+    pairs = {name: (said.get((0, name)), said.get((1, name))) for name in _SCORED}
+    verdict = said.get("verdict")
+    # A score of no answer is from an object that breaks off.
+    if verdict is None or any(None in pair or (None, name) in said for name, pair in pairs.items()):
         return None
     scores = pairs.pop("overall")
     if verdict != "tie" and winner(scores) == 1 - verdict:
@@ -99,7 +95,7 @@ def shown_texts(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str, str] |
 def write_rubric(scores: Sequence[float], comment: str) -> str:
     """Write a reply that gives each answer one score for everything."""
     answers = {f"answer_{place + 1}": dict.fromkeys(_SCORED, score) for place, score in enumerate(scores)}
-    verdict = list(_VERDICTS)[2 if scores[0] == scores[1] else int(scores[1] > scores[0])]
+    verdict = _VERDICTS[2 if scores[0] == scores[1] else int(scores[1] > scores[0])]
     return json.dumps({"comparison": comment, **answers, "verdict": verdict})
 
 

@@ -65,3 +65,94 @@ def test_an_incomplete_or_contradictory_reply_is_none(reply):
 @pytest.mark.parametrize("missing_characters", [1, 20, 120])
 def test_a_truncated_reply_is_none(missing_characters):
     assert read_rubric(json.dumps(rubric_reply())[:-missing_characters]) is None
+
+
+SCORES = st.fixed_dictionaries(dict.fromkeys((*CRITERIA, "overall"), st.integers(1, 10)))
+WAYS = {
+    "quotes": ['""', "''", "\u201c\u201d", "\u2018\u2019", ("", "")],
+    "score": ["{}", "{}.0", "{}/10", "{} / 10", "{} out of 10"],
+    "names": [
+        ("answer_1", "answer_2"), ("Answer 1", "Answer 2"), ("answer1", "answer2"), ("ANSWER-1", "ANSWER-2"),
+        ("Answer A", "Answer B"), ("First answer", "Second answer"), ("1", "2"),
+    ],
+    "verdict": ["{}", "{}.", "{} is better", "The {}"],
+    "comma": [",", ",\n", ", // out of 10\n", ", # out of 10\n", ", /* out of 10 */\n\t"],
+    "last": ["", ",", ",\n"],
+    "around": [
+        ("", ""), ("```json\n", "\n```"), ("```", "```"),
+        ("Here is my verdict:\n\n", "\n\nIt was close: {both} are right."),
+        ("<think>{'verdict': 'answer_2'}? No.</think>\n", ""), ('{"result": ', "}"), ("{'a': {'evaluation': ", ",}}"),
+        ("[", "]"), ("\\\\boxed{", "}"), ("<reply>", "</reply>"),
+    ],
+    "nested": [False, True],
+    "by_criterion": [False, True],
+}  # fmt: skip
+
+
+def written(first, second, winner, way):
+    """Write a reply in a way that a person can read."""
+    opening, closing = way["quotes"]
+
+    def text(value):
+        return f"{opening}{value}{closing}"
+
+    def pairs(items):
+        return "{" + way["comma"].join(f"{text(name)}: {value}" for name, value in items) + way["last"] + "}"
+
+    def score(value):
+        value = way["score"].format(value)
+        value = value if value.replace(".0", "").isdigit() else text(value)
+        return pairs([("Score", value), ("reason", text("about 3 cm"))]) if way["nested"] else value
+
+    sides = list(zip(way["names"], (first, second)))
+    if way["by_criterion"]:
+        parts = [(name, pairs((side, score(given[name])) for side, given in sides)) for name in first]
+    else:
+        parts = [(side, pairs((name.title(), score(given[name])) for name in first)) for side, given in sides]
+    comparison = ("comparison", text("It's {close}, isn't it?" if opening else "fine"))
+    verdict = ("Final verdict", text(way["verdict"].format(way["names"][winner])))
+    return pairs([comparison, *parts, verdict]).join(way["around"])
+
+
+@given(SCORES, SCORES, st.fixed_dictionaries({name: st.sampled_from(ways) for name, ways in WAYS.items()}))
+def test_a_reply_that_a_person_can_read_gives_the_same_reading(first, second, way):
+    winner = int(first["overall"] < second["overall"])
+    plain = {"comparison": "", "answer_1": first, "answer_2": second, "verdict": f"answer_{winner + 1}"}
+    assert read_rubric(written(first, second, winner, way)) == read_rubric(json.dumps(plain)) is not None
+
+
+AMBIGUITIES = {
+    "two verdicts": lambda reply, other: f"{reply}\n{other}",
+    "a verdict that is corrected and cut off": lambda reply, other: f"{reply} No: {other[: other.rindex(',')]}",
+    "another scale": lambda reply, other: reply.replace("/10", "/5"),
+    "too high": lambda reply, other: reply.replace("7/10", "17/10"),
+    "below zero": lambda reply, other: reply.replace("7/10", "-7/10"),
+    "a decimal comma": lambda reply, other: reply.replace('"7/10"', "7,5"),
+    "a range": lambda reply, other: reply.replace("7/10", "7-8"),
+    "no score": lambda reply, other: reply.replace("7/10", "good"),
+    "a name that occurs twice": lambda reply, other: reply.replace("answer_2", "answer_1"),
+    "both": lambda reply, other: reply.replace(': "answer_1"', ': "answer_1 or answer_2"'),
+    "a third answer": lambda reply, other: reply.replace("answer_2", "answer_3"),
+    "the other verdict": lambda reply, other: reply.replace(': "answer_1"', ': "answer_2"'),
+    "two verdicts in one": lambda reply, other: reply[:-1] + ', "verdict": "answer_2"}',
+}
+
+
+@pytest.mark.parametrize("loose", [False, True])
+@pytest.mark.parametrize("ambiguity", AMBIGUITIES.values(), ids=AMBIGUITIES)
+@given(st.permutations(range(5)))
+def test_an_ambiguous_reply_is_none(loose, ambiguity, order):
+    scores = dict(zip((*CRITERIA, "overall"), (["7/10", "3/10", "8/10", "9/10", "10/10"][n] for n in order)))
+    low = dict.fromkeys(scores, "2/10")
+    reply, other = (
+        json.dumps({"comparison": "", "answer_1": first, "answer_2": second, "verdict": verdict})
+        for first, second, verdict in ((scores, low, "answer_1"), (low, scores, "answer_2"))
+    )
+    assert read_rubric(reply).verdict == 0 and read_rubric(f"{reply} Again: {reply}") == read_rubric(reply)
+    spoilt = ambiguity(reply, other)
+    assert spoilt != reply and read_rubric(spoilt.replace('"', "'") if loose else spoilt) is None
+
+
+@given(st.text("{}[]()<>:,;'\"#/\\\\&*!|>-?%@`~= \n\t18ae\x00\ud800\u201c") | st.text())
+def test_any_text_is_none(text):
+    assert read_rubric(text) is None and read_rubric("{" + text + "}") is None
