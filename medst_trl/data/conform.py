@@ -219,7 +219,10 @@ def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dic
         row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
     parts = [part for messages in row.values() for message in messages for part in message["content"]]
     asked = next((message for message in next(iter(row.values())) if message["role"] == "user"), None)
-    if images and asked and all(part["type"] != "image" for part in parts):
+    placed = sum(part["type"] == "image" for part in parts)
+    if placed not in (0, images):
+        raise ValueError(f"{placed} image parts for {images} images")
+    if asked and not placed:
         asked["content"] = [image_part() for _ in range(images)] + asked["content"]
     return row
 

@@ -18,7 +18,9 @@ the vision tower (Qwen).
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
@@ -28,7 +30,7 @@ from medst_trl.base.registry import Registry
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Family:
     is_own: bool = False
 
 
+EXTREME_ASPECT_RATIO = "extreme_aspect_ratio"  # the reason for which records are rejected
+ASKED_FROM = 20  # aspect ratio above which a processor is asked whether it takes an image; Qwen-VL takes up to 200
 FAMILIES: Registry[Family] = Registry("family", [__name__], ["title", "model_types"])
 
 _LLAMA = frozenset({"llama", "mistral"})
@@ -108,7 +112,7 @@ for _family in (
         "qwen_vl",
         "Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-        limits="extra `video`",
+        limits="extra `video`; images up to 200:1",
         packs_with=frozenset({"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}),
         shares_prompts=True,
     ),
@@ -170,6 +174,31 @@ def check_architecture(config: "PreTrainedConfig", name: str) -> None:
         f"{name!r} is of the type `{config.model_type}`, {problem}, so this family is not supported. "
         f"{tested_families()}"
     )
+
+
+def why_refused(processor: "ProcessorMixin", sizes: Iterable[tuple[int, int]]) -> str | None:
+    """
+    Return why a processor cannot take an image because of its aspect ratio; None if it can.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            Processor of a vision-language model.
+        sizes (iterable of `(int, int)`):
+            Width and height of each image, in pixels.
+    """
+    narrow = (size for size in sizes if max(size) > ASKED_FROM * min(size))
+    return next((why for size in narrow if (why := _error_of(processor, size))), None)
+
+
+@lru_cache(1024)
+def _error_of(processor: "ProcessorMixin", size: tuple[int, int]) -> str | None:
+    from PIL import Image
+
+    try:
+        processor.image_processor(Image.new("RGB", size))
+    except Exception as error:  # each processor has its own
+        return f"{size[0]} x {size[1]} pixels: {error}"
+    return None
 
 
 # --- The parts of a model --------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.base.errors import UserError
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, why_refused
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
-from .images import DecodesImages, UnreadableImage, with_decoded_images
+from .images import DecodesImages, UnreadableImage, image_size, with_decoded_images
 from .packing import pack
 
 
@@ -29,7 +30,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
 
     A conversation longer than `max_length` (counted after image placeholders are expanded) ends after the last answer
     that fits. It is rejected if its first answer does not fit, if it has nothing to train, or if an image cannot be
-    read.
+    read or has an aspect ratio that the processor does not take.
 
     Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
     `images` (a list, may be empty, decoded or as `datasets` stores them) and `id` (a hash of the text if missing).
@@ -56,7 +57,8 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and the
         processor's other outputs, and `question_mask` (batch, length): `True` where a label belongs to a question. If
         there are any, `rejected` maps the ids of rejected examples to the reason (`too_long`, `nothing_to_train`,
-        `unreadable_image`), `truncated` lists those that end early, and `neutralised` counts control tokens in data.
+        `unreadable_image`, `extreme_aspect_ratio`), `truncated` lists those that end early, and `neutralised` counts
+        control tokens in data.
 
     Raises:
         UserError: if an example's images and placeholders differ in number, or the template cannot render it.
@@ -117,9 +119,14 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         readable, rejected = [], {}
         for example in examples:
             try:
-                readable.append(with_decoded_images(example))
+                decoded = with_decoded_images(example)
             except UnreadableImage:
                 rejected[id_of(example)] = "unreadable_image"
+                continue
+            if why_refused(self.processor, map(image_size, decoded["images"])):
+                rejected[id_of(example)] = EXTREME_ASPECT_RATIO
+            else:
+                readable.append(decoded)
         batch = super().torch_call(readable) if readable else self._collate_language_modeling([])
         if rejected:
             batch["rejected"] = batch.get("rejected", {}) | rejected

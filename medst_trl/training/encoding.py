@@ -21,13 +21,13 @@ from trl.data_utils import prepare_multimodal_messages
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.families import tested_families
+from medst_trl.policy.families import tested_families, why_refused
 from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
 
 from .images import UnreadableImage, image_size, images_of
 
 
-UNREADABLE_SIDE = 224  # pixels, assumed for an image without a readable header; the collator rejects its example
+UNREADABLE_SIDE = 224  # pixels, assumed for an image that cannot be used; the collator rejects its example
 IGNORED = -100  # label of a token that is no target
 # Inputs with one entry per token, truncated together.
 TOKEN_INPUTS = (
@@ -188,6 +188,8 @@ def conversation_lengths(
         for image in conversation.images:
             try:
                 width, height = image_size(image)
+                if why_refused(processor, [(width, height)]):
+                    raise UnreadableImage
             except UnreadableImage:  # the collator rejects its example
                 width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
             length += image_tokens(height, width)

@@ -20,6 +20,7 @@ from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, why_refused
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
@@ -32,6 +33,7 @@ PAIR_REJECTION_REASONS = {
     "chosen_equals_rejected": "both answers say the same, so there is nothing to prefer",
     "malformed": "prompt, answers and images do not make a conversation",
     "unreadable_image": "one of its images is missing, truncated or of an unknown format",
+    EXTREME_ASPECT_RATIO: "one of its images is too narrow for the model's processor",
     "too_long": "after its prompt and image, less than half of an answer fits into max_length={max_length} tokens",
 }
 
@@ -226,6 +228,8 @@ def _check_pair(
         sizes = [check_image(image) for image in images_of(example)]
     except UnreadableImage:
         return "unreadable_image", []
+    if why_refused(processor, sizes):
+        return EXTREME_ASPECT_RATIO, []
     try:
         pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
     except (UserError, KeyError, TypeError):

@@ -21,6 +21,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_jsonl, write_jsonl
 from medst_trl.base.processes import rank
 from medst_trl.data.schema import with_stored_images
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO
 
 from .collator import DataCollatorForSelfQuestioning
 
@@ -33,6 +34,7 @@ CHECKED = 100  # conversations that are collated before the first step
 REJECTION_REASONS = {
     "too_long": "with its image, not even its first answer fits into max_length={max_length} tokens",
     "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
+    EXTREME_ASPECT_RATIO: "one of its images is too narrow for the model's processor",
     "nothing_to_train": "it has neither an answer nor a question that can be asked",
 }
 

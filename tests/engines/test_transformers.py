@@ -3,9 +3,12 @@
 import pytest
 import torch
 from family_models import MODELS, tiny_model
+from PIL import Image
 
+from medst_trl.base.errors import UserError
+from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, to_answer
 from medst_trl.engines.kinds import transformers as transformers_engine
-from medst_trl.engines.kinds.transformers import MAX_BATCH_SIZE, bytes_of_a_text, largest_batch
+from medst_trl.engines.kinds.transformers import MAX_BATCH_SIZE, TransformersEngine, bytes_of_a_text, largest_batch
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -54,3 +57,21 @@ def test_the_largest_batch_depends_on_free_memory(texts_free, expected, monkeypa
     monkeypatch.setattr(transformers_engine, "free_bytes", lambda device: int(texts_free * need))
     assert largest_batch(model, 30, 20) == expected
     assert largest_batch(model, 60, 40) <= expected
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_strip_is_read_or_refused_and_leaves_the_other_prompts_as_they_are(family):
+    model, processor = tiny_model(family)
+    engine, sampling = TransformersEngine(model, processor, 4), Sampling(temperature=0, max_new_tokens=3)
+    sizes = [(20, 30), (2, 600), (900, 3), (30, 20)]
+    prompts = [Prompt(to_answer([], 1, "What?"), [OpenedImage(b"", Image.new("RGB", size))]) for size in sizes]
+    replies = engine.write(prompts, sampling)
+    assert [reply.problem for reply in replies[::3]] == [None, None]
+    assert replies[::3] == engine.write(prompts[::3], sampling)
+    refused = {reply.problem for reply in replies[1:3]}
+    assert refused == ({"extreme_aspect_ratio"} if family.startswith("qwen") else {None})
+    if family.startswith("qwen"):
+        assert replies[1].text.startswith("2 x 600 pixels: ") and "200" in replies[1].text
+        with pytest.raises(UserError, match="cannot take the image: 900 x 3 pixels"):
+            list(engine.stream(prompts[2], sampling))
+    assert sorted(number for batch in engine.batches(4, prompts.__getitem__) for number in batch) == [0, 1, 2, 3]

@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 from datasets import Dataset
+from family_models import tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -312,3 +313,18 @@ def test_blank_images_keep_their_size():
     blank = blank_image(Image.linear_gradient("L").resize((70, 50)))
     assert blank.size == (70, 50)
     assert blank.getextrema() == ((128, 128),) * 3
+
+
+def test_questions_about_an_image_that_the_model_cannot_read_count_as_wrong():
+    question = {"answer": "yes", "answer_type": "closed", "question_type": None, "link": None, "question": "Normal?"}
+    rows = [
+        {"image_id": str(n), "image": Image.new("RGB", size, (40 * n, 0, 0)), "questions": [question | {"id": str(n)}]}
+        for n, size in enumerate([(30, 20), (2, 600), (20, 30)])
+    ]
+    data = Dataset.from_list(rows, features=benchmark_features())
+    engine = TransformersEngine(*tiny_model("qwen2.5-vl"), batch_size=2)
+    for control in (None, "blank", "shuffled"):
+        answers = list(answer_benchmark(engine, data, max_new_tokens=2, control=control))
+        assert len(answers) == 3
+        problems = [row["generation"]["problem"] for row in answers if "problem" in row["generation"]]
+        assert len(problems) == 1 and problems[0].startswith("extreme_aspect_ratio: 2 x 600 pixels")

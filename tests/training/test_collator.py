@@ -5,6 +5,7 @@ from io import BytesIO
 import pytest
 import tiny_run
 import torch
+from datasets import Dataset
 from families import FAMILIES, prepared_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from medst_trl.base.errors import UserError
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.encoding import IGNORED
+from medst_trl.training.encoding import IGNORED, conversation_lengths
 
 
 def _collator(family="vicuna", **kwargs):
@@ -87,6 +88,17 @@ def test_an_unreadable_image_rejects_only_its_example(damage):
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
     alone = _collator()([bad])
     assert alone["rejected"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
+
+
+@pytest.mark.parametrize("size", [(2, 600), (900, 3), (1, 5000)])
+def test_an_image_that_the_processor_does_not_take_rejects_only_its_example(size):
+    good, bad = tiny_run.conversation(0), {**tiny_run.conversation(1), "images": [Image.new("RGB", size)]}
+    batch = _collator("qwen2.5-vl")([bad, good])
+    assert batch.pop("rejected") == {"r1": "extreme_aspect_ratio"}
+    expected = _collator("qwen2.5-vl")([good])
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert "rejected" not in _collator("vicuna")([bad, good])
+    assert conversation_lengths(Dataset.from_list([bad, good]), prepared_processor("qwen2.5-vl"))[1] > 0
 
 
 def test_asked_turns_depend_only_on_seed_epoch_id_and_turn():

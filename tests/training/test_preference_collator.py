@@ -193,3 +193,11 @@ def test_a_pair_whose_image_cannot_be_read_is_rejected(damage):
     assert [row["id"] for row in pairs.dataset] == ["p0", "p1", "p3", "p4", "p5"] and len(pairs.lengths) == 5
     with pytest.raises(UserError, match="1 because one of its images is missing, truncated"):
         usable_pairs(dataset.select([2]), prepared_processor("vicuna"), 512)
+
+
+def test_a_pair_whose_image_the_processor_does_not_take_is_rejected():
+    strip = {"images": [Image.new("RGB", (2, 600))]}
+    dataset = Dataset.from_list([row | (strip if row["id"] == "p2" else {}) for row in rows()])
+    pairs = usable_pairs(dataset, prepared_processor("qwen2.5-vl"), 512)
+    assert pairs.rejected_records == {"p2": "extreme_aspect_ratio"} and len(pairs.dataset) == 5
+    assert usable_pairs(dataset, prepared_processor("vicuna"), 512).rejected_records == {}

@@ -155,7 +155,7 @@ def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
     Raises:
         UserError: if the dataset cannot be read or has none.
     """
-    found = list(islice(filter(None, map(_conversation, load_records(dataset, split))), count))
+    found = list(islice(filter(None, map(_conversation, load_records(dataset, split, identify=False))), count))
     if not found:
         raise UserError(
             f"{dataset}, split {split!r}, has no conversation, preference pair or benchmark question with an image "
