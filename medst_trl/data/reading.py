@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -199,24 +199,21 @@ def _column_names(names: Iterable[Any], key: str) -> list[str]:
 
 
 def _workbook(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:
-    """Yield the rows of the first sheet of a workbook that are not empty, with their numbers."""
-    numbered = enumerate(read_workbook(path, "save the sheet as CSV UTF-8", notes), start=1)
-    rows = ((number, cells) for number, cells in numbered if any(str(cell).strip() for cell in cells))
+    """Yield the rows of the first sheet of a workbook, with their numbers."""
+    rows = read_workbook(path, "save the sheet as CSV UTF-8", notes)
     header = _column_names(next(rows, (0, ()))[1], key)
-    while header and not header[-1]:
-        header.pop()
     check_header(header, (key,), path, None)
     for number, cells in rows:
-        has_more = any(str(cell).strip() for cell in cells[len(header) :])
-        row = dict(zip_longest(header, cells[: len(header)], fillvalue=""))
-        yield number, Rejected("", "malformed_row", "; ".join(map(str, cells))) if has_more else row
+        fits = len(cells) == len(header)
+        yield number, dict(zip(header, cells)) if fits else Rejected("", "malformed_row", "; ".join(map(str, cells)))
 
 
 def read_workbook(
     path: Path, instead: str, notes: dict | None = None, *, formulas: bool = False
-) -> Iterator[list[Any]]:
+) -> Iterator[tuple[int, list[Any]]]:
     """
-    Read the cells of the first sheet of an `.xlsx` file. Empty cells and errors such as `#N/A` are `""`.
+    Read the rows of the first sheet of an `.xlsx` file that are not empty, with their numbers. Empty cells and errors
+    such as `#N/A` are `""`. All rows have the length of the first one, unless they have further values.
 
     Args:
         path (`pathlib.Path`): The file.
@@ -238,9 +235,15 @@ def read_workbook(
         if notes is not None and len(book.sheetnames) > 1:
             notes["sheets_not_read"] = ", ".join(book.sheetnames[1:])
         sheet.reset_dimensions()  # as stated in the file, they may leave out rows
-        for row in sheet.iter_rows():
+        width = 0
+        for number, row in enumerate(sheet.iter_rows(), start=1):
             cells = ["" if cell.value is None or cell.data_type == "e" else cell.value for cell in row]
-            yield [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
+            cells = [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
+            while len(cells) > width and not str(cells[-1]).strip():
+                cells.pop()
+            width = width or len(cells)
+            if any(str(cell).strip() for cell in cells):
+                yield number, cells + [""] * (width - len(cells))
     except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
         raise UserError(f"{path} cannot be read as a workbook ({error}). Correct it, or {instead}.") from None
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_text
-from medst_trl.data.reading import check_header, read_text_file
+from medst_trl.data.reading import check_header, read_text_file, read_workbook
 from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, ReadRow
 
@@ -38,7 +38,9 @@ def _rows(path: Path) -> Iterator[ReadRow]:
     if suffix not in _DELIMITERS:
         yield from json_rows(path, _REQUIRED)
         return
-    lines = _cells_of_xlsx(path) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix])
+    # Answers that start with `=` are formulas in a workbook that pandas writes.
+    workbook = read_workbook(path, "let VLMEvalKit write PRED_FORMAT=tsv", formulas=True)
+    lines = (cells for _, cells in workbook) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix])
     header = [str(name) for name in next(lines, [])]
     check_header(header, _REQUIRED, path, _DELIMITERS[suffix], _EXPECTED)
     for number, cells in enumerate(lines, start=1):
@@ -93,22 +95,6 @@ def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)  # an endless answer may exceed csv's 128 KiB
     text = read_text_file(path, "predictions")
     yield from (cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if cells)
-
-
-def _cells_of_xlsx(path: Path) -> Iterator[list[Any]]:
-    try:
-        from openpyxl import load_workbook
-        from openpyxl.utils.escape import unescape  # openpyxl leaves `_x000D_`, a carriage return, unchanged
-    except ImportError:
-        raise UserError(
-            "Reading .xlsx needs openpyxl: install medst_trl[xlsx], or let VLMEvalKit write PRED_FORMAT=tsv."
-        ) from None
-    try:
-        sheet = load_workbook(path, read_only=True).worksheets[0]
-        for row in sheet.iter_rows(values_only=True):
-            yield [unescape(cell or "") if isinstance(cell, str | None) else cell for cell in row]
-    except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
-        raise UserError(f"{path} cannot be read as a workbook ({error}). {_EXPECTED}") from None
 
 
 PREDICTION_FORMATS.register(
