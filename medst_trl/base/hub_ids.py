@@ -34,6 +34,13 @@ def is_hub_id(name: object) -> bool:
     return match is not None and match["owner"] is not None
 
 
+def is_only_on_hub(name: str) -> bool:
+    """Whether a name is a Hub id and hardly a misspelled path: no file of data, nor in a directory that exists."""
+    path = Path(name)
+    is_file = path.suffix.lower() in (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".parquet")
+    return is_hub_id(name) and not is_file and not Path(path.parts[0]).is_dir()
+
+
 def looks_local(name: str) -> bool:
     """Whether a name is a path on this machine, and not a Hub id."""
     return _is_absolute(name) or name.count("/") > 1 or ("/" in name and os.path.exists(name))

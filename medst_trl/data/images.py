@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from threading import Lock
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ def store_image(image: Image.Image) -> StoredImage:
 
 
 def load_image(
-    path: str | os.PathLike,
+    path: str | os.PathLike | bytes,
     settings: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     frame: int | None = None,
     *,
@@ -114,8 +114,8 @@ def load_image(
     Read one image of a file: of any format that PIL reads without another program, DICOM or NIfTI.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file. Paths from data files go through [`resolve_inside`] first.
+        path (`str`, `os.PathLike` or `bytes`):
+            The file, or its content. Paths from data files go through [`resolve_inside`] first.
         settings ([`ImageSettings`], *optional*):
             How to read it. Images of more than `max_pixels` are rejected by their header, before anything is decoded.
             PIL's own limit (`Image.MAX_IMAGE_PIXELS`) applies as well.
@@ -130,16 +130,16 @@ def load_image(
         ImageProblem: with a reason word, whatever is wrong with the file.
         UserError: for a DICOM or NIfTI file without the package that reads it (extras `dicom` and `nifti`).
     """
-    opened = open_image(Path(path), settings, identify)
+    opened = open_image(path if isinstance(path, bytes) else Path(path), settings, identify)
     return _stored(opened, opened.read(_index(opened, settings, frame)), identify)
 
 
-def open_image(path: Path, settings: ImageSettings, identify: bool = True) -> Frames:
+def open_image(path: Path | bytes, settings: ImageSettings, identify: bool = True) -> Frames:
     """Open a file without decoding its frames. Raises the errors of [`load_image`], which reads one of them."""
-    data = _bytes_of(path, settings.max_pixels)
-    if data[128:132] == b"DICM" or path.suffix.lower() in DICOM_SUFFIXES:
+    data, name = (path, "") if isinstance(path, bytes) else (_bytes_of(path, settings.max_pixels), path.name)
+    if data[128:132] == b"DICM" or PurePath(name).suffix.lower() in DICOM_SUFFIXES:
         opened = open_dicom(data, settings)
-    elif is_nifti(data, path.name):
+    elif is_nifti(data, name):
         opened = open_nifti(data, settings)
     else:
         opened = _open_picture(data, settings.max_pixels, identify)

@@ -183,7 +183,7 @@ def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iter
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".ndjson"):
         for position, item in read_json_records(path, key, notes):
-            names = _column_names(item, key) if isinstance(item, dict) else ()
+            names = column_names(item, key) if isinstance(item, dict) else ()
             if len(set(names)) < len(names):
                 item = Rejected(f"{path.name}#{position}", "repeated_column", ", ".join(item))
             yield position, dict(zip(names, item.values())) if isinstance(item, dict) else item
@@ -193,7 +193,8 @@ def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iter
         yield position, replace(row, id=f"{path.name}#line {number}") if isinstance(row, Rejected) else row
 
 
-def _column_names(names: Iterable[Any], key: str) -> list[str]:
+def column_names(names: Iterable[Any], key: str) -> list[str]:
+    """Return [`column_name`] of the columns of a table, with the usual other names of the column `key` replaced."""
     names = [column_name(name) for name in names]
     return names if key in names else [key if name in _ALIASES.get(key, ()) else name for name in names]
 
@@ -201,7 +202,7 @@ def _column_names(names: Iterable[Any], key: str) -> list[str]:
 def _workbook(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:
     """Yield the rows of the first sheet of a workbook, with their numbers."""
     rows = read_workbook(path, "save the sheet as CSV UTF-8", notes)
-    header = _column_names(next(rows, (0, ()))[1], key)
+    header = column_names(next(rows, (0, ()))[1], key)
     check_header(header, (key,), path, None)
     for number, cells in rows:
         fits = len(cells) == len(header)
@@ -258,7 +259,7 @@ def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int,
         signs, at = [declared[1]], 1
     while at < len(lines) and not lines[at].strip():
         at += 1
-    headers = {sign: _column_names(_cells(lines, at, _dialect(sign, own))[0] or (), key) for sign in signs}
+    headers = {sign: column_names(_cells(lines, at, _dialect(sign, own))[0] or (), key) for sign in signs}
     sign = next((sign for sign in signs if key in headers[sign]), signs[0])
     header, dialect = headers[sign], _dialect(sign, own)
     check_header(header, (key,), path, sign)

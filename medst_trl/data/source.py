@@ -367,6 +367,9 @@ class Source:
             run; `None` if it cannot be known before reading.
         needs_data (`bool`, *optional*, defaults to `True`):
             Whether it reads `data_path`.
+        reads_parquet (`bool`, *optional*, defaults to `False`):
+            Whether Parquet files and Hub ids as `data_path` are read by [`~medst_trl.data.parquet.read_parquet`]
+            instead.
         reads_folders (`bool`, *optional*, defaults to `False`):
             Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
         data_files (`tuple` of `str`, *optional*):
@@ -385,6 +388,7 @@ class Source:
     settings: type | None = None
     count: Callable[[Any, str, str], int | None] | None = None
     needs_data: bool = True
+    reads_parquet: bool = False
     reads_folders: bool = False
     data_files: tuple[str, ...] | None = None
     image_folders: tuple[str, ...] = ()
@@ -468,6 +472,13 @@ def image_cell(value: Any) -> tuple[str, ...]:
         value = [name for name in value.split("|") if name.strip()]
     names = value if isinstance(value, list | tuple) else [value]
     return tuple(text_value(name, missing="no_image") for name in names or [None])
+
+
+def question_or_image(name: str, row: Mapping[str, Any]) -> Question | Conversation:
+    """Make a question of the row of a table, or an unlabeled image of a row without question and answer."""
+    if is_missing(row.get("question")) and is_missing(row.get("answer")):
+        return Conversation(name, image_cell(row.get("image")), [])
+    return Question.from_row(name, row)
 
 
 def read_answer_type(value: Any) -> str:

@@ -19,7 +19,7 @@ from medst_trl.data.source import (
     Source,
     SourceCard,
     image_cell,
-    is_missing,
+    question_or_image,
     text_value,
 )
 
@@ -75,15 +75,10 @@ def read_table(
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
     `duplicate_id`, and those of [`~medst_trl.data.source.Question.from_row`].
     """
-
-    def record(name: str, row: dict) -> Question | Conversation:
-        if is_missing(row.get("question")) and is_missing(row.get("answer")):
-            return Conversation(name, image_cell(row.get("image")), [])
-        return Question.from_row(name, row)
-
     if path.is_dir():
         return read_folder(path, follow_symlinks)
-    return _read_rows(Records("images", image_folder, group_column=group_column), path, record, QUESTION_COLUMNS)
+    records = Records("images", image_folder, group_column=group_column)
+    return _read_rows(records, path, question_or_image, QUESTION_COLUMNS)
 
 
 def read_captions(path: Path, image_folder: Path, seed: int = 0, group_column: str | None = None) -> Records:
@@ -147,6 +142,7 @@ SOURCES.register(
             request.data_path, request.image_folder, request.follow_symlinks, request.group_column
         ),
         card=SourceCard("images from the publisher of this repository"),
+        reads_parquet=True,
         reads_folders=True,
         data_files=(),
     )

@@ -78,7 +78,7 @@ def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Ite
 SOURCES.register(
     Source(
         name="pathvqa",
-        summary="the directory with the LXMERT files pvqa_train.json, pvqa_val.json, pvqa_test.json",
+        summary="the directory with the LXMERT files pvqa_train.json, ...; or flaviagiammarino/path-vqa on the Hub",
         read=lambda request: read_pathvqa(request.data_path, request.image_folder, request.settings.image_pattern),
         card=SourceCard(
             "PathVQA (pathology)",
@@ -88,6 +88,7 @@ SOURCES.register(
         ),
         settings=PathVqaSettings,
         data_files=tuple(PATHVQA_FILES.values()),
+        reads_parquet=True,
         image_folders=IMAGE_FOLDERS,
     )
 )

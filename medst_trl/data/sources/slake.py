@@ -58,6 +58,7 @@ SOURCES.register(
         ),
         settings=SlakeSettings,
         data_files=tuple(SLAKE_FILES.values()),
+        reads_parquet=True,
         image_folders=IMAGE_FOLDERS,
     )
 )

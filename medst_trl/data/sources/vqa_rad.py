@@ -130,10 +130,11 @@ _VQA_RAD_CARD = SourceCard(
 SOURCES.register(
     Source(
         name="vqa_rad",
-        summary="the official VQA-RAD release: its JSON file or directory",
+        summary="the official VQA-RAD release: its JSON file or directory; or flaviagiammarino/vqa-rad on the Hub",
         read=lambda request: read_vqa_rad(request.data_path, request.image_folder),
         card=_VQA_RAD_CARD,
         data_files=(RELEASE_FILE,),
+        reads_parquet=True,
         image_folders=IMAGE_FOLDERS,
     )
 )

@@ -31,6 +31,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files, write_jsonl
 from medst_trl.base.fingerprints import fingerprint
+from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, check_choice, documented, settings_among
 from medst_trl.data.assemble import assemble
@@ -137,7 +138,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
     check(args, *others)
     images = settings_among(others, ImageSettings)
     source, request = SOURCES.get(args.source), request_of(args, *others)
-    read = cache(lambda: _read(args, source, request))
+    read = cache(lambda: _read(args, source, request, images))
     shared = replace(args, group_salt=args.group_salt and Path(args.group_salt).name)  # reveals no path
     record = StageRecord.of(STAGE, shared, *others, inputs=_inputs(source, request, images, read))
     if record.decision == "skip":
@@ -196,8 +197,11 @@ def check(args: PrepareArguments, *others: Any) -> None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
 
 
-def _read(args: PrepareArguments, source: Source, request: SourceRequest) -> Records:
-    records = source.read(request)
+def _read(args: PrepareArguments, source: Source, request: SourceRequest, images: ImageSettings) -> Records:
+    from medst_trl.data.parquet import is_parquet, read_parquet
+
+    from_parquet = source.reads_parquet and is_parquet(request.data_path)
+    records = read_parquet(source.name, request, images) if from_parquet else source.read(request)
     if args.group_column and not any(record.group for record in records):
         unused = records.counts.get("columns_not_used", "none")
         raise UserError(
@@ -228,6 +232,8 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     if not source.needs_data:
         return request
     data_path = Path(args.data_path)
+    if source.reads_parquet and is_only_on_hub(args.data_path):
+        return replace(request, data_path=data_path)
     _check_exists("data_path", data_path, f" to the data of {args.source!r}")
     directory = data_path if data_path.is_dir() else data_path.parent
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
@@ -256,13 +262,17 @@ def _inputs(
     if not source.needs_data:
         return inputs
     data_path, folder = request.data_path, read().image_folder or request.image_folder
-    used = [] if read().images else [*FolderImages(folder, images).files(read().image_names)]
+    if not data_path.exists():  # on the Hub
+        return inputs | {"data_path": data_path}
+    reader = read().images or FolderImages(folder, images)
+    used = [*reader.files(read().image_names)] if isinstance(reader, FolderImages) else []
     if not data_path.is_dir():
         return inputs | {"data_path": data_path, "image_folder": fingerprint(folder, used)}
     if source.data_files is None:
         names = list(visible_files(data_path))
     else:
-        names = [path.relative_to(data_path).as_posix() for name in source.data_files for path in data_path.glob(name)]
+        patterns = (*source.data_files, *(["**/*.parquet"] if source.reads_parquet else []))
+        names = [path.relative_to(data_path).as_posix() for name in patterns for path in data_path.glob(name)]
     if not folder.resolve().is_relative_to(data_path.resolve()):
         return inputs | {"data_path": fingerprint(data_path, names), "image_folder": fingerprint(folder, used)}
     inside = folder.resolve().relative_to(data_path.resolve())
@@ -322,6 +332,11 @@ def _count(kind: str, settings: Mapping[str, Any], split: str, counter: RowCount
     return Count(number, at_most=limit is not None).capped(limit)
 
 
+def _is_on_hub(settings: Mapping[str, Any]) -> bool:
+    source = settings.get("source")
+    return source in SOURCES and SOURCES.get(source).reads_parquet and is_only_on_hub(str(settings.get("data_path")))
+
+
 def plan(counter: RowCounter, args: PrepareArguments, *others: Any) -> Iterator[tuple[str, str]]:
     """Yield the stage's rows in a plan."""
     source = SOURCES.get(args.source)
@@ -345,7 +360,7 @@ STAGE = Stage(
     check=check,
     main=main,
     plan=plan,
-    inputs=tuple(Input(key, FILE) for key in ("data_path", "image_folder")),
+    inputs=(Input("data_path", FILE, is_remote=_is_on_hub), Input("image_folder", FILE)),
     outputs=tuple(Output(kind, kind, partial(_count, kind)) for kind in ("instruct", "benchmark", "images")),
     operational=frozenset({"num_workers"}),
     earlier_defaults={"near_copy_bits": NEAR_COPY_BITS},

@@ -1,0 +1,141 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Read tables of questions in Parquet files or on the Hub, with the images inside: the copies of VQA-RAD and PathVQA
+there have the columns `image`, `question` and `answer`, and a file or more for each split.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from medst_trl.base.errors import UserError
+from medst_trl.base.files import visible_files
+from medst_trl.base.hub_ids import split_revision
+
+from .image_formats import ImageProblem
+from .image_settings import ImageSettings
+from .images import FolderImages, StoredImage, load_image
+from .reading import check_header, column_names
+from .source import QUESTION_COLUMNS, Records, SourceRequest, question_or_image
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether the data is a Parquet file, a directory of nothing else (apart from a card), or on the Hub."""
+    if not path.is_dir():
+        return path.suffix == ".parquet" or not path.exists()
+    if next(path.rglob("*.parquet"), None) is None:
+        return False
+    names = map(PurePath, visible_files(path))
+    return all(name.suffix in (".parquet", ".md") or name.stem.startswith("dataset_info") for name in names)
+
+
+def read_parquet(name: str, request: SourceRequest, settings: ImageSettings) -> Records:
+    """
+    Read questions about images, and images without questions, see [`~medst_trl.data.sources.images.read_table`] for
+    the columns. `image` holds the image (as `datasets` stores it, or its bytes) or its file name. The split is that of
+    the file or on the Hub, unless there is a column `split`.
+
+    Args:
+        name (`str`): Prefix of the ids.
+        request ([`SourceRequest`]): `data_path` is a file, a directory or a Hub id, see [`is_parquet`].
+        settings ([`ImageSettings`]): How to read the images.
+
+    Raises:
+        UserError: if the data cannot be read, or has no column `image`.
+    """
+    images = TableImages(request.image_folder, settings)
+    records = Records(name, request.image_folder, images, group_column=request.group_column)
+    for split, dataset in _splits(request.data_path).items():
+        columns = column_names(dataset.column_names, "image")
+        check_header(columns, ("image",), request.data_path, None)
+        records.collect(
+            images.rows(dataset, columns, {"split": split}),
+            question_or_image,
+            default_id=lambda position, _, split=split: f"{name}-{split}-{position:05d}",
+            own_id=lambda row: row.get("id"),
+            used=QUESTION_COLUMNS,
+        )
+    return records
+
+
+def _splits(path: Path) -> dict[str, "Dataset"]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        if path.is_file():
+            split = re.match(r"(train|valid|val|dev|test)?", path.name.lower())[0] or "train"
+            return load_dataset("parquet", data_files={split: str(path)})
+        hub_id, revision = split_revision(str(path))
+        return load_dataset(hub_id, revision=revision)
+    except (OSError, ValueError, DatasetGenerationError, HfHubHTTPError) as error:
+        where = "" if path.exists() else " on this machine or on the Hub"
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(
+            f"data_path cannot be read{where}: {path} ({reason}). Correct it, or check the network and the token "
+            "(`hf auth login`)."
+        ) from None
+
+
+class TableImages(FolderImages):
+    """
+    Images inside the rows of datasets, by the hash of their bytes, or of a directory, by their file names.
+
+    A file outside the directory is read only if a Parquet file on this machine has its absolute path in place of the
+    bytes, as `datasets` writes it.
+    """
+
+    def __init__(self, directory: Path | None, settings: ImageSettings):
+        super().__init__(directory or Path("/dev/null"), settings)  # no directory: no files
+        self._is_local = directory is not None
+        self._inside: dict[str, tuple[Dataset, int, int] | Path] = {}
+
+    def rows(self, dataset: "Dataset", columns: list[str], default: dict[str, Any]) -> Iterator[tuple[int, dict]]:
+        """Yield the rows of a dataset with names in place of the images. `columns` are the names of its columns."""
+        position = 0
+        for batch in dataset.data.table.to_batches(max_chunksize=32):
+            for values in zip(*(column.to_pylist() for column in batch.columns)):
+                row = default | dict(zip(columns, values))
+                if row["image"] is not None and not isinstance(row["image"], str):
+                    stored = row["image"] if isinstance(row["image"], list) else [row["image"]]
+                    place = dataset.data.column(columns.index("image"))
+                    row["image"] = [self._name(one, (place, position, n)) for n, one in enumerate(stored)]
+                yield position, row
+                position += 1
+
+    def _name(self, stored: Any, place: tuple) -> Any:
+        data, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+        if not isinstance(data, bytes):
+            if path is not None and Path(path).is_absolute() and self._is_local:
+                self._inside[path] = Path(path)
+            return path if data is None else data
+        name = hashlib.sha256(data).hexdigest()[:32]
+        self._inside.setdefault(name, place)
+        return name
+
+    def check(self, names: list[str]) -> None:
+        super().check([name for name in names if name not in self._inside])
+
+    def find(self, name: str) -> tuple[Path, int | None]:
+        if name in self._inside:
+            raise ImageProblem("missing", "no file of the directory of images")
+        return super().find(name)
+
+    def _load(self, name: str, identify: bool = True) -> StoredImage:
+        if (place := self._inside.get(name)) is None:
+            return super()._load(name, identify)
+        return load_image(place if isinstance(place, Path) else _bytes_at(*place), self.settings, identify=identify)
+
+
+def _bytes_at(column: Any, row: int, number: int) -> bytes:
+    value = column[row].as_py()
+    value = value[number] if isinstance(value, list) else value
+    return value["bytes"] if isinstance(value, dict) else value
