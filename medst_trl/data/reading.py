@@ -11,17 +11,21 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean, visible_files
 
 from .source import Rejected, column_name
 
+
+if TYPE_CHECKING:
+    from charset_normalizer import CharsetMatch
 
 _NOT_TEXT = {
     b"\x1f\x8b": "is compressed (gzip): unpack it first",
@@ -31,10 +35,13 @@ _NOT_TEXT = {
     b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
 }
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
 _DECLARED_SEPARATOR = re.compile(r'"?sep=(.)"?\s*$', re.IGNORECASE)  # Excel's first line
-_SYMBOL_IN_WORD = re.compile(r"[^\W\d_][¡¢£¤¥¦¨©¬®¯³´¸¹¿][^\W\d_]")
+# A symbol between letters, or several accented letters in a row: Polish or Cyrillic read as cp1252.
+_NOT_WESTERN = re.compile(r"[^\W\d_][¡¢£¤¥¦¨©¬®¯³´¸¹¿][^\W\d_]|[^\W\d_\x00-\x7f]{3}")
+_KANA, _HANGUL, _IDEOGRAPH = map(re.compile, ("[\u3040-\u30ff]", "[\uac00-\ud7a3]", "[\u4e00-\u9fff]"))
 _ALIASES = {"image": ("images", "file_name")}  # `file_name`: the `metadata.csv` of Hugging Face's image folders
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -81,32 +88,39 @@ def read_text_file(path: Path, what: str = "data", notes: dict | None = None) ->
         raise UserError(f"{path} is a directory. Give a file with the {what}: {files}.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path to the {what}.") from None
+    is_utf16 = notes is not None and (content.startswith(_UTF16) or content.count(b"\0") > len(content) / 8)
     for start, advice in _NOT_TEXT.items():
-        if content.startswith(start) and not (notes is not None and "UTF-16" in advice):
+        if content.startswith(start) and not is_utf16:
             raise UserError(f"{path} {advice}.")
+    with suppress(UnicodeDecodeError):
+        if not is_utf16:
+            return content.decode("utf-8-sig")
     text = content.decode("utf-8-sig", errors="surrogateescape")
     damaged = sum("\udc80" <= sign <= "\udcff" for sign in text)
-    # Text in another encoding has few sequences that are valid UTF-8; a damaged file in UTF-8 has many.
-    if notes is None or (not damaged and "\0" not in text) or damaged < sum(sign > "\x7f" for sign in text) - damaged:
+    # A damaged file in UTF-8 has many valid sequences; text in another encoding has few by chance.
+    if notes is None or (not is_utf16 and 2 * damaged < sum(sign > "\x7f" for sign in text)):
         return text
-    text, notes["encoding"] = _decode(content, path)
-    return text
+    if (found := _decode(content, is_utf16)) is None:
+        raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
+    notes["encoding"] = f"{found.encoding}, detected (the file is not UTF-8)"
+    return str(found).removeprefix("\ufeff")
 
 
-def _decode(content: bytes, path: Path) -> tuple[str, str]:
-    """Return the text in an encoding that is not UTF-8, and the name of the encoding."""
+def _decode(content: bytes, is_utf16: bool) -> "CharsetMatch | None":
+    """
+    Decode UTF-16, or else Western European or Chinese text. Text in yet another encoding can often be decoded, too, but
+    not to Western or Chinese words; then, return None.
+    """
     from charset_normalizer import from_bytes
 
-    is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content
     names = ["utf_16", "utf_16_le", "utf_16_be"] if is_utf16 else ["cp1252", "gb18030"]
-    found = from_bytes(content, cp_isolation=names).best()
-    text = str(found) if found else ""
-    # Other encodings can be decoded as well. Then Polish has symbols in words, and Cyrillic hardly any plain letters.
-    letters = [sign for sign in text if sign.isalpha()]
-    foreign = sum(sign > "\x7f" for sign in letters) > len(letters) / 2 and found.encoding == "cp1252"
-    if not text or foreign or _SYMBOL_IN_WORD.search(text):
-        raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
-    return text.removeprefix("\ufeff"), f"{found.encoding}, detected (the file is not UTF-8)"
+    if (found := from_bytes(content, cp_isolation=names).best()) is None or is_utf16:
+        return found
+    if found.encoding == "cp1252":
+        return None if _NOT_WESTERN.search(str(found)) else found
+    other = str(from_bytes(content, cp_isolation=["gb18030", "big5", "cp932", "cp949"]).best())
+    is_chinese = other == str(found) or (_HANGUL.search(other) and _IDEOGRAPH.search(other))  # not one of both alone
+    return found if is_chinese and not _KANA.search(str(found)) else None
 
 
 def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
@@ -260,9 +274,9 @@ def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int,
     while at < len(lines) and not lines[at].strip():
         at += 1
     headers = {sign: column_names(_cells(lines, at, _dialect(sign, own))[0] or (), key) for sign in signs}
-    sign = next((sign for sign in signs if key in headers[sign]), signs[0])
+    sign = next((sign for sign in signs if key in headers[sign]), max(signs, key=lambda sign: len(headers[sign])))
     header, dialect = headers[sign], _dialect(sign, own)
-    check_header(header, (key,), path, sign)
+    check_header(header, (key,), path, None)
     at += _cells(lines, at, dialect)[1]
     while at < len(lines):
         number, (cells, taken) = at + 1, _cells(lines, at, dialect)
