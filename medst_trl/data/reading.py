@@ -108,8 +108,8 @@ def read_text_file(path: Path, what: str = "data", notes: dict | None = None) ->
 
 def _decode(content: bytes, is_utf16: bool) -> "CharsetMatch | None":
     """
-    Decode UTF-16, or else Western European or Chinese text. Text in yet another encoding can often be decoded, too, but
-    not to Western or Chinese words; then, return None.
+    Decode UTF-16, or else Western European or Chinese text. Return None for text in yet another encoding, which can
+    often be decoded, too, but not to Western or Chinese words.
     """
     from charset_normalizer import from_bytes
 
