@@ -13,7 +13,8 @@ from tables import write_table
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.reading import column_name, read_json_records, read_rows
-from medst_trl.data.source import Rejected
+from medst_trl.data.source import Question, Rejected, is_missing
+from medst_trl.data.sources.images import read_captions, read_table
 
 
 HEADER = ["image", "question", "answer", "split"]
@@ -263,3 +264,126 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
         except UserError:
             continue
         assert all(isinstance(row, dict) for row in rows) and all(item.as_row() for item in rejected)
+
+
+SUFFIXES = pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".xlsx"])
+
+
+@SUFFIXES
+def test_values_are_recognized_whatever_their_case(tmp_path, suffix):
+    rows = [
+        {"Image": "0.png", "Question": "Normal?", " Answer ": "Yes.", "Answer Type": "CLOSED", "SPLIT": "Train"},
+        {"Image": "1.png", "Question": "Normal?", " Answer ": "no", "Answer Type": "closed ", "SPLIT": "val"},
+        {"Image": "2.png", "Question": "Side?", " Answer ": "left", "Answer Type": "Open", "SPLIT": "TEST"},
+        {"Image": "3.png", "Question": "Side?", " Answer ": "right", "Answer Type": "open-ended", "SPLIT": " test"},
+        {"Image": "4.png", "Question": "Side?", " Answer ": "no", "Answer Type": "", "SPLIT": ""},
+        {"Image": "5.png", "Question": "Side?", " Answer ": "up", "Answer Type": "Close Ended", "SPLIT": "Dev"},
+        {"Image": "6.png", "Question": "Side?", " Answer ": "up", "Answer Type": "free", "SPLIT": "train"},
+        {"Image": "7.png", "Question": "Side?", " Answer ": "up", "Answer Type": "open", "SPLIT": "fold 1"},
+    ]
+    source = read_table(write_table(tmp_path / f"t{suffix}", rows), tmp_path)
+    assert [(question.split, question.answer_type) for question in source.questions] == [
+        ("train", "closed"), ("validation", "closed"), ("test", "open"), ("test", "open"), ("train", "closed"),
+        ("validation", "closed"),
+    ]  # fmt: skip
+    assert [(item.reason, item.value) for item in source.rejected] == [
+        ("bad_answer_type", "free"), ("bad_split", "fold 1"),
+    ]  # fmt: skip
+
+
+@SUFFIXES
+def test_columns_that_were_not_used_are_named(tmp_path, suffix):
+    rows = [
+        {"image": "0.png", "Patient ID": "P1", "Age": 7, "question": "q?", "answer": "a", "empty": "", "Link": "l"}
+    ]
+    source = read_table(write_table(tmp_path / f"t{suffix}", rows), tmp_path)
+    assert source.counts == {"columns_not_used": "patient_id, age"}
+    caption = write_table(tmp_path / f"c{suffix}", [{"image": "0.png", "Caption": "A scan.", "question": "q?"}])
+    captions = read_captions(caption, tmp_path)
+    assert captions.counts == {"columns_not_used": "question"} and len(captions.conversations) == 1
+
+
+MISSING = st.one_of(
+    st.none(),
+    st.text(" \t\n\u00a0", max_size=3),
+    st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+    st.sampled_from(["nan", "NaN", "-nan", "inf", "-Infinity", "NULL", "null", "<NA>", "NaT", "#N/A", "#NV", "#REF!",
+                     "#WERT!", "#DIV/0!", " nan "]),
+)  # fmt: skip
+ANSWERS = st.one_of(
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: not is_missing(text)),
+    st.sampled_from(["None", "NA", "N/A", "no", "#3", "infarct", "nano", "0", "-"]),
+)
+
+
+@given(MISSING)
+def test_missing_values_never_become_text(value):
+    assert is_missing(value)
+    row = {"image": "a.png", "question": "What?", "answer": "x"}
+    assert Question.from_row("q", row | dict.fromkeys(("split", "answer_type", "link", "question_type"), value)) == (
+        Question("q", "a.png", "train", "What?", "x", "open")
+    )
+    for name in row:
+        with pytest.raises(ValueError, match=f"no_{name}"):
+            Question.from_row("q", row | {name: value})
+
+
+@given(ANSWERS)
+def test_numbers_and_booleans_are_answers(value):
+    expected = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value).strip()
+    question = Question.from_row("q", {"image": "a.png", "question": "What?", "answer": value})
+    assert question.answer == expected
+    assert question.answer_type == ("closed" if expected.lower() in ("yes", "no") else "open")
+
+
+@pytest.mark.parametrize("value", [["x"], {"a": 1}, ("x",), b"x"])
+def test_other_values_are_no_answers(value):
+    with pytest.raises(ValueError, match="not_text"):
+        Question.from_row("q", {"image": "a.png", "question": "What?", "answer": value})
+
+
+def test_rows_of_json_with_missing_values_stay_images_or_are_rejected(tmp_path):
+    nan = float("nan")
+    pairs = [("?", "yes"), (nan, nan), ("?", nan), ("?", None), ("?", False), ("?", 4)]
+    rows = [{"image": f"{n}.png", "id": nan, "question": q, "answer": a} for n, (q, a) in enumerate(pairs)]
+    for suffix in (".json", ".jsonl"):
+        path = tmp_path / f"t{suffix}"
+        path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        assert "NaN" in path.read_text()
+        source = read_table(path, tmp_path)
+        assert [(question.id, question.answer) for question in source.questions] == [
+            ("row-000000", "yes"), ("row-000004", "no"), ("row-000005", "4"),
+        ]  # fmt: skip
+        assert [conversation.images for conversation in source.conversations] == [("1.png",)]
+        assert [(item.id, item.reason) for item in source.rejected] == [
+            ("row-000002", "no_answer"), ("row-000003", "no_answer"),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", ["0.png|1.png", " 0.png | 1.png|", '["0.png", "1.png"]', "['0.png', '1.png']"])
+@SUFFIXES
+def test_several_images_in_a_cell_are_one_conversation(tmp_path, cell, suffix):
+    rows = [{"image": cell, "question": "What has changed?", "answer": "nothing", "caption": "Two scans."}]
+    path = write_table(tmp_path / f"t{suffix}", rows)
+    (question,) = read_table(path, tmp_path).questions
+    assert question.images == ("0.png", "1.png")
+    (conversation,) = read_captions(path, tmp_path).conversations
+    assert conversation.images == ("0.png", "1.png")
+    assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "image", "text"]
+
+
+def test_several_images_may_be_a_list_in_json(tmp_path):
+    rows = [
+        {"image": ["0.png", "1.png"], "question": "?", "answer": "x"}, {"image": ["2.png"], "question": "?"},
+        {"image": ["0.png", None], "question": "?", "answer": "x"}, {"image": [], "question": "?", "answer": "x"},
+        {"image": [["0.png"]], "question": "?", "answer": "x"}, {"image": "[1] a.png", "question": "?", "answer": 1},
+        {"image": ["0.png", "1.png"], "question": "?", "answer": "x", "split": "test"},
+    ]  # fmt: skip
+    source = read_table(write_table(tmp_path / "t.jsonl", rows), tmp_path)
+    assert [question.images for question in source.questions] == [("0.png", "1.png"), ("[1] a.png",)]
+    assert [item.reason for item in source.rejected] == [
+        "no_answer", "no_image", "no_image", "not_text", "several_test_images",
+    ]  # fmt: skip

@@ -126,6 +126,45 @@ def test_the_first_of_two_records_with_the_same_id_is_kept(tmp_path):
     assert [conversation.id for conversation in source.conversations] == ["1", "record-000002", "record-000003"]
 
 
+def test_records_of_merged_files_with_the_same_id_are_renamed(tmp_path):
+    kinds = [("Where?", "In the chest."), ("What?", "A grey square."), ("Why?", "Because of the light.")]
+    records = [
+        {"id": n, "image": f"{n}.png", "conversations": [human(f"<image>\n{question}"), gpt(answer)]}
+        for question, answer in kinds
+        for n in range(3)
+    ]
+    taken = {"id": "1-2", "conversations": [human("x"), gpt("y")]}
+    source = read(tmp_path, taken, *records, records[4], records[0])
+    names = ["1-2", "0", "1", "2", "0-2", "1-3", "2-2", "0-3", "1-4", "2-3"]
+    assert [conversation.id for conversation in source.conversations] == names
+    assert [text_of(c.messages[1]["content"]) for c in source.conversations] == [
+        "y",
+        *(a for _, a in kinds for _ in "012"),
+    ]
+    assert [(item.id, item.reason) for item in source.rejected] == [("1", "duplicate_id"), ("0", "duplicate_id")]
+
+
+def test_many_records_with_one_id_are_read_in_linear_time(tmp_path):
+    records = [{"id": "x", "conversations": [human(f"{n}?"), gpt("y")]} for n in range(20_000)]
+    names = [conversation.id for conversation in read(tmp_path, *records).conversations]
+    assert (names[:2], names[-1], len(set(names))) == (["x", "x-2"], "x-20000", 20_000)
+
+
+def test_booleans_are_answers_and_missing_values_are_not(tmp_path):
+    good = [human("x"), gpt(True), {"from": "Human ", "value": "y"}, {"from": "GPT", "value": False}]
+    source = read(
+        tmp_path,
+        {"image": float("nan"), "id": float("nan"), "conversations": good},
+        {"conversations": [human("x"), gpt(float("nan"))]},
+        {"conversations": [human("x"), gpt("NaN")]},
+        {"conversations": [human(True), gpt("y")]},
+    )
+    (conversation,) = source.conversations
+    assert (conversation.id, conversation.images) == ("record-000000", ())
+    assert [text_of(turn["content"]) for turn in conversation.messages] == ["x", "yes", "y", "no"]
+    assert [item.reason for item in source.rejected] == ["empty_turn", "empty_turn", "not_text"]
+
+
 def test_real_conversations_are_read(shared_data, tmp_path):
     path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
     source = read_llava(path, shared_data / "vqa_rad" / "images")

@@ -131,6 +131,8 @@ def test_irregular_records_of_vqa_rad_are_read_and_bad_ones_rejected(tmp_path):
         record(1, answer=4), record("2", phrase_type="test_para"), record(3, answer=" "), record(1),
         record(5, answer_type="MAYBE"), record(6, image_name=None), record(7, question=["x"]), {"question": "bare"},
         record(8, answer_type="  "), record(9, answer_type=None), record(10, split="test", link="own"),
+        record(11, answer=float("nan")), record(12, answer=False, qid_linked_id=float("nan")),
+        record(13, answer="inf"),
     ]  # fmt: skip
     (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
     source = read_vqa_rad(tmp_path, tmp_path)
@@ -138,10 +140,11 @@ def test_irregular_records_of_vqa_rad_are_read_and_bad_ones_rejected(tmp_path):
         ("vqa_rad-1", "train", "4", "closed", "1"),
         ("vqa_rad-2", "test", "Yes", "closed", "2"),
         ("vqa_rad-10", "train", "Yes", "closed", "10"),
+        ("vqa_rad-12", "train", "no", "closed", None),
     ]
     assert [item.reason for item in source.rejected] == [
         "no_answer", "duplicate_id", "bad_answer_type", "no_image", "not_text", "no_id", "bad_answer_type",
-        "bad_answer_type",
+        "bad_answer_type", "no_answer", "no_answer",
     ]  # fmt: skip
     assert [item.value for item in source.rejected if item.reason == "bad_answer_type"] == ["MAYBE", "  ", None]
 
