@@ -256,13 +256,13 @@ class Records:
                 if name in taken and not ids_may_repeat:
                     raise BadRecord("duplicate_id", name)
                 record = make(name, item)
+                if record is not None and group_column:
+                    group = next((value for key, value in item.items() if column_name(key) == group_column), None)
+                    record = replace(record, group=_group_text(group))
                 if record is not None and ids_may_repeat:
                     record = _with_free_id(record, taken)
                 if record is not None and record.id in taken:
                     raise BadRecord("duplicate_id", record.id)
-                if record is not None and group_column:
-                    group = next((value for key, value in item.items() if column_name(key) == group_column), None)
-                    record = replace(record, group=_group_text(group))
             except BadRecord as bad:
                 self.rejected.append(Rejected(name, bad.reason, bad.value))
                 continue
