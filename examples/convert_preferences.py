@@ -23,7 +23,9 @@ def main(path: str, image_folder: str, directory: str, benchmark: str | None = N
     """Convert a file to a dataset. Use 5% of the images for validation, and drop images of the benchmark."""
     file = read_preference_file(path, image_folder)
     benchmarks = [load_records(benchmark, "test")] if benchmark else []
-    preferences = select_preferences(file.pairs, file.rejected, benchmarks=benchmarks, validation_share=0.05)
+    preferences = select_preferences(
+        file.pairs, file.rejected, benchmarks=benchmarks, near_hashes=file.near_hashes, validation_share=0.05
+    )
     write_preferences(directory, preferences, file)
     for name, count in preferences.counts.items():
         print(f"{name}: {count}")

@@ -50,11 +50,14 @@ class PreferenceFile:
             Records that cannot be used.
         images ([`FolderImages`]):
             Reads the bytes of the images.
+        near_hashes (`dict[str, str | None]`):
+            `image_id` to perceptual hash, to find near copies.
     """
 
     pairs: list[dict]
     rejected: list[Rejected]
     images: FolderImages
+    near_hashes: dict[str, str | None]
 
 
 def read_preference_file(
@@ -84,19 +87,22 @@ def read_preference_file(
 
     ```python
     file = read_preference_file("mmedpo_vqa-rad_dpo_weighted.json", "vqa_rad/images")
-    preferences = select_preferences(file.pairs, file.rejected, validation_share=0.05)
+    preferences = select_preferences(file.pairs, file.rejected, near_hashes=file.near_hashes, validation_share=0.05)
     write_preferences("preferences", preferences, file)  # for `medst dpo --dataset preferences`
     ```
     """
     path, image_folder = Path(path), Path(image_folder)
     check_image_folder(image_folder)
+    near_hashes: dict[str, str | None] = {}
     images = FolderImages(image_folder, ImageSettings(max_pixels))
     records = Records("preferences", image_folder)
 
     @cache
     def identify(image: str) -> str | ImageProblem:
         try:
-            return images.image_id(image)
+            found = images.load(image)
+            near_hashes[found.image_id] = found.near_hash
+            return found.image_id
         except ImageProblem as problem:  # returned, because the cache keeps no exceptions
             return problem
 
@@ -116,7 +122,7 @@ def read_preference_file(
         own_id=lambda record: record.get("id"),
     )
     pairs = [pair.row | {"row": number} for number, pair in enumerate(records.conversations)]
-    return PreferenceFile(pairs, records.rejected, images)
+    return PreferenceFile(pairs, records.rejected, images, near_hashes)
 
 
 def _read_pair(record: dict) -> dict:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import draw, plain_question
-from medst_trl.data.groups import representatives
+from medst_trl.data.groups import NEAR_COPY_BITS, Grouping, salt_of
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
@@ -37,7 +37,8 @@ class Preferences:
             `id`, `reason` and `value` of each dropped pair.
         counts (`dict`):
             `pairs` (all input pairs), `train` and `validation` (pairs, images), `rejected` (number by reason, most
-            frequent first), `shared_with_benchmarks` (pairs by what they share) and `lengths` (see
+            frequent first), `shared_with_benchmarks` (pairs by what they share; `near_copy` and `group` are missing if
+            nothing has hashes or groups, and None if groups have other salts) and `lengths` (see
             [`length_statistics`], by split).
     """
 
@@ -57,13 +58,14 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
 
     Args:
         candidates (`datasets.Dataset`):
-            Columns `id`, `image_ids`, `prompt`, `answers`, as `medst generate` writes them. Images are not decoded.
+            Columns `id`, `image_ids`, `prompt`, `answers`, as `medst generate` writes them; optionally `group_id`, and
+            `images` to find near copies.
         judgements (iterable of `dict`):
             Lines of `judgements.jsonl`: `id`, `candidate`, `answers`, `scores`, `verdict`, `dropped`, `orders`,
             `model`, `prompt_version`.
         **selection:
-            `benchmarks`, `keep_benchmark_images`, `duplicate_similarity`, `validation_share`, `length_balanced`,
-            `seed`: see [`select_preferences`].
+            `benchmarks`, `keep_benchmark_images`, `near_copy_bits`, `duplicate_similarity`, `validation_share`,
+            `length_balanced`, `seed`: see [`select_preferences`].
 
     Returns:
         [`Preferences`]. They may be empty; the counts say why.
@@ -75,9 +77,11 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
     print(preferences.counts)
     ```
     """
-    by_id = {}
-    columns = candidates.select_columns(["id", "image_ids", "prompt", "answers"])  # no image is decoded
-    for row, candidate in enumerate(columns):
+    from medst_trl.data.near_copies import hash_images
+
+    by_id, used = {}, ("id", "image_ids", "prompt", "answers", "group_id")
+    columns = [name for name in candidates.column_names if name in used]
+    for row, candidate in enumerate(candidates.select_columns(columns)):
         by_id.setdefault(candidate["id"], (row, candidate))
     pairs, rejected = [], []
     for judgement in judgements:
@@ -86,7 +90,8 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
             rejected.append(Rejected(judgement["id"], reason, judgement.get("question")))
         else:
             pairs.append(_preference_row(row, candidate, judgement))
-    return select_preferences(pairs, rejected, **selection)
+    is_hashed = "images" in candidates.column_names and selection.get("near_copy_bits", NEAR_COPY_BITS)
+    return select_preferences(pairs, rejected, near_hashes=hash_images(candidates) if is_hashed else {}, **selection)
 
 
 def _why_unusable(judgement: Mapping, candidate: Mapping | None) -> str | None:
@@ -113,6 +118,7 @@ def _preference_row(row: int, candidate: Mapping, judgement: Mapping) -> dict:
         "id": judgement["id"],
         "row": row,
         "image_ids": list(candidate["image_ids"]),
+        "group_id": candidate.get("group_id"),
         "prompt": candidate["prompt"],
         "chosen": answers[winner],
         "rejected": answers[1 - winner],
@@ -128,46 +134,59 @@ def select_preferences(
     *,
     benchmarks: Sequence["Dataset"] = (),
     keep_benchmark_images: bool = False,
+    near_hashes: Mapping[str, str | None] | None = None,
+    near_copy_bits: int = NEAR_COPY_BITS,
     duplicate_similarity: float | None = 0.9,
     validation_share: float = 0.0,
     length_balanced: bool = False,
     seed: int = 0,
 ) -> Preferences:
     """
-    Select preference pairs from any source of pairs, and split them by image.
+    Select preference pairs from any source of pairs, and split them by image and group.
 
     Drops, by reason: `duplicate_id`, `chosen_equals_rejected`, `image_in_benchmark`,
-    `image_and_question_in_benchmark`, `duplicate_pair` (see [`duplicate_pairs`]), `near_duplicate_question` (see
-    [`near_duplicates`]), `length_balance`.
+    `image_and_question_in_benchmark`, `near_copy_in_benchmark`, `group_in_benchmark`, `duplicate_pair` (see
+    [`duplicate_pairs`]), `near_duplicate_question` (see [`near_duplicates`]), `length_balance`.
 
     Args:
         pairs (`list[dict]`):
-            Rows as in [`Preferences`].
+            Rows as in [`Preferences`]; `group_id` may be missing.
         rejected (iterable of [`Rejected`], *optional*):
             Records dropped earlier; reported and counted with the rest.
         benchmarks (sequence of `datasets.Dataset`, *optional*):
-            Evaluation benchmarks (columns `image_id`, `questions`). Pairs about their images are dropped; pairs that
-            only share a question with them are counted.
+            Evaluation benchmarks (columns `image_id`, `questions`, optionally `group_id` and `image`). Pairs about
+            their images, near copies of these, or other images of their groups are dropped; pairs that only share a
+            question with them are counted.
         keep_benchmark_images (`bool`, *optional*, defaults to `False`):
-            Keep pairs about images of a benchmark. They are counted all the same.
+            Keep pairs about images, near copies and groups of a benchmark. They are counted all the same.
+        near_hashes (`dict`, *optional*):
+            `image_id` to [`~medst_trl.data.near_copies.perceptual_hash`] for the images of the pairs. Without it, near
+            copies are not found.
+        near_copy_bits (`int`, *optional*, defaults to `NEAR_COPY_BITS`):
+            See [`~medst_trl.data.near_copies.near_copies`].
         duplicate_similarity (`float`, *optional*, defaults to 0.9):
-            Of two questions about one image that share this part of their words, keep the pair with the larger margin
-            between its scores. `None` keeps all.
+            Of two questions about one image or group that share this part of their words, keep the pair with the
+            larger margin between its scores. `None` keeps all.
         validation_share (`float`, *optional*, defaults to 0.0):
-            Approximate share of the images that become validation data, with all their pairs.
+            Approximate share of the images or groups that become validation data, with all their pairs.
         length_balanced (`bool`, *optional*, defaults to `False`):
             Drop pairs until, in each split, the longer answer is chosen as often as it is rejected.
         seed (`int`, *optional*, defaults to 0):
             Seed for the selection of validation images and of pairs dropped for the balance.
     """
-    rejected = list(rejected)
+    from medst_trl.data.near_copies import near_copies
+
+    rejected, near_hashes = list(rejected), near_hashes or {}
     total = len(pairs) + len(rejected)
-    shared = _shared_with_benchmarks(pairs, benchmarks)
+    shared, counts_shared = _shared_with_benchmarks(pairs, benchmarks, near_hashes, near_copy_bits)
+    copies = list(near_copies(near_hashes, near_hashes, near_copy_bits))
     usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
-        usable = _without(usable, near_duplicates(usable, duplicate_similarity), "near_duplicate_question", rejected)
-    splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed), strict=True))
+        usable = _without(
+            usable, near_duplicates(usable, duplicate_similarity, copies), "near_duplicate_question", rejected
+        )
+    splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed, copies), strict=True))
     if length_balanced:
         for name, rows in splits.items():
             splits[name] = _without(rows, length_imbalance(rows, seed), "length_balance", rejected)
@@ -175,31 +194,50 @@ def select_preferences(
         "pairs": total,
         **{name: _count(rows) for name, rows in splits.items()},
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
-        "shared_with_benchmarks": {what: shared.count(what) for what in ("image_and_question", "image", "question")},
+        "shared_with_benchmarks": counts_shared,
         "lengths": {name: length_statistics(rows) for name, rows in splits.items() if rows},
     }
     return Preferences(**splits, rejected=[item.as_row() for item in rejected], counts=counts)
 
 
-def _shared_with_benchmarks(pairs: Sequence[dict], benchmarks: Iterable["Dataset"]) -> list[str]:
+def _shared_with_benchmarks(
+    pairs: Sequence[dict], benchmarks: Iterable["Dataset"], near_hashes: Mapping[str, str | None], near_copy_bits: int
+) -> tuple[list[str], dict[str, int | None]]:
     """
-    Return what each pair shares with benchmarks: `"image_and_question"`, `"image"`, `"question"` or `"nothing"`.
-    Benchmarks have the columns `image_id` and `questions`; images are not decoded.
+    Return what each pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
+    `"question"` or `"nothing"`; and how many share each.
     """
-    questions_of: dict[str, set[str]] = defaultdict(set)
+    from medst_trl.data.near_copies import hash_images, near_copies
+
+    questions_of, groups, hashes = defaultdict(set), set(), {}
     for benchmark in benchmarks:
-        for row in benchmark.select_columns(["image_id", "questions"]):
+        columns = [name for name in benchmark.column_names if name in ("image_id", "questions", "group_id")]
+        for row in benchmark.select_columns(columns):  # no image is decoded
             questions_of[row["image_id"]] |= {plain_question(item["question"]) for item in row["questions"]}
+            groups.add(row.get("group_id"))
+        if near_hashes and near_copy_bits and "image" in benchmark.column_names:
+            hashes |= hash_images(benchmark)
     all_questions = set().union(*questions_of.values())
+    copied = {image for image, _ in near_copies(near_hashes, hashes, near_copy_bits)}
+    own, groups = {pair.get("group_id") for pair in pairs} - {None}, groups - {None}
 
     def shared(pair: dict) -> str:
         question = plain_question(_text(pair, "prompt"))
         asked = [questions_of[image] for image in pair["image_ids"] if image in questions_of]
         if asked:
             return "image_and_question" if any(question in questions for questions in asked) else "image"
+        if not copied.isdisjoint(pair["image_ids"]):
+            return "near_copy"
+        if pair.get("group_id") in groups:
+            return "group"
         return "question" if question in all_questions else "nothing"
 
-    return [shared(pair) for pair in pairs]
+    found = [shared(pair) for pair in pairs]
+    compared = ["image_and_question", "image", *(["near_copy"] if hashes else []), "question"]
+    counts = {what: found.count(what) for what in compared}
+    if own and groups:
+        counts["group"] = found.count("group") if set(map(salt_of, own)) & set(map(salt_of, groups)) else None
+    return found, counts
 
 
 def _usable_pairs(
@@ -212,7 +250,7 @@ def _usable_pairs(
             rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
         elif _text(pair, "chosen").split() == _text(pair, "rejected").split():
             rejected.append(Rejected(pair["id"], "chosen_equals_rejected", _text(pair, "chosen")))
-        elif what in ("image", "image_and_question") and not keep_benchmark_images:
+        elif what not in ("question", "nothing") and not keep_benchmark_images:
             rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", _text(pair, "prompt")))
         else:
             usable.append(pair)
@@ -244,9 +282,11 @@ def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
     return duplicates
 
 
-def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
+def near_duplicates(
+    pairs: Sequence[dict], similarity: float, copies: Iterable[tuple[str, str]] = ()
+) -> dict[int, str]:
     """
-    Find pairs that ask nearly the same about the same images as another pair.
+    Find pairs that ask nearly the same about the same images, or about the same group, as another pair.
 
     The pair with the larger margin between its scores stays, of equal ones the first. Pairs of one candidate (a
     question with four answers makes two pairs) do not count as duplicates of each other.
@@ -254,14 +294,15 @@ def near_duplicates(pairs: Sequence[dict], similarity: float) -> dict[int, str]:
     Args:
         pairs (`list[dict]`): Rows as in [`Preferences`].
         similarity (`float`): Minimum share of common words among all words of two questions.
+        copies (iterable of `tuple`, *optional*): Pairs of `image_id`s of near copies, which count as the same image.
 
     Returns:
         `dict[int, str]`: position of each near duplicate, with the question of the pair that stays.
     """
-    kept, duplicates = defaultdict(list), {}
+    kept, duplicates, grouping = defaultdict(list), {}, Grouping((), copies)
     for place, pair in _by_margin(pairs):
         words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
-        about_same_images = kept[tuple(pair["image_ids"])]
+        about_same_images = kept[pair.get("group_id") or tuple(map(grouping.image, pair["image_ids"]))]
         for others, other in about_same_images:
             if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
                 duplicates[place] = _text(other, "prompt")
@@ -294,11 +335,13 @@ def _without(pairs: list[dict], dropped: Mapping[int, Any], reason: str, rejecte
     return [pair for place, pair in enumerate(pairs) if place not in dropped]
 
 
-def _split(pairs: list[dict], validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Return train and validation pairs. Images of one pair stay together; a pair without images goes by its id."""
-    together = representatives(pair["image_ids"] for pair in pairs)
+def _split(
+    pairs: list[dict], validation_share: float, seed: int, copies: Iterable[tuple[str, str]]
+) -> tuple[list[dict], list[dict]]:
+    """Return train and validation pairs. What belongs together is not divided (see [`Grouping`])."""
+    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), copies)
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
-    keys = [together[pair["image_ids"][0]] if pair["image_ids"] else pair["id"] for pair in pairs]
+    keys = [grouping.of(pair["image_ids"], pair.get("group_id"), pair["id"]) for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}
     limit = validation_share
     if validation_share > 0 and len(draws) > 1:  # at least one image, even of a few

@@ -124,10 +124,8 @@ def test_unusable_records_are_rejected_with_a_reason(tmp_path, images):
 
 def test_each_image_is_read_once_whether_it_can_be_used_or_not(tmp_path, images, monkeypatch):
     (images / "broken.png").write_bytes((images / "jones_1957.png").read_bytes()[:60])
-    read_images, image_id_of = [], FolderImages.image_id
-    monkeypatch.setattr(
-        FolderImages, "image_id", lambda self, name: read_images.append(name) or image_id_of(self, name)
-    )
+    read_images, load = [], FolderImages.load
+    monkeypatch.setattr(FolderImages, "load", lambda self, name: read_images.append(name) or load(self, name))
     records = [record(f"{name} {n}", image=name) for name in ("broken.png", "jones_1957.png") for n in range(3)]
     file = read(tmp_path, records, images)
     assert [item.reason for item in file.rejected] == 3 * ["truncated"] and len(file.pairs) == 3

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
+from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
@@ -58,7 +59,9 @@ if TYPE_CHECKING:
     from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
 # Settings of `select_preferences`.
-_SELECTION = ("keep_benchmark_images", "duplicate_similarity", "validation_share", "length_balanced", "seed")
+_SELECTION = (
+    "keep_benchmark_images", "near_copy_bits", "duplicate_similarity", "validation_share", "length_balanced", "seed",
+)  # fmt: skip
 
 
 @documented
@@ -85,13 +88,17 @@ class JudgeArguments(JudgeSettings):
         read_batch (`list[str]`, *optional*, defaults to `[]`):
             Result files of the Batch API to read instead of calling the judge.
         benchmarks (`list[str]`, *optional*, defaults to `[]`):
-            Benchmarks to protect: pairs about their images are dropped.
+            Benchmarks to protect: pairs about their images, near copies of these, or their groups (such as patients)
+            are dropped.
         keep_benchmark_images (`bool`, *optional*, defaults to `False`):
-            Keep pairs about images of the benchmarks anyway.
+            Keep pairs about images and groups of the benchmarks anyway.
+        near_copy_bits (`int`, *optional*, defaults to `10`):
+            Count images as near copies (resized or re-encoded) if at most this many of the 256 bits of their
+            perceptual hashes differ. 0 looks for none.
         duplicate_similarity (`float`, *optional*, defaults to `0.9`):
-            Keep only one of the questions about an image that share this fraction of their words.
+            Keep only one of the questions about an image or a group that share this fraction of their words.
         validation_share (`float`, *optional*, defaults to `0.0`):
-            Fraction of the images to use for validation. All pairs of an image are in one split.
+            Fraction of the images to use for validation. All pairs of an image or a group are in one split.
         length_balanced (`bool`, *optional*, defaults to `False`):
             Drop pairs until the longer answer is chosen as often as it is rejected.
         seed (`int`, *optional*, defaults to `0`):
@@ -114,6 +121,7 @@ class JudgeArguments(JudgeSettings):
     read_batch: list[str] = field(default_factory=list)
     benchmarks: list[str] = field(default_factory=list)
     keep_benchmark_images: bool = False
+    near_copy_bits: int = NEAR_COPY_BITS
     duplicate_similarity: float = 0.9
     validation_share: float = 0.0
     length_balanced: bool = False
@@ -177,10 +185,10 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
         args.check_calls(args.model)
     check_bounds(
         args,
-        at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1},
+        at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1, "near_copy_bits": 0},
         above={"duplicate_similarity": 0},
         at_most={"duplicate_similarity": 1},
-        below={"validation_share": 1},
+        below={"validation_share": 1, "near_copy_bits": 256},
     )
     if args.write_batch and args.read_batch:
         raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
@@ -294,6 +302,8 @@ def _print_summary(record: StageRecord) -> None:
     print(format_statistics(counts["judge"]))
     for split in ("train", "validation"):
         print(f"  {f'preferences, {split}':28}{counts['preferences'][split]['pairs']:>20,}")
+    if counts["preferences"]["shared_with_benchmarks"].get("group", 0) is None:
+        print("judge: WARNING: Groups are not compared with the benchmarks: their group ids have different salts.")
     for line in warnings_of(counts["judge"]):
         print(f"judge: WARNING: {line}")
 
@@ -358,6 +368,7 @@ STAGE = Stage(
     ),
     outputs=(Output("preferences", "preferences", _count),),
     # These settings change how replies are obtained, not their content. A judge is identified by its model name.
+    earlier_defaults={"near_copy_bits": NEAR_COPY_BITS},
     operational=CALL_SETTINGS | {"cache_dir", "dry_run", "write_batch", "read_batch", "num_workers"},
 )
 STAGES.register(STAGE)

@@ -27,6 +27,8 @@ _ADVICE = {
     "request_failed": "Calls to the judge failed: check its server, and run the same command again.",
     "image_in_benchmark": "The images are part of a benchmark: generate from others.",
     "image_and_question_in_benchmark": "The images are part of a benchmark: generate from others.",
+    "near_copy_in_benchmark": "The images are copies of those of a benchmark: generate from others.",
+    "group_in_benchmark": "The patients (or other groups) are part of a benchmark: generate from others.",
 }
 
 
