@@ -101,7 +101,7 @@ def assemble(
 def _notes(overlap: Mapping[str, int], splits: Mapping[str, list], index: "ImageIndex | None", disjoint: str) -> dict:
     """Return what to report besides the overlap of splits, such as a number of 0 if near copies were looked for."""
     notes = {}
-    if index is not None and splits["test"]:
+    if index is not None and index.hashes and splits["test"]:
         notes["near_copies_in_train_and_test"] = overlap.get("near_copies_in_train_and_test", 0)
         plain = sum(code is None for code in index.hashes.values())
         notes |= {"images_too_plain_to_find_near_copies": plain} if plain else {}
@@ -231,7 +231,7 @@ def hold_out(
         alone = here["images"] - there["images"]
         counts[f"images_{where}"] = len(here["images"] & there["images"])
         counts[f"near_copies_{where}"] = sum(grouping.image(image) in there["copies"] for image in alone)
-        counts |= {f"{part}_{where}": len(here[part] & there[part]) for part in ("groups", "pairs")}
+        counts.update({f"{part}_{where}": len(here[part] & there[part]) for part in ("groups", "pairs")})
         kept = []
         for record in by_split[taken_from]:
             own = _parts([record], image_ids, grouping)

@@ -365,8 +365,6 @@ def index_images(
         reader.check(names)
     partial = path.with_name(f".{path.name}.tmp")
     entries = {entry["image"]: entry for file in (partial, path) for entry in _entries(file)}
-    # Entries of version 0.1.0 have no hash.
-    entries = {name: entry for name, entry in entries.items() if {"near_hash", "reason"} & entry.keys()}
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
@@ -387,8 +385,9 @@ def index_images(
             for name, entry in found.items()
             if name not in good
         },
-        {name: entry["group_id"] for name, entry in good.items() if entry["group_id"] is not None},
-        {entry["image_id"]: entry["near_hash"] for entry in good.values()},
+        # Entries of version 0.1.0 have neither.
+        {name: entry["group_id"] for name, entry in good.items() if entry.get("group_id") is not None},
+        {entry["image_id"]: entry["near_hash"] for entry in good.values() if "near_hash" in entry},
     )
 
 

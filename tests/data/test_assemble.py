@@ -34,6 +34,8 @@ def test_overlapping_pairs_are_found_by_pixels_and_normalized_text():
 
 def test_an_overlap_of_zero_is_reported():
     assert hold_out([question("x")], {"a": "1"})[1] == {"images_in_train_and_test": 0}
+    apart = [question("x"), question("y", "b", "test")]
+    assert hold_out(apart, {"a": "1", "b": "2"})[1] == {"images_in_train_and_test": 0}
 
 
 image_lists = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
