@@ -200,17 +200,19 @@ class Client:
 
     async def _ask(self, call: Call, attempts: list[dict[str, Any]]) -> Outcome:
         """Return the outcome of the attempts so far, or make further attempts until there is one."""
-        cached = True
+        cached, loaded = True, self.cache.loaded(call.key)
+        earlier = loaded if loaded > RE_ASKS else 0  # earlier runs gave up: ask anew
         while True:
             if attempts and "error" in attempts[-1]:
                 return Outcome(None, attempts[-1]["error"], attempts, cached, attempts[-1].get("detail") or "")
-            if attempts and (reading := call.read(attempts[-1]["reply"])) is not None:
-                self._ever_read = True
-                self._works = self._works or not cached
-                while self._works and self._held:
-                    self.cache.add(self._held.pop(0))
-                return Outcome(reading, None, attempts, cached)
-            if len(attempts) > RE_ASKS or (attempts and self.offline):
+            for used in range(len(attempts), 0, -1):
+                if (reading := call.read(attempts[used - 1]["reply"])) is not None:
+                    self._ever_read = True
+                    self._works = self._works or not cached
+                    while self._works and self._held:
+                        self.cache.add(self._held.pop(0))
+                    return Outcome(reading, None, attempts[:used], cached)
+            if len(attempts) - earlier > RE_ASKS or (attempts and self.offline):
                 if not cached:
                     self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
                 return Outcome(None, "unparsable", attempts, cached)
@@ -219,7 +221,7 @@ class Client:
                 return Outcome(None, "request_failed", attempts, cached, "no result")
             cached = False
             try:
-                row = await self._call_until_answered(call, attempts)
+                row = await self._call_until_answered(call, attempts[earlier:])
             except CallError as error:
                 if call.key is None or error.reason == "request_failed":
                     return Outcome(None, error.reason, attempts, cached, error.detail, error)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of
+
+from .responses import CallError
 
 
 CACHE_FILE = "judge_cache.jsonl"
@@ -160,8 +162,9 @@ class ReplyCache:
     A line is `{"key", "attempt", "reply", "finish_reason", "usage"}`, or `{"key", "attempt", "error", "detail"}` for a
     request that was refused for its content. `{"key", "lost", "usage"}` is a call that may have been charged and left
     no reply: a timeout, or a reply that was filtered. If the server reported no usage, `at_most` holds an upper bound
-    of the tokens; dollars are not kept, since prices can be corrected. An incomplete line of a killed run is skipped.
-    Neither requests nor API keys are in the file.
+    of the tokens; dollars are not kept, since prices can be corrected. `{"key", "failed", "status", "detail"}` is a
+    result of the Batch API without a reply, and `{"batch": n}` says that another file was written after those before.
+    An incomplete line of a killed run is skipped. Neither requests nor API keys are in the file.
 
     Args:
         directory (`str` or `os.PathLike`, *optional*):
@@ -172,19 +175,33 @@ class ReplyCache:
         self.path = Path(directory, CACHE_FILE) if directory is not None else None
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._lost: dict[str, list[dict[str, Any]]] = {}
+        self.batches = 0
+        self.failed: dict[str, dict[int, CallError]] = {}  # by key and by the number of `batches` at that time
         self._file = None
         if self.path is not None and self.path.exists():
             with open(self.path, "rb") as file:
                 for line in file:
                     with suppress(ValueError, TypeError, KeyError):  # an incomplete line, or one of something else
                         row = json.loads(line)
-                        if "lost" in row or "reply" in row or "error" in row:
+                        if {"lost", "reply", "error", "failed", "batch"}.intersection(row):
                             self._keep(row)
+        self._loaded = {key: len(rows) for key, rows in self._rows.items()}
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """Return the replies to a request in order: unreadable ones, then perhaps one that can be read."""
         rows = self._rows.get(key, {})
         return [rows[attempt] for attempt in sorted(rows)]
+
+    def loaded(self, key: str | None) -> int:
+        """Return the number of replies to a request that earlier runs left in the file."""
+        return self._loaded.get(key, 0)
+
+    def is_open(self, key: str, read: Callable[[str], Any]) -> bool:
+        """Return whether a request is to be sent: there is no reply, or only unreadable ones of earlier runs."""
+        rows = self.attempts(key)
+        if not rows or not self.loaded(key):
+            return not rows
+        return "error" not in rows[-1] and all(read(row["reply"]) is None for row in rows)
 
     def charges(self, key: str) -> list[dict[str, Any]]:
         """Return all calls for a request that may have been charged: its replies, and the calls without one."""
@@ -220,5 +237,10 @@ class ReplyCache:
     def _keep(self, row: dict[str, Any]) -> None:
         if "lost" in row:
             self._lost.setdefault(row["key"], []).append(row)
+        elif "batch" in row:
+            self.batches += 1
+        elif "failed" in row:
+            error = CallError(row["failed"], row["detail"], row["status"])
+            self.failed.setdefault(row["key"], {})[self.batches] = error
         else:
             self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)

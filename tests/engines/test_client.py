@@ -278,6 +278,29 @@ def test_a_call_is_given_up_after_several_unreadable_replies():
     assert again.reason == "unparsable" and sent == []
 
 
+def test_a_later_run_asks_anew_what_earlier_ones_could_not_read(tmp_path):
+    for runs in (1, 2):
+        _, [answer], sent = ask([completion("Lovely.")], cache=ReplyCache(tmp_path))
+        assert answer.reason == "unparsable" and len(sent) == 3 and len(sent[0]["messages"]) == 1
+        assert len(answer.charges) == 3 * runs
+    cache = ReplyCache(tmp_path)
+    assert cache.is_open("k", read_paper) and not cache.is_open("k", str)
+    _, [first, second], sent = ask([completion("Lovely."), completion("8 5")], [request(), request()], cache=cache)
+    assert first.reading == second.reading is not None and len(sent) == 2 and len(sent[1]["messages"]) == 3
+    cache = ReplyCache(tmp_path)
+    assert not cache.is_open("k", read_paper) and ask([completion()], cache=cache)[2] == []
+
+
+def test_a_better_reader_reads_the_replies_of_earlier_runs(tmp_path):
+    for text in ("8 5", "Lovely.", "Lovely."):
+        cache = ReplyCache(tmp_path)
+        cache.add(
+            {"key": "k", "attempt": len(cache.attempts("k")), "reply": text, "finish_reason": "stop", "usage": None}
+        )
+    _, [answer], sent = ask([completion()], cache=ReplyCache(tmp_path))
+    assert answer.reading.scores == (8, 5) and answer.attempts[-1]["reply"] == "8 5" and sent == []
+
+
 def test_an_interrupted_run_resumes_after_the_last_attempt():
     cache = ReplyCache()
     cache.add({"key": "k", "attempt": 0, "reply": "Lovely.", "finish_reason": "stop", "usage": None})

@@ -164,7 +164,7 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
         return None if record.is_silent else _print_summary(record)
     with record:
         if args.read_batch:
-            counts = read_batch(judge.cache, args.read_batch)
+            counts = read_batch(judge.cache, args.read_batch, judge.prompt.read)
             print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
         judgements, statistics = _judge(args, judge, candidates)
         selection = {name: getattr(args, name) for name in _SELECTION}
@@ -299,7 +299,7 @@ def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences:
 def _print_summary(record: StageRecord) -> None:
     counts = record.content["counts"]
     print(f"judge: {record.output_dir}")
-    print(format_statistics(counts["judge"]))
+    print(format_statistics(counts["judge"], counts["preferences"].get("rejected")))
     for split in ("train", "validation"):
         print(f"  {f'preferences, {split}':28}{counts['preferences'][split]['pairs']:>20,}")
     if counts["preferences"]["shared_with_benchmarks"].get("group", 0) is None:

@@ -5,7 +5,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -16,9 +16,9 @@ from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.reading import read_text_file
 from medst_trl.engines.cost import ReplyCache
-from medst_trl.engines.responses import CallError, error_of_status, row_of_body
+from medst_trl.engines.responses import AcceptedFields, CallError, error_of_status, row_of_body
 
-from .pairwise import PairwiseJudge
+from .pairwise import PairwiseJudge, refused_twice
 
 
 MAX_REQUESTS = 50_000  # OpenAI's limit per file
@@ -28,6 +28,8 @@ MAX_BYTES = 190_000_000  # OpenAI's limit is 200 MB
 def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> list[Path]:
     """
     Write the calls that are still to be made as input files of the Batch API.
+
+    If the server refused a field of earlier requests, they are written without it or with the one that it asks for.
 
     Args:
         judge ([`PairwiseJudge`]):
@@ -39,13 +41,27 @@ def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], p
 
     Returns:
         `list[Path]`: the files; empty if every reply is cached.
+
+    Raises:
+        UserError: if the server has refused all remaining requests twice for the same reason.
     """
-    path, files = Path(path), []
+    path, files, failed, fields = Path(path), [], {}, AcceptedFields()
+    if judge.cache.failed:
+        candidates = candidates if isinstance(candidates, Sized) else list(candidates)
+        keys = {request.key for _, requests in judge.requests(candidates) for request in requests}
+        failed = {key: errors for key, errors in judge.cache.failed.items() if key in keys}
+    final = fields.learn_from_batches(failed, judge.parameters)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, lines in groupby(_numbered(_lines(judge, candidates)), key=lambda item: item[0]):
+    numbered = _numbered(_lines(judge, candidates, fields, final))
+    for number, lines in groupby(numbered, key=lambda item: item[0]):
         files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
         with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
             file.writelines(line for _, line in lines)
+    final = {key: error for key, error in final.items() if not judge.cache.attempts(key)}
+    if final and not files:
+        raise refused_twice(final)
+    if failed:
+        judge.cache.add({"batch": judge.cache.batches + 1})
     return files
 
 
@@ -59,22 +75,29 @@ def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    seen = set()
+def _lines(
+    judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], fields: AcceptedFields, left_out: Iterable[str]
+) -> Iterator[bytes]:
+    seen = set(left_out)
     for _, requests in judge.requests(candidates):
         for request in requests:
-            if request.key not in seen and not judge.cache.attempts(request.key):
+            if request.key not in seen and judge.cache.is_open(request.key, request.read):
                 seen.add(request.key)
                 line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions"}
                 with suppress(ImageProblem):  # the judge drops such pairs
-                    yield json.dumps(line | {"body": request.body()}, ensure_ascii=False).encode() + b"\n"
+                    yield (
+                        json.dumps(line | {"body": fields.apply(request.body())}, ensure_ascii=False).encode() + b"\n"
+                    )
 
 
-def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[str, int]:
+def read_batch(
+    cache: ReplyCache, paths: Iterable[str | os.PathLike], read: Callable[[str], Any] = str
+) -> dict[str, int]:
     """
     Put the results of the Batch API (its output and its error files) into a judge's cache.
 
-    Results that the cache already has are skipped, so a file may be read twice.
+    Results that the cache already has are skipped, so a file may be read twice. `read` is that of the judge's prompt:
+    another reply is kept beside those that it could not read in earlier runs.
 
     Returns:
         `dict`: number of results by content: `replies`, `content_filter` and `image_refused` (which drop their
@@ -86,7 +109,7 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
     counts: Counter[str] = Counter()
     for path in paths:
         lines = read_text_file(Path(path), "results").split("\n")
-        found = Counter(_read_line(cache, line) for line in lines if line.strip())
+        found = Counter(_read_line(cache, line, read) for line in lines if line.strip())
         if not found.total() - found["unreadable"]:
             raise UserError(f"{path} holds no results of the Batch API. Give its output file (and its error file).")
         counts += found
@@ -94,30 +117,42 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
     return dict(counts)
 
 
-def _read_line(cache: ReplyCache, line: str) -> str:
+def _read_line(cache: ReplyCache, line: str, read: Callable[[str], Any]) -> str:
     """Keep one result in the cache, and return what it holds."""
     try:
         line.encode()  # fails if a byte is of another encoding
         result = json.loads(line)
         key, row = result["custom_id"], _row(result)
     except CallError as error:
+        key = result["custom_id"]
         if error.reason == "request_failed":
+            if not cache.attempts(key):
+                cache.add({"key": key, "failed": error.kind, "status": error.status, "detail": error.detail})
             return "failed"
-        key, row = result["custom_id"], {"error": error.reason, "detail": error.detail}
+        row = {"error": error.reason, "detail": error.detail}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "unreadable"
-    if not cache.attempts(key):
-        cache.add({"key": key, "attempt": 0} | row)
+    attempts = cache.attempts(key)
+    if cache.is_open(key, read) and row.get("reply") not in [attempt["reply"] for attempt in attempts]:
+        cache.add({"key": key, "attempt": len(attempts)} | row)
     return row.get("error", "replies")
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     """Return the reply of a result line as the cache keeps it, or raise the `CallError` that it reports."""
     response = result.get("response") or {}
-    status, body = response.get("status_code"), response.get("body") or {}
+    status, body = response.get("status_code"), response.get("body")
     if status == 200:
         return row_of_body(body)
-    error = result.get("error") or body.get("error") or {}
+    error = _error_in(result.get("error")) or _error_in(body)
     if status is None and not error:
         raise ValueError("no result")
-    raise error_of_status(int(status or 500), error)
+    code = error.get("code")
+    raise error_of_status(int(status or (code if isinstance(code, int) else 500)), error)
+
+
+def _error_in(value: Any) -> dict[str, Any]:
+    """Return the error of a result: an object, one inside another, or a text."""
+    if isinstance(value, dict):
+        return _error_in(value["error"]) if value.get("error") else value
+    return {"message": str(value)} if value else {}

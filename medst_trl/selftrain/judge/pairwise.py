@@ -5,7 +5,7 @@
 import asyncio
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +19,7 @@ from medst_trl.engines.calls import Call, Outcome, api_key
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from medst_trl.engines.images import RequestImage
+from medst_trl.engines.responses import AcceptedFields, CallError
 
 from .prompt import JUDGE_PROMPTS, MAX_CHARS, fit
 from .settings import JudgeSettings
@@ -166,17 +167,24 @@ class PairwiseJudge(JudgeSettings):
         finally:
             self.cache.close()
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The body of every request, without its messages."""
+        format = {"response_format": self.prompt.response_format} if self.prompt.response_format else {}
+        own = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        return {**self.prompt.defaults, **format, **own}
+
     def check_key(self) -> None:
         """Raise a [`UserError`] if the API key is missing."""
         api_key(self.key_variable, self.base_url)
 
     def estimate(self, candidates: Iterable[Mapping[str, Any]]) -> Estimate:
         """Estimate what judging `candidates` will take."""
-        pairs, likely = 0, {}  # tokens of each request by its key: pairs may share requests
+        pairs, likely, calls = 0, {}, set()  # tokens of each request by its key: pairs may share requests
         for _, requests in self.requests(candidates):
             pairs += 1
             likely |= {request.key: request.size.likely for request in requests}
-        calls = [key for key in likely if not self.cache.attempts(key)]
+            calls |= {request.key for request in requests if self.cache.is_open(request.key, request.read)}
         paid = sum(sum(map(self.prices.cost_of, self.cache.charges(key))) for key in likely)
         tokens = sum(likely[key] for key in calls)
         output = len(calls) * min(self.max_tokens, self.prompt.reply_tokens)
@@ -217,10 +225,7 @@ class PairwiseJudge(JudgeSettings):
 
         def body(urls: list[str]) -> dict[str, Any]:
             messages = self.prompt.messages(pair["question"], answers, urls, history, captions)
-            body = {"model": self.model, "messages": messages, "temperature": self.temperature}
-            if self.prompt.response_format:
-                body["response_format"] = self.prompt.response_format
-            return {**self.prompt.defaults, **body, "max_tokens": self.max_tokens}
+            return self.parameters | {"messages": messages}
 
         # The key is made of the body with the hashes of the images. Changing it loses every existing cache.
         named = body([f"{image.sha256}@{self.image_size}" for image in images])
@@ -243,6 +248,7 @@ class PairwiseJudge(JudgeSettings):
         self.events = client.events
         queue: deque[tuple[dict[str, Any], list[Call]]] = deque()  # pairs that are not judged yet, with their calls
         outcomes: dict[Call, Outcome] = {}
+        missing: set[str] = set()  # keys of calls without a result
 
         def calls() -> Iterator[Call]:
             for pair, requests in self.requests(candidates):
@@ -256,13 +262,26 @@ class PairwiseJudge(JudgeSettings):
 
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
+            missing |= {call.key} if offline and outcome.reason == "request_failed" else set()
             yield from finished()
         yield from finished()
-        if client.missing:
-            raise UserError(
-                f"{client.missing:,} calls have no result yet. The others are kept: write the missing ones with "
-                "--write_batch, or send them live by leaving out --read_batch."
-            )
+        if missing:
+            raise self._missing_results(missing)
+
+    def _missing_results(self, keys: Collection[str]) -> UserError:
+        """Return the error for calls without a result of the Batch API."""
+        failed, fields = {key: self.cache.failed.get(key, {}) for key in keys}, AcceptedFields()
+        if (final := fields.learn_from_batches(failed, self.parameters)).keys() >= set(keys):
+            return refused_twice(final)
+        sent, parameters = fields.apply(self.parameters), self.parameters
+        changed = sorted(name for name in sent | parameters if sent.get(name) != parameters.get(name))
+        reasons = Counter(errors[max(errors)].detail if errors else "not in these files" for errors in failed.values())
+        listed = "; ".join(f"{number:,}: {reason.rstrip('.')}" for reason, number in reasons.most_common(5))
+        how = f", which changes {' and '.join(changed)}" if changed else ""
+        return UserError(
+            f"{len(keys):,} calls have no result yet ({listed}). The others are kept: write the missing ones with "
+            f"--write_batch{how}, or send them live by leaving out --read_batch."
+        )
 
     def _judgement(self, pair: dict[str, Any], asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
         """Return one line of `judgements.jsonl` from the outcome of each order; there is none without requests."""
@@ -325,6 +344,16 @@ class PairwiseJudge(JudgeSettings):
             return scores, "flip" if {0, 1} <= verdicts else "tie"
         winner = verdicts.pop()
         return scores, "small_margin" if scores[winner] - scores[1 - winner] < self.min_margin else None
+
+
+def refused_twice(errors: Mapping[str, CallError]) -> UserError:
+    """Return the error for requests that the server refused in two files of the Batch API for the same reason."""
+    reason = Counter(error.detail for error in errors.values()).most_common(1)[0][0]
+    return UserError(
+        f"The server refused {len(errors):,} requests twice: {reason.rstrip('.')}. Another file would not help. "
+        "Change the setting that it names (such as --max_tokens or --image_size), or choose another --model. Or leave "
+        "out --write_batch and --read_batch: live, the pairs that the server refuses are dropped."
+    )
 
 
 def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:

@@ -21,7 +21,7 @@ _ADVICE = {
     "small_margin": "Lower --min_margin, or generate answers at a higher temperature.",
     "flip": "The judge's verdicts follow the order of the answers: choose a stronger judge (--model).",
     "unparsable": "The judge's replies could not be read: choose a stronger judge, or raise --max_tokens. If you have "
-    "repaired its server, delete judge_cache.jsonl, which keeps the replies, also unreadable ones.",
+    "repaired its server, run the same command again: it asks for unreadable replies anew.",
     "content_filter": "The judge refuses the content: choose another judge (--model).",
     "image_refused": "The judge refuses the images: choose a judge that accepts images (--model).",
     "request_failed": "Calls to the judge failed: check its server, and run the same command again.",
@@ -140,14 +140,14 @@ def warnings_of(statistics: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def format_statistics(statistics: Mapping[str, Any]) -> str:
-    """Return the statistics as a table for the terminal."""
+def format_statistics(statistics: Mapping[str, Any], left_out: Mapping[str, int] | None = None) -> str:
+    """Return the statistics as a table for the terminal, with all pairs left out by reason if they are given."""
     usage = statistics["usage"]
     gap, margin = statistics["length_gap"], statistics["mean_margin"]
     rows = [
         ("pairs", f"{statistics['pairs']:,}"),
         ("judged", f"{statistics['judged']:,}"),
-        *((f"dropped: {reason}", f"{number:,}") for reason, number in statistics["dropped"].items()),
+        *((f"dropped: {reason}", f"{number:,}") for reason, number in (left_out or statistics["dropped"]).items()),
         ("flips", _percent(statistics["flip_rate"])),
         ("ties", _percent(statistics["tie_rate"])),
         ("first answer wins", _percent(statistics["first_place_rate"])),

@@ -216,6 +216,39 @@ def test_a_dry_run_prints_the_estimate_and_a_request(candidates, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_the_printed_table_has_near_duplicates(candidates, tmp_path, capsys):
+    rows = Dataset.from_parquet(f"{candidates}/*.parquet").to_list()
+    for row in rows[:5]:
+        content = [image_part(), text_part(row["prompt"][0]["content"][1]["text"] + " Please tell.")]
+        rows.append(row | {"id": row["id"] + "again", "prompt": [{"role": "user", "content": content}]})
+    (tmp_path / "candidates").mkdir()
+    data = Dataset.from_list(rows, features=features_of("candidates", grouped=False))
+    data.to_parquet(tmp_path / "candidates" / "train-00000-of-00001.parquet")
+    with JudgeServer() as server:
+        for _ in range(2):  # also when the stage is skipped
+            run(str(tmp_path / "candidates"), tmp_path / "out", server, duplicate_similarity=0.5)
+            printed = capsys.readouterr().out.split()
+            assert printed[printed.index("near_duplicate_question") + 1] == "5"
+
+
+def test_replies_that_could_not_be_read_are_asked_for_again(candidates, tmp_path):
+    """A run that overwrites another sends what nobody could read again, and nothing else."""
+
+    def answer(body):
+        return "Lovely." if "no way" in str(body) else JudgeServer().answer(body)
+
+    with JudgeServer(answer=answer) as server:
+        run(candidates, tmp_path / "out", server)
+    dropped = [row["dropped"] for row in read_jsonl(tmp_path / "out/judgements.jsonl")]
+    assert 0 < dropped.count("unparsable") < 12
+    with JudgeServer() as server:
+        run(candidates, tmp_path / "out", server)  # complete
+        assert not server.bodies
+        run(candidates, tmp_path / "out", server, overwrite=True)
+        assert len(server.bodies) == 2 * dropped.count("unparsable")
+    assert {row["dropped"] for row in read_jsonl(tmp_path / "out/judgements.jsonl")} == {None}
+
+
 def test_batch_files_give_the_same_judgements(candidates, tmp_path, capsys, finished):
     arguments = {
         "candidates": candidates,
