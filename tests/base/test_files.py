@@ -151,6 +151,22 @@ def test_hidden_and_skipped_files_are_not_listed(tmp_path):
     assert list(visible_files(tmp_path, (".", "checkpoint-"))) == ["b.txt", "a/c.txt"]
 
 
+def test_linked_directories_are_omitted_listed_or_followed_once(tmp_path):
+    for name in ("in/a/1.txt", "in/b/2.txt", "out/3.txt", "out/.4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    directory = tmp_path / "in"
+    for link, target in (("out", "../out"), ("a/up", ".."), ("a/b", "../b"), ("b/a", "../a"), ("none", "nothing")):
+        (directory / link).symlink_to(target)
+    own = ["none", "a/1.txt", "b/2.txt"]
+    assert list(visible_files(directory)) == own
+    listed = list(visible_files(directory, follow_symlinks=False))
+    assert sorted(listed) == sorted([*own, "out", "a/up", "a/b", "b/a"])
+    followed = [os.path.realpath(directory / name) for name in visible_files(directory, follow_symlinks=True)]
+    files = [directory / "a/1.txt", directory / "b/2.txt", directory / "nothing", tmp_path / "out/3.txt"]
+    assert sorted(followed) == sorted(map(str, files))
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [

@@ -289,6 +289,35 @@ def test_names_stay_in_their_directory(tmp_path):
         assert pixels(load_image(resolve_inside(directory, name)).bytes).shape[1] == 37
 
 
+def test_links_out_of_the_directory_are_followed_if_asked_for_and_names_stay_in_it_anyway(tmp_path):
+    directory, store = tmp_path / "images", tmp_path / "blobs"
+    directory.mkdir()
+    store.mkdir()
+    random_image().save(store / "0a1b2c", "PNG")  # as the Hub's cache and DataLad store them
+    (tmp_path / "secret.png").write_bytes((store / "0a1b2c").read_bytes())
+    (directory / "a.png").symlink_to("../blobs/0a1b2c")
+    (directory / "linked").symlink_to(store)
+    (directory / "broken.png").symlink_to("../blobs/none")
+    (directory / "inner.png").symlink_to("a.png")
+    (directory / "null.png").symlink_to("/dev/null")
+    os.mkfifo(directory / "pipe.png")
+    (directory / "pipe_link.png").symlink_to("pipe.png")
+    (directory / "circle.png").symlink_to("circle.png")
+    for name in ("a.png", "linked/0a1b2c", "broken.png", "inner.png", "null.png"):
+        with pytest.raises(ImageProblem, match="outside_image_folder: .*--follow_symlinks true"):
+            resolve_inside(directory, name)
+    for name in ("a.png", "linked/0a1b2c", "inner.png", str(directory / "a.png")):
+        path = resolve_inside(directory, name, follow_symlinks=True)
+        assert path.name == name.split("/")[-1]  # keeps its suffix, by which DICOM files may be recognized
+        assert pixels(load_image(path).bytes).shape[1] == 37
+    for name in ("../secret.png", "linked/../../secret.png", str(tmp_path / "secret.png"), "/dev/null"):
+        with pytest.raises(ImageProblem, match="outside_image_folder"):
+            resolve_inside(directory, name, follow_symlinks=True)
+    reasons = {"broken.png": "missing", "null.png": "not_a_file", "circle.png": "unreadable", "linked": "not_a_file"}
+    for name, reason in (reasons | {"pipe.png": "not_a_file", "pipe_link.png": "not_a_file"}).items():
+        assert rejection_reason(resolve_inside(directory, name, follow_symlinks=True)) == reason
+
+
 def jpeg_segments(data: bytes) -> list[int]:
     """Return the positions of the segments before the first scan, and of the scan."""
     starts, position = [], 2
