@@ -92,7 +92,7 @@ def assemble(
     rows["images", "train"] = _instruct_rows(records, unlabelled, image_ids)
     counts = {
         "datasets": {f"{kind}/{split}": _count(made) for (kind, split), made in rows.items() if made},
-        "notes": records.counts | notes,
+        "notes": {**records.counts, **index.notes, **notes},
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
     }
     return Datasets(rows, rejected, counts)

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path, PurePath
 from threading import Lock
+from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
@@ -323,12 +325,14 @@ class ImageIndex(NamedTuple):
         problems (`dict`): Name of each other image to a [`Rejected`].
         group_ids (`dict`): Name to the group id, for images in a group.
         hashes (`dict`): `image_id` to `near_hash`.
+        notes (`dict`): Number of images by their `note`.
     """
 
     image_ids: dict[str, str]
     problems: dict[str, Rejected]
     group_ids: dict[str, str]
     hashes: dict[str, str | None]
+    notes: Mapping[str, int] = MappingProxyType({})
 
 
 def index_images(
@@ -358,7 +362,8 @@ def index_images(
             image = _load(reader, name)
         except ImageProblem as problem:
             return {"image": name, "reason": problem.reason, "detail": str(problem)}, {}
-        return {"image": name, "image_id": image.image_id, "near_hash": image.near_hash}, image.groups
+        entry = {"image": name, "image_id": image.image_id, "near_hash": image.near_hash}
+        return entry | ({"note": image.note} if image.note else {}), image.groups
 
     names = list(dict.fromkeys(names))
     if isinstance(reader, FolderImages):
@@ -388,6 +393,7 @@ def index_images(
         # Entries of version 0.1.0 have neither.
         {name: entry["group_id"] for name, entry in good.items() if entry.get("group_id") is not None},
         {entry["image_id"]: entry["near_hash"] for entry in good.values() if "near_hash" in entry},
+        Counter(entry["note"] for entry in good.values() if "note" in entry),
     )
 
 

@@ -20,29 +20,7 @@ from medst_trl.data.images import load_image, open_image
 
 pydicom = pytest.importorskip("pydicom")
 
-
-def save_dicom(path, values: np.ndarray, photometric="MONOCHROME2", **tags):
-    from pydicom.dataset import FileDataset, FileMetaDataset
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
-    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
-    data.PatientName, data.PatientID = "Doe^Jane", "4711-SECRET"
-    bits = values.dtype.itemsize * 8
-    data.BitsAllocated = data.BitsStored = bits
-    data.HighBit, data.PixelRepresentation = bits - 1, int(values.dtype.kind == "i")
-    frames = int(tags.get("NumberOfFrames", 1))
-    data.Rows, data.Columns = values.shape[1:3] if frames > 1 else values.shape[:2]
-    data.SamplesPerPixel, data.PhotometricInterpretation = (3 if values.shape[-1] == 3 else 1), photometric
-    if data.SamplesPerPixel == 3:
-        data.PlanarConfiguration = 0
-    data.PixelData = values.tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
-    return path
+from dicom_files import CT, save_ct, save_dicom  # noqa: E402 (needs pydicom)
 
 
 def load_pixels(path, frame: int | None = None, **options) -> np.ndarray:
@@ -145,11 +123,6 @@ def test_the_groups_of_a_file_are_those_of_its_header_and_what_it_lacks_is_the_s
 # --- Windows ---------------------------------------------------------------------------------------------------------
 
 HOUNSFIELD = np.array([[-1000, 0, 40, 60], [80, 200, 300, 3000]])
-CT = {"Modality": "CT", "RescaleSlope": 1, "RescaleIntercept": -1024}
-
-
-def save_ct(path, hounsfield=HOUNSFIELD, **tags):
-    return save_dicom(path, (np.asarray(hounsfield) + 1024).astype(np.uint16), **CT | tags)
 
 
 def linear(low: float, high: float, values=HOUNSFIELD) -> np.ndarray:
@@ -193,7 +166,9 @@ def test_only_ct_in_hounsfield_units_is_shown_as_soft_tissue(tmp_path):
 
 
 def test_a_window_is_chosen(tmp_path):
-    path = save_ct(tmp_path / "a.dcm", WindowCenter=[40, 600], WindowWidth=[400, 2000], VOILUTFunction="LINEAR_EXACT")
+    path = save_ct(
+        tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=[40, 600], WindowWidth=[400, 2000], VOILUTFunction="LINEAR_EXACT"
+    )
     first, second = linear(-160, 240), linear(-400, 1600)
     assert np.array_equal(load_pixels(path), first) and np.array_equal(load_pixels(path, window="1"), first)
     assert np.array_equal(load_pixels(path, window="2"), second)
@@ -201,7 +176,7 @@ def test_a_window_is_chosen(tmp_path):
     assert load_image(path).note == load_image(path, ImageSettings(window="2")).note == ""
     with pytest.raises(ImageProblem, match="bad_window: window is 3, but the file has 2"):
         load_pixels(path, window="3")
-    bare = save_ct(tmp_path / "b.dcm")
+    bare = save_ct(tmp_path / "b.dcm", HOUNSFIELD)
     assert np.array_equal(load_pixels(bare, window="600,2000"), second)
     assert load_image(bare, ImageSettings(window="600,2000")).note == ""
     # The values of other modalities are not in Hounsfield units.

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from jsonl import read_jsonl
 from PIL import Image
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import fingerprint
+from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import image_id
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import check_columns, text_of
@@ -29,6 +32,7 @@ from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, ma
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setenv("MEDST_GROUP_SALT", str(tmp_path / "salt"))
 
 
 def save(path, seed: int):
@@ -351,3 +355,158 @@ def test_the_parser_reads_settings():
         ["--source", "slake", "--output_dir", "x", "--image_disjoint", "true", "--max_records", "5"]
     )
     assert (args.source, args.image_disjoint, args.max_records) == ("slake", True, 5)
+
+
+# --- Images as hospitals keep them -----------------------------------------------------------------------------------
+
+
+def prepared(tmp_path, to="out", images=None, **arguments):
+    """Run with `ImageSettings`, and return the directory, its record and the reasons of its rejected files."""
+    arguments = {"source": "images", "num_workers": 2, "output_dir": str(tmp_path / to)} | arguments
+    main(PrepareArguments(**arguments), ImageSettings(**images or {}))
+    record = json.loads((tmp_path / to / "stage.json").read_text())
+    rejected = {row["id"]: row["reason"] for row in read_jsonl(tmp_path / to / "rejected.jsonl")}
+    return tmp_path / to, record, rejected
+
+
+def test_ct_slices_without_a_window_are_counted_and_stay_apart(tmp_path, capsys):
+    pytest.importorskip("pydicom")
+    from dicom_files import save_ct
+
+    (tmp_path / "ct").mkdir()
+    for number in range(3):
+        window = {"WindowCenter": 40, "WindowWidth": 400} if number == 2 else {}
+        save_ct(tmp_path / "ct" / f"{number}.dcm", [[-1000, 40], [80, 100 + 10 * number]], PatientID="4711", **window)
+    save_ct(tmp_path / "ct" / "named.dcm", [[40, 80]], BurnedInAnnotation="YES")
+    directory, record, rejected = prepared(tmp_path, data_path=str(tmp_path / "ct"))
+    assert rejected == {"named.dcm": "burned_in_annotation"}
+    assert record["counts"]["notes"] == {"CT_images_without_window": 2}
+    assert "CT images without window: 2" in capsys.readouterr().out
+    rows = load_records(directory / "images", "train")
+    assert len(rows) == 3 and len(set(rows["group_id"])) == 1
+    for row in rows:
+        pixels = np.asarray(row["images"][0].convert("L")).astype(int)
+        assert pixels[1, 0] - pixels[0, 1] >= 25
+    assert "4711" not in "".join(path.read_text(errors="replace") for path in directory.rglob("*") if path.is_file())
+    # A resumed run counts the same.
+    (directory / "stage.json").write_text(json.dumps(record | {"status": "running"}))
+    assert prepared(tmp_path, data_path=str(tmp_path / "ct"))[1]["counts"] == record["counts"]
+
+
+def test_frames_of_a_directory_a_table_and_a_conversation(tmp_path):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name in ("a", "b"):
+        pixels = np.random.default_rng(ord(name)).integers(0, 256, (4, 6, 5), dtype=np.uint8)
+        frames = list(map(Image.fromarray, pixels))
+        frames[0].save(folder / f"{name}.tif", save_all=True, append_images=frames[1:])
+    save(folder / "still.png", 0)
+    where = {"data_path": str(folder)}
+    rejected = prepared(tmp_path, "none", **where)[2]
+    assert rejected == {"a.tif": "several_frames", "b.tif": "several_frames"}
+    for frames, count in (("middle", 3), ("all", 9), ("every:3", 5)):
+        directory, _, rejected = prepared(tmp_path, frames.replace(":", ""), {"frames": frames}, **where)
+        rows = load_records(directory / "images", "train")
+        assert len(rows) == count and not rejected
+        groups = [group for group in rows["group_id"] if group]
+        assert frames == "middle" or (len(groups), len(set(groups))) == (count - 1, 2)
+    with pytest.raises(UserError, match='frames: "middle" before, "all" now'):
+        prepared(tmp_path, "middle", {"frames": "all"}, **where)
+    assert prepared(tmp_path, "few", {"frames": "all"}, **where, max_records=3)[1]["counts"]["datasets"] == {
+        "images/train": {"images": 3, "groups": 1}
+    }
+
+    table = ["image,question,answer,split"]
+    names = ("a.tif", "b.tif#2", "still.png")
+    table += [f"{name},What?,That.,{split}" for name in names for split in ("train", "test")]
+    (tmp_path / "table.csv").write_text("\n".join(table))
+    where = {"data_path": str(tmp_path / "table.csv"), "image_folder": str(folder), "disjoint": "none"}
+    where["near_copy_bits"] = 0
+    for frames, tests, sizes in ((None, 2, []), ("middle", 3, []), ("all", 2, [4]), ("every:2", 2, [2])):
+        directory, _, rejected = prepared(
+            tmp_path, f"table-{frames}".replace(":", ""), frames and {"frames": frames}, **where
+        )
+        assert len(load_records(directory / "benchmark", "test")) == tests
+        assert ("several_frames" in rejected.values()) == (frames != "middle")
+        if sizes:
+            rows = load_records(directory / "instruct", "train")
+            assert sorted(map(len, rows["images"])) == sizes
+
+
+def test_a_directory_of_links_pipes_and_devices(tmp_path):
+    folder, store = tmp_path / "images", tmp_path / "blobs"
+    save(store / "1.png", 1)
+    save(store / "deep" / "2.png", 2)
+    save(folder / "0.png", 0)
+    for name, target in (("1.png", store / "1.png"), ("linked", store / "deep"), ("broken.png", store / "none.png")):
+        (folder / name).symlink_to(target)
+    (folder / "null.png").symlink_to("/dev/null")
+    (folder / "circle").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        os.chdir(folder)  # names of sockets are short
+        listening.bind("socket.png")
+        outside = dict.fromkeys(("1.png", "linked", "broken.png", "null.png", "circle"), "outside_image_folder")
+        special = dict.fromkeys(("pipe.png", "socket.png"), "not_a_file")
+        directory, _, rejected = prepared(tmp_path, data_path=str(folder))
+        assert rejected == outside | special and len(load_records(directory / "images", "train")) == 1
+        directory, _, rejected = prepared(tmp_path, "all", {"follow_symlinks": True}, data_path=str(folder))
+        assert rejected == special | {"broken.png": "missing", "null.png": "not_a_file"}
+        assert len(load_records(directory / "images", "train")) == 3
+    for path in (folder / "pipe.png", "/dev/null"):
+        with pytest.raises(UserError, match="data_path is a pipe, a socket or a device"):
+            prepared(tmp_path, "pipe", data_path=str(path))
+
+
+def test_unused_files_beside_images_are_neither_read_nor_compared(tmp_path, capsys):
+    folder = tmp_path / "everything"
+    for n in range(3):
+        save(folder / f"{n}.png", n)
+    (folder / "table.csv").write_text("image,question,answer\n0.png,What?,That.\n1.png,What?,This.\nnone.png,Q?,A.\n")
+    where = {"data_path": str(folder / "table.csv")}
+    directory, record, _ = prepared(tmp_path, **where)
+    os.mkfifo(folder / "pipe")
+    (folder / "broken").symlink_to("nothing")
+    (folder / "unreadable").write_bytes(b"x")
+    (folder / "unreadable").chmod(0)
+    (folder / "2.png").unlink()
+    prepared(tmp_path, **where)
+    assert "nothing to do" in capsys.readouterr().out
+
+    # A record of an earlier version has the hash of everything in the directory.
+    (folder / "unreadable").unlink()
+    earlier = record | {"inputs": record["inputs"] | {"image_folder": [fingerprint(folder)]}}
+    (directory / "stage.json").write_text(json.dumps(earlier))
+    prepared(tmp_path, **where)
+    assert "nothing to do" in capsys.readouterr().out
+    for change in (record, earlier):
+        (directory / "stage.json").write_text(json.dumps(change))
+        save(folder / "1.png", 7)
+        with pytest.raises(UserError, match="input image_folder"):
+            prepared(tmp_path, **where)
+        save(folder / "1.png", 1)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_of_a_benchmark_its_questions_and_images_are_compared(tmp_path, inside):
+    data = tmp_path / "rad"
+    images = data / "images" if inside else tmp_path / "elsewhere"
+    for n in range(2):
+        save(images / f"{n}.png", n)
+    row = {"question": "Q?", "answer": "yes", "answer_type": "CLOSED", "phrase_type": "freeform"}
+    rows = [row | {"qid": n, "image_name": f"{n}.png"} for n in range(2)]
+    (data / "images").mkdir(parents=True, exist_ok=True)
+    questions = data / "VQA_RAD Dataset Public.json"
+    questions.write_text(json.dumps(rows))
+    where = {"source": "vqa_rad", "data_path": str(data), "image_folder": str(images)}
+    prepared(tmp_path, **where)
+    os.mkfifo(data / "pipe")
+    (data / "notes.txt").write_text("unrelated")
+    save(images / "unused.png", 3)
+    prepared(tmp_path, **where)
+    for path, change in ((questions, json.dumps(rows[:1]).encode()), (images / "0.png", b"other")):
+        before = path.read_bytes()
+        path.write_bytes(change)
+        with pytest.raises(UserError, match="input (data_path|image_folder)"):
+            prepared(tmp_path, **where)
+        path.write_bytes(before)
