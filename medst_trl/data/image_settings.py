@@ -29,7 +29,7 @@ class ImageSettings:
             frame: scan.dcm#12.
         window (`str`, *optional*):
             Gray values of CT to show as black to white. CENTER,WIDTH in Hounsfield units, for example 40,400 or
-            --window=-600,1500; or N for the N-th window in each DICOM file. Default: the file's first window; CT
+            -600,1500; or N for the N-th window in each DICOM file. Default: the file's first window; CT
             without one, 40,400; other images without one, their own minimum to maximum. CENTER,WIDTH applies to NIfTI
             too, but not to DICOM files of other modalities.
         accept_burned_in (`bool`, *optional*, defaults to `False`):

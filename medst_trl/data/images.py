@@ -4,7 +4,7 @@
 Read image files: the bytes to store, the `image_id`, or the reason why a file cannot be used.
 
 Images keep every pixel and lose everything else. An 8-bit gray or RGB JPEG or PNG keeps its own compressed bytes
-without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`).
+without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`, `dicom.py` and `nifti.py`).
 """
 
 import hashlib

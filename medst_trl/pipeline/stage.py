@@ -25,6 +25,7 @@ built-in stages are imported when `STAGES` is first read, so their modules impor
 and `main` import what they need when they are called.
 """
 
+import re
 import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -353,6 +354,7 @@ class Stage:
         # Without abbreviations: one could be meant for the launcher.
         parser = TrlParser(kinds, prog=f"medst {self.name}", formatter_class=_Help, allow_abbrev=False)
         parser.description, parser.error = self.help.strip(), self.refuse
+        parser._negative_number_matcher = re.compile(r"-\.?\d")  # as in Python 3.14, for `--window -600,1500`
         for key, registry in self.registries.items():
             action = parser._option_string_actions[f"--{key}"]
             names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())

@@ -24,6 +24,7 @@ from medst_trl.data.images import image_id
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import check_columns, text_of
 from medst_trl.data.source import SOURCES
+from medst_trl.pipeline.options import convert
 from medst_trl.pipeline.stage import Count
 from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, main, plan
 
@@ -510,3 +511,15 @@ def test_of_a_benchmark_its_questions_and_images_are_compared(tmp_path, inside):
         with pytest.raises(UserError, match="input (data_path|image_folder)"):
             prepared(tmp_path, **where)
         path.write_bytes(before)
+
+
+def test_a_window_may_be_below_zero_on_the_command_line_and_in_a_recipe():
+    parser = STAGE.make_parser()
+    needed = ["--source", "images", "--output_dir", "x"]
+    for words in (["--window", "-600,1500"], ["--window=-600,1500"], ["--frames", "all", "--window", "-600,1500"]):
+        _, images, *_ = parser.parse_args_and_config([*needed, *words])
+        assert images.shown_range == (-1350, 150)
+    for value, index in ((2, 1), ("2", 1), ("40,400", 0)):
+        assert ImageSettings(**convert(parser, {"window": value}, "recipe")).window_index == index
+    with pytest.raises(UserError, match="Unknown frames 'first'"):
+        check(PrepareArguments("x", "images", data_path="y"), ImageSettings(frames="first"))
