@@ -24,8 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from medst_trl.base.errors import UserError
 
-
-MAX_BYTES_PER_PIXEL = 16  # of `max_pixels`: no valid image file is larger, so larger ones are not read into memory
+from .image_settings import ImageSettings
 
 
 class ImageProblem(Exception):
@@ -59,6 +58,11 @@ def image_problem(reason: str, errors: type[Exception] | tuple[type[Exception], 
     except errors as error:
         # PIL's message for a file that it cannot identify has the address of an object in it.
         raise ImageProblem(reason, "" if isinstance(error, UnidentifiedImageError) else str(error)) from None
+
+
+def max_bytes(max_pixels: int) -> int:
+    """Return the size of the largest file to read into memory: 16 bytes per pixel, of an image or of a volume."""
+    return 16 * max(max_pixels, ImageSettings.max_pixels)
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:

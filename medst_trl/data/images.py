@@ -34,12 +34,12 @@ from medst_trl.base.processes import ordered_map
 from .dicom import open_dicom
 from .groups import GroupIds
 from .image_formats import (
-    MAX_BYTES_PER_PIXEL,
     Frame,
     Frames,
     ImageProblem,
     check_pixels,
     image_problem,
+    max_bytes,
     to_8_bit,
     without_metadata,
 )
@@ -155,8 +155,8 @@ def _index(opened: Frames, settings: ImageSettings, frame: int | None) -> int:
     if frame is not None and not 1 <= frame <= opened.count:
         raise ImageProblem("missing", f"frame {frame} of {opened.count}")
     if frame is None and opened.count > 1 and settings.frames != "middle":
-        choice = "a text is about one of them" if settings.frame_step else "set --frames to middle, all or every:N"
-        raise ImageProblem("several_frames", f"{opened.count} frames: {choice}, or name the one that is meant, FILE#N")
+        choice = "middle; a test question has one image" if settings.frame_step else "middle, all or every:N"
+        raise ImageProblem("several_frames", f"{opened.count} frames: name one (FILE#N), or set --frames to {choice}")
     return opened.middle if frame is None else frame - 1
 
 
@@ -232,9 +232,10 @@ class FolderImages:
 
     def files(self, names: Iterable[str]) -> Iterator[str]:
         """Yield the files that names mean, relative to the directory, as far as they are in it."""
+        root = os.path.realpath(self.directory)
         for name in names:
             with suppress(ImageProblem):
-                yield self.find(name)[0].relative_to(os.path.realpath(self.directory)).as_posix()
+                yield self.find(name)[0].relative_to(root).as_posix()
 
     def frames_of(self, name: str) -> list[str]:
         """Return the names of the frames of a file that are used; its own if there is only one, or a problem."""
@@ -419,7 +420,7 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
             raise ImageProblem("not_a_file")
         if status.st_size == 0:
             raise ImageProblem("empty", "zero bytes")
-        if status.st_size > max_pixels * MAX_BYTES_PER_PIXEL:
+        if status.st_size > max_bytes(max_pixels):
             raise ImageProblem("too_large", f"{status.st_size} bytes")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

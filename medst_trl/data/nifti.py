@@ -21,13 +21,13 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 
 from .image_formats import (
-    MAX_BYTES_PER_PIXEL,
     Frame,
     Frames,
     ImageProblem,
     check_pixels,
     finite_range,
     image_problem,
+    max_bytes,
     rescale,
 )
 from .image_settings import ImageSettings
@@ -80,7 +80,7 @@ def open_nifti(data: bytes, settings: ImageSettings) -> Frames:
     check_pixels(*(size for other, size in enumerate(turned) if other != axis), settings.max_pixels)
     number = math.prod(shape)
     end = offset + number * dtype.itemsize
-    if end > settings.max_pixels * MAX_BYTES_PER_PIXEL:
+    if end > max_bytes(settings.max_pixels):
         raise ImageProblem("too_large", f"{end} bytes")
 
     @cache

@@ -513,7 +513,7 @@ def published_id(name: str, images: tuple[str, ...]) -> str:
     reveals_a_file = (
         "/" in name
         or "\\" in name
-        or PurePosixPath(name).suffix.lower() in suffixes
+        or PurePosixPath(name.partition("#")[0]).suffix.lower() in suffixes
         or any(stem == name or (len(stem) > 3 and stem in name) for stem in stems)
     )
     return "id-" + hashlib.sha256(name.encode()).hexdigest()[:16] if reveals_a_file else name

@@ -144,6 +144,7 @@ def test_unusable_volumes_have_a_reason(tmp_path):
     }  # fmt: skip
     assert {name: reason_of(tmp_path / name) for name in expected} == expected
     assert reason_of(tmp_path / "good.nii", max_pixels=80) == "too_large"
+    assert slice_of(tmp_path / "good.nii", max_pixels=81).shape == (9, 9)  # a limit of the image, not of the volume
     assert reason_of(tmp_path / "good.nii", frames=None) == "several_frames"
 
 

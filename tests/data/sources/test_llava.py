@@ -184,6 +184,8 @@ def test_real_conversations_are_read(shared_data, tmp_path):
         ("scans/7", (), False),
         ("C:\\scans\\7", (), False),
         ("scan.PNG", (), False),
+        ("scan.dcm#3", (), False),
+        ("scan.nii.gz", (), False),
     ],
 )
 def test_ids_that_reveal_a_file_name_are_hashed(name, images, is_kept):
