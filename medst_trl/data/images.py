@@ -10,6 +10,7 @@ without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`, 
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -23,7 +24,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from threading import Lock
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -46,6 +47,7 @@ from .image_formats import (
 from .image_settings import ImageSettings
 from .near_copies import hash_file, perceptual_hash
 from .nifti import is_nifti, open_nifti
+from .schema import bytes_of
 from .source import DICOM_SUFFIXES, ImageReader, Question, Records, Rejected
 
 
@@ -103,6 +105,12 @@ def store_image(image: Image.Image) -> StoredImage:
     """Store an image in memory as an 8-bit PNG. See [`to_8_bit`] for other modes."""
     image = to_8_bit(image)
     return StoredImage(_png(image), image_id(image))
+
+
+def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an image of any dataset as the stages store it: upright 8-bit pixels, without metadata and path."""
+    frame = _open_picture(bytes_of(stored), math.inf, identify=False).read(0)
+    return {"bytes": frame.own_bytes or _png(frame.image), "path": None}
 
 
 def load_image(

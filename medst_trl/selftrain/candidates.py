@@ -13,7 +13,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
 from medst_trl.data.conform import conform, with_image_ids
-from medst_trl.data.schema import bytes_of, check_columns, message, text_part, with_stored_images
+from medst_trl.data.images import publishable
+from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
     Engine,
@@ -220,8 +221,8 @@ class CandidateGenerator:
 
     def row_maker(self, dataset: "Dataset") -> Callable[[dict[str, Any]], dict[str, Any]]:
         """
-        Return a function from one of the `candidates` of an outcome to its row, with the images as the record in
-        `dataset` stores them.
+        Return a function from one of the `candidates` of an outcome to its row, with the images of the record in
+        `dataset`, see [`publishable`].
         """
         generation = self.generation()
         rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
@@ -232,7 +233,7 @@ class CandidateGenerator:
             record = records[rows[record_id]]
             return {
                 "id": candidate["id"],
-                "images": [{"bytes": bytes_of(image), "path": None} for image in record["images"]],
+                "images": [publishable(image) for image in record["images"]],
                 "image_ids": record["image_ids"],
                 "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in candidate["prompt"]],
                 "answers": candidate["answers"],

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import image_id, load_image, resolve_inside, store_image
+from medst_trl.data.images import image_id, load_image, publishable, resolve_inside, store_image
 
 
 MARKER = b"PATIENT-DOE-1970"
@@ -333,3 +333,22 @@ def png_chunks(data: bytes) -> list[int]:
         starts.append(position)
         position += 12 + struct.unpack_from(">I", data, position)[0]
     return starts
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_a_publishable_image_has_the_pixels_without_metadata_and_path(tmp_path, format, mode):
+    if mode == "I;16" and format == "JPEG":
+        pytest.skip("no such files")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+    image = deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "Meier"
+    path = tmp_path / f"Meier.{format.lower()}"
+    image.save(path, format, exif=exif)
+    for stored in ({"bytes": None, "path": str(path)}, {"bytes": path.read_bytes(), "path": "Meier"}):
+        found = publishable(stored)
+        assert found["path"] is None and b"Meier" not in found["bytes"]
+        assert image_id(Image.open(io.BytesIO(found["bytes"]))) == load_image(path).image_id
+        assert publishable(found) == found

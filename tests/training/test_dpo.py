@@ -16,6 +16,7 @@ from tiny_dpo import adapter_policy, make_trainer, pair, trained_weights
 from transformers import TrainerCallback
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.schema import text_of
 from medst_trl.policy.adapters import freeze_vision
 from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer, WarnOfDisplacement
 from medst_trl.training.prefix_sharing import with_images_twice
@@ -117,6 +118,29 @@ def test_pairs_that_cannot_be_trained_on_are_rejected(tmp_path):
 
     with pytest.raises(UserError, match="the train dataset can be used: 1 because both answers say the same"):
         make_trainer(tmp_path, rows=[rows[1]])
+
+
+@pytest.mark.parametrize("form", ["texts", "implicit prompt"])
+@pytest.mark.parametrize("precomputes", [False, True])
+def test_plain_trl_pairs_train_as_ours_do(tmp_path, form, precomputes):
+    def plain(row):
+        prompt, chosen, rejected = (text_of(row[name][0]["content"]) for name in ("prompt", "chosen", "rejected"))
+        if form == "texts":
+            return {"image": row["images"][0], "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        asked = {"role": "user", "content": prompt}
+        answers = ([asked, {"role": "assistant", "content": text}] for text in (chosen, rejected))
+        return {"image": row["images"][0]} | dict(zip(("chosen", "rejected"), answers))
+
+    ours, losses = [pair(number) for number in range(6)], []
+    for number, rows in enumerate((ours, list(map(plain, ours)))):
+        evaluation = {"eval_rows": rows[:2], "eval_strategy": "steps", "eval_steps": 2}
+        settings = {"max_steps": 2, "precompute_ref_log_probs": precomputes, "share_prefix": True, **evaluation}
+        trainer = make_trainer(tmp_path / str(number), rows=rows, **settings)
+        trainer.train()
+        log = trainer.state.log_history
+        losses.append([entry.get("loss", entry.get("eval_loss")) for entry in log])
+        assert not trainer.rejected_records and len(trainer.train_dataset) == 6
+    assert losses[0] == losses[1] and None not in losses[0][:3]
 
 
 def test_rejected_pairs_of_evaluation_are_listed(tmp_path):

@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import instruct_features
+from medst_trl.data.schema import instruct_features, text_of
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import add_vusr
@@ -177,6 +178,28 @@ def test_a_streamed_dataset_is_trained_on_in_order_with_a_warning_for_other_stra
     _trainer_with_dataset(tmp_path, dataset, train_sampling_strategy=strategy).train()
     warnings = [record for record in caplog.records if "group_by_length" in record.message]
     assert len(warnings) == (strategy == "group_by_length")
+
+
+@pytest.mark.parametrize("settings", [{}, {"pack_sequences": True}, {"train_sampling_strategy": "group_by_length"}])
+def test_plain_trl_conversations_train_as_ours_do(tmp_path, settings):
+    ours = [tiny_run.conversation(i) for i in range(8)]
+    plain = [
+        {
+            "id": row["id"],
+            "image": row["images"][0],
+            "messages": [
+                {"role": turn["role"], "content": text_of(turn["content"]), "name": "x"} for turn in row["messages"]
+            ],
+        }
+        for row in ours
+    ]
+    losses = []
+    for dataset in (Dataset.from_list(ours), Dataset.from_list(plain), Dataset.from_list(plain).to_iterable_dataset()):
+        if isinstance(dataset, Dataset) or not settings:
+            trainer = _trainer_with_dataset(tmp_path, dataset, **settings)
+            trainer.train()
+            losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1] and all(math.isfinite(loss) for loss in losses)
 
 
 def test_packing_is_skipped_with_a_warning_for_prompts_with_completions(tmp_path, caplog):

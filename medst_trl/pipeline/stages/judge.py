@@ -39,6 +39,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
 from medst_trl.data.groups import NEAR_COPY_BITS
+from medst_trl.data.images import publishable
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
@@ -280,7 +281,7 @@ def _judge(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") 
 
 
 def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: Preferences) -> None:
-    """Write the pairs with their images, whose bytes are copied undecoded, and the dropped pairs."""
+    """Write the pairs with their images, undecoded and without metadata, and the dropped pairs."""
     output_dir, counts = Path(args.output_dir), preferences.counts
     write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
     if not preferences.train:
@@ -288,7 +289,7 @@ def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences:
     images, directory = candidates.select_columns(["images"]), output_dir / "preferences"
 
     def row(pair: dict) -> dict:
-        return pair | {"images": images[pair["row"]]["images"]}
+        return pair | {"images": [publishable(image) for image in images[pair["row"]]["images"]]}
 
     shutil.rmtree(directory, ignore_errors=True)  # of an interrupted run, perhaps with other replies
     for split in ("train", "validation"):

@@ -4,12 +4,14 @@
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_dpo
 import tiny_run
 from datasets import Dataset, List, Value
+from datasets import Image as ImageFeature
 from peft import get_peft_model
 from tiny_run import write_instruct
 
@@ -60,6 +62,29 @@ def test_ids_shared_by_two_datasets_are_made_unique(tmp_path):
     assert load(first)["train"]["id"] == ["r0", "r1"]
 
 
+def test_weights_and_oversampling_mix_the_training_data_but_not_the_evaluation(tmp_path):
+    paths = [write_instruct(tmp_path / name, numbers) for name, numbers in (("a", range(2)), ("b", range(10, 18)))]
+    for path, number in zip(paths, (20, 30)):
+        write_instruct(Path(path), range(number, number + 2), split="validation")
+    found = load(*paths, weights=[1, 2], eval_strategy="steps")
+    assert found["train"]["id"] == ["r0", "r1", "r10", "r11", "r12", "r13"]
+    assert found["eval"]["id"] == ["r20", "r21", "r30", "r31"]
+    oversampled = load(*paths, weights=[1, 1], oversample=True)["train"]["id"][:]
+    assert set(oversampled) == {"r0", "r1", *(f"r{number}" for number in range(10, 18))}
+    assert sum(name in ("r0", "r1") for name in oversampled) > 2
+    assert load(*paths, weights=[1, 1], oversample=True, seed=1)["train"]["id"][:] != oversampled
+
+
+def test_joined_pairs_without_a_weight_count_as_one(tmp_path):
+    row = {"images": [], "prompt": "q", "chosen": "a", "rejected": "b"}
+    for name, extra in (("a", {"weight": 0.5}), ("b", {"probability": 0.75}), ("c", {})):
+        dataset = Dataset.from_list([row | extra]).cast_column("images", List(ImageFeature()))
+        dataset.to_parquet(tmp_path / name / "train.parquet")
+    train = load(*(str(tmp_path / name) for name in "abc"), kind="preferences")["train"]
+    assert train["weight"][:] == [0.5, 1.0, 1.0] and train["probability"][:] == [1.0, 0.75, 1.0]
+    assert train["id"][:] == ["0", "0@2", "0@3"]
+
+
 def test_datasets_with_large_strings_can_be_concatenated(tmp_path):
     large = {"id": Value("large_string"), "image_ids": List(Value("large_string"))}
     first, second = (
@@ -108,6 +133,22 @@ def test_a_setting_out_of_bounds_is_reported(change):
     with pytest.raises(UserError, match=name) as error:
         check(**change)
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_weights": [1]}, "has 1 numbers for 2 datasets"),
+        ({"dataset_weights": [1, 0]}, "dataset_weights is 0"),
+        ({"dataset_weights": [1, float("nan")]}, "dataset_weights is nan"),
+        ({"oversample": True}, "oversample needs dataset_weights"),
+    ],
+    ids=str,
+)
+def test_weights_that_cannot_be_used_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        check(dataset=["a", "b"], **change)
+    check(dataset=["a", "b"], dataset_weights=[1, 2.5], oversample=True)
 
 
 def test_settings_within_bounds_pass():
