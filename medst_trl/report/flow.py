@@ -107,18 +107,6 @@ def note_other_data(run: Run) -> None:
                     )
 
 
-def note_empty_page(run: Run, **found: bool) -> None:
-    """Note what is missing if the run has hardly anything to show: no training, or nothing of what was searched."""
-    found = {"training": bool(run.select(lambda stage: bool(stage.trains)))} | found
-    absent = [words(name) for name, is_there in found.items() if not is_there]
-    waiting = [*(stage.name for stage in run.stages if stage.state != "complete"), *missing_stages(run)]
-    if len(absent) > 1:
-        run.notes.append(
-            f"There is no {' and no '.join(absent)} to show yet. Not finished or missing: {', '.join(waiting)}. Run "
-            "the recipe, and make the report again."
-        )
-
-
 def _is_at(path: Path, directory: Path) -> bool:
     """Whether a recorded path means a directory of the run, which may have moved since."""
     return path.samefile(directory) if path.exists() else path.parts[-2:] == directory.parts[-2:]

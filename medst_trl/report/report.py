@@ -14,7 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 
 from .curves import displacement, final_values, read_log, training_charts
-from .flow import Judging, data_flow, is_pair, missing_stages, note_empty_page, note_other_data, settings
+from .flow import Judging, data_flow, is_pair, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
@@ -115,7 +115,11 @@ def make_report(
     numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})
     rounds = [Round(run, number, judgings, gallery, image_size) for number in numbers]
     note_other_data(run)
-    note_empty_page(run, scores=bool(comparisons), judged_pairs=bool(judgings))
+    if not (comparisons or judgings):
+        waiting = [*(stage.name for stage in run.stages if stage.state != "complete"), *missing_stages(run)]
+        run.notes.append(
+            f"There are no scores and no judged pairs yet. Not finished or missing: {', '.join(waiting)}."
+        )
     page = {
         "title": title or run.directory.name,
         "run": run,

@@ -154,4 +154,4 @@ def test_an_almost_empty_page_has_a_note(original, tmp_path):
     made_run.write_stage(run / "sft", "sft", status="running")
     [note] = make_report(run).notes
     assert "no scores and no judged pairs" in note and "sft" in note and "evaluate" in note and "dpo" in note
-    assert not make_report(original, bootstrap_samples=0).notes[1:]
+    assert not any("no scores" in note for note in make_report(original, bootstrap_samples=0).notes)

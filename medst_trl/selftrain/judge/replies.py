@@ -174,25 +174,29 @@ def find_objects(text: str) -> list[tuple]:
     return found
 
 
+class _Loader(yaml.BaseLoader):
+    """Loader that reads scalars as texts, and refuses aliases, which could make a small text large."""
+
+    anchors = property(lambda self: {}, lambda self, value: None)
+
+
 def _parse_loosely(text: str) -> tuple | None:
     """Parse an object that is not JSON. Its values are texts."""
     text = re.sub(r"\s*//", " #", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL).replace("\t", " "))
     for variant in (text, text.translate(_STRAIGHT)):
-        stack: list[list] = [[]]
         with suppress(yaml.YAMLError, ValueError):
-            for event in yaml.parse(_APOSTROPHE.sub("''", variant), yaml.BaseLoader):
-                if isinstance(event, yaml.AliasEvent) or (getattr(event, "value", "x") == "" and event.style is None):
-                    raise ValueError("an alias, or a key without a value")
-                if isinstance(event, yaml.ScalarEvent):
-                    stack[-1].append(event.value)
-                elif isinstance(event, yaml.CollectionStartEvent):
-                    stack.append([])
-                elif isinstance(event, yaml.CollectionEndEvent):
-                    items = stack.pop()
-                    is_list = isinstance(event, yaml.SequenceEndEvent)
-                    stack[-1].append(items if is_list else tuple(zip(items[::2], items[1::2])))
-            return stack[0][0]
+            return _pairs(yaml.compose(_APOSTROPHE.sub("''", variant), _Loader))
     return None
+
+
+def _pairs(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return tuple((key.value, _pairs(value)) for key, value in node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return list(map(_pairs, node.value))
+    if not node.value and node.style is None:
+        raise ValueError("a name without a value")
+    return node.value
 
 
 def facts_in(objects: Collection[tuple], criteria: Collection[str]) -> dict[Any, Any]:
