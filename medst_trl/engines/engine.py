@@ -343,12 +343,15 @@ def open_images(stored: Sequence[dict[str, Any]]) -> list[OpenedImage]:
     """
     from datasets import Image
 
+    from medst_trl.data.image_formats import to_8_bit
+
     opened = []
     for item in stored:
         try:
             content = bytes_of(item)
             # Decoded the way training and evaluation read the dataset.
-            opened.append(OpenedImage(content, Image().decode_example({"bytes": content, "path": None})))
+            image = to_8_bit(Image().decode_example({"bytes": content, "path": None}))
+            opened.append(OpenedImage(content, image))
         except Exception as error:  # PIL's parsers raise almost anything on a damaged file
             said = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))  # a memory address differs in each run
             raise ValueError(f"{type(error).__name__}: {said}") from None

@@ -74,7 +74,7 @@ class RequestImage:
         """
         image, data = self._open(), self.data
         format = image.format if image.format in _SENT_AS_IS else "PNG"
-        if image.size != self.size or image.format != format:
+        if image.size != self.size or image.format != format or image.mode not in ("L", "RGB", "P"):
             file = io.BytesIO()
             with image_problem("unreadable"):
                 small = to_8_bit(image).resize(self.size, Image.Resampling.LANCZOS)

@@ -54,7 +54,7 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
     if license is None and len(licences) == 1 and (name := licences.pop()):
         license = name.lower().replace(" ", "-")  # as the Hub spells it: cc-by-4.0
     splits = [_split(contents.directory, name) for name in splits_in(contents.directory)]
-    files = [{"split": split["name"], "path": f"{split['name']}-*.parquet"} for split in splits]
+    files = [{"split": split["name"], "path": split["path"]} for split in splits]
     columns = pq.read_schema(contents.directory / contents.files[0]).names
     data = DatasetCardData(
         license=license,
@@ -146,11 +146,13 @@ def _split(directory: Path, split: str) -> dict[str, Any]:
     shards = split_files(directory, split)
     rows = sum(pq.read_metadata(shard).num_rows for shard in shards)
     column = next((name for name in ("image_ids", "image_id") if name in pq.read_schema(shards[0]).names), None)
+    patterns = sorted({re.sub(r"-\d{5}-of-\d{5}\.", "-*.", shard.name) for shard in shards})
+    about = {"name": split, "rows": rows, "path": patterns[0] if len(patterns) == 1 else patterns}
     if column is None:  # a dataset in TRL's own format
-        return {"name": split, "rows": rows, "images": None}
+        return about | {"images": None}
     ids = pq.read_table(shards, columns=[column], partitioning=None)[column]
     images = pc.count_distinct(pc.list_flatten(ids) if column == "image_ids" else ids).as_py()
-    return {"name": split, "rows": rows, "images": images}
+    return about | {"images": images}
 
 
 def _size(rows: int) -> str:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import has_length
 from trl.data_utils import prepare_multimodal_messages
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.image_formats import to_8_bit
 from medst_trl.data.schema import text_of, with_stored_images
 from medst_trl.policy.families import tested_families, why_refused
 from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
@@ -77,7 +78,7 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
     Raises:
         UserError: if images and image parts differ in number.
     """
-    images = [item.convert("RGB") if getattr(item, "mode", "RGB") != "RGB" else item for item in images_of(example)]
+    images = [to_8_bit(x).convert("RGB") if getattr(x, "mode", "RGB") != "RGB" else x for x in images_of(example)]
     example_id = id_of(example, messages)
     plain = []
     for message in messages:

@@ -115,6 +115,15 @@ def test_validation_has_its_usual_names(tmp_path, scan, name):
     assert splits_in(tmp_path / "own") == ["train", "validation"]
 
 
+def test_splits_of_a_saved_dictionary_have_their_usual_names_too(tmp_path, scan):
+    splits = {"train": made("instruct", scan, 3), "val": made("instruct", scan, 2)}
+    DatasetDict(splits).save_to_disk(tmp_path / "own")
+    assert len(load_records(tmp_path / "own", "train", "instruct")) == 3
+    assert len(load_records(tmp_path / "own", "validation", "instruct")) == 2
+    with pytest.raises(UserError, match="no split 'test'"):
+        load_records(tmp_path / "own", "test", "instruct")
+
+
 def test_other_files_beside_a_dataset_are_no_splits(tmp_path):
     """An adapter has `training_images.json`, `trainer_state.json` and so on."""
     for name in ("training_images.json", "trainer_state.json", "rejected.jsonl", "stage.json"):

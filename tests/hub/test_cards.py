@@ -5,7 +5,7 @@
 import json
 
 import pytest
-from datasets import Features
+from datasets import Dataset, Features
 from huggingface_hub import DatasetCard, ModelCard
 
 from medst_trl.base.errors import UserError
@@ -80,6 +80,20 @@ def test_a_dataset_in_the_format_of_trl_has_a_card(tmp_path):
     write_split(tmp_path, "train", [{name: [] for name in columns}], dict, features, 2)
     card = dataset_card(find_contents(tmp_path), "org/name")
     assert "| train | 1 |  |" in card and DatasetCard(card).data.medst_trl_kind == "preferences"
+
+
+def test_pairs_in_files_of_any_name_can_be_published(tmp_path):
+    row = {"images": [], "prompt": "Which plane?", "chosen": "Axial.", "rejected": "Sagittal."}
+    for name in ("train_one", "train_two", "val"):
+        Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
+    contents = find_contents(tmp_path)
+    assert contents.kind == "preferences"
+    assert contents.files == ["train_one.parquet", "train_two.parquet", "val.parquet"]
+    files = DatasetCard(dataset_card(contents, "org/name")).data.configs[0]["data_files"]
+    assert files == [
+        {"split": "train", "path": ["train_one.parquet", "train_two.parquet"]},
+        {"split": "validation", "path": "val.parquet"},
+    ]
 
 
 def test_reference_log_probs_are_mentioned_and_are_not_a_data_file(preferences):

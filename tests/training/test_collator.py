@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from io import BytesIO
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.image_formats import to_8_bit
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 from medst_trl.training.encoding import IGNORED, conversation_lengths
 
@@ -69,6 +71,16 @@ def test_grey_and_palette_images_are_read_as_rgb():
             _collator()([{**example, "images": [i]}])["pixel_values"] for i in (image, image.convert("RGB"))
         )
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "1"])
+def test_images_of_other_modes_are_read_as_prepare_stores_them(mode):
+    example = tiny_run.conversation(0)
+    grey = example["images"][0].convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+    image = deep if mode == "I;16" else grey.convert(mode)
+    batches = [_collator()([example | {"images": [one]}])["pixel_values"] for one in (image, to_8_bit(image))]
+    assert torch.equal(*batches) and batches[0].std() > 0.1
 
 
 def test_the_error_for_a_wrong_number_of_images_names_the_record():
