@@ -122,15 +122,15 @@ def _read_line(cache: ReplyCache, line: str, read: Callable[[str], Any]) -> str:
     try:
         line.encode()  # fails if a byte is of another encoding
         result = json.loads(line)
-        key, row = result["custom_id"], _row(result)
+        key = str(result["custom_id"])
+        row = _row(result)
     except CallError as error:
-        key = result["custom_id"]
         if error.reason == "request_failed":
             if not cache.attempts(key):
                 cache.add({"key": key, "failed": error.kind, "status": error.status, "detail": error.detail})
             return "failed"
         row = {"error": error.reason, "detail": error.detail}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return "unreadable"
     attempts = cache.attempts(key)
     if cache.is_open(key, read) and row.get("reply") not in [attempt["reply"] for attempt in attempts]:

@@ -26,6 +26,9 @@ _PAIR_LINE = re.compile(rf"\s*{_ANNOUNCED}{_PAIR}[\])}}\s.;]*", re.IGNORECASE)
 # Two numbers that open a line of prose: "8 9 Both answers are ...". A small letter would make the number a quantity.
 _PAIR_OPENS = re.compile(rf"\s*{_PAIR}[\])}}]?(?:[.,;:]|\s*[-\u2013\u2014])?\s+(?=[A-Z(])")
 _ONE_LINE = re.compile(rf"\s*{_NUMBER}{_OUT_OF}\s*")
+_REASONED = re.compile(
+    rf"\s*{_NUMBER}{_OUT_OF}\s*(?:[-\u2013\u2014:;,.(]\s*(?:[^\W\d]\D*)?)?"
+)  # "8/10 - it sees the lesion"
 _LOOKS_LIKE_PAIR = re.compile(
     r"[\s\[({]*[+-]?[0-9.]+(?:\s?/\s?[0-9]+)?[\s,;|&]+[+-]?[0-9.]+(?:\s?/\s?[0-9]+)?[\])}\s.;]*"
 )
@@ -244,7 +247,7 @@ def _plain(name: Any) -> str:
 
 def _score(value: Any) -> float | None:
     if isinstance(value, str):
-        match = _ONE_LINE.fullmatch(value)
+        match = _REASONED.fullmatch(value)
         value = match and match[1]
     numbers = valid_scores((value, value))
     return numbers and numbers[0]

@@ -195,3 +195,18 @@ def test_a_reply_that_could_not_be_read_is_requested_again_in_a_later_run(tmp_pa
     assert list(write(tmp_path)) == keys[:1]
     judgements = read(tmp_path, [reply(keys[0], prefers_longer(bodies[keys[0]]))])
     assert [judgement["dropped"] for judgement in judgements] == [None, None] and write(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"custom_id": ["a"], "response": {"status_code": 500}}, {"custom_id": None},
+        {"response": {"status_code": 400}}, ["a"], 5, None, {"custom_id": "a", "method": "POST", "body": {}},
+        {"custom_id": "a", "response": "broken"}, {"custom_id": "a", "response": {"status_code": float("inf")}},
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_result_is_counted(tmp_path, line):
+    key = next(iter(write(tmp_path)))
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(reply(key, '8 5'))}\n")
+    counts = read_batch(judge_in(tmp_path).cache, [tmp_path / "results.jsonl"])
+    assert counts in ({"replies": 1, "unreadable": 1}, {"replies": 1, "failed": 1})

@@ -70,7 +70,7 @@ def test_a_truncated_reply_is_none(missing_characters):
 SCORES = st.fixed_dictionaries(dict.fromkeys((*CRITERIA, "overall"), st.integers(1, 10)))
 WAYS = {
     "quotes": ['""', "''", "\u201c\u201d", "\u2018\u2019", ("", "")],
-    "score": ["{}", "{}.0", "{}/10", "{} / 10", "{} out of 10"],
+    "score": ["{}", "{}.0", "{}/10", "{} / 10", "{} out of 10", "{}/10 - it sees the lesion", "{}. Fine"],
     "names": [
         ("answer_1", "answer_2"), ("Answer 1", "Answer 2"), ("answer1", "answer2"), ("ANSWER-1", "ANSWER-2"),
         ("Answer A", "Answer B"), ("First answer", "Second answer"), ("1", "2"),
@@ -128,6 +128,7 @@ AMBIGUITIES = {
     "too high": lambda reply, other: reply.replace("7/10", "17/10"),
     "below zero": lambda reply, other: reply.replace("7/10", "-7/10"),
     "a decimal comma": lambda reply, other: reply.replace('"7/10"', "7,5"),
+    "a second thought": lambda reply, other: reply.replace("7/10", "7, or 8"),
     "a range": lambda reply, other: reply.replace("7/10", "7-8"),
     "no score": lambda reply, other: reply.replace("7/10", "good"),
     "a name that occurs twice": lambda reply, other: reply.replace("answer_2", "answer_1"),
