@@ -69,7 +69,7 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
     except UserError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain("interrupted. Run the same command again to resume.", 130)
+        return 130 if rank() else _complain(f"interrupted.{_again(function, *arguments)}", 130)
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -78,6 +78,17 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         if not is_full_disk(error):
             raise
         return _complain("the disk is full. Finished work is kept: make room and run the same command again.", 2)
+
+
+def _again(function: Callable[..., int | None], words: Sequence[str], *_) -> str:
+    """How to resume an interrupted command. `medst run` says it for its stages."""
+    if RUN_VARIABLE in os.environ:
+        return ""
+    if function is not _dispatch:
+        return " To resume, run the same command again, without --overwrite."
+    words, options = read_options(words)
+    rest = words_of(option for option in options if option.key != "overwrite")  # it would delete what is saved
+    return f" To resume, run:\n  {shlex.join(hide_secrets(['medst', *words, *rest]))}"
 
 
 def _reader_is_gone() -> bool:
@@ -218,7 +229,7 @@ def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[s
         if code != 0:
             then = "Correct the error above, then run" if code == 2 else "To continue"
             print(f"\nStopped in {step.label}. Finished work is kept. {then}:\n  {again}", file=sys.stderr)
-            return code if code > 0 else 128 - code
+            return code
     return 0
 
 
@@ -409,8 +420,7 @@ def _recipes(argv: list[str]) -> int | None:
 def _validate(argv: list[str]) -> int:
     if "torch" not in sys.modules:  # TRL checks its own settings and imports torch, so this runs in a child process
         code = "import sys, torch; from medst_trl.cli import main; sys.exit(main(sys.argv[1:]))"
-        exit_code = launch.run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
-        return exit_code if exit_code >= 0 else 128 - exit_code  # as a shell does for a signal
+        return launch.run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
     from medst_trl.pipeline.plan.validate import validate
 
     words, options = read_options(argv)

@@ -4,12 +4,16 @@
 A small stage-1 run: four-turn conversations about noise images, and a LLaVA with 60k parameters.
 
 As a script it runs in a separate process, which a test can kill or start with two ranks:
-`python tests/tiny_run.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N | --kill_while_saving N]`
+`python tests/tiny_run.py OUTPUT_DIR '{"max_steps": 6}' [--kill_after_step N | ...]`
+
+`--kill_while_saving N` kills it in the middle of a checkpoint. `--term_in_step N` sends SIGTERM to the process group
+of the last rank, with the workers of its data loader.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,6 +132,23 @@ class KillAfterStep(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SignalInStep(TrainerCallback):
+    """Send signals to this process while the gradients of a step (the first is 1) are computed, or to its group."""
+
+    def __init__(self, step: int, *numbers: signal.Signals, to_group: bool = False):
+        self.step = step
+        self.numbers = numbers
+        self.to_group = to_group
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step and args.process_index == args.world_size - 1:
+            for number in self.numbers:
+                if self.to_group:  # by another process: a worker exits silently if its parent asks it to
+                    subprocess.run(["kill", "-s", str(int(number)), "--", f"-{os.getpgid(0)}"])
+                else:
+                    os.kill(os.getpid(), number)
+
+
 def kill_while_saving(step: int) -> None:
     """Kill the process when half of the optimizer state of checkpoint `step` is written."""
     save = torch.save
@@ -146,6 +167,10 @@ if __name__ == "__main__":
     overrides = json.loads(overrides)
     if kill and kill[0] == "--kill_after_step":
         overrides["callbacks"] = [KillAfterStep(int(kill[1]))]
+    elif kill and kill[0] == "--term_in_step":
+        if os.getpgid(0) != os.getpid():  # a rank of a launch has its own group already
+            os.setpgid(0, 0)
+        overrides["callbacks"] = [SignalInStep(int(kill[1]), signal.SIGTERM, to_group=True)]
     elif kill:
         kill_while_saving(int(kill[1]))
     trainer = train(output_dir, **overrides)

@@ -166,6 +166,7 @@ def launch_command(
         options = ["--mixed_precision", "no", *options]
     cores_each = cores() // max(1, num_processes // machines)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_each)))  # accelerate's own default is 1
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save a checkpoint after a signal
     if machines == 1 and not requested.has_port and "--main_process_port" not in given:
         options = ["--main_process_port", "0", *options]  # a free one, so that two runs can share a machine
     command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--config_file", str(find_config(requested.name))]
@@ -197,39 +198,48 @@ def _on_cpus(config: AccelerateConfig) -> dict[str, str]:
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """
-    Run a command and return its exit code. If this process is stopped, so are the command and its children: they are
-    asked to stop, and killed after 30 seconds.
+    Run a command and return its exit code, 128 + N for signal N.
+
+    Signals to stop (Ctrl-C, SIGTERM) are passed on to the command and its children, which may save their work first.
+    A third one kills them.
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        return process.wait()
-    except (KeyboardInterrupt, SystemExit) as reason:
+    received = []
+
+    def pass_on(number, frame):
+        received.append(number)
         with suppress(ProcessLookupError):  # it has already ended
-            os.killpg(process.pid, signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-        raise
+            os.killpg(process.pid, number if len(received) < 3 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _exit_code(process.wait())
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code  # as a shell does for a signal
 
 
 def main() -> None:
     """Run `accelerate launch`. If the stage fails, exit with its exit code instead of a second traceback."""
     from accelerate.commands.launch import launch_command as accelerate_launch
     from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # the stage has received it too, and may be saving its work
+        signal.signal(number, lambda *_: None)
     try:
         accelerate_launch(launch_command_parser().parse_args())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except SignalException as error:  # of several processes, which have ended
+        sys.exit(_exit_code(-error.sigval))
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+        sys.exit(_exit_code(error.returncode))
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
+        sys.exit(_exit_code(error.get_first_failure()[1].exitcode))
     except (ImportError, ValueError) as error:  # accelerate's errors about its options and missing packages
         sys.exit(f"accelerate launch: {error}")
 

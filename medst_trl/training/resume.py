@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming a run from its newest complete checkpoint.
+"""Interrupting a run with a checkpoint, and resuming it from its newest complete one.
 
 The Trainer writes `checkpoint-N` in place, `trainer_state.json` last, and its own `get_last_checkpoint` takes the
 largest number, complete or not. A run killed while it wrote one would not start again, or start from half a state.
@@ -9,32 +9,144 @@ largest number, complete or not. A run killed while it wrote one would not start
 import json
 import logging
 import os
+import signal
+import sys
+import threading
+import time
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from medst_trl.base.errors import UserError, number_of
-from medst_trl.base.processes import on_main_process
+from medst_trl.base.processes import on_main_process, rank, world_size
 
 
 logger = logging.getLogger(__name__)
 
+SECONDS_OF_COPIES = 2  # within which a signal may be the same one, passed on by a launcher
 
-def resume_checkpoint(output_dir: str | Path, accelerator: Accelerator) -> str | None:
+
+class StopSignals(TrainerCallback):
     """
-    [`newest_complete_checkpoint`], as the main process finds it, on every rank.
+    Context manager around training: after a signal to stop (Ctrl-C, SIGTERM), training ends with a checkpoint of the
+    step in progress, on all ranks. A second signal ends it at once, as does the first with `save_strategy="no"`.
+
+    `enable_jit_checkpoint` of transformers (5.23) saves after SIGTERM, too. It does so between the gradients and the
+    step as well, so that a resumed run differs, and each rank decides alone, so that ranks wait for each other.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.is_active = torch.zeros((), dtype=torch.bool).share_memory_()  # workers of data loaders read it
+
+    def __enter__(self) -> None:
+        self.received: int | None = None
+        self.is_stopping = False  # on all ranks
+        saves = self.trainer.args.save_strategy != "no" and threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if saves else ()
+        self.trainer.add_callback(self)  # the last one, because it ends training
+        self.is_active.fill_(saves)
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.is_active.fill_(False)
+        self.trainer.remove_callback(self)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+            if rank() == 0:  # not by print, which the signal may have interrupted
+                os.write(2, b"\nStopping with a checkpoint after this step. Press Ctrl-C again to stop at once.\n")
+        # Processes of a launcher receive a signal themselves and from the launcher.
+        elif time.monotonic() - self.since > SECONDS_OF_COPIES or (number == signal.SIGINT and world_size() == 1):
+            _stop(number)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed run has loaded the intervals of its checkpoint
+        if state.global_step:
+            self.trainer.accelerator.print(f"Resuming after step {state.global_step} of {state.max_steps}.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.is_stopping = self.received is not None
+        if self.before and self.trainer.accelerator.num_processes > 1:
+            if self.is_stopping:
+                self.trainer.accelerator.set_trigger()
+            self.is_stopping = self.trainer.accelerator.check_trigger()
+        control.should_save |= self.is_stopping
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.is_stopping:
+            self.trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks when one has ended
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            self.trainer.accelerator.print(f"Saved {checkpoint}, after step {state.global_step} of {state.max_steps}.")
+            _stop(self.received or signal.SIGTERM)
+
+    def protect_workers(self, dataloader: DataLoader) -> DataLoader:
+        """Let the workers of a data loader ignore, during training, the signals that their process group receives."""
+        base = getattr(dataloader, "base_dataloader", dataloader)  # accelerate's loaders have one
+        base.worker_init_fn = partial(_protect_worker, self.is_active, base.worker_init_fn)
+        return dataloader
+
+
+def _protect_worker(is_active: torch.Tensor, init: Callable[[int], None] | None, worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+    signal.signal(signal.SIGTERM, lambda number, frame: None if is_active else os._exit(0))
+    if init is not None:
+        init(worker_id)
+
+
+def _stop(number: int) -> NoReturn:
+    """End training as the signal would."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+def resume_checkpoint(output_dir: str | Path, accelerator: Accelerator, given: str | None = None) -> str | None:
+    """
+    Find the checkpoint to resume from, on the main process for every rank.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The run directory.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the ranks that will resume.
+        given (`str`, *optional*):
+            `resume_from_checkpoint`: a checkpoint in `output_dir`, `"true"` for the newest one, or `"false"` for none.
+            Default: the newest one, if there is any.
+
+    Returns:
+        `str` or `None`: The checkpoint.
 
     Raises:
-        UserError: if this launch cannot read the optimizer's state in it.
+        UserError: if the given one is missing or not complete, or this launch cannot read its optimizer's state.
     """
 
     def find() -> str | None:
-        found = newest_complete_checkpoint(output_dir, accelerator.num_processes)
+        word = (given or "").lower()
+        if word == "false":
+            return None
+        found = newest_complete_checkpoint(output_dir, accelerator.num_processes) if word in ("", "true") else given
+        if word and found is None:
+            raise UserError(f"resume_from_checkpoint is true, and {output_dir} has no complete checkpoint. Remove it.")
         if found is not None:
+            if problem := _incomplete(Path(found)):
+                raise UserError(f"resume_from_checkpoint {found}: {problem}.")
             _check_optimizer(Path(found), accelerator)
         return found
 

@@ -4,6 +4,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
@@ -11,6 +12,7 @@ from medst_trl.base.processes import SHARDED, cores, launched_kind
 from medst_trl.base.settings import documented
 
 
+SAVE_STEPS = 0.1  # of all steps
 MAX_WORKERS = 8  # with more, decoding is faster than any model here trains, and each worker holds batches in memory
 
 
@@ -41,6 +43,26 @@ def check_sharding(kind: str, *settings: Any) -> None:
             )
 
 
+def check_resume(training_args: Any, overwrite: bool) -> None:
+    """
+    Refuse a `resume_from_checkpoint` outside `output_dir`, or one that `overwrite` would delete.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]): Name a checkpoint, or `"true"` for the newest one.
+        overwrite (`bool`): Whether the contents of `output_dir` are deleted.
+    """
+    given, output_dir = str(training_args.resume_from_checkpoint or "false"), Path(training_args.output_dir)
+    if given.lower() == "false":
+        return
+    if overwrite:
+        raise UserError("overwrite deletes the checkpoints that resume_from_checkpoint would use. Choose one of them.")
+    if given.lower() != "true" and Path(given).resolve().parent != output_dir.resolve():
+        raise UserError(
+            f"resume_from_checkpoint {given} is not a checkpoint in output_dir {output_dir}. A run resumes from its "
+            f"own checkpoints. To start a new run from these weights, set model_name_or_path to {given}."
+        )
+
+
 @documented
 @dataclass
 class TrainerSettings:
@@ -57,12 +79,19 @@ class TrainerSettings:
             cores, at most 8, with an accelerator; 0 without one.
         dataloader_persistent_workers (`bool`, *optional*):
             Whether to keep the workers between epochs. Default: true with an accelerator.
+        save_steps (`float`, *optional*, defaults to `0.1`):
+            Number of steps between checkpoints. A value below 1 is a fraction of all steps. With
+            load_best_model_at_end, the default is eval_steps.
+        save_total_limit (`int`, *optional*):
+            Number of checkpoints to keep, with the best one. Default: 2 if save_steps has its default, else all.
     """
 
     vision_learning_rate: float | None = None
     projector_learning_rate: float | None = None
     dataloader_num_workers: int | None = None
     dataloader_persistent_workers: bool | None = None
+    save_steps: float = SAVE_STEPS
+    save_total_limit: int | None = None
 
     def __post_init__(self):
         import torch
@@ -82,6 +111,11 @@ class TrainerSettings:
             self.dataloader_pin_memory = False  # it has no effect, and torch warns for every loader
         if self.ddp_backend is None:
             self.ddp_backend = backend_on_cpus()
+        if self.save_steps == SAVE_STEPS and self.save_strategy == "steps":
+            if self.save_total_limit is None:
+                self.save_total_limit = 2
+            if self.load_best_model_at_end and self.eval_strategy == "steps":  # a checkpoint needs an evaluation
+                self.save_steps = self.eval_steps or self.logging_steps
         super().__post_init__()
 
 
@@ -204,10 +238,6 @@ class CommonTrlSettings:
             Where to log: none, trackio, wandb, ...
         save_strategy (`str`, *optional*, defaults to `"steps"`):
             When to save checkpoints: no, steps, epoch, best.
-        save_steps (`float`, *optional*, defaults to `500`):
-            Number of steps between checkpoints.
-        save_total_limit (`int`, *optional*):
-            Number of checkpoints to keep.
         eval_strategy (`str`, *optional*, defaults to `"no"`):
             When to evaluate: no, steps, epoch.
         eval_steps (`float`, *optional*):
@@ -242,8 +272,6 @@ class CommonTrlSettings:
     logging_steps: float = 10
     report_to: str | None = "none"
     save_strategy: str = "steps"
-    save_steps: float = 500
-    save_total_limit: int | None = None
     eval_strategy: str = "no"
     eval_steps: float | None = None
     load_best_model_at_end: bool = False

@@ -27,6 +27,7 @@ from medst_trl.policy.families import ModelParts, base_of, model_parts
 from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .images import DecodesImages
+from .resume import StopSignals
 from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
 
@@ -160,6 +161,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             # PEFT would store the whole embedding of an enlarged vocabulary; `load_policy` enlarges it again.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False, **kwargs)
         name_fsdp_layers(self)
+        self.stop_signals = StopSignals(self)
         # DDP that looks for unused parameters (TRL's default with images) exchanges zeros itself.
         diverges = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.ddp_find_unused_parameters is False
         if self.accelerator.num_processes > 1 and diverges:
@@ -220,7 +222,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         blocking = not self.accelerator.non_blocking
         self._data_wait = DataWait(self.args.device.type not in ("cpu", "meta") and blocking)
         self._has_hinted = False
-        return super().train(*args, **kwargs)
+        with self.stop_signals:
+            return super().train(*args, **kwargs)
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         if isinstance(self.data_collator, DecodesImages):
@@ -228,7 +231,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         if self.args.dataloader_num_workers:
             # tokenizers warns in each process forked after it has used threads. Batches need none of them.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        return self.stop_signals.protect_workers(super()._get_dataloader(dataset, *args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return super().get_batch_samples(self._data_wait.timed(epoch_iterator), num_batches, device)

@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import tiny_run
 from jsonl import write_prediction
 
 from medst_trl.base.errors import UserError
 from medst_trl.cli import guarded, main
 from medst_trl.cli import run_launched as run_recipe
+from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import (
     CONFIGS,
@@ -120,7 +123,8 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 
 
 def test_validate_exits_like_a_shell_if_its_child_is_killed(monkeypatch):
-    monkeypatch.setattr(launch, "run", lambda command, environment: -signal.SIGKILL)
+    killed = SimpleNamespace(wait=lambda: -signal.SIGKILL)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: killed)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert main(["recipes", "validate", "demo"]) == 128 + signal.SIGKILL
 
@@ -427,6 +431,81 @@ sys.exit(guarded(run, [sys.executable, "-c", child], {}))
     while _alive(grandchild) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(grandchild)
+
+
+PASSING_ON = """
+import sys
+from medst_trl.pipeline.launch import run
+child = '''
+import signal, time
+received = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: (received.append(number), print(number, flush=True)))
+print("ready", flush=True)
+while len(received) < LIMIT:
+    time.sleep(0.05)
+raise SystemExit(7)
+'''
+sys.exit(run([sys.executable, "-c", child], {}))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("limit, sent, code", [(1, 1, 7), (2, 2, 7), (9, 3, 128 + signal.SIGKILL)])
+def test_a_stage_can_save_its_work_after_a_signal_and_a_third_one_kills_it(number, limit, sent, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PASSING_ON.replace("LIMIT", str(limit))], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    for remaining in reversed(range(sent)):
+        process.send_signal(number)
+        assert not remaining or process.stdout.readline() == f"{int(number)}\n"
+    assert process.wait(timeout=30) == code
+
+
+def test_an_interrupted_command_ends_with_the_command_that_resumes_it(monkeypatch, capsys):
+    def interrupt(stage, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medst_trl.cli._stage", interrupt)
+    argv = ["sft", "--output_dir", "two words", "--overwrite", "--lora_r=3", "--train_vusr"]
+    assert main(argv) == 130
+    resume = "medst sft --output_dir 'two words' --lora_r 3 --train_vusr"
+    assert capsys.readouterr().err == f"error: interrupted. To resume, run:\n  {resume}\n"
+    monkeypatch.setenv("MEDST_RUN", "sft")  # `medst run` prints its own command
+    assert main(argv) == 130 and capsys.readouterr().err == "error: interrupted.\n"
+    monkeypatch.setenv("RANK", "1")
+    assert main(argv) == 130 and capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_training_resumes_where_it_stopped(tmp_path, number, processes):
+    model, processor = tiny_llava(**tiny_run.SMALL)
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    data = tiny_run.write_instruct(tmp_path / "instruct", range(8))
+    sft = {"model_name_or_path": str(tmp_path / "base"), "dataset": data, "max_steps": 200, "logging_steps": 1}
+    sft |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "lora_r": 2, "save_steps": 150}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"output_dir": str(tmp_path / "run"), "sft": sft}))
+    command = [sys.executable, "-m", "medst_trl.cli", "run", "mine.yaml", "--num_processes", str(processes)]
+    start = {
+        "cwd": tmp_path, "env": ONE_CPU, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }  # fmt: skip
+    process = subprocess.Popen(command, **start)
+    while "'loss'" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, printed
+    assert printed.count("error: interrupted") == (number == signal.SIGINT) and "Traceback" not in printed
+    step = re.search(r"Saved .*checkpoint-(\d+), after step \1 of 200", printed)[1]
+    assert printed.strip().endswith(f"To continue:\n  medst run mine.yaml --num_processes {processes}")
+    resumed = subprocess.run(command, **start, timeout=300).stdout
+    assert f"Resuming after step {step} of 200." in resumed and "Done in" in resumed
 
 
 def test_an_interrupted_launch_prints_no_traceback(tmp_path):

@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
+from accelerate import Accelerator
 from commands import launch_script
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from medst_trl.training.resume import newest_complete_checkpoint
+from medst_trl import MultimodalDPOConfig, SelfQuestioningConfig
+from medst_trl.base.errors import UserError
+from medst_trl.training.resume import newest_complete_checkpoint, resume_checkpoint
 
 
 # Two epochs with a checkpoint in the middle of each: the choice of `<vusr>` turns changes with the epoch
@@ -48,6 +52,121 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, uninterr
     assert weights.keys() == expected.keys()
     assert max((weights[name] - expected[name]).abs().max().item() for name in expected) == 0
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
+
+
+def _stop(directory: Path, error: type, *numbers: signal.Signals, step: int = 5, **settings):
+    """Train until a signal in the middle of a step ends it."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(error) as stopped:
+        tiny_run.train(directory, callbacks=[tiny_run.SignalInStep(step, *numbers)], **{**SETTINGS, **settings})
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    return stopped.value
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_a_checkpoint_and_the_resumed_run_equals_an_uninterrupted_one(
+    tmp_path, uninterrupted, number, error, capfd
+):
+    stopped = _stop(tmp_path, error, number)
+    assert error is KeyboardInterrupt or stopped.code == 128 + signal.SIGTERM
+    printed = capfd.readouterr()
+    assert f"Saved {tmp_path / 'checkpoint-5'}, after step 5 of 8." in printed.out
+    assert printed.err.count("Press Ctrl-C again to stop at once.") == 1
+    trainer = tiny_run.train(tmp_path, **SETTINGS)
+    assert "Resuming after step 5 of 8." in capfd.readouterr().out
+    _, expected, losses = uninterrupted
+    weights = tiny_run.trained_weights(trainer)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
+
+
+@pytest.mark.parametrize("step", [1, 3, 8])
+def test_a_signal_in_any_step_saves_that_step(tmp_path, step):
+    _stop(tmp_path, KeyboardInterrupt, signal.SIGINT, step=step, per_device_train_batch_size=2,
+          gradient_accumulation_steps=2)  # fmt: skip
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    _stop(tmp_path, KeyboardInterrupt, signal.SIGINT, signal.SIGINT)
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+def test_a_repeated_sigterm_of_a_launcher_still_saves(tmp_path):
+    _stop(tmp_path, SystemExit, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+def test_without_checkpoints_a_signal_stops_at_once(tmp_path):
+    _stop(tmp_path, KeyboardInterrupt, signal.SIGINT, save_strategy="no")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_training_in_a_thread_takes_no_signals(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert (
+            pool.submit(tiny_run.train, tmp_path, max_steps=1, save_strategy="steps").result().state.global_step == 1
+        )
+
+
+def test_workers_of_data_loaders_survive_a_signal_to_their_group(tmp_path, uninterrupted):
+    settings = json.dumps(SETTINGS | {"dataloader_num_workers": 2})
+    process = launch_script("tiny_run.py", str(tmp_path), settings, "--term_in_step", "2", ranks=1)
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "Traceback" not in process.stderr and "worker" not in process.stderr
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_step_after_a_signal_to_one_of_them(tmp_path):
+    settings = json.dumps(SETTINGS | {"per_device_train_batch_size": 2})
+    for name in ("uninterrupted", "interrupted"):
+        (tmp_path / name).mkdir()
+    stopped = launch_script("tiny_run.py", str(tmp_path / "interrupted"), settings, "--term_in_step", "4")
+    assert stopped.returncode != 0 and "checkpoint-4, after step 4 of 8" in stopped.stdout, stopped.stderr
+    assert newest_complete_checkpoint(tmp_path / "interrupted", 2) == str(tmp_path / "interrupted" / "checkpoint-4")
+    for name in ("uninterrupted", "interrupted"):
+        assert launch_script("tiny_run.py", str(tmp_path / name), settings).returncode == 0
+    weights, expected = (torch.load(tmp_path / name / "weights.pt") for name in ("interrupted", "uninterrupted"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_are_a_tenth_of_the_run_apart_and_few_are_kept(tmp_path):
+    trainer = tiny_run.train(tmp_path, save_strategy="steps", max_steps=20, logging_steps=20)
+    assert trainer.state.save_steps == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
+    assert SelfQuestioningConfig(output_dir=str(tmp_path), save_steps=5).save_total_limit is None
+    assert SelfQuestioningConfig(output_dir=str(tmp_path), save_total_limit=0).save_total_limit == 0
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps"}
+    for given, steps in ({"eval_steps": 7}, 7), ({"logging_steps": 3}, 3), ({"eval_steps": 0.25}, 0.25):
+        assert MultimodalDPOConfig(output_dir=str(tmp_path), **best, **given).save_steps == steps
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.train(tmp_path, callbacks=[_Interrupt(4)], max_steps=8, save_strategy="steps", save_steps=4)
+    trainer = tiny_run.train(tmp_path, max_steps=8, save_strategy="steps", save_steps=1)
+    assert trainer.state.save_steps == 1 and (tmp_path / "checkpoint-5").exists()
+
+
+@pytest.mark.parametrize("given", [None, "true", "True"])
+def test_the_newest_checkpoint_is_resumed_by_default(checkpoints, given):
+    assert resume_checkpoint(checkpoints, Accelerator(cpu=True), given) == str(checkpoints / "checkpoint-6")
+
+
+def test_resume_from_checkpoint_selects_a_checkpoint(checkpoints, tmp_path_factory):
+    accelerator, empty = Accelerator(cpu=True), tmp_path_factory.mktemp("empty")
+    assert resume_checkpoint(checkpoints, accelerator, "False") is None
+    assert resume_checkpoint(checkpoints, accelerator, f"{checkpoints}/checkpoint-3") == f"{checkpoints}/checkpoint-3"
+    assert resume_checkpoint(empty, accelerator, "false") is None
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        resume_checkpoint(empty, accelerator, "true")
+    with pytest.raises(UserError, match="checkpoint-4: trainer_state.json is missing"):
+        resume_checkpoint(checkpoints, accelerator, f"{checkpoints}/checkpoint-4")
+    (checkpoints / "checkpoint-3" / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-3: optimizer.pt is missing"):
+        resume_checkpoint(checkpoints, accelerator, f"{checkpoints}/checkpoint-3")
+    assert (checkpoints / "checkpoint-3").exists()
 
 
 @pytest.fixture

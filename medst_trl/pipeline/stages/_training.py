@@ -26,7 +26,7 @@ from medst_trl.pipeline.lineage import image_ids_in, write_training_images
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
-from medst_trl.training.settings import CommonTrlSettings, check_sharding, sharding_kind
+from medst_trl.training.settings import CommonTrlSettings, check_resume, check_sharding, sharding_kind
 
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ class TrainingStageArguments:
 
         Raises:
             UserError: for a number out of bounds, an unknown `dtype` or `vusr_role`, training that would end before
-                its first step, `load_in_4bit` if the 4-bit weights would have to train or to be sharded, and ZeRO-3
-                without GPUs if the token trains.
+                its first step, a `resume_from_checkpoint` that is not in `output_dir`, `load_in_4bit` if the 4-bit
+                weights would have to train or to be sharded, and ZeRO-3 without GPUs if the token trains.
         """
         from medst_trl.policy.vusr import VUSR_ROLES
 
@@ -161,6 +161,7 @@ class TrainingStageArguments:
         if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
             raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
         _check_weights(given.get("dataset_weights"), given.get("dataset"), given.get("oversample"))
+        check_resume(training_args, self.overwrite)
         check_choice("dtype", given.get("dtype"), DTYPES)
         check_choice("vusr_role", given.get("vusr_role"), VUSR_ROLES)
         if self.load_in_4bit and not self.use_lora:
@@ -261,7 +262,10 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
         trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
         trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}")
-        checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator)
+        given = training_args.resume_from_checkpoint
+        checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator, given)
+        if record.decision == "resume" and checkpoint is None:
+            trainer.accelerator.print("No checkpoint is resumed: training starts at its first step.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         save_result(trainer)
