@@ -80,7 +80,7 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         return _complain("the disk is full. Finished work is kept: make room and run the same command again.", 2)
 
 
-def _again(function: Callable[..., int | None], words: Sequence[str], *_) -> str:
+def _again(function: Callable[..., int | None], words: Sequence[str] = (), *_) -> str:
     """How to resume an interrupted command. `medst run` says it for its stages."""
     if RUN_VARIABLE in os.environ:
         return ""
