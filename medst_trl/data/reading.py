@@ -138,6 +138,11 @@ def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterat
     text = read_text_file(path, notes=notes).replace("\r\n", "\n").replace("\r", "\n")
     start = _BETWEEN.match(text).end()
     is_array = text[start : start + 1] == "["
+    if not is_array and (names := _whole_object(text)) and key not in column_names(names, key):
+        raise UserError(
+            f"{path} is one object with the keys {', '.join(names[:5])}. Save the records as an array of objects, or "
+            "one object per line (in pandas: orient='records')."
+        )
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
         raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
     items = _values(text, start + 1, key) if is_array else chain.from_iterable(map(_values, text.split("\n")))
@@ -145,6 +150,15 @@ def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterat
         if not isinstance(item, dict | Rejected):
             item = Rejected("", "not_an_object", item)
         yield position, replace(item, id=f"{path.name}#{position}") if isinstance(item, Rejected) else item
+
+
+def _whole_object(text: str) -> list[str]:
+    """Return the keys of the object that a text is, if their values are lists or objects, such as columns."""
+    with suppress(ValueError, RecursionError):
+        whole = json.loads(text)
+        if isinstance(whole, dict) and all(isinstance(value, dict | list) for value in whole.values()):
+            return list(whole)
+    return []
 
 
 def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
@@ -292,7 +306,8 @@ def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int,
 
 def _dialect(sign: str, own: str) -> dict[str, Any]:
     """Return how to read text with a separator. In tables with tabs, other programs write no quotes."""
-    return {"delimiter": sign, "strict": True, "quoting": csv.QUOTE_NONE if sign == own == "\t" else csv.QUOTE_MINIMAL}
+    quoting = csv.QUOTE_NONE if sign == own == "\t" else csv.QUOTE_MINIMAL
+    return {"delimiter": sign, "strict": True, "quoting": quoting, "skipinitialspace": True}
 
 
 def _cells(lines: list[str], at: int, dialect: dict[str, Any]) -> tuple[list[str] | None, int]:

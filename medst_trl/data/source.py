@@ -40,14 +40,14 @@ SOURCES.register(
 """
 
 import hashlib
-import math
 import re
 from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, count
+from itertools import count
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -160,7 +160,8 @@ class Rejected:
     value: Any = None
 
     def as_row(self) -> dict:
-        value = self.value if isinstance(self.value, str | int | float | bool | None) else repr(self.value)
+        is_plain = isinstance(self.value, str | int | None) or (isinstance(self.value, float) and isfinite(self.value))
+        value = self.value if is_plain else repr(self.value)  # JSON has no NaN
         if isinstance(value, str):
             value = printable(value[:200])
         return {"id": printable(self.id), "reason": self.reason, "value": value}
@@ -211,8 +212,13 @@ class Records:
     group_column: str | None = None
 
     def __iter__(self) -> Iterator[Conversation | Question]:
-        """Iterate over all conversations, then all questions."""
-        return chain(self.conversations, self.questions)
+        """Iterate over all conversations, then all questions. Unlabeled images are alone, also those of one row."""
+        for conversation in self.conversations:
+            if conversation.messages or len(conversation.images) < 2:
+                yield conversation
+            else:
+                yield from (replace(conversation, images=(name,)) for name in conversation.images)
+        yield from self.questions
 
     def collect(
         self,
@@ -417,7 +423,7 @@ def column_name(name: Any) -> str:
 def is_missing(value: Any) -> bool:
     """Whether a field holds no value: null, blank, not a finite number, or text that stands for one of these."""
     if isinstance(value, float):
-        return not math.isfinite(value)
+        return not isfinite(value)
     return value is None or (isinstance(value, str) and _NO_VALUE.fullmatch(value.strip()) is not None)
 
 

@@ -136,7 +136,7 @@ def _read_pair(record: dict) -> dict:
     if chosen == rejected:
         raise BadRecord("chosen_equals_rejected", text_of(chosen[-1]["content"]))
     weight = record.get("weighted_score")
-    if isinstance(weight, bool) or not isinstance(weight, int | float | None):
+    if isinstance(weight, bool) or not isinstance(weight, int | float | None) or weight != weight:  # NaN
         raise BadRecord("bad_score", weight)
     judge = {"source": name} | ({} if weight is None else {"weighted_score": weight})
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]

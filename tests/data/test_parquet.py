@@ -63,7 +63,7 @@ def prepare(directory, source, path, **arguments):
     return json.loads((directory / "stage.json").read_text())["counts"]
 
 
-@pytest.mark.parametrize("source", ["vqa_rad", "pathvqa", "slake", "images"])
+@pytest.mark.parametrize("source", ["vqa_rad", "pathvqa", "images"])
 def test_a_copy_of_a_benchmark_is_prepared_by_its_source(tmp_path, source):
     hub_copy(tmp_path / "copy")
     counts = prepare(tmp_path / "out", source, tmp_path / "copy")

@@ -64,6 +64,14 @@ def test_any_line_with_a_broken_quote_costs_only_itself(tmp_path_factory, cells,
     assert [item.reason for item in rejected] == ["bad_quotes"] * len(broken)
 
 
+def test_captions_lose_no_rows_to_an_unclosed_quote(tmp_path):
+    lines = ["image;Caption", "0.png;A scan.", '1.png;"A scan', '2.png;"Two\nlines."', "3.png;A scan."]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    source = read_captions(tmp_path / "t.csv", tmp_path)
+    assert [conversation.images[0] for conversation in source.conversations] == ["0.png", "2.png", "3.png"]
+    assert [item.id for item in source.rejected] == ["t.csv#line 3"]
+
+
 @pytest.mark.parametrize("first", [2, 3, 5])
 @pytest.mark.parametrize("closing", ['bud",train', 'bud"'])
 def test_rows_between_an_unclosed_and_a_stray_quote_stay(tmp_path, first, closing):
@@ -93,7 +101,7 @@ def test_quotes_in_tsv_are_text(tmp_path_factory, answers):
     path = tmp_path_factory.mktemp("tsv") / "t.tsv"
     path.write_text("image\tanswer\n" + "".join(f"{n}.png\t{answer}\n" for n, (answer,) in enumerate(answers)))
     rows, rejected, _ = read(path)
-    assert [row["answer"] for row in rows] == [answer for (answer,) in answers] and not rejected
+    assert [row["answer"] for row in rows] == [answer.lstrip(" ") for (answer,) in answers] and not rejected
 
 
 @settings(deadline=None, max_examples=100)
@@ -113,8 +121,9 @@ def test_any_delimiter_is_recognized(tmp_path_factory, cells, delimiter, name, e
     path = tmp_path_factory.mktemp("delimiters") / name
     path.write_bytes(text.getvalue().encode(encoding))
     read_back, rejected, notes = read(path)
-    assert [list(row.values()) for row in read_back] == rows and not rejected
-    assert ("encoding" in notes) == encoding.startswith("utf-16")
+    stripped = [[cell.strip() for cell in row.values()] for row in read_back]
+    assert stripped == [[cell.strip() for cell in row] for row in rows]
+    assert not rejected and ("encoding" in notes) == encoding.startswith("utf-16")
 
 
 WESTERN = (
@@ -226,6 +235,14 @@ def test_the_first_sheet_of_a_workbook_is_read(tmp_path):
     ]  # fmt: skip
     assert [(item.id, item.reason) for item in rejected] == [("t.xlsx#line 7", "malformed_row")]
     assert notes == {"sheets_not_read": "Sheet 1"}
+
+
+def test_blanks_before_quotes_are_skipped(tmp_path):
+    (tmp_path / "t.csv").write_text('image, question, answer\n0.png, "What, ""exactly""?", "yes\nno"\n')
+    assert read(tmp_path / "t.csv")[:2] == (
+        [{"image": "0.png", "question": 'What, "exactly"?', "answer": "yes\nno"}],
+        [],
+    )
 
 
 def test_formulas_are_not_read_as_text(tmp_path):
@@ -373,6 +390,11 @@ def test_several_images_in_a_cell_are_one_conversation(tmp_path, cell, suffix):
     (conversation,) = read_captions(path, tmp_path).conversations
     assert conversation.images == ("0.png", "1.png")
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "image", "text"]
+
+
+def test_several_images_without_question_are_unlabeled_one_by_one(tmp_path):
+    source = read_table(write_table(tmp_path / "t.csv", [{"image": "0.png|1.png"}, {"image": "2.png"}]), tmp_path)
+    assert [record.images for record in source] == [("0.png",), ("1.png",), ("2.png",)]
 
 
 def test_several_images_may_be_a_list_in_json(tmp_path):

@@ -54,7 +54,7 @@ def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.
 
 def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Iterator[tuple[str, dict | Rejected]]:
     """Yield the questions of all entries of a file with their names. An unusable entry is rejected as a whole."""
-    for position, entry in read_json_records(file, key="sentf"):
+    for position, entry in read_json_records(file, "sentf", counts):
         name = f"pathvqa-{split}-{position:05d}"
         if isinstance(entry, Rejected):
             yield name, entry
@@ -63,7 +63,10 @@ def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Ite
             questions, labels = entry["sentf"]["pvqa"], entry["labelf"]["pvqa"]
             if len(questions) != len(labels):
                 raise BadRecord("questions_and_answers_differ_in_number", f"{len(questions)} and {len(labels)}")
-            answers = [max(label, key=label.get) for label in labels]  # answers with their scores
+            # Answers with their scores. A NaN is below any other.
+            answers = [
+                max(label, key=lambda answer: (label[answer] == label[answer], label[answer])) for label in labels
+            ]
             image = images.replace("{img_id}", text_value(entry.get("img_id"), missing="no_image"))
         except BadRecord as bad:
             yield name, Rejected(name, bad.reason, bad.value)

@@ -58,7 +58,6 @@ SOURCES.register(
         ),
         settings=SlakeSettings,
         data_files=tuple(SLAKE_FILES.values()),
-        reads_parquet=True,
         image_folders=IMAGE_FOLDERS,
     )
 )

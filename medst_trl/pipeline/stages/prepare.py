@@ -64,7 +64,8 @@ class PrepareArguments:
         source (`str`):
             Kind of data to read.
         data_path (`str`, *optional*):
-            File or directory of the data. Not needed by sources that generate their data.
+            File or directory of the data; for images, vqa_rad and pathvqa also a dataset on the Hub. Not needed by
+            sources that generate their data.
         image_folder (`str`, *optional*):
             Directory of the images. File names are relative to it and must stay inside it. Default: for a benchmark,
             images/ (or VQA_RAD Image Folder/ or imgs/) beside its questions, otherwise the directory of the data.
