@@ -249,14 +249,14 @@ class Records:
         taken: dict[str, set[int]] = {record.id: set() for record in self}  # by id, hashes of the records that had it
         unused: dict[str, None] = {}
         group_column = self.group_column and column_name(self.group_column)
+        known = {*(used or ()), group_column}
         for position, item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
                 continue
             name = default_id(position, item)
             if used is not None:
-                others = {key: value for key, value in item.items() if key not in (*used, group_column)}
-                unused |= dict.fromkeys(key for key, value in others.items() if value != "")
+                unused |= dict.fromkeys(key for key, value in item.items() if key not in known and value != "")
             try:
                 name = optional_text(own_id(item)) or name if own_id is not None else name
                 if name in taken and not ids_may_repeat:
