@@ -101,7 +101,9 @@ def read_text_file(path: Path, what: str = "data", notes: dict | None = None) ->
     if notes is None or (not is_utf16 and 2 * damaged < sum(sign > "\x7f" for sign in text)):
         return text
     if (found := _decode(content, is_utf16)) is None:
-        raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
+        if is_utf16 or damaged > len(content) / 200:
+            raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
+        return text  # a few damaged records
     notes["encoding"] = f"{found.encoding}, detected (the file is not UTF-8)"
     return str(found).removeprefix("\ufeff")
 

@@ -177,6 +177,14 @@ def test_a_damaged_character_of_utf8_costs_its_row_only(tmp_path):
     assert "\udce9" in rows[5]["question"]  # rejected as `bad_unicode`
 
 
+@pytest.mark.parametrize("damage", [b"\x81\x8d", b"\xff\xfe\xaa", b"\xd3\xc0\xd2"])
+def test_damaged_bytes_in_ascii_cost_their_row_only(tmp_path, damage):
+    lines = [b"image,caption", *(b"%d.png,Is it normal?" % n for n in range(50)), b"50.png,Is " + damage + b" it?"]
+    (tmp_path / "t.csv").write_bytes(b"\n".join(lines))
+    source = read_captions(tmp_path / "t.csv", tmp_path)
+    assert len(source.conversations) == 50 and [item.reason for item in source.rejected] == ["bad_unicode"]
+
+
 def test_without_notes_bytes_of_another_encoding_are_kept_apart(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "caf\xe9"}\n')
     assert [item for _, item in read_json_records(tmp_path / "a.jsonl", "a")] == [{"a": "caf\udce9"}]

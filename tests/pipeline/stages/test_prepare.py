@@ -358,6 +358,26 @@ def test_the_parser_reads_settings():
     assert (args.source, args.image_disjoint, args.max_records) == ("slake", True, 5)
 
 
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_questions_about_several_images_are_conversations_held_out_by_each_image(tmp_path, disjoint):
+    for n in range(4):
+        save(tmp_path / f"{n}.png", n)
+    lines = [
+        "image,question,answer,split", "0.png,Is it dark?,yes,test", "0.png|1.png,Changed?,no,train",
+        "2.png|3.png,Changed?,no,train", "2.png|3.png,Alike?,yes,train", "2.png,Dark?,no,train",
+        "2.png|3.png,Alike?,yes,test",
+    ]  # fmt: skip
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    directory = prepare(
+        tmp_path, source="images", data_path=str(tmp_path / "table.csv"), image_disjoint=disjoint, near_copy_bits=0
+    )
+    shown = [(len(row["images"]), len(row["messages"])) for row in load_records(directory / "instruct", "train")]
+    assert sorted(shown) == ([(1, 2), (2, 4)] if disjoint else [(1, 2), (2, 2), (2, 4)])
+    assert len(load_records(directory / "benchmark", "test")) == 1
+    (rejected,) = read_jsonl(directory / "rejected.jsonl")
+    assert rejected == {"id": "row-000005", "reason": "several_test_images", "value": "2.png|3.png"}
+
+
 # --- Images as hospitals keep them -----------------------------------------------------------------------------------
 
 
