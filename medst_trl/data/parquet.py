@@ -7,7 +7,8 @@ there have the columns `image`, `question` and `answer`, and a file or more for 
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from .image_formats import ImageProblem
 from .image_settings import ImageSettings
 from .images import FolderImages, StoredImage, load_image
 from .reading import check_header, column_names
+from .schema import with_stored_images
 from .source import QUESTION_COLUMNS, Records, SourceRequest, question_or_image
 
 
@@ -96,33 +98,29 @@ class TableImages(FolderImages):
     def __init__(self, directory: Path | None, settings: ImageSettings):
         super().__init__(directory or Path("/dev/null"), settings)  # no directory: no files
         self._is_local = directory is not None
-        self._inside: dict[str, tuple[Dataset, int, int] | Path] = {}
+        self._inside: dict[str, Callable[[], bytes] | Path] = {}
 
     def rows(self, dataset: "Dataset", columns: list[str], default: dict[str, Any]) -> Iterator[tuple[int, dict]]:
         """Yield the rows of a dataset with names in place of the images. `columns` are the names of its columns."""
-        position = 0
-        for batch in dataset.data.table.to_batches(max_chunksize=32):
-            for values in zip(*(column.to_pylist() for column in batch.columns)):
-                row = default | dict(zip(columns, values))
-                if row["image"] is not None and not isinstance(row["image"], str):
-                    stored = row["image"] if isinstance(row["image"], list) else [row["image"]]
-                    place = dataset.data.column(columns.index("image"))
-                    row["image"] = [self._name(one, (place, position, n)) for n, one in enumerate(stored)]
-                yield position, row
-                position += 1
+        dataset = with_stored_images(dataset)
+        for position, values in enumerate(dataset):
+            row = default | dict(zip(columns, values.values()))
+            images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+            place = partial(_bytes_at, dataset, position, columns.index("image"))
+            names = [self._name(image, partial(place, number)) for number, image in enumerate(images)]
+            row["image"] = names if isinstance(row["image"], list) else names[0]
+            yield position, row
 
-    def _name(self, stored: Any, place: tuple) -> Any:
-        data, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
-        if not isinstance(data, bytes):
-            if path is not None and Path(path).is_absolute() and self._is_local:
-                self._inside[path] = Path(path)
-            return path if data is None else data
-        name = hashlib.sha256(data).hexdigest()[:32]
-        self._inside.setdefault(name, place)
-        return name
-
-    def check(self, names: list[str]) -> None:
-        super().check([name for name in names if name not in self._inside])
+    def _name(self, image: Any, read: Callable[[], bytes]) -> Any:
+        if not isinstance(image, dict | bytes):
+            return image  # a file name, or nothing
+        data, path = (image, None) if isinstance(image, bytes) else (image.get("bytes"), image.get("path"))
+        if data is not None:
+            path = hashlib.sha256(data).hexdigest()[:32]
+            self._inside.setdefault(path, read)
+        elif path is not None and Path(path).is_absolute() and self._is_local:
+            self._inside[path] = Path(path)
+        return path
 
     def find(self, name: str) -> tuple[Path, int | None]:
         if name in self._inside:
@@ -132,10 +130,10 @@ class TableImages(FolderImages):
     def _load(self, name: str, identify: bool = True) -> StoredImage:
         if (place := self._inside.get(name)) is None:
             return super()._load(name, identify)
-        return load_image(place if isinstance(place, Path) else _bytes_at(*place), self.settings, identify=identify)
+        return load_image(place if isinstance(place, Path) else place(), self.settings, identify=identify)
 
 
-def _bytes_at(column: Any, row: int, number: int) -> bytes:
-    value = column[row].as_py()
-    value = value[number] if isinstance(value, list) else value
-    return value["bytes"] if isinstance(value, dict) else value
+def _bytes_at(dataset: "Dataset", position: int, column: int, number: int) -> bytes:
+    image = list(dataset[position].values())[column]
+    image = image[number] if isinstance(image, list) else image
+    return image["bytes"] if isinstance(image, dict) else image

@@ -13,7 +13,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -218,8 +217,8 @@ def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iter
                 item = Rejected(f"{path.name}#{position}", "repeated_column", ", ".join(item))
             yield position, dict(zip(names, item.values())) if isinstance(item, dict) else item
         return
-    read = partial(_workbook, notes=notes) if suffix in (".xlsx", ".xlsm") else partial(_text_table, notes=notes)
-    for position, (number, row) in enumerate(read(path, key)):
+    read = _workbook if suffix in (".xlsx", ".xlsm") else _text_table
+    for position, (number, row) in enumerate(read(path, key, notes)):
         yield position, replace(row, id=f"{path.name}#line {number}") if isinstance(row, Rejected) else row
 
 
@@ -270,11 +269,10 @@ def read_workbook(
         for number, row in enumerate(sheet.iter_rows(), start=1):
             cells = ["" if cell.value is None or cell.data_type == "e" else cell.value for cell in row]
             cells = [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
-            while len(cells) > width and not str(cells[-1]).strip():
-                cells.pop()
-            width = width or len(cells)
-            if any(str(cell).strip() for cell in cells):
-                yield number, cells + [""] * (width - len(cells))
+            used = max((position for position, cell in enumerate(cells, start=1) if str(cell).strip()), default=0)
+            width = width or used
+            if used:
+                yield number, cells[: max(used, width)] + [""] * (width - len(cells))
     except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
         raise UserError(f"{path} cannot be read as a workbook ({error}). Correct it, or {instead}.") from None
 
