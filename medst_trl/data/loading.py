@@ -43,12 +43,6 @@ _IN_DIRECTORIES = (".parquet", ".jsonl")  # not .json, as many other files are
 _SUFFIXES = (*_IN_DIRECTORIES, ".json")
 # Columns besides those of a kind that JSON records may have.
 _MORE = dict.fromkeys(("question", "answer", "answer_type", "question_type", "question_id"), "string")
-# Names of a split, as `datasets` recognizes them in file names.
-_KEYWORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 
 def load_records(
@@ -262,25 +256,27 @@ def _files(directory: Path, suffix: str) -> list[Path]:
 
 
 def _begins_with(file: Path, split: str) -> bool:
-    return file.name.startswith(split) or _split_named_by(file.stem) == split
+    return file.name.startswith(split) or split_named_by(file.stem) == split
 
 
-def _split_named_by(name: str) -> str | None:
-    """The split that the name of a file begins with."""
-    word = re.match("[a-z]*", name.lower())[0]
-    return next((split for split, words in _KEYWORDS.items() if word in words), None)
+def split_named_by(name: str) -> str | None:
+    """Return the split that the name of a file begins with, or None."""
+    return SPLIT_NAMES.get(re.match("[a-z]*", name.lower())[0])
 
 
 def _can_be(name: str, split: str) -> bool:
     """Whether a file or a directory of `save_to_disk` is this split: any but validation, unless its name says so."""
-    return split == (_split_named_by(name) or ("" if split == "validation" else split))
+    return split == (split_named_by(name) or ("" if split == "validation" else split))
 
 
 def splits_in(directory: str | PathLike) -> list[str]:
     """Return the names of the splits in a directory of Parquet files, training first."""
     names = {match["split"] for match in _shards(Path(directory))}
     names |= {
-        split for split in _KEYWORDS for file in _files(Path(directory), ".parquet") if _begins_with(file, split)
+        split
+        for split in SPLIT_NAMES.values()
+        for file in _files(Path(directory), ".parquet")
+        if _begins_with(file, split)
     }
     return sorted(names, key=lambda split: (split != "train", split))
 

@@ -6,7 +6,6 @@ there have the columns `image`, `question` and `answer`, and a file or more for 
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
@@ -19,6 +18,7 @@ from medst_trl.base.hub_ids import split_revision
 from .image_formats import ImageProblem
 from .image_settings import ImageSettings
 from .images import FolderImages, StoredImage, load_image
+from .loading import split_named_by
 from .reading import check_header, column_names
 from .schema import with_stored_images
 from .source import QUESTION_COLUMNS, Records, SourceRequest, question_or_image
@@ -74,8 +74,7 @@ def _splits(path: Path) -> dict[str, "Dataset"]:
 
     try:
         if path.is_file():
-            split = re.match(r"(train|valid|val|dev|test)?", path.name.lower())[0] or "train"
-            return load_dataset("parquet", data_files={split: str(path)})
+            return load_dataset("parquet", data_files={split_named_by(path.name) or "train": str(path)})
         hub_id, revision = split_revision(str(path))
         return load_dataset(hub_id, revision=revision)
     except (OSError, ValueError, DatasetGenerationError, HfHubHTTPError) as error:

@@ -57,10 +57,11 @@ from medst_trl.base.registry import Registry
 
 
 QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
-_SPLITS = (
+# Names of splits in tables, and in the names of files, where `datasets` recognizes most of them, too.
+SPLIT_NAMES = (
     dict.fromkeys(("train", "training"), "train")
     | dict.fromkeys(("validation", "valid", "validate", "val", "dev", "development"), "validation")
-    | dict.fromkeys(("test", "testing"), "test")
+    | dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 )
 _ANSWER_TYPE = re.compile(r"\s*(open|closed?)([ _-]?ended)?\s*", re.IGNORECASE)
 # What programs write for a missing or infinite number, and errors of spreadsheets. "None" and "NA" are answers.
@@ -136,7 +137,7 @@ class Question:
         image, *more = image_cell(row.get("image"))
         question, answer = text_value(row.get("question"), missing="no_question"), answer_text(row.get("answer"))
         given_split, given_type = row.get("split"), row.get("answer_type")
-        split = "train" if is_missing(given_split) else _SPLITS.get(str(given_split).strip().casefold())
+        split = "train" if is_missing(given_split) else SPLIT_NAMES.get(str(given_split).strip().casefold())
         if split is None:
             raise BadRecord("bad_split", given_split)
         if more and split == "test":  # a benchmark has one image per row
