@@ -32,7 +32,7 @@ from .image_formats import ImageProblem
 from .images import resolve_inside
 from .reading import read_json_records
 from .schema import KINDS, feature_of, kind_of
-from .source import Rejected, answer_text, is_missing
+from .source import SPLIT_NAMES, Rejected, answer_text, is_missing
 
 
 if TYPE_CHECKING:
@@ -272,12 +272,8 @@ def _can_be(name: str, split: str) -> bool:
 def splits_in(directory: str | PathLike) -> list[str]:
     """Return the names of the splits in a directory of Parquet files, training first."""
     names = {match["split"] for match in _shards(Path(directory))}
-    names |= {
-        split
-        for split in SPLIT_NAMES.values()
-        for file in _files(Path(directory), ".parquet")
-        if _begins_with(file, split)
-    }
+    files = _files(Path(directory), ".parquet")
+    names |= {split for split in SPLIT_NAMES.values() if any(_begins_with(file, split) for file in files)}
     return sorted(names, key=lambda split: (split != "train", split))
 
 
