@@ -241,7 +241,7 @@ def _find(path: Path, split: str) -> list[Path]:
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [path] if _can_be(path.name, split) else []
     if (path / "dataset_dict.json").is_file():
-        found = [item for item in path.iterdir() if item.name == split or _split_named_by(item.name) == split]
+        found = [item for item in path.iterdir() if item.name == split or split_named_by(item.name) == split]
         return sorted(item for item in found if (item / "state.json").is_file())[:1]
     for suffix in _IN_DIRECTORIES:
         if named := [file for file in _files(path, suffix) if _begins_with(file, split)]:
