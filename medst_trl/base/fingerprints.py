@@ -55,8 +55,8 @@ def fingerprint(source: str | os.PathLike, used: Iterable[str] | None = None) ->
 
 def same_source(old: dict, new: dict) -> bool:
     """
-    Whether two fingerprints can be of the same content. An unknown revision matches any other. If the older one is of
-    a whole directory, so is the comparison: earlier versions made no others.
+    Whether two fingerprints can be of the same content. An unknown revision matches any other. Whole directories are
+    compared if the older one is of a whole directory, as earlier versions made them.
     """
     if "hub_id" in old and "hub_id" in new:
         revisions = {old.get("revision"), new.get("revision")} - {None}
@@ -83,7 +83,7 @@ def _results_in(directory: Path) -> list[str]:
 
 
 def _sha256_of_files(directory: Path, names: list[str]) -> str:
-    """Hash the names and contents of files. What is none (a broken link, a pipe, a device) is not opened."""
+    """Hash the names and contents of files. Broken links, pipes and devices are skipped."""
     names = [name for name in names if (directory / name).is_file()]
     digest = hashlib.sha256()
     for name in names:

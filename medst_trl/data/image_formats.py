@@ -81,7 +81,7 @@ class Frame(NamedTuple):
         own_bytes (`bytes`, *optional*):
             The file's own bytes without metadata, if they can be kept.
         note (`str`, *optional*):
-            What is counted about it, such as `CT_images_without_window`.
+            See [`StoredImage`].
     """
 
     image: Image.Image

@@ -61,7 +61,7 @@ class ImageSettings:
 
     @property
     def frame_step(self) -> int | None:
-        """Every how many frames one becomes an image; None if at most one does."""
+        """The step from one chosen frame to the next, 1 for `all`; None if at most one frame is used."""
         match = _FRAMES.fullmatch(self.frames or "middle")
         return None if match[0] == "middle" else int(match[1] or 1)
 

@@ -75,7 +75,7 @@ class StoredImage:
         near_hash (`str` or `None`):
             See [`~medst_trl.data.near_copies.perceptual_hash`].
         note (`str`):
-            What is counted about it, such as `CT_images_without_window`.
+            What `prepare` counts about it, such as `CT_images_without_window`.
     """
 
     bytes: bytes
@@ -468,7 +468,7 @@ def _decoding() -> Iterator[None]:
 
 
 def _pages(image: Image.Image) -> list[int]:
-    """Return the positions of the frames of a file, without what shows another one again."""
+    """Return the positions of the frames of a file, without smaller copies and masks of others."""
     # The further images of an MPO file are a phone's previews of the first one.
     if image.format == "MPO" or not getattr(image, "is_animated", False):
         return [0]

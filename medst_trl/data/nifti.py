@@ -50,8 +50,8 @@ def open_nifti(data: bytes, settings: ImageSettings) -> Frames:
     Open a volume. Its frames are the slices; those of a series of volumes (4D) follow each other.
 
     Raises:
-        ImageProblem: `not_an_image`, `too_large`, `unsupported` (complex values, an orientation that is none); when a
-            frame is read, `truncated`.
+        ImageProblem: `not_an_image`, `too_large`, `unsupported` (complex values, an invalid orientation); when a frame
+            is read, `truncated`.
         UserError: if nibabel is not installed.
     """
     try:

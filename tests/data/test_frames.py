@@ -70,7 +70,7 @@ def test_an_animation_shows_what_a_viewer_shows(tmp_path):
         assert tuple(shown[number, number]) == color and (shown.reshape(-1, 3).sum(0) == color).all()
 
 
-def test_pages_of_one_file_may_differ_and_a_page_that_shows_another_one_is_none(tmp_path):
+def test_pages_of_one_file_may_differ_and_smaller_copies_are_skipped(tmp_path):
     pages = [picture(0, "L", (20, 10)), picture(1, "RGB", (5, 6)), picture(2, "1", (30, 30))]
     deep = Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000)
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=[*pages[1:], deep])

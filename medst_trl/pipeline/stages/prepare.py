@@ -163,9 +163,11 @@ def main(args: PrepareArguments, *others: Any) -> None:
             if not counts["rejected"]:
                 where = f" in {request.data_path}" if request.data_path else ""
                 raise UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
+            first = next(item.as_row() for item in rejected if item.reason == next(iter(counts["rejected"])))
             raise UserError(
-                f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}. "
-                f"Correct the data (see {output_dir / 'rejected.jsonl'}), and add --overwrite."
+                f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}, for "
+                f"example {first['value']!r}. Correct the data or the settings (see {output_dir / 'rejected.jsonl'}), "
+                "and add --overwrite."
             )
         _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))

@@ -474,6 +474,11 @@ def test_a_directory_of_links_pipes_and_devices(tmp_path):
         directory, _, rejected = prepared(tmp_path, "all", {"follow_symlinks": True}, data_path=str(folder))
         assert rejected == special | {"broken.png": "missing", "null.png": "not_a_file"}
         assert len(load_records(directory / "images", "train")) == 3
+    (store / "only.png").symlink_to(folder / "0.png")
+    with pytest.raises(UserError, match="1 outside_image_folder, for example .*--follow_symlinks true follows it"):
+        (store / "1.png").unlink()
+        (store / "deep" / "2.png").unlink()
+        prepared(tmp_path, "links", data_path=str(store))
     for path in (folder / "pipe.png", "/dev/null"):
         with pytest.raises(UserError, match="data_path is a pipe, a socket or a device"):
             prepared(tmp_path, "pipe", data_path=str(path))
