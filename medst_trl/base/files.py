@@ -68,7 +68,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """Read a JSON object; an empty one if the file is missing, damaged or holds something else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -17,8 +17,6 @@ import numpy as np
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import cores, ordered_map, rank
 
-from .image_formats import to_8_bit
-from .images import image_id
 from .schema import KINDS, bytes_of, features_of, image_part, text_part, with_stored_images
 from .source import BadRecord, Question
 
@@ -169,6 +167,9 @@ def image_ids_of(dataset: "Dataset") -> list[list[str]]:
 def _identify(stored: Any, known: dict[str, str]) -> str:
     """The id of a stored image, decoded once if several rows have it."""
     from datasets import Image
+
+    from .image_formats import to_8_bit  # loads Pillow
+    from .images import image_id
 
     content = None
     try:

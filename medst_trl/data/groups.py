@@ -74,8 +74,8 @@ def group_id(salt: bytes, key: str) -> str:
 
 
 def salt_of(group: str) -> str:
-    """Return the digits of a group id that identify its salt."""
-    return group.partition("-")[0]
+    """Return the digits of a group id that identify its salt. Ids of your own without a dash have an empty one."""
+    return group.rpartition("-")[0]
 
 
 def read_salt(path: str | os.PathLike | None = None) -> bytes:

@@ -51,6 +51,7 @@ from .schema import bytes_of
 from .source import DICOM_SUFFIXES, ImageReader, Question, Records, Rejected
 
 
+INDEX_FILE = "image_index.jsonl"  # beside the datasets that `medst prepare` writes
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
@@ -378,7 +379,7 @@ def index_images(
     if isinstance(reader, FolderImages):
         reader.check(names)
     partial = path.with_name(f".{path.name}.tmp")
-    entries = {entry["image"]: entry for file in (partial, path) for entry in _entries(file)}
+    entries = {entry["image"]: entry for file in (partial, path) for entry in index_entries(file)}
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
@@ -414,7 +415,7 @@ def _load(reader: ImageReader, name: str) -> StoredImage:
     return StoredImage(data, image_id, near_hash=hash_file(data))
 
 
-def _entries(path: Path) -> Iterator[dict]:
+def index_entries(path: Path) -> Iterator[dict]:
     """Yield the entries of an index. Lines that are damaged, by a killed run or a power cut, are skipped."""
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with suppress(ValueError):

@@ -28,8 +28,6 @@ from .conform import (
     typed_messages,
     with_image_ids,
 )
-from .image_formats import ImageProblem
-from .images import resolve_inside
 from .reading import read_json_records
 from .schema import KINDS, feature_of, kind_of
 from .source import SPLIT_NAMES, Rejected, answer_text, is_missing
@@ -120,6 +118,8 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
     """The records of JSON files. Images are files, named relative to the JSON file and inside its directory."""
     from datasets import Dataset, Features
 
+    from .image_formats import ImageProblem  # loads Pillow
+
     records = [(path, *found) for path in files for found in read_json_records(path, "images", notes={})]
     given = dict.fromkeys(name for _, _, record in records if isinstance(record, dict) for name in record)
     own = kind_of(given) if kind is None else KINDS.get(kind)
@@ -154,6 +154,9 @@ def _json_row(record: Mapping[str, Any], columns: Mapping[str, Any], directory: 
 
 
 def _image_file(image: Any, directory: Path) -> dict[str, Any]:
+    from .image_formats import ImageProblem
+    from .images import resolve_inside
+
     name = image["path"] if isinstance(image, dict) else image
     path = resolve_inside(directory, name)
     if path.exists() and not path.is_file():

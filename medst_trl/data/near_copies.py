@@ -75,6 +75,8 @@ def hash_images(dataset: "Dataset") -> dict[str, str | None]:
     Returns:
         `dict`: `image_id` to [`perceptual_hash`].
     """
+    from tqdm.auto import tqdm
+
     one = "image_id" in dataset.column_names
     ids = [[name] for name in dataset["image_id"]] if one else dataset["image_ids"]
     places = {name: (row, place) for row, names in enumerate(ids) for place, name in enumerate(names)}
@@ -84,7 +86,8 @@ def hash_images(dataset: "Dataset") -> dict[str, str | None]:
         row = stored[place[0]]
         return hash_file(bytes_of(row["image"] if one else row["images"][place[1]]))
 
-    return dict(zip(places, ordered_map(hashed, list(places.values()), cores())))
+    hashes = ordered_map(hashed, list(places.values()), cores())
+    return dict(zip(places, tqdm(hashes, "near copies", len(places), unit="image", disable=None)))
 
 
 def near_copies(

@@ -24,8 +24,9 @@ from medst_trl.base.redaction import hide_secrets, is_private_key
 from medst_trl.data.loading import split_files, splits_in
 from medst_trl.data.schema import KINDS
 from medst_trl.data.source import SOURCES
+from medst_trl.evaluation.contamination import EXPLANATION, Contamination
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
-from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record, records_of
+from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, contamination_of, nearest_record, records_of
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.chat_template import saved_role
 from medst_trl.policy.families import family_of
@@ -89,7 +90,7 @@ def model_card(
         evaluations (sequence of `str` or `os.PathLike`): Directories with `scores.json`.
         license, run: As in [`dataset_card`].
     """
-    results = [result for place in evaluations for result in read_results(Path(place), contents.directory)]
+    results = [result for place in evaluations for result in read_results(Path(place), contents.directory, run)]
     steps, merged = steps_to(contents.directory, run), read_merged(contents.directory)
     base_model = base_model or (merged["base"] if merged else None)
     data = ModelCardData(
@@ -99,11 +100,12 @@ def model_card(
         base_model=base_model.partition("@")[0] if is_hub_id(base_model) else None,
         tags=["medst_trl", "medical", "trl", "self-questioning", *(step["stage"] for step in steps[-1:])],
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[score for name, file in results for score in _for_hub(name, file)] or None,
+        eval_results=[score for name, file, _ in results for score in _for_hub(name, file)] or None,
         **{KIND: contents.kind},
     )
     values = {"kind": contents.kind, "base_model": base_model, "merged": merged, "results": results}
     values |= {"is_plain": is_plain(contents), "has_training_images": TRAINING_IMAGES_FILE in contents.files}
+    values |= {"describe": _describe, "explanation": EXPLANATION}
     return _render("model.md", data, repo_id, steps, values)
 
 
@@ -183,16 +185,20 @@ def _link(text: str, url: str | None) -> str:
     return f"[{_cell(text)}]({url})" if url and _URL.fullmatch(url) else _cell(text)
 
 
-def read_results(directory: Path, model: Path) -> Iterator[tuple[str, ScoresFile]]:
+def read_results(
+    directory: Path, model: Path, run: Path | None = None
+) -> Iterator[tuple[str, ScoresFile, Contamination]]:
     """
     Read the scores in an output directory of `medst evaluate`, which has subdirectories for several benchmarks.
 
     Args:
         directory (`Path`): Where the scores are.
         model (`Path`): Directory of the model that must have been evaluated, if the scores name one that exists.
+        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
 
     Yields:
-        `tuple`: for each `scores.json`, the name of the benchmark (its Hub id or source, never a path) and the scores.
+        `tuple`: for each `scores.json`, the name of the benchmark (its Hub id or source, never a path), the scores,
+        and what the benchmark shares with training data.
 
     Raises:
         UserError: if there are no scores, a file has another form, or another model was evaluated.
@@ -205,7 +211,11 @@ def read_results(directory: Path, model: Path) -> Iterator[tuple[str, ScoresFile
         evaluated = Path(name) if (name := file.content.get("model")) else None
         if evaluated and evaluated.exists() and not _is_model(evaluated, model):
             raise UserError(f"{path} has the scores of {evaluated}, not of {model}. Leave it out, or push that model.")
-        yield _benchmark_name(file.content.get("benchmark") or "", path), file
+        yield (
+            _benchmark_name(file.content.get("benchmark") or "", path),
+            file,
+            contamination_of(path, file.content, run),
+        )
 
 
 def _for_hub(name: str, file: ScoresFile) -> list[EvalResult]:
@@ -297,7 +307,7 @@ def _source_card(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def _describe(source: dict[str, Any]) -> str:
     if "hub_id" in source:
-        return f"{source['hub_id']} at {source['revision'] or 'an unknown revision'}"
+        return f"{source['hub_id']} at {source.get('revision') or 'an unknown revision'}"
     return f"a local directory or file (SHA-256 {str(source.get('sha256', source.get('used_sha256')))[:12]})"
 
 

@@ -7,8 +7,9 @@ A model carries these images as `training_images.json`: their ids, which are has
 about them. So a published model can be checked against a benchmark without its training data.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
 from medst_trl.data.conform import image_ids_of
+from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
+from medst_trl.engines.engine import loads_model
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, Inventory, compare
 
 from .record import RECORD_FILE, read_record
 from .stage import MODEL, STAGES
@@ -97,28 +101,28 @@ class TrainedOn:
     splits: tuple[str, ...] = ()
     run: Path | None = None
 
+    @property
+    def place(self) -> Path:
+        """Where it is on this machine, if it is."""
+        if "hub_id" not in self.source:
+            return find_moved(self.source["path"], self.run)
+        return cached_repository(self.source["hub_id"], "dataset") / "snapshots" / str(self.source.get("revision"))
+
     def read(self) -> "list[Dataset]":
         """
         Open the splits of the dataset. One of the Hub is not downloaded.
 
         Raises:
-            LookupError: if it is a model, or is not here as it was in training; with the reason.
+            LookupError: if it is a model, or is not here as it was in training; with the reason. Others if a file is
+                damaged.
         """
         if self.stage is None:
             raise LookupError("only the ids of its training images are known")
-        if "hub_id" in self.source:
-            snapshots = cached_repository(self.source["hub_id"], "dataset") / "snapshots"
-            place = snapshots / str(self.source.get("revision"))
-        else:
-            place = find_moved(self.source["path"], self.run)
-        if not place.exists():
+        if not self.place.exists():
             raise LookupError("the dataset is not on this machine")
-        if "path" in self.source and not same_source(self.source, fingerprint(place)):
+        if "path" in self.source and not same_source(self.source, fingerprint(self.place)):
             raise LookupError("the dataset has changed since the training")
-        try:
-            return [load_records(place, split) for split in self.splits]
-        except Exception as error:  # pyarrow has an exception for each way in which a file can be damaged
-            raise LookupError(f"the dataset cannot be read ({type(error).__name__})") from None
+        return [load_records(self.place, split) for split in self.splits]
 
     def image_ids(self) -> tuple[set[str], bool]:
         """Return the ids of its images as far as they are known, and whether these are all."""
@@ -126,14 +130,15 @@ class TrainedOn:
             return _carried_images(self.source) or (set(), False)
         try:
             return set().union(*map(image_ids_in, self.read())), True
-        except LookupError:
+        except Exception:  # pyarrow has an exception for each way in which a file can be damaged
             return set(), False
 
 
 def trained_on(model: str, run: Path | None = None) -> list[TrainedOn]:
     """
     Return what a model was trained on, as far as records show it: the datasets of all stages that trained it or what
-    it was made from, and adapters and models without a record. A base model of others is not listed.
+    it was made from, and models without a record that are gone, are adapters, or have a list. Other models without
+    one are base models.
     """
     records = records_of(find_moved(model, run), run, _reads_model)
     found, models = [], [] if records else [_source(model)]
@@ -150,7 +155,8 @@ def trained_on(model: str, run: Path | None = None) -> list[TrainedOn]:
             source = source | {"path": str(find_moved(source["path"], run))}
             if nearest_record(Path(source["path"]))[0] is not None:
                 continue
-        if any(_cached_file(source, name) for name in (TRAINING_IMAGES_FILE, "adapter_config.json")):
+        is_gone = "path" in source and not Path(source["path"]).exists()
+        if is_gone or any(_find_file(source, name) for name in (TRAINING_IMAGES_FILE, "adapter_config.json")):
             found.append(TrainedOn(source, run=run))
     return found
 
@@ -160,13 +166,7 @@ def training_images(model: str, run: Path | None = None) -> tuple[set[str], bool
     Return the ids of the images that a model was trained on as far as they are known, and whether these are all. It
     has them in `training_images.json`. If an earlier version trained it, they are those of the data that is here.
     """
-    source = _source(str(find_moved(model, run)))
-    if "hub_id" in source and hub_answers():
-        from medst_trl.policy.adapters import find_model_file  # loads torch
-
-        name, revision = split_revision(model)
-        find_model_file(name, TRAINING_IMAGES_FILE, revision, local_files_only=False)
-    if (carried := _carried_images(source)) is not None:
+    if (carried := _carried_images(_source(str(find_moved(model, run))), download=True)) is not None:
         return carried
     known = [one.image_ids() for one in trained_on(model, run)]
     return set().union(*(ids for ids, _ in known)), all(complete for _, complete in known)
@@ -195,9 +195,9 @@ def _reads_model(record: dict[str, Any], name: str) -> bool:
     return item is not None and item.kind == MODEL
 
 
-def _carried_images(source: dict[str, Any]) -> tuple[set[str], bool] | None:
+def _carried_images(source: dict[str, Any], download: bool = False) -> tuple[set[str], bool] | None:
     """Read the `training_images.json` of a model; None if it has none."""
-    if (path := _cached_file(source, TRAINING_IMAGES_FILE)) is None:
+    if (path := _find_file(source, TRAINING_IMAGES_FILE, download)) is None:
         return None
     content = read_object(path)
     ids = content.get("image_ids")
@@ -205,12 +205,115 @@ def _carried_images(source: dict[str, Any]) -> tuple[set[str], bool] | None:
     return (set(ids), content.get("complete") is True) if is_sound else (set(), False)
 
 
-def _cached_file(source: dict[str, Any], name: str) -> Path | None:
-    """Find a file of a directory, or of a model in the local Hub cache."""
+def _find_file(source: dict[str, Any], name: str, download: bool = False) -> Path | None:
+    """Find a file of a directory, or of a model in the local Hub cache or on the Hub."""
     if "path" in source:
         return path if (path := Path(source["path"], name)).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
+    from medst_trl.policy.adapters import find_model_file  # loads torch
 
     hub_id, revision = split_revision(source["hub_id"])
-    found = try_to_load_from_cache(hub_id, name, revision=source.get("revision") or revision)
-    return Path(found) if isinstance(found, str) else None
+    return find_model_file(hub_id, name, source.get("revision") or revision, not (download and hub_answers()))
+
+
+# What a benchmark shares with it
+
+
+def check_contamination(
+    model: str | None, benchmark: "Dataset", place: Path, run: Path | None = None
+) -> dict[str, Any]:
+    """
+    Compare a benchmark with everything that a model was trained on. Datasets that are not on this machine are not
+    downloaded: for them, only the image ids that the model carries are compared.
+
+    Args:
+        model (`str` or `None`): Directory or Hub id; None for a model that nothing is known about.
+        benchmark (`datasets.Dataset`): The benchmark.
+        place (`Path`): Its directory; it need not exist.
+        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
+
+    Returns:
+        `dict`: the content of `contamination.json`: the `figures` of [`~medst_trl.evaluation.contamination.compare`],
+        with None for a number that could not be counted; and `compared`, the sources: the fingerprint of a dataset or
+        model, the `stage` that trained on it, its number of `images`, and why a figure was `not_checked`.
+    """
+    bits = nearest_record(place)[1].get("settings", {}).get("near_copy_bits", NEAR_COPY_BITS)
+    ids, complete = training_images(model, run) if model else (set(), True)
+    sources = trained_on(model, run) if model else []
+    if not sources and ids:  # the records of its training are gone
+        sources = [TrainedOn(_source(model), run=run)]
+    tested, trained, compared = Inventory(), [], []
+    if sources:
+        tested.add(benchmark, _indexed_hashes(place, run) if bits else None)
+    for source in sources:
+        own = Inventory()
+        missing = _read_source(source, own, tested.salts, bits, ids if complete else None)
+        images, is_known = (set(own.questions), True) if "texts" not in missing else source.image_ids()
+        if not (complete or is_known):
+            missing["exact"] = missing["texts"]
+        ids |= images
+        trained.append(own)
+        compared.append({**source.source, "stage": source.stage, "images": len(images), "not_checked": missing})
+    figures: dict[str, dict[str, int | None]] = compare(tested, trained, ids, bits)
+    for name, figure in figures.items():
+        if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):
+            figure["n"] = None
+    return {"figures": figures, "compared": compared, "near_copy_bits": bits}
+
+
+def contamination_of(scores: Path, content: Mapping[str, Any], run: Path | None = None) -> Contamination:
+    """
+    Return the contamination of an evaluation: the file beside its scores, or, if an earlier version wrote these, the
+    comparison with what is still here.
+
+    Args:
+        scores (`Path`): `scores.json`.
+        content (`dict`): Its content.
+        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
+    """
+    if (found := Contamination.read(scores.with_name(CONTAMINATION_FILE))) is not None:
+        return found
+    try:
+        benchmark = TrainedOn(content["data"], "evaluate", (content["split"],), run)
+        is_local = loads_model(nearest_record(scores.parent)[1].get("settings", {}))
+        [dataset], model = benchmark.read(), content["model"] if is_local else None
+        return Contamination(check_contamination(model, dataset, benchmark.place, run))
+    except Exception:  # also of scores without a model or a benchmark, and of damaged records
+        return Contamination({"figures": {name: {"n": None, "of": 0} for name in FIGURES}, "compared": []})
+
+
+def _read_source(
+    source: TrainedOn, own: Inventory, salts: set[str], bits: int, only: set[str] | None
+) -> dict[str, str]:
+    """
+    Read a dataset that a model was trained on.
+
+    Args:
+        source ([`TrainedOn`]): The dataset.
+        own ([`Inventory`]): Receives what it holds.
+        salts (`set`): Salts of the benchmark's groups.
+        bits (`int`): As `near_copy_bits` of `medst prepare`.
+        only (`set` or `None`): Leave out images with other ids.
+
+    Returns:
+        `dict`: figures that cannot be computed, and why.
+    """
+    try:
+        hashes = _indexed_hashes(source.place, source.run) if bits else None
+        for dataset in source.read():
+            own.add(dataset, hashes, only=only)
+    except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
+        reason = str(error) if type(error) is LookupError else f"the dataset cannot be read ({type(error).__name__})"
+        return dict.fromkeys(("near", "groups", "questions", "texts"), reason)
+    missing = {} if bits else {"near": "near_copy_bits is 0"}
+    if salts.isdisjoint(own.salts):
+        has_groups = salts and own.salts
+        missing["groups"] = "another salt" if has_groups else "no groups in " + ("it" if salts else "the benchmark")
+    return missing
+
+
+def _indexed_hashes(place: Path, run: Path | None) -> dict[str, str | None]:
+    """Return the near hashes that `medst prepare` stored for the images of a dataset, by image id."""
+    from medst_trl.data.images import INDEX_FILE, index_entries
+
+    entries = chain.from_iterable(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place, run))
+    return {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}

@@ -3,7 +3,7 @@
 """A self-contained HTML page about a run: no network, no script, no other file, no path of this machine."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +12,16 @@ from typing import Any
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
+from medst_trl.evaluation.contamination import EXPLANATION
+from medst_trl.evaluation.scores_file import SCORES_FILE
+from medst_trl.pipeline.lineage import contamination_of
 
 from .curves import displacement, final_values, read_log, training_charts
 from .flow import Judging, data_flow, is_pair, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
-from .text import environment, is_number, number, percent, without_paths
+from .text import environment, is_number, number, percent, relative_path, without_paths
 
 
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
@@ -129,6 +132,8 @@ def make_report(
         "settings": [(stage, settings(run, stage)) for stage in run.stages],
         "missing": missing_stages(run),
         "comparisons": comparisons,
+        "contamination": [contamination_table(run, comparison) for comparison in comparisons],
+        "contamination_explained": EXPLANATION,
         "changed_answers": [changed for c in comparisons if (changed := changed_answers(run, c, gallery, image_size))],
         "supervised": [_training(run, one) for one in run.select(lambda stage: stage.trains and not stage.repeats)],
         "rounds": rounds,
@@ -180,6 +185,27 @@ def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> li
             cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
             rows.append((f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
     return [(name, cells) for name, cells in rows if any(cells)]
+
+
+def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
+    """
+    Return what a benchmark shares with the training data of each evaluated model: for each figure its label and the
+    text of each evaluation (`rows`), and for each dataset what it is and the label of the evaluation (`sources`).
+    """
+    labelled = [
+        (one.label, contamination_of(one.directory / SCORES_FILE, one.file.content, run.directory))
+        for one in comparison.evaluations
+    ]
+
+    def name_of(source: Mapping[str, Any]) -> str:
+        return source.get("hub_id") or relative_path(source["path"], run.directory)
+
+    return {
+        "comparison": comparison,
+        "rows": list(zip(*(found.rows() for _, found in labelled))),
+        "sources": [(label, text) for label, found in labelled for text in found.sources(name_of)],
+        "is_found": any(found.is_found for _, found in labelled),
+    }
 
 
 def _training(run: Run, stage: StageRun) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import preference_features, write_split
+from medst_trl.evaluation.contamination import FIGURES
 from medst_trl.hub.cards import dataset_card, model_card, read_merged, steps_to, write_card
 from medst_trl.hub.contents import find_contents
 from medst_trl.policy.chat_template import MARK, TEXT_ROLE_MARK
@@ -173,6 +174,36 @@ def test_scores_become_evaluation_results_of_the_hub(tmp_path):
         ("b", "strict closed accuracy", 61.5),
     ]
     assert "| strict | closed accuracy | 61.5 (50.0 to 70.0) | 30 | 55.0 | 54.0 |" in text and "gone" not in text
+
+
+def test_the_contamination_of_a_benchmark_is_on_the_card(tmp_path):
+    scores = write_scores(tmp_path / "evaluate", "org/bench")
+    contents = find_contents(write_model(tmp_path / "model"))
+    card = model_card(contents, "org/name", evaluations=[scores])
+    assert "Contamination was not checked:" in card  # by an earlier version, and the benchmark is not here
+    figures = {name: {"n": 3, "of": 96} for name in FIGURES} | {"groups": {"n": None, "of": 0}}
+    missing = {"groups": "its images | have no groups"}
+    sources = [
+        {"path": "/hospital/prepare/instruct", "sha256": "ab" * 32, "stage": "sft", "images": 1234},
+        {"hub_id": "org/pairs", "revision": "c0ffee", "stage": "dpo", "images": 5},
+    ]
+    content = {"figures": figures, "compared": [source | {"not_checked": missing} for source in sources]}
+    (scores / "contamination.json").write_text(json.dumps(content))
+    card = model_card(contents, "org/name", evaluations=[scores])
+    for expected in (
+        "| exact copies | 3 of 96 images |",
+        "| same group | not checked |",
+        "| same question and image | 3 of 96 questions |",
+        "- data of sft, a local directory or file (SHA-256 abababababab): 1,234 images; not checked: same group (its",
+        "images &#124; have no groups)",
+        "- data of dpo, org/pairs at c0ffee: 5 images",
+        "near copies are resized or re-encoded",
+    ):
+        assert expected in card, card
+    assert "hospital" not in card
+    (scores / "contamination.json").write_text(json.dumps(content | {"compared": []}))
+    card = model_card(contents, "org/name", evaluations=[scores])
+    assert "Contamination was not checked: no training data of the model was at hand." in card
 
 
 def test_scores_of_another_model_are_refused(tmp_path):

@@ -6,10 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from random_images import random_image
 from tiny_run import write_instruct
 
+from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import fingerprint
-from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, trained_on, training_images, write_training_images
+from medst_trl.data.images import store_image
+from medst_trl.data.loading import load_records
+from medst_trl.data.near_copies import perceptual_hash
+from medst_trl.data.schema import dialogue, features_of, write_split
+from medst_trl.pipeline.lineage import (
+    TRAINING_IMAGES_FILE,
+    check_contamination,
+    contamination_of,
+    trained_on,
+    training_images,
+    write_training_images,
+)
 
 
 def write_stage(directory: Path, stage: str, settings=None, **inputs) -> Path:
@@ -121,9 +135,196 @@ def test_a_damaged_list_counts_as_incomplete(tmp_path, content):
     assert training_images(str(tmp_path)) == (set(), False)
 
 
+def test_a_model_that_is_gone_leaves_the_images_incomplete(run):
+    """Nobody knows whether it was a base model, unless the model that was made from it has a list."""
+    (run / "first").rename(run / "gone")
+    assert training_images(str(run / "last")) == (ids(20, 21, 22, 25, 26), False)
+
+
 def test_a_circle_of_records_ends(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     second.mkdir()
     write_stage(first, "sft", model_name_or_path=second)
     write_stage(second, "sft", model_name_or_path=first)
     assert trained_on(str(first)) == []
+
+
+# What a benchmark shares with it
+
+
+def row(image, **columns) -> dict:
+    made = store_image(image)
+    columns["group_id"] = columns.pop("group", None)
+    file = {"bytes": made.bytes, "path": None}
+    if "questions" in columns:
+        keys = dict.fromkeys(("id", "answer", "answer_type", "question_type", "link"), "x")
+        columns["questions"] = [keys | {"question": question} for question in columns["questions"]]
+        return {"image_id": made.image_id, "image": file, **columns}
+    columns["messages"] = dialogue([(columns.pop("asks", "Other?"), "Yes.")], 1)
+    return {"id": made.image_id, "images": [file], "image_ids": [made.image_id], **columns}
+
+
+def write_rows(directory: Path, rows: list[dict], split: str = "train") -> Path:
+    kind = "benchmark" if "questions" in rows[0] else "instruct"
+    write_split(directory, split, rows, dict, features_of(kind), 100)
+    return directory
+
+
+def picture(seed: int, side: int = 96):
+    return random_image(seed, (24, 24)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def evaluated(tmp_path) -> Path:
+    """
+    A model that was trained on two datasets. Its benchmark has an exact copy (image 0), a near copy (1), an image of
+    the same patient (2) and an image of its own (3).
+    """
+    questions = ["Is it normal?", "Where?"]
+    tested = [row(picture(seed), questions=questions, group=f"aaaaaa-{seed}") for seed in range(4)]
+    write_rows(write_stage(tmp_path / "prepare", "prepare") / "benchmark", tested, "test")
+    write_rows(tmp_path / "a", [row(picture(0), asks="is it  NORMAL?"), row(picture(9), group="aaaaaa-2")])
+    write_rows(tmp_path / "b", [row(picture(1, side=48), asks="Where?", group="bbbbbb-1")])
+    (tmp_path / "base").mkdir()
+    datasets = [tmp_path / "a", tmp_path / "b"]
+    write_stage(tmp_path / "sft", "sft", model_name_or_path=tmp_path / "base", dataset=datasets)
+    return tmp_path
+
+
+def checked(run: Path, model: str = "sft", **options) -> dict:
+    place = run / "prepare" / "benchmark"
+    return check_contamination(str(run / model), load_records(place, "test", "benchmark"), place, **options)
+
+
+def numbers(found: dict) -> list[int | None]:
+    return [figure["n"] for figure in found["figures"].values()]
+
+
+def test_a_benchmark_is_compared_with_every_dataset_of_the_training(evaluated):
+    found = checked(evaluated)
+    assert found["figures"] == {
+        "exact": {"n": 1, "of": 4},
+        "near": {"n": 1, "of": 4},
+        "groups": {"n": 1, "of": 4},
+        "questions": {"n": 2, "of": 8},
+        "texts": {"n": 8, "of": 8},
+    }
+    assert [(Path(one["path"]).name, one["stage"], one["images"]) for one in found["compared"]] == [
+        ("a", "sft", 2),
+        ("b", "sft", 1),
+    ]
+    assert [one["not_checked"] for one in found["compared"]] == [
+        {},
+        {"groups": "another salt"},
+    ]
+
+
+def test_a_base_model_has_no_known_training_data(evaluated):
+    found = checked(evaluated, "base")
+    assert found["compared"] == [] and numbers(found) == [None] * 5
+
+
+def test_a_pulled_adapter_is_checked_by_the_ids_that_it_carries(evaluated, tmp_path):
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    write_training_images(pulled, (), str(evaluated / "sft"))
+    found = checked(evaluated, "pulled")
+    assert numbers(found) == [1, None, None, None, None]
+    [one] = found["compared"]
+    assert one["images"] == 3 and "exact" not in one["not_checked"] and "near" in one["not_checked"]
+
+
+def test_a_model_trained_further_on_a_pulled_adapter_is_partly_checked(evaluated, tmp_path):
+    (tmp_path / "pulled").mkdir()
+    write_training_images(tmp_path / "pulled", (), str(evaluated / "sft"))
+    data = write_rows(tmp_path / "c", [row(picture(3, side=64), asks="Why?")])
+    further = write_stage(tmp_path / "further", "sft", model_name_or_path=tmp_path / "pulled", dataset=data)
+    write_training_images(further, {store_image(picture(3, side=64)).image_id}, str(tmp_path / "pulled"))
+    found = checked(evaluated, "further")
+    assert numbers(found) == [1, 1, None, 0, 0]
+    assert ["near" in one["not_checked"] for one in found["compared"]] == [False, True]
+
+
+@pytest.mark.parametrize("has_list", [True, False])
+def test_what_cannot_be_read_any_more_is_not_checked(evaluated, has_list):
+    """Exact copies are still found if the model carries the ids."""
+    if has_list:
+        write_training_images(evaluated / "sft", (), str(evaluated / "sft"))
+    (evaluated / "a").rename(evaluated / "gone")
+    write_rows(evaluated / "b", [row(picture(7))], "validation")  # another fingerprint
+    found = checked(evaluated)
+    assert numbers(found) == [1 if has_list else None, None, None, None, None]
+    reasons = [one["not_checked"]["near"] for one in found["compared"]]
+    assert reasons == ["the dataset is not on this machine", "the dataset has changed since the training"]
+    assert all(("exact" in one["not_checked"]) != has_list for one in found["compared"])
+
+
+def test_rows_that_were_not_trained_on_do_not_count(evaluated):
+    """With `max_records`, the list of the model has fewer images than its dataset."""
+    name = store_image(picture(9)).image_id
+    write_training_images(evaluated / "sft", {name}, str(evaluated / "base"))
+    assert numbers(checked(evaluated)) == [0, 0, 1, 0, 0]
+
+
+def test_groups_are_not_checked_if_the_benchmark_has_none(evaluated):
+    rows = [row(picture(0), questions=["Where?"])]
+    (evaluated / "prepare" / "benchmark" / "test-00000-of-00001.parquet").unlink()
+    write_rows(evaluated / "prepare" / "benchmark", rows, "test")
+    found = checked(evaluated)
+    assert found["figures"]["groups"] == {"n": None, "of": 0} and found["figures"]["exact"] == {"n": 1, "of": 1}
+
+
+def test_near_hashes_of_prepare_are_used_and_its_setting_decides(evaluated, monkeypatch):
+    """Nothing is decoded: the index is beside the datasets, whose records lead to it."""
+    pictures = [*map(picture, (0, 1, 2, 3, 9)), picture(1, side=48)]
+    hashes = {store_image(one).image_id: perceptual_hash(one) for one in pictures}
+    lines = [{"image": "x", "image_id": name, "near_hash": code} for name, code in hashes.items()]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (evaluated / "prepare" / "image_index.jsonl").write_text(text)
+    for name in "ab":  # datasets beside an index of their own
+        write_stage(evaluated / name, "prepare")
+        (evaluated / name / "image_index.jsonl").write_text(text)
+    (evaluated / "sft" / "stage.json").unlink()
+    datasets = [evaluated / "a", evaluated / "b"]
+    write_stage(evaluated / "sft", "sft", model_name_or_path=evaluated / "base", dataset=datasets)
+    monkeypatch.setattr("medst_trl.data.near_copies.hash_images", None)
+    assert checked(evaluated)["figures"]["near"]["n"] == 1
+    write_stage(evaluated / "prepare", "prepare", {"near_copy_bits": 0})
+    assert checked(evaluated)["figures"]["near"]["n"] is None
+
+
+def scores(run: Path, **more) -> dict:
+    place = run / "prepare" / "benchmark"
+    write_stage(run / "evaluate", "evaluate", model_name_or_path=run / "sft", benchmark=place)
+    return {"model": str(run / "sft"), "split": "test", "data": fingerprint(place)} | more
+
+
+def test_an_evaluation_of_an_earlier_version_is_compared_when_it_is_shown(evaluated):
+    path = evaluated / "evaluate" / "scores.json"
+    found = contamination_of(path, scores(evaluated))
+    assert found.figures["exact"] == (1, 4) and not path.with_name("contamination.json").exists()
+    write_json(path.with_name("contamination.json"), checked(evaluated, "base"))
+    assert contamination_of(path, scores(evaluated)).compared == []  # what was written then
+
+
+def test_an_evaluation_that_has_moved_is_found_in_its_run_directory(evaluated, tmp_path):
+    content = scores(evaluated)
+    place = tmp_path / "elsewhere"
+    names = [path.name for path in evaluated.iterdir()]
+    place.mkdir()
+    for name in names:
+        (evaluated / name).rename(place / name)
+    assert contamination_of(place / "evaluate" / "scores.json", content).compared == []
+    assert contamination_of(place / "evaluate" / "scores.json", content, place).figures["near"] == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"path": "nowhere", "sha256": "0"}}, {"data": {"sha256": "0"}}, {"data": None},
+        {"model": None}, {"split": "other"},
+    ],
+)  # fmt: skip
+def test_an_evaluation_without_its_benchmark_or_model_is_not_checked(evaluated, change):
+    found = contamination_of(evaluated / "evaluate" / "scores.json", scores(evaluated) | change)
+    assert found.compared == [] and {text for _, text in found.rows()} == {"not checked"}

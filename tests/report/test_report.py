@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint
+from medst_trl.evaluation.contamination import FIGURES
 from medst_trl.report.gallery import data_url
 from medst_trl.report.report import make_report, write_report
 
@@ -129,6 +130,27 @@ def test_scores_and_their_differences_are_shown(original, page):
         assert f"{leaf['value']:.1f} [{leaf['interval'][0]:.1f}, {leaf['interval'][1]:.1f}]" in page.words
     difference = after["exact_match"]["value"] - before["exact_match"]["value"]
     assert f"{difference:+.1f} [".replace("-", "−") in page.words
+
+
+def test_the_contamination_of_each_evaluation_is_shown(run):
+    _, before = report_on(run)
+    section = before.words.partition("What the base model was trained on is not known.")[2]
+    assert "exact copies not checked not checked" in section and "so nothing was compared" in section
+    assert "scores can be too high" not in before.words
+    figures = {name: {"n": 3, "of": 96} for name in FIGURES} | {"near": {"n": None, "of": 96}}
+    missing = {"near": "the dataset has changed since the training"}
+    one = {"path": str(run / "prepare" / "instruct"), "stage": "sft", "images": 1234, "not_checked": missing}
+    two = {"path": "/hospital/patients/pairs", "stage": "<script>alert(1)</script>", "images": 5, "not_checked": {}}
+    content = {"figures": figures, "compared": [one, two]}
+    (run / "evaluate" / "aligned" / "contamination.json").write_text(json.dumps(content))
+    report, page = report_on(run)
+    assert "scores can be too high" in page.words and "same group not checked 3 of 96 images" in page.words
+    assert "near copies not checked not checked" in page.words
+    text = (
+        "aligned: compared with the data of sft, prepare/instruct: 1,234 images; not checked: near copies (the dataset"
+    )
+    assert text in page.words and "…/pairs: 5 images" in page.words and "hospital" not in report.html
+    assert "<script" not in report.html
 
 
 def test_the_terminal_table_has_scores_and_differences(original):

@@ -13,8 +13,9 @@ medst evaluate \
 Input: a benchmark, one row per image with columns `image_id`, `image`, `questions` (`medst prepare` writes one), and a
 model or an adapter. Output in `output_dir`: `predictions.jsonl` (id, image_id, question, answer, answer_type,
 question_type, prediction, generation), `predictions_blank.jsonl` and `predictions_shuffled.jsonl` for the two
-controls, and `scores.json`. A table is printed. If you give several benchmarks, each gets its own directory. An
-interrupted run resumes. Unless `batch_size` is set, a model in this process answers 16 questions per batch.
+controls, `scores.json`, and `contamination.json`: what the benchmark shares with the training data of the model, as
+far as that is known. A table is printed. If you give several benchmarks, each gets its own directory. An interrupted
+run resumes. Unless `batch_size` is set, a model in this process answers 16 questions per batch.
 
 To evaluate a model on an OpenAI-compatible server, with the same questions, images and controls (questions that the
 server refuses count as wrong):
@@ -50,6 +51,7 @@ from medst_trl.data.loading import load_records, split_files
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, loads_model
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, Contamination
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.evaluation.predictions import (
     OWN_FORMAT,
@@ -63,6 +65,7 @@ from medst_trl.evaluation.predictions import (
 )
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile
 from medst_trl.evaluation.vqa import shown_rows, write_predictions
+from medst_trl.pipeline.lineage import check_contamination
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 
@@ -148,11 +151,15 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
                 counts = _score_file(args, settings)
             else:
                 counts = _run(args, engine_settings, settings, record.content["inputs"]["benchmark"])
+                if rank() == 0:
+                    _write_contamination(args)
             record.finish(counts=counts)
     if rank() == 0 and not record.is_silent:
         paths = [directory / SCORES_FILE for directory in _output_directories(args)]
         for path in paths:
             print(ScoresFile.read(path))
+            if found := Contamination.read(path.with_name(CONTAMINATION_FILE)):
+                print(found)
         print(f"Scores are in {', '.join(map(str, paths))}.")
 
 
@@ -205,6 +212,14 @@ def _run(args: EvaluateArguments, engine_settings: Any, settings: Sequence[Any],
             counts[name] = _write_scores(args, settings, directory, paths, about)
         state.wait_for_everyone()
     return counts
+
+
+def _write_contamination(args: EvaluateArguments) -> None:
+    """Compare the benchmarks with what the model was trained on. Other processes do not wait for it."""
+    model = args.model_name_or_path if loads_model(vars(args)) else None
+    for name, directory in zip(args.benchmark, _output_directories(args)):
+        found = check_contamination(model, load_records(name, args.split, "benchmark"), Path(name))
+        write_json(directory / CONTAMINATION_FILE, found)
 
 
 def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             [`ImageSettings`], and settings of sources. If they are not given, their defaults are used.
     """
-    from medst_trl.data.images import FolderImages, choose_frames, index_images
+    from medst_trl.data.images import INDEX_FILE, FolderImages, choose_frames, index_images
 
     check(args, *others)
     images = settings_among(others, ImageSettings)
@@ -154,7 +154,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         if isinstance(reader, FolderImages):
             records = choose_frames(records, reader, num_workers).first(args.max_records)
         groups = GroupIds(args.group_salt, args.group_by or "patient")
-        index = index_images(records.image_names, reader, output_dir / "image_index.jsonl", num_workers, groups)
+        index = index_images(records.image_names, reader, output_dir / INDEX_FILE, num_workers, groups)
         selection = {name: getattr(args, name) for name in ("validation_fraction", "near_copy_bits", "seed")}
         selection["disjoint"] = args.disjoint or ("image" if args.image_disjoint else "none")
         rows, rejected, counts = assemble(records, index, groups=groups, **selection)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -14,6 +15,7 @@ from jsonl import read_jsonl
 from judge_server import JudgeServer
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.loading import load_records
 from medst_trl.data.schema import benchmark_features
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
@@ -87,6 +89,7 @@ def test_a_run_writes_predictions_controls_and_scores(finished):
         "predictions_blank.jsonl",
         "predictions_shuffled.jsonl",
         "scores.json",
+        "contamination.json",
         "stage.json",
     }
     scores, rows = json.loads((finished / "scores.json").read_text()), read_jsonl(finished / "predictions.jsonl")
@@ -114,6 +117,28 @@ def test_a_finished_run_prints_its_table_again(finished, inputs, capsys):
     assert (finished / "scores.json").stat().st_mtime_ns == before
     for text in ("exact match", "majority", "real - blank", "real - shuffled", "strict", "llava_med", "split test"):
         assert text in printed
+
+
+def test_test_images_in_the_training_of_the_model_are_reported(inputs, tmp_path, capsys):
+    """The model carries the ids of its training images. A base model carries none, and gets no warning."""
+    model = shutil.copytree(inputs["model_name_or_path"], tmp_path / "model")
+    seen = load_records(inputs["benchmark"][0], "test")["image_id"][0]
+    (model / "training_images.json").write_text(json.dumps({"complete": True, "image_ids": [seen, "f" * 64]}))
+    once = FAST | {"controls": []}
+    arguments = inputs | {"model_name_or_path": str(model), "output_dir": str(tmp_path / "out")}
+    evaluate(**arguments, **once)
+    line = (
+        "Warning: training data of the model contains parts of the benchmark: exact copies 1 of 5 images, near copies "
+    )
+    assert line + "not checked" in capsys.readouterr().out
+    evaluate(**arguments, **once)
+    assert line in capsys.readouterr().out
+    (tmp_path / "out" / "contamination.json").unlink()  # as an earlier version left it
+    evaluate(**arguments, **once)
+    assert "nothing to do" in (printed := capsys.readouterr().out) and "near copies" not in printed
+    assert not (tmp_path / "out" / "contamination.json").exists()
+    evaluate(**inputs, **once, output_dir=str(tmp_path / "base"))
+    assert "Contamination: not checked, no training data of the model is known." in capsys.readouterr().out
 
 
 def test_a_changed_setting_is_refused(finished, inputs):

@@ -4,16 +4,21 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
-from PIL import Image
+from random_images import random_image
 
+from medst_trl.base.files import write_json
+from medst_trl.base.fingerprints import fingerprint
+from medst_trl.data.loading import load_records
 from medst_trl.data.sources.pathvqa import PATHVQA_FILES, PathVqaSettings
-from medst_trl.data.sources.slake import SLAKE_FILES
+from medst_trl.data.sources.slake import SLAKE_FILES, SlakeSettings
 from medst_trl.evaluation.vqa import questions_of
+from medst_trl.pipeline.lineage import check_contamination
 from medst_trl.pipeline.stages import evaluate, prepare
 
 
@@ -22,7 +27,7 @@ def write_images(directory: Path, names) -> None:
     for number, name in enumerate(sorted(set(names))):
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (24, 24), (number % 256, number // 256, 77)).save(path)
+        random_image(number, (24, 24)).save(path)  # JPEG makes colors equal that are almost equal
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +129,34 @@ def test_pathvqa_predictions_of_vlmevalkit_are_scored(pathvqa):
         == content["scores"]["strict"]["closed"]["accuracy"]["n"]
     )
     assert without_benchmark["scores"]["strict"]["n_images"] is None
+
+
+def test_english_test_images_in_chinese_training_questions_are_found(shared_data, tmp_path):
+    """
+    The halves of SLAKE share images, and each is prepared in a run of its own. The images are drawn, one per name.
+    """
+    data, images = tmp_path / "data", tmp_path / "imgs"
+    data.mkdir()
+    by_split = {}
+    for split, pattern in SLAKE_FILES.items():
+        (source,) = (shared_data / "slake").glob(pattern)
+        by_split[split] = json.loads(source.read_text(encoding="utf-8"))
+        shutil.copy(source, data / f"{split}.json")
+    write_images(images, [record["img_name"] for rows in by_split.values() for record in rows])
+    for language in ("zh", "en"):
+        arguments = {"source": "slake", "data_path": str(data), "image_folder": str(images)}
+        out = str(tmp_path / language)
+        prepare.main(prepare.PrepareArguments(output_dir=out, **arguments), SlakeSettings(language=language))
+    (tmp_path / "sft").mkdir()
+    sources = {"dataset": [fingerprint(tmp_path / "zh" / "instruct")]}
+    write_json(tmp_path / "sft" / "stage.json", {"stage": "sft", "status": "complete", "inputs": sources})
+
+    place = tmp_path / "en" / "benchmark"
+    found = check_contamination(str(tmp_path / "sft"), load_records(place, "test"), place)
+    names = {
+        (language, split): {row["img_name"] for row in by_split[split] if row["q_lang"] == language}
+        for language, split in (("en", "test"), ("zh", "train"))
+    }
+    assert len(names["en", "test"] & names["zh", "train"]) == 72
+    assert found["figures"]["exact"] == {"n": 72, "of": 96}
+    assert found["figures"]["questions"]["n"] == 0  # in another language
