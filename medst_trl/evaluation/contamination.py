@@ -63,7 +63,7 @@ class Inventory:
 
         Args:
             dataset (`datasets.Dataset`): A benchmark, conversations or preference pairs.
-            hashes (`dict` or `None`): Near hashes that are known; None if near copies are not compared.
+            hashes (`dict`): Near hashes that are known.
             only (`set`, *optional*): Leave out rows with none of these images.
         """
         from medst_trl.data.near_copies import hash_images  # loads NumPy and Pillow
@@ -77,11 +77,10 @@ class Inventory:
                 self.questions[image] += texts
                 if group is not None:
                     self.groups[image].add(group)
-            if hashes is not None and not hashes.keys() >= {*images}:
+            if not hashes.keys() >= {*images}:
                 missing.append(number)
-        if hashes is not None:
-            found = hash_images(dataset.select(missing)) | hashes if missing else hashes
-            self.hashes |= {image: found[image] for image in self.questions if image in found}
+        found = hash_images(dataset.select(missing)) | hashes if missing else hashes
+        self.hashes |= {image: found[image] for image in self.questions if image in found}
 
 
 def _rows(dataset: "Dataset") -> Iterator[tuple[list[str], str | None, list[str]]]:

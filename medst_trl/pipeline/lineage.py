@@ -7,7 +7,7 @@ A model carries these images as `training_images.json`: their ids, which are has
 about them. So a published model can be checked against a benchmark without its training data.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -48,9 +48,7 @@ def find_moved(path: str, run: Path | None) -> Path:
 
 
 def records_of(
-    directory: Path,
-    run: Path | None = None,
-    follows: Callable[[dict[str, Any], str], bool] = lambda record, name: True,
+    directory: Path, run: Path | None = None, follows: Callable[..., bool] = lambda *_: True
 ) -> dict[Path, dict[str, Any]]:
     """
     Read the records of the stages that led to a result, as far as their directories still exist.
@@ -218,6 +216,19 @@ def _find_file(source: dict[str, Any], name: str, download: bool = False) -> Pat
 # What a benchmark shares with it
 
 
+def read_inventory(
+    place: Path, datasets: "Iterable[Dataset]", run: Path | None = None, only: Set[str] | None = None
+) -> Inventory:
+    """Read datasets from one place, with the near hashes that `medst prepare` has stored for their images."""
+    from medst_trl.data.images import INDEX_FILE, index_entries
+
+    made, entries = Inventory(), chain(*(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place, run)))
+    hashes = {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}
+    for dataset in datasets:
+        made.add(dataset, hashes, only)
+    return made
+
+
 def check_contamination(
     model: str | None, benchmark: "Dataset", place: Path, run: Path | None = None
 ) -> dict[str, Any]:
@@ -241,15 +252,18 @@ def check_contamination(
     sources = trained_on(model, run) if model else []
     if not sources and ids:  # the records of its training are gone
         sources = [TrainedOn(_source(model), run=run)]
-    tested, trained, compared = Inventory(), [], []
-    if sources:
-        tested.add(benchmark, _indexed_hashes(place, run) if bits else None)
+    tested, trained, compared = read_inventory(place, [benchmark] if sources else [], run), [], []
     for source in sources:
-        own = Inventory()
-        missing = _read_source(source, own, tested.salts, bits, ids if complete else None)
-        images, is_known = (set(own.questions), True) if "texts" not in missing else source.image_ids()
-        if not (complete or is_known):
-            missing["exact"] = missing["texts"]
+        own, missing = Inventory(), {} if bits else {"near": "near_copy_bits is 0"}
+        try:
+            own = read_inventory(source.place, source.read(), run, ids if complete else None)
+            images = set(own.questions)
+            if tested.salts.isdisjoint(own.salts):
+                missing["groups"] = "no groups, or of another salt"
+        except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
+            reason = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
+            images, is_known = source.image_ids()
+            missing = {name: reason for name in FIGURES if name != "exact" or not (complete or is_known)}
         ids |= images
         trained.append(own)
         compared.append({**source.source, "stage": source.stage, "images": len(images), "not_checked": missing})
@@ -279,41 +293,3 @@ def contamination_of(scores: Path, content: Mapping[str, Any], run: Path | None 
         return Contamination(check_contamination(model, dataset, benchmark.place, run))
     except Exception:  # also of scores without a model or a benchmark, and of damaged records
         return Contamination({"figures": {name: {"n": None, "of": 0} for name in FIGURES}, "compared": []})
-
-
-def _read_source(
-    source: TrainedOn, own: Inventory, salts: set[str], bits: int, only: set[str] | None
-) -> dict[str, str]:
-    """
-    Read a dataset that a model was trained on.
-
-    Args:
-        source ([`TrainedOn`]): The dataset.
-        own ([`Inventory`]): Receives what it holds.
-        salts (`set`): Salts of the benchmark's groups.
-        bits (`int`): As `near_copy_bits` of `medst prepare`.
-        only (`set` or `None`): Leave out images with other ids.
-
-    Returns:
-        `dict`: figures that cannot be computed, and why.
-    """
-    try:
-        hashes = _indexed_hashes(source.place, source.run) if bits else None
-        for dataset in source.read():
-            own.add(dataset, hashes, only=only)
-    except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
-        reason = str(error) if type(error) is LookupError else f"the dataset cannot be read ({type(error).__name__})"
-        return dict.fromkeys(("near", "groups", "questions", "texts"), reason)
-    missing = {} if bits else {"near": "near_copy_bits is 0"}
-    if salts.isdisjoint(own.salts):
-        has_groups = salts and own.salts
-        missing["groups"] = "another salt" if has_groups else "no groups in " + ("it" if salts else "the benchmark")
-    return missing
-
-
-def _indexed_hashes(place: Path, run: Path | None) -> dict[str, str | None]:
-    """Return the near hashes that `medst prepare` stored for the images of a dataset, by image id."""
-    from medst_trl.data.images import INDEX_FILE, index_entries
-
-    entries = chain.from_iterable(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place, run))
-    return {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}

@@ -151,8 +151,6 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
                 counts = _score_file(args, settings)
             else:
                 counts = _run(args, engine_settings, settings, record.content["inputs"]["benchmark"])
-                if rank() == 0:
-                    _write_contamination(args)
             record.finish(counts=counts)
     if rank() == 0 and not record.is_silent:
         paths = [directory / SCORES_FILE for directory in _output_directories(args)]
@@ -211,15 +209,11 @@ def _run(args: EvaluateArguments, engine_settings: Any, settings: Sequence[Any],
             about = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
             counts[name] = _write_scores(args, settings, directory, paths, about)
         state.wait_for_everyone()
+    model = args.model_name_or_path if ENGINES.get(args.engine).loads_model else None
+    for name, directory, benchmark in zip(args.benchmark, _output_directories(args), benchmarks):
+        if state.is_main_process:  # the others need not wait for it
+            write_json(directory / CONTAMINATION_FILE, check_contamination(model, benchmark, Path(name)))
     return counts
-
-
-def _write_contamination(args: EvaluateArguments) -> None:
-    """Compare the benchmarks with what the model was trained on. Other processes do not wait for it."""
-    model = args.model_name_or_path if loads_model(vars(args)) else None
-    for name, directory in zip(args.benchmark, _output_directories(args)):
-        found = check_contamination(model, load_records(name, args.split, "benchmark"), Path(name))
-        write_json(directory / CONTAMINATION_FILE, found)
 
 
 def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, Any]:
