@@ -90,10 +90,18 @@ name, split, kind = sys.argv[1:]
 dataset = load_records(name, split)
 check_columns(dataset, kind)
 rows = []
-for row in dataset.cast_column("images", List(Image(decode=False))):
+for row in dataset.remove_columns("group_id").cast_column("images", List(Image(decode=False))):
     row["images"] = [{"bytes": image["bytes"].hex(), "path": None} for image in row["images"]]
     rows.append(row)
 print(json.dumps(rows))
+"""
+
+
+TRAINED_ON_HUB = """
+import json, sys
+from medst_trl.base.fingerprints import fingerprint
+from medst_trl.pipeline.lineage import TrainedOn
+print(json.dumps(sorted(TrainedOn(fingerprint(sys.argv[1]), "dpo", ("train", "validation")).image_ids()[0])))
 """
 
 
@@ -118,6 +126,12 @@ def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
 
     assert pull(hub, tmp_path / "elsewhere", "org/data", "train") == [pair(number) for number in range(5)]
     assert pull(hub, tmp_path / "elsewhere", "org/data", "validation") == [pair(5), pair(6)]
+    # As training data, it is read where it was downloaded to, and not downloaded for a comparison.
+    calls = len(hub.calls)
+    command = "-c", TRAINED_ON_HUB, "org/data"
+    known, unknown = (client(hub.url, tmp_path / home, *command).stdout for home in ("elsewhere", "new"))
+    assert json.loads(known) == sorted(stored_image(number).image_id for number in range(7))
+    assert json.loads(unknown) == [] and len(hub.calls) == calls
 
     # A later push with fewer shards replaces the files. The first push is still available by its revision.
     write_split(tmp_path / "new", "train", [pair(9)], dict, preference_features(), 2)
@@ -268,6 +282,14 @@ torch.save(logits, "logits.pt")
 """
 
 
+LISTED = """
+import json, sys
+from medst_trl.pipeline.lineage import trained_on, training_images
+found = [(training_images(name), trained_on(name)) for name in sys.argv[1:]]
+print(json.dumps([[sorted(ids), len(sources)] for (ids, complete), sources in found if complete]))
+"""
+
+
 def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_path):
     import torch
     from tiny_dpo import adapter_policy
@@ -289,6 +311,8 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
     paths = {"benchmark": str(tmp_path / "prepare" / "benchmark"), "model": str(local / "adapter")}
     (scores / "scores.json").write_text(json.dumps(SCORES | paths))
     write_base_file(model, local / "adapter")
+    trained = {"complete": True, "image_ids": ["a" * 64, "b" * 64]}
+    (local / "adapter" / "training_images.json").write_text(json.dumps(trained))
     merge.main(merge.MergeArguments(str(local / "adapter"), str(merged)))
 
     image = random_image(0)
@@ -313,6 +337,10 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
     logits = torch.load(tmp_path / "logits.pt")
     assert torch.equal(logits["org/adapter"], expected) and torch.equal(logits["org/merged@main"], expected_merged)
     assert result.stdout.count("QUICK START True") == 2
+
+    # A fresh machine knows the training images, and has neither records nor data. A base model has no list.
+    result = client(hub.url, tmp_path / "fresh", "-c", LISTED, "org/adapter", "org/merged@main", "org/base")
+    assert json.loads(result.stdout) == [[trained["image_ids"], 1]] * 2 + [[[], 0]]
 
     for kind, files in ((key, hub.files(*key)) for key in hub.repositories if key[0] == "model"):
         assert not any(str(tmp_path).encode() in content for content in files.values()), kind
