@@ -72,7 +72,7 @@ def records_of(
         for name, sources in record.get("inputs", {}).items():
             for source in sources:
                 if "path" in source and (follows is None or follows(record, name)):
-                    visit(find_moved(source["path"], run))
+                    visit(find_moved(source["path"], run or path.parent.parent))
         found[path.resolve()] = found.pop(path.resolve())  # its inputs come first
 
     visit(directory)
@@ -139,23 +139,23 @@ def trained_on(model: str, run: Path | None = None) -> list[TrainedOn]:
     one are base models.
     """
     records = records_of(find_moved(model, run), run, _reads_model)
-    found, models = [], [] if records else [_source(model)]
-    for record in records.values():
+    found, models = [], [] if records else [_source(model, run)]
+    for path, record in records.items():
+        place = run or path.parent.parent  # the run directory of most stages
         stage, inputs, settings = record.get("stage"), record.get("inputs", {}), record.get("settings", {})
         if stage in STAGES and STAGES.get(stage).trains:
             splits = [settings.get("train_split") or "train"]
             if settings.get("eval_strategy", "no") != "no":
                 splits.append(settings.get("validation_split") or "validation")
-            found += [TrainedOn(source, stage, tuple(splits), run) for source in inputs.get("dataset", ())]
-        models += [source for name, sources in inputs.items() if _reads_model(record, name) for source in sources]
+            found += [TrainedOn(source, stage, tuple(splits), place) for source in inputs.get("dataset", ())]
+        for source in chain(*(sources for name, sources in inputs.items() if _reads_model(record, name))):
+            models.append(source | ({"path": str(find_moved(source["path"], place))} if "path" in source else {}))
     for source in models:
-        if "path" in source:
-            source = source | {"path": str(find_moved(source["path"], run))}
-            if nearest_record(Path(source["path"]))[0] is not None:
-                continue
+        has_record = "path" in source and nearest_record(Path(source["path"]))[0] is not None
         is_gone = "path" in source and not Path(source["path"]).exists()
-        if is_gone or any(_find_file(source, name) for name in (TRAINING_IMAGES_FILE, "adapter_config.json")):
-            found.append(TrainedOn(source, run=run))
+        names = (TRAINING_IMAGES_FILE, "adapter_config.json")
+        if not has_record and (is_gone or any(_find_file(source, name) for name in names)):
+            found.append(TrainedOn(source))
     return found
 
 
@@ -164,7 +164,7 @@ def training_images(model: str, run: Path | None = None) -> tuple[set[str], bool
     Return the ids of the images that a model was trained on as far as they are known, and whether these are all. It
     has them in `training_images.json`. If an earlier version trained it, they are those of the data that is here.
     """
-    if (carried := _carried_images(_source(str(find_moved(model, run))), download=True)) is not None:
+    if (carried := _carried_images(_source(model, run), download=True)) is not None:
         return carried
     known = [one.image_ids() for one in trained_on(model, run)]
     return set().union(*(ids for ids, _ in known)), all(complete for _, complete in known)
@@ -182,8 +182,9 @@ def image_ids_in(dataset: "Dataset") -> set[str]:
     return {image for images in image_ids_of(dataset) for image in images}
 
 
-def _source(model: str) -> dict[str, Any]:
-    return {"hub_id": model} if is_hub_id(model) else {"path": model}
+def _source(model: str, run: Path | None) -> dict[str, Any]:
+    place = find_moved(model, run)
+    return {"hub_id": model} if is_hub_id(model) and not place.exists() else {"path": str(place)}
 
 
 def _reads_model(record: dict[str, Any], name: str) -> bool:
@@ -251,12 +252,12 @@ def check_contamination(
     ids, complete = training_images(model, run) if model else (set(), True)
     sources = trained_on(model, run) if model else []
     if not sources and ids:  # the records of its training are gone
-        sources = [TrainedOn(_source(model), run=run)]
+        sources = [TrainedOn(_source(model, run))]
     tested, trained, compared = read_inventory(place, [benchmark] if sources else [], run), [], []
     for source in sources:
         own, missing = Inventory(), {} if bits else {"near": "near_copy_bits is 0"}
         try:
-            own = read_inventory(source.place, source.read(), run, ids if complete else None)
+            own = read_inventory(source.place, source.read(), source.run, ids if complete else None)
             images = set(own.questions)
             if tested.salts.isdisjoint(own.salts):
                 missing["groups"] = "no groups, or of another salt"

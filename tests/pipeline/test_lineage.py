@@ -101,6 +101,7 @@ def test_a_run_that_was_moved_is_found_again(run, tmp_path):
         (run / name).rename(place / name)
     assert training_images(str(run / "last"), place)[1]
     assert len(training_images(str(run / "last"), place)[0]) == 11
+    assert training_images(str(place / "last")) == training_images(str(run / "last"), place)
 
 
 def test_a_model_hands_its_images_on_without_its_data(run, tmp_path):
