@@ -71,7 +71,7 @@ def records_of(
         found[path.resolve()] = record  # before its inputs, in case of a circle
         for name, sources in record.get("inputs", {}).items():
             for source in sources:
-                if "path" in source and (follows is None or follows(record, name)):
+                if "path" in source and follows(record, name):
                     visit(find_moved(source["path"], run or path.parent.parent))
         found[path.resolve()] = found.pop(path.resolve())  # its inputs come first
 
@@ -115,7 +115,7 @@ class TrainedOn:
                 damaged.
         """
         if self.stage is None:
-            raise LookupError("only the ids of its training images are known")
+            raise LookupError("its training data is not known here")
         if not self.place.exists():
             raise LookupError("the dataset is not on this machine")
         if "path" in self.source and not same_source(self.source, fingerprint(self.place)):
