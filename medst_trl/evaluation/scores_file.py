@@ -39,6 +39,7 @@ class ScoresFile:
         scores (`dict`): Figures by metric and path.
         controls (`dict`): Scores of each control.
         n (`int`), n_images (`int`): Size of the benchmark.
+        unit (`str`): What the bootstrap drew: `"group"`, `"image"` or `"record"`.
 
     Raises:
         UserError: if the content has another form.
@@ -57,6 +58,7 @@ class ScoresFile:
             self.controls = {control: _read_scores(scores) for control, scores in controls.items()}
             first, *_ = content["scores"].values()
             self.n, self.n_images = first["n"], first["n_images"]
+            self.unit = (first.get("bootstrap") or {}).get("unit", "image")
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f"{name} was not written by `medst evaluate`. Evaluate again, or leave it out.") from None
 

@@ -1,9 +1,12 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.data.assemble import conversations_about_image, hold_out, split_off_validation
+from medst_trl.data.groups import Grouping
 from medst_trl.data.schema import text_of
 from medst_trl.data.source import Conversation, Question
 
@@ -80,3 +83,50 @@ def test_paraphrases_are_spread_over_conversations():
     # a3 has the text of a1, so both count as one question, regardless of their links.
     assert asked == [["a1?", "b1?", "c?"], ["a2?", "b2?"], ["A1?"]]
     assert [conversation.id for conversation in conversations] == ["x-0", "x-1", "x-2"]
+
+
+def test_groups_and_near_copies_are_reported_and_kept_apart():
+    ids = {name: name for name in "abcdefg"}
+    test = [replace(question("t1", "a", "test"), group="P"), replace(question("t2", "b", "test"), group="Q")]
+    train = [
+        replace(question("same group", "c"), group="P"),
+        replace(question("near copy", "d"), group="R"),
+        replace(question("group of the near copy", "e"), group="R"),
+        replace(question("other", "f"), group="S"),
+        Conversation("talk", ("g",), [{"role": "user"}], group="Q"),
+    ]
+    grouping = Grouping(
+        [([record.image], [record.group]) for record in test + train[:4]] + [(["g"], ["Q"])], [("b", "d")]
+    )
+    reported = {
+        "images_in_train_and_test": 0, "near_copies_in_train_and_test": 1, "groups_in_train_and_test": 2,
+    }  # fmt: skip
+    for disjoint, left, removed in (
+        ("none", [record.id for record in train], {}),
+        ("image", ["same group", "group of the near copy", "other", "talk"], {"questions_removed_for_images": 1}),
+        ("group", ["other"], {"questions_removed_for_groups": 3, "conversations_removed_for_groups": 1}),
+    ):
+        splits, counts = hold_out(test + train, ids, disjoint, grouping)
+        assert [record.id for record in splits["train"]] == left and splits["test"] == test
+        assert counts == reported | {f"{name}_in_train_and_test": number for name, number in removed.items()}
+
+
+def test_the_question_of_a_near_copy_is_removed_like_that_of_the_image():
+    questions = [question("held", "a", "test", "Normal?"), question("copy", "b", "train", "normal?")]
+    splits, counts = hold_out(questions, {"a": "1", "b": "2"}, "none", Grouping((), [("1", "2")]))
+    assert splits["train"] == [] and counts["pairs_in_train_and_test"] == 1
+    assert counts["near_copies_in_train_and_test"] == 1 and counts["images_in_train_and_test"] == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.none() | st.integers(0, 6)), max_size=40), st.floats(0, 0.9))
+def test_validation_shares_no_group_with_train(members, fraction):
+    ids = {str(n): f"id{n}" for n in range(31)}
+    conversations = [
+        Conversation(f"c{n}", (str(image),), [], group=group and f"P{group}")
+        for n, (image, group) in enumerate(members)
+    ]
+    split = split_off_validation(conversations, ids, fraction, seed=1)
+    sides = [[item for item in split if item.split == side] for side in ("train", "validation")]
+    for part in (lambda item: item.images[0], lambda item: item.group):
+        train, validation = ({part(item) for item in side} - {None} for side in sides)
+        assert train.isdisjoint(validation)

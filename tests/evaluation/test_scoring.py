@@ -256,6 +256,27 @@ class TestProperties:
         by_record = score_vqa([row | {"image_id": None} for row in rows])["closed"]["accuracy"]["interval"]
         assert by_image[1] - by_image[0] > 2 * (by_record[1] - by_record[0])
 
+    def test_images_of_one_patient_widen_the_interval(self):
+        rows = [
+            record("yes", "yes" if i % 2 else "no", "closed", image_id=f"{i}-{j}") for i in range(50) for j in range(6)
+        ]
+        grouped = [row | {"group_id": row["image_id"].split("-")[0]} for row in rows]
+        scores = score_vqa(grouped)
+        assert (scores["bootstrap"]["unit"], scores["n_groups"], scores["n_images"]) == ("group", 50, 300)
+        assert "of 50 groups" in format_scores(scores)
+        low, high = scores["closed"]["accuracy"]["interval"]
+        assert high - low == pytest.approx(2 * 196 * (0.25 / 50) ** 0.5, abs=3)  # a proportion of one half in 50
+        low, high = score_vqa(rows)["closed"]["accuracy"]["interval"]
+        assert high - low == pytest.approx(2 * 196 * (0.25 / 300) ** 0.5, abs=1.5)
+
+    def test_an_image_without_a_group_is_its_own(self):
+        rows = [record("yes", "yes" if i < 3 else "no", "closed", image_id=i) for i in range(8)]
+        mixed = [row | {"group_id": "p" if i < 2 else None} for i, row in enumerate(rows)]
+        named = [row | {"group_id": "p" if i < 2 else f"image {i}"} for i, row in enumerate(rows)]
+        assert score_vqa(mixed) == score_vqa(named)
+        assert score_vqa(mixed)["n_groups"] == 7
+        assert score_vqa([row | {"group_id": None} for row in rows]) == score_vqa(rows)
+
     def test_intervals_depend_on_the_seed(self):
         predictions = ["left", "right", "lobe x", "left lobe", "left x y", "lobe", "left lobe z"]
         rows = [record("left lobe", text, image_id=i) for i, text in enumerate(predictions)]
@@ -364,6 +385,17 @@ def test_pairing_narrows_the_interval():
     leaf, unpaired = compare_vqa(real, control)["closed"]["accuracy"], score_vqa(real)["closed"]["accuracy"]
     assert leaf["difference_interval"][1] - leaf["difference_interval"][0] < 2
     assert unpaired["interval"][1] - unpaired["interval"][0] > 5
+
+
+def test_differences_are_paired_by_group():
+    real = [record("yes", "yes", "closed", id=n, image_id=n) for n in range(150)]
+    other = [row | {"prediction": "no" if row["id"] // 5 % 2 else "yes"} for row in real]
+    for clusters, size in ((150, None), (30, 5)):
+        sides = [[row | {"group_id": size and f"p{row['id'] // size}"} for row in side] for side in (real, other)]
+        leaf = compare_vqa(*sides)["closed"]["accuracy"]
+        assert leaf["difference"] == pytest.approx(50)
+        width = leaf["difference_interval"][1] - leaf["difference_interval"][0]
+        assert width == pytest.approx(2 * 196 * (0.25 / clusters) ** 0.5, rel=0.12)
 
 
 def test_the_table_shows_the_difference():

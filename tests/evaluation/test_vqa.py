@@ -96,6 +96,15 @@ def test_rows_have_the_columns_of_predictions(engine, benchmark):
     assert score_vqa(rows, bootstrap_samples=0)["n"] == len(asked)
 
 
+def test_predictions_have_the_groups_of_the_benchmark(engine, benchmark):
+    groups = [f"5a17ed-{number // 2}" for number in range(len(benchmark))]
+    rows = list(answer_benchmark(engine, benchmark.add_column("group_id", groups), max_new_tokens=2))
+    of_image = dict(zip(benchmark["image_id"], groups))
+    assert all(row["group_id"] == of_image[row["image_id"]] for row in rows)
+    scores = score_vqa(rows, bootstrap_samples=0)
+    assert (scores["bootstrap"]["unit"], scores["n_groups"]) == ("group", len(set(groups)))
+
+
 def test_predictions_do_not_depend_on_the_batch_size(policy, benchmark):
     single, several, together = (
         without_settings(answer_benchmark(TransformersEngine(*policy, size), benchmark, max_new_tokens=8))

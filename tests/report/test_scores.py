@@ -155,3 +155,13 @@ def test_an_almost_empty_page_has_a_note(original, tmp_path):
     [note] = make_report(run).notes
     assert "no scores and no judged pairs" in note and "sft" in note and "evaluate" in note and "dpo" in note
     assert not any("no scores" in note for note in make_report(original, bootstrap_samples=0).notes)
+
+
+@pytest.mark.parametrize("unit", ["image", "group"])
+def test_the_page_says_over_what_the_intervals_are(run, unit):
+    for path in run.glob("evaluate/*/scores.json"):
+        content = json.loads(path.read_text())
+        for scores in content["scores"].values():
+            scores["bootstrap"] = scores.get("bootstrap", {}) | {"unit": unit}
+        path.write_text(json.dumps(content))
+    assert f"95% bootstrap intervals over {unit}s." in make_report(run, bootstrap_samples=0).html

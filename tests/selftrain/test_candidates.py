@@ -110,6 +110,15 @@ def test_finished_records_are_skipped(policy, images, expected):
     assert outcomes(policy, images, done={"r0", "r1", "r2", "r5"}, batch_size=1) == [expected[n] for n in (3, 4, 6)]
 
 
+def test_candidates_have_the_group_of_their_record(policy, images):
+    groups = [f"5a17ed-{number // 2}" for number in range(len(images))]
+    generate = CandidateGenerator(*policy, 1, 2, question_filter=ANY_TEXT, seed=5, **SHORT)
+    of_record = dict(zip(images["id"], groups))
+    rows = list(generate(images.add_column("group_id", groups)))
+    assert rows and all(row["group_id"] == of_record[row["id"].partition("#")[0]] for row in rows)
+    assert {row["group_id"] for row in generate(images)} == {None}
+
+
 def test_candidates_have_the_documented_columns(policy, images, expected):
     generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, model_name="tiny", **SHORT)
     rows = list(generate(images))

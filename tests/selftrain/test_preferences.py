@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from medst_trl import build_preferences
 from medst_trl.data.schema import image_part, text_of, text_part
@@ -258,3 +259,65 @@ def test_each_split_is_balanced_by_length():
 def test_pairs_without_judgements_can_be_selected():
     pairs = build([candidate(number) for number in range(4)]).train
     assert select_preferences(pairs).train == pairs
+
+
+def grouped(rows: list[dict], *groups: str | None) -> list[dict]:
+    return [row | {"group_id": group} for row, group in zip(rows, groups, strict=True)]
+
+
+def test_groups_of_benchmarks_are_dropped_by_default():
+    candidates = grouped([candidate(n) for n in range(4)], "5a17ed-p", "5a17ed-q", None, "0ther0-p")
+    held = Dataset.from_list(grouped([{"image_id": "x", "questions": []}], "5a17ed-p"))
+    preferences = build(candidates, benchmarks=[held])
+    assert reasons(preferences) == {"r0#0": "group_in_benchmark"}
+    assert preferences.counts["shared_with_benchmarks"]["group"] == 1
+    assert [pair["group_id"] for pair in preferences.train] == ["5a17ed-q", None, "0ther0-p"]
+    kept = build(candidates, benchmarks=[held], keep_benchmark_images=True)
+    assert len(kept.train) == 4 and kept.counts["shared_with_benchmarks"]["group"] == 1
+    # Ids of other salts cannot be compared: that is no number of 0.
+    assert build(candidates[3:], benchmarks=[held]).counts["shared_with_benchmarks"]["group"] is None
+    assert "group" not in build(candidates[2:3], benchmarks=[held]).counts["shared_with_benchmarks"]
+
+
+def test_near_copies_of_benchmark_images_are_dropped_by_default():
+    image = Image.effect_noise((200, 160), 60)
+    images = [image.resize((100, 80)), Image.effect_noise((100, 80), 60)]
+    candidates = [candidate(n) | {"images": [image]} for n, image in enumerate(images)]
+    held = Dataset.from_list([{"image_id": "original", "image": image, "questions": []}])
+    preferences = build(candidates, benchmarks=[held])
+    assert reasons(preferences) == {"r0#0": "near_copy_in_benchmark"}
+    assert preferences.counts["shared_with_benchmarks"]["near_copy"] == 1
+    off = build(candidates, benchmarks=[held], near_copy_bits=0)
+    assert len(off.train) == 2 and "near_copy" not in off.counts["shared_with_benchmarks"]
+
+
+def test_near_duplicate_questions_are_found_in_a_group_and_about_near_copies():
+    same = [candidate(n, question="Is it dark?") for n in range(5)]
+    pairs = build(grouped(same, "p", "p", "q", None, None)).train
+    assert [pair["group_id"] for pair in pairs] == ["p", "q", None, None]
+    codes = {"image3": 64 * "a", "image4": 63 * "a" + "b"}
+    pairs = build_preferences(Dataset.from_list(same), map(judgement, same), near_copy_bits=0).train
+    assert len(pairs) == 5
+    assert [pair["id"] for pair in select_preferences(pairs, near_hashes=codes).train] == [
+        "r0#0",
+        "r1#0",
+        "r2#0",
+        "r3#0",
+    ]
+
+
+@given(st.lists(st.none() | st.integers(0, 8), min_size=2, max_size=40), st.floats(0.1, 0.9))
+def test_the_splits_share_no_group(groups, share):
+    rows = [candidate(n) for n in range(len(groups))]
+    names = [None if group is None else f"5a17ed-{group}" for group in groups]
+    answers = ({"role": "assistant", "content": text} for text in "ab")
+    common = {"row": 0, "score_chosen": None, "score_rejected": None} | {
+        name: [answer] for name, answer in zip(("chosen", "rejected"), answers)
+    }
+    pairs = [row | common for row in grouped(rows, *names)]
+    preferences = select_preferences(pairs, validation_share=share, duplicate_similarity=None)
+    train, validation = (
+        {pair["group_id"] for pair in side} - {None} for side in (preferences.train, preferences.validation)
+    )
+    assert train.isdisjoint(validation)
+    assert len(preferences.train) + len(preferences.validation) == len(pairs)

@@ -16,7 +16,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, export_predictions, guess_format, read_predictions
 
 
-COLUMNS = ("id", "image_id", "question", "answer", "answer_type", "question_type", "prediction")
+COLUMNS = ("id", "image_id", "group_id", "question", "answer", "answer_type", "question_type", "prediction")
 SUFFIXES = {"medst": ".jsonl", "llava_med": ".jsonl", "medevalkit": ".json", "vlmevalkit": ".tsv"}
 KINDS = [*SUFFIXES.items(), ("vlmevalkit", ".csv"), ("vlmevalkit", ".json")]
 
@@ -31,6 +31,7 @@ RECORDS = st.lists(
     st.fixed_dictionaries(
         {
             "image_id": st.none() | st.sampled_from(["a", "b"]),
+            "group_id": st.none() | st.sampled_from(["5a17ed-0", "5a17ed-1"]),
             "question": TEXTS,
             "answer": ANSWERS,
             "answer_type": st.sampled_from(["open", "closed"]),
@@ -49,8 +50,8 @@ def known_columns(records):
 
 def difficult_records():
     return [
-        {"id": str(number), "image_id": None, "question": text, "answer": text if text.strip() else "x",
-         "answer_type": "open", "question_type": None, "prediction": text}
+        {"id": str(number), "image_id": None, "group_id": None, "question": text,
+         "answer": text if text.strip() else "x", "answer_type": "open", "question_type": None, "prediction": text}
         for number, text in enumerate(DIFFICULT_TEXTS)
     ]  # fmt: skip
 

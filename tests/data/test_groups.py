@@ -1,0 +1,94 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Group ids are keyed hashes, and what shares an image, a near copy or a group is not divided."""
+
+import hashlib
+import hmac
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.groups import GroupIds, Grouping, group_id, read_salt, salt_of
+
+
+def test_an_id_is_a_keyed_hash_behind_the_digits_of_its_salt():
+    salt = bytes(range(32))
+    digest = hmac.new(salt, b"P-17", hashlib.sha256).hexdigest()
+    assert group_id(salt, " P-17 ") == f"{hashlib.sha256(b'check' + salt).hexdigest()[:6]}-{digest[:20]}"
+    other = group_id(bytes(32), "P-17")
+    assert salt_of(other) != salt_of(group_id(salt, "P-17")) == salt_of(group_id(salt, "P-18"))
+    assert other.rpartition("-")[2] != digest[:20]
+
+
+def test_a_salt_is_made_once_and_readable_by_the_user_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.delenv("MEDST_GROUP_SALT", raising=False)
+    path = tmp_path / "medst_trl" / "group_salt"
+    ids = GroupIds()
+    assert ids.of_key(None) is None and not path.exists()  # not needed yet
+    first = ids.of_key("P1")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and len(path.read_bytes()) == 32
+    assert str(path) in capsys.readouterr().out
+    assert GroupIds().of_key("P1") == first != GroupIds().of_key("P2") and capsys.readouterr().out == ""
+    monkeypatch.setenv("MEDST_GROUP_SALT", str(tmp_path / "other"))
+    assert GroupIds().of_key("P1") != first and (tmp_path / "other").exists()
+    assert GroupIds(path).of_key("P1") == first
+
+
+def test_a_salt_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "short").write_bytes(b"secret\n")
+    with pytest.raises(UserError, match="7 bytes"):
+        read_salt(tmp_path / "short")
+    with pytest.raises(UserError, match="--group_salt"):
+        read_salt(tmp_path / "short" / "salt")
+    with pytest.raises(UserError, match="--group_salt"):
+        read_salt(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("group_by", "key"), [("patient", "P"), ("study", "St"), ("directory", "ward/P"), (None, "P")]
+)
+def test_images_are_grouped_by_what_is_chosen(tmp_path, group_by, key):
+    ids = GroupIds(tmp_path / "salt", group_by or "patient")
+    header = {"patient": "P", "study": "St", "series": "Se"}
+    assert ids.of_image("ward/P/3.dcm", header) == ids.of_image("ward\\P\\3.dcm", header) == ids.of_key(key)
+    assert ids.of_image("3.png", {}) is None
+
+
+def test_files_beside_each_other_in_the_directory_of_images_are_no_group(tmp_path):
+    ids = GroupIds(tmp_path / "salt", "directory")
+    assert ids.of_image("1.png", {}) is None
+    assert ids.of_image("stack.tif#1", {"series": "Se"}) == ids.of_key("Se")  # but the frames of a file are
+
+
+records = st.lists(
+    st.tuples(st.lists(st.sampled_from("0123456789"), max_size=3), st.lists(st.sampled_from("PQRS"), max_size=2)),
+    max_size=12,
+)
+copies = st.lists(st.tuples(st.sampled_from("0123456789"), st.sampled_from("0123456789")), max_size=3)
+
+
+@given(records, copies)
+def test_records_belong_together_if_a_chain_of_shared_images_copies_and_groups_connects_them(records, copies):
+    grouping = Grouping(records, copies)
+    sets = [{*images, *groups} for images, groups in records] + list(map(set, copies))
+    connected = []  # slow and plain
+    for one in sets:
+        touching = [other for other in connected if other & one]
+        connected = [other for other in connected if not other & one] + [one.union(*touching)]
+    names = [grouping.of(images, next(iter(groups), None), "alone") for images, groups in records]
+    for one, name in zip(sets, names):
+        for other, its_name in zip(sets, names):
+            if one and other:
+                assert (name == its_name) == any(one <= whole and other <= whole for whole in connected)
+        images = {item for whole in connected if one and one <= whole for item in whole if item.isdigit()}
+        assert name == (min(images) if images else name), "the name depends on the salt"
+        assert one or name == "alone"
+
+
+def test_near_copies_count_as_one_image():
+    grouping = Grouping([(["a"], [None])], [("b", "c"), ("c", "d")])
+    assert [grouping.image(name) for name in "abcd"] == ["a", "b", "b", "b"]

@@ -1,0 +1,290 @@
+# Copyright 2026 The medst_trl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The stage `prepare` with patients in tables, in DICOM headers and in directories."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from jsonl import read_jsonl
+from PIL import Image
+from tables import write_table
+
+from medst_trl.base.errors import UserError
+from medst_trl.data.groups import GroupIds, salt_of
+from medst_trl.data.loading import load_records
+from medst_trl.evaluation.scoring import score_vqa
+from medst_trl.evaluation.vqa import questions_of
+from medst_trl.pipeline.stages.prepare import PrepareArguments, check, main
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("MEDST_GROUP_SALT", str(tmp_path / "salt"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+def save(path, seed: int):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 24), dtype=np.uint8)).save(path)
+
+
+def prepare(tmp_path, to="out", **arguments):
+    main(PrepareArguments(**{"output_dir": str(tmp_path / to), "source": "images"} | arguments))
+    return tmp_path / to, json.loads((tmp_path / to / "stage.json").read_text())
+
+
+def groups_of(directory) -> dict[str, set[str]]:
+    """Return the group ids of each split."""
+    found = {}
+    for path in sorted(directory.glob("*/*.parquet")):
+        split = path.name.partition("-")[0]
+        found[f"{path.parent.name}/{split}"] = set(load_records(path.parent, split)["group_id"])
+    return found
+
+
+def patients(tmp_path, suffix=".csv", column="patient_id"):
+    """Ten images of the patients P0 to P3; those of P0 and P1 are in train and in test."""
+    for number in range(10):
+        save(tmp_path / "img" / f"{number}.png", number)
+    rows = [
+        {"image": f"{n}.png", "question": "Is it normal?", "answer": "yes", "split": "train" if n < 8 else "test",
+         column: f"P{n % 4}"}
+        for n in range(10)
+    ]  # fmt: skip
+    table = write_table(tmp_path / f"patients{suffix}", rows)
+    return {"data_path": str(table), "image_folder": str(tmp_path / "img")}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".xlsx"])
+def test_patients_on_both_sides_are_reported_and_removed(tmp_path, suffix, capsys):
+    table = patients(tmp_path, suffix, "Patient ID")
+    _, record = prepare(tmp_path, "unaware", **table)
+    assert "groups_in_train_and_test" not in record["counts"]["notes"]
+    assert record["counts"]["notes"]["columns_not_used"] == "patient_id"
+    directory, record = prepare(tmp_path, group_column="PATIENT-id", **table)
+    assert record["counts"]["notes"] == {
+        "images_in_train_and_test": 0, "near_copies_in_train_and_test": 0, "groups_in_train_and_test": 2,
+    }  # fmt: skip
+    assert record["counts"]["datasets"]["instruct/train"]["groups"] == 4
+    assert "groups in train and test: 2" in capsys.readouterr().out
+    ids = GroupIds(tmp_path / "salt")
+    assert groups_of(directory) == {
+        "benchmark/test": {ids.of_key("P0"), ids.of_key("P1")},
+        "instruct/train": {ids.of_key(f"P{n}") for n in range(4)},
+    }
+    directory, record = prepare(tmp_path, "apart", group_column="patient_id", disjoint="group", **table)
+    assert record["counts"]["notes"]["questions_removed_for_groups_in_train_and_test"] == 4
+    assert groups_of(directory)["instruct/train"] == {ids.of_key("P2"), ids.of_key("P3")}
+
+
+def test_no_file_names_a_patient_or_the_salt(tmp_path):
+    table = patients(tmp_path)
+    directory, record = prepare(tmp_path, group_column="patient_id", group_salt=str(tmp_path / "my_salt"), **table)
+    salt = (tmp_path / "my_salt").read_bytes()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b'P0"' not in content and b'P3"' not in content and salt not in content
+            assert str(tmp_path / "my_salt").encode() not in content
+    assert record["settings"]["group_salt"] == "my_salt"
+    main(PrepareArguments(str(directory), "images", group_column="patient_id", group_salt="other/my_salt", **table))
+
+
+def test_ids_of_two_runs_agree_if_their_salt_does(tmp_path):
+    table = patients(tmp_path)
+    one, two = (groups_of(prepare(tmp_path, name, group_column="patient_id", **table)[0]) for name in "ab")
+    assert one == two
+    other = groups_of(prepare(tmp_path, "c", group_column="patient_id", group_salt=str(tmp_path / "x"), **table)[0])
+    assert {salt_of(group) for group in other["benchmark/test"]}.isdisjoint(map(salt_of, one["benchmark/test"]))
+
+
+def test_a_column_that_no_record_has_is_refused_with_those_not_used(tmp_path):
+    with pytest.raises(UserError, match=r"'pateint'.*not used: patient_id"):
+        prepare(tmp_path, group_column="pateint", **patients(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_a_spreadsheet_are_the_same_patients_as_text(tmp_path):
+    for number in range(4):
+        save(tmp_path / f"{number}.png", number)
+    values = ["17", 17, 17.0, " 17 "]
+    rows = [{"image": f"{n}.png", "question": "Q?", "answer": "yes", "mrn": value} for n, value in enumerate(values)]
+    directory, _ = prepare(tmp_path, data_path=str(write_table(tmp_path / "t.jsonl", rows)), group_column="mrn")
+    assert groups_of(directory)["instruct/train"] == {GroupIds(tmp_path / "salt").of_key("17")}
+
+
+def test_a_group_that_is_no_text_is_rejected_without_its_value(tmp_path):
+    save(tmp_path / "0.png", 0)
+    rows = [
+        {"image": "0.png", "question": f"{n}?", "answer": "yes", "mrn": value}
+        for n, value in enumerate(["1", ["Doe"]])
+    ]
+    directory, _ = prepare(tmp_path, data_path=str(write_table(tmp_path / "t.jsonl", rows)), group_column="mrn")
+    assert read_jsonl(directory / "rejected.jsonl") == [{"id": "row-000001", "reason": "bad_group", "value": None}]
+
+
+def test_conversations_and_unlabeled_images_have_groups_too(tmp_path):
+    for number in range(6):
+        save(tmp_path / f"{number}.png", number)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A scan."}]
+    talks = [
+        {"id": f"talk {n}", "image": f"{n}.png", "conversations": turns, "Patient": f"P{n // 2}"} for n in range(6)
+    ]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    directory, _ = prepare(tmp_path, source="llava", data_path=str(tmp_path / "talks.json"), group_column="patient")
+    train = load_records(directory / "instruct", "train")
+    ids = GroupIds(tmp_path / "salt")
+    assert {row["id"]: row["group_id"] for row in train} == {f"talk {n}": ids.of_key(f"P{n // 2}") for n in range(6)}
+
+    rows = [{"image": f"{n}.png", "caption": "A scan.", "patient": f"P{n // 2}"} for n in range(6)]
+    table = write_table(tmp_path / "captions.csv", rows)
+    directory, _ = prepare(tmp_path, "b", source="captions", data_path=str(table), group_column="patient")
+    assert groups_of(directory)["instruct/train"] == {ids.of_key(f"P{n}") for n in range(3)}
+
+    rows = [
+        {"image": f"{n}.png", "question": "", "answer": "", "split": "", "patient": f"P{n // 2}"} for n in range(5)
+    ]
+    rows.append({"image": "5.png", "question": "Q?", "answer": "yes", "split": "test", "patient": "P2"})
+    table = write_table(tmp_path / "mixed.csv", rows)
+    directory, record = prepare(tmp_path, "c", data_path=str(table), group_column="patient", disjoint="group")
+    assert groups_of(directory)["images/train"] == {ids.of_key("P0"), ids.of_key("P1")}
+    assert record["counts"]["notes"]["unlabeled_images_removed_for_groups_in_train_and_test"] == 1
+
+
+@pytest.mark.parametrize(("group_by", "groups"), [(None, {None}), ("directory", {"ward/P0", "ward/P1", None})])
+def test_directories_are_groups_if_asked_for(tmp_path, group_by, groups):
+    for number, name in enumerate(["ward/P0/a.png", "ward/P0/b.png", "ward/P1/a.png", "c.png"]):
+        save(tmp_path / "img" / name, number)
+    directory, _ = prepare(tmp_path, data_path=str(tmp_path / "img"), group_by=group_by)
+    ids = GroupIds(tmp_path / "salt")
+    assert groups_of(directory)["images/train"] == set(map(ids.of_key, groups))
+
+
+def test_without_groups_no_salt_is_made_and_disjoint_groups_are_said_to_be_missing(tmp_path):
+    _, record = prepare(tmp_path, disjoint="group", **patients(tmp_path))
+    assert record["counts"]["notes"]["groups"].startswith("none; --group_column")
+    assert not (tmp_path / "salt").exists()
+
+
+@pytest.mark.parametrize("words", [{"image_disjoint": True}, {"disjoint": "image"}])
+@pytest.mark.parametrize("again", [{"image_disjoint": True}, {"disjoint": "image"}])
+def test_image_disjoint_is_the_older_name_of_disjoint_image(tmp_path, words, again, capsys):
+    table = patients(tmp_path)
+    prepare(tmp_path, **table, **words)
+    prepare(tmp_path, **table, **again)
+    assert "unchanged, nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="image_disjoint: true before, false now"):
+        prepare(tmp_path, **table, disjoint="none")
+    with pytest.raises(UserError, match="disjoint"):
+        prepare(tmp_path, **table, disjoint="group", image_disjoint=True)
+
+
+@pytest.mark.parametrize("change", [{"disjoint": "patient"}, {"group_by": "ward"}, {"near_copy_bits": -1}])
+def test_unknown_values_are_refused(tmp_path, change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        check(PrepareArguments("out", "images", "data", **change))
+
+
+def test_near_copies_are_counted_and_removed_as_the_threshold_says(tmp_path):
+    for number in range(4):
+        image = Image.effect_noise((200, 160), 60)
+        image.save(tmp_path / f"{number}.png")
+        image.resize((100, 80)).save(tmp_path / f"copy{number}.jpg", quality=80)
+    rows = [{"image": f"{n}.png", "question": "Held?", "answer": "yes", "split": "test"} for n in range(3)]
+    rows += [{"image": f"copy{n}.jpg", "question": "Other?", "answer": "yes", "split": "train"} for n in range(4)]
+    table = {"data_path": str(write_table(tmp_path / "t.csv", rows))}
+    for to, bits, found, left in (("a", 10, 3, 1), ("b", 0, None, 4)):
+        _, record = prepare(tmp_path, to, disjoint="image", near_copy_bits=bits, **table)
+        assert record["counts"]["notes"].get("near_copies_in_train_and_test") == found
+        assert record["counts"]["datasets"]["instruct/train"]["images"] == left
+
+
+# --- A hospital: 40 patients, 3 studies each, a series of 2 files per study ------------------------------------------
+
+
+def dicom(path, patient: str, study: str, seed: int):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, f"1.2.{seed}"
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.CTImageStorage, f"1.2.{seed}"
+    data.PatientID, data.StudyInstanceUID, data.SeriesInstanceUID = patient, study, f"{study}.1"
+    data.Modality, data.SamplesPerPixel, data.PhotometricInterpretation = "MR", 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.PixelRepresentation, data.Rows, data.Columns = 7, 0, 24, 24
+    data.PixelData = np.random.default_rng(seed).integers(0, 256, (24, 24), dtype=np.uint8).tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory):
+    """DICOM files and a table whose splits were drawn by file: every patient can be on both sides."""
+    directory, rows, rng = tmp_path_factory.mktemp("hospital"), [], random.Random(0)
+    for number in range(240):
+        patient, study = f"Doe{number // 6:03d}", f"1.2.3.{number // 2}"
+        name = f"{patient}/{study}/{number}.dcm"
+        dicom(directory / "scans" / name, patient, study, number)
+        split = "test" if rng.random() < 0.3 else "train"
+        rows.append({"image": name, "question": "Is it normal?", "answer": "yes", "split": split, "patient": patient})
+    return {
+        "data_path": str(write_table(directory / "table.csv", rows)), "image_folder": str(directory / "scans"),
+        "validation_fraction": 0.25, "disjoint": "group",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("groups", "number"),
+    [({}, 40), ({"group_column": "patient"}, 40), ({"group_by": "study"}, 120), ({"group_by": "directory"}, 120)],
+    ids=["dicom", "table", "study", "directory"],
+)
+def test_no_patient_of_a_hospital_is_on_two_sides(tmp_path, hospital, groups, number):
+    directory, record = prepare(tmp_path, **hospital | {"disjoint": "none"} | groups)
+    assert record["counts"]["notes"]["groups_in_train_and_test"] > 20
+    assert len(set().union(*groups_of(directory).values()) - {None}) == number
+    directory, record = prepare(tmp_path, "apart", **hospital | groups)
+    sides = groups_of(directory)
+    assert sides.keys() == {"benchmark/test", "instruct/train", "instruct/validation"} and all(sides.values())
+    assert sum(map(len, sides.values())) == len(set().union(*sides.values())), "a group is on two sides"
+    # Each line of the index names the file and, in it, the patient; so it can be checked without any of our hashes.
+    key = {number: -1 if number == 120 else 1 for number in (40, 120)}[number]
+    names = {
+        row["image_id"]: "/".join(row["image"].split("/")[:key]) for row in read_jsonl(directory / "image_index.jsonl")
+    }
+    shown = {}
+    for name in sides:
+        kind, split = name.split("/")
+        rows = load_records(directory / kind, split)
+        images = rows["image_id"] if kind == "benchmark" else [image for ids in rows["image_ids"] for image in ids]
+        shown[name] = {names[image] for image in images}
+    assert sum(map(len, shown.values())) == len(set().union(*shown.values())), "a patient is on two sides"
+
+
+def test_intervals_of_a_hospital_are_by_patient(tmp_path, hospital):
+    directory, _ = prepare(tmp_path, **hospital)
+    rows = [
+        {key: question[key] for key in ("id", "image_id", "group_id", "question", "answer", "answer_type")}
+        for question in questions_of(load_records(directory / "benchmark", "test"))
+    ]
+    patients = sorted({row["group_id"] for row in rows})
+    right = set(patients[::2])  # the model is right about every second patient: answers of a patient are all alike
+    rows = [row | {"prediction": "yes" if row["group_id"] in right else "no"} for row in rows]
+    by_patient = score_vqa(rows)
+    by_image = score_vqa([row | {"group_id": None} for row in rows])
+    assert (by_patient["bootstrap"]["unit"], by_image["bootstrap"]["unit"]) == ("group", "image")
+    assert by_patient["n_groups"] == len(patients) and by_patient["n_images"] == len(rows) == by_image["n_images"]
+    one, other = (scores["closed"]["accuracy"] for scores in (by_patient, by_image))
+    assert one["value"] == other["value"]
+    widths = [leaf["interval"][1] - leaf["interval"][0] for leaf in (one, other)]
+    # By hand: 1.96 standard errors on either side, of a ratio of sums over patients, and of a mean over images.
+    p, sizes = one["value"] / 100, {name: sum(row["group_id"] == name for row in rows) for name in patients}
+    spread = sum((sizes[name] * ((name in right) - p)) ** 2 for name in patients) ** 0.5 / len(rows)
+    assert widths[0] == pytest.approx(2 * 196 * spread, rel=0.12)
+    assert widths[1] == pytest.approx(2 * 196 * (p * (1 - p) / len(rows)) ** 0.5, rel=0.12)
+    assert widths[0] > 1.2 * widths[1]
