@@ -23,27 +23,20 @@ from .engine import Prompt, Sampling, sent_parts
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import BatchFeature, LogitsProcessor, PreTrainedModel, ProcessorMixin
+    from transformers import BatchFeature, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # Tokens per call of `generate`: with fewer, finished texts leave sooner; with more, less time goes to starting calls.
 STEPS_PER_CALL = 32
 
-# Overrides the model's generation config except the tokens that end a text and those that it forbids
-# (`suppress_tokens`, `bad_words_ids`, `sequence_bias`).
+# Settings of `generate` beside transformers' defaults. Of the model's generation config only `generation.HONOURED`
+# counts: other settings change the distribution or the way of decoding, or count from the start of a call, and a text
+# may take several calls.
 GREEDY = {
     # transformers' defaults: it warns of other values, which have no effect without sampling
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
     "return_dict_in_generate": True,
     "use_cache": True,  # configurations saved after gradient checkpointing may disable it
-    # another distribution, or another way of decoding
-    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None,
-    "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
-    "force_words_ids": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
-    "use_mtp": None,
-    # settings that count from the start of a call: a text may take several calls
-    "min_length": None, "min_new_tokens": None, "max_time": None, "forced_eos_token_id": None,
-    "begin_suppress_tokens": None, "exponential_decay_length_penalty": None, "encoder_repetition_penalty": None,
-    "encoder_no_repeat_ngram_size": None, "token_healing": None,
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
 }  # fmt: skip
 
 
@@ -131,28 +124,77 @@ def write_texts(
     import torch
 
     inputs = inputs.to(model.device, model.dtype)
-    tokenizer, config = processor.tokenizer, model.generation_config
-    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends)
-    vusr = tokenizer.get_vocab().get(VUSR)  # a token of prompts, never predicted
-    never = {*(config.suppress_tokens or []), vusr} - {None}
-    settings = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": sorted(never) or None}
-    settings |= GREEDY
+    settings = _settings(model, processor.tokenizer)
+    prompt_length = inputs["input_ids"].shape[1]
+    stops = StopStrings(model.generation_config.stop_strings, processor.tokenizer, prompt_length)
     with torch.inference_mode():
         if samples_per_prompt is None:
-            processors = None if sampler is None else [sampler]
-            output = model.generate(
-                **inputs, **settings, **generates, max_new_tokens=max_new_tokens, logits_processor=processors
-            )
-            tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+            settings |= {"logits_processor": None if sampler is None else [sampler]} | generates
+            settings["stopping_criteria"] = [*settings.get("stopping_criteria", ()), stops]
+            tokens = model.generate(**inputs, **settings, max_new_tokens=max_new_tokens).sequences[:, prompt_length:]
         else:
             if max(samples_per_prompt) > 1:
                 inputs = prefill(model, inputs, samples_per_prompt, **settings)
-            tokens = generate_dropping_finished(model, inputs, max_new_tokens, sampler, **settings)
+            tokens = generate_dropping_finished(model, inputs, max_new_tokens, sampler, stops, **settings)
     if sampler is not None:
         sampler.check()
-    ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(1).tolist()
-    return [(text.strip(), end) for text, end in zip(processor.batch_decode(tokens, skip_special_tokens=True), ended)]
+    ended = torch.isin(tokens, torch.tensor(settings["eos_token_id"], device=tokens.device)).any(1).tolist()
+    texts = zip(processor.batch_decode(tokens, skip_special_tokens=True), stops.found_in(tokens), ended)
+    return [(stops.cut(text).strip(), end or stopped) for text, stopped, end in texts]
+
+
+def _settings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return the settings of `generate`: greedy decoding, and what of the model's generation config is used."""
+    from transformers import GenerationConfig
+
+    from medst_trl.policy.generation import TOKENS
+
+    config = model.generation_config
+    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    vusr = tokenizer.get_vocab().get(VUSR)  # a token of prompts, never predicted
+    never = {*(config.suppress_tokens or []), vusr} - {None}
+    own = {name: getattr(config, name) for name in TOKENS} | {
+        "eos_token_id": [ends] if isinstance(ends, int) else list(ends),
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": sorted(never) or None,
+    }
+    defaults = GenerationConfig().to_dict()
+    del defaults["max_new_tokens"]  # given for each call
+    return defaults | GREEDY | own
+
+
+class StopStrings:
+    """
+    Stopping criterion of `generate` that ends a text at a string in it. transformers' own also looks for the string at
+    the end of the prompt.
+
+    Args:
+        strings (`list[str]`, *optional*):
+            The strings, from the model's generation config.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        prompt_length (`int`):
+            Number of tokens before a text.
+    """
+
+    def __init__(self, strings: list[str] | None, tokenizer: "PreTrainedTokenizerBase", prompt_length: int):
+        self.strings, self.tokenizer, self.prompt_length = strings or [], tokenizer, prompt_length
+
+    def __call__(self, input_ids: "torch.LongTensor", scores: Any = None, **kwargs: Any) -> "torch.BoolTensor":
+        if not self.strings:
+            return input_ids.new_zeros(len(input_ids), dtype=bool)
+        return input_ids.new_tensor(self.found_in(input_ids[:, self.prompt_length :]), dtype=bool)
+
+    def found_in(self, tokens: "torch.LongTensor") -> list[bool]:
+        """Return for each text whether it has one of the strings, which may be a special token."""
+        if not self.strings:
+            return [False] * len(tokens)
+        forms = zip(*(self.tokenizer.batch_decode(tokens, skip_special_tokens=skip) for skip in (False, True)))
+        return [any(string in text for string in self.strings for text in texts) for texts in forms]
+
+    def cut(self, text: str) -> str:
+        """Return the part of a text before the first string."""
+        return text[: min((text.find(string) for string in self.strings if string in text), default=len(text))]
 
 
 def shares_prompts(model: "PreTrainedModel") -> bool:
@@ -160,9 +202,7 @@ def shares_prompts(model: "PreTrainedModel") -> bool:
     Return whether a model generates the same texts from a shared prefill ([`prefill`]) and from image features instead
     of pixels ([`ImageFeatureCache`]).
     """
-    # Gemma 3 was published with "hybrid"; `generate` treats it as none.
-    cache = model.generation_config.cache_implementation
-    return family_of(model.config.model_type).shares_prompts and cache in (None, "hybrid")
+    return family_of(model.config.model_type).shares_prompts
 
 
 def prefill(
@@ -202,7 +242,12 @@ def prefill(
 
 
 def generate_dropping_finished(
-    model: "PreTrainedModel", inputs: "Mapping[str, Any]", max_new_tokens: int, sampler: Any = None, **settings: Any
+    model: "PreTrainedModel",
+    inputs: "Mapping[str, Any]",
+    max_new_tokens: int,
+    sampler: "SeededSampler | None",
+    stops: "StopStrings",
+    **settings: Any,
 ) -> "torch.Tensor":
     """
     Call `generate` repeatedly, and remove finished texts from the batch after every `STEPS_PER_CALL` tokens.
@@ -214,8 +259,10 @@ def generate_dropping_finished(
             Inputs of `generate`, padded on the left.
         max_new_tokens (`int`):
             Maximum length of a text.
-        sampler ([`SeededSampler`], *optional*):
+        sampler ([`SeededSampler`] or `None`):
             Chooses the tokens.
+        stops ([`StopStrings`]):
+            Ends texts.
         **settings:
             Further arguments of `generate`, with `eos_token_id` (a list) and `pad_token_id`.
 
@@ -228,13 +275,13 @@ def generate_dropping_finished(
     left = torch.arange(len(ids), device=ids.device)
     ends = torch.tensor(settings["eos_token_id"], device=ids.device)
     tokens = ids.new_full((len(ids), max_new_tokens), settings["pad_token_id"])
-    processors = None if sampler is None else [sampler]
+    settings |= {"logits_processor": None if sampler is None else [sampler], "stopping_criteria": [stops]}
     for done in range(0, max_new_tokens, STEPS_PER_CALL):
         steps = min(STEPS_PER_CALL, max_new_tokens - done)
-        output = model.generate(**inputs, **settings, max_new_tokens=steps, logits_processor=processors)
+        output = model.generate(**inputs, **settings, max_new_tokens=steps)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         tokens[left, done : done + new.shape[1]] = new
-        rows = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
+        rows = (~torch.isin(new, ends).any(1) & ~stops(output.sequences)).nonzero()[:, 0]
         if done + steps == max_new_tokens or not len(rows):
             break
         left = left[rows]

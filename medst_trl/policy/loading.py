@@ -21,6 +21,7 @@ from medst_trl.base.settings import check_choice
 from . import DTYPES
 from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
 from .families import check_family, model_parts, on_meta
+from .generation import reduced_generation_config, repair_generation_config
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
 
@@ -155,6 +156,8 @@ def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adap
     """
     of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
     failed = f"No vision-language model could be loaded from {base!r}{of if adapter else ''}: "
+    if (reduced := reduced_generation_config(base, kwargs["revision"])) is not None:
+        kwargs = kwargs | {"generation_config": reduced}
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
@@ -227,10 +230,12 @@ def prepare_policy(model: PreTrainedModel, processor: ProcessorMixin) -> PreTrai
     config = model.generation_config
     known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
     config.eos_token_id = list(dict.fromkeys([*known, *stop_token_ids(processor)]))
-    config.pad_token_id = processor.tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    if config.pad_token_id is None or config.pad_token_id < 0:  # the original Llama's is -1
+        config.pad_token_id = processor.tokenizer.pad_token_id
     if vusr_token_id is not None:  # the text role needs none
         add_embedding_row(model, vusr_token_id)
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
+    repair_generation_config(model)
     return model
 
 

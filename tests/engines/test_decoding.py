@@ -4,13 +4,14 @@
 
 import math
 import random
+import re
 from collections import Counter
 
 import pytest
 import torch
 from family_models import MODELS, tiny_model
 from random_images import random_image
-from transformers import LogitsProcessorList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 
 from medst_trl.base.errors import UserError
 from medst_trl.engines import decoding
@@ -26,6 +27,7 @@ from medst_trl.engines.decoding import (
 from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_stream, to_answer, to_ask
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.families import FAMILIES
+from medst_trl.policy.generation import HONOURED
 
 
 WIDE, HIGH, SQUARE = (
@@ -133,31 +135,79 @@ def test_a_model_saved_without_cache_writes_the_same_texts(monkeypatch):
     assert write_texts(model, processor, plain_inputs(processor), 12, sampler()) == expected
 
 
-# Settings of a generation config that must not change a text, although `generate` is called several times per text.
+# Every setting of a generation config that is not used, with a value that would change a text or end in an error. The
+# values of some need the others to have an effect.
 GENERATION_SETTINGS = {
-    "min_new_tokens": 10,
+    "max_length": 1,
+    "max_new_tokens": 1,
     "min_length": 200,
-    "forced_eos_token_id": 5,
-    "begin_suppress_tokens": list(range(100, 400)),
-    "exponential_decay_length_penalty": (1, 3.0),
+    "min_new_tokens": 10,
+    "early_stopping": True,
     "max_time": 1e-9,
+    "do_sample": True,
+    "num_beams": 2,
+    "use_mtp": True,
+    "use_cache": False,
+    "cache_implementation": "quantized",  # needs another package
+    "cache_config": {"backend": "none"},
+    "max_cache_len": 1,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.01,
+    "min_p": 0.9,
+    "top_h": 0.1,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.9,
+    "eta_cutoff": 0.9,
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "length_penalty": 9.0,
     "no_repeat_ngram_size": 1,
     "encoder_no_repeat_ngram_size": 1,
-    "encoder_repetition_penalty": 5.0,
-    "repetition_penalty": 5.0,
+    "renormalize_logits": True,
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 5,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (1, 3.0),
+    "begin_suppress_tokens": list(range(100, 400)),
+    "token_healing": True,
     "guidance_scale": 3.0,
+    "watermarking_config": {"bias": 9.0},
+    "num_return_sequences": 2,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_scores": True,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "decoder_start_token_id": 7,
+    "is_assistant": True,
+    "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "heuristic",
+    "assistant_confidence_threshold": 0.1,
+    "prompt_lookup_num_tokens": 2,
+    "max_matching_ngram_size": 1,
+    "assistant_early_exit": 1,
+    "assistant_lookbehind": 1,
+    "target_lookbehind": 1,
+    "assistant_ensemble_weight": 0.5,
+    "speculation_type": "dflash",
+    "compile_config": CompileConfig(fullgraph=True),
+    "disable_compile": True,
+    "continuous_batching_config": {"max_batch": 1},
+    "low_memory": True,
     "penalty_alpha": 0.6,
     "dola_layers": "low",
+    "diversity_penalty": 1.0,
+    "num_beam_groups": 2,
+    "constraints": [[33]],
     "force_words_ids": [[33]],
-    "assistant_early_exit": 1,
-    "use_mtp": True,
-    "prompt_lookup_num_tokens": 2,
-    "num_return_sequences": 2,
-    "num_beams": 2,
-    "watermarking_config": {"bias": 9.0},
-    "token_healing": True,
-    "return_dict_in_generate": True,
+    "prefill_chunk_size": 3,
 }
+
+
+def test_every_setting_of_a_generation_config_is_used_or_ignored():
+    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
+    assert known == GENERATION_SETTINGS.keys() | set(HONOURED)
 
 
 @pytest.mark.parametrize("name", GENERATION_SETTINGS)
@@ -195,14 +245,49 @@ def test_tokens_that_a_generation_config_forbids_are_not_written(monkeypatch):
     assert write_texts(model, processor, remembered_inputs(model, processor), 40, None, DRAWS) == plain
 
 
-def test_other_families_and_caches_do_not_share_prompts():
+def test_other_families_do_not_share_prompts():
     model, _ = tiny_model("vicuna")
-    model.generation_config.cache_implementation = "static"
-    assert not shares_prompts(model)
-    model.generation_config.cache_implementation = None
     assert shares_prompts(model)
     model.config.model_type = "another"
     assert not shares_prompts(model)
+
+
+@pytest.mark.parametrize("steps_per_call", [3, 32])
+def test_a_stop_string_ends_a_text_and_is_not_part_of_it(family, steps_per_call, monkeypatch):
+    """Also one that spans tokens or calls."""
+    model, processor = family
+    monkeypatch.setattr(decoding, "STEPS_PER_CALL", steps_per_call)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [processor.tokenizer.eos_token_id])
+    whole = write_texts(model, processor, plain_inputs(processor), 12, sampler())
+    # Bytes that are no character become one while a text is written.
+    words = [word for text, _ in whole for word in re.findall(r"(?<=.)[!-~]{2,3}", text)]
+    for strings in (words[:1], [words[-1], words[-1][1:], words[2]], [words[1][0]]):
+        monkeypatch.setattr(model.generation_config, "stop_strings", strings)
+        plain = write_texts(model, processor, plain_inputs(processor), 12, sampler())
+        shared = write_texts(model, processor, remembered_inputs(model, processor), 12, sampler(), DRAWS)
+        assert plain == shared
+        for (text, ended), (before, ended_before) in zip(plain, whole, strict=True):
+            cut = min((before.find(string) for string in strings if string in before), default=None)
+            assert text == before[:cut].strip()
+            assert ended == (cut is not None or ended_before)
+
+
+def test_a_stop_string_may_be_a_special_token(monkeypatch):
+    model, processor = tiny_model("vicuna")
+    before = write_texts(model, processor, plain_inputs(processor), 12)[0][0]
+    inputs = processor.tokenizer(before, add_special_tokens=False)["input_ids"]
+    token = processor.tokenizer.convert_ids_to_tokens(inputs[1])
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    monkeypatch.setattr(model.generation_config, "stop_strings", [token])
+    text, ended = write_texts(model, processor, plain_inputs(processor), 12)[0]
+    assert ended and before.startswith(text) and len(text) < len(before)
+
+
+def test_a_stop_string_in_the_prompt_ends_nothing(monkeypatch):
+    model, processor = tiny_model("vicuna")
+    before = write_texts(model, processor, plain_inputs(processor), 12)
+    monkeypatch.setattr(model.generation_config, "stop_strings", ["ASSISTANT:", "USER", "<image>"])
+    assert write_texts(model, processor, plain_inputs(processor), 12) == before
 
 
 DEFAULT_SAMPLING = Sampling()
