@@ -16,7 +16,8 @@ import json
 import os
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -208,7 +209,7 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None
 
 
 def load_adapter(
-    model: PreTrainedModel, adapter: str, config: PeftConfig, *, revision: str | None, is_trainable: bool
+    model: PreTrainedModel, adapter: str, config: PeftConfig, *, revision: str | None, is_trainable: bool, tokens: int
 ) -> PeftModel:
     """
     Load an adapter on its base, and check that every tensor of it is used and that the base has the weights that the
@@ -228,15 +229,16 @@ def load_adapter(
             Hub revision.
         is_trainable (`bool`):
             Whether it is loaded for further training.
+        tokens (`int`):
+            Number of tokens without `<vusr>`. An adapter that trains embedding or output layer must have their rows.
 
     Raises:
         UserError: naming both bases and the first tensors that do not fit, are missing or have no place, or if the
             fingerprints of the base's weights are known and differ.
     """
-    stored = _stored_keys(adapter, revision)
-    cause = None
+    stored, cause = list(_stored_shapes(adapter, revision)), None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _missing_rows(model, tokens):
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, adapter, revision=revision, is_trainable=is_trainable)
         problems = [f"the model has no place for {key}" for key in _unused(loaded, stored)]
@@ -255,10 +257,46 @@ def load_adapter(
     return loaded
 
 
-def _stored_keys(adapter: str, revision: str | None) -> list[str]:
+def vocabulary_rows(model: PreTrainedModel, adapter: str, revision: str | None) -> int:
+    """
+    Return the number of rows of the embedding or output layer in an adapter, which stores them if it trains them; 0
+    without either.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in layers}
+    # LoRA's weights for them have the rows in another dimension.
+    stored = _stored_shapes(adapter, revision).items()
+    return max((max(shape, default=0) for key, shape in stored if names.intersection(key.split("."))), default=0)
+
+
+@contextmanager
+def _missing_rows(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """
+    Extend weights with fewer rows than the embedding while they are loaded into a model, if they have a row for each
+    of the first `tokens` tokens. Adapters of other tools have none for `<vusr>` and for rows that pad the vocabulary.
+    A new row is the mean of the others, as everywhere.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+
+    def extend(module, state, prefix, *args):
+        shapes = {prefix + name: tensor.shape for name, tensor in module.state_dict().items()}
+        for key, tensor in list(state.items()):
+            for dim, (size, needed) in enumerate(zip(tensor.shape, shapes.get(key, ()))):
+                if needed == rows and tokens <= size < rows:
+                    mean = tensor.float().mean(dim, keepdim=True).to(tensor.dtype)
+                    state[key] = torch.cat([tensor, mean.repeat_interleave(rows - size, dim)], dim)
+
+    hook = model.register_load_state_dict_pre_hook(extend)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _stored_shapes(adapter: str, revision: str | None) -> dict[str, list[int]]:
     try:
         with safe_open(cached_file(adapter, WEIGHTS, revision=revision), framework="numpy") as file:
-            return list(file.keys())
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no dictionary)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"The adapter {adapter!r} has no readable {WEIGHTS} ({str(error).splitlines()[0]}). Weights are read from "

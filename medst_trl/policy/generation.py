@@ -5,12 +5,12 @@ What of a model's generation config (`generation_config.json`) is used, ignored,
 
 Texts are written by our own settings, so that results depend on nothing else: of the generation config, only the
 settings in `HONOURED` count ([`ignored_settings`] lists the others that would change a text). All others are kept for
-tools that load a saved model, unless transformers would refuse to save them ([`repair_generation_config`]).
+tools that load a saved model, unless transformers would refuse to save them.
 """
 
+import operator
 import re
 import warnings
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, NoBadWordsLogitsProcessor, PreTrainedModel, SequenceBiasLogitsProcessor
@@ -28,13 +28,10 @@ HONOURED = (*TOKENS, "stop_strings")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # each stage has settings for these
 # The length is another setting of a stage, and the cache changes no text.
 _WITHOUT_EFFECT = (
-    "max_length",
-    "max_new_tokens",
-    "use_cache",
-    "cache_implementation",
-    "cache_config",
-    "max_cache_len",
-)
+    "max_length", "max_new_tokens", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "return_dict_in_generate", "disable_compile", "continuous_batching_config", "transformers_version",
+)  # fmt: skip
+_ERRORS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # what transformers raises on settings
 
 
 def reduced_generation_config(name_or_path: str, revision: str | None = None) -> GenerationConfig | None:
@@ -50,80 +47,114 @@ def reduced_generation_config(name_or_path: str, revision: str | None = None) ->
 
     Returns:
         [`~transformers.GenerationConfig`] or `None`: `None` for a file that transformers can read.
+
+    Raises:
+        UserError: if it is invalid even then.
     """
     path = find_model_file(name_or_path, FILE, revision, local_files_only=False)
     settings = read_object(path) if path else {}
     try:
         GenerationConfig(**settings)
         return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except _ERRORS as error:
         reason = " ".join(str(error).split())
     kept = {name: settings[name] for name in (*HONOURED, *_SAMPLING) if name in settings}
     ignored = ", ".join(sorted(settings.keys() - kept.keys() - {"transformers_version", "_from_model_config"}))
-    warnings.warn(f"{FILE} of {name_or_path!r} is invalid, so {ignored} are ignored: {reason}", stacklevel=2)
-    return GenerationConfig(**kept)
+    problem = f"{FILE} of {name_or_path!r} is invalid ({reason})."
+    try:
+        reduced = GenerationConfig(**kept)
+    except _ERRORS as error:
+        raise UserError(f"{problem} Correct or delete it.") from error
+    warnings.warn(f"{problem} Ignored: {ignored}.", stacklevel=2)
+    return reduced
 
 
-def repair_generation_config(model: PreTrainedModel) -> None:
+def prepare_generation_config(
+    model: PreTrainedModel, stop_token_ids: list[int], pad_token_id: int, vusr_token_id: int | None
+) -> None:
     """
-    Change what transformers refuses to save in the generation config of a model, in place.
+    Add the tokens of a policy to the generation config of its model, in place, and change what transformers would
+    refuse to save. It accepts sampling values only beside `do_sample`, which is set unless the config turns it off.
+    Other settings without effect are removed.
 
-    It accepts sampling values only beside `do_sample`, so that is set unless the config turns it off. Other settings
-    that have no effect are removed.
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        stop_token_ids (`list[int]`):
+            Tokens that end a text, added to the config's own.
+        pad_token_id (`int`):
+            Padding token, if the config has none.
+        vusr_token_id (`int`, *optional*):
+            Token id of `<vusr>`, which is read and never written.
 
     Raises:
         UserError: if a setting that is used is invalid.
     """
-    config, changed = model.generation_config, []
-    _check_honoured(config, model)
-    samples = config.do_sample is None and config.temperature != 0
-    for _ in range(2):  # with and without `do_sample`, other settings have no effect
-        try:
-            config.validate(strict=True)
-        except ValueError as error:
-            problems = re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE)
-            if not problems:
-                raise UserError(f"{FILE} of {model.name_or_path!r} cannot be saved: {error}") from error
-            needs = {name for name, reason in problems if reason.startswith("`do_sample`")}
-            if samples and needs:
-                config.do_sample = True
-                changed.append(f"do_sample is set to true, as {', '.join(sorted(needs))} imply")
-            for name in {name for name, _ in problems} - (needs if samples else set()):
-                setattr(config, name, None)
-                changed.append(f"{name} is removed")
-    if changed:
-        of = f" of {model.name_or_path!r}" if model.name_or_path else ""
-        warnings.warn(f"{FILE}{of} is invalid as it is: {'; '.join(changed)}.", stacklevel=3)
+    config = model.generation_config
+    of = f"{FILE} of {model.name_or_path!r}" if model.name_or_path else FILE
+    _check_honoured(config, of, model.config.get_text_config().vocab_size)
+    config.eos_token_id = list(dict.fromkeys([*_listed(config.eos_token_id), *stop_token_ids]))
+    if config.pad_token_id is None or config.pad_token_id < 0:  # the original Llama's is -1
+        config.pad_token_id = pad_token_id
+    if vusr_token_id is not None:
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})
+    _repair(config, of)
 
 
-def _check_honoured(config: GenerationConfig, model: PreTrainedModel) -> None:
+def _check_honoured(config: GenerationConfig, of: str, rows: int) -> None:
     """Refuse settings that are used and that `generate` would refuse in the middle of a run."""
-    strings = config.stop_strings
+    strings, ends = config.stop_strings, torch.tensor([0])
     config.stop_strings = [strings] if isinstance(strings, str) else strings
-    ids, rows = torch.zeros(1, 1, dtype=torch.long), model.config.get_text_config().vocab_size
-    scores, ends = torch.zeros(1, rows), torch.tensor(0)
+    ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, rows)
     checks = {
-        "stop_strings": "".join,
-        "eos_token_id": torch.tensor,
-        "suppress_tokens": torch.tensor,
+        "eos_token_id": lambda value: [*map(operator.index, _listed(value))],
+        "pad_token_id": operator.index,
+        "suppress_tokens": lambda value: [*map(operator.index, value)],
         "bad_words_ids": lambda value: NoBadWordsLogitsProcessor(value, ends)(ids, scores),
         "sequence_bias": lambda value: SequenceBiasLogitsProcessor(value)(ids, scores),
+        "stop_strings": "".join,
     }
     for name, check in checks.items():
         value = getattr(config, name)
+        if value in (None, [], {}, [""]):
+            setattr(config, name, None)
+            continue
         try:
-            if value is not None:
-                check(value)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            check(value)
+        except _ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{FILE} of {model.name_or_path!r}: {name} is {str(value)[:100]}, which cannot be used "
-                f"({' '.join(str(error).split())[:200]}). Correct or remove it."
+                f"{of}: {name} {str(value)[:100]} cannot be used ({reason}). Correct or remove it."
             ) from error
 
 
-def ignored_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Return the settings of a generation config that would change a text, but are not used."""
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _repair(config: GenerationConfig, of: str) -> None:
+    try:
+        return config.validate(strict=True)
+    except ValueError as error:
+        problems = dict(re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE))
+        if not problems:
+            raise UserError(f"{of} cannot be saved with a model: {error} Correct or delete it.") from error
+    sampling = sorted(name for name, reason in problems.items() if reason.startswith("`do_sample`"))
+    if config.do_sample is not None or config.temperature == 0:
+        sampling = []
+    removed = sorted(problems.keys() - sampling)
+    for name in removed:
+        setattr(config, name, None)
+    changes = [f"without {', '.join(removed)}"] if removed else []
+    if sampling:
+        config.do_sample = True
+        changes.append(f"with do_sample, because it has {', '.join(sampling)}")
+    warnings.warn(f"{of} is invalid. A trained model is saved {' and '.join(changes)}.", stacklevel=4)
+
+
+def ignored_settings(config: GenerationConfig) -> list[str]:
+    """Return the names of the settings of a generation config that would change a text, but are not used."""
     defaults = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
-    others = defaults.keys() - {*HONOURED, *_SAMPLING, *_WITHOUT_EFFECT}
-    found = {name: getattr(config, name, None) for name in sorted(others) if not name.startswith(("_", "output_"))}
-    return {name: value for name, value in found.items() if value not in (None, False, defaults[name])}
+    others = sorted(defaults.keys() - {*HONOURED, *_SAMPLING, *_WITHOUT_EFFECT})
+    changed = [name for name in others if getattr(config, name, None) not in (None, False, defaults[name])]
+    return [name for name in changed if not name.startswith(("_", "output_"))]

@@ -10,7 +10,14 @@ import torch
 from peft import PeftConfig
 from peft.utils.integrations import gather_params_ctx
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
@@ -19,9 +26,19 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
+from .adapters import (
+    LOADING_ERRORS,
+    MAX_TENSORS,
+    find_model_file,
+    hub_commit,
+    load_adapter,
+    read_adapter_config,
+    vocabulary_rows,
+)
+from .chat_template import VUSR
 from .families import check_family, model_parts, on_meta
-from .generation import reduced_generation_config, repair_generation_config
+from .generation import prepare_generation_config, reduced_generation_config
+from .image_tokens import fit_processor
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
 
@@ -84,24 +101,61 @@ def load_policy(
     """
     check_choice("dtype", dtype if isinstance(dtype, str) else None, DTYPES)
     name, named_revision = split_revision(model_name_or_path)
-    base, base_kwargs = name, {"revision": revision or named_revision, "trust_remote_code": trust_remote_code}
-    revision = base_kwargs["revision"]
-    adapter = read_adapter_config(name, revision)
-    processor_from = name, dict(base_kwargs)
-    if adapter is not None:
-        base, base_kwargs["revision"] = _base_named_by(name, adapter, base_model_name_or_path)
-        if find_model_file(name, "tokenizer_config.json", revision, local_files_only=False) is None:
-            processor_from = base, base_kwargs
-    _check_config(base, base_kwargs)
-    processor = _load_processor(*processor_from)
-    set_vusr_role(processor, vusr_role)
+    revision = revision or named_revision
+    processor, base, base_kwargs, adapter = load_processor(
+        name,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+        vusr_role=vusr_role,
+        trust_remote_code=trust_remote_code,
+    )
     if load_in_4bit:
         model_kwargs["quantization_config"] = four_bit_config(base, dtype, **base_kwargs)
     model = _load_base(base, dtype, model_kwargs | base_kwargs, adapter=None if adapter is None else name)
     prepare_policy(model, processor)
     if adapter is not None:
-        model = load_adapter(model, name, adapter, revision=revision, is_trainable=is_trainable)
+        add_embedding_row(model, vocabulary_rows(model, name, revision) - 1)
+        tokens = len(set(processor.tokenizer.get_vocab()) - {VUSR})
+        model = load_adapter(model, name, adapter, revision=revision, is_trainable=is_trainable, tokens=tokens)
     return model.eval(), processor
+
+
+def load_processor(
+    model_name_or_path: str,
+    *,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    vusr_role: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[ProcessorMixin, str, dict[str, Any], PeftConfig | None]:
+    """
+    Do what [`load_policy`] does before it reads weights, with the same arguments.
+
+    Returns:
+        `tuple`: the processor without `<vusr>`, the name of the model (an adapter's base), the arguments of
+        `from_pretrained` for it, and the adapter's configuration, if it is one.
+
+    Raises:
+        UserError: if the processor or its model cannot be used.
+    """
+    kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
+    base, base_kwargs, adapter = model_name_or_path, kwargs, read_adapter_config(model_name_or_path, revision)
+    if adapter is not None:
+        base, base_revision = _base_named_by(model_name_or_path, adapter, base_model_name_or_path)
+        base_kwargs = kwargs | {"revision": base_revision}
+    config = _read_config(base, base_kwargs)
+    files = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    own = [find_model_file(model_name_or_path, file, revision, local_files_only=False) for file in files]
+    if adapter is None or (own[0] and any(own[1:])):
+        source, processor = model_name_or_path, _load_processor(model_name_or_path, kwargs)
+    else:
+        source, processor = base, _load_processor(base, base_kwargs)
+        if own[0]:  # other tools save an adapter with a tokenizer alone
+            processor.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **kwargs)
+    set_vusr_role(processor, vusr_role)
+    if config is not None:
+        fit_processor(processor, config, source)
+    return processor, base, base_kwargs, adapter
 
 
 def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, str | None]:
@@ -120,8 +174,8 @@ def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple
     return base, revision or (None if given else config.revision)
 
 
-def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
-    """Call [`check_family`] for a directory or Hub repository, if its configuration can be read."""
+def _read_config(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedConfig | None:
+    """Read the configuration of a model and call [`check_family`], if it can be read."""
     try:
         content, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs["revision"])
         if any(content.get(key) for key in _ORIGINAL):
@@ -131,8 +185,9 @@ def _check_config(name_or_path: str, kwargs: dict[str, Any]) -> None:
             )
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     except LOADING_ERRORS:
-        return  # reported when processor and model are loaded
+        return None  # reported when processor and model are loaded
     check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
+    return config
 
 
 def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> ProcessorMixin:
@@ -227,15 +282,9 @@ def prepare_policy(model: PreTrainedModel, processor: ProcessorMixin) -> PreTrai
         [`~transformers.PreTrainedModel`]: The same model.
     """
     vusr_token_id = add_vusr(processor)
-    config = model.generation_config
-    known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-    config.eos_token_id = list(dict.fromkeys([*known, *stop_token_ids(processor)]))
-    if config.pad_token_id is None or config.pad_token_id < 0:  # the original Llama's is -1
-        config.pad_token_id = processor.tokenizer.pad_token_id
+    prepare_generation_config(model, stop_token_ids(processor), processor.tokenizer.pad_token_id, vusr_token_id)
     if vusr_token_id is not None:  # the text role needs none
         add_embedding_row(model, vusr_token_id)
-        config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})  # read, never written
-    repair_generation_config(model)
     return model
 
 

@@ -25,6 +25,7 @@ from medst_trl.base.settings import check_choice
 
 from . import DTYPES
 from .adapters import hub_commit, read_adapter_config
+from .generation import TOKENS
 from .loading import load_policy
 
 
@@ -39,9 +40,6 @@ ROUNDING_FACTOR = 3.0
 # A server without sampling settings answers like LLaVA's own (temperature 0.2); one that gets a temperature uses the
 # paper's top-k and top-p for asking. `transformers serve` never turns sampling on, only off (at temperature 0).
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_k": 100, "top_p": 0.95}
-# The rest of the base's generation config that is kept: which tokens end a text or never appear in one. Evaluation and
-# generation read no more of it either (`decoding.GREEDY`).
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids", "sequence_bias")
 
 
 def merge_policy(
@@ -174,7 +172,8 @@ def _merged(model) -> PreTrainedModel:
 
 def _save(model, processor: ProcessorMixin, directory: Path, dtype: str, max_shard_size: str) -> None:
     model.to(getattr(torch, dtype))
-    kept = {name: getattr(model.generation_config, name) for name in _TOKENS}
+    # Evaluation and generation read no more of the base's but `stop_strings`, for which `generate` needs a tokenizer.
+    kept = {name: getattr(model.generation_config, name) for name in TOKENS}
     model.generation_config = GenerationConfig(**kept, **SAMPLING)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     processor.save_pretrained(directory)

@@ -24,6 +24,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
 from medst_trl.policy.families import ModelParts, base_of, model_parts
+from medst_trl.policy.image_tokens import fit_processor
 from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .images import DecodesImages
@@ -139,6 +140,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         if processing_class is None:
             name = get_config_model_id(base_of(model).config)
             processing_class = AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        fit_processor(processing_class, base_of(model).config, get_config_model_id(base_of(model).config))
         prepare_policy(base_of(model), processing_class)
         if hasattr(model, "peft_config") and not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")

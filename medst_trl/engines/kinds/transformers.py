@@ -111,8 +111,7 @@ class TransformersEngine(BatchEngine):
             )
         self._image_lengths: dict[Any, int] = {}
         if rank() == 0 and (ignored := ignored_settings(self.model.generation_config)):
-            listed = ", ".join(f"{name} {value}" for name, value in ignored.items())
-            print(f"Settings of the model's generation_config.json that are not used here: {listed}.")
+            print(f"Settings of the model's generation_config.json that are not used: {', '.join(ignored)}.")
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """

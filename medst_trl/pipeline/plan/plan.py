@@ -26,7 +26,7 @@ from medst_trl.pipeline.stage import FILE, RUN
 from medst_trl.training.settings import check_sharding
 
 from .memory import DEFAULT_LENGTH, GIB, training_memory
-from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
+from .policies import NotKnownYet, Policy, check_processor, model_at, policy_of, trained_parameters
 from .steps import Hardware, RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
 
 
@@ -56,6 +56,7 @@ def print_plan(source: str, options: Sequence[Option], which: str | None = None)
     lines = [f"Plan of {recipe.path}. Nothing is run, downloaded or uploaded.", f"Results go to {recipe.output_dir}."]
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
         for step in chosen:
+            check_processor(step)
             lines += ["", *plan.lines(step)]
     notes = [f"Note: {note}" for note in recipe.unused_options(chosen)]
     print(*map(hide_secrets, lines), "", *plan.notes(), *notes, sep="\n")

@@ -20,13 +20,14 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
+from medst_trl.engines.engine import loads_model
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
-from medst_trl.policy.adapters import base_of_adapter, freeze_vision
+from medst_trl.policy.adapters import base_of_adapter, freeze_vision, read_adapter_config
 from medst_trl.policy.chat_template import VUSR, saved_role
 from medst_trl.policy.families import base_of, model_parts, on_meta
-from medst_trl.policy.loading import add_embedding_row
+from medst_trl.policy.loading import add_embedding_row, load_processor
 
 from .steps import maker_of, stage_arguments
 
@@ -161,6 +162,25 @@ def _made_by(step: Step, output: Output, steps: Sequence[Step]) -> Policy:
 def is_of_adapter(name: str) -> bool:
     """Whether a parameter of a PEFT model belongs to its adapter."""
     return any(kind in name for kind in (".lora_A.", ".lora_B.", ".modules_to_save.", ".trainable_tokens_delta."))
+
+
+def check_processor(step: Step) -> None:
+    """
+    Refuse a policy on this machine whose processor cannot be used, as its stage does before it loads weights.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            A step.
+    """
+    settings = step.settings
+    name, base = (settings.get(key) for key in ("model_name_or_path", "base_model_name_or_path"))
+    if not name or not any(Path(name).glob("tokenizer*")) or not loads_model(settings):
+        return
+    with located(f"{step.where}: model_name_or_path"):
+        adapter = read_adapter_config(name, None)
+        if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
+            trusts = bool(settings.get("trust_remote_code"))
+            load_processor(name, base_model_name_or_path=base, trust_remote_code=trusts)
 
 
 # Configurations

@@ -17,6 +17,7 @@ from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
 from medst_trl.training.settings import check_sharding
 
+from .policies import check_processor
 from .steps import hardware_of, maker_of, stage_arguments
 
 
@@ -58,6 +59,7 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
                 continue
             with problems.collect():
                 results = _inputs(step, steps[:number], steps[number:])
+                check_processor(step)
                 if (arguments := chosen[step.label]) is not None:
                     results += [*_launch(step, arguments), *step.stage.ignored(arguments, step.given)]
                 lines.append(f"{step.label:<{max(map(len, chosen)) + 2}}{'; '.join(results) or 'ready'}")
