@@ -53,10 +53,17 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str
     if changes.keys() & set(_LENGTHS):  # Gemma 3 makes its placeholder when it is created
         settings = {key: getattr(processor, key, None) for key in signature(type(processor).__init__).parameters}
         processor.__init__(**{key: value for key, value in settings.items() if value is not None})
+    if not isinstance(getattr(processor, "num_additional_image_tokens", 0), int):
+        processor.num_additional_image_tokens = 0  # counted below
     tokens, features = _count(processor, config, name)
+    if features and not tokens:
+        raise UserError(
+            f"The processor of {name!r} writes {processor.image_token!r} for images, which is not the token "
+            f"{config.image_token_id} of the model's config.json (image_token_id). Correct one of them."
+        )
     if features not in (None, tokens) and hasattr(processor, "num_additional_image_tokens"):
-        processor.num_additional_image_tokens += features - tokens  # one for CLIP's class token
-        changes["num_additional_image_tokens"] = processor.num_additional_image_tokens
+        changes["num_additional_image_tokens"] = processor.num_additional_image_tokens + features - tokens
+        processor.num_additional_image_tokens = changes["num_additional_image_tokens"]
         tokens, features = _count(processor, config, name)
     if features not in (None, tokens):
         raise UserError(
@@ -64,10 +71,9 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str
             f"features. {_advice(processor)}"
         )
     if changes:
+        problem = f"The processor of {name!r} does not fit its model."
         listed = ", ".join(f"{key} {value}" for key, value in sorted(changes.items()))
-        warnings.warn(
-            f"The processor of {name!r} does not fit its model. Set from config.json: {listed}.", stacklevel=3
-        )
+        warnings.warn(f"{problem} Set from the model's config.json: {listed}.", stacklevel=3)
 
 
 def _wanted(processor: ProcessorMixin, config: PreTrainedConfig) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -82,13 +88,8 @@ def _wanted(processor: ProcessorMixin, config: PreTrainedConfig) -> Iterator[tup
         if hasattr(part, "merge_size"):  # Qwen-VL
             names = {"merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
             yield part, {"patch_size": patch} | {key: getattr(vision, name, None) for key, name in names.items()}
-    yield (
-        images,
-        {
-            "image_grid_pinpoints": getattr(config, "image_grid_pinpoints", None),  # LLaVA-NeXT
-            "max_image_tiles": getattr(vision, "max_num_tiles", None),  # Llama 3.2-Vision
-        },
-    )
+    grid, tiles = getattr(config, "image_grid_pinpoints", None), getattr(vision, "max_num_tiles", None)
+    yield images, {"image_grid_pinpoints": grid, "max_image_tiles": tiles}  # LLaVA-NeXT, Llama 3.2-Vision
 
 
 def _image_length(config: PreTrainedConfig, images: Any) -> int | None:
@@ -110,15 +111,14 @@ def _plain(value: Any) -> Any:
 
 def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tuple[int, int | None]:
     """Return the number of image tokens of an image, and of the features that the model makes of it if known."""
-    text, image = getattr(processor, "image_token", None), Image.new("RGB", (_SIDE, _SIDE))
-    if text is None:
+    if not (hasattr(processor, "image_token") and _advice(processor)):
         return 0, None
     try:
-        inputs = processor(images=[[image]], text=[text], return_tensors="pt")
+        image = Image.new("RGB", (_SIDE, _SIDE))
+        inputs = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise UserError(
-            f"The processor of {name!r} cannot process an image ({error}). {_advice(processor)}"
-        ) from error
+        problem = f"The processor of {name!r} cannot process an image ({error})."
+        raise UserError(f"{problem} {_advice(processor)}") from error
     tokens = int((inputs["input_ids"] == getattr(config, "image_token_id", None)).sum())
     try:
         with torch.device("meta"):

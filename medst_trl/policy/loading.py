@@ -151,7 +151,7 @@ def load_processor(
     else:
         source, processor = base, _load_processor(base, base_kwargs)
         if own[0]:  # other tools save an adapter with a tokenizer alone
-            processor.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **kwargs)
+            processor.tokenizer = _load_processor(model_name_or_path, kwargs, AutoTokenizer)
     set_vusr_role(processor, vusr_role)
     if config is not None:
         fit_processor(processor, config, source)
@@ -190,9 +190,9 @@ def _read_config(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedConfig 
     return config
 
 
-def _load_processor(name_or_path: str, kwargs: dict[str, Any]) -> ProcessorMixin:
+def _load_processor(name_or_path: str, kwargs: dict[str, Any], auto_class: type = AutoProcessor) -> Any:
     try:
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        return auto_class.from_pretrained(name_or_path, **kwargs)
     except ImportError as error:
         what = " ".join(str(error).partition(".")[0].split())
         raise UserError(

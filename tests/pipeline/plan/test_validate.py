@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medst recipes validate` accepts valid recipes and reports errors with their location."""
 
+import json
+import shutil
 import socket
 import warnings
 from unittest.mock import Mock
@@ -9,10 +11,13 @@ from unittest.mock import Mock
 import pytest
 import torch  # noqa: F401 (`validate` runs in this process only if torch is imported)
 from datasets import Dataset
+from peft import LoraConfig
 from recipe_data import write_source
+from tiny_run import SMALL
 
 from medst_trl.cli import main
 from medst_trl.data.schema import features_of
+from medst_trl.demo.tiny_model import tiny_llava
 
 
 RECIPE = """\
@@ -186,6 +191,29 @@ def test_a_model_on_disk_needs_a_configuration(check, tmp_path):
     (tmp_path / "here/model/config.json").write_text("{}")
     code, out = check(change=name)
     assert code == 0 and "from here/model, prepare" in out
+
+
+def test_the_processor_of_a_model_on_disk_is_checked(check, tmp_path):
+    """As the stage would, without weights, also in a plan and for an adapter's base."""
+    name, base = ("org/model", "here/model"), tmp_path / "here/model"
+    for part in tiny_llava(**SMALL):
+        part.save_pretrained(base)
+    (base / "model.safetensors").unlink()
+    settings = json.loads((base / "processor_config.json").read_text())
+    (base / "processor_config.json").write_text(json.dumps(settings | {"patch_size": None}))
+    with pytest.warns(UserWarning, match="does not fit its model. Set from the model's config.json: patch_size 8"):
+        assert check(change=name)[0] == 0
+    images = settings["image_processor"] | {"crop_size": {"height": 32, "width": 32}}
+    (base / "processor_config.json").write_text(json.dumps(settings | {"image_processor": images}))
+    problem = "section sft: model_name_or_path: The model cannot read an image of the processor of"
+    code, out = check(change=name)
+    assert code == 2 and problem in out
+    LoraConfig(base_model_name_or_path=str(base), target_modules=["q_proj"]).save_pretrained(tmp_path / "here/adapter")
+    for file in base.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "here/adapter")
+    code, out = check(change=("org/model", "here/adapter"))
+    assert code == 2 and problem in out
+    assert main(["run", "mine.yaml", "--dry_run"]) == 2
 
 
 def test_secrets_and_a_second_recipe_are_refused(check):

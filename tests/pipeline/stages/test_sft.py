@@ -104,6 +104,22 @@ def test_an_adapter_is_trained_further(inputs, tmp_path):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_base_with_settings_that_cannot_be_saved_trains_in_full(inputs, tmp_path):
+    """With sampling values and a processor as in older exports: both are saved with every checkpoint."""
+    base = tmp_path / "base"
+    shutil.copytree(inputs / "base", base)
+    generation = json.loads((base / "generation_config.json").read_text()) | {"temperature": 0.9, "top_p": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    processor = json.loads((base / "processor_config.json").read_text())
+    (base / "processor_config.json").write_text(json.dumps(processor | {"num_additional_image_tokens": 0}))
+    _run(inputs, tmp_path / "sft", model_name_or_path=base, use_lora=False, save_steps=1, save_strategy="steps")
+    for directory in (tmp_path / "sft", *(tmp_path / "sft").glob("checkpoint-*")):
+        saved = json.loads((directory / "generation_config.json").read_text())
+        assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
+        assert json.loads((directory / "processor_config.json").read_text()) == processor
+    load_policy(str(tmp_path / "sft"))
+
+
 def test_the_best_checkpoint_by_evaluation_loss_is_kept(inputs, tmp_path):
     weights, _ = _run(
         inputs, tmp_path / "sft", eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
