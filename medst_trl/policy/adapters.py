@@ -16,7 +16,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_object, write_json
 from medst_trl.base.hub_ids import check_reachable
 
-from .families import model_parts
+from .families import add_embedding_row, model_parts
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -236,7 +236,11 @@ def load_adapter(
         UserError: naming both bases and the first tensors that do not fit, are missing or have no place, or if the
             fingerprints of the base's weights are known and differ.
     """
-    stored, cause = list(_stored_shapes(adapter, revision)), None
+    stored, cause = _stored_shapes(adapter, revision), None
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in layers}
+    rows = [max(shape) for key, shape in stored.items() if names.intersection(key.split("."))]
+    add_embedding_row(model, max(rows, default=0) - 1)  # its vocabulary may be larger
     try:
         with warnings.catch_warnings(), _missing_rows(model, tokens):
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -255,18 +259,6 @@ def load_adapter(
     _check_base(adapter, revision, model, config.base_model_name_or_path)
     retie_lm_head(loaded)
     return loaded
-
-
-def vocabulary_rows(model: PreTrainedModel, adapter: str, revision: str | None) -> int:
-    """
-    Return the number of rows of the embedding or output layer in an adapter, which stores them if it trains them; 0
-    without either.
-    """
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in layers}
-    # LoRA's weights for them have the rows in another dimension.
-    stored = _stored_shapes(adapter, revision).items()
-    return max((max(shape, default=0) for key, shape in stored if names.intersection(key.split("."))), default=0)
 
 
 @contextmanager
@@ -304,7 +296,7 @@ def _stored_shapes(adapter: str, revision: str | None) -> dict[str, list[int]]:
         ) from error
 
 
-def _unused(model: PeftModel, stored: list[str]) -> list[str]:
+def _unused(model: PeftModel, stored: Collection[str]) -> list[str]:
     """Return the stored keys from which nothing was loaded. PEFT translates names of other versions."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if len(stored) <= len(expected):

@@ -253,6 +253,29 @@ def on_meta(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
         return AutoModelForImageTextToText.from_config(config, **kwargs)
 
 
+def add_embedding_row(model: "PreTrainedModel", token_id: int) -> None:
+    """
+    Resize the embeddings so that they have a row for a token, in place.
+
+    A new row is the mean of the others, so that it is the same wherever the model is loaded again: an adapter stores
+    its own row, but the output row counts in every softmax. `mean_resizing` would draw it at random.
+    """
+    import torch
+    from peft.utils.integrations import gather_params_ctx
+
+    embedding = model.get_input_embeddings()
+    # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token has wrapped the layer.
+    rows = getattr(embedding, "original_module", embedding).num_embeddings
+    if token_id < rows:
+        return
+    model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                with gather_params_ctx(layer.weight):  # under ZeRO-3, the change reaches every rank
+                    layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+
+
 def model_parts(model: "PreTrainedModel | PeftModel") -> ModelParts:
     """
     Find the parts of a vision-language model.

@@ -21,7 +21,6 @@ from medst_trl.base.files import read_object
 from .adapters import find_model_file
 
 
-FILE = "generation_config.json"
 # Which tokens or strings end a text, and which tokens never appear in one.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids", "sequence_bias")
 HONOURED = (*TOKENS, "stop_strings")
@@ -47,26 +46,19 @@ def reduced_generation_config(name_or_path: str, revision: str | None = None) ->
 
     Returns:
         [`~transformers.GenerationConfig`] or `None`: `None` for a file that transformers can read.
-
-    Raises:
-        UserError: if it is invalid even then.
     """
-    path = find_model_file(name_or_path, FILE, revision, local_files_only=False)
+    path = find_model_file(name_or_path, "generation_config.json", revision, local_files_only=False)
     settings = read_object(path) if path else {}
     try:
         GenerationConfig(**settings)
         return None
     except _ERRORS as error:
-        reason = " ".join(str(error).split())
-    kept = {name: settings[name] for name in (*HONOURED, *_SAMPLING) if name in settings}
-    ignored = ", ".join(sorted(settings.keys() - kept.keys() - {"transformers_version", "_from_model_config"}))
-    problem = f"{FILE} of {name_or_path!r} is invalid ({reason})."
-    try:
-        reduced = GenerationConfig(**kept)
-    except _ERRORS as error:
-        raise UserError(f"{problem} Correct or delete it.") from error
-    warnings.warn(f"{problem} Ignored: {ignored}.", stacklevel=2)
-    return reduced
+        kept = {name: settings[name] for name in (*HONOURED, *_SAMPLING) if name in settings}
+        ignored = ", ".join(sorted(settings.keys() - kept.keys() - {*_WITHOUT_EFFECT[-1:], "_from_model_config"}))
+        warnings.warn(
+            f"generation_config.json of {name_or_path!r} is invalid ({error}). Ignored: {ignored}.", stacklevel=2
+        )
+        return GenerationConfig(**kept)
 
 
 def prepare_generation_config(
@@ -90,66 +82,51 @@ def prepare_generation_config(
     Raises:
         UserError: if a setting that is used is invalid.
     """
-    config = model.generation_config
-    of = f"{FILE} of {model.name_or_path!r}" if model.name_or_path else FILE
-    _check_honoured(config, of, model.config.get_text_config().vocab_size)
-    config.eos_token_id = list(dict.fromkeys([*_listed(config.eos_token_id), *stop_token_ids]))
-    if config.pad_token_id is None or config.pad_token_id < 0:  # the original Llama's is -1
-        config.pad_token_id = pad_token_id
-    if vusr_token_id is not None:
-        config.suppress_tokens = sorted({*(config.suppress_tokens or []), vusr_token_id})
-    _repair(config, of)
+    config, rows = model.generation_config, model.config.get_text_config().vocab_size
+    try:
+        ends, strings = config.eos_token_id, config.stop_strings
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        config.eos_token_id = list(dict.fromkeys(map(operator.index, [*ends, *stop_token_ids])))
+        if config.pad_token_id is None or config.pad_token_id < 0:  # the original Llama's is -1
+            config.pad_token_id = pad_token_id
+        never = {*map(operator.index, config.suppress_tokens or ()), vusr_token_id} - {None}
+        config.suppress_tokens = sorted(never) or None
+        config.stop_strings = list(filter("".__ne__, [strings] if isinstance(strings, str) else strings or ())) or None
+        "".join(config.stop_strings or ())
+        config.bad_words_ids, config.sequence_bias = config.bad_words_ids or None, config.sequence_bias or None
+        ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, rows)
+        if config.bad_words_ids:
+            NoBadWordsLogitsProcessor(config.bad_words_ids, torch.tensor(config.eos_token_id))(ids, scores)
+        if config.sequence_bias:
+            SequenceBiasLogitsProcessor(config.sequence_bias)(ids, scores)
+        _repair(config, model.name_or_path)
+    except _ERRORS as error:
+        raise UserError(
+            f"The generation_config.json of {model.name_or_path!r} cannot be used ({error}). Correct or remove "
+            f"{', '.join(HONOURED)}, or what the message names."
+        ) from error
 
 
-def _check_honoured(config: GenerationConfig, of: str, rows: int) -> None:
-    """Refuse settings that are used and that `generate` would refuse in the middle of a run."""
-    strings, ends = config.stop_strings, torch.tensor([0])
-    config.stop_strings = [strings] if isinstance(strings, str) else strings
-    ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, rows)
-    checks = {
-        "eos_token_id": lambda value: [*map(operator.index, _listed(value))],
-        "pad_token_id": operator.index,
-        "suppress_tokens": lambda value: [*map(operator.index, value)],
-        "bad_words_ids": lambda value: NoBadWordsLogitsProcessor(value, ends)(ids, scores),
-        "sequence_bias": lambda value: SequenceBiasLogitsProcessor(value)(ids, scores),
-        "stop_strings": "".join,
-    }
-    for name, check in checks.items():
-        value = getattr(config, name)
-        if value in (None, [], {}, [""]):
-            setattr(config, name, None)
-            continue
-        try:
-            check(value)
-        except _ERRORS as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{of}: {name} {str(value)[:100]} cannot be used ({reason}). Correct or remove it."
-            ) from error
-
-
-def _listed(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _repair(config: GenerationConfig, of: str) -> None:
+def _repair(config: GenerationConfig, name: str) -> None:
+    """Change what transformers refuses to save, with a warning."""
     try:
         return config.validate(strict=True)
     except ValueError as error:
         problems = dict(re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE))
         if not problems:
-            raise UserError(f"{of} cannot be saved with a model: {error} Correct or delete it.") from error
-    sampling = sorted(name for name, reason in problems.items() if reason.startswith("`do_sample`"))
-    if config.do_sample is not None or config.temperature == 0:
-        sampling = []
-    removed = sorted(problems.keys() - sampling)
-    for name in removed:
-        setattr(config, name, None)
-    changes = [f"without {', '.join(removed)}"] if removed else []
-    if sampling:
-        config.do_sample = True
-        changes.append(f"with do_sample, because it has {', '.join(sampling)}")
-    warnings.warn(f"{of} is invalid. A trained model is saved {' and '.join(changes)}.", stacklevel=4)
+            raise
+    sampling = {key for key, reason in problems.items() if reason.startswith("`do_sample`")}
+    if config.do_sample is None and config.temperature != 0:
+        config.do_sample = True if sampling else None
+        removed = sorted(problems.keys() - sampling)
+    else:
+        sampling, removed = {}, sorted(problems)
+    for key in removed:
+        setattr(config, key, None)
+    changes = [f"with do_sample, because it has {', '.join(sorted(sampling))}"] if sampling else []
+    changes += [f"without {', '.join(removed)}"] if removed else []
+    text = f"The generation_config.json of {name!r} is invalid. A trained model is saved {' and '.join(changes)}."
+    warnings.warn(text, stacklevel=4)
 
 
 def ignored_settings(config: GenerationConfig) -> list[str]:

@@ -10,7 +10,6 @@ without weights.
 """
 
 import warnings
-from collections.abc import Iterator
 from copy import deepcopy
 from inspect import signature
 from typing import Any
@@ -24,7 +23,10 @@ from medst_trl.base.errors import UserError
 
 
 _SIDE = 64  # pixels of the image that is counted
-_LENGTHS = ("image_seq_length", "image_seq_len")  # names of a fixed number of tokens per image or tile
+_SETTINGS = (
+    "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_seq_length", "image_seq_len",
+    "merge_size", "temporal_patch_size",
+)  # fmt: skip
 
 
 def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
@@ -43,83 +45,72 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str
         UserError: if the processor cannot process an image, or does not fit the model even then. Families whose images
             have any size, and unknown ones, are not counted.
     """
-    changes = {}
-    for part, wanted in _wanted(processor, config):
-        own = {key: value for key, value in wanted.items() if value is not None and hasattr(part, key)}
-        for key, value in own.items():
-            if _plain(getattr(part, key)) != _plain(value):
-                changes[key] = value
-                setattr(part, key, value)
-    if changes.keys() & set(_LENGTHS):  # Gemma 3 makes its placeholder when it is created
-        settings = {key: getattr(processor, key, None) for key in signature(type(processor).__init__).parameters}
-        processor.__init__(**{key: value for key, value in settings.items() if value is not None})
-    if not isinstance(getattr(processor, "num_additional_image_tokens", 0), int):
-        processor.num_additional_image_tokens = 0  # counted below
+    before = _settings(processor)
+    _set_from(config, processor)
     tokens, features = _count(processor, config, name)
-    if features and not tokens:
-        raise UserError(
-            f"The processor of {name!r} writes {processor.image_token!r} for images, which is not the token "
-            f"{config.image_token_id} of the model's config.json (image_token_id). Correct one of them."
-        )
-    if features not in (None, tokens) and hasattr(processor, "num_additional_image_tokens"):
-        changes["num_additional_image_tokens"] = processor.num_additional_image_tokens + features - tokens
-        processor.num_additional_image_tokens = changes["num_additional_image_tokens"]
+    if tokens and features not in (None, tokens):
+        if hasattr(processor, "num_additional_image_tokens"):
+            processor.num_additional_image_tokens += features - tokens  # one for CLIP's class token
+        if hasattr(processor, "image_seq_length"):
+            processor.image_seq_length = processor.image_seq_length * features // tokens
+        # Gemma 3 makes its placeholder when it is created.
+        arguments = {key: getattr(processor, key, None) for key in signature(type(processor).__init__).parameters}
+        processor.__init__(**{key: value for key, value in arguments.items() if value is not None})
         tokens, features = _count(processor, config, name)
+    after = _settings(processor)
     if features not in (None, tokens):
         raise UserError(
-            f"The processor of {name!r} writes {tokens} image tokens for an image of which the model makes {features} "
-            f"features. {_advice(processor)}"
+            f"The processor of {name!r} writes {tokens} image tokens ({processor.image_token}) for an image of which "
+            f"the model makes {features} features. Copy the processor of the model, or set the image_token_id of its "
+            f"config.json and {', '.join(after)} of its processor_config.json."
         )
-    if changes:
-        problem = f"The processor of {name!r} does not fit its model."
-        listed = ", ".join(f"{key} {value}" for key, value in sorted(changes.items()))
-        warnings.warn(f"{problem} Set from the model's config.json: {listed}.", stacklevel=3)
+    if before != after:
+        changes = ", ".join(f"{key} {value}" for key, value in after.items() if before[key] != value)
+        warnings.warn(f"The processor of {name!r} did not fit its model and has now {changes}.", stacklevel=3)
 
 
-def _wanted(processor: ProcessorMixin, config: PreTrainedConfig) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the parts of a processor, with settings that follow from the model's configuration."""
+def _settings(processor: ProcessorMixin) -> dict[str, Any]:
+    """Return the settings on which the number of image tokens depends."""
+    images = getattr(processor, "image_processor", None)
+    own = {key: getattr(images, key, None) for key in _SETTINGS}
+    own = {key: value for key, value in own.items() if value is not None}
+    return own | {key: getattr(processor, key) for key in _SETTINGS if hasattr(processor, key)}
+
+
+def _set_from(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
+    """Set what a model's configuration determines."""
     vision, images = getattr(config, "vision_config", None), getattr(processor, "image_processor", None)
-    patch = getattr(vision, "patch_size", None)
-    if hasattr(processor, "vision_feature_select_strategy"):  # LLaVA. For others, a patch may be several of the tower
-        strategy = getattr(config, "vision_feature_select_strategy", None)
-        yield processor, {"patch_size": patch, "vision_feature_select_strategy": strategy}
-    yield processor, dict.fromkeys(_LENGTHS, _image_length(config, images))
-    for part in (images, getattr(processor, "video_processor", None)):
-        if hasattr(part, "merge_size"):  # Qwen-VL
-            names = {"merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
-            yield part, {"patch_size": patch} | {key: getattr(vision, name, None) for key, name in names.items()}
-    grid, tiles = getattr(config, "image_grid_pinpoints", None), getattr(vision, "max_num_tiles", None)
-    yield images, {"image_grid_pinpoints": grid, "max_image_tiles": tiles}  # LLaVA-NeXT, Llama 3.2-Vision
-
-
-def _image_length(config: PreTrainedConfig, images: Any) -> int | None:
-    """Return the number of tokens of an image or tile: Gemma 3's, InternVL's, or Idefics3's and SmolVLM's."""
-    if (length := getattr(config, "mm_tokens_per_image", None)) is not None:
-        return length
-    scale, ratio = getattr(config, "scale_factor", None), getattr(config, "downsample_ratio", None)
-    if not (scale or ratio) or not hasattr(config, "vision_config"):
-        return None
-    side, patch = (_plain(getattr(config.vision_config, key)) for key in ("image_size", "patch_size"))
-    side, patch = (size[0] if isinstance(size, list) else size for size in (side, patch))
-    side = (getattr(images, "max_image_size", None) or {}).get("longest_edge", side)
-    return int((side // patch * (ratio or 1 / scale)) ** 2)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    values = {
+        "patch_size": getattr(vision, "patch_size", None),
+        "merge_size": getattr(vision, "spatial_merge_size", None),
+        "temporal_patch_size": getattr(vision, "temporal_patch_size", None),
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+    }
+    # The processors of LLaVA, and the parts of Qwen-VL's. In other families, a patch may be several of the tower.
+    parts = [processor] if hasattr(processor, "vision_feature_select_strategy") else []
+    parts += [
+        part for part in (images, getattr(processor, "video_processor", None)) if getattr(part, "merge_size", None)
+    ]
+    for part in parts:
+        for key, value in values.items():
+            if value is not None and hasattr(part, key):
+                setattr(part, key, value)
+    if hasattr(config, "scale_factor") and hasattr(images, "max_image_size"):  # Idefics3, SmolVLM
+        side = images.max_image_size["longest_edge"] // vision.patch_size
+        processor.image_seq_len = int((side / config.scale_factor) ** 2)
 
 
 def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tuple[int, int | None]:
     """Return the number of image tokens of an image, and of the features that the model makes of it if known."""
-    if not (hasattr(processor, "image_token") and _advice(processor)):
+    if not (hasattr(processor, "image_token") and _settings(processor)):
         return 0, None
     try:
         image = Image.new("RGB", (_SIDE, _SIDE))
         inputs = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
+        tokens = int((inputs["input_ids"] == config.image_token_id).sum())
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
-        problem = f"The processor of {name!r} cannot process an image ({error})."
-        raise UserError(f"{problem} {_advice(processor)}") from error
-    tokens = int((inputs["input_ids"] == getattr(config, "image_token_id", None)).sum())
+        problem = f"The processor of {name!r} cannot process an image with {_settings(processor)} ({error})."
+        raise UserError(f"{problem} Set these values in its processor_config.json.") from error
     try:
         with torch.device("meta"):
             model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](deepcopy(config)).base_model
@@ -137,9 +128,3 @@ def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tu
             "preprocessor_config.json or processor_config.json to the image_size of the model's vision_config."
         ) from error
     return tokens, sum(rows.numel() // rows.shape[-1] for rows in tree_leaves(features))
-
-
-def _advice(processor: ProcessorMixin) -> str:
-    settings = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", *_LENGTHS)
-    own = [f"{key} (now {getattr(processor, key)})" for key in settings if hasattr(processor, key)]
-    return f"Set {', '.join(own)} in its processor_config.json to fit the model's config.json." if own else ""

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils.integrations import gather_params_ctx
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from medst_trl.base.errors import UserError
@@ -26,17 +19,8 @@ from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import (
-    LOADING_ERRORS,
-    MAX_TENSORS,
-    find_model_file,
-    hub_commit,
-    load_adapter,
-    read_adapter_config,
-    vocabulary_rows,
-)
-from .chat_template import VUSR
-from .families import check_family, model_parts, on_meta
+from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
+from .families import add_embedding_row, check_family, model_parts, on_meta
 from .generation import prepare_generation_config, reduced_generation_config
 from .image_tokens import fit_processor
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
@@ -102,31 +86,20 @@ def load_policy(
     check_choice("dtype", dtype if isinstance(dtype, str) else None, DTYPES)
     name, named_revision = split_revision(model_name_or_path)
     revision = revision or named_revision
-    processor, base, base_kwargs, adapter = load_processor(
-        name,
-        base_model_name_or_path=base_model_name_or_path,
-        revision=revision,
-        vusr_role=vusr_role,
-        trust_remote_code=trust_remote_code,
-    )
+    processor, base, base_kwargs, adapter = load_processor(name, base_model_name_or_path, revision, trust_remote_code)
+    set_vusr_role(processor, vusr_role)
     if load_in_4bit:
         model_kwargs["quantization_config"] = four_bit_config(base, dtype, **base_kwargs)
     model = _load_base(base, dtype, model_kwargs | base_kwargs, adapter=None if adapter is None else name)
     prepare_policy(model, processor)
     if adapter is not None:
-        add_embedding_row(model, vocabulary_rows(model, name, revision) - 1)
-        tokens = len(set(processor.tokenizer.get_vocab()) - {VUSR})
+        tokens = len(processor.tokenizer) - (add_vusr(processor) is not None)
         model = load_adapter(model, name, adapter, revision=revision, is_trainable=is_trainable, tokens=tokens)
     return model.eval(), processor
 
 
 def load_processor(
-    model_name_or_path: str,
-    *,
-    base_model_name_or_path: str | None = None,
-    revision: str | None = None,
-    vusr_role: str | None = None,
-    trust_remote_code: bool = False,
+    model_name_or_path: str, base_model_name_or_path: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[ProcessorMixin, str, dict[str, Any], PeftConfig | None]:
     """
     Do what [`load_policy`] does before it reads weights, with the same arguments.
@@ -152,7 +125,6 @@ def load_processor(
         source, processor = base, _load_processor(base, base_kwargs)
         if own[0]:  # other tools save an adapter with a tokenizer alone
             processor.tokenizer = _load_processor(model_name_or_path, kwargs, AutoTokenizer)
-    set_vusr_role(processor, vusr_role)
     if config is not None:
         fit_processor(processor, config, source)
     return processor, base, base_kwargs, adapter
@@ -286,23 +258,3 @@ def prepare_policy(model: PreTrainedModel, processor: ProcessorMixin) -> PreTrai
     if vusr_token_id is not None:  # the text role needs none
         add_embedding_row(model, vusr_token_id)
     return model
-
-
-def add_embedding_row(model: PreTrainedModel, token_id: int) -> None:
-    """
-    Resize the embeddings so that they have a row for a token, in place.
-
-    A new row is the mean of the others, so that it is the same wherever the model is loaded again: an adapter stores
-    its own row, but the output row counts in every softmax. `mean_resizing` would draw it at random.
-    """
-    embedding = model.get_input_embeddings()
-    # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token has wrapped the layer.
-    rows = getattr(embedding, "original_module", embedding).num_embeddings
-    if token_id < rows:
-        return
-    model.resize_token_embeddings(token_id + 1, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
-                with gather_params_ctx(layer.weight):  # under ZeRO-3, the change reaches every rank
-                    layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)

@@ -26,8 +26,8 @@ from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
 from medst_trl.policy.adapters import base_of_adapter, freeze_vision, read_adapter_config
 from medst_trl.policy.chat_template import VUSR, saved_role
-from medst_trl.policy.families import base_of, model_parts, on_meta
-from medst_trl.policy.loading import add_embedding_row, load_processor
+from medst_trl.policy.families import add_embedding_row, base_of, model_parts, on_meta
+from medst_trl.policy.loading import load_processor
 
 from .steps import maker_of, stage_arguments
 
@@ -179,8 +179,7 @@ def check_processor(step: Step) -> None:
     with located(f"{step.where}: model_name_or_path"):
         adapter = read_adapter_config(name, None)
         if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
-            trusts = bool(settings.get("trust_remote_code"))
-            load_processor(name, base_model_name_or_path=base, trust_remote_code=trusts)
+            load_processor(name, base, None, bool(settings.get("trust_remote_code")))
 
 
 # Configurations

@@ -201,7 +201,7 @@ def test_the_processor_of_a_model_on_disk_is_checked(check, tmp_path):
     (base / "model.safetensors").unlink()
     settings = json.loads((base / "processor_config.json").read_text())
     (base / "processor_config.json").write_text(json.dumps(settings | {"patch_size": None}))
-    with pytest.warns(UserWarning, match="does not fit its model. Set from the model's config.json: patch_size 8"):
+    with pytest.warns(UserWarning, match="did not fit its model and has now patch_size 8"):
         assert check(change=name)[0] == 0
     images = settings["image_processor"] | {"crop_size": {"height": 32, "width": 32}}
     (base / "processor_config.json").write_text(json.dumps(settings | {"image_processor": images}))

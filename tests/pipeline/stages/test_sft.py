@@ -1,6 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def _run(inputs, output_dir, **options):
     }  # fmt: skip
     arguments = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
     sft.STAGE.main(*sft.STAGE.make_parser().parse_args_and_config(arguments))
-    return load_file(output_dir / "adapter_model.safetensors"), json.loads((output_dir / "stage.json").read_text())
+    weights = "adapter_model.safetensors" if options.get("use_lora", True) else "model.safetensors"
+    return load_file(output_dir / weights), json.loads((output_dir / "stage.json").read_text())
 
 
 def test_a_run_writes_an_adapter_and_its_record(inputs, tmp_path, capsys):
