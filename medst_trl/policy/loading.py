@@ -183,9 +183,9 @@ def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adap
     """
     of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
     failed = f"No vision-language model could be loaded from {base!r}{of if adapter else ''}: "
-    if (reduced := reduced_generation_config(base, kwargs["revision"])) is not None:
-        kwargs = kwargs | {"generation_config": reduced}
     try:
+        if (reduced := reduced_generation_config(base, kwargs["revision"])) is not None:
+            kwargs = kwargs | {"generation_config": reduced}
         model, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
