@@ -17,7 +17,6 @@ from medst_trl.evaluation.metric import METRICS, FigurePath, setting_names
 from medst_trl.evaluation.predictions import OWN_FORMAT, PREDICTIONS_FILE, read_predictions
 from medst_trl.evaluation.scores_file import SCORES_FILE, Leaf, Scores, ScoresFile, align, format_change, tenths
 from medst_trl.evaluation.scoring import compare_vqa, figures
-from medst_trl.pipeline.stage import STAGES
 
 from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
@@ -57,14 +56,14 @@ class Evaluation:
         self.label = words("/".join(parts)) or stage.stage.name
         made = run.lineage(stage, str(content.get("model") or content.get("predictions") or ""))
         self.trained = [one for one in made if one.stage.trains]
-        self.round = made[0].round if made else stage.round
+        self.round = (self.trained or [stage])[0].round
         trainings = [] if self.trained else run.select(lambda stage: bool(stage.trains))
         is_base = any(_model_names(stage) & _model_names(training) for training in trainings)
         item = stage.stage.input("model_name_or_path")
         is_loaded = item is not None and bool(item.names(stage.settings))  # neither on a server nor a predictions file
         is_other = not (made or is_base or is_loaded)
         self.level = 2 if any(one.stage.repeats for one in self.trained) else 1 if self.trained else -is_other
-        order = list(STAGES).index(made[0].stage.name) if made else 0
+        order = run.stages.index(made[0]) if made else 0
         self.age = (is_other, self.level, not is_base, self.round, order, stage.started)
         self.benchmark = relative_path(source, run.directory) + (f", split {split}" if split else "")
         self.key = (data.get("sha256") or data.get("revision") or source, split)
@@ -82,7 +81,7 @@ class Comparison:
 
     Attributes:
         benchmark (`str`): The benchmark, in words.
-        headline ([`Evaluation`]): That of the policy that was trained last.
+        headline ([`Evaluation`]): That of the policy of the last round. Of several, the first: others are ablations.
         before ([`Evaluation`]): What the others are compared with: the policy before preference training, if possible
             the one from which that of the headline was trained; else the first.
         compared (`list` of [`Evaluation`]): Those with differences, which are paired question by question.
@@ -95,7 +94,9 @@ class Comparison:
         for evaluation in evaluations:  # `round 1/aligned` is `round 1` if the round has no other evaluation
             if (number := evaluation.run.round) and rounds.count(number) == 1:
                 evaluation.label = f"round {number}"
-        self.headline = max(reversed(evaluations), key=lambda e: e.level)
+        rank = max((e.level, e.round) for e in evaluations)
+        newest = [e for e in evaluations if (e.level, e.round) == rank]
+        self.headline = newest[0 if rank[0] == 2 else -1]
         supervised = [e for e in evaluations if e.level == 1 and self.headline.level == 2]
         ancestors = [e for e in supervised if e.trained == self.headline.trained[-len(e.trained) :]]
         self.before = (ancestors[-1:] or supervised or evaluations)[0]

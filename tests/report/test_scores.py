@@ -84,7 +84,8 @@ def test_columns_are_in_the_order_of_training_whenever_each_was_evaluated(run, t
     ("left_out", "before", "headline"),
     [
         ({"server"}, "sft/mine", "round_2/dpo"),
-        ({"round 2", "round 1"}, "sft/mine", "merge"),
+        ({"round 2", "round 1"}, "sft/mine", "dpo"),
+        ({"round 2", "round 1", "aligned"}, "sft/mine", "merge"),
         ({"round 2", "round 1", "merged"}, "sft/mine", "dpo"),
         ({"stage 1"}, "org/base", "round_2/dpo"),
         ({"round 2", "round 1", "merged", "aligned"}, "org/base", "sft/mine"),
@@ -117,6 +118,18 @@ def test_the_tiles_and_the_gallery_name_stage_1_and_the_aligned_model(run):
     words = " ".join(make_report(run, bootstrap_samples=0).html.split())
     assert "e6 compared with e2 on " in words and "Change since e2<" in words
     assert "Exact match, e6<" in words and "e0 − e2" not in words and "e6 − e2" in words
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_ablation_is_not_the_headline(run, later):
+    """Of several models of the last round, the one that was trained first is, whenever they were evaluated."""
+    phantoms = made_run.make_phantoms(2, seed=0, split="test")
+    trained = f"2026-01-0{1 + later}T00:00:00+00:00"
+    train(run, "round_2/dpo_without_sft", "dpo", str(run / "round_1/dpo"), started=trained)
+    evaluate(run, "a", phantoms, "round_2/dpo_without_sft")
+    set_started(run, range(9, 1, -1))
+    headline = columns(run)[0].headline.trained[0].name
+    assert headline == ("round_2/dpo" if later else "round_2/dpo_without_sft")
 
 
 def test_the_policy_before_is_the_one_that_the_headline_was_trained_from(run):
