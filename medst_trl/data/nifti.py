@@ -4,9 +4,10 @@
 NIfTI volumes (`.nii`, `.nii.gz`), shown as axial slices from the feet up, as radiologists see them: the patient's
 right is on the left, the front is at the top.
 
-The volume is turned to the closest of the standard orientations (RAS+), not resampled. A volume that is a single
-sagittal or coronal slice is shown as that. Gray values are scaled by the window of the settings, else by the header's
-(`cal_min`, `cal_max`), else by the minimum..maximum of the volume, so that slices can be compared.
+The volume is turned to the closest of the standard orientations (RAS+), not resampled. If it was acquired in sagittal
+or coronal slices (a single one, or more than three times as thick as their pixels), these are shown. Gray values are
+scaled by the window of the settings, else by the header's (`cal_min`, `cal_max`), else by the minimum..maximum of the
+volume, so that slices can be compared.
 """
 
 import gzip
@@ -74,10 +75,10 @@ def open_nifti(data: bytes, settings: ImageSettings) -> Frames:
     space = (*shape, 1, 1)[:3]
     with image_problem("unsupported"):
         orientation = nibabel.io_orientation(header.get_best_affine())
-        turned = nibabel.apply_orientation(np.broadcast_to(np.uint8(0), space), orientation).shape
-    single = [axis for axis in range(3) if turned[axis] == 1]
-    axis = single[0] if len(single) == 1 else 2
-    check_pixels(*(size for other, size in enumerate(turned) if other != axis), settings.max_pixels)
+        order = [int(np.flatnonzero(orientation[:, 0] == axis)[0]) for axis in range(3)]  # fails if one is missing
+        turned, sizes = [space[axis] for axis in order], nibabel.affines.voxel_sizes(header.get_best_affine())[order]
+    axis = next((axis for axis in range(3) if turned[axis] == 1 or sizes[axis] > 3 * np.delete(sizes, axis).max()), 2)
+    check_pixels(*np.delete(turned, axis), settings.max_pixels)
     number = math.prod(shape)
     end = offset + number * dtype.itemsize
     if end > max_bytes(settings.max_pixels):

@@ -104,6 +104,16 @@ def test_volumes_of_other_shapes(tmp_path):
         path = save_volume(tmp_path / "flat.nii", volume_of(shape))
         opened = open_image(path, ImageSettings())
         assert (opened.count, slice_of(path).shape) == (count, size), shape
+    thick = volume_of((3, 8, 6))
+    for axis, slices in ((0, 3), (1, 8), (2, 6)):
+        for size, count in ((3.5, slices), (3.0, 6)):
+            sizes = np.ones(4)
+            sizes[axis] = size
+            path = save_volume(tmp_path / "thick.nii", thick, np.diag(sizes))
+            assert open_image(path, ImageSettings()).count == count
+            if size > 3:
+                expected = np.take(thick, 2, axis)[::-1, ::-1].T
+                assert np.array_equal(slice_of(path, 3), expected)
     series = volume_of((3, 4, 5, 6))  # 6 volumes of 5 slices
     path = save_volume(tmp_path / "series.nii", series)
     opened = open_image(path, ImageSettings())
