@@ -20,7 +20,7 @@ from .source import Conversation, Question, Records, Rejected
 
 
 if TYPE_CHECKING:
-    from .images import ImageIndex
+    from .image_index import ImageIndex
 
 
 class Datasets(NamedTuple):
@@ -59,7 +59,7 @@ def assemble(
     Args:
         records ([`Records`]):
             From a source.
-        index ([`~medst_trl.data.images.ImageIndex`]):
+        index ([`~medst_trl.data.image_index.ImageIndex`]):
             Of their images. A record with an image that cannot be used is rejected for the image's reason.
         groups ([`GroupIds`], *optional*):
             Makes the group ids of records that name a group.

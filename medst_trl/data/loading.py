@@ -155,7 +155,7 @@ def _json_row(record: Mapping[str, Any], columns: Mapping[str, Any], directory: 
 
 def _image_file(image: Any, directory: Path) -> dict[str, Any]:
     from .image_formats import ImageProblem
-    from .images import resolve_inside
+    from .image_index import resolve_inside
 
     name = image["path"] if isinstance(image, dict) else image
     path = resolve_inside(directory, name)

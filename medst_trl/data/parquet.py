@@ -16,8 +16,9 @@ from medst_trl.base.files import visible_files
 from medst_trl.base.hub_ids import split_revision
 
 from .image_formats import ImageProblem
+from .image_index import FolderImages
 from .image_settings import ImageSettings
-from .images import FolderImages, StoredImage, load_image
+from .images import StoredImage, load_image
 from .loading import split_named_by
 from .reading import check_header, column_names
 from .schema import with_stored_images

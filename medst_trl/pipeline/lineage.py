@@ -221,7 +221,7 @@ def read_inventory(
     place: Path, datasets: "Iterable[Dataset]", run: Path | None = None, only: Set[str] | None = None
 ) -> Inventory:
     """Read datasets from one place, with the near hashes that `medst prepare` has stored for their images."""
-    from medst_trl.data.images import INDEX_FILE, index_entries
+    from medst_trl.data.image_index import INDEX_FILE, index_entries
 
     made, entries = Inventory(), chain(*(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place, run)))
     hashes = {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}

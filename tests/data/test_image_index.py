@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.image_index import FolderImages, MemoryImages, index_images
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import FolderImages, MemoryImages, index_images
 
 
 @dataclass

@@ -134,7 +134,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             [`ImageSettings`], and settings of sources. If they are not given, their defaults are used.
     """
-    from medst_trl.data.images import INDEX_FILE, FolderImages, choose_frames, index_images
+    from medst_trl.data.image_index import INDEX_FILE, FolderImages, choose_frames, index_images
 
     check(args, *others)
     images = settings_among(others, ImageSettings)
@@ -258,7 +258,7 @@ def _inputs(
     source: Source, request: SourceRequest, images: ImageSettings, read: Callable[[], Records]
 ) -> dict[str, Any]:
     """What the record compares by content: of directories, only the files that are read."""
-    from medst_trl.data.images import FolderImages
+    from medst_trl.data.image_index import FolderImages
 
     inputs = {"data_path": None, "image_folder": None}
     inputs |= {name: getattr(request.settings, name) for name in source.files}
