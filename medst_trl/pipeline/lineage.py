@@ -43,7 +43,7 @@ def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
 def find_moved(path: str, run: Path | None) -> Path:
     """Return a recorded path, or where it is inside the run directory if it has moved with that."""
     place = Path(path)
-    moved = [run / Path(*place.parts[-2:]), run / place.name] if run else []
+    moved = [run / Path(*place.parts[-n:]) for n in (3, 2, 1)] if run else []  # round_1/judge/preferences ... sft
     return next((found for found in (place, *moved) if found.exists()), place)
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.data.schema import KINDS
+from medst_trl.pipeline.lineage import find_moved
 from medst_trl.pipeline.stage import STAGES, Stage
 from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
@@ -96,7 +97,8 @@ def note_other_data(run: Run) -> None:
         sources = training.record.get("inputs", {}).get("dataset") or []
         for directory in filter(Path.is_dir, run.datasets(training.stage.input("dataset").kind, training.round)):
             with suppress(TypeError, AttributeError):  # a damaged record
-                read = [item for item in sources if _is_at(Path(item.get("path", "")), directory)]
+                places = ((item, find_moved(item.get("path", ""), run.directory)) for item in sources)
+                read = [item for item, place in places if place.resolve() == directory.resolve()]
                 if read and not same_source(read[0], fingerprint(directory)):
                     # Only the recipe knows the section of a directory with a name of its own.
                     is_label = training.stage.name in training.name.split("/")
@@ -105,11 +107,6 @@ def note_other_data(run: Run) -> None:
                         f"{run.name(directory)}. To train on these, run it again: medst run RECIPE --stage "
                         f"{training.name if is_label else training.stage.name} --overwrite"
                     )
-
-
-def _is_at(path: Path, directory: Path) -> bool:
-    """Whether a recorded path means a directory of the run, which may have moved since."""
-    return path.samefile(directory) if path.exists() else path.parts[-2:] == directory.parts[-2:]
 
 
 def settings(run: Run, stage: StageRun) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from medst_trl.pipeline.lineage import (
     TRAINING_IMAGES_FILE,
     check_contamination,
     contamination_of,
+    find_moved,
     trained_on,
     training_images,
     write_training_images,
@@ -329,3 +330,13 @@ def test_an_evaluation_that_has_moved_is_found_in_its_run_directory(evaluated, t
 def test_an_evaluation_without_its_benchmark_or_model_is_not_checked(evaluated, change):
     found = contamination_of(evaluated / "evaluate" / "scores.json", scores(evaluated) | change)
     assert found.compared == [] and {text for _, text in found.rows()} == {"not checked"}
+
+
+@pytest.mark.parametrize("name", ["judge/preferences", "round_2/judge/preferences", "sft", "round_2/dpo"])
+def test_what_has_moved_with_its_run_is_found_in_its_round(tmp_path, name):
+    for place in ("judge/preferences", "round_1/judge/preferences", "round_2/judge/preferences", "sft", "dpo"):
+        (tmp_path / "now" / place).mkdir(parents=True)
+    (tmp_path / "now/round_2/dpo").mkdir()
+    assert find_moved(f"/nowhere/before/{name}", tmp_path / "now") == tmp_path / "now" / name
+    assert find_moved(f"/nowhere/before/{name}", None) == Path(f"/nowhere/before/{name}")
+    assert find_moved(str(tmp_path / "now/sft"), tmp_path) == tmp_path / "now/sft"
