@@ -75,7 +75,7 @@ def assemble(
         near_copy_bits = 0  # there is nothing to keep apart
     usable, grouping, rejected = _usable(records, index, groups or GroupIds(), near_copy_bits)
     splits, overlap = hold_out(usable, image_ids, disjoint, grouping)
-    notes = overlap | _notes(overlap, splits, index if near_copy_bits else None, disjoint) if records.questions else {}
+    notes = _notes(usable, overlap if records.questions else {}, index.hashes if near_copy_bits else {}, disjoint)
     conversations = [record for record in chain(*splits.values()) if not isinstance(record, Question)]
     unlabelled = [record for record in conversations if not record.messages]
     conversations = [record for record in conversations if record.messages]
@@ -98,17 +98,23 @@ def assemble(
     return Datasets(rows, rejected, counts)
 
 
-def _notes(overlap: Mapping[str, int], splits: Mapping[str, list], index: "ImageIndex | None", disjoint: str) -> dict:
-    """Return what to report besides the overlap of splits, such as a number of 0 if near copies were looked for."""
-    notes = {}
-    if index is not None and index.hashes and splits["test"]:
-        notes["near_copies_in_train_and_test"] = overlap.get("near_copies_in_train_and_test", 0)
-        plain = sum(code is None for code in index.hashes.values())
-        notes |= {"images_too_plain_to_find_near_copies": plain} if plain else {}
-    if any(record.group for record in chain(*splits.values())):
-        notes["groups_in_train_and_test"] = overlap.get("groups_in_train_and_test", 0)
-    elif disjoint == "group":
+def _notes(
+    usable: Collection[Conversation | Question],
+    overlap: Mapping[str, int],
+    hashes: Mapping[str, str | None],
+    disjoint: str,
+) -> dict[str, int | str]:
+    """Return what to report about splits: their overlap, 0 where it was looked for, and groups that may be wrong."""
+    groups = Counter(record.group for record in usable if record.group)
+    has_test = any(record.split == "test" for record in usable)
+    looked_for = (["near_copies"] if hashes and has_test else []) + (["groups"] if groups and has_test else [])
+    notes = dict(overlap) | {f"{name}_in_train_and_test": 0 for name in looked_for} | overlap
+    if has_test and (plain := sum(code is None for code in hashes.values())):
+        notes["images_too_plain_to_find_near_copies"] = plain
+    if disjoint == "group" and not groups:
         notes["groups"] = "none; --group_column and --group_by name them"
+    elif groups and 2 * max(groups.values()) > len(usable) >= 10:
+        notes["groups"] = f"{max(groups.values()):,} of {len(usable):,} records are in one; check what names them"
     return notes
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SIDE, _WAVES = 64, 16  # pixels of the reduced image; frequencies in each direction
 _MIN_CONTRAST = 1.0  # gray levels; a plain image has only the noise of its compression
-_ROWS = 256  # hashes that are compared with all others at once
+_AT_ONCE = 1 << 20  # comparisons, which need 8 bytes each
 
 
 def perceptual_hash(image: Image.Image) -> str | None:
@@ -99,7 +99,8 @@ def near_copies(
 
     Args:
         first, second (`dict`):
-            `image_id` to hash; images without a hash are left out. They may be the same collection.
+            `image_id` to hash; images without a hash are left out. If they are the same object, each pair is found
+            once.
         bits (`int`):
             Largest number of different bits. 0 finds nothing.
 
@@ -113,8 +114,18 @@ def near_copies(
         np.frombuffer(bytes.fromhex("".join(hashes[name] for name in kept)), np.uint64).reshape(len(kept), -1)
         for hashes, kept in ((first, names), (second, others))
     )
-    for start in range(0, len(names), _ROWS):
-        different = np.bitwise_count(codes[start : start + _ROWS, None] ^ other_codes).sum(axis=2, dtype=np.uint16)
-        for row, column in np.argwhere(different <= bits):
-            if names[start + row] != others[column]:
-                yield names[start + row], others[column]
+    rows = max(1, _AT_ONCE // len(others))
+
+    def compare(start: int) -> list[list[int]]:
+        from_column = start if first is second else 0
+        # The first 64 bits exclude almost all pairs.
+        different = np.bitwise_count(codes[start : start + rows, None, 0] ^ other_codes[from_column:, 0])
+        row, column = np.nonzero(different <= bits)
+        row, column = row + start, column + from_column
+        is_near = np.bitwise_count(codes[row] ^ other_codes[column]).sum(axis=1) <= bits
+        return np.stack((row, column), axis=1)[is_near].tolist()
+
+    for places in ordered_map(compare, range(0, len(names), rows), cores()):
+        for row, column in places:
+            if names[row] != others[column] and (first is not second or row < column):
+                yield names[row], others[column]

@@ -169,6 +169,14 @@ def test_without_groups_no_salt_is_made_and_disjoint_groups_are_said_to_be_missi
     assert not (tmp_path / "salt").exists()
 
 
+def test_one_group_of_almost_everything_is_noted(tmp_path):
+    """Files that were made anonymous often have one PatientID for all patients."""
+    for number in range(12):
+        save(tmp_path / "img" / ("anonymous" if number else "P1") / f"{number}.png", number)
+    _, record = prepare(tmp_path, data_path=str(tmp_path / "img"), group_by="directory")
+    assert record["counts"]["notes"]["groups"] == "11 of 12 records are in one; check what names them"
+
+
 @pytest.mark.parametrize("words", [{"image_disjoint": True}, {"disjoint": "image"}])
 @pytest.mark.parametrize("again", [{"image_disjoint": True}, {"disjoint": "image"}])
 def test_image_disjoint_is_the_older_name_of_disjoint_image(tmp_path, words, again, capsys):
