@@ -147,6 +147,33 @@ def test_pairs_with_images_of_a_benchmark_are_dropped(candidates, tmp_path):
         assert len(load_records(tmp_path / "kept/preferences", "train")) == 12
 
 
+def test_pairs_of_patients_and_near_copies_of_a_benchmark_are_dropped(candidates, tmp_path, capsys):
+    groups = [f"5a17ed-{number // 2}" for number in range(12)]
+    source = load_records(candidates, "train").remove_columns("group_id").add_column("group_id", groups)
+    (tmp_path / "candidates").mkdir()
+    source.to_parquet(tmp_path / "candidates" / "train-00000-of-00001.parquet")
+    larger = source[11]["images"][0].resize((128, 128))
+    rows = list(benchmark_rows(make_phantoms(2, seed=0, split="test")))
+    rows = [rows[0] | {"group_id": "5a17ed-0"}, rows[1] | {"group_id": None, "image": larger, "image_id": "larger"}]
+    for salt in ("5a17ed", "0ther0"):
+        directory = tmp_path / salt
+        directory.mkdir()
+        held = [row | {"group_id": row["group_id"] and row["group_id"].replace("5a17ed", salt)} for row in rows]
+        path = directory / "test-00000-of-00001.parquet"
+        Dataset.from_list(held, features=features_of("benchmark")).to_parquet(path)
+        with JudgeServer() as server:
+            settings = {"benchmarks": [str(directory)], "validation_share": 0.3}
+            run(str(tmp_path / "candidates"), directory / "out", server, **settings)
+        rejected = {row["id"]: row["reason"] for row in read_jsonl(directory / "out/rejected.jsonl")}
+        same_group = dict.fromkeys(source["id"][:2], "group_in_benchmark") if salt == "5a17ed" else {}
+        assert rejected == same_group | {source["id"][11]: "near_copy_in_benchmark"}
+        assert ("different salts" in capsys.readouterr().out) == (salt == "0ther0")
+        sides = [
+            set(load_records(directory / "out/preferences", split)["group_id"]) for split in ("train", "validation")
+        ]
+        assert all(sides) and sides[0].isdisjoint(sides[1])
+
+
 @pytest.mark.parametrize("version", ["rubric", "paper"])
 def test_the_oracle_judges_phantoms_by_their_ground_truth(candidates, tmp_path, version):
     for rate in (0.0, 1.0):
