@@ -291,7 +291,9 @@ def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int,
     sign = next((sign for sign in signs if key in headers[sign]), max(signs, key=lambda sign: len(headers[sign])))
     header, dialect = headers[sign], _dialect(sign, own)
     check_header(header, (key,), path, None)
-    at += _cells(lines, at, dialect)[1]
+    start, at = at, at + _cells(lines, at, dialect)[1]
+    if at > start + 1 and any(sign in name for name in header):  # a quote closes in a row
+        raise UserError(f"The quotes in the header of {path} do not match: {lines[start].strip()}. Correct it.")
     while at < len(lines):
         number, (cells, taken) = at + 1, _cells(lines, at, dialect)
         if taken > 1 and (len(cells) != len(header) or _holds_rows(lines[at : at + taken], cells, header, key, sign)):

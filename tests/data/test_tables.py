@@ -245,6 +245,11 @@ def test_the_first_sheet_of_a_workbook_is_read(tmp_path):
     assert notes == {"sheets_not_read": "Sheet 1"}
 
 
+def test_a_name_in_the_header_may_have_several_lines(tmp_path):
+    (tmp_path / "t.csv").write_text('"Image";"Answer\ntype"\n0.png;open\n')
+    assert read(tmp_path / "t.csv")[0] == [{"image": "0.png", "answer_type": "open"}]
+
+
 def test_blanks_before_quotes_are_skipped(tmp_path):
     (tmp_path / "t.csv").write_text('image, question, answer\n0.png, "What, ""exactly""?", "yes\nno"\n')
     assert read(tmp_path / "t.csv")[:2] == (
@@ -267,6 +272,9 @@ def test_formulas_are_not_read_as_text(tmp_path):
         ("t.csv", b"PAR1..", "is a Parquet file: name it .parquet"),
         ("t.csv", b"picture;question\na.png;x\n", "no column `image` .it has picture, question.. Rename its columns"),
         ("t.xlsx", None, "cannot be read"),
+        ("t.csv", b'image,"question,answer\na.png,"q",x\n', 'it has image,"question,answer'),
+        ("t.csv", b'image,"question,answer\na.png,q",x\n', 'The quotes in the header of .*: image,"question,answer'),
+        ("t.csv", b'image;"question;answer\na.png;q;x\n', 'it has image;"question;answer'),
     ],
 )
 def test_other_files_are_refused_with_what_helps(tmp_path, name, content, message):
