@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,7 +137,7 @@ def _read_pair(record: dict) -> dict:
     if chosen == rejected:
         raise BadRecord("chosen_equals_rejected", text_of(chosen[-1]["content"]))
     weight = record.get("weighted_score")
-    if isinstance(weight, bool) or not isinstance(weight, int | float | None) or weight != weight:  # NaN
+    if isinstance(weight, bool) or not isinstance(weight, int | float | None) or not isfinite(weight or 0):
         raise BadRecord("bad_score", weight)
     judge = {"source": name} | ({} if weight is None else {"weighted_score": weight})
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]

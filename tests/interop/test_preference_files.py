@@ -109,6 +109,7 @@ def test_unusable_records_are_rejected_with_a_reason(tmp_path, images):
         record("empty", rejected=" "),
         record("two", question="<image><image>What?"),
         record("score", "mmedpo", weighted_score="high"),
+        record("infinite", "mmedpo", weighted_score=float("inf")),
         record("good"),
         {"id": "llava", "image": "jones_1957.png", "conversations": []},
         "text",
@@ -118,8 +119,8 @@ def test_unusable_records_are_rejected_with_a_reason(tmp_path, images):
     assert [(item.id, item.reason) for item in file.rejected] == [
         ("equal", "chosen_equals_rejected"), ("prompt", "different_prompts"), ("cut", "ends_with_question"),
         ("gone", "missing"), ("broken", "truncated"), ("outside", "outside_image_folder"), ("empty", "empty_turn"),
-        ("two", "placeholder_mismatch"), ("score", "bad_score"), ("good", "duplicate_id"),
-        ("llava", "not_a_preference_pair"), ("pairs.json#12", "not_an_object"),
+        ("two", "placeholder_mismatch"), ("score", "bad_score"), ("infinite", "bad_score"), ("good", "duplicate_id"),
+        ("llava", "not_a_preference_pair"), ("pairs.json#13", "not_an_object"),
     ]  # fmt: skip
 
 
