@@ -17,7 +17,7 @@ import numpy as np
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import cores, ordered_map, rank
 
-from .schema import KINDS, bytes_of, features_of, image_part, text_part, with_stored_images
+from .schema import KINDS, Kind, bytes_of, features_of, image_part, text_part, with_stored_images
 from .source import BadRecord, Question
 
 
@@ -37,7 +37,7 @@ _MADE_OF = {
 _QUESTION = ("id", "question", "answer", "answer_type", "question_type", "link")
 _OF_A_QUESTION = (*_QUESTION, "question_id")
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}  # of a text that is no message
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError)  # what reading a record of another form raises
+MALFORMED = (ValueError, TypeError, AttributeError)  # what reading a record of another form raises
 _IMAGE_ID = re.compile("[0-9a-f]{64}")
 
 
@@ -85,23 +85,23 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     check_missing(dataset.features, kind)
     given, own, table = dataset.features, KINDS.get(kind), dataset.data
     wanted = features_of(kind) | {name: Value("float64") for name in own.extras if name in given}
-    if not (other := _columns_to_convert(dataset, wanted)):
+    if not (other := _columns_to_convert(dataset, own, wanted)):
         return dataset
     columns = {name: table.column(name) for name in given}
     if "images" in other:
         columns["images"] = _lists_of_images(columns.pop("images" if "images" in given else "image"), kind)
         columns.pop("image", None)
-    texts = [name for name, column in own.columns.items() if holds_messages(column)]
+    texts = messages_of(own)
     if not other.isdisjoint(texts):
         columns |= _conversations(columns, texts, kind)
-    if "questions" in other and "questions" not in columns:
+    if "questions" in other:
         columns["questions"] = _questions(columns)
         other.add("image_id")
         columns["image_id"] = _valid_ids(columns.get("image_id"), len(table))  # theirs often has another meaning
     if "id" in other:
         columns["id"] = _unique_ids(columns.get("id"), len(table))
     for name in other:
-        if name not in columns:
+        if name not in columns or own.optional.get(name) == []:  # messages that are not used
             empty = [own.optional.get(name)] * len(table)
             columns[name] = pa.chunked_array([pa.array(empty, _arrow_type(wanted[name]))])
         columns[name] = _cast(columns[name], wanted[name], name, kind)
@@ -117,13 +117,13 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     )
 
 
-def _columns_to_convert(dataset: "Dataset", wanted: Mapping[str, Any]) -> set[str]:
-    """The columns that are missing or of another type, images with null in place of no image, and ids not unique."""
+def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: Mapping[str, Any]) -> set[str]:
+    """The columns that are missing or of another type, those with null in place of a list, and ids not unique."""
     import pyarrow.compute as pc
 
     other = {name for name, feature in wanted.items() if dataset.features.get(name) != feature}
-    same = {name: dataset.data.column(name) for name in ("images", "id") if name in wanted and name not in other}
-    other |= {"images"} if "images" in same and same["images"].null_count else set()
+    same = {name: dataset.data.column(name) for name in wanted if name not in other}
+    other |= {name for name in ("images", *messages_of(kind)) if name in same and same[name].null_count}
     return other | ({"id"} if "id" in same and pc.count_distinct(same["id"]).as_py() < len(dataset.data) else set())
 
 
@@ -192,7 +192,7 @@ def report_unusable(problems: Sequence[str], total: int, name: str) -> None:
     if problems and len(problems) == total:
         raise UserError(f"{name}: none of its {total} rows can be used. The first: {problems[0]}")
     if problems and rank() == 0:
-        print(f"{name}: {len(problems)} of {total} rows cannot be used and are left out. The first: {problems[0]}")
+        print(f"{name}: {len(problems)} of {total} rows cannot be used. The first: {problems[0]}")
 
 
 def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dict]]:
@@ -207,7 +207,7 @@ def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dic
             Number of images. If no message has an image part, they come before the first user's text, as in TRL.
 
     Raises:
-        KeyError, TypeError, ValueError or AttributeError: for anything else.
+        ValueError, TypeError or AttributeError: for anything else.
     """
     row = {name: _messages(value, _ROLES.get(name)) for name, value in values.items()}
     if "chosen" in row:
@@ -218,6 +218,8 @@ def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dic
         if all(answer[: len(prompt)] == prompt for answer in answers):
             answers = [answer[len(prompt) :] for answer in answers]
         row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    if empty := [name for name, messages in row.items() if not messages]:
+        raise ValueError(f"{' and '.join(empty)} has no message")
     parts = [part for messages in row.values() for message in messages for part in message["content"]]
     asked = next((message for message in next(iter(row.values())) if message["role"] == "user"), None)
     placed = sum(part["type"] == "image" for part in parts)
@@ -231,8 +233,10 @@ def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dic
 def _messages(value: Any, role: str | None) -> list[dict]:
     messages = [{"role": role, "content": value}] if isinstance(value, str) and role else value or []
     found = []
-    for message in messages:
-        content = message["content"]
+    for message in messages if isinstance(messages, list) else [None]:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list) or not isinstance(message.get("role"), str):
+            raise ValueError("messages need a role, and content that is a text or a list of parts")
         parts = [text_part(content)] if isinstance(content, str) else [_part(part) for part in content]
         found.append({"role": message["role"], "content": parts, "vusr": bool(message.get("vusr"))})
     return found
@@ -247,8 +251,10 @@ def _part(part: Mapping[str, Any]) -> dict:
     raise ValueError(f"a part of a message has the type {kind!r}, not text or image")
 
 
-def holds_messages(column: Any) -> bool:
-    return isinstance(column, list) and isinstance(column[0], Mapping) and "role" in column[0]
+def messages_of(kind: Kind) -> list[str]:
+    """Return the columns of messages that a kind needs."""
+    columns = {name: column[0] for name, column in kind.columns.items() if isinstance(column, list)}
+    return [name for name, inner in columns.items() if "role" in inner and name not in kind.optional]
 
 
 def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str], kind: str) -> "dict[str, Any]":
@@ -263,7 +269,7 @@ def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str
         try:
             row = typed_messages(dict(zip(names, values, strict=True)), count)
         except MALFORMED as error:
-            problems.append(f"row {place}: {_said(error)}")
+            problems.append(f"row {place}: {error}")
             row = {name: [] for name in names} | {names[0]: [{"role": "user", "content": [image_part()] * count}]}
         for name in names:
             rows[name].append(row[name])
@@ -271,26 +277,25 @@ def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str
     return {name: pa.chunked_array([pa.array(rows[name], _arrow_type(features_of(kind)[name]))]) for name in names}
 
 
-def _said(error: Exception) -> str:
-    return f"a message has no {error}" if isinstance(error, KeyError) else str(error)
-
-
 def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
-    """The questions of a benchmark with one per row. A row whose question or answer is missing has none."""
+    """The questions of each row of a benchmark, from its lists or from one question per row. Unusable ones are out."""
     import pyarrow as pa
 
     names = [name for name in _OF_A_QUESTION if name in columns]
+    rows = [[dict(zip(names, row))] for row in zip(*(columns[name].to_pylist() for name in names))]
+    rows = columns["questions"].to_pylist() if "questions" in columns else rows
     questions, problems = [], []
-    for place, values in enumerate(zip(*(columns[name].to_pylist() for name in names), strict=True)):
-        row = dict(zip(names, values, strict=True))
-        name = next((str(row[name]) for name in ("question_id", "id") if row.get(name) is not None), str(place))
-        try:
-            found = Question.from_row(name, row | {"image": name, "split": "test"})
-            questions.append([{name: getattr(found, name) for name in _QUESTION}])
-        except BadRecord as error:
-            problems.append(f"row {place}: {error.reason}")
-            questions.append([])
-    report_unusable(problems, len(questions), "The benchmark")
+    for place, asked in enumerate(rows):
+        questions.append([])
+        for number, row in enumerate(asked or ()):
+            own = next((row[name] for name in ("question_id", "id") if row.get(name) is not None), None)
+            name = str(place if own is None else own) + (f"-{number}" if own is None and number else "")
+            try:
+                found = Question.from_row(name, row | {"image": "its", "split": "test"})
+                questions[-1].append({name: getattr(found, name) for name in _QUESTION})
+            except BadRecord as error:
+                problems.append(f"row {place}: {error.reason}")
+    report_unusable(problems, sum(map(len, questions)) + len(problems), "The benchmark")
     return pa.chunked_array([pa.array(questions, _arrow_type(features_of("benchmark")["questions"]))])
 
 

@@ -22,7 +22,7 @@ from .conform import (
     MALFORMED,
     check_missing,
     conform,
-    holds_messages,
+    messages_of,
     missing_columns,
     report_unusable,
     typed_messages,
@@ -98,7 +98,7 @@ def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Data
             f"{_datasets_near(path, split, kind)} Check the network, the token (`hf auth login`) and "
             "HF_HUB_OFFLINE, or correct the path."
         ) from None
-    except DatasetGenerationError as error:  # damaged, or files with different columns
+    except (DatasetGenerationError, KeyError) as error:  # damaged, or files with different columns
         raise UserError(f"{path_or_hub_id} cannot be read: {error.__cause__ or error}") from None
     except ValueError as error:  # an unknown split
         raise UserError(f"{path_or_hub_id}: {error}") from None
@@ -129,26 +129,27 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
     with located(where):
         check_missing(given, own.name)
     known = _MORE | dict.fromkeys(own.extras, "float64") | own.columns
-    always = {"images", "image", *(name for name, column in known.items() if holds_messages(column))}
+    always = {"images", "image", *messages_of(own)}
     columns = {name: column for name, column in known.items() if name in given or name in always}
     rows, problems = [], []
     for path, position, record in records:
         try:
             if isinstance(record, Rejected):
                 raise ValueError(record.reason)
-            rows.append(_json_row(record, columns, path.parent))
+            rows.append(_json_row(record, columns, messages_of(own), path.parent))
         except (*MALFORMED, ImageProblem) as error:
             problems.append(f"{path.name}, record {position}: {error}")
     report_unusable(problems, len(records), where)
     return Dataset.from_list(rows, Features({name: feature_of(column) for name, column in columns.items()}))
 
 
-def _json_row(record: Mapping[str, Any], columns: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """A record as a row with those of the columns that it or another record has."""
+def _json_row(
+    record: Mapping[str, Any], columns: Mapping[str, Any], texts: Sequence[str], directory: Path
+) -> dict[str, Any]:
+    """A record as a row with those of the columns that it or another record has; `texts` are those of messages."""
     images = record.get("images") or record.get("image") or []
     images = [_image_file(image, directory) for image in (images if isinstance(images, list) else [images])]
-    texts = {name: record.get(name) for name, column in columns.items() if holds_messages(column)}
-    row = typed_messages(texts, len(images)) if texts else {}
+    row = typed_messages({name: record.get(name) for name in texts}, len(images)) if texts else {}
     row |= {"images": images} if "images" in columns else {"image": images[0] if images else None}
     return row | {name: _json_value(record.get(name), columns[name]) for name in columns if name not in row}
 
@@ -157,7 +158,7 @@ def _image_file(image: Any, directory: Path) -> dict[str, Any]:
     from .image_formats import ImageProblem
     from .image_index import resolve_inside
 
-    name = image["path"] if isinstance(image, dict) else image
+    name = image.get("path") if isinstance(image, dict) else image
     path = resolve_inside(directory, name)
     if path.exists() and not path.is_file():
         raise ImageProblem("not_a_file", name)
@@ -220,8 +221,11 @@ def split_files(path: Path, split: str, kind: str | None = None) -> list[Path]:
     if found := _find(path, split):
         return found
     near = _datasets_near(path, split, kind)
-    if path.is_file():
-        raise UserError(f"{path} is not a whole split {split!r}: a *.parquet or *.jsonl file of that name.{near}")
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not a whole split {split!r}: a *.parquet or *.jsonl file of that name.{near} `medst prepare` "
+            "reads tables (--source images) and LLaVA's conversations (--source llava)."
+        )
     others = [file.name for suffix in _IN_DIRECTORIES for file in _files(path, suffix)]
     found = ", ".join(splits_in(path) or others) or "no splits. `medst prepare`, `generate` and `judge` write them"
     raise UserError(f"{path} has no split {split!r} ({split}*.parquet or {split}*.jsonl); it has {found}.{near}")
@@ -233,6 +237,8 @@ def _find(path: Path, split: str) -> list[Path]:
         match = _SHARD.fullmatch(path.name)
         is_whole = match is None or (int(match["total"]) == 1 and match["split"] == split)
         return [path] if is_whole and path.suffix in _SUFFIXES and _can_be(path.stem, split) else []
+    if not path.is_dir():  # a pipe, a device
+        return []
     if shards := [match for match in _shards(path) if match["split"] == split]:
         total = int(shards[0]["total"])
         if any(int(match["total"]) != len(shards) for match in shards):

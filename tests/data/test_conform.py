@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from PIL import Image as PILImage
 
 from medst_trl.base.errors import UserError
-from medst_trl.data import conform as module
 from medst_trl.data.conform import conform, image_ids_of, missing_columns, with_image_ids
 from medst_trl.data.images import image_id, store_image
 from medst_trl.data.schema import KINDS, dialogue, features_of, image_part, text_part
@@ -140,10 +139,8 @@ def test_missing_images_and_null_lists_are_no_images():
 def test_only_what_a_stage_cannot_do_without_is_required(kind, columns, missing):
     assert missing_columns(columns, kind) == missing
     if missing:
-        with pytest.raises(UserError, match=f"lacks the columns? {', '.join(missing)} of {kind} data; it has image"):
-            conform(Dataset.from_dict({name: [] for name in ["image", *columns]} | {"image": []}), kind) if (
-                "image" in columns or "images" in columns
-            ) else module.check_missing(["image_path", *columns], kind)
+        with pytest.raises(UserError, match=f"lacks the columns? {', '.join(missing)} of {kind} data; it has "):
+            conform(Dataset.from_dict({name: [] for name in columns}), kind)
 
 
 @pytest.mark.parametrize("name", [kind for kind in KINDS if kind != "predictions"])
@@ -153,7 +150,9 @@ def test_every_dataset_that_a_stage_writes_stays_as_it_is(name):
 
 
 def test_a_column_of_another_type_is_reported():
-    dataset = Dataset.from_dict({"image": [image(1)], "chosen": ["a"], "rejected": ["b"], "score_chosen": ["high"]})
+    dataset = Dataset.from_dict(
+        {"image": [image(1)], "prompt": ["q"], "chosen": ["a"], "rejected": ["b"], "score_chosen": ["high"]}
+    )
     with pytest.raises(
         UserError,
         match=r"column score_chosen of preferences data has another type than expected\.\n  is:        string",
@@ -193,8 +192,29 @@ def test_a_benchmark_may_have_one_question_per_row(capsys):
         ["1", "How many?", "4", "closed"],
         ["2", "Where?", "left lung", "open"],
     ]
-    assert "1 of 4 rows cannot be used and are left out. The first: row 3: no_answer" in capsys.readouterr().out
+    assert "1 of 4 rows cannot be used. The first: row 3: no_answer" in capsys.readouterr().out
     assert found["image_id"][:] == [image_id(PILImage.new("RGB", (5, 4), (shade,) * 3)) for shade in range(4)]
+
+
+def test_nested_questions_of_a_benchmark_need_neither_ids_nor_types():
+    asked = [[{"question": "Normal?", "answer": "no"}, {"question": "Where?", "answer": "left|right"}], [], None]
+    dataset = Dataset.from_dict({"image": [image(n) for n in range(3)], "questions": asked})
+    found = conform(dataset.cast_column("image", Image()), "benchmark")
+    assert found.features == features_of("benchmark")
+    questions = [[(q["id"], q["answer"], q["answer_type"]) for q in row] for row in found["questions"]]
+    assert questions == [[("0", "no", "closed"), ("0-1", "left|right", "open")], [], []]
+
+
+def test_images_to_ask_about_may_have_messages_of_any_type():
+    for messages in (["text"], [None], [[{"role": "user", "content": "q"}]], [7]):
+        dataset = Dataset.from_dict({"image": [image(1)], "messages": messages}).cast_column("image", Image())
+        assert conform(dataset, "images")["messages"][:] == [[]]
+
+
+def test_rows_without_messages_are_rejected_as_those_that_cannot_be_read():
+    dataset = Dataset.from_dict({"image": [image(1)] * 2, "messages": [dialogue([("q", "a")]), None]})
+    found = conform(dataset.cast_column("image", Image()), "instruct")
+    assert [turn["role"] for turn in found[1]["messages"]] == ["user"]
 
 
 def test_ids_of_images_are_computed_once_per_image_and_equal_those_of_prepare(tmp_path, monkeypatch):
@@ -205,10 +225,10 @@ def test_ids_of_images_are_computed_once_per_image_and_equal_those_of_prepare(tm
     images = [[{"bytes": None, "path": str(tmp_path / path)}] for path in paths] + [[image(3), image(4)], []]
     given = [None, None, None, None, ["x" * 64]]
     dataset = Dataset.from_dict({"images": images, "image_ids": given}).cast_column("images", List(Image()))
-    decoded = []
-    monkeypatch.setattr(module, "image_id", lambda image: decoded.append(image) or image_id(image))
+    decoded, stored_by_prepare = [], store_image(deep).image_id
+    monkeypatch.setattr("medst_trl.data.images.image_id", lambda image: decoded.append(image) or image_id(image))
     found = image_ids_of(dataset)
-    assert found[0] == found[1] == [store_image(deep).image_id] and len(decoded) == 3
+    assert found[0] == found[1] == [stored_by_prepare] and len(decoded) == 3
     assert len(found[2][0]) == 64 and found[2] != found[0]
     assert found[3] == [image_id(PILImage.new("L", (5, 4), shade)) for shade in (3, 4)]
     assert found[4] == ["x" * 64]

@@ -197,7 +197,7 @@ def test_a_benchmark_of_json_lines_keeps_numbers_and_truth_values_and_drops_what
     }  # fmt: skip
     assert not {"4", "5", "6"} & found.keys()
     assert set(dataset["image_id"]) == {image_id(SCAN)}
-    assert "rows cannot be used and are left out. The first: row 4: no_answer" in capsys.readouterr().out
+    assert "rows cannot be used. The first: row 4: no_answer" in capsys.readouterr().out
 
 
 def test_missing_columns_are_named_with_the_file(tmp_path):
