@@ -101,7 +101,7 @@ class FolderImages:
     def files(self, names: Iterable[str]) -> Iterator[str]:
         """Yield the files that names mean, relative to the directory, as far as they are in it."""
         root = os.path.realpath(self.directory)
-        for name in names:
+        for name in dict.fromkeys(names):
             with suppress(ImageProblem):
                 yield self.find(name)[0].relative_to(root).as_posix()
 
