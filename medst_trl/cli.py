@@ -197,10 +197,12 @@ def run_recipe(argv: list[str]) -> int | None:
 
 def _check(step: Step) -> None:
     """Refuse before the first stage starts what a later one would refuse."""
-    from medst_trl.pipeline.plan.steps import stage_arguments
+    from medst_trl.pipeline.plan.steps import missing_packages, stage_arguments
 
     if not step.stage.trains:  # TrainingArguments takes a GPU, and sets variables that launchers would inherit
         stage_arguments(step)
+    elif missing := missing_packages(step):
+        raise UserError("\n".join(missing))
 
 
 def _confirm_overwrite(steps: Sequence[Step]) -> None:

@@ -184,7 +184,8 @@ def parse(
         *arguments, rest = parser.parse_args_into_dataclasses(
             args=list(argv), look_for_args_file=False, return_remaining_strings=True
         )
-    except ValueError as error:  # a dataclass's own checks, such as those of TrainingArguments
+    # A dataclass's own checks: TrainingArguments opens files, and looks for packages and devices.
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"{where}: {error}") from error
     if rest:
         raise UserError(f"{where}: unknown option {rest[0]!r}. See `{parser.prog} --help`.")

@@ -122,6 +122,26 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
     assert "section sft: max_grad_norm: 'many' is not a valid float" in result.stderr
 
 
+MISSING = "report_to no_such_logger: no_such_logger is not supported"
+
+
+def test_packages_that_a_later_stage_lacks_are_named_before_the_first_one(recipe, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    recipe.write_text(RECIPE + "sft:\n  model_name_or_path: base\n  report_to: no_such_logger\n")
+    assert main(["run", "mine.yaml"]) == 2
+    assert MISSING in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["recipes", "validate", "mine.yaml"]) == 0 and MISSING in capsys.readouterr().out
+    assert main(["run", "mine.yaml", "--stage", "prepare", "--dry_run"]) in (None, 0)
+
+
+@pytest.mark.parametrize("setting", ["accelerator_config", "fsdp_config", "deepspeed"])
+def test_a_missing_file_that_a_setting_names_is_no_traceback(recipe, setting):
+    needed = ["--model_name_or_path", "base", "--dataset", "data", "--output_dir", "out", "--fsdp", "full_shard"]
+    result = medst("sft", *needed, f"--{setting}", "no_such.json")
+    assert result.returncode == 2 and "no_such.json" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_validate_exits_like_a_shell_if_its_child_is_killed(monkeypatch):
     killed = SimpleNamespace(wait=lambda: -signal.SIGKILL)
     monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: killed)

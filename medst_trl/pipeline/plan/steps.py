@@ -9,8 +9,9 @@ The machine that plans need not be the one that runs.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
@@ -65,6 +66,16 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
             if getattr(settings, "push_to_hub", False):
                 check_push(settings)
     return arguments
+
+
+def missing_packages(step: Step) -> list[str]:
+    """What the settings of a step that trains need, and this machine lacks whatever its hardware."""
+    from medst_trl.training.machine import lacking
+
+    if not step.stage.trains:
+        return []
+    defaults = {item.name: item.default for kind in step.stage.arguments() for item in fields(kind)}
+    return [f"{step.where}: {problem}" for problem in lacking(SimpleNamespace(**defaults | step.settings))]
 
 
 # Hardware
@@ -132,6 +143,7 @@ def hardware_of(step: Step) -> Hardware:
             shortages.append("--num_processes N plans for N GPUs")
     if kind.startswith("DeepSpeed") and not has_deepspeed():
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
+    shortages += missing_packages(step)
     return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
 
 

@@ -18,7 +18,7 @@ from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
 from medst_trl.training.settings import check_sharding
 
 from .policies import check_processor
-from .steps import hardware_of, maker_of, stage_arguments
+from .steps import hardware_of, maker_of, missing_packages, stage_arguments
 
 
 PROCESSES = (1, 4, 8)  # checked if no number is given
@@ -62,6 +62,7 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
                 check_processor(step)
                 if (arguments := chosen[step.label]) is not None:
                     results += [*_launch(step, arguments), *step.stage.ignored(arguments, step.given)]
+                    results += [f"on this machine, {problem}" for problem in missing_packages(step)]
                 lines.append(f"{step.label:<{max(map(len, chosen)) + 2}}{'; '.join(results) or 'ready'}")
     problems.report()
     return lines

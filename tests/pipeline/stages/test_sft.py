@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from medst_trl import load_policy
 from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.stages import sft
+from medst_trl.pipeline.stages import _training, sft
 from medst_trl.training.collator import DataCollatorForSelfQuestioning
 
 
@@ -64,6 +64,45 @@ def test_a_run_that_would_train_on_nothing_is_refused_and_can_be_corrected(input
         _run(inputs, tmp_path / "sft", max_length=10)
     assert not (tmp_path / "sft" / "stage.json").exists()
     _run(inputs, tmp_path / "sft", max_length=400, max_steps=1)
+
+
+def test_settings_that_this_machine_cannot_run_are_refused_before_anything_is_read(inputs, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)report_to no_such_logger: .*optim lomo"):
+        _run(inputs, tmp_path / "sft", report_to="no_such_logger", optim="lomo", dataset="no/such/dataset")
+    assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ("{out}/../other/checkpoint-2", "is not a checkpoint in output_dir"),
+        ("{out}", "is not a checkpoint in output_dir"),
+        ("{out}/checkpoint-7", "trainer_state.json is missing"),
+        ("true", "no complete checkpoint"),
+    ],
+)
+def test_resume_from_checkpoint_that_cannot_be_resumed_is_refused(inputs, tmp_path, given, problem):
+    with pytest.raises(UserError, match=problem):
+        _run(inputs, tmp_path / "sft", resume_from_checkpoint=given.format(out=tmp_path / "sft"))
+    with pytest.raises(UserError, match="overwrite deletes"):
+        _run(inputs, tmp_path / "sft", resume_from_checkpoint=given, overwrite=True)
+    assert not (tmp_path / "sft" / "stage.json").exists()
+
+
+def test_an_interrupted_stage_resumes_from_the_given_checkpoint(inputs, tmp_path, monkeypatch, capsys):
+    expected, _ = _run(inputs, tmp_path / "uninterrupted", max_steps=4)
+    options = {"max_steps": 4, "save_steps": 1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_training, "save_result", _interrupt)
+        _run(inputs, tmp_path / "sft", **options)
+    capsys.readouterr()
+    weights, _ = _run(inputs, tmp_path / "sft", **options, resume_from_checkpoint=tmp_path / "sft" / "checkpoint-2")
+    assert "Resuming after step 2 of 4." in capsys.readouterr().out
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def _interrupt(trainer):
+    raise KeyboardInterrupt
 
 
 def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_path):
