@@ -143,7 +143,7 @@ def hardware_of(step: Step) -> Hardware:
             shortages.append("--num_processes N plans for N GPUs")
     if kind.startswith("DeepSpeed") and not has_deepspeed():
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
-    shortages += missing_packages(step)
+    shortages += [problem.removesuffix(".") for problem in missing_packages(step)]
     return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
 
 
