@@ -104,11 +104,13 @@ class TableImages(FolderImages):
         """Yield the rows of a dataset with names in place of the images. `columns` are the names of its columns."""
         dataset = with_stored_images(dataset)
         for position, values in enumerate(dataset):
-            row = default | dict(zip(columns, values.values()))
-            images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-            place = partial(_bytes_at, dataset, position, columns.index("image"))
-            names = [self._name(image, partial(place, number)) for number, image in enumerate(images)]
-            row["image"] = names if isinstance(row["image"], list) else names[0]
+            given = zip(columns, values.values())
+            row = default | {column: value for column, value in given if value is not None}
+            image, place = row.get("image"), partial(_bytes_at, dataset, position, columns.index("image"))
+            if isinstance(image, list):
+                row["image"] = [self._name(one, partial(place, number)) for number, one in enumerate(image)]
+            else:
+                row["image"] = self._name(image, partial(place, 0))
             yield position, row
 
     def _name(self, image: Any, read: Callable[[], bytes]) -> Any:

@@ -99,6 +99,9 @@ def test_columns_of_a_table_are_recognized(tmp_path):
     assert {(q.split, q.answer_type) for q in records.questions} == {("test", "closed")}
     assert [q.id for q in records.questions] == [f"q{n}" for n in range(6)]
     assert records.counts == {"columns_not_used": "site"}
+    write(tmp_path / "test.parquet", [row | {"Split": None, "empty": None} for row in rows()])
+    records = read(tmp_path / "test.parquet")
+    assert {question.split for question in records.questions} == {"test"} and not records.counts
 
 
 @pytest.mark.parametrize(
