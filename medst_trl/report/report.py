@@ -217,9 +217,6 @@ def _training(run: Run, stage: StageRun) -> dict[str, Any]:
 
 def _versions(run: Run) -> dict[str, list[str]]:
     """Packages and the versions that the stages ran with: several if they differ."""
-    found: dict[str, dict[str, None]] = {}
-    for stage in run.stages:
-        for name, version in stage.record.get("versions", {}).items():
-            if version:
-                found.setdefault(name, {})[str(version)] = None
-    return {name: list(versions) for name, versions in found.items()}
+    ran = (version for stage in run.stages for version in stage.record.get("versions", {}).items())
+    found = dict.fromkeys((name, str(version)) for name, version in ran if version)
+    return {name: [version for other, version in found if other == name] for name, _ in found}

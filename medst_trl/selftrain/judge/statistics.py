@@ -181,6 +181,6 @@ def nothing_left(reasons: Mapping[str, int], pairs: int, judgements: Path) -> Us
     return UserError(
         f"None of the {pairs:,} pairs is left to train on ({counted}). "
         f"{_ADVICE.get(most, 'Generate from more images.')} After changing settings or candidates, add "
-        "--overwrite: replies already paid for are kept, and judging the same pairs again costs nothing. The "
-        f"judgements are in {judgements}."
+        "--overwrite: replies that could be read are kept, and you do not pay for them again. The judgements are in "
+        f"{judgements}."
     )
