@@ -257,9 +257,7 @@ class Records:
                 continue
             name = default_id(position, item)
             if used is not None:
-                unused |= dict.fromkeys(
-                    key for key, value in item.items() if key not in known and not is_missing(value)
-                )
+                unused |= dict.fromkeys(key for key in item if key not in known and not is_missing(item[key]))
             try:
                 name = optional_text(own_id(item)) or name if own_id is not None else name
                 if name in taken and not ids_may_repeat:

@@ -206,11 +206,12 @@ class TestVlmEvalKit:
         with pytest.raises(UserError, match="cannot be read as a workbook"):
             read_predictions(path)
         book = openpyxl.Workbook()
-        for row in (["index", "question", "answer", "prediction"], [0, "Is it?", "no", None], [1, "How many?", 3, 3]):
+        header, formula = ["index", "question", "answer", "prediction"], [2, "Which?", "x", "=1+1"]
+        for row in (header, [0, "Is it?", "no", None], [1, "How many?", 3, 3], formula):
             book.active.append(row)
         book.save(path)
         records, _ = read_predictions(path)
-        assert [(row["answer"], row["prediction"]) for row in records] == [("no", ""), (3, 3)]
+        assert [(row["answer"], row["prediction"]) for row in records] == [("no", ""), (3, 3), ("x", "=1+1")]
 
 
 @pytest.mark.parametrize(
