@@ -85,7 +85,7 @@ def _read(header, settings: ImageSettings, index: int) -> Frame:
             return Frame(Image.fromarray((values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)))
         if values.ndim != 2 or not colors.startswith("MONOCHROME"):
             raise ImageProblem("unsupported", f"photometric interpretation {colors!r}")
-        gray, note = _gray(values, _attributes(header, index), _text(header, "Modality"), settings)
+        gray, note = _gray(values, _attributes(header, index), _text(header, "Modality").upper(), settings)
     return Frame(Image.fromarray(gray), note=note)
 
 
