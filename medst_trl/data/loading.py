@@ -129,14 +129,13 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
     with located(where):
         check_missing(given, own.name)
     known = _MORE | dict.fromkeys(own.extras, "float64") | own.columns
-    always = {"images", "image", *messages_of(own)}
-    columns = {name: column for name, column in known.items() if name in given or name in always}
-    rows, problems = [], []
+    texts, rows, problems = messages_of(own), [], []
+    columns = {name: known[name] for name in known if name in {"images", "image", *texts, *given}}
     for path, position, record in records:
         try:
             if isinstance(record, Rejected):
                 raise ValueError(record.reason)
-            rows.append(_json_row(record, columns, messages_of(own), path.parent))
+            rows.append(_json_row(record, columns, texts, path.parent))
         except (*MALFORMED, ImageProblem) as error:
             problems.append(f"{path.name}, record {position}: {error}")
     report_unusable(problems, len(records), where)

@@ -433,7 +433,7 @@ def test_each_round_starts_from_the_policy_of_the_previous_round(tmp_path):
         assert generate["model_name_or_path"] == dpo["model_name_or_path"] == policy
         assert generate["skip_records"] == 100 * (number - 1) and generate["max_records"] == 100
         assert judge["candidates"] == f"out/round_{number}/generate/candidates"
-        assert dpo["dataset"] == f"out/round_{number}/judge/preferences" and dpo["beta"] == 0.2
+        assert dpo["dataset"] == [f"out/round_{number}/judge/preferences"] and dpo["beta"] == 0.2
         assert aligned["model_name_or_path"] == dpo["output_dir"] == f"out/round_{number}/dpo"
     assert found["push/data"].settings["source"] == "out/round_3/judge/preferences"
 

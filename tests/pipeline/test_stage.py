@@ -114,7 +114,7 @@ def test_a_plugin_stage_is_a_section_of_a_recipe(toy):
     steps = {step.label: step.settings for step in read_recipe("mine.yaml").steps()}
     assert list(steps) == ["judge", "toy", "dpo"]
     assert steps["toy"] == {"pairs": "out/judge/preferences", "output_dir": "out/toy", "limit": 2}
-    assert steps["dpo"]["dataset"] == "out/toy/preferences"
+    assert steps["dpo"]["dataset"] == ["out/toy/preferences"]
 
 
 def test_a_plugin_stage_is_validated_and_planned(toy, capsys):

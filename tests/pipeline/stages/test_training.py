@@ -111,7 +111,7 @@ def check(**changes):
     args = SftArguments("m", ["d"])
     training_args = SimpleNamespace(
         num_train_epochs=3, max_steps=-1, max_length=None, learning_rate=2e-4, sq_ratio=0.5, deepspeed_plugin=None,
-        fsdp=None,
+        fsdp=None, resume_from_checkpoint=None, output_dir="o",
     )  # fmt: skip
     for name, value in changes.items():
         setattr(args if hasattr(args, name) else training_args, name, value)
