@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_json, write_jsonl
+from medst_trl.base.files import read_object, write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
 from medst_trl.data.loading import load_records, split_files
@@ -223,6 +223,8 @@ def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, A
     about = {"predictions": args.predictions, "format": format}
     questions = read_questions(args.benchmark[0], args.split) if args.benchmark else None
     counts = _write_scores(args, settings, Path(args.output_dir), paths, about, format, questions)
+    if found := read_object(Path(args.predictions).with_name(CONTAMINATION_FILE)):  # that of the model they are from
+        write_json(Path(args.output_dir, CONTAMINATION_FILE), found)
     if guessed := counts.get("answer_types_guessed"):
         print(
             f"evaluate: {args.predictions} does not say which questions are closed. {guessed} count as closed if "

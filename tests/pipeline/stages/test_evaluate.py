@@ -213,6 +213,7 @@ def test_rescoring_gives_the_same_scores(finished, tmp_path):
     first, again = (json.loads((directory / "scores.json").read_text()) for directory in (finished, tmp_path))
     for key in ("counts", "scores", "controls"):
         assert first[key] == again[key]
+    assert (tmp_path / "contamination.json").read_text() == (finished / "contamination.json").read_text()
 
 
 def test_scoring_a_file_needs_no_model(predictions, tmp_path):
