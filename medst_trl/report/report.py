@@ -191,6 +191,7 @@ def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
     """
     Return what a benchmark shares with the training data of each evaluated model: for each figure its label and the
     text of each evaluation (`rows`), and for each dataset what it is and the label of the evaluation (`sources`).
+    What was found is noted on the run.
     """
     labelled = [
         (one.label, contamination_of(one.directory / SCORES_FILE, one.file.content, run.directory))
@@ -200,11 +201,15 @@ def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
     def name_of(source: Mapping[str, Any]) -> str:
         return source.get("hub_id") or relative_path(source["path"], run.directory)
 
+    if labels := [label for label, found in labelled if found.is_found]:
+        run.notes.append(
+            f"Training data of {', '.join(labels)} contains parts of {comparison.benchmark}, so its scores can be too "
+            "high: see Contamination."
+        )
     return {
         "comparison": comparison,
         "rows": list(zip(*(found.rows() for _, found in labelled))),
         "sources": [(label, text) for label, found in labelled for text in found.sources(name_of)],
-        "is_found": any(found.is_found for _, found in labelled),
     }
 
 

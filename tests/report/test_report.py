@@ -144,7 +144,9 @@ def test_the_contamination_of_each_evaluation_is_shown(run):
     content = {"figures": figures, "compared": [one, two]}
     (run / "evaluate" / "aligned" / "contamination.json").write_text(json.dumps(content))
     report, page = report_on(run)
-    assert "scores can be too high" in page.words and "same group not checked 3 of 96 images" in page.words
+    assert "Notes Training data of aligned contains parts of …/benchmark, split test" in page.words
+    assert any("scores can be too high" in note for note in report.notes)  # also in the terminal
+    assert "same group not checked 3 of 96 images" in page.words
     assert "near copies not checked not checked" in page.words
     text = (
         "aligned: compared with the data of sft, prepare/instruct: 1,234 images; not checked: near copies (the dataset"
