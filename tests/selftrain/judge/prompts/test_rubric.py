@@ -5,7 +5,7 @@ import re
 
 import pytest
 from hostile_texts import HOSTILE, text_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medst_trl.selftrain.judge.prompt import fit
@@ -114,6 +114,7 @@ def written(first, second, winner, way):
     return pairs([comparison, *parts, verdict]).join(way["around"])
 
 
+@settings(deadline=None)  # PyYAML is slow on a busy machine
 @given(SCORES, SCORES, st.fixed_dictionaries({name: st.sampled_from(ways) for name, ways in WAYS.items()}))
 def test_a_reply_that_a_person_can_read_gives_the_same_reading(first, second, way):
     winner = int(first["overall"] < second["overall"])
@@ -141,6 +142,7 @@ AMBIGUITIES = {
 
 @pytest.mark.parametrize("loose", [False, True])
 @pytest.mark.parametrize("ambiguity", AMBIGUITIES.values(), ids=AMBIGUITIES)
+@settings(deadline=None)
 @given(st.permutations(range(5)))
 def test_an_ambiguous_reply_is_none(loose, ambiguity, order):
     scores = dict(zip((*CRITERIA, "overall"), (["7/10", "3/10", "8/10", "9/10", "10/10"][n] for n in order)))
@@ -154,6 +156,7 @@ def test_an_ambiguous_reply_is_none(loose, ambiguity, order):
     assert spoilt != reply and read_rubric(spoilt.replace('"', "'") if loose else spoilt) is None
 
 
+@settings(deadline=None)
 @given(st.text("{}[]()<>:,;'\"#/\\\\&*!|>-?%@`~= \n\t18ae\x00\ud800\u201c") | st.text())
 def test_any_text_is_none(text):
     assert read_rubric(text) is None and read_rubric("{" + text + "}") is None
