@@ -70,7 +70,7 @@ def group_id(salt: bytes, key: str) -> str:
     of the HMAC-SHA256 of the key. Ids of different salts cannot be compared, see [`salt_of`].
     """
     check = hashlib.sha256(b"check" + salt).hexdigest()[:6]
-    return f"{check}-{hmac.new(salt, key.strip().encode(), hashlib.sha256).hexdigest()[:20]}"
+    return f"{check}-{hmac.new(salt, key.strip().encode(errors='surrogatepass'), hashlib.sha256).hexdigest()[:20]}"
 
 
 def salt_of(group: str) -> str:

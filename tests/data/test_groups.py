@@ -23,6 +23,13 @@ def test_an_id_is_a_keyed_hash_behind_the_digits_of_its_salt():
     assert other.rpartition("-")[2] != digest[:20]
 
 
+@given(st.text(), st.text())
+def test_names_in_any_encoding_have_ids_of_their_own(one, other):
+    one += "\udc80"  # as in the name of a directory that is not UTF-8
+    ids = [group_id(bytes(32), name) for name in (one, other)]
+    assert (ids[0] == ids[1]) == (one.strip() == other.strip()) and all(len(name) == 27 for name in ids)
+
+
 def test_a_salt_is_made_once_and_readable_by_the_user_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.delenv("MEDST_GROUP_SALT", raising=False)
